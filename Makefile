@@ -1,0 +1,52 @@
+# Everything here needs only python3 and make: the first target that wants it makes .venv.
+# PIP_FIND_LINKS, where set, is a folder or page of wheels that uv looks at too (a CPU build of torch, say).
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+UV     := UV_FIND_LINKS="$(PIP_FIND_LINKS)" VIRTUAL_ENV="$(abspath $(VENV))" $(BIN)/uv
+
+export NO_TORCH_COMPILE = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types format clean constraints
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv and install everything into it
+
+$(STAMP): pyproject.toml plugins/moshi/pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "ttt needs Python 3.10 or newer; this is $$($(PYTHON) --version). Set PYTHON=python3.12, say."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(UV) pip install --quiet --constraint constraints.txt --editable . --editable plugins/moshi --group dev
+	@touch $@
+
+demo: $(STAMP) ## train TTT layers in a small Moshi on real speech, on this machine, now
+	$(BIN)/ttt train --backbone moshi
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(STAMP) ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy
+	$(BIN)/mypy
+
+format: $(STAMP) ## put the code in its form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints: $(STAMP) ## pin anew what constraints.txt pins (then run the tests)
+	@echo '# What this project is tested with; `make setup` installs these. Made by `make constraints`.' > $(VENV)/pins
+	printf -- '-e .\n-e plugins/moshi\ntorch==2.13.0\n' | UV_FIND_LINKS= PIP_FIND_LINKS= $(BIN)/uv pip compile - --quiet \
+	  --universal --python-version 3.10 --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
+	  --no-emit-package ttt-adapters --no-emit-package ttt-moshi --group pyproject.toml:dev >> $(VENV)/pins
+	mv $(VENV)/pins constraints.txt
+
+clean: ## remove .venv and what the tools left
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
