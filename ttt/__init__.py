@@ -1,0 +1,53 @@
+"""Test-time-training adapters for sequence models: layers that learn while they read.
+
+`import ttt` is light: what needs torch is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "scan": "ttt.ops.scan",
+    "TTTConfig": "ttt.config",
+    "TTTLayer": "ttt.layer",
+    "TTTState": "ttt.state",
+    "TTTAdapter": "ttt.adapter",
+    "Gate": "ttt.adapter",
+    "gates_closed": "ttt.adapter",
+    "Site": "ttt.inject",
+    "save_adapter": "ttt.adapter_file",
+    "load_adapter": "ttt.adapter_file",
+    "Backbone": "ttt.backbone",
+    "hookimpl": "ttt.hookspecs",
+    "NestedCheckpointWarning": "ttt.errors",
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604 - the names are resolved by __getattr__
+
+if TYPE_CHECKING:
+    from ttt.adapter import Gate, TTTAdapter, gates_closed
+    from ttt.adapter_file import load_adapter, save_adapter
+    from ttt.backbone import Backbone
+    from ttt.config import TTTConfig
+    from ttt.errors import NestedCheckpointWarning
+    from ttt.hookspecs import hookimpl
+    from ttt.inject import Site
+    from ttt.layer import TTTLayer
+    from ttt.ops.scan import scan
+    from ttt.state import TTTState
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'ttt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,177 @@
+"""What a backbone plugin provides: everything `ttt` knows about a model that TTT goes into.
+
+A plugin is a distribution with an entry point in the group `ttt.backbones`; the entry point names a module that
+implements the hook `ttt_backbone` (see `ttt.hookspecs`) and returns an instance of a `Backbone` subclass.
+
+The module must import without torch and without the backbone's own package: `ttt check` and `ttt plugins`
+import it to read options. Import them inside the methods that need them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from ttt.inject import Site
+
+Batch = Any
+"""A batch as the plugin's dataset collates it: any nesting of tuples, lists, dicts and tensors `[B, …]`."""
+
+
+@dataclass(frozen=True)
+class BackboneFacts:
+    """What a config check must know without building the model."""
+
+    dim: int
+    """Model width D at the sites."""
+    num_heads: int
+    """Attention heads; a TTT layer has as many unless `ttt.num_heads` says otherwise."""
+    num_layers: int
+    """Layers that TTT can go into."""
+    tokens_per_window: int | None = None
+    """Tokens of one training window, where the options fix it."""
+    window: str = "a window"
+    """The window in the user's words, "15 s of audio"."""
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a batch became."""
+
+    loss: Tensor
+    """Scalar, differentiable: the mean over the batch."""
+    tokens: int
+    """Positions that the backbone read (B · T), for throughput."""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Detached scalars worth a line in `metrics.jsonl`, as `text_loss`."""
+
+
+class WindowDataset(Protocol):
+    """Windows of training data, addressed by number, the windows of a file in order of time."""
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        ...
+
+    def __getitem__(self, index: int) -> Any:
+        """One window, as CPU tensors; the same index always gives the same window."""
+        ...
+
+    def collate(self, samples: Sequence[Any]) -> Batch:
+        """Windows to a batch."""
+        ...
+
+    @property
+    def files(self) -> Sequence[range]:
+        """The windows of each file: consecutive ranges that cover 0 … len-1."""
+        ...
+
+    def describe(self, index: int) -> str:
+        """A window in the user's words, "dialogue.flac, 15.0-30.0 s"."""
+        ...
+
+
+class Backbone(ABC):
+    """A backbone plugin. The class attributes and the first methods must work without torch."""
+
+    name: ClassVar[str]
+    """As in `--backbone NAME` and `backbone: {name: NAME}`."""
+    causal: ClassVar[bool]
+    """Whether a token may only see those before it; then TTT must be causal too."""
+    streaming: ClassVar[bool] = False
+    """Whether the model can be fed token by token; then `stream` is implemented."""
+    options: ClassVar[type[BackboneOptions]]
+    """The `backbone` section."""
+    data_options: ClassVar[type[DataOptions]] = DataOptions
+    """The `data` section."""
+    ttt_defaults: ClassVar[Mapping[str, Any]] = {}
+    """The `ttt` section where the user names no preset: `preset` and what differs from it for this backbone."""
+    rules: ClassVar[Sequence[Callable[[RunConfig], Sequence[Any]]]] = ()
+    """Extra rules for `ttt check`: functions of the resolved config that return `ttt.config.Finding`s."""
+
+    # --- without torch ---
+
+    @abstractmethod
+    def presets(self) -> Mapping[str, str]:
+        """Complete, commented configs as YAML text, by preset name; `demo` must run anywhere, unchanged."""
+
+    @abstractmethod
+    def facts(self, config: RunConfig) -> BackboneFacts:
+        """Widths and lengths of the model and windows that `config` asks for."""
+
+    # --- with torch ---
+
+    @abstractmethod
+    def build(self, options: BackboneOptions, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+        """The model, weights loaded, in eval mode; on the device `meta`, its structure alone.
+
+        Raises:
+            ttt.errors.EnvironmentProblem: weights or packages are missing.
+        """
+
+    @abstractmethod
+    def sites(self, model: nn.Module) -> Sequence[Site]:
+        """Where TTT can go, one for each layer, in order. The model is not changed."""
+
+    @abstractmethod
+    def dataset(self, config: RunConfig, *, split: str, device: torch.device | str) -> WindowDataset:
+        """The windows of a split, `train` or `eval`.
+
+        Raises:
+            ttt.errors.EnvironmentProblem: files are missing or broken; the message names file and line.
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch, config: RunConfig) -> LossOutput:
+        """The training loss of a batch on the model's device."""
+
+    def set_gradient_checkpointing(self, model: nn.Module, enabled: bool) -> None:
+        """Switch the backbone's own activation checkpointing.
+
+        Raises:
+            ttt.errors.UsageError: the backbone has none and `enabled` asks for it.
+        """
+        if enabled:
+            from ttt.errors import UsageError
+
+            raise UsageError(
+                f"train.gradient_checkpointing: the backbone {self.name} has no activation checkpointing; "
+                f"write false"
+            )
+
+    def is_attention(self, parameter_name: str) -> bool:
+        """Whether a backbone parameter belongs to its attention (for `trainable: ttt+attention`)."""
+        return ".attn" in parameter_name or "attention" in parameter_name or ".self_attn" in parameter_name
+
+    # --- for the laws' suite and `ttt check --probe` ---
+
+    @abstractmethod
+    def tiny(self) -> BackboneOptions:
+        """Options of the smallest model of the same structure, which the laws are tested on."""
+
+    @abstractmethod
+    def example_batch(self, model: nn.Module, *, batch_size: int, tokens: int, seed: int) -> Batch:
+        """A random batch of the given size that the model accepts, on its device."""
+
+    @abstractmethod
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the model answers to a batch, `[B, T, …]`: row i, position t is all that token t's input decides.
+
+        On a causal backbone position t may depend on inputs 0 … t only.
+        """
+
+    @abstractmethod
+    def perturb(self, batch: Batch, *, token: int, row: int | None = None) -> Batch:
+        """A copy of the batch whose inputs differ from position `token` on, in every row or in one."""
+
+    def stream(self, model: nn.Module, batch: Batch, *, pieces: Sequence[int]) -> Tensor:
+        """What `outputs` gives, computed by feeding the model pieces of the given lengths (streaming backbones)."""
+        raise NotImplementedError(f"{type(self).__name__}.streaming is false")

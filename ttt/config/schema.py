@@ -1,0 +1,338 @@
+"""What a run is: pydantic models, strict and frozen, and the one place where a field is described.
+
+A field's docstring is its description everywhere: in the JSON schema, in the comments of `ttt init`, in the
+docs. This module imports no torch, so that checking a config is instant.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from ttt.errors import NestedCheckpointWarning
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # TTT-LM: arXiv 2407.04620, its PyTorch code's `ttt.py`.
+    "lm": {
+        "causal": True,
+        "qkvo_bias": False,
+        "normalize_qk": False,
+        "normalize_target": False,
+        "rope": "mini_batch",
+        "learnable_token_idx": True,
+        "ln_eps": 1e-6,
+        "input_norm": "none",
+    },
+    # TTT-Video: arXiv 2504.05298, its code's `ttt/models/ssm/ttt_layer.py`.
+    "video": {
+        "causal": False,
+        "qkvo_bias": True,
+        "normalize_qk": True,
+        "normalize_target": True,
+        "rope": "backbone",
+        "learnable_token_idx": False,
+        "ln_eps": 1e-8,
+        "input_norm": "none",
+    },
+}
+"""What each preset sets; a key written beside `preset` wins over it."""
+
+LITERATURE_BASE_LR = {"linear": 1.0, "mlp": 0.1}
+"""`base_lr` by inner model, as TTT-LM and TTT-Video trained."""
+
+
+class Section(BaseModel):
+    """Base of every config section: unknown keys are errors, types are strict, values do not change."""
+
+    model_config = ConfigDict(
+        strict=True,
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+def _whole_number(value: object) -> object:
+    """Let `1e6`, as it is written for evaluation, be the whole number that it is."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _parse_layers(value: object) -> object:
+    """Turn `"29,30,31"` and lists into a tuple; leave words to the type."""
+    if isinstance(value, str) and value not in {"all", "middle", "none"}:
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isascii() and part.isdigit() for part in parts):
+            raise ValueError('write "all", "middle", "none", a list of layer numbers, or "29,30,31"')
+        value = tuple(int(part) for part in parts)
+    if isinstance(value, bool):
+        raise ValueError('write "all", "middle", "none", a list of layer numbers, or "29,30,31"')
+    if isinstance(value, int):
+        value = (value,)
+    value = _as_tuple(value)
+    if isinstance(value, tuple) and len(set(value)) != len(value):
+        raise ValueError("a layer is named twice")
+    return value
+
+
+WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
+Layers = Annotated[
+    Literal["all", "middle", "none"] | tuple[Annotated[int, Field(ge=0)], ...],
+    BeforeValidator(
+        _parse_layers, json_schema_input_type=Literal["all", "middle", "none"] | str | int | list[int]
+    ),
+]
+HiddenDims = Annotated[
+    tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_tuple, json_schema_input_type=list[int])
+]
+
+
+class TTTConfig(Section):
+    """The `ttt` section: the layer, its inner model and where it goes.
+
+    `TTTConfig()` is TTT-Linear as the `lm` preset has it. Fields left out take the preset's value; the
+    defaults below are those of `lm`.
+    """
+
+    preset: Literal["lm", "video"] = "lm"
+    """Whose settings the fields below start from: TTT-LM's or TTT-Video's."""
+    layers: Layers = "all"
+    """Which backbone layers get TTT: all, middle (the middle half), none, or their numbers from 0."""
+    layer_type: Literal["linear", "mlp"] = "linear"
+    """The inner model that learns while it reads: one matrix per head, or an MLP."""
+    mlp_layers: Annotated[int, Field(ge=2, le=16)] = 2
+    """Matrices of the inner MLP. Only with `layer_type: mlp`."""
+    mlp_expansion_factor: Annotated[float, Field(gt=0, le=64)] = 4.0
+    """Hidden width of the inner MLP as a multiple of the head width."""
+    mlp_hidden_dims: HiddenDims | None = None
+    """Hidden widths of the inner MLP one by one (`mlp_layers` - 1 of them), instead of the factor."""
+    num_heads: Annotated[int, Field(ge=1)] | None = None
+    """Heads of the layer; null takes the backbone's."""
+    mini_batch_size: Annotated[WholeNumber, Field(ge=1, le=1 << 20)] = 16
+    """Tokens per step of inner learning: their gradients are all taken at the weights that opened it."""
+    base_lr: Annotated[float, Field(gt=0)] = 1.0
+    """Inner learning rate before the learned gate; the literature has 1.0 for linear, 0.1 for mlp."""
+    causal: bool = True
+    """Inside a mini-batch, whether a token learns only from those up to itself (needed by causal backbones)."""
+    qkvo_bias: bool = False
+    """Biases on the q, k, v and o projections."""
+    normalize_qk: bool = False
+    """L2-normalise q and k over the head width."""
+    normalize_target: bool = False
+    """Layer-normalise the inner target v - k."""
+    rope: Literal["none", "mini_batch", "backbone"] = "mini_batch"
+    """Rotary embedding of q and k: none, by position in the mini-batch, or positions given by the backbone."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary frequencies."""
+    learnable_token_idx: bool = True
+    """Learn the offset δ of the 1/i step sizes of a causal mini-batch (false: fixed at 0)."""
+    ln_eps: Annotated[float, Field(gt=0)] = 1e-6
+    """ε of the inner layer norms."""
+    input_norm: Literal["none", "rms"] = "none"
+    """Normalise the layer's input before the projections: not at all, or RMS without parameters."""
+    initial_gating_alpha: float = 0.1
+    """Start of the gate α in `x + tanh(α) ⊙ y`, every channel."""
+    scan_checkpoint_group_size: Annotated[WholeNumber, Field(ge=0)] = 16
+    """Mini-batches per checkpoint of the scan: memory and time only, never the result. 0 keeps everything."""
+    persistent_states: bool = False
+    """Carry fast weights from window to window of a file while training; needs windows in order."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, data: Any) -> Any:
+        """Give fields that were left out the preset's value."""
+        if not isinstance(data, Mapping):
+            return data
+        preset = data.get("preset", "lm")
+        filled = dict(data)
+        if isinstance(preset, str) and preset in PRESETS:
+            for key, value in PRESETS[preset].items():
+                filled.setdefault(key, value)
+        layer_type = data.get("layer_type", "linear")
+        if layer_type in LITERATURE_BASE_LR:
+            filled.setdefault("base_lr", LITERATURE_BASE_LR[layer_type])
+        return filled
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> TTTConfig:
+        """Refuse settings that no layer could honour together."""
+        if self.layer_type == "linear":
+            given = [
+                name
+                for name in ("mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims")
+                if getattr(self, name) != TTTConfig.model_fields[name].default
+            ]
+            if given:
+                raise ValueError(f"{given[0]} needs layer_type: mlp; a linear inner model has no hidden layer")
+        if self.mlp_hidden_dims is not None and len(self.mlp_hidden_dims) != self.mlp_layers - 1:
+            raise ValueError(
+                f"mlp_hidden_dims names {len(self.mlp_hidden_dims)} widths, but mlp_layers: {self.mlp_layers} "
+                f"has {self.mlp_layers - 1} between its matrices"
+            )
+        if self.learnable_token_idx and not self.causal:
+            raise ValueError(
+                "learnable_token_idx acts on the causal step sizes 1/i; write causal: true or "
+                "learnable_token_idx: false"
+            )
+        if self.rope == "mini_batch" and not self.causal:
+            raise ValueError(
+                "rope: mini_batch counts tokens of a causal stream; a non-causal layer takes rope: backbone or none"
+            )
+        for message in group_size_warnings(self.scan_checkpoint_group_size, self.mini_batch_size):
+            warnings.warn(message, NestedCheckpointWarning, stacklevel=3)
+        return self
+
+
+class TrainConfig(Section):
+    """The `train` section: how long, how fast, what learns."""
+
+    max_steps: Annotated[WholeNumber, Field(ge=1)] = 1000
+    """Optimiser steps."""
+    batch_size: Annotated[int, Field(ge=1)] = 1
+    """Windows per forward pass; with `persistent_states`, streams read side by side."""
+    num_microbatches: Annotated[int, Field(ge=1)] = 1
+    """Forward passes whose gradients are accumulated into one optimiser step."""
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate; the multipliers below apply to it."""
+    weight_lr_multiplier: Annotated[float, Field(ge=0)] = 1.0
+    """Multiplier of `lr` for the weights of TTT layers."""
+    alpha_lr_multiplier: Annotated[float, Field(ge=0)] = 1.0
+    """Multiplier of `lr` for the gates α."""
+    backbone_lr_multiplier: Annotated[float, Field(ge=0)] = 1.0
+    """Multiplier of `lr` for the unfrozen parts of the backbone."""
+    trainable: Literal["ttt", "ttt+attention", "all"] = "ttt"
+    """What learns: the TTT layers and gates, also the backbone's attention, or everything."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """AdamW's decay, on matrices; gates, norms, biases and learned rates have none."""
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+        BeforeValidator(_as_tuple, json_schema_input_type=list[float]),
+    ] = (0.9, 0.95)
+    """AdamW's moment decays."""
+    warmup_steps: Annotated[WholeNumber, Field(ge=0)] = 0
+    """Steps of linear warm-up."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Where the cosine ends, as a fraction of the peak."""
+    max_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient norm above which the gradient is scaled down."""
+    gradient_checkpointing: bool = False
+    """Activation checkpointing of the backbone's layers: every inner step runs forward once more."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the backbone's parameters; TTT weights and fast weights stay float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one."""
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    """Seed of initialisation and data order."""
+    log_freq: Annotated[int, Field(ge=1)] = 1
+    """Steps between lines of `metrics.jsonl`."""
+    evidence_freq: Annotated[int, Field(ge=1)] = 10
+    """Steps between measurements of each layer's inner loss and fast-weight movement."""
+    ckpt_freq: Annotated[WholeNumber, Field(ge=0)] = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    ckpt_keep: Annotated[int, Field(ge=1)] | None = 3
+    """How many checkpoints stay; null keeps all."""
+
+
+class EvalConfig(Section):
+    """The `eval` section."""
+
+    eval_freq: Annotated[WholeNumber, Field(ge=0)] = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    max_batches: Annotated[int, Field(ge=1)] | None = None
+    """How many batches an evaluation reads; null reads all."""
+
+
+class BackboneOptions(Section):
+    """Base of a plugin's `backbone` section."""
+
+    name: str
+    """Which backbone, as `ttt plugins` lists them."""
+
+
+class DataOptions(Section):
+    """Base of a plugin's `data` section."""
+
+    train_data: str | None = None
+    """Training data, in the backbone's format; null takes the demo data, where the preset has some."""
+    eval_data: str | None = None
+    """Held-out data in the same format; null evaluates on the training data, and says so."""
+    shuffle: bool = True
+    """Read windows in a random order, anew each epoch."""
+
+
+class RunConfig(Section):
+    """A whole run. `run_config_model` narrows `backbone` and `data` to one plugin's options."""
+
+    backbone: BackboneOptions
+    """The pretrained model."""
+    ttt: TTTConfig = Field(default_factory=lambda: TTTConfig.model_validate({}))
+    """The TTT layers."""
+    data: DataOptions = Field(default_factory=DataOptions)
+    """What it is trained on."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """How it is trained."""
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    """How it is measured."""
+    run_dir: str | None = None
+    """Where the run's files go; null makes a new folder under `runs/`."""
+
+
+def mini_batches(tokens: int, mini_batch_size: int) -> int:
+    """`N = ceil(T / C)`: the mini-batches of a sequence."""
+    return -(-tokens // mini_batch_size)
+
+
+def checkpoint_groups(tokens: int, mini_batch_size: int, group_size: int) -> int:
+    """How many checkpoints the scan keeps over a sequence: `ceil(N / g)`, none where it keeps everything."""
+    steps = mini_batches(tokens, mini_batch_size)
+    return 0 if group_size == 0 or group_size >= steps else -(-steps // group_size)
+
+
+def group_size_warnings(
+    group_size: int,
+    mini_batch_size: int,
+    *,
+    tokens: int | None = None,
+    window: str | None = None,
+    gradient_checkpointing: bool = False,
+) -> list[str]:
+    """Say what a group size costs, in this config's numbers; nothing where it costs nothing unusual.
+
+    Args:
+        group_size: `scan_checkpoint_group_size`, mini-batches per checkpoint.
+        mini_batch_size: `C`, tokens.
+        tokens: length of a sequence, where it is known; else 15 s of speech (188 tokens) stand as the example.
+        window: what that length is in the user's words, "15 s of audio".
+        gradient_checkpointing: whether activation checkpointing surrounds the layers.
+    """
+    example = tokens if tokens is not None else 188
+    name = window or (f"A sequence of {tokens} tokens" if tokens is not None else "15 s at 12.5 tokens a second")
+    steps = mini_batches(example, mini_batch_size)
+    messages = []
+    if group_size == 1 and steps > 1:
+        at_16 = checkpoint_groups(example, mini_batch_size, 16)
+        against = f"{at_16} at 16" if at_16 else "none at 16, which keeps everything"
+        messages.append(
+            f"scan_checkpoint_group_size: 1 makes one checkpoint per mini-batch, the worst of both: every carry is "
+            f"kept and every inner step still runs twice. {name} at mini_batch_size: {mini_batch_size} is {steps} "
+            f"of them, against {against}. Write 16, as the literature trained with, or 0 to keep everything. "
+            f"(Gradients are the same for every value.)"
+        )
+    if gradient_checkpointing and checkpoint_groups(example, mini_batch_size, group_size):
+        messages.append(
+            f"gradient_checkpointing: true around scan_checkpoint_group_size: {group_size} nests two "
+            f"checkpoints: every inner step runs forward 3 times, once more for each level. Write "
+            f"scan_checkpoint_group_size: 0 if one layer's scan fits in memory (then it runs twice). "
+            f"(With pure layers no nesting can change a gradient.)"
+        )
+    return messages

@@ -1,0 +1,64 @@
+"""What can go wrong, as types: each carries the exit code that the command line ends with.
+
+Messages are one sentence with the place and the way out; the command line prints them without a traceback.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TTTError(Exception):
+    """Anything foreseeable that ends the work; `exit_code` is the process's (1 where nothing says otherwise)."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(TTTError):
+    """The call does not fit: a wrong argument, an unknown name, a run directory that is already in use."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A config that cannot be honoured. `str(error)` holds every finding, each with its place."""
+
+
+class InjectionError(UsageError):
+    """TTT cannot be injected as planned; the model was left as it was."""
+
+
+class AdapterMismatchError(UsageError):
+    """An adapter file that belongs to something else; the message names each difference."""
+
+
+class EnvironmentProblem(TTTError):
+    """The machine lacks something: a file, weights, a package, disk space."""
+
+    exit_code = 3
+
+
+class AdapterFileError(EnvironmentProblem):
+    """An adapter file that is missing, cut short or not one of ours."""
+
+
+class PluginError(EnvironmentProblem):
+    """A plugin that is installed but cannot be used; the message names its distribution and the cause."""
+
+
+class NonFiniteError(TTTError):
+    """A loss or gradient that is not finite; training stopped before the optimiser step."""
+
+    exit_code = 4
+
+
+class InactiveLayerError(TTTError):
+    """An injected TTT layer that was never reached, or whose fast weights did not move."""
+
+
+class NestedCheckpointWarning(UserWarning):
+    """What a choice of `scan_checkpoint_group_size` costs, alone or inside another checkpoint.
+
+    It is about time and memory only: the layers of this library are pure, so no group size and no nesting
+    can change a gradient.
+    """
