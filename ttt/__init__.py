@@ -26,7 +26,22 @@ _EXPORTS = {
     "NestedCheckpointWarning": "ttt.errors",
 }
 
-__all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604 - the names are resolved by __getattr__
+__all__ = [
+    "Backbone",
+    "Gate",
+    "NestedCheckpointWarning",
+    "Site",
+    "TTTAdapter",
+    "TTTConfig",
+    "TTTLayer",
+    "TTTState",
+    "__version__",
+    "gates_closed",
+    "hookimpl",
+    "load_adapter",
+    "save_adapter",
+    "scan",
+]
 
 if TYPE_CHECKING:
     from ttt.adapter import Gate, TTTAdapter, gates_closed

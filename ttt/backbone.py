@@ -143,8 +143,7 @@ class Backbone(ABC):
             from ttt.errors import UsageError
 
             raise UsageError(
-                f"train.gradient_checkpointing: the backbone {self.name} has no activation checkpointing; "
-                f"write false"
+                f"train.gradient_checkpointing: the backbone {self.name} has no activation checkpointing; write false"
             )
 
     def is_attention(self, parameter_name: str) -> bool:

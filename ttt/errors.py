@@ -32,7 +32,7 @@ class AdapterMismatchError(UsageError):
     """An adapter file that belongs to something else; the message names each difference."""
 
 
-class EnvironmentProblem(TTTError):
+class EnvironmentProblem(TTTError):  # noqa: N818 - EnvironmentError is Python's own, and means OSError
     """The machine lacks something: a file, weights, a package, disk space."""
 
     exit_code = 3

@@ -100,7 +100,9 @@ def get_backbone(name: str) -> Backbone:
     for plugin in plugins:
         if plugin.name == name:
             if plugin.backbone is None:
-                raise PluginError(f"backbone {name!r} of {plugin.distribution} {plugin.version} is broken: {plugin.error}")
+                raise PluginError(
+                    f"backbone {name!r} of {plugin.distribution} {plugin.version} is broken: {plugin.error}"
+                )
             return plugin.backbone
     working = [plugin.name for plugin in plugins if plugin.backbone is not None]
     close = difflib.get_close_matches(name, working, n=1)

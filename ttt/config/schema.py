@@ -173,7 +173,9 @@ class TTTConfig(Section):
                 if getattr(self, name) != TTTConfig.model_fields[name].default
             ]
             if given:
-                raise ValueError(f"{given[0]} needs layer_type: mlp; a linear inner model has no hidden layer")
+                raise ValueError(
+                    f"{given[0]} needs layer_type: mlp; a linear inner model has no hidden layer"
+                )
         if self.mlp_hidden_dims is not None and len(self.mlp_hidden_dims) != self.mlp_layers - 1:
             raise ValueError(
                 f"mlp_hidden_dims names {len(self.mlp_hidden_dims)} widths, but mlp_layers: {self.mlp_layers} "
@@ -287,6 +289,24 @@ class RunConfig(Section):
     """Where the run's files go; null makes a new folder under `runs/`."""
 
 
+def select_layers(layers: Literal["all", "middle", "none"] | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """The layers, of `num_layers`, that a `ttt.layers` names, in order.
+
+    Raises:
+        ValueError: one of them does not exist; the message names the range.
+    """
+    if layers == "all":
+        return tuple(range(num_layers))
+    if layers == "middle":
+        return tuple(range(num_layers // 4, num_layers - num_layers // 4))
+    if layers == "none":
+        return ()
+    outside = [layer for layer in layers if layer >= num_layers]
+    if outside:
+        raise ValueError(f"layer {outside[0]} does not exist; the backbone's {num_layers} layers are 0 to {num_layers - 1}")
+    return tuple(sorted(layers))
+
+
 def mini_batches(tokens: int, mini_batch_size: int) -> int:
     """`N = ceil(T / C)`: the mini-batches of a sequence."""
     return -(-tokens // mini_batch_size)
@@ -316,7 +336,9 @@ def group_size_warnings(
         gradient_checkpointing: whether activation checkpointing surrounds the layers.
     """
     example = tokens if tokens is not None else 188
-    name = window or (f"A sequence of {tokens} tokens" if tokens is not None else "15 s at 12.5 tokens a second")
+    name = window or (
+        f"A sequence of {tokens} tokens" if tokens is not None else "15 s at 12.5 tokens a second"
+    )
     steps = mini_batches(example, mini_batch_size)
     messages = []
     if group_size == 1 and steps > 1:

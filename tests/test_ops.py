@@ -1,0 +1,243 @@
+"""The fast forms against the definition, in float64, with rates that vary and gradients of everything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ttt.ops.minibatch import Inner, Stream, Tokens, learn, trace
+from ttt.ops.mlp import gelu, gelu_gradient
+from ttt.ops.norm import inner_loss, inner_loss_gradient, layer_norm, normalize_target
+from ttt.ops.reference import reference
+from ttt.ops.rotary import apply_rotary, rotary_angles
+
+C = 4
+LENGTHS = [1, C - 1, C, C + 1, 3 * C + 2]
+MODELS = {"linear": (), "mlp": (10,), "mlp of 3": (7, 5)}
+B, H, F = 3, 2, 6
+
+
+class Case:
+    """Inputs of a sequence of T tokens; every tensor is a leaf that wants a gradient."""
+
+    def __init__(self, length, hidden, *, causal=True, offset=True, open_state=False, seed=0):
+        g = torch.Generator().manual_seed(seed)
+
+        def draw(*shape, scale=1.0, shift=0.0):
+            return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale + shift).requires_grad_()
+
+        self.q, self.k, self.target = (draw(B, H, length, F) for _ in range(3))
+        self.rate = (torch.rand(B, H, length, generator=g, dtype=torch.float64) * 0.5 + 0.05).requires_grad_()
+        widths = (F, *hidden, F)
+        self.weights, self.gradients = (), None
+        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+            self.weights += (draw(B, H, fan_in, fan_out, scale=0.4), draw(B, H, 1, fan_out, scale=0.2))
+        self.count = [0] * B
+        if open_state:
+            self.gradients = tuple(draw(*w.shape, scale=0.1) for w in self.weights)
+            self.count = [1, C - 1, 2]
+        self.gamma, self.beta = draw(H, F, scale=0.3, shift=1.0), draw(H, F, scale=0.3)
+        self.offset = draw(C, scale=0.2) if offset and causal else None
+        self.causal = causal
+        self.eps = 1e-6
+
+    @property
+    def leaves(self):
+        found = [self.q, self.k, self.target, self.rate, *self.weights, self.gamma, self.beta]
+        return found + list(self.gradients or ()) + ([self.offset] if self.offset is not None else [])
+
+    def inner(self):
+        if self.causal:
+            scale = 1 / torch.arange(1, C + 1, dtype=torch.float64)
+            scale = (scale + self.offset).clamp_min(0) if self.offset is not None else scale
+        else:
+            scale = torch.full((C,), 1 / C, dtype=torch.float64)
+        return Inner(self.gamma[:, None], self.beta[:, None], scale, self.causal, self.eps)
+
+    def stream(self):
+        if self.gradients is None:
+            return Stream(self.weights)
+        return Stream(self.weights, self.gradients, torch.tensor(self.count))
+
+    def slow(self):
+        z, weights, gradients, count = reference(
+            self.q, self.k, self.target, self.rate, self.weights, self.gamma, self.beta,
+            mini_batch_size=C, causal=self.causal, eps=self.eps, offset_C=self.offset,
+            gradients=self.gradients, count=self.count,
+        )  # fmt: skip
+        return [z, *weights, *gradients], count
+
+    def fast(self, pieces=None, group_size=2):
+        tokens = Tokens(self.q, self.k, self.target, self.rate[..., None])
+        parts, stream, start = [], self.stream(), 0
+        for piece in pieces or [self.q.shape[2]]:
+            part = Tokens(*(x[:, :, start : start + piece] for x in tokens))
+            z, stream = learn(part, stream, self.inner(), group_size=group_size)
+            parts.append(z)
+            start += piece
+        gradients = stream.gradients or tuple(torch.zeros_like(w) for w in stream.weights)
+        count = [0] * B if stream.count_B is None else stream.count_B.tolist()
+        return [torch.cat(parts, dim=2), *stream.weights, *gradients], count
+
+
+def gradients(outputs, leaves):
+    """Of a sum that weighs every number differently."""
+    total = sum((x * torch.linspace(0.3, 1.7, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in outputs)
+    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+def assert_equal_to(case, fast, slow):
+    (outputs, count), (expected, expected_count) = fast, slow
+    assert count == expected_count
+    for a, b in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    for a, b in zip(gradients(outputs, case.leaves), gradients(expected, case.leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "non-causal"])
+def test_dual_form_is_the_definition(model, length, causal):
+    case = Case(length, MODELS[model], causal=causal, seed=length)
+    assert_equal_to(case, case.fast(), case.slow())
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_streams_that_stand_anywhere(model, length):
+    """Open mini-batches at another place in every row, their summed gradients an input with a gradient."""
+    case = Case(length, MODELS[model], open_state=True, seed=10 + length)
+    assert_equal_to(case, case.fast(), case.slow())
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("open_state", [False, True], ids=["from a boundary", "from anywhere"])
+@pytest.mark.parametrize("pieces", [[1] * 14, [5, 1, 3, 5], [2, 12], [13, 1], [4, 4, 6]], ids=str)
+def test_pieces_are_the_whole(model, open_state, pieces):
+    """Law 4, outputs, final state and gradients through it."""
+    case = Case(14, MODELS[model], open_state=open_state, seed=20)
+    assert_equal_to(case, case.fast(pieces), case.fast())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_pieces_of_whole_minibatches_are_the_whole_non_causal(model):
+    case = Case(3 * C + 2, MODELS[model], causal=False, seed=21)
+    assert_equal_to(case, case.fast([C, 2 * C, 2]), case.fast())
+
+
+@pytest.mark.parametrize("group_size", [0, 1, 2, 3, 100])
+@pytest.mark.parametrize("open_state", [False, True])
+def test_groups_change_nothing(group_size, open_state):
+    """Law 2, at the level of the operation."""
+    case = Case(18, (10,), open_state=open_state, seed=30)
+    assert_equal_to(case, case.fast(group_size=group_size), case.fast(group_size=0))
+
+
+def test_a_token_of_zero_rate_teaches_nothing():
+    """Law 8 for rates, and what padding relies on."""
+    case = Case(6, (10,), seed=40)
+    with torch.no_grad():
+        case.rate[:, :, 2] = 0
+        (before, *_), _ = case.fast()
+        case.k[:, :, 2] += 1
+        case.target[:, :, 2] -= 3
+        (after, *_), _ = case.fast()
+    torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_do_not_see_each_other():
+    """Law 5."""
+    case = Case(9, (10,), open_state=True, seed=41)
+    (z, *_), _ = case.fast()
+    touched = torch.autograd.grad(z[1].sum(), case.leaves, allow_unused=True)
+    for leaf, gradient in zip(case.leaves, touched, strict=True):
+        if leaf.shape[0] == B and gradient is not None:
+            assert gradient[0].abs().max() == 0
+            assert gradient[2].abs().max() == 0
+
+
+def test_causal_does_not_look_ahead_and_non_causal_does():
+    """Law 3: the first output depends on later tokens only where the update is not causal."""
+    for causal in (True, False):
+        case = Case(C, (), causal=causal, seed=42)
+        (z, *_), _ = case.fast()
+        gradient = torch.autograd.grad(z[:, :, 0].square().sum(), case.target)[0]
+        assert (gradient[:, :, 1:].abs().max() == 0) == causal
+
+
+def test_non_causal_refuses_an_open_minibatch():
+    case = Case(C, (), open_state=True)
+    inner = case.inner()._replace(causal=False)
+    tokens = Tokens(case.q, case.k, case.target, case.rate[..., None])
+    with pytest.raises(ValueError, match="never left open"):
+        learn(tokens, case.stream(), inner, group_size=0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_trace_is_the_inner_loss_around_each_step(model, causal):
+    case = Case(2 * C + 1, MODELS[model], causal=causal, offset=False, seed=50)
+    inner = case.inner()
+    found = trace(Tokens(case.q, case.k, case.target, case.rate[..., None]), case.stream(), inner)
+    assert found.before.shape == found.after.shape == (3,)
+
+    def loss(weights, tokens):
+        z = case.k[:, :, tokens]
+        for i in range(0, len(weights), 2):
+            z = z @ weights[i] + weights[i + 1]
+            z = gelu(z) if i + 2 < len(weights) else z
+        normed = layer_norm(z, case.gamma[:, None], case.beta[:, None], eps=case.eps)
+        return (0.5 * (normed - case.target[:, :, tokens]).square().sum(-1)).mean()
+
+    weights = case.weights
+    for n, tokens in enumerate([slice(0, C), slice(C, 2 * C)]):
+        part = Case(C, MODELS[model], causal=causal, offset=False, seed=50)
+        part.q, part.k, part.target = (x[:, :, tokens] for x in (case.q, case.k, case.target))
+        part.rate, part.weights = case.rate[:, :, tokens], weights
+        part.gamma, part.beta = case.gamma, case.beta
+        moved = part.slow()[0][1 : 1 + len(weights)]
+        torch.testing.assert_close(found.before[n], loss(weights, tokens))
+        torch.testing.assert_close(found.after[n], loss(moved, tokens))
+        weights = tuple(moved)
+
+
+def test_norm_gradient_against_autograd():
+    g = torch.Generator().manual_seed(0)
+    z, target = (torch.randn(5, 7, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    gamma, beta = (torch.randn(7, generator=g, dtype=torch.float64) for _ in range(2))
+    losses = inner_loss(z, target, gamma, beta, eps=1e-5)
+    assert losses.shape == (5,)
+    expected = torch.autograd.grad(losses.sum(), z)[0]
+    torch.testing.assert_close(inner_loss_gradient(z, target, gamma, beta, eps=1e-5), expected, rtol=1e-12, atol=1e-12)
+    own = torch.nn.functional.layer_norm(z, (7,), gamma, beta, eps=1e-5)
+    torch.testing.assert_close(layer_norm(z, gamma, beta, eps=1e-5), own, rtol=1e-12, atol=1e-12)
+
+
+def test_gelu_gradient_against_autograd():
+    x = torch.linspace(-6, 6, 101, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(gelu(x).sum(), x)[0]
+    torch.testing.assert_close(gelu_gradient(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_normalized_target_has_the_unbiased_deviation_with_eps_outside():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 5, generator=g, dtype=torch.float64)
+    gamma, beta = (torch.randn(5, generator=g, dtype=torch.float64) for _ in range(2))
+    expected = gamma * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-3) + beta
+    torch.testing.assert_close(normalize_target(x, gamma, beta, eps=1e-3), expected, rtol=1e-12, atol=1e-12)
+    constant = torch.ones(1, 5, dtype=torch.float64, requires_grad=True)
+    normalize_target(constant, gamma, beta, eps=1e-8).sum().backward()
+    assert constant.grad.isfinite().all()
+
+
+def test_rotary_turns_adjacent_pairs():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 5, 8, generator=g, dtype=torch.float64)
+    positions = torch.tensor([0, 1, 2, 7, 3])
+    cos, sin = rotary_angles(positions, 8, theta=100.0, dtype=torch.float64)
+    exponents = torch.arange(4, dtype=torch.float64) * 2 / 8
+    turn = torch.polar(torch.ones(5, 4, dtype=torch.float64), positions[:, None] * 100.0**-exponents)
+    expected = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2))) * turn).flatten(-2)
+    torch.testing.assert_close(apply_rotary(x, cos, sin), expected, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,165 @@
+"""The gated residual around a TTT layer, and the two ways to run adapters otherwise: gates closed, states carried."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ttt.config import TTTConfig
+from ttt.layer import Rotary, TTTLayer
+from ttt.state import TTTState
+
+if TYPE_CHECKING:
+    from ttt.inject import Injection
+
+
+class Gate(nn.Module):
+    """`x + tanh(α) ⊙ y`, α per channel; closed, or with α at 0, it is x bit for bit.
+
+    Args:
+        dim: width D.
+        initial_alpha: where every channel's α starts.
+        device: of α.
+        dtype: of α.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        initial_alpha: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.initial_alpha = initial_alpha
+        self.gating_alpha = nn.Parameter(torch.full((dim,), initial_alpha, device=device, dtype=dtype))
+        self.closed = False
+        """Answer x alone; see `gates_closed`."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """`[…,D]` and `[…,D]` to `[…,D]`, in the type of x; the sum is rounded once."""
+        if self.closed:
+            return x
+        wide = torch.promote_types(x.dtype, self.gating_alpha.dtype)
+        return (x.to(wide) + torch.tanh(self.gating_alpha).to(wide) * y.to(wide)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Shape for `print(model)`."""
+        return f"dim={self.gating_alpha.shape[0]}, initial_alpha={self.initial_alpha}"
+
+
+@dataclass
+class Port:
+    """Where a backbone that calls its adapter with tokens alone gets states in and out."""
+
+    incoming: TTTState | None = None
+    """The state that forward passes start from; they do not change it, so that a recomputation starts there too."""
+    outgoing: TTTState | None = None
+    """The detached state that the last forward pass ended with."""
+
+
+class TTTAdapter(nn.Module):
+    """`x + tanh(α) ⊙ TTT(x)`: what is injected into a backbone.
+
+    Args:
+        dim: model width D.
+        num_heads: heads of the backbone.
+        config: the `ttt` section.
+        device: of the parameters.
+        dtype: of the parameters; float32 keeps small updates that bfloat16 would round away.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        config: TTTConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.layer = TTTLayer(dim, num_heads, config, device=device, dtype=dtype)
+        self.gate = Gate(dim, config.initial_gating_alpha, device=device, dtype=dtype)
+        self.port: Port | None = None
+
+    def adapt(
+        self, x: Tensor, state: TTTState | None = None, *, rotary: Rotary | None = None
+    ) -> tuple[Tensor, TTTState]:
+        """Tokens `[B,T,D]` and where the streams stand, to tokens and where they stand then."""
+        y, state = self.layer(x, state, rotary=rotary)
+        return self.gate(x, y), state
+
+    def forward(self, x: Tensor, *, rotary: Rotary | None = None) -> Tensor:
+        """Tokens `[B,T,D]` to tokens: fresh streams, or those of `carried`."""
+        if self.gate.closed:
+            return x
+        out, state = self.adapt(x, self.port.incoming if self.port else None, rotary=rotary)
+        if self.port is not None:
+            self.port.outgoing = state.detach()
+        return out
+
+
+@contextlib.contextmanager
+def gates_closed(model: nn.Module) -> Iterator[None]:
+    """Run the model as if nothing had been injected: inside, every gate answers its first argument alone."""
+    gates = [module for module in model.modules() if isinstance(module, Gate)]
+    before = [gate.closed for gate in gates]
+    try:
+        for gate in gates:
+            gate.closed = True
+        yield
+    finally:
+        for gate, closed in zip(gates, before, strict=True):
+            gate.closed = closed
+
+
+@dataclass
+class Carry:
+    """The states that a forward pass under `carried` ended with."""
+
+    ports: Mapping[str, Port] = field(default_factory=dict)
+
+    @property
+    def states(self) -> dict[str, TTTState]:
+        """By site name, detached; without those that no forward pass has reached."""
+        return {name: port.outgoing for name, port in self.ports.items() if port.outgoing is not None}
+
+
+@contextlib.contextmanager
+def carried(injection: Injection, states: Mapping[str, TTTState] | None = None) -> Iterator[Carry]:
+    """Start forward passes from given states, and keep the states that they end with.
+
+    The states are an input like any other: every forward pass inside starts from the same ones, so a recomputation
+    under activation checkpointing gives what the first pass gave. Call `backward` inside as well.
+
+    Args:
+        injection: what `ttt.inject.apply` returned.
+        states: by site name; a site that is missing starts fresh.
+
+    Raises:
+        ValueError: a state for a site that is not there, or an adapter that carries none.
+    """
+    states = states or {}
+    unknown = sorted(set(states) - set(injection.adapters))
+    if unknown:
+        raise ValueError(f"states for {', '.join(unknown)}, where nothing is injected")
+    adapters: dict[str, TTTAdapter] = {}
+    for name, adapter in injection.adapters.items():
+        if not isinstance(adapter, TTTAdapter):
+            raise ValueError(f"the adapter at {name} carries no state from window to window")
+        adapters[name] = adapter
+    carry = Carry({name: Port(states.get(name)) for name in adapters})
+    try:
+        for name, adapter in adapters.items():
+            adapter.port = carry.ports[name]
+        yield carry
+    finally:
+        for adapter in adapters.values():
+            adapter.port = None

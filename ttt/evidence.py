@@ -1,0 +1,98 @@
+"""Showing that TTT acts: what each layer's inner learning did in a forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttt.adapter import Gate
+from ttt.inject import Injection
+from ttt.layer import TTTLayer
+from ttt.state import TTTState
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """What one adapter did."""
+
+    inner_loss_before: float
+    """Inner loss at the weights that opened each mini-batch; mean over mini-batches, streams, heads, tokens."""
+    inner_loss_after: float
+    """The same tokens' inner loss after the mini-batch's step."""
+    movement: float
+    """`‖W_T − W_0‖ / ‖W_0‖` over all fast weights, mean over streams; a step still open counts."""
+    gate: float
+    """Mean of `|tanh(α)|` over channels and gates."""
+    gate_max: float
+    """The largest of them."""
+
+
+class observe:  # noqa: N801 - used as `with observe(injection) as evidence`
+    """Watch a forward pass: `with observe(injection) as evidence: loss = …`, then `evidence.layers()`.
+
+    Each adapter's first call inside is measured, by forward hooks and without gradient; outputs and gradients are
+    those of a pass that is not watched. It costs about one more forward pass of the TTT layers.
+    """
+
+    def __init__(self, injection: Injection) -> None:
+        self._injection = injection
+        self._handles: list[Any] = []
+        self._measured: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __enter__(self) -> observe:
+        for name, adapter in self._injection.adapters.items():
+            for module in adapter.modules():
+                if isinstance(module, TTTLayer):
+                    self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @property
+    def reached(self) -> frozenset[str]:
+        """Names of the sites whose layer was called."""
+        return frozenset(self._measured)
+
+    def layers(self) -> dict[str, LayerEvidence]:
+        """What was measured, by site name; waits for the device."""
+        found = {}
+        for name, (before, after, movement) in self._measured.items():
+            gates = [g for g in self._injection.adapters[name].modules() if isinstance(g, Gate)]
+            opening = torch.cat([torch.tanh(gate.gating_alpha.detach()).abs() for gate in gates])
+            found[name] = LayerEvidence(
+                before.item(), after.item(), movement.item(), opening.mean().item(), opening.max().item()
+            )
+        return found
+
+    def _hook(self, name: str) -> Any:
+        def measure(layer: nn.Module, args: Any, kwargs: Any, result: tuple[Tensor, TTTState]) -> None:
+            if name in self._measured:
+                return  # a recomputation, or another direction over the same tokens
+            assert isinstance(layer, TTTLayer)
+            with torch.no_grad():
+                trace = layer.trace(*args, **kwargs)
+                state = result[1]
+                moved = _norms(
+                    tuple(
+                        w - getattr(layer, key).to(w)
+                        for w, key in zip(layer.effective_weights(state), layer.weight_names, strict=True)
+                    )
+                )
+                start = _norms(layer.initial_state(1, dtype=state.weights[0].dtype).weights)
+                self._measured[name] = (trace.before.mean(), trace.after.mean(), (moved / start).mean())
+
+        return measure
+
+
+def _norms(weights: tuple[Tensor, ...]) -> Tensor:
+    """Norm over all the weights of each stream, `[B]`."""
+    return torch.stack([w.flatten(1).square().sum(1) for w in weights]).sum(0).sqrt()

@@ -1,0 +1,262 @@
+"""Files that are written whole or not at all, and safetensors read with every damage told in one sentence.
+
+This module imports no torch until tensors are read or written: a safetensors header is JSON behind its length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ttt.errors import EnvironmentProblem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TEMPORARY = ".writing-"
+"""Start of the names that unfinished files and folders have."""
+
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+_MAX_HEADER = 100_000_000  # safetensors' own limit
+_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """What a safetensors header says of one tensor."""
+
+    dtype: str
+    """In safetensors' words: `F32`, `BF16`, …"""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """A safetensors header."""
+
+    tensors: dict[str, TensorFacts]
+    metadata: dict[str, str]
+
+
+def size_in_words(count: float) -> str:
+    """A number of bytes as people say it, `1.5 GB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+@contextlib.contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Turn what the system says while `what` is written into one sentence.
+
+    Raises:
+        EnvironmentProblem: the disk is full, or the place cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in _FULL or "(os error 28)" in str(error):
+            raise EnvironmentProblem(
+                f"{what}: no space left on the disk; nothing half written was left there. Free some space "
+                f"({_free_in_words(what)}) or choose another place"
+            ) from error
+        cause = getattr(error, "strerror", None) or str(error)
+        raise EnvironmentProblem(f"{what}: cannot be written: {cause}") from error
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above `path`, or itself, that is there."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def free_bytes(path: Path) -> int | None:
+    """Bytes that are free where `path` is or will be; None where the system does not say."""
+    try:
+        return shutil.disk_usage(_existing(path)).free
+    except OSError:
+        return None
+
+
+def _free_in_words(path: Path) -> str:
+    free = free_bytes(path)
+    return "how much is free is not known" if free is None else f"{size_in_words(free)} are free"
+
+
+def require_space(path: Path, needed: int, *, what: str) -> None:
+    """Refuse to begin what cannot end.
+
+    Raises:
+        EnvironmentProblem: less than `needed` bytes are free where `path` is; `what` names what needs them.
+    """
+    free = free_bytes(path)
+    if free is not None and free < needed:
+        raise EnvironmentProblem(
+            f"{path}: {what} takes {size_in_words(needed)}, but only {size_in_words(free)} are free; free some "
+            f"space or choose another place"
+        )
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name in the same folder, and so on the same disk, that nobody else uses and that says what it is."""
+    return path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+
+
+def sync(path: Path) -> None:
+    """Have the system put a file or folder on the disk, so that a rename after it cannot overtake it."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        EnvironmentProblem: the disk is full, or the place cannot be written; what was there is still there.
+    """
+    temporary = temporary_beside(path)
+    with writing(path):
+        try:
+            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _of_its_own(tensor: Tensor) -> Tensor:
+    """The tensor in contiguous CPU memory that no other shares, which safetensors asks for; a copy if need be."""
+    tensor = tensor.detach().cpu().contiguous()
+    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if alone else tensor.clone()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whole or not at all.
+
+    Raises:
+        EnvironmentProblem: the disk is full, or the place cannot be written; what was there is still there.
+    """
+    from safetensors.torch import save_file
+
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    require_space(path, needed, what=path.name)
+    temporary = temporary_beside(path)
+    with writing(path):
+        try:
+            save_file(
+                {name: _of_its_own(tensor) for name, tensor in tensors.items()}, temporary, metadata=dict(metadata)
+            )
+            sync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file, checked against the file's length; no tensor is read.
+
+    Raises:
+        EnvironmentProblem: the file is missing, cut short, or no safetensors file; one sentence says which.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(_MAX_HEADER, size - 8):
+                raise EnvironmentProblem(f"{path}: no safetensors file, or cut short: {size} bytes hold no header")
+            text = file.read(length)
+    except FileNotFoundError:
+        raise EnvironmentProblem(f"{path}: no such file") from None
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: cannot be read: {error.strerror or error}") from error
+    try:
+        header, end = _parse_header(text)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise EnvironmentProblem(f"{path}: no safetensors file: its header does not parse") from None
+    if 8 + length + end != size:
+        raise EnvironmentProblem(f"{path}: damaged: its header promises {8 + length + end} bytes, the file has {size}")
+    return header
+
+
+def _parse_header(text: bytes) -> tuple[Header, int]:
+    """The header and the offset where the last tensor ends; any of the usual exceptions where it is none."""
+    content = json.loads(text)
+    metadata = {str(key): str(value) for key, value in content.pop("__metadata__", {}).items()}
+    tensors, end = {}, 0
+    for name, entry in content.items():
+        facts = TensorFacts(str(entry["dtype"]), tuple(int(extent) for extent in entry["shape"]))
+        first, last = entry["data_offsets"]
+        width = _BYTES.get(facts.dtype)
+        if not 0 <= first <= last or (width and last - first != width * math.prod(facts.shape)):
+            raise ValueError(name)
+        tensors[name] = facts
+        end = max(end, last)
+    return Header(tensors, metadata), end
+
+
+def read_tensors(path: Path, *, device: Any = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file, after its header was checked.
+
+    Raises:
+        EnvironmentProblem: the file is missing, cut short, or no safetensors file; one sentence says which.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    read_header(path)
+    try:
+        return load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise EnvironmentProblem(f"{path}: cannot be read: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        EnvironmentProblem: the file is missing, or holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EnvironmentProblem(f"{path}: no such file") from None
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: cannot be read: {error.strerror or error}") from error
+    except json.JSONDecodeError as error:
+        raise EnvironmentProblem(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
+    except (UnicodeDecodeError, RecursionError):
+        raise EnvironmentProblem(f"{path}: not JSON") from None
+    if not isinstance(content, dict):
+        raise EnvironmentProblem(f"{path}: not a JSON object")
+    return content

@@ -1,0 +1,217 @@
+"""Putting TTT into a model: plan (validate everything), apply, eject.
+
+A site is a module of the backbone that becomes an instance of a subclass of its own class, which calls the adapter
+where TTT goes; the adapter is its new child. So every parameter keeps its name, wrappers that look for the original
+class still find it, and ejection restores the class and removes the child. Nothing changes until the whole plan is
+found good, and a failure on the way undoes what was done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttt.adapter import TTTAdapter
+from ttt.config import TTTConfig
+from ttt.config.schema import select_layers
+from ttt.errors import InjectionError
+from ttt.layer import TTTLayer, check_head_width
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place where TTT can go. Subclass it where attaching needs more than a new class and a child."""
+
+    layer: int
+    """Its number, as `ttt.layers` names it."""
+    path: str
+    """Dotted path of `module` in the model."""
+    module: nn.Module
+    """What gets the adapter as a child."""
+    dim: int
+    """Width D of the tokens there."""
+    num_heads: int
+    """The backbone's heads there."""
+    subclass: type[nn.Module]
+    """What `module` becomes: a subclass of its class, with no parameters of its own, that calls `self.ttt`."""
+    adapter: type[nn.Module] = TTTAdapter
+    """Called as `adapter(dim, num_heads, config, device=…, dtype=…)`."""
+    attribute: str = "ttt"
+    """Name of the adapter as a child of `module`."""
+
+    @property
+    def name(self) -> str:
+        """Dotted path of the adapter in the model."""
+        return f"{self.path}.{self.attribute}"
+
+    def attach(self, adapter: nn.Module) -> None:
+        """Make `module` call the adapter."""
+        self.module.add_module(self.attribute, adapter)
+        self.module.__class__ = self.subclass
+
+    def detach(self, original: type[nn.Module]) -> None:
+        """Undo `attach`."""
+        self.module.__class__ = original
+        if self.attribute in self.module._modules:
+            delattr(self.module, self.attribute)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sites that TTT will go into, found good."""
+
+    sites: tuple[Site, ...]
+    config: TTTConfig
+
+
+class Injection:
+    """TTT in a model: the adapters, and the way back."""
+
+    def __init__(self, model: nn.Module, plan: Plan, originals: Sequence[type[nn.Module]]) -> None:
+        self.model = model
+        """The adapted model; the object that was given."""
+        self.config = plan.config
+        """The `ttt` section."""
+        self.sites = plan.sites
+        """Where TTT is, in order."""
+        self._originals = tuple(originals)
+        self._ejected = False
+
+    @property
+    def adapters(self) -> dict[str, nn.Module]:
+        """The adapters by site name, in order of layers; empty once ejected."""
+        return {} if self._ejected else {site.name: getattr(site.module, site.attribute) for site in self.sites}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The adapters' parameters under their names in the model; none of the backbone's."""
+        return {
+            f"{name}.{key}": value
+            for name, adapter in self.adapters.items()
+            for key, value in adapter.state_dict().items()
+        }
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy values into the adapters' parameters.
+
+        Raises:
+            InjectionError: a name is missing, unknown, or has another shape; nothing is copied then.
+        """
+        own = self.state_dict()
+        problems = [f"{name} is missing" for name in own if name not in tensors]
+        problems += [f"{name} is unknown" for name in tensors if name not in own]
+        problems += [
+            f"{name} is {list(tensors[name].shape)}, not {list(value.shape)}"
+            for name, value in own.items()
+            if name in tensors and tensors[name].shape != value.shape
+        ]
+        if problems:
+            raise InjectionError(f"these tensors do not fit the adapters: {'; '.join(problems)}")
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(tensors[name])
+
+    def eject(self) -> None:
+        """Restore the model as it was. A second call does nothing."""
+        if not self._ejected:
+            _detach_all(self.sites, self._originals)
+            self._ejected = True
+
+
+def plan(sites: Sequence[Site], config: TTTConfig, *, causal: bool = True) -> Plan:
+    """Choose the sites that the config names and check everything that could fail.
+
+    Args:
+        sites: what the backbone offers, one for each layer.
+        config: the `ttt` section.
+        causal: whether the backbone is.
+
+    Raises:
+        InjectionError: a layer that does not exist, heads that do not fit, a non-causal update on a causal backbone,
+            TTT that is already there, or a site that would change the backbone's own parameters.
+    """
+    by_layer = {site.layer: site for site in sites}
+    if len(by_layer) != len(sites):
+        raise InjectionError("the backbone offers two sites for one layer")
+    try:
+        chosen = tuple(by_layer[layer] for layer in select_layers(config.layers, len(sites)))
+        for site in chosen:
+            check_head_width(site.dim, config.num_heads or site.num_heads, config)
+    except ValueError as error:
+        raise InjectionError(f"ttt: {error}") from None
+    if causal and not config.causal and config.mini_batch_size > 1:
+        raise InjectionError(
+            "ttt.causal: false on a causal backbone lets a token learn from later ones of its mini-batch; write "
+            "causal: true"
+        )
+    for site in chosen:
+        if hasattr(site.module, site.attribute):
+            raise InjectionError(f"{site.name} is there already; eject the first injection before another")
+        if not issubclass(site.subclass, type(site.module)):
+            raise InjectionError(
+                f"{site.path} is a {type(site.module).__name__}, and {site.subclass.__name__} is no subclass of that"
+            )
+    return Plan(chosen, config)
+
+
+def apply(
+    model: nn.Module,
+    sites: Sequence[Site],
+    config: TTTConfig,
+    *,
+    causal: bool = True,
+    seed: int = 0,
+) -> Injection:
+    """Inject TTT into the model, in place.
+
+    Adapters are made on the device of each site in float32 (float64 where the site is), in the site's train or eval
+    mode, with values that depend on the seed and the layer alone. A state dict of the plain backbone still loads into
+    the adapted model: where it holds nothing of an adapter, the adapter stays as it is.
+
+    Args:
+        model: what the sites are of.
+        sites: what the backbone offers.
+        config: the `ttt` section.
+        causal: whether the backbone is.
+        seed: of the adapters' values.
+
+    Raises:
+        InjectionError: see `plan`; the model is as it was.
+    """
+    planned = plan(sites, config, causal=causal)
+    adapters = [_make_adapter(site, config, seed) for site in planned.sites]
+    originals = [type(site.module) for site in planned.sites]
+    try:
+        for site, adapter in zip(planned.sites, adapters, strict=True):
+            site.attach(adapter)
+    except BaseException:
+        _detach_all(planned.sites, originals)
+        raise
+    return Injection(model, planned, originals)
+
+
+def _make_adapter(site: Site, config: TTTConfig, seed: int) -> nn.Module:
+    reference = next(site.module.parameters())
+    dtype = torch.promote_types(reference.dtype, torch.float32)
+    adapter = site.adapter(site.dim, site.num_heads, config, device=reference.device, dtype=dtype)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + site.layer) % (1 << 63))
+    for module in adapter.modules():
+        if isinstance(module, TTTLayer):
+            module.reset_parameters(generator)
+    adapter.train(site.module.training)
+    adapter.register_load_state_dict_pre_hook(_keep_where_absent)
+    return adapter
+
+
+def _keep_where_absent(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a state dict of the plain backbone load strictly: give it the adapter's own values."""
+    if not any(name.startswith(prefix) for name in state_dict):
+        state_dict.update(module.state_dict(prefix=prefix))
+
+
+def _detach_all(sites: Sequence[Site], originals: Sequence[type[nn.Module]]) -> None:
+    for site, original in zip(sites, originals, strict=True):
+        site.detach(original)

@@ -1,0 +1,264 @@
+"""The TTT layer: tokens and a state in, tokens and a state out."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ttt.config import TTTConfig
+from ttt.ops.minibatch import Inner, InnerTrace, Tokens, learn, trace
+from ttt.ops.norm import normalize_target, rms_norm
+from ttt.ops.rotary import apply_rotary, rotary_angles
+from ttt.state import TTTState, weight_names
+
+INITIAL_STD = 0.02
+Rotary = tuple[Tensor, Tensor]
+
+
+class TTTLayer(nn.Module):
+    """A layer whose hidden state is a small model that learns from every mini-batch of tokens it reads.
+
+    `y = W_o · LN(z)`, where `z_t = q_t + LN_γβ(f_{W_t}(q_t))` and `W_t` has learned from the tokens so far by
+    `ℓ = ½ ‖LN_γβ(f_W(k)) − (v − k)‖²`. `forward` is pure: it writes to no parameter and no buffer, and its fast
+    weights come in and go out as a `TTTState`. Parameters carry the names and shapes of the literature's code.
+
+    Fast weights, their gradients, norms and rotary run in float32 or wider, whatever the type of the tokens or of
+    autocast; the projections run in the type of the tokens.
+
+    Args:
+        dim: model width D.
+        num_heads: heads H, unless the config has its own.
+        config: everything else.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: D does not divide by H, or rotary pairs do not fit an odd head width.
+
+    Source: TTT-LM (arXiv 2407.04620) and TTT-Video (arXiv 2504.05298).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        config: TTTConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        heads = config.num_heads or num_heads
+        check_head_width(dim, heads, config)
+        self.config = config
+        self.dim = dim
+        self.num_heads = heads
+        self.head_width = width = dim // heads
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            linear = nn.utils.skip_init(nn.Linear, dim, dim, bias=config.qkvo_bias, device=device or "cpu", dtype=dtype)
+            self.add_module(name, linear)
+        widths = inner_widths(width, config)
+        self.weight_names = weight_names(2 * (len(widths) - 1))
+        for index, (fan_in, fan_out) in enumerate(itertools.pairwise(widths), 1):
+            self.register_parameter(f"W{index}", parameter(heads, fan_in, fan_out))
+            self.register_parameter(f"b{index}", parameter(heads, 1, fan_out))
+        self.ttt_norm_weight = parameter(heads, width)
+        self.ttt_norm_bias = parameter(heads, width)
+        self.learnable_ttt_lr_weight = parameter(heads, 1, dim)
+        self.learnable_ttt_lr_bias = parameter(heads, 1)
+        if config.learnable_token_idx:
+            self.learnable_token_idx = parameter(config.mini_batch_size)
+        self.post_norm = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Start anew: matrices normal(0, 0.02), biases and offsets zero, norms the identity.
+
+        Args:
+            generator: on the CPU; the values are drawn there, so that they are the same on every device.
+        """
+        for name, value in self.named_parameters():
+            if value.is_meta:
+                continue
+            if name in ("ttt_norm_weight", "post_norm.weight"):
+                value.fill_(1)
+            elif name.endswith(("_proj.weight", "ttt_lr_weight")) or name.startswith("W"):
+                value.copy_(torch.empty(value.shape).normal_(0, INITIAL_STD, generator=generator))
+            else:
+                value.zero_()
+
+    def initial_state(self, batch_size: int, *, dtype: torch.dtype = torch.float32) -> TTTState:
+        """The state of B streams that have read nothing: the layer's own W and b, differentiable, not copied."""
+        weights = (getattr(self, name) for name in self.weight_names)
+        return TTTState(tuple(w.to(dtype).expand(batch_size, *w.shape) for w in weights))
+
+    def reset(self, state: TTTState, rows: Tensor) -> TTTState:
+        """The state with the rows `[B]` that are true starting over."""
+        return self.initial_state(state.batch_size, dtype=state.weights[0].dtype).where(rows, state)
+
+    def forward(
+        self, x: Tensor, state: TTTState | None = None, *, rotary: Rotary | None = None
+    ) -> tuple[Tensor, TTTState]:
+        """Read a sequence, or the next piece of one.
+
+        Args:
+            x: tokens `[B,T,D]`, T ≥ 1.
+            state: where the streams stand; None starts them fresh.
+            rotary: cosine and sine `[…,T,F/2]` that broadcast to `[B,H,T,F/2]`, with `rope: backbone` only.
+
+        Returns:
+            `y [B,T,D]` in the type of `x`, and the state after the last token.
+
+        Raises:
+            ValueError: the shapes do not fit, or `rotary` does not fit the config.
+        """
+        state = self._checked(x, state, rotary)
+        with no_autocast(x):
+            tokens = self._tokens(x, state, rotary)
+            z_BHTF, stream = learn(
+                tokens, state.stream, self._inner(tokens.q.dtype), group_size=self.config.scan_checkpoint_group_size
+            )
+            z = z_BHTF.transpose(1, 2).flatten(2)
+            z = F.layer_norm(
+                z, (self.dim,), self.post_norm.weight.to(z), self.post_norm.bias.to(z), eps=self.post_norm.eps
+            )
+            y = self._project("o_proj", z.to(x.dtype))
+        return y, TTTState.of(stream)
+
+    def trace(self, x: Tensor, state: TTTState | None = None, *, rotary: Rotary | None = None) -> InnerTrace:
+        """The inner loss before and after the step of each mini-batch, `[N]` each; arguments as in `forward`."""
+        state = self._checked(x, state, rotary)
+        with torch.no_grad(), no_autocast(x):
+            tokens = self._tokens(x, state, rotary)
+            return trace(tokens, state.stream, self._inner(tokens.q.dtype))
+
+    def effective_weights(self, state: TTTState) -> tuple[Tensor, ...]:
+        """What the streams' last token answered with: an open mini-batch's step taken."""
+        if state.gradients is None or state.count is None:
+            return state.weights
+        scale = self._scale(state.weights[0].dtype)[(state.count - 1).clamp_min(0)]
+        scale = torch.where(state.count > 0, scale, 0)[:, None, None, None]
+        return tuple(w - scale * g for w, g in zip(state.weights, state.gradients, strict=True))
+
+    def extra_repr(self) -> str:
+        """Shapes for `print(model)`."""
+        return (
+            f"dim={self.dim}, num_heads={self.num_heads}, layer_type={self.config.layer_type}, "
+            f"mini_batch_size={self.config.mini_batch_size}, causal={self.config.causal}"
+        )
+
+    def _checked(self, x: Tensor, state: TTTState | None, rotary: Rotary | None) -> TTTState:
+        if x.dim() != 3 or x.shape[-1] != self.dim or x.shape[1] == 0:
+            shape = tuple(x.shape)
+            raise ValueError(f"a TTT layer of width {self.dim} reads [B, T, {self.dim}] with T ≥ 1, not {shape}")
+        if (rotary is not None) != (self.config.rope == "backbone"):
+            raise ValueError(
+                "rope: backbone needs the backbone's rotary angles; none were given"
+                if rotary is None
+                else f"rotary angles were given, but the config says rope: {self.config.rope}"
+            )
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if state is None:
+            return self.initial_state(x.shape[0], dtype=dtype)
+        if state.batch_size != x.shape[0]:
+            raise ValueError(f"the state is of {state.batch_size} streams, the tokens of {x.shape[0]}")
+        if state.weights[0].dtype != dtype:
+            raise ValueError(f"the state is {state.weights[0].dtype}; tokens of {x.dtype} need {dtype}")
+        return state
+
+    def _project(self, name: str, x: Tensor) -> Tensor:
+        linear: nn.Linear = getattr(self, name)
+        bias = None if linear.bias is None else linear.bias.to(x.dtype)
+        return F.linear(x, linear.weight.to(x.dtype), bias)
+
+    def _tokens(self, x: Tensor, state: TTTState, rotary: Rotary | None) -> Tokens:
+        """Queries, keys, targets and rates of the tokens."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        eps = self.config.ln_eps
+        wide = x.to(dtype)
+        if self.config.input_norm == "rms":
+            wide = rms_norm(wide, eps=eps)
+            x = wide.to(x.dtype)
+
+        def heads(name: str) -> Tensor:
+            return self._project(name, x).to(dtype).unflatten(-1, (self.num_heads, self.head_width)).transpose(1, 2)
+
+        q_BHTF, k_BHTF, v_BHTF = heads("q_proj"), heads("k_proj"), heads("v_proj")
+        if self.config.normalize_qk:
+            q_BHTF, k_BHTF = F.normalize(q_BHTF, dim=-1), F.normalize(k_BHTF, dim=-1)
+        if self.config.rope == "mini_batch":
+            rotary = self._minibatch_rotary(x.shape[1], state, dtype)
+        if rotary is not None:
+            cos, sin = rotary[0].to(dtype), rotary[1].to(dtype)
+            q_BHTF, k_BHTF = apply_rotary(q_BHTF, cos, sin), apply_rotary(k_BHTF, cos, sin)
+        target_BHTF = v_BHTF - k_BHTF
+        if self.config.normalize_target:
+            gamma, beta = self._norm(dtype)
+            target_BHTF = normalize_target(target_BHTF, gamma, beta, eps=eps)
+        rate_BTH = F.linear(
+            wide, self.learnable_ttt_lr_weight.to(dtype).squeeze(1), self.learnable_ttt_lr_bias.to(dtype).squeeze(1)
+        )
+        rate_BHT1 = rate_BTH.sigmoid().transpose(1, 2).unsqueeze(-1) * (self.config.base_lr / self.head_width)
+        return Tokens(q_BHTF, k_BHTF, target_BHTF, rate_BHT1)
+
+    def _minibatch_rotary(self, length: int, state: TTTState, dtype: torch.dtype) -> Rotary:
+        positions = torch.arange(length, device=state.weights[0].device)
+        if state.count is not None:
+            positions = (state.count[:, None] + positions)[:, None]
+        positions = positions % self.config.mini_batch_size
+        return rotary_angles(positions, self.head_width, theta=self.config.rope_theta, dtype=dtype)
+
+    def _norm(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.ttt_norm_weight.to(dtype).unsqueeze(1), self.ttt_norm_bias.to(dtype).unsqueeze(1)
+
+    def _scale(self, dtype: torch.dtype) -> Tensor:
+        """The step size by position, `[C]`."""
+        size, device = self.config.mini_batch_size, self.ttt_norm_weight.device
+        if not self.config.causal:
+            return torch.full((size,), 1 / size, dtype=dtype, device=device)
+        scale = 1 / torch.arange(1, size + 1, dtype=dtype, device=device)
+        if self.config.learnable_token_idx:
+            scale = (scale + self.learnable_token_idx.to(dtype)).clamp_min(0)
+        return scale
+
+    def _inner(self, dtype: torch.dtype) -> Inner:
+        return Inner(*self._norm(dtype), self._scale(dtype), self.config.causal, self.config.ln_eps)
+
+
+def inner_widths(head_width: int, config: TTTConfig) -> tuple[int, ...]:
+    """Widths of the inner model from input to output: `(F, F)`, or `(F, 4F, F)` for the MLP of two layers."""
+    if config.layer_type == "linear":
+        return (head_width, head_width)
+    hidden = config.mlp_hidden_dims or (round(head_width * config.mlp_expansion_factor),) * (config.mlp_layers - 1)
+    return (head_width, *hidden, head_width)
+
+
+def check_head_width(dim: int, num_heads: int, config: TTTConfig) -> None:
+    """Refuse heads that do not fit.
+
+    Raises:
+        ValueError: saying which number does not divide.
+    """
+    if dim % num_heads:
+        raise ValueError(f"width {dim} does not divide into {num_heads} heads; write a ttt.num_heads that divides it")
+    if config.rope != "none" and (dim // num_heads) % 2:
+        raise ValueError(
+            f"heads of odd width {dim // num_heads} have no pairs for rotary embedding; write ttt.rope: none or "
+            f"another ttt.num_heads"
+        )
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Autocast off for the device of `x`, where it could be on."""
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()

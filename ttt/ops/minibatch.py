@@ -1,0 +1,268 @@
+"""A sequence as mini-batches: full ones through the scan, those that a piece leaves open or finds open beside it.
+
+A stream's state is the weights that opened its current mini-batch, the gradients summed over the tokens read of it,
+and how many those are. Streams of a batch may stand at different places; nothing here waits for the device to know
+where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ttt.ops.linear import linear_minibatch, linear_model
+from ttt.ops.mlp import mlp_minibatch, mlp_model
+from ttt.ops.norm import inner_loss
+from ttt.ops.scan import scan
+
+Weights = tuple[Tensor, ...]
+
+
+class Stream(NamedTuple):
+    """The state of B streams."""
+
+    weights: Weights
+    """What opened the current mini-batch: `W [B,H,in,out]`, `b [B,H,1,out]`, in turn."""
+    gradients: Weights | None = None
+    """`Σ_j η_j ∇ℓ_j(W)` over the tokens read of it, in the same shapes; None where no stream has read any."""
+    count_B: Tensor | None = None
+    """How many tokens those are, int64, 0 … C−1; None with `gradients`."""
+
+
+class Inner(NamedTuple):
+    """What a layer's inner learning is made of, apart from the sequence and the state."""
+
+    gamma_H1F: Tensor
+    beta_H1F: Tensor
+    scale_C: Tensor
+    """Step size by position in the mini-batch: `max(1/i + δ_i, 0)`, or 1/C everywhere where not causal."""
+    causal: bool
+    eps: float
+
+    @property
+    def mini_batch_size(self) -> int:
+        """`C`."""
+        return self.scale_C.shape[0]
+
+
+class Tokens(NamedTuple):
+    """What the tokens of a sequence bring, `[B,H,T,F]`, and their rates `[B,H,T,1]`."""
+
+    q: Tensor
+    k: Tensor
+    target: Tensor
+    rate: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
+        """The function of each."""
+        return Tokens(*(function(x) for x in self))
+
+
+def _minibatch(weights: Weights) -> Callable[..., tuple[Tensor, Weights]]:
+    return linear_minibatch if len(weights) == 2 else mlp_minibatch
+
+
+def _answer(
+    weights: Weights, gradients: Weights | None, tokens: Tokens, inner: Inner, scale_C1: Tensor
+) -> tuple[Tensor, Weights]:
+    return _minibatch(weights)(
+        weights,
+        gradients,
+        *tokens,
+        inner.gamma_H1F,
+        inner.beta_H1F,
+        scale_C1,
+        causal=inner.causal,
+        eps=inner.eps,
+    )
+
+
+def _move(weights: Weights, gradients: Weights, scale: Tensor, where: Tensor | None = None) -> Weights:
+    """The weights that open the next mini-batch, `W − s_C G`; only for rows `where [B]` is true."""
+    if where is not None:
+        scale = torch.where(where, scale, 0)[:, None, None, None]
+    return tuple(w - scale * g for w, g in zip(weights, gradients, strict=True))
+
+
+def _scan_full(
+    weights: Weights, cells: Tokens, inner: Inner, group_size: int, closed_NB: Tensor | None = None
+) -> tuple[Tensor, Weights]:
+    """Scan over mini-batches `[B,H,N,C,F]`; those rows that do not fill one leave it as it was (`closed_NB`)."""
+    eps, causal = inner.eps, inner.causal
+
+    def step(carry: Weights, x: dict[str, Any], gamma: Tensor, beta: Tensor, scale_C: Tensor) -> tuple[Weights, Tensor]:
+        inner = Inner(gamma, beta, scale_C, causal, eps)
+        z, gradients = _answer(carry, None, x["tokens"], inner, scale_C[:, None])
+        return _move(carry, gradients, scale_C[-1], x.get("closed")), z
+
+    columns: dict[str, Any] = {"tokens": cells.map(lambda x: x.movedim(2, 0))}
+    if closed_NB is not None:
+        columns["closed"] = closed_NB
+    weights, z_NBHCF = scan(
+        step,
+        weights,
+        columns,
+        consts=(inner.gamma_H1F, inner.beta_H1F, inner.scale_C),
+        group_size=group_size,
+    )
+    return z_NBHCF.movedim(0, 2).flatten(2, 3), weights
+
+
+def learn(tokens: Tokens, stream: Stream, inner: Inner, *, group_size: int) -> tuple[Tensor, Stream]:
+    """Answer a sequence or a piece of one, learning from it on the way.
+
+    In pieces of any lengths the answers and the final state are those of the whole (causal). A non-causal mini-batch
+    closes where the sequence ends, as if tokens of zero rate filled it: its pieces are multiples of C.
+
+    Args:
+        tokens: `[B,H,T,F]` and rates `[B,H,T,1]`, in the type that the fast weights have.
+        stream: the state before the first token.
+        inner: norms, step sizes, kind of update.
+        group_size: `scan_checkpoint_group_size`; memory and time only.
+
+    Returns:
+        `z [B,H,T,F]` and the state after the last token.
+
+    Raises:
+        ValueError: a non-causal layer is given an open mini-batch.
+    """
+    if not inner.causal:
+        if stream.count_B is not None:
+            raise ValueError("a non-causal mini-batch is never left open; this state comes from a causal layer")
+        return _learn_padded(tokens, stream.weights, inner, group_size)
+    if stream.gradients is None or stream.count_B is None:
+        return _learn_from_boundary(tokens, stream.weights, inner, group_size)
+    if tokens.q.shape[2] == 1:
+        return _learn_one(tokens, stream.weights, stream.gradients, stream.count_B, inner)
+    return _learn_from_anywhere(tokens, stream.weights, stream.gradients, stream.count_B, inner, group_size)
+
+
+def _learn_padded(tokens: Tokens, weights: Weights, inner: Inner, group_size: int) -> tuple[Tensor, Stream]:
+    length, size = tokens.q.shape[2], inner.mini_batch_size
+    padding = -length % size
+    if padding:
+        tokens = tokens.map(lambda x: torch.nn.functional.pad(x, (0, 0, 0, padding)))
+    z, weights = _scan_full(weights, tokens.map(lambda x: x.unflatten(2, (-1, size))), inner, group_size)
+    return z[:, :, :length], Stream(weights)
+
+
+def _learn_from_boundary(tokens: Tokens, weights: Weights, inner: Inner, group_size: int) -> tuple[Tensor, Stream]:
+    """Every row opens a mini-batch with the first token."""
+    length, size = tokens.q.shape[2], inner.mini_batch_size
+    rest = length % size
+    parts = []
+    if length >= size:
+        full = tokens.map(lambda x: x[:, :, : length - rest].unflatten(2, (-1, size)))
+        z, weights = _scan_full(weights, full, inner, group_size)
+        parts.append(z)
+    if not rest:
+        return parts[0], Stream(weights)
+    z, gradients = _answer(
+        weights, None, tokens.map(lambda x: x[:, :, length - rest :]), inner, inner.scale_C[:rest, None]
+    )
+    parts.append(z)
+    count = torch.full((z.shape[0],), rest, dtype=torch.int64, device=z.device)
+    return torch.cat(parts, dim=2), Stream(weights, gradients, count)
+
+
+def _learn_one(
+    tokens: Tokens, weights: Weights, gradients: Weights, count_B: Tensor, inner: Inner
+) -> tuple[Tensor, Stream]:
+    """One token for each row, wherever it stands in its mini-batch."""
+    scale = inner.scale_C[count_B][:, None, None, None]
+    z, gradients = _answer(weights, gradients, tokens, inner, scale)
+    count_B = count_B + 1
+    closed = count_B == inner.mini_batch_size
+    weights = _move(weights, gradients, inner.scale_C[-1], closed)
+    gradients = _zero_where(closed, gradients)
+    return z, Stream(weights, gradients, torch.where(closed, 0, count_B))
+
+
+def _learn_from_anywhere(
+    tokens: Tokens, weights: Weights, gradients: Weights, count_B: Tensor, inner: Inner, group_size: int
+) -> tuple[Tensor, Stream]:
+    """Rows stand anywhere in their mini-batches: each is laid out from its own place in a grid of mini-batches.
+
+    Row b fills slots `count_b … count_b + T − 1`. The first mini-batch continues the summed gradients, the others
+    go through the scan, and where a row ends inside one its gradients are taken once more at the weights that the
+    scan left it, so that the carry holds weights alone.
+    """
+    length, size = tokens.q.shape[2], inner.mini_batch_size
+    cells = -(-(length + size - 1) // size)
+    end_B = count_B + length
+    grid = _gather_tokens(tokens, torch.arange(cells * size, device=count_B.device) - count_B[:, None])
+    grid = grid.map(lambda x: x.unflatten(2, (cells, size)))
+
+    first = grid.map(lambda x: x[:, :, 0])
+    z, first_gradients = _answer(weights, gradients, first, inner, inner.scale_C[:, None])
+    closed_B = end_B >= size
+    weights = _move(weights, first_gradients, inner.scale_C[-1], closed_B)
+    if cells > 1:
+        full_NB = end_B >= size * torch.arange(2, cells + 1, device=count_B.device)[:, None]
+        others, weights = _scan_full(weights, grid.map(lambda x: x[:, :, 1:]), inner, group_size, full_NB)
+        z = torch.cat((z, others), dim=2)
+
+    # What each row has read of the mini-batch that it ends in, unless that is the first, whose sum is at hand.
+    count_out = end_B % size
+    slots = torch.arange(size, device=count_B.device)
+    place = slots + (length - count_out)[:, None]
+    tail = _gather_tokens(tokens, torch.where(slots < count_out[:, None], place, length))
+    _, tail_gradients = _answer(weights, None, tail, inner, inner.scale_C[:, None])
+    open_gradients = tuple(
+        torch.where(closed_B[:, None, None, None], t, f) for t, f in zip(tail_gradients, first_gradients, strict=True)
+    )
+    taken = (count_B[:, None] + torch.arange(length, device=count_B.device))[:, None, :, None]
+    return z.gather(2, taken.expand_as(tokens.q)), Stream(weights, open_gradients, count_out)
+
+
+def _gather_tokens(tokens: Tokens, index_BT: Tensor) -> Tokens:
+    """Tokens by their place, `[B,T']`; a place outside the sequence gives some token at zero rate."""
+    length = tokens.q.shape[2]
+    inside = ((index_BT >= 0) & (index_BT < length))[:, None, :, None]
+    index = index_BT.clamp(0, length - 1)[:, None, :, None]
+
+    def take(x: Tensor) -> Tensor:
+        return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
+
+    q, k, target, rate = tokens.map(take)
+    return Tokens(q, k, target, torch.where(inside, rate, 0))
+
+
+def _zero_where(rows: Tensor, tensors: Weights) -> Weights:
+    return tuple(torch.where(rows[:, None, None, None], 0, x) for x in tensors)
+
+
+class InnerTrace(NamedTuple):
+    """How the inner loss moved, for each mini-batch: means over streams, heads and tokens, `[N]`."""
+
+    before: Tensor
+    """At the weights that opened the mini-batch."""
+    after: Tensor
+    """At those weights after its step, on the same tokens."""
+
+
+@torch.no_grad()
+def trace(tokens: Tokens, stream: Stream, inner: Inner) -> InnerTrace:
+    """The inner loss before and after the step of each mini-batch (of its share, where the sequence ends inside).
+
+    Mini-batches are counted from the first token: an open one in `stream` is continued as if it opened here, with
+    its weights. Arguments as in `learn`.
+    """
+    weights, size = stream.weights, inner.mini_batch_size
+    model = linear_model if len(weights) == 2 else mlp_model
+    before: list[Tensor] = []
+    after: list[Tensor] = []
+    for start in range(0, tokens.q.shape[2], size):
+        part = tokens.map(lambda x, start=start: x[:, :, start : start + size])  # type: ignore[misc]
+        read = part.q.shape[2]
+        scale_C1 = inner.scale_C[:read, None]
+        _, gradients = _answer(weights, None, part, inner, scale_C1)
+        moved = _move(weights, gradients, inner.scale_C[read - 1])
+        for losses, at in ((before, weights), (after, moved)):
+            z = model(at, part.k)
+            losses.append(inner_loss(z, part.target, inner.gamma_H1F, inner.beta_H1F, eps=inner.eps).mean())
+        weights = moved
+    return InnerTrace(torch.stack(before), torch.stack(after))

@@ -1,0 +1,276 @@
+"""A scan over the leading axis of a pytree that recomputes groups of steps in backward.
+
+One differentiable operation: it saves its inputs and the carry that opens each group, whatever surrounds it. So an
+enclosing checkpoint, of any kind and at any depth, sees the same tensors saved in its forward and in its
+recomputation, and the autocast state that held in forward holds when a group runs again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+Carry = TypeVar("Carry")
+Flat = tuple[Any, ...]
+
+
+def scan(
+    step: Callable[..., tuple[Carry, Any]],
+    carry: Carry,
+    xs: Any,
+    *,
+    consts: Sequence[Any] = (),
+    group_size: int = 0,
+) -> tuple[Carry, Any]:
+    """Run `carry, y = step(carry, x, *consts)` over the leading axis of `xs` and stack the `y`, like `jax.lax.scan`.
+
+    Differentiable in `carry`, `xs` and `consts`. With `group_size` g it keeps the carry that opens every group of g
+    steps, and in backward runs each group once more: memory between forward and backward is that of the inputs and
+    `ceil(N/g) − 1` carries, in backward one group's activations are added. With 0, or at least as many as there are
+    steps, it keeps everything and runs nothing twice. Where no gradient is asked for, nothing is kept. The result
+    does not depend on g.
+
+    Args:
+        step: a pure function of its arguments: it must give the same result when it runs again, and reach every
+            tensor that needs a gradient through its arguments, not through a closure.
+        carry: a pytree of tensors; `step` returns one of the same structure, shapes and types.
+        xs: a pytree of tensors `[N, …]`, N ≥ 1.
+        consts: pytrees of tensors that every step reads.
+        group_size: g, from 0. N need not be a multiple of it.
+
+    Returns:
+        The last carry, and the pytree of the `y` with a leading axis of N.
+
+    Raises:
+        ValueError: `xs` has no steps or its tensors disagree on how many, `group_size` is negative, or `step` changes
+            the structure, a shape or a type of the carry.
+        RuntimeError: in backward, where `step` closes over a tensor that needs a gradient, which would be lost; and
+            where a gradient of a gradient is asked for (use `group_size=0` for that).
+    """
+    xs_leaves, xs_spec = pytree.tree_flatten(xs)
+    carry_leaves, carry_spec = pytree.tree_flatten(carry)
+    const_leaves, const_spec = pytree.tree_flatten(tuple(consts))
+    lengths = {leaf.shape[0] if leaf.dim() else 0 for leaf in xs_leaves}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"scan: every tensor of xs needs the same leading axis, of 1 or more; got {sorted(lengths)}")
+    if group_size < 0:
+        raise ValueError(f"scan: group_size is {group_size}; it counts steps, from 0")
+    length = lengths.pop()
+    program = _Program(step, carry_spec, xs_spec, const_spec, group_size, length)
+    leaves = (*carry_leaves, *xs_leaves, *const_leaves)
+    keeps_everything = group_size == 0 or group_size >= length
+    needs_gradient = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    if keeps_everything or not needs_gradient:
+        final, stacked = program.run(tuple(carry_leaves), tuple(xs_leaves), tuple(const_leaves))
+    else:
+        program.autocast = _AutocastState(next(leaf for leaf in leaves if leaf.requires_grad).device.type)
+        out = _GroupedScan.apply(program, len(carry_leaves), len(xs_leaves), *leaves)
+        final, stacked = out[: len(carry_leaves)], out[len(carry_leaves) :]
+    assert program.y_spec is not None
+    return pytree.tree_unflatten(list(final), carry_spec), pytree.tree_unflatten(list(stacked), program.y_spec)
+
+
+class _AutocastState:
+    """The autocast settings of one moment, to be restored when a group runs again.
+
+    Without the cache of casts: what one run caches under `no_grad` must not be found by another that needs it
+    differentiable.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        self.device_types = ("cpu",) if device_type == "cpu" else (device_type, "cpu")
+        self.settings = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in self.device_types
+        ]
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self.settings:
+                # With autocast off, its constructor would still complain about a type it does not support.
+                keywords = {"dtype": dtype} if enabled else {}
+                stack.enter_context(torch.autocast(kind, enabled=enabled, cache_enabled=False, **keywords))
+            yield
+
+
+class _Program:
+    """What a scan runs, apart from its tensors."""
+
+    def __init__(
+        self,
+        step: Callable[..., tuple[Any, Any]],
+        carry_spec: pytree.TreeSpec,
+        xs_spec: pytree.TreeSpec,
+        const_spec: pytree.TreeSpec,
+        group_size: int,
+        length: int,
+    ) -> None:
+        self.step = step
+        self.carry_spec = carry_spec
+        self.xs_spec = xs_spec
+        self.const_spec = const_spec
+        self.group_size = group_size
+        self.length = length
+        self.y_spec: pytree.TreeSpec | None = None
+        self.autocast: _AutocastState | None = None
+
+    def one_step(self, carry: Flat, x: Flat, consts: Any) -> tuple[Flat, Flat]:
+        """`step` on flat carries, checking that the carry keeps its form."""
+        new_carry, y = self.step(
+            pytree.tree_unflatten(list(carry), self.carry_spec),
+            pytree.tree_unflatten(list(x), self.xs_spec),
+            *consts,
+        )
+        new_leaves, new_spec = pytree.tree_flatten(new_carry)
+        if new_spec != self.carry_spec:
+            raise ValueError(f"scan: step returned a carry of another structure: {new_spec}, not {self.carry_spec}")
+        for old, new in zip(carry, new_leaves, strict=True):
+            if old.shape != new.shape or old.dtype != new.dtype:
+                raise ValueError(
+                    f"scan: step turned a carry of shape {tuple(old.shape)}, {old.dtype} into {tuple(new.shape)}, "
+                    f"{new.dtype}; a carry keeps its shape and type"
+                )
+        y_leaves, self.y_spec = pytree.tree_flatten(y)
+        return tuple(new_leaves), tuple(y_leaves)
+
+    def steps(self, carry: Flat, xs: Flat, consts: Flat) -> tuple[Flat, list[Flat]]:
+        """Every step over the leading axis of `xs`."""
+        # unbind, not indexing: its backward is one stack, where indexing would fill a zero tensor for each step.
+        columns = [x.unbind(0) for x in xs]
+        const_trees = pytree.tree_unflatten(list(consts), self.const_spec)
+        ys = []
+        for x in zip(*columns, strict=True):
+            carry, y = self.one_step(carry, x, const_trees)
+            ys.append(y)
+        return carry, ys
+
+    def run(self, carry: Flat, xs: Flat, consts: Flat) -> tuple[Flat, Flat]:
+        """Every step, in plain operations that autograd records as it finds them."""
+        carry, ys = self.steps(carry, xs, consts)
+        return carry, tuple(torch.stack(parts) for parts in zip(*ys, strict=True))
+
+    def groups(self) -> list[tuple[int, int]]:
+        return [(i, min(i + self.group_size, self.length)) for i in range(0, self.length, self.group_size)]
+
+
+class _GroupedScan(torch.autograd.Function):
+    """Saves the inputs and the carry that opens each group after the first; recomputes group by group."""
+
+    @staticmethod
+    def forward(ctx: Any, program: _Program, carries: int, columns: int, *leaves: Tensor) -> tuple[Tensor, ...]:
+        initial = leaves[:carries]
+        xs, consts = leaves[carries : carries + columns], leaves[carries + columns :]
+        carry: Flat = initial
+        kept: list[Tensor] = []
+        stacked: list[Tensor] = []
+        assert program.autocast is not None
+        with program.autocast.restored():
+            for start, stop in program.groups():
+                if start:
+                    kept += carry
+                carry, ys = program.steps(carry, tuple(x[start:stop] for x in xs), consts)
+                if not stacked:
+                    stacked = [y.new_empty((program.length, *y.shape)) for y in ys[0]]
+                for index, y in enumerate(ys, start):
+                    for whole, part in zip(stacked, y, strict=True):
+                        whole[index] = part
+                del ys
+        # A step may hand an input through; autograd wants an output of its own.
+        outputs = [*(new.clone() if any(new is leaf for leaf in leaves) else new for new in carry), *stacked]
+        ctx.save_for_backward(*leaves, *kept)
+        ctx.program, ctx.carries, ctx.columns, ctx.leaves = program, carries, columns, len(leaves)
+        ctx.mark_non_differentiable(*(out for out in outputs if not _differentiable(out)))
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        program: _Program = ctx.program
+        saved: Flat = ctx.saved_tensors
+        leaves, kept = saved[: ctx.leaves], saved[ctx.leaves :]
+        initial = leaves[: ctx.carries]
+        xs = leaves[ctx.carries : ctx.carries + ctx.columns]
+        consts = leaves[ctx.carries + ctx.columns :]
+        wanted = ctx.needs_input_grad[3:]
+        xs_wanted = wanted[ctx.carries : ctx.carries + ctx.columns]
+        consts_wanted = wanted[ctx.carries + ctx.columns :]
+
+        carry_gradients: list[Tensor | None] = list(output_gradients[: ctx.carries])
+        y_gradients = output_gradients[ctx.carries :]
+        x_gradients = [torch.zeros_like(x) if want else None for x, want in zip(xs, xs_wanted, strict=True)]
+        const_gradients: list[Tensor | None] = [None] * len(consts)
+
+        groups = program.groups()
+        for number in range(len(groups) - 1, -1, -1):
+            start, stop = groups[number]
+            opening = kept[(number - 1) * ctx.carries : number * ctx.carries] if number else initial
+            # A later carry depends on everything before it, so each needs its gradient; the first only if asked for.
+            carry_in = [
+                _leaf(x, _differentiable(x) and (number > 0 or want))
+                for x, want in zip(opening, wanted[: ctx.carries], strict=True)
+            ]
+            x_in = [_leaf(x[start:stop], want) for x, want in zip(xs, xs_wanted, strict=True)]
+            const_in = [_leaf(x, want) for x, want in zip(consts, consts_wanted, strict=True)]
+            with torch.enable_grad(), program.autocast.restored():  # type: ignore[union-attr]
+                carry_out, ys = program.steps(tuple(carry_in), tuple(x_in), tuple(const_in))
+            inputs = [x for x in (*carry_in, *x_in, *const_in) if x.requires_grad]
+            outputs: list[Tensor] = []
+            gradients: list[Tensor] = []
+            for out, gradient in zip(carry_out, carry_gradients, strict=True):
+                if gradient is not None and out.requires_grad:
+                    outputs.append(out)
+                    gradients.append(gradient)
+            for index, y in enumerate(ys, start):
+                for out, gradient in zip(y, y_gradients, strict=True):
+                    if gradient is not None and out.requires_grad:
+                        outputs.append(out)
+                        gradients.append(gradient[index])
+            if number == len(groups) - 1:
+                _refuse_closures(outputs, inputs)
+            found = iter(
+                torch.autograd.grad(outputs, inputs, gradients, allow_unused=True) if outputs else [None] * len(inputs)
+            )
+            carry_gradients = [next(found) if x.requires_grad else None for x in carry_in]
+            for whole, x in zip(x_gradients, x_in, strict=True):
+                if x.requires_grad and (part := next(found)) is not None:
+                    assert whole is not None
+                    whole[start:stop] = part
+            for index, x in enumerate(const_in):
+                if x.requires_grad and (part := next(found)) is not None:
+                    total = const_gradients[index]
+                    const_gradients[index] = part if total is None else total + part
+        return (None, None, None, *carry_gradients, *x_gradients, *const_gradients)
+
+
+def _differentiable(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _leaf(x: Tensor, wants_gradient: bool) -> Tensor:
+    return x.detach().requires_grad_(wants_gradient)
+
+
+def _refuse_closures(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    """Raise if the graph of a group ends in a leaf that is none of its inputs: that leaf's gradient would be lost."""
+    own = {id(x) for x in inputs}
+    waiting = [out.grad_fn for out in outputs if out.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        variable = getattr(node, "variable", None)  # of an AccumulateGrad node
+        if variable is not None and id(variable) not in own:
+            raise RuntimeError(
+                f"scan: step reaches a tensor of shape {tuple(variable.shape)} that requires a gradient, or one "
+                f"computed from it, without taking it as an argument; its gradient would be lost. Pass it in consts."
+            )
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                waiting.append(parent)

@@ -1,0 +1,129 @@
+"""What a TTT layer remembers between pieces of its streams."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ttt.errors import EnvironmentProblem
+from ttt.ops.minibatch import Stream, Weights
+
+
+def weight_names(count: int) -> tuple[str, ...]:
+    """Names of `count` fast weights in order: `W1, b1, W2, b2, …`."""
+    return tuple(f"{letter}{layer}" for layer in range(1, count // 2 + 1) for letter in "Wb")
+
+
+@dataclass(frozen=True, eq=False)
+class TTTState:
+    """Fast weights of B streams and their open mini-batches. Values do not change; a step gives a new state."""
+
+    weights: Weights
+    """What opened each stream's current mini-batch: `W1 [B,H,in,out]`, `b1 [B,H,1,out]`, `W2`, …"""
+    gradients: Weights | None = None
+    """Gradients summed over the tokens read of it, in the same shapes; None where every stream is at a boundary."""
+    count: Tensor | None = None
+    """How many tokens those are, `[B]` int64 in 0 … C−1; None with `gradients`."""
+
+    @classmethod
+    def of(cls, stream: Stream) -> TTTState:
+        """The same, from `ttt.ops`."""
+        return cls(*stream)
+
+    @property
+    def stream(self) -> Stream:
+        """The same, for `ttt.ops`."""
+        return Stream(self.weights, self.gradients, self.count)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.weights[0].shape[0]
+
+    def opened(self) -> TTTState:
+        """The same state with gradients and count written out, zero where streams are at a boundary."""
+        if self.gradients is not None and self.count is not None:
+            return self
+        count = torch.zeros(self.batch_size, dtype=torch.int64, device=self.weights[0].device)
+        return TTTState(self.weights, tuple(torch.zeros_like(w) for w in self.weights), count)
+
+    def detach(self) -> TTTState:
+        """The same state, cut from the graph that computed it."""
+        return self.from_tensors({name: tensor.detach() for name, tensor in self.tensors().items()})
+
+    def to(self, device: torch.device | str) -> TTTState:
+        """The same state on another device."""
+        return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def where(self, rows: Tensor, other: TTTState) -> TTTState:
+        """This state in the rows `[B]` that are true, `other` in the rest."""
+        if self.gradients is None and other.gradients is None:
+            mine, others = self.tensors(), other.tensors()
+        else:
+            mine, others = self.opened().tensors(), other.opened().tensors()
+        return self.from_tensors(
+            {
+                name: torch.where(rows.view(-1, *[1] * (tensor.dim() - 1)), tensor, others[name])
+                for name, tensor in mine.items()
+            }
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name: `W1`, `b1`, …; `W1_grad`, …, `count` where mini-batches are open."""
+        names = weight_names(len(self.weights))
+        found = dict(zip(names, self.weights, strict=True))
+        if self.gradients is not None and self.count is not None:
+            found |= {f"{name}_grad": g for name, g in zip(names, self.gradients, strict=True)}
+            found["count"] = self.count
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TTTState:
+        """The inverse of `tensors`.
+
+        Raises:
+            ValueError: a name is missing or unknown.
+        """
+        open_names = [name for name in tensors if name == "count" or name.endswith("_grad")]
+        names = weight_names(len(tensors) // 2 if open_names else len(tensors))
+        expected = {*names, *(f"{name}_grad" for name in names), "count"} if open_names else set(names)
+        if not names or set(tensors) != expected:
+            raise ValueError(f"these tensors are no TTT state: {', '.join(sorted(tensors)) or 'none'}")
+        weights = tuple(tensors[name] for name in names)
+        if not open_names:
+            return cls(weights)
+        return cls(weights, tuple(tensors[f"{name}_grad"] for name in names), tensors["count"])
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a safetensors file; the file appears whole or not at all."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.partial")
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> TTTState:
+        """Read what `save` wrote.
+
+        Raises:
+            EnvironmentProblem: the file is missing, cut short, or holds something else.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return cls.from_tensors(load_file(path, device=str(device)))
+        except FileNotFoundError:
+            raise EnvironmentProblem(f"{path}: no such file") from None
+        except (SafetensorError, ValueError, OSError) as error:
+            raise EnvironmentProblem(f"{path}: not a saved TTT state ({error})") from None
