@@ -90,6 +90,8 @@ class Backbone(ABC):
     """Whether the model can be fed token by token; then `stream` is implemented."""
     options: ClassVar[type[BackboneOptions]]
     """The `backbone` section."""
+    location_options: ClassVar[frozenset[str]] = frozenset()
+    """Names of options that say where weights lie, not which model it is: adapter files leave them out."""
     data_options: ClassVar[type[DataOptions]] = DataOptions
     """The `data` section."""
     ttt_defaults: ClassVar[Mapping[str, Any]] = {}

@@ -1,0 +1,405 @@
+"""Law 9: an adapter file alone says what it belongs to, and goes into nothing else."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy import ToyBackbone, ToyOptions
+
+from ttt import inject
+from ttt.adapter_file import (
+    BACKBONE,
+    CONFIG,
+    MODEL,
+    backbone_identity,
+    load_adapter,
+    read_info,
+    save_adapter,
+    weights_fingerprint,
+)
+from ttt.config import TTTConfig
+from ttt.errors import AdapterFileError, AdapterMismatchError, EnvironmentProblem
+
+BACKEND = ToyBackbone()
+OPTIONS = ToyOptions(name="toy", num_layers=3, dim=16, num_heads=2)
+SETTINGS = {"mini_batch_size": 4, "layers": [0, 2], "initial_gating_alpha": 0.5}
+
+
+def build(dtype=torch.float32, **changes):
+    return BACKEND.build(OPTIONS.model_copy(update=changes), device="cpu", dtype=dtype)
+
+
+def injected(settings=SETTINGS, *, seed=0, **changes):
+    model = build(**changes)
+    return inject.apply(model, BACKEND.sites(model), TTTConfig(**settings), seed=seed)
+
+
+def outputs(model):
+    with torch.no_grad():
+        return BACKEND.outputs(model, BACKEND.example_batch(model, batch_size=2, tokens=11, seed=0))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    injection = injected(seed=5)
+    save_adapter(tmp_path, injection, backbone=backbone_identity(BACKEND, OPTIONS), training={"step": 7})
+    return tmp_path, outputs(injection.model)
+
+
+def test_into_a_plain_model_by_the_files_own_settings(saved):
+    folder, expected = saved
+    model = build()
+    assert not torch.equal(outputs(model), expected)
+    injection = load_adapter(folder, model, sites=BACKEND.sites(model), backbone=backbone_identity(BACKEND, OPTIONS))
+    assert sorted(injection.adapters) == ["layers.0.ttt", "layers.2.ttt"]
+    assert injection.config == TTTConfig(**SETTINGS)
+    assert torch.equal(outputs(model), expected)
+
+
+def test_into_an_injected_model_and_from_the_tensors_file_alone(saved, tmp_path_factory):
+    folder, expected = saved
+    alone = tmp_path_factory.mktemp("alone") / "renamed.safetensors"
+    alone.write_bytes((folder / MODEL).read_bytes())
+    injection = injected({**SETTINGS, "scan_checkpoint_group_size": 1_000_000}, seed=1)
+    assert load_adapter(alone, injection.model, injection=injection) is injection
+    assert torch.equal(outputs(injection.model), expected)
+
+
+def test_a_bfloat16_backbone_takes_an_adapter_of_the_same_weights_in_float32(saved):
+    folder, _ = saved
+    model = build(dtype=torch.bfloat16)
+    injection = load_adapter(folder, model, sites=BACKEND.sites(model))
+    assert all(parameter.dtype == torch.float32 for parameter in injection.state_dict().values())
+
+
+def test_info_says_what_it_is(saved):
+    folder, _ = saved
+    info = read_info(folder)
+    assert info.ttt == TTTConfig(**SETTINGS)
+    assert info.backbone["name"] == "toy"
+    assert info.backbone["num_layers"] == 3
+    assert [(site.layer, site.name, site.dim, site.num_heads) for site in info.sites] == [
+        (0, "layers.0.ttt", 16, 2),
+        (2, "layers.2.ttt", 16, 2),
+    ]
+    assert info.training == {"step": 7}
+    assert info.parameters == sum(tensor.numel() for tensor in load_file(folder / MODEL).values())
+    assert json.loads((folder / CONFIG).read_text())["ttt"]["mini_batch_size"] == 4
+
+
+def test_info_needs_no_torch(saved):
+    folder, _ = saved
+    code = (
+        "import sys; from ttt.adapter_file import read_info; read_info(sys.argv[1]); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
+
+
+OTHER_SETTINGS = {
+    "layer_type": "mlp",
+    "mini_batch_size": 8,
+    "base_lr": 0.5,
+    "qkvo_bias": True,
+    "normalize_qk": True,
+    "normalize_target": True,
+    "rope": "none",
+    "rope_theta": 500.0,
+    "learnable_token_idx": False,
+    "ln_eps": 1e-5,
+    "input_norm": "rms",
+    "initial_gating_alpha": 0.2,
+    "persistent_states": True,
+    "layers": [0, 1],
+    "num_heads": 4,
+}
+
+
+@pytest.mark.parametrize("key", OTHER_SETTINGS)
+def test_another_setting_is_refused_by_name_and_changes_nothing(saved, key):
+    folder, _ = saved
+    injection = injected({**SETTINGS, key: OTHER_SETTINGS[key]}, seed=1)
+    before = {name: tensor.clone() for name, tensor in injection.model.state_dict().items()}
+    with pytest.raises(AdapterMismatchError, match=key):
+        load_adapter(folder, injection.model, injection=injection)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in injection.model.state_dict().items())
+
+
+def test_a_non_causal_layer_is_refused(tmp_path):
+    settings = {**SETTINGS, "learnable_token_idx": False, "rope": "none"}
+    save_adapter(tmp_path, injected(settings), backbone={"name": "toy"})
+    model = build()
+    other = inject.apply(model, BACKEND.sites(model), TTTConfig(**settings, causal=False), causal=False)
+    with pytest.raises(AdapterMismatchError, match=r"ttt\.causal: true in the file, false here"):
+        load_adapter(tmp_path, model, injection=other)
+
+
+def test_every_setting_of_the_schema_is_compared_or_said_not_to_matter():
+    from ttt.adapter_file import _FREE_SETTINGS
+
+    mlp_only = {"mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims"}
+    assert set(TTTConfig.model_fields) == {*OTHER_SETTINGS, *_FREE_SETTINGS, *mlp_only, "causal"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"mlp_layers": 3}, "mlp_layers"),
+        ({"mlp_expansion_factor": 2.0}, "mlp_expansion_factor"),
+        ({"mlp_hidden_dims": [24]}, "mlp_hidden_dims"),
+    ],
+)
+def test_another_inner_mlp_is_refused(tmp_path, settings, key):
+    save_adapter(tmp_path, injected({**SETTINGS, "layer_type": "mlp"}), backbone={"name": "toy"})
+    other = injected({**SETTINGS, "layer_type": "mlp", **settings})
+    with pytest.raises(AdapterMismatchError, match=rf"ttt\.{key}: .* in the file, .* here.*W1: shape|ttt\.{key}"):
+        load_adapter(tmp_path, other.model, injection=other)
+
+
+def test_every_difference_is_named_at_once(saved):
+    folder, _ = saved
+    model = build(num_layers=2, dim=32)
+    with pytest.raises(AdapterMismatchError) as caught:
+        load_adapter(
+            folder,
+            model,
+            sites=BACKEND.sites(model),
+            backbone={**backbone_identity(BACKEND, OPTIONS), "name": "other", "dim": 32, "num_layers": 2},
+        )
+    message = str(caught.value)
+    for part in (
+        'backbone.name: "toy" in the file, "other" here',
+        "backbone.dim: 16",
+        "backbone.num_layers: 3",
+        "layer 2",
+    ):
+        assert part in message
+    assert not any(".ttt." in name for name in model.state_dict())
+    assert len(message.splitlines()) == 1
+
+
+def test_another_width_is_refused_and_the_model_left_plain(saved):
+    folder, _ = saved
+    model = build(dim=32)
+    with pytest.raises(AdapterMismatchError, match=r"layer 0: dim: 16 in the file, 32 here"):
+        load_adapter(folder, model, sites=BACKEND.sites(model))
+    assert model.state_dict().keys() == build(dim=32).state_dict().keys()
+    assert type(model.layers[0]) is type(build().layers[0])
+
+
+def test_other_backbone_weights_are_refused_unless_told(saved):
+    folder, _ = saved
+    model = build(seed=1)
+    with pytest.raises(AdapterMismatchError, match="weights"):
+        load_adapter(folder, model, sites=BACKEND.sites(model))
+    load_adapter(folder, model, sites=BACKEND.sites(model), check_weights=False)
+
+
+def test_the_fingerprint_sees_one_changed_matrix_and_no_adapter():
+    first, second = injected(seed=0), injected(seed=9)
+    assert weights_fingerprint(first) == weights_fingerprint(second)
+    with torch.no_grad():
+        second.model.layers[1].linear1.weight.mul_(1.5)
+    assert weights_fingerprint(first) != weights_fingerprint(second)
+    assert weights_fingerprint(first, without={"layers.1.linear1.weight"}) == weights_fingerprint(
+        second, without={"layers.1.linear1.weight"}
+    )
+
+
+@pytest.mark.parametrize("damage", ["missing tensor", "extra tensor", "shape"])
+def test_tensors_that_do_not_fit_are_named(saved, damage):
+    folder, _ = saved
+    header = read_metadata(folder / MODEL)
+    tensors = load_file(folder / MODEL)
+    name = "layers.0.ttt.layer.W1"
+    if damage == "missing tensor":
+        del tensors[name]
+    elif damage == "extra tensor":
+        tensors[name + "x"] = torch.zeros(1)
+    else:
+        tensors[name] = tensors[name][:1].clone()
+    save_file(tensors, folder / MODEL, metadata=header)
+    model = build()
+    with pytest.raises(AdapterMismatchError, match=r"layers\.0\.ttt\.layer\.W1"):
+        load_adapter(folder, model, sites=BACKEND.sites(model))
+    assert not any(".ttt." in key for key in model.state_dict())
+
+
+def read_metadata(path):
+    from ttt.files import read_header
+
+    return read_header(path).metadata
+
+
+# --- damaged files ---
+
+
+def corrupt(folder, how):
+    file = folder / MODEL
+    content = file.read_bytes()
+    if how == "missing":
+        file.unlink()
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "cut in the header":
+        file.write_bytes(content[:100])
+    elif how == "cut in the tensors":
+        file.write_bytes(content[:-10])
+    elif how == "too long":
+        file.write_bytes(content + b"\0")
+    elif how == "huge header":
+        file.write_bytes(b"\xff" * 8 + content[8:])
+    elif how == "pickle":
+        torch.save({"x": torch.zeros(3)}, file)
+    elif how == "no settings":
+        save_file(load_file(file), file)
+    elif how == "settings not JSON":
+        save_file(load_file(file), file, metadata={"format": "ttt-adapter", "adapter_config": "{"})
+    elif how == "settings incomplete":
+        save_file(load_file(file), file, metadata={"format": "ttt-adapter", "adapter_config": '{"version": 1}'})
+    elif how == "json not JSON":
+        (folder / CONFIG).write_text('{"format": ')
+    elif how == "json a list":
+        (folder / CONFIG).write_text("[]")
+
+
+PLACES = {
+    "missing": "no such file|holds no adapter",
+    "empty": "cut short",
+    "cut in the header": "cut short",
+    "cut in the tensors": "damaged: its header promises",
+    "too long": "damaged: its header promises",
+    "huge header": "cut short",
+    "pickle": "no safetensors file",
+    "no settings": "holds no adapter settings",
+    "settings not JSON": "do not parse",
+    "settings incomplete": "do not parse",
+    "json not JSON": r"adapter_config\.json:1:\d+: not JSON",
+    "json a list": "not a JSON object",
+}
+
+
+@pytest.mark.parametrize("how", PLACES)
+def test_a_damaged_file_is_one_sentence_with_its_place(saved, how):
+    folder, _ = saved
+    corrupt(folder, how)
+    model = build()
+    for use in (lambda: read_info(folder), lambda: load_adapter(folder, model, sites=BACKEND.sites(model))):
+        with pytest.raises(AdapterFileError, match=PLACES[how]) as caught:
+            use()
+        assert str(folder) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not any(".ttt." in key for key in model.state_dict())
+
+
+def rewrite_settings(folder, change):
+    file = folder / MODEL
+    header = read_metadata(file)
+    settings = json.loads(header["adapter_config"])
+    change(settings)
+    save_file(load_file(file), file, metadata={**header, "adapter_config": json.dumps(settings)})
+    (folder / CONFIG).unlink()
+
+
+def test_a_newer_format_is_refused_with_what_to_install(saved):
+    folder, _ = saved
+    rewrite_settings(folder, lambda settings: settings.update(version=2, library_version="9.1"))
+    with pytest.raises(
+        AdapterFileError, match=r"adapter format 2, .* reads up to 1; install ttt-adapters 9\.1 or newer"
+    ):
+        read_info(folder)
+
+
+def test_an_unknown_setting_is_refused(saved):
+    folder, _ = saved
+    rewrite_settings(folder, lambda settings: settings["ttt"].update(momentum=0.9))
+    with pytest.raises(AdapterFileError, match=r"ttt\.momentum"):
+        read_info(folder)
+
+
+def test_an_edited_json_is_refused_for_it_would_do_nothing(saved):
+    folder, _ = saved
+    settings = json.loads((folder / CONFIG).read_text())
+    settings["ttt"]["mini_batch_size"] = 64
+    (folder / CONFIG).write_text(json.dumps(settings))
+    with pytest.raises(AdapterFileError, match=r"ttt\.mini_batch_size"):
+        read_info(folder)
+
+
+# --- trained backbone parameters ---
+
+
+@pytest.fixture
+def saved_with_backbone(tmp_path):
+    injection = injected(seed=5)
+    trained = dict(injection.model.named_parameters())["layers.1.linear1.weight"]
+    with torch.no_grad():
+        trained.mul_(2)
+    save_adapter(
+        tmp_path,
+        injection,
+        backbone=backbone_identity(BACKEND, OPTIONS),
+        backbone_tensors={"layers.1.linear1.weight": trained},
+    )
+    return tmp_path, outputs(injection.model)
+
+
+def test_trained_backbone_parameters_load_with_the_adapter(saved_with_backbone):
+    folder, expected = saved_with_backbone
+    model = build()
+    load_adapter(folder, model, sites=BACKEND.sites(model))
+    assert torch.equal(outputs(model), expected)
+
+
+def test_an_adapter_without_the_backbone_it_was_trained_with_is_refused(saved_with_backbone):
+    folder, _ = saved_with_backbone
+    (folder / BACKBONE).unlink()
+    model = build()
+    with pytest.raises(AdapterFileError, match=r"backbone_model\.safetensors: missing"):
+        load_adapter(folder, model, sites=BACKEND.sites(model))
+
+
+def test_the_backbone_of_another_checkpoint_is_refused(saved_with_backbone):
+    folder, _ = saved_with_backbone
+    save_file(load_file(folder / BACKBONE), folder / BACKBONE, metadata={"pair": "another"})
+    model = build()
+    with pytest.raises(AdapterFileError, match="does not belong"):
+        load_adapter(folder, model, sites=BACKEND.sites(model))
+
+
+# --- writing ---
+
+
+def test_a_full_disk_leaves_the_old_files_and_nothing_else(saved, monkeypatch):
+    import errno
+
+    import safetensors.torch
+
+    folder, _ = saved
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def full(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(EnvironmentProblem, match="no space left"):
+        save_adapter(folder, injected(seed=1), backbone={"name": "toy"})
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_too_little_space_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    from ttt import files
+
+    monkeypatch.setattr(files, "free_bytes", lambda path: 100)
+    with pytest.raises(EnvironmentProblem, match=r"takes .* but only 100 bytes are free"):
+        save_adapter(tmp_path, injected(), backbone={"name": "toy"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exactly_one_of_sites_and_injection(saved):
+    folder, _ = saved
+    with pytest.raises(TypeError):
+        load_adapter(folder, build())

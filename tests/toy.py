@@ -1,0 +1,301 @@
+"""A backbone for tests: a small causal transformer on synthetic streams of tokens, with everything a plugin can have.
+
+Each file of its data repeats a motif of its own, so a model that learns while it reads does better than one that
+only knows the statistics of all files together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import BeforeValidator, Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ttt.adapter import TTTAdapter
+from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput
+from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
+from ttt.errors import EnvironmentProblem
+from ttt.inject import Site
+from ttt.state import TTTState
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Numbers = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
+
+
+class ToyOptions(BackboneOptions):
+    """The `backbone` section."""
+
+    name: str = "toy"
+    num_layers: Annotated[int, Field(ge=1)] = 3
+    dim: Annotated[int, Field(ge=2)] = 32
+    num_heads: Annotated[int, Field(ge=1)] = 4
+    vocabulary: Annotated[int, Field(ge=2)] = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class ToyData(DataOptions):
+    """The `data` section: `train_data` is a text file with a line of token numbers for each file."""
+
+    window: Annotated[int, Field(ge=1)] = 24
+    """Tokens of a window."""
+    windows_of_files: Numbers = (5, 2, 1, 4)
+    """How many windows each synthetic file has."""
+    poisoned: Numbers = ()
+    """Windows whose loss is not a number, as a broken recording's would be."""
+
+
+class Cache:
+    """What one layer keeps of the tokens that it has read: keys, values, and where TTT stands."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.ttt: TTTState | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], 2)
+        self.values = values if self.values is None else torch.cat([self.values, values], 2)
+        return self.keys, self.values
+
+
+class Attention(nn.Module):
+    """Causal attention with relative positions as a bias that falls with distance (ALiBi)."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj = nn.Linear(dim, 3 * dim)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.in_proj(x).chunk(3, -1))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        asked, known = q.shape[2], k.shape[2]
+        distance = torch.arange(known - asked, known, device=x.device)[:, None] - torch.arange(known, device=x.device)
+        slope = 2.0 ** -torch.arange(1, self.num_heads + 1, device=x.device)
+        bias = (-slope[:, None, None] * distance).masked_fill(distance < 0, float("-inf")).to(x.dtype)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward, each as a residual; TTT goes between the two."""
+
+    def __init__(self, options: ToyOptions) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(options.dim)
+        self.self_attn = Attention(options.dim, options.num_heads)
+        self.norm2 = nn.LayerNorm(options.dim)
+        self.linear1 = nn.Linear(options.dim, 4 * options.dim)
+        self.linear2 = nn.Linear(4 * options.dim, options.dim)
+        self.dropout = nn.Dropout(options.dropout)
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        x = self.after_attention(x + self.dropout(self.self_attn(self.norm1(x), cache)), cache)
+        return x + self.dropout(self.linear2(F.gelu(self.linear1(self.norm2(x)))))
+
+    def after_attention(self, x: Tensor, cache: Cache | None) -> Tensor:
+        return x
+
+
+class BlockWithTTT(Block):
+    """What a block becomes."""
+
+    ttt: TTTAdapter
+
+    def after_attention(self, x: Tensor, cache: Cache | None) -> Tensor:
+        if cache is None:
+            return self.ttt(x)
+        x, cache.ttt = self.ttt.adapt(x, cache.ttt)
+        return x
+
+
+class ToyModel(nn.Module):
+    """Tokens `[B,T]` to logits `[B,T,vocabulary]`."""
+
+    def __init__(self, options: ToyOptions) -> None:
+        super().__init__()
+        self.checkpointing = False
+        self.embedding = nn.Embedding(options.vocabulary, options.dim)
+        self.layers = nn.ModuleList(Block(options) for _ in range(options.num_layers))
+        self.norm = nn.LayerNorm(options.dim)
+        self.head = nn.Linear(options.dim, options.vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
+        x = self.embedding(tokens)
+        for index, layer in enumerate(self.layers):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x, caches[index] if caches is not None else None)
+        return self.head(self.norm(x))
+
+
+class ToyDataset:
+    """Windows of token streams; window i predicts each token's successor."""
+
+    def __init__(self, streams: Sequence[Tensor], options: ToyData) -> None:
+        self._streams = list(streams)
+        self._window = options.window
+        self._poisoned = set(options.poisoned)
+        self.files: list[range] = []
+        for stream in self._streams:
+            first = self.files[-1].stop if self.files else 0
+            self.files.append(range(first, first + (len(stream) - 1) // options.window))
+
+    def __len__(self) -> int:
+        return self.files[-1].stop if self.files else 0
+
+    def _place(self, index: int) -> tuple[int, int]:
+        number = next(number for number, file in enumerate(self.files) if index in file)
+        return number, (index - self.files[number].start) * self._window
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        number, start = self._place(index)
+        tokens = self._streams[number][start : start + self._window + 1]
+        weight = torch.tensor(float("nan") if index in self._poisoned else 1.0)
+        return {"inputs": tokens[:-1], "targets": tokens[1:], "weight": weight}
+
+    def collate(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+    def describe(self, index: int) -> str:
+        number, start = self._place(index)
+        return f"stream {number}, tokens {start}-{start + self._window}"
+
+
+class ToyBackbone(Backbone):
+    """The toy as a plugin would bring it."""
+
+    name: ClassVar[str] = "toy"
+    causal: ClassVar[bool] = True
+    streaming: ClassVar[bool] = True
+    options: ClassVar[type[BackboneOptions]] = ToyOptions
+    data_options: ClassVar[type[DataOptions]] = ToyData
+    ttt_defaults: ClassVar[dict[str, Any]] = {"preset": "lm", "mini_batch_size": 4}
+
+    def presets(self) -> dict[str, str]:
+        return {"demo": "backbone:\n  name: toy\ntrain:\n  max_steps: 8\n  lr: 0.003\n"}
+
+    def facts(self, config: RunConfig) -> BackboneFacts:
+        options, data = config.backbone, config.data
+        assert isinstance(options, ToyOptions)
+        assert isinstance(data, ToyData)
+        return BackboneFacts(
+            dim=options.dim,
+            num_heads=options.num_heads,
+            num_layers=options.num_layers,
+            tokens_per_window=data.window,
+            window=f"a window of {data.window} tokens",
+        )
+
+    def build(self, options: BackboneOptions, *, device: torch.device | str, dtype: torch.dtype) -> ToyModel:
+        assert isinstance(options, ToyOptions)
+        if torch.device(device).type == "meta":
+            with torch.device("meta"):
+                return ToyModel(options).to(dtype).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            model = ToyModel(options)
+        return model.to(device=device, dtype=dtype).eval()
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        assert isinstance(model, ToyModel)
+        return [
+            Site(
+                layer=number,
+                path=f"layers.{number}",
+                module=block,
+                dim=model.embedding.embedding_dim,
+                num_heads=block.self_attn.num_heads,
+                subclass=BlockWithTTT,
+            )
+            for number, block in enumerate(model.layers)
+            if isinstance(block, Block)
+        ]
+
+    def dataset(self, config: RunConfig, *, split: str, device: torch.device | str) -> ToyDataset:
+        options, data = config.backbone, config.data
+        assert isinstance(options, ToyOptions)
+        assert isinstance(data, ToyData)
+        path = data.eval_data if split == "eval" else data.train_data
+        if path is not None:
+            return ToyDataset(_read_streams(Path(path), options.vocabulary), data)
+        return ToyDataset(
+            [
+                motif_stream(windows * data.window + 1, options.vocabulary, seed=number)
+                for number, windows in enumerate(data.windows_of_files)
+            ],
+            data,
+        )
+
+    def loss(self, model: nn.Module, batch: Batch, config: RunConfig) -> LossOutput:
+        logits = model(batch["inputs"])
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), batch["targets"].flatten(), reduction="none")
+        loss = (losses.view_as(batch["targets"]).mean(1) * batch["weight"]).mean()
+        hits = (logits.detach().argmax(-1) == batch["targets"]).float().mean()
+        return LossOutput(loss, tokens=batch["inputs"].numel(), metrics={"accuracy": hits})
+
+    def set_gradient_checkpointing(self, model: nn.Module, enabled: bool) -> None:
+        assert isinstance(model, ToyModel)
+        model.checkpointing = enabled
+
+    def tiny(self) -> ToyOptions:
+        return ToyOptions(name="toy", num_layers=2, dim=16, num_heads=2)
+
+    def example_batch(self, model: nn.Module, *, batch_size: int, tokens: int, seed: int) -> Batch:
+        assert isinstance(model, ToyModel)
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = model.embedding.num_embeddings
+        drawn = torch.randint(vocabulary, (batch_size, tokens + 1), generator=generator)
+        drawn = drawn.to(model.embedding.weight.device)
+        weight = torch.ones(batch_size, device=drawn.device)
+        return {"inputs": drawn[:, :-1], "targets": drawn[:, 1:], "weight": weight}
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch["inputs"])
+
+    def perturb(self, batch: Batch, *, token: int, row: int | None = None) -> Batch:
+        inputs = batch["inputs"].clone()
+        rows = slice(None) if row is None else slice(row, row + 1)
+        inputs[rows, token:] = (inputs[rows, token:] + 1) % 2  # both are in every vocabulary, and never the same
+        return {**batch, "inputs": inputs}
+
+    def stream(self, model: nn.Module, batch: Batch, *, pieces: Sequence[int]) -> Tensor:
+        assert isinstance(model, ToyModel)
+        caches = [Cache() for _ in model.layers]
+        return torch.cat([model(piece, caches) for piece in batch["inputs"].split(list(pieces), 1)], 1)
+
+
+def motif_stream(length: int, vocabulary: int, *, seed: int) -> Tensor:
+    """A motif of 5 to 8 random tokens, repeated, with one token in ten replaced at random."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    motif = torch.randint(vocabulary, (5 + seed % 4,), generator=generator)
+    stream = motif.repeat(-(-length // len(motif)))[:length]
+    noise = torch.rand(length, generator=generator) < 0.1
+    return torch.where(noise, torch.randint(vocabulary, (length,), generator=generator), stream)
+
+
+def _read_streams(path: Path, vocabulary: int) -> list[Tensor]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: {error.strerror}") from None
+    streams = []
+    for number, line in enumerate(lines, 1):
+        tokens = [int(word) for word in line.split() if word.isdigit()]
+        if len(tokens) != len(line.split()) or not all(token < vocabulary for token in tokens):
+            raise EnvironmentProblem(f"{path}:{number}: tokens are whole numbers below {vocabulary}")
+        streams.append(torch.tensor(tokens, dtype=torch.int64))
+    return streams

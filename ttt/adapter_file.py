@@ -1,0 +1,436 @@
+"""Adapter files: `adapter_model.safetensors` and `adapter_config.json`, which alone say what they belong to.
+
+The safetensors header holds the same settings as the JSON beside it, so that file is enough; the JSON is for people
+and tools. A folder may also hold `backbone_model.safetensors`, the backbone's own parameters that were trained along
+with the adapter; then the adapter's header says so, and the two load together or not at all.
+
+Reading what a file is needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import uuid
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from ttt import __version__
+from ttt.config.schema import BackboneOptions, TTTConfig
+from ttt.errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    EnvironmentProblem,
+    InjectionError,
+    NestedCheckpointWarning,
+)
+from ttt.files import TensorFacts, read_header, read_json, read_tensors, write_tensors, write_text, writing
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ttt.backbone import Backbone
+    from ttt.inject import Injection, Site
+
+MODEL = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+BACKBONE = "backbone_model.safetensors"
+
+FORMAT = "ttt-adapter"
+VERSION = 1
+"""Of the files' layout; a file with a greater one is refused."""
+
+_SETTINGS = "adapter_config"
+"""Key of the settings in the safetensors header, which holds text only."""
+_FREE_SETTINGS = frozenset({"preset", "layers", "num_heads", "scan_checkpoint_group_size"})
+"""Settings that need not agree: a name, memory alone, and two that the sites say exactly."""
+_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """Where one adapter sits."""
+
+    layer: int
+    name: str
+    """Dotted path of the adapter in the model."""
+    dim: int
+    """Model width D there."""
+    num_heads: int
+    """Heads of the TTT layer."""
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter file says of itself."""
+
+    path: Path
+    """The safetensors file."""
+    library_version: str
+    """The version of `ttt-adapters` that wrote it."""
+    backbone: Mapping[str, Any]
+    """Name and options of the backbone that it was trained on."""
+    backbone_weights: str | None
+    """Fingerprint of that backbone's weights; None where they were not known."""
+    backbone_trained: str | None
+    """Ties it to the `backbone_model.safetensors` that it needs; None where the backbone was frozen."""
+    ttt: TTTConfig
+    """Every TTT setting."""
+    sites: tuple[SiteInfo, ...]
+    training: Mapping[str, Any]
+    """How it was trained, as far as the writer said."""
+    tensors: Mapping[str, TensorFacts]
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(facts.shape) for facts in self.tensors.values())
+
+
+def backbone_identity(backbone: Backbone, options: BackboneOptions) -> dict[str, Any]:
+    """Name and options of a backbone as an adapter file keeps them, without those that only say where weights lie."""
+    kept = {
+        key: value for key, value in options.model_dump(mode="json").items() if key not in backbone.location_options
+    }
+    return {**kept, "name": backbone.name}
+
+
+def save_adapter(
+    folder: str | Path,
+    injection: Injection,
+    *,
+    backbone: Mapping[str, Any],
+    backbone_tensors: Mapping[str, Tensor] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an adapter's files into a folder, each whole or not at all.
+
+    Args:
+        folder: made if need be.
+        injection: what `ttt.inject.apply` returned.
+        backbone: name and options of the backbone, as `backbone_identity` gives them.
+        backbone_tensors: the backbone's parameters that were trained too, by name in the model.
+        training: anything worth knowing about how it was trained, as JSON.
+
+    Returns:
+        The safetensors file.
+
+    Raises:
+        EnvironmentProblem: the disk is full or cannot be written.
+    """
+    folder = Path(folder)
+    trained = set(backbone_tensors or ())
+    pair = uuid.uuid4().hex if trained else None
+    settings = {
+        "format": FORMAT,
+        "version": VERSION,
+        "library_version": __version__,
+        "backbone": dict(backbone),
+        "backbone_weights": weights_fingerprint(injection, without=trained),
+        "backbone_trained": pair,
+        "ttt": injection.config.model_dump(mode="json"),
+        "sites": [vars(site) for site in _site_infos(injection.sites, injection.config)],
+        "training": dict(training or {}),
+    }
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if backbone_tensors:
+        write_tensors(folder / BACKBONE, backbone_tensors, {"format": "ttt-backbone", "pair": str(pair)})
+    write_tensors(folder / MODEL, injection.state_dict(), {"format": FORMAT, _SETTINGS: json.dumps(settings)})
+    write_text(folder / CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    return folder / MODEL
+
+
+def read_info(path: str | Path) -> AdapterInfo:
+    """What an adapter file is, from its header; reads no tensor and needs no torch.
+
+    Args:
+        path: the safetensors file, its folder, or a run's folder (then its last checkpoint).
+
+    Raises:
+        AdapterFileError: it is missing, damaged, from a newer version, or no adapter file; one sentence says which.
+    """
+    try:
+        file = _find(Path(path))
+        header = read_header(file)
+        if header.metadata.get("format") != FORMAT or _SETTINGS not in header.metadata:
+            raise AdapterFileError(f"{file}: no adapter of ttt: its header holds no adapter settings")
+        info = _parse(file, header.metadata[_SETTINGS], header.tensors)
+        _require_same_json(file, header.metadata[_SETTINGS])
+    except AdapterFileError:
+        raise
+    except EnvironmentProblem as problem:
+        raise AdapterFileError(str(problem)) from None
+    return info
+
+
+def load_adapter(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    sites: Sequence[Site] | None = None,
+    injection: Injection | None = None,
+    backbone: Mapping[str, Any] | None = None,
+    causal: bool = True,
+    check_weights: bool = True,
+) -> Injection:
+    """Load an adapter into a model: into its injection, or, given the backbone's sites, by the file's own settings.
+
+    Where the file came with trained backbone parameters, they are loaded too. Nothing is changed unless all fits.
+
+    Args:
+        path: the safetensors file, its folder, or a run's folder (then its last checkpoint).
+        model: the backbone, plain or injected.
+        sites: what the backbone offers, for a plain model.
+        injection: of an injected model, instead of `sites`.
+        backbone: name and options, as `backbone_identity` gives them; None leaves them unchecked.
+        causal: whether the backbone is, for a plain model.
+        check_weights: compare the backbone's weights with those that the adapter was trained on.
+
+    Returns:
+        The injection, given or made.
+
+    Raises:
+        AdapterFileError: the file is missing or damaged.
+        AdapterMismatchError: it belongs to something else; the message names each difference.
+    """
+    if (sites is None) == (injection is None):
+        raise TypeError("load_adapter takes either sites, for a plain model, or injection")
+    info = read_info(path)
+    try:
+        tensors = read_tensors(info.path)
+        trained = _read_trained_backbone(info)
+    except AdapterFileError:
+        raise
+    except EnvironmentProblem as problem:
+        raise AdapterFileError(str(problem)) from None
+    differences = [] if backbone is None else _option_differences(info.backbone, backbone)
+    if injection is not None:
+        differences += _setting_differences(info.ttt, injection.config)
+        differences += _site_differences(info.sites, _site_infos(injection.sites, injection.config))
+        _finish(info, model, injection, tensors, trained, differences, check_weights=check_weights)
+        return injection
+    assert sites is not None
+    made = _inject(info, model, sites, causal, differences)
+    try:
+        differences += _site_differences(info.sites, _site_infos(made.sites, made.config))
+        _finish(info, model, made, tensors, trained, differences, check_weights=check_weights)
+    except BaseException:
+        made.eject()
+        raise
+    return made
+
+
+def weights_fingerprint(injection: Injection, *, without: set[str] | frozenset[str] = frozenset()) -> str | None:
+    """A hash of some values of each backbone parameter, the same in float32 and bfloat16, on every device.
+
+    Args:
+        injection: of the model; its adapters are left out.
+        without: names of parameters to leave out.
+
+    Returns:
+        None where the model has no values (device `meta`).
+    """
+    import torch
+
+    adapters = tuple(f"{name}." for name in injection.adapters)
+    digest = hashlib.sha256()
+    for name, parameter in injection.model.named_parameters():
+        if name in without or name.startswith(adapters):
+            continue
+        if parameter.is_meta:
+            return None
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(f"{name} {list(parameter.shape)} {sample.tolist()}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+# --- reading ---
+
+
+def _find(path: Path) -> Path:
+    """The adapter's safetensors file of a file, an adapter folder or a run."""
+    if not path.is_dir():
+        return path
+    if (path / MODEL).exists():
+        return path / MODEL
+    from ttt.train.rundir import RunDir
+
+    checkpoint, _ = RunDir(path).latest()
+    if checkpoint is None:
+        raise AdapterFileError(f"{path}: holds no {MODEL}, and is no run with a complete checkpoint")
+    return checkpoint.path / MODEL
+
+
+def _parse(file: Path, text: str, tensors: Mapping[str, TensorFacts]) -> AdapterInfo:
+    try:
+        settings = json.loads(text)
+        version = settings["version"]
+        if isinstance(version, int) and version > VERSION:
+            raise AdapterFileError(
+                f"{file}: adapter format {version}, but this ttt ({__version__}) reads up to {VERSION}; install "
+                f"ttt-adapters {settings.get('library_version', '')} or newer".replace("  ", " ")
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NestedCheckpointWarning)  # said when it was trained
+            config = TTTConfig.model_validate(settings["ttt"])
+        return AdapterInfo(
+            path=file,
+            library_version=str(settings["library_version"]),
+            backbone=dict(settings["backbone"]),
+            backbone_weights=settings["backbone_weights"],
+            backbone_trained=settings["backbone_trained"],
+            ttt=config,
+            sites=tuple(
+                SiteInfo(int(site["layer"]), str(site["name"]), int(site["dim"]), int(site["num_heads"]))
+                for site in settings["sites"]
+            ),
+            training=dict(settings["training"]),
+            tensors=tensors,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("ttt", *first["loc"])))
+        raise AdapterFileError(f"{file}: the settings in its header do not hold: {where}: {first['msg']}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise AdapterFileError(f"{file}: the settings in its header do not parse") from None
+
+
+def _require_same_json(file: Path, text: str) -> None:
+    """Refuse a JSON beside the file that says something else: an edit of it would silently do nothing."""
+    beside = file.with_name(CONFIG)
+    if file.name != MODEL or not beside.exists():
+        return
+    here, there = _flat(json.loads(text)), _flat(read_json(beside))
+    differing = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+    if differing:
+        raise AdapterFileError(
+            f"{beside}: does not say what the header of {file.name} says ({', '.join(differing[:5])}); the header was "
+            f"written with the tensors and counts: delete or restore the JSON"
+        )
+
+
+def _read_trained_backbone(info: AdapterInfo) -> dict[str, Tensor]:
+    """The backbone parameters that were trained along; empty where the backbone was frozen."""
+    if info.backbone_trained is None:
+        return {}
+    file = info.path.with_name(BACKBONE)
+    if not file.exists():
+        raise AdapterFileError(f"{file}: missing; the adapter was trained together with the backbone parameters in it")
+    if read_header(file).metadata.get("pair") != info.backbone_trained:
+        raise AdapterFileError(f"{file}: does not belong to the {info.path.name} beside it")
+    return read_tensors(file)
+
+
+# --- comparing ---
+
+
+def _inject(
+    info: AdapterInfo, model: nn.Module, sites: Sequence[Site], causal: bool, differences: Sequence[str]
+) -> Injection:
+    from ttt import inject
+
+    try:
+        return inject.apply(model, sites, info.ttt, causal=causal)
+    except InjectionError as error:
+        _raise(info.path, [*differences, str(error)])
+        raise
+
+
+def _finish(
+    info: AdapterInfo,
+    model: nn.Module,
+    injection: Injection,
+    tensors: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor],
+    differences: list[str],
+    *,
+    check_weights: bool,
+) -> None:
+    """Check what is left to check, and then copy everything."""
+    import torch
+
+    own = dict(model.named_parameters())
+    differences += _tensor_differences(tensors, injection.state_dict(), complete=True)
+    differences += _tensor_differences(trained, own, complete=False)
+    if check_weights and not differences:
+        here = weights_fingerprint(injection, without=set(trained))
+        if info.backbone_weights and here and here != info.backbone_weights:
+            differences.append("the backbone's weights: other values here than those that it was trained on")
+    _raise(info.path, differences)
+    injection.load_state_dict(tensors)
+    with torch.no_grad():
+        for name, tensor in trained.items():
+            own[name].copy_(tensor)
+
+
+def _raise(path: Path, differences: Sequence[str]) -> None:
+    if differences:
+        raise AdapterMismatchError(
+            f"{path}: belongs to something else: {'; '.join(differences)}; `ttt info {path}` prints what it needs"
+        )
+
+
+def _option_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    before, here = _flat(theirs), _flat(ours)
+    return [
+        _difference(f"backbone.{key}", before.get(key), here.get(key))
+        for key in sorted(before.keys() | here.keys(), key=lambda key: (key != "name", key))
+        if before.get(key) != here.get(key)
+    ]
+
+
+def _setting_differences(theirs: TTTConfig, ours: TTTConfig) -> list[str]:
+    before, here = theirs.model_dump(mode="json"), ours.model_dump(mode="json")
+    return [
+        _difference(f"ttt.{key}", before[key], here[key])
+        for key in before
+        if before[key] != here[key] and key not in _FREE_SETTINGS
+    ]
+
+
+def _site_infos(sites: Sequence[Site], config: TTTConfig) -> list[SiteInfo]:
+    return [SiteInfo(site.layer, site.name, site.dim, config.num_heads or site.num_heads) for site in sites]
+
+
+def _site_differences(theirs: Sequence[SiteInfo], ours: Sequence[SiteInfo]) -> list[str]:
+    layers, here = sorted(site.layer for site in theirs), sorted(site.layer for site in ours)
+    if layers != here:
+        return [_difference("ttt.layers", layers, here)]
+    found = []
+    for before, now in zip(sorted(theirs, key=lambda s: s.layer), sorted(ours, key=lambda s: s.layer), strict=True):
+        for key in ("name", "dim", "num_heads"):
+            if getattr(before, key) != getattr(now, key):
+                found.append(_difference(f"layer {now.layer}: {key}", getattr(before, key), getattr(now, key)))
+    return found
+
+
+def _tensor_differences(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], *, complete: bool) -> list[str]:
+    found = [f"tensor {name}: not in the file" for name in ours if complete and name not in theirs]
+    for name, tensor in theirs.items():
+        if name not in ours:
+            found.append(f"tensor {name}: in the file, not here")
+        elif tensor.shape != ours[name].shape:
+            found.append(_difference(f"tensor {name}: shape", list(tensor.shape), list(ours[name].shape)))
+    return found if len(found) <= 8 else [*found[:8], f"and {len(found) - 8} tensors more"]
+
+
+def _difference(what: str, theirs: Any, ours: Any) -> str:
+    return f"{what}: {json.dumps(theirs)} in the file, {json.dumps(ours)} here"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + str(key)] = value
+    return flat

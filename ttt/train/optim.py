@@ -1,0 +1,237 @@
+"""What learns, how fast, and the optimiser step: AdamW in float32 whatever type the parameters have."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ttt.adapter import Gate
+from ttt.config.schema import TrainConfig
+from ttt.errors import ConfigError, EnvironmentProblem
+
+Role = Literal["ttt", "gate", "backbone"]
+
+_HALF = {torch.bfloat16, torch.float16}
+_ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}
+
+_MULTIPLIERS: dict[Role, str] = {
+    "ttt": "weight_lr_multiplier",
+    "gate": "alpha_lr_multiplier",
+    "backbone": "backbone_lr_multiplier",
+}
+_NO_DECAY = re.compile(r"norm|bias|(^|\.)b\d+$|learnable_ttt_lr|learnable_token_idx", re.IGNORECASE)
+"""Names of norms, biases (the inner model's `b1`, `b2`, … too) and learned rates."""
+
+
+@dataclass(frozen=True)
+class Learnable:
+    """A parameter that learns."""
+
+    name: str
+    parameter: nn.Parameter
+    role: Role
+    decays: bool
+    """Whether weight decay applies."""
+
+
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
+    """Multiplier of the peak learning rate at optimiser step `step` (from 0).
+
+    `warmup_steps` steps rise in a line to the peak; then a cosine falls to `min_lr_ratio` at the last step.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    progress = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - 1 - config.warmup_steps))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine
+
+
+def choose_learnable(
+    model: nn.Module,
+    adapters: Mapping[str, nn.Module],
+    config: TrainConfig,
+    *,
+    is_attention: Callable[[str], bool],
+) -> list[Learnable]:
+    """Set `requires_grad` throughout the model as `train.trainable` asks, and list what learns.
+
+    A group whose learning-rate multiplier is 0 is frozen. Shared parameters are listed once.
+
+    Raises:
+        ConfigError: nothing would learn, or `ttt+attention` finds no attention.
+    """
+    gates = {
+        id(parameter)
+        for adapter in adapters.values()
+        for module in adapter.modules()
+        if isinstance(module, Gate)
+        for parameter in module.parameters()
+    }
+    of_adapters = {id(parameter) for adapter in adapters.values() for parameter in adapter.parameters()}
+    learnable = []
+    attention_found = False
+    for name, parameter in model.named_parameters():
+        role: Role = "gate" if id(parameter) in gates else "ttt" if id(parameter) in of_adapters else "backbone"
+        wanted = role != "backbone" or config.trainable == "all"
+        if role == "backbone" and config.trainable == "ttt+attention" and is_attention(name):
+            wanted = attention_found = True
+        learns = wanted and parameter.is_floating_point() and getattr(config, _MULTIPLIERS[role]) > 0
+        parameter.requires_grad_(learns)
+        if learns:
+            learnable.append(Learnable(name, parameter, role, role != "gate" and _decays(name, parameter)))
+    if config.trainable == "ttt+attention" and not attention_found:
+        raise ConfigError(
+            "train.trainable: ttt+attention: the backbone names none of its parameters as attention; write ttt or all"
+        )
+    if not learnable:
+        raise ConfigError(
+            "train.trainable: nothing would learn: there is no TTT layer (ttt.layers) and no unfrozen backbone "
+            "parameter, or their learning-rate multipliers are 0"
+        )
+    return learnable
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    """Whether it is a matrix and not a norm, a bias or a learned rate."""
+    return sum(size > 1 for size in parameter.shape) > 1 and not _NO_DECAY.search(name)
+
+
+class Optimizer:
+    """AdamW over learnable parameters, with float32 masters of those in half precision.
+
+    A bfloat16 parameter has 8 bits of precision: an update smaller than 1/512 of it would be rounded away, step
+    after step. So its gradients are summed, its moments kept and its updates made on a float32 copy, which is
+    then rounded into the parameter.
+
+    Call `collect` after each backward pass, then `clip`, then `step`.
+    """
+
+    def __init__(self, learnable: list[Learnable], config: TrainConfig) -> None:
+        self._config = config
+        self._parameters = {entry.name: entry.parameter for entry in learnable}
+        self._targets = {
+            entry.name: entry.parameter
+            if entry.parameter.dtype not in _HALF
+            else nn.Parameter(entry.parameter.detach().to(torch.float32, copy=True))
+            for entry in learnable
+        }
+        groups: dict[tuple[Role, bool], list[nn.Parameter]] = {}
+        for entry in learnable:
+            groups.setdefault((entry.role, entry.decays), []).append(self._targets[entry.name])
+        self._adamw = torch.optim.AdamW(
+            [
+                {
+                    "params": parameters,
+                    "multiplier": getattr(config, _MULTIPLIERS[role]),
+                    "weight_decay": config.weight_decay if decays else 0.0,
+                }
+                for (role, decays), parameters in groups.items()
+            ],
+            lr=config.lr,
+            betas=config.betas,
+        )
+
+    def collect(self) -> None:
+        """Add the gradients of the last backward pass to those of the masters, and free them."""
+        for name, parameter in self._parameters.items():
+            target = self._targets[name]
+            if target is parameter or parameter.grad is None:
+                continue
+            gradient = parameter.grad.to(torch.float32)
+            target.grad = gradient if target.grad is None else target.grad.add_(gradient)
+            parameter.grad = None
+
+    def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
+        """The gradient of each learnable parameter by name; None where backward did not reach it."""
+        for name, target in self._targets.items():
+            yield name, target.grad
+
+    def clip(self) -> float:
+        """Scale the gradients down to a norm of `max_norm` together, and return the norm that they had."""
+        return float(nn.utils.clip_grad_norm_(self._targets.values(), self._config.max_norm))
+
+    def step(self, step: int) -> float:
+        """Update the parameters at optimiser step `step` (from 0) and clear the gradients.
+
+        Returns:
+            The learning rate, before the multipliers of the groups.
+        """
+        rate = self._config.lr * learning_rate_factor(step, self._config)
+        for group in self._adamw.param_groups:
+            group["lr"] = rate * group["multiplier"]
+        self._adamw.step()
+        self.clear()
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                if self._targets[name] is not parameter:
+                    parameter.copy_(self._targets[name])
+        return rate
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for name, parameter in self._parameters.items():
+            parameter.grad = self._targets[name].grad = None
+
+    def nbytes(self) -> int:
+        """Bytes of the state that a checkpoint holds once every parameter has had its first step."""
+        moments = sum(2 * target.numel() * 4 + 4 for target in self._targets.values())
+        masters = sum(
+            target.numel() * 4 for name, target in self._targets.items() if target is not self._parameters[name]
+        )
+        return moments + masters
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as tensors: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`, and `master.NAME` of masters."""
+        state = {}
+        for name, target in self._targets.items():
+            for key, value in self._adamw.state.get(target, {}).items():
+                state[f"{key}.{name}"] = value
+            if target is not self._parameters[name]:
+                state[f"master.{name}"] = target.detach()
+        return state
+
+    def load(self, tensors: Mapping[str, Tensor], *, place: str) -> None:
+        """Take the state over from `tensors` as `tensors()` gave it; `place` is named in errors.
+
+        Raises:
+            EnvironmentProblem: they are not the state of these parameters; nothing was taken over.
+        """
+        states = self._checked(tensors, place)
+        with torch.no_grad():
+            for name, target in self._targets.items():
+                state = states[name]
+                if "master" in state:
+                    target.copy_(state.pop("master"))
+                self._adamw.state[target] = {
+                    # the step count stays on the CPU, where AdamW itself keeps it
+                    key: value.clone() if key == "step" else value.to(target.device, copy=True)
+                    for key, value in state.items()
+                }
+
+    def _checked(self, tensors: Mapping[str, Tensor], place: str) -> dict[str, dict[str, Tensor]]:
+        """The tensors by parameter and kind, once it is sure that they fit."""
+        states: dict[str, dict[str, Tensor]] = {name: {} for name in self._targets}
+        for key, value in tensors.items():
+            kind, _, name = key.partition(".")
+            target = self._targets.get(name)
+            if kind not in {*_ADAMW_STATE, "master"} or target is None:
+                raise EnvironmentProblem(f"{place}: holds {key!r}, which no learnable parameter of this run has")
+            if kind != "step" and value.shape != target.shape:
+                raise EnvironmentProblem(
+                    f"{place}: {key!r} has shape {list(value.shape)}, the parameter {list(target.shape)}"
+                )
+            states[name][kind] = value
+        for name, target in self._targets.items():
+            is_master = target is not self._parameters[name]
+            if is_master != ("master" in states[name]):
+                there = "lacks" if is_master else "holds"
+                raise EnvironmentProblem(f"{place}: {there} a float32 copy of {name!r}")
+            if 0 < len(_ADAMW_STATE & states[name].keys()) < len(_ADAMW_STATE):
+                raise EnvironmentProblem(f"{place}: the moments of {name!r} are not complete")
+        return states
