@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ class Case:
         self.rate = (torch.rand(B, H, length, generator=g, dtype=torch.float64) * 0.5 + 0.05).requires_grad_()
         widths = (F, *hidden, F)
         self.weights, self.gradients = (), None
-        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        for fan_in, fan_out in itertools.pairwise(widths):
             self.weights += (draw(B, H, fan_in, fan_out, scale=0.4), draw(B, H, 1, fan_out, scale=0.2))
         self.count = [0] * B
         if open_state:

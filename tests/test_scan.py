@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 
 import pytest
@@ -228,7 +229,7 @@ def test_no_nesting_changes_a_gradient(nesting, group_size, autocast):
             return h.square().sum() + ys["h"].sum() * 0.1
 
         for wrap in reversed(wrappers):
-            function = (lambda inner, wrap: lambda *args: wrap(inner, *args))(function, wrap)
+            function = functools.partial(wrap, function)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = function(*wanted)
             if kyutai_checkpoint in wrappers:

@@ -88,9 +88,7 @@ def _parse_layers(value: object) -> object:
 WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
 Layers = Annotated[
     Literal["all", "middle", "none"] | tuple[Annotated[int, Field(ge=0)], ...],
-    BeforeValidator(
-        _parse_layers, json_schema_input_type=Literal["all", "middle", "none"] | str | int | list[int]
-    ),
+    BeforeValidator(_parse_layers, json_schema_input_type=Literal["all", "middle", "none"] | str | int | list[int]),
 ]
 HiddenDims = Annotated[
     tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_tuple, json_schema_input_type=list[int])
@@ -173,9 +171,11 @@ class TTTConfig(Section):
                 if getattr(self, name) != TTTConfig.model_fields[name].default
             ]
             if given:
-                raise ValueError(
-                    f"{given[0]} needs layer_type: mlp; a linear inner model has no hidden layer"
-                )
+                raise ValueError(f"{given[0]} needs layer_type: mlp; a linear inner model has no hidden layer")
+        if self.mlp_hidden_dims is not None and (
+            self.mlp_expansion_factor != TTTConfig.model_fields["mlp_expansion_factor"].default
+        ):
+            raise ValueError("mlp_hidden_dims and mlp_expansion_factor both give the hidden widths; write one of them")
         if self.mlp_hidden_dims is not None and len(self.mlp_hidden_dims) != self.mlp_layers - 1:
             raise ValueError(
                 f"mlp_hidden_dims names {len(self.mlp_hidden_dims)} widths, but mlp_layers: {self.mlp_layers} "
@@ -303,7 +303,9 @@ def select_layers(layers: Literal["all", "middle", "none"] | tuple[int, ...], nu
         return ()
     outside = [layer for layer in layers if layer >= num_layers]
     if outside:
-        raise ValueError(f"layer {outside[0]} does not exist; the backbone's {num_layers} layers are 0 to {num_layers - 1}")
+        raise ValueError(
+            f"layer {outside[0]} does not exist; the backbone's {num_layers} layers are 0 to {num_layers - 1}"
+        )
     return tuple(sorted(layers))
 
 
@@ -336,9 +338,7 @@ def group_size_warnings(
         gradient_checkpointing: whether activation checkpointing surrounds the layers.
     """
     example = tokens if tokens is not None else 188
-    name = window or (
-        f"A sequence of {tokens} tokens" if tokens is not None else "15 s at 12.5 tokens a second"
-    )
+    name = window or (f"A sequence of {tokens} tokens" if tokens is not None else "15 s at 12.5 tokens a second")
     steps = mini_batches(example, mini_batch_size)
     messages = []
     if group_size == 1 and steps > 1:

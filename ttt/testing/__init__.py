@@ -1,0 +1,15 @@
+"""The laws of TTT layers as checks, and as a pytest suite for any backbone plugin.
+
+In a plugin's tests:
+
+```python
+from ttt.testing import laws
+
+TestMyBackbone = laws("mybackbone")
+```
+"""
+
+from ttt.testing.bench import Bench, LawBrokenError
+from ttt.testing.suite import laws
+
+__all__ = ["Bench", "LawBrokenError", "laws"]

@@ -1,0 +1,294 @@
+"""Moshi's `LMModel` as a backbone: building it, where TTT goes, and TTT in its streaming."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from moshi.models import LMModel, loaders
+from moshi.modules.streaming import State, StreamingModule
+from moshi.modules.transformer import StreamingTransformerLayer
+from torch import Tensor, nn
+
+from ttt.adapter import TTTAdapter
+from ttt.backbone import LossOutput
+from ttt.errors import EnvironmentProblem, InjectionError
+from ttt.inject import Site
+from ttt.layer import Rotary, TTTLayer
+from ttt.state import TTTState
+from ttt_moshi.loss import moshi_loss
+from ttt_moshi.plugin import DEMO
+
+if TYPE_CHECKING:
+    from ttt_moshi.plugin import MoshiOptions
+
+DEMO_SEED = 20260101
+# The structure of `moshi.models.loaders._lm_kwargs`, narrowed; the vocabularies are those of the demo codec and
+# tokenizer that ship with this package.
+DEMO_KWARGS: dict[str, Any] = {
+    "text_card": 256,
+    "card": 256,
+    "context": 512,
+    "depformer_dim": 64,
+    "depformer_dim_feedforward": 192,
+    "depformer_num_heads": 4,
+    "depformer_num_layers": 2,
+    "hidden_scale": 3.0,
+}
+
+
+# --- building ---
+
+
+def build(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dtype) -> LMModel:
+    """The model that the options ask for, in eval mode; on `meta`, its structure alone.
+
+    Raises:
+        EnvironmentProblem: weights cannot be had.
+    """
+    if options.preset == "demo":
+        return _demo_model(options, device=device, dtype=dtype)
+    if options.random_weights or torch.device(device).type == "meta":
+        kwargs = dict(loaders._lm_kwargs) if options.config_path is None else _lm_config(options)
+        return loaders.get_moshi_lm(None, kwargs, device=device, dtype=dtype)
+    info = checkpoint_info(options)
+    if not str(info.moshi_weights).endswith((".safetensors", ".sft", ".sfts")):
+        raise EnvironmentProblem(
+            f"backbone.moshi_path: {info.moshi_weights} is not a safetensors file; pickles are refused"
+        )
+    try:
+        return info.get_moshi(device=device, dtype=dtype)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise EnvironmentProblem(
+            f"{info.moshi_weights}: cannot be loaded as Moshi weights: {_first_line(error)}"
+        ) from error
+
+
+def _demo_model(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dtype) -> LMModel:
+    """A tiny `LMModel` of Moshi's structure, the same values on every machine."""
+    kwargs = dict(loaders._lm_kwargs) | DEMO_KWARGS
+    kwargs |= {name: getattr(options, name) or default for name, default in DEMO.items()}
+    if torch.device(device).type == "meta":
+        return LMModel(device=device, dtype=dtype, **kwargs).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(DEMO_SEED)
+        model = LMModel(device="cpu", dtype=torch.float32, **kwargs)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+@lru_cache(maxsize=1)
+def checkpoint_info(options: MoshiOptions) -> loaders.CheckpointInfo:
+    """Where kyutai's weights, codec and tokenizer are, fetched from the hub where the options name no local file.
+
+    Raises:
+        EnvironmentProblem: a local file is missing, or the hub cannot be reached.
+    """
+    local = {key: getattr(options, key) for key in ("moshi_path", "mimi_path", "tokenizer_path", "config_path")}
+    for key, path in local.items():
+        if path is not None and not Path(path).is_file():
+            raise EnvironmentProblem(f"backbone.{key}: no file {path}")
+    paths = {key: Path(path) for key, path in local.items() if path is not None}
+    if "config_path" not in paths and {"moshi_path", "mimi_path", "tokenizer_path"} <= set(paths):
+        return loaders.CheckpointInfo(paths["moshi_path"], paths["mimi_path"], paths["tokenizer_path"])
+    repo = options.hf_repo or loaders.DEFAULT_REPO
+    try:
+        return loaders.CheckpointInfo.from_hf_repo(
+            repo,
+            moshi_weights=paths.get("moshi_path"),
+            mimi_weights=paths.get("mimi_path"),
+            tokenizer=paths.get("tokenizer_path"),
+            config_path=paths.get("config_path"),
+        )
+    except Exception as error:  # the hub's client raises errors of many libraries
+        raise EnvironmentProblem(
+            f"{repo} cannot be fetched from the Hugging Face hub ({_first_line(error)}); name local files with "
+            f"backbone.moshi_path, mimi_path, tokenizer_path and config_path, or try the demo preset"
+        ) from error
+
+
+def _lm_config(options: MoshiOptions) -> dict[str, Any]:
+    """What a config.json says of the language model itself, as `CheckpointInfo` reads it."""
+    paths = {key: Path("unused") for key in ("moshi_weights", "mimi_weights", "tokenizer")}
+    info = loaders.CheckpointInfo.from_hf_repo("unused", **paths, config_path=options.config_path)
+    return cast("dict[str, Any]", info.lm_config)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def set_gradient_checkpointing(model: nn.Module, enabled: bool) -> None:
+    """Switch kyutai's activation checkpointing, around every layer of the main transformer and the depformer."""
+    lm = cast(LMModel, model)
+    lm.transformer.checkpointing = enabled
+    if lm.depformer is not None:
+        lm.depformer.checkpointing = enabled
+
+
+# --- where TTT goes ---
+
+
+@dataclass
+class TTTStreamingState(State):
+    """A TTT state in kyutai's streaming: one row for each stream, updated in place.
+
+    Tensors keep their addresses, so that a CUDA graph recorded over them stays valid; a row that `exec_mask` pauses
+    is left as it is, and `reset` starts rows over.
+    """
+
+    layer: TTTLayer
+    state: TTTState
+
+    @torch.no_grad()
+    def update(self, new: TTTState, rows: Tensor) -> None:
+        """Take the rows `[B]` that are true from `new`."""
+        kept = new.where(rows, self.state).tensors()
+        for name, buffer in self.state.tensors().items():
+            buffer.copy_(kept[name])
+
+    @torch.no_grad()
+    def reset(self, reset_mask: Tensor) -> None:
+        """Start the rows `[B]` that are true over, from the layer's own weights."""
+        super().reset(reset_mask)
+        self.update(self.layer.reset(self.state, reset_mask), reset_mask)
+
+
+class MoshiTTT(TTTAdapter, StreamingModule[TTTStreamingState]):
+    """The adapter in Moshi: `TTTAdapter`, whose state lives in kyutai's streaming state while streaming."""
+
+    def _init_streaming_state(self, batch_size: int) -> TTTStreamingState:
+        device = self.gate.gating_alpha.device
+        dtype = torch.promote_types(self.gate.gating_alpha.dtype, torch.float32)
+        with torch.no_grad():
+            state = self.layer.initial_state(batch_size, dtype=dtype)
+            if self.layer.config.causal and self.layer.config.mini_batch_size > 1:
+                state = state.opened()
+            # Expanded weights share memory; each stream needs its own.
+            own = {
+                name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.tensors().items()
+            }
+        return TTTStreamingState(batch_size, device, layer=self.layer, state=TTTState.from_tensors(own))
+
+    def forward(self, x: Tensor, *, rotary: Rotary | None = None) -> Tensor:
+        """Tokens `[B,T,D]` to tokens; while streaming, the next T of each stream."""
+        streaming = self._streaming_state
+        if streaming is None:
+            return super().forward(x, rotary=rotary)
+        if self.gate.closed:
+            return x
+        out, state = self.adapt(x, streaming.state, rotary=rotary)
+        streaming.update(state.detach(), streaming.exec_mask)
+        return out
+
+
+class AdaptedLayer(StreamingTransformerLayer):
+    """A layer of Moshi with TTT after self-attention and before the feed-forward."""
+
+    ttt: MoshiTTT
+
+    def _sa_block(self, x: Tensor) -> Tensor:
+        return self.ttt(super()._sa_block(x))
+
+
+@dataclass(frozen=True, eq=False)
+class MoshiSite(Site):
+    """A layer of Moshi's main transformer."""
+
+    model: nn.Module | None = None
+
+    def attach(self, adapter: nn.Module) -> None:
+        """Attach, and let kyutai's streaming find the new child."""
+        self._forget_children()
+        super().attach(adapter)
+
+    def detach(self, original: type[nn.Module]) -> None:
+        """Detach, and let kyutai's streaming forget the child."""
+        self._forget_children()
+        super().detach(original)
+
+    def _forget_children(self) -> None:
+        """Drop the lists of streaming children that kyutai's modules cache at their first use.
+
+        Raises:
+            InjectionError: the model is streaming, with states that know nothing of the change.
+        """
+        assert self.model is not None
+        for module in self.model.modules():
+            if isinstance(module, StreamingModule):
+                if module.is_streaming:
+                    raise InjectionError("the model is streaming; leave its `streaming` context before changing it")
+                module._cached_children = None
+
+
+def sites(model: nn.Module) -> list[MoshiSite]:
+    """One site for each layer of the main transformer."""
+    lm = cast(LMModel, model)
+    return [
+        MoshiSite(
+            layer=index,
+            path=f"transformer.layers.{index}",
+            module=layer,
+            dim=lm.dim,
+            num_heads=layer.self_attn.num_heads,
+            subclass=AdaptedLayer,
+            adapter=MoshiTTT,
+            model=model,
+        )
+        for index, layer in enumerate(lm.transformer.layers)
+    ]
+
+
+# --- running ---
+
+
+def loss(model: nn.Module, codes: Tensor, options: MoshiOptions) -> LossOutput:
+    """The loss of codes `[B,17,T]`: text cross-entropy plus audio cross-entropy over Moshi's own codebooks."""
+    lm = cast(LMModel, model)
+    output = lm(codes)
+    total, parts = moshi_loss(
+        output,
+        codes,
+        dep_q=lm.dep_q,
+        text_padding_weight=options.text_padding_weight,
+        first_codebook_weight_multiplier=options.first_codebook_weight_multiplier,
+        text_padding_ids={lm.text_padding_token_id, lm.end_of_text_padding_id},
+    )
+    return LossOutput(total, tokens=codes.shape[0] * codes.shape[2], metrics=parts)
+
+
+def example_codes(model: nn.Module, *, batch_size: int, tokens: int, seed: int) -> Tensor:
+    """Random codes `[B,17,T]` that the model knows."""
+    lm = cast(LMModel, model)
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(4, lm.text_card, (batch_size, 1, tokens), generator=generator)
+    audio = torch.randint(0, lm.card, (batch_size, lm.n_q, tokens), generator=generator)
+    return torch.cat((text, audio), dim=1).to(lm.device)
+
+
+def outputs(model: nn.Module, codes: Tensor) -> Tensor:
+    """The main transformer's output and text logits for each frame of codes as it is read, `[B,T,D+text_card]`."""
+    hidden, text_logits = cast(LMModel, model).forward_text(codes)
+    return torch.cat((hidden, text_logits[:, 0]), dim=-1)
+
+
+def perturb(codes: Tensor, *, token: int, row: int | None) -> Tensor:
+    """A copy whose audio codes differ from frame `token` on."""
+    changed = codes.clone()
+    rows = slice(None) if row is None else slice(row, row + 1)
+    # Flipping the lowest bit keeps a code in a codebook of even size.
+    changed[rows, 1:, token:] = codes[rows, 1:, token:] ^ 1
+    return changed
+
+
+def stream(model: nn.Module, codes: Tensor, *, pieces: Sequence[int]) -> Tensor:
+    """`outputs` of codes that are fed in pieces, through kyutai's streaming state."""
+    lm = cast(LMModel, model)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(lm.streaming(codes.shape[0]))
+        return torch.cat([outputs(lm, piece) for piece in codes.split(list(pieces), dim=2)], dim=1)

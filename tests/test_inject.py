@@ -1,0 +1,164 @@
+"""Injection: what is refused, and that a refusal changes nothing. What laws 6 and 7 cover is in test_laws.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from toy import ToyBackbone
+
+from ttt import inject
+from ttt.adapter import TTTAdapter, carried
+from ttt.config import TTTConfig
+from ttt.errors import InjectionError
+from ttt.evidence import observe
+
+BACKBONE = ToyBackbone()
+CONFIG = TTTConfig(mini_batch_size=4)
+
+
+def model():
+    return BACKBONE.build(BACKBONE.tiny(), device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (TTTConfig(layers=(0, 5)), r"layer 5 does not exist; the backbone's 2 layers are 0 to 1"),
+        (TTTConfig(num_heads=5), r"width 16 does not divide into 5 heads"),
+        (TTTConfig(num_heads=16), r"odd width 1"),
+        (TTTConfig(preset="video", rope="none"), r"causal: false on a causal backbone"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_changes(config, message):
+    plain = model()
+    before = {name: type(module) for name, module in plain.named_modules()}
+    with pytest.raises(InjectionError, match=message):
+        inject.apply(plain, BACKBONE.sites(plain), config)
+    assert {name: type(module) for name, module in plain.named_modules()} == before
+
+
+def test_a_minibatch_of_one_token_leaks_nothing():
+    plain = model()
+    config = TTTConfig(preset="video", rope="none", mini_batch_size=1)
+    assert len(inject.apply(plain, BACKBONE.sites(plain), config).adapters) == 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [("all", [0, 1, 2, 3]), ("middle", [1, 2]), ("none", []), ("3,1", [1, 3]), ([2], [2]), (0, [0])],
+)
+def test_layers_are_the_ones_named(layers, expected):
+    plain = BACKBONE.build(BACKBONE.options(name="toy", num_layers=4), device="cpu", dtype=torch.float32)
+    injection = inject.apply(plain, BACKBONE.sites(plain), TTTConfig.model_validate({"layers": layers}))
+    assert list(injection.adapters) == [f"layers.{layer}.ttt" for layer in expected]
+
+
+def test_sites_that_would_change_the_backbone_are_refused():
+    plain = model()
+    sites = BACKBONE.sites(plain)
+    with pytest.raises(InjectionError, match="Linear is no subclass"):
+        inject.apply(
+            plain, [dataclasses.replace(sites[0], subclass=nn.Linear)], TTTConfig(layers=(0,), mini_batch_size=4)
+        )
+    with pytest.raises(InjectionError, match="two sites for one layer"):
+        inject.plan([sites[0], sites[0]], CONFIG)
+
+
+def test_values_depend_on_seed_and_layer_alone():
+    def values(seed, layers):
+        plain = model()
+        torch.manual_seed(torch.randint(1000, ()).item())
+        config = TTTConfig.model_validate({"layers": layers, "mini_batch_size": 4})
+        found = inject.apply(plain, BACKBONE.sites(plain), config, seed=seed)
+        return {name: value.clone() for name, value in found.state_dict().items()}
+
+    one, both = values(0, [1]), values(0, "all")
+    assert all(torch.equal(both[name], value) for name, value in one.items())
+    assert not torch.equal(both["layers.0.ttt.layer.W1"], both["layers.1.ttt.layer.W1"])
+    assert not torch.equal(values(1, [1])["layers.1.ttt.layer.W1"], one["layers.1.ttt.layer.W1"])
+
+
+def test_adapters_follow_the_site_in_mode_device_and_width():
+    plain = model().train()
+    assert all(a.training for a in inject.apply(plain, BACKBONE.sites(plain), CONFIG).adapters.values())
+    narrow = BACKBONE.build(BACKBONE.tiny(), device="meta", dtype=torch.bfloat16)
+    tensors = inject.apply(narrow, BACKBONE.sites(narrow), CONFIG).state_dict()
+    assert {(value.device.type, value.dtype) for value in tensors.values()} == {("meta", torch.float32)}
+
+
+def test_loading_tensors_that_do_not_fit_names_each_and_changes_nothing():
+    plain = model()
+    injection = inject.apply(plain, BACKBONE.sites(plain), CONFIG)
+    before = {name: value.clone() for name, value in injection.state_dict().items()}
+    wrong = {name: value + 1 for name, value in before.items()}
+    del wrong["layers.0.ttt.gate.gating_alpha"]
+    wrong["layers.1.ttt.layer.W1"] = torch.zeros(1)
+    wrong["extra"] = torch.zeros(1)
+    with pytest.raises(InjectionError, match=r"gating_alpha is missing; extra is unknown; .*W1 is \[1\], not"):
+        injection.load_state_dict(wrong)
+    assert all(torch.equal(value, before[name]) for name, value in injection.state_dict().items())
+    right = {name: value + 1 for name, value in before.items()}
+    injection.load_state_dict(right)
+    assert all(torch.equal(value, right[name]) for name, value in injection.state_dict().items())
+
+
+def test_carried_states_join_windows_and_a_recomputation_starts_where_the_pass_did():
+    """Two windows with the state carried are one long one for TTT; under checkpointing gradients stay the same."""
+    adapter_model = model()
+    injection = inject.apply(adapter_model, BACKBONE.sites(adapter_model), CONFIG)
+    adapter = injection.adapters["layers.0.ttt"]
+    assert isinstance(adapter, TTTAdapter)
+    x = torch.randn(2, 13, 16, generator=torch.Generator().manual_seed(0))
+    whole, _ = adapter.adapt(x)
+    with carried(injection) as carry:
+        adapter(x[:, :6])
+    states = carry.states
+    assert list(states) == ["layers.0.ttt"]
+    assert not states["layers.0.ttt"].weights[0].requires_grad
+    with carried(injection, states) as carry:
+        second = adapter(x[:, 6:])
+    torch.testing.assert_close(second, whole[:, 6:], rtol=1e-5, atol=1e-5)
+    assert adapter.port is None
+
+    batch = BACKBONE.example_batch(adapter_model, batch_size=2, tokens=9, seed=0)
+    with carried(injection) as carry:
+        BACKBONE.outputs(adapter_model, batch)
+    gradients = []
+    for checkpointing in (False, True):
+        BACKBONE.set_gradient_checkpointing(adapter_model, checkpointing)
+        adapter_model.zero_grad()
+        with carried(injection, carry.states):
+            BACKBONE.outputs(adapter_model, batch).square().mean().backward()
+        gradients.append({name: p.grad for name, p in adapter_model.named_parameters() if p.grad is not None})
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, rtol=1e-6, atol=1e-9)
+    with (
+        pytest.raises(ValueError, match="states for nowhere, where nothing is injected"),
+        carried(injection, {"nowhere": carry.states["layers.0.ttt"]}),
+    ):
+        pass
+
+
+def test_evidence_is_of_the_pass_that_was_watched():
+    plain = model()
+    injection = inject.apply(plain, BACKBONE.sites(plain), CONFIG)
+    batch = BACKBONE.example_batch(plain, batch_size=2, tokens=9, seed=0)
+    with observe(injection) as seen:
+        assert seen.reached == frozenset()
+        BACKBONE.outputs(plain, batch)
+    assert seen.reached == {"layers.0.ttt", "layers.1.ttt"}
+    found = seen.layers()["layers.0.ttt"]
+    assert found.inner_loss_after < found.inner_loss_before
+    assert found.movement > 0
+    assert found.gate == pytest.approx(torch.tanh(torch.tensor(0.1)).item())
+    with torch.no_grad():
+        for adapter in injection.adapters.values():
+            adapter.layer.learnable_ttt_lr_bias.fill_(-1e9)  # rates of zero: nothing is learned
+    with observe(injection) as seen:
+        BACKBONE.outputs(plain, batch)
+    still = seen.layers()["layers.0.ttt"]
+    assert still.movement == 0
+    assert still.inner_loss_after == still.inner_loss_before

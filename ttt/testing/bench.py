@@ -1,0 +1,141 @@
+"""What the laws are checked on: a backbone's tiny model, injected, run and compared."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ttt import inject
+from ttt.backbone import Backbone, Batch
+from ttt.config import BackboneOptions, TTTConfig
+from ttt.errors import NestedCheckpointWarning, TTTError, UsageError
+from ttt.inject import Injection
+
+
+class LawBrokenError(TTTError):
+    """A law does not hold; `law` is its number, the message says where and by how much."""
+
+    def __init__(self, law: int, message: str) -> None:
+        super().__init__(f"law {law}: {message}")
+        self.law = law
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """`‖a − b‖ / ‖b‖`, or `‖a − b‖` where b is zero; infinite where a or b is not finite."""
+    if a.shape != b.shape:
+        return float("inf")
+    difference, size = torch.linalg.vector_norm((a - b).double()).item(), torch.linalg.vector_norm(b.double()).item()
+    found = difference / size if size else difference
+    return found if found == found else float("inf")
+
+
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def reentrant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Reentrant activation checkpointing around a function."""
+    return lambda *args: checkpoint(function, *args, use_reentrant=True)
+
+
+def non_reentrant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Non-reentrant activation checkpointing around a function."""
+    return lambda *args: checkpoint(function, *args, use_reentrant=False)
+
+
+@dataclass
+class Bench:
+    """A backbone under test.
+
+    Args:
+        backbone: the plugin.
+        options: of the model; None is the plugin's own `tiny()`.
+        ttt: settings of the `ttt` section, over the plugin's defaults. Mini-batches are of 4 unless they say
+            otherwise, so that short sequences cross several.
+        tokens: length of the sequences; not a multiple of the mini-batch by default.
+        batch_size: streams.
+        device: where it runs.
+        tolerance: largest `distance` of two results that a law says are equal. Backbones that compute in float32
+            whatever their type, as Moshi's norms do, decide it.
+    """
+
+    backbone: Backbone
+    options: BackboneOptions | None = None
+    ttt: dict[str, Any] | None = None
+    tokens: int = 14
+    batch_size: int = 3
+    device: str = "cpu"
+    tolerance: float = 1e-5
+
+    def config(self, **changes: Any) -> TTTConfig:
+        """The `ttt` section with changes."""
+        own = {} if "preset" in changes or "preset" in (self.ttt or {}) else dict(self.backbone.ttt_defaults)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NestedCheckpointWarning)  # costs are no matter here
+            return TTTConfig.model_validate({"mini_batch_size": 4, **own, **(self.ttt or {}), **changes})
+
+    def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The plain tiny model, the same values at every call."""
+        return self.backbone.build(self.options or self.backbone.tiny(), device=self.device, dtype=dtype)
+
+    def inject(self, model: nn.Module, config: TTTConfig | None = None) -> Injection:
+        """TTT in the model."""
+        return inject.apply(
+            model, self.backbone.sites(model), config or self.config(), causal=self.backbone.causal, seed=1
+        )
+
+    def injected(self, dtype: torch.dtype = torch.float32, **changes: Any) -> Injection:
+        """A fresh tiny model with TTT."""
+        return self.inject(self.model(dtype), self.config(**changes))
+
+    def batch(self, model: nn.Module, *, seed: int = 0) -> Batch:
+        """A random batch."""
+        return self.backbone.example_batch(model, batch_size=self.batch_size, tokens=self.tokens, seed=seed)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The model's outputs, without gradient."""
+        with torch.no_grad():
+            return self.backbone.outputs(model, batch)
+
+    def gradients(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Outputs (as `outputs`) and the gradient of every parameter, of a sum that weighs every output differently."""
+        for parameter in model.parameters():
+            parameter.grad = None
+        outputs = self.backbone.outputs(model, batch)
+        weights = torch.linspace(0.5, 1.5, outputs.numel(), device=outputs.device).view_as(outputs)
+        (outputs.float() * weights).square().mean().backward()
+        found = {"outputs": outputs.detach()}
+        found |= {
+            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+            for name, parameter in model.named_parameters()
+        }
+        return found
+
+    @contextlib.contextmanager
+    def wrapped(self, injection: Injection, wrappers: Sequence[Wrapper]) -> Iterator[None]:
+        """Activation checkpointing around every adapter, the first wrapper outermost."""
+        originals = {name: adapter.forward for name, adapter in injection.adapters.items()}
+        try:
+            for name, adapter in injection.adapters.items():
+                function = originals[name]
+                for wrapper in reversed(wrappers):
+                    function = wrapper(function)
+                adapter.forward = function  # type: ignore[method-assign]
+            yield
+        finally:
+            for adapter in injection.adapters.values():
+                adapter.__dict__.pop("forward", None)
+
+    def checkpointed(self, model: nn.Module) -> bool:
+        """Switch the backbone's own activation checkpointing on; False where it has none."""
+        try:
+            self.backbone.set_gradient_checkpointing(model, True)
+        except UsageError:
+            return False
+        return True
