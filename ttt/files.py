@@ -135,7 +135,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all.
 
     Raises:
@@ -144,13 +144,18 @@ def write_text(path: Path, text: str) -> None:
     temporary = temporary_beside(path)
     with writing(path):
         try:
-            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+            with open(temporary, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file whole or not at all; see `write_bytes`."""
+    write_bytes(path, text.encode())
 
 
 def _of_its_own(tensor: Tensor) -> Tensor:

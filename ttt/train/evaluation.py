@@ -1,0 +1,111 @@
+"""The outer loss beside the same model with its gates closed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ttt.adapter import carried, gates_closed
+from ttt.backbone import Backbone, WindowDataset
+from ttt.config.schema import RunConfig
+from ttt.inject import Injection
+from ttt.state import TTTState
+from ttt.train.order import once
+from ttt.train.passes import load_batch, reset_rows, seed_pass
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over the positions of the windows read."""
+
+    split: str
+    """`eval`, or `train` where no held-out data was given."""
+    windows: int
+    loss: float
+    loss_gates_closed: float
+
+    def as_line(self) -> dict[str, Any]:
+        """Its keys in `metrics.jsonl`."""
+        return {
+            "eval_split": self.split,
+            "eval_windows": self.windows,
+            "eval_loss": self.loss,
+            "eval_loss_gates_closed": self.loss_gates_closed,
+        }
+
+    def in_words(self) -> str:
+        """A sentence with both losses."""
+        where = (
+            f"{self.windows} held-out windows"
+            if self.split == "eval"
+            else f"{self.windows} training windows (no data.eval_data)"
+        )
+        change = (self.loss - self.loss_gates_closed) / self.loss_gates_closed if self.loss_gates_closed else 0.0
+        effect = (
+            "makes no difference" if change == 0 else f"{'lowers' if change < 0 else 'RAISES'} it by {abs(change):.2%}"
+        )
+        return (
+            f"outer loss on {where}: {self.loss:.4f}; with the gates closed {self.loss_gates_closed:.4f}: TTT {effect}"
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    injection: Injection,
+    backbone: Backbone,
+    config: RunConfig,
+    dataset: WindowDataset,
+    *,
+    split: str,
+    device: torch.device,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Read the windows in order, each batch with open and with closed gates and the same random numbers.
+
+    With `persistent_states`, fast weights are carried from window to window of a file, as in training.
+
+    Returns:
+        None where `stop` said so between two batches.
+    """
+    was_training = model.training
+    model.eval()
+    sums, tokens, windows = [0.0, 0.0], 0, 0
+    states: dict[str, TTTState] = {}
+    try:
+        persistent = config.ttt.persistent_states
+        readings = once(dataset.files, batch_size=config.train.batch_size, lanes=persistent)
+        for number, reading in enumerate(readings[: config.eval.max_batches]):
+            if stop():
+                return None
+            batch = load_batch(dataset, reading.windows, device)
+            rows = len(reading.windows)
+            states = reset_rows(injection, _first_rows(states, rows), reading.starts)
+            seed_pass(config.train.seed, "eval", number)
+            with carried(injection, states) if persistent else contextlib.nullcontext() as carry:
+                output = backbone.loss(model, batch, config)
+            if carry is not None:
+                states = carry.states
+            seed_pass(config.train.seed, "eval", number)
+            with gates_closed(model):
+                closed = backbone.loss(model, batch, config)
+            sums[0] += float(output.loss) * output.tokens
+            sums[1] += float(closed.loss) * output.tokens
+            tokens += output.tokens
+            windows += rows
+    finally:
+        model.train(was_training)
+    return Evaluation(split, windows, sums[0] / tokens, sums[1] / tokens)
+
+
+def _first_rows(states: dict[str, TTTState], rows: int) -> dict[str, TTTState]:
+    """The states without the rows whose lanes are through."""
+    return {
+        name: TTTState.from_tensors({key: tensor[:rows] for key, tensor in state.tensors().items()})
+        for name, state in states.items()
+    }

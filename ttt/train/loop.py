@@ -1,0 +1,626 @@
+"""The training loop.
+
+Each step reads `num_microbatches` batches, sums their gradients, and makes one optimiser step. Everything that it
+draws at random is a function of the seed and the number of the forward pass, and everything else is in the
+checkpoint, so a resumed run goes on as if it had not stopped.
+
+The adapter that a run ends with is the one of its last checkpoint; `summary.json` names it (see `ttt.train.rundir`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+from torch import nn
+
+from ttt import inject
+from ttt.adapter import TTTAdapter, carried
+from ttt.adapter_file import backbone_identity, load_adapter, save_adapter
+from ttt.backbone import Backbone, WindowDataset
+from ttt.config.schema import RunConfig
+from ttt.errors import ConfigError, EnvironmentProblem, InactiveLayerError, NonFiniteError, TTTError
+from ttt.evidence import observe
+from ttt.files import read_json, read_tensors, require_space, write_tensors, write_text
+from ttt.inject import Injection
+from ttt.state import TTTState
+from ttt.train import rundir
+from ttt.train.evaluation import Evaluation, evaluate
+from ttt.train.interrupt import Interrupt
+from ttt.train.metrics import Display, MetricsFile, TensorBoard, duration_in_words, finite, peak_memory_bytes, say
+from ttt.train.optim import Optimizer, choose_learnable
+from ttt.train.order import LaneOrder, Reading, WindowOrder
+from ttt.train.passes import load_batch, reset_rows, seed_pass
+from ttt.train.pictures import draw_run
+from ttt.train.rundir import Checkpoint, RunDir
+
+OPTIMIZER = "optimizer.safetensors"
+CARRIED = "carried_states.safetensors"
+
+_DRAW_SECONDS = 60.0
+"""How old the pictures may be when a checkpoint is written."""
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    run_dir: Path
+    steps: int
+    """Optimiser steps done, those before a resumption included."""
+    interrupted: bool
+    """Whether it was asked to stop before its last step, or before its last evaluation was done."""
+    loss: float | None
+    """Training loss of the last step; None where no step was done."""
+    evaluation: Evaluation | None
+    """The closing outer loss beside that with closed gates; None where the run was interrupted."""
+    checkpoint: Path | None
+    """The last checkpoint, with the adapter in it."""
+    resume_command: str
+    """Continues the run where it was interrupted, or where `train.max_steps` is raised."""
+
+
+def train(
+    config: RunConfig, backbone: Backbone, *, resume: bool = False, console: Console | None = None
+) -> TrainResult:
+    """Train TTT layers in a backbone.
+
+    Args:
+        config: the resolved config.
+        backbone: the plugin that `config.backbone` names.
+        resume: continue the run in `config.run_dir`.
+        console: where to report; standard output by default.
+
+    Raises:
+        ConfigError: the config cannot be honoured with this data and backbone.
+        UsageError: the run directory is in use, or there is nothing to resume.
+        EnvironmentProblem: something is missing: a device, a file, memory, disk space.
+        NonFiniteError: a loss or gradient was not finite; the weights are those before that step.
+        InactiveLayerError: on the first step, a TTT layer was not reached, did not learn, or got no gradient.
+    """
+    console = console or Console()
+    config = _narrowed(config, backbone)
+    run = rundir.choose(config, resume=resume)
+    checkpoint = None
+    if resume:
+        checkpoint, passed_over = run.reopen(config, backbone)
+        for problem in passed_over:
+            say(console, f"passed over a checkpoint that is not complete: {problem}")
+        finished = _finished(run, checkpoint, config)
+        if finished is not None:
+            say(console, f"{run.path}: done already, {finished.steps} steps; raise train.max_steps to go on")
+            return finished
+    else:
+        run.require_unused()
+    with _memory_errors(config):
+        trainer = Trainer(config, backbone, choose_device(config.train.device), run, console)
+        if checkpoint is None:
+            run.create(config)
+        else:
+            trainer.restore(checkpoint)
+        return trainer.run()
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device of `train.device`: `auto` is CUDA where there is one.
+
+    Raises:
+        EnvironmentProblem: `cuda` is asked for and there is none.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            f"train.device: cuda, but PyTorch {torch.__version__} sees no CUDA device; write auto or cpu, or install a "
+            f"CUDA build of PyTorch and its driver"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+class Trainer:
+    """One run: built whole, then restored where it resumes, then run. Building writes nothing."""
+
+    def __init__(
+        self, config: RunConfig, backbone: Backbone, device: torch.device, run: RunDir, console: Console
+    ) -> None:
+        self.config = config
+        self.backbone = backbone
+        self.device = device
+        self.directory = run
+        self.console = console
+        self.dataset: WindowDataset = backbone.dataset(config, split="train", device=device)
+        self.eval_split = "train" if config.data.eval_data is None else "eval"
+        self.eval_dataset: WindowDataset = (
+            self.dataset
+            if self.eval_split == "train"
+            else backbone.dataset(config, split=self.eval_split, device=device)
+        )
+        self.order = _order(config, self.dataset)
+        self.model, self.injection = _build(config, backbone, device)
+        self.learnable = choose_learnable(
+            self.model, self.injection.adapters, config.train, is_attention=backbone.is_attention
+        )
+        self.optimizer = Optimizer(self.learnable, config.train)
+        self.states: dict[str, TTTState] = {}
+        self.done = 0
+        self.seconds = 0.0
+        self.tokens = 0
+        self.saved: tuple[int, Path] | None = None
+        self.line: dict[str, Any] = {}
+        """Metrics of the last step done."""
+        self._updating = False
+        self._drawn = time.monotonic()
+        require_space(run.path, self._checkpoint_bytes(), what="one checkpoint of this run")
+
+    # --- the run ---
+
+    def run(self) -> TrainResult:
+        """Train to the last step, or to the step in which somebody asks to stop; evaluate; sum up."""
+        total = self.config.train.max_steps
+        self._announce()
+        with contextlib.ExitStack() as stack:
+            # a run that lacks nothing but its closing evaluation writes its last line anew
+            keep = self.done - 1 if self.done == total else self.done
+            self.metrics = stack.enter_context(
+                contextlib.closing(MetricsFile(self.directory / rundir.METRICS, last_step=keep))
+            )
+            self.directory.remove_unfinished()
+            self.board = stack.enter_context(
+                contextlib.closing(TensorBoard(self.directory / "tensorboard", first_step=keep + 1))
+            )
+            interrupt = stack.enter_context(Interrupt())
+            self.display = stack.enter_context(
+                Display(self.console, total=total, done=self.done, log_freq=self.config.train.log_freq)
+            )
+            evaluation = None
+            if self.metrics.last_step < self.done:
+                evaluation = self._settle(interrupt)
+            while self.done < total and not interrupt.requested:
+                evaluation = self._one_step(interrupt)
+            if self.done < total or evaluation is None:
+                self._save()
+                evaluation = None
+        return self._interrupted() if evaluation is None else self._finish(evaluation)
+
+    def _one_step(self, interrupt: Interrupt) -> Evaluation | None:
+        """A step, its checkpoint, its evaluation and its line, where they are due."""
+        config = self.config.train
+        before = self.states
+        try:
+            self.line = self._step(self.done)
+        except Exception as error:
+            self.states = before
+            self._rescue(error)
+            raise
+        self.done += 1
+        self.display.step(self.line)
+        if self.done == config.max_steps or (config.ckpt_freq and self.done % config.ckpt_freq == 0):
+            self._save()
+        return self._settle(interrupt)
+
+    def _settle(self, interrupt: Interrupt) -> Evaluation | None:
+        """Evaluate after a step where it is due, and write the step's line.
+
+        An evaluation that is cut short leaves the line unwritten: the resumed run settles the step anew.
+        """
+        evaluation = None
+        line = self.line
+        if self._evaluates(self.done):
+            evaluation = self._evaluate(interrupt)
+            if evaluation is None:
+                return None
+            line = {**line, **evaluation.as_line()}
+            if self.done < self.config.train.max_steps:
+                self.display.say(f"step {self.done}: {evaluation.in_words()}")
+        if evaluation or "layers" in line or self._logs(self.done):
+            self.metrics.write(line)
+            self.board.write(line)
+        return evaluation
+
+    def _logs(self, step: int) -> bool:
+        return step % self.config.train.log_freq == 0 or step in (1, self.config.train.max_steps)
+
+    def _evaluates(self, step: int) -> bool:
+        frequency = self.config.eval.eval_freq
+        return step == self.config.train.max_steps or bool(frequency and step % frequency == 0)
+
+    def _measures(self, step: int) -> bool:
+        return step % self.config.train.evidence_freq == 0 or step in (1, self.config.train.max_steps)
+
+    # --- one step ---
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """Optimiser step `step` (from 0); its metrics."""
+        passes = self.config.train.num_microbatches
+        started = time.monotonic()
+        self.model.train()
+        self.optimizer.clear()
+        losses: list[float] = []
+        metrics: dict[str, float] = {}
+        tokens = 0
+        evidence = observe(self.injection) if self._measures(step + 1) else None
+        read: list[Reading] = []
+        for number in range(step * passes, (step + 1) * passes):
+            reading = self.order.at(number)
+            read.append(reading)
+            with evidence if evidence and len(read) == 1 else contextlib.nullcontext():
+                loss, count, told = self._pass(number, reading)
+            losses.append(loss)
+            tokens += count
+            for name, value in told.items():
+                metrics[name] = metrics.get(name, 0.0) + value / passes
+        if step == 0 and evidence:
+            self._require_active(evidence)
+        norm = self.optimizer.clip()
+        if not math.isfinite(norm):
+            raise NonFiniteError(self._not_finite("the gradient", norm, read))
+        self._updating = True
+        rate = self.optimizer.step(step)
+        self._updating = False
+        seconds = time.monotonic() - started
+        self.seconds += seconds
+        self.tokens += tokens
+        line: dict[str, Any] = {
+            **metrics,
+            "step": step + 1,
+            "loss": math.fsum(losses) / passes,
+            "lr": rate,
+            "grad_norm": norm,
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+        if evidence:
+            line["layers"] = {name: vars(layer) for name, layer in evidence.layers().items()}
+        checked: dict[str, Any] = finite(line)
+        return checked
+
+    def _pass(self, number: int, reading: Reading) -> tuple[float, int, dict[str, float]]:
+        """Forward and backward over one batch: its loss, the positions it read, the backbone's metrics."""
+        batch = load_batch(self.dataset, reading.windows, self.device)
+        states = reset_rows(self.injection, self.states, reading.starts)
+        seed_pass(self.config.train.seed, "train", number)
+        persistent = self.config.ttt.persistent_states
+        # states are an input of a recomputation too, so backward runs while they are there
+        with carried(self.injection, states) if persistent else contextlib.nullcontext() as carry:
+            output = self.backbone.loss(self.model, batch, self.config)
+            loss = float(output.loss.detach())
+            if not math.isfinite(loss):
+                raise NonFiniteError(self._not_finite("the loss", loss, [reading]))
+            (output.loss / self.config.train.num_microbatches).backward()
+            if carry is not None:
+                self.states = carry.states
+        self.optimizer.collect()
+        return loss, output.tokens, {name: float(value) for name, value in output.metrics.items()}
+
+    def _not_finite(self, what: str, value: float, read: list[Reading]) -> str:
+        windows = list(dict.fromkeys(window for reading in read for window in reading.windows))
+        described = [self.dataset.describe(window) for window in windows[:4]]
+        if len(windows) > 4:
+            described.append(f"{len(windows) - 4} windows more")
+        return (
+            f"step {self.done + 1}: {what} is {value} on {'; '.join(described)}; stopped before the optimiser step, "
+            f"weights unchanged. Look at that data; if it is sound, lower train.lr"
+        )
+
+    def _require_active(self, evidence: observe) -> None:
+        """On the first step, every adapter must act: reached, its fast weights moved, a gradient for it."""
+        layers = evidence.layers()
+        touched: dict[str, bool] = {}
+        for name, gradient in self.optimizer.gradients():
+            for site in self.injection.adapters:
+                if name.startswith(f"{site}."):
+                    arrived = gradient is not None and bool(gradient.count_nonzero())
+                    touched[site] = touched.get(site, False) or arrived
+        for site in self.injection.adapters:
+            if site not in evidence.reached:
+                raise InactiveLayerError(
+                    f"{site}: the TTT layer was injected, but the backbone's forward pass never reached it; the site "
+                    f"that the backbone {self.backbone.name} offers there is not on its path"
+                )
+            if not layers[site].movement > 0:
+                raise InactiveLayerError(
+                    f"{site}: the fast weights of the TTT layer did not move (‖W_T − W_0‖ / ‖W_0‖ = "
+                    f"{layers[site].movement}) over a whole batch; its inner learning rate or its tokens are zero"
+                )
+            if not touched.get(site, True):
+                raise InactiveLayerError(
+                    f"{site}: no gradient reaches the TTT layer or its gate, so neither could learn; with "
+                    f"ttt.initial_gating_alpha: 0 the gate must learn first (train.alpha_lr_multiplier above 0)"
+                )
+
+    def _evaluate(self, interrupt: Interrupt) -> Evaluation | None:
+        return evaluate(
+            self.model,
+            self.injection,
+            self.backbone,
+            self.config,
+            self.eval_dataset,
+            split=self.eval_split,
+            device=self.device,
+            stop=lambda: interrupt.requested,
+        )
+
+    # --- checkpoints ---
+
+    def _save(self) -> None:
+        """Write the checkpoint of the steps done, unless it is there already."""
+        if self.done == 0 or (self.saved and self.saved[0] == self.done):
+            return
+        state = {"seconds": self.seconds, "tokens": self.tokens, "line": self.line}
+        path = self.directory.save_checkpoint(
+            self.done, state, self._write_checkpoint, keep=self.config.train.ckpt_keep
+        )
+        self.saved = (self.done, path)
+        self.metrics.sync()
+        if time.monotonic() - self._drawn > _DRAW_SECONDS and self.metrics.last_step:
+            draw_run(self.directory.path)
+            self._drawn = time.monotonic()
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        save_adapter(
+            folder,
+            self.injection,
+            backbone=backbone_identity(self.backbone, self.config.backbone),
+            backbone_tensors={entry.name: entry.parameter for entry in self.learnable if entry.role == "backbone"},
+            training={
+                "steps": self.done,
+                "tokens": self.tokens,
+                "trainable": self.config.train.trainable,
+                "config": self.config.model_dump(mode="json"),
+            },
+        )
+        write_tensors(folder / OPTIMIZER, self.optimizer.tensors(), {"format": "ttt-optimizer"})
+        if self.config.ttt.persistent_states:
+            states = {
+                f"{site}/{name}": tensor
+                for site, state in self.states.items()
+                for name, tensor in state.tensors().items()
+            }
+            write_tensors(folder / CARRIED, states, {"format": "ttt-states"})
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over everything that a checkpoint holds.
+
+        Raises:
+            EnvironmentProblem: a file of it is damaged.
+            AdapterMismatchError: the backbone is not the one that the run was started with.
+        """
+        folder = checkpoint.path
+        load_adapter(
+            folder,
+            self.model,
+            injection=self.injection,
+            backbone=backbone_identity(self.backbone, self.config.backbone),
+        )
+        self.optimizer.load(read_tensors(folder / OPTIMIZER), place=str(folder / OPTIMIZER))
+        if self.config.ttt.persistent_states:
+            self.states = _read_states(folder / CARRIED, self.device)
+        self.done = checkpoint.step
+        self.saved = (checkpoint.step, folder)
+        self.seconds = float(checkpoint.state.get("seconds", 0.0))
+        self.tokens = int(checkpoint.state.get("tokens", 0))
+        self.line = dict(checkpoint.state["line"])
+
+    def _checkpoint_bytes(self) -> int:
+        backbone = [entry.parameter for entry in self.learnable if entry.role == "backbone"]
+        kept = [*backbone, *self.injection.state_dict().values()]
+        return self.optimizer.nbytes() + sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+    def _rescue(self, error: Exception) -> None:
+        """Save the steps before one that failed, so that none is lost; say so in the error."""
+        if self._updating or self.done == 0:
+            return  # weights half updated, or nothing learned yet
+        self.optimizer.clear()
+        try:
+            self._save()
+        except TTTError as problem:
+            note = f"the steps before it could not be saved: {problem}"
+        else:
+            assert self.saved is not None
+            note = f"the {self.done} steps before it are saved in {self.saved[1]}"
+        if isinstance(error, TTTError):
+            error.args = (f"{error}; {note}",)
+        else:
+            say(self.console, note)
+
+    # --- what is told ---
+
+    def _announce(self) -> None:
+        config = self.config
+        of_ttt = sum(tensor.numel() for tensor in self.injection.state_dict().values())
+        of_backbone = sum(parameter.numel() for parameter in self.model.parameters()) - of_ttt
+        layers = ", ".join(str(site.layer) for site in self.injection.sites) or "none"
+        learns = sum(entry.parameter.numel() for entry in self.learnable)
+        files = len(self.dataset.files)
+        accumulated = f" × {config.train.num_microbatches}" if config.train.num_microbatches > 1 else ""
+        for text in (
+            f"backbone {self.backbone.name}: {of_backbone:,} parameters ({config.train.param_dtype}); "
+            f"TTT-{config.ttt.layer_type} in layers {layers}: {of_ttt:,}; learning: {learns:,}",
+            f"data: {len(self.dataset)} windows in {files} {'file' if files == 1 else 'files'}; "
+            f"batches of {config.train.batch_size}{accumulated}; on {_device_in_words(self.device)}",
+            f"run: {self.directory.path}"
+            + (f", resumed after step {self.done} of {config.train.max_steps}" if self.done else ""),
+        ):
+            say(self.console, text)
+
+    def _result(self, evaluation: Evaluation | None) -> TrainResult:
+        return TrainResult(
+            run_dir=self.directory.path,
+            steps=self.done,
+            interrupted=evaluation is None,
+            loss=self.line.get("loss"),
+            evaluation=evaluation,
+            checkpoint=self.saved[1] if self.saved else None,
+            resume_command=self.directory.resume_command(),
+        )
+
+    def _interrupted(self) -> TrainResult:
+        """Tell how to go on."""
+        result = self._result(None)
+        if result.checkpoint is None:
+            say(self.console, "interrupted before the first step was done; nothing to resume")
+            return result
+        draw_run(self.directory.path)
+        say(self.console, f"interrupted after step {self.done} of {self.config.train.max_steps}, saved")
+        say(self.console, f"resume with: {result.resume_command}")
+        return result
+
+    def _finish(self, evaluation: Evaluation) -> TrainResult:
+        """Draw, sum up, and tell how it ended."""
+        result = self._result(evaluation)
+        self._write_summary(evaluation)
+        pictures = draw_run(self.directory.path)
+        for site, layer in self.line.get("layers", {}).items():
+            say(
+                self.console,
+                f"{site}: inner loss {layer['inner_loss_before']:.4f} before its step, "
+                f"{layer['inner_loss_after']:.4f} after; fast weights moved {layer['movement']:.3g} of their norm; "
+                f"gate {layer['gate']:.4f}",
+            )
+        say(self.console, evaluation.in_words())
+        say(self.console, f"{self.done} steps in {duration_in_words(self.seconds)}; adapter: {result.checkpoint}")
+        say(self.console, f"pictures: {', '.join(map(str, pictures))}")
+        return result
+
+    def _write_summary(self, evaluation: Evaluation) -> None:
+        assert self.saved is not None
+        content = {
+            "steps": self.done,
+            "final_checkpoint": self.saved[1].relative_to(self.directory.path).as_posix(),
+            "loss": self.line["loss"],
+            **evaluation.as_line(),
+            "layers": self.line.get("layers", {}),
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "device": _device_in_words(self.device),
+        }
+        write_text(self.directory / rundir.SUMMARY, json.dumps(finite(content), indent=2) + "\n")
+
+
+def _narrowed(config: RunConfig, backbone: Backbone) -> RunConfig:
+    """The config as the class that knows the backbone's own options, so that none is lost where it is written."""
+    from ttt.config.load import run_config_model
+
+    model = run_config_model(backbone)
+    if isinstance(config, model):
+        return config
+    try:
+        return model.model_validate({name: getattr(config, name) for name in RunConfig.model_fields})
+    except ValidationError as error:
+        raise ConfigError(f"the config does not fit the backbone {backbone.name}: {error.errors()[0]['msg']}") from None
+
+
+def _build(config: RunConfig, backbone: Backbone, device: torch.device) -> tuple[nn.Module, Injection]:
+    """The model with its adapters; what a backbone draws at random comes from the run's seed."""
+    seed_pass(config.train.seed, "build", 0)
+    model = backbone.build(config.backbone, device=device, dtype=_DTYPES[config.train.param_dtype])
+    injection = inject.apply(model, backbone.sites(model), config.ttt, causal=backbone.causal, seed=config.train.seed)
+    if config.ttt.persistent_states and not all(
+        isinstance(adapter, TTTAdapter) for adapter in injection.adapters.values()
+    ):
+        raise ConfigError(
+            f"ttt.persistent_states: true: the adapters of {backbone.name} carry no state from window to window; "
+            f"write false"
+        )
+    backbone.set_gradient_checkpointing(model, config.train.gradient_checkpointing)
+    return model, injection
+
+
+def _order(config: RunConfig, dataset: WindowDataset) -> WindowOrder | LaneOrder:
+    train_config = config.train
+    if not config.ttt.persistent_states:
+        return WindowOrder(
+            dataset.files,
+            batch_size=train_config.batch_size,
+            shuffle=config.data.shuffle,
+            seed=train_config.seed,
+        )
+    if config.data.shuffle:
+        raise ConfigError("ttt.persistent_states: true needs windows in order; write data.shuffle: false")
+    return LaneOrder(dataset.files, batch_size=train_config.batch_size)
+
+
+def _read_states(path: Path, device: torch.device) -> dict[str, TTTState]:
+    by_site: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in read_tensors(path, device=device).items():
+        site, _, name = key.rpartition("/")
+        by_site.setdefault(site, {})[name] = tensor
+    try:
+        return {site: TTTState.from_tensors(tensors) for site, tensors in by_site.items()}
+    except ValueError as error:
+        raise EnvironmentProblem(f"{path}: {error}") from None
+
+
+def _finished(run: RunDir, checkpoint: Checkpoint, config: RunConfig) -> TrainResult | None:
+    """How a run ended that has nothing left to do; None where it has.
+
+    Raises:
+        ConfigError: it has done more steps than `train.max_steps`.
+    """
+    if checkpoint.step > config.train.max_steps:
+        raise ConfigError(
+            f"train.max_steps: {config.train.max_steps}, but {run.path} has done {checkpoint.step} steps; raise it"
+        )
+    summary_file = run / rundir.SUMMARY
+    if checkpoint.step < config.train.max_steps or not summary_file.is_file():
+        return None
+    summary = read_json(summary_file)
+    if summary.get("steps") != checkpoint.step:
+        return None
+    try:
+        evaluation = Evaluation(
+            summary["eval_split"],
+            summary["eval_windows"],
+            _float(summary["eval_loss"]),
+            _float(summary["eval_loss_gates_closed"]),
+        )
+        loss = _float(summary["loss"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return TrainResult(
+        run_dir=run.path,
+        steps=checkpoint.step,
+        interrupted=False,
+        loss=loss,
+        evaluation=evaluation,
+        checkpoint=checkpoint.path,
+        resume_command=run.resume_command(),
+    )
+
+
+def _float(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _device_in_words(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+@contextlib.contextmanager
+def _memory_errors(config: RunConfig) -> Iterator[None]:
+    """Turn running out of memory into a sentence that says what takes less."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        ways = ["a smaller train.batch_size (with more train.num_microbatches)", "shorter windows"]
+        if not config.train.gradient_checkpointing:
+            ways.append("train.gradient_checkpointing: true")
+        if config.train.param_dtype == "float32":
+            ways.append("train.param_dtype: bfloat16")
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EnvironmentProblem(f"out of memory: {first} What takes less: {', '.join(ways)}") from error

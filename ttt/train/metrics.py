@@ -1,0 +1,257 @@
+"""What a run tells while it runs: `metrics.jsonl`, TensorBoard where installed, a live bar or plain lines.
+
+A line of `metrics.jsonl` is one step: `step` (from 1), `loss`, the backbone's own metrics, `lr`, `grad_norm`,
+`tokens_per_second`, `peak_memory_bytes`; where they were measured, `layers` (evidence by site) and
+`eval_loss`, `eval_loss_gates_closed`, `eval_split`, `eval_batches`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+from ttt.errors import EnvironmentProblem, UsageError
+from ttt.files import size_in_words, writing
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory used so far: of PyTorch's allocator on CUDA, else of the process (0 where unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class MetricsFile:
+    """`metrics.jsonl`, held by one process at a time.
+
+    Lines past `last_step`, and a line that a crash cut short, are taken off when it is opened, so that a resumed
+    run has no step twice.
+
+    Raises:
+        UsageError: another process is writing to it.
+        EnvironmentProblem: it cannot be written.
+    """
+
+    def __init__(self, path: Path, *, last_step: int = 0) -> None:
+        self._path = path
+        with writing(path):
+            self._file: IO[str] = open(path, "a+", encoding="utf-8", newline="\n")  # noqa: SIM115 - held for the run
+        try:
+            _lock(self._file, path)
+            with writing(path):
+                self.last_step = self._truncate(last_step)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _truncate(self, last_step: int) -> int:
+        """Cut the file behind the last whole line of a step up to `last_step`; return that line's step."""
+        end, found = 0, 0
+        with open(self._path, "rb") as file:
+            for line in file:
+                step = _step_of(line)
+                if step is None or step > last_step or step <= found:
+                    break
+                end, found = end + len(line), step
+        os.truncate(self._path, end)
+        return found
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Add a line.
+
+        Raises:
+            EnvironmentProblem: the disk is full.
+        """
+        with writing(self._path):
+            self._file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+            self._file.flush()
+        self.last_step = int(line["step"])
+
+    def sync(self) -> None:
+        """Have the lines so far on the disk."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; one that a crash cut short is left out.
+
+    Raises:
+        EnvironmentProblem: it cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: cannot be read: {error.strerror or error}") from error
+    return [json.loads(line) for line in content.splitlines() if _step_of(line + b"\n") is not None]
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a whole line; None where it is none."""
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return None
+    step = content.get("step") if isinstance(content, dict) and line.endswith(b"\n") else None
+    return step if isinstance(step, int) else None
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON cannot write."""
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(
+            f"{path.parent}: another process is training in this run_dir; wait for it, or name another"
+        ) from None
+    except OSError:  # a file system without locks
+        return
+
+
+class TensorBoard:
+    """Scalars for TensorBoard; does nothing where it is not installed."""
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self._writer: Any = None
+            return
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Add a metrics line: every number in it, `layers` by name."""
+        if self._writer is None:
+            return
+        for name, value in line.items():
+            if name == "layers":
+                for site, evidence in value.items():
+                    for key, number in evidence.items():
+                        self._writer.add_scalar(f"{site}/{key}", number, line["step"])
+            elif name != "step" and isinstance(value, (int, float)):
+                self._writer.add_scalar(name, value, line["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class _Text(ProgressColumn):
+    """A column from a function of the task; rich draws it anew with every refresh."""
+
+    def __init__(self, text: Callable[[Task], str], style: str) -> None:
+        super().__init__()
+        self._text, self._style = text, style
+
+    def render(self, task: Task) -> Text:
+        return Text(self._text(task), style=self._style)
+
+
+class Display:
+    """The live bar on a terminal, plain lines elsewhere.
+
+    Args:
+        console: where to.
+        total: optimiser steps of the run.
+        done: of which are done already.
+        log_freq: steps between plain lines.
+    """
+
+    def __init__(self, console: Console, *, total: int, done: int, log_freq: int) -> None:
+        self._console = console
+        self._total = total
+        self._first = done
+        self._log_freq = log_freq
+        self._started = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal and not console.is_dumb_terminal:
+            self._bar = Progress(
+                TextColumn("train"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                _Text(lambda task: task.fields["told"], "cyan"),
+                _Text(lambda task: f"{task.fields['left']} left" if task.fields["left"] else "", "green"),
+                console=console,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._task = self._bar.add_task("train", total=total, completed=done, told="", left="")
+
+    def __enter__(self) -> Display:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        say(self._console, text)
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        """A step is done."""
+        step = line["step"]
+        seconds = time.monotonic() - self._started
+        left = duration_in_words(seconds / (step - self._first) * (self._total - step))
+        speed, memory = line["tokens_per_second"], size_in_words(line["peak_memory_bytes"])
+        if self._bar is not None:
+            told = f"loss {line['loss']:.4f}  {speed:,.0f} tok/s  {memory}"
+            self._bar.update(self._task, completed=step, told=told, left=left)
+        elif step % self._log_freq == 0 or step in (1, self._total):
+            self.say(
+                f"step {step:>{len(str(self._total))}}/{self._total}  loss {line['loss']:.4f}  "
+                f"lr {line['lr']:.2e}  {speed:,.0f} tokens/s  peak {memory}  {left} left"
+            )
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: not wrapped, not highlighted, brackets kept."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def duration_in_words(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

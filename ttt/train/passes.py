@@ -1,0 +1,61 @@
+"""What a forward pass of training and one of evaluation share: its batch, its random numbers, its states."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ttt.backbone import Batch, WindowDataset
+from ttt.inject import Injection
+from ttt.state import TTTState
+
+
+def seed_pass(seed: int, purpose: str, number: int) -> None:
+    """Seed every global generator for one forward pass.
+
+    The numbers that pass draws are then a function of the run's seed and the pass alone, so that there is no state
+    of generators to save, and an evaluation in between changes nothing.
+    """
+    words = np.random.SeedSequence([seed, *purpose.encode(), number]).generate_state(2, np.uint32)
+    torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+    random.seed(int(words[0]) << 32 | int(words[1]))
+    np.random.seed(int(words[0]))
+
+
+def load_batch(dataset: WindowDataset, windows: Sequence[int], device: torch.device) -> Batch:
+    """Read windows and make them a batch on the device."""
+    return to_device(dataset.collate([dataset[window] for window in windows]), device)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The same nesting of tuples, lists and dicts with every tensor on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def reset_rows(injection: Injection, states: Mapping[str, TTTState], starts: Sequence[bool]) -> dict[str, TTTState]:
+    """The states with the rows that start a file fresh; no states where every row does.
+
+    The fresh rows are the layer's own initial weights, which the gradient reaches.
+    """
+    if not states or all(starts):
+        return {}
+    if not any(starts):
+        return dict(states)
+    reset = {}
+    for name, state in states.items():
+        mask = torch.tensor(starts, device=state.weights[0].device)
+        reset[name] = injection.adapters[name].layer.reset(state, mask)  # type: ignore[union-attr, operator]
+    return reset

@@ -1,0 +1,186 @@
+"""The pictures of a run, drawn from its `metrics.jsonl` alone."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ttt.files import write_bytes
+from ttt.train.metrics import read_metrics
+from ttt.train.rundir import METRICS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LOSS = "loss.png"
+INNER_LOSS = "inner_loss.png"
+
+_OPEN, _CLOSED, _FAINT = "#1668b8", "#c7511f", "#9cb8d4"
+_INK, _GRID = "#303030", "#e4e4e4"
+
+
+def draw_run(run: Path) -> list[Path]:
+    """Draw the loss of a run, and what its TTT layers did; returns the pictures made.
+
+    Raises:
+        EnvironmentProblem: there are no metrics, or the pictures cannot be written.
+    """
+    lines = read_metrics(run / METRICS)
+    made = []
+    for name, figure in ((LOSS, loss_figure(lines)), (INNER_LOSS, inner_figure(lines))):
+        if figure is not None:
+            _write(figure, run / name)
+            made.append(run / name)
+    return made
+
+
+def smoothed(values: Sequence[float], width: int) -> list[float]:
+    """Mean of each value and its neighbours up to `width` away, as many on either side."""
+    means = []
+    for index in range(len(values)):
+        reach = min(width, index, len(values) - 1 - index)
+        near = values[index - reach : index + reach + 1]
+        means.append(math.fsum(near) / len(near))
+    return means
+
+
+def loss_figure(lines: Sequence[dict[str, Any]]) -> Figure | None:
+    """The outer loss over the steps, and the evaluations beside those with closed gates; None without a line."""
+    points = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    if not points:
+        return None
+    steps, losses = [step for step, _ in points], [loss for _, loss in points]
+    figure = _figure(8.0, 4.6)
+    axes = figure.add_subplot()
+    width = len(losses) // 25
+    if width:
+        axes.plot(steps, losses, color=_FAINT, linewidth=0.9, label="training loss")
+        axes.plot(
+            steps, smoothed(losses, width), color=_OPEN, linewidth=2.0, label=f"mean of {2 * width + 1} logged steps"
+        )
+    else:
+        axes.plot(steps, losses, color=_OPEN, linewidth=1.8, marker="o", markersize=3, label="training loss")
+    _draw_evaluations(axes, lines)
+    _dress(axes, "optimiser step", "outer loss")
+    axes.set_title(f"Outer loss: {losses[0]:.3f} at step {steps[0]}, {losses[-1]:.3f} at step {steps[-1]}", loc="left")
+    axes.legend(frameon=False, loc="best")
+    return figure
+
+
+def _draw_evaluations(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
+    """Each evaluation as a pair of points, the last one with its numbers."""
+    found = [
+        line for line in lines if line.get("eval_loss") is not None and line.get("eval_loss_gates_closed") is not None
+    ]
+    if not found:
+        return
+    where = "held-out windows" if found[-1].get("eval_split") == "eval" else "training windows"
+    steps = [line["step"] for line in found]
+    last = found[-1]
+    for key, marker, color, label in (
+        ("eval_loss", "D", _INK, f"{where}, TTT acting: {last['eval_loss']:.4f}"),
+        ("eval_loss_gates_closed", "s", _CLOSED, f"the same, gates closed: {last['eval_loss_gates_closed']:.4f}"),
+    ):
+        values = [line[key] for line in found]
+        axes.plot(
+            steps, values, color=color, marker=marker, markersize=7, linewidth=1.2, linestyle=":",
+            markeredgecolor="white", label=label, zorder=5, clip_on=False,
+        )  # fmt: skip
+        axes.axhline(values[-1], color=color, linewidth=1.0, linestyle=(0, (4, 3)), alpha=0.7)
+    axes.margins(x=0.03)
+
+
+def inner_figure(lines: Sequence[dict[str, Any]]) -> Figure | None:
+    """Each layer's inner loss before and after its step, how far its fast weights moved, and its gate."""
+    measured = [line for line in lines if line.get("layers")]
+    if not measured:
+        return None
+    sites = list(measured[-1]["layers"])
+    columns = min(len(sites), 4 if len(sites) <= 8 else 7)
+    rows = -(-len(sites) // columns)
+    figure = _figure(max(8.0, 2.3 * columns), 2.1 * rows + 3.0)
+    upper, lower = figure.subfigures(2, 1, height_ratios=[2.1 * rows, 2.7], squeeze=False).flat
+    panels = upper.subplots(rows, columns, squeeze=False, sharex=True)
+    for index, panel in enumerate(panels.flat):
+        if index >= len(sites):
+            panel.set_axis_off()
+            continue
+        _draw_inner_loss(panel, measured, sites[index])
+    upper.suptitle("Inner loss before and after each mini-batch's step", x=0.01, ha="left", fontsize=11)
+    upper.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper right", ncols=2, frameon=False, fontsize=9)
+    movement, gate = lower.subplots(1, 2).flat
+    _draw_by_site(movement, measured, sites, "movement", r"how far fast weights moved, $\|W_T - W_0\|\,/\,\|W_0\|$")
+    _draw_by_site(gate, measured, sites, "gate", r"gate, mean $|\tanh\,\alpha|$")
+    if len(sites) > 1:
+        lower.legend(
+            *movement.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8,
+            ncols=-(-len(sites) // 12),
+        )  # fmt: skip
+    return figure
+
+
+def _draw_inner_loss(axes: Axes, measured: Sequence[dict[str, Any]], site: str) -> None:
+    points = [(line["step"], line["layers"][site]) for line in measured if site in line["layers"]]
+    steps = [step for step, _ in points]
+    before = [_number(layer["inner_loss_before"]) for _, layer in points]
+    after = [_number(layer["inner_loss_after"]) for _, layer in points]
+    marker = "o" if len(steps) < 12 else None
+    axes.fill_between(steps, before, after, color=_OPEN, alpha=0.12, linewidth=0)
+    axes.plot(steps, before, color=_CLOSED, linewidth=1.5, marker=marker, markersize=3, label="before its step")
+    axes.plot(steps, after, color=_OPEN, linewidth=1.5, marker=marker, markersize=3, label="after")
+    _dress(axes, "", "")
+    axes.set_title(site, fontsize=9, loc="left")
+
+
+def _draw_by_site(axes: Axes, measured: Sequence[dict[str, Any]], sites: Sequence[str], key: str, title: str) -> None:
+    from matplotlib import colormaps
+
+    colors = colormaps["viridis"]
+    for index, site in enumerate(sites):
+        points = [(line["step"], _number(line["layers"][site][key])) for line in measured if site in line["layers"]]
+        axes.plot(
+            *zip(*points, strict=True),
+            color=colors(0.9 * index / max(1, len(sites) - 1)),
+            linewidth=1.5,
+            marker="o" if len(points) < 12 else None,
+            markersize=3,
+            label=site,
+        )
+    _dress(axes, "optimiser step", "")
+    axes.set_title(title, fontsize=9, loc="left")
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure of its own: no window, and no state that other users of matplotlib could see."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _dress(axes: Axes, x: str, y: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8, colors=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+
+
+def _write(figure: Figure, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_bytes(path, content.getvalue())

@@ -1,0 +1,345 @@
+"""A run's folder: what lies in it, who may write to it, and checkpoints that are whole or not there.
+
+    config.yaml           the resolved config; `ttt train RUN/config.yaml --resume` goes on from it
+    metrics.jsonl         one line of JSON for each logged step
+    loss.png, inner_loss.png
+    tensorboard/          where TensorBoard is installed
+    summary.json          how it ended, and which checkpoint is the last: `final_checkpoint`
+    checkpoints/step_000100/
+        adapter_model.safetensors, adapter_config.json    the TTT layers, complete in themselves
+        backbone_model.safetensors     the unfrozen backbone parameters, where `trainable` is not `ttt`
+        optimizer.safetensors          moments, step counts, float32 masters
+        carried_states.safetensors     fast weights of each row, where `persistent_states`
+        trainer_state.json             steps done, and the name and size of every file above
+
+The last adapter is not copied to the top: `summary.json` points to it, and `ttt info RUN` follows.
+There is no state of random number generators to keep: each forward pass seeds them from the run's seed and its
+own number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ttt.backbone import Backbone
+from ttt.config.schema import RunConfig
+from ttt.errors import ConfigError, EnvironmentProblem, NestedCheckpointWarning, UsageError
+from ttt.files import TEMPORARY, read_header, read_json, sync, temporary_beside, write_text, writing
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
+TRAINER_STATE = "trainer_state.json"
+
+_FORMAT = "ttt-checkpoint"
+_VERSION = 1
+_STEP = re.compile(r"step_(\d{6,})")
+
+MAY_DIFFER = frozenset(
+    {
+        "run_dir",
+        "eval.eval_freq",
+        "train.max_steps",
+        "train.device",
+        "train.gradient_checkpointing",
+        "train.log_freq",
+        "train.evidence_freq",
+        "train.ckpt_freq",
+        "train.ckpt_keep",
+        "ttt.scan_checkpoint_group_size",
+    }
+)
+"""Keys that may change when a run is resumed: they decide how long, where and how often, not what is computed."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint."""
+
+    path: Path
+    step: int
+    """Optimiser steps done."""
+    state: dict[str, Any]
+    """What the trainer put into `trainer_state.json`."""
+
+
+class RunDir:
+    """A run's folder. Making the object writes nothing; `create` and `reopen` do."""
+
+    def __init__(self, path: Path, *, numbered: bool = False) -> None:
+        """With `numbered`, where the folder is there already, `create` takes the next free `PATH-2`, `PATH-3`, …."""
+        self.path = path
+        self._numbered = numbered
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def require_unused(self) -> None:
+        """Refuse a folder in which something was trained.
+
+        A run that ended before its first step left nothing worth keeping, so its folder is taken over.
+
+        Raises:
+            UsageError: it holds a run, or is no folder; the message says how to go on.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"run_dir: {self.path} is a file; name a folder")
+        with writing(self.path):
+            used = not self._numbered and (_has_bytes(self / METRICS) or bool(self._step_folders()))
+        if used:
+            raise UsageError(
+                f"run_dir: {self.path} already holds a run; continue it with `{self.resume_command()}`, or name "
+                f"another run_dir"
+            )
+
+    def create(self, config: RunConfig) -> None:
+        """Make the folder and write the resolved config.
+
+        Raises:
+            EnvironmentProblem: it cannot be written.
+        """
+        with writing(self.path):
+            if self._numbered:
+                self.path = next(path for path in _numbered(self.path) if _made(path))
+            (self / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            (self / SUMMARY).unlink(missing_ok=True)
+        self._write_config(config)
+
+    def reopen(self, config: RunConfig, backbone: Backbone) -> tuple[Checkpoint, list[str]]:
+        """Prepare to continue the run: check the config against the stored one and find the checkpoint.
+
+        Returns:
+            The newest complete checkpoint, and a sentence for each newer folder that was passed over.
+
+        Raises:
+            UsageError: there is no run to continue.
+            ConfigError: the config asks for another run; the message names every key.
+        """
+        if not (self / CONFIG).is_file():
+            raise UsageError(
+                f"run_dir: {self.path} holds no run to resume (no {CONFIG}); leave out --resume to start one there"
+            )
+        self._require_same_config(config, backbone)
+        checkpoint, passed_over = self.latest()
+        if checkpoint is None:
+            detail = f" ({'; '.join(passed_over)})" if passed_over else ""
+            raise UsageError(
+                f"run_dir: {self.path} holds no complete checkpoint{detail}, so there is nothing to resume; "
+                f"delete it, or name another run_dir, and start anew without --resume"
+            )
+        self._write_config(config)
+        return checkpoint, passed_over
+
+    def remove_unfinished(self) -> None:
+        """Remove what a killed process left under a temporary name; only for who holds the metrics file."""
+        for folder in (self.path, self / CHECKPOINTS):
+            for leftover in folder.glob(f"{TEMPORARY}*") if folder.is_dir() else ():
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
+
+    def resume_command(self) -> str:
+        """The command that continues the run."""
+        return f"ttt train {shlex.quote(str(self / CONFIG))} --resume"
+
+    # --- checkpoints ---
+
+    def latest(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest complete checkpoint, and why each newer folder was passed over."""
+        passed_over: list[str] = []
+        for folder in reversed(self._step_folders()):
+            try:
+                return read_checkpoint(folder), passed_over
+            except EnvironmentProblem as problem:
+                passed_over.append(str(problem))
+        return None, passed_over
+
+    def save_checkpoint(
+        self, step: int, state: Mapping[str, Any], write: Callable[[Path], None], *, keep: int | None
+    ) -> Path:
+        """Write a checkpoint beside its place, put it there in one rename, then drop the oldest.
+
+        Args:
+            step: optimiser steps done.
+            state: what goes into `trainer_state.json`, as JSON.
+            write: writes every other file into the folder that it is given.
+            keep: how many checkpoints stay; None keeps all.
+
+        Raises:
+            EnvironmentProblem: the disk is full or cannot be written; nothing half written is left.
+        """
+        final = self / CHECKPOINTS / f"step_{step:06d}"
+        temporary = temporary_beside(final)
+        with writing(final):
+            try:
+                temporary.mkdir(parents=True)
+                write(temporary)
+                files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+                content = {"format": _FORMAT, "version": _VERSION, "step": step, "files": files, **state}
+                write_text(temporary / TRAINER_STATE, json.dumps(content, indent=2, allow_nan=False) + "\n")
+                sync(temporary)
+                self._discard(final)
+                os.rename(temporary, final)
+                sync(final.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            self._prune(keep)
+        return final
+
+    def _prune(self, keep: int | None) -> None:
+        """Drop the oldest complete checkpoints beyond `keep`; a folder that is none of ours stays."""
+        if keep is None:
+            return
+        complete = []
+        for folder in self._step_folders():
+            with contextlib.suppress(EnvironmentProblem):
+                complete.append(read_checkpoint(folder).path)
+        for folder in complete[:-keep]:
+            self._discard(folder)
+
+    def _discard(self, folder: Path) -> None:
+        """Remove a checkpoint folder; it loses its name first, so that half of it is never taken for one."""
+        if folder.exists():
+            temporary = temporary_beside(folder)
+            os.rename(folder, temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _step_folders(self) -> list[Path]:
+        """Folders named like checkpoints, in order of step, whatever is in them."""
+        root = self / CHECKPOINTS
+        if not root.is_dir():
+            return []
+        named = [(match, folder) for folder in root.iterdir() if (match := _STEP.fullmatch(folder.name))]
+        return [folder for match, folder in sorted(named, key=lambda pair: int(pair[0][1])) if folder.is_dir()]
+
+    # --- the config ---
+
+    def _write_config(self, config: RunConfig) -> None:
+        from ttt.config.load import dump_config
+
+        write_text(self / CONFIG, dump_config(config.model_copy(update={"run_dir": str(self.path)})))
+
+    def _require_same_config(self, config: RunConfig, backbone: Backbone) -> None:
+        from ttt.config.load import load_config
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NestedCheckpointWarning)  # the config at hand is warned of already
+            stored = load_config(self / CONFIG, backbone=backbone).config
+        differences = config_differences(stored, config)
+        if differences:
+            listed = "; ".join(
+                f"{key}: {_in_words(before)} in the run, {_in_words(now)} now" for key, before, now in differences
+            )
+            raise ConfigError(
+                f"{self.path}: the run to resume was started with another config ({listed}); take these back, or "
+                f"start a new run in another run_dir"
+            )
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder, once it is sure that every file of it is there in full.
+
+    Raises:
+        EnvironmentProblem: it is not complete, or none of ours; one sentence says why.
+    """
+    state = read_json(folder / TRAINER_STATE)
+    if state.get("format") != _FORMAT:
+        raise EnvironmentProblem(f"{folder / TRAINER_STATE}: not a checkpoint of ttt")
+    if state.get("version") != _VERSION:
+        raise EnvironmentProblem(
+            f"{folder / TRAINER_STATE}: checkpoint version {state.get('version')!r}, this ttt reads {_VERSION}"
+        )
+    step, files = state.get("step"), state.get("files")
+    match = _STEP.fullmatch(folder.name)
+    if not isinstance(step, int) or not isinstance(files, dict) or (match and int(match[1]) != step):
+        raise EnvironmentProblem(f"{folder / TRAINER_STATE}: does not describe this checkpoint")
+    for name, size in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise EnvironmentProblem(f"{file}: missing")
+        if file.stat().st_size != size:
+            raise EnvironmentProblem(f"{file}: {file.stat().st_size} bytes, {size} were written")
+        if file.suffix == ".safetensors":
+            read_header(file)
+    return Checkpoint(folder, step, state)
+
+
+def choose(config: RunConfig, *, resume: bool) -> RunDir:
+    """Where the run goes: `run_dir`, or a folder of its own under `runs/`, named after the backbone and the time.
+
+    Raises:
+        UsageError: a run is to be resumed and the config does not say which; the message suggests one.
+    """
+    if config.run_dir is not None:
+        return RunDir(Path(config.run_dir))
+    label = "-".join(filter(None, [config.backbone.name, getattr(config.backbone, "preset", None)]))
+    if resume:
+        newest = _newest_run(label)
+        hint = f", as `{newest.resume_command()}`" if newest else ""
+        raise UsageError(f"--resume: which run? Give its {CONFIG}{hint}, or its run_dir")
+    return RunDir(Path("runs") / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}", numbered=True)
+
+
+def _newest_run(label: str) -> RunDir | None:
+    """The newest run of that label that can be resumed."""
+    runs = [RunDir(path) for path in Path("runs").glob(f"{label}-*") if (path / CONFIG).is_file()]
+    able = [run for run in runs if run.latest()[0] is not None]
+    return max(able, key=lambda run: (run / CONFIG).stat().st_mtime, default=None)
+
+
+def _made(path: Path) -> bool:
+    """Make a folder; False where there is one already."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    number = 2
+    while True:
+        yield path.with_name(f"{path.name}-{number}")
+        number += 1
+
+
+def config_differences(stored: RunConfig, config: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Keys, with both values, in which the configs differ and a resumed run may not."""
+    before, now = _flat(stored.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    return [
+        (key, before.get(key), now.get(key))
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in MAY_DIFFER
+    ]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _in_words(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _has_bytes(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
