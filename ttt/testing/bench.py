@@ -126,7 +126,7 @@ class Bench:
                 function = originals[name]
                 for wrapper in reversed(wrappers):
                     function = wrapper(function)
-                adapter.forward = function  # type: ignore[method-assign]
+                adapter.forward = function
             yield
         finally:
             for adapter in injection.adapters.values():

@@ -161,6 +161,8 @@ class TTTStreamingState(State):
 class MoshiTTT(TTTAdapter, StreamingModule[TTTStreamingState]):
     """The adapter in Moshi: `TTTAdapter`, whose state lives in kyutai's streaming state while streaming."""
 
+    _streaming_state: TTTStreamingState | None
+
     def _init_streaming_state(self, batch_size: int) -> TTTStreamingState:
         device = self.gate.gating_alpha.device
         dtype = torch.promote_types(self.gate.gating_alpha.dtype, torch.float32)
