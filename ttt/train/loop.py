@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,14 @@ from ttt.adapter import TTTAdapter, carried
 from ttt.adapter_file import backbone_identity, load_adapter, save_adapter
 from ttt.backbone import Backbone, WindowDataset
 from ttt.config.schema import RunConfig
-from ttt.errors import ConfigError, EnvironmentProblem, InactiveLayerError, NonFiniteError, TTTError
+from ttt.errors import (
+    ConfigError,
+    EnvironmentProblem,
+    InactiveLayerError,
+    NestedCheckpointWarning,
+    NonFiniteError,
+    TTTError,
+)
 from ttt.evidence import observe
 from ttt.files import read_json, read_tensors, require_space, write_tensors, write_text
 from ttt.inject import Injection
@@ -516,7 +524,9 @@ def _narrowed(config: RunConfig, backbone: Backbone) -> RunConfig:
     if isinstance(config, model):
         return config
     try:
-        return model.model_validate({name: getattr(config, name) for name in RunConfig.model_fields})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NestedCheckpointWarning)  # said when the config was made
+            return model.model_validate({name: getattr(config, name) for name in RunConfig.model_fields})
     except ValidationError as error:
         raise ConfigError(f"the config does not fit the backbone {backbone.name}: {error.errors()[0]['msg']}") from None
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ttt.files import write_bytes
 from ttt.train.metrics import read_metrics
 from ttt.train.rundir import METRICS
@@ -39,12 +41,11 @@ def draw_run(run: Path) -> list[Path]:
 
 
 def smoothed(values: Sequence[float], width: int) -> list[float]:
-    """Mean of each value and its neighbours up to `width` away, as many on either side."""
-    means = []
-    for index in range(len(values)):
-        reach = min(width, index, len(values) - 1 - index)
-        near = values[index - reach : index + reach + 1]
-        means.append(math.fsum(near) / len(near))
+    """Mean of each value and its neighbours up to `width` away on either side, as far as there are any."""
+    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    positions = np.arange(len(values))
+    first, last = np.maximum(positions - width, 0), np.minimum(positions + width + 1, len(values))
+    means: list[float] = ((sums[last] - sums[first]) / (last - first)).tolist()
     return means
 
 
@@ -67,7 +68,7 @@ def loss_figure(lines: Sequence[dict[str, Any]]) -> Figure | None:
     _draw_evaluations(axes, lines)
     _dress(axes, "optimiser step", "outer loss")
     axes.set_title(f"Outer loss: {losses[0]:.3f} at step {steps[0]}, {losses[-1]:.3f} at step {steps[-1]}", loc="left")
-    axes.legend(frameon=False, loc="best")
+    axes.legend(facecolor="white", framealpha=0.9, edgecolor="none", loc="best")
     return figure
 
 
@@ -116,10 +117,11 @@ def inner_figure(lines: Sequence[dict[str, Any]]) -> Figure | None:
     _draw_by_site(movement, measured, sites, "movement", r"how far fast weights moved, $\|W_T - W_0\|\,/\,\|W_0\|$")
     _draw_by_site(gate, measured, sites, "gate", r"gate, mean $|\tanh\,\alpha|$")
     if len(sites) > 1:
-        lower.legend(
-            *movement.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8,
-            ncols=-(-len(sites) // 12),
-        )  # fmt: skip
+        handles, labels = movement.get_legend_handles_labels()
+        if len(sites) > 10:  # colours run from the first layer to the last
+            shown = sorted({0, len(sites) // 4, len(sites) // 2, 3 * len(sites) // 4, len(sites) - 1})
+            handles, labels = [handles[index] for index in shown], [labels[index] for index in shown]
+        lower.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     return figure
 
 

@@ -1,0 +1,652 @@
+"""The training loop on the toy backbone: exact resumption, evidence, control, and every way to stop."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from toy import Block, BlockWithTTT, ToyBackbone, ToyData, ToyOptions
+
+from ttt.adapter import TTTAdapter
+from ttt.adapter_file import MODEL, read_info
+from ttt.config import EvalConfig, RunConfig, TrainConfig, TTTConfig
+from ttt.errors import (
+    ConfigError,
+    EnvironmentProblem,
+    InactiveLayerError,
+    NestedCheckpointWarning,
+    NonFiniteError,
+    UsageError,
+)
+from ttt.inject import Site
+from ttt.train import loop, train
+from ttt.train.loop import OPTIMIZER, choose_device
+from ttt.train.metrics import read_metrics
+from ttt.train.rundir import RunDir
+
+TINY = {"name": "toy", "num_layers": 2, "dim": 16, "num_heads": 2}
+TIMES = {"tokens_per_second", "peak_memory_bytes"}
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Drawing takes longer than these runs do, so only the tests that look for pictures draw any."""
+    if request.function is not test_a_run_learns_and_leaves_everything_it_promises:
+        monkeypatch.setattr(loop, "draw_run", lambda run: [])
+
+
+def config(run_dir, *, backbone=None, ttt=None, data=None, train=None, evaluate=None):
+    return RunConfig(
+        backbone=ToyOptions(**{**TINY, **(backbone or {})}),
+        ttt=TTTConfig(**{"mini_batch_size": 4, **(ttt or {})}),
+        data=ToyData(**{"window": 12, **(data or {})}),
+        train=TrainConfig(**{"max_steps": 6, "lr": 3e-3, "device": "cpu", **(train or {})}),
+        eval=EvalConfig(**(evaluate or {})),
+        run_dir=None if run_dir is None else str(run_dir),
+    )
+
+
+def run(settings, backbone=None, *, resume=False):
+    """Train and return the result and what was printed."""
+    text = io.StringIO()
+    console = Console(file=text, width=80)
+    result = train(settings, backbone or ToyBackbone(), resume=resume, console=console)
+    return result, text.getvalue()
+
+
+def lines(run_dir):
+    return [
+        {key: value for key, value in line.items() if key not in TIMES}
+        for line in read_metrics(run_dir / "metrics.jsonl")
+    ]
+
+
+def tensors(checkpoint):
+    return {file.name: load_file(file) for file in checkpoint.glob("*.safetensors")}
+
+
+def assert_same_tensors(first, second):
+    before, after = tensors(first), tensors(second)
+    assert before.keys() == after.keys()
+    for file, content in before.items():
+        assert content.keys() == after[file].keys()
+        for name, tensor in content.items():
+            assert torch.equal(tensor, after[file][name]), f"{file}: {name}"
+
+
+# --- what a run leaves ---
+
+
+def test_a_run_learns_and_leaves_everything_it_promises(tmp_path):
+    settings = config(tmp_path / "run", train={"max_steps": 40, "trainable": "all", "batch_size": 4})
+    result, text = run(settings)
+    assert (result.steps, result.interrupted) == (40, False)
+    written = lines(tmp_path / "run")
+    assert [line["step"] for line in written] == list(range(1, 41))
+    assert written[-1]["loss"] == result.loss
+    assert sum(line["loss"] for line in written[-5:]) < 0.8 * sum(line["loss"] for line in written[:5])
+    assert {"accuracy", "lr", "grad_norm"} <= written[0].keys()
+    assert [line["step"] for line in written if "layers" in line] == [1, 10, 20, 30, 40]
+    for site in ("layers.0.ttt", "layers.1.ttt"):
+        layer = written[-1]["layers"][site]
+        assert layer["inner_loss_after"] < layer["inner_loss_before"]
+        assert layer["movement"] > 0
+        assert layer["gate"] != written[0]["layers"][site]["gate"]
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {
+        "config.yaml", "metrics.jsonl", "loss.png", "inner_loss.png", "summary.json", "checkpoints", "tensorboard",
+    }  # fmt: skip
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert tmp_path / "run" / summary["final_checkpoint"] == result.checkpoint
+    assert summary["eval_loss"] == result.evaluation.loss == written[-1]["eval_loss"]
+    assert "training windows (no data.eval_data)" in text
+    assert f"with the gates closed {result.evaluation.loss_gates_closed:.4f}" in text
+    assert str(result.checkpoint) in text
+    assert read_info(tmp_path / "run").training["steps"] == 40
+
+
+def test_plain_lines_come_every_log_freq_steps(tmp_path):
+    _, text = run(config(tmp_path, train={"max_steps": 7, "log_freq": 3, "evidence_freq": 100}))
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("step ")] == ["1/7", "3/7", "6/7", "7/7"]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 3, 6, 7]
+
+
+def test_the_gate_closed_control_is_the_plain_backbone(tmp_path):
+    settings = config(tmp_path, train={"max_steps": 3, "batch_size": 5})
+    result, _ = run(settings)
+    backbone = ToyBackbone()
+    plain = backbone.build(settings.backbone, device="cpu", dtype=torch.float32)
+    dataset = backbone.dataset(settings, split="train", device="cpu")
+    with torch.no_grad():
+        losses = [
+            backbone.loss(plain, dataset.collate([dataset[window]]), settings).loss.item()
+            for window in range(len(dataset))
+        ]
+    assert result.evaluation.windows == len(dataset) == 12
+    assert result.evaluation.loss_gates_closed == pytest.approx(sum(losses) / len(losses), abs=1e-6)
+    assert result.evaluation.loss != result.evaluation.loss_gates_closed
+
+
+def test_held_out_data_is_evaluated_and_named(tmp_path):
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text(" ".join(str(number % 7) for number in range(61)) + "\n")
+    settings = config(tmp_path / "run", data={"eval_data": str(held_out)}, evaluate={"eval_freq": 2, "max_batches": 3})
+    result, text = run(settings)
+    assert (result.evaluation.split, result.evaluation.windows) == ("eval", 3)
+    assert [line["step"] for line in lines(tmp_path / "run") if "eval_loss" in line] == [2, 4, 6]
+    assert "outer loss on 3 held-out windows" in text
+
+
+def test_evaluations_in_between_change_nothing(tmp_path):
+    options = {"backbone": {"dropout": 0.2}, "train": {"trainable": "all"}}
+    without, _ = run(config(tmp_path / "without", **options))
+    often, _ = run(config(tmp_path / "often", **options, evaluate={"eval_freq": 1}))
+    assert_same_tensors(without.checkpoint, often.checkpoint)
+
+
+def test_measuring_evidence_changes_nothing(tmp_path):
+    rarely, _ = run(config(tmp_path / "rarely", train={"evidence_freq": 100}))
+    always, _ = run(config(tmp_path / "always", train={"evidence_freq": 1}))
+    assert_same_tensors(rarely.checkpoint, always.checkpoint)
+
+
+# --- exact arithmetic ---
+
+
+def test_accumulation_equals_the_larger_batch(tmp_path):
+    """Windows are equally long, so the mean of the means is the mean."""
+    large, _ = run(config(tmp_path / "large", train={"batch_size": 6}))
+    small, _ = run(config(tmp_path / "small", train={"batch_size": 2, "num_microbatches": 3}))
+    for one, other in zip(lines(tmp_path / "large"), lines(tmp_path / "small"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    for name, tensor in load_file(large.checkpoint / MODEL).items():
+        torch.testing.assert_close(tensor, load_file(small.checkpoint / MODEL)[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("group_size", [0, 1])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_recomputation_changes_no_loss(tmp_path, group_size, checkpointing):
+    options = {"mini_batch_size": 2, "persistent_states": True}
+    common = {"data": {"shuffle": False}, "train": {"batch_size": 2}}
+    run(config(tmp_path / "plain", ttt={**options, "scan_checkpoint_group_size": 16}, **common))
+    with pytest.warns(NestedCheckpointWarning) if group_size == 1 else contextlib.nullcontext():
+        recomputed = config(
+            tmp_path / "recomputed",
+            ttt={**options, "scan_checkpoint_group_size": group_size},
+            data=common["data"],
+            train={**common["train"], "gradient_checkpointing": checkpointing},
+        )
+    run(recomputed)
+    for one, other in zip(lines(tmp_path / "plain"), lines(tmp_path / "recomputed"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_carried_states_reach_the_next_window_and_stop_at_the_next_file(tmp_path):
+    """The same windows in the same order, with and without carrying, differ just where a file goes on."""
+    common = {"data": {"shuffle": False, "windows_of_files": (3, 2)}, "train": {"max_steps": 5, "lr": 1e-12}}
+    run(config(tmp_path / "carried", ttt={"persistent_states": True, "initial_gating_alpha": 0.5}, **common))
+    run(config(tmp_path / "fresh", ttt={"initial_gating_alpha": 0.5}, **common))
+    differ = [
+        abs(one["loss"] - other["loss"]) > 1e-4
+        for one, other in zip(lines(tmp_path / "carried"), lines(tmp_path / "fresh"), strict=True)
+    ]
+    assert differ == [False, True, True, False, True]
+
+
+# --- resumption ---
+
+RESUMED = {
+    "shuffled": {"train": {"batch_size": 5}},
+    "accumulated": {"train": {"batch_size": 2, "num_microbatches": 3, "warmup_steps": 3}},
+    "states carried": {
+        "ttt": {"persistent_states": True, "mini_batch_size": 5},
+        "data": {"shuffle": False},
+        "train": {"batch_size": 3, "num_microbatches": 2},
+    },
+    "everything learns, with dropout": {"backbone": {"dropout": 0.1}, "train": {"trainable": "all", "batch_size": 3}},
+    "bfloat16": {"train": {"trainable": "ttt+attention", "param_dtype": "bfloat16", "batch_size": 3}},
+    "mlp, recomputed": {
+        "ttt": {"layer_type": "mlp", "mini_batch_size": 2, "scan_checkpoint_group_size": 2},
+        "train": {"gradient_checkpointing": True},
+    },
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize("stopped_after", [2, 8])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, case, stopped_after):
+    """A run that was killed between two checkpoints: lines beyond the last one are written, and written anew."""
+    options = {key: dict(value) for key, value in RESUMED[case].items()}
+    options["train"] |= {"max_steps": 9, "ckpt_freq": 2, "ckpt_keep": None, "evidence_freq": 4}
+    whole, _ = run(config(tmp_path / "whole", **options, evaluate={"eval_freq": 4}))
+
+    killed = tmp_path / "killed"
+    shutil.copytree(tmp_path / "whole", killed)
+    (killed / "summary.json").unlink()
+    for checkpoint in (killed / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step_")) > stopped_after:
+            shutil.rmtree(checkpoint)
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"step": 10, "lo')  # cut short
+
+    resumed, text = run(config(killed, **options, evaluate={"eval_freq": 4}), resume=True)
+    assert f"resumed after step {stopped_after} of 9" in text
+    assert lines(killed) == lines(tmp_path / "whole")
+    assert resumed.evaluation == whole.evaluation
+    assert_same_tensors(whole.checkpoint, resumed.checkpoint)
+
+
+def test_a_run_that_lacks_only_its_closing_evaluation_gets_it(tmp_path):
+    whole, _ = run(config(tmp_path / "whole"))
+    killed = tmp_path / "killed"
+    shutil.copytree(tmp_path / "whole", killed)
+    (killed / "summary.json").unlink()
+    kept = (killed / "metrics.jsonl").read_text().splitlines(keepends=True)[:-1]
+    (killed / "metrics.jsonl").write_text("".join(kept))
+    resumed, _ = run(config(killed), resume=True)
+    assert lines(killed) == lines(tmp_path / "whole")
+    assert resumed.evaluation == whole.evaluation
+    assert (killed / "summary.json").exists()
+
+
+def test_resuming_a_finished_run_says_so_and_touches_nothing(tmp_path):
+    first, _ = run(config(tmp_path / "run"))
+    before = {
+        file: file.read_bytes()
+        for file in (tmp_path / "run").rglob("*")
+        if file.name != "config.yaml" and file.is_file()
+    }
+    again, text = run(config(tmp_path / "run"), resume=True)
+    assert "done already, 6 steps; raise train.max_steps" in text
+    assert again == first
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_max_steps_can_be_raised_but_not_lowered_below_what_is_done(tmp_path):
+    run(config(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"max_steps: 4, but .* has done 6"):
+        run(config(tmp_path / "run", train={"max_steps": 4}), resume=True)
+    result, _ = run(config(tmp_path / "run", train={"max_steps": 8}), resume=True)
+    assert result.steps == 8
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_a_half_written_or_foreign_checkpoint_is_passed_over(tmp_path):
+    options = {"train": {"max_steps": 6, "ckpt_freq": 2, "ckpt_keep": None}}
+    whole, _ = run(config(tmp_path / "run", **options))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (tmp_path / "run" / "summary.json").unlink()
+    optimizer = checkpoints / "step_000006" / OPTIMIZER
+    os.truncate(optimizer, optimizer.stat().st_size - 8)
+    (checkpoints / "step_000099").mkdir()
+    (checkpoints / ".writing-abc-step_000007").mkdir()
+    shutil.copytree(whole.checkpoint, checkpoints / "step_000098")
+    result, text = run(config(tmp_path / "run", **options), resume=True)
+    assert "resumed after step 4 of 6" in text
+    assert text.count("passed over") == 3
+    assert lines(tmp_path / "run")[-1]["step"] == 6
+    assert result.steps == 6
+    assert not (checkpoints / ".writing-abc-step_000007").exists()
+
+
+def test_the_wrong_backbone_weights_are_noticed_on_resumption(tmp_path):
+    class Changed(ToyBackbone):
+        def build(self, options, *, device, dtype):
+            model = super().build(options, device=device, dtype=dtype)
+            with torch.no_grad():
+                model.head.weight.mul_(1.5)
+            return model
+
+    run(config(tmp_path / "run"))
+    with pytest.raises(UsageError, match="the backbone's weights"):
+        run(config(tmp_path / "run", train={"max_steps": 7}), Changed(), resume=True)
+
+
+# --- interruption ---
+
+SCRIPT = """
+    import sys, time
+    sys.path.insert(0, {tests!r})
+    from test_train_loop import config
+    from toy import ToyBackbone
+    from ttt.train import loop, train
+
+    class Slow(ToyBackbone):
+        def loss(self, model, batch, config):
+            time.sleep({pause})
+            return super().loss(model, batch, config)
+
+    result = train(config({run_dir!r}, **{options!r}), Slow())
+    sys.exit(130 if result.interrupted else 0)
+"""
+
+
+def start(run_dir, options, *, pause):
+    """The same run in a process of its own, slowed down, once it has written its third line."""
+    script = textwrap.dedent(SCRIPT).format(
+        tests=str(Path(__file__).parent), run_dir=str(run_dir), options=options, pause=pause
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    metrics = run_dir / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_bytes().splitlines()) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_the_run_resumes_bit_for_bit(tmp_path, number):
+    options = {
+        "backbone": {"dropout": 0.1},
+        "ttt": {"persistent_states": True},
+        "data": {"shuffle": False},
+        "train": {"max_steps": 12, "batch_size": 3, "num_microbatches": 2, "trainable": "all"},
+    }
+    whole, _ = run(config(tmp_path / "whole", **options))
+    stopped = tmp_path / "stopped"
+    process = start(stopped, options, pause=0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "stopping after this step" in err
+    done = lines(stopped)[-1]["step"]
+    assert 3 <= done < 12
+    assert f"interrupted after step {done} of 12, saved" in out
+    assert f"resume with: ttt train {stopped / 'config.yaml'} --resume" in out
+    assert [checkpoint.name for checkpoint in (stopped / "checkpoints").iterdir()] == [f"step_{done:06d}"]
+    assert (stopped / "loss.png").exists()
+    assert not (stopped / "summary.json").exists()
+
+    resumed, _ = run(config(stopped, **options), resume=True)
+    assert lines(stopped) == lines(tmp_path / "whole")
+    assert_same_tensors(whole.checkpoint, resumed.checkpoint)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    process = start(tmp_path / "run", {"train": {"max_steps": 1000}}, pause=0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "\n"
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - started < 20
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in err
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_an_interrupted_closing_evaluation_is_done_when_resumed(tmp_path):
+    class Impatient(ToyBackbone):
+        """Somebody presses Ctrl-C while the closing evaluation runs."""
+
+        pressed = False
+
+        def loss(self, model, batch, config):
+            if not model.training and not self.pressed:
+                self.pressed = True
+                signal.raise_signal(signal.SIGINT)
+            return super().loss(model, batch, config)
+
+    whole, _ = run(config(tmp_path / "whole"))
+    before = signal.getsignal(signal.SIGINT)
+    stopped, text = run(config(tmp_path / "stopped"), Impatient())
+    assert signal.getsignal(signal.SIGINT) is before
+    assert stopped.interrupted
+    assert stopped.steps == 6
+    assert "resume with" in text
+    resumed, _ = run(config(tmp_path / "stopped"), resume=True)
+    assert resumed.evaluation == whole.evaluation
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+
+
+# --- what is not finite ---
+
+
+def test_a_loss_that_is_not_finite_names_its_window_and_keeps_the_steps_before(tmp_path):
+    options = {"data": {"shuffle": False}, "train": {"max_steps": 6, "batch_size": 2}}
+    poisoned = {**options, "data": {"shuffle": False, "poisoned": (7,)}}
+    with pytest.raises(NonFiniteError) as caught:
+        run(config(tmp_path / "run", **poisoned))
+    message = str(caught.value)
+    assert message.startswith("step 4: the loss is nan on stream 1, tokens 12-24; stream 2, tokens 0-12; stopped")
+    saved = tmp_path / "run" / "checkpoints" / "step_000003"
+    assert f"the 3 steps before it are saved in {saved}" in message
+    assert "\n" not in message
+
+    clean, _ = run(config(tmp_path / "clean", train={**options["train"], "ckpt_freq": 3}, data=options["data"]))
+    assert_same_tensors(clean.checkpoint.with_name("step_000003"), saved)
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_optimiser_step(tmp_path):
+    class Exploding(ToyBackbone):
+        """A loss that is finite, with a gradient that is not, on the third pass."""
+
+        passes = 0
+
+        def loss(self, model, batch, config):
+            output = super().loss(model, batch, config)
+            if model.training:
+                self.passes += 1
+            if self.passes == 3:
+                output.loss.register_hook(lambda gradient: gradient * float("inf"))
+            return output
+
+    with pytest.raises(NonFiniteError, match=r"step 3: the gradient is (nan|inf) on stream \d"):
+        run(config(tmp_path / "run"), Exploding())
+    clean, _ = run(config(tmp_path / "clean", train={"ckpt_freq": 2}))
+    assert_same_tensors(clean.checkpoint.with_name("step_000002"), tmp_path / "run" / "checkpoints" / "step_000002")
+
+
+def test_a_first_step_that_is_not_finite_leaves_no_run_behind(tmp_path):
+    with pytest.raises(NonFiniteError, match="step 1"):
+        run(config(tmp_path / "run", data={"poisoned": tuple(range(12))}))
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    run(config(tmp_path / "run"))
+
+
+def test_a_metric_that_is_not_finite_is_null(tmp_path):
+    class Odd(ToyBackbone):
+        def loss(self, model, batch, config):
+            output = super().loss(model, batch, config)
+            return type(output)(output.loss, output.tokens, {"odd": torch.tensor(float("nan"))})
+
+    run(config(tmp_path / "run", train={"ckpt_freq": 1}), Odd())
+    assert all(line["odd"] is None for line in lines(tmp_path / "run"))
+
+
+# --- layers that do nothing ---
+
+
+class BlockThatForgets(BlockWithTTT):
+    def after_attention(self, x, cache):
+        return x
+
+
+class AdapterWithoutRate(TTTAdapter):
+    """Inner learning at a rate of exactly 0."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.layer.register_forward_pre_hook(self._silence)
+
+    def _silence(self, layer, args):
+        with torch.no_grad():
+            layer.learnable_ttt_lr_weight.zero_()
+            layer.learnable_ttt_lr_bias.fill_(-1e9)
+
+
+class AdapterWithoutGradient(TTTAdapter):
+    def forward(self, x, *, rotary=None):
+        return x + (super().forward(x, rotary=rotary) - x).detach()
+
+
+def sabotaged(**changes):
+    class Sabotaged(ToyBackbone):
+        def sites(self, model):
+            return [Site(**{**vars(site), **changes}) if site.layer == 1 else site for site in super().sites(model)]
+
+    return Sabotaged()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"subclass": BlockThatForgets}, r"layers\.1\.ttt: .* never reached it"),
+        ({"adapter": AdapterWithoutRate}, r"layers\.1\.ttt: the fast weights .* did not move"),
+        ({"adapter": AdapterWithoutGradient}, r"layers\.1\.ttt: no gradient reaches"),
+    ],
+)
+def test_a_layer_that_does_nothing_fails_on_the_first_step(tmp_path, changes, message):
+    with pytest.raises(InactiveLayerError, match=message):
+        run(config(tmp_path / "run"), sabotaged(**changes))
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_gate_at_zero_that_cannot_learn_is_refused(tmp_path):
+    with pytest.raises(InactiveLayerError, match="alpha_lr_multiplier"):
+        run(config(tmp_path / "run", ttt={"initial_gating_alpha": 0.0}, train={"alpha_lr_multiplier": 0.0}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ttt": {"initial_gating_alpha": 0.0}},
+        {"ttt": {"mini_batch_size": 64}},
+        {"ttt": {"layers": "none"}, "train": {"trainable": "all"}},
+        {"train": {"weight_lr_multiplier": 0.0}},
+    ],
+    ids=["gate at zero", "less than a mini-batch", "no layers", "gates alone learn"],
+)
+def test_unusual_runs_that_are_sound_go_through(tmp_path, options):
+    result, _ = run(config(tmp_path / "run", **options))
+    assert result.steps == 6
+
+
+# --- before anything is written ---
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"ttt": {"persistent_states": True}}, ConfigError, "write data.shuffle: false"),
+        (
+            {"ttt": {"persistent_states": True}, "data": {"shuffle": False}, "train": {"batch_size": 5}},
+            ConfigError,
+            "batch_size: 5 .* has 4",
+        ),
+        ({"ttt": {"layers": "none"}}, ConfigError, "nothing would learn"),
+        ({"ttt": {"layers": [2]}}, UsageError, "layer 2 does not exist"),
+        ({"data": {"train_data": "missing.txt"}}, EnvironmentProblem, "missing.txt"),
+    ],
+)
+def test_what_cannot_run_writes_nothing(tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        run(config(tmp_path / "run", **options))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_for_a_checkpoint_is_told_before_training(tmp_path, monkeypatch):
+    from ttt import files
+
+    monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
+    with pytest.raises(EnvironmentProblem, match=r"one checkpoint of this run takes .* only 1\.0 kB are free"):
+        run(config(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_used_run_dir_is_refused_with_the_way_on(tmp_path):
+    run(config(tmp_path / "run", train={"max_steps": 1}))
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    with pytest.raises(UsageError, match=r"already holds a run; continue it with `ttt train .*config\.yaml --resume`"):
+        run(config(tmp_path / "run"))
+    assert {file: file.read_bytes() for file in before} == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none(tmp_path):
+    with pytest.raises(EnvironmentProblem, match=r"train\.device: cuda, but .* no CUDA device; write auto or cpu"):
+        run(config(tmp_path / "run", train={"device": "cuda"}))
+    assert list(tmp_path.iterdir()) == []
+    assert choose_device("auto") == torch.device("cpu")
+
+
+# --- the disk fills up while training ---
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(tmp_path, monkeypatch):
+    options = {"train": {"max_steps": 6, "ckpt_freq": 2}}
+    whole, _ = run(config(tmp_path / "whole", **options))
+    save, written = safetensors.torch.save_file, []
+
+    def full_later(tensors, path, metadata=None):
+        written.append(path)
+        if len(written) > 3:  # the second file of the second checkpoint
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path, metadata=metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", full_later)
+        with pytest.raises(EnvironmentProblem, match="no space left on the disk") as caught:
+            run(config(tmp_path / "run", **options))
+    assert "\n" not in str(caught.value)
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+    resumed, _ = run(config(tmp_path / "run", **options), resume=True)
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert_same_tensors(whole.checkpoint, resumed.checkpoint)
+
+
+def test_a_failure_inside_a_step_keeps_the_steps_before(tmp_path):
+    class Breaking(ToyBackbone):
+        """A recording that turns out to be unreadable."""
+
+        def dataset(self, config, *, split, device):
+            dataset = super().dataset(config, split=split, device=device)
+            read = type(dataset).__getitem__
+
+            class Broken(type(dataset)):
+                def __getitem__(self, index):
+                    if index == 4:
+                        raise EnvironmentProblem("recording 4: cannot be read")
+                    return read(self, index)
+
+            dataset.__class__ = Broken
+            return dataset
+
+    with pytest.raises(EnvironmentProblem, match=r"recording 4: cannot be read; the 4 steps before it are saved in"):
+        run(config(tmp_path / "run", data={"shuffle": False}), Breaking())
+    assert RunDir(tmp_path / "run").latest()[0].step == 4
+
+
+def test_a_plain_run_config_keeps_the_backbones_own_options(tmp_path):
+    run(config(tmp_path / "run", train={"max_steps": 1}))
+    assert "dim: 16" in (tmp_path / "run" / "config.yaml").read_text()
+    assert isinstance(ToyBackbone().build(ToyOptions(**TINY), device="cpu", dtype=torch.float32).layers[0], Block)
+
+
+def test_out_of_memory_says_what_takes_less(tmp_path):
+    class Greedy(ToyBackbone):
+        def loss(self, model, batch, config):
+            torch.empty(1 << 60)
+            return super().loss(model, batch, config)
+
+    with pytest.raises(EnvironmentProblem, match=r"out of memory: .* What takes less: a smaller train\.batch_size"):
+        run(config(tmp_path / "run"), Greedy())
