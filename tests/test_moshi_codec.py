@@ -1,0 +1,195 @@
+"""The demo's codec: what it keeps of speech, its promises to Moshi (causal, 12.5 Hz, silence), its file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ttt.errors import EnvironmentProblem, UsageError
+from ttt_moshi import demo
+from ttt_moshi.audio import inspect_audio, read_audio
+from ttt_moshi.codec import CodecSettings, DemoCodec, mel_filters
+
+FRAME = 1280
+
+
+@pytest.fixture(scope="module")
+def codec() -> DemoCodec:
+    return DemoCodec.load()
+
+
+def speech(name: str) -> Tensor:
+    """Both channels as a batch, `[2, 1, samples]`."""
+    path = demo.FOLDER / name
+    info = inspect_audio(path)
+    return read_audio(path, info, 0, info.samples)[:, None]
+
+
+def test_it_has_mimis_surface(codec):
+    assert (codec.sample_rate, codec.frame_rate, codec.frame_size, codec.num_codebooks) == (16000, 12.5, FRAME, 8)
+    assert codec.cardinality == 64
+    assert "Mimi" in codec.stand_in
+    assert not list(codec.parameters())
+
+
+@pytest.mark.parametrize("name", ["dialogue.flac", "dialogue_eval.flac"])
+def test_every_codebook_brings_speech_closer(codec, name):
+    """On the speech that it was fitted on, and on what it never heard."""
+    wav = speech(name)
+    truth, codes = codec.log_mels(wav), codec.encode(wav)
+    sounds = (truth > 1).flatten(2).any(-1)
+    errors = [(codec.decode_log_mels(codes[:, :k]) - truth)[sounds].square().mean().sqrt().item() for k in range(1, 9)]
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors)), errors
+    assert errors[0] < 6.0
+    assert errors[-1] < 0.65 * errors[0]
+
+
+def test_no_codebook_makes_any_frame_worse(codec):
+    """Entry 0, "nothing to add", is always there to take."""
+    wav = speech("dialogue_eval.flac")
+    truth, codes = codec.log_mels(wav), codec.encode(wav)
+    assert not codec.codebooks[:, 0].any()
+    total, before = torch.zeros_like(truth), truth.square().sum((-2, -1))
+    for codebook, column in zip(codec.codebooks, codes.unbind(1), strict=True):
+        total = total + codebook[column].view_as(truth)
+        after = (truth - total).square().sum((-2, -1))
+        assert (after <= before * (1 + 1e-5) + 0.5).all()
+        before = after
+
+
+def test_codes_can_be_listened_to(codec):
+    """What is decoded sounds, to the codec, like what the codes stand for, and at the same time."""
+    wav = speech("dialogue_eval.flac")[:1, :, : 7 * 16000]
+    codes = codec.encode(wav)
+    decoded = codec.decode(codes)
+    wanted, heard = codec.decode_log_mels(codes), codec.log_mels(decoded)
+    sounds = (wanted > 1).flatten(2).any(-1)
+    assert (wanted - heard)[sounds].square().mean().sqrt() < 1.6
+    assert 0.3 < decoded.abs().max() / wav.abs().max() < 3
+
+    def envelope(sound: Tensor) -> Tensor:
+        loudness = sound[0, 0, : 43 * 2560].view(-1, 80).square().mean(1).sqrt()
+        return loudness - loudness.mean()
+
+    original, copy = envelope(wav), envelope(decoded)
+    lags = {lag: torch.dot(original, copy.roll(lag)).item() for lag in range(-8, 9)}
+    assert abs(max(lags, key=lags.__getitem__)) <= 1  # within 5 ms
+
+
+def test_the_same_sound_gives_the_same_codes_and_codes_the_same_sound(codec):
+    wav = speech("dialogue_eval.flac")[:, :, 5 * 16000 : 9 * 16000]
+    codes = codec.encode(wav)
+    random_state = torch.get_rng_state()
+    decoded = codec.decode(codes, iterations=4)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    torch.manual_seed(5)
+    assert torch.equal(codec.encode(wav), codes)
+    assert torch.equal(codec.decode(codes, iterations=4), decoded)
+    for row in range(2):
+        assert (codec.encode(wav[row : row + 1])[0] != codes[row]).float().mean() < 0.01  # ties may fall otherwise
+        alone = codec.decode(codes[row : row + 1], iterations=1)[0]
+        torch.testing.assert_close(alone, codec.decode(codes, iterations=1)[row], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("frame", [0, 3, 10])
+def test_a_frame_hears_nothing_that_comes_after_it(codec, frame):
+    wav = torch.rand(1, 1, 12 * FRAME, generator=torch.Generator().manual_seed(0)) - 0.5
+    changed = wav.clone()
+    changed[..., (frame + 1) * FRAME :] *= -0.1
+    codes, others = codec.encode(wav), codec.encode(changed)
+    assert torch.equal(codes[..., : frame + 1], others[..., : frame + 1])
+    assert not torch.equal(codes[..., frame + 1], others[..., frame + 1])
+
+
+@pytest.mark.parametrize(("samples", "frames"), [(0, 0), (1, 1), (1279, 1), (1280, 1), (1281, 2), (240000, 188)])
+def test_lengths(codec, samples, frames):
+    codes = codec.encode(torch.full((2, 1, samples), 0.1))
+    assert codes.shape == (2, 8, frames)
+    assert codes.dtype == torch.int64
+    assert codec.decode(codes, iterations=1).shape == (2, 1, frames * FRAME)
+
+
+def test_silence_is_zeros_both_ways(codec):
+    codes = codec.encode(torch.zeros(1, 1, 5 * FRAME))
+    assert not codes.any()
+    assert not codec.decode(codes).any()
+
+
+def test_fewer_codebooks_decode_too(codec):
+    codes = codec.encode(speech("dialogue_eval.flac")[:1, :, 16000:48000])
+    assert codec.decode(codes[:, :1], iterations=1).shape == (1, 1, 32000)
+
+
+def test_wrong_tensors_are_refused(codec):
+    with pytest.raises(UsageError, match=r"\[batch, 1, samples\], not \[2, 100\]"):
+        codec.encode(torch.zeros(2, 100))
+    with pytest.raises(UsageError, match=r"1 to 8, frames\], not \[1, 9, 4\]"):
+        codec.decode(torch.zeros(1, 9, 4, dtype=torch.int64))
+    with pytest.raises(UsageError, match=r"codes are 0 to 63, but these are -1 to 64; cut padding"):
+        codec.decode(torch.tensor([[[-1, 64]]]))
+
+
+def test_mel_filters_are_averages():
+    filters = mel_filters(CodecSettings())
+    assert filters.shape == (40, 513)
+    assert (filters >= 0).all()
+    torch.testing.assert_close(filters.sum(1), torch.ones(40, dtype=torch.float64))
+    peaks = filters.argmax(1)
+    assert (peaks.diff() > 0).all()
+    with pytest.raises(ValueError, match="400 mel bands are too narrow"):
+        mel_filters(CodecSettings(mels=400))
+
+
+def test_a_saved_codec_is_the_codec(codec, tmp_path):
+    """The file is the same byte for byte; settings and codebooks come back from it."""
+    codec.save(tmp_path / "codec.safetensors")
+    assert (tmp_path / "codec.safetensors").read_bytes() == demo.CODEC.read_bytes()
+    other = DemoCodec(CodecSettings(mels=20, floor_db=-60.0), torch.randn(3, 16, 160).half())
+    other.save(tmp_path / "other.safetensors")
+    again = DemoCodec.load(tmp_path / "other.safetensors")
+    assert again.settings == other.settings
+    assert torch.equal(again.codebooks, other.codebooks)
+
+
+def _rewritten(path: Path, settings: str, **tensors: Tensor) -> None:
+    save_file(tensors or {"codebooks": torch.zeros(2, 4, 320)}, path, metadata={"ttt_moshi.DemoCodec": settings})
+
+
+GOOD = json.dumps(vars(CodecSettings()))
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (lambda path: None, "No such file"),
+        (lambda path: path.mkdir(), "codec"),
+        (lambda path: path.write_bytes(demo.CODEC.read_bytes()[:20000]), "[Ii]ncomplete|deserializing"),
+        (lambda path: path.write_bytes(b"RIFF"), "codec"),
+        (lambda path: save_file({"x": torch.zeros(1)}, path), "its header has no ttt_moshi.DemoCodec"),
+        (lambda path: _rewritten(path, GOOD, books=torch.zeros(1)), "its header has no ttt_moshi.DemoCodec"),
+        (lambda path: _rewritten(path, "{"), "Expecting property name"),
+        (lambda path: _rewritten(path, "[]"), "settings are not sample_rate, "),
+        (lambda path: _rewritten(path, GOOD.replace('"mels"', '"bands"')), "settings are not sample_rate, "),
+        (lambda path: _rewritten(path, GOOD.replace('"mels": 40', '"mels": "40"')), "setting mels is '40'"),
+        (lambda path: _rewritten(path, GOOD.replace('"hop_size": 160', '"hop_size": 170')), "no multiple of hop_size"),
+        (lambda path: _rewritten(path, GOOD, codebooks=torch.zeros(2, 4, 8)), r"\[codebooks, cardinality, 320\], not"),
+        (lambda path: _rewritten(path, GOOD, codebooks=torch.full((2, 4, 320), torch.nan)), "not finite"),
+    ],
+)
+def test_a_file_that_is_no_codec_is_refused(tmp_path, write, reason):
+    path = tmp_path / "codec.safetensors"
+    write(path)
+    with pytest.raises(EnvironmentProblem, match=reason) as caught:
+        DemoCodec.load(path)
+    assert str(caught.value).startswith(f"{path}: cannot be read as the demo's codec: ")
+
+
+def test_the_demo_is_small():
+    assert sum(path.stat().st_size for path in demo.FOLDER.iterdir() if path.is_file()) <= 2_000_000
+    assert (demo.FOLDER / "NOTICE.md").is_file()
