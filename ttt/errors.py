@@ -5,7 +5,11 @@ Messages are one sentence with the place and the way out; the command line print
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from ttt.config.diagnostics import Finding
 
 
 class TTTError(Exception):
@@ -23,6 +27,11 @@ class UsageError(TTTError):
 class ConfigError(UsageError):
     """A config that cannot be honoured. `str(error)` holds every finding, each with its place."""
 
+    def __init__(self, message: str, findings: Sequence[Finding] = ()) -> None:
+        super().__init__(message)
+        self.findings = tuple(findings)
+        """What was found, warnings and notes included; empty where the error is about more than one config."""
+
 
 class InjectionError(UsageError):
     """TTT cannot be injected as planned; the model was left as it was."""
@@ -34,6 +43,12 @@ class AdapterMismatchError(UsageError):
 
 class EnvironmentProblem(TTTError):  # noqa: N818 - EnvironmentError is Python's own, and means OSError
     """The machine lacks something: a file, weights, a package, disk space."""
+
+    exit_code = 3
+
+
+class ConfigEnvironmentError(ConfigError, EnvironmentProblem):
+    """A config that is right, but names what this machine does not have."""
 
     exit_code = 3
 

@@ -1,0 +1,37 @@
+"""The rules of `ttt check`: what the schema cannot say, one file for each family."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ttt.config.diagnostics import Finding
+from ttt.config.rules import causality, checkpointing, data, environment, optimisation, shape
+from ttt.config.rules.rule import FACTS, Context, Rule
+from ttt.config.source import KeyPath
+
+RULES: tuple[Rule, ...] = (
+    *shape.RULES,
+    *checkpointing.RULES,
+    *causality.RULES,
+    *data.RULES,
+    *environment.RULES,
+    *optimisation.RULES,
+)
+"""Every rule of the core."""
+
+
+def run_rules(context: Context, untrusted: Collection[KeyPath]) -> list[Finding]:
+    """What the rules find in a config, without those that rest on keys which are not what the user meant."""
+    reliable = [rule for rule in RULES if not any(_touches(key, untrusted) for key in rule.reads)]
+    return [
+        finding
+        for rule in reliable
+        if context.known_facts is not None or FACTS not in rule.reads
+        for finding in rule.check(context)
+    ]
+
+
+def _touches(key: str, untrusted: Collection[KeyPath]) -> bool:
+    """Whether a key is inside an untrusted one, or has one inside."""
+    path = tuple(key.split("."))
+    return any(path[: len(other)] == other[: len(path)] for other in untrusted)

@@ -1,0 +1,223 @@
+"""Each code: one config that triggers exactly it, and one beside it that triggers nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from toy_config import ToyBackbone
+
+from ttt.config import Finding, load_config
+from ttt.config.diagnostics import CODES, Severity
+from ttt.errors import ConfigError
+
+
+class Case(NamedTuple):
+    """A config in flow style by section, with what it triggers and what beside it does not."""
+
+    code: str
+    severity: Severity
+    path: str
+    bad: str
+    good: str
+    words: str
+
+
+ERROR, WARNING, NOTE = Severity.ERROR, Severity.WARNING, Severity.NOTE
+CASES = [
+    Case("TTT101", ERROR, "ttt.layrs", "ttt: {layrs: all}", "ttt: {layers: all}", "write `layers`"),
+    Case("TTT102", ERROR, "train.lr", "train: {lr: fast}", "train: {lr: 1e-5}", "must be a number, not 'fast'"),
+    Case(
+        "TTT103", ERROR, "ttt.mini_batch_size", "ttt: {mini_batch_size: 0}", "ttt: {mini_batch_size: 1}", "at least 1"
+    ),
+    Case("TTT104", ERROR, "", "", "backbone: {name: toy}", "names no backbone"),
+    Case("TTT105", ERROR, "ttt.lr", "ttt: {lr: 1.0}", "train: {lr: 1.0}", "move it to `train`"),
+    Case(
+        "TTT106",
+        ERROR,
+        "ttt.mlp_hidden_dims",
+        "ttt: {mlp_hidden_dims: [8, 8]}",
+        "ttt: {mlp_layers: 3, mlp_hidden_dims: [8, 8]}",
+        "2 widths",
+    ),
+    Case("TTT111", ERROR, "ttt.layers.1", "ttt: {layers: [0, 4]}", "ttt: {layers: [0, 3]}", "numbered 0 to 3"),
+    Case("TTT111", ERROR, "ttt.layers.1", 'ttt: {layers: "0,4"}', 'ttt: {layers: "0,3"}', "layer 4 does not exist"),
+    Case("TTT112", ERROR, "ttt.num_heads", "ttt: {num_heads: 5}", "ttt: {num_heads: 8}", "write num_heads: 4 or 8"),
+    Case("TTT113", ERROR, "ttt.num_heads", "ttt: {num_heads: 32}", "ttt: {num_heads: 32, rope: none}", "odd number"),
+    Case(
+        "TTT114",
+        ERROR,
+        "ttt.mlp_expansion_factor",
+        "ttt: {mlp_expansion_factor: 0.01}",
+        "ttt: {mlp_expansion_factor: 0.125}",
+        "write mlp_expansion_factor: 0.125 or more",
+    ),
+    Case(
+        "TTT201",
+        WARNING,
+        "ttt.scan_checkpoint_group_size",
+        "ttt: {scan_checkpoint_group_size: 1}",
+        "ttt: {scan_checkpoint_group_size: 2}",
+        "A window of 64 tokens at mini_batch_size: 16 is 4 of them",
+    ),
+    Case(
+        "TTT202",
+        NOTE,
+        "train.gradient_checkpointing",
+        "{ttt: {scan_checkpoint_group_size: 2}, train: {gradient_checkpointing: true}}",
+        "{ttt: {scan_checkpoint_group_size: 0}, train: {gradient_checkpointing: true}}",
+        "forward 3 times",
+    ),
+    Case(
+        "TTT301",
+        ERROR,
+        "ttt.causal",
+        "ttt: {causal: false, learnable_token_idx: false, rope: none}",
+        "ttt: {causal: false, learnable_token_idx: false, rope: none, mini_batch_size: 1}",
+        "15 tokens after it",
+    ),
+    Case("TTT301", ERROR, "ttt.preset", "ttt: {preset: video}", "ttt: {preset: lm}", "causal: false"),
+    Case(
+        "TTT302",
+        ERROR,
+        "data.shuffle",
+        "{ttt: {persistent_states: true}, data: {shuffle: true}}",
+        "{ttt: {persistent_states: true}, data: {shuffle: false}}",
+        "random order",
+    ),
+    Case(
+        "TTT302",
+        ERROR,
+        "ttt.persistent_states",
+        "ttt: {persistent_states: true}",
+        "ttt: {persistent_states: false}",
+        "the default",
+    ),
+    Case(
+        "TTT303",
+        WARNING,
+        "ttt.mini_batch_size",
+        "ttt: {mini_batch_size: 65}",
+        "ttt: {mini_batch_size: 64}",
+        "64 tokens, fewer than one mini-batch of 65",
+    ),
+    Case(
+        "TTT501",
+        ERROR,
+        "data.eval_data",
+        "data: {eval_data: nowhere.jsonl}",
+        "data: {eval_data: here.jsonl}",
+        "does not exist",
+    ),
+    Case(
+        "TTT502",
+        NOTE,
+        "data.train_data",
+        "data: {train_data: here.jsonl}",
+        "data: {train_data: here.jsonl, eval_data: there.jsonl}",
+        "memorising",
+    ),
+    Case(
+        "TTT502",
+        NOTE,
+        "data.eval_data",
+        "data: {train_data: here.jsonl, eval_data: here.jsonl}",
+        "data: {eval_data: here.jsonl}",
+        "held out",
+    ),
+    Case(
+        "TTT503",
+        WARNING,
+        "eval.eval_freq",
+        "{train: {max_steps: 5}, eval: {eval_freq: 6}}",
+        "{train: {max_steps: 5}, eval: {eval_freq: 5}}",
+        "a run of 5",
+    ),
+    Case("TTT601", ERROR, "run_dir", "run_dir: here.jsonl/run", "run_dir: new/run", "here.jsonl is a file"),
+    Case(
+        "TTT701",
+        WARNING,
+        "train.warmup_steps",
+        "train: {warmup_steps: 6, max_steps: 5}",
+        "train: {warmup_steps: 5, max_steps: 5}",
+        "83% of train.lr",
+    ),
+    Case(
+        "TTT702",
+        ERROR,
+        "ttt.layers",
+        "ttt: {layers: none}",
+        "{ttt: {layers: none}, train: {trainable: all}}",
+        "nothing",
+    ),
+    Case("TTT702", ERROR, "ttt.layers", "ttt: {layers: []}", "ttt: {layers: [0]}", "nothing learns"),
+    Case("TTT801", ERROR, "backbone.name", "backbone: {name: toys}", "backbone: {name: toy}", "no backbone 'toys'"),
+]
+ELSEWHERE = {
+    # where they are tested: with the reading of files, with other backbones, with overrides and with broken plugins
+    **dict.fromkeys((*(f"TTT0{number:02}" for number in range(1, 14)), "TTT108"), "test_config_source.py"),
+    **dict.fromkeys(("TTT107", "TTT802", "TTT803"), "test_config_load.py"),
+}
+
+
+def test_every_code_has_its_case() -> None:
+    assert {case.code for case in CASES} | set(ELSEWHERE) == set(CODES)
+    for code, file in ELSEWHERE.items():
+        assert code in (Path(__file__).parent / file).read_text(encoding="utf-8")
+
+
+def _findings(text: str, *, named: bool = True) -> Sequence[Finding]:
+    backbone = ToyBackbone() if named else None
+    try:
+        return load_config("c.yaml", text=text or "run_dir: null", backbone=backbone).findings
+    except ConfigError as error:
+        return error.findings
+
+
+@pytest.fixture(autouse=True)
+def _folder_with_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.jsonl").touch()
+    (tmp_path / "there.jsonl").touch()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.code} {case.bad}")
+def test_triggers_exactly_its_code(case: Case) -> None:
+    (finding,) = [
+        finding
+        for finding in _findings(case.bad, named=case.code not in ("TTT104", "TTT801"))
+        if (finding.code, finding.path) != ("TTT106", "backbone.name")
+    ]
+    assert (finding.code, finding.severity, finding.path) == (case.code, case.severity, case.path)
+    assert case.words in f"{finding.message}\n{finding.fix}"
+    assert finding.place is not None
+    assert finding.place.file == "c.yaml"
+    assert not finding.message.endswith(".")
+    assert finding.fix or case.code == "TTT106"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.code} {case.good}")
+def test_what_is_beside_it_triggers_nothing(case: Case) -> None:
+    assert _findings(case.good) == ()
+
+
+def test_without_layers_nothing_is_said_about_them() -> None:
+    text = """
+        ttt: {layers: none, num_heads: 5, scan_checkpoint_group_size: 1, mini_batch_size: 500, preset: video}
+        train: {trainable: all, gradient_checkpointing: true}
+        """
+    assert _findings(text) == ()
+
+
+def test_data_paths_that_no_system_has_are_missing_too() -> None:
+    (finding,) = _findings(f"data: {{eval_data: '{'x' * 5000}'}}")
+    assert finding.code == "TTT501"
+    (finding,) = _findings("data: {eval_data: ~/here.jsonl}")
+    assert "~ is not expanded" in finding.message
+
+
+def test_a_run_dir_that_no_system_has_is_refused() -> None:
+    (finding,) = _findings(f"run_dir: {'x' * 5000}")
+    assert finding.code == "TTT601"

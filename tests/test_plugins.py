@@ -1,0 +1,96 @@
+"""Discovery through real metadata: good plugins work, broken ones are listed with their cause, none stops another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fake_distributions import TOY, importable, install
+
+from ttt.errors import PluginError, UsageError
+from ttt.plugins import PluginInfo, discover, get_backbone
+
+BROKEN = {
+    "missing": ("import a_package_that_nobody_has\n", "No module named 'a_package_that_nobody_has'"),
+    "typo": ("def (\n", "SyntaxError"),
+    "exits": ("raise SystemExit('not on this machine')\n", "not on this machine"),
+    "misspelt": (
+        "from ttt.hookspecs import hookimpl\n@hookimpl\ndef ttt_bakbone():\n    pass\n",
+        "ttt_bakbone",
+    ),
+    "argument": (
+        "from ttt.hookspecs import hookimpl\n@hookimpl\ndef ttt_backbone(torch):\n    pass\n",
+        "torch",
+    ),
+    "number": (
+        "from ttt.hookspecs import hookimpl\n@hookimpl\ndef ttt_backbone():\n    return 7\n",
+        "returned int, not a Backbone",
+    ),
+    "nothing": (
+        "from ttt.hookspecs import hookimpl\n@hookimpl\ndef ttt_backbone():\n    return None\n",
+        "no hook `ttt_backbone`",
+    ),
+    "hookless": ("x = 1\n", "no hook `ttt_backbone`"),
+    "raises": (
+        "from ttt.hookspecs import hookimpl\n@hookimpl\ndef ttt_backbone():\n    raise KeyError('weights')\n",
+        "KeyError: 'weights'",
+    ),
+    "alias": (TOY, "the backbone calls itself 'toy', its entry point 'alias'"),
+    "abstract": (
+        "from ttt.backbone import Backbone\nfrom ttt.hookspecs import hookimpl\n"
+        "class Half(Backbone):\n    name = 'abstract'\n"
+        "@hookimpl\ndef ttt_backbone():\n    return Half()\n",
+        "abstract",
+    ),
+}
+
+
+def _found(folder: Path) -> dict[str, PluginInfo]:
+    with importable(folder):
+        return {plugin.name: plugin for plugin in discover()}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_plugin_is_listed_with_its_cause_and_the_good_one_works(tmp_path: Path, name: str) -> None:
+    source, cause = BROKEN[name]
+    install(tmp_path, "toy", "toy_plugin", TOY)
+    install(tmp_path, name, f"broken_{name}", source)
+    found = _found(tmp_path)
+    assert found["toy"].backbone is not None
+    assert found["toy"].error is None
+    broken = found[name]
+    assert broken.backbone is None
+    assert broken.error is not None
+    assert cause in broken.error
+    assert "\n" not in broken.error
+    assert (broken.distribution, broken.version, broken.module) == (f"ttt-{name}", "1.2", f"broken_{name}")
+
+
+def test_all_of_them_at_once(tmp_path: Path) -> None:
+    install(tmp_path, "toy", "toy_plugin", TOY)
+    for name, (source, _) in BROKEN.items():
+        install(tmp_path, name, f"broken_{name}", source)
+    found = _found(tmp_path)
+    assert {name for name in ("toy", *BROKEN) if found[name].backbone is not None} == {"toy"}
+
+
+def test_two_plugins_of_one_name_are_both_broken(tmp_path: Path) -> None:
+    install(tmp_path, "toy", "toy_plugin", TOY, distribution="ttt-toy")
+    install(tmp_path, "toy", "other_toy_plugin", TOY, distribution="another-toy")
+    with importable(tmp_path):
+        toys = [plugin for plugin in discover() if plugin.name == "toy"]
+        with pytest.raises(PluginError, match="claimed more than once: another-toy, ttt-toy"):
+            get_backbone("toy")
+    assert [plugin.backbone for plugin in toys] == [None, None]
+    assert {plugin.distribution for plugin in toys} == {"ttt-toy", "another-toy"}
+
+
+def test_get_backbone_names_what_there_is(tmp_path: Path) -> None:
+    install(tmp_path, "toy", "toy_plugin", TOY)
+    install(tmp_path, "missing", "broken_missing", BROKEN["missing"][0])
+    with importable(tmp_path):
+        assert get_backbone("toy").name == "toy"
+        with pytest.raises(UsageError, match=r"unknown backbone 'tyo' \(did you mean 'toy'\?\); installed: .*toy"):
+            get_backbone("tyo")
+        with pytest.raises(PluginError, match=r"backbone 'missing' of ttt-missing 1\.2 is broken: ModuleNotFoundError"):
+            get_backbone("missing")

@@ -1,0 +1,245 @@
+"""A finding: what is wrong with a config, where, what will happen and what to write instead.
+
+Codes are stable and come in families: TTT0xx file and syntax, TTT1xx schema and shape, TTT2xx checkpointing,
+TTT3xx causality and state, TTT5xx data and evaluation, TTT6xx environment, TTT7xx optimisation, TTT8xx plugins.
+A plugin's rules use a prefix of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+CODES: dict[str, str] = {
+    "TTT001": "not valid YAML",
+    "TTT002": "a key is written twice",
+    "TTT003": "the file is empty",
+    "TTT004": "the file is no mapping of sections",
+    "TTT005": "the file is too large",
+    "TTT006": "nested too deeply",
+    "TTT007": "too many values",
+    "TTT008": "not UTF-8 text",
+    "TTT009": "a character that text does not have",
+    "TTT010": "a YAML tag",
+    "TTT011": "a key that is not a word",
+    "TTT012": "more than one document",
+    "TTT013": "an anchor inside itself, or an alias without an anchor",
+    "TTT101": "unknown key",
+    "TTT102": "wrong type",
+    "TTT103": "a value that is not allowed",
+    "TTT104": "a required key is missing",
+    "TTT105": "a key in the wrong section",
+    "TTT106": "keys that do not fit together",
+    "TTT107": "an option of another backbone",
+    "TTT108": "an override that cannot be applied",
+    "TTT111": "a layer that the backbone does not have",
+    "TTT112": "a width that does not divide into heads",
+    "TTT113": "rotary embedding on heads of odd width",
+    "TTT114": "an inner model without hidden units",
+    "TTT201": "one checkpoint per mini-batch",
+    "TTT202": "checkpoints nested in checkpoints",
+    "TTT301": "a non-causal update in a causal backbone",
+    "TTT302": "carried state with shuffled data",
+    "TTT303": "a window shorter than one mini-batch",
+    "TTT501": "data that is not there",
+    "TTT502": "evaluation on the training data",
+    "TTT503": "an evaluation that never comes",
+    "TTT601": "a run_dir that cannot be written",
+    "TTT701": "a warm-up longer than the run",
+    "TTT702": "nothing that learns",
+    "TTT801": "unknown backbone",
+    "TTT802": "a broken plugin",
+    "TTT803": "a plugin that failed while it was asked",
+}
+"""Every code of the core, with its title."""
+
+ENVIRONMENT_CODES = frozenset({"TTT501", "TTT601", "TTT802", "TTT803"})
+"""Codes that blame the machine that the config was read on, not the config."""
+
+
+class Severity(str, Enum):
+    """How bad it is."""
+
+    ERROR = "error"
+    """The run cannot start, or would not be what the config says."""
+    WARNING = "warning"
+    """The run starts, and most likely should not."""
+    NOTE = "note"
+    """Worth knowing."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something is written."""
+
+    file: str
+    """The file as the user named it, or the override, `--set ttt.layers=all`."""
+    line: int | None = None
+    """From 1; None for what is not in a file."""
+    column: int | None = None
+    """From 1, in characters."""
+    text: str = ""
+    """The line itself, to be quoted; empty where there is nothing to quote."""
+    width: int = 1
+    """How many characters from `column` on are meant."""
+
+    def __str__(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that a check found."""
+
+    code: str
+    """As in `CODES`, or of a plugin's own prefix."""
+    severity: Severity
+    path: str
+    """The key, dotted: `ttt.layers.2`; empty for the file as a whole."""
+    message: str
+    """What is wrong and what will happen, one sentence without a full stop."""
+    fix: str = ""
+    """What to write instead."""
+    value: Any = None
+    """The value that was found, or the number that the finding rests on; plain data."""
+    place: Place | None = None
+    """Where; a rule leaves it out, and the key's place is filled in."""
+
+
+def has_errors(findings: Iterable[Finding]) -> bool:
+    """Whether one of them is an error."""
+    return any(finding.severity is Severity.ERROR for finding in findings)
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """How many of each: `2 errors, 1 warning`; `no findings` for none."""
+    counts = []
+    for severity in Severity:
+        count = sum(finding.severity is severity for finding in findings)
+        if count:
+            counts.append(f"{count} {severity}{'s' if count > 1 else ''}")
+    return ", ".join(counts) or "no findings"
+
+
+# --- text ---
+
+_COLORS = {Severity.ERROR: "31", Severity.WARNING: "33", Severity.NOTE: "36"}
+_QUOTE_WIDTH = 100
+_INDENT = "    "
+
+
+def render_text(findings: Iterable[Finding], *, color: bool = False, width: int | None = None) -> str:
+    """Findings for people: place, severity, code and message, the line quoted with a caret, the fix.
+
+    Args:
+        findings: in the order to be shown.
+        color: with ANSI colours.
+        width: columns to wrap at; None leaves every message on one line, for logs and `grep`.
+    """
+    return "\n".join(_render_one(finding, color=color, width=width) for finding in findings)
+
+
+def _render_one(finding: Finding, *, color: bool, width: int | None) -> str:
+    def paint(text: str, style: str) -> str:
+        return f"\x1b[{style}m{text}\x1b[0m" if color else text
+
+    place = finding.place or Place(finding.path or "config")
+    tint = _COLORS[finding.severity]
+    plain = f"{_printable(str(place))}  {finding.severity} {finding.code}  "
+    painted = (
+        f"{paint(_printable(str(place)), '1')}  {paint(str(finding.severity), f'1;{tint}')} "
+        f"{paint(finding.code, tint)}  "
+    )
+    first, *rest = _wrap(_printable(finding.message), width, used=len(plain), indent=len(_INDENT))
+    lines = [(painted + first).rstrip(), *(_INDENT + line for line in rest)]
+    if place.line is not None and place.text.strip():
+        quoted, before, marked = _quote(place, width)
+        number = str(place.line)
+        lines.append(f"{paint(f'{number:>5} |', '2')} {quoted}")
+        lines.append(f"{paint('      |', '2')} {' ' * before}{paint('^' * marked, f'1;{tint}')}")
+    if finding.fix:
+        hanging = len(f"{_INDENT}fix: ")
+        first, *rest = _wrap(_printable(finding.fix), width, used=hanging, indent=hanging)
+        lines.append(f"{_INDENT}{paint('fix:', '1')} {first}")
+        lines.extend(" " * hanging + line for line in rest)
+    return "\n".join(lines)
+
+
+def _wrap(text: str, width: int | None, *, used: int, indent: int) -> list[str]:
+    """Lines of a text whose first begins after `used` columns and whose others after `indent`."""
+    if width is None:
+        return [text]
+    room = max(width - indent, 40)
+    if width - used < 20:  # a long path leaves no room beside it
+        return ["", *textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)]
+    lines = textwrap.wrap(
+        text, room, initial_indent=" " * (used - indent), break_long_words=False, break_on_hyphens=False
+    )
+    return [lines[0].lstrip(), *lines[1:]] if lines else [""]
+
+
+def _printable(text: str) -> str:
+    """The text in one line and without what would steer a terminal."""
+    return "".join(
+        character if character.isprintable() else " " if character.isspace() else "\N{REPLACEMENT CHARACTER}"
+        for character in text
+    )
+
+
+def _cells(text: str) -> int:
+    """Columns that a text takes on a terminal."""
+    return sum(
+        0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        for character in text
+    )
+
+
+def _quote(place: Place, width: int | None) -> tuple[str, int, int]:
+    """The part of the line around the place, the columns before its caret, and the caret's columns."""
+    room = min(_QUOTE_WIDTH, max((width or _QUOTE_WIDTH) - 9, 20))
+    line = _printable(place.text).rstrip()
+    column = (place.column or 1) - 1
+    start = 0
+    if len(line) > room:
+        start = max(0, min(column - room // 3, len(line) - room))
+        line = line[start : start + room]
+        if start:
+            line = "…" + line[1:]
+        if start + room < len(place.text.rstrip()):
+            line = line[:-1] + "…"
+    before = max(column - start, 0)
+    marked = max(_cells(line[before : before + max(place.width, 1)]), 1)
+    return line, _cells(line[:before]) + max(before - len(line), 0), marked
+
+
+# --- data ---
+
+
+def to_dict(finding: Finding) -> dict[str, Any]:
+    """A finding as plain data."""
+    place = finding.place or Place("")
+    return {
+        "code": finding.code,
+        "title": CODES.get(finding.code, ""),
+        "severity": finding.severity.value,
+        "file": place.file,
+        "line": place.line,
+        "column": place.column,
+        "path": finding.path,
+        "message": finding.message,
+        "fix": finding.fix,
+        "value": finding.value,
+    }
+
+
+def render_json(findings: Iterable[Finding]) -> str:
+    """Findings as a JSON list of objects."""
+    return json.dumps([to_dict(finding) for finding in findings], indent=2, ensure_ascii=False, default=str)

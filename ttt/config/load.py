@@ -1,0 +1,351 @@
+"""From a file to a run: read, fill in, validate, check; every finding of a file in one go."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, create_model
+
+from ttt.backbone import Backbone, BackboneFacts
+from ttt.config.diagnostics import ENVIRONMENT_CODES, Finding, Place, Severity, has_errors, render_text, summary
+from ttt.config.rules import run_rules
+from ttt.config.rules.rule import Context
+from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
+from ttt.config.source import BOOLEAN, FLOAT, INTEGER, NULL, KeyPath, Source, parse_source, read_source
+from ttt.config.spelling import nearest
+from ttt.config.validation import Validated, validate
+from ttt.errors import ConfigEnvironmentError, ConfigError
+from ttt.plugins import PluginInfo, discover
+
+_SECTIONS = tuple(name for name in RunConfig.model_fields if name != "run_dir")
+_OF_THE_INNER_MODEL = ("mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims", "base_lr")
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A config that can be run."""
+
+    config: RunConfig
+    """Resolved, defaults included."""
+    backbone: Backbone
+    findings: tuple[Finding, ...]
+    """Warnings and notes, in the order of the file."""
+    source: Source
+    """What was written, and where."""
+
+
+def load_config(
+    path: str | Path | None,
+    *,
+    text: str | None = None,
+    backbone: Backbone | str | None = None,
+    overrides: Sequence[str] = (),
+) -> LoadedConfig:
+    """Read, resolve and check a config. No torch is imported, and no model built.
+
+    Args:
+        path: the file; with `text`, the name that findings show for it.
+        text: the config itself, instead of a file.
+        backbone: for configs that do not name one; one that names another is refused.
+        overrides: `section.key=value`, values as YAML, over what the config says.
+
+    Raises:
+        ConfigError: it cannot be run; the message lists every finding, each with its place, and `findings` has them.
+            Where only the machine is at fault (a file that it names is missing, a plugin is broken) it is a
+            `ConfigEnvironmentError`.
+        EnvironmentProblem: the file is missing or cannot be read.
+        ValueError: neither `path` nor `text` is given.
+    """
+    if text is not None:
+        source = parse_source(text, file=str(path) if path is not None else "<text>")
+    elif path is not None:
+        source = read_source(path)
+    else:
+        raise ValueError("load_config needs a path or a text")
+    return _Check(source, overrides).loaded(backbone)
+
+
+@functools.cache
+def _narrowed(options: type[BackboneOptions], data_options: type[DataOptions], name: str) -> type[RunConfig]:
+    described = {key: RunConfig.model_fields[key].description for key in ("backbone", "data")}
+    return create_model(
+        f"{name.title().replace('-', '')}RunConfig",
+        __base__=RunConfig,
+        __doc__=RunConfig.__doc__,
+        backbone=(options, Field(description=described["backbone"])),
+        data=(data_options, Field(default_factory=dict, validate_default=True, description=described["data"])),
+    )
+
+
+def run_config_model(backbone: Backbone) -> type[RunConfig]:
+    """`RunConfig` with the sections `backbone` and `data` narrowed to a plugin's options; one class per backbone.
+
+    Raises:
+        TypeError: the plugin's options are none.
+    """
+    for name, base in (("options", BackboneOptions), ("data_options", DataOptions)):
+        given = getattr(backbone, name)
+        if not (isinstance(given, type) and issubclass(given, base)):
+            raise TypeError(f"{name} is {given!r}, not a subclass of {base.__name__}")
+    return _narrowed(backbone.options, backbone.data_options, backbone.name)
+
+
+# --- loading ---
+
+
+class _Check:
+    """One config on its way through the steps, and what was found so far."""
+
+    def __init__(self, source: Source, overrides: Sequence[str]) -> None:
+        self.findings: list[Finding] = []
+        self.source = source
+        self._finish_if(not source.complete)
+        self.source = source.with_overrides(overrides)
+
+    def loaded(self, asked: Backbone | str | None) -> LoadedConfig:
+        data = dict(self.source.data)
+        for section in _SECTIONS:
+            if section in data and data[section] is None:  # its keys are all commented out
+                data[section] = {}
+        backbone = self._find_backbone(data, asked)
+        result = self._validate(data, backbone)
+        self.findings.extend(result.findings)
+        if result.config is not None:
+            self._run_rules(result, backbone)
+        self._finish_if(has_errors(self._all()))
+        assert result.config is not None
+        assert backbone is not None
+        return LoadedConfig(result.config, backbone, tuple(self._all()), self.source)
+
+    def _all(self) -> list[Finding]:
+        placed = [_placed(finding, self.source) for finding in (*self.source.findings, *self.findings)]
+        return sorted(placed, key=_order)
+
+    def _finish_if(self, failed: bool) -> None:
+        if not failed:
+            return
+        findings = self._all()
+        blamed = [finding for finding in findings if finding.severity is Severity.ERROR]
+        environment = all(finding.code in ENVIRONMENT_CODES for finding in blamed)
+        kind = ConfigEnvironmentError if environment else ConfigError
+        raise kind(f"{render_text(findings)}\n{self.source.file}: {summary(findings)}", findings)
+
+    def _add(self, code: str, path: str, message: str, fix: str, **more: Any) -> None:
+        self.findings.append(Finding(code=code, severity=Severity.ERROR, path=path, message=message, fix=fix, **more))
+
+    # --- the backbone ---
+
+    def _find_backbone(self, data: dict[str, Any], asked: Backbone | str | None) -> Backbone | None:
+        """The plugin that the config, or the caller, names; `data` gets the name where the caller alone has it."""
+        asked_name = asked.name if isinstance(asked, Backbone) else asked
+        section = data.get("backbone", {})
+        if not isinstance(section, Mapping):
+            fix = f"write `backbone: {{name: {section}}}`" if isinstance(section, str) else "write its keys below it"
+            self._add("TTT102", "backbone", "`backbone` must be a section of `key: value`", fix)
+            data["backbone"] = {}
+            return None
+        name = section.get("name", asked_name)
+        if name is None:
+            self._add(
+                "TTT104",
+                "backbone" if "backbone" in data else "",
+                "the config names no backbone" if asked_name is None else "`backbone.name` is null",
+                f"write `backbone: {{name: …}}`; installed: {_installed()}",
+            )
+            return None
+        if not isinstance(name, str):
+            self._add("TTT102", "backbone.name", "`backbone.name` must be text", f"write one of {_installed()}")
+            return None
+        if asked_name is not None and name != asked_name:
+            self._add(
+                "TTT106",
+                "backbone.name",
+                f"the config is for {name}, but {asked_name} was asked for",
+                "leave one of the two out",
+                value=name,
+            )
+        data["backbone"] = {**section, "name": name}
+        return asked if isinstance(asked, Backbone) and asked.name == name else self._look_up(name)
+
+    def _look_up(self, name: str) -> Backbone | None:
+        """The installed plugin of that name; findings where there is none, or a broken one."""
+        plugins = {plugin.name: plugin for plugin in discover()}
+        plugin = plugins.get(name)
+        if plugin is None:
+            close = nearest(name, plugins)
+            self._add(
+                "TTT801",
+                "backbone.name",
+                f"no backbone {name!r} is installed",
+                f"write `{close}`" if close else f"install its plugin, or write one of those installed: {_installed()}",
+                value=name,
+                place=None if self.source.written(("backbone", "name")) else Place(f"--backbone {name}"),
+            )
+            return None
+        if plugin.backbone is None:
+            self._add_broken(plugin.name, f"{_origin(plugin)} is broken: {plugin.error}")
+        return plugin.backbone
+
+    def _add_broken(self, name: str, message: str) -> None:
+        self._add("TTT802", "backbone.name", message, "reinstall it, or tell who made it", value=name)
+
+    # --- the schema ---
+
+    def _validate(self, data: dict[str, Any], backbone: Backbone | None) -> Validated:
+        if backbone is None:
+            return self._validate_the_rest(data)
+        try:
+            model = run_config_model(backbone)
+            ttt = data.get("ttt", {})
+            if isinstance(ttt, Mapping):
+                data["ttt"] = _with_defaults(ttt, backbone.ttt_defaults)
+            return validate(model, data, self.source, other_options=lambda: _other_options(backbone))
+        except Exception as error:  # a third party's model may raise anything
+            self._add_failed(backbone, "its options", error)
+            return Validated(None)
+
+    def _validate_the_rest(self, data: dict[str, Any]) -> Validated:
+        """Validate what does not hang on the backbone, where that is not known."""
+        result = validate(RunConfig, {**data, "backbone": {"name": "unknown"}, "data": {}}, self.source)
+        # How the keys of `ttt` fit together hangs on the plugin's defaults.
+        result.findings = [finding for finding in result.findings if finding.code != "TTT106"]
+        result.untrusted |= {("backbone",), ("data",), ("ttt",)}
+        return result
+
+    # --- the rules ---
+
+    def _run_rules(self, result: Validated, backbone: Backbone | None) -> None:
+        config, untrusted = result.config, result.untrusted
+        assert config is not None
+        untrusted |= {tuple(finding.path.split(".")) for finding in self.source.findings if finding.path}
+        facts = None
+        if backbone is not None and not any(path[:1] in (("backbone",), ("data",)) for path in untrusted):
+            facts = self._facts(backbone, config)
+        context = Context(config, backbone, facts, lambda key: self.source.written(tuple(key.split("."))))
+        self.findings.extend(run_rules(context, untrusted))
+        if backbone is not None and not untrusted:
+            self._run_plugin_rules(backbone, config)
+
+    def _facts(self, backbone: Backbone, config: RunConfig) -> BackboneFacts | None:
+        try:
+            facts = backbone.facts(config)
+            if not isinstance(facts, BackboneFacts):
+                raise TypeError(f"it returned {type(facts).__name__}, not BackboneFacts")
+            return facts
+        except Exception as error:  # a third party's code may raise anything
+            self._add_failed(backbone, "facts", error)
+            return None
+
+    def _run_plugin_rules(self, backbone: Backbone, config: RunConfig) -> None:
+        for rule in backbone.rules:
+            name = getattr(rule, "__name__", repr(rule))
+            try:
+                findings = list(rule(config))
+                strange = [type(finding).__name__ for finding in findings if not isinstance(finding, Finding)]
+                if strange:
+                    raise TypeError(f"it returned {strange[0]}, not Finding")
+                self.findings.extend(findings)
+            except Exception as error:  # a third party's code may raise anything
+                self._add_failed(backbone, f"its rule {name}", error)
+
+    def _add_failed(self, backbone: Backbone, what: str, error: Exception) -> None:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        self._add(
+            "TTT803",
+            "backbone.name",
+            f"the plugin {backbone.name} failed when it was asked for {what}: {cause}",
+            "tell who made it",
+            value=backbone.name,
+        )
+
+
+def _placed(finding: Finding, source: Source) -> Finding:
+    """The finding with the place of its key."""
+    if finding.place is not None:
+        return finding
+    words = finding.path.split(".") if finding.path else []
+    path: KeyPath = tuple(int(word) if word.isdecimal() else word for word in words)
+    return replace(finding, place=source.place(path))
+
+
+def _order(finding: Finding) -> tuple[bool, int, int]:
+    """The order of the file, overrides last."""
+    place = finding.place or Place("")
+    return place.line is None, place.line or 0, place.column or 0
+
+
+def _installed() -> str:
+    names = [plugin.name for plugin in discover() if plugin.backbone is not None]
+    return ", ".join(f"`{name}`" for name in names) or "none; install one, as `pip install ttt-moshi`"
+
+
+def _origin(plugin: PluginInfo) -> str:
+    return f"the backbone {plugin.name!r} of {plugin.distribution} {plugin.version}"
+
+
+def _other_options(backbone: Backbone) -> dict[str, list[type[BaseModel]]]:
+    """The options of the other installed backbones, by name."""
+    others = (plugin.backbone for plugin in discover() if plugin.backbone is not None and plugin.name != backbone.name)
+    return {other.name: [other.options, other.data_options] for other in others}
+
+
+def _with_defaults(ttt: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The `ttt` section with the backbone's defaults under it, unless the user starts from a preset.
+
+    A default that belongs to another inner model than the user's is left out.
+    """
+    if "preset" in ttt:
+        return dict(ttt)
+    usual = dict(defaults)
+    if ttt.get("layer_type", usual.get("layer_type", "linear")) != usual.get("layer_type", "linear"):
+        usual = {key: value for key, value in usual.items() if key not in _OF_THE_INNER_MODEL}
+    return {**usual, **ttt}
+
+
+# --- writing ---
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML that reads back the same under YAML 1.2 and, where a text would be taken for a number, under 1.1 too."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write every value where it stands."""
+        return True
+
+
+def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:float", repr(value))
+
+
+def _represent_list(dumper: yaml.SafeDumper, value: Iterable[Any]) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+
+
+# Ours first: the first that matches decides what a scalar without quotes means.
+_Dumper.yaml_implicit_resolvers = {
+    first: [
+        ("tag:yaml.org,2002:null", NULL),
+        ("tag:yaml.org,2002:bool", BOOLEAN),
+        ("tag:yaml.org,2002:int", INTEGER),
+        ("tag:yaml.org,2002:float", FLOAT),
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+    ]
+    for first in ["", *map(chr, range(33, 127))]
+}
+_Dumper.add_representer(float, _represent_float)
+_Dumper.add_representer(list, _represent_list)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML, every key written out, sections in order; it loads back equal."""
+    content = config.model_dump(mode="json")
+    parts = [
+        yaml.dump({key: content[key]}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 30)
+        for key in RunConfig.model_fields
+    ]
+    return "\n".join(parts)

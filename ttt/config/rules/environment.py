@@ -1,0 +1,40 @@
+"""What the machine must have (TTT6xx)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ttt.config.diagnostics import Finding, Severity
+from ttt.config.rules.rule import Context, rule
+
+
+@rule("run_dir")
+def run_dir_can_be_made(context: Context) -> Iterator[Finding]:
+    """The run's folder can be made and written."""
+    run_dir = context.config.run_dir
+    cause = None if run_dir is None else _cannot_be_written(run_dir)
+    if cause:
+        yield Finding(
+            code="TTT601",
+            severity=Severity.ERROR,
+            path="run_dir",
+            message=f"{run_dir!r} cannot hold the run: {cause}",
+            fix="write a folder that can be made there, or null for a new one under runs/",
+            value=run_dir,
+        )
+
+
+def _cannot_be_written(path: str) -> str | None:
+    try:
+        target = Path(path).absolute()
+        nearest = next(folder for folder in (target, *target.parents) if folder.exists())
+        if not nearest.is_dir():
+            return f"{nearest} is a file"
+        return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} is not writable"
+    except (OSError, ValueError) as error:  # a name that no folder can have
+        return str(getattr(error, "strerror", None) or error)
+
+
+RULES = (run_dir_can_be_made,)

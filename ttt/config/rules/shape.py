@@ -1,0 +1,94 @@
+"""Whether the layers that a config asks for can exist in its backbone (TTT11x)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ttt.config.diagnostics import Finding, Severity
+from ttt.config.rules.rule import FACTS, Context, rule
+
+
+@rule("ttt.layers", FACTS)
+def layers_exist(context: Context) -> Iterator[Finding]:
+    """Every layer number is one of the backbone's."""
+    layers, count = context.config.ttt.layers, context.facts.num_layers
+    if isinstance(layers, str):
+        return
+    for index, layer in enumerate(layers):
+        if layer >= count:
+            yield Finding(
+                code="TTT111",
+                severity=Severity.ERROR,
+                path=f"ttt.layers.{index}",
+                message=f"layer {layer} does not exist: the backbone has {count}, numbered 0 to {count - 1}",
+                fix=f"write numbers from 0 to {count - 1}",
+                value=layer,
+            )
+
+
+@rule("ttt.layers", "ttt.num_heads", FACTS)
+def width_divides(context: Context) -> Iterator[Finding]:
+    """The model's width divides into heads."""
+    dim, heads = context.facts.dim, context.config.ttt.num_heads or context.facts.num_heads
+    if dim % heads and not _no_layers(context):
+        below, above = _divisors_around(dim, heads)
+        yield Finding(
+            code="TTT112",
+            severity=Severity.ERROR,
+            path="ttt.num_heads",
+            message=f"the backbone's width {dim} does not divide into {heads} heads",
+            fix=f"write num_heads: {below}" + (f" or {above}" if above else ""),
+            value=dim / heads,
+        )
+
+
+@rule("ttt.layers", "ttt.num_heads", "ttt.rope", FACTS)
+def rotary_pairs(context: Context) -> Iterator[Finding]:
+    """Rotary embedding turns pairs, so it needs heads of even width."""
+    ttt, dim = context.config.ttt, context.facts.dim
+    heads = ttt.num_heads or context.facts.num_heads
+    if dim % heads == 0 and (dim // heads) % 2 and ttt.rope != "none" and not _no_layers(context):
+        yield Finding(
+            code="TTT113",
+            severity=Severity.ERROR,
+            path=context.first_written("ttt.rope", "ttt.num_heads"),
+            message=(
+                f"rope: {ttt.rope} turns pairs of channels, but {heads} heads of the width {dim} are "
+                f"{dim // heads} wide, an odd number"
+            ),
+            fix="write rope: none, or a num_heads that gives heads of even width",
+            value=dim // heads,
+        )
+
+
+@rule("ttt", FACTS)
+def hidden_units(context: Context) -> Iterator[Finding]:
+    """The inner MLP has at least one hidden unit."""
+    ttt, dim = context.config.ttt, context.facts.dim
+    heads = ttt.num_heads or context.facts.num_heads
+    if ttt.layer_type != "mlp" or ttt.mlp_hidden_dims is not None or dim % heads or _no_layers(context):
+        return
+    hidden = dim // heads * ttt.mlp_expansion_factor
+    if round(hidden) < 1:
+        yield Finding(
+            code="TTT114",
+            severity=Severity.ERROR,
+            path="ttt.mlp_expansion_factor",
+            message=f"{ttt.mlp_expansion_factor:g} times the head width {dim // heads} leaves no hidden unit",
+            fix=f"write mlp_expansion_factor: {1 / (dim // heads):g} or more; the literature has 4",
+            value=hidden,
+        )
+
+
+def _no_layers(context: Context) -> bool:
+    return context.config.ttt.layers in ("none", ())
+
+
+def _divisors_around(number: int, near: int) -> tuple[int, int | None]:
+    """The nearest divisors of a number below and above another."""
+    below = next(divisor for divisor in range(min(near, number), 0, -1) if number % divisor == 0)
+    above = next((divisor for divisor in range(near + 1, number + 1) if number % divisor == 0), None)
+    return below, above
+
+
+RULES = (layers_exist, width_divides, rotary_pairs, hidden_units)

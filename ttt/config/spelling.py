@@ -1,0 +1,51 @@
+"""The nearest known word to one that is not known."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that was most likely meant, or None where nothing comes close.
+
+    Words that differ in case, `-` and `_` alone are the same; then the fewest edits count (a letter more, less,
+    another, or two swapped), then a beginning that only one word has, then how much two words have in common.
+    """
+    written = _plain(word)
+    plain = {candidate: _plain(candidate) for candidate in known}
+    if not written or not plain:
+        return None
+    edits = {candidate: _edits(written, letters) for candidate, letters in plain.items()}
+    fewest = min(edits.values())
+    ties = [candidate for candidate, count in edits.items() if count == fewest]
+    close = max(ties, key=lambda candidate: _likeness(written, plain[candidate]))
+    if fewest <= max(1, len(plain[close]) // 4) and fewest < len(plain[close]):
+        return close
+    begun = [candidate for candidate, letters in plain.items() if letters.startswith(written)]
+    if len(begun) == 1 and len(written) >= 3:
+        return begun[0]
+    likest = max(plain, key=lambda candidate: _likeness(written, plain[candidate]))
+    return likest if _likeness(written, plain[likest]) >= 0.75 else None
+
+
+def _plain(word: str) -> str:
+    return word.casefold().replace("-", "").replace("_", "").replace(" ", "")[:200]
+
+
+def _likeness(first: str, second: str) -> float:
+    return difflib.SequenceMatcher(None, first, second, autojunk=False).ratio()
+
+
+def _edits(first: str, second: str) -> int:
+    """Insertions, deletions, replacements and swaps of neighbours that turn one word into the other."""
+    before: list[int] = []
+    row = list(range(len(second) + 1))
+    for i, letter in enumerate(first, 1):
+        above_before, before, row = before, row, [i]
+        for j, other in enumerate(second, 1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == second[j - 2] and first[i - 2] == other:
+                cost = min(cost, above_before[j - 2] + 1)
+            row.append(cost)
+    return row[-1]
