@@ -20,8 +20,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 from toy import Block, BlockWithTTT, ToyBackbone, ToyData, ToyOptions
 
-from ttt.adapter import TTTAdapter
+from ttt import inject
+from ttt.adapter import TTTAdapter, carried
 from ttt.adapter_file import MODEL, read_info
+from ttt.backbone import LossOutput
 from ttt.config import EvalConfig, RunConfig, TrainConfig, TTTConfig
 from ttt.errors import (
     ConfigError,
@@ -35,6 +37,8 @@ from ttt.inject import Site
 from ttt.train import loop, train
 from ttt.train.loop import OPTIMIZER, choose_device
 from ttt.train.metrics import read_metrics
+from ttt.train.optim import Optimizer
+from ttt.train.passes import reset_rows
 from ttt.train.rundir import RunDir
 
 TINY = {"name": "toy", "num_layers": 2, "dim": 16, "num_heads": 2}
@@ -197,13 +201,51 @@ def test_recomputation_changes_no_loss(tmp_path, group_size, checkpointing):
 def test_carried_states_reach_the_next_window_and_stop_at_the_next_file(tmp_path):
     """The same windows in the same order, with and without carrying, differ just where a file goes on."""
     common = {"data": {"shuffle": False, "windows_of_files": (3, 2)}, "train": {"max_steps": 5, "lr": 1e-12}}
-    run(config(tmp_path / "carried", ttt={"persistent_states": True, "initial_gating_alpha": 0.5}, **common))
+    persistent = {"persistent_states": True, "initial_gating_alpha": 0.5}
+    result, _ = run(config(tmp_path / "carried", ttt=persistent, **common))
     run(config(tmp_path / "fresh", ttt={"initial_gating_alpha": 0.5}, **common))
     differ = [
         abs(one["loss"] - other["loss"]) > 1e-4
         for one, other in zip(lines(tmp_path / "carried"), lines(tmp_path / "fresh"), strict=True)
     ]
     assert differ == [False, True, True, False, True]
+
+    # the weights hardly learned, so evaluation, which carries too, finds what training found
+    expected = sum(line["loss"] for line in lines(tmp_path / "carried")) / 5
+    assert result.evaluation.loss == pytest.approx(expected, abs=1e-5)
+    side_by_side = {**common, "train": {**common["train"], "batch_size": 2}}
+    result, _ = run(config(tmp_path / "side by side", ttt=persistent, **side_by_side))
+    assert result.evaluation.windows == 5
+    assert result.evaluation.loss == pytest.approx(expected, abs=1e-5)
+
+
+def test_rows_that_start_a_file_are_fresh_and_learn_the_initial_weights(tmp_path):
+    backbone = ToyBackbone()
+    model = backbone.build(ToyOptions(**TINY), device="cpu", dtype=torch.float32)
+    injection = inject.apply(model, backbone.sites(model), TTTConfig(mini_batch_size=4))
+    with carried(injection) as carry:
+        model(torch.randint(16, (3, 10)))
+    layer, before = injection.adapters["layers.0.ttt"].layer, carry.states["layers.0.ttt"]
+    after = reset_rows(injection, carry.states, (False, True, False))["layers.0.ttt"]
+    assert torch.equal(after.weights[0][[0, 2]], before.weights[0][[0, 2]])
+    assert torch.equal(after.weights[0][1], layer.W1)
+    assert after.opened().count.tolist() == [2, 0, 2]
+    assert after.weights[0].requires_grad
+    assert not before.weights[0].requires_grad
+    assert reset_rows(injection, carry.states, (True, True, True)) == {}
+    assert reset_rows(injection, carry.states, (False,) * 3)["layers.0.ttt"] is before
+
+
+def test_both_losses_of_an_evaluation_see_the_same_random_numbers(tmp_path):
+    class Noisy(ToyBackbone):
+        """A loss at a random point, as a diffusion model's is."""
+
+        def loss(self, model, batch, config):
+            output = super().loss(model, batch, config)
+            return LossOutput(output.loss * (1 + torch.rand(())), output.tokens)
+
+    result, _ = run(config(tmp_path, ttt={"layers": "none"}, train={"trainable": "all"}), Noisy())
+    assert result.evaluation.loss == result.evaluation.loss_gates_closed
 
 
 # --- resumption ---
@@ -433,6 +475,31 @@ def test_a_loss_that_is_not_finite_names_its_window_and_keeps_the_steps_before(t
     clean, _ = run(config(tmp_path / "clean", train={**options["train"], "ckpt_freq": 3}, data=options["data"]))
     assert_same_tensors(clean.checkpoint.with_name("step_000003"), saved)
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_carried_states_of_the_steps_before_are_kept_too(tmp_path):
+    """The second of three passes fails, when the first has carried its states on already."""
+    options = {"ttt": {"persistent_states": True}, "train": {"max_steps": 3, "num_microbatches": 3}}
+    with pytest.raises(NonFiniteError, match="step 3"):
+        run(config(tmp_path / "run", **options, data={"shuffle": False, "poisoned": (7,)}))
+    options["train"]["ckpt_freq"] = 1
+    run(config(tmp_path / "clean", **options, data={"shuffle": False}))
+    assert_same_tensors(*(tmp_path / name / "checkpoints" / "step_000002" for name in ("clean", "run")))
+
+
+def test_weights_that_may_be_half_updated_are_not_saved(tmp_path, monkeypatch):
+    step = Optimizer.step
+
+    def interrupted_step(self, number):
+        step(self, number)
+        if number == 2:
+            raise RuntimeError("can't allocate memory: the rest of the update")
+        return 0.0
+
+    monkeypatch.setattr(Optimizer, "step", interrupted_step)
+    with pytest.raises(EnvironmentProblem, match="out of memory"):
+        run(config(tmp_path / "run"))
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_optimiser_step(tmp_path):

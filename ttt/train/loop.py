@@ -147,7 +147,7 @@ class Trainer:
         self.directory = run
         self.console = console
         self.dataset: WindowDataset = backbone.dataset(config, split="train", device=device)
-        self.eval_split = "train" if config.data.eval_data is None else "eval"
+        self.eval_split = "eval" if backbone.has_eval_data(config) else "train"
         self.eval_dataset: WindowDataset = (
             self.dataset
             if self.eval_split == "train"
@@ -252,7 +252,6 @@ class Trainer:
         passes = self.config.train.num_microbatches
         started = time.monotonic()
         self.model.train()
-        self.optimizer.clear()
         losses: list[float] = []
         metrics: dict[str, float] = {}
         tokens = 0
@@ -460,6 +459,8 @@ class Trainer:
             + (f", resumed after step {self.done} of {config.train.max_steps}" if self.done else ""),
         ):
             say(self.console, text)
+        if self.dataset.notice:
+            say(self.console, self.dataset.notice)
 
     def _result(self, evaluation: Evaluation | None) -> TrainResult:
         return TrainResult(

@@ -20,6 +20,7 @@ from typing import IO, Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from ttt.errors import EnvironmentProblem, UsageError
@@ -173,7 +174,7 @@ class _Text(ProgressColumn):
     """A column from a function of the task; rich draws it anew with every refresh."""
 
     def __init__(self, text: Callable[[Task], str], style: str) -> None:
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True))
         self._text, self._style = text, style
 
     def render(self, task: Task) -> Text:
@@ -200,12 +201,12 @@ class Display:
         if console.is_terminal and not console.is_dumb_terminal:
             self._bar = Progress(
                 TextColumn("train"),
-                BarColumn(bar_width=None),
+                BarColumn(bar_width=None, table_column=Column(ratio=1)),  # takes what the numbers leave
                 MofNCompleteColumn(),
                 _Text(lambda task: task.fields["told"], "cyan"),
                 _Text(lambda task: f"{task.fields['left']} left" if task.fields["left"] else "", "green"),
                 console=console,
-                transient=True,
+                expand=True,
                 redirect_stdout=False,
                 redirect_stderr=False,
             )
