@@ -1,0 +1,66 @@
+"""Moshi's training loss, as moshi-finetune defines it (its `finetune/loss.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from moshi.models.lm import LMOutput
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def moshi_loss(
+    output: LMOutput,
+    codes: Tensor,
+    *,
+    dep_q: int,
+    text_padding_weight: float,
+    first_codebook_weight_multiplier: float,
+    text_padding_ids: Collection[int],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Text cross-entropy plus audio cross-entropy, each `Σ w·ce / Σ w` over the positions that the masks let in.
+
+    A weight is 1, but `text_padding_weight` where the text to predict is padding, and
+    `first_codebook_weight_multiplier` for the first of Moshi's own codebooks. So padding that weighs less also
+    counts less in the mean, and with a multiplier of 100 the first codebook is 100 of 107 parts of the audio loss.
+
+    Args:
+        output: of `LMModel.forward` on `codes`.
+        codes: `[B, 1 + n_q, T]`: text, Moshi's own `dep_q` codebooks, the user's.
+        dep_q: how many codebooks the model predicts.
+        text_padding_weight: >= 0.
+        first_codebook_weight_multiplier: >= 0.
+        text_padding_ids: text tokens that are padding; with Moshi its padding and its end of padding.
+
+    Returns:
+        The sum in float32 (float64 for float64 logits), and its detached parts `text_loss` and `audio_loss`. A part
+        in which nothing has weight is 0.
+    """
+    text, audio = codes[:, :1], codes[:, 1 : 1 + dep_q]
+    text_weights = output.text_mask.to(_precision(output.text_logits))
+    for padding in text_padding_ids:
+        text_weights = torch.where(text == padding, text_weights * text_padding_weight, text_weights)
+    codebook_weights = torch.ones(dep_q, 1, dtype=_precision(output.logits), device=codes.device)
+    codebook_weights[0] = first_codebook_weight_multiplier
+    audio_weights = output.mask * codebook_weights
+    text_loss = _weighted_mean(output.text_logits, text, text_weights)
+    audio_loss = _weighted_mean(output.logits, audio, audio_weights)
+    return text_loss + audio_loss, {"text_loss": text_loss.detach(), "audio_loss": audio_loss.detach()}
+
+
+def _precision(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _weighted_mean(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Mean cross-entropy, `[B,K,T,card]` against `[B,K,T]`, by weights `[B,K,T]`.
+
+    Positions without weight are blanked before the cross-entropy, not after: kyutai's model fills those that delays
+    leave without a prediction with NaN, and the gradient of a NaN that is multiplied by zero is NaN.
+    """
+    counts = weights > 0
+    logits = torch.where(counts[..., None], logits.to(weights.dtype), 0.0)
+    targets = torch.where(counts, targets, 0)
+    losses = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
+    return (losses * weights.flatten()).sum() / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)

@@ -1,0 +1,159 @@
+"""Moshi's loss against plain Python, gradients included, and on the real model's output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from moshi.models.lm import LMOutput
+from torch import Tensor
+
+from ttt.plugins import get_backbone
+from ttt_moshi.loss import moshi_loss
+
+MOSHI = get_backbone("moshi")
+BATCH, STREAMS, OWN, FRAMES, AUDIO_CARD, TEXT_CARD = 3, 9, 4, 5, 6, 7
+PADDINGS = {3, 0}
+
+
+def random_output(seed: int, *, dtype: torch.dtype = torch.float64) -> tuple[LMOutput, Tensor]:
+    """Output and codes as `LMModel` would give them: NaN and masked where delays left no prediction, -1 padding."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, AUDIO_CARD, (BATCH, STREAMS, FRAMES), generator=generator)
+    codes[:, 0, ::2] = torch.tensor([3, 0, 3])  # a good part of the text is padding
+    codes[1, :, -2:] = -1
+    codes[2, 2, 1] = -1
+    text_logits = torch.randn(BATCH, 1, FRAMES, TEXT_CARD, generator=generator, dtype=torch.float64)
+    logits = 3 * torch.randn(BATCH, OWN, FRAMES, AUDIO_CARD, generator=generator, dtype=torch.float64)
+    mask, text_mask = codes[:, 1 : 1 + OWN] != -1, codes[:, :1] != -1
+    mask[:, 1:, -1] = False
+    logits[:, 1:, -1] = math.nan
+    return LMOutput(logits.to(dtype), mask, text_logits.to(dtype), text_mask), codes
+
+
+def by_hand(
+    logits: Tensor, targets: Tensor, mask: Tensor, weight: Callable[[int, int], float]
+) -> tuple[float, list[float]]:
+    """`Σ w·ce / Σ w` and its gradient, position by position; `weight(codebook, target)` of one that counts."""
+    rows, codebooks, frames, card = logits.shape
+    places = [(b, k, t) for b in range(rows) for k in range(codebooks) for t in range(frames)]
+    weights = {p: weight(p[1], int(targets[p])) if mask[p] else 0.0 for p in places}
+    total, loss, gradient = sum(weights.values()), 0.0, []
+    for place in places:
+        if weights[place] == 0:
+            gradient += [0.0] * card
+            continue
+        values = logits[place].tolist()
+        top = max(values)
+        exponentials = [math.exp(value - top) for value in values]
+        probabilities = [value / sum(exponentials) for value in exponentials]
+        target = int(targets[place])
+        loss -= weights[place] / total * math.log(probabilities[target])
+        gradient += [weights[place] / total * (p - (i == target)) for i, p in enumerate(probabilities)]
+    return loss, gradient
+
+
+def settings(**changes: float) -> dict:
+    return {
+        "dep_q": OWN,
+        "text_padding_weight": 0.3,
+        "first_codebook_weight_multiplier": 100.0,
+        "text_padding_ids": PADDINGS,
+    } | changes
+
+
+@pytest.mark.parametrize("text_padding_weight", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("multiplier", [1.0, 100.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_it_is_the_weighted_mean_computed_by_hand(text_padding_weight, multiplier, seed):
+    output, codes = random_output(seed)
+    output.logits.requires_grad_()
+    output.text_logits.requires_grad_()
+    loss, parts = moshi_loss(
+        output,
+        codes,
+        **settings(text_padding_weight=text_padding_weight, first_codebook_weight_multiplier=multiplier),
+    )
+    loss.backward()
+    text, text_gradient = by_hand(
+        output.text_logits.detach(),
+        codes[:, :1],
+        output.text_mask,
+        lambda _, target: text_padding_weight if target in PADDINGS else 1.0,
+    )
+    audio, audio_gradient = by_hand(
+        output.logits.detach(),
+        codes[:, 1 : 1 + OWN],
+        output.mask,
+        lambda codebook, _: multiplier if codebook == 0 else 1.0,
+    )
+    assert loss.dtype == torch.float64
+    assert parts["text_loss"].item() == pytest.approx(text, abs=1e-12)
+    assert parts["audio_loss"].item() == pytest.approx(audio, abs=1e-12)
+    assert loss.item() == pytest.approx(text + audio, abs=1e-12)
+    assert not any(part.requires_grad for part in parts.values())
+    for logits, expected in ((output.text_logits, text_gradient), (output.logits, audio_gradient)):
+        assert logits.grad is not None
+        torch.testing.assert_close(
+            logits.grad.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-14
+        )
+
+
+def test_masked_positions_contribute_nothing():
+    """Whatever stands there: other targets, other logits, infinities."""
+    output, codes = random_output(2)
+    loss, _ = moshi_loss(output, codes, **settings())
+    output.logits[~output.mask] = math.inf
+    output.text_logits[~output.text_mask] = -math.inf
+    codes[:, 1 : 1 + OWN][~output.mask] = AUDIO_CARD + 50
+    codes[:, 1 + OWN :] = 0  # the user's codebooks are never predicted
+    again, _ = moshi_loss(output, codes, **settings())
+    assert torch.equal(loss, again)
+
+
+def test_a_batch_with_nothing_to_predict_is_zero():
+    output, codes = random_output(3)
+    codes.fill_(-1)
+    output.mask.zero_()
+    output.text_mask.zero_()
+    output.logits.requires_grad_()
+    loss, parts = moshi_loss(output, codes, **settings())
+    loss.backward()
+    assert loss.item() == parts["text_loss"].item() == parts["audio_loss"].item() == 0
+    assert output.logits.grad is not None
+    assert not output.logits.grad.any()
+
+
+def test_half_precision_logits_are_summed_in_float32():
+    exact, codes = random_output(4)
+    rounded, _ = random_output(4, dtype=torch.bfloat16)
+    loss, _ = moshi_loss(rounded, codes, **settings())
+    assert loss.dtype == torch.float32
+    upcast = LMOutput(rounded.logits.double(), rounded.mask, rounded.text_logits.double(), rounded.text_mask)
+    assert loss.item() == pytest.approx(moshi_loss(upcast, codes, **settings())[0].item(), rel=1e-6)
+    assert loss.item() == pytest.approx(moshi_loss(exact, codes, **settings())[0].item(), rel=0.05)
+
+
+def test_on_the_model_every_gradient_is_finite():
+    """The real `LMModel` puts NaN where its delays leave no prediction."""
+    model = MOSHI.build(MOSHI.tiny(), device="cpu", dtype=torch.float32)
+    codes = MOSHI.example_batch(model, batch_size=2, tokens=6, seed=0)
+    codes[:, 0, 1] = 3
+    codes[1, :, 4:] = -1
+    output = model(codes)
+    assert output.logits.isnan().any()
+    assert not output.mask[0, 1:, -1].any()
+    paddings = {model.text_padding_token_id, model.end_of_text_padding_id}
+    loss, parts = moshi_loss(output, codes, **settings(dep_q=model.dep_q, text_padding_ids=paddings))
+    text, _ = by_hand(
+        output.text_logits.detach(), codes[:, :1], output.text_mask, lambda _, target: 0.3 if target in paddings else 1
+    )
+    audio, _ = by_hand(output.logits.detach(), codes[:, 1:9], output.mask, lambda codebook, _: 1 if codebook else 100.0)
+    assert parts["text_loss"].item() == pytest.approx(text, rel=1e-5)
+    assert parts["audio_loss"].item() == pytest.approx(audio, rel=1e-5)
+    loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert len(gradients) > 50
+    assert all(gradient.isfinite().all() for gradient in gradients)
