@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -15,6 +14,7 @@ from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, WindowDatas
 from ttt.config import BackboneOptions, DataOptions, RunConfig
 from ttt.errors import EnvironmentProblem
 from ttt.hookspecs import hookimpl
+from ttt_moshi.interleave import frames_in
 
 if TYPE_CHECKING:
     import torch
@@ -111,9 +111,14 @@ class MoshiBackbone(Backbone):
         options, data = cast(MoshiOptions, config.backbone), cast(MoshiData, config.data)
         return BackboneFacts(
             **_sizes(options),
-            tokens_per_window=math.ceil(data.duration_sec * FRAME_RATE),
+            tokens_per_window=frames_in(data.duration_sec, FRAME_RATE),
             window=f"{data.duration_sec:g} s of Moshi",
         )
+
+    def has_eval_data(self, config: RunConfig) -> bool:
+        """Where the config names data for it, or where the demo's own is used."""
+        options, data = cast(MoshiOptions, config.backbone), config.data
+        return data.eval_data is not None or (options.preset == "demo" and data.train_data is None)
 
     def build(self, options: BackboneOptions, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
         """Make kyutai's `LMModel`, in eval mode."""
