@@ -1,6 +1,7 @@
 """Law 9: an adapter file alone says what it belongs to, and goes into nothing else."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -370,6 +371,19 @@ def test_the_backbone_of_another_checkpoint_is_refused(saved_with_backbone):
 
 
 # --- writing ---
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such modes there")
+def test_files_are_as_readable_as_the_users_umask_has_it(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_adapter(tmp_path, injected(), backbone={"name": "toy"})
+    finally:
+        os.umask(before)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()} == {
+        MODEL: "0o640",
+        CONFIG: "0o640",
+    }
 
 
 def test_a_full_disk_leaves_the_old_files_and_nothing_else(saved, monkeypatch):

@@ -35,6 +35,7 @@ from ttt.errors import (
 )
 from ttt.inject import Site
 from ttt.train import loop, train
+from ttt.train.evaluation import Evaluation
 from ttt.train.loop import OPTIMIZER, choose_device
 from ttt.train.metrics import read_metrics
 from ttt.train.optim import Optimizer
@@ -717,3 +718,16 @@ def test_out_of_memory_says_what_takes_less(tmp_path):
 
     with pytest.raises(EnvironmentProblem, match=r"out of memory: .* What takes less: a smaller train\.batch_size"):
         run(config(tmp_path / "run"), Greedy())
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ((1.0, 2.0), "TTT lowers it by 50.00%"),
+        ((3.0, 2.0), "TTT RAISES it by 50.00%"),
+        ((2.0, 2.0), "TTT makes no difference"),
+        ((float("nan"), 2.0), "TTT cannot be compared"),
+    ],
+)
+def test_the_control_is_told_in_words(losses, words):
+    assert Evaluation("eval", 3, *losses).in_words().endswith(words)

@@ -178,9 +178,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     temporary = temporary_beside(path)
     with writing(path):
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the user's umask has it; safetensors makes files private
             save_file(
                 {name: _of_its_own(tensor) for name, tensor in tensors.items()}, temporary, metadata=dict(metadata)
             )
+            os.chmod(temporary, mode)
             sync(temporary)
             os.replace(temporary, path)
         finally:

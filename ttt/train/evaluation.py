@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,10 +46,13 @@ class Evaluation:
             if self.split == "eval"
             else f"{self.windows} training windows (no data.eval_data)"
         )
-        change = (self.loss - self.loss_gates_closed) / self.loss_gates_closed if self.loss_gates_closed else 0.0
-        effect = (
-            "makes no difference" if change == 0 else f"{'lowers' if change < 0 else 'RAISES'} it by {abs(change):.2%}"
-        )
+        change = (self.loss - self.loss_gates_closed) / self.loss_gates_closed if self.loss_gates_closed else math.nan
+        if not math.isfinite(change):
+            effect = "cannot be compared"
+        elif change == 0:
+            effect = "makes no difference"
+        else:
+            effect = f"{'lowers' if change < 0 else 'RAISES'} it by {abs(change):.2%}"
         return (
             f"outer loss on {where}: {self.loss:.4f}; with the gates closed {self.loss_gates_closed:.4f}: TTT {effect}"
         )

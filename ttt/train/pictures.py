@@ -82,15 +82,23 @@ def _draw_evaluations(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
     where = "held-out windows" if found[-1].get("eval_split") == "eval" else "training windows"
     steps = [line["step"] for line in found]
     last = found[-1]
-    for key, marker, color, label in (
-        ("eval_loss", "D", _INK, f"{where}, TTT acting: {last['eval_loss']:.4f}"),
-        ("eval_loss_gates_closed", "s", _CLOSED, f"the same, gates closed: {last['eval_loss_gates_closed']:.4f}"),
-    ):
+    drawn: tuple[tuple[str, dict[str, Any], str, str], ...] = (
+        (
+            "eval_loss",
+            {"marker": "D", "markersize": 5, "zorder": 6},
+            _INK,
+            f"{where}, TTT acting: {last['eval_loss']:.4f}",
+        ),
+        (
+            "eval_loss_gates_closed",  # larger, hollow and behind, so that both show where they are close
+            {"marker": "s", "markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.8, "zorder": 5},
+            _CLOSED,
+            f"the same, gates closed: {last['eval_loss_gates_closed']:.4f}",
+        ),
+    )
+    for key, style, color, label in drawn:
         values = [line[key] for line in found]
-        axes.plot(
-            steps, values, color=color, marker=marker, markersize=7, linewidth=1.2, linestyle=":",
-            markeredgecolor="white", label=label, zorder=5, clip_on=False,
-        )  # fmt: skip
+        axes.plot(steps, values, color=color, linewidth=1.2, linestyle=":", label=label, clip_on=False, **style)
         axes.axhline(values[-1], color=color, linewidth=1.0, linestyle=(0, (4, 3)), alpha=0.7)
     axes.margins(x=0.03)
 
