@@ -8,6 +8,9 @@ import io
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +247,19 @@ def test_the_dialogues_words_tell_their_turns():
             own, other = said if word.speaker == "SPEAKER_MAIN" else said.flip(0)
             assert own > 1e-5
             assert other == 0
+
+
+def test_data_before_the_model_leaves_moshis_compiler_off():
+    """Moshi reads the switch when it is first imported: whoever comes first has to have set it, on a CPU."""
+    program = (
+        "import torch; from ttt.config import load_config; from ttt.plugins import get_backbone;"
+        "loaded = load_config(None, text=get_backbone('moshi').presets()['demo']);"
+        "loaded.backbone.dataset(loaded.config, split='train', device='cpu');"
+        "loaded.backbone.build(loaded.backbone.tiny(), device='cpu', dtype=torch.float32);"
+        "from moshi.modules.rope import apply_rope; assert not hasattr(apply_rope, '__wrapped__'), 'would compile'"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "NO_TORCH_COMPILE"}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == 0
 
 
 # --- the preset 7b ---

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
-from moshi.models import loaders
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.nn import functional as F
@@ -422,7 +421,7 @@ def _pretrained(options: MoshiOptions, device: torch.device | str) -> tuple[Code
             f"backbone.mimi_path: {info.mimi_weights} is not a safetensors file; pickles are refused"
         )
     try:
-        mimi: loaders.MimiModel = info.get_mimi(device=device)
+        mimi = info.get_mimi(device=device)
     except Exception as error:  # safetensors, torch and the file system each have errors of their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EnvironmentProblem(f"{info.mimi_weights}: cannot be loaded as Mimi weights: {reason}") from error

@@ -122,9 +122,7 @@ class MoshiBackbone(Backbone):
 
     def build(self, options: BackboneOptions, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
         """Make kyutai's `LMModel`, in eval mode."""
-        if str(device).startswith("cpu"):
-            # Read when moshi is first imported: on a CPU, compiling its norm costs 20 s and gains nothing.
-            os.environ.setdefault("NO_TORCH_COMPILE", "1")
+        _before_moshi_is_imported(device)
         from ttt_moshi.model import build
 
         return build(cast(MoshiOptions, options), device=device, dtype=dtype)
@@ -137,6 +135,7 @@ class MoshiBackbone(Backbone):
 
     def dataset(self, config: RunConfig, *, split: str, device: torch.device | str) -> WindowDataset:
         """Windows of interleaved codes, `[17, T]` each."""
+        _before_moshi_is_imported(device)
         from ttt_moshi.data import speech_windows
 
         return speech_windows(
@@ -186,6 +185,15 @@ class MoshiBackbone(Backbone):
         from ttt_moshi.model import stream
 
         return stream(model, batch, pieces=pieces)
+
+
+def _before_moshi_is_imported(device: torch.device | str) -> None:
+    """Spare a CPU the 20 s and more that compiling moshi's norm costs and does not win back.
+
+    Moshi reads the variable when it is first imported, for the model or for Mimi.
+    """
+    if str(device).startswith("cpu"):
+        os.environ.setdefault("NO_TORCH_COMPILE", "1")
 
 
 def _sizes(options: MoshiOptions) -> dict[str, int]:
