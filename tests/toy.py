@@ -145,6 +145,8 @@ class ToyModel(nn.Module):
 class ToyDataset:
     """Windows of token streams; window i predicts each token's successor."""
 
+    notice: str | None = None
+
     def __init__(self, streams: Sequence[Tensor], options: ToyData) -> None:
         self._streams = list(streams)
         self._window = options.window

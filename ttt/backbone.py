@@ -78,6 +78,11 @@ class WindowDataset(Protocol):
         """A window in the user's words, "dialogue.flac, 15.0-30.0 s"."""
         ...
 
+    @property
+    def notice(self) -> str | None:
+        """What a user must know about this data, said when a run starts: that a stand-in made it, say."""
+        ...
+
 
 class Backbone(ABC):
     """A backbone plugin. The class attributes and the first methods must work without torch."""
@@ -108,6 +113,10 @@ class Backbone(ABC):
     @abstractmethod
     def facts(self, config: RunConfig) -> BackboneFacts:
         """Widths and lengths of the model and windows that `config` asks for."""
+
+    def has_eval_data(self, config: RunConfig) -> bool:
+        """Whether the split `eval` holds data that training does not see; else the training data is evaluated."""
+        return config.data.eval_data is not None
 
     # --- with torch ---
 

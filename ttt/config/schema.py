@@ -233,6 +233,8 @@ class TrainConfig(Section):
     """Type of the backbone's parameters; TTT weights and fast weights stay float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
+    cpu_threads: Annotated[int, Field(ge=1)] | None = None
+    """Threads of PyTorch's operations on a CPU; null is PyTorch's choice. Small models are fastest with 1."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Seed of initialisation and data order."""
     log_freq: Annotated[int, Field(ge=1)] = 1

@@ -31,8 +31,8 @@ DEMO_SEED = 20260101
 # The structure of `moshi.models.loaders._lm_kwargs`, narrowed; the vocabularies are those of the demo codec and
 # tokenizer that ship with this package.
 DEMO_KWARGS: dict[str, Any] = {
-    "text_card": 256,
-    "card": 256,
+    "text_card": 300,
+    "card": 64,
     "context": 512,
     "depformer_dim": 64,
     "depformer_dim_feedforward": 192,
