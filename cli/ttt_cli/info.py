@@ -1,0 +1,65 @@
+"""`ttt info`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ttt.adapter_file import AdapterInfo
+
+
+def info(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="An adapter file, its folder, or a run's folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As a JSON object.")] = False,
+) -> None:
+    """Tell what an adapter file is and belongs to."""
+    from ttt.adapter_file import read_info
+
+    facts = _facts(read_info(path))
+    if as_json:
+        import json
+
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        _print_facts(facts)
+
+
+def _facts(adapter: AdapterInfo) -> dict[str, Any]:
+    return {
+        "path": str(adapter.path),
+        "written_by": f"ttt {adapter.library_version}",
+        "parameters": adapter.parameters,
+        "backbone": dict(adapter.backbone),
+        "backbone_trained": adapter.backbone_trained is not None,
+        "sites": [
+            {"layer": site.layer, "name": site.name, "dim": site.dim, "num_heads": site.num_heads}
+            for site in adapter.sites
+        ],
+        "ttt": adapter.ttt.model_dump(mode="json"),
+        "training": dict(adapter.training),
+    }
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    print(f"{facts['path']}: a TTT adapter, written by {facts['written_by']}")
+    trained = "trained along, in backbone_model.safetensors" if facts["backbone_trained"] else "frozen"
+    print(f"  parameters  {facts['parameters']:,}")
+    print(f"  backbone    {trained}")
+    _print_section("backbone", facts["backbone"])
+    print("\nsites")
+    for site in facts["sites"]:
+        print(f"  {site['name']}  layer {site['layer']}, width {site['dim']}, {site['num_heads']} heads")
+    _print_section("ttt", facts["ttt"])
+    if facts["training"]:
+        _print_section("training", facts["training"])
+
+
+def _print_section(name: str, content: dict[str, Any]) -> None:
+    import json
+
+    print(f"\n{name}")
+    width = max(map(len, content), default=0)
+    for key, value in content.items():
+        print(f"  {key:{width}}  {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")

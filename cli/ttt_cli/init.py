@@ -1,0 +1,64 @@
+"""`ttt init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ttt_cli.terminal import show_note
+
+if TYPE_CHECKING:
+    from ttt.backbone import Backbone
+
+
+def init(
+    backbone: Annotated[
+        str, typer.Option("--backbone", metavar="NAME", help="Which backbone, as `ttt plugins` lists them.")
+    ],
+    preset: Annotated[str, typer.Option("--preset", help="Which of the backbone's configs.")] = "demo",
+    out: Annotated[
+        str | None,
+        typer.Option("--out", metavar="FILE", help="Where to; - is standard output. [default: NAME.yaml]"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a commented config to start from."""
+    from ttt.errors import UsageError
+    from ttt.files import write_text
+    from ttt.plugins import get_backbone
+
+    text = preset_text(get_backbone(backbone), preset)
+    if out == "-":
+        print(text, end="" if text.endswith("\n") else "\n")
+        return
+    target = Path(out if out is not None else f"{backbone}.yaml")
+    if target.exists() and not force:
+        raise UsageError(f"{target}: is already there; write another file with --out, or replace it with --force")
+    if target.is_dir():
+        raise UsageError(f"{target}: a folder; name a file in it")
+    write_text(target, text)
+    show_note(f"Wrote {target}. Check it with `ttt check {target}`, run it with `ttt train {target}`.")
+
+
+def preset_text(backbone: Backbone, name: str) -> str:
+    """A config that a backbone ships.
+
+    Raises:
+        PluginError: the plugin failed when it was asked.
+        UsageError: it has none of that name; the message lists those that it has.
+    """
+    from ttt.config.spelling import nearest
+    from ttt.errors import PluginError, UsageError
+
+    try:
+        presets = dict(backbone.presets())
+    except Exception as error:  # a third party's code may raise anything
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PluginError(f"the plugin {backbone.name} failed when it was asked for its presets: {cause}") from error
+    if name not in presets:
+        close = nearest(name, presets)
+        hint = f" (did you mean {close!r}?)" if close else ""
+        raise UsageError(f"the backbone {backbone.name} has no preset {name!r}{hint}; it has {', '.join(presets)}")
+    return presets[name]

@@ -1,0 +1,52 @@
+"""`ttt plugins`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ttt.plugins import PluginInfo
+
+
+def plugins(
+    as_json: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
+) -> None:
+    """List installed backbones, working or broken."""
+    from ttt.plugins import discover
+
+    found = discover()
+    if as_json:
+        import json
+
+        print(json.dumps([_facts(plugin) for plugin in found], indent=2, ensure_ascii=False))
+    elif not found:
+        print("No backbone is installed. Install one, as `pip install ttt-moshi`.")
+    else:
+        _print_table(found)
+
+
+def _facts(plugin: PluginInfo) -> dict[str, Any]:
+    return {
+        "name": plugin.name,
+        "distribution": plugin.distribution,
+        "version": plugin.version,
+        "module": plugin.module,
+        "works": plugin.backbone is not None,
+        "error": plugin.error,
+    }
+
+
+def _print_table(found: tuple[PluginInfo, ...]) -> None:
+    rows = [("NAME", "VERSION", "FROM"), *((plugin.name, plugin.version, _origin(plugin)) for plugin in found)]
+    name_width, version_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+    errors = ["", *(plugin.error or "" for plugin in found)]
+    for (name, version, origin), error in zip(rows, errors, strict=True):
+        print(f"{name:{name_width}}  {version:{version_width}}  {origin}{'  BROKEN' if error else ''}")
+        if error:
+            print(f"  {error}")
+
+
+def _origin(plugin: PluginInfo) -> str:
+    return f"{plugin.distribution} ({plugin.module})"

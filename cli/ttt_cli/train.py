@@ -1,0 +1,80 @@
+"""`ttt train`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ttt_cli.options import BackboneName, Overrides
+from ttt_cli.terminal import show_findings, show_note
+
+if TYPE_CHECKING:
+    from ttt.config import LoadedConfig
+
+
+def train(
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help="A config file; with --resume also a run's folder. Without it, the backbone's demo runs.",
+            show_default=False,
+        ),
+    ] = None,
+    backbone: BackboneName = None,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")] = False,
+) -> None:
+    """Train TTT layers in a backbone."""
+    from ttt.errors import UsageError
+
+    if config is not None:
+        loaded = _load(Path(config), backbone, overrides or [], resume=resume)
+    elif backbone is not None:
+        loaded = _load_demo(backbone, overrides or [])
+    else:
+        raise UsageError("ttt train: name a config, or a backbone whose demo to run, as `ttt train --backbone moshi`")
+    show_findings(loaded.findings, stream=sys.stderr)
+
+    from ttt.train import train as run
+
+    result = run(loaded.config, loaded.backbone, resume=resume)
+    if result.interrupted:
+        from ttt_cli.main import INTERRUPTED
+
+        raise typer.Exit(INTERRUPTED)
+
+
+def _load(path: Path, backbone: str | None, overrides: list[str], *, resume: bool) -> LoadedConfig:
+    """The config in a file or, to resume, in a run's folder, wherever that folder lies now."""
+    from dataclasses import replace
+
+    from ttt.config import load_config
+    from ttt.errors import UsageError
+    from ttt.train.rundir import CHECKPOINTS, CONFIG
+
+    if path.is_dir():
+        if not resume:
+            raise UsageError(f"{path}: a folder; name a config, or continue the run in it with --resume")
+        path = path / CONFIG
+        if not path.is_file():
+            raise UsageError(f"{path.parent}: holds no run to resume (no {CONFIG})")
+    loaded = load_config(path, backbone=backbone, overrides=overrides)
+    in_its_run = path.name == CONFIG and (path.parent / CHECKPOINTS).is_dir()
+    if resume and in_its_run and not any(override.startswith("run_dir=") for override in overrides):
+        loaded = replace(loaded, config=loaded.config.model_copy(update={"run_dir": str(path.parent)}))
+    return loaded
+
+
+def _load_demo(name: str, overrides: list[str]) -> LoadedConfig:
+    from ttt.config import load_config
+    from ttt.plugins import get_backbone
+    from ttt_cli.init import preset_text
+
+    backbone = get_backbone(name)
+    text = preset_text(backbone, "demo")
+    show_note(f"No config given: training the demo of {name}. `ttt init --backbone {name}` writes its config.")
+    return load_config(f"{name} demo", text=text, backbone=backbone, overrides=overrides)

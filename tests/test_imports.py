@@ -1,0 +1,160 @@
+"""Imports run one way, what checks a config needs no torch, and nothing is installed under somebody else's name."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from ttt.plugins import GROUP, discover
+
+ROOT = Path(__file__).parent.parent
+PLUGINS = {folder.name: folder for folder in sorted((ROOT / "plugins").glob("*/ttt_*"))}
+"""The packages of the plugins in this repository."""
+PLUGIN_PACKAGES = {folder.name for folder in PLUGINS.values()}
+TAKEN = {"cli", "plugins", "moshi", "tests", "benchmarks", "docs", "scripts"}
+"""Names that are not ours to install: kyutai's package is `moshi`, and the others are anybody's."""
+
+
+def _imports(file: Path, package_root: Path) -> Iterator[tuple[str, bool]]:
+    """Every absolute module that a file imports, and whether only a type checker sees it."""
+    tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    package = file.relative_to(package_root).with_suffix("").parts[:-1]
+    for node in ast.walk(tree):
+        hidden = id(node) in typing_only
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, hidden) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            outer = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, [outer, node.module]))
+            yield module, hidden
+            yield from ((f"{module}.{alias.name}", hidden) for alias in node.names)
+
+
+def _imported(folder: Path, *, package_root: Path) -> dict[str, set[str]]:
+    """What each file of a package imports, types included."""
+    files = sorted(folder.rglob("*.py"))
+    assert files
+    return {str(file.relative_to(ROOT)): {name for name, _ in _imports(file, package_root)} for file in files}
+
+
+def _inside(name: str, packages: set[str]) -> bool:
+    return name.split(".")[0] in packages
+
+
+def test_the_reader_of_imports_reads_them_all(tmp_path: Path) -> None:
+    file = tmp_path / "ttt" / "ops" / "x.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "import a.b\nfrom c import d\nfrom . import e\nfrom .. import f\nfrom ..g import h\n"
+        "def late():\n    import i\n"
+        "if TYPE_CHECKING:\n    import j\nelse:\n    import k\n"
+    )
+    found = list(_imports(file, tmp_path))
+    assert {name for name, hidden in found if not hidden} == {
+        *("a.b", "c", "c.d", "ttt.ops", "ttt.ops.e", "ttt", "ttt.f", "ttt.g", "ttt.g.h", "i", "k")
+    }
+    assert [name for name, hidden in found if hidden] == ["j"]
+
+
+def test_the_core_imports_no_plugin_and_no_command_line() -> None:
+    for file, names in _imported(ROOT / "ttt", package_root=ROOT).items():
+        foreign = {name for name in names if _inside(name, PLUGIN_PACKAGES | {"ttt_cli", "cli", "plugins", "moshi"})}
+        assert not foreign, file
+
+
+def test_the_command_line_imports_no_plugin() -> None:
+    for file, names in _imported(ROOT / "cli" / "ttt_cli", package_root=ROOT / "cli").items():
+        assert not {name for name in names if _inside(name, PLUGIN_PACKAGES | {"moshi"})}, file
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_a_plugin_imports_no_other_and_no_command_line(plugin: str) -> None:
+    folder = PLUGINS[plugin]
+    others = PLUGIN_PACKAGES - {plugin} | {"ttt_cli"}
+    for file, names in _imported(folder, package_root=folder.parent).items():
+        assert not {name for name in names if _inside(name, others)}, file
+
+
+def test_the_mathematics_rests_on_torch_alone() -> None:
+    for file, names in _imported(ROOT / "ttt" / "ops", package_root=ROOT).items():
+        for name in names:
+            top = name.split(".")[0]
+            ours = name == "ttt.ops" or name.startswith("ttt.ops.")
+            assert ours or top == "torch" or top in sys.stdlib_module_names, (file, name)
+
+
+def _heavy_after(modules: list[str]) -> str:
+    """Which heavy packages a fresh process has once it has imported the modules."""
+    program = f"""
+import importlib, sys
+for module in {modules!r}:
+    importlib.import_module(module)
+print(sorted({{"torch", "numpy", "moshi", "matplotlib", "safetensors", "sphn"}} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return result.stdout.strip()
+
+
+def test_what_checks_a_config_imports_no_torch() -> None:
+    config = [
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for file in sorted((ROOT / "ttt" / "config").rglob("*.py"))
+    ]
+    assert "ttt.config.load" in config
+    assert _heavy_after(["ttt", *config, "ttt.plugins", "ttt.backbone", "ttt.hookspecs", "ttt_cli.main"]) == "[]"
+
+
+def test_a_plugins_entry_point_imports_no_torch() -> None:
+    ours = [plugin.module for plugin in discover() if plugin.module.split(".")[0] in PLUGIN_PACKAGES]
+    assert ours
+    assert _heavy_after(ours) == "[]"
+
+
+def test_ttt_gives_what_it_lists() -> None:
+    import ttt
+    import ttt.config
+
+    for module in (ttt, ttt.config):
+        assert set(module.__all__) <= set(dir(module))
+        for name in module.__all__:
+            assert getattr(module, name) is not None
+        with pytest.raises(AttributeError, match="no_such_name"):
+            module.no_such_name  # noqa: B018
+
+
+def test_our_distributions_install_our_names_alone() -> None:
+    wheels = {"ttt-adapters": (ROOT, {"ttt", "ttt_cli"})}
+    for package, folder in PLUGINS.items():
+        wheels[package.replace("_", "-")] = (folder.parent, {package})
+    for distribution, (folder, packages) in wheels.items():
+        config = (folder / "pyproject.toml").read_text(encoding="utf-8")
+        line = next(line for line in config.splitlines() if line.startswith("packages = "))
+        built = {Path(path).name for path in ast.literal_eval(line.partition("=")[2].strip())}
+        assert built == packages
+        assert not built & TAKEN
+        installed = metadata.distribution(distribution)
+        assert {path.parts[0].removesuffix(".py") for path in installed.files or []}.isdisjoint(TAKEN)
+        for entry_point in installed.entry_points:
+            assert entry_point.group in ("console_scripts", GROUP)
+            assert entry_point.module.split(".")[0] in packages
+
+
+def test_kyutais_package_is_the_one_that_is_imported() -> None:
+    program = "import importlib.util; print(importlib.util.find_spec('moshi').origin)"
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT / "plugins"
+    )
+    assert "site-packages" in result.stdout
