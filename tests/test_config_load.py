@@ -496,10 +496,31 @@ def test_a_dumped_config_is_plain_and_complete() -> None:
 
 
 _TEXT = st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from(
-    ["1e5", "1e-5", "null", "~", "true", "yes", "on", "0x1F", "0o7", "1:30", "2024-01-01", ".inf", "<<", "=", "- a", ""]
+    [
+        "1e5",
+        "1e-5",
+        "null",
+        "~",
+        "true",
+        "yes",
+        "on",
+        "\x85",
+        "a\nb ",
+        "\u2028x",
+        "0x1F",
+        "0o7",
+        "1:30",
+        "2024-01-01",
+        ".inf",
+        "<<",
+        "=",
+        "- a",
+        "",
+    ]
 )
 
 
+@settings(deadline=None)
 @given(
     run_dir=st.none() | _TEXT,
     weights=st.none() | _TEXT,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt.config import source as source_module
@@ -297,6 +297,7 @@ def test_an_override_that_cannot_be_applied_is_a_finding(override: str, words: s
     assert source.data == {"ttt": {"rope": "none"}}
 
 
+@settings(deadline=None)
 @given(st.one_of(st.text(), st.binary(), st.text(alphabet="ab:-[]{}&*!#'\"|> \n\t?,%@")))
 def test_no_text_and_no_bytes_raise(content: str | bytes) -> None:
     source = parse_source(content, file="c.yaml")

@@ -36,6 +36,12 @@ BROKEN = {
         "KeyError: 'weights'",
     ),
     "alias": (TOY, "the backbone calls itself 'toy', its entry point 'alias'"),
+    "optionless": (
+        "from toy_config import ToyBackbone, hookimpl\n"
+        "class Other(ToyBackbone):\n    name = 'optionless'\n    options = dict\n"
+        "@hookimpl\ndef ttt_backbone():\n    return Other()\n",
+        "Other.options is <class 'dict'>, not a subclass of BackboneOptions",
+    ),
     "abstract": (
         "from ttt.backbone import Backbone\nfrom ttt.hookspecs import hookimpl\n"
         "class Half(Backbone):\n    name = 'abstract'\n"

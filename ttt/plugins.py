@@ -17,6 +17,7 @@ import pluggy
 
 from ttt import hookspecs
 from ttt.backbone import Backbone
+from ttt.config.schema import BackboneOptions, DataOptions
 from ttt.errors import PluginError, UsageError
 
 GROUP = "ttt.backbones"
@@ -60,7 +61,20 @@ def _load(entry_point: metadata.EntryPoint) -> Backbone:
         raise PluginError(f"`ttt_backbone` of {entry_point.value} returned {type(backbone).__name__}, not a Backbone")
     if backbone.name != entry_point.name:
         raise PluginError(f"the backbone calls itself {backbone.name!r}, its entry point {entry_point.name!r}")
+    require_options(backbone)
     return backbone
+
+
+def require_options(backbone: Backbone) -> None:
+    """Refuse a backbone whose options are no options.
+
+    Raises:
+        PluginError: saying which, and of what they must be a subclass.
+    """
+    for name, base in (("options", BackboneOptions), ("data_options", DataOptions)):
+        given = getattr(backbone, name, None)
+        if not (isinstance(given, type) and issubclass(given, base)):
+            raise PluginError(f"{type(backbone).__name__}.{name} is {given!r}, not a subclass of {base.__name__}")
 
 
 @functools.cache

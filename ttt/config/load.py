@@ -20,7 +20,7 @@ from ttt.config.source import BOOLEAN, FLOAT, INTEGER, NULL, KeyPath, Source, pa
 from ttt.config.spelling import nearest
 from ttt.config.validation import Validated, validate
 from ttt.errors import ConfigEnvironmentError, ConfigError
-from ttt.plugins import PluginInfo, discover
+from ttt.plugins import PluginInfo, discover, require_options
 
 _SECTIONS = tuple(name for name in RunConfig.model_fields if name != "run_dir")
 _OF_THE_INNER_MODEL = ("mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims", "base_lr")
@@ -86,12 +86,9 @@ def run_config_model(backbone: Backbone) -> type[RunConfig]:
     """`RunConfig` with the sections `backbone` and `data` narrowed to a plugin's options; one class per backbone.
 
     Raises:
-        TypeError: the plugin's options are none.
+        PluginError: the plugin's options are none.
     """
-    for name, base in (("options", BackboneOptions), ("data_options", DataOptions)):
-        given = getattr(backbone, name)
-        if not (isinstance(given, type) and issubclass(given, base)):
-            raise TypeError(f"{name} is {given!r}, not a subclass of {base.__name__}")
+    require_options(backbone)
     return _narrowed(backbone.options, backbone.data_options, backbone.name)
 
 
@@ -322,6 +319,11 @@ def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
     return dumper.represent_scalar("tag:yaml.org,2002:float", repr(value))
 
 
+def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    # double quotes alone keep line separators and the like as they are
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
+
+
 def _represent_list(dumper: yaml.SafeDumper, value: Iterable[Any]) -> yaml.Node:
     return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
 
@@ -338,6 +340,7 @@ _Dumper.yaml_implicit_resolvers = {
     for first in ["", *map(chr, range(33, 127))]
 }
 _Dumper.add_representer(float, _represent_float)
+_Dumper.add_representer(str, _represent_text)
 _Dumper.add_representer(list, _represent_list)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_ALIKE = 0.75
+
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that was most likely meant, or None where nothing comes close.
@@ -14,19 +16,26 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     """
     written = _plain(word)
     plain = {candidate: _plain(candidate) for candidate in known}
-    if not written or not plain:
-        return None
-    edits = {candidate: _edits(written, letters) for candidate, letters in plain.items()}
-    fewest = min(edits.values())
-    ties = [candidate for candidate, count in edits.items() if count == fewest]
-    close = max(ties, key=lambda candidate: _likeness(written, plain[candidate]))
-    if fewest <= max(1, len(plain[close]) // 4) and fewest < len(plain[close]):
-        return close
+    if len(written) < 2:
+        return next((candidate for candidate, letters in plain.items() if letters == written != ""), None)
+    within = {candidate: max(1, len(letters) // 4) for candidate, letters in plain.items()}
+    edits = {
+        candidate: _edits(written, letters)
+        for candidate, letters in plain.items()
+        if abs(len(letters) - len(written)) <= within[candidate]
+    }
+    near = [candidate for candidate, count in edits.items() if count <= within[candidate]]
+    if near:
+        fewest = min(edits[candidate] for candidate in near)
+        return max(
+            (candidate for candidate in near if edits[candidate] == fewest),
+            key=lambda candidate: _likeness(written, plain[candidate]),
+        )
     begun = [candidate for candidate, letters in plain.items() if letters.startswith(written)]
     if len(begun) == 1 and len(written) >= 3:
         return begun[0]
-    likest = max(plain, key=lambda candidate: _likeness(written, plain[candidate]))
-    return likest if _likeness(written, plain[likest]) >= 0.75 else None
+    likest = max(plain, key=lambda candidate: _likeness(written, plain[candidate]), default=None)
+    return likest if likest is not None and _likeness(written, plain[likest]) >= _ALIKE else None
 
 
 def _plain(word: str) -> str:
@@ -34,7 +43,11 @@ def _plain(word: str) -> str:
 
 
 def _likeness(first: str, second: str) -> float:
-    return difflib.SequenceMatcher(None, first, second, autojunk=False).ratio()
+    """Twice the letters in common by all letters; 0 where it is sure to be below `_ALIKE`."""
+    matcher = difflib.SequenceMatcher(None, first, second, autojunk=False)
+    if matcher.real_quick_ratio() < _ALIKE or matcher.quick_ratio() < _ALIKE:
+        return 0.0
+    return matcher.ratio()
 
 
 def _edits(first: str, second: str) -> int:
