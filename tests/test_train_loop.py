@@ -116,7 +116,7 @@ def test_a_run_learns_and_leaves_everything_it_promises(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert tmp_path / "run" / summary["final_checkpoint"] == result.checkpoint
     assert summary["eval_loss"] == result.evaluation.loss == written[-1]["eval_loss"]
-    assert "training windows (no data.eval_data)" in text
+    assert "training windows (there is no held-out data)" in text
     assert f"with the gates closed {result.evaluation.loss_gates_closed:.4f}" in text
     assert str(result.checkpoint) in text
     assert read_info(tmp_path / "run").training["steps"] == 40
@@ -165,6 +165,32 @@ def test_measuring_evidence_changes_nothing(tmp_path):
     rarely, _ = run(config(tmp_path / "rarely", train={"evidence_freq": 100}))
     always, _ = run(config(tmp_path / "always", train={"evidence_freq": 1}))
     assert_same_tensors(rarely.checkpoint, always.checkpoint)
+
+
+def test_what_must_be_known_of_the_data_is_said(tmp_path):
+    class Telling(ToyBackbone):
+        def dataset(self, config, *, split, device):
+            dataset = super().dataset(config, split=split, device=device)
+            dataset.notice = "This data is made up."
+            return dataset
+
+    _, text = run(config(tmp_path, train={"max_steps": 1}), Telling())
+    assert text.count("This data is made up.") == 1
+
+
+def test_the_threads_of_the_cpu_are_those_asked_for_while_it_runs(tmp_path):
+    class Counting(ToyBackbone):
+        threads = 0
+
+        def loss(self, model, batch, config):
+            self.threads = torch.get_num_threads()
+            return super().loss(model, batch, config)
+
+    before = torch.get_num_threads()
+    backbone = Counting()
+    run(config(tmp_path, train={"max_steps": 1, "cpu_threads": before + 1}), backbone)
+    assert backbone.threads == before + 1
+    assert torch.get_num_threads() == before
 
 
 # --- exact arithmetic ---

@@ -25,7 +25,7 @@ class Evaluation:
     """Means over the positions of the windows read."""
 
     split: str
-    """`eval`, or `train` where no held-out data was given."""
+    """`eval`, or `train` where there is no held-out data."""
     windows: int
     loss: float
     loss_gates_closed: float
@@ -44,7 +44,7 @@ class Evaluation:
         where = (
             f"{self.windows} held-out windows"
             if self.split == "eval"
-            else f"{self.windows} training windows (no data.eval_data)"
+            else f"{self.windows} training windows (there is no held-out data)"
         )
         change = (self.loss - self.loss_gates_closed) / self.loss_gates_closed if self.loss_gates_closed else math.nan
         if not math.isfinite(change):

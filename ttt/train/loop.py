@@ -110,8 +110,9 @@ def train(
             return finished
     else:
         run.require_unused()
-    with _memory_errors(config):
-        trainer = Trainer(config, backbone, choose_device(config.train.device), run, console)
+    device = choose_device(config.train.device)
+    with _memory_errors(config), _threads(config.train.cpu_threads):
+        trainer = Trainer(config, backbone, device, run, console)
         if checkpoint is None:
             run.create(config)
         else:
@@ -618,6 +619,18 @@ def _device_in_words(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """PyTorch's CPU threads inside; None leaves them."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -53,6 +53,7 @@ MAY_DIFFER = frozenset(
         "eval.eval_freq",
         "train.max_steps",
         "train.device",
+        "train.cpu_threads",
         "train.gradient_checkpointing",
         "train.log_freq",
         "train.evidence_freq",
