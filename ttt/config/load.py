@@ -20,7 +20,7 @@ from ttt.config.source import BOOLEAN, FLOAT, INTEGER, NULL, KeyPath, Source, pa
 from ttt.config.spelling import nearest
 from ttt.config.validation import Validated, validate
 from ttt.errors import ConfigEnvironmentError, ConfigError
-from ttt.plugins import PluginInfo, discover, require_options
+from ttt.plugins import discover, require_options
 
 _SECTIONS = tuple(name for name in RunConfig.model_fields if name != "run_dir")
 _OF_THE_INNER_MODEL = ("mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims", "base_lr")
@@ -185,11 +185,14 @@ class _Check:
             )
             return None
         if plugin.backbone is None:
-            self._add_broken(plugin.name, f"{_origin(plugin)} is broken: {plugin.error}")
+            self._add(
+                "TTT802",
+                "backbone.name",
+                f"the backbone {name!r} of {plugin.distribution} {plugin.version} is broken: {plugin.error}",
+                "reinstall it, or tell who made it",
+                value=name,
+            )
         return plugin.backbone
-
-    def _add_broken(self, name: str, message: str) -> None:
-        self._add("TTT802", "backbone.name", message, "reinstall it, or tell who made it", value=name)
 
     # --- the schema ---
 
@@ -221,7 +224,7 @@ class _Check:
         assert config is not None
         untrusted |= {tuple(finding.path.split(".")) for finding in self.source.findings if finding.path}
         facts = None
-        if backbone is not None and not any(path[:1] in (("backbone",), ("data",)) for path in untrusted):
+        if backbone is not None and not any(_decides_facts(path, config) for path in untrusted):
             facts = self._facts(backbone, config)
         context = Context(config, backbone, facts, lambda key: self.source.written(tuple(key.split("."))))
         self.findings.extend(run_rules(context, untrusted))
@@ -261,6 +264,13 @@ class _Check:
         )
 
 
+def _decides_facts(path: KeyPath, config: RunConfig) -> bool:
+    """Whether a backbone's facts may hang on a key: on one of its options, not on a key that it does not have."""
+    sections: dict[str | int, BaseModel] = {"backbone": config.backbone, "data": config.data}
+    section = sections.get(path[0])
+    return section is not None and (len(path) == 1 or path[1] in type(section).model_fields)
+
+
 def _placed(finding: Finding, source: Source) -> Finding:
     """The finding with the place of its key."""
     if finding.place is not None:
@@ -279,10 +289,6 @@ def _order(finding: Finding) -> tuple[bool, int, int]:
 def _installed() -> str:
     names = [plugin.name for plugin in discover() if plugin.backbone is not None]
     return ", ".join(f"`{name}`" for name in names) or "none; install one, as `pip install ttt-moshi`"
-
-
-def _origin(plugin: PluginInfo) -> str:
-    return f"the backbone {plugin.name!r} of {plugin.distribution} {plugin.version}"
 
 
 def _other_options(backbone: Backbone) -> dict[str, list[type[BaseModel]]]:

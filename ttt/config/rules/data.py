@@ -40,7 +40,7 @@ def measures_unseen_data(context: Context) -> Iterator[Finding]:
     """Own training data comes with own held-out data."""
     data = context.config.data
     same = data.eval_data is not None and data.eval_data == data.train_data
-    if data.train_data is not None and (data.eval_data is None or same):
+    if data.train_data is not None and _exists(data.train_data) and (data.eval_data is None or same):
         yield Finding(
             code="TTT502",
             severity=Severity.NOTE,
