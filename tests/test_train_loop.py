@@ -35,12 +35,13 @@ from ttt.errors import (
 )
 from ttt.inject import Site
 from ttt.train import loop, train
+from ttt.train.checkpoint import OPTIMIZER
 from ttt.train.evaluation import Evaluation
-from ttt.train.loop import OPTIMIZER, choose_device
 from ttt.train.metrics import read_metrics
 from ttt.train.optim import Optimizer
 from ttt.train.passes import reset_rows
 from ttt.train.rundir import RunDir
+from ttt.train.setup import choose_device
 
 TINY = {"name": "toy", "num_layers": 2, "dim": 16, "num_heads": 2}
 TIMES = {"tokens_per_second", "peak_memory_bytes"}
@@ -351,6 +352,21 @@ def test_max_steps_can_be_raised_but_not_lowered_below_what_is_done(tmp_path):
     result, _ = run(config(tmp_path / "run", train={"max_steps": 8}), resume=True)
     assert result.steps == 8
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_the_summary_of_a_run_that_goes_on_goes(tmp_path):
+    class Impatient(ToyBackbone):
+        """Somebody presses Ctrl-C in the first step."""
+
+        def loss(self, model, batch, config):
+            signal.raise_signal(signal.SIGINT)
+            return super().loss(model, batch, config)
+
+    run(config(tmp_path / "run"))
+    assert (tmp_path / "run" / "summary.json").exists()
+    result, _ = run(config(tmp_path / "run", train={"max_steps": 9}), Impatient(), resume=True)
+    assert (result.steps, result.interrupted) == (7, True)
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_a_half_written_or_foreign_checkpoint_is_passed_over(tmp_path):

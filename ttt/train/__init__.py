@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["TrainResult", "train"]
 
 if TYPE_CHECKING:
-    from ttt.train.loop import TrainResult, train
+    from ttt.train.loop import train
+    from ttt.train.result import TrainResult
 
 
 def __getattr__(name: str) -> Any:

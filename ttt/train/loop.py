@@ -10,72 +10,37 @@ The adapter that a run ends with is the one of its last checkpoint; `summary.jso
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from rich.console import Console
-from torch import nn
 
-from ttt import inject
-from ttt.adapter import TTTAdapter, carried
-from ttt.adapter_file import backbone_identity, load_adapter, save_adapter
+from ttt.adapter import carried
+from ttt.adapter_file import backbone_identity
 from ttt.backbone import Backbone, WindowDataset
 from ttt.config.schema import RunConfig
-from ttt.errors import (
-    ConfigError,
-    EnvironmentProblem,
-    InactiveLayerError,
-    NestedCheckpointWarning,
-    NonFiniteError,
-    TTTError,
-)
+from ttt.errors import InactiveLayerError, NonFiniteError, TTTError
 from ttt.evidence import observe
-from ttt.files import read_json, read_tensors, require_space, write_tensors, write_text
-from ttt.inject import Injection
+from ttt.files import require_space
 from ttt.state import TTTState
 from ttt.train import rundir
+from ttt.train.checkpoint import content_bytes, read_content, write_content
 from ttt.train.evaluation import Evaluation, evaluate
 from ttt.train.interrupt import Interrupt
 from ttt.train.metrics import Display, MetricsFile, TensorBoard, duration_in_words, finite, peak_memory_bytes, say
 from ttt.train.optim import Optimizer, choose_learnable
-from ttt.train.order import LaneOrder, Reading, WindowOrder
+from ttt.train.order import Reading
 from ttt.train.passes import load_batch, reset_rows, seed_pass
 from ttt.train.pictures import draw_run
+from ttt.train.result import TrainResult, finished, write_summary
 from ttt.train.rundir import Checkpoint, RunDir
-
-OPTIMIZER = "optimizer.safetensors"
-CARRIED = "carried_states.safetensors"
+from ttt.train.setup import build, choose_device, memory_errors, narrowed, order, threads
 
 _DRAW_SECONDS = 60.0
 """How old the pictures may be when a checkpoint is written."""
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended."""
-
-    run_dir: Path
-    steps: int
-    """Optimiser steps done, those before a resumption included."""
-    interrupted: bool
-    """Whether it was asked to stop before its last step, or before its last evaluation was done."""
-    loss: float | None
-    """Training loss of the last step; None where no step was done."""
-    evaluation: Evaluation | None
-    """The closing outer loss beside that with closed gates; None where the run was interrupted."""
-    checkpoint: Path | None
-    """The last checkpoint, with the adapter in it."""
-    resume_command: str
-    """Continues the run where it was interrupted, or where `train.max_steps` is raised."""
 
 
 def train(
@@ -97,43 +62,27 @@ def train(
         InactiveLayerError: on the first step, a TTT layer was not reached, did not learn, or got no gradient.
     """
     console = console or Console()
-    config = _narrowed(config, backbone)
+    config = narrowed(config, backbone)
     run = rundir.choose(config, resume=resume)
     checkpoint = None
     if resume:
         checkpoint, passed_over = run.reopen(config, backbone)
         for problem in passed_over:
             say(console, f"passed over a checkpoint that is not complete: {problem}")
-        finished = _finished(run, checkpoint, config)
-        if finished is not None:
-            say(console, f"{run.path}: done already, {finished.steps} steps; raise train.max_steps to go on")
-            return finished
+        ended = finished(run, checkpoint, config)
+        if ended is not None:
+            say(console, f"{run.path}: done already, {ended.steps} steps; raise train.max_steps to go on")
+            return ended
     else:
         run.require_unused()
     device = choose_device(config.train.device)
-    with _memory_errors(config), _threads(config.train.cpu_threads):
+    with memory_errors(config), threads(config.train.cpu_threads):
         trainer = Trainer(config, backbone, device, run, console)
         if checkpoint is None:
             run.create(config)
         else:
             trainer.restore(checkpoint)
         return trainer.run()
-
-
-def choose_device(wanted: str) -> torch.device:
-    """The device of `train.device`: `auto` is CUDA where there is one.
-
-    Raises:
-        EnvironmentProblem: `cuda` is asked for and there is none.
-    """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise EnvironmentProblem(
-            f"train.device: cuda, but PyTorch {torch.__version__} sees no CUDA device; write auto or cpu, or install a "
-            f"CUDA build of PyTorch and its driver"
-        )
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 class Trainer:
@@ -154,8 +103,8 @@ class Trainer:
             if self.eval_split == "train"
             else backbone.dataset(config, split=self.eval_split, device=device)
         )
-        self.order = _order(config, self.dataset)
-        self.model, self.injection = _build(config, backbone, device)
+        self.order = order(config, self.dataset)
+        self.model, self.injection = build(config, backbone, device)
         self.learnable = choose_learnable(
             self.model, self.injection.adapters, config.train, is_attention=backbone.is_attention
         )
@@ -169,7 +118,8 @@ class Trainer:
         """Metrics of the last step done."""
         self._updating = False
         self._drawn = time.monotonic()
-        require_space(run.path, self._checkpoint_bytes(), what="one checkpoint of this run")
+        needed = content_bytes(self.injection, self.learnable, self.optimizer)
+        require_space(run.path, needed, what="one checkpoint of this run")
 
     # --- the run ---
 
@@ -184,6 +134,7 @@ class Trainer:
                 contextlib.closing(MetricsFile(self.directory / rundir.METRICS, last_step=keep))
             )
             self.directory.remove_unfinished()
+            (self.directory / rundir.SUMMARY).unlink(missing_ok=True)  # of an end that is one no more
             self.board = stack.enter_context(
                 contextlib.closing(TensorBoard(self.directory / "tensorboard", first_step=keep + 1))
             )
@@ -365,36 +316,30 @@ class Trainer:
         if self.done == 0 or (self.saved and self.saved[0] == self.done):
             return
         state = {"seconds": self.seconds, "tokens": self.tokens, "line": self.line}
-        path = self.directory.save_checkpoint(
-            self.done, state, self._write_checkpoint, keep=self.config.train.ckpt_keep
-        )
+        training = {
+            "steps": self.done,
+            "tokens": self.tokens,
+            "trainable": self.config.train.trainable,
+            "config": self.config.model_dump(mode="json"),
+        }
+
+        def write(folder: Path) -> None:
+            write_content(
+                folder,
+                self.injection,
+                self.learnable,
+                self.optimizer,
+                self.states if self.config.ttt.persistent_states else None,
+                backbone=backbone_identity(self.backbone, self.config.backbone),
+                training=training,
+            )
+
+        path = self.directory.save_checkpoint(self.done, state, write, keep=self.config.train.ckpt_keep)
         self.saved = (self.done, path)
         self.metrics.sync()
         if time.monotonic() - self._drawn > _DRAW_SECONDS and self.metrics.last_step:
             draw_run(self.directory.path)
             self._drawn = time.monotonic()
-
-    def _write_checkpoint(self, folder: Path) -> None:
-        save_adapter(
-            folder,
-            self.injection,
-            backbone=backbone_identity(self.backbone, self.config.backbone),
-            backbone_tensors={entry.name: entry.parameter for entry in self.learnable if entry.role == "backbone"},
-            training={
-                "steps": self.done,
-                "tokens": self.tokens,
-                "trainable": self.config.train.trainable,
-                "config": self.config.model_dump(mode="json"),
-            },
-        )
-        write_tensors(folder / OPTIMIZER, self.optimizer.tensors(), {"format": "ttt-optimizer"})
-        if self.config.ttt.persistent_states:
-            states = {
-                f"{site}/{name}": tensor
-                for site, state in self.states.items()
-                for name, tensor in state.tensors().items()
-            }
-            write_tensors(folder / CARRIED, states, {"format": "ttt-states"})
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over everything that a checkpoint holds.
@@ -403,26 +348,19 @@ class Trainer:
             EnvironmentProblem: a file of it is damaged.
             AdapterMismatchError: the backbone is not the one that the run was started with.
         """
-        folder = checkpoint.path
-        load_adapter(
-            folder,
-            self.model,
-            injection=self.injection,
+        self.states = read_content(
+            checkpoint.path,
+            self.injection,
+            self.optimizer,
             backbone=backbone_identity(self.backbone, self.config.backbone),
+            persistent=self.config.ttt.persistent_states,
+            device=self.device,
         )
-        self.optimizer.load(read_tensors(folder / OPTIMIZER), place=str(folder / OPTIMIZER))
-        if self.config.ttt.persistent_states:
-            self.states = _read_states(folder / CARRIED, self.device)
         self.done = checkpoint.step
-        self.saved = (checkpoint.step, folder)
-        self.seconds = float(checkpoint.state.get("seconds", 0.0))
-        self.tokens = int(checkpoint.state.get("tokens", 0))
+        self.saved = (checkpoint.step, checkpoint.path)
+        self.seconds = float(checkpoint.state["seconds"])
+        self.tokens = int(checkpoint.state["tokens"])
         self.line = dict(checkpoint.state["line"])
-
-    def _checkpoint_bytes(self) -> int:
-        backbone = [entry.parameter for entry in self.learnable if entry.role == "backbone"]
-        kept = [*backbone, *self.injection.state_dict().values()]
-        return self.optimizer.nbytes() + sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     def _rescue(self, error: Exception) -> None:
         """Save the steps before one that failed, so that none is lost; say so in the error."""
@@ -488,7 +426,16 @@ class Trainer:
     def _finish(self, evaluation: Evaluation) -> TrainResult:
         """Draw, sum up, and tell how it ended."""
         result = self._result(evaluation)
-        self._write_summary(evaluation)
+        write_summary(
+            result,
+            {
+                "layers": self.line.get("layers", {}),
+                "tokens": self.tokens,
+                "seconds": round(self.seconds, 3),
+                "peak_memory_bytes": peak_memory_bytes(self.device),
+                "device": _device_in_words(self.device),
+            },
+        )
         pictures = draw_run(self.directory.path)
         for site, layer in self.line.get("layers", {}).items():
             say(
@@ -502,149 +449,8 @@ class Trainer:
         say(self.console, f"pictures: {', '.join(map(str, pictures))}")
         return result
 
-    def _write_summary(self, evaluation: Evaluation) -> None:
-        assert self.saved is not None
-        content = {
-            "steps": self.done,
-            "final_checkpoint": self.saved[1].relative_to(self.directory.path).as_posix(),
-            "loss": self.line["loss"],
-            **evaluation.as_line(),
-            "layers": self.line.get("layers", {}),
-            "tokens": self.tokens,
-            "seconds": round(self.seconds, 3),
-            "peak_memory_bytes": peak_memory_bytes(self.device),
-            "device": _device_in_words(self.device),
-        }
-        write_text(self.directory / rundir.SUMMARY, json.dumps(finite(content), indent=2) + "\n")
-
-
-def _narrowed(config: RunConfig, backbone: Backbone) -> RunConfig:
-    """The config as the class that knows the backbone's own options, so that none is lost where it is written."""
-    from ttt.config.load import run_config_model
-
-    model = run_config_model(backbone)
-    if isinstance(config, model):
-        return config
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NestedCheckpointWarning)  # said when the config was made
-            return model.model_validate({name: getattr(config, name) for name in RunConfig.model_fields})
-    except ValidationError as error:
-        raise ConfigError(f"the config does not fit the backbone {backbone.name}: {error.errors()[0]['msg']}") from None
-
-
-def _build(config: RunConfig, backbone: Backbone, device: torch.device) -> tuple[nn.Module, Injection]:
-    """The model with its adapters; what a backbone draws at random comes from the run's seed."""
-    seed_pass(config.train.seed, "build", 0)
-    model = backbone.build(config.backbone, device=device, dtype=_DTYPES[config.train.param_dtype])
-    injection = inject.apply(model, backbone.sites(model), config.ttt, causal=backbone.causal, seed=config.train.seed)
-    if config.ttt.persistent_states and not all(
-        isinstance(adapter, TTTAdapter) for adapter in injection.adapters.values()
-    ):
-        raise ConfigError(
-            f"ttt.persistent_states: true: the adapters of {backbone.name} carry no state from window to window; "
-            f"write false"
-        )
-    backbone.set_gradient_checkpointing(model, config.train.gradient_checkpointing)
-    return model, injection
-
-
-def _order(config: RunConfig, dataset: WindowDataset) -> WindowOrder | LaneOrder:
-    train_config = config.train
-    if not config.ttt.persistent_states:
-        return WindowOrder(
-            dataset.files,
-            batch_size=train_config.batch_size,
-            shuffle=config.data.shuffle,
-            seed=train_config.seed,
-        )
-    if config.data.shuffle:
-        raise ConfigError("ttt.persistent_states: true needs windows in order; write data.shuffle: false")
-    return LaneOrder(dataset.files, batch_size=train_config.batch_size)
-
-
-def _read_states(path: Path, device: torch.device) -> dict[str, TTTState]:
-    by_site: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in read_tensors(path, device=device).items():
-        site, _, name = key.rpartition("/")
-        by_site.setdefault(site, {})[name] = tensor
-    try:
-        return {site: TTTState.from_tensors(tensors) for site, tensors in by_site.items()}
-    except ValueError as error:
-        raise EnvironmentProblem(f"{path}: {error}") from None
-
-
-def _finished(run: RunDir, checkpoint: Checkpoint, config: RunConfig) -> TrainResult | None:
-    """How a run ended that has nothing left to do; None where it has.
-
-    Raises:
-        ConfigError: it has done more steps than `train.max_steps`.
-    """
-    if checkpoint.step > config.train.max_steps:
-        raise ConfigError(
-            f"train.max_steps: {config.train.max_steps}, but {run.path} has done {checkpoint.step} steps; raise it"
-        )
-    summary_file = run / rundir.SUMMARY
-    if checkpoint.step < config.train.max_steps or not summary_file.is_file():
-        return None
-    summary = read_json(summary_file)
-    if summary.get("steps") != checkpoint.step:
-        return None
-    try:
-        evaluation = Evaluation(
-            summary["eval_split"],
-            summary["eval_windows"],
-            _float(summary["eval_loss"]),
-            _float(summary["eval_loss_gates_closed"]),
-        )
-        loss = _float(summary["loss"])
-    except (KeyError, TypeError, ValueError):
-        return None
-    return TrainResult(
-        run_dir=run.path,
-        steps=checkpoint.step,
-        interrupted=False,
-        loss=loss,
-        evaluation=evaluation,
-        checkpoint=checkpoint.path,
-        resume_command=run.resume_command(),
-    )
-
-
-def _float(value: Any) -> float:
-    return math.nan if value is None else float(value)
-
 
 def _device_in_words(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """PyTorch's CPU threads inside; None leaves them."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _memory_errors(config: RunConfig) -> Iterator[None]:
-    """Turn running out of memory into a sentence that says what takes less."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        ways = ["a smaller train.batch_size (with more train.num_microbatches)", "shorter windows"]
-        if not config.train.gradient_checkpointing:
-            ways.append("train.gradient_checkpointing: true")
-        if config.train.param_dtype == "float32":
-            ways.append("train.param_dtype: bfloat16")
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EnvironmentProblem(f"out of memory: {first} What takes less: {', '.join(ways)}") from error

@@ -115,7 +115,6 @@ class RunDir:
             if self._numbered:
                 self.path = next(path for path in _numbered(self.path) if _made(path))
             (self / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            (self / SUMMARY).unlink(missing_ok=True)
         self._write_config(config)
 
     def reopen(self, config: RunConfig, backbone: Backbone) -> tuple[Checkpoint, list[str]]:

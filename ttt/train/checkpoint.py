@@ -1,0 +1,94 @@
+"""What a checkpoint holds: the adapter, trained backbone parameters, the optimiser, carried states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ttt.adapter_file import load_adapter, save_adapter
+from ttt.errors import EnvironmentProblem
+from ttt.files import read_tensors, write_tensors
+from ttt.inject import Injection
+from ttt.state import TTTState
+from ttt.train.optim import Learnable, Optimizer
+
+OPTIMIZER = "optimizer.safetensors"
+CARRIED = "carried_states.safetensors"
+
+
+def write_content(
+    folder: Path,
+    injection: Injection,
+    learnable: Sequence[Learnable],
+    optimizer: Optimizer,
+    states: Mapping[str, TTTState] | None,
+    *,
+    backbone: Mapping[str, Any],
+    training: Mapping[str, Any],
+) -> None:
+    """Write everything but `trainer_state.json` into a folder.
+
+    Args:
+        folder: is there already.
+        injection: the adapters.
+        learnable: what learns; backbone parameters among it are written beside the adapter.
+        optimizer: its state is written.
+        states: carried states by site, where the run carries any.
+        backbone: name and options, for the adapter file.
+        training: how it was trained, for the adapter file.
+
+    Raises:
+        EnvironmentProblem: the disk is full or cannot be written.
+    """
+    save_adapter(
+        folder,
+        injection,
+        backbone=backbone,
+        backbone_tensors={entry.name: entry.parameter for entry in learnable if entry.role == "backbone"},
+        training=training,
+    )
+    write_tensors(folder / OPTIMIZER, optimizer.tensors(), {"format": "ttt-optimizer"})
+    if states is not None:
+        named = {f"{site}/{name}": tensor for site in states for name, tensor in states[site].tensors().items()}
+        write_tensors(folder / CARRIED, named, {"format": "ttt-states"})
+
+
+def read_content(
+    folder: Path,
+    injection: Injection,
+    optimizer: Optimizer,
+    *,
+    backbone: Mapping[str, Any],
+    persistent: bool,
+    device: torch.device,
+) -> dict[str, TTTState]:
+    """Take everything over that `write_content` wrote; returns the carried states.
+
+    Raises:
+        AdapterMismatchError: the backbone is not the one that the run was started with.
+        EnvironmentProblem: a file is damaged.
+    """
+    load_adapter(folder, injection.model, injection=injection, backbone=backbone)
+    optimizer.load(read_tensors(folder / OPTIMIZER), place=str(folder / OPTIMIZER))
+    return _read_states(folder / CARRIED, device) if persistent else {}
+
+
+def content_bytes(injection: Injection, learnable: Sequence[Learnable], optimizer: Optimizer) -> int:
+    """About how many bytes `write_content` writes."""
+    backbone = [entry.parameter for entry in learnable if entry.role == "backbone"]
+    kept = [*backbone, *injection.state_dict().values()]
+    return optimizer.nbytes() + sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+
+def _read_states(path: Path, device: torch.device) -> dict[str, TTTState]:
+    by_site: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in read_tensors(path, device=device).items():
+        site, _, name = key.rpartition("/")
+        by_site.setdefault(site, {})[name] = tensor
+    try:
+        return {site: TTTState.from_tensors(tensors) for site, tensors in by_site.items()}
+    except ValueError as error:
+        raise EnvironmentProblem(f"{path}: {error}") from None

@@ -1,0 +1,90 @@
+"""How a run ended, for the caller and in `summary.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ttt.config.schema import RunConfig
+from ttt.errors import ConfigError
+from ttt.files import read_json, write_text
+from ttt.train.evaluation import Evaluation
+from ttt.train.metrics import finite
+from ttt.train.rundir import SUMMARY, Checkpoint, RunDir
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    run_dir: Path
+    steps: int
+    """Optimiser steps done, those before a resumption included."""
+    interrupted: bool
+    """Whether it was asked to stop before its last step, or before its last evaluation was done."""
+    loss: float | None
+    """Training loss of the last step; None where no step was done."""
+    evaluation: Evaluation | None
+    """The closing outer loss beside that with closed gates; None where the run was interrupted."""
+    checkpoint: Path | None
+    """The last checkpoint, with the adapter in it."""
+    resume_command: str
+    """Continues the run where it was interrupted, or where `train.max_steps` is raised."""
+
+
+def write_summary(result: TrainResult, more: Mapping[str, Any]) -> None:
+    """Write `summary.json` of a run that came to its end; `more` is added to it."""
+    assert result.checkpoint is not None
+    assert result.evaluation is not None
+    content = {
+        "steps": result.steps,
+        "final_checkpoint": result.checkpoint.relative_to(result.run_dir).as_posix(),
+        "loss": result.loss,
+        **result.evaluation.as_line(),
+        **more,
+    }
+    write_text(result.run_dir / SUMMARY, json.dumps(finite(content), indent=2) + "\n")
+
+
+def finished(run: RunDir, checkpoint: Checkpoint, config: RunConfig) -> TrainResult | None:
+    """How a run ended that has nothing left to do; None where it has.
+
+    Raises:
+        ConfigError: it has done more steps than `train.max_steps`.
+    """
+    if checkpoint.step > config.train.max_steps:
+        raise ConfigError(
+            f"train.max_steps: {config.train.max_steps}, but {run.path} has done {checkpoint.step} steps; raise it"
+        )
+    if checkpoint.step < config.train.max_steps or not (run / SUMMARY).is_file():
+        return None
+    summary = read_json(run / SUMMARY)
+    if summary.get("steps") != checkpoint.step:
+        return None
+    try:
+        evaluation = Evaluation(
+            str(summary["eval_split"]),
+            int(summary["eval_windows"]),
+            _float(summary["eval_loss"]),
+            _float(summary["eval_loss_gates_closed"]),
+        )
+        loss = _float(summary["loss"])
+    except (KeyError, TypeError, ValueError):
+        return None  # edited by hand; the run sums itself up anew
+    return TrainResult(
+        run_dir=run.path,
+        steps=checkpoint.step,
+        interrupted=False,
+        loss=loss,
+        evaluation=evaluation,
+        checkpoint=checkpoint.path,
+        resume_command=run.resume_command(),
+    )
+
+
+def _float(value: float | None) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,112 @@
+"""What a run is built from: the device, the model with its adapters, the order of its data."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from ttt import inject
+from ttt.adapter import TTTAdapter
+from ttt.backbone import Backbone, WindowDataset
+from ttt.config.schema import RunConfig
+from ttt.errors import ConfigError, EnvironmentProblem, NestedCheckpointWarning
+from ttt.inject import Injection
+from ttt.train.order import LaneOrder, WindowOrder
+from ttt.train.passes import seed_pass
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device of `train.device`: `auto` is CUDA where there is one.
+
+    Raises:
+        EnvironmentProblem: `cuda` is asked for and there is none.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            f"train.device: cuda, but PyTorch {torch.__version__} sees no CUDA device; write auto or cpu, or install a "
+            f"CUDA build of PyTorch and its driver"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def narrowed(config: RunConfig, backbone: Backbone) -> RunConfig:
+    """The config as the class that knows the backbone's own options, so that none is lost where it is written."""
+    from ttt.config.load import run_config_model
+
+    model = run_config_model(backbone)
+    if isinstance(config, model):
+        return config
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NestedCheckpointWarning)  # said when the config was made
+            return model.model_validate({name: getattr(config, name) for name in RunConfig.model_fields})
+    except ValidationError as error:
+        raise ConfigError(f"the config does not fit the backbone {backbone.name}: {error.errors()[0]['msg']}") from None
+
+
+def build(config: RunConfig, backbone: Backbone, device: torch.device) -> tuple[nn.Module, Injection]:
+    """The model with its adapters; what a backbone draws at random comes from the run's seed."""
+    seed_pass(config.train.seed, "build", 0)
+    model = backbone.build(config.backbone, device=device, dtype=_DTYPES[config.train.param_dtype])
+    injection = inject.apply(model, backbone.sites(model), config.ttt, causal=backbone.causal, seed=config.train.seed)
+    if config.ttt.persistent_states and not all(
+        isinstance(adapter, TTTAdapter) for adapter in injection.adapters.values()
+    ):
+        raise ConfigError(
+            f"ttt.persistent_states: true: the adapters of {backbone.name} carry no state from window to window; "
+            f"write false"
+        )
+    backbone.set_gradient_checkpointing(model, config.train.gradient_checkpointing)
+    return model, injection
+
+
+def order(config: RunConfig, dataset: WindowDataset) -> WindowOrder | LaneOrder:
+    """The order in which training reads its windows.
+
+    Raises:
+        ConfigError: states are to be carried and the data does not allow it.
+    """
+    size, seed = config.train.batch_size, config.train.seed
+    if not config.ttt.persistent_states:
+        return WindowOrder(dataset.files, batch_size=size, shuffle=config.data.shuffle, seed=seed)
+    if config.data.shuffle:
+        raise ConfigError("ttt.persistent_states: true needs windows in order; write data.shuffle: false")
+    return LaneOrder(dataset.files, batch_size=size)
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """PyTorch's CPU threads inside; None leaves them."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def memory_errors(config: RunConfig) -> Iterator[None]:
+    """Turn running out of memory into a sentence that says what takes less."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        ways = ["a smaller train.batch_size (with more train.num_microbatches)", "shorter windows"]
+        if not config.train.gradient_checkpointing:
+            ways.append("train.gradient_checkpointing: true")
+        if config.train.param_dtype == "float32":
+            ways.append("train.param_dtype: bfloat16")
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EnvironmentProblem(f"out of memory: {first} What takes less: {', '.join(ways)}") from error
