@@ -56,7 +56,13 @@ if TYPE_CHECKING:
     from ttt.state import TTTState
 
 
+_MODULES = ("inject", "evidence", "ops", "testing")
+"""Submodules that `import ttt` is enough for."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"ttt.{name}")
     if name in _EXPORTS:
         value = getattr(importlib.import_module(_EXPORTS[name]), name)
         globals()[name] = value
