@@ -91,6 +91,9 @@ class MoshiBackbone(Backbone):
     streaming: ClassVar[bool] = True
     options: ClassVar[type[BackboneOptions]] = MoshiOptions
     data_options: ClassVar[type[DataOptions]] = MoshiData
+    location_options: ClassVar[frozenset[str]] = frozenset(
+        {"hf_repo", "moshi_path", "mimi_path", "tokenizer_path", "config_path"}
+    )
     ttt_defaults: ClassVar[Mapping[str, Any]] = {
         "preset": "lm",
         "layer_type": "mlp",
