@@ -5,7 +5,7 @@ import os
 # On a CPU, kyutai's package would spend 20 s compiling its norm.
 os.environ.setdefault("NO_TORCH_COMPILE", "1")
 
-import torch  # noqa: E402
+import torch
 
 # Tests run in processes side by side on small tensors: more threads would only wait for each other.
 torch.set_num_threads(1)

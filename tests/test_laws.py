@@ -1,10 +1,14 @@
-"""The laws, on the toy backbone and on Moshi."""
+"""The laws, on the toy backbone and on Moshi; on a CUDA device too, where there is one."""
 
 from __future__ import annotations
 
+import torch
 from toy import ToyBackbone
 
 from ttt.testing import laws
 
 TestToy = laws(ToyBackbone())
 TestMoshi = laws("moshi")
+if torch.cuda.is_available():
+    TestToyOnCuda = laws(ToyBackbone(), device="cuda")
+    TestMoshiOnCuda = laws("moshi", device="cuda")
