@@ -22,11 +22,11 @@ from ttt.adapter import TTTAdapter
 from ttt.backbone import Backbone
 from ttt.config import TTTConfig
 from ttt.inject import Site
+from ttt.laws.bench import Bench
+from ttt.laws.checks import NESTINGS
 from ttt.layer import Rotary
 from ttt.plugins import get_backbone
 from ttt.state import TTTState
-from ttt.testing.bench import Bench
-from ttt.testing.checks import NESTINGS
 
 
 class KeptInAttribute(TTTAdapter):

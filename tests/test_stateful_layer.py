@@ -7,8 +7,8 @@ from silent_gradients import KeptInAttribute, KeptInParameters, bench_of, wrong
 from toy import ToyBackbone
 
 from ttt.adapter import TTTAdapter
-from ttt.testing import LawBrokenError
-from ttt.testing.checks import purity, remat_invariance
+from ttt.laws import LawBrokenError
+from ttt.laws.checks import purity, remat_invariance
 
 
 def bench(design):

@@ -5,23 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ttt.backbone import Backbone
+from ttt.laws import LAWS, Bench
 from ttt.plugins import get_backbone
-from ttt.testing import checks
-from ttt.testing.bench import Bench
 
-LAWS = {
-    1: checks.purity,
-    2: checks.remat_invariance,
-    3: checks.causality,
-    4: checks.chunk_invariance,
-    5: checks.stream_independence,
-    6: checks.identity,
-    7: checks.reversibility,
-    8: checks.no_dead_field,
-    9: checks.self_describing_files,
-    10: checks.evidence,
-}
-"""The laws by number; each takes a `Bench`, returns what it measured, and raises `LawBrokenError`."""
 INNER_MODELS: dict[str, dict[str, Any]] = {
     "linear": {"layer_type": "linear"},
     "mlp": {"layer_type": "mlp"},

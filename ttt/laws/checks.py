@@ -21,8 +21,8 @@ from ttt.config import TTTConfig
 from ttt.errors import AdapterMismatchError, InjectionError
 from ttt.evidence import observe
 from ttt.inject import Injection
+from ttt.laws.bench import Bench, LawBrokenError, Wrapper, distance, non_reentrant, reentrant
 from ttt.layer import TTTLayer
-from ttt.testing.bench import Bench, LawBrokenError, Wrapper, distance, non_reentrant, reentrant
 
 GROUP_SIZES = (0, 1, 2, 16)
 NESTINGS: dict[str, tuple[Wrapper, ...]] = {
