@@ -19,7 +19,14 @@ from ttt.config.schema import (
 
 if TYPE_CHECKING:
     from ttt.config.diagnostics import CODES, Finding, Place, Severity, render_json, render_text
-    from ttt.config.load import LoadedConfig, dump_config, load_config, run_config_model
+    from ttt.config.load import (
+        CheckedConfig,
+        LoadedConfig,
+        check_config,
+        dump_config,
+        load_config,
+        run_config_model,
+    )
     from ttt.config.source import Source
 
 _EXPORTS = {
@@ -30,7 +37,9 @@ _EXPORTS = {
     "render_json": "ttt.config.diagnostics",
     "render_text": "ttt.config.diagnostics",
     "Source": "ttt.config.source",
+    "CheckedConfig": "ttt.config.load",
     "LoadedConfig": "ttt.config.load",
+    "check_config": "ttt.config.load",
     "dump_config": "ttt.config.load",
     "load_config": "ttt.config.load",
     "run_config_model": "ttt.config.load",
@@ -39,6 +48,7 @@ _EXPORTS = {
 __all__ = [
     "CODES",
     "BackboneOptions",
+    "CheckedConfig",
     "DataOptions",
     "EvalConfig",
     "Finding",
@@ -49,6 +59,7 @@ __all__ = [
     "Source",
     "TTTConfig",
     "TrainConfig",
+    "check_config",
     "dump_config",
     "load_config",
     "render_json",

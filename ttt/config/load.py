@@ -39,13 +39,27 @@ class LoadedConfig:
     """What was written, and where."""
 
 
-def load_config(
+@dataclass(frozen=True)
+class CheckedConfig:
+    """What was found in a config, whether it can be run or not."""
+
+    findings: tuple[Finding, ...]
+    """Errors, warnings and notes, in the order of the file."""
+    source: Source
+    """What was written, and where."""
+    config: RunConfig | None
+    """Resolved, defaults included; None where a key, a section or the file itself is not what the user meant."""
+    backbone: Backbone | None
+    """None where the config names none that works."""
+
+
+def check_config(
     path: str | Path | None,
     *,
-    text: str | None = None,
+    text: str | bytes | None = None,
     backbone: Backbone | str | None = None,
     overrides: Sequence[str] = (),
-) -> LoadedConfig:
+) -> CheckedConfig:
     """Read, resolve and check a config. No torch is imported, and no model built.
 
     Args:
@@ -55,9 +69,6 @@ def load_config(
         overrides: `section.key=value`, values as YAML, over what the config says.
 
     Raises:
-        ConfigError: it cannot be run; the message lists every finding, each with its place, and `findings` has them.
-            Where only the machine is at fault (a file that it names is missing, a plugin is broken) it is a
-            `ConfigEnvironmentError`.
         EnvironmentProblem: the file is missing or cannot be read.
         ValueError: neither `path` nor `text` is given.
     """
@@ -66,8 +77,36 @@ def load_config(
     elif path is not None:
         source = read_source(path)
     else:
-        raise ValueError("load_config needs a path or a text")
-    return _Check(source, overrides).loaded(backbone)
+        raise ValueError("a config is read from a path or a text")
+    return _Check(source, overrides).checked(backbone)
+
+
+def load_config(
+    path: str | Path | None,
+    *,
+    text: str | bytes | None = None,
+    backbone: Backbone | str | None = None,
+    overrides: Sequence[str] = (),
+) -> LoadedConfig:
+    """`check_config` for a config that is to be run; the arguments are the same.
+
+    Raises:
+        ConfigError: it cannot be run; the message lists every finding, each with its place, and `findings` has them.
+            Where only the machine is at fault (a file that it names is missing, a plugin is broken) it is a
+            `ConfigEnvironmentError`.
+        EnvironmentProblem: the file is missing or cannot be read.
+        ValueError: neither `path` nor `text` is given.
+    """
+    checked = check_config(path, text=text, backbone=backbone, overrides=overrides)
+    errors = [finding for finding in checked.findings if finding.severity is Severity.ERROR]
+    if errors:
+        at_fault = all(finding.code in ENVIRONMENT_CODES for finding in errors)
+        kind = ConfigEnvironmentError if at_fault else ConfigError
+        told = f"{render_text(checked.findings)}\n{checked.source.file}: {summary(checked.findings)}"
+        raise kind(told, checked.findings)
+    assert checked.config is not None
+    assert checked.backbone is not None
+    return LoadedConfig(checked.config, checked.backbone, checked.findings, checked.source)
 
 
 @functools.cache
@@ -100,11 +139,11 @@ class _Check:
 
     def __init__(self, source: Source, overrides: Sequence[str]) -> None:
         self.findings: list[Finding] = []
-        self.source = source
-        self._finish_if(not source.complete)
-        self.source = source.with_overrides(overrides)
+        self.source = source.with_overrides(overrides) if source.complete else source
 
-    def loaded(self, asked: Backbone | str | None) -> LoadedConfig:
+    def checked(self, asked: Backbone | str | None) -> CheckedConfig:
+        if not self.source.complete:
+            return CheckedConfig(self._all(), self.source, None, None)
         data = dict(self.source.data)
         for section in _SECTIONS:
             if section in data and data[section] is None:  # its keys are all commented out
@@ -112,25 +151,14 @@ class _Check:
         backbone = self._find_backbone(data, asked)
         result = self._validate(data, backbone)
         self.findings.extend(result.findings)
+        as_meant = backbone is not None and not result.findings and not has_errors(self.source.findings)
         if result.config is not None:
             self._run_rules(result, backbone)
-        self._finish_if(has_errors(self._all()))
-        assert result.config is not None
-        assert backbone is not None
-        return LoadedConfig(result.config, backbone, tuple(self._all()), self.source)
+        return CheckedConfig(self._all(), self.source, result.config if as_meant else None, backbone)
 
-    def _all(self) -> list[Finding]:
+    def _all(self) -> tuple[Finding, ...]:
         placed = [_placed(finding, self.source) for finding in (*self.source.findings, *self.findings)]
-        return sorted(placed, key=_order)
-
-    def _finish_if(self, failed: bool) -> None:
-        if not failed:
-            return
-        findings = self._all()
-        blamed = [finding for finding in findings if finding.severity is Severity.ERROR]
-        environment = all(finding.code in ENVIRONMENT_CODES for finding in blamed)
-        kind = ConfigEnvironmentError if environment else ConfigError
-        raise kind(f"{render_text(findings)}\n{self.source.file}: {summary(findings)}", findings)
+        return tuple(sorted(placed, key=_order))
 
     def _add(self, code: str, path: str, message: str, fix: str, **more: Any) -> None:
         self.findings.append(Finding(code=code, severity=Severity.ERROR, path=path, message=message, fix=fix, **more))
