@@ -28,6 +28,7 @@ def _finding(**changes: object) -> Finding:
         "message": "unknown key `layrs` in `ttt`",
         "fix": "write `layers`",
         "value": "layrs",
+        "replacement": None,
         "place": Place("a/c.yaml", 12, 3, "  layrs: all", 5),
     }
     return Finding(**{**fields, **changes})  # type: ignore[arg-type]
@@ -107,6 +108,7 @@ def test_json_is_plain_data() -> None:
         "message": "unknown key `layrs` in `ttt`",
         "fix": "write `layers`",
         "value": "layrs",
+        "replacement": None,
     }
     assert (second["file"], second["line"], second["value"]) == ("--set x=1", None, 3.5)
     assert json.loads(render_json([])) == []

@@ -112,6 +112,8 @@ class Finding:
     """The value that was found, or the number that the finding rests on; plain data."""
     place: Place | None = None
     """Where; a rule leaves it out, and the key's place is filled in."""
+    replacement: str | None = None
+    """What `ttt check --fix` writes there instead, where that needs no thought: the key of TTT101, else the value."""
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:
@@ -237,6 +239,7 @@ def to_dict(finding: Finding) -> dict[str, Any]:
         "message": finding.message,
         "fix": finding.fix,
         "value": finding.value,
+        "replacement": finding.replacement,
     }
 
 

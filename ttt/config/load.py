@@ -157,7 +157,7 @@ class _Check:
         return CheckedConfig(self._all(), self.source, result.config if as_meant else None, backbone)
 
     def _all(self) -> tuple[Finding, ...]:
-        placed = [_placed(finding, self.source) for finding in (*self.source.findings, *self.findings)]
+        placed = [placed(finding, self.source) for finding in (*self.source.findings, *self.findings)]
         return tuple(sorted(placed, key=_order))
 
     def _add(self, code: str, path: str, message: str, fix: str, **more: Any) -> None:
@@ -210,6 +210,7 @@ class _Check:
                 f"write `{close}`" if close else f"install its plugin, or write one of those installed: {_installed()}",
                 value=name,
                 place=None if self.source.written(("backbone", "name")) else Place(f"--backbone {name}"),
+                replacement=close,
             )
             return None
         if plugin.backbone is None:
@@ -299,7 +300,7 @@ def _decides_facts(path: KeyPath, config: RunConfig) -> bool:
     return section is not None and (len(path) == 1 or path[1] in type(section).model_fields)
 
 
-def _placed(finding: Finding, source: Source) -> Finding:
+def placed(finding: Finding, source: Source) -> Finding:
     """The finding with the place of its key."""
     if finding.place is not None:
         return finding

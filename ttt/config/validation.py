@@ -50,6 +50,7 @@ _BOUNDS = {
     "less_than_equal": ("le", "at most"),
 }
 
+_THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 
 OtherOptions = Callable[[], Mapping[str, Sequence[type[BaseModel]]]]
 
@@ -233,7 +234,7 @@ def _report(
     path = written[0] if written else path
     if misfit.kind == "missing" and isinstance(path[-1], int):
         path = path[:-1]  # what is missing is a value of the list
-    code, message, fix = _in_words(misfit, path, model, between=between)
+    code, message, fix, replacement = _in_words(misfit, path, model, between=between)
     if not written and path[:1] == ("ttt",) and misfit.kind != "missing":
         code, message = "TTT803", f"the plugin's own defaults do not fit: {message}"
         fix = "write the key yourself, and tell who made the plugin"
@@ -246,6 +247,7 @@ def _report(
             fix=fix,
             value=misfit.value if isinstance(misfit.value, str | int | float | None) else None,
             place=source.place(path),
+            replacement=replacement if source.written(path) else None,
         )
     )
 
@@ -255,30 +257,35 @@ def _between_keys(misfit: _Misfit, model: type[BaseModel]) -> bool:
     return misfit.kind in ("value_error", "assertion_error") and _model_at(model, misfit.path) is not None
 
 
-def _in_words(misfit: _Misfit, path: KeyPath, model: type[BaseModel], *, between: bool) -> tuple[str, str, str]:
-    """Code, message and fix."""
+def _in_words(
+    misfit: _Misfit, path: KeyPath, model: type[BaseModel], *, between: bool
+) -> tuple[str, str, str, str | None]:
+    """Code, message, fix, and what the value becomes where that needs no thought."""
     name = dotted(path)
     if misfit.kind == "extra_forbidden":
-        return "TTT101", f"unknown key `{name}`", ""
+        return "TTT101", f"unknown key `{name}`", "", None
     if misfit.kind == "missing":
         if isinstance(misfit.path[-1], int):
-            return "TTT102", f"`{name}` has too few values", "write every value of the list"
+            return "TTT102", f"`{name}` has too few values", "write every value of the list", None
         described = _described(model, path)
-        return "TTT104", f"`{name}` is missing", f"write `{path[-1]}: …`" + (f" ({described})" if described else "")
+        fix = f"write `{path[-1]}: …`" + (f" ({described})" if described else "")
+        return "TTT104", f"`{name}` is missing", fix, None
     if misfit.kind in ("value_error", "assertion_error"):
         text = str(misfit.context.get("error", misfit.message))
         message, fix = split_fix(text)
         if between:
-            return "TTT106", message, fix
+            return "TTT106", message, fix, None
         if not message:
             message = f"{_show(misfit.value)} is no value of `{name}`"
         elif str(path[-1]) not in message:
             message = f"`{name}`: {message}"
-        return "TTT103", message, fix
+        return "TTT103", message, fix, None
     asked = _asked(misfit)
     wrong_type = misfit.kind.endswith(("_type", "_parsing", "_required", "int_from_float")) or misfit.kind == "union"
     message = f"`{name}` must be {asked}, not {_show(misfit.value)}"
-    return "TTT102" if wrong_type else "TTT103", message, _instead(misfit, path, model, asked)
+    replacement = _meant(misfit, path, model, asked)
+    fix = _instead(misfit, path, model, asked, replacement)
+    return "TTT102" if wrong_type else "TTT103", message, fix, replacement
 
 
 def split_fix(text: str) -> tuple[str, str]:
@@ -289,21 +296,31 @@ def split_fix(text: str) -> tuple[str, str]:
     return text[: match.start()], f"write {text[match.end() :]}"
 
 
-def _instead(misfit: _Misfit, path: KeyPath, model: type[BaseModel], asked: str) -> str:
+def _meant(misfit: _Misfit, path: KeyPath, model: type[BaseModel], asked: str) -> str | None:
+    """What a text that does not fit was meant to be, as it is written without quotes."""
+    value = misfit.value
+    if not isinstance(value, str):
+        return None
+    close = nearest(value, _choices(misfit))
+    if close:
+        return close
+    if "true or false" in asked and value.casefold() in ("yes", "on", "no", "off", "y", "n"):
+        return "true" if value.casefold() in ("yes", "on", "y") else "false"
+    plain = value.strip().replace("_", "")
+    if _THOUSANDS.fullmatch(plain):
+        plain = plain.replace(",", "")
+    number = resolve(plain)
+    if "number" in asked and isinstance(number, int | float) and not isinstance(number, bool):
+        return plain
+    return "null" if value in ("None", "none") and _optional(model, path) else None
+
+
+def _instead(misfit: _Misfit, path: KeyPath, model: type[BaseModel], asked: str, meant: str | None) -> str:
     """What to write instead of a value that does not fit."""
     value = misfit.value
-    if isinstance(value, str):
-        close = nearest(value, _choices(misfit))
-        if close:
-            return f"write `{close}`"
-        if "true or false" in asked and value.casefold() in ("yes", "on", "no", "off", "y", "n"):
-            return f"write `{'true' if value.casefold() in ('yes', 'on', 'y') else 'false'}`"
-        number = resolve(value.strip().replace("_", "").replace(",", ""))
-        if "number" in asked and isinstance(number, int | float) and not isinstance(number, bool):
-            plain = value.strip().replace("_", "").replace(",", "")
-            return f"write `{plain}`, without quotes" if plain == value.strip() else f"write `{plain}`"
-        if value in ("None", "none") and _optional(model, path):
-            return "write `null`"
+    if meant is not None:
+        unquoted = isinstance(value, str) and meant == value.strip() and meant not in _choices(misfit)
+        return f"write `{meant}`, without quotes" if unquoted else f"write `{meant}`"
     section = _model_at(model, path)
     if section is not None:
         return f"write its keys below it, indented: {_listed(_keys(section))}"
@@ -334,6 +351,7 @@ def _unknown_key(
         if section[:1] in (("backbone",), ("data",)) and any(key in _keys(option) for option in options)
     ]
     code = "TTT101"
+    close = None
     meant: list[KeyPath] = []
     if key in RunConfig.model_fields and section:
         code, meant = "TTT105", [(key,)]
@@ -368,6 +386,7 @@ def _unknown_key(
         fix=fix,
         value=str(key),
         place=source.place(misfit.path, key=True),
+        replacement=close,
     )
     return finding, meant
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ttt.config.diagnostics import Finding, Severity
 from ttt.config.rules.rule import FACTS, Context, rule
@@ -35,7 +36,10 @@ def _finding(context: Context, text: str, *, code: str, severity: Severity, path
 def one_checkpoint_per_mini_batch(context: Context) -> Iterator[Finding]:
     """A group of one keeps every carry and recomputes every step."""
     for text in _costs(context, gradient_checkpointing=False):
-        yield _finding(context, text, code="TTT201", severity=Severity.WARNING, path="ttt.scan_checkpoint_group_size")
+        finding = _finding(
+            context, text, code="TTT201", severity=Severity.WARNING, path="ttt.scan_checkpoint_group_size"
+        )
+        yield replace(finding, replacement="16")
 
 
 @rule(

@@ -1,0 +1,151 @@
+"""Fixes written into a config: what they change, what they leave alone, and that twice is once."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_config import ToyBackbone
+
+from ttt.config import CheckedConfig, check_config
+from ttt.config.fixes import Fixed, fix_text, unified_diff
+from ttt.config.schema import EvalConfig, TrainConfig, TTTConfig
+from ttt.config.source import parse_source
+
+BACKBONE = ToyBackbone()
+
+
+def _check(text: str) -> CheckedConfig:
+    return check_config("c.yaml", text=text, backbone=BACKBONE)
+
+
+def _fix(text: str) -> Fixed:
+    fixed = fix_text(text, _check)
+    again = fix_text(fixed.text, _check)
+    assert again.text == fixed.text
+    assert not again.fixed
+    return fixed
+
+
+def _codes(fixed: Fixed) -> list[str]:
+    return [finding.code for finding in fixed.fixed]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("ttt:\n  layrs:   all  # which\n", "ttt:\n  layers:   all  # which\n"),
+        ("'ttt ': {\"layrs\": all}\n", "ttt: {layers: all}\n"),
+        ('train: {lr: "1e-4"} # text\n', "train: {lr: 1e-4} # text\n"),
+        ("train:\n  max_steps:\n    '10'\n", "train:\n  max_steps:\n    10\n"),
+        ("train: {max_steps: '1,000', warmup_steps: 1_0}\n", "train: {max_steps: 1000, warmup_steps: 10}\n"),
+        ("ttt: {layers: [0, '1']}\n", "ttt: {layers: [0, 1]}\n"),
+        ("ttt: {qkvo_bias: yes}\n", "ttt: {qkvo_bias: true}\n"),
+        ("ttt: {num_heads: None}\n", "ttt: {num_heads: null}\n"),
+        ("ttt: {layer_type: liner}\n", "ttt: {layer_type: linear}\n"),
+        ("ttt: {scan_checkpoint_group_size: 1}\n", "ttt: {scan_checkpoint_group_size: 16}\n"),
+        ("ttt:\r\n  layrs: all\r\n", "ttt:\r\n  layers: all\r\n"),
+        ("\ufeffttt: {layrs: all}", "\ufeffttt: {layers: all}"),
+        ("# é 漢字 🎉\nttt: {layrs: all}   # é\n", "# é 漢字 🎉\nttt: {layers: all}   # é\n"),
+    ],
+)
+def test_a_fix_changes_what_is_wrong_and_nothing_else(wrong: str, right: str) -> None:
+    fixed = _fix(wrong)
+    assert fixed.text == right
+    assert not fixed.checked.findings
+
+
+def test_what_a_fix_brings_to_light_is_fixed_too() -> None:
+    fixed = _fix("trian: {max_step: '10'}\nttt: {layrs: '9'}\n")
+    assert fixed.text == "train: {max_steps: 10}\nttt: {layers: '9'}\n"
+    assert _codes(fixed) == ["TTT101", "TTT101", "TTT101", "TTT102"]
+    assert [finding.code for finding in fixed.checked.findings] == ["TTT111"]  # which layer, only the user knows
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ttt: {layers: all, layrs: middle}\n",  # the key is there already
+        "train: {lr: fast}\n",
+        "train: {lr: '1,5'}\n",  # fifteen, or one and a half
+        "train: {layers: all}\n",
+        "train: {max_steps: &n '10', warmup_steps: *n, note: *n}\n",  # an edit would be three
+        "train: {max_steps: '10\n  0'}\n",
+        "ttt: [\n",
+        "",
+    ],
+)
+def test_what_needs_a_thought_is_left_to_the_user(text: str) -> None:
+    fixed = _fix(text)
+    assert fixed.text == text
+    assert not fixed.fixed
+
+
+def test_of_two_misspellings_of_one_key_one_is_fixed() -> None:
+    fixed = _fix("ttt: {layrs: all, layes: middle}\n")
+    assert fixed.text == "ttt: {layers: all, layes: middle}\n"
+
+
+def test_overrides_are_not_in_the_file() -> None:
+    text = "train: {lr: 1e-4}\n"
+    fixed = fix_text(
+        text, lambda text: check_config("c.yaml", text=text, backbone=BACKBONE, overrides=["train.max_step='10'"])
+    )
+    assert fixed.text == text
+    assert [finding.code for finding in fixed.checked.findings] == ["TTT101"]
+
+
+def test_many_fixes_of_which_some_do_not_hold_take_a_moment() -> None:
+    keys = "".join(f"  {name[:-1]}: {default}\n" for name, default in [("max_steps", "'10'"), ("warmup_steps", "'1'")])
+    text = f"x: &n '3'\ny: *n\neval: {{eval_freq: *n, max_batches: *n}}\ntrain:\n{keys}"
+    fixed = _fix(text)
+    assert fixed.text == text.replace("max_step:", "max_steps:").replace("warmup_step:", "warmup_steps:").replace(
+        "'10'", "10"
+    ).replace("'1'", "1")
+
+
+def test_the_diff_shows_the_change_as_diff_does() -> None:
+    before = "# a\nttt: {layrs: all}"
+    assert unified_diff(before, _fix(before).text, file="c.yaml").splitlines() == [
+        "--- c.yaml",
+        "+++ c.yaml (fixed)",
+        "@@ -1,2 +1,2 @@",
+        " # a",
+        "-ttt: {layrs: all}",
+        "\\ No newline at end of file",
+        "+ttt: {layers: all}",
+        "\\ No newline at end of file",
+    ]
+    assert unified_diff(before, before, file="c.yaml") == ""
+
+
+SECTIONS = {"ttt": TTTConfig, "train": TrainConfig, "eval": EvalConfig}
+KEYS = [(section, key) for section, model in SECTIONS.items() for key in model.model_fields]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_misspelt_config_keeps_its_comments_and_order_and_settles(data: st.DataObject) -> None:
+    chosen = data.draw(st.lists(st.sampled_from(KEYS), min_size=1, max_size=6, unique=True))
+    lines = ["# head", "backbone: {name: toy}"]
+    for section in SECTIONS:
+        keys = [key for home, key in chosen if home == section]
+        lines += [f"{section}:  # {section}"] if keys else []
+        for key in keys:
+            at = data.draw(st.integers(0, len(key) - 1))
+            word = data.draw(st.sampled_from([key, key[:at] + key[at + 1 :], key[:at] + "x" + key[at:], key.upper()]))
+            value = data.draw(
+                st.sampled_from(["1", "'1'", "yes", "true", "null", "None", "[1, '2']", "liner", '"0.1"'])
+            )
+            lines.append(f"  {word or 'x'}:  {value}   # {key}")
+    text = "\n".join(lines) + "\n"
+    fixed = _fix(text)
+    assert re.findall(r"#.*", fixed.text) == re.findall(r"#.*", text)
+    assert len(fixed.text.splitlines()) == len(text.splitlines())
+    assert len(fixed.checked.findings) <= len(_check(text).findings) + len(fixed.fixed)
+    before, after = parse_source(text, file="c"), parse_source(fixed.text, file="c")
+    assert after.complete
+    assert len(after.findings) <= len(before.findings)
+    assert (text == fixed.text) == (not fixed.fixed)
