@@ -157,7 +157,7 @@ class _Check:
         return CheckedConfig(self._all(), self.source, result.config if as_meant else None, backbone)
 
     def _all(self) -> tuple[Finding, ...]:
-        placed = [placed(finding, self.source) for finding in (*self.source.findings, *self.findings)]
+        placed = [with_place(finding, self.source) for finding in (*self.source.findings, *self.findings)]
         return tuple(sorted(placed, key=_order))
 
     def _add(self, code: str, path: str, message: str, fix: str, **more: Any) -> None:
@@ -300,7 +300,7 @@ def _decides_facts(path: KeyPath, config: RunConfig) -> bool:
     return section is not None and (len(path) == 1 or path[1] in type(section).model_fields)
 
 
-def placed(finding: Finding, source: Source) -> Finding:
+def with_place(finding: Finding, source: Source) -> Finding:
     """The finding with the place of its key."""
     if finding.place is not None:
         return finding
