@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from ttt.adapter import Gate, TTTAdapter, gates_closed
 from ttt.config import TTTConfig
+from ttt.config.schema import inner_widths
 from ttt.errors import EnvironmentProblem
-from ttt.layer import TTTLayer, inner_widths
+from ttt.layer import TTTLayer
 from ttt.ops.norm import normalize_target
 from ttt.ops.reference import reference
 from ttt.ops.rotary import apply_rotary

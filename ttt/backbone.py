@@ -40,6 +40,14 @@ class BackboneFacts:
     """Tokens of one training window, where the options fix it."""
     window: str = "a window"
     """The window in the user's words, "15 s of audio"."""
+    parameters: int | None = None
+    """Parameters of the model, without TTT; with the next three, `ttt check` says whether a run fits in memory."""
+    attention_parameters: int | None = None
+    """Those of them that `Backbone.is_attention` names."""
+    layer_activation_bytes: int | None = None
+    """What autograd keeps of one token in one layer, in the config's `param_dtype`, when all of it is trained."""
+    head_activation_bytes: int | None = None
+    """What it keeps of one token outside the layers, with the config's `gradient_checkpointing`: heads, losses."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ttt.config import TTTConfig
+from ttt.config.schema import inner_widths
 from ttt.ops.minibatch import Inner, InnerTrace, Tokens, learn, trace
 from ttt.ops.norm import normalize_target, rms_norm
 from ttt.ops.rotary import apply_rotary, rotary_angles
@@ -119,7 +120,7 @@ class TTTLayer(nn.Module):
             `y [B,T,D]` in the type of `x`, and the state after the last token.
 
         Raises:
-            ValueError: the shapes do not fit, or `rotary` does not fit the config.
+            ValueError: the tokens or the state do not fit the layer, or `rotary` does not fit the config.
         """
         state = self._checked(x, state, rotary)
         with no_autocast(x):
@@ -160,6 +161,8 @@ class TTTLayer(nn.Module):
         if x.dim() != 3 or x.shape[-1] != self.dim or x.shape[1] == 0:
             shape = tuple(x.shape)
             raise ValueError(f"a TTT layer of width {self.dim} reads [B, T, {self.dim}] with T ≥ 1, not {shape}")
+        if not x.is_floating_point():
+            raise ValueError(f"a TTT layer reads floating point, not {x.dtype}")
         if (rotary is not None) != (self.config.rope == "backbone"):
             raise ValueError(
                 "rope: backbone needs the backbone's rotary angles; none were given"
@@ -173,6 +176,17 @@ class TTTLayer(nn.Module):
             raise ValueError(f"the state is of {state.batch_size} streams, the tokens of {x.shape[0]}")
         if state.weights[0].dtype != dtype:
             raise ValueError(f"the state is {state.weights[0].dtype}; tokens of {x.dtype} need {dtype}")
+        # Shapes that broadcast, or an inner model of another depth, would run and answer something else.
+        own = [tuple(getattr(self, name).shape) for name in self.weight_names]
+        given = [tuple(w.shape[1:]) for w in state.weights]
+        if given != own:
+            raise ValueError(f"the state is of another layer: its fast weights are {given}, here they are {own}")
+        size = self.config.mini_batch_size
+        if state.count is not None and state.count.device.type == "cpu" and (state.count >= size).any():
+            raise ValueError(
+                f"the state is of another layer: a stream has read {int(state.count.max())} tokens of its open "
+                f"mini-batch, here they are of {size}"
+            )
         return state
 
     def _project(self, name: str, x: Tensor) -> Tensor:
@@ -232,14 +246,6 @@ class TTTLayer(nn.Module):
 
     def _inner(self, dtype: torch.dtype) -> Inner:
         return Inner(*self._norm(dtype), self._scale(dtype), self.config.causal, self.config.ln_eps)
-
-
-def inner_widths(head_width: int, config: TTTConfig) -> tuple[int, ...]:
-    """Widths of the inner model from input to output: `(F, F)`, or `(F, 4F, F)` for the MLP of two layers."""
-    if config.layer_type == "linear":
-        return (head_width, head_width)
-    hidden = config.mlp_hidden_dims or (round(head_width * config.mlp_expansion_factor),) * (config.mlp_layers - 1)
-    return (head_width, *hidden, head_width)
 
 
 def check_head_width(dim: int, num_heads: int, config: TTTConfig) -> None:

@@ -311,6 +311,14 @@ def select_layers(layers: Literal["all", "middle", "none"] | tuple[int, ...], nu
     return tuple(sorted(layers))
 
 
+def inner_widths(head_width: int, config: TTTConfig) -> tuple[int, ...]:
+    """Widths of the inner model from input to output: `(F, F)`, or `(F, 4F, F)` for the MLP of two layers."""
+    if config.layer_type == "linear":
+        return (head_width, head_width)
+    hidden = config.mlp_hidden_dims or (round(head_width * config.mlp_expansion_factor),) * (config.mlp_layers - 1)
+    return (head_width, *hidden, head_width)
+
+
 def mini_batches(tokens: int, mini_batch_size: int) -> int:
     """`N = ceil(T / C)`: the mini-batches of a sequence."""
     return -(-tokens // mini_batch_size)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 from pydantic import Field, model_validator
 
 from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, WindowDataset
-from ttt.config import BackboneOptions, DataOptions, RunConfig
+from ttt.config import BackboneOptions, DataOptions, RunConfig, TrainConfig
 from ttt.errors import EnvironmentProblem
 from ttt.hookspecs import hookimpl
 from ttt_moshi.interleave import frames_in
@@ -116,6 +116,7 @@ class MoshiBackbone(Backbone):
             **_sizes(options),
             tokens_per_window=frames_in(data.duration_sec, FRAME_RATE),
             window=f"{data.duration_sec:g} s of Moshi",
+            **_memory_facts(options, config.train, frames_in(data.duration_sec, FRAME_RATE)),
         )
 
     def has_eval_data(self, config: RunConfig) -> bool:
@@ -216,6 +217,29 @@ def _sizes(options: MoshiOptions) -> dict[str, int]:
             f"backbone.config_path: {options.config_path} is no config of a Moshi model "
             f"({type(error).__name__}: {error})"
         ) from None
+
+
+def _memory_facts(options: MoshiOptions, train: TrainConfig, frames: int) -> dict[str, int]:
+    """Parameters, and bytes that autograd was measured to keep of one token, where the model is a known one."""
+    dtype, checkpointing = train.param_dtype, train.gradient_checkpointing
+    if options.config_path is not None:
+        return {}
+    if options.preset == "7b":
+        layer, head, head_checkpointing = {
+            "float32": (368_648, 4_429_485, 472_365),
+            "bfloat16": (254_047, 3_028_827, 349_529),
+        }[dtype]
+        head = head_checkpointing if checkpointing else head
+        sizes = {"parameters": 7_687_729_152, "attention_parameters": 2_147_483_648}
+        return {**sizes, "layer_activation_bytes": layer, "head_activation_bytes": head}
+    dim, layers = (_sizes(options)[name] for name in ("dim", "num_layers"))
+    size = {"float32": 4.0, "bfloat16": 2.8}[dtype]  # norms and the softmax of the losses stay float32
+    return {
+        "parameters": layers * (10 * dim * dim + 2 * dim) + 2154 * dim + 736_768,
+        "attention_parameters": layers * 4 * dim * dim,
+        "layer_activation_bytes": round(size * (21.25 * dim + frames + 6)),
+        "head_activation_bytes": round(size * (3 * dim + (2_434 if checkpointing else 20_066))),
+    }
 
 
 _BACKBONE = MoshiBackbone()

@@ -1,0 +1,343 @@
+"""The closed forms of what a run costs, against what the running model keeps, counts and writes."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ttt.ops.minibatch
+from ttt import inject
+from ttt.adapter import TTTAdapter
+from ttt.backbone import BackboneFacts
+from ttt.config import RunConfig, TTTConfig, load_config
+from ttt.config.estimate import (
+    estimate,
+    layer_activation_bytes,
+    layer_parameters,
+    parse_bytes,
+    scan_cost,
+    show_bytes,
+)
+from ttt.errors import NestedCheckpointWarning
+from ttt.plugins import get_backbone
+from ttt.train.optim import Optimizer, choose_learnable
+
+MOSHI = get_backbone("moshi")
+
+
+def _ttt(**settings: Any) -> TTTConfig:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NestedCheckpointWarning)
+        return TTTConfig.model_validate({**MOSHI.ttt_defaults, **settings})
+
+
+def _config(**sections: dict[str, Any]) -> RunConfig:
+    text = "backbone: {name: moshi, preset: demo}"
+    overrides = [f"{section}.{key}={value}" for section, keys in sections.items() for key, value in keys.items()]
+    return load_config(None, text=text, overrides=overrides).config
+
+
+# --- amounts ---
+
+
+def test_amounts_of_memory_as_people_write_them() -> None:
+    assert parse_bytes("80GiB") == parse_bytes("80 gib") == parse_bytes("80G") == 80 * 2**30
+    assert parse_bytes("24GB") == 24 * 10**9
+    assert parse_bytes("1.5 MiB") == 3 * 2**19
+    assert parse_bytes("512") == 512
+    for text in ("", "GiB", "-1GiB", "0", "80 GiBs", "80;", "1e9", "nan", "all"):
+        with pytest.raises(ValueError, match="no amount of memory"):
+            parse_bytes(text)
+    assert [show_bytes(n) for n in (0, 999, 2**20, 80 * 2**30, 1.5 * 2**40)] == [
+        "0 bytes",
+        "999 bytes",
+        "1 MiB",
+        "80 GiB",
+        "1.5 TiB",
+    ]
+
+
+# --- measuring ---
+
+
+class Kept:
+    """Storages that autograd keeps, parameters apart, each counted once."""
+
+    def __init__(self, known: set[int]) -> None:
+        self.known = known
+        self.sizes: dict[int, int] = {}
+        self._alive: list[Tensor] = []
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in self.known:
+            self.sizes[pointer] = tensor.untyped_storage().nbytes()
+            self._alive.append(tensor)  # so that no other storage gets its address
+        return tensor
+
+    def total(self) -> int:
+        return sum(self.sizes.values())
+
+
+@contextlib.contextmanager
+def _kept(*known: Tensor) -> Iterator[Kept]:
+    kept = Kept({tensor.untyped_storage().data_ptr() for tensor in known})
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+        yield kept
+
+
+@contextlib.contextmanager
+def _scans_measured(found: list[Kept], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, what each scan keeps goes to `found`: in forward, and added to it what a group keeps in backward."""
+    scan = ttt.ops.minibatch.scan
+
+    def measured(step: Callable[..., Any], carry: Any, xs: Any, **more: Any) -> Any:
+        leaves = torch.utils._pytree.tree_leaves((carry, xs, more["consts"]))
+        with _kept(*(leaf for leaf in leaves if isinstance(leaf, Tensor))) as kept:
+            out = scan(step, carry, xs, **more)
+        found.append(kept)
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ttt.ops.minibatch, "scan", measured)
+        yield
+
+
+SETTINGS = [
+    # layer_type, group size, windows of how many tokens, mini-batch size, streams, more
+    ("linear", 0, 64, 16, 1, {}),
+    ("linear", 4, 192, 16, 2, {}),
+    ("linear", 1, 96, 8, 3, {}),
+    ("mlp", 0, 188, 16, 2, {}),
+    ("mlp", 2, 188, 16, 2, {}),
+    ("mlp", 5, 188, 8, 1, {}),
+    ("mlp", 16, 188, 4, 2, {}),
+    ("mlp", 3, 128, 1, 2, {}),
+    ("mlp", 4, 256, 32, 1, {"mlp_layers": 3}),
+    ("mlp", 0, 64, 16, 2, {"mlp_hidden_dims": [24, 40], "mlp_layers": 3, "learnable_token_idx": True}),
+    ("linear", 0, 64, 16, 1, {"learnable_token_idx": True, "normalize_qk": False}),
+    ("mlp", 0, 60, 16, 2, {"causal": False, "rope": "none"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "group", "tokens", "size", "batch", "more"), SETTINGS)
+def test_what_the_scan_keeps_between_forward_and_backward(
+    kind: str, group: int, tokens: int, size: int, batch: int, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _ttt(layer_type=kind, scan_checkpoint_group_size=group, mini_batch_size=size, **more)
+    adapter = TTTAdapter(128, 4, config)
+    found: list[Kept] = []
+    with _scans_measured(found, monkeypatch):
+        adapter(torch.randn(batch, tokens, 128, requires_grad=True))
+    (kept,) = found
+    cost = scan_cost(config, dim=128, num_heads=4, tokens=tokens, batch_size=batch)
+    assert kept.total() == pytest.approx(cost.kept_bytes - cost.outside_bytes, rel=0.1, abs=cost.carry_bytes / 100)
+    if not cost.keeps_everything:
+        assert kept.total() == cost.carries_kept_bytes == (cost.groups - 1) * cost.carry_bytes
+
+
+@pytest.mark.parametrize(("kind", "group", "tokens", "size", "batch", "more"), [s for s in SETTINGS if s[1]])
+def test_what_a_group_keeps_while_it_runs_again(
+    kind: str, group: int, tokens: int, size: int, batch: int, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest of the groups' graphs, from the hooks that pack while backward runs."""
+    config = _ttt(layer_type=kind, scan_checkpoint_group_size=group, mini_batch_size=size, **more)
+    adapter = TTTAdapter(128, 4, config)
+    out = adapter(torch.randn(batch, tokens, 128, requires_grad=True))
+    steps = ttt.ops.scan._Program.steps
+    sizes: list[int] = []
+
+    def measured(self: Any, carry: Any, xs: Any, consts: Any) -> Any:
+        with _kept(*carry, *xs, *consts) as kept:
+            result = steps(self, carry, xs, consts)
+        final = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in result[0]}
+        sizes.append(sum((kept.sizes | final).values()))
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ttt.ops.scan._Program, "steps", measured)
+        out.square().sum().backward()
+    cost = scan_cost(config, dim=128, num_heads=4, tokens=tokens, batch_size=batch)
+    assert len(sizes) == cost.groups
+    assert max(sizes) == pytest.approx(cost.recomputed_bytes, rel=0.1)
+
+
+def test_what_a_layer_keeps_around_its_scan() -> None:
+    for settings in ({}, {"normalize_qk": False}, {"normalize_target": False, "input_norm": "none"}):
+        config = _ttt(layer_type="linear", scan_checkpoint_group_size=1, mini_batch_size=16, **settings)
+        adapter = TTTAdapter(256, 4, config)
+        with _kept(*adapter.parameters()) as kept:
+            adapter(torch.randn(2, 64, 256, requires_grad=True))
+        shape = {"dim": 256, "num_heads": 4, "tokens": 64, "batch_size": 2}
+        around = kept.total() - scan_cost(config, **shape).kept_bytes
+        assert around == pytest.approx(layer_activation_bytes(config, **shape), rel=0.1)
+
+
+def test_what_a_mini_batch_left_open_keeps() -> None:
+    config = _ttt(layer_type="mlp", scan_checkpoint_group_size=2, mini_batch_size=16)
+    adapter = TTTAdapter(128, 4, config)
+    totals = []
+    for tokens in (64, 76):
+        with _kept(*adapter.parameters()) as kept:
+            adapter(torch.randn(2, tokens, 128, requires_grad=True))
+        totals.append(kept.total())
+    shape = {"dim": 128, "num_heads": 4, "batch_size": 2}
+    costs = [scan_cost(config, tokens=tokens, **shape) for tokens in (64, 76)]
+    around = [layer_activation_bytes(config, tokens=tokens, **shape) for tokens in (64, 76)]
+    assert costs[0].outside_bytes == 0
+    assert totals[1] - totals[0] == pytest.approx(costs[1].outside_bytes + around[1] - around[0], rel=0.1)
+
+
+# --- counting ---
+
+
+@pytest.mark.parametrize("group", [0, 1, 3, 4, 8, 16])
+@pytest.mark.parametrize("enclosing", [0, 1, 2])
+def test_how_often_every_inner_step_runs_forward(group: int, enclosing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _ttt(layer_type="linear", scan_checkpoint_group_size=group, mini_batch_size=4)
+    layer: Callable[[Tensor], Tensor] = TTTAdapter(16, 2, config)
+    for _ in range(enclosing):
+        layer = _checkpointed(layer)
+    runs = 0
+    one_step = ttt.ops.scan._Program.one_step
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        return one_step(self, *arguments)
+
+    monkeypatch.setattr(ttt.ops.scan._Program, "one_step", counted)
+    layer(torch.randn(1, 32, 16, requires_grad=True)).sum().backward()
+    cost = scan_cost(config, dim=16, num_heads=2, tokens=32, batch_size=1)
+    assert cost.steps == 8
+    assert runs == 8 * cost.forwards(enclosing=enclosing)
+
+
+def _checkpointed(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    # What follows the inner checkpoint needs its output, as a layer's feed-forward does: so it runs again each time.
+    return lambda x: torch.utils.checkpoint.checkpoint(lambda x: function(x).sin(), x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 12, 100, 1000])
+def test_the_best_group_is_the_best_of_all(steps: int) -> None:
+    cost = scan_cost(_ttt(mini_batch_size=16), dim=128, num_heads=4, tokens=16 * steps, batch_size=2)
+    best = cost.best_group_size()
+    peaks = {size: cost.with_group_size(size).peak_bytes for size in range(steps + 1)}
+    assert peaks[best] == min(peaks.values())
+    if steps >= 100:
+        state, activations = cost.carry_bytes, cost.activation_bytes
+        assert best == pytest.approx((steps * state / (state + activations)) ** 0.5, rel=0.5)
+
+
+# --- parameters and files ---
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layer_type": "linear"},
+        {"layer_type": "mlp", "mlp_layers": 3, "num_heads": 8},
+        {"qkvo_bias": False, "learnable_token_idx": True},
+    ],
+)
+def test_parameters_of_a_layer(settings: dict[str, Any]) -> None:
+    config = _ttt(**settings)
+    adapter = TTTAdapter(64, 4, config, device="meta")
+    assert layer_parameters(config, dim=64, num_heads=4) == sum(p.numel() for p in adapter.parameters())
+
+
+def test_three_layers_in_moshi_7b() -> None:
+    assert 3 * layer_parameters(_ttt(), dim=4096, num_heads=32) == 214_474_848
+
+
+@pytest.mark.parametrize("trainable", ["ttt", "ttt+attention", "all"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_models_parameters_and_checkpoints(trainable: str, dtype: str) -> None:
+    config = _config(train={"trainable": trainable, "param_dtype": dtype}, ttt={"layers": "middle"})
+    model = MOSHI.build(config.backbone, device="cpu", dtype=getattr(torch, dtype))
+    facts = MOSHI.facts(config)
+    assert facts.parameters == sum(p.numel() for p in model.parameters())
+    assert facts.attention_parameters == sum(p.numel() for n, p in model.named_parameters() if MOSHI.is_attention(n))
+    injection = inject.apply(model, MOSHI.sites(model), config.ttt, causal=True)
+    learnable = choose_learnable(model, injection.adapters, config.train, is_attention=MOSHI.is_attention)
+    needs = estimate(config, facts)
+    assert needs.complete
+    assert needs.adapter_bytes == sum(t.numel() * t.element_size() for t in injection.state_dict().values())
+    assert needs.parts["parameters"] == sum(p.numel() * p.element_size() for p in model.parameters())
+    optimizer = Optimizer(learnable, config.train)
+    assert needs.parts["optimizer"] == pytest.approx(optimizer.nbytes(), rel=0.001)  # it also counts steps
+    written = optimizer.nbytes() + needs.adapter_bytes
+    written += sum(e.parameter.numel() * e.parameter.element_size() for e in learnable if e.role == "backbone")
+    assert needs.checkpoint_bytes == pytest.approx(written, rel=0.001)
+
+
+def test_what_is_not_known_is_not_made_up() -> None:
+    config = _config()
+    facts = BackboneFacts(dim=128, num_heads=4, num_layers=4)
+    needs = estimate(config, facts)
+    assert not needs.complete
+    assert needs.scan is None
+    assert needs.parts["backbone activations"] == 0
+    assert needs.adapter_bytes > 0
+
+
+# --- the whole peak ---
+
+
+def _peak(work: Callable[[], object]) -> int:
+    """The most that PyTorch's CPU allocator had given out at once while something ran, less what it had before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    most = now = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    return most
+
+
+PEAKS = [
+    {"ttt.scan_checkpoint_group_size": 2},
+    {"ttt.scan_checkpoint_group_size": 4, "ttt.mini_batch_size": 4, "train.batch_size": 4},
+    {"ttt.scan_checkpoint_group_size": 5, "ttt.mini_batch_size": 8, "data.duration_sec": 30, "ttt.layers": "all"},
+    {"train.gradient_checkpointing": "true", "ttt.layers": "all"},
+    {"train.trainable": "ttt", "ttt.layer_type": "linear", "ttt.base_lr": 1.0},
+    {"train.param_dtype": "bfloat16", "train.trainable": "ttt+attention"},
+]
+
+
+@pytest.mark.parametrize("settings", PEAKS, ids=str)
+def test_a_training_step_stays_in_the_printed_range(settings: dict[str, Any]) -> None:
+    text = MOSHI.presets()["demo"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NestedCheckpointWarning)
+        config = load_config(None, text=text, overrides=[f"{key}={value}" for key, value in settings.items()]).config
+    facts = MOSHI.facts(config)
+    needs = estimate(config, facts)
+    dtype = getattr(torch, config.train.param_dtype)
+    model = MOSHI.build(config.backbone, device="cpu", dtype=dtype)
+    injection = inject.apply(model, MOSHI.sites(model), config.ttt, causal=True)
+    MOSHI.set_gradient_checkpointing(model, config.train.gradient_checkpointing)
+    learnable = choose_learnable(model, injection.adapters, config.train, is_attention=MOSHI.is_attention)
+    optimizer = Optimizer(learnable, config.train)
+    assert facts.tokens_per_window is not None
+    batch = MOSHI.example_batch(model, batch_size=config.train.batch_size, tokens=facts.tokens_per_window, seed=0)
+
+    def step() -> None:
+        MOSHI.loss(model, batch, config).loss.backward()
+        optimizer.collect()
+        optimizer.clip()
+        optimizer.step(0)
+
+    step()  # moments are there from the second on
+    tensors: list[Tensor] = [*nn.ParameterList(model.parameters()), *optimizer.tensors().values()]
+    held = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
+    peak = held + _peak(step)
+    assert needs.low <= peak <= needs.high, (needs.low, peak, needs.high, needs.parts)

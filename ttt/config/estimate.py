@@ -1,0 +1,315 @@
+"""What a run costs, in closed form: mini-batches, recomputation, bytes in memory and on disk. Imports no torch.
+
+Symbols as in the docs: B streams, T tokens, D width, H heads, F = D/H, C tokens of a mini-batch, g mini-batches of a
+checkpoint group, S bytes of fast weights, A bytes that autograd keeps of a mini-batch. The counts of A are those of the
+operations in `ttt.ops`, and are held against measurements in the tests.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ttt.config.schema import RunConfig, TTTConfig, inner_widths, mini_batches, select_layers
+
+if TYPE_CHECKING:
+    from ttt.backbone import BackboneFacts
+
+_WIDE = 4
+"""Bytes of a number in float32: fast weights, TTT parameters, moments."""
+_BYTES = {"float32": 4, "bfloat16": 2}
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{ending}": base**power
+    for power, prefix in enumerate("KMGTP", 1)
+    for ending, base in (("B", 1000), ("iB", 1024), ("", 1024))
+}
+
+
+def parse_bytes(text: str) -> int:
+    """`80GiB`, `24 GB`, `512M` as bytes; a prefix alone is binary, as is `GiB`.
+
+    Raises:
+        ValueError: it is no positive amount of bytes.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    units = {unit.casefold(): factor for unit, factor in _UNITS.items()}
+    factor = units.get(match[2].casefold()) if match else None
+    if match is None or factor is None or float(match[1]) == 0:
+        raise ValueError(f"{text!r} is no amount of memory; write one such as 80GiB, 24GB or 512MiB")
+    return int(float(match[1]) * factor)
+
+
+def show_bytes(count: float) -> str:
+    """An amount for people, in binary units and three digits: `14.3 GiB`."""
+    if abs(count) < 1000:
+        return f"{count:.0f} bytes"
+    power = 1
+    while abs(count) / 1024**power >= 999.5 and power < 4:
+        power += 1
+    return f"{count / 1024**power:.3g} {'KMGT'[power - 1]}iB"
+
+
+# --- the scan ---
+
+
+@dataclass(frozen=True)
+class ScanCost:
+    """What the scan of one TTT layer runs and keeps for one batch."""
+
+    steps: int
+    """Mini-batches that go through the scan."""
+    group_size: int
+    """g, as the config has it."""
+    carry_bytes: int
+    """S: fast weights of the batch's streams in one layer."""
+    activation_bytes: int
+    """A: what autograd keeps of one mini-batch, beside its inputs and the carry that opens it."""
+    opening_bytes: int
+    """What it keeps in addition of the first: the layer's own weights, copied for every stream."""
+    outside_bytes: int
+    """What it keeps of mini-batches that a window leaves or finds open, beside the scan, and the carries they need."""
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether nothing is recomputed: g is 0, or no smaller than the scan."""
+        return self.group_size == 0 or self.group_size >= self.steps
+
+    @property
+    def groups(self) -> int:
+        """`ceil(N / g)` checkpoints; 0 where everything is kept."""
+        return 0 if self.keeps_everything else -(-self.steps // self.group_size)
+
+    def forwards(self, *, enclosing: int = 0) -> int:
+        """How often every inner step of the scan runs forward in a training step, under so many checkpoints around."""
+        return 1 + enclosing + (not self.keeps_everything)
+
+    @property
+    def kept_carries(self) -> int:
+        """Carries kept between forward and backward; the first is the layer's own parameter."""
+        return max((self.steps if self.keeps_everything else self.groups) - 1, 0)
+
+    @property
+    def carries_kept_bytes(self) -> int:
+        """Their bytes."""
+        return self.kept_carries * self.carry_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """What waits between forward and backward: carries, and where everything is kept all activations."""
+        everything = self.steps * self.activation_bytes + self.opening_bytes if self.keeps_everything else 0
+        return self.carries_kept_bytes + everything + self.outside_bytes
+
+    @property
+    def recomputed_bytes(self) -> int:
+        """What one group adds while backward runs it again: its activations, and the carries inside and after it."""
+        if self.keeps_everything:
+            return 0
+        return self.group_size * (self.activation_bytes + self.carry_bytes) + self.opening_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is kept at once: `(N/g) S + g (S + A)`, or all of it."""
+        return self.kept_bytes + self.recomputed_bytes
+
+    def with_group_size(self, group_size: int) -> ScanCost:
+        """The same scan in other groups."""
+        return replace(self, group_size=group_size)
+
+    def best_group_size(self) -> int:
+        """The g of least memory, about `√(N S / (S + A))`; the smallest of those, 0 where keeping everything is."""
+        root = math.isqrt(max(self.steps, 1)) + 1
+        candidates = {0, *range(1, min(root, self.steps) + 1), *(-(-self.steps // k) for k in range(1, root + 1))}
+        return min(sorted(candidates), key=lambda size: self.with_group_size(size).peak_bytes)
+
+
+def scan_cost(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch_size: int) -> ScanCost:
+    """What the scan of one layer costs in training.
+
+    Args:
+        config: the `ttt` section.
+        dim: D.
+        num_heads: of the backbone.
+        tokens: T, of a window.
+        batch_size: B.
+    """
+    heads = config.num_heads or num_heads
+    size = config.mini_batch_size
+    open_tokens: tuple[int, ...]
+    if not config.causal:
+        steps, open_tokens = mini_batches(tokens, size), ()
+    elif config.persistent_states and tokens % size:
+        # A window may begin anywhere in a mini-batch: the first and a copy of the last run outside the scan.
+        steps, open_tokens = mini_batches(tokens + size - 1, size) - 1, (size, size)
+    else:
+        steps, open_tokens = tokens // size, (tokens % size,)
+    widths = inner_widths(dim // heads, config)
+    matrices = [fan_in * fan_out for fan_in, fan_out in itertools.pairwise(widths)]
+    state = _state_numbers(widths) * heads * batch_size
+    learned = config.learnable_token_idx
+
+    def kept(count: int) -> int:
+        return _activation_numbers(widths, count, batch_size, heads, learned=learned)
+
+    # Every matrix product copies weights that are expanded over the batch: two at the first layer, three after.
+    copies = heads * batch_size * (2 * matrices[0] + 3 * sum(matrices[1:])) if batch_size > 1 else 0
+    return ScanCost(
+        steps=steps,
+        group_size=config.scan_checkpoint_group_size,
+        carry_bytes=_WIDE * state,
+        activation_bytes=_WIDE * (kept(size) + (state if learned else 0)),
+        opening_bytes=_WIDE * copies,
+        outside_bytes=_WIDE * sum(kept(count) + (state if steps else 0) for count in open_tokens if count),
+    )
+
+
+def _state_numbers(widths: tuple[int, ...]) -> int:
+    """Fast weights of one head."""
+    return sum((fan_in + 1) * fan_out for fan_in, fan_out in itertools.pairwise(widths))
+
+
+def _activation_numbers(widths: tuple[int, ...], count: int, batch_size: int, heads: int, *, learned: bool) -> int:
+    """What autograd keeps of a mini-batch of `count` tokens, in numbers.
+
+    Of width F: 5 in the inner gradient, 1 error, 1 taught, 2 in the layer norm of the answer. Of each hidden width: 2
+    of the keys, 7 in the derivative of GELU, 2 in its product, 1 error, 1 taught, 2 of the queries. Both one more where
+    the rates' layout makes the products copy what is taught, and where step sizes are learned. `C²` for each matrix.
+    """
+    more = (batch_size > 1 and heads > 1) + learned
+    head = (9 + more) * widths[-1] + 3 + (len(widths) - 1) * count + (15 + more) * sum(widths[1:-1])
+    return batch_size * heads * count * head
+
+
+# --- the layer ---
+
+
+def layer_parameters(config: TTTConfig, *, dim: int, num_heads: int) -> int:
+    """Parameters of one TTT layer with its gate."""
+    heads = config.num_heads or num_heads
+    projections = 4 * dim * dim + (4 * dim if config.qkvo_bias else 0)
+    inner = heads * _state_numbers(inner_widths(dim // heads, config))
+    norms = 4 * dim
+    rates = heads * (dim + 1) + (config.mini_batch_size if config.learnable_token_idx else 0)
+    return projections + inner + norms + rates + dim
+
+
+def layer_activation_bytes(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch_size: int) -> int:
+    """What autograd keeps of a layer and its gate around the scan, the scan's inputs included.
+
+    Of width D for each token: the input, q, k and the target, what goes into and comes out of the output's norm, and
+    the answer; 2 more where q and k are normalised, 3 where the target is, 1 where the input is.
+    """
+    widths = 7 + 2 * config.normalize_qk + 3 * config.normalize_target + (config.input_norm == "rms")
+    heads = config.num_heads or num_heads
+    narrow = heads * (3 + 4 * config.normalize_qk + 2 * config.normalize_target)
+    return _WIDE * batch_size * tokens * (widths * dim + narrow)
+
+
+# --- the run ---
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run needs."""
+
+    scan: ScanCost | None
+    """Of one TTT layer; None where windows have no known length, or there are no layers."""
+    enclosing: int
+    """Activation checkpoints around each scan."""
+    parts: Mapping[str, int]
+    """Peak bytes by part, best guess; without `complete`, TTT's alone."""
+    low: int
+    """Bytes of device memory below which it will not run."""
+    high: int
+    """Bytes with which it will."""
+    complete: bool
+    """Whether the backbone said what it needs, so that `low` and `high` are about the whole run."""
+    adapter_bytes: int
+    """On disk."""
+    checkpoint_bytes: int
+    """One checkpoint on disk: the adapter, trained parameters of the backbone, the optimiser."""
+
+    def breakdown(self, count: int = 4) -> str:
+        """The largest parts, for a sentence."""
+        largest = sorted(self.parts.items(), key=lambda part: -part[1])[:count]
+        return ", ".join(f"{name} {show_bytes(size)}" for name, size in largest if size)
+
+
+def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
+    """What a run needs, from its config and its backbone's facts.
+
+    The range: parameters, moments and the scan are counted, and in both ends. Of the backbone's activations, which hang
+    on kernels and on what is frozen, there is half in one end and one and a half in the other. Gradients and
+    activations need not be there at once, and what runs again does so when other things are gone; the upper end has it
+    all, and what backward and the optimiser hold for a moment.
+    """
+    ttt, train = config.ttt, config.train
+    layers = select_layers(ttt.layers, facts.num_layers)
+    tokens, batch, size = facts.tokens_per_window, train.batch_size, _BYTES[train.param_dtype]
+    shape = {"dim": facts.dim, "num_heads": facts.num_heads, "tokens": tokens or 0, "batch_size": batch}
+    scan = scan_cost(ttt, **shape) if layers and tokens else None
+    around = layer_activation_bytes(ttt, **shape) if scan else 0
+    enclosing = int(train.gradient_checkpointing)
+
+    own, gates = len(layers) * layer_parameters(ttt, dim=facts.dim, num_heads=facts.num_heads), len(layers) * facts.dim
+    learning = (own - gates if train.weight_lr_multiplier else 0) + (gates if train.alpha_lr_multiplier else 0)
+    trained = _trained_in_backbone(config, facts)
+    optimizer = 2 * _WIDE * (learning + (trained or 0)) + (_WIDE * (trained or 0) if size < _WIDE else 0)
+    gradients = _WIDE * (learning + (trained or 0))
+
+    at_once = min(len(layers), 1) if enclosing else len(layers)  # layers whose insides wait for backward
+    carries = scan.carries_kept_bytes * at_once if scan else 0
+    waiting = (scan.kept_bytes - scan.carries_kept_bytes + around) * at_once if scan else 0
+    recomputed = scan.recomputed_bytes if scan else 0
+    model = _backbone_activation_bytes(config, facts, layers)
+    state = scan.carry_bytes * len(layers) * 2 if scan and ttt.persistent_states else 0
+    parameters = (facts.parameters or 0) * size + own * _WIDE
+
+    # Gradients of the scan's inputs and of one layer, the projections in the tokens' type, halves of the gradients
+    # before they are summed in float32, and what AdamW takes for all parameters at once.
+    passing = (around + scan.activation_bytes + scan.carry_bytes) if scan else 0
+    passing += 4 * facts.dim * facts.dim * size + gradients + (trained or 0) * size
+    always = parameters + optimizer + state
+    return Estimate(
+        scan=scan,
+        enclosing=enclosing,
+        parts={
+            "parameters": parameters,
+            "gradients": gradients,
+            "optimizer": optimizer,
+            "carries": carries,
+            "TTT activations": waiting + recomputed,
+            "backbone activations": model or 0,
+            "state": state,
+        },
+        low=always + max(gradients, (0 if enclosing else carries + waiting) + (model or 0) // 2),
+        high=always + gradients + carries + waiting + recomputed + (model or 0) * 3 // 2 + passing,
+        complete=None not in (facts.parameters, trained, model),
+        adapter_bytes=own * _WIDE,
+        checkpoint_bytes=own * _WIDE + (trained or 0) * size + optimizer,
+    )
+
+
+def _trained_in_backbone(config: RunConfig, facts: BackboneFacts) -> int | None:
+    """Parameters of the backbone that learn; None where that is not known."""
+    if config.train.trainable == "ttt" or not config.train.backbone_lr_multiplier:
+        return 0
+    return facts.parameters if config.train.trainable == "all" else facts.attention_parameters
+
+
+def _backbone_activation_bytes(config: RunConfig, facts: BackboneFacts, layers: tuple[int, ...]) -> int | None:
+    """What autograd keeps of the backbone; None where that is not known."""
+    train, tokens = config.train, facts.tokens_per_window
+    if tokens is None or facts.layer_activation_bytes is None or facts.head_activation_bytes is None:
+        return None
+    # Below the first layer that learns there is nothing to go back to.
+    first = 0 if train.trainable != "ttt" and train.backbone_lr_multiplier else min(layers, default=0)
+    reached = facts.num_layers - first
+    if train.gradient_checkpointing:
+        per_token = reached * facts.dim * _BYTES[train.param_dtype] + facts.layer_activation_bytes
+    else:
+        per_token = reached * facts.layer_activation_bytes
+    return (per_token + facts.head_activation_bytes) * tokens * train.batch_size
