@@ -20,6 +20,7 @@ from toy_config import DEMO
 
 from ttt import __version__
 from ttt.config import load_config
+from ttt.config.json_schema import EDITOR_LINE
 from ttt_cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +79,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"ttt {__version__}\n"
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("train", "init", "check", "plugins", "info"):
+    for command in ("train", "init", "check", "schema", "plugins", "info"):
         assert re.search(rf"^  {command} +\S", text, re.MULTILINE)
         assert main([command, "--help"]) == 0
     assert max(map(len, text.splitlines())) <= 80
@@ -121,6 +122,9 @@ def test_commands_that_only_look_import_no_torch() -> None:
         "plugins": 0,
         "check good.yaml": 0,
         "check bad.yaml": 1,
+        "check bad.yaml --fix": 1,
+        "check good.yaml --format sarif": 0,
+        "schema": 0,
         "init --backbone toy --out -": 0,
         "train bad.yaml": 2,
         "train bad.yaml --resume": 2,
@@ -238,8 +242,10 @@ def test_plugins_where_there_are_none(
 
 def test_init_writes_a_config_that_checks_clean(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", "--backbone", "toy"]) == 0
-    assert Path("toy.yaml").read_text() == DEMO
-    assert "ttt check toy.yaml" in capsys.readouterr().err
+    assert Path("toy.yaml").read_text() == EDITOR_LINE + DEMO
+    err = capsys.readouterr().err
+    assert "ttt check toy.yaml" in err
+    assert "`ttt schema --out ttt.schema.json`" in err
     assert main(["check", "toy.yaml"]) == 0
     assert main(["init", "--backbone", "toy", "--preset", "big", "--out", "-"]) == 0
     assert "layers: all" in capsys.readouterr().out
@@ -251,7 +257,7 @@ def test_init_does_not_replace_a_file_unless_told(capsys: pytest.CaptureFixture[
     assert "--force" in capsys.readouterr().err
     assert Path("mine.yaml").read_text() == "precious"
     assert main(["init", "--backbone", "toy", "--out", "mine.yaml", "--force"]) == 0
-    assert Path("mine.yaml").read_text() == DEMO
+    assert Path("mine.yaml").read_text() == EDITOR_LINE + DEMO
     assert os.listdir() == ["mine.yaml"]
 
 

@@ -24,12 +24,17 @@ def init(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
-    """Write a commented config to start from."""
+    """Write a commented config to start from.
+
+    Its first line lets editors complete and check it, once `ttt schema --out ttt.schema.json` has put the schema beside
+    it.
+    """
+    from ttt.config.json_schema import EDITOR_LINE, SCHEMA_FILE
     from ttt.errors import UsageError
     from ttt.files import write_text
     from ttt.plugins import get_backbone
 
-    text = preset_text(get_backbone(backbone), preset)
+    text = EDITOR_LINE + preset_text(get_backbone(backbone), preset)
     if out == "-":
         print(text, end="" if text.endswith("\n") else "\n")
         return
@@ -40,6 +45,9 @@ def init(
         raise UsageError(f"{target}: a folder; name a file in it")
     write_text(target, text)
     show_note(f"Wrote {target}. Check it with `ttt check {target}`, run it with `ttt train {target}`.")
+    schema = target.parent / SCHEMA_FILE
+    if not schema.exists():
+        show_note(f"For completion in your editor, put the schema beside it: `ttt schema --out {schema}`.")
 
 
 def preset_text(backbone: Backbone, name: str) -> str:

@@ -59,6 +59,7 @@ def check_config(
     text: str | bytes | None = None,
     backbone: Backbone | str | None = None,
     overrides: Sequence[str] = (),
+    memory: int | None = None,
 ) -> CheckedConfig:
     """Read, resolve and check a config. No torch is imported, and no model built.
 
@@ -67,6 +68,7 @@ def check_config(
         text: the config itself, instead of a file.
         backbone: for configs that do not name one; one that names another is refused.
         overrides: `section.key=value`, values as YAML, over what the config says.
+        memory: bytes of the device that the run is for; None asks the machine where the config names a device of it.
 
     Raises:
         EnvironmentProblem: the file is missing or cannot be read.
@@ -78,7 +80,7 @@ def check_config(
         source = read_source(path)
     else:
         raise ValueError("a config is read from a path or a text")
-    return _Check(source, overrides).checked(backbone)
+    return _Check(source, overrides, memory).checked(backbone)
 
 
 def load_config(
@@ -87,6 +89,7 @@ def load_config(
     text: str | bytes | None = None,
     backbone: Backbone | str | None = None,
     overrides: Sequence[str] = (),
+    memory: int | None = None,
 ) -> LoadedConfig:
     """`check_config` for a config that is to be run; the arguments are the same.
 
@@ -97,7 +100,7 @@ def load_config(
         EnvironmentProblem: the file is missing or cannot be read.
         ValueError: neither `path` nor `text` is given.
     """
-    checked = check_config(path, text=text, backbone=backbone, overrides=overrides)
+    checked = check_config(path, text=text, backbone=backbone, overrides=overrides, memory=memory)
     errors = [finding for finding in checked.findings if finding.severity is Severity.ERROR]
     if errors:
         at_fault = all(finding.code in ENVIRONMENT_CODES for finding in errors)
@@ -137,8 +140,9 @@ def run_config_model(backbone: Backbone) -> type[RunConfig]:
 class _Check:
     """One config on its way through the steps, and what was found so far."""
 
-    def __init__(self, source: Source, overrides: Sequence[str]) -> None:
+    def __init__(self, source: Source, overrides: Sequence[str], memory: int | None) -> None:
         self.findings: list[Finding] = []
+        self.memory = memory
         self.source = source.with_overrides(overrides) if source.complete else source
 
     def checked(self, asked: Backbone | str | None) -> CheckedConfig:
@@ -232,7 +236,7 @@ class _Check:
             model = run_config_model(backbone)
             ttt = data.get("ttt", {})
             if isinstance(ttt, Mapping):
-                data["ttt"] = _with_defaults(ttt, backbone.ttt_defaults)
+                data["ttt"] = with_defaults(ttt, backbone.ttt_defaults)
             return validate(model, data, self.source, other_options=lambda: _other_options(backbone))
         except Exception as error:  # a third party's model may raise anything
             self._add_failed(backbone, "its options", error)
@@ -255,7 +259,7 @@ class _Check:
         facts = None
         if backbone is not None and not any(_decides_facts(path, config) for path in untrusted):
             facts = self._facts(backbone, config)
-        context = Context(config, backbone, facts, lambda key: self.source.written(tuple(key.split("."))))
+        context = Context(config, backbone, facts, lambda key: self.source.written(tuple(key.split("."))), self.memory)
         self.findings.extend(run_rules(context, untrusted))
         if backbone is not None and not untrusted:
             self._run_plugin_rules(backbone, config)
@@ -326,7 +330,7 @@ def _other_options(backbone: Backbone) -> dict[str, list[type[BaseModel]]]:
     return {other.name: [other.options, other.data_options] for other in others}
 
 
-def _with_defaults(ttt: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(ttt: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The `ttt` section with the backbone's defaults under it, unless the user starts from a preset.
 
     A default that belongs to another inner model than the user's is left out.
