@@ -143,6 +143,86 @@ def test_bad_calls_say_what_is_wrong():
         ttt.scan(lambda c, x: (c[:1], x), x[0], x)
     with pytest.raises(ValueError, match="another structure"):
         ttt.scan(lambda c, x: ((c, c), x), x[0], x)
+    with pytest.raises(TypeError, match=r"carry holds a int.*torch.tensor"):
+        ttt.scan(lambda c, x: (c, x), 0, x)
+    with pytest.raises(TypeError, match=r"consts is a Tensor; write a tuple"):
+        ttt.scan(lambda c, x, *k: (c, x), x[0], x, consts=x)
+    with pytest.raises(TypeError, match=r"step returns a pair \(carry, y\), not a Tensor"):
+        ttt.scan(lambda c, x: c * x, x[0], x)  # two elements, which would unpack
+
+
+@pytest.mark.parametrize("group_size", [0, 2])
+def test_a_y_that_changes_its_form_is_refused(group_size):
+    """Groups write into one tensor, where a smaller y would be broadcast without a word."""
+    carry = (torch.ones(3, requires_grad=True), torch.tensor(0))
+
+    def change(late):
+        def body(c, x):
+            return (c[0] * x, c[1] + 1), c[0] if int(c[1]) < 2 else late(c[0])
+
+        with pytest.raises(ValueError, match="y of another structure, shape or type"):
+            ttt.scan(body, carry, torch.ones(4, 3), group_size=group_size)
+
+    change(lambda y: y[:1])
+    change(lambda y: y.double())
+    change(lambda y: (y, y))
+
+
+@pytest.mark.parametrize("group_size", [0, 2])
+def test_none_stands_for_nothing(group_size):
+    """`return carry, None`, as with `jax.lax.scan`."""
+    h = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    xs = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    scale = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    def body(c, x, factors):
+        assert c["gone"] is None
+        assert factors[1] is None
+        return {"h": c["h"] * factors[0] + x[0], "gone": None}, None
+
+    final, ys = ttt.scan(body, {"h": h, "gone": None}, (xs, None), consts=((scale, None),), group_size=group_size)
+    assert ys is None
+    assert final["gone"] is None
+    expected = h
+    for x in xs:
+        expected = expected * scale + x
+    got = torch.autograd.grad(final["h"].square().sum(), (h, xs, scale))
+    for a, b in zip(got, torch.autograd.grad(expected.square().sum(), (h, xs, scale)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("what", ["carry", "x", "const"])
+def test_writing_to_an_argument_is_refused(what):
+    """Recomputed from what was overwritten, the gradients of `scale` would be wrong without a word."""
+    scale = torch.full((3,), 2.0, requires_grad=True)
+
+    def body(c, x, scale, shift):
+        {"carry": c, "x": x, "const": shift}[what].mul_(2)
+        return c + x + shift, c * scale * x
+
+    with pytest.raises(ValueError, match="wrote to one of its arguments in place"):
+        ttt.scan(body, torch.ones(3), torch.ones(4, 3), consts=(scale, torch.ones(3)), group_size=2)
+
+
+def test_a_view_of_an_input_comes_back_as_an_output_of_its_own():
+    """What a step hands through may be written to by the caller."""
+    xs = torch.randn(4, 3, requires_grad=True)
+    scale = torch.ones(3, requires_grad=True)
+    final, ys = ttt.scan(lambda c, x, scale: (x, c * scale), torch.ones(3), xs, consts=(scale,), group_size=2)
+    before = xs.detach().clone()
+    final.add_(1)
+    assert torch.equal(xs, before)
+    (final.sum() + ys.sum()).backward()
+    torch.testing.assert_close(xs.grad, torch.ones(4, 3))
+
+
+def test_groups_on_the_meta_device():
+    """`meta` has no autocast whose state could be kept."""
+    h = torch.ones(3, device="meta", requires_grad=True)
+    final, _ = ttt.scan(lambda c, x: (c * x, c), h, torch.ones(4, 3, device="meta"), group_size=2)
+    final.sum().backward()
+    assert h.grad is not None
+    assert h.grad.shape == (3,)
 
 
 def test_gradient_of_gradient_is_refused_in_groups_and_given_without():

@@ -8,8 +8,9 @@ recomputation, and the autocast state that held in forward holds when a group ru
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,9 +38,10 @@ def scan(
     does not depend on g.
 
     Args:
-        step: a pure function of its arguments: it must give the same result when it runs again, and reach every
-            tensor that needs a gradient through its arguments, not through a closure.
-        carry: a pytree of tensors; `step` returns one of the same structure, shapes and types.
+        step: a pure function of its arguments: it must give the same result when it runs again, write to none of
+            them, and reach every tensor that needs a gradient through them, not through a closure.
+        carry: a pytree of tensors; `step` returns one of the same structure, shapes and types. None may stand in any
+            pytree where there is nothing, as in `return carry, None`.
         xs: a pytree of tensors `[N, …]`, N ≥ 1.
         consts: pytrees of tensors that every step reads.
         group_size: g, from 0. N need not be a multiple of it.
@@ -48,32 +50,60 @@ def scan(
         The last carry, and the pytree of the `y` with a leading axis of N.
 
     Raises:
-        ValueError: `xs` has no steps or its tensors disagree on how many, `group_size` is negative, or `step` changes
-            the structure, a shape or a type of the carry.
+        ValueError: `xs` has no steps or its tensors disagree on how many, `group_size` is negative, `step` changes
+            the structure, a shape or a type of the carry or of the `y`, or writes to an argument in place.
+        TypeError: a leaf of a pytree is no tensor, or `step` returns no pair.
         RuntimeError: in backward, where `step` closes over a tensor that needs a gradient, which would be lost; and
             where a gradient of a gradient is asked for (use `group_size=0` for that).
     """
-    xs_leaves, xs_spec = pytree.tree_flatten(xs)
-    carry_leaves, carry_spec = pytree.tree_flatten(carry)
-    const_leaves, const_spec = pytree.tree_flatten(tuple(consts))
+    if not isinstance(consts, (tuple, list)):  # iterating a tensor would take it apart
+        raise TypeError(f"scan: consts is a {type(consts).__name__}; write a tuple, as consts=(tensor,)")
+    xs_leaves, xs_form = _flatten(xs, "xs")
+    carry_leaves, carry_form = _flatten(carry, "carry")
+    const_leaves, const_form = _flatten(tuple(consts), "consts")
+    group_size = operator.index(group_size)
     lengths = {leaf.shape[0] if leaf.dim() else 0 for leaf in xs_leaves}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(f"scan: every tensor of xs needs the same leading axis, of 1 or more; got {sorted(lengths)}")
     if group_size < 0:
         raise ValueError(f"scan: group_size is {group_size}; it counts steps, from 0")
     length = lengths.pop()
-    program = _Program(step, carry_spec, xs_spec, const_spec, group_size, length)
+    program = _Program(step, carry_form, xs_form, const_form, group_size, length)
     leaves = (*carry_leaves, *xs_leaves, *const_leaves)
     keeps_everything = group_size == 0 or group_size >= length
     needs_gradient = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     if keeps_everything or not needs_gradient:
-        final, stacked = program.run(tuple(carry_leaves), tuple(xs_leaves), tuple(const_leaves))
+        final, stacked = program.run(carry_leaves, xs_leaves, const_leaves)
     else:
         program.autocast = _AutocastState(next(leaf for leaf in leaves if leaf.requires_grad).device.type)
         out = _GroupedScan.apply(program, len(carry_leaves), len(xs_leaves), *leaves)
         final, stacked = out[: len(carry_leaves)], out[len(carry_leaves) :]
-    assert program.y_spec is not None
-    return pytree.tree_unflatten(list(final), carry_spec), pytree.tree_unflatten(list(stacked), program.y_spec)
+    assert program.y_form is not None
+    return carry_form.unflatten(final), program.y_form.unflatten(stacked)
+
+
+class _Form(NamedTuple):
+    """A pytree apart from its tensors."""
+
+    spec: pytree.TreeSpec
+    filled: tuple[bool, ...]
+    """Which leaves are tensors; the others are None."""
+
+    def unflatten(self, tensors: Sequence[Tensor]) -> Any:
+        waiting = iter(tensors)
+        return pytree.tree_unflatten([next(waiting) if there else None for there in self.filled], self.spec)
+
+
+def _flatten(tree: Any, what: str) -> tuple[Flat, _Form]:
+    leaves, spec = pytree.tree_flatten(tree)
+    for leaf in leaves:
+        if leaf is not None and not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"scan: {what} holds a {type(leaf).__name__}; its leaves are tensors (wrap a number in torch.tensor, "
+                f"register a class of your own with torch.utils._pytree)"
+            )
+    tensors = tuple(leaf for leaf in leaves if leaf is not None)
+    return tensors, _Form(spec, tuple(leaf is not None for leaf in leaves))
 
 
 class _AutocastState:
@@ -84,7 +114,8 @@ class _AutocastState:
     """
 
     def __init__(self, device_type: str) -> None:
-        self.device_types = ("cpu",) if device_type == "cpu" else (device_type, "cpu")
+        known = device_type != "cpu" and torch.amp.is_autocast_available(device_type)  # `meta` has none
+        self.device_types = (device_type, "cpu") if known else ("cpu",)
         self.settings = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in self.device_types
         ]
@@ -105,45 +136,51 @@ class _Program:
     def __init__(
         self,
         step: Callable[..., tuple[Any, Any]],
-        carry_spec: pytree.TreeSpec,
-        xs_spec: pytree.TreeSpec,
-        const_spec: pytree.TreeSpec,
+        carry_form: _Form,
+        xs_form: _Form,
+        const_form: _Form,
         group_size: int,
         length: int,
     ) -> None:
         self.step = step
-        self.carry_spec = carry_spec
-        self.xs_spec = xs_spec
-        self.const_spec = const_spec
+        self.carry_form = carry_form
+        self.xs_form = xs_form
+        self.const_form = const_form
         self.group_size = group_size
         self.length = length
-        self.y_spec: pytree.TreeSpec | None = None
+        self.y_form: _Form | None = None
+        self.y_kinds: list[tuple[torch.Size, torch.dtype]] = []
         self.autocast: _AutocastState | None = None
 
     def one_step(self, carry: Flat, x: Flat, consts: Any) -> tuple[Flat, Flat]:
-        """`step` on flat carries, checking that the carry keeps its form."""
-        new_carry, y = self.step(
-            pytree.tree_unflatten(list(carry), self.carry_spec),
-            pytree.tree_unflatten(list(x), self.xs_spec),
-            *consts,
-        )
-        new_leaves, new_spec = pytree.tree_flatten(new_carry)
-        if new_spec != self.carry_spec:
-            raise ValueError(f"scan: step returned a carry of another structure: {new_spec}, not {self.carry_spec}")
+        """`step` on flat carries, checking that the carry and the `y` keep their form."""
+        pair = self.step(self.carry_form.unflatten(carry), self.xs_form.unflatten(x), *consts)
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise TypeError(f"scan: step returns a pair (carry, y), not a {type(pair).__name__}")
+        new_leaves, new_form = _flatten(pair[0], "the carry that step returned")
+        if new_form != self.carry_form:
+            raise ValueError(
+                f"scan: step returned a carry of another structure: {new_form.spec}, not {self.carry_form.spec}"
+            )
         for old, new in zip(carry, new_leaves, strict=True):
             if old.shape != new.shape or old.dtype != new.dtype:
                 raise ValueError(
                     f"scan: step turned a carry of shape {tuple(old.shape)}, {old.dtype} into {tuple(new.shape)}, "
                     f"{new.dtype}; a carry keeps its shape and type"
                 )
-        y_leaves, self.y_spec = pytree.tree_flatten(y)
-        return tuple(new_leaves), tuple(y_leaves)
+        y_leaves, y_form = _flatten(pair[1], "the y that step returned")
+        kinds = [(y.shape, y.dtype) for y in y_leaves]
+        if self.y_form is None:
+            self.y_form, self.y_kinds = y_form, kinds
+        elif y_form != self.y_form or kinds != self.y_kinds:
+            raise ValueError("scan: step returned a y of another structure, shape or type than the first step's")
+        return new_leaves, y_leaves
 
     def steps(self, carry: Flat, xs: Flat, consts: Flat) -> tuple[Flat, list[Flat]]:
         """Every step over the leading axis of `xs`."""
         # unbind, not indexing: its backward is one stack, where indexing would fill a zero tensor for each step.
         columns = [x.unbind(0) for x in xs]
-        const_trees = pytree.tree_unflatten(list(consts), self.const_spec)
+        const_trees = self.const_form.unflatten(consts)
         ys = []
         for x in zip(*columns, strict=True):
             carry, y = self.one_step(carry, x, const_trees)
@@ -168,12 +205,14 @@ class _GroupedScan(torch.autograd.Function):
         xs, consts = leaves[carries : carries + columns], leaves[carries + columns :]
         carry: Flat = initial
         kept: list[Tensor] = []
+        versions = _versions(leaves)
         stacked: list[Tensor] = []
         assert program.autocast is not None
         with program.autocast.restored():
             for start, stop in program.groups():
                 if start:
                     kept += carry
+                    versions += _versions(carry)
                 carry, ys = program.steps(carry, tuple(x[start:stop] for x in xs), consts)
                 if not stacked:
                     stacked = [y.new_empty((program.length, *y.shape)) for y in ys[0]]
@@ -181,8 +220,12 @@ class _GroupedScan(torch.autograd.Function):
                     for whole, part in zip(stacked, y, strict=True):
                         whole[index] = part
                 del ys
-        # A step may hand an input through; autograd wants an output of its own.
-        outputs = [*(new.clone() if any(new is leaf for leaf in leaves) else new for new in carry), *stacked]
+        # Running again from what was overwritten would give other gradients, without a word.
+        if _versions((*leaves, *kept)) != versions:
+            raise ValueError("scan: step wrote to one of its arguments in place; write to a copy, or to what it made")
+        # A step may hand an input through, or a view of one; autograd wants an output of its own.
+        own = [new.clone() if new._is_view() or any(new is leaf for leaf in leaves) else new for new in carry]
+        outputs = [*own, *stacked]
         ctx.save_for_backward(*leaves, *kept)
         ctx.program, ctx.carries, ctx.columns, ctx.leaves = program, carries, columns, len(leaves)
         ctx.mark_non_differentiable(*(out for out in outputs if not _differentiable(out)))
@@ -251,6 +294,11 @@ class _GroupedScan(torch.autograd.Function):
 
 def _differentiable(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each was written to; autograd's own count, which views share."""
+    return [0 if x.is_inference() else x._version for x in tensors]
 
 
 def _leaf(x: Tensor, wants_gradient: bool) -> Tensor:
