@@ -211,7 +211,7 @@ def test_a_file_that_is_no_state_says_so(tmp_path):
     with pytest.raises(EnvironmentProblem, match="no such file"):
         TTTState.load(path)
     path.write_bytes(b"not a tensor")
-    with pytest.raises(EnvironmentProblem, match="not a saved TTT state"):
+    with pytest.raises(EnvironmentProblem, match="no safetensors file"):
         TTTState.load(path)
     layer = make()
     layer(tokens())[1].detach().save(path)

@@ -156,10 +156,11 @@ def carried(injection: Injection, states: Mapping[str, TTTState] | None = None) 
             raise ValueError(f"the adapter at {name} carries no state from window to window")
         adapters[name] = adapter
     carry = Carry({name: Port(states.get(name)) for name in adapters})
+    before = {name: adapter.port for name, adapter in adapters.items()}
     try:
         for name, adapter in adapters.items():
             adapter.port = carry.ports[name]
         yield carry
     finally:
-        for adapter in adapters.values():
-            adapter.port = None
+        for name, adapter in adapters.items():
+            adapter.port = before[name]

@@ -39,12 +39,12 @@ class observe:  # noqa: N801 - used as `with observe(injection) as evidence`
     """
 
     def __init__(self, injection: Injection) -> None:
-        self._injection = injection
+        self._adapters = injection.adapters
         self._handles: list[Any] = []
         self._measured: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def __enter__(self) -> observe:
-        for name, adapter in self._injection.adapters.items():
+        for name, adapter in self._adapters.items():
             for module in adapter.modules():
                 if isinstance(module, TTTLayer):
                     self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
@@ -66,7 +66,7 @@ class observe:  # noqa: N801 - used as `with observe(injection) as evidence`
         """What was measured, by site name; waits for the device."""
         found = {}
         for name, (before, after, movement) in self._measured.items():
-            gates = [g for g in self._injection.adapters[name].modules() if isinstance(g, Gate)]
+            gates = [g for g in self._adapters[name].modules() if isinstance(g, Gate)]
             opening = torch.cat([torch.tanh(gate.gating_alpha.detach()).abs() for gate in gates])
             found[name] = LayerEvidence(
                 before.item(), after.item(), movement.item(), opening.mean().item(), opening.max().item()

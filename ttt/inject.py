@@ -8,6 +8,7 @@ found good, and a failure on the way undoes what was done.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,6 +137,8 @@ def plan(sites: Sequence[Site], config: TTTConfig, *, causal: bool = True) -> Pl
     by_layer = {site.layer: site for site in sites}
     if len(by_layer) != len(sites):
         raise InjectionError("the backbone offers two sites for one layer")
+    if len({(id(site.module), site.attribute) for site in sites}) != len(sites):
+        raise InjectionError("the backbone offers one module as the site of two layers, which can hold one adapter")
     try:
         chosen = tuple(by_layer[layer] for layer in select_layers(config.layers, len(sites)))
         for site in chosen:
@@ -182,7 +185,7 @@ def apply(
         InjectionError: see `plan`; the model is as it was.
     """
     planned = plan(sites, config, causal=causal)
-    adapters = [_make_adapter(site, config, seed) for site in planned.sites]
+    adapters = [_make_adapter(model, site, config, seed) for site in planned.sites]
     originals = [type(site.module) for site in planned.sites]
     try:
         for site, adapter in zip(planned.sites, adapters, strict=True):
@@ -193,8 +196,9 @@ def apply(
     return Injection(model, planned, originals)
 
 
-def _make_adapter(site: Site, config: TTTConfig, seed: int) -> nn.Module:
-    reference = next(site.module.parameters())
+def _make_adapter(model: nn.Module, site: Site, config: TTTConfig, seed: int) -> nn.Module:
+    # A site may be a module that only routes, with no parameter of its own.
+    reference: Tensor = next(itertools.chain(site.module.parameters(), model.parameters()), torch.empty(0))
     dtype = torch.promote_types(reference.dtype, torch.float32)
     adapter = site.adapter(site.dim, site.num_heads, config, device=reference.device, dtype=dtype)
     generator = torch.Generator().manual_seed((seed * 1_000_003 + site.layer) % (1 << 63))

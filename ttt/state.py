@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ttt.errors import EnvironmentProblem
+from ttt.files import read_tensors, write_tensors
 from ttt.ops.minibatch import Stream, Weights
 
 
@@ -100,16 +100,12 @@ class TTTState:
         return cls(weights, tuple(tensors[f"{name}_grad"] for name in names), tensors["count"])
 
     def save(self, path: str | Path) -> None:
-        """Write the state to a safetensors file; the file appears whole or not at all."""
-        from safetensors.torch import save_file
+        """Write the state to a safetensors file; the file appears whole or not at all.
 
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.partial")
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        Raises:
+            EnvironmentProblem: the disk is full, or the place cannot be written.
+        """
+        write_tensors(Path(path), self.tensors(), {"format": "ttt-state"})
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> TTTState:
@@ -118,12 +114,7 @@ class TTTState:
         Raises:
             EnvironmentProblem: the file is missing, cut short, or holds something else.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
-            return cls.from_tensors(load_file(path, device=str(device)))
-        except FileNotFoundError:
-            raise EnvironmentProblem(f"{path}: no such file") from None
-        except (SafetensorError, ValueError, OSError) as error:
+            return cls.from_tensors(read_tensors(Path(path), device=device))
+        except ValueError as error:
             raise EnvironmentProblem(f"{path}: not a saved TTT state ({error})") from None

@@ -132,21 +132,12 @@ def learn(tokens: Tokens, stream: Stream, inner: Inner, *, group_size: int) -> t
     if not inner.causal:
         if stream.count_B is not None:
             raise ValueError("a non-causal mini-batch is never left open; this state comes from a causal layer")
-        return _learn_padded(tokens, stream.weights, inner, group_size)
+        return _learn_from_boundary(tokens, stream.weights, inner, group_size)
     if stream.gradients is None or stream.count_B is None:
         return _learn_from_boundary(tokens, stream.weights, inner, group_size)
     if tokens.q.shape[2] == 1:
         return _learn_one(tokens, stream.weights, stream.gradients, stream.count_B, inner)
     return _learn_from_anywhere(tokens, stream.weights, stream.gradients, stream.count_B, inner, group_size)
-
-
-def _learn_padded(tokens: Tokens, weights: Weights, inner: Inner, group_size: int) -> tuple[Tensor, Stream]:
-    length, size = tokens.q.shape[2], inner.mini_batch_size
-    padding = -length % size
-    if padding:
-        tokens = tokens.map(lambda x: torch.nn.functional.pad(x, (0, 0, 0, padding)))
-    z, weights = _scan_full(weights, tokens.map(lambda x: x.unflatten(2, (-1, size))), inner, group_size)
-    return z[:, :, :length], Stream(weights)
 
 
 def _learn_from_boundary(tokens: Tokens, weights: Weights, inner: Inner, group_size: int) -> tuple[Tensor, Stream]:
@@ -164,6 +155,8 @@ def _learn_from_boundary(tokens: Tokens, weights: Weights, inner: Inner, group_s
         weights, None, tokens.map(lambda x: x[:, :, length - rest :]), inner, inner.scale_C[:rest, None]
     )
     parts.append(z)
+    if not inner.causal:
+        return torch.cat(parts, dim=2), Stream(_move(weights, gradients, inner.scale_C[-1]))
     count = torch.full((z.shape[0],), rest, dtype=torch.int64, device=z.device)
     return torch.cat(parts, dim=2), Stream(weights, gradients, count)
 
@@ -184,38 +177,46 @@ def _learn_one(
 def _learn_from_anywhere(
     tokens: Tokens, weights: Weights, gradients: Weights, count_B: Tensor, inner: Inner, group_size: int
 ) -> tuple[Tensor, Stream]:
-    """Rows stand anywhere in their mini-batches: each is laid out from its own place in a grid of mini-batches.
+    """Rows stand anywhere in their mini-batches: each is laid out from its own place.
 
-    Row b fills slots `count_b … count_b + T − 1`. The first mini-batch continues the summed gradients, the others
-    go through the scan, and where a row ends inside one its gradients are taken once more at the weights that the
-    scan left it, so that the carry holds weights alone.
+    Row b goes on with the mini-batch that it has open, then fills `full_B[b]` more, which go through the scan, and ends
+    inside one, its tail, whose gradients stay open. No part is wider than the piece, however large a mini-batch is.
     """
     length, size = tokens.q.shape[2], inner.mini_batch_size
-    cells = -(-(length + size - 1) // size)
-    end_B = count_B + length
-    grid = _gather_tokens(tokens, torch.arange(cells * size, device=count_B.device) - count_B[:, None])
-    grid = grid.map(lambda x: x.unflatten(2, (cells, size)))
+    width = min(length, size)
+    slots = torch.arange(width, device=count_B.device)
+    room_B = size - count_B
+    full_B = (length - room_B).clamp_min(0) // size
 
-    first = grid.map(lambda x: x[:, :, 0])
-    z, first_gradients = _answer(weights, gradients, first, inner, inner.scale_C[:, None])
-    closed_B = end_B >= size
+    first = _gather_tokens(tokens, torch.where(slots < room_B[:, None], slots, length))
+    first_scale = inner.scale_C[(count_B[:, None] + slots).clamp_max(size - 1)][:, None, :, None]
+    z, first_gradients = _answer(weights, gradients, first, inner, first_scale)
+    parts = [z]
+    closed_B = room_B <= length
     weights = _move(weights, first_gradients, inner.scale_C[-1], closed_B)
-    if cells > 1:
-        full_NB = end_B >= size * torch.arange(2, cells + 1, device=count_B.device)[:, None]
-        others, weights = _scan_full(weights, grid.map(lambda x: x[:, :, 1:]), inner, group_size, full_NB)
-        z = torch.cat((z, others), dim=2)
 
-    # What each row has read of the mini-batch that it ends in, unless that is the first, whose sum is at hand.
-    count_out = end_B % size
-    slots = torch.arange(size, device=count_B.device)
-    place = slots + (length - count_out)[:, None]
-    tail = _gather_tokens(tokens, torch.where(slots < count_out[:, None], place, length))
-    _, tail_gradients = _answer(weights, None, tail, inner, inner.scale_C[:, None])
+    cells = (length - 1) // size  # as many as a row with one slot left can fill
+    if cells:
+        places = room_B[:, None] + torch.arange(cells * size, device=count_B.device)
+        grid = _gather_tokens(tokens, places).map(lambda x: x.unflatten(2, (cells, size)))
+        full_NB = torch.arange(cells, device=count_B.device)[:, None] < full_B
+        z, weights = _scan_full(weights, grid, inner, group_size, full_NB)
+        parts.append(z)
+
+    tail_B = room_B + full_B * size
+    tail = _gather_tokens(tokens, tail_B[:, None] + slots)
+    z, tail_gradients = _answer(weights, None, tail, inner, inner.scale_C[:width, None])
+    parts.append(z)
     open_gradients = tuple(
         torch.where(closed_B[:, None, None, None], t, f) for t, f in zip(tail_gradients, first_gradients, strict=True)
     )
-    taken = (count_B[:, None] + torch.arange(length, device=count_B.device))[:, None, :, None]
-    return z.gather(2, taken.expand_as(tokens.q)), Stream(weights, open_gradients, count_out)
+
+    token = torch.arange(length, device=count_B.device)
+    after_first, in_tail = token - room_B[:, None], token - tail_B[:, None]
+    part = torch.where(in_tail < 0, width + after_first, width + cells * size + in_tail)
+    part = torch.where(after_first < 0, token, part)[:, None, :, None]
+    state = Stream(weights, open_gradients, (count_B + length) % size)
+    return torch.cat(parts, dim=2).gather(2, part.expand_as(tokens.q)), state
 
 
 def _gather_tokens(tokens: Tokens, index_BT: Tensor) -> Tokens:
