@@ -216,7 +216,7 @@ def test_a_file_that_is_no_state_says_so(tmp_path):
     layer = make()
     layer(tokens())[1].detach().save(path)
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(EnvironmentProblem, match="not a saved TTT state"):
+    with pytest.raises(EnvironmentProblem, match="damaged: its header promises"):
         TTTState.load(path)
 
 
