@@ -1,7 +1,8 @@
 """A finding: what is wrong with a config, where, what will happen and what to write instead.
 
 Codes are stable and come in families: TTT0xx file and syntax, TTT1xx schema and shape, TTT2xx checkpointing,
-TTT3xx causality and state, TTT5xx data and evaluation, TTT6xx environment, TTT7xx optimisation, TTT8xx plugins.
+TTT3xx causality and state, TTT5xx data and evaluation, TTT6xx environment, TTT7xx optimisation, TTT8xx plugins,
+TTT9xx a law that the probe found broken, by its number.
 A plugin's rules use a prefix of their own.
 """
 
@@ -55,6 +56,13 @@ CODES: dict[str, str] = {
     "TTT801": "unknown backbone",
     "TTT802": "a broken plugin",
     "TTT803": "a plugin that failed while it was asked",
+    "TTT901": "a forward pass that writes",
+    "TTT902": "gradients that depend on rematerialisation",
+    "TTT903": "the future reaches the past",
+    "TTT904": "a stream in pieces is not the whole",
+    "TTT905": "rows of a batch that see each other",
+    "TTT906": "a closed gate that is not the plain backbone",
+    "TTT910": "a TTT layer that does nothing",
 }
 """Every code of the core, with its title."""
 

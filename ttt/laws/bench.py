@@ -22,9 +22,13 @@ from ttt.inject import Injection
 class LawBrokenError(TTTError):
     """A law does not hold; `law` is its number, the message says where and by how much."""
 
-    def __init__(self, law: int, message: str) -> None:
+    def __init__(self, law: int, message: str, measured: float | None = None) -> None:
         super().__init__(f"law {law}: {message}")
         self.law = law
+        self.what = message
+        """The message without the law's number."""
+        self.measured = measured
+        """The number that breaks it, where there is one."""
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -63,6 +67,8 @@ class Bench:
         device: where it runs.
         tolerance: largest `distance` of two results that a law says are equal. Backbones that compute in float32
             whatever their type, as Moshi's norms do, decide it.
+        dtype: of the backbone's parameters, where a law does not choose its own.
+        gradient_checkpointing: whether the backbone's own activation checkpointing is on, where a law does not choose.
     """
 
     backbone: Backbone
@@ -72,6 +78,8 @@ class Bench:
     batch_size: int = 3
     device: str = "cpu"
     tolerance: float = 1e-5
+    dtype: torch.dtype = torch.float32
+    gradient_checkpointing: bool = False
 
     def config(self, **changes: Any) -> TTTConfig:
         """The `ttt` section with changes."""
@@ -80,9 +88,16 @@ class Bench:
             warnings.simplefilter("ignore", NestedCheckpointWarning)  # costs are no matter here
             return TTTConfig.model_validate({"mini_batch_size": 4, **own, **(self.ttt or {}), **changes})
 
-    def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The plain tiny model, the same values at every call."""
-        return self.backbone.build(self.options or self.backbone.tiny(), device=self.device, dtype=dtype)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = self.backbone.build(
+                self.options or self.backbone.tiny(), device=self.device, dtype=dtype or self.dtype
+            )
+        if self.gradient_checkpointing:
+            self.backbone.set_gradient_checkpointing(model, True)
+        return model
 
     def inject(self, model: nn.Module, config: TTTConfig | None = None) -> Injection:
         """TTT in the model."""
@@ -90,7 +105,7 @@ class Bench:
             model, self.backbone.sites(model), config or self.config(), causal=self.backbone.causal, seed=1
         )
 
-    def injected(self, dtype: torch.dtype = torch.float32, **changes: Any) -> Injection:
+    def injected(self, dtype: torch.dtype | None = None, **changes: Any) -> Injection:
         """A fresh tiny model with TTT."""
         return self.inject(self.model(dtype), self.config(**changes))
 
@@ -132,10 +147,10 @@ class Bench:
             for adapter in injection.adapters.values():
                 adapter.__dict__.pop("forward", None)
 
-    def checkpointed(self, model: nn.Module) -> bool:
-        """Switch the backbone's own activation checkpointing on; False where it has none."""
+    def checkpointed(self, model: nn.Module, enabled: bool = True) -> bool:
+        """Switch the backbone's own activation checkpointing; False where it has none to be switched on."""
         try:
-            self.backbone.set_gradient_checkpointing(model, True)
+            self.backbone.set_gradient_checkpointing(model, enabled)
         except UsageError:
             return False
         return True
