@@ -79,7 +79,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"ttt {__version__}\n"
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("train", "init", "check", "schema", "plugins", "info"):
+    for command in ("train", "init", "check", "diff", "import-config", "schema", "plugins", "info"):
         assert re.search(rf"^  {command} +\S", text, re.MULTILINE)
         assert main([command, "--help"]) == 0
     assert max(map(len, text.splitlines())) <= 80
@@ -125,6 +125,8 @@ def test_commands_that_only_look_import_no_torch() -> None:
         "check bad.yaml --fix": 1,
         "check good.yaml --format sarif": 0,
         "schema": 0,
+        "diff good.yaml good.yaml": 0,
+        "import-config good.yaml": 2,
         "init --backbone toy --out -": 0,
         "train bad.yaml": 2,
         "train bad.yaml --resume": 2,

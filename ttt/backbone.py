@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from ttt.config.importing import ImportedConfig
     from ttt.inject import Site
 
 Batch = Any
@@ -125,6 +126,18 @@ class Backbone(ABC):
     def has_eval_data(self, config: RunConfig) -> bool:
         """Whether the split `eval` holds data that training does not see; else the training data is evaluated."""
         return config.data.eval_data is not None
+
+    def import_config(self, text: str, *, file: str) -> ImportedConfig | None:
+        """A config of another program that this backbone's users have, in this project's terms.
+
+        Args:
+            text: the other program's config.
+            file: its name, whose ending may say what it is.
+
+        Returns:
+            None where it is none that this backbone knows.
+        """
+        return None
 
     # --- with torch ---
 

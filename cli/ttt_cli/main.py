@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ttt_cli import check, info, init, plugins, schema, train
+from ttt_cli import check, diff, import_config, info, init, plugins, schema, train
 from ttt_cli.terminal import show_error, show_findings
 
 INTERRUPTED = 130
@@ -64,6 +64,8 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("init")(init.init)
 app.command("check")(check.check)
+app.command("diff")(diff.diff)
+app.command("import-config")(import_config.import_config)
 app.command("schema")(schema.schema)
 app.command("plugins")(plugins.plugins)
 app.command("info")(info.info)

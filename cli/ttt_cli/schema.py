@@ -24,10 +24,11 @@ def schema(
         typer.Option("--out", metavar="FILE", help="Write it there, over an older schema; without, print it."),
     ] = None,
 ) -> None:
-    """Print the JSON schema of configs, plugins' options included.
+    """Print the JSON schema of configs, for editors.
 
-    Editors complete and check configs by it. The configs of `ttt init` name it in their first line, as a file beside
-    them: run `ttt schema --out ttt.schema.json` in the folder of your configs, and again when plugins come or go.
+    Plugins' options are included. Editors complete and check configs by the schema. The configs of `ttt init` name it
+    in their first line, as a file beside them: run `ttt schema --out ttt.schema.json` in the folder of your configs,
+    and again when plugins come or go.
     """
     from ttt.config.json_schema import json_schema
     from ttt.files import write_text

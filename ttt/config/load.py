@@ -383,6 +383,12 @@ _Dumper.add_representer(str, _represent_text)
 _Dumper.add_representer(list, _represent_list)
 
 
+def dump_value(value: Any) -> str:
+    """A value as it is written behind a key, in one line; it reads back equal."""
+    text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=1 << 30)
+    return text.removesuffix("\n").removesuffix("...").rstrip("\n")
+
+
 def dump_config(config: RunConfig) -> str:
     """The resolved config as YAML, every key written out, sections in order; it loads back equal."""
     content = config.model_dump(mode="json")

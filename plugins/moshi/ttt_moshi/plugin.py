@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from ttt.config.importing import ImportedConfig
     from ttt.inject import Site
 
 FRAME_RATE = 12.5
@@ -123,6 +124,12 @@ class MoshiBackbone(Backbone):
         """Where the config names data for it, or where the demo's own is used."""
         options, data = cast(MoshiOptions, config.backbone), config.data
         return data.eval_data is not None or (options.preset == "demo" and data.train_data is None)
+
+    def import_config(self, text: str, *, file: str) -> ImportedConfig | None:
+        """moshi-finetune's YAML, with or without a `ttt:` section."""
+        from ttt_moshi.importing import import_config
+
+        return import_config(text, file=file)
 
     def build(self, options: BackboneOptions, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
         """Make kyutai's `LMModel`, in eval mode."""

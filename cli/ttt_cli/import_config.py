@@ -1,0 +1,98 @@
+"""`ttt import-config`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ttt_cli.options import BackboneName
+from ttt_cli.terminal import show_findings, width_of
+
+if TYPE_CHECKING:
+    from ttt.backbone import Backbone
+
+
+def import_config(
+    old: Annotated[str, typer.Argument(metavar="OLD", help="A config of another program.")],
+    out: Annotated[
+        str | None,
+        typer.Option("--out", metavar="FILE", help="Write the new config there. [default: standard output]"),
+    ] = None,
+    backbone: BackboneName = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Turn a config of another program into one of this project.
+
+    Says for each key where it went or why it has no counterpart, and checks the result. What can be read is the
+    backbones' to say: ttt-moshi reads moshi-finetune's YAML.
+
+    Exit codes: 0 imported, 1 imported, but the result has errors, 2 nothing that a backbone reads, 3 a file that cannot
+    be read or written.
+    """
+    from ttt.config import check_config
+    from ttt.config.diagnostics import has_errors, summary
+    from ttt.config.importing import import_config as read
+    from ttt.config.importing import render_account, write_imported
+    from ttt.config.json_schema import EDITOR_LINE
+    from ttt.errors import UsageError
+    from ttt.files import write_text
+
+    target = None if out is None or out == "-" else Path(out)
+    if target is not None and target.is_dir():
+        raise UsageError(f"{target}: a folder; name a file in it")
+    if target is not None and target.exists() and not force:
+        raise UsageError(f"{target}: is already there; write another file with --out, or replace it with --force")
+    backbones = _backbones(backbone)
+    answer = read(_text(old), file=old, backbones=backbones)
+    if answer is None:
+        asked = ", ".join(each.name for each in backbones) or "none"
+        raise UsageError(
+            f"{old}: no installed backbone reads this file (asked: {asked}). ttt-moshi reads moshi-finetune's YAML, "
+            f"ttt-videodit TTT-Video's TOML"
+        )
+    chosen, imported = answer
+    text = EDITOR_LINE + write_imported(imported, origin=old)
+    stream = sys.stderr if target is None else sys.stdout
+    if target is None:
+        print(text, end="")
+    else:
+        write_text(target, text)
+    name = "the new config" if target is None else str(target)
+    print(f"{old} ({imported.format})  →  {name}\n", file=stream)
+    print(render_account(imported, width=width_of(stream)), file=stream)
+    checked = check_config(name, text=text, backbone=chosen)
+    print(file=stream)
+    show_findings(checked.findings, stream=stream)
+    print(f"{name}: {summary(checked.findings)}", file=stream)
+    if has_errors(checked.findings):
+        raise typer.Exit(1)
+
+
+def _text(file: str) -> str:
+    """The old file's text.
+
+    Raises:
+        UsageError: it is no text, or too large for a config.
+        EnvironmentProblem: it cannot be read.
+    """
+    from ttt.config.source import MAX_BYTES, read_bytes
+    from ttt.errors import UsageError
+
+    content = read_bytes(file)
+    if len(content) > MAX_BYTES:
+        raise UsageError(f"{file}: larger than {MAX_BYTES >> 20} MiB; name a config, they are short")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError(f"{file}: is no UTF-8 text; name a config") from None
+
+
+def _backbones(name: str | None) -> list[Backbone]:
+    from ttt.plugins import discover, get_backbone
+
+    if name is not None:
+        return [get_backbone(name)]
+    return [plugin.backbone for plugin in discover() if plugin.backbone is not None]

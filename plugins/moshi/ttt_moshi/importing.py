@@ -1,0 +1,188 @@
+"""moshi-finetune's YAML in this project's terms, with or without the `ttt:` section that forks of it have.
+
+Keys and defaults are those of moshi-finetune's `finetune/args.py`; what a file leaves out is written down where this
+project's default is another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ttt.config.importing import Import, ImportedConfig
+from ttt.config.schema import TTTConfig
+from ttt.config.source import parse_source
+
+FORMAT = "moshi-finetune"
+MARKS = ("moshi_paths", "first_codebook_weight_multiplier", "text_padding_weight", "full_finetuning", "lora")
+"""Keys that no other program's config has."""
+
+LAYERS_WITHOUT_A_SECTION = (29, 30, 31)
+"""Where this project's own 7B config puts TTT."""
+ONE_CYCLE_END = 4e-6
+"""Where `OneCycleLR` ends, as a fraction of its peak: 1 / 25 / 10,000."""
+
+_SAME = {
+    "moshi_paths.hf_repo_id": "backbone.hf_repo",
+    "moshi_paths.moshi_path": "backbone.moshi_path",
+    "moshi_paths.mimi_path": "backbone.mimi_path",
+    "moshi_paths.tokenizer_path": "backbone.tokenizer_path",
+    "moshi_paths.config_path": "backbone.config_path",
+    "first_codebook_weight_multiplier": "backbone.first_codebook_weight_multiplier",
+    "text_padding_weight": "backbone.text_padding_weight",
+    "duration_sec": "data.duration_sec",
+    "max_steps": "train.max_steps",
+    "num_microbatches": "train.num_microbatches",
+    "optim.lr": "train.lr",
+    "optim.weight_decay": "train.weight_decay",
+    "max_norm": "train.max_norm",
+    "param_dtype": "train.param_dtype",
+    "seed": "train.seed",
+    "log_freq": "train.log_freq",
+    "num_ckpt_keep": "train.ckpt_keep",
+}
+_SAME_TTT = {
+    "base_lr": "ttt.base_lr",
+    "mini_batch_size": "ttt.mini_batch_size",
+    "initial_gating_alpha": "ttt.initial_gating_alpha",
+    "rope_theta": "ttt.rope_theta",
+    "weight_lr_multiplier": "train.weight_lr_multiplier",
+    "alpha_lr_multiplier": "train.alpha_lr_multiplier",
+}
+_DEFAULTS: dict[str, tuple[str, Any]] = {
+    "first_codebook_weight_multiplier": ("backbone.first_codebook_weight_multiplier", 1.0),
+    "duration_sec": ("data.duration_sec", 10),
+    "data.shuffle": ("data.shuffle", False),
+    "max_steps": ("train.max_steps", 100),
+    "gradient_checkpointing": ("train.gradient_checkpointing", True),
+    "param_dtype": ("train.param_dtype", "bfloat16"),
+}
+"""What a file that leaves a key out trained with, where this project's default differs."""
+_NOT_HERE = {
+    "lora": "TTT layers learn here, in place of LoRA",
+    "wandb": "a run writes metrics.jsonl, pictures and, with the extra `tensorboard`, TensorBoard files",
+    "save_adapters": "adapters are always saved alone, never merged",
+    "overwrite_run_dir": "a folder that holds a run is never written over",
+    "world_size": "a run uses one device",
+}
+_TRUE, _FALSE = ("yes", "on", "y"), ("no", "off", "n")
+
+
+def import_config(text: str, *, file: str) -> ImportedConfig | None:
+    """The config of a moshi-finetune run, or None where the file is none."""
+    source = parse_source(text, file=file)
+    if not any(mark in source.data for mark in MARKS):
+        return None
+    moving = Import(source, FORMAT)
+    moving.add("backbone.name", "moshi", "whose config it is")
+    moving.add("backbone.preset", "7b", "moshi-finetune trains Moshi itself")
+    for old, new in _SAME.items():
+        moving.move(old, new)
+    _move_data(moving)
+    _move_schedule(moving)
+    _move_what_learns(moving)
+    _move_ttt(moving)
+    for old, (new, value) in _DEFAULTS.items():
+        if not moving.has(old):
+            moving.add(new, value, "moshi-finetune's default, which the file left to it")
+    for old, why in _NOT_HERE.items():
+        moving.drop(old, why)
+    return moving.done()
+
+
+def _flag(value: Any) -> Any:
+    """A boolean of YAML 1.1, which moshi-finetune reads, as one of YAML 1.2."""
+    if isinstance(value, str) and value.casefold() in (*_TRUE, *_FALSE):
+        return value.casefold() in _TRUE
+    return value
+
+
+def _move_flag(moving: Import, old: str, new: str) -> None:
+    moving.move(old, new, value=_flag(moving.get(old)))
+
+
+def _move_data(moving: Import) -> None:
+    for old, new in (("data.train_data", "data.train_data"), ("data.eval_data", "data.eval_data"), ("run_dir",) * 2):
+        empty = moving.get(old) == ""
+        moving.move(old, new, value=None if empty else moving.get(old), note="an empty text is null" if empty else "")
+    _move_flag(moving, "data.shuffle", "data.shuffle")
+    moving.move("batch_size", "train.batch_size", note="of one device; there it was of each GPU")
+
+
+def _move_schedule(moving: Import) -> None:
+    """`OneCycleLR`, saving and evaluating."""
+    steps, share = moving.get("max_steps", 100), moving.get("optim.pct_start", 0.05)
+    if isinstance(steps, int | float) and isinstance(share, int | float):
+        warmup = round(steps * share)
+        told = f"{share:g} of {steps:g} steps"
+        moving.move("optim.pct_start", "train.warmup_steps", value=warmup, note=f"{told}; linear here, a cosine there")
+        if not moving.has("optim.pct_start"):
+            moving.add("train.warmup_steps", warmup, f"moshi-finetune's default pct_start, {told}")
+    else:
+        moving.drop("optim.pct_start", "it, or max_steps, is no number")
+    moving.add("train.min_lr_ratio", ONE_CYCLE_END, "where moshi-finetune's OneCycleLR ends")
+    _move_flag(moving, "gradient_checkpointing", "train.gradient_checkpointing")
+
+    saves, evaluates = _flag(moving.get("do_ckpt", True)), _flag(moving.get("do_eval", False))
+    if saves is False:
+        moving.drop("do_ckpt", "a run always saves what it trained at its end")
+        moving.move("ckpt_freq", "train.ckpt_freq", value=0, note="do_ckpt: false")
+    else:
+        moving.drop("do_ckpt", "a run always saves; ckpt_freq says how often")
+        moving.move("ckpt_freq", "train.ckpt_freq")
+    if evaluates is True:
+        moving.drop("do_eval", "a run always evaluates at its end; eval_freq says how often before")
+        moving.move("eval_freq", "eval.eval_freq")
+    else:
+        moving.drop("do_eval", "a run always evaluates at its end")
+        moving.move("eval_freq", "eval.eval_freq", value=0, note="without do_eval: true it was not read")
+
+
+def _move_what_learns(moving: Import) -> None:
+    if _flag(moving.get("full_finetuning", False)) is True:
+        moving.move("full_finetuning", "train.trainable", value="all", note="true: everything learns")
+    else:
+        moving.move("full_finetuning", "train.trainable", value="ttt", note="false: the backbone is frozen")
+
+
+def _move_ttt(moving: Import) -> None:
+    """The `ttt:` section of forks; its MLP is the inner model."""
+    section = moving.source.data.get("ttt")
+    if not isinstance(section, dict) or not section:
+        why = "the file has no TTT; these are the layers of this project's own 7B config"
+        moving.add("ttt.layers", list(LAYERS_WITHOUT_A_SECTION), why)
+        return
+    if _flag(section.get("enable", True)) is False:
+        moving.move("ttt.enable", "ttt.layers", value="none", note="false: no layer has TTT")
+        moving.drop("ttt.layers", "ttt.enable: false")
+    else:
+        moving.drop("ttt.enable", "true: what ttt.layers names has TTT")
+        moving.move("ttt.layers", "ttt.layers")
+    for old, new in _SAME_TTT.items():
+        moving.move(f"ttt.{old}", new)
+    _move_flag(moving, "ttt.persistent_states", "ttt.persistent_states")
+    rope = _flag(section.get("use_rope", True))
+    moving.move("ttt.use_rope", "ttt.rope", value="none" if rope is False else "mini_batch")
+    _move_inner_model(moving, section)
+    handled = {"enable", "layers", "persistent_states", "use_rope", *_SAME_TTT}
+    for key in section:
+        if key in TTTConfig.model_fields and key not in handled:
+            moving.move(f"ttt.{key}", f"ttt.{key}")
+
+
+def _move_inner_model(moving: Import, section: dict[str, Any]) -> None:
+    mlp = [key for key in section if key.startswith("ttt_mlp_")]
+    if section.get("ttt_mlp_layers") == 1:
+        moving.move("ttt.ttt_mlp_layers", "ttt.layer_type", value="linear", note="one matrix is the linear inner model")
+        for key in mlp:
+            if key != "ttt_mlp_layers":
+                moving.drop(f"ttt.{key}", "a linear inner model has no hidden layer")
+        return
+    if mlp and "layer_type" not in section:
+        moving.add("ttt.layer_type", "mlp", "the inner model that ttt_mlp_… describe")
+    moving.move("ttt.ttt_mlp_layers", "ttt.mlp_layers")
+    if section.get("ttt_mlp_hidden_dims"):
+        moving.move("ttt.ttt_mlp_hidden_dims", "ttt.mlp_hidden_dims")
+        moving.drop("ttt.ttt_mlp_expansion_factor", "ttt_mlp_hidden_dims gives the widths")
+    else:
+        moving.drop("ttt.ttt_mlp_hidden_dims", "it names no width; the factor gives them")
+        moving.move("ttt.ttt_mlp_expansion_factor", "ttt.mlp_expansion_factor")

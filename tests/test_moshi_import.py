@@ -1,0 +1,255 @@
+"""`ttt import-config`: each key of a moshi-finetune config goes somewhere or is told why not; the result checks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ttt.config import check_config, load_config
+from ttt.config.importing import ImportedConfig, render_account, write_imported
+from ttt.config.importing import import_config as ask
+from ttt.errors import ConfigError, PluginError, UsageError
+from ttt.plugins import get_backbone
+from ttt_cli.main import main
+from ttt_moshi.importing import import_config
+
+PLAIN = """\
+data:
+  train_data: ''
+  eval_data: ''
+  shuffle: true
+moshi_paths:
+  hf_repo_id: "kyutai/moshiko-pytorch-bf16"
+full_finetuning: false
+lora: {enable: true, rank: 128, scaling: 2., ft_embed: false}
+first_codebook_weight_multiplier: 100.
+text_padding_weight: .5
+duration_sec: 100
+batch_size: 16
+max_steps: 2000
+gradient_checkpointing: yes
+optim:
+  lr: 2e-6
+  weight_decay: 0.1
+  pct_start: 0.05
+seed: 0
+log_freq: 1
+eval_freq: 100
+do_eval: false
+do_ckpt: true
+ckpt_freq: 100
+save_adapters: true
+run_dir: ""
+wandb: {key: a-secret, project: speech}
+"""
+WITH_TTT = """\
+data: {train_data: train.jsonl}
+moshi_paths: {config_path: null}
+full_finetuning: true
+num_microbatches: 2
+do_eval: true
+eval_freq: 10
+ttt:
+  enable: true
+  layers: "29,30,31"
+  base_lr: 0.5
+  mini_batch_size: 8
+  persistent_states: true
+  initial_gating_alpha: 0.2
+  ttt_mlp_layers: 3
+  ttt_mlp_expansion_factor: 2.0
+  ttt_mlp_hidden_dims: null
+  weight_lr_multiplier: 2.0
+  alpha_lr_multiplier: 5.0
+  use_rope: false
+  rope_theta: 5000.0
+  colour: red
+"""
+
+
+def _imported(text: str) -> ImportedConfig:
+    imported = import_config(text, file="old.yaml")
+    assert imported is not None
+    return imported
+
+
+def _config(text: str) -> dict[str, Any]:
+    """The new config, resolved."""
+    checked = check_config("new.yaml", text=write_imported(_imported(text), origin="old.yaml"))
+    assert checked.config is not None, checked.findings
+    return checked.config.model_dump(mode="json")
+
+
+def _leaves(data: dict[str, Any], path: str = "") -> set[str]:
+    return {
+        leaf
+        for key, value in data.items()
+        for leaf in (_leaves(value, f"{path}{key}.") if isinstance(value, dict) and value else {f"{path}{key}"})
+    }
+
+
+@pytest.mark.parametrize("text", [PLAIN, WITH_TTT])
+def test_no_key_is_lost(text: str) -> None:
+    imported = _imported(text)
+    assert {key.old for key in imported.keys if key.old} == _leaves(yaml.safe_load(text))
+    assert {key.new for key in imported.keys if key.new} == set(imported.values)
+    assert all(key.note for key in imported.keys if key.new is None or not key.old)
+
+
+def test_a_config_without_ttt_gets_this_projects_layers() -> None:
+    config = _config(PLAIN)
+    assert config["backbone"]["hf_repo"] == "kyutai/moshiko-pytorch-bf16"
+    assert config["backbone"]["preset"] == "7b"
+    assert config["ttt"]["layers"] == [29, 30, 31]
+    assert config["data"] == {"train_data": None, "eval_data": None, "shuffle": True, "duration_sec": 100.0}
+    train = config["train"]
+    assert (train["lr"], train["warmup_steps"], train["max_steps"]) == (2e-6, 100, 2000)
+    assert (train["trainable"], train["gradient_checkpointing"], train["param_dtype"]) == ("ttt", True, "bfloat16")
+    assert (train["ckpt_freq"], config["eval"]["eval_freq"], config["run_dir"]) == (100, 0, None)
+
+
+def test_a_section_of_ttt_is_carried_over() -> None:
+    config = _config(WITH_TTT + "scan: 1\n")
+    ttt, train = config["ttt"], config["train"]
+    assert ttt["layers"] == [29, 30, 31]
+    assert (ttt["layer_type"], ttt["mlp_layers"], ttt["mlp_expansion_factor"]) == ("mlp", 3, 2.0)
+    assert (ttt["base_lr"], ttt["mini_batch_size"], ttt["initial_gating_alpha"]) == (0.5, 8, 0.2)
+    assert (ttt["persistent_states"], ttt["rope"], ttt["rope_theta"]) == (True, "none", 5000.0)
+    assert (train["weight_lr_multiplier"], train["alpha_lr_multiplier"]) == (2.0, 5.0)
+    assert (train["trainable"], train["num_microbatches"]) == ("all", 2)
+    assert config["eval"]["eval_freq"] == 10
+    unknown = [key.old for key in _imported(WITH_TTT + "scan: 1\n").keys if "known here" in key.note]
+    assert unknown == ["ttt.colour", "scan"]
+
+
+def test_what_a_file_leaves_out_is_what_moshi_finetune_trained_with() -> None:
+    config = _config("moshi_paths: {hf_repo_id: null}\n")
+    assert config["backbone"]["first_codebook_weight_multiplier"] == 1.0
+    assert (config["data"]["duration_sec"], config["data"]["shuffle"]) == (10.0, False)
+    train = config["train"]
+    assert (train["max_steps"], train["warmup_steps"], train["param_dtype"]) == (100, 5, "bfloat16")
+    assert train["gradient_checkpointing"] is True
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ("enable: false, layers: all", {"layers": "none"}),
+        ("enable: off", {"layers": "none"}),
+        ("layers: [1, 2], use_rope: yes", {"layers": [1, 2], "rope": "mini_batch"}),
+        ("ttt_mlp_layers: 1, ttt_mlp_expansion_factor: 4.0", {"layer_type": "linear"}),
+        ("ttt_mlp_hidden_dims: [64], ttt_mlp_expansion_factor: 2.0", {"mlp_hidden_dims": [64], "layer_type": "mlp"}),
+        ("ttt_mlp_hidden_dims: [], ttt_mlp_expansion_factor: 2.0", {"mlp_expansion_factor": 2.0}),
+        ("scan_checkpoint_group_size: 0", {"scan_checkpoint_group_size": 0}),
+    ],
+)
+def test_corners_of_the_section(section: str, expected: dict[str, Any]) -> None:
+    ttt = _config(f"lora: {{enable: false}}\nfull_finetuning: true\nttt: {{{section}}}\n")["ttt"]
+    assert {key: ttt[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["max_steps: many\n", "optim: 5\n", "ttt: 3\n", "data:\n", "do_ckpt: off\nckpt_freq: 5\n"]
+)
+def test_odd_values_are_the_checks_to_refuse(text: str) -> None:
+    imported = _imported(f"lora:\n{text}")
+    assert {key.old for key in imported.keys if key.old} >= _leaves(yaml.safe_load(text))
+    check_config("new.yaml", text=write_imported(imported, origin="old.yaml"))
+
+
+@pytest.mark.parametrize("text", ["[model]\nname = 'cogvideo'\n", "ttt: {layers: all}\n", "", "- 1\n", "lora: ["])
+def test_files_of_others_are_left_to_others(text: str) -> None:
+    assert import_config(text, file="old") is None
+
+
+def test_the_account_wraps_at_a_terminal_and_keeps_secrets() -> None:
+    account = render_account(_imported(PLAIN), width=80)
+    assert max(map(len, account.splitlines())) <= 90  # a long key is not broken
+    assert all(len(line) <= 80 for line in account.splitlines() if line.startswith("      "))
+    assert "wandb.key" in account
+    assert "a-secret" not in account + write_imported(_imported(PLAIN), origin="old.yaml")
+
+
+# --- the command ---
+
+
+@pytest.fixture(autouse=True)
+def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("old.yaml").write_text(PLAIN)
+
+
+def test_a_file_is_written_checked_and_accounted_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["import-config", "old.yaml", "--out", "new.yaml"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith("old.yaml (moshi-finetune)  →  new.yaml\n")
+    assert re.search(r"^  optim\.lr → train\.lr: 2e-06$", out, re.MULTILINE)
+    assert re.search(r"^new\.yaml: ", out.splitlines()[-1])
+    assert load_config("new.yaml").config.train.lr == 2e-6
+    assert Path("new.yaml").read_text().startswith("# yaml-language-server: $schema=")
+    assert main(["import-config", "old.yaml", "--out", "new.yaml"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main(["import-config", "old.yaml", "--out", "new.yaml", "--force"]) == 0
+
+
+def test_without_a_file_the_config_alone_is_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["import-config", "old.yaml"]) == 0
+    out, err = capsys.readouterr()
+    assert load_config("c.yaml", text=out).config.train.lr == 2e-6
+    assert "no counterpart:" in err
+
+
+def test_a_result_with_errors_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("old.yaml").write_text(WITH_TTT.replace("mini_batch_size: 8", "mini_batch_size: 0"))
+    assert main(["import-config", "old.yaml", "--out", "new.yaml"]) == 1
+    assert "error TTT103  `ttt.mini_batch_size`" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "code", "words"),
+    [
+        (
+            "video.toml",
+            "[model]\nname = 'cogvideo'\n[remat]\n",
+            2,
+            "no installed backbone reads this file (asked: ",
+        ),
+        ("mine.yaml", "backbone: {name: moshi}\n", 2, "`ttt check mine.yaml`"),
+        ("twice.yaml", "seed: 1\nseed: 2\nlora:\n", 2, "error TTT002"),
+        ("broken.yaml", "lora: [", 2, "error TTT001"),
+        ("nowhere.yaml", None, 3, "no such file"),
+        ("large.yaml", "#" * (1 << 21), 2, "larger than 1 MiB"),
+        ("latin.yaml", b"lora: \xe9", 2, "no UTF-8 text"),
+    ],
+)
+def test_files_that_cannot_be_imported(
+    name: str, text: str | bytes | None, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert main(["import-config", name, "--out", "new.yaml"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+    assert not Path("new.yaml").exists()
+
+
+def test_a_backbone_that_fails_is_named() -> None:
+    moshi = get_backbone("moshi")
+
+    class Failing(type(moshi)):  # type: ignore[misc]
+        def import_config(self, text: str, *, file: str) -> None:
+            raise RuntimeError("a bug")
+
+    with pytest.raises(PluginError, match=r"the plugin moshi failed .* import old\.yaml: RuntimeError: a bug"):
+        ask(PLAIN, file="old.yaml", backbones=[Failing()])
+    with pytest.raises(ConfigError):
+        ask("lora: [", file="old.yaml", backbones=[moshi])
+    with pytest.raises(UsageError):
+        ask("backbone: {name: moshi}", file="old.yaml", backbones=[moshi])
+    assert ask("x: 1", file="old.yaml", backbones=[moshi]) is None
