@@ -26,6 +26,8 @@ class Context:
     known_facts: BackboneFacts | None
     is_written: Callable[[str], bool]
     """Whether the user wrote a key, given dotted."""
+    memory_bytes: int | None = None
+    """Memory of the device that the run is for, where the caller knows it."""
 
     @property
     def backbone(self) -> Backbone:
