@@ -9,7 +9,7 @@ UV     := UV_FIND_LINKS="$(PIP_FIND_LINKS)" VIRTUAL_ENV="$(abspath $(VENV))" $(B
 export NO_TORCH_COMPILE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format clean constraints
+.PHONY: help setup demo test lint types format clean constraints rules
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ types: $(STAMP) ## mypy
 format: $(STAMP) ## put the code in its form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+rules: $(STAMP) ## write docs/rules.md anew from the rules' explanations
+	$(BIN)/python -m ttt.config.explain > $(VENV)/rules.md
+	mv $(VENV)/rules.md docs/rules.md
 
 constraints: $(STAMP) ## pin anew what constraints.txt pins (then run the tests)
 	@echo '# What this project is tested with; `make setup` installs these. Made by `make constraints`.' > $(VENV)/pins

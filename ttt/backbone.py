@@ -28,6 +28,21 @@ Batch = Any
 
 
 @dataclass(frozen=True)
+class RecordingFormat:
+    """What the lines of a backbone's `.jsonl` data say, so that `ttt check` can read them without any decoder.
+
+    Every line is a JSON object whose key `path` names a file, relative to the folder of the `.jsonl`.
+    """
+
+    example: str
+    """A good line."""
+    window_sec: float
+    """Length of a window, seconds; each line's `duration` gives that of its file."""
+    beside: str | None = None
+    """Suffix of a file that must lie beside each one named, `.json`."""
+
+
+@dataclass(frozen=True)
 class BackboneFacts:
     """What a config check must know without building the model."""
 
@@ -49,6 +64,8 @@ class BackboneFacts:
     """What autograd keeps of one token in one layer, in the config's `param_dtype`, when all of it is trained."""
     head_activation_bytes: int | None = None
     """What it keeps of one token outside the layers, with the config's `gradient_checkpointing`: heads, losses."""
+    recordings: RecordingFormat | None = None
+    """How `data.train_data` and `data.eval_data` are written, where they are `.jsonl` files or folders of them."""
 
 
 @dataclass(frozen=True)

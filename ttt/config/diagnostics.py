@@ -1,8 +1,8 @@
 """A finding: what is wrong with a config, where, what will happen and what to write instead.
 
 Codes are stable and come in families: TTT0xx file and syntax, TTT1xx schema and shape, TTT2xx checkpointing,
-TTT3xx causality and state, TTT5xx data and evaluation, TTT6xx environment, TTT7xx optimisation, TTT8xx plugins,
-TTT9xx a law that the probe found broken, by its number.
+TTT3xx causality and state, TTT4xx memory and disk, TTT5xx data and evaluation, TTT6xx environment, TTT7xx optimisation,
+TTT8xx plugins, TTT9xx a law that the probe found broken, by its number.
 A plugin's rules use a prefix of their own.
 """
 
@@ -44,15 +44,33 @@ CODES: dict[str, str] = {
     "TTT114": "an inner model without hidden units",
     "TTT201": "one checkpoint per mini-batch",
     "TTT202": "checkpoints nested in checkpoints",
+    "TTT203": "a group size far from the best",
+    "TTT204": "a group larger than the sequence",
+    "TTT205": "no rematerialisation where memory will not do",
     "TTT301": "a non-causal update in a causal backbone",
     "TTT302": "carried state with shuffled data",
     "TTT303": "a window shorter than one mini-batch",
+    "TTT304": "carried state without a boundary",
+    "TTT305": "carried state with nothing to carry",
+    "TTT306": "windows that do not divide into mini-batches",
+    "TTT401": "a run that does not fit in memory",
+    "TTT402": "a run that may not fit in memory",
+    "TTT403": "a checkpoint larger than the disk's free space",
+    "TTT404": "checkpoints larger than the disk's free space",
     "TTT501": "data that is not there",
     "TTT502": "evaluation on the training data",
     "TTT503": "an evaluation that never comes",
+    "TTT504": "lines of data that are no JSON",
+    "TTT505": "lines of data without their keys",
+    "TTT506": "recordings that are not there",
+    "TTT507": "recordings shorter than a window",
+    "TTT508": "recordings without what lies beside them",
     "TTT601": "a run_dir that cannot be written",
     "TTT701": "a warm-up longer than the run",
     "TTT702": "nothing that learns",
+    "TTT703": "gates that can never open",
+    "TTT704": "gates that hardly open within the run",
+    "TTT705": "an inner learning rate outside the literature",
     "TTT801": "unknown backbone",
     "TTT802": "a broken plugin",
     "TTT803": "a plugin that failed while it was asked",
@@ -66,7 +84,9 @@ CODES: dict[str, str] = {
 }
 """Every code of the core, with its title."""
 
-ENVIRONMENT_CODES = frozenset({"TTT501", "TTT601", "TTT802", "TTT803"})
+ENVIRONMENT_CODES = frozenset(
+    {"TTT403", "TTT501", "TTT504", "TTT505", "TTT506", "TTT508", "TTT601", "TTT802", "TTT803"}
+)
 """Codes that blame the machine that the config was read on, not the config."""
 
 

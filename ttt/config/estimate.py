@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ttt.config.schema import RunConfig, TTTConfig, inner_widths, mini_batches, select_layers
+from ttt.config.schema import RunConfig, TTTConfig, inner_widths, select_layers
 
 if TYPE_CHECKING:
     from ttt.backbone import BackboneFacts
@@ -45,6 +45,8 @@ def parse_bytes(text: str) -> int:
 
 def show_bytes(count: float) -> str:
     """An amount for people, in binary units and three digits: `14.3 GiB`."""
+    if abs(count) > 1 << 80:  # beyond what a float divides, in a config that nobody means
+        return "more than 10^12 TiB"
     if abs(count) < 1000:
         return f"{count:.0f} bytes"
     power = 1
@@ -139,11 +141,9 @@ def scan_cost(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch
     heads = config.num_heads or num_heads
     size = config.mini_batch_size
     open_tokens: tuple[int, ...]
-    if not config.causal:
-        steps, open_tokens = mini_batches(tokens, size), ()
-    elif config.persistent_states and tokens % size:
-        # A window may begin anywhere in a mini-batch: the first and a copy of the last run outside the scan.
-        steps, open_tokens = mini_batches(tokens + size - 1, size) - 1, (size, size)
+    if config.causal and config.persistent_states and tokens % size:
+        # A window may begin anywhere in a mini-batch: what it finds open, and what it leaves open, run beside the scan.
+        steps, open_tokens = (tokens - 1) // size, (min(tokens, size),) * 2
     else:
         steps, open_tokens = tokens // size, (tokens % size,)
     widths = inner_widths(dim // heads, config)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, model_validator
 
-from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, WindowDataset
+from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, RecordingFormat, WindowDataset
 from ttt.config import BackboneOptions, DataOptions, RunConfig, TrainConfig
 from ttt.errors import EnvironmentProblem
 from ttt.hookspecs import hookimpl
@@ -117,6 +117,7 @@ class MoshiBackbone(Backbone):
             **_sizes(options),
             tokens_per_window=frames_in(data.duration_sec, FRAME_RATE),
             window=f"{data.duration_sec:g} s of Moshi",
+            recordings=RecordingFormat('{"path": "a.wav", "duration": 61.2}', data.duration_sec, beside=".json"),
             **_memory_facts(options, config.train, frames_in(data.duration_sec, FRAME_RATE)),
         )
 

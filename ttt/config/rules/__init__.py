@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ttt.config.diagnostics import Finding
-from ttt.config.rules import causality, checkpointing, data, environment, optimisation, shape
-from ttt.config.rules.rule import FACTS, Context, Rule
+from ttt.config.rules import causality, checkpointing, data, environment, memory, optimisation, shape
+from ttt.config.rules.rule import FACTS, NEEDED, Context, Rule
 from ttt.config.source import KeyPath
 
 RULES: tuple[Rule, ...] = (
     *shape.RULES,
     *checkpointing.RULES,
     *causality.RULES,
+    *memory.RULES,
     *data.RULES,
     *environment.RULES,
     *optimisation.RULES,
@@ -27,6 +28,7 @@ def run_rules(context: Context, untrusted: Collection[KeyPath]) -> list[Finding]
         finding
         for rule in reliable
         if context.known_facts is not None or FACTS not in rule.reads
+        if NEEDED not in rule.reads or context.can_be_built
         for finding in rule.check(context)
     ]
 

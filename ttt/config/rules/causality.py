@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from ttt.config.diagnostics import Finding, Severity
 from ttt.config.rules.rule import FACTS, Context, rule
 
+_WASTE = 0.25
+"""Share of padding from which it is worth a word."""
+
 
 @rule("backbone.name", "ttt.preset", "ttt.layers", "ttt.causal", "ttt.mini_batch_size")
 def leaks_the_future(context: Context) -> Iterator[Finding]:
@@ -63,4 +66,72 @@ def never_a_second_mini_batch(context: Context) -> Iterator[Finding]:
     )
 
 
-RULES = (leaks_the_future, carries_between_strangers, never_a_second_mini_batch)
+@rule("ttt", "data", "train.batch_size", FACTS)
+def carries_across_a_file(context: Context) -> Iterator[Finding]:
+    """Carried states have files to be carried through, and boundaries to start over at."""
+    ttt, facts, data = context.config.ttt, context.facts, context.config.data
+    if not ttt.persistent_states or data.shuffle or facts.recordings is None or ttt.layers in ("none", ()):
+        return
+    lines = context.recordings("train_data")
+    if lines is None or not lines.complete or not lines.seconds:
+        return
+    if len(lines.seconds) == 1 and context.config.train.batch_size == 1:
+        yield Finding(
+            code="TTT304",
+            severity=Severity.WARNING,
+            path="ttt.persistent_states",
+            message=(
+                f"{data.train_data} is one recording of {lines.seconds[0]:g} s: carried states have no file boundary "
+                f"to start over at, so nothing in the run shows the layers a beginning but the first window"
+            ),
+            fix="write one line for each recording in the data, or persistent_states: false",
+            value=1,
+        )
+    elif max(lines.seconds) <= facts.recordings.window_sec:
+        yield Finding(
+            code="TTT305",
+            severity=Severity.WARNING,
+            path="ttt.persistent_states",
+            message=(
+                f"none of the {len(lines.seconds)} recordings is longer than {facts.window}: each is one window, so "
+                f"persistent_states: true carries nothing"
+            ),
+            fix="write a shorter window, name longer recordings, or write persistent_states: false",
+            value=max(lines.seconds),
+        )
+
+
+@rule("ttt", FACTS)
+def windows_divide(context: Context) -> Iterator[Finding]:
+    """Windows that do not divide into mini-batches leave each row at another place, which costs padding."""
+    ttt, tokens = context.config.ttt, context.facts.tokens_per_window
+    if tokens is None or not (ttt.persistent_states and ttt.causal) or not tokens % ttt.mini_batch_size:
+        return
+    if ttt.layers in ("none", ()):
+        return
+    width = min(tokens, ttt.mini_batch_size)
+    slots = 2 * width + (tokens - 1) // ttt.mini_batch_size * ttt.mini_batch_size
+    waste = 1 - tokens / slots
+    if waste >= _WASTE:
+        below = max((size for size in range(1, ttt.mini_batch_size) if tokens % size == 0), default=1)
+        yield Finding(
+            code="TTT306",
+            severity=Severity.NOTE,
+            path="ttt.mini_batch_size",
+            message=(
+                f"{context.facts.window} is {tokens} tokens, which mini-batches of {ttt.mini_batch_size} do not "
+                f"divide, so a window that is carried into begins inside one: {waste:.0%} of the {slots} slots "
+                f"computed for it are padding"
+            ),
+            fix=f"write mini_batch_size: {below}, which divides {tokens}, or windows that the mini-batch divides",
+            value=slots - tokens,
+        )
+
+
+RULES = (
+    leaks_the_future,
+    carries_between_strangers,
+    never_a_second_mini_batch,
+    carries_across_a_file,
+    windows_divide,
+)

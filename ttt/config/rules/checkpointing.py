@@ -6,16 +6,29 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ttt.config.diagnostics import Finding, Severity
-from ttt.config.rules.rule import FACTS, Context, rule
-from ttt.config.schema import checkpoint_groups, group_size_warnings
+from ttt.config.estimate import ScanCost, show_bytes
+from ttt.config.rules.rule import NEEDS, Context, rule
+from ttt.config.schema import TTTConfig, group_size_warnings
 from ttt.config.validation import split_fix
+
+_FAR = 2.0
+"""How many times the least memory a group size may need before it is worth a word."""
+_WORTH_BYTES = 64 << 20
+"""And how much more."""
+_LITERATURE = TTTConfig.model_fields["scan_checkpoint_group_size"].default
+
+
+def _finding(context: Context, text: str, more: str = "", *, code: str, severity: Severity, path: str) -> Finding:
+    message, fix = split_fix(text)
+    scan = context.needs.scan
+    return Finding(
+        code=code, severity=severity, path=path, message=message + more, fix=fix, value=scan.groups if scan else None
+    )
 
 
 def _costs(context: Context, *, gradient_checkpointing: bool) -> list[str]:
     """The schema's own words for what the group size costs, in this config's numbers."""
     ttt, facts = context.config.ttt, context.facts
-    if ttt.layers in ("none", ()):
-        return []
     return group_size_warnings(
         ttt.scan_checkpoint_group_size,
         ttt.mini_batch_size,
@@ -25,36 +38,101 @@ def _costs(context: Context, *, gradient_checkpointing: bool) -> list[str]:
     )
 
 
-def _finding(context: Context, text: str, *, code: str, severity: Severity, path: str) -> Finding:
-    ttt, tokens = context.config.ttt, context.facts.tokens_per_window
-    message, fix = split_fix(text)
-    groups = None if tokens is None else checkpoint_groups(tokens, ttt.mini_batch_size, ttt.scan_checkpoint_group_size)
-    return Finding(code=code, severity=severity, path=path, message=message, fix=fix, value=groups)
-
-
-@rule("ttt.layers", "ttt.scan_checkpoint_group_size", "ttt.mini_batch_size", FACTS)
+@rule(*NEEDS)
 def one_checkpoint_per_mini_batch(context: Context) -> Iterator[Finding]:
     """A group of one keeps every carry and recomputes every step."""
+    if not context.has_layers:
+        return
+    scan = context.needs.scan
+    more = f"; {_compared(scan)}" if scan is not None and scan.groups > 1 else ""
     for text in _costs(context, gradient_checkpointing=False):
         finding = _finding(
-            context, text, code="TTT201", severity=Severity.WARNING, path="ttt.scan_checkpoint_group_size"
+            context, text, more, code="TTT201", severity=Severity.WARNING, path="ttt.scan_checkpoint_group_size"
         )
-        yield replace(finding, replacement="16")
+        yield replace(finding, replacement=str(_LITERATURE))
 
 
-@rule(
-    "ttt.layers",
-    "ttt.scan_checkpoint_group_size",
-    "ttt.mini_batch_size",
-    "train.gradient_checkpointing",
-    FACTS,
-)
+@rule(*NEEDS)
 def nested_checkpoints(context: Context) -> Iterator[Finding]:
     """Activation checkpointing around the scan runs every inner step once more."""
+    scan = context.needs.scan
+    if not context.has_layers or (scan is not None and scan.keeps_everything):
+        return
+    more = ""
+    if scan is not None:
+        everything = scan.with_group_size(0)
+        more = (
+            f"; the groups spare {show_bytes(everything.peak_bytes - scan.peak_bytes)} of the "
+            f"{show_bytes(everything.peak_bytes)} that the scan of one layer keeps without them"
+        )
     alone = _costs(context, gradient_checkpointing=False)
     for text in _costs(context, gradient_checkpointing=context.config.train.gradient_checkpointing):
         if text not in alone:
-            yield _finding(context, text, code="TTT202", severity=Severity.NOTE, path="train.gradient_checkpointing")
+            yield _finding(
+                context, text, more, code="TTT202", severity=Severity.NOTE, path="train.gradient_checkpointing"
+            )
 
 
-RULES = (one_checkpoint_per_mini_batch, nested_checkpoints)
+@rule(*NEEDS)
+def far_from_the_best_group(context: Context) -> Iterator[Finding]:
+    """A group size that recomputes all the same, but needs far more memory than another."""
+    scan = context.needs.scan
+    if not context.has_layers or scan is None or scan.keeps_everything or scan.group_size == 1:
+        return
+    best = scan.best_group_size()
+    least = scan.with_group_size(best).peak_bytes
+    if scan.peak_bytes >= _FAR * least and scan.peak_bytes - least >= _WORTH_BYTES:
+        yield Finding(
+            code="TTT203",
+            severity=Severity.NOTE,
+            path="ttt.scan_checkpoint_group_size",
+            message=(
+                f"scan_checkpoint_group_size: {scan.group_size} is far from the group that needs least memory: "
+                f"{scan.steps} mini-batches are {scan.groups} groups, and {_compared(scan)}"
+            ),
+            fix=f"write scan_checkpoint_group_size: {best}; the time and the gradients are the same",
+            value=best,
+        )
+
+
+@rule(*NEEDS)
+def group_larger_than_the_sequence(context: Context) -> Iterator[Finding]:
+    """A group that no window fills is no group."""
+    scan, size = context.needs.scan, context.config.ttt.scan_checkpoint_group_size
+    if not context.has_layers or scan is None or size in (0, _LITERATURE) or size <= scan.steps:
+        return
+    if not context.is_written("ttt.scan_checkpoint_group_size"):
+        return
+    yield Finding(
+        code="TTT204",
+        severity=Severity.NOTE,
+        path="ttt.scan_checkpoint_group_size",
+        message=(
+            f"{context.facts.window} gives the scan {scan.steps} mini-batches, so groups of {size} never split it: "
+            f"everything is kept ({show_bytes(scan.peak_bytes)} in each layer's scan) and nothing runs twice"
+        ),
+        fix=(
+            f"write 0 to say so, or at most {max(scan.steps - 1, 1)} to recompute ({scan.best_group_size()} needs "
+            f"least memory)"
+            if scan.steps > 1
+            else "write 0 to say so"
+        ),
+        value=scan.steps,
+    )
+
+
+def _compared(scan: ScanCost) -> str:
+    """What a group size keeps beside what the best one does."""
+    best = scan.with_group_size(scan.best_group_size())
+    kept = f"{scan.kept_carries} carries are kept ({show_bytes(scan.carries_kept_bytes)} in each layer)"
+    if best.keeps_everything:
+        against = f"keeping everything needs {show_bytes(best.peak_bytes)} and runs each step once"
+    else:
+        against = f"groups of {best.group_size} need {show_bytes(best.peak_bytes)}"
+    return (
+        f"{kept}, every inner step runs forward {scan.forwards()} times and the scan of a layer needs "
+        f"{show_bytes(scan.peak_bytes)}, where {against}"
+    )
+
+
+RULES = (one_checkpoint_per_mini_batch, nested_checkpoints, far_from_the_best_group, group_larger_than_the_sequence)

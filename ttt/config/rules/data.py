@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ttt.config.diagnostics import Finding, Severity
-from ttt.config.rules.rule import Context, rule
+from ttt.config.recordings import Recordings
+from ttt.config.rules.rule import FACTS, Context, rule
 
 
 @rule("data.train_data", "data.eval_data")
@@ -65,4 +67,80 @@ def evaluates(context: Context) -> Iterator[Finding]:
         )
 
 
-RULES = (files_exist, measures_unseen_data, evaluates)
+_BROKEN = (
+    ("TTT504", "unparsed", "no JSON object", "write one JSON object on each line, such as {example}"),
+    ("TTT505", "lacking", "without a path or a duration", "write lines such as {example}"),
+    ("TTT506", "missing", "of a file that is not there", "correct the paths; they start at the folder of the .jsonl"),
+    (
+        "TTT508",
+        "alone",
+        "of a file without its {beside} beside it",
+        "write the {beside} of each, or leave the line out",
+    ),
+)
+"""Code, what `Recordings` calls it, what it says of a line, and the way out."""
+
+
+@rule("data", FACTS)
+def lines_can_be_read(context: Context) -> Iterator[Finding]:
+    """Every line of the data names a recording that training can open."""
+    form = context.facts.recordings
+    if form is None:
+        return
+    for key in ("train_data", "eval_data"):
+        lines = context.recordings(key)
+        if lines is None:
+            continue
+        for code, kind, words, fix in _BROKEN:
+            places = getattr(lines, kind)
+            if places:
+                yield Finding(
+                    code=code,
+                    severity=Severity.ERROR,
+                    path=f"data.{key}",
+                    message=(
+                        f"{_share(places, lines)} {words.format(beside=form.beside)}: {_first_few(places)}; the run "
+                        f"stops before its first step"
+                    ),
+                    fix=fix.replace("{example}", form.example).replace("{beside}", form.beside or ""),
+                    value=len(places),
+                )
+
+
+@rule("data", FACTS)
+def recordings_fill_windows(context: Context) -> Iterator[Finding]:
+    """Most of the recordings are as long as a window."""
+    form = context.facts.recordings
+    if form is None:
+        return
+    for key in ("train_data", "eval_data"):
+        lines = context.recordings(key)
+        if lines is None or not lines.seconds:
+            continue
+        short = [place for place, seconds in zip(lines.places, lines.seconds, strict=True) if seconds < form.window_sec]
+        windows = sum(math.ceil(seconds / form.window_sec) for seconds in lines.seconds)
+        padding = 1 - sum(lines.seconds) / (windows * form.window_sec)
+        if len(short) * 2 >= len(lines.seconds):
+            yield Finding(
+                code="TTT507",
+                severity=Severity.NOTE,
+                path=f"data.{key}",
+                message=(
+                    f"{_share(short, lines)} shorter than {context.facts.window}: {_first_few(short)}; {padding:.0%} "
+                    f"of what is computed is padding"
+                ),
+                fix="write a window as long as most recordings, or join short ones",
+                value=len(short),
+            )
+
+
+def _share(places: Sequence[str], lines: Recordings) -> str:
+    count = f"{len(places)} of {lines.count}" + ("" if lines.complete else " (the first that were read)")
+    return f"{count} lines {'is' if len(places) == 1 else 'are'}"
+
+
+def _first_few(places: Sequence[str]) -> str:
+    return ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+
+
+RULES = (files_exist, measures_unseen_data, evaluates, lines_can_be_read, recordings_fill_windows)

@@ -6,6 +6,10 @@ from collections.abc import Iterator
 
 from ttt.config.diagnostics import Finding, Severity
 from ttt.config.rules.rule import Context, rule
+from ttt.config.schema import LITERATURE_BASE_LR
+
+_CLOSED = 0.01
+"""Below this α a gate lets next to nothing through: tanh(α) is α there."""
 
 
 @rule("train.warmup_steps", "train.max_steps")
@@ -39,4 +43,69 @@ def something_learns(context: Context) -> Iterator[Finding]:
         )
 
 
-RULES = (warms_up_in_time, something_learns)
+def _reach(context: Context) -> float:
+    """How far AdamW can carry a gate's α in the whole run: about its learning rate in each step, summed."""
+    train = context.config.train
+    rising = min(train.warmup_steps, train.max_steps)
+    falling = train.max_steps - rising
+    steps = rising / 2 + falling * (1 + train.min_lr_ratio) / 2
+    return steps * train.lr * train.alpha_lr_multiplier
+
+
+@rule("ttt.layers", "ttt.initial_gating_alpha", "train")
+def gates_open(context: Context) -> Iterator[Finding]:
+    """A gate that starts closed can open within the run."""
+    alpha, train = context.config.ttt.initial_gating_alpha, context.config.train
+    if context.config.ttt.layers in ("none", ()):
+        return
+    if alpha == 0 and train.alpha_lr_multiplier == 0:
+        yield Finding(
+            code="TTT703",
+            severity=Severity.ERROR,
+            path=context.first_written("ttt.initial_gating_alpha", "train.alpha_lr_multiplier"),
+            message=(
+                "the gates start at initial_gating_alpha: 0 and alpha_lr_multiplier: 0 never moves them: TTT adds "
+                "nothing to the backbone and gets no gradient"
+            ),
+            fix="write initial_gating_alpha: 0.1, or alpha_lr_multiplier: 10.0",
+            value=0,
+        )
+    elif abs(alpha) < _CLOSED and abs(alpha) + _reach(context) < _CLOSED:
+        reach, needed = _reach(context), _CLOSED / max(_reach(context), 1e-300)
+        longer = f"alpha_lr_multiplier: {train.alpha_lr_multiplier * needed:.2g}" if train.alpha_lr_multiplier else ""
+        yield Finding(
+            code="TTT704",
+            severity=Severity.WARNING,
+            path=context.first_written("train.alpha_lr_multiplier", "ttt.initial_gating_alpha"),
+            message=(
+                f"the gates start at α = {alpha:g}, and {train.max_steps} steps at a peak rate of "
+                f"{train.lr * train.alpha_lr_multiplier:.2g} can move them by {reach:.2g} at most: TTT stays below "
+                f"{_CLOSED:.0%} of its strength to the end"
+            ),
+            fix=f"write {longer or 'alpha_lr_multiplier: 10.0'} or more, or initial_gating_alpha: 0.1",
+            value=reach,
+        )
+
+
+@rule("ttt")
+def inner_rate_as_in_the_literature(context: Context) -> Iterator[Finding]:
+    """The inner learning rate is within ten times of what was trained with."""
+    ttt = context.config.ttt
+    usual = LITERATURE_BASE_LR[ttt.layer_type]
+    if ttt.layers in ("none", ()) or usual / 10 <= ttt.base_lr <= usual * 10:
+        return
+    yield Finding(
+        code="TTT705",
+        severity=Severity.WARNING,
+        path="ttt.base_lr",
+        message=(
+            f"base_lr: {ttt.base_lr:g} is {ttt.base_lr / usual:.2g} times what the literature trained layer_type: "
+            f"{ttt.layer_type} with: "
+            + ("the inner steps overshoot" if ttt.base_lr > usual else "the fast weights hardly move")
+        ),
+        fix=f"write base_lr: {usual:g}, or a value between {usual / 10:g} and {usual * 10:g}",
+        value=ttt.base_lr / usual,
+    )
+
+
+RULES = (warms_up_in_time, something_learns, gates_open, inner_rate_as_in_the_literature)

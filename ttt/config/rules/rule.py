@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ttt.config.diagnostics import Finding
+from ttt.config.estimate import Estimate, estimate
+from ttt.config.recordings import Recordings, read_recordings
 from ttt.config.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -14,6 +17,12 @@ if TYPE_CHECKING:
 
 FACTS = "facts"
 """In `reads`: the rule asks `Context.facts`, which rest on the sections `backbone` and `data`."""
+
+
+NEEDED = "needs"
+"""In `reads`: the rule asks `Context.needs`, so it is left out where the layers cannot exist in the backbone."""
+NEEDS = (FACTS, NEEDED, "ttt", "train")
+"""Everything that `Context.needs` rests on."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,7 @@ class Context:
     """Whether the user wrote a key, given dotted."""
     memory_bytes: int | None = None
     """Memory of the device that the run is for, where the caller knows it."""
+    _recordings: dict[str, Recordings | None] = field(default_factory=dict)
 
     @property
     def backbone(self) -> Backbone:
@@ -40,6 +50,30 @@ class Context:
         """The backbone's facts; only for rules that read `FACTS`."""
         assert self.known_facts is not None
         return self.known_facts
+
+    @functools.cached_property
+    def needs(self) -> Estimate:
+        """What the run needs; only for rules that read `NEEDS`."""
+        return estimate(self.config, self.facts)
+
+    @functools.cached_property
+    def can_be_built(self) -> bool:
+        """Whether the backbone has the layers that the config names, and heads that divide its width."""
+        layers, facts = self.config.ttt.layers, self.facts
+        exist = isinstance(layers, str) or all(layer < facts.num_layers for layer in layers)
+        return exist and facts.dim % (self.config.ttt.num_heads or facts.num_heads) == 0
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether the config has TTT layers at all."""
+        return self.config.ttt.layers not in ("none", ())
+
+    def recordings(self, key: str) -> Recordings | None:
+        """What the lines of `data.train_data` or `data.eval_data` say; only for rules that read `data` and `FACTS`."""
+        form = self.facts.recordings
+        if form is not None and key not in self._recordings:
+            self._recordings[key] = read_recordings(getattr(self.config.data, key), beside=form.beside)
+        return self._recordings.get(key)
 
     def first_written(self, *keys: str) -> str:
         """The first of the keys that the user wrote, to put a finding at; the first of all where none is."""

@@ -1,0 +1,115 @@
+"""Every code is explained, and its own configs prove it: the bad one triggers it alone, the good one nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_distributions import TOY, importable, install
+
+from ttt.config import Finding
+from ttt.config.diagnostics import CODES
+from ttt.config.estimate import parse_bytes
+from ttt.config.explain import FAMILIES, catalogue, explain, page
+from ttt.config.explanations import EXPLANATIONS, Explanation
+from ttt.config.load import check_config
+from ttt.errors import UsageError
+from ttt.probe_codes import LAW_EXPLANATIONS
+
+ROOT = Path(__file__).parent.parent
+FAILING = (
+    "from toy_config import *\n"
+    "class Failing(ToyBackbone):\n"
+    "    name = 'failing'\n"
+    "    def facts(self, config):\n        raise RuntimeError('out of order')\n"
+    "@hookimpl\ndef ttt_backbone():\n    return Failing()\n"
+)
+PLUGINS = {
+    "TTT107": ("toy", TOY),
+    "TTT802": ("broken", "import a_package_that_nobody_has\n"),
+    "TTT803": ("failing", FAILING),
+}
+
+
+@contextlib.contextmanager
+def _installed(code: str, folder: Path) -> Iterator[None]:
+    if code not in PLUGINS:
+        yield
+        return
+    name, source = PLUGINS[code]
+    install(folder, name, f"{name}_plugin", source)
+    with importable(folder):
+        yield
+
+
+def _findings(content: bytes, options: tuple[str, ...]) -> tuple[Finding, ...]:
+    named = dict(zip(options[::2], options[1::2], strict=True))
+    memory = parse_bytes(named["--memory"]) if "--memory" in named else None
+    overrides = [named["--set"]] if "--set" in named else []
+    return check_config("config.yaml", text=content, overrides=overrides, memory=memory).findings
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def _write(entry: Explanation) -> None:
+    for name, text in entry.files.items():
+        Path(name).write_text(text, encoding="utf-8")
+
+
+def test_every_code_is_explained_once() -> None:
+    assert set(EXPLANATIONS) | set(LAW_EXPLANATIONS) == set(CODES)
+    assert not set(EXPLANATIONS) & set(LAW_EXPLANATIONS)
+    assert {code[:4] for code in CODES} == set(FAMILIES)
+    assert {code for code, entry in EXPLANATIONS.items() if entry.needs} == set(PLUGINS)
+
+
+@pytest.mark.parametrize("code", EXPLANATIONS)
+def test_the_bad_config_triggers_its_code_alone(code: str, tmp_path: Path) -> None:
+    entry = EXPLANATIONS[code]
+    _write(entry)
+    with _installed(code, tmp_path):
+        findings = _findings(entry.bad_bytes or entry.bad.encode(), entry.options)
+    assert [(finding.code, finding.severity.value) for finding in findings] == [(code, entry.severity)]
+    (finding,) = findings
+    assert finding.place is not None
+    assert not finding.message.endswith(".")
+    assert finding.fix or code == "TTT106"
+
+
+@pytest.mark.parametrize("code", EXPLANATIONS)
+def test_the_good_config_triggers_nothing(code: str, tmp_path: Path) -> None:
+    entry = EXPLANATIONS[code]
+    _write(entry)
+    with _installed(code, tmp_path):
+        assert _findings(entry.good.encode(), entry.options if entry.good_options is None else entry.good_options) == ()
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_explain_says_what_why_how_and_who(code: str) -> None:
+    text = explain(code.lower())
+    entry = EXPLANATIONS.get(code) or LAW_EXPLANATIONS[code]
+    assert text.splitlines()[0].startswith(f"{code}  ")
+    assert CODES[code] in text.splitlines()[0]
+    unwrapped = " ".join(text.split())
+    for part in (entry.what, entry.why, entry.source, "bad:", "good:"):
+        assert " ".join(part.split()) in unwrapped
+    assert code in catalogue()
+    prose = [line for line in text.splitlines() if not line.startswith("    ")]
+    assert all(len(line) <= 80 for line in prose), code
+
+
+def test_an_unknown_code_is_a_sentence() -> None:
+    with pytest.raises(UsageError, match="did you mean TTT204"):
+        explain("TT204")
+    with pytest.raises(UsageError, match="no rule has the code 'E501'"):
+        explain("E501")
+
+
+def test_the_page_in_docs_is_current() -> None:
+    written = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+    assert written == page(), "run: make rules"

@@ -1,0 +1,152 @@
+"""Codes explained: `ttt check --explain`, `--list`, and the page docs/rules.md, all from `ttt.config.explanations`.
+
+`python -m ttt.config.explain` prints that page.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from ttt.config.diagnostics import CODES
+from ttt.config.explanations import EXPLANATIONS, Explanation
+from ttt.config.spelling import nearest
+from ttt.errors import UsageError
+from ttt.probe_codes import LAW_EXPLANATIONS
+
+FAMILIES = {
+    "TTT0": "File and syntax",
+    "TTT1": "Schema and shape",
+    "TTT2": "Checkpointing",
+    "TTT3": "Causality and state",
+    "TTT4": "Memory and disk",
+    "TTT5": "Data and evaluation",
+    "TTT6": "Environment",
+    "TTT7": "Optimisation",
+    "TTT8": "Plugins",
+    "TTT9": "Laws, broken",
+}
+"""Titles by the beginning of a code."""
+
+_WIDTH = 80
+_INTRODUCTION = """\
+# Rules
+
+What `ttt check` can find, by code. Codes are stable: a code that goes is never given to anything else. The same text is
+in the command: `ttt check --explain TTT201`, `ttt check --list`.
+
+An **error** means that the run cannot start, or would not be what the config says; a **warning** that it starts and
+most likely should not; a **note** is worth knowing. Plugins have rules of their own, with codes of their own prefix.
+
+This page is made by `make rules`. Each pair of configs is run by the tests.
+"""
+
+
+def explain(code: str) -> str:
+    """What a code means, for a terminal: what, why, a bad and a good config, the source.
+
+    Raises:
+        UsageError: there is no such code.
+    """
+    code = code.strip().upper()
+    if code not in CODES:
+        close = nearest(code, CODES)
+        hint = f"did you mean {close}? " if close else ""
+        raise UsageError(f"no rule has the code {code!r}; {hint}`ttt check --list` lists them")
+    return "\n".join(_sections(code))
+
+
+def catalogue() -> str:
+    """Every code with its severity and title, by family."""
+    blocks = []
+    for prefix, family in FAMILIES.items():
+        lines = [f"{code}  {_severity(code):<7}  {title}" for code, title in _family(prefix)]
+        blocks.append("\n".join([f"{prefix}xx  {family}", *(f"  {line}" for line in lines)]))
+    return "\n\n".join(blocks)
+
+
+def page() -> str:
+    """docs/rules.md."""
+    parts = [_INTRODUCTION]
+    for prefix, family in FAMILIES.items():
+        parts.append(f"## {prefix}xx: {family}\n")
+        parts += [_markdown(code, title) for code, title in _family(prefix)]
+    return "\n".join(parts)
+
+
+def _family(prefix: str) -> list[tuple[str, str]]:
+    return sorted((code, title) for code, title in CODES.items() if code.startswith(prefix))
+
+
+def _severity(code: str) -> str:
+    return EXPLANATIONS[code].severity if code in EXPLANATIONS else "error"
+
+
+def _sections(code: str) -> Iterator[str]:
+    yield f"{code}  {_severity(code)}  {CODES[code]}"
+    yield ""
+    law = LAW_EXPLANATIONS.get(code)
+    if law is not None:
+        yield from _wrapped(law.what)
+        yield from ("", *_wrapped(law.why))
+        yield from ("", "bad:", *_block(law.bad), "", "good:", *_block(law.good))
+        yield from ("", *_wrapped(f"fix: {law.fix}"), *_wrapped(f"source: {law.source}"))
+        return
+    entry = EXPLANATIONS[code]
+    yield from _wrapped(entry.what)
+    yield from ("", *_wrapped(entry.why))
+    yield from ("", f"bad:{_beside(entry.options)}", *_block(entry.bad))
+    good_options = entry.options if entry.good_options is None else entry.good_options
+    yield from ("", f"good:{_beside(good_options)}", *_block(entry.good))
+    for name, content in _shown_files(entry):
+        yield from ("", f"{name}:", *_block(content))
+    yield from ("", *_wrapped(f"source: {entry.source}"))
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def _block(text: str) -> list[str]:
+    return [f"    {line}" for line in text.splitlines()]
+
+
+def _beside(options: tuple[str, ...]) -> str:
+    return f" with {' '.join(options)}" if options else ""
+
+
+def _shown_files(entry: Explanation) -> list[tuple[str, str]]:
+    """The `.jsonl` files that one of the configs names; what else must be there can be told from them."""
+    named = entry.bad + entry.good
+    return [(name, text) for name, text in entry.files.items() if name.endswith(".jsonl") and name in named]
+
+
+def _markdown(code: str, title: str) -> str:
+    law = LAW_EXPLANATIONS.get(code)
+    if law is not None:
+        return (
+            f"### {code}: {title}\n\n*{_severity(code)}, with `--probe`.* {law.what}\n\n{law.why}\n\n"
+            f"Bad:\n\n{_fenced(law.bad, 'python')}\nGood:\n\n{_fenced(law.good, 'python')}\n"
+            f"Fix: {law.fix}.\n\nSource: {law.source}.\n"
+        )
+    entry = EXPLANATIONS[code]
+    good_options = entry.options if entry.good_options is None else entry.good_options
+    files = "".join(f"`{name}`:\n\n{_fenced(text, 'json')}\n" for name, text in _shown_files(entry))
+    return (
+        f"### {code}: {title}\n\n*{entry.severity}.* {entry.what}\n\n{entry.why}\n\n"
+        f"Bad{_code_beside(entry.options)}:\n\n{_fenced(entry.bad, 'yaml')}\n"
+        f"Good{_code_beside(good_options)}:\n\n{_fenced(entry.good, 'yaml')}\n"
+        f"{files}Source: {entry.source}.\n"
+    )
+
+
+def _code_beside(options: tuple[str, ...]) -> str:
+    return f", with `{' '.join(options)}`" if options else ""
+
+
+def _fenced(text: str, language: str) -> str:
+    return f"```{language}\n{text.rstrip()}\n```\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,176 @@
+"""Whether a run fits, in memory and on disk (TTT4xx; and TTT205, where rematerialisation would make it fit)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ttt.config.diagnostics import Finding, Severity
+from ttt.config.estimate import Estimate, estimate, show_bytes
+from ttt.config.rules.rule import NEEDS, Context, rule
+from ttt.files import free_bytes
+
+_NVIDIA = Path("/proc/driver/nvidia/version")
+
+
+def device_memory(device: str) -> int | None:
+    """Bytes of the device that `train.device` means on this machine; None where that is not known.
+
+    `auto` without a GPU is not this machine's memory: such a config is most likely checked here to run elsewhere.
+    """
+    if device == "cpu":
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):  # no POSIX system
+            return None
+    command = shutil.which("nvidia-smi") if _NVIDIA.exists() else None
+    if command is None:
+        return None
+    query = [command, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout
+        return int(answer.split()[0]) << 20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def _memory(context: Context) -> int | None:
+    return context.memory_bytes or device_memory(context.config.train.device)
+
+
+def _with_groups(context: Context) -> tuple[int, Estimate] | None:
+    """The best group size and what the run needs with it, where the config keeps everything."""
+    scan = context.needs.scan
+    if scan is None or not scan.keeps_everything:
+        return None
+    best = min(
+        (size for size in {scan.best_group_size(), *range(1, min(scan.steps, 256))} if 0 < size < scan.steps),
+        key=lambda size: scan.with_group_size(size).peak_bytes,
+        default=0,
+    )
+    if not best:
+        return None
+    ttt = context.config.ttt.model_copy(update={"scan_checkpoint_group_size": best})
+    return best, estimate(context.config.model_copy(update={"ttt": ttt}), context.facts)
+
+
+@rule(*NEEDS)
+def fits_in_memory(context: Context) -> Iterator[Finding]:
+    """The device holds what the run needs at its peak."""
+    needs, memory = context.needs, _memory(context)
+    if memory is None or memory >= (needs.high if needs.complete else needs.low):
+        return
+    grouped = _with_groups(context)
+    if needs.complete and grouped is not None and grouped[1].high <= memory:
+        yield _rematerialise(needs, memory, *grouped)
+    elif memory < needs.low:
+        about = "the run" if needs.complete else "TTT alone"
+        yield Finding(
+            code="TTT401",
+            severity=Severity.ERROR,
+            path=context.first_written("train.batch_size", "train"),
+            message=(
+                f"{about} does not fit: it needs at least {show_bytes(needs.low)} of device memory, and there are "
+                f"{show_bytes(memory)} ({needs.breakdown()})"
+            ),
+            fix=f"write {_ways(context)}",
+            value=needs.low,
+        )
+    else:
+        yield Finding(
+            code="TTT402",
+            severity=Severity.WARNING,
+            path=context.first_written("train.batch_size", "train"),
+            message=(
+                f"the run may not fit: it needs {show_bytes(needs.low)} to {show_bytes(needs.high)} of device memory, "
+                f"and there are {show_bytes(memory)} ({needs.breakdown()})"
+            ),
+            fix=f"write {_ways(context)}",
+            value=needs.high,
+        )
+
+
+def _rematerialise(needs: Estimate, memory: int, group: int, grouped: Estimate) -> Finding:
+    return Finding(
+        code="TTT205",
+        severity=Severity.ERROR if memory < needs.low else Severity.WARNING,
+        path="ttt.scan_checkpoint_group_size",
+        message=(
+            f"without rematerialisation the scan keeps everything, and the run needs {show_bytes(needs.low)} to "
+            f"{show_bytes(needs.high)} of device memory, of which there are {show_bytes(memory)}"
+        ),
+        fix=(
+            f"write scan_checkpoint_group_size: {group}, which needs {show_bytes(grouped.low)} to "
+            f"{show_bytes(grouped.high)} and runs every inner step forward once more"
+        ),
+        value=needs.high,
+    )
+
+
+def _ways(context: Context) -> str:
+    """What takes less memory than this config."""
+    train = context.config.train
+    ways = []
+    if train.batch_size > 1:
+        ways.append(f"batch_size: {train.batch_size // 2} with num_microbatches: {train.num_microbatches * 2}")
+    if not train.gradient_checkpointing:
+        ways.append("gradient_checkpointing: true")
+    if train.param_dtype == "float32":
+        ways.append("param_dtype: bfloat16")
+    if train.trainable == "all":
+        ways.append("trainable: ttt")
+    ways.append("fewer ttt.layers, or shorter windows")
+    return ", or ".join(ways[:3])
+
+
+@rule(*NEEDS, "run_dir")
+def checkpoints_fit_on_the_disk(context: Context) -> Iterator[Finding]:
+    """The disk holds the checkpoints that are kept."""
+    needs, train, free = context.needs, context.config.train, _free(context.config.run_dir)
+    # Where the backbone learns, too, and says not how large it is, there is nothing to compare.
+    if free is None or (train.trainable != "ttt" and not needs.complete):
+        return
+    made = 1 + (-(-train.max_steps // train.ckpt_freq) - 1 if train.ckpt_freq else 0)
+    kept = made if train.ckpt_keep is None else min(made, train.ckpt_keep + 1)  # the next is there before one goes
+    all_of_them = needs.checkpoint_bytes * kept
+    if all_of_them <= free:
+        return
+    one = needs.checkpoint_bytes > free
+    number = "one checkpoint takes" if one else f"{kept} checkpoints take"
+    more: dict[str, Any] = (
+        {"code": "TTT403", "severity": Severity.ERROR, "path": context.first_written("run_dir", "train.trainable")}
+        if one
+        else {
+            "code": "TTT404",
+            "severity": Severity.WARNING,
+            "path": context.first_written("train.ckpt_keep", "train.ckpt_freq"),
+        }
+    )
+    yield Finding(
+        **more,
+        message=(
+            f"{number} {show_bytes(needs.checkpoint_bytes if one else all_of_them)} on disk (the adapter alone "
+            f"{show_bytes(needs.adapter_bytes)}), and {show_bytes(free)} are free where run_dir is: the run will stop "
+            f"when it saves"
+        ),
+        fix=(
+            "write a run_dir on a larger disk" + ("" if train.trainable == "ttt" else ", or trainable: ttt")
+            if one
+            else f"write ckpt_keep: {max(free // max(needs.checkpoint_bytes, 1) - 1, 1)}, or a run_dir on a larger disk"
+        ),
+        value=needs.checkpoint_bytes if one else all_of_them,
+    )
+
+
+def _free(run_dir: str | None) -> int | None:
+    try:
+        return free_bytes(Path(run_dir or "runs"))
+    except (OSError, ValueError, StopIteration):  # a name that no folder can have
+        return None
+
+
+RULES = (fits_in_memory, checkpoints_fit_on_the_disk)
