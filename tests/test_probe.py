@@ -66,6 +66,7 @@ def test_the_shipped_configs_hold_every_law_within_the_time(preset):
         ["ttt.initial_gating_alpha=0.0"],
         ["train.param_dtype=bfloat16"],
         ["ttt.mini_batch_size=64"],
+        ["ttt.mini_batch_size=120", "ttt.scan_checkpoint_group_size=0"],
     ],
     ids=" ".join,
 )
@@ -73,6 +74,12 @@ def test_every_setting_can_be_probed(overrides):
     findings, printed = probed(ToyBackbone(), *SMALL, *overrides)
     assert findings == []
     assert "every law holds" in printed
+
+
+def test_a_mini_batch_longer_than_what_a_backbone_remembers_can_be_probed():
+    findings, printed = probed(get_backbone("moshi"), "ttt.mini_batch_size=300", "ttt.layer_type=linear")
+    assert findings == []
+    assert "the whole model streams in mini-batches of 100, each layer in those of 300" in printed
 
 
 def test_a_config_without_layers_has_nothing_to_prove():

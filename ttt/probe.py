@@ -10,7 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ _LONGEST = 2048
 """Tokens that a probe reads at most: attention and the dual form grow with their square."""
 _LONGEST_FOR_GROUPS = 1280
 """Tokens that it reads for the sake of a second checkpoint group."""
+_STREAMED = 100
+"""Tokens of a mini-batch in the streamed model at most: what a backbone remembers while it streams may be short."""
 _PIECES = 400
 """Pieces that a stream is fed in at most."""
 _BATCH = 2
@@ -152,6 +154,8 @@ def narrow(config: RunConfig, backbone: Backbone) -> Setting:
     if size < ttt.mini_batch_size:
         changes["mini_batch_size"] = size
         told.append(f"mini-batches of {size}, not {ttt.mini_batch_size}: three of those would take too long")
+    if backbone.streaming and size > _STREAMED:
+        told.append(f"the whole model streams in mini-batches of {_STREAMED}, each layer in those of {size}")
     tokens, group_size = _lengths(size, ttt.scan_checkpoint_group_size)
     full, short = tokens // size, _length(_fewest(size), size)
     open_one = " and an open one" if tokens % size else ""
@@ -221,7 +225,16 @@ def proofs(setting: Setting) -> list[Proof]:
             inside_own=(bench.gradient_checkpointing,),
         )
 
-    unit = 1 if config.causal else size
+    def streams() -> Mapping[str, float]:
+        measured: dict[str, float] = {}
+        for layers, length in ((True, size), (False, min(size, _STREAMED))):
+            of = replace(short, tokens=_length(_fewest(length), length))
+            pieces = cuts(of.tokens, length, unit=1 if config.causal else length, at_most=_PIECES)
+            measured |= checks.chunk_invariance(
+                of, mini_batch_sizes=(length,), cuts=pieces, layers=layers, model=not layers
+            )
+        return measured
+
     pieces = "token by token" if config.causal else "in mini-batches"
     streamed = f"a stream {pieces} is the whole" if bench.backbone.streaming else f"a layer {pieces} is the whole"
     found = [
@@ -246,9 +259,7 @@ def proofs(setting: Setting) -> list[Proof]:
             streamed,
             "float32",
             short.tolerance,
-            lambda: checks.chunk_invariance(
-                short, mini_batch_sizes=(size,), cuts=cuts(short.tokens, size, unit=unit, at_most=_PIECES)
-            ),
+            streams,
             compares_passes=True,
         ),
         Proof(

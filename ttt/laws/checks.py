@@ -138,6 +138,8 @@ def chunk_invariance(
     *,
     mini_batch_sizes: Iterable[int] = (1, 4, 16),
     cuts: Sequence[Sequence[int]] | None = None,
+    layers: bool = True,
+    model: bool = True,
 ) -> Mapping[str, float]:
     """Law 4: a stream fed in pieces gives the outputs and the final state of feeding it whole.
 
@@ -146,25 +148,26 @@ def chunk_invariance(
         mini_batch_sizes: each with its own model.
         cuts: lengths of the pieces, one list for each way to cut the sequence; None cuts it into single tokens
             (whole mini-batches where they are not causal) and in two uneven ways.
+        layers: whether each TTT layer is fed in pieces.
+        model: whether the whole model is, where it streams.
     """
     measured = {}
     for size in mini_batch_sizes:
         if not bench.config().causal and size == 1:
             continue
         injection = bench.injected(mini_batch_size=size)
-        model = injection.model
-        batch = bench.batch(model)
+        batch = bench.batch(injection.model)
         for pieces in cuts or _pieces(bench.tokens, size if not bench.config().causal else 1):
             where = f"mini-batches of {size}, {_in_words(pieces)}"
-            for name, layer in _layers(injection).items():
+            for name, layer in _layers(injection).items() if layers else ():
                 away = _pieces_of_layer(layer, pieces, bench)
                 if away > bench.tolerance:
                     raise LawBrokenError(4, f"with {where}, {name} is {away:.1e} away from the whole", away)
                 measured[f"{name}, {where}"] = away
-            if bench.backbone.streaming:
+            if model and bench.backbone.streaming:
                 with torch.no_grad():
-                    streamed = bench.backbone.stream(model, batch, pieces=pieces)
-                away = distance(streamed, bench.outputs(model, batch))
+                    streamed = bench.backbone.stream(injection.model, batch, pieces=pieces)
+                away = distance(streamed, bench.outputs(injection.model, batch))
                 if away > bench.tolerance:
                     raise LawBrokenError(4, f"with {where}, the streamed model is {away:.1e} away from the whole", away)
                 measured[f"model, {where}"] = away
