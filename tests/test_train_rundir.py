@@ -1,5 +1,6 @@
 """A run's folder: checkpoints whole or not there, nobody's work overwritten, no other config resumed."""
 
+import contextlib
 import errno
 import json
 import os
@@ -11,6 +12,7 @@ from toy import ToyBackbone, ToyData, ToyOptions
 from ttt.config import TrainConfig, TTTConfig, run_config_model
 from ttt.errors import ConfigError, EnvironmentProblem, UsageError
 from ttt.train import rundir
+from ttt.train.metrics import MetricsFile
 from ttt.train.rundir import RunDir, choose, config_differences, read_checkpoint
 
 
@@ -147,6 +149,20 @@ def test_a_folder_with_a_run_in_it_is_refused(tmp_path, content):
         RunDir(tmp_path).require_unused()
 
 
+def test_a_run_that_another_process_is_at_keeps_its_config(run):
+    """Its folder may be empty yet, in the first minutes of a large model, or full of checkpoints."""
+    other = config(run.path, train={"max_steps": 777})
+    with contextlib.closing(MetricsFile(run.path / "metrics.jsonl")):
+        run.require_unused()
+        with pytest.raises(UsageError, match="another process is training"):
+            run.create(other)
+        save(run, 4)
+        with pytest.raises(UsageError, match="another process is training"):
+            run.reopen(other, ToyBackbone())
+    assert "777" not in (run.path / "config.yaml").read_text()
+    run.reopen(other, ToyBackbone())
+
+
 def test_a_run_that_never_did_a_step_gives_its_folder_up(run):
     (run.path / "metrics.jsonl").touch()
     run.require_unused()
@@ -238,6 +254,7 @@ def test_length_place_and_memory_may_change(run):
         train={"max_steps": 5, "log_freq": 7, "ckpt_freq": 3, "ckpt_keep": None, "device": "cpu", "evidence_freq": 2},
     )
     run.reopen(other, ToyBackbone())
+    run.write_config(other)
     assert "ckpt_freq: 3" in (run.path / "config.yaml").read_text()
 
 
@@ -254,6 +271,7 @@ def test_a_moved_run_is_the_same_run(tmp_path, run):
     save(run, 4)
     moved = RunDir(run.path.rename(tmp_path / "moved"))
     moved.reopen(config(moved.path), ToyBackbone())
+    moved.write_config(config(moved.path))
     assert str(moved.path) in (moved.path / "config.yaml").read_text()
 
 

@@ -15,9 +15,9 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from ttt.errors import EnvironmentProblem
+from ttt.errors import EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,6 +133,26 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def lock(file: IO[Any], path: Path) -> None:
+    """Hold an open file of a run until it is closed.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(
+            f"{path.parent}: another process is training in this run_dir; wait for it, or name another"
+        ) from None
+    except OSError:  # a file system without locks
+        return
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -133,6 +133,7 @@ class Trainer:
             self.metrics = stack.enter_context(
                 contextlib.closing(MetricsFile(self.directory / rundir.METRICS, last_step=keep))
             )
+            self.directory.write_config(self.config)
             self.directory.remove_unfinished()
             (self.directory / rundir.SUMMARY).unlink(missing_ok=True)  # of an end that is one no more
             self.board = stack.enter_context(

@@ -23,8 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
-from ttt.errors import EnvironmentProblem, UsageError
-from ttt.files import size_in_words, writing
+from ttt.errors import EnvironmentProblem
+from ttt.files import lock, size_in_words, writing
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -55,7 +55,7 @@ class MetricsFile:
         with writing(path):
             self._file: IO[str] = open(path, "a+", encoding="utf-8", newline="\n")  # noqa: SIM115 - held for the run
         try:
-            _lock(self._file, path)
+            lock(self._file, path)
             with writing(path):
                 self.last_step = self._truncate(last_step)
         except BaseException:
@@ -123,21 +123,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: finite(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _lock(file: IO[str], path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(
-            f"{path.parent}: another process is training in this run_dir; wait for it, or name another"
-        ) from None
-    except OSError:  # a file system without locks
-        return
 
 
 class TensorBoard:

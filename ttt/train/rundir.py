@@ -35,7 +35,7 @@ from typing import Any
 from ttt.backbone import Backbone
 from ttt.config.schema import RunConfig
 from ttt.errors import ConfigError, EnvironmentProblem, NestedCheckpointWarning, UsageError
-from ttt.files import TEMPORARY, read_header, read_json, sync, temporary_beside, write_text, writing
+from ttt.files import TEMPORARY, lock, read_header, read_json, sync, temporary_beside, write_text, writing
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -77,7 +77,7 @@ class Checkpoint:
 
 
 class RunDir:
-    """A run's folder. Making the object writes nothing; `create` and `reopen` do."""
+    """A run's folder. Making the object writes nothing."""
 
     def __init__(self, path: Path, *, numbered: bool = False) -> None:
         """With `numbered`, where the folder is there already, `create` takes the next free `PATH-2`, `PATH-3`, …."""
@@ -109,28 +109,33 @@ class RunDir:
         """Make the folder and write the resolved config.
 
         Raises:
+            UsageError: another process is training in it.
             EnvironmentProblem: it cannot be written.
         """
+        self._require_idle()
         with writing(self.path):
             if self._numbered:
                 self.path = next(path for path in _numbered(self.path) if _made(path))
             (self / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        self._write_config(config)
+        self.write_config(config)
 
     def reopen(self, config: RunConfig, backbone: Backbone) -> tuple[Checkpoint, list[str]]:
         """Prepare to continue the run: check the config against the stored one and find the checkpoint.
+
+        Writes nothing: the config is written by who holds the metrics file.
 
         Returns:
             The newest complete checkpoint, and a sentence for each newer folder that was passed over.
 
         Raises:
-            UsageError: there is no run to continue.
+            UsageError: there is no run to continue, or another process is at it.
             ConfigError: the config asks for another run; the message names every key.
         """
         if not (self / CONFIG).is_file():
             raise UsageError(
                 f"run_dir: {self.path} holds no run to resume (no {CONFIG}); leave out --resume to start one there"
             )
+        self._require_idle()
         self._require_same_config(config, backbone)
         checkpoint, passed_over = self.latest()
         if checkpoint is None:
@@ -139,7 +144,6 @@ class RunDir:
                 f"run_dir: {self.path} holds no complete checkpoint{detail}, so there is nothing to resume; "
                 f"delete it, or name another run_dir, and start anew without --resume"
             )
-        self._write_config(config)
         return checkpoint, passed_over
 
     def remove_unfinished(self) -> None:
@@ -227,10 +231,16 @@ class RunDir:
 
     # --- the config ---
 
-    def _write_config(self, config: RunConfig) -> None:
+    def write_config(self, config: RunConfig) -> None:
+        """Write the resolved config; of a run that goes on, only for who holds the metrics file."""
         from ttt.config.load import dump_config
 
         write_text(self / CONFIG, dump_config(config.model_copy(update={"run_dir": str(self.path)})))
+
+    def _require_idle(self) -> None:
+        """Refuse a run that another process is at, before its files are looked at or replaced."""
+        with contextlib.suppress(OSError), open(self / METRICS, "r+b") as file:
+            lock(file, self / METRICS)
 
     def _require_same_config(self, config: RunConfig, backbone: Backbone) -> None:
         from ttt.config.load import load_config
