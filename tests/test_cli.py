@@ -187,7 +187,7 @@ def _on_a_terminal(command: list[str], **environment: str) -> str:
 
 
 def test_a_terminal_gets_colours_and_wrapped_lines_and_nothing_else_does() -> None:
-    _write("c.yaml", WARNED + "train: {lr: fast}\n")
+    _write("c.yaml", WARNED + "eval: {eval_freq: often}\n")
     command = _python("check", "c.yaml")
     painted = _on_a_terminal(command)
     assert "\x1b[" in painted

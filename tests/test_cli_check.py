@@ -17,10 +17,11 @@ from fake_distributions import TOY, importable, install
 from toy_config import DEMO
 
 from ttt import __version__
-from ttt.config import Finding, Place, Severity
+from ttt.config import CODES, Finding, Place, Severity
 from ttt.config.diagnostics import render_github
 from ttt.config.sarif import SCHEMA, render_sarif
 from ttt_cli.main import main
+from ttt_cli.options import parse_bytes
 
 BAD = "backbone: {name: toy}\nttt:\n  layrs: all   # which\ntrain: {lr: fast}\n"
 WARNED = "backbone: {name: toy}\nttt: {scan_checkpoint_group_size: 1}\n"
@@ -73,6 +74,10 @@ def test_standard_input_is_a_file_among_others(
         (["a.yaml", "--select", "TTT9999"], "--select TTT9999: no code begins so"),
         (["a.yaml", "--ignore", "TTT2,all"], "--ignore all: no code begins so"),
         (["a.yaml", "--select", ""], "no code begins so"),
+        (["a.yaml", "--memory", "80"], "--memory 80: is no amount of memory; write it as 80GiB or 24GB"),
+        (["a.yaml", "--memory", "0GiB"], "no amount of memory"),
+        (["a.yaml", "--fix", "--probe"], "two steps"),
+        (["--explain", "TTT999"], "no rule has the code 'TTT999'"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
@@ -109,6 +114,49 @@ def test_the_codes_that_a_user_wants_are_those_that_count(
 ) -> None:
     assert main(["check", "--format", "json", _write("c.yaml", text), *arguments]) == code
     assert [finding["code"] for finding in json.loads(capsys.readouterr().out)] == codes
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80GiB", 80 << 30), ("24 GB", 24 * 10**9), ("0.5gib", 1 << 29), ("512MiB", 512 << 20), ("1.5TB", 15 * 10**11)],
+)
+def test_amounts_of_memory(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+def test_codes_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(code in listed for code in CODES)
+    assert main(["check", "--explain", "ttt201"]) == 0
+    told = capsys.readouterr().out
+    assert CODES["TTT201"] in told
+    assert max(map(len, told.splitlines())) <= 80
+
+
+# --- the probe ---
+
+
+def test_the_probe_prints_each_law_and_its_findings_are_findings(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the real thing; what it catches is `test_probe`'s to show."""
+    text = "backbone: {name: moshi, dim: 32, num_heads: 2, num_layers: 3}\ndata: {duration_sec: 1}\n"
+    assert main(["check", _write("c.yaml", text), "--probe", "--select", "TTT9"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"law {law} " in out for law in (1, 2, 3, 4, 5, 6, 10))
+    assert out.splitlines()[-1] == "c.yaml: no findings"
+    assert main(["check", "c.yaml", "--probe", "--format", "json", "--select", "TTT9"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == []
+    assert "law 10 " in err
+
+
+def test_errors_come_before_the_probe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", _write("c.yaml", BAD), "--probe"]) == 1
+    out, err = capsys.readouterr()
+    assert "law" not in out
+    assert err == "c.yaml: not probed: its errors come first\n"
+    assert main(["check", "c.yaml", "--probe", "--ignore", "TTT1"]) == 2
+    assert "errors that --ignore hides" in capsys.readouterr().err
 
 
 # --- formats for programs ---

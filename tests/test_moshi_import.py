@@ -168,8 +168,7 @@ def test_files_of_others_are_left_to_others(text: str) -> None:
 
 def test_the_account_wraps_at_a_terminal_and_keeps_secrets() -> None:
     account = render_account(_imported(PLAIN), width=80)
-    assert max(map(len, account.splitlines())) <= 90  # a long key is not broken
-    assert all(len(line) <= 80 for line in account.splitlines() if line.startswith("      "))
+    assert max(map(len, account.splitlines())) <= 80
     assert "wandb.key" in account
     assert "a-secret" not in account + write_imported(_imported(PLAIN), origin="old.yaml")
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ttt_cli.options import BackboneName, Overrides
-from ttt_cli.terminal import show_diff, show_error, show_findings
+from ttt_cli.options import BackboneName, Overrides, parse_bytes
+from ttt_cli.terminal import has_color, show_diff, show_error, show_findings, show_note
 
 if TYPE_CHECKING:
     from ttt.config import CheckedConfig, Finding
@@ -61,6 +61,29 @@ def check(
         ),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 where there are warnings, too.")] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="80GiB",
+            help="Memory of the device that the run is for. [default: this machine's, where the config asks for it]",
+            show_default=False,
+        ),
+    ] = None,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe",
+            help="Also build the backbone, narrowed to what runs in seconds, and prove the laws on it. Needs torch.",
+        ),
+    ] = False,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            "--explain", metavar="CODE", help="Say what a code means, why, and what to write; checks nothing."
+        ),
+    ] = None,
+    list_codes: Annotated[bool, typer.Option("--list", help="List every code; checks nothing.")] = False,
     fix: Annotated[
         bool,
         typer.Option("--fix", help="Show, as a diff, the fixes that need no thought: misspelt keys, quoted numbers, …"),
@@ -69,12 +92,17 @@ def check(
 ) -> None:
     """Say what is wrong with a config before it costs a run.
 
-    Exit codes: 0 no errors, 1 errors (with --strict also warnings), 2 wrong usage, 3 a file that cannot be read. With
-    --fix they are about the files as they lie there afterwards.
+    Exit codes: 0 no errors, 1 errors (with --strict also warnings), 2 wrong usage, 3 a file that cannot be read or a
+    model that cannot be built. With --fix they are about the files as they lie there afterwards.
     """
     from ttt.config.diagnostics import has_errors
-    from ttt.errors import EnvironmentProblem, UsageError
+    from ttt.errors import TTTError, UsageError
 
+    if explain is not None or list_codes:
+        from ttt.config import explain as explanations
+
+        print(explanations.catalogue() if explain is None else explanations.explain(explain))
+        return
     names = configs or []
     if not names:
         raise UsageError("ttt check: name a config, or - for standard input")
@@ -84,12 +112,15 @@ def check(
         raise UsageError("ttt check: --write writes what --fix shows; write both")
     if write and STANDARD_INPUT in names:
         raise UsageError("ttt check: standard input cannot be written to; leave --write out, or name a file")
+    if fix and probe:
+        raise UsageError("ttt check: --fix and --probe are two steps; fix first")
     if fix and output is not Format.TEXT:
         raise UsageError(f"ttt check: --fix shows a diff, which goes with no --format {output.value}")
-    checker = _Checker(backbone, overrides or [], _Filter.of(select, ignore))
+    size = None if memory is None else parse_bytes(memory)
+    checker = _Checker(backbone, overrides or [], size, _Filter.of(select, ignore), probe)
 
     everything: list[Finding] = []
-    problems: list[EnvironmentProblem] = []
+    problems: list[TTTError] = []
     for name in names:
         try:
             content = _read(name)
@@ -98,7 +129,7 @@ def check(
                 everything += checker.fix(file, content, write=write)
             else:
                 everything += checker.check(file, content, show=output is Format.TEXT)
-        except EnvironmentProblem as problem:
+        except TTTError as problem:
             show_error(str(problem))
             problems.append(problem)
     if output is not Format.TEXT:
@@ -142,13 +173,13 @@ class _Filter:
     def of(cls, select: Iterable[str] | None, ignore: Iterable[str] | None) -> _Filter:
         return cls(_prefixes("--select", select), _prefixes("--ignore", ignore))
 
-    def __call__(self, checked: CheckedConfig) -> CheckedConfig:
-        wanted = [
+    def __call__(self, findings: Iterable[Finding]) -> tuple[Finding, ...]:
+        """Those of the findings."""
+        return tuple(
             finding
-            for finding in checked.findings
+            for finding in findings
             if finding.code.startswith(self.select or "") and not (self.ignore and finding.code.startswith(self.ignore))
-        ]
-        return replace(checked, findings=tuple(wanted))
+        )
 
 
 def _prefixes(option: str, given: Iterable[str] | None) -> tuple[str, ...]:
@@ -177,11 +208,16 @@ class _Checker:
 
     backbone: str | None
     overrides: list[str]
+    memory: int | None
     filter: _Filter
+    probe: bool
 
     def check(self, file: str, content: bytes, *, show: bool) -> Sequence[Finding]:
-        """The findings of a file."""
-        findings = self._check(file, content).findings
+        """The findings of a file, those of the probe included."""
+        checked = self._check(file, content)
+        findings = checked.findings
+        if self.probe:
+            findings = (*findings, *self.filter(_probe(checked, show=show)))
         if show:
             _show(file, findings)
         return findings
@@ -208,7 +244,33 @@ class _Checker:
     def _check(self, file: str, text: str | bytes) -> CheckedConfig:
         from ttt.config import check_config
 
-        return self.filter(check_config(file, text=text, backbone=self.backbone, overrides=self.overrides))
+        checked = check_config(file, text=text, backbone=self.backbone, overrides=self.overrides, memory=self.memory)
+        return replace(checked, findings=self.filter(checked.findings))
+
+
+def _probe(checked: CheckedConfig, *, show: bool) -> list[Finding]:
+    """What breaks when the laws are tried; each is printed with its number, out of the way of data.
+
+    Raises:
+        TTTError: the model cannot be built, or hidden errors stand in the way.
+    """
+    from ttt.config.diagnostics import ENVIRONMENT_CODES, has_errors
+    from ttt.config.load import with_place
+    from ttt.errors import UsageError
+
+    own = [finding for finding in checked.findings if finding.code not in ENVIRONMENT_CODES]
+    if checked.config is None or checked.backbone is None or has_errors(own):
+        if not has_errors(own):
+            raise UsageError(f"{checked.source.file}: cannot be probed: errors that --ignore hides stand in the way")
+        show_note(f"{checked.source.file}: not probed: its errors come first")
+        return []
+    from rich.console import Console
+
+    from ttt.probe import probe
+
+    console = Console(file=sys.stdout if show else sys.stderr, no_color=not has_color(sys.stdout), soft_wrap=False)
+    broken = probe(checked.config, checked.backbone, console=console)
+    return [with_place(finding, checked.source) for finding in broken]
 
 
 def _show(file: str, findings: Sequence[Finding], *, also: str = "") -> None:

@@ -187,6 +187,9 @@ def _account_of(key: ImportedKey, imported: ImportedConfig, width: int | None) -
     else:
         arrow = f"{key.old} → " if key.old else ""
         head = f"  {arrow}{key.new}: {dump_value(imported.values[key.new])}"
+    if width is not None and key.new is not None and len(head) > width:
+        lines = _account_of(ImportedKey("", key.new, key.note), imported, width)
+        return [f"  {key.old}", *(f"    → {line.strip()}" if at == 0 else line for at, line in enumerate(lines))]
     if not key.note:
         return [head]
     if width is None or len(head) + 4 + len(key.note) <= width:
