@@ -114,13 +114,12 @@ def load_config(
 
 @functools.cache
 def _narrowed(options: type[BackboneOptions], data_options: type[DataOptions], name: str) -> type[RunConfig]:
-    described = {key: RunConfig.model_fields[key].description for key in ("backbone", "data")}
     return create_model(
         f"{name.title().replace('-', '')}RunConfig",
         __base__=RunConfig,
         __doc__=RunConfig.__doc__,
-        backbone=(options, Field(description=described["backbone"])),
-        data=(data_options, Field(default_factory=dict, validate_default=True, description=described["data"])),
+        backbone=(options, ...),
+        data=(data_options, Field(default_factory=dict, validate_default=True)),
     )
 
 

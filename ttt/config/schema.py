@@ -6,13 +6,22 @@ docs. This module imports no torch, so that checking a config is instant.
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import itertools
+import textwrap
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ttt.errors import NestedCheckpointWarning
+
+if TYPE_CHECKING:
+    from pydantic import GetJsonSchemaHandler
+    from pydantic_core import CoreSchema
 
 PRESETS: dict[str, dict[str, Any]] = {
     # TTT-LM: arXiv 2407.04620, its PyTorch code's `ttt.py`.
@@ -47,14 +56,55 @@ LITERATURE_BASE_LR = {"linear": 1.0, "mlp": 0.1}
 class Section(BaseModel):
     """Base of every config section: unknown keys are errors, types are strict, values do not change."""
 
+    # Validators are built when a config is first validated, and descriptions read when they are first asked for (not
+    # with `use_attribute_docstrings`, which parses every class when it is made): `ttt check` has little time.
     model_config = ConfigDict(
         strict=True,
         frozen=True,
         extra="forbid",
         allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        defer_build=True,
         protected_namespaces=(),
     )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The JSON schema, with the fields' docstrings as descriptions."""
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for name, text in descriptions(cls).items():
+            if name in properties:
+                properties[name].setdefault("description", text)
+        return schema
+
+
+@functools.cache
+def descriptions(model: type[BaseModel]) -> dict[str, str]:
+    """What each field of a model is, by name: its own `description`, or the docstring below it in the source."""
+    found: dict[str, str] = {}
+    for parent in reversed(model.__mro__):
+        if issubclass(parent, BaseModel) and parent is not BaseModel:
+            found |= _attribute_docstrings(parent)
+    given = {name: info.description for name, info in model.model_fields.items() if info.description}
+    return {name: text for name, text in (found | given).items() if name in model.model_fields}
+
+
+def _attribute_docstrings(model: type[BaseModel]) -> dict[str, str]:
+    """The strings that stand below annotated names in a class's body; none where its source cannot be had."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(model)))
+    except (OSError, TypeError, SyntaxError):
+        return {}
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef))
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
 
 
 def _whole_number(value: object) -> object:

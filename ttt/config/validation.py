@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from ttt.config.diagnostics import Finding, Severity
-from ttt.config.schema import RunConfig
+from ttt.config.schema import RunConfig, descriptions
 from ttt.config.source import KeyPath, Source, dotted, resolve
 from ttt.config.spelling import nearest
 from ttt.errors import NestedCheckpointWarning
@@ -489,5 +489,6 @@ def _takes(info: FieldInfo, kind: type) -> bool:
 
 
 def _described(model: type[BaseModel], path: KeyPath) -> str:
-    info = _field_at(model, path)
-    return (info.description or "").split("\n")[0].rstrip(".") if info is not None else ""
+    section = _model_at(model, path[:-1]) if path else None
+    text = descriptions(section).get(str(path[-1]), "") if section is not None else ""
+    return text.split("\n")[0].rstrip(".")
