@@ -7,9 +7,7 @@ does nothing.
 
 from __future__ import annotations
 
-import difflib
 import functools
-import traceback
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -42,6 +40,8 @@ class PluginInfo:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
+    import traceback
+
     last = traceback.extract_tb(error.__traceback__)[-1:] if error.__traceback__ else []
     place = f" ({last[0].filename}:{last[0].lineno})" if last else ""
     return f"{type(error).__name__}: {text}{place}"
@@ -132,6 +132,8 @@ def get_backbone(name: str) -> Backbone:
                 )
             return plugin.backbone
     working = [plugin.name for plugin in plugins if plugin.backbone is not None]
+    import difflib
+
     close = difflib.get_close_matches(name, working, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     listed = ", ".join(working) if working else "none (install one, as `pip install ttt-moshi`)"

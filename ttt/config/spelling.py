@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 _ALIKE = 0.75
@@ -44,6 +43,8 @@ def _plain(word: str) -> str:
 
 def _likeness(first: str, second: str) -> float:
     """Twice the letters in common by all letters; 0 where it is sure to be below `_ALIKE`."""
+    import difflib  # only a misspelt key needs it
+
     matcher = difflib.SequenceMatcher(None, first, second, autojunk=False)
     if matcher.real_quick_ratio() < _ALIKE or matcher.quick_ratio() < _ALIKE:
         return 0.0

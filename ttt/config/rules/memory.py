@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ from typing import Any
 from ttt.config.diagnostics import Finding, Severity
 from ttt.config.estimate import Estimate, estimate, show_bytes
 from ttt.config.rules.rule import NEEDS, Context, rule
-from ttt.files import free_bytes
 
 _NVIDIA = Path("/proc/driver/nvidia/version")
 
@@ -27,7 +24,12 @@ def device_memory(device: str) -> int | None:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         except (AttributeError, ValueError, OSError):  # no POSIX system
             return None
-    command = shutil.which("nvidia-smi") if _NVIDIA.exists() else None
+    if not _NVIDIA.exists():
+        return None
+    import shutil
+    import subprocess
+
+    command = shutil.which("nvidia-smi")
     if command is None:
         return None
     query = [command, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
@@ -167,6 +169,8 @@ def checkpoints_fit_on_the_disk(context: Context) -> Iterator[Finding]:
 
 
 def _free(run_dir: str | None) -> int | None:
+    from ttt.files import free_bytes
+
     try:
         return free_bytes(Path(run_dir or "runs"))
     except (OSError, ValueError, StopIteration):  # a name that no folder can have
