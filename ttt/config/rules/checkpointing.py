@@ -124,6 +124,8 @@ def group_larger_than_the_sequence(context: Context) -> Iterator[Finding]:
 def _compared(scan: ScanCost) -> str:
     """What a group size keeps beside what the best one does."""
     best = scan.with_group_size(scan.best_group_size())
+    if best.group_size == scan.group_size:  # beside the way that runs nothing twice, then
+        best = scan.with_group_size(0)
     kept = f"{scan.kept_carries} carries are kept ({show_bytes(scan.carries_kept_bytes)} in each layer)"
     if best.keeps_everything:
         against = f"keeping everything needs {show_bytes(best.peak_bytes)} and runs each step once"

@@ -79,7 +79,7 @@ def fits_in_memory(context: Context) -> Iterator[Finding]:
                 f"{about} does not fit: it needs at least {show_bytes(needs.low)} of device memory, and there are "
                 f"{show_bytes(memory)} ({needs.breakdown()})"
             ),
-            fix=f"write {_ways(context)}",
+            fix=_way_out(context, memory),
             value=needs.low,
         )
     else:
@@ -91,7 +91,7 @@ def fits_in_memory(context: Context) -> Iterator[Finding]:
                 f"the run may not fit: it needs {show_bytes(needs.low)} to {show_bytes(needs.high)} of device memory, "
                 f"and there are {show_bytes(memory)} ({needs.breakdown()})"
             ),
-            fix=f"write {_ways(context)}",
+            fix=_way_out(context, memory),
             value=needs.high,
         )
 
@@ -113,20 +113,25 @@ def _rematerialise(needs: Estimate, memory: int, group: int, grouped: Estimate) 
     )
 
 
-def _ways(context: Context) -> str:
-    """What takes less memory than this config."""
-    train = context.config.train
+def _way_out(context: Context, memory: int) -> str:
+    """What takes less memory than this config, of the part that is too large."""
+    train, needs = context.config.train, context.needs
+    always = needs.parts["parameters"] + needs.parts["optimizer"]
     ways = []
-    if train.batch_size > 1:
-        ways.append(f"batch_size: {train.batch_size // 2} with num_microbatches: {train.num_microbatches * 2}")
-    if not train.gradient_checkpointing:
-        ways.append("gradient_checkpointing: true")
-    if train.param_dtype == "float32":
-        ways.append("param_dtype: bfloat16")
     if train.trainable == "all":
         ways.append("trainable: ttt")
-    ways.append("fewer ttt.layers, or shorter windows")
-    return ", or ".join(ways[:3])
+    if train.param_dtype == "float32":
+        ways.append("param_dtype: bfloat16")
+    if always < memory:
+        if train.batch_size > 1:
+            smaller = f"batch_size: {train.batch_size // 2} with num_microbatches: {train.num_microbatches * 2}"
+            ways.insert(0, smaller)
+        if not train.gradient_checkpointing:
+            ways.insert(0, "gradient_checkpointing: true")
+        ways.append("fewer ttt.layers, or shorter windows")
+    if not ways:
+        return f"take a device of {show_bytes(needs.high)}: parameters and moments alone are {show_bytes(always)}"
+    return f"write {', or '.join(ways[:3])}"
 
 
 @rule(*NEEDS, "run_dir")
