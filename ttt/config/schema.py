@@ -369,14 +369,14 @@ def inner_widths(head_width: int, config: TTTConfig) -> tuple[int, ...]:
     return (head_width, *hidden, head_width)
 
 
-def mini_batches(tokens: int, mini_batch_size: int) -> int:
-    """`N = ceil(T / C)`: the mini-batches of a sequence."""
-    return -(-tokens // mini_batch_size)
+def scan_steps(tokens: int, mini_batch_size: int) -> int:
+    """`T // C`: the full mini-batches of a sequence; one that it leaves open is answered beside the scan."""
+    return tokens // mini_batch_size
 
 
 def checkpoint_groups(tokens: int, mini_batch_size: int, group_size: int) -> int:
-    """How many checkpoints the scan keeps over a sequence: `ceil(N / g)`, none where it keeps everything."""
-    steps = mini_batches(tokens, mini_batch_size)
+    """How many checkpoints the scan makes over a sequence: `ceil(N / g)`, none where it keeps everything."""
+    steps = scan_steps(tokens, mini_batch_size)
     return 0 if group_size == 0 or group_size >= steps else -(-steps // group_size)
 
 
@@ -399,7 +399,7 @@ def group_size_warnings(
     """
     example = tokens if tokens is not None else 188
     name = window or (f"A sequence of {tokens} tokens" if tokens is not None else "15 s at 12.5 tokens a second")
-    steps = mini_batches(example, mini_batch_size)
+    steps = scan_steps(example, mini_batch_size)
     messages = []
     if group_size == 1 and steps > 1:
         at_16 = checkpoint_groups(example, mini_batch_size, 16)
