@@ -305,11 +305,11 @@ def _peak(work: Callable[[], object]) -> int:
 
 PEAKS = [
     {"ttt.scan_checkpoint_group_size": 2},
-    {"ttt.scan_checkpoint_group_size": 4, "ttt.mini_batch_size": 4, "train.batch_size": 4},
-    {"ttt.scan_checkpoint_group_size": 5, "ttt.mini_batch_size": 8, "data.duration_sec": 30, "ttt.layers": "all"},
-    {"train.gradient_checkpointing": "true", "ttt.layers": "all"},
+    {"ttt.scan_checkpoint_group_size": 4, "ttt.mini_batch_size": 4, "train.batch_size": 4, "data.duration_sec": 6},
+    {"ttt.scan_checkpoint_group_size": 5, "ttt.mini_batch_size": 8, "data.duration_sec": 10, "ttt.layers": "all"},
+    {"train.gradient_checkpointing": "true", "ttt.layers": "all", "data.duration_sec": 6},
     {"train.trainable": "ttt", "ttt.layer_type": "linear", "ttt.base_lr": 1.0},
-    {"train.param_dtype": "bfloat16", "train.trainable": "ttt+attention"},
+    {"train.param_dtype": "bfloat16", "train.trainable": "ttt+attention", "data.duration_sec": 3},
 ]
 
 
