@@ -598,3 +598,17 @@ def test_every_shipped_preset_is_clean(tmp_path: Path, monkeypatch: pytest.Monke
             loaded = load_config(None, text=text)
             assert loaded.backbone is backbone
             assert [finding for finding in loaded.findings if finding.severity is not Severity.NOTE] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("ttt: {layer_type: [mlp]}", "TTT103"),
+        ("ttt: {layer_type: {mlp: 1}}", "TTT103"),
+        ("ttt: {layers: [[1], [1]]}", "TTT102"),
+    ],
+)
+def test_values_of_the_wrong_shape_are_not_blamed_on_the_plugin(text: str, code: str) -> None:
+    assert {finding.code for finding in _refused(text)} == {code}
+    findings = _refused(f"backbone: {{name: nothing}}\n{text}", backbone=None)  # where no plugin is known, too
+    assert {finding.code for finding in findings} == {"TTT801", code}

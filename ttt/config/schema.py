@@ -130,7 +130,8 @@ def _parse_layers(value: object) -> object:
     if isinstance(value, int):
         value = (value,)
     value = _as_tuple(value)
-    if isinstance(value, tuple) and len(set(value)) != len(value):
+    numbers = [layer for layer in value if isinstance(layer, int)] if isinstance(value, tuple) else []
+    if len(set(numbers)) != len(numbers):
         raise ValueError("a layer is named twice")
     return value
 
@@ -207,7 +208,7 @@ class TTTConfig(Section):
             for key, value in PRESETS[preset].items():
                 filled.setdefault(key, value)
         layer_type = data.get("layer_type", "linear")
-        if layer_type in LITERATURE_BASE_LR:
+        if isinstance(layer_type, str) and layer_type in LITERATURE_BASE_LR:
             filled.setdefault("base_lr", LITERATURE_BASE_LR[layer_type])
         return filled
 
