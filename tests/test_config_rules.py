@@ -11,7 +11,10 @@ from toy_config import ToyBackbone
 
 from ttt.config import Finding, load_config
 from ttt.config.diagnostics import CODES, Severity
+from ttt.config.estimate import show_bytes
 from ttt.config.explanations import EXPLANATIONS
+from ttt.config.load import check_config
+from ttt.config.rules.memory import device_memory
 from ttt.errors import ConfigError
 
 
@@ -224,3 +227,24 @@ def test_data_paths_that_no_system_has_are_missing_too() -> None:
 def test_a_run_dir_that_no_system_has_is_refused() -> None:
     (finding,) = _findings(f"run_dir: {'x' * 5000}")
     assert finding.code == "TTT601"
+
+
+def test_a_run_for_this_machines_cpu_is_held_against_its_memory() -> None:
+    memory = device_memory("cpu")
+    assert memory is not None
+    assert memory > 1 << 28
+    text = "backbone: {name: moshi}\ntrain: {device: cpu, batch_size: 1000000}\n"
+    (finding,) = check_config("c.yaml", text=text).findings
+    assert finding.code == "TTT401"
+    assert f"there are {show_bytes(memory)}" in finding.message
+    assert check_config("c.yaml", text=text.replace("1000000", "1")).findings == ()
+
+
+def test_a_fix_for_memory_is_about_the_part_that_is_too_large() -> None:
+    text = "backbone: {name: moshi, preset: 7b, random_weights: true}\nttt: {layers: [31]}\n" + (
+        "train: {batch_size: 4, param_dtype: bfloat16}\ndata: {duration_sec: 15, train_data: here.jsonl}\n"
+    )
+    for memory, words in ((4, "take a device of"), (20, "write gradient_checkpointing: true, or batch_size: 2")):
+        findings = check_config("c.yaml", text=text, memory=memory << 30).findings
+        (finding,) = [finding for finding in findings if finding.code.startswith("TTT4")]
+        assert words in finding.fix

@@ -24,19 +24,31 @@ def device_memory(device: str) -> int | None:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         except (AttributeError, ValueError, OSError):  # no POSIX system
             return None
-    if not _NVIDIA.exists():
-        return None
-    import shutil
-    import subprocess
+    return _cuda_memory() if _NVIDIA.exists() else None
 
-    command = shutil.which("nvidia-smi")
-    if command is None:
+
+def _cuda_memory() -> int | None:
+    """Bytes of the first GPU that CUDA would see, from the driver's own library: neither torch nor a process is needed.
+
+    Source: NVIDIA's NVML API reference, `nvmlDeviceGetMemoryInfo`.
+    """
+    import ctypes
+
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if not first.isdecimal():  # no device, or one by its name
         return None
-    query = [command, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout
-        return int(answer.split()[0]) << 20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        if library.nvmlInit_v2() != 0:
+            return None
+        try:
+            device, sizes = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # total, free, used
+            if library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(int(first)), ctypes.byref(device)) != 0:
+                return None
+            return int(sizes[0]) if library.nvmlDeviceGetMemoryInfo(device, ctypes.byref(sizes)) == 0 else None
+        finally:
+            library.nvmlShutdown()
+    except (OSError, AttributeError):  # no such library, or none of its functions
         return None
 
 
