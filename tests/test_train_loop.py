@@ -442,7 +442,8 @@ def test_a_signal_finishes_the_step_saves_and_the_run_resumes_bit_for_bit(tmp_pa
         "backbone": {"dropout": 0.1},
         "ttt": {"persistent_states": True},
         "data": {"shuffle": False},
-        "train": {"max_steps": 12, "batch_size": 3, "num_microbatches": 2, "trainable": "all"},
+        # Sums depend on the number of threads, and the other process would choose its own.
+        "train": {"max_steps": 12, "batch_size": 3, "num_microbatches": 2, "trainable": "all", "cpu_threads": 1},
     }
     whole, _ = run(config(tmp_path / "whole", **options))
     stopped = tmp_path / "stopped"
