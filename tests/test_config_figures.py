@@ -21,7 +21,7 @@ from ttt_cli.main import main
 MOSHI = get_backbone("moshi")
 LETTERS = string.ascii_lowercase + "_"
 EXHAUSTIVE = bool(os.environ.get("TTT_EXHAUSTIVE"))
-"""Every misspelling and 10,000 configs, which takes some minutes, instead of a part of them."""
+"""Every misspelling and 10,000 configs (some minutes) instead of a part of them."""
 GENERATED = 10_000 if EXHAUSTIVE else 200
 
 
