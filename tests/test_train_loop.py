@@ -37,6 +37,7 @@ from ttt.inject import Site
 from ttt.train import loop, train
 from ttt.train.checkpoint import OPTIMIZER
 from ttt.train.evaluation import Evaluation
+from ttt.train.interrupt import Interrupt
 from ttt.train.metrics import read_metrics
 from ttt.train.optim import Optimizer
 from ttt.train.passes import reset_rows
@@ -466,7 +467,7 @@ def test_a_signal_finishes_the_step_saves_and_the_run_resumes_bit_for_bit(tmp_pa
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    process = start(tmp_path / "run", {"train": {"max_steps": 1000}}, pause=0.5)
+    process = start(tmp_path / "run", {"train": {"max_steps": 1000, "cpu_threads": 1}}, pause=0.5)
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline() == "\n"
     process.send_signal(signal.SIGINT)
@@ -476,6 +477,20 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert process.returncode != 0
     assert "KeyboardInterrupt" in err
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_second_signal_waits_while_a_line_is_written():
+    written = []
+
+    def write() -> None:
+        with Interrupt() as interrupt, interrupt.held():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            written.append(interrupt.requested)
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert written == [True]
 
 
 def test_an_interrupted_closing_evaluation_is_done_when_resumed(tmp_path):

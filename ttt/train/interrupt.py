@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -18,6 +20,19 @@ class Interrupt:
     def __init__(self) -> None:
         self.requested = False
         self._before: dict[int, Any] = {}
+        self._held = False
+        self._ordered = False
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, a second signal waits: an exception in the middle of a writer's locks could block its closing."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._ordered:
+            raise KeyboardInterrupt
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
@@ -34,6 +49,9 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
+            self._ordered = True
+            if self._held:
+                return
             raise KeyboardInterrupt
         self.requested = True
         # a handler may run inside a print, so it writes past Python's buffers

@@ -184,8 +184,9 @@ class Trainer:
             if self.done < self.config.train.max_steps:
                 self.display.say(f"step {self.done}: {evaluation.in_words()}")
         if evaluation or "layers" in line or self._logs(self.done):
-            self.metrics.write(line)
-            self.board.write(line)
+            with interrupt.held():
+                self.metrics.write(line)
+                self.board.write(line)
         return evaluation
 
     def _logs(self, step: int) -> bool:
