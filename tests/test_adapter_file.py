@@ -306,7 +306,7 @@ def rewrite_settings(folder, change):
 
 def test_a_newer_format_is_refused_with_what_to_install(saved):
     folder, _ = saved
-    rewrite_settings(folder, lambda settings: settings.update(version=2, library_version="9.1"))
+    rewrite_settings(folder, lambda settings: settings.update(version=2, ttt_version="9.1"))
     with pytest.raises(
         AdapterFileError, match=r"adapter format 2, .* reads up to 1; install ttt-adapters 9\.1 or newer"
     ):

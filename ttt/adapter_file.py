@@ -72,7 +72,7 @@ class AdapterInfo:
 
     path: Path
     """The safetensors file."""
-    library_version: str
+    ttt_version: str
     """The version of `ttt-adapters` that wrote it."""
     backbone: Mapping[str, Any]
     """Name and options of the backbone that it was trained on."""
@@ -130,7 +130,7 @@ def save_adapter(
     settings = {
         "format": FORMAT,
         "version": VERSION,
-        "library_version": __version__,
+        "ttt_version": __version__,
         "backbone": dict(backbone),
         "backbone_weights": weights_fingerprint(injection, without=trained),
         "backbone_trained": pair,
@@ -276,14 +276,14 @@ def _parse(file: Path, text: str, tensors: Mapping[str, TensorFacts]) -> Adapter
         if isinstance(version, int) and version > VERSION:
             raise AdapterFileError(
                 f"{file}: adapter format {version}, but this ttt ({__version__}) reads up to {VERSION}; install "
-                f"ttt-adapters {settings.get('library_version', '')} or newer".replace("  ", " ")
+                f"ttt-adapters {settings.get('ttt_version', '')} or newer".replace("  ", " ")
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NestedCheckpointWarning)  # said when it was trained
             config = TTTConfig.model_validate(settings["ttt"])
         return AdapterInfo(
             path=file,
-            library_version=str(settings["library_version"]),
+            ttt_version=str(settings["ttt_version"]),
             backbone=dict(settings["backbone"]),
             backbone_weights=settings["backbone_weights"],
             backbone_trained=settings["backbone_trained"],

@@ -29,7 +29,7 @@ def info(
 def _facts(adapter: AdapterInfo) -> dict[str, Any]:
     return {
         "path": str(adapter.path),
-        "written_by": f"ttt {adapter.library_version}",
+        "written_by": f"ttt {adapter.ttt_version}",
         "parameters": adapter.parameters,
         "backbone": dict(adapter.backbone),
         "backbone_trained": adapter.backbone_trained is not None,
