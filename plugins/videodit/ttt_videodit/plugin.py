@@ -1,0 +1,258 @@
+"""The plugin: options and presets, readable without torch; the model and its data behind methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+
+from pydantic import Field, field_validator, model_validator
+
+from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, WindowDataset
+from ttt.config import BackboneOptions, DataOptions, RunConfig
+from ttt.hookspecs import hookimpl
+from ttt_videodit.geometry import (
+    PATCH_SIZE,
+    SEGMENT_SEC,
+    SPATIAL_COMPRESSION,
+    Segments,
+    segments_in,
+    tokens_per_frame,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from ttt.config.importing import ImportedConfig
+    from ttt.inject import Site
+
+COGVIDEOX_5B = {"dim": 3072, "num_heads": 48, "num_layers": 42}
+DEMO = {"dim": 64, "num_heads": 4, "num_layers": 4}
+PRESETS = ("demo", "3s", "9s", "18s", "30s", "63s")
+PIXELS = {"5b": (480, 720), "demo": (64, 64)}
+TEXT_LENGTH = {"5b": 226, "demo": 8}
+ROTARY_UNIT = 16
+"""A head is shared out 1/4 : 3/8 : 3/8 between time, height and width, each an even number of channels."""
+
+
+class VideoDiTOptions(BackboneOptions):
+    """The `backbone` section for Video-DiT."""
+
+    name: Literal["videodit"] = "videodit"
+    """The backbone's name."""
+    preset: Literal["5b", "demo"] = "demo"
+    """CogVideoX 5B, or a tiny transformer of the same structure (random weights) that runs anywhere."""
+    pretrained: str | None = None
+    """5b: repository on the Hugging Face hub, or a folder in diffusers' layout; null is THUDM/CogVideoX-5b."""
+    random_weights: bool = False
+    """5b: leave the transformer's weights random, to measure speed and memory without a download."""
+    dim: Annotated[int, Field(ge=16, le=1024)] | None = None
+    """demo: width; null is 64."""
+    num_heads: Annotated[int, Field(ge=1, le=64)] | None = None
+    """demo: heads; null is 4."""
+    num_layers: Annotated[int, Field(ge=1, le=64)] | None = None
+    """demo: blocks; null is 4."""
+    attn_length: Annotated[int, Field(ge=1, le=1024)] = 12
+    """Latent frames from the start of one segment to that of the next; attention sees one segment at a time."""
+    prefix_temporal_length: Annotated[int, Field(ge=0, le=1024)] = 1
+    """Latent frames that a segment shares with the next one; the first segment's are the start of the video."""
+    transformer_checkpoint_layer_group_size: Annotated[int, Field(ge=1)] = 1
+    """Blocks in one activation checkpoint, with `train.gradient_checkpointing: true`."""
+    remat_attention: bool = False
+    """Run the attention of a block again in backward instead of keeping its activations."""
+    remat_forward_ttt: bool = False
+    """The same for the TTT layer's pass over the video."""
+    remat_reverse_ttt: bool = False
+    """The same for its pass over the reversed video."""
+    remat_mlp: bool = False
+    """The same for a block's feed-forward."""
+    remat_seq_modeling_block: bool = False
+    """The same for attention and TTT together, around their own."""
+    text_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of videos that train without their text, for the sake of guidance in sampling."""
+
+    @model_validator(mode="after")
+    def _options_of_the_preset(self) -> VideoDiTOptions:
+        """Refuse an option that the preset would not read, and sizes that do not fit."""
+        others = ("dim", "num_heads", "num_layers") if self.preset == "5b" else ("pretrained", "random_weights")
+        given = [name for name in others if getattr(self, name) not in (None, False)]
+        if given:
+            other = "demo" if self.preset == "5b" else "5b"
+            raise ValueError(f"{given[0]} belongs to preset: {other}; preset: {self.preset} does not read it")
+        if self.random_weights and self.pretrained is not None:
+            raise ValueError("random_weights: true does not read pretrained; write one of them")
+        dim, heads = self.dim or DEMO["dim"], self.num_heads or DEMO["num_heads"]
+        if self.preset == "demo" and (dim % heads or (dim // heads) % ROTARY_UNIT):
+            raise ValueError(
+                f"a demo model of width {dim} does not divide into {heads} heads whose width is a multiple of "
+                f"{ROTARY_UNIT}, as rotary embedding in three dimensions needs"
+            )
+        if self.prefix_temporal_length > self.attn_length:
+            raise ValueError(
+                f"prefix_temporal_length: {self.prefix_temporal_length} is more than attn_length: {self.attn_length}; "
+                f"a segment cannot share more frames than it has"
+            )
+        return self
+
+    @property
+    def segments(self) -> Segments:
+        """How videos are cut."""
+        return Segments(self.attn_length, self.prefix_temporal_length)
+
+
+class VideoDiTData(DataOptions):
+    """The `data` section for Video-DiT: precomputed latents and text embeddings.
+
+    `ttt precompute` makes them: a `.jsonl` index, one line for each video, that names safetensors files beside it.
+    """
+
+    duration_sec: Annotated[int, Field(ge=SEGMENT_SEC, le=63 * 60)] = SEGMENT_SEC
+    """Length of a training window: segments of 3 s, each with its text; a video is cut into consecutive windows."""
+    text_length: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Text tokens of a segment; null is 226 for 5b and 8 for the demo."""
+    height: Annotated[int, Field(ge=16)] | None = None
+    """Height of the videos, pixels; null is 480 for 5b and 64 for the demo."""
+    width: Annotated[int, Field(ge=16)] | None = None
+    """Width of the videos, pixels; null is 720 for 5b and 64 for the demo."""
+    videos: str | None = None
+    """What `ttt precompute` reads: a `.jsonl` of `{"path": "a.mp4", "captions": ["…", …]}`, a caption for each 3 s."""
+
+    @field_validator("duration_sec")
+    @classmethod
+    def _whole_segments(cls, value: int) -> int:
+        if value % SEGMENT_SEC:
+            raise ValueError(f"a window is a whole number of segments of {SEGMENT_SEC} s; write a multiple of 3")
+        return value
+
+    @field_validator("height", "width")
+    @classmethod
+    def _whole_tokens(cls, value: int | None) -> int | None:
+        side = SPATIAL_COMPRESSION * PATCH_SIZE
+        if value is not None and value % side:
+            raise ValueError(f"a token stands for {side} × {side} pixels; write a multiple of {side}")
+        return value
+
+
+class VideoDiTBackbone(Backbone):
+    """CogVideoX's diffusion transformer over segments of video: bidirectional, from noise to v-prediction."""
+
+    name: ClassVar[str] = "videodit"
+    causal: ClassVar[bool] = False
+    options: ClassVar[type[BackboneOptions]] = VideoDiTOptions
+    data_options: ClassVar[type[DataOptions]] = VideoDiTData
+    location_options: ClassVar[frozenset[str]] = frozenset({"pretrained"})
+    ttt_defaults: ClassVar[Mapping[str, Any]] = {"preset": "video", "layer_type": "mlp", "mini_batch_size": 64}
+
+    def presets(self) -> Mapping[str, str]:
+        """The commented configs that ship: `demo`, and TTT-Video's curriculum, `3s` to `63s`."""
+        folder = resources.files("ttt_videodit") / "presets"
+        return {name: (folder / f"{name}.yaml").read_text(encoding="utf-8") for name in PRESETS}
+
+    def facts(self, config: RunConfig) -> BackboneFacts:
+        """Widths by preset; tokens by seconds, pixels and text length."""
+        options, data = cast(VideoDiTOptions, config.backbone), cast(VideoDiTData, config.data)
+        segments = segments_in(data.duration_sec)
+        height, width = pixels(options, data)
+        frames = options.segments.frames(segments)
+        return BackboneFacts(
+            **sizes(options),
+            tokens_per_window=segments * text_length(options, data) + frames * tokens_per_frame(height, width),
+            window=f"{data.duration_sec} s of video at {width} × {height}",
+        )
+
+    def has_eval_data(self, config: RunConfig) -> bool:
+        """Where the config names data for it, or where the demo's own is used."""
+        options, data = cast(VideoDiTOptions, config.backbone), config.data
+        return data.eval_data is not None or (options.preset == "demo" and data.train_data is None)
+
+    def import_config(self, text: str, *, file: str) -> ImportedConfig | None:
+        """TTT-Video's TOML."""
+        from ttt_videodit.importing import import_config
+
+        return import_config(text, file=file)
+
+    def build(self, options: BackboneOptions, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+        """Make the transformer, in eval mode."""
+        from ttt_videodit.model import build
+
+        return build(cast(VideoDiTOptions, options), device=device, dtype=dtype)
+
+    def sites(self, model: nn.Module) -> Sequence[Site]:
+        """One for each block: its attention, after which TTT reads the whole video."""
+        from ttt_videodit.model import sites
+
+        return sites(model)
+
+    def dataset(self, config: RunConfig, *, split: str, device: torch.device | str) -> WindowDataset:
+        """Windows of latents and text embeddings."""
+        from ttt_videodit.data import latent_windows
+
+        return latent_windows(
+            cast(VideoDiTOptions, config.backbone), cast(VideoDiTData, config.data), split=split, device=device
+        )
+
+    def loss(self, model: nn.Module, batch: Batch, config: RunConfig) -> LossOutput:
+        """The error of the v-prediction, weighted as CogVideoX is trained."""
+        from ttt_videodit.diffusion import training_loss
+
+        return training_loss(model, batch, cast(VideoDiTOptions, config.backbone))
+
+    def set_gradient_checkpointing(self, model: nn.Module, enabled: bool) -> None:
+        """Switch activation checkpointing around groups of blocks."""
+        from ttt_videodit.model import set_gradient_checkpointing
+
+        set_gradient_checkpointing(model, enabled)
+
+    def is_attention(self, parameter_name: str) -> bool:
+        """The q, k, v and o of the blocks' attention, and the norms of q and k."""
+        return ".attn1." in parameter_name
+
+    def tiny(self) -> BackboneOptions:
+        """The demo, smaller, with segments of three latent frames."""
+        return VideoDiTOptions(preset="demo", dim=32, num_heads=2, num_layers=3, attn_length=2)
+
+    def example_batch(self, model: nn.Module, *, batch_size: int, tokens: int, seed: int) -> Batch:
+        """Random latents, texts and times of diffusion."""
+        from ttt_videodit.model import example_batch
+
+        return example_batch(model, batch_size=batch_size, tokens=tokens, seed=seed)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What each token of video was denoised to, `[B,T,4·channels]`."""
+        from ttt_videodit.model import outputs
+
+        return outputs(model, batch)
+
+    def perturb(self, batch: Batch, *, token: int, row: int | None = None) -> Batch:
+        """Other latents and texts from a token on."""
+        from ttt_videodit.model import perturb
+
+        return perturb(batch, token=token, row=row)
+
+
+def sizes(options: VideoDiTOptions) -> dict[str, int]:
+    """Width, heads and blocks that the options ask for."""
+    if options.preset == "demo":
+        return {name: getattr(options, name) or default for name, default in DEMO.items()}
+    return COGVIDEOX_5B
+
+
+def pixels(options: VideoDiTOptions, data: VideoDiTData) -> tuple[int, int]:
+    """Height and width of the videos."""
+    height, width = PIXELS[options.preset]
+    return data.height or height, data.width or width
+
+
+def text_length(options: VideoDiTOptions, data: VideoDiTData) -> int:
+    """Text tokens of a segment."""
+    return data.text_length or TEXT_LENGTH[options.preset]
+
+
+_BACKBONE = VideoDiTBackbone()
+
+
+@hookimpl
+def ttt_backbone() -> Backbone:
+    """The hook: this plugin's backbone."""
+    return _BACKBONE
