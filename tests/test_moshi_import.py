@@ -214,7 +214,7 @@ def test_a_result_with_errors_ends_with_1(capsys: pytest.CaptureFixture[str]) ->
     [
         (
             "video.toml",
-            "[model]\nname = 'cogvideo'\n[remat]\n",
+            "[model]\nname = 'another'\n[remat]\n",
             2,
             "no installed backbone reads this file (asked: ",
         ),

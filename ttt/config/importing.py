@@ -116,7 +116,7 @@ def import_config(text: str, *, file: str, backbones: Sequence[Backbone]) -> tup
     Raises:
         ConfigError: the file is meant to be YAML, and is none, or says a key twice.
         PluginError: a backbone failed when it was asked.
-        UsageError: it is a config of this project already.
+        UsageError: it is a config of this project already, or a backbone's that is damaged.
     """
     source = parse_source(text, file=file)
     if file.casefold().endswith((".yaml", ".yml")) and source.findings:
@@ -126,6 +126,8 @@ def import_config(text: str, *, file: str, backbones: Sequence[Backbone]) -> tup
     for backbone in backbones:
         try:
             imported = backbone.import_config(text, file=file)
+        except UsageError:  # the file is meant for this backbone, and says why it cannot be read
+            raise
         except Exception as error:  # a third party's code may raise anything
             cause = " ".join(f"{type(error).__name__}: {error}".split())
             told = f"the plugin {backbone.name} failed when it was asked to import {file}: {cause}"

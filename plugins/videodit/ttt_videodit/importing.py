@@ -1,0 +1,302 @@
+"""TTT-Video's TOML, for training and for sampling, in this project's terms.
+
+Keys and defaults are those of TTT-Video's `ttt/infra/config_manager.py` and `ttt/models/configs.py`; what a file leaves
+out is written down where this project's default is another.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from ttt.config.importing import Import, ImportedConfig
+from ttt.config.source import Source
+from ttt.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FORMAT = "TTT-Video"
+MARKS = ("ssm_layer", "ttt_base_lr", "video_length")
+"""Keys of `[model]` that no other program's config has."""
+PUBLISHED_TEXT_LENGTH = {3: 498, 9: 502, 18: 471, 30: 497, 63: 458}
+"""Text tokens of a segment by seconds of video, from its `configs/eval`: with them sequences divide into 64s."""
+WEIGHT_DECAY = 1e-4
+"""`ParameterGroupManager.WEIGHT_DECAY_VALUE` of its `ttt/infra/optimizers.py`."""
+
+_LATER = "TODO"
+_UNQUOTED = re.compile(rf"^([^\S\n]*[\w.\-]+[^\S\n]*=[^\S\n]*){_LATER}([^\S\n]*(?:#.*)?)$", re.MULTILINE)
+"""What the published files have where a path is to be filled in, which is no TOML."""
+_TOML_PLACE = re.compile(r"\s*\(at (?:line (\d+), column (\d+)|end of document)\)")
+
+_SAME = {
+    "model.mini_batch_size": "ttt.mini_batch_size",
+    "model.ttt_base_lr": "ttt.base_lr",
+    "job.seed": "train.seed",
+    "training.steps": "train.max_steps",
+    "training.warmup_steps": "train.warmup_steps",
+    "optimizer.gradient_clipping_norm": "train.max_norm",
+    "checkpoint.interval": "train.ckpt_freq",
+    "eval.txt_maxlen": "data.text_length",
+    "eval.image_width": "data.width",
+    "eval.image_height": "data.height",
+    "remat.transformer_checkpoint_layer_group_size": "backbone.transformer_checkpoint_layer_group_size",
+    "remat.attention": "backbone.remat_attention",
+    "remat.forward_ssm": "backbone.remat_forward_ttt",
+    "remat.reverse_ssm": "backbone.remat_reverse_ttt",
+    "remat.mlp": "backbone.remat_mlp",
+    "remat.seq_modeling_block": "backbone.remat_seq_modeling_block",
+}
+_DEFAULTS: dict[str, tuple[str, Any]] = {
+    "model.mini_batch_size": ("ttt.mini_batch_size", 64),
+    "model.ttt_base_lr": ("ttt.base_lr", 0.1),
+}
+_TRAINING_DEFAULTS: dict[str, tuple[str, Any]] = {
+    "job.seed": ("train.seed", 42),
+    "training.steps": ("train.max_steps", 5000),
+    "training.warmup_steps": ("train.warmup_steps", 50),
+    "optimizer.gradient_clipping_norm": ("train.max_norm", 0.1),
+}
+"""What a file that leaves a key out trained with, where this project's default differs."""
+_NOT_HERE = {
+    "job.config_file": "the file itself",
+    "model.name": "TTT-Video has cogvideo alone",
+    "model.norm_eps": "nothing read it there; the model's own transformer/config.json has it here",
+    "training.gc_freq": "Python collects its garbage itself",
+    "eval.input_file": "give it to `ttt sample --prompts`",
+    "eval.output_dir": "give the video's name to `ttt sample --out`",
+    "eval.sampling_fps": "CogVideoX's videos have 16 frames a second",
+    "eval.sampling_num_frames": "data.duration_sec says it",
+    "eval.latent_channels": "the model's own transformer/config.json says it",
+    "eval.num_denoising_steps": "give it to `ttt sample --steps`",
+    "eval.scale_factor": "nothing read it there; the VAE's own config.json has it here",
+    "eval.vae_scale_factor": "the VAE's own config.json has it",
+    "eval.vae_checkpoint_path": "a folder in diffusers' layout holds the VAE too; backbone.pretrained names it",
+    "eval.t5_model_dir": "a folder in diffusers' layout holds T5 too; backbone.pretrained names it",
+    "guider.scale": "give it to `ttt sample --guidance-scale`",
+    "guider.exp": "guidance grows with diffusers' own schedule of CogVideoX",
+    "guider.num_steps": "nothing read it there; give the steps to `ttt sample --steps`",
+    "denoiser": "diffusers' scheduler has it: the scheduler folder beside the transformer",
+    "discretization": "diffusers' scheduler has it: the scheduler folder beside the transformer",
+    "optimizer.name": "the optimiser is AdamW, here too",
+    "checkpoint.resume": "`ttt train --resume` continues a run",
+    "checkpoint.resume_step": "`ttt train --resume` continues from the last complete checkpoint",
+    "checkpoint.timeout_minutes": "a signal ends a run at its next step and saves it",
+    "parallelism.tp_sharding": "a run uses one device",
+    "parallelism.dp_sharding": "a run uses one device",
+    "parallelism.dp_replicate": "a run uses one device",
+    "remat.shard_transformer_inputs": "a run uses one device",
+    "comm": "a run uses one device",
+    "wandb": "a run writes metrics.jsonl, pictures and, with the extra `tensorboard`, TensorBoard files",
+}
+
+
+def import_config(text: str, *, file: str) -> ImportedConfig | None:
+    """The config of a TTT-Video job, or None where the file is none.
+
+    Raises:
+        UsageError: the file calls itself TOML and is none.
+    """
+    data = _read(text, file)
+    model = data.get("model")
+    if not isinstance(model, Mapping) or not (any(mark in model for mark in MARKS) or model.get("name") == "cogvideo"):
+        return None
+    moving = Import(Source(file, data, {}), FORMAT)
+    trains = not any(isinstance(data.get(section), Mapping) for section in ("eval", "guider", "denoiser"))
+    moving.add("backbone.name", "videodit", "whose config it is")
+    _move_model(moving)
+    for old, new in _SAME.items():
+        moving.move(old, new)
+    _move_remat(moving, trains)
+    if trains:
+        _move_schedule(moving)
+        _move_batch(moving)
+        _move_what_learns(moving)
+    _move_data(moving, trains)
+    _move_dtype(moving)
+    for old, (new, value) in {**_DEFAULTS, **(_TRAINING_DEFAULTS if trains else {})}.items():
+        if not moving.has(old):
+            moving.add(new, value, "TTT-Video's default, which the file left to it")
+    for old, why in _NOT_HERE.items():
+        moving.drop(old, why)
+    return moving.done()
+
+
+def _read(text: str, file: str) -> dict[str, Any]:
+    """The file's data, null where a path is still to be filled in; empty where it is no TOML."""
+    try:
+        data = tomllib.loads(_UNQUOTED.sub(rf'\1"{_LATER}"\2', text))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        if not file.casefold().endswith(".toml"):
+            return {}
+        cause = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        found = _TOML_PLACE.search(cause)
+        place = f":{found[1]}:{found[2]}" if found and found[1] else ""
+        raise UsageError(f"{file}{place}: not TOML: {_TOML_PLACE.sub('', cause)}") from None
+    return {
+        section: {key: None if value == _LATER else value for key, value in values.items()}
+        if isinstance(values, dict)
+        else values
+        for section, values in data.items()
+    }
+
+
+def _number(value: Any) -> float | None:
+    """A positive number, or None."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+
+
+def _ratio(value: float, of: float) -> float:
+    return float(f"{value / of:.12g}")
+
+
+def _move_model(moving: Import) -> None:
+    size = moving.get("model.size", "5B")
+    if size == "debug":
+        moving.move("model.size", "backbone.preset", value="demo", note="a small model with random weights")
+        for key, value in (("dim", 512), ("num_heads", 8), ("num_layers", 6)):
+            moving.add(f"backbone.{key}", value, "of TTT-Video's size `debug`")
+    elif moving.has("model.size"):
+        moving.move("model.size", "backbone.preset", value="5b" if size == "5B" else size)
+    else:
+        moving.add("backbone.preset", "5b", "TTT-Video's default, which the file left to it")
+
+    layer = moving.get("model.ssm_layer", "ttt_mlp")
+    if layer == "none":
+        moving.move("model.ssm_layer", "ttt.layers", value="none")
+    else:
+        moving.add("ttt.layers", "all", "every block has TTT there")
+        known = {"ttt_mlp": "mlp", "ttt_linear": "linear"}
+        if moving.has("model.ssm_layer"):
+            moving.move("model.ssm_layer", "ttt.layer_type", value=known.get(layer, layer))
+        else:
+            moving.add("ttt.layer_type", "mlp", "TTT-Video's default, which the file left to it")
+
+    scale = moving.get("model.scale_factor", 1.0)
+    moving.drop(
+        "model.scale_factor",
+        "latents are multiplied by the VAE's own scaling_factor when they are precomputed; "
+        f"there by {scale}, so write that as scaling_factor into vae/config.json to have the same",
+    )
+
+
+def _move_remat(moving: Import, trains: bool) -> None:
+    if trains:
+        moving.move("remat.scan_checkpoint_group_size", "ttt.scan_checkpoint_group_size")
+        moving.add("train.gradient_checkpointing", True, "groups of blocks are always rematerialised there")
+    else:
+        moving.drop(
+            "remat.scan_checkpoint_group_size",
+            "sampling keeps no activations, whatever the group; it acts on training alone",
+        )
+
+
+def _move_schedule(moving: Import) -> None:
+    """Peaks and ends by role: there each role has its peak and all have one end, here all have one peak and ratio."""
+    peak, ttt_peak, end = (moving.get(f"optimizer.{key}") for key in ("lr", "lr_ssm", "lr_end"))
+    peak, ttt_peak = 1e-4 if peak is None else peak, 1e-4 if ttt_peak is None else ttt_peak
+    if _number(peak) is None or _number(ttt_peak) is None or not (end is None or end == 0 or _number(end) is not None):
+        for key in ("lr", "lr_ssm", "lr_end", "lr_schedule", "lr_ssm_schedule"):
+            moving.drop(f"optimizer.{key}", "it, or a learning rate beside it, is no positive number")
+        return
+    _say(moving, "optimizer.lr_ssm", "train.lr", ttt_peak, "of TTT and its gates")
+    _say(moving, "optimizer.lr", "train.backbone_lr_multiplier", _ratio(peak, ttt_peak), f"{peak:g} of the rest")
+    ttt_end, rest_end = _ratio(end or 0.0, ttt_peak), _ratio(end or 0.0, peak)
+    ttt_curve, ttt_note = _curve(moving, "lr_ssm_schedule", ttt_end)
+    rest_curve, rest_note = _curve(moving, "lr_schedule", rest_end)
+    _say(moving, "optimizer.lr_ssm_schedule", "train.lr_schedule", ttt_curve, ttt_note)
+    ratio = rest_end if ttt_curve == "constant" and rest_curve != "constant" else ttt_end
+    if rest_curve not in ("constant", None) and rest_end != ratio:
+        rest_note = f"down to {ratio:g} of its peak, as TTT; there down to {rest_end:g}"
+    _say(moving, "optimizer.lr_schedule", "train.backbone_lr_schedule", rest_curve, rest_note)
+    _say(moving, "optimizer.lr_end", "train.min_lr_ratio", ratio, f"ends at {end or 0.0:g}")
+    moving.add("train.weight_decay", WEIGHT_DECAY, "as its optimiser has it; gates decay there and not here")
+
+
+def _curve(moving: Import, key: str, end: float) -> tuple[Any, str]:
+    """A schedule as this project has it: one that ends where it starts is constant."""
+    curve = moving.get(f"optimizer.{key}", "linear")
+    return ("constant", f"{curve}, but it ends at its peak") if end == 1 else (curve, "")
+
+
+def _say(moving: Import, old: str, new: str, value: Any, note: str = "") -> None:
+    """Move a key, or write down what TTT-Video takes where a file leaves it out."""
+    if moving.has(old):
+        moving.move(old, new, value=value, note=note)
+    else:
+        told = "TTT-Video's default, which the file left to it"
+        moving.add(new, value, f"{told}; {note}" if note else told)
+
+
+def _move_batch(moving: Import) -> None:
+    """A GPU, or a group that shares one model, takes its share of the global batch in `grad_accum_steps` parts."""
+    batch, parts = moving.get("training.global_batch_size", 8), moving.get("training.grad_accum_steps", 1)
+    gpus = [moving.get(f"parallelism.{key}", default) for key, default in (("dp_sharding", 8), ("dp_replicate", 1))]
+    if not all(isinstance(number, int) and number > 0 for number in (batch, parts, *gpus)):
+        moving.drop("training.global_batch_size", "it, or a number of GPUs or of parts, is no positive whole number")
+        moving.drop("training.grad_accum_steps", "it, or a number beside it, is no positive whole number")
+        return
+    passes = min(batch, gpus[0] * gpus[1] * parts)
+    size = batch // passes if batch % passes == 0 else 1
+    told = f"{batch} videos a step, {size} at a time"
+    _say(moving, "training.global_batch_size", "train.num_microbatches", batch // size, told)
+    if moving.has("training.grad_accum_steps"):
+        moving.move("training.grad_accum_steps", "train.batch_size", value=size, note="windows in one forward pass")
+    else:
+        moving.add("train.batch_size", size, "windows in one forward pass")
+
+
+def _move_what_learns(moving: Import) -> None:
+    method = moving.get("training.adapter_method")
+    known = {"sft": ("all", "everything learns"), "qkvo": ("ttt+attention", "TTT and the attention's projections")}
+    value, note = known.get(method, (method, "")) if isinstance(method, str) else (method, "")
+    moving.move("training.adapter_method", "train.trainable", value=value, note=f"{method}: {note}" if note else "")
+    moving.add("backbone.text_dropout", 0.1, "written into its train.py")
+
+
+def _move_data(moving: Import, trains: bool) -> None:
+    length = moving.get("model.video_length", "3sec")
+    seconds = re.fullmatch(r"(\d+)sec", length) if isinstance(length, str) else None
+    _say(moving, "model.video_length", "data.duration_sec", int(seconds[1]) if seconds else length)
+    if trains:
+        _move_run_dir(moving)
+        other = "TTT-Video's lists name .pt files; make an index with `ttt precompute` and name it here"
+        moving.move("training.jsonl_paths", "data.train_data", value=None, note=other)
+        moving.drop("training.dataset_path", "the files of an index lie beside it")
+        if seconds and int(seconds[1]) in PUBLISHED_TEXT_LENGTH and moving.get("model.size", "5B") == "5B":
+            text_length = PUBLISHED_TEXT_LENGTH[int(seconds[1])]
+            moving.add("data.text_length", text_length, "as its configs/eval have it for this length")
+    else:
+        moving.drop("job.exp_name", "give the video's name to `ttt sample --out`")
+        moving.drop("job.dump_folder", "give the video's name to `ttt sample --out`")
+    moving.drop(
+        "checkpoint.init_state_dir",
+        "a folder of TTT-Video's; `ttt import-weights` makes of it what backbone.pretrained and train.init_from name",
+    )
+
+
+def _move_run_dir(moving: Import) -> None:
+    """A folder for each experiment, in a folder for all of them."""
+    folder, name = (moving.get(f"job.{key}") for key in ("dump_folder", "exp_name"))
+    if isinstance(name, str):
+        parent = folder.rstrip("/") if isinstance(folder, str) else "runs"
+        moving.move("job.exp_name", "run_dir", value=f"{parent}/{name}")
+        moving.drop("job.dump_folder", "run_dir begins with it")
+    else:
+        moving.drop("job.exp_name", "it is no text")
+        moving.drop("job.dump_folder", "run_dir names one folder, and the file has no exp_name")
+
+
+def _move_dtype(moving: Import) -> None:
+    """Training's type is FSDP's, sampling's its own."""
+    used = "eval.dtype" if moving.has("eval.dtype") else "parallelism.fsdp_unsharded_dtype"
+    if moving.get(used) == "float16":
+        moving.move(used, "train.param_dtype", value="bfloat16", note="float16 there; its range is too small to train")
+    else:
+        _say(moving, used, "train.param_dtype", moving.get(used, "bfloat16"), "of the backbone; TTT is float32")
+    if used != "parallelism.fsdp_unsharded_dtype":
+        moving.drop("parallelism.fsdp_unsharded_dtype", "eval.dtype says it")

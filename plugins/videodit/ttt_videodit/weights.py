@@ -1,0 +1,489 @@
+"""A checkpoint of TTT-Video as this project's files: the transformer in diffusers' layout, and an adapter.
+
+The names are those of TTT-Video's `ttt/models/cogvideo/dit.py` and `ttt/models/ssm/ttt_layer.py`; what belongs to
+CogVideoX is the inverse of its `weight_conversion/from_hf.py`. Tensors stay on the disk until they are written: a
+model needs no more memory than its largest file does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ttt import inject
+from ttt.adapter_file import backbone_identity, save_adapter
+from ttt.config import TTTConfig
+from ttt.errors import EnvironmentProblem, UsageError
+from ttt.files import read_header, read_json, require_space, temporary_beside, write_tensors, write_text, writing
+from ttt_videodit.model import VideoDiT, build, sites
+from ttt_videodit.plugin import VideoDiTBackbone, VideoDiTOptions
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PROGRAM = "TTT-Video"
+TRANSFORMER = "transformer"
+ADAPTER = "adapter"
+SHARD_BYTES = 4 << 30
+"""Largest file of the transformer's weights."""
+PUBLISHED = {"mlp": {"mini_batch_size": 64, "base_lr": 0.1}, "linear": {"mini_batch_size": 16, "base_lr": 1.0}}
+"""What no tensor says: the settings of TTT-Video's configs, by inner model."""
+
+_MODEL_KEYS = ("model", "state_dict", "module")
+"""Where checkpoints that hold more than a model keep it."""
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Parts of names that torch.compile, FSDP and activation checkpointing put in."""
+_OUTER = frozenset({"module", "model", "dit"})
+"""Parts that may stand before the transformer's own names."""
+_MODULES = {
+    "patch_embedding.vid_proj": "patch_embed.proj",
+    "patch_embedding.text_proj": "patch_embed.text_proj",
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "transformer_norm": "norm_final",
+    "final_layer.norm": "norm_out.norm",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+_BLOCK_MODULES = {
+    "pre_seq_adaLN_modulation.1": "norm1.linear",
+    "pre_seq_layernorm": "norm1.norm",
+    "pre_mlp_adaLN_modulation.1": "norm2.linear",
+    "pre_mlp_layernorm": "norm2.norm",
+    "mlp.layer1": "ff.net.0.proj",
+    "mlp.layer2": "ff.net.2",
+    "seq_modeling_block.q": "attn1.to_q",
+    "seq_modeling_block.k": "attn1.to_k",
+    "seq_modeling_block.v": "attn1.to_v",
+    "seq_modeling_block.o": "attn1.to_out.0",
+    "seq_modeling_block.q_norm": "attn1.norm_q",
+    "seq_modeling_block.k_norm": "attn1.norm_k",
+    "seq_modeling_block.ssm.ttt.wq": "attn1.ttt.layer.q_proj",
+    "seq_modeling_block.ssm.ttt.wk": "attn1.ttt.layer.k_proj",
+    "seq_modeling_block.ssm.ttt.wv": "attn1.ttt.layer.v_proj",
+    "seq_modeling_block.ssm.ttt.wo": "attn1.ttt.layer.o_proj",
+    "seq_modeling_block.ssm.ttt.post_norm": "attn1.ttt.layer.post_norm",
+}
+_BLOCK_TENSORS = {
+    **{
+        f"seq_modeling_block.ssm.ttt.{name}": f"attn1.ttt.layer.{name}"
+        for name in (
+            *("W1", "b1", "W2", "b2", "ttt_norm_weight", "ttt_norm_bias"),
+            *("learnable_ttt_lr_weight", "learnable_ttt_lr_bias"),
+        )
+    },
+    **{
+        f"seq_modeling_block.{direction}_ssm_gating_{part}.gating_alpha": f"attn1.ttt.{direction}_gate_{part}.gating_alpha"
+        for direction in ("forward", "backward")
+        for part in ("video", "text")
+    },
+}
+_BLOCK = re.compile(r"layers\.(\d+)\.(.+)")
+_TABLES = re.compile(r"layers\.\d+\.seq_modeling_block\.(?:rotary\.freqs_(?:sin|cos)|ssm\.freqs_cis)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_TOLD = 5
+"""How many tensors a message names before it counts the rest."""
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What a checkpoint holds, its tensors still on the disk."""
+
+    tensors: Mapping[str, Tensor]
+    """By name in the file."""
+    others: Sequence[str]
+    """What else is in it: the optimiser's state, say."""
+
+
+def import_weights(source: Path, out: Path, *, console: Console) -> list[Path]:
+    """Turn a checkpoint of TTT-Video into `OUT/transformer`, in diffusers' layout, and `OUT/adapter`.
+
+    Args:
+        source: `.safetensors`, in one file or a folder of several, or a `.pt`; no code in it is run.
+        out: a folder that does not exist or is empty.
+        console: where each tensor is accounted for.
+
+    Returns:
+        The two folders.
+
+    Raises:
+        UsageError: the file is no such checkpoint, a tensor of it is missing, unknown or of another shape, or `out` is
+            in use; nothing was written then.
+        EnvironmentProblem: a file is missing or damaged, or the disk is full.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: is not empty; name a folder that does not exist yet")
+    checkpoint = _open(source)
+    names, left_out = _rename(source, checkpoint.tensors)
+    tensors = {names[old]: tensor for old, tensor in checkpoint.tensors.items() if old in names}
+    config = _transformer_config(source, tensors)
+    settings = _ttt_settings(tensors)
+    require_space(out, sum(tensor.nbytes for tensor in tensors.values()), what="the converted model")
+    with _folder(out) as folder:
+        _write_json(folder / TRANSFORMER / "config.json", config)
+        injection = _fill(source, folder, settings, tensors, {new: old for old, new in names.items()})
+        adapters = injection.state_dict().keys()
+        _write_transformer(
+            folder / TRANSFORMER, {name: tensor for name, tensor in tensors.items() if name not in adapters}
+        )
+        save_adapter(
+            folder / ADAPTER,
+            injection,
+            backbone=backbone_identity(VideoDiTBackbone(), VideoDiTOptions(preset="5b")),
+            training={"imported_from": PROGRAM, "checkpoint": source.name},
+        )
+    _account(console, checkpoint, names, left_out)
+    _report(console, tensors, adapters, settings, out)
+    return [out / TRANSFORMER, out / ADAPTER]
+
+
+# --- reading ---
+
+
+def _open(source: Path) -> _Checkpoint:
+    """The tensors of a checkpoint, mapped from the disk."""
+    if not source.exists():
+        raise EnvironmentProblem(f"{source}: no such file or folder")
+    if source.suffix == ".distcp" or (source.is_dir() and (source / ".metadata").exists()):
+        folder = source if source.is_dir() else source.parent
+        raise UsageError(
+            f"{folder}: is a distributed checkpoint of PyTorch; turn it into a file first, and import that: "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} {folder.name}.pt"
+        )
+    files = _files(source)
+    if all(file.suffix == ".safetensors" for file in files):
+        return _Checkpoint(_read_safetensors(files), ())
+    return _read_torch(files[0])
+
+
+def _files(source: Path) -> list[Path]:
+    """The files that hold the tensors."""
+    if source.name.endswith(".safetensors.index.json"):
+        return _indexed(source)
+    if source.is_file():
+        return [source]
+    indices = sorted(source.glob("*.safetensors.index.json"))
+    if indices:
+        return _indexed(indices[0])
+    safetensors = sorted(source.glob("*.safetensors"))
+    if safetensors:
+        return safetensors
+    pickled = sorted(file for file in source.iterdir() if file.suffix in (".pt", ".pth", ".bin"))
+    if len(pickled) != 1:
+        found = f"{len(pickled)} .pt files" if pickled else "no .safetensors and no .pt file"
+        raise UsageError(f"{source}: holds {found}; name the checkpoint's file")
+    return pickled
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index of shards names."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, Mapping) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise EnvironmentProblem(f"{index}: no index of safetensors files: it has no weight_map")
+    names = sorted(set(shards.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise EnvironmentProblem(f"{index}: names a file in another folder: {outside[0]}")
+    return [index.parent / name for name in names]
+
+
+def _read_safetensors(files: Sequence[Path]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        names = read_header(file).tensors
+        twice = sorted(tensors.keys() & names.keys())
+        if twice:
+            raise UsageError(f"{file}: holds {_some(twice)}, which another file of the checkpoint holds too")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in names}
+        except (OSError, SafetensorError) as error:
+            raise EnvironmentProblem(f"{file}: cannot be read: {error}") from error
+    return tensors
+
+
+def _read_torch(file: Path) -> _Checkpoint:
+    """A `torch.save` file, whose tensors alone are read: `weights_only` runs no code of a file."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"{file}: holds more than tensors, or is no file of torch.save; no code in it was run. Save the model's "
+            f"state_dict alone, best as .safetensors ({_first_line(error)})"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise EnvironmentProblem(f"{file}: cannot be read: {_first_line(error)}") from None
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{file}: holds no state_dict")
+    others: list[str] = []
+    while not any(isinstance(value, Tensor) for value in content.values()):
+        key = next((key for key in _MODEL_KEYS if isinstance(content.get(key), Mapping)), None)
+        if key is None:
+            raise UsageError(f"{file}: holds no state_dict, and none under {', '.join(_MODEL_KEYS)}")
+        others += [str(other) for other in content if other != key]
+        content = content[key]
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return _Checkpoint(tensors, [*others, *(str(name) for name in content if str(name) not in tensors)])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# --- what each tensor is ---
+
+
+def _rename(source: Path, tensors: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """The new name of each tensor, and those that are computed here instead.
+
+    Raises:
+        UsageError: one is unknown, or two are the same.
+    """
+    names: dict[str, str] = {}
+    tables: list[str] = []
+    unknown: list[str] = []
+    for old in tensors:
+        plain = _plain(old)
+        new = _new_name(plain)
+        if new is not None:
+            names[old] = new
+        elif _TABLES.fullmatch(plain):
+            tables.append(old)
+        else:
+            unknown.append(old)
+    if not names:
+        raise UsageError(
+            f"{source}: no checkpoint of {PROGRAM}: it has none of its tensors ({_some(unknown) or 'none'})"
+        )
+    if unknown:
+        raise UsageError(f"{source}: {_some(unknown)} {_are(unknown)} no part of {PROGRAM}'s model that is known here")
+    twice = sorted(new for new, count in Counter(names.values()).items() if count > 1)
+    if twice:
+        both = [old for old, new in names.items() if new == twice[0]]
+        raise UsageError(f"{source}: {' and '.join(both)} are the same tensor of the model; keep one of them")
+    return names, tables
+
+
+def _plain(name: str) -> str:
+    """A name without what wraps the transformer."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while parts and parts[0] in _OUTER:
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def _new_name(plain: str) -> str | None:
+    found = _BLOCK.fullmatch(plain)
+    if found is None:
+        return _of_module(plain, _MODULES)
+    new = _BLOCK_TENSORS.get(found[2]) or _of_module(found[2], _BLOCK_MODULES)
+    return new and f"transformer_blocks.{int(found[1])}.{new}"
+
+
+def _of_module(name: str, modules: Mapping[str, str]) -> str | None:
+    module, _, tensor = name.rpartition(".")
+    return f"{modules[module]}.{tensor}" if module in modules and tensor in ("weight", "bias") else None
+
+
+def _some(names: Sequence[str]) -> str:
+    told = ", ".join(names[:_TOLD])
+    return told if len(names) <= _TOLD else f"{told} and {len(names) - _TOLD} more"
+
+
+def _are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+# --- what the tensors say of the model ---
+
+
+def _transformer_config(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`config.json` of diffusers' class, with the sizes that the tensors have."""
+
+    def shape(name: str, old: str, extents: int) -> Sequence[int]:
+        if name not in tensors:
+            raise UsageError(f"{source}: {old} is missing; without it the model's size is not known")
+        if tensors[name].dim() != extents or 0 in tensors[name].shape:
+            raise UsageError(f"{source}: {old} is {list(tensors[name].shape)}, no {extents}-dimensional weight")
+        return tensors[name].shape
+
+    dim, in_channels, patch, _ = shape("patch_embed.proj.weight", "dit.patch_embedding.vid_proj.weight", 4)
+    _, text_dim = shape("patch_embed.text_proj.weight", "dit.patch_embedding.text_proj.weight", 2)
+    time_dim, _ = shape("time_embedding.linear_1.weight", "dit.time_embed.0.weight", 2)
+    rates = "attn1.ttt.layer.learnable_ttt_lr_weight"
+    old = "dit.layers.0.seq_modeling_block.ssm.ttt.learnable_ttt_lr_weight"
+    heads, _, _ = shape(f"transformer_blocks.0.{rates}", old, 3)
+    outputs, _ = shape("proj_out.weight", "dit.final_layer.linear.weight", 2)
+    if dim % heads:
+        raise UsageError(f"{source}: {old} has {heads} heads, which do not divide the width {dim}")
+    blocks = {int(name.split(".")[1]) for name in tensors if name.startswith("transformer_blocks.")}
+    return {
+        "_class_name": "CogVideoXTransformer3DModel",
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "in_channels": in_channels,
+        "out_channels": outputs // (patch * patch),
+        "time_embed_dim": time_dim,
+        "text_embed_dim": text_dim,
+        "num_layers": max(blocks) + 1,
+        "patch_size": patch,
+        # 480 × 720 pixels in latents, to whose grid TTT-Video's rotary tables belong (`ttt/models/configs.py`).
+        "sample_height": 60,
+        "sample_width": 90,
+        # `layer_norm_eps` of the same file, where THUDM's own config says 1e-5.
+        "norm_eps": 1e-6,
+        "use_rotary_positional_embeddings": True,
+        "use_learned_positional_embeddings": False,
+    }
+
+
+def _ttt_settings(tensors: Mapping[str, Tensor]) -> TTTConfig:
+    """The `ttt` section: the inner model as the tensors have it, the rest as published."""
+    block = "transformer_blocks.0.attn1.ttt.layer"
+    layer_type = "mlp" if f"{block}.W2" in tensors else "linear"
+    settings: dict[str, Any] = {"preset": "video", "layer_type": layer_type, **PUBLISHED[layer_type]}
+    first = tensors.get(f"{block}.W1")
+    if layer_type == "mlp" and first is not None and first.dim() == 3 and first.shape[2] != 4 * first.shape[1]:
+        settings["mlp_hidden_dims"] = (first.shape[2],)
+    return TTTConfig.model_validate(settings)
+
+
+def _fill(
+    source: Path, folder: Path, settings: TTTConfig, tensors: Mapping[str, Tensor], old_names: Mapping[str, str]
+) -> inject.Injection:
+    """The adapted model, holding the checkpoint's own tensors.
+
+    Raises:
+        UsageError: a tensor is missing or has another shape, or a block too many is there.
+    """
+    model = build(VideoDiTOptions(preset="5b", pretrained=str(folder)), device="meta", dtype=torch.float32)
+    injection = inject.apply(model, sites(model), settings, causal=VideoDiTBackbone.causal)
+    own = model.state_dict()
+    missing = [_old_name(name) for name in own if name not in tensors]
+    if missing:
+        raise UsageError(f"{source}: {_some(missing)} {_are(missing)} missing")
+    others = [old_names[name] for name in tensors if name not in own]
+    if others:
+        raise UsageError(f"{source}: {_some(others)} {_are(others)} of another inner model than that of block 0")
+    shapes = [
+        f"{old_names[name]} is {list(tensor.shape)}, not {list(own[name].shape)}"
+        for name, tensor in tensors.items()
+        if tensor.shape != own[name].shape
+    ]
+    types = [
+        f"{old_names[name]} is {tensor.dtype}" for name, tensor in tensors.items() if not tensor.is_floating_point()
+    ]
+    if shapes or types:
+        raise UsageError(f"{source}: does not fit together: {_some([*shapes, *types])}")
+    model.load_state_dict(dict(tensors), assign=True)
+    return injection
+
+
+def _old_name(new: str) -> str:
+    """The name in TTT-Video of a tensor that this project calls `new`."""
+    found = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", new)
+    whole = {**_BLOCK_TENSORS, **_BLOCK_MODULES} if found else _MODULES
+    name = found[2] if found else new
+    back = {value: key for key, value in whole.items()}
+    module, _, tensor = name.rpartition(".")
+    old = back.get(name) or f"{back[module]}.{tensor}"
+    return f"dit.layers.{found[1]}.{old}" if found else f"dit.{old}"
+
+
+# --- writing ---
+
+
+@contextlib.contextmanager
+def _folder(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` when all of it is written, and goes away when not."""
+    folder = temporary_beside(out.absolute())
+    try:
+        with writing(out):
+            (folder / TRANSFORMER).mkdir(parents=True)
+        yield folder
+        with writing(out):
+            os.replace(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def _write_transformer(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """The weights in files of at most `SHARD_BYTES` each, with the index that diffusers reads them by."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    stem = "diffusion_pytorch_model"
+    files = [f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [f"{stem}.safetensors"]
+    for file, names in zip(files, shards, strict=True):
+        write_tensors(folder / file, {name: tensors[name] for name in names}, {"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        _write_json(
+            folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+
+
+# --- telling ---
+
+
+def _account(console: Console, checkpoint: _Checkpoint, names: Mapping[str, str], tables: Sequence[str]) -> None:
+    """Where each tensor went; those that differ in the block's number alone stand in one line."""
+
+    def line(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    groups: dict[tuple[str, str], list[int]] = {}
+    for old, new in names.items():
+        numbered = re.match(r"transformer_blocks\.(\d+)\.", new)
+        key = (_NUMBER.sub("N", old, count=1), _NUMBER.sub("N", new, count=1)) if numbered else (old, new)
+        groups.setdefault(key, []).extend([int(numbered[1])] if numbered else [])
+    for (old, new), blocks in groups.items():
+        line(f"  {old} → {new}" + (f"    N = {min(blocks)} … {max(blocks)}" if len(blocks) > 1 else ""))
+    if tables:
+        line(f"  {_some(tables)}: left out, rotary tables are computed")
+    if checkpoint.others:
+        line(f"  {_some(checkpoint.others)}: left out, no part of the model")
+
+
+def _report(
+    console: Console, tensors: Mapping[str, Tensor], adapters: Iterable[str], settings: TTTConfig, out: Path
+) -> None:
+    ttt = [tensors[name] for name in adapters]
+    rest = len(tensors) - len(ttt), sum(tensor.numel() for tensor in tensors.values()) - sum(map(Tensor.numel, ttt))
+    published = ", ".join(f"{key}: {value}" for key, value in PUBLISHED[settings.layer_type].items())
+    for text in (
+        f"{out / TRANSFORMER}: {rest[0]} tensors, {rest[1]:,} parameters, in diffusers' layout",
+        f"{out / ADAPTER}: {len(ttt)} tensors, {sum(map(Tensor.numel, ttt)):,} parameters of TTT and its gates",
+        f"No tensor says how it was trained: the adapter has what {PROGRAM} published for ttt_{settings.layer_type} "
+        f"({published}).",
+        f"A config names it with backbone.pretrained: {out} and train.init_from: {out / ADAPTER}; for sampling and "
+        f"`ttt precompute`, put vae, text_encoder, tokenizer and scheduler of CogVideoX-5b beside {TRANSFORMER}.",
+    ):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
