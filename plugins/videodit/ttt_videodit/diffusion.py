@@ -1,0 +1,154 @@
+"""Diffusion as CogVideoX is trained: the noise of each timestep, and the loss of a v-prediction.
+
+With ᾱ the share of signal that a timestep t leaves, ε ~ N(0, 1) and latents x₀:
+
+    x_t = √ᾱ·x₀ + √(1−ᾱ)·ε        v = √ᾱ·ε − √(1−ᾱ)·x₀        x₀ = √ᾱ·x_t − √(1−ᾱ)·v
+
+Sources: Salimans & Ho, arXiv 2202.00512, appendix D, for v; Lin et al., arXiv 2305.08891, for a last timestep that
+leaves no signal at all (ᾱ = 0 at t = 999).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import CogVideoXDPMScheduler
+from torch import Tensor, nn
+
+from ttt.backbone import LossOutput
+from ttt.errors import EnvironmentProblem
+from ttt_videodit.geometry import PATCH_SIZE
+from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions
+
+SCHEDULER = "scheduler"
+"""Folder of a model in diffusers' layout that says how its noise is scheduled."""
+
+COGVIDEOX_SCHEDULE: Mapping[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "snr_shift_scale": 1.0,
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+}
+"""CogVideoX 5B's schedule, which TTT-Video keeps."""
+
+
+@lru_cache(maxsize=4)
+def make_scheduler(pretrained: str | None = None) -> CogVideoXDPMScheduler:
+    """The noise schedule, as the scheduler that TTT-Video samples with: DPM-Solver++ (2M) as an SDE.
+
+    Timesteps are spaced backwards from the last one ("trailing") whatever the folder says, so that sampling starts
+    from pure noise.
+
+    Args:
+        pretrained: a local folder in diffusers' layout or a repository on the hub, whose `scheduler/` is read; None,
+            and a folder without one, is CogVideoX 5B's schedule.
+
+    Raises:
+        EnvironmentProblem: the folder's scheduler cannot be read, or is for another kind of prediction.
+    """
+    if pretrained is None or (Path(pretrained).is_dir() and not (Path(pretrained) / SCHEDULER).is_dir()):
+        return CogVideoXDPMScheduler.from_config({**COGVIDEOX_SCHEDULE}, timestep_spacing="trailing")
+    try:
+        settings = CogVideoXDPMScheduler.load_config(pretrained, subfolder=SCHEDULER)
+        scheduler = CogVideoXDPMScheduler.from_config(settings, timestep_spacing="trailing")
+    except Exception as error:  # the hub's client raises errors of many libraries
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EnvironmentProblem(
+            f"backbone.pretrained: {pretrained}: its {SCHEDULER}/scheduler_config.json cannot be read: {first}"
+        ) from error
+    if scheduler.config.prediction_type != "v_prediction":
+        raise EnvironmentProblem(
+            f"backbone.pretrained: {pretrained}: its {SCHEDULER}/scheduler_config.json has prediction_type: "
+            f"{scheduler.config.prediction_type}, but CogVideoX predicts v; name a model whose scheduler says "
+            f"v_prediction"
+        )
+    return scheduler
+
+
+def schedule_of(options: VideoDiTOptions) -> CogVideoXDPMScheduler:
+    """The noise schedule of the model that the options ask for; see `make_scheduler`."""
+    if options.preset == "demo" or options.random_weights:
+        return make_scheduler()
+    return make_scheduler(options.pretrained or DEFAULT_PRETRAINED)
+
+
+def draw_timesteps(rows: int, count: int) -> Tensor:
+    """Timesteps `[rows]` on the CPU, each uniform over `0 … count-1`, one in each `rows`-th part of the range.
+
+    A batch so sees every amount of noise, and its mean loss varies less than with independent draws. TTT-Video does
+    the same over its processes (`DiscreteSampler`); which row gets which part is drawn too, so that no window of data
+    is always read with little noise.
+    """
+    parts = torch.randperm(rows) + torch.rand(rows, dtype=torch.float64)
+    return (parts * count / rows).long().clamp_(max=count - 1)  # the last part may round up to `count`
+
+
+def training_loss(model: nn.Module, batch: Mapping[str, Tensor], options: VideoDiTOptions) -> LossOutput:
+    """The mean squared error of the x₀ that the model predicts, weighted with 1/(1−ᾱ).
+
+    That is the mean squared error of v, since `x̂₀ − x₀ = −√(1−ᾱ)·(v̂ − v)`, and is computed as such: no small
+    difference is divided by a small number where there is little noise. Latents are drawn anew for every pass,
+    `x₀ = mean + std·ε′`. In training mode, `options.text_dropout` of the rows have all their text replaced by zeros.
+
+    Args:
+        model: predicts v `[B,Fr,C,h,w]` from noisy latents, text embeddings `[B,S,L,E]` and timesteps `[B]`.
+        batch: `mean` and `std` `[B,Fr,C,h,w]` of the latents, `text` `[B,S,L,E]`.
+        options: of the backbone.
+
+    Returns:
+        The loss in float32 (float64 for a float64 model). Metrics: `x0_error`, the same without the weight, in the
+        latents' units, which have variance 1 or about; and `mean_timestep`, which says how much noise it was, since
+        the loss is far larger where there is little.
+    """
+    schedule = schedule_of(options)
+    precision = torch.promote_types(batch["mean"].dtype, torch.float32)
+    mean, std, text = batch["mean"].to(precision), batch["std"].to(precision), batch["text"]
+    rows, frames, _, height, width = mean.shape
+    timesteps = draw_timesteps(rows, len(schedule)).to(mean.device)
+    latents = mean + std * torch.randn_like(mean)
+    noise = torch.randn_like(latents)
+    if model.training and options.text_dropout:
+        dropped = torch.rand(rows, device=text.device) < options.text_dropout
+        text = text.masked_fill(dropped[:, None, None, None], 0.0)
+    prediction = predict_v(model, schedule.add_noise(latents, noise, timesteps), text, timesteps)
+    errors = (prediction - schedule.get_velocity(latents, noise, timesteps)).square().flatten(1).mean(dim=1)
+    noise_share = 1 - schedule.alphas_cumprod.to(errors.device)[timesteps]
+    with torch.no_grad():
+        metrics = {"x0_error": (noise_share * errors).mean(), "mean_timestep": timesteps.double().mean()}
+    video_tokens = frames * (height // PATCH_SIZE) * (width // PATCH_SIZE)
+    tokens = rows * (text.shape[1] * text.shape[2] + video_tokens)
+    return LossOutput(errors.mean(), tokens=tokens, metrics=metrics)
+
+
+def predict_v(model: nn.Module, noisy: Tensor, text: Tensor, timesteps: Tensor) -> Tensor:
+    """What the model says of noisy latents `[B,Fr,C,h,w]`, in float32 (float64 for a float64 model).
+
+    The model computes in the dtype of its own first layer; noise, targets and sampling stay in the latents' dtype.
+    """
+    dtype = model.get_parameter("patch_embed.proj.weight").dtype
+    prediction = model(
+        hidden_states=noisy.to(dtype), encoder_hidden_states=text.to(dtype), timestep=timesteps, return_dict=False
+    )[0]
+    return cast(Tensor, prediction).to(torch.promote_types(dtype, torch.float32))
+
+
+def x0_of(noisy: Tensor, prediction: Tensor, timesteps: Tensor, schedule: CogVideoXDPMScheduler) -> Tensor:
+    """The clean latents that a v-prediction implies: `x₀ = √ᾱ·x_t − √(1−ᾱ)·v`.
+
+    Args:
+        noisy: x_t, `[B,Fr,C,h,w]`.
+        prediction: v, of the same shape.
+        timesteps: t, `[B]`.
+        schedule: of the noise.
+    """
+    signal = schedule.alphas_cumprod.to(noisy.device)[timesteps].to(noisy.dtype)[:, None, None, None, None]
+    return signal.sqrt() * noisy - (1 - signal).sqrt() * prediction
