@@ -1,0 +1,21 @@
+"""The demo's data: a real clip, what is to be seen in it, and the codec fitted on it. `NOTICE.md` says whence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+FOLDER: Final = Path(__file__).parent
+CLIP: Final = FOLDER / "city.mp4"
+"""Towers at night, a time-lapse of 190 frames; the demo plays them at 16 a second."""
+CAPTIONS: Final = FOLDER / "captions.json"
+"""For each half of the clip, `train` and `eval`, a caption for every segment of 3 s."""
+CODEC: Final = FOLDER / "codec.safetensors"
+"""`ttt_videodit.codec.DemoCodec`, fitted on the half that trains."""
+
+SIDE: Final = 64
+"""Height and width of each half, pixels; the clip is scaled to 128 × 72, and 4 rows are cut off above and below."""
+FIRST_FRAME: Final = 20
+"""Where the demo begins: its 97th frame, with which the third segment begins, is then the clip's other scene."""
+FRAMES: Final = 145
+"""Frames of the demo, 9 s: 37 latent frames, 3 segments."""

@@ -1,0 +1,163 @@
+"""Video files in, pictures out: at the model's frame rate, scaled and cropped to its size."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Final
+
+import av
+import av.error
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ttt_videodit.geometry import FRAMES_PER_SECOND
+
+Picture = npt.NDArray[np.uint8]
+"""`[H,W,3]`, red, green, blue."""
+
+_SEEK_SEC: Final = 2  # nearer to the start, decoding up to there is as quick
+
+
+class UnreadableVideoError(ValueError):
+    """A file that is not video, not whole or too short; the message says why, and does not name the file."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file's header says."""
+
+    seconds: float | None
+    """Length; None where the header does not say."""
+
+
+def inspect_video(path: Path) -> VideoInfo:
+    """Read a file's header.
+
+    Raises:
+        UnreadableVideoError: it is not video.
+    """
+    with _opened(path) as (container, stream):
+        if stream.duration is not None and stream.time_base is not None:
+            return VideoInfo(float(stream.duration * stream.time_base))
+        return VideoInfo(None if container.duration is None else container.duration / 1_000_000)
+
+
+def read_frames(path: Path, *, start_sec: float, count: int, height: int, width: int) -> Iterator[Picture]:
+    """Pictures of a video at 16 a second: for each time `start_sec + i / 16`, the frame that is on the screen then.
+
+    The last one may lie 1/16 s past the end, where the last frame is held: a video of 9 s has 144 frames of 1/16 s,
+    and its latents stand for 145.
+
+    Args:
+        path: the file.
+        start_sec: where to begin.
+        count: how many pictures.
+        height: of the pictures; the frames are scaled to cover them, and what sticks out is cut off on both sides.
+        width: of the pictures.
+
+    Raises:
+        UnreadableVideoError: it cannot be decoded, or ends before.
+    """
+    start, step = Fraction(start_sec).limit_denominator(1_000_000), Fraction(1, FRAMES_PER_SECOND)
+    given, end = 0, Fraction(0)
+    with _opened(path) as (container, stream):
+        shown: Any = None
+        for time, frame in _timed_frames(container, stream, start):
+            if shown is not None and start + given * step < time:
+                picture = _picture(shown, stream, height, width)
+                while given < count and start + given * step < time:
+                    yield picture
+                    given += 1
+            if given == count:
+                return
+            shown, end = frame, time + _duration(frame, stream)
+        if shown is not None:
+            picture = _picture(shown, stream, height, width)
+            while given < count and start + given * step < end + step:
+                yield picture
+                given += 1
+    if given < count:
+        seconds = (count - 1) / FRAMES_PER_SECOND
+        raise UnreadableVideoError(
+            f"ends after {float(end):.2f} s, but {seconds:g} s from {start_sec:g} s on are asked for"
+        )
+
+
+def read_every_frame(path: Path, *, height: int, width: int) -> Iterator[Picture]:
+    """Every picture of a video, whenever it is shown; see `read_frames`."""
+    with _opened(path) as (container, stream):
+        for _, frame in _timed_frames(container, stream, Fraction(0)):
+            yield _picture(frame, stream, height, width)
+
+
+def to_tensor(pictures: Iterable[Picture]) -> Tensor:
+    """Pictures as the encoders take them: `[F,3,H,W]` float32 with values −1 … 1."""
+    return torch.from_numpy(np.stack(list(pictures))).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """A container and its video stream, and what the libraries below say of a broken one in our words."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UnreadableVideoError("holds no video stream")
+            yield container, container.streams.video[0]
+    except UnreadableVideoError:
+        raise
+    except (av.error.FFmpegError, OSError, ValueError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UnreadableVideoError(f"cannot be decoded: {reason}") from None
+
+
+def _timed_frames(container: Any, stream: Any, start: Fraction) -> Iterator[tuple[Fraction, Any]]:
+    """The frames from `start` on, and one before if there is one, with their times from the start of the video."""
+    stream.thread_type = "AUTO"
+    origin, base = stream.start_time, stream.time_base
+    if origin is not None and start > _SEEK_SEC:
+        # to the key frame before; a file whose index is wrong is read from its start
+        container.seek(origin + int(start / base), stream=stream)
+        first = next(container.decode(stream), None)
+        late = first is None or first.pts is None or (first.pts - origin) * base > start
+        container.seek(origin if late else origin + int(start / base), stream=stream)
+    for frame in container.decode(stream):
+        if frame.pts is None:
+            raise UnreadableVideoError("its frames have no times; remux it, as ffmpeg -i IN -c copy OUT.mp4 does")
+        origin = frame.pts if origin is None else origin
+        time = (frame.pts - origin) * base
+        if getattr(frame, "is_corrupt", False):
+            raise UnreadableVideoError(f"the frame at {float(time):.2f} s is damaged")
+        yield time, frame
+
+
+def _duration(frame: Any, stream: Any) -> Fraction:
+    """How long a frame is shown, seconds."""
+    length = getattr(frame, "duration", None)
+    if length:
+        return Fraction(length * stream.time_base)
+    rate = stream.average_rate or stream.guessed_rate
+    return 1 / Fraction(rate) if rate else Fraction(0)
+
+
+def _picture(frame: Any, stream: Any, height: int, width: int) -> Picture:
+    """A frame as it is seen, upright and with square pixels, scaled to cover `height × width` and cropped to it."""
+    turns = round(getattr(frame, "rotation", 0) / 90) % 4
+    if turns % 2:
+        height, width = width, height
+    seen = frame.width * float(stream.sample_aspect_ratio or 1)
+    scale = max(height / frame.height, width / seen)
+    scaled_height = max(height, math.floor(frame.height * scale + 0.5))
+    scaled_width = max(width, math.floor(seen * scale + 0.5))
+    pixels = frame.reformat(
+        width=scaled_width, height=scaled_height, format="rgb24", interpolation="BICUBIC"
+    ).to_ndarray()
+    top, left = (scaled_height - height) // 2, (scaled_width - width) // 2
+    cropped = pixels[top : top + height, left : left + width]
+    return np.ascontiguousarray(np.rot90(cropped, turns))
