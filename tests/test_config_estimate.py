@@ -25,6 +25,8 @@ from ttt.config.estimate import (
     show_bytes,
 )
 from ttt.errors import NestedCheckpointWarning
+from ttt.layer import TTTLayer
+from ttt.ops.rotary import rotary_angles
 from ttt.plugins import get_backbone
 from ttt.train.optim import Optimizer, choose_learnable
 
@@ -192,6 +194,50 @@ def test_what_a_mini_batch_left_open_keeps() -> None:
     around = [layer_activation_bytes(config, tokens=tokens, **shape) for tokens in (64, 76)]
     assert costs[0].outside_bytes == 0
     assert totals[1] - totals[0] == pytest.approx(costs[1].outside_bytes + around[1] - around[0], rel=0.1)
+
+
+@pytest.mark.parametrize("group", [0, 2])
+def test_a_layer_that_scans_twice_keeps_both(group: int) -> None:
+    """One layer over a sequence and over its reverse: what autograd keeps of both, and what the estimate says."""
+    ttt = _ttt(
+        preset="video",
+        layer_type="mlp",
+        mini_batch_size=16,
+        scan_checkpoint_group_size=group,
+        learnable_token_idx=False,
+    )
+    layer = TTTLayer(128, 4, ttt)
+    x, rotary = (
+        torch.randn(2, 96, 128, requires_grad=True),
+        rotary_angles(torch.arange(96), 32, theta=1e4, dtype=torch.float32),
+    )
+    with _kept(*layer.parameters(), *rotary) as kept:
+        forward = layer(x, rotary=rotary)[0]
+        layer(forward.flip(1), rotary=(rotary[0].flip(0), rotary[1].flip(0)))
+    facts = BackboneFacts(dim=128, num_heads=4, num_layers=3, tokens_per_window=96, scans=(0, 0))
+    config = _config(train={"batch_size": 2}).model_copy(update={"ttt": ttt})
+    one = estimate(config, facts).parts
+    recomputed = scan_cost(ttt, dim=128, num_heads=4, tokens=96, batch_size=2).recomputed_bytes
+    counted = (one["carries"] + one["TTT activations"] - recomputed) / 3
+    assert kept.total() == pytest.approx(counted, rel=0.1)
+
+
+def test_checkpoints_around_a_scan_decide_how_many_layers_insides_wait() -> None:
+    config = _config(ttt={"layer_type": "mlp", "layers": "all", "scan_checkpoint_group_size": 2})
+
+    def waiting(*scans: int, gradient_checkpointing: bool = False) -> tuple[int, int]:
+        train = config.train.model_copy(update={"gradient_checkpointing": gradient_checkpointing})
+        facts = BackboneFacts(dim=64, num_heads=4, num_layers=5, tokens_per_window=96, scans=scans or None)
+        needs = estimate(config.model_copy(update={"train": train}), facts)
+        assert needs.scans == (scans or (int(gradient_checkpointing),))
+        assert needs.scan is not None
+        return needs.parts["carries"], needs.parts["TTT activations"] - needs.scan.recomputed_bytes
+
+    carries, around = waiting(0)
+    assert waiting(0, 0) == (2 * carries, 2 * around)
+    assert waiting(1) == waiting(gradient_checkpointing=True) == (carries // 5, around // 5)
+    assert waiting(1, 2) == (2 * carries // 5, 2 * around // 5)  # of one layer at a time
+    assert waiting(0, 1) == (6 * carries // 5, 6 * around // 5)
 
 
 # --- counting ---

@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 
 import pytest
-from toy import ToyBackbone
+from toy import ToyBackbone, TwoWayToy
 
-from ttt.config import TTTConfig
-from ttt.config.estimate import scan_cost
+from ttt.config import TTTConfig, check_config
+from ttt.config.estimate import enclosing_checkpoints, scan_cost
 from ttt.errors import NestedCheckpointWarning
 from ttt.laws import Bench
 from ttt.laws.checks import NESTINGS
@@ -85,3 +85,44 @@ def test_moshi_runs_as_often(monkeypatch, group_size, gradient_checkpointing, ti
     bench = Bench(get_backbone("moshi"), ttt={"layer_type": "mlp", "mini_batch_size": SIZE}, tokens=16)
     found = count_steps(monkeypatch, bench, group_size=group_size, inside_own=gradient_checkpointing)
     assert found == {"scan": 4 * times, "beside": 0}
+
+
+TWO_WAY = TwoWayToy()
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("forward", [False, True])
+@pytest.mark.parametrize("group_size", [0, 2])
+def test_a_layer_that_scans_twice_runs_as_its_facts_say(monkeypatch, group_size, forward, reverse, around):
+    options = {"name": "twoway", "recompute_forward": forward, "recompute_reverse": reverse}
+    settings = {"layer_type": "linear", "mini_batch_size": SIZE}
+    text = f"{{backbone: {options}, train: {{gradient_checkpointing: {around}}}}}"
+    config = check_config(
+        "c.yaml", text=text.replace("True", "true").replace("False", "false"), backbone=TWO_WAY
+    ).config
+    scans = enclosing_checkpoints(config, TWO_WAY.facts(config))
+    assert len(scans) == 2
+    bench = Bench(TWO_WAY, options=TWO_WAY.tiny_like(config.backbone), ttt=settings, tokens=16)
+    found = count_steps(monkeypatch, bench, group_size=group_size, inside_own=around)
+    assert found == {"scan": 4 * sum(runs(group_size, level) for level in scans), "beside": 0}
+
+
+def test_what_is_said_of_two_scans_is_what_they_run():
+    def message(backbone="", **sections):
+        text = f"backbone: {{name: twoway, {backbone}}}\nttt: {{scan_checkpoint_group_size: 2}}\n"
+        text += "".join(f"{name}: {{{keys}}}\n" for name, keys in sections.items())
+        found = check_config("c.yaml", text=text, backbone=TWO_WAY).findings
+        return [(finding.code, finding.path, finding.message, finding.fix) for finding in found]
+
+    assert message() == []
+    ((code, path, told, fix),) = message(train="gradient_checkpointing: true")
+    assert (code, path) == ("TTT202", "train.gradient_checkpointing")
+    assert "every inner step runs forward 3 times in a layer's 2 scans, once more for each level" in told
+    assert "(then it runs twice)" in fix
+    ((_, path, told, fix),) = message("recompute_reverse: true")
+    assert path == "ttt.scan_checkpoint_group_size"
+    assert "every inner step runs forward 2 and 3 times in a layer's 2 scans" in told
+    assert "(then it runs 1 and 2 times)" in fix
+    ((_, _, told, _),) = message("recompute_reverse: true", train="gradient_checkpointing: true")
+    assert "3 and 4 times" in told

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from silent_gradients import KeptInAttribute, KeptInParameters
 from torch import Tensor
-from toy import BlockWithTTT, Cache, ToyBackbone
+from toy import BlockWithTTT, Cache, ToyBackbone, TwoWayAdapter, TwoWayBlockWithTTT, TwoWayToy
 
 from ttt.adapter import Gate, TTTAdapter
 from ttt.config import CODES, load_config
@@ -80,6 +80,48 @@ def test_a_mini_batch_longer_than_what_a_backbone_remembers_can_be_probed():
     findings, printed = probed(get_backbone("moshi"), "ttt.mini_batch_size=300", "ttt.layer_type=linear")
     assert findings == []
     assert "the whole model streams in mini-batches of 100, each layer in those of 300" in printed
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["ttt.layer_type=mlp", "ttt.base_lr=0.1"],
+        ["backbone.recompute_forward=true", "train.gradient_checkpointing=true"],
+        ["backbone.recompute_forward=true", "backbone.recompute_reverse=true", "train.param_dtype=bfloat16"],
+        ["ttt.rope=none", "ttt.mini_batch_size=64", "ttt.scan_checkpoint_group_size=0"],
+    ],
+    ids=" ".join,
+)
+def test_a_bidirectional_backbone_holds_every_law_that_is_one_for_it(overrides):
+    findings, printed = probed(TwoWayToy(), *SMALL, *overrides)
+    assert findings == []
+    assert "law 3   --      no token changes an earlier output    twoway is not causal" in printed
+    assert "a layer in mini-batches is the whole" in printed
+    laws = [int(number) for number in re.findall(r"^  law (\d+) +ok ", printed, re.MULTILINE)]
+    assert sorted(set(laws)) == [1, 2, 4, 5, 6, 10]
+
+
+def test_what_the_options_recompute_is_probed_too():
+    class Drifting(TwoWayAdapter):
+        """What it reads in reverse is another thing while backward runs it again."""
+
+        def read(self, x, reverse):
+            again = torch._C._current_graph_task_id() != -1
+            return super().read(x * (1.1 if again and reverse else 1), reverse)
+
+    backbone = type("Saboteur", (TwoWayToy,), {"adapter": Drifting})()
+    assert not probed(backbone, *SMALL)[0]
+    findings, _ = probed(backbone, *SMALL, "backbone.recompute_reverse=true")
+    assert "TTT902" in [finding.code for finding in findings]
+
+
+def test_a_bidirectional_layer_that_is_not_reached_is_found():
+    class Skipping(TwoWayBlockWithTTT):
+        def after_attention(self, x, cache):
+            return x
+
+    backbone = type("Saboteur", (TwoWayToy,), {"adapted": Skipping})()
+    assert "TTT910" in [finding.code for finding in probed(backbone, *SMALL)[0]]
 
 
 def test_a_config_without_layers_has_nothing_to_prove():

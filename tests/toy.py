@@ -7,6 +7,7 @@ only knows the statistics of all files together.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ttt.adapter import TTTAdapter
+from ttt.adapter import Gate, TTTAdapter
 from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput
-from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
+from ttt.config.schema import BackboneOptions, DataOptions, RunConfig, TTTConfig
 from ttt.errors import EnvironmentProblem
 from ttt.inject import Site
+from ttt.layer import TTTLayer
+from ttt.ops.rotary import rotary_angles
 from ttt.state import TTTState
 
 
@@ -71,6 +74,8 @@ class Cache:
 class Attention(nn.Module):
     """Causal attention with relative positions as a bias that falls with distance (ALiBi)."""
 
+    causal: ClassVar[bool] = True
+
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -84,7 +89,8 @@ class Attention(nn.Module):
         asked, known = q.shape[2], k.shape[2]
         distance = torch.arange(known - asked, known, device=x.device)[:, None] - torch.arange(known, device=x.device)
         slope = 2.0 ** -torch.arange(1, self.num_heads + 1, device=x.device)
-        bias = (-slope[:, None, None] * distance).masked_fill(distance < 0, float("-inf")).to(x.dtype)
+        hidden = (distance < 0) & self.causal
+        bias = (-slope[:, None, None] * distance.abs()).masked_fill(hidden, float("-inf")).to(x.dtype)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
@@ -92,10 +98,12 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward, each as a residual; TTT goes between the two."""
 
+    attention: ClassVar[type[Attention]] = Attention
+
     def __init__(self, options: ToyOptions) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(options.dim)
-        self.self_attn = Attention(options.dim, options.num_heads)
+        self.self_attn = self.attention(options.dim, options.num_heads)
         self.norm2 = nn.LayerNorm(options.dim)
         self.linear1 = nn.Linear(options.dim, 4 * options.dim)
         self.linear2 = nn.Linear(4 * options.dim, options.dim)
@@ -124,11 +132,13 @@ class BlockWithTTT(Block):
 class ToyModel(nn.Module):
     """Tokens `[B,T]` to logits `[B,T,vocabulary]`."""
 
+    block: ClassVar[type[Block]] = Block
+
     def __init__(self, options: ToyOptions) -> None:
         super().__init__()
         self.checkpointing = False
         self.embedding = nn.Embedding(options.vocabulary, options.dim)
-        self.layers = nn.ModuleList(Block(options) for _ in range(options.num_layers))
+        self.layers = nn.ModuleList(self.block(options) for _ in range(options.num_layers))
         self.norm = nn.LayerNorm(options.dim)
         self.head = nn.Linear(options.dim, options.vocabulary, bias=False)
 
@@ -186,9 +196,12 @@ class ToyBackbone(Backbone):
     options: ClassVar[type[BackboneOptions]] = ToyOptions
     data_options: ClassVar[type[DataOptions]] = ToyData
     ttt_defaults: ClassVar[dict[str, Any]] = {"preset": "lm", "mini_batch_size": 4}
+    model: ClassVar[type[ToyModel]] = ToyModel
+    adapted: ClassVar[type[Block]] = BlockWithTTT
+    adapter: ClassVar[type[nn.Module]] = TTTAdapter
 
     def presets(self) -> dict[str, str]:
-        return {"demo": "backbone:\n  name: toy\ntrain:\n  max_steps: 8\n  lr: 0.003\n"}
+        return {"demo": f"backbone:\n  name: {self.name}\ntrain:\n  max_steps: 8\n  lr: 0.003\n"}
 
     def facts(self, config: RunConfig) -> BackboneFacts:
         options, data = config.backbone, config.data
@@ -206,10 +219,10 @@ class ToyBackbone(Backbone):
         assert isinstance(options, ToyOptions)
         if torch.device(device).type == "meta":
             with torch.device("meta"):
-                return ToyModel(options).to(dtype).eval()
+                return self.model(options).to(dtype).eval()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            model = ToyModel(options)
+            model = self.model(options)
         return model.to(device=device, dtype=dtype).eval()
 
     def sites(self, model: nn.Module) -> list[Site]:
@@ -221,7 +234,8 @@ class ToyBackbone(Backbone):
                 module=block,
                 dim=model.embedding.embedding_dim,
                 num_heads=block.self_attn.num_heads,
-                subclass=BlockWithTTT,
+                subclass=self.adapted,
+                adapter=self.adapter,
             )
             for number, block in enumerate(model.layers)
             if isinstance(block, Block)
@@ -254,7 +268,7 @@ class ToyBackbone(Backbone):
         model.checkpointing = enabled
 
     def tiny(self) -> ToyOptions:
-        return ToyOptions(name="toy", num_layers=2, dim=16, num_heads=2)
+        return self.options(name=self.name, num_layers=2, dim=16, num_heads=2)
 
     def example_batch(self, model: nn.Module, *, batch_size: int, tokens: int, seed: int) -> Batch:
         assert isinstance(model, ToyModel)
@@ -278,6 +292,117 @@ class ToyBackbone(Backbone):
         assert isinstance(model, ToyModel)
         caches = [Cache() for _ in model.layers]
         return torch.cat([model(piece, caches) for piece in batch["inputs"].split(list(pieces), 1)], 1)
+
+
+# --- the same in both directions ---
+
+
+class TwoWayOptions(ToyOptions):
+    """The `backbone` section."""
+
+    name: str = "twoway"
+    recompute_forward: bool = False
+    """Checkpoint what TTT reads in order."""
+    recompute_reverse: bool = False
+    """Checkpoint what it reads in reverse."""
+
+
+class TwoWayAttention(Attention):
+    """Every token sees every other."""
+
+    causal: ClassVar[bool] = False
+
+
+class TwoWayBlock(Block):
+    """A block that looks ahead as well as back."""
+
+    attention: ClassVar[type[Attention]] = TwoWayAttention
+
+    def __init__(self, options: ToyOptions) -> None:
+        super().__init__(options)
+        assert isinstance(options, TwoWayOptions)
+        self.recompute = (options.recompute_forward, options.recompute_reverse)
+
+
+class TwoWayAdapter(nn.Module):
+    """One TTT layer over the sequence, then over the reversed one, each with a gate of its own."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        config: TTTConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.layer = TTTLayer(dim, num_heads, config, device=device, dtype=dtype)
+        self.forward_gate = Gate(dim, config.initial_gating_alpha, device=device, dtype=dtype)
+        self.backward_gate = Gate(dim, config.initial_gating_alpha, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, recompute: tuple[bool, bool] = (False, False)) -> Tensor:
+        for gate, again, reverse in (
+            (self.forward_gate, recompute[0], False),
+            (self.backward_gate, recompute[1], True),
+        ):
+            if gate.closed:
+                continue
+            y = checkpoint(self.read, x, reverse, use_reentrant=False) if again else self.read(x, reverse)
+            x = gate(x, y)
+        return x
+
+    def read(self, x: Tensor, reverse: bool) -> Tensor:
+        """What the layer answers, in the order of the tokens."""
+        rotary = None
+        if self.layer.config.rope == "backbone":
+            positions = torch.arange(x.shape[1], device=x.device)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            rotary = rotary_angles(positions, self.layer.head_width, theta=self.layer.config.rope_theta, dtype=wide)
+        if not reverse:
+            return self.layer(x, rotary=rotary)[0]
+        if rotary is not None:
+            rotary = (rotary[0].flip(0), rotary[1].flip(0))
+        return self.layer(x.flip(1), rotary=rotary)[0].flip(1)
+
+
+class TwoWayBlockWithTTT(TwoWayBlock):
+    """What a block becomes."""
+
+    ttt: TwoWayAdapter
+
+    def after_attention(self, x: Tensor, cache: Cache | None) -> Tensor:
+        return self.ttt(x, self.recompute)
+
+
+class TwoWayModel(ToyModel):
+    """Tokens `[B,T]` to logits of the tokens before noise."""
+
+    block: ClassVar[type[Block]] = TwoWayBlock
+
+
+class TwoWayToy(ToyBackbone):
+    """The toy as a bidirectional backbone: no streaming, its own positions, two scans and two gates in each layer."""
+
+    name: ClassVar[str] = "twoway"
+    causal: ClassVar[bool] = False
+    streaming: ClassVar[bool] = False
+    options: ClassVar[type[BackboneOptions]] = TwoWayOptions
+    ttt_defaults: ClassVar[dict[str, Any]] = {"preset": "video", "mini_batch_size": 4}
+    model: ClassVar[type[ToyModel]] = TwoWayModel
+    adapted: ClassVar[type[Block]] = TwoWayBlockWithTTT
+    adapter: ClassVar[type[nn.Module]] = TwoWayAdapter
+
+    def facts(self, config: RunConfig) -> BackboneFacts:
+        options, around = config.backbone, int(config.train.gradient_checkpointing)
+        assert isinstance(options, TwoWayOptions)
+        scans = (around + options.recompute_forward, around + options.recompute_reverse)
+        return replace(super().facts(config), scans=scans)
+
+    def tiny_like(self, options: BackboneOptions) -> BackboneOptions:
+        assert isinstance(options, TwoWayOptions)
+        kept = {name: getattr(options, name) for name in ("recompute_forward", "recompute_reverse")}
+        return self.tiny().model_copy(update=kept)
 
 
 def motif_stream(length: int, vocabulary: int, *, seed: int) -> Tensor:

@@ -12,12 +12,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol
 
 from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
     from torch import Tensor, nn
 
     from ttt.config.importing import ImportedConfig
@@ -66,6 +68,10 @@ class BackboneFacts:
     """What it keeps of one token outside the layers, with the config's `gradient_checkpointing`: heads, losses."""
     recordings: RecordingFormat | None = None
     """How `data.train_data` and `data.eval_data` are written, where they are `.jsonl` files or folders of them."""
+    scans: tuple[int, ...] | None = None
+    """One entry for each time that a layer's scan runs in a forward pass: how many of the backbone's activation
+    checkpoints around it recompute it, with this config. A layer that reads a sequence in both directions has two. None
+    is one scan, inside one checkpoint with `train.gradient_checkpointing` and none without."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,36 @@ class LossOutput:
     """Positions that the backbone read (B · T), for throughput."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """Detached scalars worth a line in `metrics.jsonl`, as `text_loss`."""
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What `Backbone.sample` is asked for."""
+
+    prompts: tuple[str, ...]
+    """One for each segment, as many as `Backbone.plan_sample` said."""
+    negative_prompts: tuple[str, ...]
+    """What each segment is guided away from, empty texts where nothing is; no entries where none was given at all."""
+    seconds: float
+    """Length of the sample."""
+    out: Path
+    """Where the sample goes; its folder may have to be made."""
+    steps: int
+    """Steps of the sampler."""
+    guidance_scale: float
+    """Strength of classifier-free guidance; 1 is none."""
+    seed: int
+    """The same seed gives the same sample."""
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """What a sample of some length takes and leaves, known before a model is built."""
+
+    prompts: int
+    """How many prompts: one for each segment."""
+    files: tuple[Path, ...]
+    """What will be written; the command refuses to replace any of them unasked."""
 
 
 class WindowDataset(Protocol):
@@ -122,7 +158,8 @@ class Backbone(ABC):
     options: ClassVar[type[BackboneOptions]]
     """The `backbone` section."""
     location_options: ClassVar[frozenset[str]] = frozenset()
-    """Names of options that say where weights lie, not which model it is: adapter files leave them out."""
+    """Names of options that do not say which model it is, but where its weights lie, or what is recomputed: adapter
+    files leave them out."""
     data_options: ClassVar[type[DataOptions]] = DataOptions
     """The `data` section."""
     ttt_defaults: ClassVar[Mapping[str, Any]] = {}
@@ -153,8 +190,19 @@ class Backbone(ABC):
 
         Returns:
             None where it is none that this backbone knows.
+
+        Raises:
+            ttt.errors.UsageError: it can only be one, but is damaged; the message says where.
         """
         return None
+
+    def plan_sample(self, config: RunConfig, *, seconds: float, out: Path) -> SamplePlan:
+        """What a sample of so many seconds takes and leaves, where the backbone has `sample`.
+
+        Raises:
+            ttt.errors.UsageError: the backbone cannot sample, not that long, or not into such a file.
+        """
+        self._has_no("sampling: it cannot make anything from prompts")
 
     # --- with torch ---
 
@@ -199,15 +247,80 @@ class Backbone(ABC):
         """Whether a backbone parameter belongs to its attention (for `trainable: ttt+attention`)."""
         return ".attn" in parameter_name or "attention" in parameter_name or ".self_attn" in parameter_name
 
+    def precompute(self, config: RunConfig, *, console: Console) -> None:
+        """Make the training data from what it is made of, resumable: `ttt precompute CONFIG`.
+
+        Args:
+            config: resolved; its `data` section says from what, and where to.
+            console: where to report.
+
+        Raises:
+            ttt.errors.TTTError: sources are missing or broken; or the backbone reads its data as they are.
+        """
+        self._has_no("precomputation: it reads its data as they are")
+
+    def sample(
+        self, model: nn.Module, request: SampleRequest, config: RunConfig, *, console: Console
+    ) -> Sequence[Path]:
+        """Make a sample with the adapted model: `ttt sample`.
+
+        Args:
+            model: what `build` made, injected, weights loaded, in eval mode.
+            request: what is asked for; its prompts are as many as `plan_sample` said.
+            config: resolved.
+            console: where to report.
+
+        Returns:
+            The files written, the sample first.
+
+        Raises:
+            ttt.errors.TTTError: weights are missing, or the disk is full.
+        """
+        self._has_no("sampling: it cannot make anything from prompts")
+
+    def import_weights(self, source: Path, out: Path, *, console: Console) -> Sequence[Path]:
+        """Turn another program's checkpoint into this project's files: `ttt import-weights`.
+
+        Each tensor is accounted for on the console: where it went, or why it was left out.
+
+        Args:
+            source: the checkpoint, a file or a folder.
+            out: folder for the files, made if need be; holds nothing yet.
+            console: where to report.
+
+        Returns:
+            The files and folders written.
+
+        Raises:
+            ttt.errors.TTTError: it is no checkpoint that the backbone knows, a tensor is missing or does not fit;
+                nothing was written then.
+        """
+        self._has_no("import of weights: it knows no other program's checkpoints")
+
+    def _has_no(self, what: str) -> NoReturn:
+        from ttt.errors import UsageError
+
+        raise UsageError(f"the backbone {self.name} has no {what}")
+
     # --- for the laws' suite and `ttt check --probe` ---
 
     @abstractmethod
     def tiny(self) -> BackboneOptions:
         """Options of the smallest model of the same structure, which the laws are tested on."""
 
+    def tiny_like(self, options: BackboneOptions) -> BackboneOptions:
+        """`tiny` with what of the options could break a law: what is recomputed, where attention ends.
+
+        `ttt check --probe` proves the laws on it.
+        """
+        return self.tiny()
+
     @abstractmethod
     def example_batch(self, model: nn.Module, *, batch_size: int, tokens: int, seed: int) -> Batch:
-        """A random batch of the given size that the model accepts, on its device."""
+        """A random batch of the given size that the model accepts, on its device.
+
+        A bidirectional backbone whose sequences come in steps may give the next longer one that it has.
+        """
 
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -130,7 +130,8 @@ def narrow(config: RunConfig, backbone: Backbone) -> Setting:
     Raises:
         ttt.errors.TTTError: the model cannot be built, or the config's facts cannot be had.
     """
-    ttt, facts, options = config.ttt, backbone.facts(config), backbone.tiny()
+    ttt, facts = config.ttt, backbone.facts(config)
+    options = backbone.tiny_like(config.backbone)
     # On the CPU from the start: a plugin may settle, when it first builds, what its package compiles.
     sites = backbone.sites(backbone.build(options, device="cpu", dtype=torch.float32))
     dim, heads = sites[0].dim, sites[0].num_heads
@@ -168,6 +169,7 @@ def narrow(config: RunConfig, backbone: Backbone) -> Setting:
         return Bench(
             backbone,
             options=options,
+            bare=backbone.tiny(),
             ttt=settings,
             tokens=tokens,
             batch_size=_BATCH,

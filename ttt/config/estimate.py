@@ -217,8 +217,8 @@ class Estimate:
 
     scan: ScanCost | None
     """Of one TTT layer; None where windows have no known length, or there are no layers."""
-    enclosing: int
-    """Activation checkpoints around each scan."""
+    scans: tuple[int, ...]
+    """Activation checkpoints around each scan of one layer, as `enclosing_checkpoints` gives them."""
     parts: Mapping[str, int]
     """Peak bytes by part, best guess; without `complete`, TTT's alone."""
     low: int
@@ -238,6 +238,11 @@ class Estimate:
         return ", ".join(f"{name} {show_bytes(size)}" for name, size in largest if size)
 
 
+def enclosing_checkpoints(config: RunConfig, facts: BackboneFacts) -> tuple[int, ...]:
+    """For each scan of a layer in a forward pass, how many activation checkpoints around it recompute it."""
+    return (int(config.train.gradient_checkpointing),) if facts.scans is None else facts.scans
+
+
 def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
     """What a run needs, from its config and its backbone's facts.
 
@@ -252,7 +257,7 @@ def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
     shape = {"dim": facts.dim, "num_heads": facts.num_heads, "tokens": tokens or 0, "batch_size": batch}
     scan = scan_cost(ttt, **shape) if layers and tokens else None
     around = layer_activation_bytes(ttt, **shape) if scan else 0
-    enclosing = int(train.gradient_checkpointing)
+    scans = enclosing_checkpoints(config, facts)
 
     own, gates = len(layers) * layer_parameters(ttt, dim=facts.dim, num_heads=facts.num_heads), len(layers) * facts.dim
     learning = (own - gates if train.weight_lr_multiplier else 0) + (gates if train.alpha_lr_multiplier else 0)
@@ -260,9 +265,12 @@ def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
     optimizer = 2 * _WIDE * (learning + (trained or 0)) + (_WIDE * (trained or 0) if size < _WIDE else 0)
     gradients = _WIDE * (learning + (trained or 0))
 
-    at_once = min(len(layers), 1) if enclosing else len(layers)  # layers whose insides wait for backward
+    # Scans whose insides wait for backward: all of those that nothing recomputes, and of the others one layer's.
+    lasting = len(layers) * scans.count(0)
+    at_once = lasting + min(len(layers), 1) * (len(scans) - scans.count(0))
     carries = scan.carries_kept_bytes * at_once if scan else 0
-    waiting = (scan.kept_bytes - scan.carries_kept_bytes + around) * at_once if scan else 0
+    inside = scan.kept_bytes - scan.carries_kept_bytes + around if scan else 0
+    waiting = inside * at_once
     recomputed = scan.recomputed_bytes if scan else 0
     model = _backbone_activation_bytes(config, facts, layers)
     state = scan.carry_bytes * len(layers) * 2 if scan and ttt.persistent_states else 0
@@ -275,7 +283,7 @@ def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
     always = parameters + optimizer + state
     return Estimate(
         scan=scan,
-        enclosing=enclosing,
+        scans=scans,
         parts={
             "parameters": parameters,
             "gradients": gradients,
@@ -285,7 +293,7 @@ def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
             "backbone activations": model or 0,
             "state": state,
         },
-        low=always + max(gradients, (0 if enclosing else carries + waiting) + (model or 0) // 2),
+        low=always + max(gradients, (scan.carries_kept_bytes + inside if scan else 0) * lasting + (model or 0) // 2),
         high=always + gradients + carries + waiting + recomputed + (model or 0) * 3 // 2 + passing,
         complete=None not in (facts.parameters, trained, model),
         adapter_bytes=own * _WIDE,

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import textwrap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -387,7 +387,7 @@ def group_size_warnings(
     *,
     tokens: int | None = None,
     window: str | None = None,
-    gradient_checkpointing: bool = False,
+    scans: Sequence[int] = (0,),
 ) -> list[str]:
     """Say what a group size costs, in this config's numbers; nothing where it costs nothing unusual.
 
@@ -396,7 +396,7 @@ def group_size_warnings(
         mini_batch_size: `C`, tokens.
         tokens: length of a sequence, where it is known; else 15 s of speech (188 tokens) stand as the example.
         window: what that length is in the user's words, "15 s of audio".
-        gradient_checkpointing: whether activation checkpointing surrounds the layers.
+        scans: for each scan of a layer in a forward pass, how many activation checkpoints surround it.
     """
     example = tokens if tokens is not None else 188
     name = window or (f"A sequence of {tokens} tokens" if tokens is not None else "15 s at 12.5 tokens a second")
@@ -411,11 +411,22 @@ def group_size_warnings(
             f"of them, against {against}. Write 16, as the literature trained with, or 0 to keep everything. "
             f"(Gradients are the same for every value.)"
         )
-    if gradient_checkpointing and checkpoint_groups(example, mini_batch_size, group_size):
+    if any(scans) and checkpoint_groups(example, mini_batch_size, group_size):
+        several = f" in a layer's {len(scans)} scans" if len(scans) > 1 else ""
         messages.append(
-            f"gradient_checkpointing: true around scan_checkpoint_group_size: {group_size} nests two "
-            f"checkpoints: every inner step runs forward 3 times, once more for each level. Write "
-            f"scan_checkpoint_group_size: 0 if one layer's scan fits in memory (then it runs twice). "
-            f"(With pure layers no nesting can change a gradient.)"
+            f"activation checkpointing around scan_checkpoint_group_size: {group_size} nests checkpoints in "
+            f"checkpoints: every inner step runs forward {times_in_words([2 + level for level in scans])}{several}, "
+            f"once more for each level. Write scan_checkpoint_group_size: 0 if one layer's scan fits in memory (then "
+            f"it runs {times_in_words([1 + level for level in scans])}). (With pure layers no nesting can change a "
+            f"gradient.)"
         )
     return messages
+
+
+def times_in_words(counts: Sequence[int]) -> str:
+    """How often something is done: `once`, `twice`, `3 times`; `4 and 3 times` where there are several counts."""
+    distinct = list(counts[:1]) if len(set(counts)) == 1 else list(counts)
+    if len(distinct) == 1 and distinct[0] in (1, 2):
+        return "once" if distinct[0] == 1 else "twice"
+    *most, last = map(str, distinct)
+    return f"{', '.join(most)} and {last} times" if most else f"{last} times"

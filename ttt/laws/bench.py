@@ -69,6 +69,7 @@ class Bench:
             whatever their type, as Moshi's norms do, decide it.
         dtype: of the backbone's parameters, where a law does not choose its own.
         gradient_checkpointing: whether the backbone's own activation checkpointing is on, where a law does not choose.
+        bare: options of the same model with nothing recomputed, where `options` recompute something.
     """
 
     backbone: Backbone
@@ -80,13 +81,14 @@ class Bench:
     tolerance: float = 1e-5
     dtype: torch.dtype = torch.float32
     gradient_checkpointing: bool = False
+    bare: BackboneOptions | None = None
 
     def config(self, **changes: Any) -> TTTConfig:
         """The `ttt` section with changes."""
         own = {} if "preset" in changes or "preset" in (self.ttt or {}) else dict(self.backbone.ttt_defaults)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NestedCheckpointWarning)  # costs are no matter here
-            return TTTConfig.model_validate({"mini_batch_size": 4, **own, **(self.ttt or {}), **changes})
+            return TTTConfig.model_validate({**own, "mini_batch_size": 4, **(self.ttt or {}), **changes})
 
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The plain tiny model, the same values at every call."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def remat_invariance(
         nestings: what is wrapped around each adapter, by name.
         inside_own: whether the backbone's own activation checkpointing surrounds that.
     """
-    plain = bench.injected(scan_checkpoint_group_size=0)
+    plain = replace(bench, options=bench.bare or bench.options).injected(scan_checkpoint_group_size=0)
     bench.checkpointed(plain.model, False)
     batch = bench.batch(plain.model)
     expected = bench.gradients(plain.model, batch)
@@ -387,8 +388,9 @@ def evidence(bench: Bench) -> Mapping[str, float]:
             raise LawBrokenError(10, f"the gate of {name} is closed")
         measured[f"movement of {name}"] = layer.movement
     found = bench.gradients(injection.model, batch)
+    without_effect = {f"{site.name}.{key}" for site in injection.sites for key in site.without_effect}
     for name in injection.state_dict():
-        if name in found and found[name].abs().max() == 0:
+        if name in found and found[name].abs().max() == 0 and name not in without_effect:
             raise LawBrokenError(10, f"{name} gets no gradient")
     return measured
 
@@ -513,7 +515,5 @@ def _rows_alone(layer: TTTLayer, bench: Bench) -> float:
 
 
 def _with_last_adapter(sites: Any, adapter: type[nn.Module]) -> list[Any]:
-    import dataclasses
-
     sites = list(sites)
-    return [*sites[:-1], dataclasses.replace(sites[-1], adapter=adapter)]
+    return [*sites[:-1], replace(sites[-1], adapter=adapter)]

@@ -19,7 +19,7 @@ def laws(backbone: Backbone | str, **settings: Any) -> type:
 
     Args:
         backbone: the plugin, or its name.
-        settings: of the `Bench`: `options`, `ttt`, `tokens`, `batch_size`, `device`, `tolerance`.
+        settings: of the `Bench`: `options`, `bare`, `ttt`, `tokens`, `batch_size`, `device`, `tolerance`.
     """
     import pytest
 

@@ -208,7 +208,7 @@ def _before_moshi_is_imported(device: torch.device | str) -> None:
         os.environ.setdefault("NO_TORCH_COMPILE", "1")
 
 
-def _sizes(options: MoshiOptions) -> dict[str, int]:
+def _sizes(options: MoshiOptions) -> dict[str, Any]:
     """Width, heads and layers that the options ask for."""
     if options.preset == "demo":
         return {name: getattr(options, name) or default for name, default in DEMO.items()}
@@ -227,7 +227,7 @@ def _sizes(options: MoshiOptions) -> dict[str, int]:
         ) from None
 
 
-def _memory_facts(options: MoshiOptions, train: TrainConfig, frames: int) -> dict[str, int]:
+def _memory_facts(options: MoshiOptions, train: TrainConfig, frames: int) -> dict[str, Any]:
     """Parameters, and bytes that autograd was measured to keep of one token, where the model is a known one."""
     dtype, checkpointing = train.param_dtype, train.gradient_checkpointing
     if options.config_path is not None:

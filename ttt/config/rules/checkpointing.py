@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ttt.config.diagnostics import Finding, Severity
-from ttt.config.estimate import ScanCost, show_bytes
+from ttt.config.estimate import ScanCost, enclosing_checkpoints, show_bytes
 from ttt.config.rules.rule import NEEDS, Context, rule
-from ttt.config.schema import TTTConfig, group_size_warnings
+from ttt.config.schema import TTTConfig, group_size_warnings, times_in_words
 from ttt.config.validation import split_fix
 
 _FAR = 2.0
@@ -26,15 +26,15 @@ def _finding(context: Context, text: str, more: str = "", *, code: str, severity
     )
 
 
-def _costs(context: Context, *, gradient_checkpointing: bool) -> list[str]:
-    """The schema's own words for what the group size costs, in this config's numbers."""
+def _costs(context: Context, scans: Sequence[int]) -> list[str]:
+    """The schema's own words for what the group size costs, in this config's numbers, inside so many checkpoints."""
     ttt, facts = context.config.ttt, context.facts
     return group_size_warnings(
         ttt.scan_checkpoint_group_size,
         ttt.mini_batch_size,
         tokens=facts.tokens_per_window,
         window=facts.window[:1].upper() + facts.window[1:] if facts.tokens_per_window is not None else None,
-        gradient_checkpointing=gradient_checkpointing,
+        scans=scans,
     )
 
 
@@ -44,8 +44,8 @@ def one_checkpoint_per_mini_batch(context: Context) -> Iterator[Finding]:
     if not context.has_layers:
         return
     scan = context.needs.scan
-    more = f"; {_compared(scan)}" if scan is not None and scan.groups > 1 else ""
-    for text in _costs(context, gradient_checkpointing=False):
+    more = f"; {_compared(context, scan)}" if scan is not None and scan.groups > 1 else ""
+    for text in _costs(context, (0,)):
         finding = _finding(
             context, text, more, code="TTT201", severity=Severity.WARNING, path="ttt.scan_checkpoint_group_size"
         )
@@ -54,7 +54,7 @@ def one_checkpoint_per_mini_batch(context: Context) -> Iterator[Finding]:
 
 @rule(*NEEDS)
 def nested_checkpoints(context: Context) -> Iterator[Finding]:
-    """Activation checkpointing around the scan runs every inner step once more."""
+    """Activation checkpointing around the scan runs every inner step once more for each level."""
     scan = context.needs.scan
     if not context.has_layers or (scan is not None and scan.keeps_everything):
         return
@@ -65,12 +65,12 @@ def nested_checkpoints(context: Context) -> Iterator[Finding]:
             f"; the groups spare {show_bytes(everything.peak_bytes - scan.peak_bytes)} of the "
             f"{show_bytes(everything.peak_bytes)} that the scan of one layer keeps without them"
         )
-    alone = _costs(context, gradient_checkpointing=False)
-    for text in _costs(context, gradient_checkpointing=context.config.train.gradient_checkpointing):
+    own = context.config.train.gradient_checkpointing  # else options of the backbone ask for it
+    path = "train.gradient_checkpointing" if own else "ttt.scan_checkpoint_group_size"
+    alone = _costs(context, (0,))
+    for text in _costs(context, enclosing_checkpoints(context.config, context.facts)):
         if text not in alone:
-            yield _finding(
-                context, text, more, code="TTT202", severity=Severity.NOTE, path="train.gradient_checkpointing"
-            )
+            yield _finding(context, text, more, code="TTT202", severity=Severity.NOTE, path=path)
 
 
 @rule(*NEEDS)
@@ -88,7 +88,7 @@ def far_from_the_best_group(context: Context) -> Iterator[Finding]:
             path="ttt.scan_checkpoint_group_size",
             message=(
                 f"scan_checkpoint_group_size: {scan.group_size} is far from the group that needs least memory: "
-                f"{scan.steps} mini-batches are {scan.groups} groups, and {_compared(scan)}"
+                f"{scan.steps} mini-batches are {scan.groups} groups, and {_compared(context, scan)}"
             ),
             fix=f"write scan_checkpoint_group_size: {best}; the time and the gradients are the same",
             value=best,
@@ -109,7 +109,7 @@ def group_larger_than_the_sequence(context: Context) -> Iterator[Finding]:
         path="ttt.scan_checkpoint_group_size",
         message=(
             f"{context.facts.window} gives the scan {scan.steps} mini-batches, so groups of {size} never split it: "
-            f"everything is kept ({show_bytes(scan.peak_bytes)} in each layer's scan) and nothing runs twice"
+            f"everything is kept ({show_bytes(scan.peak_bytes)} in each layer's scan) and no group runs again"
         ),
         fix=(
             f"write 0 to say so, or at most {max(scan.steps - 1, 1)} to recompute ({scan.best_group_size()} needs "
@@ -121,18 +121,23 @@ def group_larger_than_the_sequence(context: Context) -> Iterator[Finding]:
     )
 
 
-def _compared(scan: ScanCost) -> str:
+def _compared(context: Context, scan: ScanCost) -> str:
     """What a group size keeps beside what the best one does."""
+    scans = enclosing_checkpoints(context.config, context.facts)
+
+    def forwards(cost: ScanCost) -> str:
+        return times_in_words([cost.forwards(enclosing=level) for level in scans])
+
     best = scan.with_group_size(scan.best_group_size())
     if best.group_size == scan.group_size:  # beside the way that runs nothing twice, then
         best = scan.with_group_size(0)
     kept = f"{scan.kept_carries} carries are kept ({show_bytes(scan.carries_kept_bytes)} in each layer)"
     if best.keeps_everything:
-        against = f"keeping everything needs {show_bytes(best.peak_bytes)} and runs each step once"
+        against = f"keeping everything needs {show_bytes(best.peak_bytes)} and runs each step {forwards(best)}"
     else:
         against = f"groups of {best.group_size} need {show_bytes(best.peak_bytes)}"
     return (
-        f"{kept}, every inner step runs forward {scan.forwards()} times and the scan of a layer needs "
+        f"{kept}, every inner step runs forward {forwards(scan)} and the scan of a layer needs "
         f"{show_bytes(scan.peak_bytes)}, where {against}"
     )
 
