@@ -16,13 +16,18 @@ Half = Literal["train", "eval"]
 
 
 @functools.cache
-def demo_frames(half: Half) -> Tensor:
-    """The frames of a half, `[145,3,64,64]` float32 with values −1 … 1: the left one trains, the right one is held out.
+def demo_pictures(half: Half) -> tuple[Picture, ...]:
+    """The frames of a half, 145 of `[64,64,3]`: the left one trains, the right one is held out.
 
-    They are the clip's own frames one after another, so that at 16 a second its 145 frames play in 9 s.
+    They are the clip's own frames one after another, so that at 16 a second they play in 9 s.
     """
     left = 0 if half == "train" else demo.SIDE
-    return to_tensor(picture[:, left : left + demo.SIDE] for picture in _pictures())
+    return tuple(picture[:, left : left + demo.SIDE] for picture in _pictures())
+
+
+def demo_frames(half: Half) -> Tensor:
+    """The same as a tensor, `[145,3,64,64]` float32 with values −1 … 1."""
+    return to_tensor(demo_pictures(half))
 
 
 def demo_captions(half: Half) -> tuple[str, ...]:

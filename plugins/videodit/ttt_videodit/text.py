@@ -10,8 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-DEMO_TEXT_DIM: Final = 32
-"""E, width of a demo text token."""
+from ttt_videodit import demo
 
 _BYTE_DEVIATION: Final = ((256**2 - 1) / 12) ** 0.5  # standard deviation of 0 … 255, each as likely
 
@@ -29,7 +28,7 @@ class DemoTextEncoder:
     def __init__(self, *, text_length: int) -> None:
         self.text_length = text_length
         """L, tokens of a text."""
-        self.text_dim = DEMO_TEXT_DIM
+        self.text_dim = demo.TEXT_DIM
         """E, width of a token."""
 
     def __call__(self, texts: Sequence[str]) -> Tensor:

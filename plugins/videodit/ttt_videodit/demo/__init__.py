@@ -13,6 +13,8 @@ CAPTIONS: Final = FOLDER / "captions.json"
 CODEC: Final = FOLDER / "codec.safetensors"
 """`ttt_videodit.codec.DemoCodec`, fitted on the half that trains."""
 
+TEXT_DIM: Final = 32
+"""E, width of a text token."""
 SIDE: Final = 64
 """Height and width of each half, pixels; the clip is scaled to 128 × 72, and 4 rows are cut off above and below."""
 FIRST_FRAME: Final = 20

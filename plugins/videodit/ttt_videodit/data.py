@@ -1,0 +1,336 @@
+"""Windows of latents and text embeddings: of precomputed videos, or of the demo's clip."""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ttt.errors import EnvironmentProblem, UsageError
+from ttt_videodit import demo
+from ttt_videodit.clip import Half, demo_captions, demo_pictures
+from ttt_videodit.codec import DemoCodec
+from ttt_videodit.encoders import DemoVideoEncoder, encode_video
+from ttt_videodit.geometry import (
+    FRAMES_PER_SECOND,
+    LATENT_CHANNELS,
+    SEGMENT_SEC,
+    SPATIAL_COMPRESSION,
+    TEMPORAL_COMPRESSION,
+    Segments,
+    pixel_frames,
+)
+from ttt_videodit.index import (
+    EncodedVideo,
+    LineError,
+    Wanted,
+    check_encoded,
+    index_files,
+    jsonl_lines,
+    parse_encoded,
+    windows_in,
+)
+from ttt_videodit.text import DemoTextEncoder
+
+if TYPE_CHECKING:
+    from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions
+
+_NAMED_PROBLEMS: Final = 5
+_RANDOM_SEEDS: Final = {"train": 0, "eval": 1}
+_RANDOM_NOTICE: Final = (
+    "random_weights without data.train_data: latents and texts are random numbers too, so that speed and memory can be "
+    "measured; losses mean nothing."
+)
+
+
+class Video(Protocol):
+    """A video of latents, and the embeddings of its texts."""
+
+    @property
+    def name(self) -> str:
+        """In the user's words."""
+        ...
+
+    @property
+    def start_sec(self) -> float:
+        """Where in the file that it was made from it begins."""
+        ...
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The text of each segment."""
+        ...
+
+    def rows(self, name: str, first: int, stop: int) -> Tensor:
+        """Rows of `mean`, `std`, `start_mean` or `start_std`, float32; see `ttt_videodit.index`."""
+        ...
+
+    def text(self, segment: int) -> Tensor:
+        """A segment's embedding `[L,E]` float32."""
+        ...
+
+
+class LatentWindows:
+    """Consecutive windows of `duration_sec` of each video: dicts of `mean`, `std` `[Fr,16,h,w]` and `text` `[S,L,E]`.
+
+    Segments at a video's end that fill no window are not read. The first latent frame of a window further on is the
+    one that the encoder gives a video that begins there.
+
+    Args:
+        videos: each at least as long as a window.
+        wanted: how long a window is, and how videos are cut.
+        field: the config's name for the data, which messages begin with.
+        notice: what a user has to know about the data.
+    """
+
+    def __init__(self, videos: Sequence[Video], wanted: Wanted, *, field: str, notice: str | None = None) -> None:
+        self.notice = notice
+        """What a user has to know about this data, said when a run starts."""
+        self._videos = tuple(videos)
+        self._wanted = wanted
+        self._field = field
+        ranges, start = [], 0
+        for video in self._videos:
+            ranges.append(range(start, start := start + len(video.captions) // wanted.window))
+        self._files = tuple(ranges)
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return self._files[-1].stop if self._files else 0
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One window, float32 on the CPU.
+
+        Raises:
+            EnvironmentProblem: a file has changed, or holds numbers that are not finite.
+        """
+        video, first = self._locate(index)
+        segments = self._wanted.segments
+        start = segments.attn_length * first
+        try:
+            sample = {}
+            for name in ("mean", "std"):
+                latents = video.rows(name, start, start + segments.frames(self._wanted.window))
+                if first:
+                    latents = torch.cat([video.rows(f"start_{name}", first, first + 1), latents[1:]])
+                sample[name] = _checked(latents, name, start)
+            if bool((sample["std"] < 0).any()):
+                raise LineError("damaged", "std is negative")
+            texts = [video.text(segment) for segment in range(first, first + self._wanted.window)]
+            sample["text"] = _checked(torch.stack(texts), "text", first)
+        except LineError as error:
+            raise EnvironmentProblem(f"{self._field}: {video.name}: {error}") from None
+        return sample
+
+    def collate(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Windows to a batch: the same with a leading B."""
+        return {name: torch.stack([sample[name] for sample in samples]) for name in ("mean", "std", "text")}
+
+    @property
+    def files(self) -> Sequence[range]:
+        """The windows of each video."""
+        return self._files
+
+    def describe(self, index: int) -> str:
+        """A window in the user's words, "city.mp4, 3-6 s"."""
+        video, first = self._locate(index)
+        start = video.start_sec + first * self._wanted.segment_sec
+        return f"{Path(video.name).name}, {start:g}-{start + self._wanted.window * self._wanted.segment_sec:g} s"
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The texts of a window's segments."""
+        video, first = self._locate(index)
+        return video.captions[first : first + self._wanted.window]
+
+    def _locate(self, index: int) -> tuple[Video, int]:
+        """The video of a window, and the window's first segment there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        number = bisect_right(self._files, index, key=lambda windows: windows.start) - 1
+        return self._videos[number], (index - self._files[number].start) * self._wanted.window
+
+
+def _checked(rows: Tensor, name: str, first: int) -> Tensor:
+    if not bool(rows.isfinite().all()):
+        row = first + int(rows.isfinite().flatten(1).all(1).int().argmin())
+        which = f"text {row}" if name == "text" else f"{name} in latent frame {row}"
+        raise LineError("damaged", f"{which} (from 0) is not finite; delete its file and run ttt precompute again")
+    return rows
+
+
+def latent_windows(
+    options: VideoDiTOptions, data: VideoDiTData, *, split: str, device: torch.device | str
+) -> LatentWindows:
+    """The windows of a split, `train` or `eval`, for the model that the options build.
+
+    The preset `demo` has a clip of its own where the config names no data, one half for each split, at the config's
+    size of 64 × 64 only; `5b` with `random_weights` has random latents. Otherwise, where the config names no held-out
+    data, `eval` is the training data.
+
+    Args:
+        options: the section `backbone`.
+        data: the section `data`.
+        split: which one.
+        device: where the model is; windows lie on the CPU.
+
+    Raises:
+        EnvironmentProblem: data are missing or broken; the message names file and line.
+        UsageError: the preset has no data of its own, or not of that kind, and the config names none.
+    """
+    wanted = Wanted.of(options, data)
+    field, source = "data.train_data", data.train_data
+    if split == "eval" and data.eval_data is not None:
+        field, source = "data.eval_data", data.eval_data
+    if source is not None:
+        return _indexed_windows(Path(source), wanted, field)
+    if options.preset == "demo":
+        return _demo_windows("eval" if split == "eval" else "train", wanted, field)
+    if options.random_weights:
+        return LatentWindows([_random_video(wanted, split)], wanted, field=field, notice=_RANDOM_NOTICE)
+    raise UsageError(
+        "data.train_data: the preset 5b has no data of its own; name the index that `ttt precompute` writes"
+    )
+
+
+# --- precomputed ---
+
+
+class _IndexedVideo:
+    """A line of an index; tensors are read from its files, no more of them than is asked for."""
+
+    def __init__(self, entry: EncodedVideo) -> None:
+        self.name = f"{entry.place}: {entry.video}"
+        self.start_sec = entry.start_sec
+        self.captions = tuple(segment.caption for segment in entry.segments)
+        self._entry = entry
+
+    def rows(self, name: str, first: int, stop: int) -> Tensor:
+        return _read_rows(self._entry.latents, name, first, stop)
+
+    def text(self, segment: int) -> Tensor:
+        return _read_rows(self._entry.segments[segment].text, "text", 0, self._entry.text_length)
+
+
+def _read_rows(path: Path, name: str, first: int, stop: int) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            rows: Tensor = opened.get_slice(name)[first:stop]
+    except (OSError, SafetensorError) as error:
+        raise LineError("damaged", f"{path}: cannot be read: {error}; run ttt precompute again") from None
+    if rows.shape[0] != stop - first:
+        raise LineError("shape", f"{path}: {name} has changed since the run started")
+    return rows.float()
+
+
+def _indexed_windows(source: Path, wanted: Wanted, field: str) -> LatentWindows:
+    if not source.exists():
+        raise EnvironmentProblem(f"{field}: {source} does not exist; `ttt precompute` makes it from data.videos")
+    files = index_files(source)
+    videos: list[EncodedVideo] = []
+    problems: list[str] = []
+    short = 0
+    for file in files:
+        for place, line in jsonl_lines(file):
+            try:
+                entry = parse_encoded(line, place, file.parent)
+                check_encoded(entry, wanted)
+            except LineError as error:
+                if error.kind == "short":
+                    short += 1
+                else:
+                    problems.append(f"{place}: {error}")
+            else:
+                videos.append(entry)
+    if problems:
+        raise EnvironmentProblem(_joined(field, problems))
+    seconds = f"{wanted.window * wanted.segment_sec:g} s"
+    if not videos:
+        why = f"all {short} are shorter than a window of {seconds}" if short else "it lists none; see `ttt precompute`"
+        raise EnvironmentProblem(f"{field}: {source}: no videos: {why}")
+    left_over = sum(len(video.segments) - wanted.window * windows_in(video, wanted) for video in videos)
+    told = []
+    if short:
+        told.append(f"{short} of {short + len(videos)} videos are shorter than a window of {seconds} and are not read")
+    if left_over:
+        told.append(
+            f"{left_over} of {sum(len(video.segments) for video in videos)} segments, at the ends of videos, fill no "
+            f"window of {seconds} and are not read"
+        )
+    notice = f"{source}: {'; '.join(told)}" if told else None
+    return LatentWindows([_IndexedVideo(video) for video in videos], wanted, field=field, notice=notice)
+
+
+def _joined(field: str, problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return f"{field}: {problems[0]}"
+    named = "".join(f"\n  {problem}" for problem in problems[:_NAMED_PROBLEMS])
+    more = f"\n  and {len(problems) - _NAMED_PROBLEMS} more" if len(problems) > _NAMED_PROBLEMS else ""
+    return f"{field}: {len(problems)} videos cannot be used:{named}{more}"
+
+
+# --- the plugin's own ---
+
+
+class _MemoryVideo:
+    """A video whose latents and texts are in memory."""
+
+    def __init__(self, name: str, captions: tuple[str, ...], latents: Mapping[str, Tensor], texts: Tensor) -> None:
+        self.name = name
+        self.start_sec = 0.0
+        self.captions = captions
+        self._latents = latents
+        self._texts = texts
+
+    def rows(self, name: str, first: int, stop: int) -> Tensor:
+        return self._latents[name][first:stop]
+
+    def text(self, segment: int) -> Tensor:
+        return self._texts[segment]
+
+
+def _demo_windows(half: Half, wanted: Wanted, field: str) -> LatentWindows:
+    """Windows of the clip, encoded as `ttt precompute` would; that takes less than a second."""
+    if (wanted.height, wanted.width) != (demo.SIDE, demo.SIDE):
+        raise UsageError(
+            f"data.height, data.width: the demo's clip is {demo.SIDE} × {demo.SIDE} pixels, not {wanted.height} × "
+            f"{wanted.width}; leave both out, or name data.train_data of that size"
+        )
+    segments, latent_frames = wanted.segments, (demo.FRAMES - 1) // TEMPORAL_COMPRESSION + 1
+    count = (latent_frames - segments.prefix_temporal_length) // segments.attn_length
+    if count < wanted.window:
+        raise UsageError(
+            f"data.duration_sec: the demo's clip has {count} segments, but a window of {wanted.window} is asked for; "
+            f"write {count * SEGMENT_SEC} or less, or name data.train_data"
+        )
+    return LatentWindows(
+        [_demo_video(half, segments, count, wanted.text_length)], wanted, field=field, notice=DemoCodec.stand_in
+    )
+
+
+@functools.cache
+def _demo_video(half: Half, segments: Segments, count: int, text_length: int) -> _MemoryVideo:
+    frames = pixel_frames(segments.frames(count))
+    starts = [segments.attn_length * TEMPORAL_COMPRESSION * segment for segment in range(count)]
+    latents = encode_video(
+        demo_pictures(half)[:frames], frames=frames, starts=starts, encoder=DemoVideoEncoder(DemoCodec.load())
+    )
+    written = demo_captions(half)
+    captions = tuple(written[start // (SEGMENT_SEC * FRAMES_PER_SECOND)] for start in starts)
+    return _MemoryVideo(demo.CLIP.name, captions, latents, DemoTextEncoder(text_length=text_length)(captions))
+
+
+def _random_video(wanted: Wanted, split: str) -> _MemoryVideo:
+    """A window of noise for a model of random weights."""
+    generator = torch.Generator().manual_seed(_RANDOM_SEEDS[split])
+    assert wanted.text_dim is not None  # the transformer is CogVideoX 5B's
+    shape = (LATENT_CHANNELS, wanted.height // SPATIAL_COMPRESSION, wanted.width // SPATIAL_COMPRESSION)
+    mean = torch.randn(wanted.segments.frames(wanted.window), *shape, generator=generator)
+    texts = torch.randn(wanted.window, wanted.text_length, wanted.text_dim, generator=generator)
+    latents = {"mean": mean, "std": torch.zeros_like(mean)}
+    return _MemoryVideo("random numbers", ("",) * wanted.window, latents, texts)

@@ -1,0 +1,318 @@
+"""What turns video and text into what the transformer works on: CogVideoX's VAE and T5, or the demo's stand-ins."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ttt.errors import EnvironmentProblem
+from ttt_videodit.codec import DemoCodec
+from ttt_videodit.frames import Picture, to_tensor
+from ttt_videodit.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions
+from ttt_videodit.text import DemoTextEncoder
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLCogVideoX
+
+PIECE: Final = 8
+"""Frames that an encoder is given at a time; the first piece of a video has those over that do not divide by it."""
+
+_TEXTS_AT_ONCE: Final = 8
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What an encoder knows of latents: `x₀ ~ N(mean, std²)`, both `[Fr,C,h,w]`, at the scale of the transformer."""
+
+    mean: Tensor
+    std: Tensor
+
+
+class VideoPass(Protocol):
+    """A video on its way through an encoder: its pieces one after another."""
+
+    def __call__(self, frames: Tensor, /) -> Posterior:
+        """Latents of the next piece, `[n,3,H,W]` with values −1 … 1."""
+        ...
+
+
+class VideoEncoder(Protocol):
+    """What `ttt precompute` needs of a video encoder."""
+
+    @property
+    def name(self) -> str:
+        """Which one it is, so that what another made is not taken for its work."""
+        ...
+
+    def begin(self) -> VideoPass:
+        """Start with a video."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """What needs texts needs this of a text encoder."""
+
+    @property
+    def text_length(self) -> int:
+        """L, tokens of a text."""
+        ...
+
+    def __call__(self, texts: Sequence[str], /) -> Tensor:
+        """Embeddings `[N,L,E]` of N texts."""
+        ...
+
+    def count(self, text: str, /) -> int:
+        """Tokens that a text has, were it not cut off after L."""
+        ...
+
+
+def pieces(frames: int) -> list[int]:
+    """Frames of each piece of a video: `8 + frames mod 8` in the first, then 8, as diffusers' VAE takes a whole video.
+
+    With the 48·S + 1 frames of S segments: 9, 8, 8, ….
+    """
+    first = min(frames, PIECE + frames % PIECE)
+    return [first] + [PIECE] * ((frames - first) // PIECE)
+
+
+# --- the demo's ---
+
+
+class DemoVideoEncoder:
+    """The demo's linear codec: latents without any doubt about them (`std` 0)."""
+
+    def __init__(self, codec: DemoCodec, *, name: str = "demo") -> None:
+        self.name = name
+        self._codec = codec
+
+    def begin(self) -> VideoPass:
+        """Start with a video."""
+        opening = True
+
+        def encode(frames: Tensor) -> Posterior:
+            nonlocal opening
+            mean = self._codec.encode(frames[None], opening=opening)[0]
+            opening = False
+            return Posterior(mean, torch.zeros_like(mean))
+
+        return encode
+
+
+# --- CogVideoX's ---
+
+
+class VAEEncoder:
+    """CogVideoX's VAE, piece by piece, with no more of a video in memory than a piece.
+
+    Its convolutions are causal in time and are handed what they need of the piece before, so the latents are bit for
+    bit those of `AutoencoderKLCogVideoX.encode` on the whole video. TTT-Video's own encoder takes 16 frames at a time;
+    the group norms' statistics, over the frames of a piece, then differ.
+
+    Args:
+        vae: in eval mode.
+        name: where it is from.
+    """
+
+    def __init__(self, vae: AutoencoderKLCogVideoX, *, name: str) -> None:
+        self.name = name
+        self._vae = vae
+
+    def begin(self) -> VideoPass:
+        """Start with a video."""
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        cache: Any = None
+
+        @torch.no_grad()
+        def encode(frames: Tensor) -> Posterior:
+            nonlocal cache
+            video = frames.to(self._vae.device, self._vae.dtype).transpose(0, 1)[None]
+            moments, cache = self._vae.encoder(video, conv_cache=cache)
+            if self._vae.quant_conv is not None:
+                moments = self._vae.quant_conv(moments)
+            posterior = DiagonalGaussianDistribution(moments)
+            scale = self._vae.config.scaling_factor
+            return Posterior(
+                *((moment[0].transpose(0, 1).float() * scale).cpu() for moment in (posterior.mean, posterior.std))
+            )
+
+        return encode
+
+
+class T5TextEncoder:
+    """CogVideoX's text encoder: T5's last hidden states of all L tokens, padding included, as CogVideoX was trained.
+
+    Args:
+        tokenizer: T5's.
+        model: `T5EncoderModel`, in eval mode.
+        text_length: L, tokens of a text; further ones are cut off.
+    """
+
+    def __init__(self, tokenizer: Any, model: Any, *, text_length: int) -> None:
+        self.text_length = text_length
+        """L, tokens of a text."""
+        self._tokenizer = tokenizer
+        self._model = model
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings `[N,L,E]` of N texts, on the CPU in the model's dtype."""
+        rows = []
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            tokens = self._tokenizer(
+                list(texts[start : start + _TEXTS_AT_ONCE]),
+                padding="max_length",
+                max_length=self.text_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            rows.append(self._model(tokens.input_ids.to(self._model.device))[0].cpu())
+        return torch.cat(rows)
+
+    def count(self, text: str) -> int:
+        """Tokens that a text has, were it not cut off."""
+        return len(self._tokenizer(text, verbose=False).input_ids)
+
+
+# --- loading ---
+
+
+def load_video_encoder(options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.dtype) -> VideoEncoder:
+    """The encoder that goes with the options' transformer.
+
+    Raises:
+        EnvironmentProblem: its weights cannot be had.
+    """
+    if options.preset == "demo":
+        return DemoVideoEncoder(DemoCodec.load())
+    return VAEEncoder(load_vae(options, device=device, dtype=dtype), name=options.pretrained or DEFAULT_PRETRAINED)
+
+
+def load_text_encoder(
+    options: VideoDiTOptions, *, text_length: int, device: torch.device | str, dtype: torch.dtype
+) -> TextEncoder:
+    """The text encoder that goes with the options' transformer.
+
+    Raises:
+        EnvironmentProblem: its weights, or its tokenizer, cannot be had.
+    """
+    if options.preset == "demo":
+        return DemoTextEncoder(text_length=text_length)
+    source = _source(options, "text_encoder")
+    _source(options, "tokenizer")
+    with _in_our_words(source, "T5"):
+        import transformers
+
+        release = tuple(int(number) for number in transformers.__version__.split(".")[:2])
+        model = transformers.T5EncoderModel.from_pretrained(
+            source,
+            subfolder="text_encoder",
+            use_safetensors=True,
+            **{"dtype" if release >= (4, 56) else "torch_dtype": dtype},
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
+    return T5TextEncoder(tokenizer, model.eval().to(device), text_length=text_length)
+
+
+def load_vae(options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
+    """CogVideoX's VAE, in eval mode.
+
+    Raises:
+        EnvironmentProblem: its weights cannot be had, or its latents are not those of CogVideoX 5B.
+    """
+    source = _source(options, "vae")
+    with _in_our_words(source, "CogVideoX's VAE"):
+        from diffusers import AutoencoderKLCogVideoX
+
+        vae = AutoencoderKLCogVideoX.from_pretrained(source, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
+    spatial = 2 ** (len(vae.config.block_out_channels) - 1)
+    geometry = (vae.config.latent_channels, vae.config.temporal_compression_ratio, spatial)
+    expected = (LATENT_CHANNELS, TEMPORAL_COMPRESSION, SPATIAL_COMPRESSION)
+    if geometry != expected:
+        raise EnvironmentProblem(
+            f"{source}/vae: {geometry[0]} channels for {geometry[1]} frames of {spatial} × {spatial} pixels, not "
+            f"CogVideoX's {expected[0]} for {expected[1]} of {expected[2]} × {expected[2]}; name another "
+            f"backbone.pretrained"
+        )
+    return cast("AutoencoderKLCogVideoX", vae.eval().to(device))
+
+
+def _source(options: VideoDiTOptions, part: str) -> str:
+    """The folder or repository of the options' encoders, of which a folder holds the part."""
+    source = options.pretrained or DEFAULT_PRETRAINED
+    local = Path(source)
+    if options.pretrained is not None and not local.is_dir() and (local.is_absolute() or source.startswith(".")):
+        raise EnvironmentProblem(f"backbone.pretrained: no folder {source}")
+    if local.is_dir() and not (local / part).is_dir():
+        raise EnvironmentProblem(
+            f"backbone.pretrained: {source} holds no {part}/; name a folder in diffusers' layout, with vae/, "
+            f"text_encoder/ and tokenizer/ beside transformer/"
+        )
+    return source
+
+
+@contextlib.contextmanager
+def _in_our_words(source: str, what: str) -> Iterator[None]:
+    """Say in one sentence what the libraries and the hub's client say of weights that cannot be loaded."""
+    try:
+        yield
+    except EnvironmentProblem:
+        raise
+    except Exception as error:  # diffusers, transformers, the hub's client and safetensors each have their own
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EnvironmentProblem(
+            f"{source}: cannot be loaded as {what} ({first}); name a local folder in diffusers' layout with "
+            f"backbone.pretrained, or try the demo preset"
+        ) from error
+
+
+# --- a whole video ---
+
+
+def encode_video(
+    pictures: Iterable[Picture], *, frames: int, starts: Sequence[int], encoder: VideoEncoder
+) -> dict[str, Tensor]:
+    """What a video's latents file holds, `mean` and `std` `[Fr,C,h,w]`, `start_mean` and `start_std` `[S,C,h,w]`.
+
+    Row i of the latter is the first latent frame of the video that begins with frame `starts[i]`: it stands for that
+    frame alone, while in the whole video the same latent frame stands for four, and the model never begins with such
+    a one when it samples.
+
+    Args:
+        pictures: of the video, `[H,W,3]` each, read one by one.
+        frames: how many there are.
+        starts: numbers of frames, in order; the first is 0.
+        encoder: which one.
+    """
+    lengths = iter(pieces(frames))
+    whole = encoder.begin()
+    piece: list[Picture] = []
+    posteriors: list[Posterior] = []
+    opening: dict[int, list[Picture]] = {}
+    first: dict[int, Posterior] = {}
+    length = next(lengths)
+    for number, picture in enumerate(pictures):
+        piece.append(picture)
+        if len(piece) == length:
+            posteriors.append(whole(to_tensor(piece)))
+            piece, length = [], next(lengths, 0)
+        if number in starts[1:]:
+            opening[number] = []
+        for start in list(opening):
+            opening[start].append(picture)
+            if len(opening[start]) == pieces(frames - start)[0]:
+                first[start] = encoder.begin()(to_tensor(opening.pop(start)))
+    first[0] = posteriors[0]
+    return {
+        "mean": torch.cat([posterior.mean for posterior in posteriors]),
+        "std": torch.cat([posterior.std for posterior in posteriors]),
+        "start_mean": torch.stack([first[start].mean[0] for start in starts]),
+        "start_std": torch.stack([first[start].std[0] for start in starts]),
+    }

@@ -1,0 +1,349 @@
+"""The two kinds of `.jsonl` files: lists of videos to encode, and indexes of what was encoded; read without torch.
+
+A list has one video a line, `{"path": "a.mp4", "captions": ["…", "…"], "start_sec": 0}`: a caption for each segment of
+3 s from `start_sec` on (0 where it is left out). An index, which `ttt precompute` writes, has one encoded video a line:
+
+    {"video": "a.mp4", "start_sec": 0, "latents": "train.latents/a-0f3c….safetensors", "frames": 37, "height": 480,
+     "width": 720, "text_length": 226, "segments": [{"caption": "…", "text": "train.latents/text-7b….safetensors"}, …]}
+
+`frames` are latent frames, `height` and `width` pixels. Paths are relative to the folder of the `.jsonl`. The latents
+file holds `mean` and `std` `[frames,16,height/8,width/8]`, and for each segment the latent frame that a video beginning
+with it would begin with, `start_mean` and `start_std` `[segments,16,height/8,width/8]`; a text file holds `text`
+`[text_length,E]`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ttt.errors import EnvironmentProblem
+from ttt.files import Header, read_header
+from ttt_videodit import demo
+from ttt_videodit.geometry import (
+    FRAMES_PER_SECOND,
+    LATENT_CHANNELS,
+    SPATIAL_COMPRESSION,
+    TEMPORAL_COMPRESSION,
+    Segments,
+    segments_in,
+)
+from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTData, VideoDiTOptions, pixels, text_length
+
+VIDEO_EXAMPLE: Final = '{"path": "a.mp4", "captions": ["waves", "a gull"]}'
+"""A good line of a list."""
+COGVIDEOX_TEXT_DIM: Final = 4096
+"""Width of T5-XXL's hidden states."""
+
+_FLOATS: Final = ("F64", "F32", "F16", "BF16")
+
+
+class LineError(ValueError):
+    """A line that cannot be used, or what it names: what kind of problem that is, and a sentence without its place."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+        """`line`, `missing`, `damaged`, `shape`, `segments` or `short`."""
+
+
+@dataclass(frozen=True)
+class ListedVideo:
+    """A line of a list of videos."""
+
+    place: str
+    """File and line."""
+    name: str
+    """The path as it is written."""
+    path: Path
+    captions: tuple[str, ...]
+    start_sec: float
+
+
+@dataclass(frozen=True)
+class EncodedSegment:
+    """A segment of an encoded video."""
+
+    caption: str
+    text: Path
+    """Where its embedding is."""
+
+
+@dataclass(frozen=True)
+class EncodedVideo:
+    """A line of an index."""
+
+    place: str
+    """File and line."""
+    video: str
+    """The video's path in the list that it was made from."""
+    start_sec: float
+    latents: Path
+    frames: int
+    """Latent frames."""
+    height: int
+    width: int
+    text_length: int
+    segments: tuple[EncodedSegment, ...]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a config asks of the videos that it trains on."""
+
+    segments: Segments
+    """How they are cut."""
+    window: int
+    """Segments of a window."""
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
+    text_length: int
+    """L, tokens of a segment's text."""
+    text_dim: int | None
+    """E, width of a text token, where it can be told without the model."""
+
+    @classmethod
+    def of(cls, options: VideoDiTOptions, data: VideoDiTData) -> Wanted:
+        """What the sections `backbone` and `data` ask for."""
+        height, width = pixels(options, data)
+        return cls(
+            options.segments,
+            segments_in(data.duration_sec),
+            height,
+            width,
+            text_length(options, data),
+            _text_dim(options),
+        )
+
+    @property
+    def segment_sec(self) -> float:
+        """Seconds from the start of a segment to that of the next; 3 with the usual `attn_length`."""
+        return self.segments.attn_length * TEMPORAL_COMPRESSION / FRAMES_PER_SECOND
+
+
+def _text_dim(options: VideoDiTOptions) -> int | None:
+    if options.preset == "demo":
+        return demo.TEXT_DIM
+    if options.pretrained in (None, DEFAULT_PRETRAINED):
+        return COGVIDEOX_TEXT_DIM
+    try:
+        config = json.loads((Path(options.pretrained or "") / "transformer" / "config.json").read_bytes())
+        return int(config["text_embed_dim"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# --- lines ---
+
+
+def jsonl_lines(file: Path, *, most_bytes: int | None = None) -> Iterator[tuple[str, bytes]]:
+    """Lines of a file that are not blank, each with its place, `file:line`.
+
+    Args:
+        file: the `.jsonl`.
+        most_bytes: where to stop reading.
+
+    Raises:
+        EnvironmentProblem: the file cannot be read.
+    """
+    try:
+        with file.open("rb") as stream:
+            content = stream.read() if most_bytes is None else stream.read(most_bytes)
+    except OSError as error:
+        raise EnvironmentProblem(f"{file}: cannot be read: {error.strerror or error}") from None
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.strip():
+            yield f"{file}:{number}", line
+
+
+def parse_listed(line: bytes, place: str, folder: Path) -> ListedVideo:
+    """Read a line of a list; whether its file is video is left to whoever decodes it.
+
+    Raises:
+        LineError: it is no such line, or its file is not there.
+    """
+    entry = _object(line, f"write {VIDEO_EXAMPLE}")
+    unknown = sorted(set(entry) - {"path", "captions", "start_sec"})
+    if unknown:
+        raise LineError("line", f'unknown key "{_short(unknown[0])}"; the keys are path, captions and start_sec')
+    name = _text(entry, "path")
+    captions = entry.get("captions")
+    if not isinstance(captions, list) or not captions:
+        raise LineError("line", f'"captions" is {_said(entry, "captions")}, not a list with one for each 3 s')
+    for number, caption in enumerate(captions, start=1):
+        if not isinstance(caption, str) or not caption.strip():
+            raise LineError(
+                "segments", f"caption {number} of {len(captions)} is {_short(repr(caption))}; each 3 s need a text"
+            )
+    start = _seconds(entry) if "start_sec" in entry else 0.0
+    path = folder / name
+    if not _is_file(path):
+        raise LineError("missing", f"no file {path}; paths are relative to the folder of the .jsonl")
+    return ListedVideo(place, name, path, tuple(captions), start)
+
+
+def parse_encoded(line: bytes, place: str, folder: Path) -> EncodedVideo:
+    """Read a line of an index; what it names is not looked at.
+
+    Raises:
+        LineError: it is no such line.
+    """
+    entry = _object(line, "write the index with ttt precompute")
+    latents = folder / _text(entry, "latents")
+    sizes = {}
+    for key in ("frames", "height", "width", "text_length"):
+        value = entry.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
+            raise LineError("line", f'"{key}" is {_said(entry, key)}, not a whole number')
+        sizes[key] = value
+    written = entry.get("segments")
+    if not isinstance(written, list) or not written:
+        raise LineError("segments", f'"segments" is {_said(entry, "segments")}, not a list with one for each 3 s')
+    segments = []
+    for number, segment in enumerate(written, start=1):
+        text = segment.get("text") if isinstance(segment, dict) else None
+        caption = segment.get("caption") if isinstance(segment, dict) else None
+        if not isinstance(text, str) or not text or "\0" in text or not isinstance(caption, str):
+            raise LineError(
+                "segments", f'segment {number} of {len(written)} is no {{"caption": "…", "text": "….safetensors"}}'
+            )
+        segments.append(EncodedSegment(caption, folder / text))
+    return EncodedVideo(place, _text(entry, "video"), _seconds(entry), latents, segments=tuple(segments), **sizes)
+
+
+def line_of(video: EncodedVideo, folder: Path) -> str:
+    """The line of an index in a folder that says this, without a newline."""
+    entry = {
+        "video": video.video,
+        "start_sec": video.start_sec,
+        "latents": video.latents.relative_to(folder).as_posix(),
+        "frames": video.frames,
+        "height": video.height,
+        "width": video.width,
+        "text_length": video.text_length,
+        "segments": [
+            {"caption": segment.caption, "text": segment.text.relative_to(folder).as_posix()}
+            for segment in video.segments
+        ],
+    }
+    return json.dumps(entry, ensure_ascii=False)
+
+
+def _object(line: bytes, way_out: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise LineError("line", f"no JSON ({_short(str(error))}); {way_out}") from None
+    if not isinstance(entry, dict):
+        raise LineError("line", f"not an object; {way_out}")
+    return entry
+
+
+def _text(entry: Mapping[str, Any], key: str) -> str:
+    value = entry.get(key)
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise LineError("line", f'"{key}" is {_said(entry, key)}, not a path')
+    return value
+
+
+def _seconds(entry: Mapping[str, Any]) -> float:
+    value = entry.get("start_sec")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+        raise LineError("line", f'"start_sec" is {_said(entry, "start_sec")}, not seconds from 0 on')
+    return float(value)
+
+
+def _said(entry: Mapping[str, Any], key: str) -> str:
+    return _short(repr(entry[key])) if key in entry else "missing"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+# --- what an index names ---
+
+
+def check_encoded(video: EncodedVideo, wanted: Wanted) -> None:
+    """See that an encoded video is what a config asks for, by the headers of its files; no tensor is read.
+
+    Raises:
+        LineError: it is not, or a file is missing or damaged.
+    """
+    for name in ("height", "width", "text_length"):
+        asked, found = getattr(wanted, name), getattr(video, name)
+        if asked != found:
+            raise LineError(
+                "shape",
+                f"was encoded with {name} {found}, but the config asks for {asked}; encode it anew, or write "
+                f"data.{name}: {found}",
+            )
+    try:
+        count = wanted.segments.count(video.frames)
+    except ValueError as error:
+        raise LineError("shape", str(error)) from None
+    if count != len(video.segments):
+        raise LineError(
+            "segments",
+            f"{video.frames} latent frames are {count} segments, but {len(video.segments)} "
+            f"{'has a text' if len(video.segments) == 1 else 'have texts'}",
+        )
+    picture = (LATENT_CHANNELS, video.height // SPATIAL_COMPRESSION, video.width // SPATIAL_COMPRESSION)
+    _check_tensors(
+        video.latents,
+        {
+            "mean": (video.frames, *picture),
+            "std": (video.frames, *picture),
+            "start_mean": (count, *picture),
+            "start_std": (count, *picture),
+        },
+    )
+    for path in dict.fromkeys(segment.text for segment in video.segments):
+        _check_tensors(path, {"text": (video.text_length, wanted.text_dim)})
+    if count < wanted.window:
+        raise LineError(
+            "short",
+            f"lasts {count * wanted.segment_sec:g} s, less than a window of {wanted.window * wanted.segment_sec:g} s",
+        )
+
+
+def _check_tensors(path: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> None:
+    if not _is_file(path):
+        raise LineError("missing", f"no file {path}; run ttt precompute again")
+    try:
+        header: Header = read_header(path)
+    except EnvironmentProblem as error:
+        raise LineError("damaged", f"{error}; delete it and run ttt precompute again") from None
+    for name, shape in shapes.items():
+        facts = header.tensors.get(name)
+        if facts is None or facts.dtype not in _FLOATS:
+            what = "it holds none" if facts is None else f"it is of {facts.dtype}"
+            raise LineError("damaged", f"{path}: no {name} of floating point: {what}; run ttt precompute again")
+        fits = len(facts.shape) == len(shape) and all(
+            asked in (None, found) for asked, found in zip(shape, facts.shape, strict=True)
+        )
+        if not fits:
+            asked = ", ".join("E" if extent is None else str(extent) for extent in shape)
+            raise LineError("shape", f"{path}: {name} is {list(facts.shape)}, not [{asked}]")
+
+
+def windows_in(video: EncodedVideo, wanted: Wanted) -> int:
+    """Whole windows of a video; what is left over at its end is not read."""
+    return len(video.segments) // wanted.window
+
+
+def index_files(source: Path) -> list[Path]:
+    """The `.jsonl` files that a config's value means: the file itself, or those in the folder at any depth."""
+    return sorted(source.rglob("*.jsonl")) if source.is_dir() else [source]
