@@ -30,7 +30,7 @@ def importable(folder: Path) -> Iterator[None]:
     modules = set(sys.modules)
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
-    plugins.discover.cache_clear()
+    plugins.forget()
     try:
         yield
     finally:
@@ -39,4 +39,4 @@ def importable(folder: Path) -> Iterator[None]:
             if getattr(sys.modules[module], "__file__", None) and str(folder) in str(sys.modules[module].__file__):
                 del sys.modules[module]
         importlib.invalidate_caches()
-        plugins.discover.cache_clear()
+        plugins.forget()

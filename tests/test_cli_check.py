@@ -20,7 +20,7 @@ from ttt import __version__
 from ttt.config import CODES, Finding, Place, Severity
 from ttt.config.diagnostics import render_github
 from ttt.config.sarif import SCHEMA, render_sarif
-from ttt_cli.main import main
+from ttt_cli.main import main, names_files_only
 from ttt_cli.options import parse_bytes
 
 BAD = "backbone: {name: toy}\nttt:\n  layrs: all   # which\ntrain: {lr: fast}\n"
@@ -61,6 +61,20 @@ def test_standard_input_is_a_file_among_others(
     assert lines[0] == "a.yaml: no findings"
     assert lines[1].startswith("<stdin>:3:3  error TTT101")
     assert lines[-1] == "<stdin>: 2 errors"
+
+
+@pytest.mark.parametrize("files", [["good.yaml"], ["bad.yaml"], ["good.yaml", "bad.yaml"], ["gone.yaml"], ["-"]])
+def test_files_alone_are_checked_as_with_options(
+    files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write("good.yaml", DEMO)
+    _write("bad.yaml", BAD)
+    found = []
+    for arguments in (["check", *files], ["check", "--format", "text", *files], ["check", "--", *files]):
+        _type_in(monkeypatch, WARNED)
+        found.append((names_files_only(arguments), main(arguments), capsys.readouterr()))
+    assert [plain for plain, *_ in found] == [True, False, False]
+    assert found[0][1:] == found[1][1:] == found[2][1:]
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,36 @@ def test_what_checks_a_config_imports_no_torch() -> None:
         for file in sorted((ROOT / "ttt" / "config").rglob("*.py"))
     ]
     assert "ttt.config.load" in config
-    assert _heavy_after(["ttt", *config, "ttt.plugins", "ttt.backbone", "ttt.hookspecs", "ttt_cli.main"]) == "[]"
+    others = ["ttt.plugins", "ttt.backbone", "ttt.hookspecs", "ttt_cli.main", "ttt_cli.app"]
+    assert _heavy_after(["ttt", *config, *others]) == "[]"
+
+
+NOT_FOR_A_CHECK = {
+    # what runs models, draws and tells of training
+    *("torch", "numpy", "matplotlib", "rich", "safetensors", "moshi", "sphn", "diffusers", "transformers"),
+    # what parses options that are not there, and the commands that are not asked for
+    *("typer", "click", "ttt_cli.app", "ttt_cli.check", "ttt_cli.train", "ttt_cli.diff", "ttt_cli.import_config"),
+    # backbones that the config does not name
+    *PLUGIN_PACKAGES - {"ttt_moshi"},
+    # other formats, fixes, explanations and the like
+    *("ttt.config.explain", "ttt.config.explanations", "ttt.config.fixes", "ttt.config.sarif", "ttt.config.diff"),
+    *("ttt.config.importing", "ttt.config.json_schema", "ttt.probe", "ttt.probe_codes", "ttt.train", "ttt.layer"),
+    # of the standard library, what only the above want
+    *("asyncio", "http.client", "ssl", "difflib", "traceback", "subprocess", "multiprocessing", "logging", "runpy"),
+}
+
+
+def test_a_plain_check_imports_what_it_needs_and_no_more(tmp_path: Path) -> None:
+    config = tmp_path / "moshi.yaml"
+    config.write_text("backbone: {name: moshi}\nttt: {layers: [1]}\n", encoding="utf-8")
+    program = f"""
+import sys
+from ttt_cli.main import main
+code = main(["check", {str(config)!r}])
+print(sorted({NOT_FOR_A_CHECK!r} & set(sys.modules)), "ttt_moshi" in sys.modules, code)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[] True 0"
 
 
 def test_a_plugins_entry_point_imports_no_torch() -> None:

@@ -1,7 +1,7 @@
 """Finding backbone plugins. A broken one is listed with its cause and never stops the others.
 
-Discovery reads the entry points of the group `ttt.backbones`. Each is loaded and registered on its own, and
-checked against the hook specifications at once, so that a misspelt hook is an error and not a plugin that
+Discovery reads the entry points of the group `ttt.backbones`. Each is loaded when it is first asked for, registered on
+its own, and checked against the hook specifications at once, so that a misspelt hook is an error and not a plugin that
 does nothing.
 """
 
@@ -25,17 +25,35 @@ GROUP = "ttt.backbones"
 class PluginInfo:
     """One entry point, whether it works or not."""
 
-    name: str
-    """Name of the entry point, which is the backbone's name."""
-    distribution: str
-    """The distribution that declares it."""
-    version: str
-    module: str
-    """The module that it points to."""
+    entry_point: metadata.EntryPoint
     backbone: Backbone | None
     """What it brings; None where it is broken."""
     error: str | None
     """Why it is broken, in one line."""
+
+    @property
+    def name(self) -> str:
+        """Name of the entry point, which is the backbone's name."""
+        return self.entry_point.name
+
+    @property
+    def module(self) -> str:
+        """The module that it points to."""
+        return self.entry_point.value
+
+    @functools.cached_property
+    def distribution(self) -> str:
+        """The distribution that declares it."""
+        return _distribution(self.entry_point)
+
+    @functools.cached_property
+    def version(self) -> str:
+        """That of the distribution."""
+        return self.entry_point.dist.version if self.entry_point.dist else "?"
+
+
+def _distribution(point: metadata.EntryPoint) -> str:
+    return point.dist.name if point.dist else "?"
 
 
 def _one_line(error: BaseException) -> str:
@@ -77,43 +95,71 @@ def require_options(backbone: Backbone) -> None:
             raise PluginError(f"{type(backbone).__name__}.{name} is {given!r}, not a subclass of {base.__name__}")
 
 
-def _entry_points() -> list[metadata.EntryPoint]:
-    """The entry points of our group, of each distribution the one that imports would find.
+@functools.cache
+def _entry_points() -> tuple[metadata.EntryPoint, ...]:
+    """The entry points of our group, in the order in which imports find their distributions.
 
     `metadata.entry_points(group=GROUP)` gives the same, but parses the metadata of everything that is installed.
     """
-    found: dict[str, list[metadata.EntryPoint]] = {}
-    for distribution in metadata.distributions():
-        if GROUP in (distribution.read_text("entry_points.txt") or ""):
-            points = [point for point in distribution.entry_points if point.group == GROUP]
-            found.setdefault(distribution.name, points)
-    return [point for points in found.values() for point in points]
+    return tuple(
+        point
+        for distribution in metadata.distributions()
+        if GROUP in (distribution.read_text("entry_points.txt") or "")
+        for point in distribution.entry_points
+        if point.group == GROUP
+    )
+
+
+def _claims(name: str) -> list[metadata.EntryPoint]:
+    """The entry points of a name, of a distribution that is installed twice those that imports would find."""
+    points = [point for point in _entry_points() if point.name == name]
+    if len(points) < 2:
+        return points
+    first: dict[str, metadata.EntryPoint] = {}
+    for point in points:
+        first.setdefault(_distribution(point), point)
+    return sorted(first.values(), key=lambda point: point.value)
 
 
 @functools.cache
-def discover() -> tuple[PluginInfo, ...]:
-    """Every installed backbone plugin, in order of name, working or broken. Read once for each process.
+def _load_all(name: str) -> tuple[PluginInfo, ...]:
+    """The plugins that claim a name, loaded once for each process.
 
     Two plugins that claim one name are both broken: neither may win by the order of a directory.
     """
-    entry_points = sorted(_entry_points(), key=lambda point: (point.name, point.value))
-    names = [point.name for point in entry_points]
+    points = _claims(name)
+    if len(points) > 1:
+        owners = ", ".join(sorted({_distribution(other) for other in points}))
+        error = f"the name {name!r} is claimed more than once: {owners}; uninstall all but one"
+        return tuple(PluginInfo(point, None, error) for point in points)
     found = []
-    for point in entry_points:
-        distribution = point.dist.name if point.dist else "?"
-        version = point.dist.version if point.dist else "?"
-        backbone: Backbone | None = None
-        error: str | None = None
-        if names.count(point.name) > 1:
-            owners = ", ".join(sorted({p.dist.name if p.dist else "?" for p in entry_points if p.name == point.name}))
-            error = f"the name {point.name!r} is claimed more than once: {owners}; uninstall all but one"
-        else:
-            try:
-                backbone = _load(point)
-            except (Exception, SystemExit) as exception:  # whatever a third party's import raises
-                error = _one_line(exception)
-        found.append(PluginInfo(point.name, distribution, version, point.value, backbone, error))
+    for point in points:
+        try:
+            found.append(PluginInfo(point, _load(point), None))
+        except (Exception, SystemExit) as exception:  # whatever a third party's import raises
+            found.append(PluginInfo(point, None, _one_line(exception)))
     return tuple(found)
+
+
+def forget() -> None:
+    """Discover anew when next asked: what is installed has changed within the process."""
+    _entry_points.cache_clear()
+    _load_all.cache_clear()
+
+
+def names() -> tuple[str, ...]:
+    """What the installed backbone plugins are called, working or broken; none is loaded."""
+    return tuple(sorted({point.name for point in _entry_points()}))
+
+
+def find(name: str) -> PluginInfo | None:
+    """The plugin of that name, working or broken, or None where none has it; no other is loaded."""
+    return next(iter(_load_all(name)), None)
+
+
+def discover() -> tuple[PluginInfo, ...]:
+    """Every installed backbone plugin, in order of name, working or broken. Read once for each process."""
+    return tuple(plugin for name in names() for plugin in _load_all(name))
 
 
 def get_backbone(name: str) -> Backbone:
@@ -123,15 +169,12 @@ def get_backbone(name: str) -> Backbone:
         PluginError: it is installed but broken.
         UsageError: none has that name; the message lists those there are.
     """
-    plugins = discover()
-    for plugin in plugins:
-        if plugin.name == name:
-            if plugin.backbone is None:
-                raise PluginError(
-                    f"backbone {name!r} of {plugin.distribution} {plugin.version} is broken: {plugin.error}"
-                )
-            return plugin.backbone
-    working = [plugin.name for plugin in plugins if plugin.backbone is not None]
+    plugin = find(name)
+    if plugin is not None:
+        if plugin.backbone is None:
+            raise PluginError(f"backbone {name!r} of {plugin.distribution} {plugin.version} is broken: {plugin.error}")
+        return plugin.backbone
+    working = [plugin.name for plugin in discover() if plugin.backbone is not None]
     import difflib
 
     close = difflib.get_close_matches(name, working, n=1)

@@ -1,35 +1,13 @@
-"""`ttt check`."""
+"""`ttt check`: its options. What it does is in `ttt_cli.checking`."""
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from ttt_cli.options import BackboneName, Overrides, parse_bytes
-from ttt_cli.terminal import has_color, show_diff, show_error, show_findings, show_note
-
-if TYPE_CHECKING:
-    from ttt.config import CheckedConfig, Finding
-
-STANDARD_INPUT = "-"
-STANDARD_INPUT_NAME = "<stdin>"
-
-
-class Format(str, Enum):
-    """How findings are printed."""
-
-    TEXT = "text"
-    JSON = "json"
-    SARIF = "sarif"
-    GITHUB = "github"
-
+from ttt_cli.checking import Format, check_files
+from ttt_cli.options import BackboneName, Overrides
 
 Codes = list[str] | None
 
@@ -95,196 +73,23 @@ def check(
     Exit codes: 0 no errors, 1 errors (with --strict also warnings), 2 wrong usage, 3 a file that cannot be read or a
     model that cannot be built. With --fix they are about the files as they lie there afterwards.
     """
-    from ttt.config.diagnostics import has_errors
-    from ttt.errors import TTTError, UsageError
-
     if explain is not None or list_codes:
         from ttt.config import explain as explanations
 
         print(explanations.catalogue() if explain is None else explanations.explain(explain))
         return
-    names = configs or []
-    if not names:
-        raise UsageError("ttt check: name a config, or - for standard input")
-    if names.count(STANDARD_INPUT) > 1:
-        raise UsageError("ttt check: standard input can be read once only")
-    if write and not fix:
-        raise UsageError("ttt check: --write writes what --fix shows; write both")
-    if write and STANDARD_INPUT in names:
-        raise UsageError("ttt check: standard input cannot be written to; leave --write out, or name a file")
-    if fix and probe:
-        raise UsageError("ttt check: --fix and --probe are two steps; fix first")
-    if fix and output is not Format.TEXT:
-        raise UsageError(f"ttt check: --fix shows a diff, which goes with no --format {output.value}")
-    size = None if memory is None else parse_bytes(memory)
-    checker = _Checker(backbone, overrides or [], size, _Filter.of(select, ignore), probe)
-
-    everything: list[Finding] = []
-    problems: list[TTTError] = []
-    for name in names:
-        try:
-            content = _read(name)
-            file = STANDARD_INPUT_NAME if name == STANDARD_INPUT else name
-            if fix:
-                everything += checker.fix(file, content, write=write)
-            else:
-                everything += checker.check(file, content, show=output is Format.TEXT)
-        except TTTError as problem:
-            show_error(str(problem))
-            problems.append(problem)
-    if output is not Format.TEXT:
-        _print_data(output, everything, [str(problem) for problem in problems])
-    failed = has_errors(everything) or (strict and any(finding.severity.value == "warning" for finding in everything))
-    code = problems[-1].exit_code if problems else int(failed)
+    code = check_files(
+        configs or [],
+        backbone=backbone,
+        overrides=overrides or [],
+        output=output,
+        select=select or [],
+        ignore=ignore or [],
+        strict=strict,
+        memory=memory,
+        probe=probe,
+        fix=fix,
+        write=write,
+    )
     if code:
         raise typer.Exit(code)
-
-
-def _read(name: str) -> bytes:
-    from ttt.config.source import MAX_BYTES, read_bytes
-
-    return sys.stdin.buffer.read(MAX_BYTES + 1) if name == STANDARD_INPUT else read_bytes(name)
-
-
-def _print_data(output: Format, findings: Sequence[Finding], problems: Sequence[str]) -> None:
-    if output is Format.SARIF:
-        from ttt import __version__
-        from ttt.config.sarif import render_sarif
-
-        print(render_sarif(findings, version=__version__, problems=problems))
-    elif output is Format.JSON:
-        from ttt.config import render_json
-
-        print(render_json(findings))
-    elif findings:
-        from ttt.config.diagnostics import render_github
-
-        print(render_github(findings))
-
-
-@dataclass(frozen=True)
-class _Filter:
-    """Which codes a user wants to hear of."""
-
-    select: tuple[str, ...]
-    ignore: tuple[str, ...]
-
-    @classmethod
-    def of(cls, select: Iterable[str] | None, ignore: Iterable[str] | None) -> _Filter:
-        return cls(_prefixes("--select", select), _prefixes("--ignore", ignore))
-
-    def __call__(self, findings: Iterable[Finding]) -> tuple[Finding, ...]:
-        """Those of the findings."""
-        return tuple(
-            finding
-            for finding in findings
-            if finding.code.startswith(self.select or "") and not (self.ignore and finding.code.startswith(self.ignore))
-        )
-
-
-def _prefixes(option: str, given: Iterable[str] | None) -> tuple[str, ...]:
-    """The beginnings of codes that an option names.
-
-    Raises:
-        UsageError: one is none, so that it would silently do nothing.
-    """
-    from ttt.config.diagnostics import CODES
-    from ttt.errors import UsageError
-
-    prefixes = [word.strip() for words in given or () for word in words.split(",")]
-    for prefix in prefixes:
-        known = any(code.startswith(prefix) for code in CODES)
-        of_a_plugin = not prefix.startswith("TTT")  # a plugin's codes are known only once it finds something
-        if not re.fullmatch(r"[A-Z]+[0-9]*", prefix) or not (known or of_a_plugin):
-            raise UsageError(
-                f"ttt check: {option} {prefix}: no code begins so; codes are TTT101, or families like TTT2"
-            )
-    return tuple(prefixes)
-
-
-@dataclass(frozen=True)
-class _Checker:
-    """Checks files one by one, and shows what it found."""
-
-    backbone: str | None
-    overrides: list[str]
-    memory: int | None
-    filter: _Filter
-    probe: bool
-
-    def check(self, file: str, content: bytes, *, show: bool) -> Sequence[Finding]:
-        """The findings of a file, those of the probe included."""
-        checked = self._check(file, content)
-        findings = checked.findings
-        if self.probe:
-            findings = (*findings, *self.filter(_probe(checked, show=show)))
-        if show:
-            _show(file, findings)
-        return findings
-
-    def fix(self, file: str, content: bytes, *, write: bool) -> Sequence[Finding]:
-        """Show what can be fixed in a file, or fix it, and the findings of the file as it lies there afterwards."""
-        from ttt.config.fixes import fix_text, unified_diff
-
-        before = self._check(file, content)
-        if not before.source.complete:  # nothing in it has a place
-            _show(file, before.findings)
-            return before.findings
-        text = content.decode("utf-8")
-        fixed = fix_text(text, lambda text: self._check(file, text))
-        if fixed.text != text:
-            show_diff(unified_diff(text, fixed.text, file=file))
-        if write and fixed.text != text:
-            _replace(Path(file), fixed.text)
-        count = len(fixed.fixed)
-        told = f"{count} fixed" if write else f"{count} can be fixed: add --write"
-        _show(file, fixed.checked.findings, also=f"{told}; left: " if count else "")
-        return fixed.checked.findings if write else before.findings
-
-    def _check(self, file: str, text: str | bytes) -> CheckedConfig:
-        from ttt.config import check_config
-
-        checked = check_config(file, text=text, backbone=self.backbone, overrides=self.overrides, memory=self.memory)
-        return replace(checked, findings=self.filter(checked.findings))
-
-
-def _probe(checked: CheckedConfig, *, show: bool) -> list[Finding]:
-    """What breaks when the laws are tried; each is printed with its number, out of the way of data.
-
-    Raises:
-        TTTError: the model cannot be built, or hidden errors stand in the way.
-    """
-    from ttt.config.diagnostics import ENVIRONMENT_CODES, has_errors
-    from ttt.config.load import with_place
-    from ttt.errors import UsageError
-
-    own = [finding for finding in checked.findings if finding.code not in ENVIRONMENT_CODES]
-    if checked.config is None or checked.backbone is None or has_errors(own):
-        if not has_errors(own):
-            raise UsageError(f"{checked.source.file}: cannot be probed: errors that --ignore hides stand in the way")
-        show_note(f"{checked.source.file}: not probed: its errors come first")
-        return []
-    from rich.console import Console
-
-    from ttt.probe import probe
-
-    console = Console(file=sys.stdout if show else sys.stderr, no_color=not has_color(sys.stdout), soft_wrap=False)
-    broken = probe(checked.config, checked.backbone, console=console)
-    return [with_place(finding, checked.source) for finding in broken]
-
-
-def _show(file: str, findings: Sequence[Finding], *, also: str = "") -> None:
-    from ttt.config.diagnostics import summary
-
-    show_findings(findings, stream=sys.stdout)
-    print(f"{file}: {also}{summary(findings)}")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Put a text in a file's place, whole or not at all; a link goes on pointing to it."""
-    from ttt.files import write_bytes
-
-    path = path.resolve()
-    mode = path.stat().st_mode
-    write_bytes(path, text.encode("utf-8"))
-    path.chmod(mode)

@@ -1,4 +1,4 @@
-"""The command `ttt`: its entry point, and how a failure ends it.
+"""The command `ttt`: its entry point, and the code that it ends with.
 
 Exit codes: 0 done, 1 findings, 2 wrong usage or config, 3 environment (a missing file, weights, disk), 4 non-finite
 loss, 130 interrupted. A foreseeable error is one sentence on standard error; a bug keeps its traceback.
@@ -6,92 +6,12 @@ loss, 130 interrupted. A foreseeable error is one sentence on standard error; a 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
 
-import typer
-from typer.core import TyperGroup
-
-from ttt_cli import check, diff, import_config, info, init, plugins, schema, train
-from ttt_cli.terminal import show_error, show_findings
-
-INTERRUPTED = 130
-PIPE_CLOSED = 141  # as a shell reports a program that SIGPIPE ended
-
-HELP = """Test-time-training adapters for sequence models: check a run, train it, look at what came out.
-
-Exit codes: 0 done, 1 findings, 2 wrong usage or config, 3 environment (a missing file, weights, disk), 4 non-finite
-loss, 130 interrupted.
-"""
-
-
-class _Commands(TyperGroup):
-    """Turns what a command raises into a sentence and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        from ttt.errors import ConfigError, TTTError
-
-        try:
-            return super().invoke(ctx)
-        except ConfigError as error:
-            if error.findings:
-                show_findings(error.findings, stream=sys.stderr)
-                show_error(str(error).rsplit("\n", 1)[-1])
-            else:
-                show_error(str(error))
-            raise typer.Exit(error.exit_code) from None
-        except TTTError as error:
-            show_error(str(error))
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            raise typer.Exit(_silence_output()) from None
-
-
-app = typer.Typer(
-    cls=_Commands,
-    help=HELP,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("train")(train.train)
-app.command("init")(init.init)
-app.command("check")(check.check)
-app.command("diff")(diff.diff)
-app.command("import-config")(import_config.import_config)
-app.command("schema")(schema.schema)
-app.command("plugins")(plugins.plugins)
-app.command("info")(info.info)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from ttt import __version__
-
-        print(f"ttt {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    pass
-
-
-def _silence_output() -> int:
-    """Let nothing more be written to an output that nobody reads."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return PIPE_CLOSED
+from ttt_cli.outcome import exit_code_of, silence_output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,16 +20,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; None takes the process's.
     """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    # Plugins of pydantic watch validations, and to look for them it reads what every installed distribution declares.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to fail
+    short = arguments is None and names_files_only(words)
+    if short:
+        gc.disable()  # it is over before a collection, of modules mostly, could pay
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="ttt")
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    else:
-        code = 0
-    try:
+        code = _run(words)
+        if short:
+            gc.freeze()  # nor would the one at the end
         sys.stdout.flush()
     except BrokenPipeError:
-        return _silence_output()
+        return silence_output()
     return code
+
+
+def _run(words: list[str]) -> int:
+    if names_files_only(words):
+        from ttt_cli.checking import check_files
+
+        return exit_code_of(lambda: check_files(words[1:]))
+    from ttt_cli.app import app
+
+    try:
+        app(args=words, prog_name="ttt")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def names_files_only(words: Sequence[str]) -> bool:
+    """Whether a command line is `ttt check FILE…` without any option.
+
+    Editors and hooks run that for every file that is saved. There is nothing to parse in it, and importing typer would
+    take about as long as the check.
+    """
+    command, *rest = words or [""]
+    return command == "check" and bool(rest) and not any(word.startswith("-") and word != "-" for word in rest)

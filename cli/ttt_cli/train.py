@@ -43,7 +43,7 @@ def train(
 
     result = run(loaded.config, loaded.backbone, resume=resume)
     if result.interrupted:
-        from ttt_cli.main import INTERRUPTED
+        from ttt_cli.outcome import INTERRUPTED
 
         raise typer.Exit(INTERRUPTED)
 

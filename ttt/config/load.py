@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, create_model
 
+from ttt import plugins
 from ttt.backbone import Backbone, BackboneFacts
 from ttt.config.diagnostics import ENVIRONMENT_CODES, Finding, Place, Severity, has_errors, render_text, summary
 from ttt.config.rules import run_rules
@@ -20,7 +21,6 @@ from ttt.config.source import BOOLEAN, FLOAT, INTEGER, NULL, KeyPath, Source, pa
 from ttt.config.spelling import nearest
 from ttt.config.validation import Validated, validate
 from ttt.errors import ConfigEnvironmentError, ConfigError
-from ttt.plugins import discover, require_options
 
 _SECTIONS = tuple(name for name in RunConfig.model_fields if name != "run_dir")
 _OF_THE_INNER_MODEL = ("mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims", "base_lr")
@@ -129,7 +129,7 @@ def run_config_model(backbone: Backbone) -> type[RunConfig]:
     Raises:
         PluginError: the plugin's options are none.
     """
-    require_options(backbone)
+    plugins.require_options(backbone)
     return _narrowed(backbone.options, backbone.data_options, backbone.name)
 
 
@@ -202,10 +202,9 @@ class _Check:
 
     def _look_up(self, name: str) -> Backbone | None:
         """The installed plugin of that name; findings where there is none, or a broken one."""
-        plugins = {plugin.name: plugin for plugin in discover()}
-        plugin = plugins.get(name)
+        plugin = plugins.find(name)
         if plugin is None:
-            close = nearest(name, plugins)
+            close = nearest(name, plugins.names())
             self._add(
                 "TTT801",
                 "backbone.name",
@@ -319,14 +318,14 @@ def _order(finding: Finding) -> tuple[bool, int, int]:
 
 
 def _installed() -> str:
-    names = [plugin.name for plugin in discover() if plugin.backbone is not None]
+    names = [plugin.name for plugin in plugins.discover() if plugin.backbone is not None]
     return ", ".join(f"`{name}`" for name in names) or "none; install one, as `pip install ttt-moshi`"
 
 
 def _other_options(backbone: Backbone) -> dict[str, list[type[BaseModel]]]:
     """The options of the other installed backbones, by name."""
-    others = (plugin.backbone for plugin in discover() if plugin.backbone is not None and plugin.name != backbone.name)
-    return {other.name: [other.options, other.data_options] for other in others}
+    others = (plugin.backbone for plugin in plugins.discover() if plugin.name != backbone.name)
+    return {other.name: [other.options, other.data_options] for other in others if other is not None}
 
 
 def with_defaults(ttt: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""The commands of `ttt` and their options, by typer. A command's module is imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ttt_cli.outcome import exit_code_of
+
+COMMANDS = {
+    "train": "ttt_cli.train:train",
+    "init": "ttt_cli.init:init",
+    "check": "ttt_cli.check:check",
+    "diff": "ttt_cli.diff:diff",
+    "import-config": "ttt_cli.import_config:import_config",
+    "schema": "ttt_cli.schema:schema",
+    "plugins": "ttt_cli.plugins:plugins",
+    "info": "ttt_cli.info:info",
+}
+"""Where each command's function is, in the order of the help; its signature is its options, its docstring its help."""
+
+HELP = """Test-time-training adapters for sequence models: check a run, train it, look at what came out.
+
+Exit codes: 0 done, 1 findings, 2 wrong usage or config, 3 environment (a missing file, weights, disk), 4 non-finite
+loss, 130 interrupted.
+"""
+
+
+class _Lazy(Mapping[str, Any]):
+    """The commands by name, each made when it is looked up."""
+
+    def __getitem__(self, name: str) -> Any:
+        module, _, function = COMMANDS[name].partition(":")
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone.command(name)(getattr(importlib.import_module(module), function))
+        return typer.main.get_command(alone)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class _Commands(TyperGroup):
+    """Turns what a command raises into a sentence and an exit code."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands: Any = _Lazy()
+
+    def invoke(self, ctx: Any) -> None:
+        """Run the command."""
+        code = exit_code_of(lambda: super(_Commands, self).invoke(ctx))
+        if code:
+            raise typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from ttt import __version__
+
+        print(f"ttt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
