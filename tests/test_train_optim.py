@@ -147,9 +147,45 @@ def test_warm_up_then_cosine_to_the_floor():
     assert factors[4:] == sorted(factors[4:], reverse=True)
 
 
+def test_other_schedules_fall_in_a_line_or_stay():
+    shape = {"max_steps": 11, "warmup_steps": 4, "min_lr_ratio": 0.2}
+    cosine, linear, constant = (
+        [learning_rate_factor(step, TrainConfig(lr_schedule=schedule, **shape)) for step in range(11)]
+        for schedule in ("cosine", "linear", "constant")
+    )
+    assert linear[:4] == constant[:4] == cosine[:4]  # they warm up alike
+    assert linear[4:] == pytest.approx([1 - 0.8 * step / 6 for step in range(7)])
+    assert constant[4:] == [1.0] * 7
+
+
+def test_the_backbone_may_have_a_schedule_of_its_own():
+    shape = {"max_steps": 5, "trainable": "all", "lr_schedule": "constant", "min_lr_ratio": 0.0}
+    both = TrainConfig(backbone_lr_schedule="linear", **shape)
+    assert [learning_rate_factor(step, both) for step in range(5)] == [1.0] * 5
+    assert [learning_rate_factor(step, both, "gate") for step in range(5)] == [1.0] * 5
+    assert [learning_rate_factor(step, both, "backbone") for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    one_for_all = TrainConfig(**shape)
+    assert [learning_rate_factor(step, one_for_all, "backbone") for step in range(5)] == [1.0] * 5
+
+    def moved(config):
+        entries = [Learnable(role, nn.Parameter(torch.zeros(1)), role, False) for role in ("ttt", "backbone")]
+        optimizer = Optimizer(entries, config)
+        for entry in entries:
+            entry.parameter.grad = torch.ones(1)
+        return optimizer.step(2), [abs(entry.parameter.item()) / config.lr for entry in entries]
+
+    rates, moves = moved(both)
+    assert moves == pytest.approx([1.0, 0.5], rel=1e-4)
+    assert rates == {"lr": both.lr, "backbone_lr": both.lr * 0.5}
+    rates, moves = moved(one_for_all)
+    assert moves == pytest.approx([1.0, 1.0], rel=1e-4)
+    assert rates == {"lr": one_for_all.lr}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize("settings", [{"max_steps": 1}, {"max_steps": 3, "warmup_steps": 10}])
-def test_the_schedule_of_a_short_run_stays_within_bounds(settings):
-    config = TrainConfig(**settings)
+def test_the_schedule_of_a_short_run_stays_within_bounds(settings, schedule):
+    config = TrainConfig(lr_schedule=schedule, **settings)
     assert all(0 < learning_rate_factor(step, config) <= 1 for step in range(config.max_steps))
 
 

@@ -500,7 +500,7 @@ EXPLANATIONS: dict[str, Explanation] = {
     "TTT701": Explanation(
         "warning",
         "The run ends before its warm-up does.",
-        "The learning rate never reaches `lr`, and the cosine never begins.",
+        "The learning rate never reaches `lr`, and what comes after the warm-up never begins.",
         _MOSHI + "train: {warmup_steps: 2000, max_steps: 1000}\n",
         _MOSHI + "train: {warmup_steps: 100, max_steps: 1000}\n",
         "`ttt.train.optim`",

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ttt.errors import NestedCheckpointWarning
 
@@ -246,6 +246,16 @@ class TTTConfig(Section):
         return self
 
 
+Schedule = Literal["cosine", "linear", "constant"]
+_TRAINABLE_ALIASES = {"sft": "all", "qkvo": "ttt+attention"}
+"""TTT-Video's words for what learns (its `adapter_method`)."""
+Trainable = Annotated[
+    Literal["ttt", "ttt+attention", "all", "sft", "qkvo"],
+    AfterValidator(lambda value: _TRAINABLE_ALIASES.get(value, value)),
+]
+"""What learns, kept by this project's own word."""
+
+
 class TrainConfig(Section):
     """The `train` section: how long, how fast, what learns."""
 
@@ -263,8 +273,8 @@ class TrainConfig(Section):
     """Multiplier of `lr` for the gates α."""
     backbone_lr_multiplier: Annotated[float, Field(ge=0)] = 1.0
     """Multiplier of `lr` for the unfrozen parts of the backbone."""
-    trainable: Literal["ttt", "ttt+attention", "all"] = "ttt"
-    """What learns: the TTT layers and gates, also the backbone's attention, or everything."""
+    trainable: Trainable = "ttt"
+    """What learns: the TTT layers and gates, also the backbone's attention (qkvo), or everything (sft)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """AdamW's decay, on matrices; gates, norms, biases and learned rates have none."""
     betas: Annotated[
@@ -272,10 +282,14 @@ class TrainConfig(Section):
         BeforeValidator(_as_tuple, json_schema_input_type=list[float]),
     ] = (0.9, 0.95)
     """AdamW's moment decays."""
+    lr_schedule: Schedule = "cosine"
+    """What the learning rate of TTT layers and gates does after the warm-up: it falls to `min_lr_ratio`, or stays."""
+    backbone_lr_schedule: Schedule | None = None
+    """The same for the unfrozen parts of the backbone; null is `lr_schedule`."""
     warmup_steps: Annotated[WholeNumber, Field(ge=0)] = 0
     """Steps of linear warm-up."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Where the cosine ends, as a fraction of the peak."""
+    """Where a schedule that falls ends, as a fraction of the peak."""
     max_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient norm above which the gradient is scaled down."""
     gradient_checkpointing: bool = False
@@ -296,6 +310,16 @@ class TrainConfig(Section):
     """Steps between checkpoints; 0 saves at the end only."""
     ckpt_keep: Annotated[int, Field(ge=1)] | None = 3
     """How many checkpoints stay; null keeps all."""
+
+    @model_validator(mode="after")
+    def _schedule_has_parameters(self) -> TrainConfig:
+        """Refuse a schedule for what does not learn."""
+        if self.backbone_lr_schedule is not None and self.trainable == "ttt":
+            raise ValueError(
+                "backbone_lr_schedule acts on an unfrozen backbone, and trainable: ttt freezes it; write "
+                "backbone_lr_schedule: null, or trainable: ttt+attention or all"
+            )
+        return self
 
 
 class EvalConfig(Section):

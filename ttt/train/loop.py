@@ -226,7 +226,7 @@ class Trainer:
         if not math.isfinite(norm):
             raise NonFiniteError(self._not_finite("the gradient", norm, read))
         self._updating = True
-        rate = self.optimizer.step(step)
+        rates = self.optimizer.step(step)
         self._updating = False
         seconds = time.monotonic() - started
         self.seconds += seconds
@@ -235,7 +235,7 @@ class Trainer:
             **metrics,
             "step": step + 1,
             "loss": math.fsum(losses) / passes,
-            "lr": rate,
+            **rates,
             "grad_norm": norm,
             "tokens_per_second": tokens / max(seconds, 1e-9),
             "peak_memory_bytes": peak_memory_bytes(self.device),

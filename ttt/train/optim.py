@@ -40,16 +40,20 @@ class Learnable:
     """Whether weight decay applies."""
 
 
-def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """Multiplier of the peak learning rate at optimiser step `step` (from 0).
+def learning_rate_factor(step: int, config: TrainConfig, role: Role = "ttt") -> float:
+    """Multiplier of the peak learning rate at optimiser step `step` (from 0) for parameters of a role.
 
-    `warmup_steps` steps rise in a line to the peak; then a cosine falls to `min_lr_ratio` at the last step.
+    `warmup_steps` steps rise in a line to the peak. Then the role's schedule falls to `min_lr_ratio` at the last step,
+    as half a cosine or in a line, or stays at the peak.
     """
+    schedule = (config.backbone_lr_schedule if role == "backbone" else None) or config.lr_schedule
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
     progress = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - 1 - config.warmup_steps))
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine
+    left = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0 - progress
+    return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left
 
 
 def choose_learnable(
@@ -128,6 +132,7 @@ class Optimizer:
             [
                 {
                     "params": parameters,
+                    "role": role,
                     "multiplier": getattr(config, _MULTIPLIERS[role]),
                     "weight_decay": config.weight_decay if decays else 0.0,
                 }
@@ -156,22 +161,27 @@ class Optimizer:
         """Scale the gradients down to a norm of `max_norm` together, and return the norm that they had."""
         return float(nn.utils.clip_grad_norm_(self._targets.values(), self._config.max_norm))
 
-    def step(self, step: int) -> float:
+    def step(self, step: int) -> dict[str, float]:
         """Update the parameters at optimiser step `step` (from 0) and clear the gradients.
 
         Returns:
-            The learning rate, before the multipliers of the groups.
+            The learning rates before the multipliers of the groups: `lr`, and where the backbone learns by a schedule
+            of its own, `backbone_lr`.
         """
-        rate = self._config.lr * learning_rate_factor(step, self._config)
+        peak = self._config.lr
         for group in self._adamw.param_groups:
-            group["lr"] = rate * group["multiplier"]
+            group["lr"] = peak * learning_rate_factor(step, self._config, group["role"]) * group["multiplier"]
+        rates = {"lr": peak * learning_rate_factor(step, self._config)}
+        learns = any(group["role"] == "backbone" for group in self._adamw.param_groups)
+        if learns and self._config.backbone_lr_schedule not in (None, self._config.lr_schedule):
+            rates["backbone_lr"] = peak * learning_rate_factor(step, self._config, "backbone")
         self._adamw.step()
         self.clear()
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 if self._targets[name] is not parameter:
                     parameter.copy_(self._targets[name])
-        return rate
+        return rates
 
     def clear(self) -> None:
         """Forget the gradients."""

@@ -48,7 +48,7 @@ def _reach(context: Context) -> float:
     train = context.config.train
     rising = min(train.warmup_steps, train.max_steps)
     falling = train.max_steps - rising
-    steps = rising / 2 + falling * (1 + train.min_lr_ratio) / 2
+    steps = rising / 2 + falling * (1 if train.lr_schedule == "constant" else (1 + train.min_lr_ratio) / 2)
     return steps * train.lr * train.alpha_lr_multiplier
 
 
