@@ -28,8 +28,8 @@ from ttt.adapter_file import backbone_identity, save_adapter
 from ttt.config import TTTConfig
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import read_header, read_json, require_space, temporary_beside, write_tensors, write_text, writing
-from ttt_videodit.model import VideoDiT, build, sites
-from ttt_videodit.plugin import VideoDiTBackbone, VideoDiTOptions
+from ttt_videodit.model import VideoDiT, sites
+from ttt_videodit.plugin import ROTARY_UNIT, VideoDiTBackbone, VideoDiTOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,19 +77,17 @@ _BLOCK_MODULES = {
     "seq_modeling_block.ssm.ttt.wo": "attn1.ttt.layer.o_proj",
     "seq_modeling_block.ssm.ttt.post_norm": "attn1.ttt.layer.post_norm",
 }
+_TTT = "seq_modeling_block.ssm.ttt"
 _BLOCK_TENSORS = {
-    **{
-        f"seq_modeling_block.ssm.ttt.{name}": f"attn1.ttt.layer.{name}"
-        for name in (
-            *("W1", "b1", "W2", "b2", "ttt_norm_weight", "ttt_norm_bias"),
-            *("learnable_ttt_lr_weight", "learnable_ttt_lr_bias"),
-        )
-    },
-    **{
-        f"seq_modeling_block.{direction}_ssm_gating_{part}.gating_alpha": f"attn1.ttt.{direction}_gate_{part}.gating_alpha"
-        for direction in ("forward", "backward")
-        for part in ("video", "text")
-    },
+    f"{_TTT}.{name}": f"attn1.ttt.layer.{name}"
+    for name in (
+        *("W1", "b1", "W2", "b2", "ttt_norm_weight", "ttt_norm_bias"),
+        *("learnable_ttt_lr_weight", "learnable_ttt_lr_bias"),
+    )
+} | {
+    f"seq_modeling_block.{way}_ssm_gating_{part}.gating_alpha": f"attn1.ttt.{way}_gate_{part}.gating_alpha"
+    for way in ("forward", "backward")
+    for part in ("video", "text")
 }
 _BLOCK = re.compile(r"layers\.(\d+)\.(.+)")
 _TABLES = re.compile(r"layers\.\d+\.seq_modeling_block\.(?:rotary\.freqs_(?:sin|cos)|ssm\.freqs_cis)")
@@ -131,11 +129,11 @@ def import_weights(source: Path, out: Path, *, console: Console) -> list[Path]:
     tensors = {names[old]: tensor for old, tensor in checkpoint.tensors.items() if old in names}
     config = _transformer_config(source, tensors)
     settings = _ttt_settings(tensors)
+    injection = _fill(source, config, settings, tensors, {new: old for old, new in names.items()})
+    adapters = injection.state_dict().keys()
     require_space(out, sum(tensor.nbytes for tensor in tensors.values()), what="the converted model")
     with _folder(out) as folder:
-        _write_json(folder / TRANSFORMER / "config.json", config)
-        injection = _fill(source, folder, settings, tensors, {new: old for old, new in names.items()})
-        adapters = injection.state_dict().keys()
+        _write_json(folder / TRANSFORMER / "config.json", {"_class_name": "CogVideoXTransformer3DModel", **config})
         _write_transformer(
             folder / TRANSFORMER, {name: tensor for name, tensor in tensors.items() if name not in adapters}
         )
@@ -226,8 +224,10 @@ def _read_torch(file: Path) -> _Checkpoint:
             f"{file}: holds more than tensors, or is no file of torch.save; no code in it was run. Save the model's "
             f"state_dict alone, best as .safetensors ({_first_line(error)})"
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise EnvironmentProblem(f"{file}: cannot be read: {_first_line(error)}") from None
+    except Exception as error:  # what a damaged file makes torch.load raise is of many kinds
+        raise EnvironmentProblem(
+            f"{file}: no file of torch.save, or a damaged one ({type(error).__name__}: {_first_line(error)})"
+        ) from None
     if not isinstance(content, Mapping):
         raise UsageError(f"{file}: holds no state_dict")
     others: list[str] = []
@@ -267,9 +267,7 @@ def _rename(source: Path, tensors: Iterable[str]) -> tuple[dict[str, str], list[
         else:
             unknown.append(old)
     if not names:
-        raise UsageError(
-            f"{source}: no checkpoint of {PROGRAM}: it has none of its tensors ({_some(unknown) or 'none'})"
-        )
+        raise UsageError(f"{source}: no checkpoint of {PROGRAM}: it holds {_some(unknown) or 'no tensor'}")
     if unknown:
         raise UsageError(f"{source}: {_some(unknown)} {_are(unknown)} no part of {PROGRAM}'s model that is known here")
     twice = sorted(new for new, count in Counter(names.values()).items() if count > 1)
@@ -329,18 +327,22 @@ def _transformer_config(source: Path, tensors: Mapping[str, Tensor]) -> dict[str
     old = "dit.layers.0.seq_modeling_block.ssm.ttt.learnable_ttt_lr_weight"
     heads, _, _ = shape(f"transformer_blocks.0.{rates}", old, 3)
     outputs, _ = shape("proj_out.weight", "dit.final_layer.linear.weight", 2)
-    if dim % heads:
-        raise UsageError(f"{source}: {old} has {heads} heads, which do not divide the width {dim}")
+    if dim % heads or dim // heads % ROTARY_UNIT:
+        raise UsageError(
+            f"{source}: {old} has {heads} heads, which do not share the width {dim} in multiples of {ROTARY_UNIT}"
+        )
     blocks = {int(name.split(".")[1]) for name in tensors if name.startswith("transformer_blocks.")}
+    gone = sorted(set(range(len(blocks))) - blocks)
+    if gone:
+        raise UsageError(f"{source}: dit.layers.{gone[0]} is missing")
     return {
-        "_class_name": "CogVideoXTransformer3DModel",
         "num_attention_heads": heads,
         "attention_head_dim": dim // heads,
         "in_channels": in_channels,
         "out_channels": outputs // (patch * patch),
         "time_embed_dim": time_dim,
         "text_embed_dim": text_dim,
-        "num_layers": max(blocks) + 1,
+        "num_layers": len(blocks),
         "patch_size": patch,
         # 480 × 720 pixels in latents, to whose grid TTT-Video's rotary tables belong (`ttt/models/configs.py`).
         "sample_height": 60,
@@ -353,25 +355,25 @@ def _transformer_config(source: Path, tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def _ttt_settings(tensors: Mapping[str, Tensor]) -> TTTConfig:
-    """The `ttt` section: the inner model as the tensors have it, the rest as published."""
-    block = "transformer_blocks.0.attn1.ttt.layer"
-    layer_type = "mlp" if f"{block}.W2" in tensors else "linear"
-    settings: dict[str, Any] = {"preset": "video", "layer_type": layer_type, **PUBLISHED[layer_type]}
-    first = tensors.get(f"{block}.W1")
-    if layer_type == "mlp" and first is not None and first.dim() == 3 and first.shape[2] != 4 * first.shape[1]:
-        settings["mlp_hidden_dims"] = (first.shape[2],)
-    return TTTConfig.model_validate(settings)
+    """The `ttt` section: the inner model that the tensors are of, the rest as published."""
+    layer_type = "mlp" if "transformer_blocks.0.attn1.ttt.layer.W2" in tensors else "linear"
+    return TTTConfig.model_validate({"preset": "video", "layer_type": layer_type, **PUBLISHED[layer_type]})
 
 
 def _fill(
-    source: Path, folder: Path, settings: TTTConfig, tensors: Mapping[str, Tensor], old_names: Mapping[str, str]
+    source: Path,
+    config: Mapping[str, Any],
+    settings: TTTConfig,
+    tensors: Mapping[str, Tensor],
+    old_names: Mapping[str, str],
 ) -> inject.Injection:
-    """The adapted model, holding the checkpoint's own tensors.
+    """The adapted model, made of the checkpoint's own tensors.
 
     Raises:
-        UsageError: a tensor is missing or has another shape, or a block too many is there.
+        UsageError: a tensor is missing, of another inner model, or has another shape.
     """
-    model = build(VideoDiTOptions(preset="5b", pretrained=str(folder)), device="meta", dtype=torch.float32)
+    with torch.device("meta"):
+        model = VideoDiT(**config)
     injection = inject.apply(model, sites(model), settings, causal=VideoDiTBackbone.causal)
     own = model.state_dict()
     missing = [_old_name(name) for name in own if name not in tensors]
@@ -379,7 +381,10 @@ def _fill(
         raise UsageError(f"{source}: {_some(missing)} {_are(missing)} missing")
     others = [old_names[name] for name in tensors if name not in own]
     if others:
-        raise UsageError(f"{source}: {_some(others)} {_are(others)} of another inner model than that of block 0")
+        raise UsageError(
+            f"{source}: {_some(others)} {_are(others)} no part of the inner model of block 0, which is "
+            f"{settings.layer_type}"
+        )
     shapes = [
         f"{old_names[name]} is {list(tensor.shape)}, not {list(own[name].shape)}"
         for name, tensor in tensors.items()
