@@ -43,6 +43,8 @@ class Site:
     """Called as `adapter(dim, num_heads, config, device=…, dtype=…)`."""
     attribute: str = "ttt"
     """Name of the adapter as a child of `module`."""
+    without_effect: frozenset[str] = frozenset()
+    """Parameters of the adapter on which the backbone's output cannot depend there, and so get no gradient."""
 
     @property
     def name(self) -> str:

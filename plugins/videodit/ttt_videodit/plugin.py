@@ -22,14 +22,24 @@ from ttt_videodit.geometry import (
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
     from torch import Tensor, nn
 
     from ttt.config.importing import ImportedConfig
     from ttt.inject import Site
 
+DEFAULT_PRETRAINED = "THUDM/CogVideoX-5b"
 COGVIDEOX_5B = {"dim": 3072, "num_heads": 48, "num_layers": 42}
 DEMO = {"dim": 64, "num_heads": 4, "num_layers": 4}
 PRESETS = ("demo", "3s", "9s", "18s", "30s", "63s")
+REMAT_OPTIONS = (
+    "transformer_checkpoint_layer_group_size",
+    "remat_attention",
+    "remat_forward_ttt",
+    "remat_reverse_ttt",
+    "remat_mlp",
+    "remat_seq_modeling_block",
+)
 PIXELS = {"5b": (480, 720), "demo": (64, 64)}
 TEXT_LENGTH = {"5b": 226, "demo": 8}
 ROTARY_UNIT = 16
@@ -116,7 +126,9 @@ class VideoDiTData(DataOptions):
     width: Annotated[int, Field(ge=16)] | None = None
     """Width of the videos, pixels; null is 720 for 5b and 64 for the demo."""
     videos: str | None = None
-    """What `ttt precompute` reads: a `.jsonl` of `{"path": "a.mp4", "captions": ["…", …]}`, a caption for each 3 s."""
+    """What `ttt precompute` makes `train_data` of: a `.jsonl` of `{"path": "a.mp4", "captions": ["…", …]}`, one per 3 s."""
+    eval_videos: str | None = None
+    """What it makes `eval_data` of, in the same format."""
 
     @field_validator("duration_sec")
     @classmethod
@@ -141,7 +153,8 @@ class VideoDiTBackbone(Backbone):
     causal: ClassVar[bool] = False
     options: ClassVar[type[BackboneOptions]] = VideoDiTOptions
     data_options: ClassVar[type[DataOptions]] = VideoDiTData
-    location_options: ClassVar[frozenset[str]] = frozenset({"pretrained"})
+    # What is rematerialised and how often a text is dropped in training is no part of which model it is.
+    location_options: ClassVar[frozenset[str]] = frozenset({"pretrained", "text_dropout", *REMAT_OPTIONS})
     ttt_defaults: ClassVar[Mapping[str, Any]] = {"preset": "video", "layer_type": "mlp", "mini_batch_size": 64}
 
     def presets(self) -> Mapping[str, str]:
@@ -152,13 +165,16 @@ class VideoDiTBackbone(Backbone):
     def facts(self, config: RunConfig) -> BackboneFacts:
         """Widths by preset; tokens by seconds, pixels and text length."""
         options, data = cast(VideoDiTOptions, config.backbone), cast(VideoDiTData, config.data)
-        segments = segments_in(data.duration_sec)
+        size, segments = sizes(options), segments_in(data.duration_sec)
         height, width = pixels(options, data)
         frames = options.segments.frames(segments)
         return BackboneFacts(
-            **sizes(options),
+            dim=size["dim"],
+            num_heads=size["num_heads"],
+            num_layers=size["num_layers"],
             tokens_per_window=segments * text_length(options, data) + frames * tokens_per_frame(height, width),
             window=f"{data.duration_sec} s of video at {width} × {height}",
+            scans=_checkpoints_around(options, config.train.gradient_checkpointing),
         )
 
     def has_eval_data(self, config: RunConfig) -> bool:
@@ -192,6 +208,12 @@ class VideoDiTBackbone(Backbone):
             cast(VideoDiTOptions, config.backbone), cast(VideoDiTData, config.data), split=split, device=device
         )
 
+    def precompute(self, config: RunConfig, *, console: Console) -> None:
+        """Encode the videos of `data.videos` and `data.eval_videos` by CogVideoX's VAE and T5."""
+        from ttt_videodit.precompute import precompute
+
+        precompute(config, console=console)
+
     def loss(self, model: nn.Module, batch: Batch, config: RunConfig) -> LossOutput:
         """The error of the v-prediction, weighted as CogVideoX is trained."""
         from ttt_videodit.diffusion import training_loss
@@ -210,7 +232,12 @@ class VideoDiTBackbone(Backbone):
 
     def tiny(self) -> BackboneOptions:
         """The demo, smaller, with segments of three latent frames."""
-        return VideoDiTOptions(preset="demo", dim=32, num_heads=2, num_layers=3, attn_length=2)
+        return VideoDiTOptions(preset="demo", dim=32, num_heads=2, num_layers=2, attn_length=2)
+
+    def tiny_like(self, options: BackboneOptions) -> BackboneOptions:
+        """The same, rematerialising what the options do."""
+        kept = {name: getattr(options, name) for name in REMAT_OPTIONS}
+        return self.tiny().model_copy(update=kept)
 
     def example_batch(self, model: nn.Module, *, batch_size: int, tokens: int, seed: int) -> Batch:
         """Random latents, texts and times of diffusion."""
@@ -236,6 +263,12 @@ def sizes(options: VideoDiTOptions) -> dict[str, int]:
     if options.preset == "demo":
         return {name: getattr(options, name) or default for name, default in DEMO.items()}
     return COGVIDEOX_5B
+
+
+def _checkpoints_around(options: VideoDiTOptions, gradient_checkpointing: bool) -> tuple[int, int]:
+    """Activation checkpoints around the forward and around the backward direction of a TTT layer."""
+    both = gradient_checkpointing + options.remat_seq_modeling_block
+    return both + options.remat_forward_ttt, both + options.remat_reverse_ttt
 
 
 def pixels(options: VideoDiTOptions, data: VideoDiTData) -> tuple[int, int]:

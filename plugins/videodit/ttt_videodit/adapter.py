@@ -1,0 +1,105 @@
+"""TTT over a whole video, forward and backward: what is injected into a block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ttt.adapter import Gate
+from ttt.config import TTTConfig
+from ttt.errors import InjectionError
+from ttt.layer import TTTLayer
+from ttt_videodit.layout import Layout, ReadingOrder
+from ttt_videodit.plugin import ROTARY_UNIT
+
+
+class BidirectionalTTT(nn.Module):
+    """One TTT layer that reads a video's tokens forward, then backward, each time gated and added.
+
+    `x ← x + tanh(α_f) ⊙ TTT(x)`, then `x ← x + tanh(α_b) ⊙ rev(TTT(rev(x)))`, with an α for text and another for
+    video in each direction.
+
+    Args:
+        dim: model width D.
+        num_heads: heads of the backbone.
+        config: the `ttt` section.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        InjectionError: the head width cannot be shared out between time, height and width.
+
+    Source: TTT-Video (arXiv 2504.05298), section 3.1, equations 6 to 8.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        config: TTTConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.layer = TTTLayer(dim, num_heads, config, device=device, dtype=dtype)
+        if config.rope == "backbone" and self.layer.head_width % ROTARY_UNIT:
+            raise InjectionError(
+                f"ttt: heads of width {self.layer.head_width} cannot be shared out between time, height and width; "
+                f"write a ttt.num_heads that makes it a multiple of {ROTARY_UNIT}, or ttt.rope: none"
+            )
+
+        def gate() -> Gate:
+            return Gate(dim, config.initial_gating_alpha, device=device, dtype=dtype)
+
+        self.forward_gate_text, self.forward_gate_video = gate(), gate()
+        self.backward_gate_text, self.backward_gate_video = gate(), gate()
+
+    def forward(
+        self, video: Tensor, text: Tensor, layout: Layout, remat_forward: bool = False, remat_reverse: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Read the whole video forward, then backward.
+
+        Args:
+            video: its tokens `[B,V,D]`.
+            text: those of its texts, `[B,S·L,D]`.
+            layout: how they lie.
+            remat_forward: run the forward direction again in backward instead of keeping its activations.
+            remat_reverse: the same for the backward direction.
+
+        Returns:
+            The video and the texts, in the same shapes.
+        """
+        if all(gate.closed for gate in self._gates):
+            return video, text
+        device = video.device
+        tokens = torch.cat((text, video), dim=1)
+        for remat, order, gates in (
+            (remat_forward, layout.reading_order(device), self._gates[:2]),
+            (remat_reverse, layout.backward_order(device), self._gates[2:]),
+        ):
+            if remat and torch.is_grad_enabled():
+                tokens = checkpoint(self._direction, tokens, layout, order, gates, use_reentrant=False)
+            else:
+                tokens = self._direction(tokens, layout, order, gates)
+        return tokens[:, layout.text_tokens :], tokens[:, : layout.text_tokens]
+
+    @property
+    def _gates(self) -> tuple[Gate, ...]:
+        return self.forward_gate_text, self.forward_gate_video, self.backward_gate_text, self.backward_gate_video
+
+    def _direction(self, tokens: Tensor, layout: Layout, order: ReadingOrder, gates: tuple[Gate, ...]) -> Tensor:
+        """Read in an order; gate; add."""
+        rotary = None
+        config = self.layer.config
+        if config.rope == "backbone":
+            dtype = torch.promote_types(tokens.dtype, torch.float32)
+            rotary = layout.rotary(self.layer.head_width, theta=config.rope_theta, device=tokens.device, dtype=dtype)
+        answers, _ = self.layer(order.read(tokens), rotary=rotary)
+        answers = order.restore(answers)
+        text_gate, video_gate = gates
+        here = layout.text_tokens
+        return torch.cat(
+            (text_gate(tokens[:, :here], answers[:, :here]), video_gate(tokens[:, here:], answers[:, here:])), dim=1
+        )

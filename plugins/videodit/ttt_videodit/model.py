@@ -1,0 +1,488 @@
+"""CogVideoX's transformer as a backbone: attention by segments, where TTT goes, and what is rematerialised."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ttt.errors import EnvironmentProblem
+from ttt.inject import Site
+from ttt_videodit.adapter import BidirectionalTTT
+from ttt_videodit.geometry import LATENT_CHANNELS, PATCH_SIZE, Segments
+from ttt_videodit.layout import Layout
+from ttt_videodit.plugin import DEFAULT_PRETRAINED, PIXELS, VideoDiTOptions, sizes
+
+DEMO_SEED = 20260101
+DEMO_TEXT_DIM = 32
+LAST_WITHOUT_EFFECT = frozenset({"backward_gate_text.gating_alpha"})
+# What `transformer/config.json` of THUDM/CogVideoX-5b says, where it differs from the class's defaults.
+COGVIDEOX_5B_CONFIG: dict[str, Any] = {
+    "num_attention_heads": 48,
+    "num_layers": 42,
+    "attention_head_dim": 64,
+    "use_rotary_positional_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class Remat:
+    """Which parts of a block run again in backward instead of keeping their activations."""
+
+    layer_group_size: int = 1
+    """Blocks in one checkpoint, where the model's gradient checkpointing is on."""
+    attention: bool = False
+    forward_ttt: bool = False
+    reverse_ttt: bool = False
+    mlp: bool = False
+    seq_modeling_block: bool = False
+    """Attention and TTT together."""
+
+    @classmethod
+    def of(cls, options: VideoDiTOptions) -> Remat:
+        """What a `backbone` section asks for."""
+        return cls(
+            options.transformer_checkpoint_layer_group_size,
+            options.remat_attention,
+            options.remat_forward_ttt,
+            options.remat_reverse_ttt,
+            options.remat_mlp,
+            options.remat_seq_modeling_block,
+        )
+
+
+def _run(function: Callable[..., Any], *args: Any, again: bool) -> Any:
+    """Call the function; where it is to run again in backward, keep its inputs alone."""
+    if again and torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
+
+
+class SegmentAttention(Attention):
+    """CogVideoX's attention on each segment alone: its text and its frames.
+
+    Where segments share a frame, their outputs are averaged. One segment is diffusers' attention and nothing else.
+    """
+
+    remat = Remat()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        layout: Layout,
+        **attention_kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens of the video `[B,V,D]` and of its texts `[B,S·L,D]` to the same.
+
+        Args:
+            hidden_states: the video's.
+            encoder_hidden_states: the texts'.
+            attention_mask: as diffusers' own, for one segment.
+            layout: how they lie.
+            attention_kwargs: `image_rotary_emb` of one segment, and what else the processor takes.
+        """
+        local = functools.partial(self._local, layout=layout, attention_mask=attention_mask, **attention_kwargs)
+
+        def mix(video: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+            video, text = _run(local, video, text, again=self.remat.attention)
+            return self._whole(video, text, layout)
+
+        mixed = _run(mix, hidden_states, encoder_hidden_states, again=self.remat.seq_modeling_block)
+        return cast("tuple[Tensor, Tensor]", mixed)
+
+    def _local(self, video: Tensor, text: Tensor, *, layout: Layout, **attention_kwargs: Any) -> tuple[Tensor, Tensor]:
+        attend = functools.partial(super().forward, **attention_kwargs)
+        if layout.count == 1:
+            return cast("tuple[Tensor, Tensor]", attend(video, text))
+        shared = layout.segments.prefix_temporal_length * layout.frame_tokens
+        step = layout.segments.attn_length * layout.frame_tokens
+        videos: list[Tensor] = []
+        texts: list[Tensor] = []
+        tail: Tensor | None = None
+        for index in range(layout.count):
+            segment, caption = attend(
+                video[:, index * step : index * step + step + shared],
+                text[:, index * layout.text_length : (index + 1) * layout.text_length],
+            )
+            head = segment[:, :shared]
+            videos += [head if tail is None else (tail + head) / 2, segment[:, shared:step]]
+            texts.append(caption)
+            tail = segment[:, step:]
+        assert tail is not None
+        return torch.cat([*videos, tail], dim=1), torch.cat(texts, dim=1)
+
+    def _whole(self, video: Tensor, text: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """What follows over the whole video: nothing here, TTT where it is injected."""
+        return video, text
+
+
+class AdaptedAttention(SegmentAttention):
+    """Attention on each segment, then TTT over the whole video."""
+
+    ttt: BidirectionalTTT
+
+    def _whole(self, video: Tensor, text: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        remat = self.remat
+        return cast("tuple[Tensor, Tensor]", self.ttt(video, text, layout, remat.forward_ttt, remat.reverse_ttt))
+
+
+class RematFeedForward(FeedForward):
+    """A block's feed-forward, which can run again in backward."""
+
+    remat = Remat()
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Tokens `[B,T,D]` to tokens."""
+        return cast(
+            Tensor, _run(functools.partial(super().forward, **kwargs), hidden_states, *args, again=self.remat.mlp)
+        )
+
+
+class VideoDiT(CogVideoXTransformer3DModel):
+    """CogVideoX's transformer for videos of any number of segments: same parameters, same names.
+
+    A video of one segment with one text is answered bit for bit as by diffusers' own class.
+
+    Args: as `diffusers.CogVideoXTransformer3DModel`.
+
+    Raises:
+        ValueError: a CogVideoX whose positions are not rotary, or whose patches span time (2b, 1.5).
+    """
+
+    # The signature is what diffusers reads a model's config by.
+    @functools.wraps(CogVideoXTransformer3DModel.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.config.use_rotary_positional_embeddings:
+            raise ValueError("its positions are learned or sinusoidal, not rotary (CogVideoX 2b); use CogVideoX-5b")
+        if self.config.patch_size_t is not None or self.config.ofs_embed_dim is not None:
+            raise ValueError("its patches span several frames (CogVideoX 1.5); use CogVideoX-5b")
+        self.segments = Segments()
+        for block in self.transformer_blocks:
+            block.attn1.__class__ = SegmentAttention
+            block.ff.__class__ = RematFeedForward
+
+    def arrange(self, segments: Segments, remat: Remat) -> None:
+        """Set how videos are cut, and what is rematerialised."""
+        self.segments = segments
+        for block in self.transformer_blocks:
+            block.attn1.remat = block.ff.remat = remat
+
+    def layout(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Layout:
+        """How latents `[B,Fr,C,h,w]` and texts `[B,S,L,E]` lie as tokens.
+
+        Raises:
+            ValueError: the frames are no whole number of segments, or there is not one text for each.
+        """
+        frames, _, height, width = hidden_states.shape[1:]
+        texts, text_length = encoder_hidden_states.shape[1:3]
+        side = self.config.patch_size
+        return Layout.of(
+            self.segments,
+            frames=frames,
+            texts=texts,
+            text_length=text_length,
+            height=height // side,
+            width=width // side,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        timestep_cond: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity of noised latents.
+
+        Args:
+            hidden_states: latents `[B,Fr,C,h,w]`.
+            encoder_hidden_states: a text for each segment, `[B,S,L,E]`; `[B,L,E]` for one segment.
+            timestep: of the diffusion, `[B]`.
+            timestep_cond: as diffusers' own.
+            image_rotary_emb: cosine and sine of one segment's video tokens; None computes them.
+            attention_kwargs: for the attention processors.
+            return_dict: False gives a tuple.
+
+        Returns:
+            `[B,Fr,C,h,w]`, in `.sample`.
+
+        Raises:
+            ValueError: the frames are no whole number of segments, or there is not one text for each.
+        """
+        if encoder_hidden_states.dim() == 3:
+            encoder_hidden_states = encoder_hidden_states[:, None]
+        layout = self.layout(hidden_states, encoder_hidden_states)
+        if image_rotary_emb is None:
+            image_rotary_emb = self._segment_rotary(layout, hidden_states.device)
+        kwargs = {**(attention_kwargs or {}), "layout": layout}
+
+        embedded_time = self.time_proj(timestep).to(hidden_states.dtype)
+        embedded_time = self.time_embedding(embedded_time, timestep_cond)
+        tokens = self.embedding_dropout(self.patch_embed(encoder_hidden_states.flatten(1, 2), hidden_states))
+        text, video = tokens[:, : layout.text_tokens], tokens[:, layout.text_tokens :]
+        for group in self._groups():
+            video, text = _run(
+                functools.partial(_through, group, embedded_time, image_rotary_emb, kwargs),
+                video,
+                text,
+                again=self.gradient_checkpointing,
+            )
+        video = self.proj_out(self.norm_out(self.norm_final(video), temb=embedded_time))
+        side = self.config.patch_size
+        output = (
+            video.unflatten(1, (layout.frames, layout.height, layout.width))
+            .unflatten(-1, (-1, side, side))
+            .permute(0, 1, 4, 2, 5, 3, 6)
+            .flatten(5, 6)
+            .flatten(3, 4)
+        )
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _groups(self) -> Iterator[list[nn.Module]]:
+        blocks = list(self.transformer_blocks)
+        size = blocks[0].attn1.remat.layer_group_size if blocks else 1
+        for start in range(0, len(blocks), size):
+            yield blocks[start : start + size]
+
+    def _segment_rotary(self, layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of one segment's video tokens, as diffusers' pipeline makes them for a video."""
+        side = self.config.patch_size
+        return _local_rotary(
+            self.config.attention_head_dim,
+            (layout.height, layout.width),
+            (self.config.sample_height // side, self.config.sample_width // side),
+            layout.segments.length,
+            device,
+        )
+
+
+def _through(
+    blocks: list[nn.Module],
+    embedded_time: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    attention_kwargs: dict[str, Any],
+    video: Tensor,
+    text: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The video and its texts through some blocks."""
+    for block in blocks:
+        video, text = block(
+            hidden_states=video,
+            encoder_hidden_states=text,
+            temb=embedded_time,
+            image_rotary_emb=rotary,
+            attention_kwargs=attention_kwargs,
+        )
+    return video, text
+
+
+@functools.lru_cache(maxsize=8)
+def _local_rotary(
+    head_width: int, grid: tuple[int, int], trained: tuple[int, int], frames: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Source: `_prepare_rotary_positional_embeddings` of diffusers' `pipeline_cogvideox.py`."""
+    height, width = trained
+    region = get_resize_crop_region_for_grid(grid, width, height)
+    return cast(
+        "tuple[Tensor, Tensor]",
+        get_3d_rotary_pos_embed(
+            embed_dim=head_width, crops_coords=region, grid_size=grid, temporal_size=frames, device=device
+        ),
+    )
+
+
+# --- building ---
+
+
+def build(options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.dtype) -> VideoDiT:
+    """The model that the options ask for, in eval mode; on `meta`, its structure alone.
+
+    Raises:
+        EnvironmentProblem: weights cannot be had, or are those of another model.
+    """
+    on_meta = torch.device(device).type == "meta"
+    if options.preset == "demo":
+        model = _demo_model(options, device=device, dtype=dtype)
+    elif options.random_weights or (on_meta and options.pretrained is None):
+        with torch.device(device), _default_dtype(dtype):
+            model = VideoDiT(**COGVIDEOX_5B_CONFIG)
+    else:
+        model = _pretrained_model(options, device=device, dtype=dtype)
+    model.arrange(options.segments, Remat.of(options))
+    return model.eval()
+
+
+def _demo_model(options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.dtype) -> VideoDiT:
+    """A tiny `VideoDiT`, the same values on every machine."""
+    size = sizes(options)
+    height, width = PIXELS["demo"]
+    config = {
+        "num_attention_heads": size["num_heads"],
+        "attention_head_dim": size["dim"] // size["num_heads"],
+        "num_layers": size["num_layers"],
+        "time_embed_dim": 128,
+        "text_embed_dim": DEMO_TEXT_DIM,
+        "sample_height": height // 8,
+        "sample_width": width // 8,
+        "use_rotary_positional_embeddings": True,
+    }
+    if torch.device(device).type == "meta":
+        with torch.device("meta"), _default_dtype(dtype):
+            return VideoDiT(**config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(DEMO_SEED)
+        model = VideoDiT(**config)
+    # Not `model.to`, in which diffusers warns of types that it would keep for models of its own.
+    return cast(VideoDiT, nn.Module.to(model, device=device, dtype=dtype))
+
+
+def _pretrained_model(options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.dtype) -> VideoDiT:
+    """CogVideoX's own weights, from a folder in diffusers' layout or from the hub."""
+    source = options.pretrained or DEFAULT_PRETRAINED
+    local = Path(source)
+    if options.pretrained is not None and not local.exists() and (local.is_absolute() or source.startswith(".")):
+        raise EnvironmentProblem(f"backbone.pretrained: no folder {source}")
+    subfolder = None if (local / "config.json").is_file() else "transformer"
+    if local.is_dir() and subfolder and not (local / subfolder / "config.json").is_file():
+        raise EnvironmentProblem(
+            f"backbone.pretrained: {source} holds no transformer/config.json; name a folder in diffusers' layout"
+        )
+    try:
+        if torch.device(device).type == "meta":
+            config = VideoDiT.load_config(source, subfolder=subfolder)
+            with torch.device("meta"), _default_dtype(dtype):
+                return cast(VideoDiT, VideoDiT.from_config(config))
+        with _quiet_about_the_class():
+            model = VideoDiT.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True)
+    except EnvironmentProblem:
+        raise
+    except Exception as error:  # the hub's client and diffusers raise errors of many libraries
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EnvironmentProblem(
+            f"{source}: cannot be loaded as CogVideoX's transformer ({first}); name a local folder in diffusers' "
+            f"layout with backbone.pretrained, or try the demo preset"
+        ) from error
+    return cast(VideoDiT, model.to(device=device))
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _quiet_about_the_class() -> Iterator[None]:
+    """Keep diffusers from warning that a config names its own class, of which `VideoDiT` is a subclass."""
+    loggers = [logging.getLogger(f"diffusers.{name}") for name in ("configuration_utils", "models.modeling_utils")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+# --- where TTT goes, and what is rematerialised ---
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """One site for each block."""
+    transformer = cast(VideoDiT, model)
+    heads, width = transformer.config.num_attention_heads, transformer.config.attention_head_dim
+    return [
+        Site(
+            layer=index,
+            path=f"transformer_blocks.{index}.attn1",
+            module=block.attn1,
+            dim=heads * width,
+            num_heads=heads,
+            subclass=AdaptedAttention,
+            adapter=BidirectionalTTT,
+            # The model's output is the video: what the last block makes of the texts is dropped.
+            without_effect=LAST_WITHOUT_EFFECT if index + 1 == len(transformer.transformer_blocks) else frozenset(),
+        )
+        for index, block in enumerate(transformer.transformer_blocks)
+    ]
+
+
+def set_gradient_checkpointing(model: nn.Module, enabled: bool) -> None:
+    """Switch activation checkpointing around groups of blocks."""
+    cast(VideoDiT, model).gradient_checkpointing = enabled
+
+
+# --- running on random videos, for the laws ---
+
+
+def example_batch(model: nn.Module, *, batch_size: int, tokens: int, seed: int) -> dict[str, Tensor]:
+    """Random latents and texts of the fewest segments that make so many tokens, in the form of a training batch."""
+    transformer = cast(VideoDiT, model)
+    text_length, height, width, count = 2, 3, 1, 1
+    segments = transformer.segments
+
+    def layout() -> Layout:
+        return Layout(segments, count, text_length, height, width)
+
+    while layout().tokens < tokens:
+        count += 1
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        drawn = torch.randn(batch_size, *shape, generator=generator)
+        return drawn.to(device=transformer.device, dtype=transformer.dtype)
+
+    mean = normal(layout().frames, LATENT_CHANNELS, height * PATCH_SIZE, width * PATCH_SIZE)
+    return {
+        "mean": mean,
+        "std": torch.zeros_like(mean),
+        "text": normal(count, text_length, transformer.config.text_embed_dim),
+    }
+
+
+def outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The velocity of each token of video, `[B,T,4·channels]`, with rows at different times of the diffusion."""
+    latents = batch["mean"]
+    times = torch.linspace(100, 900, latents.shape[0], device=latents.device).long()
+    sample = model(latents, batch["text"], times, return_dict=False)[0]
+    patches = sample.unfold(3, PATCH_SIZE, PATCH_SIZE).unfold(4, PATCH_SIZE, PATCH_SIZE)
+    return cast(Tensor, patches.permute(0, 1, 3, 4, 2, 5, 6).flatten(1, 3).flatten(2))
+
+
+def perturb(batch: dict[str, Tensor], *, token: int, row: int | None) -> dict[str, Tensor]:
+    """A copy whose video differs from a token on, in raster order of its frames, and all of whose texts differ."""
+    changed = {name: value.clone() for name, value in batch.items()}
+    rows = slice(None) if row is None else slice(row, row + 1)
+    mean = changed["mean"]
+    height, width = (side // PATCH_SIZE for side in mean.shape[-2:])
+    places = torch.arange(mean.shape[1] * height * width, device=mean.device).view(-1, height, width)
+    later = (places >= token).repeat_interleave(PATCH_SIZE, 1).repeat_interleave(PATCH_SIZE, 2)[:, None]
+    mean[rows] = torch.where(later, mean[rows] + 1, mean[rows])
+    changed["text"][rows] += 1
+    return changed
