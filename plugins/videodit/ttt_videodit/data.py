@@ -32,6 +32,7 @@ from ttt_videodit.index import (
     Wanted,
     check_encoded,
     index_files,
+    joined_problems,
     jsonl_lines,
     parse_encoded,
     windows_in,
@@ -41,7 +42,6 @@ from ttt_videodit.text import DemoTextEncoder
 if TYPE_CHECKING:
     from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions
 
-_NAMED_PROBLEMS: Final = 5
 _RANDOM_SEEDS: Final = {"train": 0, "eval": 1}
 _RANDOM_NOTICE: Final = (
     "random_weights without data.train_data: latents and texts are random numbers too, so that speed and memory can be "
@@ -55,6 +55,11 @@ class Video(Protocol):
     @property
     def name(self) -> str:
         """In the user's words."""
+        ...
+
+    @property
+    def place(self) -> str:
+        """Where it is listed."""
         ...
 
     @property
@@ -125,7 +130,7 @@ class LatentWindows:
             texts = [video.text(segment) for segment in range(first, first + self._wanted.window)]
             sample["text"] = _checked(torch.stack(texts), "text", first)
         except LineError as error:
-            raise EnvironmentProblem(f"{self._field}: {video.name}: {error}") from None
+            raise EnvironmentProblem(f"{self._field}: {video.place}: {error}") from None
         return sample
 
     def collate(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -141,7 +146,7 @@ class LatentWindows:
         """A window in the user's words, "city.mp4, 3-6 s"."""
         video, first = self._locate(index)
         start = video.start_sec + first * self._wanted.segment_sec
-        return f"{Path(video.name).name}, {start:g}-{start + self._wanted.window * self._wanted.segment_sec:g} s"
+        return f"{video.name}, {start:g}-{start + self._wanted.window * self._wanted.segment_sec:g} s"
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The texts of a window's segments."""
@@ -205,7 +210,8 @@ class _IndexedVideo:
     """A line of an index; tensors are read from its files, no more of them than is asked for."""
 
     def __init__(self, entry: EncodedVideo) -> None:
-        self.name = f"{entry.place}: {entry.video}"
+        self.name = Path(entry.video).name
+        self.place = entry.place
         self.start_sec = entry.start_sec
         self.captions = tuple(segment.caption for segment in entry.segments)
         self._entry = entry
@@ -248,7 +254,7 @@ def _indexed_windows(source: Path, wanted: Wanted, field: str) -> LatentWindows:
             else:
                 videos.append(entry)
     if problems:
-        raise EnvironmentProblem(_joined(field, problems))
+        raise EnvironmentProblem(f"{field}: {joined_problems(problems, 'videos cannot be used')}")
     seconds = f"{wanted.window * wanted.segment_sec:g} s"
     if not videos:
         why = f"all {short} are shorter than a window of {seconds}" if short else "it lists none; see `ttt precompute`"
@@ -266,14 +272,6 @@ def _indexed_windows(source: Path, wanted: Wanted, field: str) -> LatentWindows:
     return LatentWindows([_IndexedVideo(video) for video in videos], wanted, field=field, notice=notice)
 
 
-def _joined(field: str, problems: Sequence[str]) -> str:
-    if len(problems) == 1:
-        return f"{field}: {problems[0]}"
-    named = "".join(f"\n  {problem}" for problem in problems[:_NAMED_PROBLEMS])
-    more = f"\n  and {len(problems) - _NAMED_PROBLEMS} more" if len(problems) > _NAMED_PROBLEMS else ""
-    return f"{field}: {len(problems)} videos cannot be used:{named}{more}"
-
-
 # --- the plugin's own ---
 
 
@@ -281,7 +279,7 @@ class _MemoryVideo:
     """A video whose latents and texts are in memory."""
 
     def __init__(self, name: str, captions: tuple[str, ...], latents: Mapping[str, Tensor], texts: Tensor) -> None:
-        self.name = name
+        self.name = self.place = name
         self.start_sec = 0.0
         self.captions = captions
         self._latents = latents

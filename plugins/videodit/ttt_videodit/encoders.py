@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ttt.errors import EnvironmentProblem
+from ttt_videodit import demo
 from ttt_videodit.codec import DemoCodec
 from ttt_videodit.frames import Picture, to_tensor
 from ttt_videodit.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
@@ -45,11 +47,6 @@ class VideoPass(Protocol):
 
 class VideoEncoder(Protocol):
     """What `ttt precompute` needs of a video encoder."""
-
-    @property
-    def name(self) -> str:
-        """Which one it is, so that what another made is not taken for its work."""
-        ...
 
     def begin(self) -> VideoPass:
         """Start with a video."""
@@ -88,8 +85,7 @@ def pieces(frames: int) -> list[int]:
 class DemoVideoEncoder:
     """The demo's linear codec: latents without any doubt about them (`std` 0)."""
 
-    def __init__(self, codec: DemoCodec, *, name: str = "demo") -> None:
-        self.name = name
+    def __init__(self, codec: DemoCodec) -> None:
         self._codec = codec
 
     def begin(self) -> VideoPass:
@@ -117,12 +113,10 @@ class VAEEncoder:
 
     Args:
         vae: in eval mode.
-        name: where it is from.
     """
 
-    def __init__(self, vae: AutoencoderKLCogVideoX, *, name: str) -> None:
-        self.name = name
-        self._vae = vae
+    def __init__(self, vae: AutoencoderKLCogVideoX) -> None:
+        self._vae: Any = vae
 
     def begin(self) -> VideoPass:
         """Start with a video."""
@@ -184,6 +178,13 @@ class T5TextEncoder:
 # --- loading ---
 
 
+def encoders_of(options: VideoDiTOptions) -> str:
+    """Which encoders go with the options' transformer; nothing is loaded."""
+    if options.preset == "demo":
+        return f"demo {hashlib.sha256(demo.CODEC.read_bytes()).hexdigest()[:12]}"
+    return options.pretrained or DEFAULT_PRETRAINED
+
+
 def load_video_encoder(options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.dtype) -> VideoEncoder:
     """The encoder that goes with the options' transformer.
 
@@ -192,7 +193,7 @@ def load_video_encoder(options: VideoDiTOptions, *, device: torch.device | str, 
     """
     if options.preset == "demo":
         return DemoVideoEncoder(DemoCodec.load())
-    return VAEEncoder(load_vae(options, device=device, dtype=dtype), name=options.pretrained or DEFAULT_PRETRAINED)
+    return VAEEncoder(load_vae(options, device=device, dtype=dtype))
 
 
 def load_text_encoder(
@@ -211,11 +212,9 @@ def load_text_encoder(
         import transformers
 
         release = tuple(int(number) for number in transformers.__version__.split(".")[:2])
-        model = transformers.T5EncoderModel.from_pretrained(
-            source,
-            subfolder="text_encoder",
-            use_safetensors=True,
-            **{"dtype" if release >= (4, 56) else "torch_dtype": dtype},
+        in_dtype: dict[str, Any] = {"dtype" if release >= (4, 56) else "torch_dtype": dtype}
+        model: Any = transformers.T5EncoderModel.from_pretrained(
+            source, subfolder="text_encoder", use_safetensors=True, **in_dtype
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
     return T5TextEncoder(tokenizer, model.eval().to(device), text_length=text_length)
@@ -231,7 +230,9 @@ def load_vae(options: VideoDiTOptions, *, device: torch.device | str, dtype: tor
     with _in_our_words(source, "CogVideoX's VAE"):
         from diffusers import AutoencoderKLCogVideoX
 
-        vae = AutoencoderKLCogVideoX.from_pretrained(source, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
+        vae: Any = AutoencoderKLCogVideoX.from_pretrained(
+            source, subfolder="vae", torch_dtype=dtype, use_safetensors=True
+        )
     spatial = 2 ** (len(vae.config.block_out_channels) - 1)
     geometry = (vae.config.latent_channels, vae.config.temporal_compression_ratio, spatial)
     expected = (LATENT_CHANNELS, TEMPORAL_COMPRESSION, SPATIAL_COMPRESSION)
