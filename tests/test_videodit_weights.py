@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 from torch.nn import functional as F
+
+from ttt.adapter_file import backbone_identity, load_adapter, read_info
+from ttt.errors import EnvironmentProblem, TTTError, UsageError
 from ttt_videodit import weights
 from ttt_videodit.model import VideoDiT, build, sites
 from ttt_videodit.plugin import VideoDiTBackbone, VideoDiTOptions
 from ttt_videodit.weights import import_weights
-
-from ttt.adapter_file import backbone_identity, load_adapter, read_info
-from ttt.errors import EnvironmentProblem, TTTError, UsageError
 
 D, HEADS, BLOCKS, TEXT, CHANNELS, TIME = 32, 2, 2, 12, 4, 24
 WIDTH = D // HEADS

@@ -106,7 +106,8 @@ def import_config(text: str, *, file: str) -> ImportedConfig | None:
     if not isinstance(model, Mapping) or not (any(mark in model for mark in MARKS) or model.get("name") == "cogvideo"):
         return None
     moving = Import(Source(file, data, {}), FORMAT)
-    trains = not any(isinstance(data.get(section), Mapping) for section in ("eval", "guider", "denoiser"))
+    samples = any(section in data for section in ("eval", "guider", "denoiser", "discretization"))
+    trains = not samples or any(section in data for section in ("training", "optimizer", "checkpoint"))
     moving.add("backbone.name", "videodit", "whose config it is")
     _move_model(moving)
     for old, new in _SAME.items():
@@ -117,7 +118,7 @@ def import_config(text: str, *, file: str) -> ImportedConfig | None:
         _move_batch(moving)
         _move_what_learns(moving)
     _move_data(moving, trains)
-    _move_dtype(moving)
+    _move_dtype(moving, trains)
     for old, (new, value) in {**_DEFAULTS, **(_TRAINING_DEFAULTS if trains else {})}.items():
         if not moving.has(old):
             moving.add(new, value, "TTT-Video's default, which the file left to it")
@@ -172,7 +173,7 @@ def _move_model(moving: Import) -> None:
         moving.add("ttt.layers", "all", "every block has TTT there")
         known = {"ttt_mlp": "mlp", "ttt_linear": "linear"}
         if moving.has("model.ssm_layer"):
-            moving.move("model.ssm_layer", "ttt.layer_type", value=known.get(layer, layer))
+            moving.move("model.ssm_layer", "ttt.layer_type", value=known.get(str(layer), layer))
         else:
             moving.add("ttt.layer_type", "mlp", "TTT-Video's default, which the file left to it")
 
@@ -253,8 +254,14 @@ def _move_batch(moving: Import) -> None:
 def _move_what_learns(moving: Import) -> None:
     method = moving.get("training.adapter_method")
     known = {"sft": ("all", "everything learns"), "qkvo": ("ttt+attention", "TTT and the attention's projections")}
-    value, note = known.get(method, (method, "")) if isinstance(method, str) else (method, "")
-    moving.move("training.adapter_method", "train.trainable", value=value, note=f"{method}: {note}" if note else "")
+    if isinstance(method, str):
+        value, note = known.get(method, (method, ""))
+        moving.move("training.adapter_method", "train.trainable", value=value, note=f"{method}: {note}" if note else "")
+    else:
+        moving.drop("training.adapter_method", "it is no text")
+        moving.add(
+            "train.trainable", "ttt+attention", "without adapter_method TTT-Video does not train; this is its qkvo"
+        )
     moving.add("backbone.text_dropout", 0.1, "written into its train.py")
 
 
@@ -267,9 +274,9 @@ def _move_data(moving: Import, trains: bool) -> None:
         other = "TTT-Video's lists name .pt files; make an index with `ttt precompute` and name it here"
         moving.move("training.jsonl_paths", "data.train_data", value=None, note=other)
         moving.drop("training.dataset_path", "the files of an index lie beside it")
-        if seconds and int(seconds[1]) in PUBLISHED_TEXT_LENGTH and moving.get("model.size", "5B") == "5B":
-            text_length = PUBLISHED_TEXT_LENGTH[int(seconds[1])]
-            moving.add("data.text_length", text_length, "as its configs/eval have it for this length")
+        published = PUBLISHED_TEXT_LENGTH.get(int(seconds[1])) if seconds else None
+        if published and moving.get("model.size", "5B") == "5B" and not moving.has("eval.txt_maxlen"):
+            moving.add("data.text_length", published, "as its configs/eval have it for this length")
     else:
         moving.drop("job.exp_name", "give the video's name to `ttt sample --out`")
         moving.drop("job.dump_folder", "give the video's name to `ttt sample --out`")
@@ -291,12 +298,12 @@ def _move_run_dir(moving: Import) -> None:
         moving.drop("job.dump_folder", "run_dir names one folder, and the file has no exp_name")
 
 
-def _move_dtype(moving: Import) -> None:
+def _move_dtype(moving: Import, trains: bool) -> None:
     """Training's type is FSDP's, sampling's its own."""
-    used = "eval.dtype" if moving.has("eval.dtype") else "parallelism.fsdp_unsharded_dtype"
+    of_training, of_sampling = "parallelism.fsdp_unsharded_dtype", "eval.dtype"
+    used, other = (of_training, of_sampling) if trains or not moving.has(of_sampling) else (of_sampling, of_training)
     if moving.get(used) == "float16":
         moving.move(used, "train.param_dtype", value="bfloat16", note="float16 there; its range is too small to train")
     else:
         _say(moving, used, "train.param_dtype", moving.get(used, "bfloat16"), "of the backbone; TTT is float32")
-    if used != "parallelism.fsdp_unsharded_dtype":
-        moving.drop("parallelism.fsdp_unsharded_dtype", "eval.dtype says it")
+    moving.drop(other, f"{used} says it")
