@@ -169,6 +169,10 @@ class Backbone(ABC):
 
     # --- without torch ---
 
+    def explanations(self) -> Mapping[str, Any]:
+        """What the codes of `rules` mean, a `ttt.config.explanations.Explanation` for each: `ttt check --explain`."""
+        return {}
+
     @abstractmethod
     def presets(self) -> Mapping[str, str]:
         """Complete, commented configs as YAML text, by preset name; `demo` must run anywhere, unchanged."""

@@ -206,11 +206,11 @@ def _probe(checked: CheckedConfig, *, show: bool) -> list[Finding]:
     Raises:
         TTTError: the model cannot be built, or hidden errors stand in the way.
     """
-    from ttt.config.diagnostics import ENVIRONMENT_CODES, has_errors
+    from ttt.config.diagnostics import blames_environment, has_errors
     from ttt.config.load import with_place
     from ttt.errors import UsageError
 
-    own = [finding for finding in checked.findings if finding.code not in ENVIRONMENT_CODES]
+    own = [finding for finding in checked.findings if not blames_environment(finding)]
     if checked.config is None or checked.backbone is None or has_errors(own):
         if not has_errors(own):
             raise UsageError(f"{checked.source.file}: cannot be probed: errors that --ignore hides stand in the way")

@@ -142,6 +142,13 @@ class Finding:
     """Where; a rule leaves it out, and the key's place is filled in."""
     replacement: str | None = None
     """What `ttt check --fix` writes there instead, where that needs no thought: the key of TTT101, else the value."""
+    of_environment: bool = False
+    """For a plugin's code: whether it blames the machine that the config was read on, as `ENVIRONMENT_CODES` do."""
+
+
+def blames_environment(finding: Finding) -> bool:
+    """Whether a finding is about the machine that the config was read on, not about the config."""
+    return finding.of_environment or finding.code in ENVIRONMENT_CODES
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:

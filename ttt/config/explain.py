@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ttt.config.diagnostics import CODES
 from ttt.config.explanations import EXPLANATIONS, Explanation
 from ttt.config.spelling import nearest
 from ttt.errors import UsageError
+from ttt.plugins import discover
 from ttt.probe_codes import LAW_EXPLANATIONS
 
 FAMILIES = {
@@ -50,19 +52,35 @@ def explain(code: str) -> str:
     """
     code = code.strip().upper()
     if code not in CODES:
+        for explanations in _of_plugins().values():
+            if code in explanations:
+                return "\n".join(_sections(code, explanations[code].title, explanations[code]))
         close = nearest(code, CODES)
         hint = f"did you mean {close}? " if close else ""
         raise UsageError(f"no rule has the code {code!r}; {hint}`ttt check --list` lists them")
-    return "\n".join(_sections(code))
+    return "\n".join(_sections(code, CODES[code], EXPLANATIONS.get(code)))
 
 
 def catalogue() -> str:
-    """Every code with its severity and title, by family."""
+    """Every code with its severity and title, by family, those of plugins after the core's."""
     blocks = []
     for prefix, family in FAMILIES.items():
         lines = [f"{code}  {_severity(code):<7}  {title}" for code, title in _family(prefix)]
         blocks.append("\n".join([f"{prefix}xx  {family}", *(f"  {line}" for line in lines)]))
+    for name, explanations in _of_plugins().items():
+        lines = [f"{code}  {entry.severity:<7}  {entry.title}" for code, entry in sorted(explanations.items())]
+        blocks.append("\n".join([f"The plugin {name}", *(f"  {line}" for line in lines)]))
     return "\n\n".join(blocks)
+
+
+def _of_plugins() -> dict[str, Mapping[str, Explanation]]:
+    """What the codes of installed plugins mean, by plugin; one that fails when it is asked explains nothing."""
+    found = {}
+    for plugin in discover():
+        if plugin.backbone is not None:
+            with contextlib.suppress(Exception):  # a third party's code may raise anything
+                found[plugin.name] = plugin.backbone.explanations()
+    return {name: explanations for name, explanations in found.items() if explanations}
 
 
 def page() -> str:
@@ -82,17 +100,16 @@ def _severity(code: str) -> str:
     return EXPLANATIONS[code].severity if code in EXPLANATIONS else "error"
 
 
-def _sections(code: str) -> Iterator[str]:
-    yield f"{code}  {_severity(code)}  {CODES[code]}"
+def _sections(code: str, title: str, entry: Explanation | None) -> Iterator[str]:
+    yield f"{code}  {entry.severity if entry is not None else _severity(code)}  {title}"
     yield ""
-    law = LAW_EXPLANATIONS.get(code)
-    if law is not None:
+    if entry is None:
+        law = LAW_EXPLANATIONS[code]
         yield from _wrapped(law.what)
         yield from ("", *_wrapped(law.why))
         yield from ("", "bad:", *_block(law.bad), "", "good:", *_block(law.good))
         yield from ("", *_wrapped(f"fix: {law.fix}"), *_wrapped(f"source: {law.source}"))
         return
-    entry = EXPLANATIONS[code]
     yield from _wrapped(entry.what)
     yield from ("", *_wrapped(entry.why))
     yield from ("", f"bad:{_beside(entry.options)}", *_block(entry.bad))

@@ -44,6 +44,8 @@ class Explanation:
     """The bad config itself, where `bad` can only describe it."""
     needs: str = ""
     """What must be installed for it."""
+    title: str = ""
+    """For a plugin's code: what it is, in a few words; those of the core are in `ttt.config.diagnostics.CODES`."""
 
 
 def _lines(*lines: str) -> str:

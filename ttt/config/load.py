@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, create_model
 
 from ttt import plugins
 from ttt.backbone import Backbone, BackboneFacts
-from ttt.config.diagnostics import ENVIRONMENT_CODES, Finding, Place, Severity, has_errors, render_text, summary
+from ttt.config.diagnostics import Finding, Place, Severity, blames_environment, has_errors, render_text, summary
 from ttt.config.rules import run_rules
 from ttt.config.rules.rule import Context
 from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
@@ -103,7 +103,7 @@ def load_config(
     checked = check_config(path, text=text, backbone=backbone, overrides=overrides, memory=memory)
     errors = [finding for finding in checked.findings if finding.severity is Severity.ERROR]
     if errors:
-        at_fault = all(finding.code in ENVIRONMENT_CODES for finding in errors)
+        at_fault = all(blames_environment(finding) for finding in errors)
         kind = ConfigEnvironmentError if at_fault else ConfigError
         told = f"{render_text(checked.findings)}\n{checked.source.file}: {summary(checked.findings)}"
         raise kind(told, checked.findings)
