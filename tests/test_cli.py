@@ -33,7 +33,7 @@ def ttt_backbone():
     return ToyBackbone()
 """
 BAD = "backbone: {name: toy}\nttt:\n  layrs: all\ntrain: {lr: fast}\n"
-WARNED = "backbone: {name: toy}\nttt: {scan_checkpoint_group_size: 1}\n"
+WARNED = "backbone: {name: toy}\nttt: {scan_checkpoint_group_size: 1, mini_batch_size: 1}\n"
 
 
 @pytest.fixture(autouse=True)
@@ -389,7 +389,7 @@ def test_the_demo_trains_moves_house_goes_on_and_says_what_it_made(capsys: pytes
     assert main(["train", "--backbone", "toy", "--set", "run_dir=run", "--set", "train.max_steps=2", *arguments]) == 0
     err = capsys.readouterr().err
     assert "training the demo of toy" in err
-    assert "--set ttt.scan_checkpoint_group_size=1  warning TTT201" in err
+    assert "--set ttt.scan_checkpoint_group_size=1  note TTT201" in err
     config = load_config("run/config.yaml").config
     assert (config.train.max_steps, config.ttt.scan_checkpoint_group_size, config.run_dir) == (2, 1, "run")
 

@@ -24,7 +24,7 @@ from ttt_cli.main import main, names_files_only
 from ttt_cli.options import parse_bytes
 
 BAD = "backbone: {name: toy}\nttt:\n  layrs: all   # which\ntrain: {lr: fast}\n"
-WARNED = "backbone: {name: toy}\nttt: {scan_checkpoint_group_size: 1}\n"
+WARNED = "backbone: {name: toy}\nttt: {scan_checkpoint_group_size: 1, mini_batch_size: 1}\n"
 FIXABLE = 'backbone: {name: toy}\nttt:\n  layrs: all   # which\ntrain: {lr: "1e-4"}  # fast\n'
 MENDED = "backbone: {name: toy}\nttt:\n  layers: all   # which\ntrain: {lr: 1e-4}  # fast\n"
 

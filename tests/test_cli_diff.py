@@ -76,7 +76,7 @@ def test_values_by_section_and_findings_by_side(capsys: pytest.CaptureFixture[st
         "top level:",
         "  run_dir                     x                 →  null (default)",
     ]
-    assert findings.startswith("a.yaml:2:35  warning TTT201")
+    assert findings.startswith("a.yaml:2:35  note TTT201")
     assert "TTT701" not in out  # both have it
     assert "found in b.yaml only" not in out
 

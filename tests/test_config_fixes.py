@@ -45,7 +45,10 @@ def _codes(fixed: Fixed) -> list[str]:
         ("ttt: {qkvo_bias: yes}\n", "ttt: {qkvo_bias: true}\n"),
         ("ttt: {num_heads: None}\n", "ttt: {num_heads: null}\n"),
         ("ttt: {layer_type: liner}\n", "ttt: {layer_type: linear}\n"),
-        ("ttt: {scan_checkpoint_group_size: 1}\n", "ttt: {scan_checkpoint_group_size: 16}\n"),
+        (
+            "ttt: {scan_checkpoint_group_size: 1, mini_batch_size: 1}\n",
+            "ttt: {scan_checkpoint_group_size: 4, mini_batch_size: 1}\n",
+        ),
         ("ttt:\r\n  layrs: all\r\n", "ttt:\r\n  layers: all\r\n"),
         ("\ufeffttt: {layrs: all}", "\ufeffttt: {layers: all}"),
         ("# é 漢字 🎉\nttt: {layrs: all}   # é\n", "# é 漢字 🎉\nttt: {layers: all}   # é\n"),

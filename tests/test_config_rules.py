@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,13 +10,13 @@ from typing import NamedTuple
 import pytest
 from toy_config import ToyBackbone
 
-from ttt.config import Finding, load_config
+from ttt.config import Finding, TTTConfig, load_config
 from ttt.config.diagnostics import CODES, Severity
-from ttt.config.estimate import show_bytes
+from ttt.config.estimate import scan_cost, show_bytes
 from ttt.config.explanations import EXPLANATIONS
 from ttt.config.load import check_config
 from ttt.config.rules.memory import device_memory
-from ttt.errors import ConfigError
+from ttt.errors import ConfigError, NestedCheckpointWarning
 
 
 class Case(NamedTuple):
@@ -62,9 +63,17 @@ CASES = [
         "TTT201",
         WARNING,
         "ttt.scan_checkpoint_group_size",
+        "ttt: {scan_checkpoint_group_size: 1, mini_batch_size: 1}",
+        "ttt: {scan_checkpoint_group_size: 2, mini_batch_size: 1}",
+        "A window of 64 tokens at mini_batch_size: 1 is 64 of them",
+    ),
+    Case(
+        "TTT201",
+        NOTE,
+        "ttt.scan_checkpoint_group_size",
         "ttt: {scan_checkpoint_group_size: 1}",
         "ttt: {scan_checkpoint_group_size: 2}",
-        "A window of 64 tokens at mini_batch_size: 16 is 4 of them",
+        "of all groups it needs the least memory",
     ),
     Case(
         "TTT202",
@@ -207,6 +216,36 @@ def test_triggers_exactly_its_code(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.code} {case.good}")
 def test_what_is_beside_it_triggers_nothing(case: Case) -> None:
     assert _findings(case.good) == ()
+
+
+@pytest.mark.parametrize("layer_type", ["linear", "mlp"])
+@pytest.mark.parametrize(("mini_batch", "tokens"), [(1, 64), (1, 3), (2, 37), (4, 64), (16, 64), (32, 64), (3, 300)])
+def test_groups_of_one_are_judged_by_the_numbers(layer_type: str, mini_batch: int, tokens: int) -> None:
+    ttt = f"{{layer_type: {layer_type}, mini_batch_size: {mini_batch}, scan_checkpoint_group_size: 1, layers: [0]}}"
+    checked = check_config("c.yaml", text=f"ttt: {ttt}\ndata: {{window_tokens: {tokens}}}", backbone=ToyBackbone())
+    (finding,) = [finding for finding in checked.findings if finding.code == "TTT201"]
+    assert checked.config is not None
+    scan = scan_cost(checked.config.ttt, dim=32, num_heads=4, tokens=tokens, batch_size=1)
+    peaks = {group: scan.with_group_size(group).peak_bytes for group in range(scan.steps)}
+    least = min(peaks.values())
+    if peaks[1] == least:
+        assert finding.severity is NOTE
+        assert finding.replacement is None
+        assert f"the least memory, {show_bytes(least)}" in finding.message
+    else:
+        assert finding.severity is WARNING
+        assert finding.replacement is not None
+        assert peaks[int(finding.replacement)] == least
+        assert f"need {show_bytes(least)}" in finding.message or f"needs {show_bytes(least)}" in finding.message
+    assert ("worst of both" in finding.message) == (peaks[1] > least and peaks[1] >= peaks[0])
+
+
+def test_the_schema_alone_says_of_groups_of_one_what_is_always_true() -> None:
+    with pytest.warns(NestedCheckpointWarning, match="every carry is kept, as with 0, and every inner step still runs"):
+        TTTConfig(scan_checkpoint_group_size=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TTTConfig(scan_checkpoint_group_size=1, mini_batch_size=188)  # one mini-batch is one checkpoint anyway
 
 
 def test_without_layers_nothing_is_said_about_them() -> None:

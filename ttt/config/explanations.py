@@ -278,11 +278,13 @@ EXPLANATIONS: dict[str, Explanation] = {
     "TTT201": Explanation(
         "warning",
         "Every mini-batch is a checkpoint of its own: all carries are kept, and every inner step runs twice.",
-        "It is the worst of both. Larger groups keep fewer carries for the same time; 0 keeps all and runs each step "
-        "once. Gradients are the same for every value: wrong ones come from layers that keep state on themselves, "
-        "which `ttt check --probe` finds.",
-        _MOSHI + "ttt: {scan_checkpoint_group_size: 1}\n",
-        _MOSHI + "ttt: {scan_checkpoint_group_size: 4}\n",
+        "A scan in groups of g keeps (N/g)·S + g·(S+A) at its peak, for N mini-batches, S bytes of fast weights and A "
+        "of activations. Larger groups keep fewer carries for the same time, and 0 runs each step once; the finding "
+        "compares them in this config's numbers. Where A is much larger than S, groups of one need the least memory "
+        "of all, and the finding is a note. Gradients are the same for every value: wrong ones come from layers that "
+        "keep state on themselves, which `ttt check --probe` finds.",
+        _MOSHI + "ttt: {scan_checkpoint_group_size: 1, mini_batch_size: 1}\n",
+        _MOSHI + "ttt: {scan_checkpoint_group_size: 16, mini_batch_size: 1}\n",
         _VIDEO + " trained with groups of 16; " + _ESTIMATE,
     ),
     "TTT202": Explanation(

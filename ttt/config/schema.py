@@ -430,10 +430,10 @@ def group_size_warnings(
         at_16 = checkpoint_groups(example, mini_batch_size, 16)
         against = f"{at_16} at 16" if at_16 else "none at 16, which keeps everything"
         messages.append(
-            f"scan_checkpoint_group_size: 1 makes one checkpoint per mini-batch, the worst of both: every carry is "
-            f"kept and every inner step still runs twice. {name} at mini_batch_size: {mini_batch_size} is {steps} "
-            f"of them, against {against}. Write 16, as the literature trained with, or 0 to keep everything. "
-            f"(Gradients are the same for every value.)"
+            f"scan_checkpoint_group_size: 1 makes one checkpoint per mini-batch: every carry is kept, as with 0, and "
+            f"every inner step still runs twice. {name} at mini_batch_size: {mini_batch_size} is {steps} of them, "
+            f"against {against}. Write 16, as the literature trained with, or 0 to keep everything and run every step "
+            f"once. (Memory and time are at stake; gradients are the same for every value.)"
         )
     if any(scans) and checkpoint_groups(example, mini_batch_size, group_size):
         several = f" in a layer's {len(scans)} scans" if len(scans) > 1 else ""

@@ -40,16 +40,42 @@ def _costs(context: Context, scans: Sequence[int]) -> list[str]:
 
 @rule(*NEEDS)
 def one_checkpoint_per_mini_batch(context: Context) -> Iterator[Finding]:
-    """A group of one keeps every carry and recomputes every step."""
+    """A group of one keeps every carry and recomputes every step; whether that is least or most hangs on S and A."""
     if not context.has_layers:
         return
     scan = context.needs.scan
-    more = f"; {_compared(context, scan)}" if scan is not None and scan.groups > 1 else ""
     for text in _costs(context, (0,)):
         finding = _finding(
-            context, text, more, code="TTT201", severity=Severity.WARNING, path="ttt.scan_checkpoint_group_size"
+            context, text, code="TTT201", severity=Severity.WARNING, path="ttt.scan_checkpoint_group_size"
         )
-        yield replace(finding, replacement=str(_LITERATURE))
+        yield finding if scan is None or scan.groups < 2 else _by_the_numbers(finding, context, scan)
+
+
+def _by_the_numbers(finding: Finding, context: Context, scan: ScanCost) -> Finding:
+    """The finding about groups of one, with what other groups need."""
+    best, everything = scan.with_group_size(scan.best_group_size()), scan.with_group_size(0)
+    usual = scan.with_group_size(_LITERATURE)
+    if best.group_size == scan.group_size:
+        return replace(
+            finding,
+            severity=Severity.NOTE,
+            message=(
+                f"{finding.message}; of all groups it needs the least memory, {show_bytes(scan.peak_bytes)} in each "
+                f"layer's scan against {show_bytes(usual.peak_bytes)} at {_LITERATURE}, because a mini-batch's "
+                f"activations ({show_bytes(scan.activation_bytes)}) outweigh its carry "
+                f"({show_bytes(scan.carry_bytes)}); its price is as many checkpoints as mini-batches"
+            ),
+            fix=f"keep it where memory is short; else write {_LITERATURE}, as the literature trained with, or 0 to run "
+            f"every step once",
+        )
+    worst = "the worst of both, " if scan.peak_bytes >= everything.peak_bytes else ""
+    message = f"{finding.message}; {worst}{_compared(context, scan)}"
+    if best.keeps_everything:
+        return replace(finding, message=message, fix="write 0", replacement="0")
+    least = f"write {best.group_size}, which needs least memory and as much time as 1"
+    return replace(
+        finding, message=message, fix=f"{least}, or 0 to run every step once", replacement=str(best.group_size)
+    )
 
 
 @rule(*NEEDS)
