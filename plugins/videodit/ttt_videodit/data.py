@@ -31,9 +31,11 @@ from ttt_videodit.index import (
     LineError,
     Wanted,
     check_encoded,
+    demo_segments,
     index_files,
     joined_problems,
     jsonl_lines,
+    missing_data,
     parse_encoded,
     windows_in,
 )
@@ -124,11 +126,9 @@ class LatentWindows:
                 latents = video.rows(name, start, start + segments.frames(self._wanted.window))
                 if first:
                     latents = torch.cat([video.rows(f"start_{name}", first, first + 1), latents[1:]])
-                sample[name] = _checked(latents, name, start)
-            if bool((sample["std"] < 0).any()):
-                raise LineError("damaged", "std is negative")
+                sample[name] = latents
             texts = [video.text(segment) for segment in range(first, first + self._wanted.window)]
-            sample["text"] = _checked(torch.stack(texts), "text", first)
+            sample["text"] = torch.stack(texts)
         except LineError as error:
             raise EnvironmentProblem(f"{self._field}: {video.place}: {error}") from None
         return sample
@@ -161,14 +161,6 @@ class LatentWindows:
         return self._videos[number], (index - self._files[number].start) * self._wanted.window
 
 
-def _checked(rows: Tensor, name: str, first: int) -> Tensor:
-    if not bool(rows.isfinite().all()):
-        row = first + int(rows.isfinite().flatten(1).all(1).int().argmin())
-        which = f"text {row}" if name == "text" else f"{name} in latent frame {row}"
-        raise LineError("damaged", f"{which} (from 0) is not finite; delete its file and run ttt precompute again")
-    return rows
-
-
 def latent_windows(
     options: VideoDiTOptions, data: VideoDiTData, *, split: str, device: torch.device | str
 ) -> LatentWindows:
@@ -194,13 +186,12 @@ def latent_windows(
         field, source = "data.eval_data", data.eval_data
     if source is not None:
         return _indexed_windows(Path(source), wanted, field)
+    missing = missing_data(options, data)
+    if missing is not None:
+        raise UsageError(f"{missing[0]}: {missing[1]}; {missing[2]}")
     if options.preset == "demo":
         return _demo_windows("eval" if split == "eval" else "train", wanted, field)
-    if options.random_weights:
-        return LatentWindows([_random_video(wanted, split)], wanted, field=field, notice=_RANDOM_NOTICE)
-    raise UsageError(
-        "data.train_data: the preset 5b has no data of its own; name the index that `ttt precompute` writes"
-    )
+    return LatentWindows([_random_video(wanted, split)], wanted, field=field, notice=_RANDOM_NOTICE)
 
 
 # --- precomputed ---
@@ -231,7 +222,16 @@ def _read_rows(path: Path, name: str, first: int, stop: int) -> Tensor:
         raise LineError("damaged", f"{path}: cannot be read: {error}; run ttt precompute again") from None
     if rows.shape[0] != stop - first:
         raise LineError("shape", f"{path}: {name} has changed since the run started")
-    return rows.float()
+    rows = rows.float()
+    good = rows.isfinite() & (rows >= 0) if name.endswith("std") else rows.isfinite()
+    if not bool(good.all()):
+        row = first + int(good.flatten(1).all(1).int().argmin())
+        kind = "token" if name == "text" else "segment" if name.startswith("start_") else "latent frame"
+        value = "negative" if bool(rows.isfinite().all()) else "not finite"
+        raise LineError(
+            "damaged", f"{path}: {name} is {value} in {kind} {row} (from 0); delete it and run ttt precompute again"
+        )
+    return rows
 
 
 def _indexed_windows(source: Path, wanted: Wanted, field: str) -> LatentWindows:
@@ -294,20 +294,9 @@ class _MemoryVideo:
 
 def _demo_windows(half: Half, wanted: Wanted, field: str) -> LatentWindows:
     """Windows of the clip, encoded as `ttt precompute` would; that takes less than a second."""
-    if (wanted.height, wanted.width) != (demo.SIDE, demo.SIDE):
-        raise UsageError(
-            f"data.height, data.width: the demo's clip is {demo.SIDE} × {demo.SIDE} pixels, not {wanted.height} × "
-            f"{wanted.width}; leave both out, or name data.train_data of that size"
-        )
-    segments, latent_frames = wanted.segments, (demo.FRAMES - 1) // TEMPORAL_COMPRESSION + 1
-    count = (latent_frames - segments.prefix_temporal_length) // segments.attn_length
-    if count < wanted.window:
-        raise UsageError(
-            f"data.duration_sec: the demo's clip has {count} segments, but a window of {wanted.window} is asked for; "
-            f"write {count * SEGMENT_SEC} or less, or name data.train_data"
-        )
+    count = demo_segments(wanted.segments)
     return LatentWindows(
-        [_demo_video(half, segments, count, wanted.text_length)], wanted, field=field, notice=DemoCodec.stand_in
+        [_demo_video(half, wanted.segments, count, wanted.text_length)], wanted, field=field, notice=DemoCodec.stand_in
     )
 
 

@@ -26,6 +26,7 @@ from ttt_videodit import demo
 from ttt_videodit.geometry import (
     FRAMES_PER_SECOND,
     LATENT_CHANNELS,
+    SEGMENT_SEC,
     SPATIAL_COMPRESSION,
     TEMPORAL_COMPRESSION,
     Segments,
@@ -137,6 +138,32 @@ def _text_dim(options: VideoDiTOptions) -> int | None:
         return int(config["text_embed_dim"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def demo_segments(segments: Segments) -> int:
+    """Segments of the demo's clip."""
+    latent_frames = (demo.FRAMES - 1) // TEMPORAL_COMPRESSION + 1
+    return max(0, (latent_frames - segments.prefix_temporal_length) // segments.attn_length)
+
+
+def missing_data(options: VideoDiTOptions, data: VideoDiTData) -> tuple[str, str, str] | None:
+    """Where, why and what to write where a config names no training data, and the preset has none of that kind."""
+    if data.train_data is not None or options.random_weights:
+        return None
+    if options.preset == "5b":
+        way_out = "name the index that `ttt precompute` writes"
+        return "data.train_data", "the preset 5b has no data of its own", way_out
+    wanted, side = Wanted.of(options, data), demo.SIDE
+    if (wanted.height, wanted.width) != (side, side):
+        key = "height" if wanted.height != side else "width"
+        why = f"the demo's clip is {side} × {side} pixels, not {wanted.width} wide and {wanted.height} high"
+        return f"data.{key}", why, "leave height and width out, or name data.train_data of that size"
+    count = demo_segments(options.segments)
+    if count < wanted.window:
+        why = f"the demo's clip has {count} segments, but a window of {wanted.window} is asked for"
+        seconds = f"write {count * SEGMENT_SEC} or less, or " if count else ""
+        return "data.duration_sec", why, f"{seconds}name data.train_data"
+    return None
 
 
 # --- lines ---

@@ -1,0 +1,346 @@
+"""What `ttt check` finds in Video-DiT's data, without torch or a decoder (codes VDT5xx), and what each code means."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, cast
+
+from ttt.config import RunConfig
+from ttt.config.diagnostics import Finding, Severity
+from ttt.config.explanations import Explanation
+from ttt.errors import EnvironmentProblem
+from ttt_videodit.index import (
+    VIDEO_EXAMPLE,
+    LineError,
+    Wanted,
+    check_encoded,
+    index_files,
+    jsonl_lines,
+    missing_data,
+    parse_encoded,
+    parse_listed,
+    windows_in,
+)
+from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions
+
+# A check is instant: what lies beyond is left to the run, which reads all of it before its first step.
+_MOST_BYTES: Final = 4 << 20
+_MOST_LINES: Final = 200
+
+_PROBLEMS: Final = {
+    "line": ("VDT501", "no lines of an index", "write the index with ttt precompute"),
+    "missing": ("VDT502", "without a file that they name", "run ttt precompute again; it makes what is missing"),
+    "damaged": (
+        "VDT503",
+        "with a file that is damaged or something else",
+        "delete those files and run ttt precompute again",
+    ),
+    "shape": ("VDT504", "of another size than the config's", "write the config that they were encoded with"),
+    "segments": ("VDT505", "without a text for each segment", "write a caption for every 3 s and run ttt precompute"),
+}
+"""For each kind of `LineError`: the code, what it says of the videos, and the way out."""
+
+
+@dataclass
+class _Index:
+    """What the lines of an index are."""
+
+    count: int = 0
+    """Lines read."""
+    complete: bool = True
+    """Whether they are all."""
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    """By kind: places, and what is wrong there."""
+    short: list[str] = field(default_factory=list)
+    """Videos shorter than a window."""
+    left_over: int = 0
+    """Segments at the ends of videos that fill no window."""
+    good: int = 0
+    """Videos that can be read."""
+
+
+def data_is_there(config: RunConfig) -> list[Finding]:
+    """A config that names no training data has a preset with some of that kind."""
+    missing = missing_data(cast(VideoDiTOptions, config.backbone), cast(VideoDiTData, config.data))
+    if missing is None:
+        return []
+    path, why, way_out = missing
+    return [Finding(code="VDT508", severity=Severity.ERROR, path=path, message=why, fix=way_out)]
+
+
+def videos_can_be_read(config: RunConfig) -> list[Finding]:
+    """Every line of an index is a video that training can read, and they fill windows."""
+    data = cast(VideoDiTData, config.data)
+    wanted = Wanted.of(cast(VideoDiTOptions, config.backbone), data)
+    findings: list[Finding] = []
+    for key in ("train_data", "eval_data"):
+        index = _read_index(getattr(data, key), wanted)
+        if index is not None:
+            findings += _findings(index, f"data.{key}", wanted)
+    return findings
+
+
+def videos_can_be_listed(config: RunConfig) -> list[Finding]:
+    """Every line of a list is a video that `ttt precompute` can start with."""
+    findings = []
+    for key in ("videos", "eval_videos"):
+        source = getattr(cast(VideoDiTData, config.data), key)
+        if source is None:
+            continue
+        path = Path(source)
+        problems: list[str] = []
+        count = 0
+        try:
+            for place, line in jsonl_lines(path, most_bytes=_MOST_BYTES):
+                count += 1
+                try:
+                    parse_listed(line, place, path.parent)
+                except LineError as error:
+                    problems.append(f"{_short_place(place)} ({error})")
+        except (EnvironmentProblem, ValueError) as error:
+            findings.append(_list_finding(key, str(error), 1))
+            continue
+        if problems or not count:
+            lines = f"{len(problems)} of {count} lines cannot be used: {_first_few(problems)}"
+            findings.append(_list_finding(key, lines if count else f"{source} lists no videos", len(problems)))
+    return findings
+
+
+def _list_finding(key: str, what: str, count: int) -> Finding:
+    return Finding(
+        code="VDT509",
+        severity=Severity.WARNING,
+        path=f"data.{key}",
+        message=f"{what}; ttt precompute stops before it begins",
+        fix=f"write lines such as {VIDEO_EXAMPLE}",
+        value=count,
+    )
+
+
+RULES = (data_is_there, videos_can_be_read, videos_can_be_listed)
+
+
+# --- the index ---
+
+
+def _read_index(source: str | None, wanted: Wanted) -> _Index | None:
+    """What lines there are; None where there is no such file, which the core's own rule tells."""
+    if source is None:
+        return None
+    index, budget = _Index(), _MOST_BYTES
+    try:
+        if not Path(source).exists():
+            return None
+        files = index_files(Path(source))
+        for file in files:
+            size = file.stat().st_size
+            lines = list(jsonl_lines(file, most_bytes=budget))
+            if size > budget:
+                lines, index.complete = lines[:-1], False
+            budget = max(0, budget - size)
+            for place, line in lines:
+                if index.count == _MOST_LINES:
+                    index.complete = False
+                    return index
+                index.count += 1
+                _sort_in(index, line, place, file.parent, wanted)
+    except (OSError, ValueError, EnvironmentProblem):  # gone, not readable, or a name that no file can have
+        return None
+    return index
+
+
+def _sort_in(index: _Index, line: bytes, place: str, folder: Path, wanted: Wanted) -> None:
+    try:
+        video = parse_encoded(line, place, folder)
+        check_encoded(video, wanted)
+    except LineError as error:
+        if error.kind == "short":
+            index.short.append(_short_place(place))
+        else:
+            index.problems.setdefault(error.kind, []).append(f"{_short_place(place)} ({error})")
+    else:
+        index.good += 1
+        index.left_over += len(video.segments) - wanted.window * windows_in(video, wanted)
+
+
+def _findings(index: _Index, path: str, wanted: Wanted) -> Iterator[Finding]:
+    seconds = f"{wanted.window * wanted.segment_sec:g} s"
+    among = f"of {index.count}" + ("" if index.complete else " (the first that were read)")
+    for kind, (code, words, fix) in _PROBLEMS.items():
+        problems = index.problems.get(kind)
+        if problems:
+            yield Finding(
+                code=code,
+                severity=Severity.ERROR,
+                path=path,
+                message=(
+                    f"{len(problems)} {among} videos {'is' if len(problems) == 1 else 'are'} {words}: "
+                    f"{_first_few(problems)}; the run stops before its first step"
+                ),
+                fix=fix,
+                value=len(problems),
+                of_environment=True,
+            )
+    if not index.count or (index.short and not index.good and not index.problems):
+        what = (
+            f"all {index.count} videos are shorter than a window of {seconds}" if index.count else "it lists no video"
+        )
+        yield Finding(
+            code="VDT506",
+            severity=Severity.ERROR,
+            path=path,
+            message=f"{what}, so there is nothing to read; the run stops before its first step",
+            fix="write a smaller data.duration_sec, or encode longer videos" if index.count else "run ttt precompute",
+            value=len(index.short),
+            of_environment=True,
+        )
+    elif index.short or index.left_over:
+        told = []
+        if index.short:
+            are = "is" if len(index.short) == 1 else "are"
+            told.append(
+                f"{len(index.short)} {among} videos {are} shorter than a window of {seconds}: {_first_few(index.short)}"
+            )
+        if index.left_over:
+            told.append(f"{index.left_over} segments at the ends of videos fill no window of {seconds}")
+        yield Finding(
+            code="VDT507",
+            severity=Severity.NOTE,
+            path=path,
+            message=f"{'; '.join(told)}; they are not read",
+            fix="write a data.duration_sec that divides the videos, where they matter",
+            value=len(index.short) + index.left_over,
+        )
+
+
+def _short_place(place: str) -> str:
+    return place.replace("\\", "/").rpartition("/")[2]
+
+
+def _first_few(things: Sequence[str]) -> str:
+    return ", ".join(things[:3]) + (f" and {len(things) - 3} more" if len(things) > 3 else "")
+
+
+# --- what the codes mean ---
+
+_DEMO = "backbone: {name: videodit}\n"
+_OWN_DATA = _DEMO + "data: {train_data: train.jsonl, eval_data: eval.jsonl}\n"
+_READER = "`ttt_videodit.index`"
+
+
+def _safetensors(**shapes: tuple[int, ...]) -> str:
+    """A file of zeros, as text: its header's length, the header, the zeros."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header)
+    while any(byte > 127 for byte in len(text).to_bytes(8, "little")):
+        text += " "
+    return len(text).to_bytes(8, "little").decode("ascii") + text + "\0" * end
+
+
+def _line(video: str = "a.mp4", *, latents: str = "a.safetensors", segments: int = 1, **other: object) -> str:
+    texts = [{"caption": "waves", "text": "waves.safetensors"}] * segments
+    entry = {"video": video, "start_sec": 0, "latents": latents, "frames": 13, "height": 64, "width": 64}
+    return json.dumps({**entry, "text_length": 8, "segments": texts, **other}) + "\n"
+
+
+def _latents(segments: int) -> str:
+    frames, picture = 12 * segments + 1, (16, 8, 8)
+    first = (segments, *picture)
+    return _safetensors(mean=(frames, *picture), std=(frames, *picture), start_mean=first, start_std=first)
+
+
+def explanations() -> Mapping[str, Explanation]:
+    """What each code of these rules means, with configs that trigger it and some that do not."""
+    files = {
+        "train.jsonl": _line(),
+        "eval.jsonl": _line("b.mp4"),
+        "a.safetensors": _latents(1),
+        "waves.safetensors": _safetensors(text=(8, 32)),
+    }
+    three = _line("c.mp4", latents="c.safetensors", segments=3, frames=37)
+
+    def own_data(title: str, what: str, why: str, *lines: str, **more: str) -> Explanation:
+        bad = _OWN_DATA.replace("train.jsonl", "other.jsonl")
+        return Explanation(
+            "error", what, why, bad, _OWN_DATA, _READER, {**files, "other.jsonl": "".join(lines), **more}, title=title
+        )
+
+    return {
+        "VDT501": own_data(
+            "lines that are not of an index",
+            "A line of the data is no JSON object with the keys of an index of encoded videos.",
+            "The run reads every line before its first step, and stops.",
+            '{"path": "a.mp4", "captions": ["waves"]}\n',
+        ),
+        "VDT502": own_data(
+            "latents or texts that are not there",
+            "A line names a file of latents, or of a text's embedding, that does not exist.",
+            "The run stops before its first step; or files were moved without their index.",
+            _line(latents="moved.safetensors"),
+        ),
+        "VDT503": own_data(
+            "damaged latents or texts",
+            "A file that a line names is no safetensors file, is cut short, or lacks its tensors.",
+            "A copy that was interrupted leaves such files; the run stops before its first step.",
+            _line(latents="cut.safetensors"),
+            **{"cut.safetensors": files["a.safetensors"][:1000]},
+        ),
+        "VDT504": own_data(
+            "latents of another size",
+            "Videos were encoded with another height, width, text_length or cut than the config's.",
+            "Windows of a batch must be of one size, and the positions of the model's tokens hang on it.",
+            _line(height=480, width=720),
+        ),
+        "VDT505": own_data(
+            "a segment without a text",
+            "An encoded video has more, or fewer, texts than segments of 3 s.",
+            "Attention runs on each segment with its own text, so each needs one.",
+            _line(frames=37, segments=2),
+        ),
+        "VDT506": Explanation(
+            "error",
+            "No video of the data is as long as a window, or there is none at all.",
+            "A window is not filled up with anything: there is nothing to read.",
+            _DEMO + "data: {train_data: train.jsonl, eval_data: long.jsonl, duration_sec: 9}\n",
+            _DEMO + "data: {train_data: three.jsonl, eval_data: long.jsonl, duration_sec: 9}\n",
+            _READER,
+            {**files, "three.jsonl": three, "long.jsonl": three, "c.safetensors": _latents(3)},
+            title="no video as long as a window",
+        ),
+        "VDT507": Explanation(
+            "note",
+            "Some videos are shorter than a window, or have segments left over at their end.",
+            "They are not read, so the data are fewer than they look.",
+            _DEMO + "data: {train_data: both.jsonl, eval_data: long.jsonl, duration_sec: 9}\n",
+            _DEMO + "data: {train_data: both.jsonl, eval_data: long.jsonl, duration_sec: 3}\n",
+            _READER,
+            {**files, "both.jsonl": files["train.jsonl"] + three, "long.jsonl": three, "c.safetensors": _latents(3)},
+            title="videos shorter than a window",
+        ),
+        "VDT508": Explanation(
+            "error",
+            "No training data are named, and the preset has none of that kind of its own.",
+            "The demo's clip lasts 9 s at 64 × 64; 5b has no data of its own.",
+            _DEMO + "data: {duration_sec: 18}\n",
+            _DEMO + "data: {duration_sec: 9}\n",
+            "`ttt_videodit/demo/NOTICE.md`",
+            title="no data for the run",
+        ),
+        "VDT509": Explanation(
+            "warning",
+            "A list of videos for ttt precompute has lines that it cannot use: no JSON, a caption or a file missing.",
+            "It stops before it encodes anything, however long the list.",
+            _DEMO + "data: {train_data: train.jsonl, eval_data: eval.jsonl, videos: videos.jsonl}\n",
+            _OWN_DATA,
+            _READER,
+            {**files, "videos.jsonl": '{"path": "a.mp4", "captions": ["waves", ""]}\n', "a.mp4": "video\n"},
+            title="videos that cannot be listed",
+        ),
+    }
