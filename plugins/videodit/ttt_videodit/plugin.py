@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
@@ -146,6 +146,13 @@ class VideoDiTData(DataOptions):
         return value
 
 
+def check_data(config: RunConfig) -> Sequence[Any]:
+    """What `ttt check` finds in the data (VDT5xx)."""
+    from ttt_videodit.rules import RULES
+
+    return [finding for rule in RULES for finding in rule(config)]
+
+
 class VideoDiTBackbone(Backbone):
     """CogVideoX's diffusion transformer over segments of video: bidirectional, from noise to v-prediction."""
 
@@ -156,6 +163,14 @@ class VideoDiTBackbone(Backbone):
     # What is rematerialised and how often a text is dropped in training is no part of which model it is.
     location_options: ClassVar[frozenset[str]] = frozenset({"pretrained", "text_dropout", *REMAT_OPTIONS})
     ttt_defaults: ClassVar[Mapping[str, Any]] = {"preset": "video", "layer_type": "mlp", "mini_batch_size": 64}
+
+    rules: ClassVar[Sequence[Callable[[RunConfig], Sequence[Any]]]] = (check_data,)
+
+    def explanations(self) -> Mapping[str, Any]:
+        """What the codes VDT5xx mean."""
+        from ttt_videodit.rules import explanations
+
+        return explanations()
 
     def presets(self) -> Mapping[str, str]:
         """The commented configs that ship: `demo`, and TTT-Video's curriculum, `3s` to `63s`."""
