@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import io
 import json
 import math
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +13,23 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
 from rich.console import Console
+from tiny_cogvideox import write_pretrained
 from torch import Tensor, nn
 
+import ttt
 from ttt import inject
 from ttt.backbone import SampleRequest
 from ttt.config import RunConfig
-from ttt.config.load import load_config
+from ttt.config.load import load_config, run_config_model
 from ttt.errors import EnvironmentProblem, NonFiniteError, UsageError
 from ttt_videodit import model as videodit
 from ttt_videodit.diffusion import make_scheduler
+from ttt_videodit.encoders import load_text_encoder
 from ttt_videodit.plugin import VideoDiTOptions, ttt_backbone
 from ttt_videodit.request import check_request, plan_sample
-from ttt_videodit.sampling import denoise, guidance_weight, sample, to_pixels
+from ttt_videodit.sampling import decode_pieces, denoise, guidance_weight, sample, to_pixels
 from ttt_videodit.video import write_contact_sheet, write_video
 
 OPTIONS = VideoDiTOptions(preset="demo", dim=32, num_heads=2, num_layers=2)
@@ -33,9 +39,8 @@ ttt: {mini_batch_size: 16, initial_gating_alpha: 0.3}
 """
 
 
-def config(**overrides: Any) -> RunConfig:
-    written = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
-    return load_config("test.yaml", text=CONFIG, backbone=ttt_backbone(), overrides=written).config
+def config() -> RunConfig:
+    return load_config("test.yaml", text=CONFIG, backbone=ttt_backbone()).config
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,12 @@ def model() -> nn.Module:
         nn.init.normal_(parameter, std=0.15) if parameter.ndim > 1 else None
     inject.apply(made, videodit.sites(made), config().ttt, causal=False, seed=3)
     return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole tiny CogVideoX."""
+    return write_pretrained(tmp_path_factory.mktemp("cogvideox") / "tiny")
 
 
 def request(out: Path, **changes: Any) -> SampleRequest:
@@ -63,7 +74,21 @@ def request(out: Path, **changes: Any) -> SampleRequest:
 
 
 def quiet() -> Console:
-    return Console(record=True, force_terminal=False, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    return Console(record=True, force_terminal=False, width=200, file=io.StringIO())
+
+
+def pretrained_config(folder: Path, *, text_dropout: float = 0.1) -> RunConfig:
+    """Of a model in a folder, whose training data need not be here."""
+    settings = {
+        "backbone": {"name": "videodit", "preset": "5b", "pretrained": str(folder), "text_dropout": text_dropout},
+        "data": {"height": 32, "width": 48, "text_length": 6, "train_data": "elsewhere.jsonl"},
+    }
+    return run_config_model(ttt_backbone()).model_validate(settings)
+
+
+def _tensor(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
 
 
 # --- the solver ---
@@ -188,6 +213,143 @@ def test_a_prompt_reaches_its_segment_and_by_ttt_the_whole_video(model: nn.Modul
     assert (change[25:] == 0).all()
     through_ttt = (solve(model, text=other, steps=1) - solve(model, text=text, steps=1)).abs().amax((0, 2, 3, 4))
     assert (through_ttt > 0).all(), "TTT carries it to the whole video"
+
+
+# --- from prompts to files ---
+
+
+def test_prompts_become_a_video_and_its_contact_sheet(model: nn.Module, tmp_path: Path) -> None:
+    asked = request(tmp_path / "new" / "clip.mp4", negative_prompts=("", "blur", ""))
+    model.train()
+    files = sample(model, asked, config(), console=quiet())
+    assert files == [tmp_path / "new" / "clip.mp4", tmp_path / "new" / "clip.png"]
+    assert sorted((tmp_path / "new").iterdir()) == files
+    frames, rate, metadata, _ = read_video(files[0])
+    assert frames.shape == (145, 64, 64, 3)
+    assert rate == 16
+    assert frames.std() > 10
+    told = json.loads(metadata["comment"])
+    assert told.pop("ttt_version") == ttt.__version__
+    assert told == json.loads(json.dumps({**asdict(asked), "out": "clip.mp4"}))
+    assert model.training, "as it was"
+    model.eval()
+
+
+def test_the_same_request_gives_the_same_files(model: nn.Module, tmp_path: Path) -> None:
+    contents = []
+    for name in ("a", "b"):
+        asked = request(tmp_path / name / "clip.mp4", seconds=3.0, prompts=("towers at night",), steps=2)
+        contents.append([file.read_bytes() for file in sample(model, asked, config(), console=quiet())])
+        torch.manual_seed(99)
+    assert contents[0] == contents[1]
+
+
+def test_what_guidance_leads_away_from(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative prompts; without any, zeros where training dropped texts, and else the embedding of nothing."""
+    seen: list[Tensor | None] = []
+
+    def recorded(model: nn.Module, text: Tensor, unconditional: Tensor | None, **settings: Any) -> Tensor:
+        seen.append(unconditional)
+        return denoise(model, text, unconditional, **settings)
+
+    monkeypatch.setattr("ttt_videodit.sampling.denoise", recorded)
+    settings = pretrained_config(folder)
+    made = ttt_backbone().build(settings.backbone, device="cpu", dtype=torch.float32)
+    encode = load_text_encoder(settings.backbone, text_length=6, device="cpu", dtype=torch.float32)  # type: ignore[arg-type]
+    asked = request(tmp_path / "clip.mp4", seconds=3.0, prompts=("towers at night",), steps=1)
+    for change, negatives, expected in (
+        ({}, (), torch.zeros(1, 1, 6, 32)),
+        ({"text_dropout": 0.0}, (), encode([""])[None]),
+        ({}, ("blurred",), encode(["blurred"])[None]),
+    ):
+        sample(made, replace(asked, negative_prompts=negatives), pretrained_config(folder, **change), console=quiet())
+        assert torch.equal(_tensor(seen[-1]), expected)
+    sample(made, replace(asked, guidance_scale=1.0), settings, console=quiet())
+    assert seen[-1] is None
+    assert encode([""]).abs().max() > 0
+
+
+def test_a_pretrained_folder_is_sampled_with_its_own_vae_and_t5(folder: Path, tmp_path: Path) -> None:
+    """A whole tiny CogVideoX: what the files show is what diffusers' VAE makes of what the solver made."""
+    settings = pretrained_config(folder)
+    made = ttt_backbone().build(settings.backbone, device="cpu", dtype=torch.float32)
+    asked = request(tmp_path / "clip.mp4", seconds=6.0, prompts=("towers at night", "cars drive"), steps=2)
+    console = quiet()
+    video, _ = sample(made, asked, settings, console=console)
+    frames, _, _, _ = read_video(video)
+    options = settings.backbone
+    assert isinstance(options, VideoDiTOptions)
+    encode = load_text_encoder(options, text_length=6, device="cpu", dtype=torch.float32)
+    text = encode(asked.prompts)[None]
+    assert text.shape == (1, 2, 6, 32)
+    latents = denoise(
+        made,
+        text,
+        torch.zeros_like(text),
+        shape=(1, 25, 16, 4, 6),
+        schedule=make_scheduler(str(folder)),
+        steps=2,
+        guidance_scale=6.0,
+        seed=7,
+    )
+    vae = AutoencoderKLCogVideoX.from_pretrained(folder / "vae").eval()
+    with torch.no_grad():
+        expected = vae.decode((latents / vae.config.scaling_factor).transpose(1, 2)).sample[0].transpose(0, 1)
+    write_video(tmp_path / "expected.mp4", to_pixels(expected))  # loses what H.264 loses
+    assert np.array_equal(frames, read_video(tmp_path / "expected.mp4")[0])
+    assert frames.std() > 10
+    assert "stand" not in console.export_text(), "nothing stands in for anything here"
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 13, 14])
+def test_decoding_by_pieces_is_decoding_the_whole(frames: int) -> None:
+    torch.manual_seed(frames)
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=16
+    ).eval()
+    latents = torch.randn(1, frames, 16, 4, 6)
+    with torch.no_grad():
+        whole = vae.decode((latents / vae.config.scaling_factor).transpose(1, 2)).sample[0].transpose(0, 1)
+    pieces = list(decode_pieces(vae, latents))
+    assert torch.equal(torch.cat(pieces), whole)
+    assert max(len(piece) for piece in pieces) <= 12
+    assert whole.std() > 0.01
+
+
+@pytest.mark.parametrize(("part", "what"), [("vae", "vae/"), ("text_encoder", "text_encoder/"), ("tokenizer", "tok")])
+def test_a_missing_part_is_missed_before_the_first_step(folder: Path, tmp_path: Path, part: str, what: str) -> None:
+    copy = shutil.copytree(folder, tmp_path / "tiny")
+    settings = pretrained_config(copy)
+    made = ttt_backbone().build(settings.backbone, device="cpu", dtype=torch.float32)
+    shutil.rmtree(copy / part)
+    console = quiet()
+    asked = request(tmp_path / "clip.mp4", seconds=3.0, prompts=("towers at night",))
+    with pytest.raises(EnvironmentProblem, match=f"holds no {what}"):
+        sample(made, asked, settings, console=console)
+    assert console.export_text() == ""
+
+
+def test_predictions_that_are_no_numbers_leave_no_video(tmp_path: Path) -> None:
+    made = videodit.build(OPTIONS, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        made.proj_out.weight[0, 0] = math.inf
+    with pytest.raises(NonFiniteError, match="not finite"):
+        sample(made, request(tmp_path / "clip.mp4"), config(), console=quiet())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_is_told(model: nn.Module, tmp_path: Path) -> None:
+    asked = request(tmp_path / "clip.mp4", seconds=3.0, prompts=("towers at night",), steps=12)
+    console = quiet()
+    sample(model, asked, config(), console=console)
+    lines = console.export_text().splitlines()
+    assert lines[0].startswith("sample: step 1/12, ")
+    assert lines[-2] == "sample: step 12/12, 0 s left"
+    assert lines[-1].startswith("Latents come from the demo's own small linear codec")
+    assert 11 <= len(lines) <= 12
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    sample(model, replace(asked, steps=3), config(), console=terminal)
+    assert "3/3" in terminal.file.getvalue()  # type: ignore[attr-defined]
 
 
 # --- what is asked ---

@@ -212,9 +212,11 @@ def decode_pieces(vae: AutoencoderKLCogVideoX, latents: Tensor) -> Iterator[Tens
     """
     size = vae.num_latent_frames_batch_size
     scaled = (latents / vae.config.scaling_factor).to(vae.device, vae.dtype).transpose(1, 2)
-    first = size + scaled.shape[2] % size
-    cache = None
-    for piece in (scaled[:, :, :first], *scaled[:, :, first:].split(size, dim=2)):
+    count = scaled.shape[2]
+    ends = range(min(count, size + count % size), count + 1, size)
+    cache, start = None, 0
+    for end in ends:
+        piece, start = scaled[:, :, start:end], end
         if vae.post_quant_conv is not None:
             piece = vae.post_quant_conv(piece)
         frames, cache = vae.decoder(piece, conv_cache=cache)
