@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, WindowDataset
+from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, SamplePlan, SampleRequest, WindowDataset
 from ttt.config import BackboneOptions, DataOptions, RunConfig
 from ttt.hookspecs import hookimpl
 from ttt_videodit.geometry import (
@@ -203,6 +204,12 @@ class VideoDiTBackbone(Backbone):
 
         return import_config(text, file=file)
 
+    def plan_sample(self, config: RunConfig, *, seconds: float, out: Path) -> SamplePlan:
+        """A prompt for each segment of 3 s; an mp4, and its contact sheet beside it."""
+        from ttt_videodit.request import plan_sample
+
+        return plan_sample(seconds=seconds, out=out)
+
     def build(self, options: BackboneOptions, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
         """Make the transformer, in eval mode."""
         from ttt_videodit.model import build
@@ -228,6 +235,14 @@ class VideoDiTBackbone(Backbone):
         from ttt_videodit.precompute import precompute
 
         precompute(config, console=console)
+
+    def sample(
+        self, model: nn.Module, request: SampleRequest, config: RunConfig, *, console: Console
+    ) -> Sequence[Path]:
+        """A video from noise, by diffusers' scheduler with classifier-free guidance."""
+        from ttt_videodit.sampling import sample
+
+        return sample(model, request, config, console=console)
 
     def loss(self, model: nn.Module, batch: Batch, config: RunConfig) -> LossOutput:
         """The error of the v-prediction, weighted as CogVideoX is trained."""

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ttt.backbone import SamplePlan, SampleRequest
 from ttt.errors import UsageError
 from ttt_videodit.geometry import SEGMENT_SEC
-
-if TYPE_CHECKING:
-    from ttt.backbone import SamplePlan, SampleRequest
 
 MAX_STEPS = 1000
 """Timesteps of the diffusion; a sampler cannot make more steps than there are."""
@@ -22,8 +19,6 @@ def plan_sample(*, seconds: float, out: Path) -> SamplePlan:
     Raises:
         UsageError: no whole number of segments is that long, or the file is no mp4.
     """
-    from ttt.backbone import SamplePlan
-
     if not math.isfinite(seconds) or seconds <= 0 or seconds % SEGMENT_SEC:
         ways = str(SEGMENT_SEC)
         if math.isfinite(seconds) and seconds > SEGMENT_SEC:
