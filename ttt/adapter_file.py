@@ -50,6 +50,8 @@ _SETTINGS = "adapter_config"
 """Key of the settings in the safetensors header, which holds text only."""
 _FREE_SETTINGS = frozenset({"preset", "layers", "num_heads", "scan_checkpoint_group_size"})
 """Settings that need not agree: a name, memory alone, and two that the sites say exactly."""
+_FREE_AT_START = _FREE_SETTINGS | {"mini_batch_size", "base_lr", "initial_gating_alpha", "persistent_states"}
+"""Settings that a run may change of what it starts from: no tensor hangs on them."""
 _SAMPLES = 16
 
 
@@ -179,6 +181,7 @@ def load_adapter(
     backbone: Mapping[str, Any] | None = None,
     causal: bool = True,
     check_weights: bool = True,
+    as_start: bool = False,
 ) -> Injection:
     """Load an adapter into a model: into its injection, or, given the backbone's sites, by the file's own settings.
 
@@ -192,6 +195,8 @@ def load_adapter(
         backbone: name and options, as `backbone_identity` gives them; None leaves them unchecked.
         causal: whether the backbone is, for a plain model.
         check_weights: compare the backbone's weights with those that the adapter was trained on.
+        as_start: for a run that goes on from there: settings that change no tensor, such as `mini_batch_size` and
+            `base_lr`, may differ from those of the injection.
 
     Returns:
         The injection, given or made.
@@ -212,7 +217,8 @@ def load_adapter(
         raise AdapterFileError(str(problem)) from None
     differences = [] if backbone is None else _option_differences(info.backbone, backbone)
     if injection is not None:
-        differences += _setting_differences(info.ttt, injection.config)
+        free = _FREE_AT_START if as_start else _FREE_SETTINGS
+        differences += _setting_differences(info.ttt, injection.config, free)
         differences += _site_differences(info.sites, _site_infos(injection.sites, injection.config))
         _finish(info, model, injection, tensors, trained, differences, check_weights=check_weights)
         return injection
@@ -225,6 +231,48 @@ def load_adapter(
         made.eject()
         raise
     return made
+
+
+def trained_backbone(info: AdapterInfo) -> Mapping[str, TensorFacts]:
+    """The backbone parameters that were trained along with an adapter, from their file's header; reads no tensor.
+
+    Raises:
+        AdapterFileError: they are missing, damaged, or another adapter's.
+    """
+    if info.backbone_trained is None:
+        return {}
+    file = info.path.with_name(BACKBONE)
+    if not file.exists():
+        raise AdapterFileError(f"{file}: missing; the adapter was trained together with the backbone parameters in it")
+    try:
+        header = read_header(file)
+    except EnvironmentProblem as problem:
+        raise AdapterFileError(str(problem)) from None
+    if header.metadata.get("pair") != info.backbone_trained:
+        raise AdapterFileError(f"{file}: does not belong to the {info.path.name} beside it")
+    return header.tensors
+
+
+def start_differences(
+    info: AdapterInfo, ttt: TTTConfig, *, backbone: Mapping[str, Any], layers: Sequence[int]
+) -> list[str]:
+    """What keeps a run from starting from an adapter, as far as settings say; needs no torch.
+
+    Args:
+        info: of the adapter.
+        ttt: the run's settings.
+        backbone: name and options of its backbone, as `backbone_identity` gives them.
+        layers: its TTT layers.
+
+    Returns:
+        A sentence for each difference that matters; none where the adapter's tensors fit.
+    """
+    before, here = sorted(site.layer for site in info.sites), sorted(layers)
+    return [
+        *_option_differences(info.backbone, backbone),
+        *_setting_differences(info.ttt, ttt, _FREE_AT_START),
+        *([] if before == here else [_difference("ttt.layers", before, here)]),
+    ]
 
 
 def weights_fingerprint(injection: Injection, *, without: set[str] | frozenset[str] = frozenset()) -> str | None:
@@ -319,14 +367,7 @@ def _require_same_json(file: Path, text: str) -> None:
 
 def _read_trained_backbone(info: AdapterInfo) -> dict[str, Tensor]:
     """The backbone parameters that were trained along; empty where the backbone was frozen."""
-    if info.backbone_trained is None:
-        return {}
-    file = info.path.with_name(BACKBONE)
-    if not file.exists():
-        raise AdapterFileError(f"{file}: missing; the adapter was trained together with the backbone parameters in it")
-    if read_header(file).metadata.get("pair") != info.backbone_trained:
-        raise AdapterFileError(f"{file}: does not belong to the {info.path.name} beside it")
-    return read_tensors(file)
+    return read_tensors(info.path.with_name(BACKBONE)) if trained_backbone(info) else {}
 
 
 # --- comparing ---
@@ -387,12 +428,12 @@ def _option_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> l
     ]
 
 
-def _setting_differences(theirs: TTTConfig, ours: TTTConfig) -> list[str]:
+def _setting_differences(theirs: TTTConfig, ours: TTTConfig, free: frozenset[str]) -> list[str]:
     before, here = theirs.model_dump(mode="json"), ours.model_dump(mode="json")
     return [
         _difference(f"ttt.{key}", before[key], here[key])
         for key in before
-        if before[key] != here[key] and key not in _FREE_SETTINGS
+        if before[key] != here[key] and key not in free
     ]
 
 

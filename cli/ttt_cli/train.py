@@ -62,7 +62,7 @@ def _load(path: Path, backbone: str | None, overrides: list[str], *, resume: boo
         path = path / CONFIG
         if not path.is_file():
             raise UsageError(f"{path.parent}: holds no run to resume (no {CONFIG})")
-    loaded = load_config(path, backbone=backbone, overrides=overrides)
+    loaded = load_config(path, backbone=backbone, overrides=overrides, resuming=resume)
     in_its_run = path.name == CONFIG and (path.parent / CHECKPOINTS).is_dir()
     if resume and in_its_run and not any(override.startswith("run_dir=") for override in overrides):
         loaded = replace(loaded, config=loaded.config.model_copy(update={"run_dir": str(path.parent)}))

@@ -65,6 +65,8 @@ CODES: dict[str, str] = {
     "TTT506": "recordings that are not there",
     "TTT507": "recordings shorter than a window",
     "TTT508": "recordings without what lies beside them",
+    "TTT509": "weights to start from that are not there",
+    "TTT510": "weights to start from that belong to something else",
     "TTT601": "a run_dir that cannot be written",
     "TTT701": "a warm-up longer than the run",
     "TTT702": "nothing that learns",
@@ -85,7 +87,7 @@ CODES: dict[str, str] = {
 """Every code of the core, with its title."""
 
 ENVIRONMENT_CODES = frozenset(
-    {"TTT403", "TTT501", "TTT504", "TTT505", "TTT506", "TTT508", "TTT601", "TTT802", "TTT803"}
+    {"TTT403", "TTT501", "TTT504", "TTT505", "TTT506", "TTT508", "TTT509", "TTT601", "TTT802", "TTT803"}
 )
 """Codes that blame the machine that the config was read on, not the config."""
 

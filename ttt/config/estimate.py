@@ -29,6 +29,11 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
+def bytes_of(dtype: str) -> int:
+    """Bytes of a number in a `train.param_dtype`."""
+    return _BYTES[dtype]
+
+
 def parse_bytes(text: str) -> int:
     """`80GiB`, `24 GB`, `512M` as bytes; a prefix alone is binary, as is `GiB`.
 

@@ -5,6 +5,7 @@ The tests check each pair of configs: the bad one gives its code and nothing els
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -17,6 +18,9 @@ _SCHEMA = "`ttt schema`"
 _ESTIMATE = "`ttt.config.estimate`, held against measurements in the tests"
 _ADAMW = "AdamW (arXiv 1711.05101): a step moves a parameter by about its learning rate"
 _PLUGINS = "`ttt.plugins`"
+
+
+_START = "ttt: {layers: [1]}\ntrain: {init_from: first.safetensors}\n"
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,26 @@ _GOOD_DATA = _MOSHI + "data: {train_data: two.jsonl, eval_data: eval.jsonl}\n"
 
 def _data(name: str, *lines: str) -> dict[str, str]:
     return {**_TWO, name: _lines(*lines)}
+
+
+def _adapter() -> str:
+    """An adapter file of the Moshi demo's layer 1, without its tensors: what a check reads of it."""
+    moshi = {"name": "moshi", "preset": "demo", "random_weights": False, "dim": None, "num_heads": None}
+    loss = {"num_layers": None, "text_padding_weight": 0.5, "first_codebook_weight_multiplier": 100.0}
+    ttt = {"layer_type": "mlp", "qkvo_bias": True, "normalize_qk": True, "normalize_target": True}
+    settings = {
+        "version": 1,
+        "ttt_version": "0.1.0",
+        "backbone": {**moshi, **loss},
+        "backbone_weights": None,
+        "backbone_trained": None,
+        "ttt": {**ttt, "learnable_token_idx": False, "input_norm": "rms"},
+        "sites": [{"layer": 1, "name": "transformer.layers.1.ttt", "dim": 128, "num_heads": 4}],
+        "training": {},
+    }
+    header = json.dumps({"__metadata__": {"format": "ttt-adapter", "adapter_config": json.dumps(settings)}})
+    header += " " * (-len(header) % 256)  # a length whose bytes are letters of ASCII, so that the file is a text
+    return len(header).to_bytes(8, "little").decode("ascii") + header
 
 
 EXPLANATIONS: dict[str, Explanation] = {
@@ -491,6 +515,25 @@ EXPLANATIONS: dict[str, Explanation] = {
         _GOOD_DATA,
         "moshi-finetune's data format",
         files={**_data("mute.jsonl", '{"path": "mute.wav", "duration": 61.2}'), "mute.wav": "sound\n"},
+    ),
+    "TTT509": Explanation(
+        "error",
+        "`init_from` names no run with a complete checkpoint, and no adapter.",
+        "A run that silently started anew would be another stage's work lost.",
+        _MOSHI + _START.replace("first", "second"),
+        _MOSHI + _START,
+        "`ttt.adapter_file`",
+        files={"first.safetensors": _adapter()},
+    ),
+    "TTT510": Explanation(
+        "error",
+        "`init_from` names weights of another backbone, other layers or another inner model.",
+        "The tensors would not fit, or would mean something else. What changes no tensor may differ: "
+        "`mini_batch_size`, `base_lr`, `scan_checkpoint_group_size`, where gates start, how long windows are.",
+        _MOSHI + _START.replace("layers: [1]", "layers: [1], layer_type: linear"),
+        _MOSHI + _START.replace("layers: [1]", "layers: [1], mini_batch_size: 8"),
+        "`ttt.adapter_file`",
+        files={"first.safetensors": _adapter()},
     ),
     "TTT601": Explanation(
         "error",

@@ -60,6 +60,7 @@ def check_config(
     backbone: Backbone | str | None = None,
     overrides: Sequence[str] = (),
     memory: int | None = None,
+    resuming: bool = False,
 ) -> CheckedConfig:
     """Read, resolve and check a config. No torch is imported, and no model built.
 
@@ -69,6 +70,7 @@ def check_config(
         backbone: for configs that do not name one; one that names another is refused.
         overrides: `section.key=value`, values as YAML, over what the config says.
         memory: bytes of the device that the run is for; None asks the machine where the config names a device of it.
+        resuming: whether a run goes on, which has its weights and no need of what it once started from.
 
     Raises:
         EnvironmentProblem: the file is missing or cannot be read.
@@ -80,7 +82,7 @@ def check_config(
         source = read_source(path)
     else:
         raise ValueError("a config is read from a path or a text")
-    return _Check(source, overrides, memory).checked(backbone)
+    return _Check(source, overrides, memory, resuming).checked(backbone)
 
 
 def load_config(
@@ -90,6 +92,7 @@ def load_config(
     backbone: Backbone | str | None = None,
     overrides: Sequence[str] = (),
     memory: int | None = None,
+    resuming: bool = False,
 ) -> LoadedConfig:
     """`check_config` for a config that is to be run; the arguments are the same.
 
@@ -100,7 +103,7 @@ def load_config(
         EnvironmentProblem: the file is missing or cannot be read.
         ValueError: neither `path` nor `text` is given.
     """
-    checked = check_config(path, text=text, backbone=backbone, overrides=overrides, memory=memory)
+    checked = check_config(path, text=text, backbone=backbone, overrides=overrides, memory=memory, resuming=resuming)
     errors = [finding for finding in checked.findings if finding.severity is Severity.ERROR]
     if errors:
         at_fault = all(blames_environment(finding) for finding in errors)
@@ -139,9 +142,10 @@ def run_config_model(backbone: Backbone) -> type[RunConfig]:
 class _Check:
     """One config on its way through the steps, and what was found so far."""
 
-    def __init__(self, source: Source, overrides: Sequence[str], memory: int | None) -> None:
+    def __init__(self, source: Source, overrides: Sequence[str], memory: int | None, resuming: bool) -> None:
         self.findings: list[Finding] = []
         self.memory = memory
+        self.resuming = resuming
         self.source = source.with_overrides(overrides) if source.complete else source
 
     def checked(self, asked: Backbone | str | None) -> CheckedConfig:
@@ -257,7 +261,9 @@ class _Check:
         facts = None
         if backbone is not None and not any(_decides_facts(path, config) for path in untrusted):
             facts = self._facts(backbone, config)
-        context = Context(config, backbone, facts, lambda key: self.source.written(tuple(key.split("."))), self.memory)
+        context = Context(
+            config, backbone, facts, lambda key: self.source.written(tuple(key.split("."))), self.memory, self.resuming
+        )
         self.findings.extend(run_rules(context, untrusted))
         if backbone is not None and not untrusted:
             self._run_plugin_rules(backbone, config)

@@ -259,6 +259,8 @@ Trainable = Annotated[
 class TrainConfig(Section):
     """The `train` section: how long, how fast, what learns."""
 
+    init_from: str | None = None
+    """Folder of a run or an adapter whose weights to start from, trained backbone included; null starts anew."""
     max_steps: Annotated[WholeNumber, Field(ge=1)] = 1000
     """Optimiser steps."""
     batch_size: Annotated[int, Field(ge=1)] = 1

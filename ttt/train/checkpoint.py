@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ttt.adapter_file import load_adapter, save_adapter
 from ttt.errors import EnvironmentProblem
 from ttt.files import read_tensors, write_tensors
 from ttt.inject import Injection
 from ttt.state import TTTState
-from ttt.train.optim import Learnable, Optimizer
+from ttt.train.optim import Optimizer
 
 OPTIMIZER = "optimizer.safetensors"
 CARRIED = "carried_states.safetensors"
@@ -22,7 +23,7 @@ CARRIED = "carried_states.safetensors"
 def write_content(
     folder: Path,
     injection: Injection,
-    learnable: Sequence[Learnable],
+    trained: Mapping[str, Tensor],
     optimizer: Optimizer,
     states: Mapping[str, TTTState] | None,
     *,
@@ -34,7 +35,8 @@ def write_content(
     Args:
         folder: is there already.
         injection: the adapters.
-        learnable: what learns; backbone parameters among it are written beside the adapter.
+        trained: backbone parameters, by name, that are not what the backbone was built with: those that learn, and
+            those that learned before this run; they are written beside the adapter.
         optimizer: its state is written.
         states: carried states by site, where the run carries any.
         backbone: name and options, for the adapter file.
@@ -47,7 +49,7 @@ def write_content(
         folder,
         injection,
         backbone=backbone,
-        backbone_tensors={entry.name: entry.parameter for entry in learnable if entry.role == "backbone"},
+        backbone_tensors=trained,
         training=training,
     )
     write_tensors(folder / OPTIMIZER, optimizer.tensors(), {"format": "ttt-optimizer"})
@@ -76,10 +78,9 @@ def read_content(
     return _read_states(folder / CARRIED, device) if persistent else {}
 
 
-def content_bytes(injection: Injection, learnable: Sequence[Learnable], optimizer: Optimizer) -> int:
+def content_bytes(injection: Injection, trained: Mapping[str, Tensor], optimizer: Optimizer) -> int:
     """About how many bytes `write_content` writes."""
-    backbone = [entry.parameter for entry in learnable if entry.role == "backbone"]
-    kept = [*backbone, *injection.state_dict().values()]
+    kept = [*trained.values(), *injection.state_dict().values()]
     return optimizer.nbytes() + sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 

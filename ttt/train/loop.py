@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from ttt.adapter import carried
-from ttt.adapter_file import backbone_identity
+from ttt.adapter_file import AdapterInfo, backbone_identity, load_adapter, read_info, trained_backbone
 from ttt.backbone import Backbone, WindowDataset
 from ttt.config.schema import RunConfig
 from ttt.errors import InactiveLayerError, NonFiniteError, TTTError
@@ -58,13 +59,14 @@ def train(
         ConfigError: the config cannot be honoured with this data and backbone.
         UsageError: the run directory is in use, or there is nothing to resume.
         EnvironmentProblem: something is missing: a device, a file, memory, disk space.
+        AdapterMismatchError: `train.init_from` belongs to something else; nothing was written.
         NonFiniteError: a loss or gradient was not finite; the weights are those before that step.
         InactiveLayerError: on the first step, a TTT layer was not reached, did not learn, or got no gradient.
     """
     console = console or Console()
     config = narrowed(config, backbone)
     run = rundir.choose(config, resume=resume)
-    checkpoint = None
+    checkpoint = start = None
     if resume:
         checkpoint, passed_over = run.reopen(config, backbone)
         for problem in passed_over:
@@ -75,9 +77,10 @@ def train(
             return ended
     else:
         run.require_unused()
+        start = None if config.train.init_from is None else read_info(config.train.init_from)
     device = choose_device(config.train.device)
     with memory_errors(config), threads(config.train.cpu_threads):
-        trainer = Trainer(config, backbone, device, run, console)
+        trainer = Trainer(config, backbone, device, run, console, start=start)
         if checkpoint is None:
             run.create(config)
         else:
@@ -86,10 +89,20 @@ def train(
 
 
 class Trainer:
-    """One run: built whole, then restored where it resumes, then run. Building writes nothing."""
+    """One run: built whole, with the weights that it starts from, then restored where it resumes, then run.
+
+    Building writes nothing.
+    """
 
     def __init__(
-        self, config: RunConfig, backbone: Backbone, device: torch.device, run: RunDir, console: Console
+        self,
+        config: RunConfig,
+        backbone: Backbone,
+        device: torch.device,
+        run: RunDir,
+        console: Console,
+        *,
+        start: AdapterInfo | None = None,
     ) -> None:
         self.config = config
         self.backbone = backbone
@@ -108,6 +121,17 @@ class Trainer:
         self.learnable = choose_learnable(
             self.model, self.injection.adapters, config.train, is_attention=backbone.is_attention
         )
+        self.start = start
+        if start is not None:  # before the optimiser, which copies parameters in half precision
+            load_adapter(
+                start.path,
+                self.model,
+                injection=self.injection,
+                backbone=backbone_identity(backbone, config.backbone),
+                as_start=True,
+            )
+        self.inherited = frozenset(trained_backbone(start) if start is not None else ())
+        """Backbone parameters that learned before this run: its files hold them too, frozen or not."""
         self.optimizer = Optimizer(self.learnable, config.train)
         self.states: dict[str, TTTState] = {}
         self.done = 0
@@ -118,8 +142,16 @@ class Trainer:
         """Metrics of the last step done."""
         self._updating = False
         self._drawn = time.monotonic()
-        needed = content_bytes(self.injection, self.learnable, self.optimizer)
-        require_space(run.path, needed, what="one checkpoint of this run")
+        self._require_space()
+
+    def _trained(self) -> dict[str, Tensor]:
+        """Backbone parameters that are not what the backbone was built with, by name."""
+        learn = {entry.name for entry in self.learnable if entry.role == "backbone"}
+        return {name: value for name, value in self.model.named_parameters() if name in learn | self.inherited}
+
+    def _require_space(self) -> None:
+        needed = content_bytes(self.injection, self._trained(), self.optimizer)
+        require_space(self.directory.path, needed, what="one checkpoint of this run")
 
     # --- the run ---
 
@@ -329,7 +361,7 @@ class Trainer:
             write_content(
                 folder,
                 self.injection,
-                self.learnable,
+                self._trained(),
                 self.optimizer,
                 self.states if self.config.ttt.persistent_states else None,
                 backbone=backbone_identity(self.backbone, self.config.backbone),
@@ -358,6 +390,8 @@ class Trainer:
             persistent=self.config.ttt.persistent_states,
             device=self.device,
         )
+        self.inherited = frozenset(trained_backbone(read_info(checkpoint.path)))
+        self._require_space()
         self.done = checkpoint.step
         self.saved = (checkpoint.step, checkpoint.path)
         self.seconds = float(checkpoint.state["seconds"])
@@ -400,6 +434,13 @@ class Trainer:
             + (f", resumed after step {self.done} of {config.train.max_steps}" if self.done else ""),
         ):
             say(self.console, text)
+        if self.start is not None:
+            along = sum(math.prod(facts.shape) for facts in trained_backbone(self.start).values())
+            say(
+                self.console,
+                f"starts from {self.start.path}"
+                + (f", {along:,} parameters of the backbone included" if along else ""),
+            )
         if self.dataset.notice:
             say(self.console, self.dataset.notice)
 

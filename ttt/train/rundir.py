@@ -7,7 +7,8 @@
     summary.json          how it ended, and which checkpoint is the last: `final_checkpoint`
     checkpoints/step_000100/
         adapter_model.safetensors, adapter_config.json    the TTT layers, complete in themselves
-        backbone_model.safetensors     the unfrozen backbone parameters, where `trainable` is not `ttt`
+        backbone_model.safetensors     the backbone parameters that learn, and those that learned in what the run
+                                       started from (`train.init_from`)
         optimizer.safetensors          moments, step counts, float32 masters
         carried_states.safetensors     fast weights of each row, where `persistent_states`
         trainer_state.json             steps done, and the name and size of every file above
@@ -247,7 +248,7 @@ class RunDir:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NestedCheckpointWarning)  # the config at hand is warned of already
-            stored = load_config(self / CONFIG, backbone=backbone).config
+            stored = load_config(self / CONFIG, backbone=backbone, resuming=True).config
         differences = config_differences(stored, config)
         if differences:
             listed = "; ".join(

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ttt.config.diagnostics import Finding, Severity
 from ttt.config.recordings import Recordings
-from ttt.config.rules.rule import FACTS, Context, rule
+from ttt.config.rules.rule import FACTS, NEEDED, Context, rule
+from ttt.config.schema import select_layers
+from ttt.errors import EnvironmentProblem
 
 
 @rule("data.train_data", "data.eval_data")
@@ -134,6 +136,47 @@ def recordings_fill_windows(context: Context) -> Iterator[Finding]:
             )
 
 
+@rule("train.init_from")
+def start_can_be_read(context: Context) -> Iterator[Finding]:
+    """What a run starts from is there, complete, and an adapter."""
+    start, written = context.start, context.config.train.init_from
+    if not isinstance(start, EnvironmentProblem) or written is None:
+        return
+    there = _exists(written)
+    where = "" if there or Path(written).is_absolute() else f" (relative paths are read from {Path.cwd()})"
+    yield Finding(
+        code="TTT509",
+        severity=Severity.ERROR,
+        path="train.init_from",
+        message=f"nothing can be started from {written!r}: {start}{where}",
+        fix="write the folder of a run with a complete checkpoint, or of an adapter; or null to start anew",
+        value=written,
+    )
+
+
+@rule("train.init_from", "backbone", "ttt", FACTS, NEEDED)
+def start_fits(context: Context) -> Iterator[Finding]:
+    """What a run starts from belongs to the same backbone and layers."""
+    start = context.start
+    if start is None or isinstance(start, EnvironmentProblem):
+        return
+    from ttt.adapter_file import backbone_identity, start_differences
+
+    config, backbone = context.config, context.backbone
+    layers = select_layers(config.ttt.layers, context.facts.num_layers)
+    identity = backbone_identity(backbone, config.backbone)
+    differences = start_differences(start, config.ttt, backbone=identity, layers=layers)
+    if differences:
+        yield Finding(
+            code="TTT510",
+            severity=Severity.ERROR,
+            path="train.init_from",
+            message=f"{config.train.init_from!r} belongs to something else: {'; '.join(differences)}",
+            fix="write these as they are in the file, or another init_from",
+            value=len(differences),
+        )
+
+
 def _share(places: Sequence[str], lines: Recordings) -> str:
     count = f"{len(places)} of {lines.count}" + ("" if lines.complete else " (the first that were read)")
     return f"{count} lines {'is' if len(places) == 1 else 'are'}"
@@ -143,4 +186,12 @@ def _first_few(places: Sequence[str]) -> str:
     return ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
 
 
-RULES = (files_exist, measures_unseen_data, evaluates, lines_can_be_read, recordings_fill_windows)
+RULES = (
+    files_exist,
+    measures_unseen_data,
+    evaluates,
+    lines_can_be_read,
+    recordings_fill_windows,
+    start_can_be_read,
+    start_fits,
+)

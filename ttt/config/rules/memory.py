@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ttt.config.diagnostics import Finding, Severity
-from ttt.config.estimate import Estimate, estimate, show_bytes
+from ttt.config.estimate import Estimate, bytes_of, estimate, show_bytes
 from ttt.config.rules.rule import NEEDS, Context, rule
+from ttt.errors import EnvironmentProblem
 
 _NVIDIA = Path("/proc/driver/nvidia/version")
 
@@ -146,19 +148,20 @@ def _way_out(context: Context, memory: int) -> str:
     return f"write {', or '.join(ways[:3])}"
 
 
-@rule(*NEEDS, "run_dir")
+@rule(*NEEDS, "run_dir", "backbone.name")
 def checkpoints_fit_on_the_disk(context: Context) -> Iterator[Finding]:
     """The disk holds the checkpoints that are kept."""
     needs, train, free = context.needs, context.config.train, _free(context.config.run_dir)
+    checkpoint = needs.checkpoint_bytes + _inherited_bytes(context)
     # Where the backbone learns, too, and says not how large it is, there is nothing to compare.
     if free is None or (train.trainable != "ttt" and not needs.complete):
         return
     made = 1 + (-(-train.max_steps // train.ckpt_freq) - 1 if train.ckpt_freq else 0)
     kept = made if train.ckpt_keep is None else min(made, train.ckpt_keep + 1)  # the next is there before one goes
-    all_of_them = needs.checkpoint_bytes * kept
+    all_of_them = checkpoint * kept
     if all_of_them <= free:
         return
-    one = needs.checkpoint_bytes > free
+    one = checkpoint > free
     number = "one checkpoint takes" if one else f"{kept} checkpoints take"
     more: dict[str, Any] = (
         {"code": "TTT403", "severity": Severity.ERROR, "path": context.first_written("run_dir", "train.trainable")}
@@ -172,17 +175,33 @@ def checkpoints_fit_on_the_disk(context: Context) -> Iterator[Finding]:
     yield Finding(
         **more,
         message=(
-            f"{number} {show_bytes(needs.checkpoint_bytes if one else all_of_them)} on disk (the adapter alone "
+            f"{number} {show_bytes(checkpoint if one else all_of_them)} on disk (the adapter alone "
             f"{show_bytes(needs.adapter_bytes)}), and {show_bytes(free)} are free where run_dir is: the run will stop "
             f"when it saves"
         ),
         fix=(
             "write a run_dir on a larger disk" + ("" if train.trainable == "ttt" else ", or trainable: ttt")
             if one
-            else f"write ckpt_keep: {max(free // max(needs.checkpoint_bytes, 1) - 1, 1)}, or a run_dir on a larger disk"
+            else f"write ckpt_keep: {max(free // max(checkpoint, 1) - 1, 1)}, or a run_dir on a larger disk"
         ),
-        value=needs.checkpoint_bytes if one else all_of_them,
+        value=checkpoint if one else all_of_them,
     )
+
+
+def _inherited_bytes(context: Context) -> int:
+    """Of backbone parameters that learned before this run and are frozen in it: its checkpoints hold them too."""
+    start, train = context.start, context.config.train
+    if start is None or isinstance(start, EnvironmentProblem):
+        return 0
+    from ttt.adapter_file import trained_backbone
+
+    def learns(name: str) -> bool:
+        if not train.backbone_lr_multiplier:
+            return False
+        return train.trainable == "all" or (train.trainable != "ttt" and context.backbone.is_attention(name))
+
+    frozen = [facts.shape for name, facts in trained_backbone(start).items() if not learns(name)]
+    return sum(map(math.prod, frozen)) * bytes_of(train.param_dtype)
 
 
 def _free(run_dir: str | None) -> int | None:

@@ -56,7 +56,7 @@ def _reach(context: Context) -> float:
 def gates_open(context: Context) -> Iterator[Finding]:
     """A gate that starts closed can open within the run."""
     alpha, train = context.config.ttt.initial_gating_alpha, context.config.train
-    if context.config.ttt.layers in ("none", ()):
+    if context.config.ttt.layers in ("none", ()) or train.init_from is not None:  # then they start where it ended
         return
     if alpha == 0 and train.alpha_lr_multiplier == 0:
         yield Finding(

@@ -11,8 +11,10 @@ from ttt.config.diagnostics import Finding
 from ttt.config.estimate import Estimate, estimate
 from ttt.config.recordings import Recordings, read_recordings
 from ttt.config.schema import RunConfig
+from ttt.errors import EnvironmentProblem
 
 if TYPE_CHECKING:
+    from ttt.adapter_file import AdapterInfo
     from ttt.backbone import Backbone, BackboneFacts
 
 FACTS = "facts"
@@ -37,6 +39,8 @@ class Context:
     """Whether the user wrote a key, given dotted."""
     memory_bytes: int | None = None
     """Memory of the device that the run is for, where the caller knows it."""
+    resuming: bool = False
+    """Whether a run goes on, which does not read what it once started from again."""
     _recordings: dict[str, Recordings | None] = field(default_factory=dict)
 
     @property
@@ -74,6 +78,23 @@ class Context:
         if form is not None and key not in self._recordings:
             self._recordings[key] = read_recordings(getattr(self.config.data, key), beside=form.beside)
         return self._recordings.get(key)
+
+    @functools.cached_property
+    def start(self) -> AdapterInfo | EnvironmentProblem | None:
+        """What `train.init_from` names, or why it cannot be read; None where the run starts from nothing."""
+        path = self.config.train.init_from
+        if path is None or self.resuming:
+            return None
+        from ttt.adapter_file import read_info, trained_backbone
+
+        try:
+            info = read_info(path)
+            trained_backbone(info)
+        except EnvironmentProblem as problem:
+            return problem
+        except (OSError, ValueError) as error:  # a name that no file can have
+            return EnvironmentProblem(f"{path}: {getattr(error, 'strerror', None) or error}")
+        return info
 
     def first_written(self, *keys: str) -> str:
         """The first of the keys that the user wrote, to put a finding at; the first of all where none is."""
