@@ -78,7 +78,7 @@ _NOT_HERE = {
     "eval.vae_checkpoint_path": "a folder in diffusers' layout holds the VAE too; backbone.pretrained names it",
     "eval.t5_model_dir": "a folder in diffusers' layout holds T5 too; backbone.pretrained names it",
     "guider.scale": "give it to `ttt sample --guidance-scale`",
-    "guider.exp": "guidance grows with diffusers' own schedule of CogVideoX",
+    "guider.exp": "guidance has the exponent 5, as published",
     "guider.num_steps": "nothing read it there; give the steps to `ttt sample --steps`",
     "denoiser": "diffusers' scheduler has it: the scheduler folder beside the transformer",
     "discretization": "diffusers' scheduler has it: the scheduler folder beside the transformer",

@@ -490,5 +490,7 @@ def _report(
         f"({published}).",
         f"A config names it with backbone.pretrained: {out} and train.init_from: {out / ADAPTER}; for sampling and "
         f"`ttt precompute`, put vae, text_encoder, tokenizer and scheduler of CogVideoX-5b beside {TRANSFORMER}.",
+        f"{PROGRAM}'s configs leave latents as the VAE gives them (model.scale_factor: 1.0): unless yours did not, "
+        f"write scaling_factor: 1.0 into {out / 'vae' / 'config.json'}, where CogVideoX-5b has 0.7.",
     ):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
