@@ -53,7 +53,7 @@ def test_pieces_of_a_video_are_the_whole(codec: DemoCodec) -> None:
 
 
 def test_what_decoding_makes_is_coded_as_it_was(codec: DemoCodec) -> None:
-    """The basis is orthonormal, so that decoding is its right inverse but for the first frame, of which four are one."""
+    """The basis is orthonormal, so decoding is its right inverse, but for the first frame, which is the mean of four."""
     latents = torch.randn(1, 4, 16, 2, 3, generator=torch.Generator().manual_seed(1))
     video = codec.decode(latents)
     assert video.shape == (1, 13, 3, 16, 24)
