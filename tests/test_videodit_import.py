@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from ttt.config import Severity, check_config
 from ttt.config.importing import ImportedConfig, render_account, write_imported
@@ -135,10 +137,11 @@ def imported(text: str, file: str = "old.toml") -> ImportedConfig:
 
 
 def resolved(text: str) -> dict[str, Any]:
-    """The new config, every key written out; it has no errors."""
+    """The new config, every key written out; it lacks data, which the user must name, and nothing else."""
     checked = check_config("new.yaml", text=write_imported(imported(text), origin="old.toml"))
     assert checked.config is not None, checked.findings
-    assert not [finding for finding in checked.findings if finding.severity is Severity.ERROR], checked.findings
+    errors = {finding.code for finding in checked.findings if finding.severity is Severity.ERROR}
+    assert errors <= {"VDT508"}, checked.findings
     return checked.config.model_dump(mode="json")
 
 
@@ -213,6 +216,30 @@ def test_the_curriculum_lacks_its_data_alone(seconds: int, tmp_path: Path, monke
     assert troubles <= places
     # The lengths of text are those with which no mini-batch is padded.
     assert "TTT306" not in {finding.code for finding in findings}
+
+
+def test_a_stage_with_its_data_is_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("data")
+    folder.mkdir()
+    frames, rows = 13, np.zeros((13, 16, 60, 90), np.float16)
+    latents = {"mean": rows, "std": rows, "start_mean": rows[:1], "start_std": rows[:1]}
+    save_file(latents, folder / "a.safetensors")
+    save_file({"text": np.zeros((TEXT[3], 4096), np.float16)}, folder / "text.safetensors")
+    line = {
+        "video": "a.mp4",
+        "start_sec": 0,
+        "latents": "a.safetensors",
+        **{"frames": frames, "height": 480, "width": 720, "text_length": TEXT[3]},
+        "segments": [{"caption": "waves", "text": "text.safetensors"}],
+    }
+    (folder / "3s.jsonl").write_text(json.dumps(line) + "\n")
+    (folder / "held_out.jsonl").write_text(json.dumps(line) + "\n")
+    text = VideoDiTBackbone().presets()["3s"]
+    overrides = ["data.videos=null", "data.eval_data=data/held_out.jsonl"]
+    findings = check_config("x.yaml", text=text, overrides=overrides).findings
+    assert {finding.code for finding in findings} == {"TTT202"}  # what the published nesting costs
+    assert findings[0].severity is Severity.NOTE
 
 
 # --- key by key ---
@@ -364,9 +391,10 @@ def test_placeholders_stand_for_nothing() -> None:
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     Path("63s.toml").write_text(toml(training(63)))
-    assert main(["import-config", "63s.toml", "--out", "63s.yaml"]) == 0
+    assert main(["import-config", "63s.toml", "--out", "63s.yaml"]) == 1  # its data must be made and named
     out, err = capsys.readouterr()
     assert err == ""
+    assert out.count(" error ") == out.count("error VDT508") == 1
     assert out.startswith("63s.toml (TTT-Video)  →  63s.yaml\n")
     assert re.search(r"^  remat\.forward_ssm → backbone\.remat_forward_ttt: true$", out, re.MULTILINE)
     assert re.search(r"^  parallelism\.tp_sharding +a run uses one device$", out, re.MULTILINE)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from ttt.adapter_file import backbone_identity, load_adapter, read_info
 from ttt.errors import EnvironmentProblem, TTTError, UsageError
+from ttt_cli.main import main
 from ttt_videodit import weights
 from ttt_videodit.model import VideoDiT, build, sites
 from ttt_videodit.plugin import VideoDiTBackbone, VideoDiTOptions
@@ -486,6 +487,22 @@ def test_a_distributed_checkpoint_is_refused_with_the_command_that_helps(tmp_pat
     dcp_to_torch_save(tmp_path / "step_5000", tmp_path / "step_5000.pt")
     import_weights(tmp_path / "step_5000.pt", tmp_path / "out", console=console)
     assert_converted(tmp_path / "out", state)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = small()
+    save(state, Path("step.pt"))
+    command = ["import-weights", "--backbone", "videodit", "step.pt", "--out", "converted"]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "  dit.final_layer.linear.bias → proj_out.bias\n" in out
+    assert "converted/transformer: 64 tensors, 49,344 parameters" in out
+    assert "write scaling_factor: 1.0 into converted/vae/config.json" in out
+    assert_converted(Path("converted"), state)
+    assert main(command) == 2
+    assert "converted: is already there" in capsys.readouterr().err
 
 
 # --- what does not fit ---

@@ -236,6 +236,12 @@ class VideoDiTBackbone(Backbone):
 
         precompute(config, console=console)
 
+    def import_weights(self, source: Path, out: Path, *, console: Console) -> Sequence[Path]:
+        """A checkpoint of TTT-Video: the transformer in diffusers' layout, and an adapter."""
+        from ttt_videodit.weights import import_weights
+
+        return import_weights(source, out, console=console)
+
     def sample(
         self, model: nn.Module, request: SampleRequest, config: RunConfig, *, console: Console
     ) -> Sequence[Path]:
