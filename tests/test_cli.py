@@ -21,6 +21,7 @@ from toy_config import DEMO
 from ttt import __version__
 from ttt.config import load_config
 from ttt.config.json_schema import EDITOR_LINE
+from ttt_cli.app import COMMANDS
 from ttt_cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +80,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"ttt {__version__}\n"
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("train", "init", "check", "diff", "import-config", "schema", "plugins", "info"):
+    for command in COMMANDS:
         assert re.search(rf"^  {command} +\S", text, re.MULTILINE)
         assert main([command, "--help"]) == 0
     assert max(map(len, text.splitlines())) <= 80

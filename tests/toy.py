@@ -13,14 +13,16 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import BeforeValidator, Field
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ttt.adapter import Gate, TTTAdapter
-from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput
+from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, SamplePlan, SampleRequest
 from ttt.config.schema import BackboneOptions, DataOptions, RunConfig, TTTConfig
-from ttt.errors import EnvironmentProblem
+from ttt.errors import EnvironmentProblem, UsageError
+from ttt.files import read_tensors, write_tensors, write_text
 from ttt.inject import Site
 from ttt.layer import TTTLayer
 from ttt.ops.rotary import rotary_angles
@@ -403,6 +405,68 @@ class TwoWayToy(ToyBackbone):
         assert isinstance(options, TwoWayOptions)
         kept = {name: getattr(options, name) for name in ("recompute_forward", "recompute_reverse")}
         return self.tiny().model_copy(update=kept)
+
+
+# --- the same with everything that a plugin may have ---
+
+
+class MakingToy(ToyBackbone):
+    """The toy that makes its data, samples, and reads weights of a program that calls the same things otherwise."""
+
+    def plan_sample(self, config: RunConfig, *, seconds: float, out: Path) -> SamplePlan:
+        if seconds % 2 or out.suffix != ".txt":
+            raise UsageError("the toy samples segments of 2 s into a .txt")
+        return SamplePlan(int(seconds // 2), (out, out.with_suffix(".log")))
+
+    def sample(
+        self, model: nn.Module, request: SampleRequest, config: RunConfig, *, console: Console
+    ) -> Sequence[Path]:
+        """For each segment, tokens drawn one by one after those of its prompt, guided away from the other's."""
+        assert isinstance(model, ToyModel)
+        negative = request.negative_prompts or ("-",) * len(request.prompts)
+        lines = []
+        for prompt, avoided in zip(request.prompts, negative, strict=True):
+            read = [self._tokens(model, text or "-") for text in (prompt, avoided)]
+            for _ in range(request.steps):
+                wanted, unwanted = (model(tokens)[:, -1] for tokens in read)
+                logits = unwanted + request.guidance_scale * (wanted - unwanted)
+                token = torch.multinomial(logits.softmax(-1), 1)
+                read = [torch.cat([tokens, token], 1) for tokens in read]
+            lines.append(" ".join(map(str, read[0][0, -request.steps :].tolist())))
+        files = self.plan_sample(config, seconds=request.seconds, out=request.out).files
+        write_text(files[0], "\n".join(lines) + "\n")
+        write_text(files[1], f"{request}\n")
+        return files
+
+    def _tokens(self, model: ToyModel, text: str) -> Tensor:
+        return torch.tensor([[ord(letter) % model.embedding.num_embeddings for letter in text]])
+
+    def precompute(self, config: RunConfig, *, console: Console) -> None:
+        """Write the synthetic streams to `data.train_data`."""
+        options, data = config.backbone, config.data
+        assert isinstance(options, ToyOptions)
+        assert isinstance(data, ToyData)
+        if data.train_data is None:
+            raise UsageError("data.train_data: says where the data go; write a file")
+        streams = [
+            motif_stream(windows * data.window + 1, options.vocabulary, seed=number)
+            for number, windows in enumerate(data.windows_of_files)
+        ]
+        write_text(Path(data.train_data), "".join(" ".join(map(str, s.tolist())) + "\n" for s in streams))
+        console.print(f"{len(streams)} streams")
+
+    def import_weights(self, source: Path, out: Path, *, console: Console) -> Sequence[Path]:
+        """Tensors named `net.NAME` become `NAME`."""
+        tensors = read_tensors(source)
+        strange = [name for name in tensors if not name.startswith("net.")]
+        if strange:
+            raise UsageError(f"{source}: tensor {strange[0]}: not of the toy")
+        for name in tensors:
+            console.print(f"{name} -> {name.removeprefix('net.')}")
+        out.mkdir(parents=True)
+        named = {name.removeprefix("net."): tensor for name, tensor in tensors.items()}
+        write_tensors(out / "model.safetensors", named, {})
+        return [out / "model.safetensors"]
 
 
 def motif_stream(length: int, vocabulary: int, *, seed: int) -> Tensor:

@@ -253,24 +253,25 @@ def trained_backbone(info: AdapterInfo) -> Mapping[str, TensorFacts]:
     return header.tensors
 
 
-def start_differences(
-    info: AdapterInfo, ttt: TTTConfig, *, backbone: Mapping[str, Any], layers: Sequence[int]
+def config_differences(
+    info: AdapterInfo, ttt: TTTConfig, *, backbone: Mapping[str, Any], layers: Sequence[int], as_start: bool = False
 ) -> list[str]:
-    """What keeps a run from starting from an adapter, as far as settings say; needs no torch.
+    """What keeps an adapter from being loaded into a config's model, as far as settings say; needs no torch.
 
     Args:
         info: of the adapter.
-        ttt: the run's settings.
+        ttt: the config's settings.
         backbone: name and options of its backbone, as `backbone_identity` gives them.
         layers: its TTT layers.
+        as_start: as in `load_adapter`.
 
     Returns:
-        A sentence for each difference that matters; none where the adapter's tensors fit.
+        A sentence for each difference that matters; none where it can be loaded, if its tensors are what it says.
     """
     before, here = sorted(site.layer for site in info.sites), sorted(layers)
     return [
         *_option_differences(info.backbone, backbone),
-        *_setting_differences(info.ttt, ttt, _FREE_AT_START),
+        *_setting_differences(info.ttt, ttt, _FREE_AT_START if as_start else _FREE_SETTINGS),
         *([] if before == here else [_difference("ttt.layers", before, here)]),
     ]
 

@@ -13,10 +13,13 @@ from ttt_cli.outcome import exit_code_of
 
 COMMANDS = {
     "train": "ttt_cli.train:train",
+    "sample": "ttt_cli.sample:sample",
     "init": "ttt_cli.init:init",
     "check": "ttt_cli.check:check",
     "diff": "ttt_cli.diff:diff",
     "import-config": "ttt_cli.import_config:import_config",
+    "import-weights": "ttt_cli.import_weights:import_weights",
+    "precompute": "ttt_cli.precompute:precompute",
     "schema": "ttt_cli.schema:schema",
     "plugins": "ttt_cli.plugins:plugins",
     "info": "ttt_cli.info:info",

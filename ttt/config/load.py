@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from ttt.config.spelling import nearest
 from ttt.config.validation import Validated, validate
 from ttt.errors import ConfigEnvironmentError, ConfigError
 
+_OF_TRAINING = re.compile("[A-Z]+[24567][0-9]{2}")
+"""Codes about what a training run alone needs: recomputation, memory and disk, data, the machine, the optimiser."""
 _SECTIONS = tuple(name for name in RunConfig.model_fields if name != "run_dir")
 _OF_THE_INNER_MODEL = ("mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims", "base_lr")
 
@@ -93,8 +96,11 @@ def load_config(
     overrides: Sequence[str] = (),
     memory: int | None = None,
     resuming: bool = False,
+    training: bool = True,
 ) -> LoadedConfig:
-    """`check_config` for a config that is to be run; the arguments are the same.
+    """`check_config` for a config that is to be run; the other arguments are the same.
+
+    Where it is not to be trained (`training` false), nothing is found about its data, memory, disk and optimiser.
 
     Raises:
         ConfigError: it cannot be run; the message lists every finding, each with its place, and `findings` has them.
@@ -104,6 +110,9 @@ def load_config(
         ValueError: neither `path` nor `text` is given.
     """
     checked = check_config(path, text=text, backbone=backbone, overrides=overrides, memory=memory, resuming=resuming)
+    if not training:
+        kept = tuple(finding for finding in checked.findings if not _OF_TRAINING.fullmatch(finding.code))
+        checked = replace(checked, findings=kept)
     errors = [finding for finding in checked.findings if finding.severity is Severity.ERROR]
     if errors:
         at_fault = all(blames_environment(finding) for finding in errors)

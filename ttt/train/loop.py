@@ -38,7 +38,7 @@ from ttt.train.passes import load_batch, reset_rows, seed_pass
 from ttt.train.pictures import draw_run
 from ttt.train.result import TrainResult, finished, write_summary
 from ttt.train.rundir import Checkpoint, RunDir
-from ttt.train.setup import build, choose_device, memory_errors, narrowed, order, threads
+from ttt.train.setup import build, choose_device, memory_errors, narrowed, order, threads, ways_to_less_memory
 
 _DRAW_SECONDS = 60.0
 """How old the pictures may be when a checkpoint is written."""
@@ -79,7 +79,7 @@ def train(
         run.require_unused()
         start = None if config.train.init_from is None else read_info(config.train.init_from)
     device = choose_device(config.train.device)
-    with memory_errors(config), threads(config.train.cpu_threads):
+    with memory_errors(ways_to_less_memory(config)), threads(config.train.cpu_threads):
         trainer = Trainer(config, backbone, device, run, console, start=start)
         if checkpoint is None:
             run.create(config)

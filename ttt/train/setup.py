@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from pydantic import ValidationError
@@ -95,18 +95,23 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def ways_to_less_memory(config: RunConfig) -> list[str]:
+    """What takes less memory in training than the config does."""
+    ways = ["a smaller train.batch_size (with more train.num_microbatches)", "shorter windows"]
+    if not config.train.gradient_checkpointing:
+        ways.append("train.gradient_checkpointing: true")
+    if config.train.param_dtype == "float32":
+        ways.append("train.param_dtype: bfloat16")
+    return ways
+
+
 @contextlib.contextmanager
-def memory_errors(config: RunConfig) -> Iterator[None]:
+def memory_errors(ways: Sequence[str]) -> Iterator[None]:
     """Turn running out of memory into a sentence that says what takes less."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
-        ways = ["a smaller train.batch_size (with more train.num_microbatches)", "shorter windows"]
-        if not config.train.gradient_checkpointing:
-            ways.append("train.gradient_checkpointing: true")
-        if config.train.param_dtype == "float32":
-            ways.append("train.param_dtype: bfloat16")
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EnvironmentProblem(f"out of memory: {first} What takes less: {', '.join(ways)}") from error

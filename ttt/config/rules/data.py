@@ -160,12 +160,12 @@ def start_fits(context: Context) -> Iterator[Finding]:
     start = context.start
     if start is None or isinstance(start, EnvironmentProblem):
         return
-    from ttt.adapter_file import backbone_identity, start_differences
+    from ttt.adapter_file import backbone_identity, config_differences
 
     config, backbone = context.config, context.backbone
     layers = select_layers(config.ttt.layers, context.facts.num_layers)
     identity = backbone_identity(backbone, config.backbone)
-    differences = start_differences(start, config.ttt, backbone=identity, layers=layers)
+    differences = config_differences(start, config.ttt, backbone=identity, layers=layers, as_start=True)
     if differences:
         yield Finding(
             code="TTT510",

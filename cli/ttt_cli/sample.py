@@ -1,0 +1,165 @@
+"""`ttt sample`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ttt_cli.options import Overrides
+
+if TYPE_CHECKING:
+    from ttt.backbone import SamplePlan
+    from ttt.prompts import Prompts
+
+
+def sample(
+    model: Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="A config file, or a run's folder.")],
+    seconds: Annotated[float, typer.Option("--seconds", help="How long the sample is.", show_default=False)],
+    out: Annotated[str, typer.Option("--out", metavar="FILE", help="Where the sample goes.", show_default=False)],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt", metavar="TEXT", help="What it shows: once for all, or once for each segment in order."
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE.json",
+            help='Instead of --prompt: a list of texts, or of {"text": …, "neg_text": …}, one for each segment.',
+        ),
+    ] = None,
+    negative_prompts: Annotated[
+        list[str] | None,
+        typer.Option("--negative-prompt", metavar="TEXT", help="What it avoids, likewise."),
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter",
+            metavar="PATH",
+            help="What was learned: an adapter or a run. [default: the run's last checkpoint]",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the sampler.")] = 50,
+    guidance_scale: Annotated[
+        float, typer.Option("--guidance-scale", help="How strictly it follows the prompts; 1 is without guidance.")
+    ] = 6.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=(1 << 63) - 1, help="Another seed, another sample.")] = 0,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+) -> None:
+    """Make a sample with what a run has learned.
+
+    A run's folder gives its config and its last complete checkpoint. A config alone gives the model as training would
+    start it.
+    """
+    from ttt.backbone import SampleRequest
+    from ttt.config import load_config
+    from ttt.errors import UsageError
+    from ttt.prompts import for_segments
+
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise UsageError(f"--seconds {seconds:g}: is no length; write one such as 9")
+    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise UsageError(f"--guidance-scale {guidance_scale:g}: must be a number of 0 or more; 1 is without guidance")
+    given = _given(prompts or [], prompt_file, negative_prompts or [])
+    config_file, learned, told = _find(Path(model), adapter)
+    loaded = load_config(config_file, overrides=overrides or [], training=False)
+    plan = loaded.backbone.plan_sample(loaded.config, seconds=seconds, out=Path(out))
+    chosen, spread = for_segments(given, count=plan.prompts, seconds=seconds)
+    _require_free(plan, overwrite=overwrite)
+
+    from rich.console import Console
+
+    from ttt.sample import sample as make
+    from ttt.train.metrics import say
+
+    console = Console()
+    start = loaded.config.train.init_from
+    if learned is None and start is not None:
+        told = f"{model}: no adapter: it samples what training would start from, {start}"
+    say(console, told)
+    if spread is not None:
+        say(console, spread)
+    request = SampleRequest(
+        prompts=chosen.prompts,
+        negative_prompts=chosen.negative,
+        seconds=seconds,
+        out=Path(out),
+        steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+    )
+    written = make(loaded.config, loaded.backbone, request, adapter=learned, console=console)
+    say(console, f"wrote {', '.join(map(str, written))}")
+
+
+def _given(prompts: list[str], prompt_file: str | None, negative: list[str]) -> Prompts:
+    """The prompts of the command line, or of the file.
+
+    Raises:
+        UsageError: there are none, or both.
+    """
+    from ttt.errors import UsageError
+    from ttt.prompts import Prompts, given_prompts, read_prompts
+
+    if prompt_file is None:
+        if not prompts:
+            raise UsageError("ttt sample: write what it shows: --prompt TEXT, or --prompts FILE.json")
+        return given_prompts(prompts, negative)
+    if prompts:
+        raise UsageError("ttt sample: --prompt and --prompts both say what it shows; leave one out")
+    read = read_prompts(prompt_file)
+    if negative and read.negative:
+        raise UsageError(f"ttt sample: --negative-prompt and the neg_text in {prompt_file} both say what it avoids")
+    return Prompts(read.prompts, read.negative or given_prompts((), negative).negative, read.source)
+
+
+def _find(path: Path, adapter: str | None) -> tuple[Path, Path | None, str]:
+    """The config of a model, what it has learned, and that in words.
+
+    Raises:
+        UsageError: a folder that is no run, or has nothing to sample yet.
+    """
+    from ttt.errors import UsageError
+    from ttt.train.rundir import CHECKPOINTS, CONFIG, RunDir
+
+    file, learned = path, None
+    if path.is_dir():
+        file = path / CONFIG
+        if not file.is_file():
+            raise UsageError(f"{path}: holds no run (no {CONFIG}); name a config or a run's folder")
+        if adapter is None:
+            checkpoint, passed_over = RunDir(path).latest()
+            if checkpoint is None:
+                detail = f" ({'; '.join(passed_over)})" if passed_over else ""
+                raise UsageError(
+                    f"{path}: has no complete checkpoint{detail}; name {file} to sample the model before training"
+                )
+            learned = checkpoint.path
+    if adapter is not None:
+        learned = Path(adapter)
+    if learned is not None:
+        return file, learned, f"{path}: with what was learned in {learned}"
+    run = f" (`ttt sample {path.parent}` samples the run)" if (path.parent / CHECKPOINTS).is_dir() else ""
+    return file, None, f"{path}: no adapter: it samples the untrained model{run}"
+
+
+def _require_free(plan: SamplePlan, *, overwrite: bool) -> None:
+    """Refuse to replace files unasked.
+
+    Raises:
+        UsageError: one is there, or is a folder.
+    """
+    from ttt.errors import UsageError
+
+    for file in plan.files:
+        if file.is_dir():
+            raise UsageError(f"{file}: a folder; name a file in it")
+        if file.exists() and not overwrite:
+            raise UsageError(f"{file}: is already there; name another --out, or replace it with --overwrite")
