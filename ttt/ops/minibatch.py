@@ -7,16 +7,20 @@ where.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ttt.ops.fused import fused_minibatch, fused_scan
 from ttt.ops.linear import linear_minibatch, linear_model
 from ttt.ops.mlp import mlp_minibatch, mlp_model
 from ttt.ops.norm import inner_loss
+from ttt.ops.reference import reference
 from ttt.ops.scan import scan
+from ttt.ops.select import Implementation, forced_implementation, implementation
 
 Weights = tuple[Tensor, ...]
 
@@ -65,18 +69,27 @@ def _minibatch(weights: Weights) -> Callable[..., tuple[Tensor, Weights]]:
     return linear_minibatch if len(weights) == 2 else mlp_minibatch
 
 
+def _chosen(weights: Weights, tokens: Tokens, mini_batches: int | None = None) -> Implementation:
+    q = tokens.q
+    widest = max(w.shape[-1] for w in weights)
+    return implementation(
+        device_type=q.device.type,
+        dtypes={x.dtype for x in (*tokens, *weights)},
+        mini_batches=mini_batches,
+        numbers=q.shape[0] * q.shape[1] * q.shape[-2] * widest,
+    )
+
+
 def _answer(
-    weights: Weights, gradients: Weights | None, tokens: Tokens, inner: Inner, scale_C1: Tensor
+    weights: Weights, gradients: Weights | None, tokens: Tokens, inner: Inner, scale_BC: Tensor
 ) -> tuple[Tensor, Weights]:
-    return _minibatch(weights)(
-        weights,
-        gradients,
-        *tokens,
-        inner.gamma_H1F,
-        inner.beta_H1F,
-        scale_C1,
-        causal=inner.causal,
-        eps=inner.eps,
+    """One mini-batch and the gradients that it sums, by step sizes `[B,C]` or `[1,C]`."""
+    norms = inner.gamma_H1F, inner.beta_H1F
+    if _chosen(weights, tokens) == "fused":
+        return fused_minibatch(weights, gradients, *tokens, *norms, scale_BC, causal=inner.causal, eps=inner.eps)
+    minibatch = _minibatch(weights)
+    return minibatch(
+        weights, gradients, *tokens, *norms, scale_BC[:, None, :, None], causal=inner.causal, eps=inner.eps
     )
 
 
@@ -91,11 +104,19 @@ def _scan_full(
     weights: Weights, cells: Tokens, inner: Inner, group_size: int, closed_NB: Tensor | None = None
 ) -> tuple[Tensor, Weights]:
     """Scan over mini-batches `[B,H,N,C,F]`; those rows that do not fill one leave it as it was (`closed_NB`)."""
-    eps, causal = inner.eps, inner.causal
+    eps, causal, scale_C = inner.eps, inner.causal, inner.scale_C
+    if _chosen(weights, cells, cells.q.shape[2]) == "fused":
+        last_NB = scale_C[-1:, None] if closed_NB is None else torch.where(closed_NB, scale_C[-1], 0)
+        norms = inner.gamma_H1F, inner.beta_H1F
+        z, weights = fused_scan(
+            weights, *cells, *norms, scale_C, last_NB, causal=causal, eps=eps, group_size=group_size
+        )
+        return z.flatten(2, 3), weights
+    minibatch = _minibatch(weights)
 
     def step(carry: Weights, x: dict[str, Any], gamma: Tensor, beta: Tensor, scale_C: Tensor) -> tuple[Weights, Tensor]:
-        inner = Inner(gamma, beta, scale_C, causal, eps)
-        z, gradients = _answer(carry, None, x["tokens"], inner, scale_C[:, None])
+        scale_C1 = scale_C[:, None]
+        z, gradients = minibatch(carry, None, *x["tokens"], gamma, beta, scale_C1, causal=causal, eps=eps)
         return _move(carry, gradients, scale_C[-1], x.get("closed")), z
 
     columns: dict[str, Any] = {"tokens": cells.map(lambda x: x.movedim(2, 0))}
@@ -127,17 +148,45 @@ def learn(tokens: Tokens, stream: Stream, inner: Inner, *, group_size: int) -> t
         `z [B,H,T,F]` and the state after the last token.
 
     Raises:
-        ValueError: a non-causal layer is given an open mini-batch.
+        ValueError: a non-causal layer is given an open mini-batch, or `TTT_OPS` asks for what cannot run.
     """
+    if not inner.causal and stream.count_B is not None:
+        raise ValueError("a non-causal mini-batch is never left open; this state comes from a causal layer")
+    if forced_implementation() == "reference":
+        return _learn_by_definition(tokens, stream, inner)
     if not inner.causal:
-        if stream.count_B is not None:
-            raise ValueError("a non-causal mini-batch is never left open; this state comes from a causal layer")
         return _learn_from_boundary(tokens, stream.weights, inner, group_size)
     if stream.gradients is None or stream.count_B is None:
         return _learn_from_boundary(tokens, stream.weights, inner, group_size)
     if tokens.q.shape[2] == 1:
         return _learn_one(tokens, stream.weights, stream.gradients, stream.count_B, inner)
     return _learn_from_anywhere(tokens, stream.weights, stream.gradients, stream.count_B, inner, group_size)
+
+
+def _learn_by_definition(tokens: Tokens, stream: Stream, inner: Inner) -> tuple[Tensor, Stream]:
+    """Token by token, for whoever doubts the rest."""
+    if tokens.q.is_meta:
+        raise ValueError("TTT_OPS=reference computes on real tensors, not on the device meta; unset it")
+    offset_C = inner.scale_C - 1 / torch.arange(1, inner.mini_batch_size + 1).to(inner.scale_C)
+    with contextlib.nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
+        z, weights, gradients, counts = reference(
+            *tokens[:3],
+            tokens.rate.squeeze(-1),
+            stream.weights,
+            inner.gamma_H1F.squeeze(1),
+            inner.beta_H1F.squeeze(1),
+            mini_batch_size=inner.mini_batch_size,
+            causal=inner.causal,
+            eps=inner.eps,
+            offset_C=offset_C if inner.causal else None,
+            gradients=stream.gradients,
+            count=None if stream.count_B is None else stream.count_B.tolist(),
+        )
+    if not torch.is_grad_enabled():
+        z, weights, gradients = z.detach(), *(tuple(x.detach() for x in group) for group in (weights, gradients))
+    if stream.count_B is None and not any(counts):
+        return z, Stream(weights)
+    return z, Stream(weights, gradients, torch.tensor(counts, device=z.device))
 
 
 def _learn_from_boundary(tokens: Tokens, weights: Weights, inner: Inner, group_size: int) -> tuple[Tensor, Stream]:
@@ -152,7 +201,7 @@ def _learn_from_boundary(tokens: Tokens, weights: Weights, inner: Inner, group_s
     if not rest:
         return parts[0], Stream(weights)
     z, gradients = _answer(
-        weights, None, tokens.map(lambda x: x[:, :, length - rest :]), inner, inner.scale_C[:rest, None]
+        weights, None, tokens.map(lambda x: x[:, :, length - rest :]), inner, inner.scale_C[None, :rest]
     )
     parts.append(z)
     if not inner.causal:
@@ -165,7 +214,7 @@ def _learn_one(
     tokens: Tokens, weights: Weights, gradients: Weights, count_B: Tensor, inner: Inner
 ) -> tuple[Tensor, Stream]:
     """One token for each row, wherever it stands in its mini-batch."""
-    scale = inner.scale_C[count_B][:, None, None, None]
+    scale = inner.scale_C[count_B][:, None]
     z, gradients = _answer(weights, gradients, tokens, inner, scale)
     count_B = count_B + 1
     closed = count_B == inner.mini_batch_size
@@ -189,7 +238,7 @@ def _learn_from_anywhere(
     full_B = (length - room_B).clamp_min(0) // size
 
     first = _gather_tokens(tokens, torch.where(slots < room_B[:, None], slots, length))
-    first_scale = inner.scale_C[(count_B[:, None] + slots).clamp_max(size - 1)][:, None, :, None]
+    first_scale = inner.scale_C[(count_B[:, None] + slots).clamp_max(size - 1)]
     z, first_gradients = _answer(weights, gradients, first, inner, first_scale)
     parts = [z]
     closed_B = room_B <= length
@@ -205,7 +254,7 @@ def _learn_from_anywhere(
 
     tail_B = room_B + full_B * size
     tail = _gather_tokens(tokens, tail_B[:, None] + slots)
-    z, tail_gradients = _answer(weights, None, tail, inner, inner.scale_C[:width, None])
+    z, tail_gradients = _answer(weights, None, tail, inner, inner.scale_C[None, :width])
     parts.append(z)
     open_gradients = tuple(
         torch.where(closed_B[:, None, None, None], t, f) for t, f in zip(tail_gradients, first_gradients, strict=True)
@@ -259,8 +308,7 @@ def trace(tokens: Tokens, stream: Stream, inner: Inner) -> InnerTrace:
     for start in range(0, tokens.q.shape[2], size):
         part = tokens.map(lambda x, start=start: x[:, :, start : start + size])  # type: ignore[misc]
         read = part.q.shape[2]
-        scale_C1 = inner.scale_C[:read, None]
-        _, gradients = _answer(weights, None, part, inner, scale_C1)
+        _, gradients = _answer(weights, None, part, inner, inner.scale_C[None, :read])
         moved = _move(weights, gradients, inner.scale_C[read - 1])
         for losses, at in ((before, weights), (after, moved)):
             z = model(at, part.k)
