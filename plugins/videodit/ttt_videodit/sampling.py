@@ -59,7 +59,7 @@ def sample(model: nn.Module, request: SampleRequest, config: RunConfig, *, conso
     device = next(model.parameters()).device
     dtype = model.get_parameter("patch_embed.proj.weight").dtype
     # Whatever is missing is missed before the first step. T5, larger than the transformer, is gone by then.
-    decode = _decoder(options, device=device, dtype=dtype)
+    decode = load_decoder(options, device=device, dtype=dtype)
     text, unconditional = _embeddings(request, options, data, device=device, dtype=dtype)
     height, width = (side // SPATIAL_COMPRESSION for side in pixels(options, data))
     frames = options.segments.frames(segments_in(round(request.seconds)))
@@ -187,8 +187,12 @@ def _embeddings(
     return text, encode(request.negative_prompts or ("",) * len(request.prompts))[None].to(device)
 
 
-def _decoder(options: VideoDiTOptions, *, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Frames]:
-    """What turns latents `[1,Fr,C,h,w]` into pixels, its weights loaded."""
+def load_decoder(options: VideoDiTOptions, *, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Frames]:
+    """What turns latents `[1,Fr,C,h,w]` into pixels: the VAE or the demo's codec, its weights loaded.
+
+    Raises:
+        EnvironmentProblem: they cannot be had.
+    """
     if options.preset == "demo":
         codec = DemoCodec.load(device=device)
         return lambda latents: to_pixels(codec.decode(latents)[0])

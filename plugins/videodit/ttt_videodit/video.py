@@ -18,12 +18,15 @@ from ttt.files import sync, temporary_beside, write_bytes, writing
 from ttt_videodit.geometry import FRAMES_PER_SECOND
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Frames = NDArray[np.uint8]
 """Frames of a video, `[F,H,W,3]`, red, green and blue from 0 to 255."""
 
-_INK, _FAINT = "#303030", "#808080"
+INK = "#303030"
+"""The colour of words in pictures."""
+_FAINT = "#808080"
 _QUALITY = "18"
 """x264's constant rate factor: hardly told from lossless."""
 
@@ -116,25 +119,31 @@ def contact_sheet(
     above_and_below = [0.22 * (heading.count("\n") + 1) + 0.3 for heading in headings]
     figure = new_figure(picture_width, len(prompts) * cell * height / width + sum(above_and_below) + 0.4)
     if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     rows = figure.subplots(len(prompts), 1, squeeze=False).flat
     # Segments begin at even distances, each at the frame that it shares with the one before.
     bounds = np.linspace(0, len(frames) - 1, len(prompts) + 1)
     for axes, heading, start, end in zip(rows, headings, bounds[:-1], bounds[1:], strict=True):
         chosen = np.linspace(start, end, columns, endpoint=False).round().astype(int)
-        gap = max(1, width // 40)
-        strip = np.full((height, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
-        for column, frame in enumerate(chosen):
-            left = column * (width + gap)
-            strip[:, left : left + width] = frames[frame]
-        axes.imshow(strip, interpolation="nearest" if cell * figure.dpi > width else "antialiased")
-        axes.set_title(heading, loc="left", fontsize=9, color=_INK)
-        centres = [column * (width + gap) + width / 2 for column in range(columns)]
+        centres = draw_strip(axes, frames[chosen], heading)
         axes.set_xticks(centres, [f"{frame / frames_per_second:.2f} s" for frame in chosen], fontsize=8, color=_FAINT)
-        axes.set_yticks([])
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
     return figure
+
+
+def draw_strip(axes: Axes, frames: Frames, heading: str) -> list[float]:
+    """Draw frames side by side under a heading; where their middles are on the x axis."""
+    count, height, width = frames.shape[:3]
+    step = width + max(1, width // 40)
+    strip = np.full((height, count * step - (step - width), 3), 255, dtype=np.uint8)
+    for place, frame in enumerate(frames):
+        strip[:, place * step : place * step + width] = frame
+    axes.imshow(strip)
+    axes.set_title(heading, loc="left", fontsize=9, color=INK)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return [place * step + width / 2 for place in range(count)]
 
 
 def _heading(number: int, prompt: str) -> str:
