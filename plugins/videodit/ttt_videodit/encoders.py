@@ -231,7 +231,11 @@ def load_vae(options: VideoDiTOptions, *, device: torch.device | str, dtype: tor
         from diffusers import AutoencoderKLCogVideoX
 
         vae: Any = AutoencoderKLCogVideoX.from_pretrained(
-            source, subfolder="vae", torch_dtype=dtype, use_safetensors=True
+            source,
+            subfolder="vae",
+            torch_dtype=dtype,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,  # which needs `accelerate`, for half a gigabyte
         )
     spatial = 2 ** (len(vae.config.block_out_channels) - 1)
     geometry = (vae.config.latent_channels, vae.config.temporal_compression_ratio, spatial)
