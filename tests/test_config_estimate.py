@@ -387,3 +387,34 @@ def test_a_training_step_stays_in_the_printed_range(settings: dict[str, Any]) ->
     held = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
     peak = held + _peak(step)
     assert needs.low <= peak <= needs.high, (needs.low, peak, needs.high, needs.parts)
+
+
+# --- autocast ---
+
+
+def test_autocast_adds_the_weights_as_they_were_cast() -> None:
+    """Backward keeps a bfloat16 copy of each matrix: what PyTorch saves, against the closed form."""
+    layers = nn.Sequential(*(nn.Linear(48, 48) for _ in range(5))).requires_grad_(False)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.bfloat16 and tensor.shape == (48, 48):
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    x = torch.randn(3, 48, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layers(x).sum().backward()
+    parameters = 5 * 48 * 48
+    facts = BackboneFacts(48, 4, 5, 100, "", parameters, parameters, layer_activation_bytes=9, head_activation_bytes=7)
+    config = _config(ttt={"layers": "all"})
+
+    def activations(**train: Any) -> int:
+        changed = config.train.model_copy(update=train)
+        return estimate(config.model_copy(update={"train": changed}), facts).parts["backbone activations"]
+
+    assert activations(autocast="bfloat16") - activations() == sum(kept.values()) == 2 * parameters
+    one_layer = activations(autocast="bfloat16", gradient_checkpointing=True) - activations(gradient_checkpointing=True)
+    assert one_layer == 2 * parameters // 5
+    half = {"param_dtype": "bfloat16"}
+    assert activations(autocast="bfloat16", **half) == activations(**half)

@@ -69,8 +69,10 @@ def test_every_code_is_explained_once() -> None:
 
 
 @pytest.mark.parametrize("code", EXPLANATIONS)
-def test_the_bad_config_triggers_its_code_alone(code: str, tmp_path: Path) -> None:
+def test_the_bad_config_triggers_its_code_alone(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EXPLANATIONS[code]
+    for variable in entry.environment:
+        monkeypatch.setenv(*variable.split("=", 1))
     _write(entry)
     with _installed(code, tmp_path):
         findings = _findings(entry.bad_bytes or entry.bad.encode(), entry.options)

@@ -166,12 +166,21 @@ CASES = [
         "nothing",
     ),
     Case("TTT702", ERROR, "ttt.layers", "ttt: {layers: []}", "ttt: {layers: [0]}", "nothing learns"),
+    Case(
+        "TTT706",
+        WARNING,
+        "train.autocast",
+        "train: {autocast: bfloat16, param_dtype: bfloat16}",
+        "train: {autocast: bfloat16}",
+        "spares nothing",
+    ),
     Case("TTT801", ERROR, "backbone.name", "backbone: {name: toys}", "backbone: {name: toy}", "no backbone 'toys'"),
 ]
 ELSEWHERE = {
     # where they are tested: with the reading of files, with other backbones, with overrides and with broken plugins
     **dict.fromkeys((*(f"TTT0{number:02}" for number in range(1, 14)), "TTT108"), "test_config_source.py"),
     **dict.fromkeys(("TTT107", "TTT802", "TTT803"), "test_config_load.py"),
+    "TTT602": "test_config_rules.py",  # with the environment of a launch, below
 }
 
 
@@ -266,6 +275,13 @@ def test_data_paths_that_no_system_has_are_missing_too() -> None:
 def test_a_run_dir_that_no_system_has_is_refused() -> None:
     (finding,) = _findings(f"run_dir: {'x' * 5000}")
     assert finding.code == "TTT601"
+
+
+@pytest.mark.parametrize(("size", "refused"), [("2", True), ("16", True), ("1", False), ("", False), ("two", False)])
+def test_a_distributed_launch_is_refused(size: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    found = [(finding.code, finding.value) for finding in _findings("run_dir: new/run")]
+    assert found == ([("TTT602", int(size))] if refused else [])
 
 
 def test_a_run_for_this_machines_cpu_is_held_against_its_memory() -> None:

@@ -227,6 +227,93 @@ def test_recomputation_changes_no_loss(tmp_path, group_size, checkpointing):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
 
+class Watched(ToyBackbone):
+    """Remembers in which types its layers multiplied."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def build(self, options, *, device, dtype):
+        model = super().build(options, device=device, dtype=dtype)
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda _, __, out, name=name: self.seen.add((name, out.dtype)))
+        return model
+
+    def dtypes(self):
+        return {dtype for _, dtype in self.seen}
+
+
+def test_autocast_multiplies_in_bfloat16_and_spares_ttt(tmp_path):
+    common = {"max_steps": 4, "batch_size": 3, "trainable": "all"}
+    plain, mixed = Watched(), Watched()
+    exact, _ = run(config(tmp_path / "float32", train=common), plain)
+    rounded, _ = run(config(tmp_path / "bfloat16", train={**common, "autocast": "bfloat16"}), mixed)
+    assert plain.dtypes() == {torch.float32}
+    assert mixed.dtypes() == {torch.bfloat16}  # while it trains and while it is evaluated
+    differences = [
+        abs(one["loss"] - other["loss"])
+        for one, other in zip(lines(tmp_path / "float32"), lines(tmp_path / "bfloat16"), strict=True)
+    ]
+    assert 0 < max(differences) < 0.05
+    for evaluated in ("loss", "loss_gates_closed"):
+        assert 0 < abs(getattr(exact.evaluation, evaluated) - getattr(rounded.evaluation, evaluated)) < 0.05
+    # parameters, moments and what TTT learns while it reads stay in float32
+    for file, content in tensors(rounded.checkpoint).items():
+        assert {tensor.dtype for tensor in content.values()} == {torch.float32}, file
+
+
+def test_the_gate_closed_control_of_autocast_is_the_plain_backbone_in_autocast(tmp_path):
+    settings = config(tmp_path, train={"max_steps": 2, "batch_size": 4, "autocast": "bfloat16"})
+    result, _ = run(settings)
+    backbone = ToyBackbone()
+    plain = backbone.build(settings.backbone, device="cpu", dtype=torch.float32)
+    dataset = backbone.dataset(settings, split="train", device="cpu")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        losses = [
+            backbone.loss(plain, dataset.collate([dataset[window + row] for row in range(4)]), settings).loss.item()
+            for window in range(0, len(dataset), 4)
+        ]
+    assert result.evaluation.loss_gates_closed == sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("group_size", [0, 2])
+def test_recomputation_in_autocast_changes_nothing(tmp_path, group_size):
+    """Bit for bit: what runs again runs in the types that it ran in before."""
+    runs = []
+    for checkpointing in (False, True):
+        settings = config(
+            tmp_path / str(checkpointing),
+            ttt={"mini_batch_size": 2, "scan_checkpoint_group_size": group_size},
+            train={"trainable": "all", "autocast": "bfloat16", "gradient_checkpointing": checkpointing},
+        )
+        runs.append(run(settings)[0])
+    assert lines(tmp_path / "False") == lines(tmp_path / "True")
+    assert_same_tensors(*(result.checkpoint for result in runs))
+
+
+def test_a_weight_used_under_no_grad_first_still_learns_in_autocast(tmp_path):
+    """PyTorch's cache of casts would hand on a cast without history (pytorch/pytorch, issue 112583)."""
+
+    class Twice(ToyBackbone):
+        def loss(self, model, batch, config):
+            with torch.no_grad():
+                super().loss(model, batch, config)
+            return super().loss(model, batch, config)
+
+    common = {"trainable": "all", "autocast": "bfloat16"}
+    once, _ = run(config(tmp_path / "once", train=common))
+    twice, _ = run(config(tmp_path / "twice", train=common), Twice())
+    assert_same_tensors(once.checkpoint, twice.checkpoint)
+
+
+def test_one_of_several_processes_is_refused_before_it_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(EnvironmentProblem, match=r"one of 4 processes of a distributed launch.*without torchrun"):
+        run(config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_carried_states_reach_the_next_window_and_stop_at_the_next_file(tmp_path):
     """The same windows in the same order, with and without carrying, differ just where a file goes on."""
     common = {"data": {"shuffle": False, "windows_of_files": (3, 2)}, "train": {"max_steps": 5, "lr": 1e-12}}
@@ -289,6 +376,9 @@ RESUMED = {
     },
     "everything learns, with dropout": {"backbone": {"dropout": 0.1}, "train": {"trainable": "all", "batch_size": 3}},
     "bfloat16": {"train": {"trainable": "ttt+attention", "param_dtype": "bfloat16", "batch_size": 3}},
+    "autocast": {
+        "train": {"trainable": "all", "autocast": "bfloat16", "gradient_checkpointing": True, "batch_size": 3}
+    },
     "mlp, recomputed": {
         "ttt": {"layer_type": "mlp", "mini_batch_size": 2, "scan_checkpoint_group_size": 2},
         "train": {"gradient_checkpointing": True},

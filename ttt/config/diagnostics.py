@@ -68,11 +68,13 @@ CODES: dict[str, str] = {
     "TTT509": "weights to start from that are not there",
     "TTT510": "weights to start from that belong to something else",
     "TTT601": "a run_dir that cannot be written",
+    "TTT602": "one run in several processes",
     "TTT701": "a warm-up longer than the run",
     "TTT702": "nothing that learns",
     "TTT703": "gates that can never open",
     "TTT704": "gates that hardly open within the run",
     "TTT705": "an inner learning rate outside the literature",
+    "TTT706": "autocast on parameters that need none",
     "TTT801": "unknown backbone",
     "TTT802": "a broken plugin",
     "TTT803": "a plugin that failed while it was asked",
@@ -87,7 +89,7 @@ CODES: dict[str, str] = {
 """Every code of the core, with its title."""
 
 ENVIRONMENT_CODES = frozenset(
-    {"TTT403", "TTT501", "TTT504", "TTT505", "TTT506", "TTT508", "TTT509", "TTT601", "TTT802", "TTT803"}
+    {"TTT403", "TTT501", "TTT504", "TTT505", "TTT506", "TTT508", "TTT509", "TTT601", "TTT602", "TTT802", "TTT803"}
 )
 """Codes that blame the machine that the config was read on, not the config."""
 

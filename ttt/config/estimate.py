@@ -325,4 +325,9 @@ def _backbone_activation_bytes(config: RunConfig, facts: BackboneFacts, layers: 
         per_token = reached * facts.dim * _BYTES[train.param_dtype] + facts.layer_activation_bytes
     else:
         per_token = reached * facts.layer_activation_bytes
-    return (per_token + facts.head_activation_bytes) * tokens * train.batch_size
+    casts = 0
+    if train.autocast not in ("none", train.param_dtype):
+        # Backward keeps the weights as they were cast: of all layers that it reaches, or of one at a time.
+        share = (1 if train.gradient_checkpointing else reached) / max(facts.num_layers, 1)
+        casts = _BYTES[train.autocast] * round(share * (facts.parameters or 0))
+    return (per_token + facts.head_activation_bytes) * tokens * train.batch_size + casts

@@ -112,7 +112,7 @@ def _sections(code: str, title: str, entry: Explanation | None) -> Iterator[str]
         return
     yield from _wrapped(entry.what)
     yield from ("", *_wrapped(entry.why))
-    yield from ("", f"bad:{_beside(entry.options)}", *_block(entry.bad))
+    yield from ("", f"bad:{_beside(entry.environment + entry.options)}", *_block(entry.bad))
     good_options = entry.options if entry.good_options is None else entry.good_options
     yield from ("", f"good:{_beside(good_options)}", *_block(entry.good))
     for name, content in _shown_files(entry):
@@ -151,7 +151,7 @@ def _markdown(code: str, title: str) -> str:
     files = "".join(f"`{name}`:\n\n{_fenced(text, 'json')}\n" for name, text in _shown_files(entry))
     return (
         f"### {code}: {title}\n\n*{entry.severity}.* {entry.what}\n\n{entry.why}\n\n"
-        f"Bad{_code_beside(entry.options)}:\n\n{_fenced(entry.bad, 'yaml')}\n"
+        f"Bad{_code_beside(entry.environment + entry.options)}:\n\n{_fenced(entry.bad, 'yaml')}\n"
         f"Good{_code_beside(good_options)}:\n\n{_fenced(entry.good, 'yaml')}\n"
         f"{files}Source: {entry.source}.\n"
     )

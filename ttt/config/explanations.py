@@ -44,6 +44,8 @@ class Explanation:
     options: tuple[str, ...] = ()
     """Options of `ttt check` that the bad config needs; the good one too, unless `good_options` says others."""
     good_options: tuple[str, ...] | None = None
+    environment: tuple[str, ...] = ()
+    """Variables of the process, `NAME=value`, with which the bad config is checked, and the good one without."""
     bad_bytes: bytes | None = None
     """The bad config itself, where `bad` can only describe it."""
     needs: str = ""
@@ -544,6 +546,19 @@ EXPLANATIONS: dict[str, Explanation] = {
         "the file system",
         files={"notes.txt": "a file\n"},
     ),
+    "TTT602": Explanation(
+        "error",
+        "A distributed launcher started this process and others like it, and each would train the same run.",
+        "Training is one process on one device. Several would write one folder, and share no gradient. Nothing wraps "
+        "the model in DistributedDataParallel for you: in every PyTorch up to 2.13 that fails with reentrant "
+        "checkpoints of a layer that runs more than once or has unused parameters (`Expected to mark a variable ready "
+        "only once`).",
+        _MOSHI + "run_dir: runs/first\n",
+        _MOSHI + "run_dir: runs/first\n",
+        "torchrun's documentation, Environment Variables; DistributedDataParallel's, on checkpoints; "
+        "github.com/pytorch/pytorch, issue 24005",
+        environment=("WORLD_SIZE=2",),
+    ),
     "TTT701": Explanation(
         "warning",
         "The run ends before its warm-up does.",
@@ -584,6 +599,19 @@ EXPLANATIONS: dict[str, Explanation] = {
         _MOSHI + "ttt: {base_lr: 10.0}\n",
         _MOSHI + "ttt: {base_lr: 0.5}\n",
         _LM + " and " + _VIDEO,
+    ),
+    "TTT706": Explanation(
+        "warning",
+        "Autocast is asked for, and the backbone's parameters are in its type already.",
+        "Mixed precision keeps float32 parameters and multiplies in bfloat16. Here nothing is left to spare, and what "
+        "the backbone computes in float32 on purpose would be rounded. With `gradient_checkpointing`, and groups of "
+        "the scan, autocast is safe here: it runs without PyTorch's cache of casts. With the cache, a weight that was "
+        "first used under `no_grad`, as in a reentrant checkpoint, gets no gradient (issues 112583 and 158232; pull "
+        "request 165068 of December 2025 mends it, and 2.13 has it), and a checkpoint may raise CheckpointError where "
+        "a weight was cast before (issue 141896 since 2.5, and 193338, both open in 2.13).",
+        _MOSHI + "train: {autocast: bfloat16, param_dtype: bfloat16}\n",
+        _MOSHI + "train: {autocast: bfloat16, param_dtype: float32}\n",
+        "PyTorch's documentation of torch.amp; github.com/pytorch/pytorch",
     ),
     "TTT801": Explanation(
         "error",

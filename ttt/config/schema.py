@@ -298,6 +298,8 @@ class TrainConfig(Section):
     """Activation checkpointing of the backbone's layers: every inner step runs forward once more."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the backbone's parameters; TTT weights and fast weights stay float32."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Mixed precision: products of the backbone's float32 matrices in bfloat16. TTT keeps to its tokens' type."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
     cpu_threads: Annotated[int, Field(ge=1)] | None = None

@@ -17,7 +17,7 @@ from ttt.config.schema import RunConfig
 from ttt.inject import Injection
 from ttt.state import TTTState
 from ttt.train.order import once
-from ttt.train.passes import load_batch, reset_rows, seed_pass
+from ttt.train.passes import load_batch, mixed_precision, reset_rows, seed_pass
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,15 @@ def evaluate(
             rows = len(reading.windows)
             states = reset_rows(injection, _first_rows(states, rows), reading.starts)
             seed_pass(config.train.seed, "eval", number)
-            with carried(injection, states) if persistent else contextlib.nullcontext() as carry:
+            with (
+                carried(injection, states) if persistent else contextlib.nullcontext() as carry,
+                mixed_precision(config.train, device),
+            ):
                 output = backbone.loss(model, batch, config)
             if carry is not None:
                 states = carry.states
             seed_pass(config.train.seed, "eval", number)
-            with gates_closed(model):
+            with gates_closed(model), mixed_precision(config.train, device):
                 closed = backbone.loss(model, batch, config)
             sums[0] += float(output.loss) * output.tokens
             sums[1] += float(closed.loss) * output.tokens

@@ -34,11 +34,20 @@ from ttt.train.interrupt import Interrupt
 from ttt.train.metrics import Display, MetricsFile, TensorBoard, duration_in_words, finite, peak_memory_bytes, say
 from ttt.train.optim import Optimizer, choose_learnable
 from ttt.train.order import Reading
-from ttt.train.passes import load_batch, reset_rows, seed_pass
+from ttt.train.passes import load_batch, mixed_precision, reset_rows, seed_pass
 from ttt.train.pictures import draw_run
 from ttt.train.result import TrainResult, finished, write_summary
 from ttt.train.rundir import Checkpoint, RunDir
-from ttt.train.setup import build, choose_device, memory_errors, narrowed, order, threads, ways_to_less_memory
+from ttt.train.setup import (
+    build,
+    choose_device,
+    memory_errors,
+    narrowed,
+    order,
+    require_one_process,
+    threads,
+    ways_to_less_memory,
+)
 
 _DRAW_SECONDS = 60.0
 """How old the pictures may be when a checkpoint is written."""
@@ -58,11 +67,13 @@ def train(
     Raises:
         ConfigError: the config cannot be honoured with this data and backbone.
         UsageError: the run directory is in use, or there is nothing to resume.
-        EnvironmentProblem: something is missing: a device, a file, memory, disk space.
+        EnvironmentProblem: something is missing, a device, a file, memory, disk space; or this is one of several
+            processes of a distributed launch.
         AdapterMismatchError: `train.init_from` belongs to something else; nothing was written.
         NonFiniteError: a loss or gradient was not finite; the weights are those before that step.
         InactiveLayerError: on the first step, a TTT layer was not reached, did not learn, or got no gradient.
     """
+    require_one_process()
     console = console or Console()
     config = narrowed(config, backbone)
     run = rundir.choose(config, resume=resume)
@@ -285,7 +296,8 @@ class Trainer:
         persistent = self.config.ttt.persistent_states
         # states are an input of a recomputation too, so backward runs while they are there
         with carried(self.injection, states) if persistent else contextlib.nullcontext() as carry:
-            output = self.backbone.loss(self.model, batch, self.config)
+            with mixed_precision(self.config.train, self.device):
+                output = self.backbone.loss(self.model, batch, self.config)
             loss = float(output.loss.detach())
             if not math.isfinite(loss):
                 raise NonFiniteError(self._not_finite("the loss", loss, [reading]))

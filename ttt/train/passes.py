@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ttt.backbone import Batch, WindowDataset
+from ttt.config.schema import TrainConfig
 from ttt.inject import Injection
 from ttt.state import TTTState
 
@@ -25,6 +27,19 @@ def seed_pass(seed: int, purpose: str, number: int) -> None:
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
     random.seed(int(words[0]) << 32 | int(words[1]))
     np.random.seed(int(words[0]))
+
+
+def mixed_precision(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The autocast that `train.autocast` asks for, around one forward pass; backward runs outside.
+
+    Without PyTorch's cache of casts. With it, a weight that is first used under `no_grad`, as in a reentrant
+    checkpoint, may get no gradient, and what is checkpointed may find a cast in its forward that its recomputation has
+    to make, which a checkpoint refuses (github.com/pytorch/pytorch, issues 112583, 158232, 141896 and 193338). So a
+    weight is cast each time that it is used: in a forward pass once, for most.
+    """
+    if config.autocast == "none":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 def load_batch(dataset: WindowDataset, windows: Sequence[int], device: torch.device) -> Batch:

@@ -13,6 +13,7 @@ from torch import nn
 from ttt import inject
 from ttt.adapter import TTTAdapter
 from ttt.backbone import Backbone, WindowDataset
+from ttt.config.rules.environment import processes_launched
 from ttt.config.schema import RunConfig
 from ttt.errors import ConfigError, EnvironmentProblem, NestedCheckpointWarning
 from ttt.inject import Injection
@@ -36,6 +37,20 @@ def choose_device(wanted: str) -> torch.device:
             f"CUDA build of PyTorch and its driver"
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def require_one_process() -> None:
+    """Refuse to be one of several: each would train the same, into the same folder.
+
+    Raises:
+        EnvironmentProblem: a distributed launcher started this process.
+    """
+    count = processes_launched()
+    if count > 1:
+        raise EnvironmentProblem(
+            f"WORLD_SIZE={count}: this is one of {count} processes of a distributed launch, and a run is one process "
+            f"on one device; start `ttt train` by itself, without torchrun or mpirun"
+        )
 
 
 def narrowed(config: RunConfig, backbone: Backbone) -> RunConfig:

@@ -37,4 +37,31 @@ def _cannot_be_written(path: str) -> str | None:
         return str(getattr(error, "strerror", None) or error)
 
 
-RULES = (run_dir_can_be_made,)
+def processes_launched() -> int:
+    """How many processes a distributed launcher started, of which this is one; 1 where none did.
+
+    Source: torchrun's documentation, "Environment Variables": `WORLD_SIZE`.
+    """
+    count = os.environ.get("WORLD_SIZE", "").strip()
+    return int(count) if count.isascii() and count.isdigit() and len(count) < 10 else 1
+
+
+@rule()
+def one_process(context: Context) -> Iterator[Finding]:
+    """Training is one process on one device; a distributed launch would start the same run several times."""
+    count = processes_launched()
+    if count > 1:
+        yield Finding(
+            code="TTT602",
+            severity=Severity.ERROR,
+            path="run_dir",
+            message=(
+                f"WORLD_SIZE={count}: this is one of {count} processes of a distributed launch, and a run is one "
+                f"process on one device: each would train the same, into the same folder"
+            ),
+            fix="start ttt by itself, without torchrun or mpirun; num_microbatches makes larger batches",
+            value=count,
+        )
+
+
+RULES = (run_dir_can_be_made, one_process)

@@ -108,4 +108,29 @@ def inner_rate_as_in_the_literature(context: Context) -> Iterator[Finding]:
     )
 
 
-RULES = (warms_up_in_time, something_learns, gates_open, inner_rate_as_in_the_literature)
+@rule("train.autocast", "train.param_dtype")
+def autocast_has_something_to_cast(context: Context) -> Iterator[Finding]:
+    """Autocast is for parameters in float32."""
+    train = context.config.train
+    if train.autocast != "none" and train.param_dtype == train.autocast:
+        yield Finding(
+            code="TTT706",
+            severity=Severity.WARNING,
+            path="train.autocast",
+            message=(
+                f"autocast: {train.autocast} on parameters in {train.param_dtype} spares nothing: all that is left to "
+                f"cast is what the backbone computes in float32 on purpose"
+            ),
+            fix="write autocast: none, or param_dtype: float32 for mixed precision",
+            value=train.autocast,
+            replacement="none",
+        )
+
+
+RULES = (
+    warms_up_in_time,
+    something_learns,
+    gates_open,
+    inner_rate_as_in_the_literature,
+    autocast_has_something_to_cast,
+)
