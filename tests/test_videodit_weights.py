@@ -28,9 +28,10 @@ from ttt_cli.main import main
 from ttt_videodit import weights
 from ttt_videodit.model import VideoDiT, build, sites
 from ttt_videodit.plugin import VideoDiTBackbone, VideoDiTOptions
+from ttt_videodit.plugin import sizes as sizes_of
 from ttt_videodit.weights import import_weights
 
-D, HEADS, BLOCKS, TEXT, CHANNELS, TIME = 32, 2, 2, 12, 4, 24
+D, HEADS, BLOCKS, TEXT, CHANNELS, TIME = 32, 2, 2, 12, 16, 24
 WIDTH = D // HEADS
 State = dict[str, Tensor]
 
@@ -498,11 +499,57 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     out, err = capsys.readouterr()
     assert err == ""
     assert "  dit.final_layer.linear.bias → proj_out.bias\n" in out
-    assert "converted/transformer: 64 tensors, 49,344 parameters" in out
+    assert "converted/transformer: 64 tensors, 52,464 parameters" in out
     assert "write scaling_factor: 1.0 into converted/vae/config.json" in out
     assert_converted(Path("converted"), state)
     assert main(command) == 2
     assert "converted: is already there" in capsys.readouterr().err
+
+
+def test_a_converted_checkpoint_trains_on_stage_by_stage(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    import_weights(save(small(), Path("step.pt")), Path("converted"), console=console)
+    generator = torch.Generator().manual_seed(0)
+    latents = {"mean": torch.randn(25, CHANNELS, 4, 4, generator=generator)}
+    latents["std"] = 0.1 * latents["mean"].abs()
+    latents |= {f"start_{name}": value[:2].clone() for name, value in latents.items()}
+    save_file(latents, "latents.safetensors")
+    save_file({"text": torch.randn(8, TEXT, generator=generator)}, "text.safetensors")
+    segment = {"caption": "waves", "text": "text.safetensors"}
+    sizes = {"frames": 25, "height": 32, "width": 32, "text_length": 8}
+    line = {"video": "a.mp4", "start_sec": 0, "latents": "latents.safetensors", **sizes, "segments": [segment] * 2}
+    Path("index.jsonl").write_text(json.dumps(line) + "\n")
+    Path("stage.yaml").write_text(
+        """
+        backbone: {name: videodit, preset: 5b, pretrained: converted}
+        ttt: {layer_type: mlp, mini_batch_size: 16}
+        data: {train_data: index.jsonl, duration_sec: 6, height: 32, width: 32, text_length: 8}
+        train: {init_from: converted/adapter, trainable: qkvo, max_steps: 1, param_dtype: bfloat16, cpu_threads: 1}
+        run_dir: runs/6s
+        """
+    )
+    assert main(["train", "stage.yaml"]) == 0
+    assert "TTT-mlp in layers 0, 1: 17,604; learning: 26,180" in capsys.readouterr().out
+    before = read_info("runs/6s")
+    again = ["train", "stage.yaml", "--set", "train.init_from=runs/6s", "--set", "run_dir=runs/next"]
+    assert main([*again, "--set", "backbone.remat_mlp=true"]) == 0
+    assert "8,576 parameters of the backbone included" in capsys.readouterr().out
+    assert read_info("runs/next").backbone_weights == before.backbone_weights  # the frozen part, the same
+
+
+def test_sizes_are_read_off_the_folder(tmp_path: Path, console: Console) -> None:
+    import_weights(save(small(), tmp_path / "step.pt"), tmp_path / "converted", console=console)
+    options = VideoDiTOptions(preset="5b", pretrained=str(tmp_path / "converted"))
+    assert sizes_of(options) == {"dim": D, "num_heads": HEADS, "num_layers": BLOCKS}
+    config = tmp_path / "converted" / "transformer" / "config.json"
+    config.write_text('{"num_layers": "two"}')
+    with pytest.raises(EnvironmentProblem, match=r"config\.json: its .* are 30, 64 and 'two'"):
+        sizes_of(options)
+    config.write_text("{}")
+    assert sizes_of(options) == {"dim": 1920, "num_heads": 30, "num_layers": 30}  # diffusers' defaults
+    assert sizes_of(VideoDiTOptions(preset="5b", pretrained="someone/else"))["dim"] == 3072
 
 
 # --- what does not fit ---

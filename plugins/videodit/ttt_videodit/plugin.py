@@ -11,6 +11,8 @@ from pydantic import Field, field_validator, model_validator
 
 from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, SamplePlan, SampleRequest, WindowDataset
 from ttt.config import BackboneOptions, DataOptions, RunConfig
+from ttt.errors import EnvironmentProblem
+from ttt.files import read_json
 from ttt.hookspecs import hookimpl
 from ttt_videodit.geometry import (
     PATCH_SIZE,
@@ -127,7 +129,7 @@ class VideoDiTData(DataOptions):
     width: Annotated[int, Field(ge=16)] | None = None
     """Width of the videos, pixels; null is 720 for 5b and 64 for the demo."""
     videos: str | None = None
-    """What `ttt precompute` makes `train_data` of: a `.jsonl` of `{"path": "a.mp4", "captions": ["…", …]}`, one per 3 s."""
+    """What `ttt precompute` makes `train_data` of: lines of `{"path": "a.mp4", "captions": ["…"]}`, one each 3 s."""
     eval_videos: str | None = None
     """What it makes `eval_data` of, in the same format."""
 
@@ -295,10 +297,29 @@ class VideoDiTBackbone(Backbone):
 
 
 def sizes(options: VideoDiTOptions) -> dict[str, int]:
-    """Width, heads and blocks that the options ask for."""
+    """Width, heads and blocks that the options ask for; those of a local folder are what its config.json says.
+
+    Raises:
+        EnvironmentProblem: that file cannot be read, or is none of a transformer.
+    """
     if options.preset == "demo":
         return {name: getattr(options, name) or default for name, default in DEMO.items()}
-    return COGVIDEOX_5B
+    folder = Path(options.pretrained or "")
+    files = [folder / "config.json", folder / "transformer" / "config.json"] if options.pretrained else []
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return COGVIDEOX_5B
+    written = read_json(file)
+    heads, width, layers = (
+        written.get(name, default)  # as diffusers fills in what a config.json leaves out
+        for name, default in (("num_attention_heads", 30), ("attention_head_dim", 64), ("num_layers", 30))
+    )
+    if not all(isinstance(size, int) and size > 0 for size in (heads, width, layers)):
+        raise EnvironmentProblem(
+            f"backbone.pretrained: {file}: its num_attention_heads, attention_head_dim and num_layers are "
+            f"{heads!r}, {width!r} and {layers!r}; name a folder with CogVideoX's transformer"
+        )
+    return {"dim": heads * width, "num_heads": heads, "num_layers": layers}
 
 
 def _checkpoints_around(options: VideoDiTOptions, gradient_checkpointing: bool) -> tuple[int, int]:
