@@ -27,7 +27,7 @@ def import_config(
     """Turn a config of another program into one of this project.
 
     Says for each key where it went or why it has no counterpart, and checks the result. What can be read is the
-    backbones' to say: ttt-moshi reads moshi-finetune's YAML.
+    backbones' to say: ttt-moshi reads moshi-finetune's YAML, ttt-videodit TTT-Video's TOML.
 
     Exit codes: 0 imported, 1 imported, but the result has errors, 2 nothing that a backbone reads, 3 a file that cannot
     be read or written.
