@@ -171,7 +171,7 @@ class VideoDiTBackbone(Backbone):
 
     def explanations(self) -> Mapping[str, Any]:
         """What the codes VDT5xx mean."""
-        from ttt_videodit.rules import explanations
+        from ttt_videodit.explanations import explanations
 
         return explanations()
 
