@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ttt.config import TTTConfig
 from ttt.config.schema import inner_widths
-from ttt.ops.minibatch import Inner, InnerTrace, Tokens, learn, trace
+from ttt.ops.minibatch import Inner, InnerTrace, Tokens, learn, learn_one_, trace
 from ttt.ops.norm import normalize_target, rms_norm
 from ttt.ops.rotary import apply_rotary, rotary_angles
 from ttt.state import TTTState, weight_names
@@ -102,6 +102,15 @@ class TTTLayer(nn.Module):
         weights = (getattr(self, name) for name in self.weight_names)
         return TTTState(tuple(w.to(dtype).expand(batch_size, *w.shape) for w in weights))
 
+    def streaming_state(self, batch_size: int, *, dtype: torch.dtype = torch.float32) -> TTTState:
+        """`initial_state` in memory of its own, open mini-batches written out: what `step_` writes to."""
+        with torch.no_grad():
+            state = self.initial_state(batch_size, dtype=dtype)
+            if self.config.causal and self.config.mini_batch_size > 1:
+                state = state.opened()
+            own = state.tensors().items()
+            return TTTState.from_tensors({name: x.clone(memory_format=torch.contiguous_format) for name, x in own})
+
     def reset(self, state: TTTState, rows: Tensor) -> TTTState:
         """The state with the rows `[B]` that are true starting over."""
         return self.initial_state(state.batch_size, dtype=state.weights[0].dtype).where(rows, state)
@@ -128,12 +137,45 @@ class TTTLayer(nn.Module):
             z_BHTF, stream = learn(
                 tokens, state.stream, self._inner(tokens.q.dtype), group_size=self.config.scan_checkpoint_group_size
             )
-            z = z_BHTF.transpose(1, 2).flatten(2)
-            z = F.layer_norm(
-                z, (self.dim,), self.post_norm.weight.to(z), self.post_norm.bias.to(z), eps=self.post_norm.eps
-            )
-            y = self._project("o_proj", z.to(x.dtype))
+            y = self._answer(z_BHTF, x.dtype)
         return y, TTTState.of(stream)
+
+    def step_(self, x: Tensor, state: TTTState, *, rows: Tensor | None = None, rotary: Rotary | None = None) -> Tensor:
+        """Read one token of each stream and write where the streams stand to `state` itself.
+
+        For streaming: nothing grows, and the state's tensors keep their addresses, as a CUDA graph asks for. Answers
+        and state are those of `forward`.
+
+        Args:
+            x: tokens `[B,1,D]`.
+            state: from `streaming_state`, or a copy of another; its values change.
+            rows: `[B]`, the streams that read their token; the others stand still. None is all of them.
+            rotary: as in `forward`.
+
+        Returns:
+            `y [B,1,D]` in the type of `x`; of no meaning in rows that stand still.
+
+        Raises:
+            RuntimeError: a gradient would be lost; call it under `torch.no_grad()`.
+            ValueError: the tokens or the state do not fit the layer, the update is not causal, or the state shares
+                its memory with the layer's parameters or between streams.
+        """
+        state = self._checked(x, state, rotary)
+        if x.shape[1] != 1:
+            raise ValueError(f"step_ reads one token of each stream, not {x.shape[1]}; forward reads more")
+        if not self.config.causal and self.config.mini_batch_size > 1:
+            raise ValueError("a layer that is not causal learns from whole mini-batches; it has no step_")
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state.weights, *self.parameters())):
+            raise RuntimeError("step_ writes to its state, and a gradient would be lost; call it under torch.no_grad()")
+        if state.gradients is None and self.config.mini_batch_size > 1:
+            raise ValueError("the state has no open mini-batch to write to; take one from streaming_state")
+        for name, weight in zip(self.weight_names, state.weights, strict=True):
+            own = getattr(self, name).untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
+            if not own or not weight.is_contiguous():
+                raise ValueError("the state shares its memory; take one from streaming_state, which step_ may write to")
+        with torch.no_grad(), no_autocast(x):
+            tokens = self._tokens(x, state, rotary)
+            return self._answer(learn_one_(tokens, state.stream, self._inner(tokens.q.dtype), rows), x.dtype)
 
     def trace(self, x: Tensor, state: TTTState | None = None, *, rotary: Rotary | None = None) -> InnerTrace:
         """The inner loss before and after the step of each mini-batch, `[N]` each; arguments as in `forward`."""
@@ -223,6 +265,13 @@ class TTTLayer(nn.Module):
         )
         rate_BHT1 = rate_BTH.sigmoid().transpose(1, 2).unsqueeze(-1) * (self.config.base_lr / self.head_width)
         return Tokens(q_BHTF, k_BHTF, target_BHTF, rate_BHT1)
+
+    def _answer(self, z_BHTF: Tensor, dtype: torch.dtype) -> Tensor:
+        """`W_o · LN(z)`, heads concatenated."""
+        z = z_BHTF.transpose(1, 2).flatten(2)
+        norm = self.post_norm
+        z = F.layer_norm(z, (self.dim,), norm.weight.to(z), norm.bias.to(z), eps=norm.eps)
+        return self._project("o_proj", z.to(dtype))
 
     def _minibatch_rotary(self, length: int, state: TTTState, dtype: torch.dtype) -> Rotary:
         positions = torch.arange(length, device=state.weights[0].device)

@@ -21,7 +21,10 @@ def weight_names(count: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class TTTState:
-    """Fast weights of B streams and their open mini-batches. Values do not change; a step gives a new state."""
+    """Fast weights of B streams and their open mini-batches.
+
+    Values do not change, a step gives a new state; `TTTLayer.step_` alone writes to the one that it is given.
+    """
 
     weights: Weights
     """What opened each stream's current mini-batch: `W1 [B,H,in,out]`, `b1 [B,H,1,out]`, `W2`, …"""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ttt.ops.fused import fused_minibatch, fused_scan
 from ttt.ops.linear import linear_minibatch, linear_model
-from ttt.ops.mlp import mlp_minibatch, mlp_model
-from ttt.ops.norm import inner_loss
+from ttt.ops.mlp import gelu, gelu_gradient, mlp_minibatch, mlp_model
+from ttt.ops.norm import inner_loss, inner_loss_gradient, layer_norm
 from ttt.ops.reference import reference
 from ttt.ops.scan import scan
 from ttt.ops.select import Implementation, forced_implementation, implementation
@@ -221,6 +221,69 @@ def _learn_one(
     weights = _move(weights, gradients, inner.scale_C[-1], closed)
     gradients = _zero_where(closed, gradients)
     return z, Stream(weights, gradients, torch.where(closed, 0, count_B))
+
+
+@torch.no_grad()
+def learn_one_(tokens: Tokens, stream: Stream, inner: Inner, rows_B: Tensor | None = None) -> Tensor:
+    """`learn` for one token of each row, written to the tensors of `stream`: streaming without growth.
+
+    The token's own gradient is summed before it is answered, so that the answer is `x (W − s_i G)` with nothing
+    added, and every update is one pass over what it changes. No gradient flows through it.
+
+    Args:
+        tokens: `[B,H,1,F]` and rates `[B,H,1,1]`.
+        stream: every tensor with memory of its own; gradients and count may be missing where C is 1.
+        inner: norms, step sizes, kind of update.
+        rows_B: rows that read their token; the others' state stays as it is, bit for bit. None is all of them.
+
+    Returns:
+        `z [B,H,1,F]`; what it holds in rows that read nothing is of no use.
+    """
+    weights, summed = stream.weights, stream.gradients
+    q, k, target, rate = tokens
+    depth = len(weights) // 2
+    read = None if rows_B is None else rows_B[:, None, None, None]
+    inputs, outputs = [k], []
+    for layer in range(depth):
+        outputs.append(inputs[layer] @ weights[2 * layer] + weights[2 * layer + 1])
+        if layer + 1 < depth:
+            inputs.append(gelu(outputs[layer]))
+    error = inner_loss_gradient(outputs[-1], target, inner.gamma_H1F, inner.beta_H1F, eps=inner.eps)
+    taught = [rate * error]
+    for layer in range(depth - 1, 0, -1):
+        error = error @ weights[2 * layer].mT * gelu_gradient(outputs[layer - 1])
+        taught.insert(0, rate * error)
+    if read is not None:  # both factors: a row that is paused may hold anything
+        inputs = [torch.where(read, x, 0) for x in inputs]
+        taught = [torch.where(read, u, 0) for u in taught]
+
+    if summed is None or stream.count_B is None:
+        scale = inner.scale_C[-1]
+        for layer in range(depth):
+            weights[2 * layer].addcmul_(inputs[layer].mT, taught[layer] * -scale)
+            weights[2 * layer + 1].sub_(taught[layer] * scale)
+    else:
+        for layer in range(depth):
+            summed[2 * layer].addcmul_(inputs[layer].mT, taught[layer])
+            summed[2 * layer + 1].add_(taught[layer])
+        scale = inner.scale_C[stream.count_B][:, None, None, None]
+    x = q
+    for layer in range(depth):
+        y = x @ weights[2 * layer] + weights[2 * layer + 1]
+        if summed is not None:
+            y = y - scale * (x @ summed[2 * layer] + summed[2 * layer + 1])
+        x = gelu(y) if layer + 1 < depth else y
+    z = q + layer_norm(x, inner.gamma_H1F, inner.beta_H1F, eps=inner.eps)
+
+    if summed is not None and stream.count_B is not None:
+        stream.count_B.add_(1 if rows_B is None else rows_B)
+        closed = stream.count_B == inner.mini_batch_size
+        taken = torch.where(closed, -inner.scale_C[-1], 0)[:, None, None, None]
+        for w, g in zip(weights, summed, strict=True):
+            w.addcmul_(g, taken)
+            g.masked_fill_(closed[:, None, None, None], 0)
+        stream.count_B.masked_fill_(closed, 0)
+    return z
 
 
 def _learn_from_anywhere(

@@ -166,15 +166,8 @@ class MoshiTTT(TTTAdapter, StreamingModule[TTTStreamingState]):
     def _init_streaming_state(self, batch_size: int) -> TTTStreamingState:
         device = self.gate.gating_alpha.device
         dtype = torch.promote_types(self.gate.gating_alpha.dtype, torch.float32)
-        with torch.no_grad():
-            state = self.layer.initial_state(batch_size, dtype=dtype)
-            if self.layer.config.causal and self.layer.config.mini_batch_size > 1:
-                state = state.opened()
-            # Expanded weights share memory; each stream needs its own.
-            own = {
-                name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.tensors().items()
-            }
-        return TTTStreamingState(batch_size, device, layer=self.layer, state=TTTState.from_tensors(own))
+        state = self.layer.streaming_state(batch_size, dtype=dtype)
+        return TTTStreamingState(batch_size, device, layer=self.layer, state=state)
 
     def forward(self, x: Tensor, *, rotary: Rotary | None = None) -> Tensor:
         """Tokens `[B,T,D]` to tokens; while streaming, the next T of each stream."""
@@ -183,6 +176,8 @@ class MoshiTTT(TTTAdapter, StreamingModule[TTTStreamingState]):
             return super().forward(x, rotary=rotary)
         if self.gate.closed:
             return x
+        if x.shape[1] == 1 and self.layer.config.causal and not torch.is_grad_enabled():
+            return self.gate(x, self.layer.step_(x, streaming.state, rows=streaming.exec_mask, rotary=rotary))
         out, state = self.adapt(x, streaming.state, rotary=rotary)
         streaming.update(state.detach(), streaming.exec_mask)
         return out
