@@ -100,11 +100,12 @@ def index(folder: Path, name: str = "train.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-def files(folder: Path, name: str = "train.latents") -> dict[str, tuple[int, str]]:
-    """When each file was written, and what is in it."""
+def files(folder: Path, name: str = "latents") -> dict[str, tuple[int, str]]:
+    """When each file was written, and what is in it; locks aside."""
     return {
         path.name: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
         for path in sorted((folder / name).iterdir())
+        if path.suffix != ".lock" and path.name != ".lock"
     }
 
 
@@ -325,7 +326,7 @@ def test_a_killed_run_is_gone_on_with_and_no_video_is_redone_or_lost(folder: Pat
     assert 2 <= done < 8
     run(config(folder, pretrained, **short))
     after = files(folder)
-    kept = {name: stamp for name, stamp in before.items() if not name.startswith((".writing-", ".lock"))}
+    kept = {name: stamp for name, stamp in before.items() if not name.startswith(".writing-")}
     assert {name: after[name] for name in kept} == kept, "what was there was made again"
     assert not any(name.startswith(".writing-") for name in after)
     assert [line["start_sec"] for line in index(folder)] == [0.25 * number for number in range(8)]
@@ -351,7 +352,7 @@ def test_a_run_again_writes_nothing(folder: Path) -> None:
 def _half_a_line(folder: Path) -> None:
     lines = (folder / "train.jsonl").read_bytes()
     (folder / "train.jsonl").write_bytes(lines[:-40])
-    (folder / "train.latents" / ".writing-1234-city.safetensors").write_bytes(b"half")
+    (folder / "latents" / ".writing-1234-city.safetensors").write_bytes(b"half")
 
 
 def _no_line(folder: Path) -> None:
@@ -384,7 +385,7 @@ def test_what_is_lost_is_made_again_and_nothing_else(folder: Path) -> None:
     before, lines = files(folder), index(folder)
     lost = {Path(lines[0]["latents"]).name, Path(lines[1]["segments"][0]["text"]).name}
     for name in lost:
-        (folder / "train.latents" / name).unlink()
+        (folder / "latents" / name).unlink()
     run(config(folder))
     after = files(folder)
     assert {name for name in before if after[name][0] != before[name][0]} == lost
@@ -441,14 +442,34 @@ def test_an_index_of_other_settings_is_left_alone(folder: Path) -> None:
     assert (folder / "train.jsonl").read_bytes() == b"[]\n" + before
 
 
-def test_two_processes_do_not_make_the_same_index(folder: Path) -> None:
+def test_stages_beside_each_other_share_their_latents(folder: Path) -> None:
+    listed(folder, video(segments=2), video(1.0))
+    run(config(folder))
+    before = files(folder)
+    told = run(config(folder, text_length=7, train_data=str(folder / "next.jsonl")))
+    assert told == f"{folder / 'next.jsonl'}: 2 of 2 videos\n", "no video was encoded"
+    after = files(folder)
+    assert {name: after[name] for name in before} == before
+    assert {name[:5] for name in set(after) - set(before)} == {"text-"}
+    for first, second in zip(index(folder), index(folder, "next.jsonl"), strict=True):
+        assert second["latents"] == first["latents"]
+
+
+def test_two_processes_do_not_make_the_same_index_nor_clear_away_each_others_files(folder: Path) -> None:
     listed(folder, video())
-    (folder / "train.latents").mkdir()
-    with (folder / "train.latents" / ".lock").open("w") as held:
+    latents = folder / "latents"
+    latents.mkdir()
+    left = latents / ".writing-1234-city.safetensors"
+    left.touch()
+    with (latents / ".lock").open("w") as others, (latents / ".train.jsonl.lock").open("w") as held:
+        fcntl.flock(others, fcntl.LOCK_SH)
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match=r"train.jsonl: another process is making it; wait for it"):
             run(config(folder))
+        run(config(folder, train_data=str(folder / "next.jsonl")))
+        assert left.exists(), "somebody may be writing it"
     run(config(folder))
+    assert not left.exists()
 
 
 # --- what can be wrong ---
@@ -500,7 +521,7 @@ def test_a_wrong_list_stops_everything_before_anything_is_done(folder: Path) -> 
     assert lines[4].endswith("short.mov lasts 2.50 s; leave it out")
     assert lines[5] == f"  {place}:6: the same video from the same start_sec as in {place}:1; leave one out"
     assert not (folder / "train.jsonl").exists()
-    assert not (folder / "train.latents").exists()
+    assert not (folder / "latents").exists()
 
 
 @pytest.mark.parametrize(
@@ -574,5 +595,5 @@ def test_a_full_disk_is_told_before_the_work(folder: Path, monkeypatch: pytest.M
     usage: Sequence[int] = (10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": usage[2]})())
     listed(folder, video())
-    with pytest.raises(EnvironmentProblem, match=r"train.latents: the latents takes? .* but only 1.0 kB are free"):
+    with pytest.raises(EnvironmentProblem, match=r"latents: what the videos become takes .* but only 1.0 kB are free"):
         run(config(folder))

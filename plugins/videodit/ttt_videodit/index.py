@@ -3,8 +3,8 @@
 A list has one video a line, `{"path": "a.mp4", "captions": ["…", "…"], "start_sec": 0}`: a caption for each segment of
 3 s from `start_sec` on (0 where it is left out). An index, which `ttt precompute` writes, has one encoded video a line:
 
-    {"video": "a.mp4", "start_sec": 0, "latents": "train.latents/a-0f3c….safetensors", "frames": 37, "height": 480,
-     "width": 720, "text_length": 226, "segments": [{"caption": "…", "text": "train.latents/text-7b….safetensors"}, …]}
+    {"video": "a.mp4", "start_sec": 0, "latents": "latents/a-0f3c….safetensors", "frames": 37, "height": 480,
+     "width": 720, "text_length": 226, "segments": [{"caption": "…", "text": "latents/text-7b….safetensors"}, …]}
 
 `frames` are latent frames, `height` and `width` pixels. Paths are relative to the folder of the `.jsonl`. The latents
 file holds `mean` and `std` `[frames,16,height/8,width/8]`, and for each segment the latent frame that a video beginning

@@ -1,8 +1,9 @@
 """`ttt precompute`: video files and captions to latents, text embeddings and an index of them, resumable.
 
 Each list of videos, `data.videos` and `data.eval_videos`, becomes the index that `data.train_data` and
-`data.eval_data` name, with its files in a folder beside it: `train.jsonl`, `train.latents/`. A file is written whole
-or not at all, and named after what it was made from, so that whatever a killed run left is found and used by the next.
+`data.eval_data` name, with its files in the folder `latents` beside it. A file is written whole or not at all, and
+named after what it was made from: whatever a killed run left is found and used by the next, and indexes beside each
+other, of the stages of a curriculum say, share their latents.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def precompute(config: RunConfig, *, console: Console) -> None:
         stack.enter_context(threads(config.train.cpu_threads))
         failed: list[str] = []
         if any(job.to_do() for job in jobs):
-            require_space(jobs[0].folder, sum(job.bytes_to_write(dtype) for job in jobs), what="the latents")
+            require_space(jobs[0].folder, sum(job.bytes_to_write(dtype) for job in jobs), what="what the videos become")
             with _memory_errors():
                 _encode_texts(jobs, options, console, device=device, dtype=dtype)
                 failed = _encode_videos(jobs, options, console, device=device, dtype=dtype)
@@ -143,21 +144,20 @@ class _Job:
     @property
     def folder(self) -> Path:
         """Where its files go."""
-        return self.index.with_suffix(".latents")
+        return self.index.parent / "latents"
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes away, clear away what a killed one left half written, and see what is done."""
+        """Keep other processes from this index, and see what is done."""
+        name = self.folder / f".{self.index.name}.lock"
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / ".lock").open("a")
-        with file:
+            file = name.open("a")
+        with file, _beside_others(self.folder):
             try:
-                lock(file, self.folder / ".lock")
+                lock(file, name)
             except UsageError:
                 raise UsageError(f"{self.index}: another process is making it; wait for it") from None
-            for left in self.folder.glob(f"{TEMPORARY}*"):
-                left.unlink(missing_ok=True)
             self._read_index()
             yield
 
@@ -257,6 +257,24 @@ class _Job:
     @staticmethod
     def _missing(entry: EncodedVideo) -> bool:
         return not all(path.is_file() for path in (entry.latents, *(segment.text for segment in entry.segments)))
+
+
+@contextlib.contextmanager
+def _beside_others(folder: Path) -> Iterator[None]:
+    """Work in a folder, others too; where nobody does, first clear away what killed processes left half written."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / ".lock").open("a") as file:
+        with contextlib.suppress(OSError):  # others are at work, or the file system has no locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in folder.glob(f"{TEMPORARY}*"):
+                left.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
 
 
 def _digest(*origin: object) -> str:
