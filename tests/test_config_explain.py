@@ -105,6 +105,35 @@ def test_explain_says_what_why_how_and_who(code: str) -> None:
     assert all(len(line) <= 80 for line in prose), code
 
 
+_EXPLAINED = (
+    "from toy_config import *\n"
+    "from ttt.config.explanations import Explanation\n"
+    "class Explaining(ToyBackbone):\n"
+    "    name = 'explaining'\n"
+    "    def explanations(self):\n"
+    "        {body}\n"
+    "@hookimpl\ndef ttt_backbone():\n    return Explaining()\n"
+)
+
+
+def test_a_plugin_explains_its_own_codes(tmp_path: Path) -> None:
+    entry = "Explanation('note', 'What it is.', 'Why it is.', 'a: 1', 'a: 2', 'somebody', title='of its own')"
+    source = _EXPLAINED.replace("{body}", f"return {{'OWN101': {entry}}}")
+    install(tmp_path, "explaining", "explaining_plugin", source)
+    with importable(tmp_path):
+        assert explain("own101").startswith("OWN101  note  of its own\n\nWhat it is.\n\nWhy it is.\n\nbad:\n    a: 1")
+        assert "The plugin explaining\n  OWN101  note     of its own" in catalogue()
+
+
+def test_a_plugin_that_fails_when_it_explains_spoils_nothing(tmp_path: Path) -> None:
+    source = _EXPLAINED.replace("{body}", "raise RuntimeError('out of order')")
+    install(tmp_path, "explaining", "explaining_plugin", source)
+    with importable(tmp_path):
+        assert "TTT101" in catalogue()
+        with pytest.raises(UsageError, match="no rule has the code 'OWN101'"):
+            explain("own101")
+
+
 def test_an_unknown_code_is_a_sentence() -> None:
     with pytest.raises(UsageError, match="did you mean TTT204"):
         explain("TT204")
