@@ -384,7 +384,7 @@ def test_a_plan_says_how_many_prompts_and_which_files() -> None:
     [
         ({"prompts": ("a", "b")}, r"9 s are 3 segments of 3 s, each with a prompt of its own, but 2 were given"),
         ({"seconds": 3.0}, r"3 s are 1 segment of 3 s, .* but 3 were given"),
-        ({"prompts": ("a", " \n", "c")}, r"the prompt of segment 1 is empty"),
+        ({"prompts": ("a", " \n", "c")}, r"the prompt of segment 2 of 3 is empty"),
         ({"negative_prompts": ("blur",)}, r"but 1 negative prompts were given; give one for each, or none"),
         ({"steps": 0}, r"--steps 0: write from 1 to 1000"),
         ({"steps": 1001}, r"--steps 1001: write from 1 to 1000"),

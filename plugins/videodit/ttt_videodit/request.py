@@ -47,9 +47,9 @@ def check_request(request: SampleRequest) -> None:
     length = f"{request.seconds:g} s are {needed} {'segment' if needed == 1 else 'segments'} of {SEGMENT_SEC} s"
     if len(request.prompts) != needed:
         raise UsageError(f"{length}, each with a prompt of its own, but {len(request.prompts)} were given")
-    for number, prompt in enumerate(request.prompts):
+    for number, prompt in enumerate(request.prompts, start=1):
         if not prompt.strip():
-            raise UsageError(f"the prompt of segment {number} is empty; say what is seen there")
+            raise UsageError(f"the prompt of segment {number} of {needed} is empty; say what is seen there")
     if len(request.negative_prompts) not in (0, needed):
         raise UsageError(
             f"{length}, but {len(request.negative_prompts)} negative prompts were given; give one for each, or none"

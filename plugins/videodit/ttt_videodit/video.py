@@ -115,7 +115,7 @@ def contact_sheet(
     height, width = frames.shape[1:3]
     picture_width = 11.0  # inches
     cell = picture_width / columns
-    headings = [_heading(number, prompt) for number, prompt in enumerate(prompts)]
+    headings = [_heading(number, prompt) for number, prompt in enumerate(prompts, start=1)]
     above_and_below = [0.22 * (heading.count("\n") + 1) + 0.3 for heading in headings]
     figure = new_figure(picture_width, len(prompts) * cell * height / width + sum(above_and_below) + 0.4)
     if title:
@@ -137,7 +137,7 @@ def draw_strip(axes: Axes, frames: Frames, heading: str) -> list[float]:
     strip = np.full((height, count * step - (step - width), 3), 255, dtype=np.uint8)
     for place, frame in enumerate(frames):
         strip[:, place * step : place * step + width] = frame
-    axes.imshow(strip)
+    axes.imshow(strip, interpolation="nearest" if width <= 128 else "auto")  # small frames: pixels, not a blur
     axes.set_title(heading, loc="left", fontsize=9, color=INK)
     axes.set_xticks([])
     axes.set_yticks([])
