@@ -626,8 +626,13 @@ def _kept_shapes(dims: _Dims, group_size: int, like: Tensor) -> list[Tensor]:
     ]
 
 
-@torch.library.custom_op("ttt::minibatches", mutates_args=(), schema=_SCHEMA)
-def _minibatches(
+# Defined by its parts: `torch.library.custom_op` would import the compiler, some seconds, at the first call.
+torch.library.define("ttt::minibatches", _SCHEMA)
+torch.library.define("ttt::minibatches_backward", _BACKWARD_SCHEMA)
+
+
+@torch.library.impl("ttt::minibatches", "default")
+def _run(
     q: Tensor,
     k: Tensor,
     target: Tensor,
@@ -691,7 +696,7 @@ def _minibatches(
         return answers, _parted(dims, following), held
 
 
-@_minibatches.register_fake
+@torch.library.register_fake("ttt::minibatches")
 def _(
     q: Tensor,
     k: Tensor,
@@ -712,8 +717,8 @@ def _(
     return _token_room(q), [w.new_empty(w.shape) for w in weights], held
 
 
-@torch.library.custom_op("ttt::minibatches_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
-def _minibatches_backward(
+@torch.library.impl("ttt::minibatches_backward", "default")
+def _run_backward(
     d_answers: Tensor,
     d_following: list[Tensor],
     q: Tensor,
@@ -786,7 +791,7 @@ def _minibatches_backward(
         )  # fmt: skip
 
 
-@_minibatches_backward.register_fake
+@torch.library.register_fake("ttt::minibatches_backward")
 def _(
     d_answers: Tensor,
     d_following: list[Tensor],
@@ -835,7 +840,7 @@ def _backward(ctx: Any, d_answers: Tensor | None, d_following: list[Tensor | Non
     q, k, target, rate, gamma, beta, scale, last, *rest = ctx.saved_tensors
     counted = iter(rest)
     weights, gradients, kept = (list(itertools.islice(counted, count)) for count in ctx.counts)
-    *d_inputs, d_last, d_weights, d_gradients = _minibatches_backward(
+    *d_inputs, d_last, d_weights, d_gradients = torch.ops.ttt.minibatches_backward(
         torch.zeros_like(q) if d_answers is None else d_answers,
         [torch.zeros_like(w) if d is None else d for d, w in zip(d_following, weights, strict=True)],
         q, k, target, rate, gamma, beta, scale, last, weights, gradients, kept, *ctx.settings,
@@ -849,8 +854,8 @@ def _no_second_derivative(ctx: Any, *gradients: Any) -> None:
     )
 
 
-_minibatches.register_autograd(_backward, setup_context=_save)
-_minibatches_backward.register_autograd(_no_second_derivative)
+torch.library.register_autograd("ttt::minibatches", _backward, setup_context=_save)
+torch.library.register_autograd("ttt::minibatches_backward", _no_second_derivative)
 
 
 def _plain_types(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -900,7 +905,7 @@ def fused_scan(
     """
     inputs = (q_BHNCF, k_BHNCF, target_BHNCF, rate_BHNC1, gamma_H1F, beta_H1F, scale_C[None], last_NB)
     steps = q_BHNCF.shape[2]
-    z, following, _ = _minibatches(
+    z, following, _ = torch.ops.ttt.minibatches(
         *inputs,
         list(weights),
         [],
@@ -934,7 +939,7 @@ def fused_minibatch(
     inputs = (*tokens, gamma_H1F, beta_H1F, scale_BC)
     before = list(gradients or ())
     keep = _wants_gradient(inputs, (*weights, *before))
-    z, summed, _ = _minibatches(*inputs, None, list(weights), before, causal, eps, 0, keep)
+    z, summed, _ = torch.ops.ttt.minibatches(*inputs, None, list(weights), before, causal, eps, 0, keep)
     return z.squeeze(2), tuple(summed)
 
 
