@@ -52,6 +52,27 @@ def _type_in(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 # --- what is read ---
 
 
+def test_what_a_run_costs_is_said_to_who_asks(capsys: pytest.CaptureFixture[str]) -> None:
+    name = _write("a.yaml", DEMO + "  batch_size: 2\n  num_microbatches: 3\n")
+    assert main(["check", name]) == 0
+    assert capsys.readouterr().out == "a.yaml: no findings\n"
+    assert main(["check", "--cost", "--strict", name]) == 0  # a note fails nothing
+    text = capsys.readouterr().out
+    assert "note TTT405  TTT in 2 layers multiplies" in text
+    assert "in a step of 384 tokens; TTT alone needs at least" in text
+    assert text.endswith("a.yaml: 1 note\n")
+    for form in ("json", "sarif", "github"):
+        assert main(["check", "--cost", "--format", form, name]) == 0
+        told = capsys.readouterr().out
+        assert "TTT405" in told
+        if form == "json":
+            (note,) = json.loads(told)
+            assert note["value"]["tokens_per_step"] == 384
+            assert note["value"]["ttt_training_flops_per_token"] > 2 * note["value"]["ttt_forward_flops_per_token"] > 0
+            assert note["value"]["memory_bytes"]["whole_run"] is False
+            assert note["value"]["checkpoint_bytes"] > note["value"]["adapter_bytes"] > 0
+
+
 def test_standard_input_is_a_file_among_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import ttt.ops.minibatch
 from ttt import inject
@@ -19,10 +22,12 @@ from ttt.config import RunConfig, TTTConfig, load_config
 from ttt.config.estimate import (
     estimate,
     layer_activation_bytes,
+    layer_flops,
     layer_parameters,
     parse_bytes,
     scan_cost,
     show_bytes,
+    show_flops,
 )
 from ttt.errors import NestedCheckpointWarning
 from ttt.layer import TTTLayer
@@ -418,3 +423,69 @@ def test_autocast_adds_the_weights_as_they_were_cast() -> None:
     assert one_layer == 2 * parameters // 5
     half = {"param_dtype": "bfloat16"}
     assert activations(autocast="bfloat16", **half) == activations(**half)
+
+
+# --- arithmetic ---
+
+INNER_MODELS = {
+    "linear": {"layer_type": "linear"},
+    "mlp": {},
+    "three layers": {"mlp_layers": 3},
+    "uneven": {"mlp_layers": 3, "mlp_hidden_dims": [24, 40]},
+    "non-causal": {"causal": False, "rope": "none"},
+}
+
+
+def _counted(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("inner", INNER_MODELS)
+@pytest.mark.parametrize(("tokens", "size", "batch"), [(64, 16, 1), (64, 16, 3), (48, 8, 2), (70, 16, 2), (13, 16, 2)])
+def test_operations_are_those_that_pytorch_counts(
+    inner: str, tokens: int, size: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the layer itself, through operations that the counter sees into."""
+    monkeypatch.setenv("TTT_OPS", "generic")
+    config = _ttt(**INNER_MODELS[inner], mini_batch_size=size, scan_checkpoint_group_size=0)
+    layer = TTTLayer(64, 4, config)
+    x = torch.randn(batch, tokens, 64, requires_grad=True)
+    flops = layer_flops(config, dim=64, num_heads=4, tokens=tokens, batch_size=batch)
+    assert _counted(lambda: layer(x)) == flops.forward
+    if tokens < 4 * size:
+        return
+    # The last mini-batch's update is nobody's, so that backward has a little less to do.
+    trained = _counted(lambda: layer(x)[0].sum().backward())
+    assert trained == pytest.approx(flops.training(1), rel=0.04)
+    grouped = TTTLayer(64, 4, config.model_copy(update={"scan_checkpoint_group_size": 2}))
+    again = _counted(lambda: grouped(x)[0].sum().backward())
+    assert again == pytest.approx(flops.training(2), rel=0.04)
+    assert again - trained == pytest.approx(flops.scan, rel=0.1)
+
+    def checkpointed() -> None:
+        answer = checkpoint(lambda tokens: grouped(tokens)[0], x, use_reentrant=False)
+        assert isinstance(answer, Tensor)
+        answer.sum().backward()
+
+    assert _counted(checkpointed) == pytest.approx(flops.training(3, enclosing=1), rel=0.04)
+
+
+def test_a_run_multiplies_in_every_layer_and_scan() -> None:
+    config = _config(ttt={"layers": "[0, 2]", "scan_checkpoint_group_size": 2}, train={"batch_size": 3})
+    one = layer_flops(config.ttt, dim=128, num_heads=4, tokens=188, batch_size=3)
+    facts = BackboneFacts(128, 4, 4, 188)
+    needs = estimate(config, facts)
+    assert (needs.forward_flops, needs.training_flops) == (2 * one.forward, 2 * one.training(2))
+    twice = estimate(config, replace(facts, scans=(0, 1)))
+    assert twice.forward_flops == 4 * one.forward
+    assert twice.training_flops == 2 * (one.training(2) + one.training(3, enclosing=1))
+    unknown = estimate(config, replace(facts, tokens_per_window=None))
+    assert unknown.forward_flops == 2 * layer_flops(config.ttt, dim=128, num_heads=4, tokens=16, batch_size=3).forward
+
+
+def test_operations_for_people() -> None:
+    assert [show_flops(n) for n in (0, 999, 1000, 999_499, 999_500, 1.234e12, 4e18, 1e30)] == [
+        *("0 FLOP", "999 FLOP", "1 kFLOP", "999 kFLOP", "1 MFLOP", "1.23 TFLOP", "4 EFLOP", "more than 10^24 FLOP")
+    ]

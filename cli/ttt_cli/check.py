@@ -48,6 +48,9 @@ def check(
             show_default=False,
         ),
     ] = None,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Also say what the run costs: arithmetic, memory, disk; in JSON as numbers.")
+    ] = False,
     probe: Annotated[
         bool,
         typer.Option(
@@ -87,6 +90,7 @@ def check(
         ignore=ignore or [],
         strict=strict,
         memory=memory,
+        cost=cost,
         probe=probe,
         fix=fix,
         write=write,

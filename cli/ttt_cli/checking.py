@@ -37,6 +37,7 @@ def check_files(
     ignore: Sequence[str] = (),
     strict: bool = False,
     memory: str | None = None,
+    cost: bool = False,
     probe: bool = False,
     fix: bool = False,
     write: bool = False,
@@ -65,7 +66,7 @@ def check_files(
     if fix and output is not Format.TEXT:
         raise UsageError(f"ttt check: --fix shows a diff, which goes with no --format {output.value}")
     size = None if memory is None else _memory(memory)
-    checker = _Checker(backbone, list(overrides), size, _Filter.of(select, ignore), probe)
+    checker = _Checker(backbone, list(overrides), size, cost, _Filter.of(select, ignore), probe)
 
     everything: list[Finding] = []
     problems: list[TTTError] = []
@@ -161,6 +162,7 @@ class _Checker:
     backbone: str | None
     overrides: list[str]
     memory: int | None
+    cost: bool
     filter: _Filter
     probe: bool
 
@@ -196,7 +198,9 @@ class _Checker:
     def _check(self, file: str, text: str | bytes) -> CheckedConfig:
         from ttt.config import check_config
 
-        checked = check_config(file, text=text, backbone=self.backbone, overrides=self.overrides, memory=self.memory)
+        checked = check_config(
+            file, text=text, backbone=self.backbone, overrides=self.overrides, memory=self.memory, cost=self.cost
+        )
         return replace(checked, findings=self.filter(checked.findings))
 
 

@@ -57,6 +57,7 @@ CODES: dict[str, str] = {
     "TTT402": "a run that may not fit in memory",
     "TTT403": "a checkpoint larger than the disk's free space",
     "TTT404": "checkpoints larger than the disk's free space",
+    "TTT405": "what a run costs",
     "TTT501": "data that is not there",
     "TTT502": "evaluation on the training data",
     "TTT503": "an evaluation that never comes",

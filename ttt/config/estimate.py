@@ -213,6 +213,78 @@ def layer_activation_bytes(config: TTTConfig, *, dim: int, num_heads: int, token
     return _WIDE * batch_size * tokens * (widths * dim + narrow)
 
 
+# --- arithmetic ---
+
+
+@dataclass(frozen=True)
+class LayerFlops:
+    """Operations of one TTT layer in one forward pass, a multiplication with its addition counted as two.
+
+    Matrix products alone: what else there is, norms and GELU, is less than a tenth at any width that is worth a GPU.
+    """
+
+    projections: int
+    """Of the projections to q, k, v, the rates and the output."""
+    scan: int
+    """Of the full mini-batches."""
+    beside: int
+    """Of the mini-batch that a window leaves open, which no group runs again."""
+
+    @property
+    def forward(self) -> int:
+        """All of it."""
+        return self.projections + self.scan + self.beside
+
+    def training(self, scan_forwards: int, *, enclosing: int = 0) -> int:
+        """With backward, twice a forward, and with every forward that is run again.
+
+        Args:
+            scan_forwards: how often the scan runs forward, `ScanCost.forwards`.
+            enclosing: activation checkpoints around the layer.
+        """
+        return (3 + enclosing) * (self.projections + self.beside) + (2 + scan_forwards) * self.scan
+
+
+def layer_flops(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch_size: int) -> LayerFlops:
+    """What one layer multiplies in one forward pass over windows that begin a mini-batch.
+
+    A token and head of a mini-batch of C multiplies, for each matrix of the inner model, `in × out`: its key, its query
+    and its gradient with the matrix, `6 in·out`, and `2 in·out` more for every matrix after the first, to carry the
+    gradient back; and `2 C (in + out)` for what it has in common with the other tokens. Linear: `6F² + 4CF`; the MLP of
+    two layers: `56F² + 20CF`. Biases ride along.
+
+    Args:
+        config: the `ttt` section.
+        dim: D.
+        num_heads: of the backbone.
+        tokens: T, of a window.
+        batch_size: B.
+    """
+    heads, size = config.num_heads or num_heads, config.mini_batch_size
+    matrices = list(itertools.pairwise(inner_widths(dim // heads, config)))
+    of_matrices = 8 * sum(fan_in * fan_out for fan_in, fan_out in matrices) - 2 * matrices[0][0] * matrices[0][1]
+
+    def learning(count: int, among: int) -> int:
+        return batch_size * heads * count * (of_matrices + 2 * among * sum(map(sum, matrices)))
+
+    rest = tokens % size
+    return LayerFlops(
+        projections=batch_size * tokens * (8 * dim * dim + 2 * dim * heads),
+        scan=learning(tokens - rest, size),
+        beside=learning(rest, rest),
+    )
+
+
+def show_flops(count: float) -> str:
+    """Operations for people, in three digits: `1.23 TFLOP`."""
+    if count > 1e24:  # in a config that nobody means
+        return "more than 10^24 FLOP"
+    power = 0
+    while count / 1000**power >= 999.5 and power < 6:
+        power += 1
+    return f"{count / 1000**power:.3g} {'kMGTPE'[power - 1] if power else ''}FLOP"
+
+
 # --- the run ---
 
 
@@ -236,6 +308,10 @@ class Estimate:
     """On disk."""
     checkpoint_bytes: int
     """One checkpoint on disk: the adapter, trained parameters of the backbone, the optimiser."""
+    forward_flops: int
+    """Of all TTT layers, in one forward pass over a batch; of one mini-batch where windows have no known length."""
+    training_flops: int
+    """The same with backward and all that runs again."""
 
     def breakdown(self, count: int = 4) -> str:
         """The largest parts, for a sentence."""
@@ -263,6 +339,7 @@ def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
     scan = scan_cost(ttt, **shape) if layers and tokens else None
     around = layer_activation_bytes(ttt, **shape) if scan else 0
     scans = enclosing_checkpoints(config, facts)
+    flops = layer_flops(ttt, **{**shape, "tokens": tokens or ttt.mini_batch_size})
 
     own, gates = len(layers) * layer_parameters(ttt, dim=facts.dim, num_heads=facts.num_heads), len(layers) * facts.dim
     learning = (own - gates if train.weight_lr_multiplier else 0) + (gates if train.alpha_lr_multiplier else 0)
@@ -303,6 +380,9 @@ def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
         complete=None not in (facts.parameters, trained, model),
         adapter_bytes=own * _WIDE,
         checkpoint_bytes=own * _WIDE + (trained or 0) * size + optimizer,
+        forward_flops=len(layers) * len(scans) * flops.forward,
+        training_flops=len(layers)
+        * sum(flops.training(scan.forwards(enclosing=level) if scan else 1, enclosing=level) for level in scans),
     )
 
 

@@ -447,6 +447,19 @@ EXPLANATIONS: dict[str, Explanation] = {
         _MOSHI + "train: {max_steps: 1000000000000, ckpt_freq: 1, ckpt_keep: 3}\n",
         _ESTIMATE,
     ),
+    "TTT405": Explanation(
+        "note",
+        "What the run costs: arithmetic, memory by part, disk. `--cost` asks for it; in JSON it is numbers.",
+        "A token and head multiplies `6F² + 4CF` with a linear inner model of width F and mini-batches of C, and "
+        "`56F² + 20CF` with the MLP of two layers, a multiplication and its addition counted as two; training is three "
+        "times that, and once more for every level of recomputation. The projections, `8D²` a token, run again only "
+        "inside activation checkpoints.",
+        _MOSHI + "ttt: {layers: [1]}\n",
+        _MOSHI + "ttt: {layers: [1]}\n",
+        "`ttt.config.estimate`, held against PyTorch's FlopCounterMode on the layer, and against measured memory",
+        options=("--cost",),
+        good_options=(),
+    ),
     "TTT501": Explanation(
         "error",
         "A file or folder of data is not there.",

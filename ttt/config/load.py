@@ -63,6 +63,7 @@ def check_config(
     backbone: Backbone | str | None = None,
     overrides: Sequence[str] = (),
     memory: int | None = None,
+    cost: bool = False,
     resuming: bool = False,
 ) -> CheckedConfig:
     """Read, resolve and check a config. No torch is imported, and no model built.
@@ -73,6 +74,7 @@ def check_config(
         backbone: for configs that do not name one; one that names another is refused.
         overrides: `section.key=value`, values as YAML, over what the config says.
         memory: bytes of the device that the run is for; None asks the machine where the config names a device of it.
+        cost: also say what the run costs, as a note.
         resuming: whether a run goes on, which has its weights and no need of what it once started from.
 
     Raises:
@@ -85,7 +87,7 @@ def check_config(
         source = read_source(path)
     else:
         raise ValueError("a config is read from a path or a text")
-    return _Check(source, overrides, memory, resuming).checked(backbone)
+    return _Check(source, overrides, memory, resuming, cost).checked(backbone)
 
 
 def load_config(
@@ -151,10 +153,13 @@ def run_config_model(backbone: Backbone) -> type[RunConfig]:
 class _Check:
     """One config on its way through the steps, and what was found so far."""
 
-    def __init__(self, source: Source, overrides: Sequence[str], memory: int | None, resuming: bool) -> None:
+    def __init__(
+        self, source: Source, overrides: Sequence[str], memory: int | None, resuming: bool, cost: bool
+    ) -> None:
         self.findings: list[Finding] = []
         self.memory = memory
         self.resuming = resuming
+        self.cost = cost
         self.source = source.with_overrides(overrides) if source.complete else source
 
     def checked(self, asked: Backbone | str | None) -> CheckedConfig:
@@ -271,7 +276,13 @@ class _Check:
         if backbone is not None and not any(_decides_facts(path, config) for path in untrusted):
             facts = self._facts(backbone, config)
         context = Context(
-            config, backbone, facts, lambda key: self.source.written(tuple(key.split("."))), self.memory, self.resuming
+            config,
+            backbone,
+            facts,
+            lambda key: self.source.written(tuple(key.split("."))),
+            self.memory,
+            resuming=self.resuming,
+            tells_cost=self.cost,
         )
         self.findings.extend(run_rules(context, untrusted))
         if backbone is not None and not untrusted:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ttt.config.diagnostics import Finding, Severity
-from ttt.config.estimate import Estimate, bytes_of, estimate, show_bytes
+from ttt.config.estimate import Estimate, bytes_of, estimate, show_bytes, show_flops
 from ttt.config.rules.rule import NEEDS, Context, rule
+from ttt.config.schema import select_layers, times_in_words
 from ttt.errors import EnvironmentProblem
 
 _NVIDIA = Path("/proc/driver/nvidia/version")
@@ -213,4 +214,42 @@ def _free(run_dir: str | None) -> int | None:
         return None
 
 
-RULES = (fits_in_memory, checkpoints_fit_on_the_disk)
+@rule(*NEEDS)
+def what_it_costs(context: Context) -> Iterator[Finding]:
+    """Arithmetic, memory and disk, for who asks."""
+    if not context.tells_cost:
+        return
+    needs, facts, train = context.needs, context.facts, context.config.train
+    layers = len(select_layers(context.config.ttt.layers, facts.num_layers))
+    tokens = train.batch_size * (facts.tokens_per_window or context.config.ttt.mini_batch_size)
+    forward, training = needs.forward_flops / tokens, needs.training_flops / tokens
+    arithmetic = f"TTT in {layers} layer{'s' * (layers != 1)} multiplies {show_flops(forward)} for a token"
+    if needs.scan is not None:
+        again = times_in_words([needs.scan.forwards(enclosing=level) for level in needs.scans])
+        arithmetic += (
+            f", and {show_flops(training)} in training, where every inner step runs forward {again}: "
+            f"{show_flops(needs.training_flops * train.num_microbatches)} in a step of "
+            f"{tokens * train.num_microbatches} tokens"
+        )
+    about = "the run needs" if needs.complete else "TTT alone needs at least"
+    memory = f"{show_bytes(needs.low)}" + (f" to {show_bytes(needs.high)}" if needs.complete else "")
+    yield Finding(
+        code="TTT405",
+        severity=Severity.NOTE,
+        path=context.first_written("ttt.layers", "ttt"),
+        message=(
+            f"{arithmetic}; {about} {memory} of device memory ({needs.breakdown()}); an adapter takes "
+            f"{show_bytes(needs.adapter_bytes)} on disk, and a checkpoint {show_bytes(needs.checkpoint_bytes)}"
+        ),
+        value={
+            "tokens_per_step": tokens * train.num_microbatches,
+            "ttt_forward_flops_per_token": forward,
+            "ttt_training_flops_per_token": training,
+            "memory_bytes": {"low": needs.low, "high": needs.high, "whole_run": needs.complete, **needs.parts},
+            "adapter_bytes": needs.adapter_bytes,
+            "checkpoint_bytes": needs.checkpoint_bytes,
+        },
+    )
+
+
+RULES = (fits_in_memory, checkpoints_fit_on_the_disk, what_it_costs)

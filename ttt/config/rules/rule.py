@@ -41,6 +41,8 @@ class Context:
     """Memory of the device that the run is for, where the caller knows it."""
     resuming: bool = False
     """Whether a run goes on, which does not read what it once started from again."""
+    tells_cost: bool = False
+    """Whether the caller asks what the run costs, whatever that is."""
     _recordings: dict[str, Recordings | None] = field(default_factory=dict)
 
     @property
