@@ -12,7 +12,7 @@ from ttt.config.estimate import enclosing_checkpoints, scan_cost
 from ttt.errors import NestedCheckpointWarning
 from ttt.laws import Bench
 from ttt.laws.checks import NESTINGS
-from ttt.ops import minibatch
+from ttt.ops import fused, minibatch
 from ttt.plugins import get_backbone
 
 SIZE = 4
@@ -25,12 +25,19 @@ def count_steps(monkeypatch, bench, *, group_size, inside_own, wrappers=()):
     bench.checkpointed(injection.model, inside_own)
     batch = bench.batch(injection.model)
     found = {"scan": 0, "beside": 0}
-    for name in ("linear_minibatch", "mlp_minibatch"):
+    chunk = fused._forward_chunk
+
+    def counted_chunk(dims, constants, block, *others, closes, **keywords):
+        found["scan" if closes else "beside"] += len(block.rate)
+        return chunk(dims, constants, block, *others, closes=closes, **keywords)
+
+    monkeypatch.setattr(fused, "_forward_chunk", counted_chunk)
+    for name in ("linear_minibatch", "mlp_minibatch"):  # mini-batches that are open on either side, where small
         original = getattr(minibatch, name)
 
-        def counted(weights, gradients, q, *others, original=original, **keywords):
-            found["scan" if q.shape[2] == SIZE else "beside"] += 1
-            return original(weights, gradients, q, *others, **keywords)
+        def counted(*arguments, original=original, **keywords):
+            found["beside"] += 1
+            return original(*arguments, **keywords)
 
         monkeypatch.setattr(minibatch, name, counted)
     with bench.wrapped(injection, wrappers):
