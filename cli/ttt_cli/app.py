@@ -23,6 +23,7 @@ COMMANDS = {
     "schema": "ttt_cli.schema:schema",
     "plugins": "ttt_cli.plugins:plugins",
     "info": "ttt_cli.info:info",
+    "doctor": "ttt_cli.doctor:doctor",
 }
 """Where each command's function is, in the order of the help; its signature is its options, its docstring its help."""
 

@@ -20,14 +20,15 @@ def plugins(
     if as_json:
         import json
 
-        print(json.dumps([_facts(plugin) for plugin in found], indent=2, ensure_ascii=False))
+        print(json.dumps([facts_of_plugin(plugin) for plugin in found], indent=2, ensure_ascii=False))
     elif not found:
         print("No backbone is installed. Install one, as `pip install ttt-moshi`.")
     else:
         _print_table(found)
 
 
-def _facts(plugin: PluginInfo) -> dict[str, Any]:
+def facts_of_plugin(plugin: PluginInfo) -> dict[str, Any]:
+    """What JSON says of a plugin."""
     return {
         "name": plugin.name,
         "distribution": plugin.distribution,

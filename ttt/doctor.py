@@ -1,0 +1,456 @@
+"""What this machine has, which implementation of the scan runs on it, and what is wrong with it: `ttt doctor`.
+
+Every problem comes with its way out. The implementations are not looked up but run, on every device, on a problem of a
+few tokens, and compared with the reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import torch
+from torch import Tensor
+
+from ttt import plugins
+from ttt.config.diagnostics import Severity, blames_environment
+from ttt.config.estimate import show_bytes
+from ttt.config.rules.memory import device_memory
+from ttt.config.schema import TTTConfig, inner_widths
+from ttt.files import free_bytes
+from ttt.layer import TTTLayer
+from ttt.ops import select
+
+if TYPE_CHECKING:
+    from ttt.config import CheckedConfig
+
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+_LITTLE_DISK = 1 << 30
+_ABOUT_THE_MACHINE = ("TTT401", "TTT402", "TTT404")
+"""Codes of memory and disk that blame the config as much: too little of either is the machine's lack, too."""
+_TOLERANCE = 1e-4
+"""How far, relative to the largest number, an implementation may be from the reference in float32."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Something that tensors live on."""
+
+    name: str
+    """As PyTorch names it: `cpu`, `cuda:0`, `mps`."""
+    model: str
+    """As its maker names it."""
+    memory_bytes: int | None
+    """All that it has; None where the system does not say."""
+    free_bytes: int | None
+    """What is free of it now."""
+    detail: str
+    """Threads of a CPU, the compute capability of a GPU."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with the environment, and the way out."""
+
+    severity: Severity
+    message: str
+    """One sentence without a full stop."""
+    fix: str
+
+
+@dataclass(frozen=True)
+class ScanChoice:
+    """Which implementation runs, for a config or for the default settings."""
+
+    implementation: str | None
+    """None where `TTT_OPS` asks for what there is not."""
+    forced: bool
+    """Whether `TTT_OPS` says so."""
+    device: str
+    inner_model: str
+    """`linear` or `mlp`, and the widths of its layers where the config fixes them."""
+    mini_batch_size: int
+    mini_batches: int | None
+    """Of a training window, where the config fixes its length."""
+    group_size: int | str
+    """`scan_checkpoint_group_size`."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One implementation, run forward and backward on one device beside the reference."""
+
+    device: str
+    implementation: str
+    error: float | None
+    """Largest distance of answers and gradients from the reference's, relative to their largest; None where it failed.
+    """
+    cause: str | None
+    """Why it failed, in one line."""
+
+    @property
+    def works(self) -> bool:
+        """Whether it ran, and agrees."""
+        return self.error is not None and self.error <= _TOLERANCE
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that `ttt doctor` says."""
+
+    versions: Mapping[str, str | None]
+    """By name, of Python, PyTorch and what it brings, of this library, plugins and what they need; None where it is not
+    installed."""
+    devices: tuple[Device, ...]
+    plugins: tuple[plugins.PluginInfo, ...]
+    scan: ScanChoice
+    trials: tuple[Trial, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing is wrong that keeps a run from starting."""
+        return not any(problem.severity is Severity.ERROR for problem in self.problems)
+
+
+def examine(path: str | Path | None = None, *, backbone: str | None = None, overrides: Sequence[str] = ()) -> Report:
+    """Look at the machine, for a config or for none.
+
+    Args:
+        path: a config; None takes the settings of `TTTConfig()`.
+        backbone: as `ttt check --backbone`.
+        overrides: as `ttt check --set`.
+
+    Raises:
+        ConfigError: the config itself is wrong, wherever it is run.
+        EnvironmentProblem: the config cannot be read.
+    """
+    checked = None if path is None else _readable(path, backbone, overrides)
+    found = plugins.discover()
+    scan, unknown = _choice(checked)
+    trials = () if unknown else tuple(_trials())
+    problems = [
+        *([unknown] if unknown else []),
+        *_problems_of_trials(trials),
+        *_problems_of_packages(found),
+        *_problems_of_cuda(checked),
+        *_problems_of_python(),
+        *_problems_of_threads(),
+        *(_problems_of_config(checked) if checked else _problems_of_disk(Path("runs"))),
+    ]
+    order = list(Severity)
+    problems.sort(key=lambda problem: order.index(problem.severity))
+    return Report(versions(), devices(), found, scan, trials, tuple(problems))
+
+
+def _readable(path: str | Path, backbone: str | None, overrides: Sequence[str]) -> CheckedConfig:
+    from ttt.config.diagnostics import blames_environment, render_text, summary
+    from ttt.config.load import check_config
+    from ttt.errors import ConfigError
+
+    checked = check_config(path, backbone=backbone, overrides=overrides)
+    wrong = [f for f in checked.findings if f.severity is Severity.ERROR and not blames_environment(f)]
+    if wrong:
+        raise ConfigError(f"{render_text(wrong)}\n{checked.source.file}: {summary(wrong)}", wrong)
+    return checked
+
+
+# --- what there is ---
+
+
+def versions() -> dict[str, str | None]:
+    """What is installed, by name: `Report.versions`."""
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "CUDA of torch": torch.version.cuda,
+        "triton": _version("triton"),
+        "ttt-adapters": _version("ttt-adapters"),
+    }
+    for plugin in plugins.discover():
+        found[plugin.distribution] = plugin.version
+        for name in _requirements(plugin.distribution):
+            found.setdefault(name, _version(name))
+    return found
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _requirements(distribution: str) -> list[str]:
+    """The distributions that one needs, without those that an extra or another system would need."""
+    try:
+        declared = metadata.requires(distribution) or []
+    except metadata.PackageNotFoundError:
+        return []
+    return [re.split(r"[\s\[(<>=!~;]", line, maxsplit=1)[0] for line in declared if ";" not in line]
+
+
+def devices() -> tuple[Device, ...]:
+    """The processor, and every accelerator that PyTorch can use."""
+    threads = f"{torch.get_num_threads()} threads on {cores()} cores"
+    found = [Device("cpu", processor(), device_memory("cpu"), _available_memory(), threads)]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        detail = f"compute capability {properties.major}.{properties.minor}"
+        found.append(Device(f"cuda:{index}", properties.name, total, free, detail))
+    if torch.backends.mps.is_available():
+        found.append(Device("mps", "Metal", None, None, "float32 only"))
+    return tuple(found)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The processor as its maker names it, or its architecture where the system does not say."""
+    name = ""
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    elif sys.platform == "darwin":
+        asked = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+        )
+        name = asked.stdout.strip()
+    return name or platform.processor() or platform.machine()
+
+
+def _available_memory() -> int | None:
+    """Bytes that a process could still take; Linux alone says."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+# --- the scan ---
+
+
+def _choice(checked: CheckedConfig | None) -> tuple[ScanChoice, Problem | None]:
+    """What runs, and what is wrong with what `TTT_OPS` asks for."""
+    config, tokens, widths = TTTConfig(), None, ""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if checked is not None and checked.config is not None:
+        run = checked.config
+        config = run.ttt
+        device = device if run.train.device == "auto" else run.train.device
+        with contextlib.suppress(Exception):  # of a third party's code; the finding TTT803 says that it failed
+            assert checked.backbone is not None
+            facts = checked.backbone.facts(run)
+            tokens = facts.tokens_per_window
+            widths = " ".join(map(str, inner_widths(facts.dim // (config.num_heads or facts.num_heads), config)))
+    problem, chosen, forced = None, None, None
+    mini_batches = None if tokens is None else tokens // config.mini_batch_size
+    try:
+        forced = select.forced_implementation()
+        # Fast weights are float32 whatever the backbone is in.
+        chosen = select.implementation(device_type=device, dtypes=(torch.float32,), mini_batches=mini_batches or 1)
+    except ValueError:
+        known = ", ".join(get_args(select.Implementation))
+        problem = Problem(
+            Severity.ERROR,
+            f"{select.VARIABLE}={os.environ.get(select.VARIABLE)} names no implementation of the scan",
+            f"write one of {known}, or unset it",
+        )
+    choice = ScanChoice(
+        chosen,
+        forced is not None,
+        device,
+        f"{config.layer_type} {widths}".rstrip(),
+        config.mini_batch_size,
+        mini_batches,
+        config.scan_checkpoint_group_size,
+    )
+    return choice, problem
+
+
+@contextlib.contextmanager
+def forced(implementation: str | None) -> Iterator[None]:
+    """`TTT_OPS` set to an implementation, or unset for None, while the block runs."""
+    before = os.environ.pop(select.VARIABLE, None)
+    if implementation is not None:
+        os.environ[select.VARIABLE] = implementation
+    try:
+        yield
+    finally:
+        os.environ.pop(select.VARIABLE, None)
+        if before is not None:
+            os.environ[select.VARIABLE] = before
+
+
+def _trials() -> Iterator[Trial]:
+    """Every implementation on every device, on a layer of a few numbers whose tokens end inside a mini-batch."""
+    config = TTTConfig(layer_type="mlp", mini_batch_size=4, scan_checkpoint_group_size=2)
+    generator = torch.Generator().manual_seed(0)
+    layer = TTTLayer(16, 2, config)
+    with torch.no_grad():
+        for parameter in layer.parameters():  # weights as small as new ones would make rounding errors large
+            parameter.normal_(0, 0.3, generator=generator)
+    x = torch.randn(2, 23, 16, generator=generator)
+    right = _pass(copy.deepcopy(layer).double(), x.double(), "reference")
+    for device in devices():
+        for name in get_args(select.Implementation):
+            try:
+                found = _pass(copy.deepcopy(layer).to(device.name), x.to(device.name), name)
+            except Exception as error:  # whatever a driver or a kernel raises is what is to be told
+                yield Trial(device.name, name, None, " ".join(f"{type(error).__name__}: {error}".split()))
+                continue
+            distances = [
+                ((f.cpu().double() - r).abs().max() / r.abs().max()).item() for f, r in zip(found, right, strict=True)
+            ]
+            yield Trial(device.name, name, max(distances), None)
+
+
+def _pass(layer: TTTLayer, x: Tensor, implementation: str) -> tuple[Tensor, ...]:
+    """Answers and every gradient."""
+    with forced(implementation):
+        y, _ = layer(x)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+
+
+def _problems_of_trials(trials: Sequence[Trial]) -> Iterator[Problem]:
+    for trial in trials:
+        if not trial.works:
+            what = trial.cause or f"it is {trial.error:.1e} away from the reference, more than {_TOLERANCE:g}"
+            yield Problem(
+                Severity.ERROR,
+                f"the implementation {trial.implementation} fails on {trial.device}: {what}",
+                "install another version of PyTorch for this device, or set "
+                f"{select.VARIABLE} to an implementation that works",
+            )
+
+
+# --- what is wrong ---
+
+
+def _problems_of_packages(found: Sequence[plugins.PluginInfo]) -> Iterator[Problem]:
+    if not found:
+        yield Problem(Severity.WARNING, "no backbone is installed", "install one, as `pip install ttt-moshi`")
+    for plugin in found:
+        missing = [name for name in _requirements(plugin.distribution) if _version(name) is None]
+        if missing:
+            yield Problem(
+                Severity.ERROR,
+                f"{plugin.distribution} {plugin.version} needs {', '.join(missing)}, not installed",
+                f"run `pip install {' '.join(missing)}`",
+            )
+        if plugin.error is not None:
+            yield Problem(
+                Severity.ERROR,
+                f"the plugin {plugin.name} of {plugin.distribution} {plugin.version} is broken: {plugin.error}",
+                f"install a {plugin.distribution} that works, or uninstall it",
+            )
+
+
+def _problems_of_cuda(checked: CheckedConfig | None) -> Iterator[Problem]:
+    if torch.cuda.is_available() or torch.version.hip:
+        return
+    config = checked.config if checked is not None else None
+    wanted = config is not None and config.train.device == "cuda"
+    severity = Severity.ERROR if wanted else Severity.WARNING
+    because = "train.device: cuda needs a GPU, but " if wanted else ""
+    driver = _NVIDIA_DRIVER.exists()
+    instead = ", or write train.device: auto" if wanted else ""
+    if torch.version.cuda is None and (driver or wanted):
+        yield Problem(
+            severity,
+            f"{because}PyTorch {torch.__version__} is built without CUDA" + (", and a GPU is here" if driver else ""),
+            f"install a CUDA build of PyTorch (https://pytorch.org/get-started/locally){instead}",
+        )
+    elif torch.version.cuda is not None:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if hidden is not None and driver:
+            fix = f"unset CUDA_VISIBLE_DEVICES, which is {hidden!r}"
+        elif driver:
+            fix = f"install a driver for CUDA {torch.version.cuda}, or a PyTorch built for an older CUDA"
+        else:
+            fix = "install NVIDIA's driver; for a machine without a GPU a CPU build of PyTorch is smaller"
+        missing = "no GPU can be used" if driver else "there is no NVIDIA driver"
+        yield Problem(
+            severity,
+            f"{because}PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}, and {missing}",
+            fix + instead,
+        )
+
+
+def _problems_of_python() -> Iterator[Problem]:
+    cached = importlib.util.cache_from_source(__file__) if sys.implementation.cache_tag else None
+    if sys.dont_write_bytecode and (cached is None or not Path(cached).exists()):
+        yield Problem(
+            Severity.WARNING,
+            "Python writes no bytecode (PYTHONDONTWRITEBYTECODE), so that every start compiles everything anew",
+            "unset PYTHONDONTWRITEBYTECODE, or run `python -m compileall` over what is installed",
+        )
+
+
+def _problems_of_threads() -> Iterator[Problem]:
+    threads, available = torch.get_num_threads(), cores()
+    if threads > available:
+        yield Problem(
+            Severity.WARNING,
+            f"PyTorch runs {threads} threads on {available} cores, where they wait for each other",
+            f"set OMP_NUM_THREADS={available}, or write train.cpu_threads: {available}",
+        )
+
+
+def _problems_of_disk(folder: Path) -> Iterator[Problem]:
+    free = free_bytes(folder)
+    if free is not None and free < _LITTLE_DISK:
+        yield Problem(
+            Severity.WARNING,
+            f"{show_bytes(free)} are free where run folders are made, in {folder}/",
+            "free some, or write a run_dir on a larger disk",
+        )
+
+
+def _problems_of_config(checked: CheckedConfig) -> Iterator[Problem]:
+    """What `ttt check` finds wrong with this machine, for this config."""
+    for finding in checked.findings:
+        if blames_environment(finding) or finding.code in _ABOUT_THE_MACHINE:
+            place = f"{finding.place}: " if finding.place else ""
+            yield Problem(finding.severity, f"{place}{finding.message} ({finding.code})", finding.fix)
+
+
+# --- what each implementation supports ---
+
+_ALL = {"fused": "yes", "generic": "yes", "reference": "yes"}
+SUPPORT: Mapping[str, Mapping[str, str]] = {
+    "linear inner models, MLPs of any depth": _ALL,
+    "causal and non-causal updates": _ALL,
+    "mini-batches that a piece leaves or finds open": _ALL,
+    "tokens in float64, float32, bfloat16, float16": _ALL,
+    "groups recomputed in backward": {"fused": "yes", "generic": "yes", "reference": "no"},
+    "second derivatives": {"fused": "no", "generic": "group size 0", "reference": "yes"},
+    "`torch.compile(fullgraph=True)`": {"fused": "yes", "generic": "group size 0", "reference": "no"},
+    "chosen where `TTT_OPS` is not set": {"fused": "yes", "generic": "small pieces", "reference": "no"},
+}
+"""What each implementation of the scan supports, by claim; tests/test_doctor.py runs every one of them."""
+
+
+def support_table() -> str:
+    """`SUPPORT` as the Markdown table of docs/ops.md."""
+    names = get_args(select.Implementation)[::-1]
+    lines = [f"| | {' | '.join(f'`{name}`' for name in names)} |", "| --- |" + " --- |" * len(names)]
+    lines += [f"| {claim} | {' | '.join(answers[name] for name in names)} |" for claim, answers in SUPPORT.items()]
+    return "\n".join(lines) + "\n"
