@@ -464,8 +464,8 @@ def test_operations_are_those_that_pytorch_counts(
     assert again == pytest.approx(flops.training(2), rel=0.04)
     assert again - trained == pytest.approx(flops.scan, rel=0.1)
 
-    def checkpointed() -> None:
-        answer = checkpoint(lambda tokens: grouped(tokens)[0], x, use_reentrant=False)
+    def checkpointed() -> None:  # the kind that does not stop short of the output's projection, as it may here alone
+        answer = checkpoint(lambda tokens: grouped(tokens)[0], x, use_reentrant=True)
         assert isinstance(answer, Tensor)
         answer.sum().backward()
 
