@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from ttt.config import (
     RunConfig,
     Severity,
     TTTConfig,
+    check_config,
     dump_config,
     load_config,
     render_text,
@@ -591,13 +593,13 @@ def test_every_shipped_preset_is_clean(tmp_path: Path, monkeypatch: pytest.Monke
     for backbone in plugins:
         assert "demo" in backbone.presets()
         for text in backbone.presets().values():
-            for name in yaml.safe_load(text).get("data", {}).values():
-                if isinstance(name, str):
-                    Path(name).parent.mkdir(parents=True, exist_ok=True)
-                    Path(name).touch()
-            loaded = load_config(None, text=text)
-            assert loaded.backbone is backbone
-            assert [finding for finding in loaded.findings if finding.severity is not Severity.NOTE] == []
+            checked = check_config(None, text=text)
+            assert checked.backbone is backbone
+            assert checked.config is not None
+            # What it reads, data or another stage's run, is the user's to bring: TTT5xx, and plugins' own likewise.
+            about_data = [finding for finding in checked.findings if re.fullmatch("[A-Z]+5[0-9]{2}", finding.code)]
+            left = [finding for finding in checked.findings if finding not in about_data]
+            assert [finding for finding in left if finding.severity is not Severity.NOTE] == []
 
 
 @pytest.mark.parametrize(
