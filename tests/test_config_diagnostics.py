@@ -29,6 +29,7 @@ def _finding(**changes: object) -> Finding:
         "fix": "write `layers`",
         "value": "layrs",
         "replacement": None,
+        "moves_to": None,
         "place": Place("a/c.yaml", 12, 3, "  layrs: all", 5),
     }
     return Finding(**{**fields, **changes})  # type: ignore[arg-type]
@@ -109,6 +110,7 @@ def test_json_is_plain_data() -> None:
         "fix": "write `layers`",
         "value": "layrs",
         "replacement": None,
+        "moves_to": None,
     }
     assert (second["file"], second["line"], second["value"]) == ("--set x=1", None, 3.5)
     assert json.loads(render_json([])) == []

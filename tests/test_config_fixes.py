@@ -60,6 +60,64 @@ def test_a_fix_changes_what_is_wrong_and_nothing_else(wrong: str, right: str) ->
     assert not fixed.checked.findings
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        # to a section that is there, as its other keys are indented
+        (
+            "ttt:\n  lr: 1e-3   # peak\n  layers: all\n# how\ntrain:  # long\n    max_steps: 3\n",
+            "ttt:\n  layers: all\n# how\ntrain:  # long\n    lr: 1e-3   # peak\n    max_steps: 3\n",
+        ),
+        # one that is there, but empty
+        (
+            "train:\n  # nothing yet\nttt:\n  lr: 1e-3\n  layers: all\n",
+            "train:\n  lr: 1e-3\n  # nothing yet\nttt:\n  layers: all\n",
+        ),
+        # one that is not there, out of one that is empty then
+        ("train:\n  layers: [0, 1]  # which\n", "train:\nttt:\n  layers: [0, 1]  # which\n"),
+        # from the top level, and to it; a file that does not end in a line's end
+        ("lr: 1e-3 # peak\ntrain:\n  max_steps: 3", "train:\n  lr: 1e-3 # peak\n  max_steps: 3"),
+        ("train:\n  run_dir: here  # mine\n  max_steps: 3", "train:\n  max_steps: 3\nrun_dir: here  # mine\n"),
+        ("train:\n  max_steps: 3\n  run_dir: here", "train:\n  max_steps: 3\nrun_dir: here\n"),
+        ("ttt:\r\n  lr: 1e-3\r\n  layers: all\r\n", "ttt:\r\n  layers: all\r\ntrain:\r\n  lr: 1e-3\r\n"),
+        # several, into one section that is not there
+        (
+            "ttt:\n  lr: 1e-3\n  layers: all\n  max_steps: 3\n",
+            "ttt:\n  layers: all\ntrain:\n  max_steps: 3\n  lr: 1e-3\n",
+        ),
+        # what is misspelt in the wrong place is spelt first where it stands
+        (
+            "trian:\n  max_steps: '3'\nttt:\n  lr: '1e-3'\n  layers: all\n",
+            "train:\n  lr: 1e-3\n  max_steps: 3\nttt:\n  layers: all\n",
+        ),
+    ],
+)
+def test_a_key_in_the_wrong_section_moves_with_its_comment(wrong: str, right: str) -> None:
+    fixed = _fix(wrong)
+    assert fixed.text == right
+    assert "TTT105" in _codes(fixed)
+    assert not fixed.checked.findings
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ttt: {lr: 1e-3, layers: all}\n",  # in braces
+        "ttt:\n  lr: 1e-3\ntrain: {max_steps: 3}\n",  # to braces
+        "ttt:\n  lr: 1e-3\ntrain: null\n",
+        "ttt:\n  lr: 1e-3\ntrain:\n  lr: 1e-4\n",  # which of the two?
+        "ttt:\n  betas:\n    - 0.9\n    - 0.95\n",  # more than a line
+        "ttt:\n  betas: [0.9,\n    0.95]\n",
+        "ttt: &t\n  lr: 1e-3\neval: *t\n",  # the line is in two sections
+        "ttt:\n  no_such_key_at_all: 1\n",
+    ],
+)
+def test_a_move_that_is_more_than_a_line_is_left_to_the_user(text: str) -> None:
+    fixed = _fix(text)
+    assert fixed.text == text
+    assert not fixed.fixed
+
+
 def test_what_a_fix_brings_to_light_is_fixed_too() -> None:
     fixed = _fix("trian: {max_step: '10'}\nttt: {layrs: '9'}\n")
     assert fixed.text == "train: {max_steps: 10}\nttt: {layers: '9'}\n"
@@ -152,3 +210,22 @@ def test_any_misspelt_config_keeps_its_comments_and_order_and_settles(data: st.D
     assert after.complete
     assert len(after.findings) <= len(before.findings)
     assert (text == fixed.text) == (not fixed.fixed)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_keys_in_any_section_end_in_their_own(data: st.DataObject) -> None:
+    chosen = data.draw(st.lists(st.sampled_from(KEYS), min_size=1, max_size=8, unique_by=lambda pair: pair[1]))
+    places: dict[str, list[str]] = {}
+    for home, key in chosen:
+        places.setdefault(data.draw(st.sampled_from([home, *SECTIONS, ""])), []).append(key)
+    lines = ["# head", "backbone: {name: toy}"]
+    for section, keys in sorted(places.items(), key=lambda item: item[0] != ""):
+        lines += [f"{section}:  # {section}"] if section else []
+        lines += [f"{'  ' * bool(section)}{key}:  null   # {key}" for key in keys]
+    text = "\n".join(lines) + "\n"
+    fixed = _fix(text)
+    assert sorted(re.findall(r"#.*", fixed.text)) == sorted(re.findall(r"#.*", text))
+    assert "TTT105" not in {finding.code for finding in fixed.checked.findings}
+    after = parse_source(fixed.text, file="c").data
+    assert {(section, key) for section in SECTIONS for key in after.get(section) or {}} == set(chosen)

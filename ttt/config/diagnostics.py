@@ -147,6 +147,8 @@ class Finding:
     """Where; a rule leaves it out, and the key's place is filled in."""
     replacement: str | None = None
     """What `ttt check --fix` writes there instead, where that needs no thought: the key of TTT101, else the value."""
+    moves_to: str | None = None
+    """The section that `--fix` moves the key to, where there is one alone; empty is the top level."""
     of_environment: bool = False
     """For a plugin's code: whether it blames the machine that the config was read on, as `ENVIRONMENT_CODES` do."""
 
@@ -280,6 +282,7 @@ def to_dict(finding: Finding) -> dict[str, Any]:
         "fix": finding.fix,
         "value": finding.value,
         "replacement": finding.replacement,
+        "moves_to": finding.moves_to,
     }
 
 

@@ -237,7 +237,7 @@ EXPLANATIONS: dict[str, Explanation] = {
     "TTT105": Explanation(
         "error",
         "A key stands in a section that does not have it, and another one does.",
-        "Where it stands nobody would read it.",
+        "Where it stands nobody would read it. `--fix` moves a key that has a line of its own, its comment with it.",
         _MOSHI + "ttt: {lr: 1e-4}\n",
         _MOSHI + "train: {lr: 1e-4}\n",
         _SCHEMA,

@@ -1,16 +1,16 @@
 """Fixes that need no thought, written into the text of a config: comments, order and spacing stay as they are.
 
 An edit is kept only where it does what it says and nothing else: the edited text is read again, and its data must be
-the old data with that one key renamed or that one value replaced. So an edit inside a value that `*aliases` repeat,
-or one that would write a key twice, is left to the user.
+the old data with that one key renamed or moved, or that one value replaced. So an edit inside a value that `*aliases`
+repeat, or one that would write a key twice, is left to the user.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from ttt.config.diagnostics import Finding
 from ttt.config.load import CheckedConfig
@@ -33,16 +33,39 @@ class Fixed:
     """What is found in the new text."""
 
 
-@dataclass(frozen=True)
-class _Edit:
-    """One finding's replacement: where the characters are, and what the data says afterwards."""
+class _Splice(NamedTuple):
+    """Characters of the text, and what stands there afterwards."""
 
-    finding: Finding
     start: int
     end: int
+    text: str
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """One finding's fix: where the characters are, and what the data says afterwards."""
+
+    finding: Finding
     path: KeyPath
-    renames: bool
-    """Whether the characters are the key at `path`; else they are its value."""
+    splices: tuple[_Splice, ...]
+    """One for a key or a value; two for a key that moves, where it comes from and where it goes."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether the key at `path` goes to another section."""
+        return self.finding.moves_to is not None
+
+    @property
+    def renames(self) -> bool:
+        """Whether the key at `path` gets another name; else its value is another."""
+        return self.finding.code == UNKNOWN_KEY
+
+    @property
+    def new_path(self) -> KeyPath:
+        """Where the key is afterwards."""
+        if self.finding.moves_to is not None:
+            return (*filter(None, self.finding.moves_to.split(".")), self.path[-1])
+        return (*self.path[:-1], self.replacement) if self.renames else self.path
 
     @property
     def replacement(self) -> str:
@@ -101,35 +124,82 @@ def _edits(text: str, findings: Sequence[Finding], source: Source) -> list[_Edit
     edits: list[_Edit] = []
     for finding in findings:
         path: KeyPath = tuple(int(word) if word.isdecimal() else word for word in finding.path.split("."))
-        if finding.replacement is None or finding.place is None or finding.place.line is None:
+        fixable = finding.replacement is not None or finding.moves_to is not None
+        if not fixable or finding.place is None or finding.place.line is None:
             continue
         if path not in source.places:  # an override, or a default
             continue
-        renames = finding.code == UNKNOWN_KEY
-        new_path = (*path[:-1], finding.replacement)
-        if renames and new_path in taken:  # it would be written twice
-            continue
-        taken.add(new_path)
-        place = source.places[path].key if renames else source.places[path].value
-        assert place.line is not None
-        assert place.column is not None
-        start = starts[place.line - 1] + place.column - 1
-        edits.append(_Edit(finding, start, start + place.width, path, renames))
-    edits.sort(key=lambda edit: (edit.start, edit.end))
+        edit = _Edit(finding, path, ())
+        if edit.new_path != path:
+            if edit.new_path in taken:  # it would be written twice
+                continue
+            taken.add(edit.new_path)
+        splices = _move(text, starts, edit, source) if edit.moves else _write_instead(text, starts, edit, source)
+        if splices:
+            edits.append(replace(edit, splices=splices))
+    edits.sort(key=lambda edit: edit.splices)
     apart: list[_Edit] = []
     for edit in edits:
-        overlaps = apart and edit.start < apart[-1].end
-        if not overlaps and text[edit.start : edit.end] != edit.replacement:
+        used = [splice for other in apart for splice in other.splices]
+        if not any(one.start < other.end and other.start < one.end for one in edit.splices for other in used):
             apart.append(edit)
     return apart
+
+
+def _write_instead(text: str, starts: Sequence[int], edit: _Edit, source: Source) -> tuple[_Splice, ...]:
+    """Another key or value in the place of the one that is there."""
+    place = source.places[edit.path].key if edit.renames else source.places[edit.path].value
+    assert place.line is not None
+    assert place.column is not None
+    start = starts[place.line - 1] + place.column - 1
+    splice = _Splice(start, start + place.width, edit.replacement)
+    return () if text[splice.start : splice.end] == splice.text else (splice,)
+
+
+def _move(text: str, starts: Sequence[int], edit: _Edit, source: Source) -> tuple[_Splice, ...]:
+    """The line of a key, its comment included, out of its section and to the top of another.
+
+    Nothing where the key shares its line with another, or either section is written in braces: then there is more to
+    move than a line.
+    """
+    located, home = source.places[edit.path], edit.new_path[:-1]
+    line = located.key.line
+    assert line is not None
+    ends = [*starts[1:], len(text)]
+    whole = text[starts[line - 1] : ends[line - 1]]
+    content = LINE_BREAK.sub("", whole)
+    if located.value.line != line or content[: (located.key.column or 1) - 1].strip(" -"):
+        return ()
+    newline = whole[len(content) :] or _newline_of(text)
+    out = _Splice(starts[line - 1], ends[line - 1], "")
+    if home and home in source.places:
+        header = source.places[home].key.line
+        children = [places.key for path, places in source.places.items() if path[:-1] == home]
+        if header is None or any(child.line == header for child in children):
+            return ()
+        indent = min((child.column or 1) - 1 for child in children) if children else 2
+        at, lead = ends[header - 1], "" if LINE_BREAK.search(text[starts[header - 1] : ends[header - 1]]) else newline
+        return _in_order(out, _Splice(at, at, f"{lead}{' ' * indent}{content.lstrip(' ')}{newline}"))
+    lead = "" if out.end == len(text) or LINE_BREAK.search(text[-1]) else newline
+    section = f"{home[0]}:{newline}  " if home else ""
+    return _in_order(out, _Splice(len(text), len(text), f"{lead}{section}{content.lstrip(' ')}{newline}"))
+
+
+def _in_order(*splices: _Splice) -> tuple[_Splice, ...]:
+    return tuple(sorted(splices))
+
+
+def _newline_of(text: str) -> str:
+    found = LINE_BREAK.search(text)
+    return found[0] if found else "\n"
 
 
 def _apply(text: str, edits: Sequence[_Edit]) -> str:
     pieces: list[str] = []
     at = 0
-    for edit in edits:
-        pieces += text[at : edit.start], edit.replacement
-        at = edit.end
+    for splice in sorted(splice for edit in edits for splice in edit.splices):
+        pieces += text[at : splice.start], splice.text
+        at = splice.end
     return "".join(pieces) + text[at:]
 
 
@@ -148,26 +218,41 @@ def _that_hold(text: str, edits: Sequence[_Edit], source: Source) -> list[_Edit]
 
 def _does_what_it_says(text: str, edits: Sequence[_Edit], source: Source) -> bool:
     expected = _copy(source.data)
-    # Values first: renaming a section would move what is in it.
-    for edit in sorted(edits, key=lambda edit: (edit.renames, -len(edit.path))):
+    # Values first, then moves: renaming a section would move what is in it.
+    for edit in sorted(edits, key=lambda edit: (edit.renames, edit.moves, -len(edit.path))):
         if not _edit_data(expected, edit):
             return False
     after = parse_source(_apply(text, edits), file=source.file)
     return after.complete and after.data == expected and len(after.findings) <= len(source.findings)
 
 
-def _edit_data(data: Any, edit: _Edit) -> bool:
+def _edit_data(data: dict[str, Any], edit: _Edit) -> bool:
     """Make the edit in plain data; whether that can be done."""
+    section: Any = data
     for part in edit.path[:-1]:
-        data = data[part]
+        section = section[part]
     last = edit.path[-1]
-    if not edit.renames:
-        data[last] = resolve(edit.replacement)
+    if not edit.renames and not edit.moves:
+        section[last] = resolve(edit.replacement)
         return True
-    if edit.replacement in data:
+    home: Any = section
+    if edit.moves:
+        home = data
+        for part in edit.new_path[:-1]:
+            home[part] = home.get(part) or {}
+            home = home[part]
+    if edit.new_path[-1] in home:
         return False
-    data[edit.replacement] = data.pop(last)
+    home[edit.new_path[-1]] = section.pop(last)
+    if not section and edit.path[:-1]:  # a section without keys is written as null
+        _set(data, edit.path[:-1], None)
     return True
+
+
+def _set(data: Any, path: KeyPath, value: Any) -> None:
+    for part in path[:-1]:
+        data = data[part]
+    data[path[-1]] = value
 
 
 def _copy(value: Any) -> Any:

@@ -351,10 +351,10 @@ def _unknown_key(
         if section[:1] in (("backbone",), ("data",)) and any(key in _keys(option) for option in options)
     ]
     code = "TTT101"
-    close = None
+    close = moves_to = None
     meant: list[KeyPath] = []
     if key in RunConfig.model_fields and section:
-        code, meant = "TTT105", [(key,)]
+        code, meant, moves_to = "TTT105", [(key,)], ""
         message = f"`{key}` is no key of `{dotted(section)}`: it stands at the top level of a config"
         fix = f"write `{key}:` at the left margin"
     elif homes:
@@ -362,6 +362,7 @@ def _unknown_key(
         belongs = " or ".join(f"`{dotted(home)}`" for home in homes)
         message = f"`{key}` stands {here}, but belongs to {belongs}"
         fix = f"move it to {belongs}"
+        moves_to = dotted(homes[0]) if len(homes) == 1 else None
     elif owners:
         code = "TTT107"
         message = f"`{key}` is an option of the backbone {' and '.join(owners)}, not of this one"
@@ -387,6 +388,7 @@ def _unknown_key(
         value=str(key),
         place=source.place(misfit.path, key=True),
         replacement=close,
+        moves_to=moves_to,
     )
     return finding, meant
 
