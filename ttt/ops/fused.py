@@ -32,7 +32,7 @@ _CUBIC = _SLOPE * 0.044715
 _BLOCK = 16
 """Mini-batches whose tokens are laid out at a time where no group says how many."""
 _CHUNK_NUMBERS = 1 << 17
-"""Numbers of the widest tensor of a chunk on a CPU, so that what a chunk makes stays in its caches."""
+"""Numbers of the widest tensor of a chunk on a CPU."""
 
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
@@ -58,11 +58,18 @@ class _Dims(NamedTuple):
     def depth(self) -> int:
         return len(self.widths) - 1
 
-    def chunk(self, device: torch.device, most: int) -> int:
-        """How many mini-batches run the part that the carry does not touch at a time."""
+    def chunk(self, device: torch.device, most: int, *, keep: bool) -> int:
+        """How many mini-batches run the part that the carry does not touch at a time.
+
+        On a CPU what a chunk makes should stay in its caches; where weights need not be kept, theirs too, and one
+        mini-batch at a time moves them in place.
+        """
         if device.type != "cpu":
             return most
-        return max(1, min(most, _CHUNK_NUMBERS // (self.pairs * self.size * max(self.widths))))
+        numbers = self.size * max(self.widths)
+        if not keep:
+            numbers = max(numbers, sum(a * b for a, b in itertools.pairwise(self.widths)) // 2)
+        return max(1, min(most, _CHUNK_NUMBERS // (self.pairs * numbers)))
 
 
 class _Constants(NamedTuple):
@@ -269,8 +276,10 @@ def _gelu_bend(gate: Tensor, slope: Tensor, p: Tensor, bend: Tensor) -> None:
 
 def _add_outer(base: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
     """`base + leftᵀ right` into `out`, which may be `base`."""
-    if left.shape[-2] == 1:  # a product of one column and one row is bound by memory: one pass over the weights
-        torch.addcmul(base, left.mT, right, out=out)
+    rows = left.shape[-2]
+    if rows <= 2:  # of one or two rows it is bound by memory: a pass over the weights for each
+        for row in range(rows):
+            torch.addcmul(base if row == 0 else out, left[:, row : row + 1].mT, right[:, row : row + 1], out=out)
     elif out is base:
         base.baddbmm_(left.mT, right)
     else:
@@ -573,9 +582,9 @@ def _backward_chunk(
         # (22): all that the mini-batch gives to its weights.
         for layer in range(depth):
             total = sums.weights[layer]
-            total.baddbmm_(all_stacks[layer][n].mT, d_outputs_of[layer][n])
+            _add_outer(total, all_stacks[layer][n], d_outputs_of[layer][n], total)
             if layer:
-                total.baddbmm_(d_pulled[layer - 1].mT, errors_of[layer][n])
+                _add_outer(total, d_pulled[layer - 1], errors_of[layer][n], total)
 
     # --- what is left of the tokens: (23) to (25) ---
     d_stack = torch.bmm(d_outputs[0].flatten(0, 1), kept.weights[0].flatten(0, 1)[:, :-1].mT)
@@ -658,7 +667,7 @@ def _run(
         everything = keep and not group_size
         held = _kept_shapes(dims, group_size, q) if keep else []
         block_size = group_size or min(_BLOCK, dims.steps)
-        chunk = dims.chunk(q.device, block_size)
+        chunk = dims.chunk(q.device, block_size, keep=everything)
         scratch = _Scratch(dims, chunk, q)
         kept = _Kept.of(held, dims.depth) if everything else _allocate(dims, chunk, q)
         carry = _joined(dims, weights)
@@ -748,7 +757,7 @@ def _run_backward(
         d_pushes = torch.empty_like(constants.pushes)
         d_answers = d_answers.movedim(2, 0)
         block_size = group_size or min(_BLOCK, dims.steps)
-        chunk = dims.chunk(q.device, block_size)
+        chunk = dims.chunk(q.device, block_size, keep=True)
         scratch = _Scratch(dims, chunk, q) if group_size else None
         room = _allocate(dims, group_size, q) if group_size else _Kept.of(kept, dims.depth)
         for start in range((dims.steps - 1) // block_size * block_size, -1, -block_size):
