@@ -16,7 +16,7 @@ from small_videos import noisy, numbered, write_lossless
 
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt_videodit import demo
-from ttt_videodit.clip import demo_captions, demo_frames, demo_pictures
+from ttt_videodit.clip import CROPS, demo_captions, demo_frames, demo_pictures
 from ttt_videodit.codec import BLOCK, DemoCodec, peak_signal_to_noise
 from ttt_videodit.frames import UnreadableVideoError, inspect_video, read_every_frame, read_frames, to_tensor
 from ttt_videodit.text import DemoTextEncoder
@@ -53,7 +53,7 @@ def test_pieces_of_a_video_are_the_whole(codec: DemoCodec) -> None:
 
 
 def test_what_decoding_makes_is_coded_as_it_was(codec: DemoCodec) -> None:
-    """The basis is orthonormal, so decoding is its right inverse, but for the first frame, which is the mean of four."""
+    """The basis is orthonormal: decoding is its right inverse, but for the first frame, which is the mean of four."""
     latents = torch.randn(1, 4, 16, 2, 3, generator=torch.Generator().manual_seed(1))
     video = codec.decode(latents)
     assert video.shape == (1, 13, 3, 16, 24)
@@ -80,8 +80,9 @@ def test_fitting_finds_the_components_and_unit_variance() -> None:
 
 
 def test_the_shipped_codec_is_what_the_script_makes(codec: DemoCodec) -> None:
-    made = DemoCodec.fit(demo_frames("train"))
-    latents, again = codec.encode(demo_frames("train")[None]), made.encode(demo_frames("train")[None])
+    whole = demo_frames("train", width=128)
+    made = DemoCodec.fit(whole)
+    latents, again = codec.encode(whole[None]), made.encode(whole[None])
     torch.testing.assert_close(latents, again, atol=1e-3, rtol=0)
     deviation = latents.std((0, 1, 3, 4))
     torch.testing.assert_close(deviation, torch.ones(16), atol=1e-3, rtol=0)
@@ -89,8 +90,8 @@ def test_the_shipped_codec_is_what_the_script_makes(codec: DemoCodec) -> None:
 
 def test_the_figures_of_the_notice_are_true(codec: DemoCodec) -> None:
     notice = (demo.FOLDER / "NOTICE.md").read_text(encoding="utf-8")
-    for half, words in (("train", "left half"), ("eval", "right half")):
-        frames = demo_frames(half)[None]
+    for split, words in (("train", "what trains"), ("eval", "what is held out")):
+        frames = demo_frames(split, width=128)[None]
         decibels = peak_signal_to_noise(codec.decode(codec.encode(frames)), frames)
         line = next(line for line in notice.splitlines() if words in line and "dB" in line)
         assert f"{decibels:.2f} dB" in line
@@ -165,22 +166,30 @@ def test_texts_without_words_are_zeros_and_long_ones_are_cut() -> None:
 
 def test_the_demos_captions_fit() -> None:
     encoder = DemoTextEncoder(text_length=8)
-    for half in ("train", "eval"):
-        captions = demo_captions(half)
-        assert len(captions) == 3
-        assert all(0 < encoder.count(caption) <= 8 for caption in captions)
+    for split, crops in CROPS.items():
+        for left in crops:
+            captions = demo_captions(split, left)
+            assert len(captions) == 3
+            assert all(0 < encoder.count(caption) <= 8 for caption in captions)
 
 
 # --- the demo's clip ---
 
 
-def test_the_halves_lie_side_by_side() -> None:
-    left, right = demo_pictures("train"), demo_pictures("eval")
-    assert len(left) == len(right) == 145
+def test_the_squares_are_cut_from_the_clip_and_none_shows_what_another_split_holds_out() -> None:
     whole = list(read_every_frame(demo.CLIP, height=64, width=128))
     assert len(whole) == 190
-    for number in (0, 95, 96, 144):
-        assert np.array_equal(np.concatenate([left[number], right[number]], 1), whole[20 + number])
+    played = {
+        "train": [*range(20, 141), *range(139, 115, -1)],
+        "eval": [*range(141, 190), *range(188, 140, -1), *range(142, 190)],
+    }
+    assert not set(played["train"]) & set(played["eval"])
+    for split, crops in CROPS.items():
+        for left in crops:
+            pictures = demo_pictures(split, left)
+            assert len(pictures) == 145
+            for picture, number in zip(pictures, played[split], strict=True):
+                assert np.array_equal(picture, whole[number][:, left : left + 64])
     frames = demo_frames("train")
     assert frames.shape == (145, 3, 64, 64)
     jumps = (frames[1:] - frames[:-1]).abs().mean((1, 2, 3))

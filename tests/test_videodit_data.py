@@ -18,7 +18,7 @@ from ttt.config.explanations import Explanation
 from ttt.config.load import load_config
 from ttt.errors import ConfigError, EnvironmentProblem, UsageError
 from ttt.plugins import get_backbone
-from ttt_videodit.clip import demo_frames
+from ttt_videodit.clip import CROPS, Split, demo_frames
 from ttt_videodit.codec import DemoCodec
 from ttt_videodit.data import LatentWindows, latent_windows
 from ttt_videodit.index import LineError, Wanted, line_of, parse_encoded, parse_listed
@@ -208,30 +208,32 @@ def test_a_file_that_is_lost_during_the_run_is_a_sentence(folder: Folder) -> Non
 # --- the demo's ---
 
 
-@pytest.mark.parametrize("split", ["train", "eval"])
-def test_the_demos_windows_are_its_clip_through_its_codec(split: str) -> None:
+@pytest.mark.parametrize(("split", "windows_of_3_s"), [("train", 3), ("eval", 1)])
+def test_the_demos_windows_are_its_clip_through_its_codec(split: Split, windows_of_3_s: int) -> None:
     options, codec = VideoDiTOptions(), DemoCodec.load()
-    frames = demo_frames(split)[None]  # the halves are named as the splits
     nine = latent_windows(options, VideoDiTData(duration_sec=9), split=split, device="cpu")
-    assert len(nine) == 1
-    assert nine.notice == DemoCodec.stand_in
-    torch.testing.assert_close(nine[0]["mean"], codec.encode(frames)[0], atol=1e-5, rtol=1e-5)
-    assert not nine[0]["std"].any()
     three = latent_windows(options, VideoDiTData(duration_sec=3), split=split, device="cpu")
-    assert len(three) == 3
-    for index in range(3):
-        alone = codec.encode(frames[:, 48 * index : 48 * index + 49])[0]
-        torch.testing.assert_close(three[index]["mean"], alone, atol=1e-5, rtol=1e-5)
-        assert torch.equal(three[index]["text"], DemoTextEncoder(text_length=8)(three.captions(index)))
-        assert three.captions(index)[0] == nine.captions(0)[index]
-    assert nine.describe(0) == "city.mp4, 0-9 s"
+    assert [len(file) for file in nine.files] == [1] * len(CROPS[split])
+    assert [len(file) for file in three.files] == [windows_of_3_s] * len(CROPS[split])
+    assert nine.notice == DemoCodec.stand_in
+    for number, left in enumerate(CROPS[split]):
+        frames = demo_frames(split, left)[None]
+        torch.testing.assert_close(nine[number]["mean"], codec.encode(frames)[0], atol=1e-5, rtol=1e-5)
+        assert not nine[number]["std"].any()
+        assert nine.describe(number) == f"city.mp4 from column {left}, 0-9 s"
+        for index in range(windows_of_3_s):
+            window = number * windows_of_3_s + index
+            alone = codec.encode(frames[:, 48 * index : 48 * index + 49])[0]
+            torch.testing.assert_close(three[window]["mean"], alone, atol=1e-5, rtol=1e-5)
+            assert torch.equal(three[window]["text"], DemoTextEncoder(text_length=8)(three.captions(window)))
+            assert three.captions(window)[0] == nine.captions(number)[index]
 
 
 @pytest.mark.parametrize(("attn_length", "prefix", "count", "frames"), [(2, 1, 18, 3), (5, 1, 7, 6), (12, 0, 3, 12)])
 def test_the_demo_is_cut_as_the_options_say(attn_length: int, prefix: int, count: int, frames: int) -> None:
     options = VideoDiTOptions(attn_length=attn_length, prefix_temporal_length=prefix)
     windows = latent_windows(options, VideoDiTData(), split="train", device="cpu")
-    assert len(windows) == count
+    assert [len(file) for file in windows.files] == [count] * 5
     codec, video = DemoCodec.load(), demo_frames("train")[None]
     for index in (0, 1, count - 1):
         start = 4 * attn_length * index

@@ -10,11 +10,6 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
 from torch import Tensor
-from ttt_videodit.adapter import BidirectionalTTT
-from ttt_videodit.geometry import Segments
-from ttt_videodit.layout import Layout
-from ttt_videodit.model import Remat, VideoDiT, build, sites
-from ttt_videodit.plugin import VideoDiTOptions
 
 from ttt import gates_closed, inject
 from ttt.adapter import Gate
@@ -22,6 +17,11 @@ from ttt.config import TTTConfig
 from ttt.errors import InjectionError
 from ttt.plugins import get_backbone
 from ttt.testing import laws
+from ttt_videodit.adapter import BidirectionalTTT
+from ttt_videodit.geometry import Segments
+from ttt_videodit.layout import Layout
+from ttt_videodit.model import Remat, VideoDiT, build, sites
+from ttt_videodit.plugin import VideoDiTOptions
 
 TestVideoDiT = laws("videodit")
 if torch.cuda.is_available():

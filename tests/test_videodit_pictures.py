@@ -67,7 +67,8 @@ def test_a_trained_model_reconstructs_its_clip_better(run: Path, tmp_path: Path)
     [
         ({"timestep": 1000}, "timestep 1000: write from 0 to 999"),
         ({"timestep": -1}, "timestep -1: write from 0 to 999"),
-        ({"window": 3}, "window 3: the split train has 3, numbered from 0"),
+        ({"window": 15}, "window 15: the split train has 15, numbered from 0"),
+        ({"window": 2}, "window 2: the split eval has 2, numbered from 0"),
     ],
 )
 def test_what_does_not_exist_is_named(run: Path, settings: dict[str, int], message: str) -> None:

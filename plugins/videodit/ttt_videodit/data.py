@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt_videodit import demo
-from ttt_videodit.clip import Half, demo_captions, demo_pictures
+from ttt_videodit.clip import CROPS, Split, demo_captions, demo_pictures
 from ttt_videodit.codec import DemoCodec
 from ttt_videodit.encoders import DemoVideoEncoder, encode_video
 from ttt_videodit.geometry import (
@@ -166,8 +166,8 @@ def latent_windows(
 ) -> LatentWindows:
     """The windows of a split, `train` or `eval`, for the model that the options build.
 
-    The preset `demo` has a clip of its own where the config names no data, one half for each split, at the config's
-    size of 64 × 64 only; `5b` with `random_weights` has random latents. Otherwise, where the config names no held-out
+    The preset `demo` has a clip of its own where the config names no data, its last 3 s held out, at the config's size
+    of 64 × 64 only; `5b` with `random_weights` has random latents. Otherwise, where the config names no held-out
     data, `eval` is the training data.
 
     Args:
@@ -292,24 +292,31 @@ class _MemoryVideo:
         return self._texts[segment]
 
 
-def _demo_windows(half: Half, wanted: Wanted, field: str) -> LatentWindows:
-    """Windows of the clip, encoded as `ttt precompute` would; that takes less than a second."""
+def _demo_windows(split: Split, wanted: Wanted, field: str) -> LatentWindows:
+    """Windows of the clip, encoded as `ttt precompute` would; that takes about a second."""
     count = demo_segments(wanted.segments)
+    if split == "eval":  # once through what is held out, where a window is not longer than that
+        once = demo_segments(wanted.segments, demo.HELD_OUT_FRAMES)
+        count = once if once >= wanted.window else count
     return LatentWindows(
-        [_demo_video(half, wanted.segments, count, wanted.text_length)], wanted, field=field, notice=DemoCodec.stand_in
+        [_demo_video(split, left, wanted.segments, count, wanted.text_length) for left in CROPS[split]],
+        wanted,
+        field=field,
+        notice=DemoCodec.stand_in,
     )
 
 
 @functools.cache
-def _demo_video(half: Half, segments: Segments, count: int, text_length: int) -> _MemoryVideo:
+def _demo_video(split: Split, left: int, segments: Segments, count: int, text_length: int) -> _MemoryVideo:
     frames = pixel_frames(segments.frames(count))
     starts = [segments.attn_length * TEMPORAL_COMPRESSION * segment for segment in range(count)]
     latents = encode_video(
-        demo_pictures(half)[:frames], frames=frames, starts=starts, encoder=DemoVideoEncoder(DemoCodec.load())
+        demo_pictures(split, left)[:frames], frames=frames, starts=starts, encoder=DemoVideoEncoder(DemoCodec.load())
     )
-    written = demo_captions(half)
+    written = demo_captions(split, left)
     captions = tuple(written[start // (SEGMENT_SEC * FRAMES_PER_SECOND)] for start in starts)
-    return _MemoryVideo(demo.CLIP.name, captions, latents, DemoTextEncoder(text_length=text_length)(captions))
+    name = f"{demo.CLIP.name} from column {left}"
+    return _MemoryVideo(name, captions, latents, DemoTextEncoder(text_length=text_length)(captions))
 
 
 def _random_video(wanted: Wanted, split: str) -> _MemoryVideo:

@@ -140,9 +140,9 @@ def _text_dim(options: VideoDiTOptions) -> int | None:
         return None
 
 
-def demo_segments(segments: Segments) -> int:
-    """Segments of the demo's clip."""
-    latent_frames = (demo.FRAMES - 1) // TEMPORAL_COMPRESSION + 1
+def demo_segments(segments: Segments, frames: int = demo.FRAMES) -> int:
+    """Segments of the demo's clip, or of so many of its frames."""
+    latent_frames = (frames - 1) // TEMPORAL_COMPRESSION + 1
     return max(0, (latent_frames - segments.prefix_temporal_length) // segments.attn_length)
 
 

@@ -9,15 +9,19 @@ FOLDER: Final = Path(__file__).parent
 CLIP: Final = FOLDER / "city.mp4"
 """Towers at night, a time-lapse of 190 frames; the demo plays them at 16 a second."""
 CAPTIONS: Final = FOLDER / "captions.json"
-"""For each half of the clip, `train` and `eval`, a caption for every segment of 3 s."""
+"""For each split, `train` and `eval`, and each square by its left edge, a caption for every segment of 3 s."""
 CODEC: Final = FOLDER / "codec.safetensors"
-"""`ttt_videodit.codec.DemoCodec`, fitted on the half that trains."""
+"""`ttt_videodit.codec.DemoCodec`, fitted on what trains."""
 
 TEXT_DIM: Final = 32
 """E, width of a text token."""
 SIDE: Final = 64
-"""Height and width of each half, pixels; the clip is scaled to 128 × 72, and 4 rows are cut off above and below."""
+"""Height and width of the squares, pixels; the clip is scaled to 128 × 72, and 4 rows are cut off above and below."""
 FIRST_FRAME: Final = 20
-"""Where the demo begins: its 97th frame, with which the third segment begins, is then the clip's other scene."""
+"""Where training begins: its 97th frame, with which the third segment begins, is then the clip's other scene."""
+HELD_OUT: Final = 141
+"""From which frame on nothing is trained on."""
+HELD_OUT_FRAMES: Final = 49
+"""How many those are: a segment of 3 s."""
 FRAMES: Final = 145
-"""Frames of the demo, 9 s: 37 latent frames, 3 segments."""
+"""Frames of a square, 9 s: 37 latent frames, 3 segments."""
