@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ttt import gates_closed, inject
 from ttt.adapter import Gate
-from ttt.config import TTTConfig
+from ttt.config import RunConfig, TrainConfig, TTTConfig
+from ttt.config.estimate import estimate
 from ttt.errors import InjectionError
 from ttt.plugins import get_backbone
 from ttt.testing import laws
@@ -21,7 +22,7 @@ from ttt_videodit.adapter import BidirectionalTTT
 from ttt_videodit.geometry import Segments
 from ttt_videodit.layout import Layout
 from ttt_videodit.model import Remat, VideoDiT, build, sites
-from ttt_videodit.plugin import VideoDiTOptions
+from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions
 
 TestVideoDiT = laws("videodit")
 if torch.cuda.is_available():
@@ -253,6 +254,47 @@ def test_cogvideox_5b_has_the_published_sizes() -> None:
     assert len(injection.adapters) == 42
     assert sum(t.numel() for t in injection.state_dict().values()) == 1_659_895_776
     assert sum("gating_alpha" in name for name in injection.state_dict()) == 4 * 42
+
+
+@pytest.mark.parametrize("changes", [{}, {"dim": 96, "num_heads": 2, "num_layers": 3}, {"preset": "5b"}])
+def test_facts_count_the_parameters_that_are_there(changes: dict) -> None:
+    backbone = get_backbone("videodit")
+    config = RunConfig(backbone=VideoDiTOptions(**changes), ttt=video_config(), data=VideoDiTData(duration_sec=6))
+    facts = backbone.facts(config)
+    model = backbone.build(config.backbone, device="meta", dtype=torch.float32)
+    assert facts.parameters == sum(p.numel() for p in model.parameters())
+    named = model.named_parameters()
+    assert facts.attention_parameters == sum(p.numel() for name, p in named if backbone.is_attention(name))
+    injection = inject.apply(model, backbone.sites(model), config.ttt, causal=False)
+    assert estimate(config, facts).adapter_bytes == 4 * sum(t.numel() for t in injection.state_dict().values())
+
+
+@pytest.mark.parametrize("remat", [(), ("attention",), ("mlp",), ("attention", "mlp"), ("seq_modeling_block",)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_facts_count_what_autograd_keeps_of_a_block(remat: tuple[str, ...], dtype: str) -> None:
+    """Against what is kept of a block of width 192 on 216 tokens."""
+    kept = []
+    for layers in (1, 2):
+        chosen = {f"remat_{part}": True for part in remat}
+        made = options(dim=192, num_heads=3, num_layers=layers, attn_length=12, **chosen)
+        model = build(made, device="cpu", dtype=getattr(torch, dtype))
+        latents, text, times = (x[:1] for x in video(1, attn_length=12, dtype=getattr(torch, dtype)))
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        storages: dict[int, int] = {}
+
+        def keep(x: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            answer = model(latents, text, times).sample
+        kept.append(sum(size for place, size in storages.items() if place not in own))
+        del answer
+    config = RunConfig(
+        backbone=made, ttt=video_config(), data=VideoDiTData(), train=TrainConfig.model_validate({"param_dtype": dtype})
+    )
+    per_token = get_backbone("videodit").facts(config).layer_activation_bytes
+    assert (kept[1] - kept[0]) / (5 + 13 * 6) == pytest.approx(per_token, rel=0.1)
 
 
 def test_names_are_diffusers_own_and_its_pretrained_folders_load(tmp_path) -> None:

@@ -72,6 +72,10 @@ class BackboneFacts:
     """One entry for each time that a layer's scan runs in a forward pass: how many of the backbone's activation
     checkpoints around it recompute it, with this config. A layer that reads a sequence in both directions has two. None
     is one scan, inside one checkpoint with `train.gradient_checkpointing` and none without."""
+    gates: int = 1
+    """Gates α of D channels in one adapter."""
+    layers_per_checkpoint: int = 1
+    """Layers that one checkpoint of `train.gradient_checkpointing` is around."""
 
 
 @dataclass(frozen=True)

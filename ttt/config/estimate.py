@@ -62,6 +62,9 @@ def show_bytes(count: float) -> str:
 
 # --- the scan ---
 
+SMALL = 1 << 17
+"""`ttt.ops.select.SMALL`, below which a mini-batch beside the scan runs by autograd on a CPU."""
+
 
 @dataclass(frozen=True)
 class ScanCost:
@@ -74,9 +77,9 @@ class ScanCost:
     carry_bytes: int
     """S: fast weights of the batch's streams in one layer."""
     activation_bytes: int
-    """A: what autograd keeps of one mini-batch, beside its inputs and the carry that opens it."""
-    opening_bytes: int
-    """What it keeps in addition of the first: the layer's own weights, copied for every stream."""
+    """A: what backward needs of one mini-batch, beside its inputs and the carry that opens it."""
+    layout_bytes: int
+    """The tokens of one mini-batch once more, laid out for its products; there while its group runs."""
     outside_bytes: int
     """What it keeps of mini-batches that a window leaves or finds open, beside the scan, and the carries they need."""
 
@@ -107,15 +110,17 @@ class ScanCost:
     @property
     def kept_bytes(self) -> int:
         """What waits between forward and backward: carries, and where everything is kept all activations."""
-        everything = self.steps * self.activation_bytes + self.opening_bytes if self.keeps_everything else 0
+        everything = 0
+        if self.keeps_everything and self.steps:  # the layer's own weights too, copied for every stream
+            everything = self.steps * self.activation_bytes + self.carry_bytes
         return self.carries_kept_bytes + everything + self.outside_bytes
 
     @property
     def recomputed_bytes(self) -> int:
-        """What one group adds while backward runs it again: its activations, and the carries inside and after it."""
+        """What one group adds while backward runs it again: its tokens, its activations and the carries inside it."""
         if self.keeps_everything:
             return 0
-        return self.group_size * (self.activation_bytes + self.carry_bytes) + self.opening_bytes
+        return self.group_size * (self.activation_bytes + self.layout_bytes + self.carry_bytes)
 
     @property
     def peak_bytes(self) -> int:
@@ -152,22 +157,22 @@ def scan_cost(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch
     else:
         steps, open_tokens = tokens // size, (tokens % size,)
     widths = inner_widths(dim // heads, config)
-    matrices = [fan_in * fan_out for fan_in, fan_out in itertools.pairwise(widths)]
-    state = _state_numbers(widths) * heads * batch_size
-    learned = config.learnable_token_idx
+    pairs = heads * batch_size
+    state = _state_numbers(widths) * pairs
 
-    def kept(count: int) -> int:
-        return _activation_numbers(widths, count, batch_size, heads, learned=learned)
+    def beside(count: int) -> int:
+        if pairs * count * max(widths) >= SMALL:
+            return pairs * _fused_numbers(widths, count) + state
+        return _generic_numbers(widths, count, batch_size, heads, learned=config.learnable_token_idx)
 
-    # Every matrix product copies weights that are expanded over the batch: two at the first layer, three after.
-    copies = heads * batch_size * (2 * matrices[0] + 3 * sum(matrices[1:])) if batch_size > 1 else 0
     return ScanCost(
         steps=steps,
         group_size=config.scan_checkpoint_group_size,
         carry_bytes=_WIDE * state,
-        activation_bytes=_WIDE * (kept(size) + (state if learned else 0)),
-        opening_bytes=_WIDE * copies,
-        outside_bytes=_WIDE * sum(kept(count) + (state if steps else 0) for count in open_tokens if count),
+        activation_bytes=_WIDE * pairs * _fused_numbers(widths, size),
+        # Keys and queries, keys once more, target and its anchor; rates, and what each token is to each other one.
+        layout_bytes=_WIDE * pairs * size * (5 * widths[0] + 5 + size),
+        outside_bytes=_WIDE * sum(beside(count) + (state if steps else 0) for count in open_tokens if count),
     )
 
 
@@ -176,8 +181,18 @@ def _state_numbers(widths: tuple[int, ...]) -> int:
     return sum((fan_in + 1) * fan_out for fan_in, fan_out in itertools.pairwise(widths))
 
 
-def _activation_numbers(widths: tuple[int, ...], count: int, batch_size: int, heads: int, *, learned: bool) -> int:
-    """What autograd keeps of a mini-batch of `count` tokens, in numbers.
+def _fused_numbers(widths: tuple[int, ...], count: int) -> int:
+    """What the fused scan keeps of one head of a mini-batch of `count` tokens, in numbers.
+
+    Of each hidden width: 2 that keys and queries give the next layer, 3 derivatives of GELU, 1 error. Of width F: the
+    outputs of keys and queries and 1 error; 4 moments. `C²` for each matrix.
+    """
+    hidden = widths[1:-1]
+    return count * (6 * sum(hidden) + 2 * len(hidden) + 3 * widths[-1] + 4 + (len(widths) - 1) * count)
+
+
+def _generic_numbers(widths: tuple[int, ...], count: int, batch_size: int, heads: int, *, learned: bool) -> int:
+    """What autograd keeps of a mini-batch of `count` tokens beside the scan, where it is small, in numbers.
 
     Of width F: 5 in the inner gradient, 1 error, 1 taught, 2 in the layer norm of the answer. Of each hidden width: 2
     of the keys, 7 in the derivative of GELU, 2 in its product, 1 error, 1 taught, 2 of the queries. Both one more where
@@ -341,15 +356,17 @@ def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
     scans = enclosing_checkpoints(config, facts)
     flops = layer_flops(ttt, **{**shape, "tokens": tokens or ttt.mini_batch_size})
 
-    own, gates = len(layers) * layer_parameters(ttt, dim=facts.dim, num_heads=facts.num_heads), len(layers) * facts.dim
+    gates = len(layers) * facts.dim * facts.gates
+    own = len(layers) * (layer_parameters(ttt, dim=facts.dim, num_heads=facts.num_heads) - facts.dim) + gates
     learning = (own - gates if train.weight_lr_multiplier else 0) + (gates if train.alpha_lr_multiplier else 0)
     trained = _trained_in_backbone(config, facts)
     optimizer = 2 * _WIDE * (learning + (trained or 0)) + (_WIDE * (trained or 0) if size < _WIDE else 0)
     gradients = _WIDE * (learning + (trained or 0))
 
-    # Scans whose insides wait for backward: all of those that nothing recomputes, and of the others one layer's.
+    # Scans whose insides wait for backward: all of those that nothing recomputes, and of the others one checkpoint's.
     lasting = len(layers) * scans.count(0)
-    at_once = lasting + min(len(layers), 1) * (len(scans) - scans.count(0))
+    together = facts.layers_per_checkpoint if train.gradient_checkpointing else 1
+    at_once = lasting + min(len(layers), together) * (len(scans) - scans.count(0))
     carries = scan.carries_kept_bytes * at_once if scan else 0
     inside = scan.kept_bytes - scan.carries_kept_bytes + around if scan else 0
     waiting = inside * at_once
@@ -402,12 +419,15 @@ def _backbone_activation_bytes(config: RunConfig, facts: BackboneFacts, layers: 
     first = 0 if train.trainable != "ttt" and train.backbone_lr_multiplier else min(layers, default=0)
     reached = facts.num_layers - first
     if train.gradient_checkpointing:
-        per_token = reached * facts.dim * _BYTES[train.param_dtype] + facts.layer_activation_bytes
+        together = min(facts.layers_per_checkpoint, reached)
+        inputs = -(-reached // max(together, 1)) * facts.dim * _BYTES[train.param_dtype]
+        per_token = inputs + together * facts.layer_activation_bytes
     else:
         per_token = reached * facts.layer_activation_bytes
     casts = 0
     if train.autocast not in ("none", train.param_dtype):
         # Backward keeps the weights as they were cast: of all layers that it reaches, or of one at a time.
-        share = (1 if train.gradient_checkpointing else reached) / max(facts.num_layers, 1)
+        held = min(facts.layers_per_checkpoint, reached) if train.gradient_checkpointing else reached
+        share = held / max(facts.num_layers, 1)
         casts = _BYTES[train.autocast] * round(share * (facts.parameters or 0))
     return (per_token + facts.head_activation_bytes) * tokens * train.batch_size + casts

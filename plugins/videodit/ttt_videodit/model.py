@@ -25,10 +25,9 @@ from ttt.inject import Site
 from ttt_videodit.adapter import BidirectionalTTT
 from ttt_videodit.geometry import LATENT_CHANNELS, PATCH_SIZE, Segments
 from ttt_videodit.layout import Layout
-from ttt_videodit.plugin import DEFAULT_PRETRAINED, PIXELS, VideoDiTOptions, sizes
+from ttt_videodit.plugin import DEFAULT_PRETRAINED, DEMO_TEXT_DIM, DEMO_TIME_DIM, PIXELS, VideoDiTOptions, sizes
 
 DEMO_SEED = 20260101
-DEMO_TEXT_DIM = 32
 LAST_WITHOUT_EFFECT = frozenset({"backward_gate_text.gating_alpha"})
 # What `transformer/config.json` of THUDM/CogVideoX-5b says, where it differs from the class's defaults.
 COGVIDEOX_5B_CONFIG: dict[str, Any] = {
@@ -341,7 +340,7 @@ def _demo_model(options: VideoDiTOptions, *, device: torch.device | str, dtype: 
         "num_attention_heads": size["num_heads"],
         "attention_head_dim": size["dim"] // size["num_heads"],
         "num_layers": size["num_layers"],
-        "time_embed_dim": 128,
+        "time_embed_dim": DEMO_TIME_DIM,
         "text_embed_dim": DEMO_TEXT_DIM,
         "sample_height": height // 8,
         "sample_width": width // 8,

@@ -15,6 +15,7 @@ from ttt.errors import EnvironmentProblem
 from ttt.files import read_json
 from ttt.hookspecs import hookimpl
 from ttt_videodit.geometry import (
+    LATENT_CHANNELS,
     PATCH_SIZE,
     SEGMENT_SEC,
     SPATIAL_COMPRESSION,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 DEFAULT_PRETRAINED = "THUDM/CogVideoX-5b"
 COGVIDEOX_5B = {"dim": 3072, "num_heads": 48, "num_layers": 42}
 DEMO = {"dim": 64, "num_heads": 4, "num_layers": 4}
+DEMO_TIME_DIM = 128
+DEMO_TEXT_DIM = 32
 PRESETS = ("demo", "3s", "9s", "18s", "30s", "63s")
 REMAT_OPTIONS = (
     "transformer_checkpoint_layer_group_size",
@@ -193,6 +196,14 @@ class VideoDiTBackbone(Backbone):
             tokens_per_window=segments * text_length(options, data) + frames * tokens_per_frame(height, width),
             window=f"{data.duration_sec} s of video at {width} × {height}",
             scans=_checkpoints_around(options, config.train.gradient_checkpointing),
+            gates=4,
+            layers_per_checkpoint=options.transformer_checkpoint_layer_group_size,
+            parameters=_parameters(options, **size),
+            attention_parameters=size["num_layers"]
+            * 4
+            * (size["dim"] ** 2 + size["dim"] + size["dim"] // size["num_heads"]),
+            layer_activation_bytes=_layer_activation_bytes(options, config.train.param_dtype, size["dim"]),
+            head_activation_bytes=round(4.5 * _BYTES[config.train.param_dtype] * size["dim"]),
         )
 
     def has_eval_data(self, config: RunConfig) -> bool:
@@ -320,6 +331,29 @@ def sizes(options: VideoDiTOptions) -> dict[str, int]:
             f"{heads!r}, {width!r} and {layers!r}; name a folder with CogVideoX's transformer"
         )
     return {"dim": heads * width, "num_heads": heads, "num_layers": layers}
+
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def _parameters(options: VideoDiTOptions, *, dim: int, num_heads: int, num_layers: int) -> int:
+    """Parameters of the transformer: blocks, embeddings of patches, texts and times, output."""
+    time, text = (DEMO_TIME_DIM, DEMO_TEXT_DIM) if options.preset == "demo" else (512, 4096)
+    patch = LATENT_CHANNELS * PATCH_SIZE**2
+    modulation = (time + 1) * 6 * dim + 2 * dim
+    attention = 4 * (dim * dim + dim + dim // num_heads)
+    block = 2 * modulation + attention + 8 * dim * dim + 5 * dim
+    around = (patch + 1 + text + 1) * dim + (dim + 1 + time + 1) * time
+    around += (time + 1) * 2 * dim + 4 * dim + (dim + 1) * patch
+    return num_layers * block + around
+
+
+def _layer_activation_bytes(options: VideoDiTOptions, dtype: str, dim: int) -> int:
+    """What autograd was measured to keep of one token in a block, on one segment: 23 numbers for each channel."""
+    widths = 8.0  # residuals, norms and modulation; next, attention and feed-forward, where they are kept
+    widths += 0 if options.remat_attention or options.remat_seq_modeling_block else 7.1
+    widths += 0 if options.remat_mlp else 8.0
+    return round(widths * dim * _BYTES[dtype])
 
 
 def _checkpoints_around(options: VideoDiTOptions, gradient_checkpointing: bool) -> tuple[int, int]:
