@@ -15,11 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import ttt.ops.minibatch
+import ttt.ops.select
 from ttt import inject
 from ttt.adapter import TTTAdapter
 from ttt.backbone import BackboneFacts
 from ttt.config import RunConfig, TTTConfig, load_config
 from ttt.config.estimate import (
+    SMALL,
     estimate,
     layer_activation_bytes,
     layer_flops,
@@ -31,6 +33,7 @@ from ttt.config.estimate import (
 )
 from ttt.errors import NestedCheckpointWarning
 from ttt.layer import TTTLayer
+from ttt.ops import fused
 from ttt.ops.rotary import rotary_angles
 from ttt.plugins import get_backbone
 from ttt.train.optim import Optimizer, choose_learnable
@@ -101,18 +104,17 @@ def _kept(*known: Tensor) -> Iterator[Kept]:
 
 @contextlib.contextmanager
 def _scans_measured(found: list[Kept], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Inside, what each scan keeps goes to `found`: in forward, and added to it what a group keeps in backward."""
-    scan = ttt.ops.minibatch.scan
+    """Inside, what each scan keeps beside its inputs goes to `found`."""
+    scan = ttt.ops.minibatch.fused_scan
 
-    def measured(step: Callable[..., Any], carry: Any, xs: Any, **more: Any) -> Any:
-        leaves = torch.utils._pytree.tree_leaves((carry, xs, more["consts"]))
-        with _kept(*(leaf for leaf in leaves if isinstance(leaf, Tensor))) as kept:
-            out = scan(step, carry, xs, **more)
+    def measured(weights: tuple[Tensor, ...], *inputs: Tensor, **more: Any) -> Any:
+        with _kept(*weights, *inputs) as kept:
+            out = scan(weights, *inputs, **more)
         found.append(kept)
         return out
 
     with monkeypatch.context() as patch:
-        patch.setattr(ttt.ops.minibatch, "scan", measured)
+        patch.setattr(ttt.ops.minibatch, "fused_scan", measured)
         yield
 
 
@@ -153,26 +155,29 @@ def test_what_the_scan_keeps_between_forward_and_backward(
 def test_what_a_group_keeps_while_it_runs_again(
     kind: str, group: int, tokens: int, size: int, batch: int, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The largest of the groups' graphs, from the hooks that pack while backward runs."""
+    """What it makes room for in backward: its mini-batches' weights, activations and tokens."""
     config = _ttt(layer_type=kind, scan_checkpoint_group_size=group, mini_batch_size=size, **more)
     adapter = TTTAdapter(128, 4, config)
     out = adapter(torch.randn(batch, tokens, 128, requires_grad=True))
-    steps = ttt.ops.scan._Program.steps
-    sizes: list[int] = []
+    room: dict[str, list[int]] = {"_allocate": [], "_lay_out": []}
 
-    def measured(self: Any, carry: Any, xs: Any, consts: Any) -> Any:
-        with _kept(*carry, *xs, *consts) as kept:
-            result = steps(self, carry, xs, consts)
-        final = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in result[0]}
-        sizes.append(sum((kept.sizes | final).values()))
-        return result
+    def measured(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            made = function(*arguments, **keywords)
+            leaves = torch.utils._pytree.tree_leaves(tuple(made))
+            room[name].append(sum({x.data_ptr(): x.untyped_storage().nbytes() for x in leaves}.values()))
+            return made
+
+        return run
 
     with monkeypatch.context() as patch:
-        patch.setattr(ttt.ops.scan._Program, "steps", measured)
+        for name in room:
+            patch.setattr(fused, name, measured(name, getattr(fused, name)))
         out.square().sum().backward()
     cost = scan_cost(config, dim=128, num_heads=4, tokens=tokens, batch_size=batch)
-    assert len(sizes) == cost.groups
-    assert max(sizes) == pytest.approx(cost.recomputed_bytes, rel=0.1)
+    assert len(room["_lay_out"]) == cost.groups
+    assert len(room["_allocate"]) == 1
+    assert room["_allocate"][0] + max(room["_lay_out"]) == pytest.approx(cost.recomputed_bytes, rel=0.1)
 
 
 def test_what_a_layer_keeps_around_its_scan() -> None:
@@ -187,6 +192,7 @@ def test_what_a_layer_keeps_around_its_scan() -> None:
 
 
 def test_what_a_mini_batch_left_open_keeps() -> None:
+    assert SMALL == ttt.ops.select.SMALL
     config = _ttt(layer_type="mlp", scan_checkpoint_group_size=2, mini_batch_size=16)
     adapter = TTTAdapter(128, 4, config)
     totals = []
@@ -256,14 +262,14 @@ def test_how_often_every_inner_step_runs_forward(group: int, enclosing: int, mon
     for _ in range(enclosing):
         layer = _checkpointed(layer)
     runs = 0
-    one_step = ttt.ops.scan._Program.one_step
+    chunk = fused._forward_chunk
 
-    def counted(self: Any, *arguments: Any) -> Any:
+    def counted(dims: Any, constants: Any, block: Any, *others: Any, **keywords: Any) -> Any:
         nonlocal runs
-        runs += 1
-        return one_step(self, *arguments)
+        runs += len(block.rate)
+        return chunk(dims, constants, block, *others, **keywords)
 
-    monkeypatch.setattr(ttt.ops.scan._Program, "one_step", counted)
+    monkeypatch.setattr(fused, "_forward_chunk", counted)
     layer(torch.randn(1, 32, 16, requires_grad=True)).sum().backward()
     cost = scan_cost(config, dim=16, num_heads=2, tokens=32, batch_size=1)
     assert cost.steps == 8
