@@ -350,7 +350,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         + "ttt: {scan_checkpoint_group_size: 12, mini_batch_size: 4}\n"
         + "train: {batch_size: 8}\ndata: {duration_sec: 60}\n",
         _ESTIMATE,
-        options=("--memory", "2.5GiB"),
+        options=("--memory", "2GiB"),
     ),
     "TTT301": Explanation(
         "error",
