@@ -19,7 +19,7 @@ import ttt.ops.select
 from ttt import inject
 from ttt.adapter import TTTAdapter
 from ttt.backbone import BackboneFacts
-from ttt.config import RunConfig, TTTConfig, load_config
+from ttt.config import RunConfig, TTTConfig, check_config, load_config
 from ttt.config.estimate import (
     SMALL,
     estimate,
@@ -290,6 +290,43 @@ def test_the_best_group_is_the_best_of_all(steps: int) -> None:
     if steps >= 100:
         state, activations = cost.carry_bytes, cost.activation_bytes
         assert best == pytest.approx((steps * state / (state + activations)) ** 0.5, rel=0.5)
+
+
+@pytest.mark.parametrize("tokens", [5, 96, 188, 4096])
+def test_auto_is_the_best_group_of_the_config_and_of_the_layer(tokens: int) -> None:
+    config = _ttt(layer_type="mlp", mini_batch_size=4, scan_checkpoint_group_size="auto")
+    cost = scan_cost(config, dim=128, num_heads=4, tokens=tokens, batch_size=3)
+    assert cost.group_size == cost.best_group_size()
+    assert TTTLayer(128, 4, config, device="meta")._group_size(tokens) == cost.group_size
+    written = _config(ttt={"scan_checkpoint_group_size": "auto", "mini_batch_size": 4}).ttt
+    assert written.scan_checkpoint_group_size == "auto"
+
+
+def test_auto_runs_as_the_group_that_it_comes_to() -> None:
+    config = _ttt(layer_type="mlp", mini_batch_size=4, scan_checkpoint_group_size="auto")
+    layer = TTTLayer(32, 2, config)
+    x = torch.randn(2, 101, 32, requires_grad=True)
+    with _kept(*layer.parameters()) as kept:
+        y, _ = layer(x)
+    size = layer._group_size(101)
+    assert 1 < size < 25
+    same = TTTLayer(32, 2, config.model_copy(update={"scan_checkpoint_group_size": size}))
+    same.load_state_dict(layer.state_dict())
+    with _kept(*same.parameters()) as expected:
+        assert torch.equal(y, same(x)[0])
+    assert kept.total() == expected.total()
+
+
+def test_what_auto_comes_to_is_told() -> None:
+    text = "backbone: {name: moshi, preset: demo}\nttt: {scan_checkpoint_group_size: auto, mini_batch_size: 1}\n"
+    checked = check_config("c.yaml", text=text, cost=True)
+    (finding,) = [finding for finding in checked.findings if finding.code == "TTT405"]
+    size = finding.value["scan_checkpoint_group_size"]
+    assert size > 1
+    assert f"scan_checkpoint_group_size: auto is {size} here" in finding.message
+    assert {finding.code for finding in checked.findings} == {"TTT405"}
+    misspelt = check_config("c.yaml", text=text.replace("auto", "automatic")).findings
+    assert [(finding.code, finding.path) for finding in misspelt] == [("TTT102", "ttt.scan_checkpoint_group_size")]
 
 
 # --- parameters and files ---

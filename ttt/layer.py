@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ttt.config import TTTConfig
+from ttt.config.estimate import best_group_size, scan_cost
 from ttt.config.schema import inner_widths
-from ttt.ops.minibatch import Inner, InnerTrace, Tokens, learn, learn_one_, trace
+from ttt.ops.minibatch import Inner, InnerTrace, Stream, Tokens, learn, learn_one_, trace
 from ttt.ops.norm import normalize_target, rms_norm
 from ttt.ops.rotary import apply_rotary, rotary_angles
 from ttt.state import TTTState, weight_names
@@ -53,12 +55,15 @@ class TTTLayer(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        self.compiled: Callable[[TTTLayer, Tensor, TTTState, Rotary | None, int], tuple[Tensor, Stream]] | None = None
+        """What runs instead of `_read`: the same, compiled; see `ttt.train.compiling`."""
         heads = config.num_heads or num_heads
         check_head_width(dim, heads, config)
         self.config = config
         self.dim = dim
         self.num_heads = heads
         self.head_width = width = dim // heads
+        self._costs = scan_cost(config, dim=dim, num_heads=heads, tokens=config.mini_batch_size, batch_size=1)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -132,12 +137,10 @@ class TTTLayer(nn.Module):
             ValueError: the tokens or the state do not fit the layer, or `rotary` does not fit the config.
         """
         state = self._checked(x, state, rotary)
-        with no_autocast(x):
-            tokens = self._tokens(x, state, rotary)
-            z_BHTF, stream = learn(
-                tokens, state.stream, self._inner(tokens.q.dtype), group_size=self.config.scan_checkpoint_group_size
-            )
-            y = self._answer(z_BHTF, x.dtype)
+        read = self.compiled or TTTLayer._read
+        group_size = self._group_size(x.shape[1])
+        with no_autocast(x):  # around what is compiled: a compiled backward runs in the types of its forward
+            y, stream = read(self, x, state, rotary, group_size)
         return y, TTTState.of(stream)
 
     def step_(self, x: Tensor, state: TTTState, *, rows: Tensor | None = None, rotary: Rotary | None = None) -> Tensor:
@@ -198,6 +201,12 @@ class TTTLayer(nn.Module):
             f"dim={self.dim}, num_heads={self.num_heads}, layer_type={self.config.layer_type}, "
             f"mini_batch_size={self.config.mini_batch_size}, causal={self.config.causal}"
         )
+
+    def _read(self, x: Tensor, state: TTTState, rotary: Rotary | None, group_size: int) -> tuple[Tensor, Stream]:
+        """`forward` of what fits, outside of autocast: the part that can be compiled."""
+        tokens = self._tokens(x, state, rotary)
+        z_BHTF, stream = learn(tokens, state.stream, self._inner(tokens.q.dtype), group_size=group_size)
+        return self._answer(z_BHTF, x.dtype), stream
 
     def _checked(self, x: Tensor, state: TTTState | None, rotary: Rotary | None) -> TTTState:
         if x.dim() != 3 or x.shape[-1] != self.dim or x.shape[1] == 0:
@@ -265,6 +274,15 @@ class TTTLayer(nn.Module):
         )
         rate_BHT1 = rate_BTH.sigmoid().transpose(1, 2).unsqueeze(-1) * (self.config.base_lr / self.head_width)
         return Tokens(q_BHTF, k_BHTF, target_BHTF, rate_BHT1)
+
+    def _group_size(self, length: int) -> int:
+        """`scan_checkpoint_group_size`, or what `auto` comes to for T tokens."""
+        size = self.config.scan_checkpoint_group_size
+        if size != "auto":
+            return size
+        one = self._costs  # all three grow with B alike
+        steps = length // self.config.mini_batch_size
+        return best_group_size(steps, carry=one.carry_bytes, activation=one.activation_bytes, layout=one.layout_bytes)
 
     def _answer(self, z_BHTF: Tensor, dtype: torch.dtype) -> Tensor:
         """`W_o · LN(z)`, heads concatenated."""

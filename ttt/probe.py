@@ -19,6 +19,7 @@ from rich.console import Console
 
 from ttt.backbone import Backbone
 from ttt.config.diagnostics import Finding, Severity
+from ttt.config.estimate import scan_cost
 from ttt.config.schema import RunConfig, TTTConfig, select_layers
 from ttt.errors import NestedCheckpointWarning, TTTError
 from ttt.inject import Site
@@ -157,11 +158,21 @@ def narrow(config: RunConfig, backbone: Backbone) -> Setting:
         told.append(f"mini-batches of {size}, not {ttt.mini_batch_size}: three of those would take too long")
     if backbone.streaming and size > _STREAMED:
         told.append(f"the whole model streams in mini-batches of {_STREAMED}, each layer in those of {size}")
-    tokens, group_size = _lengths(size, ttt.scan_checkpoint_group_size)
+    wanted = ttt.scan_checkpoint_group_size
+    if wanted == "auto":  # what it comes to in this config
+        wanted = scan_cost(
+            ttt,
+            dim=facts.dim,
+            num_heads=facts.num_heads,
+            tokens=facts.tokens_per_window or _LONGEST,
+            batch_size=config.train.batch_size,
+        ).group_size
+        told.append(f"scan_checkpoint_group_size: auto is {wanted}")
+    tokens, group_size = _lengths(size, wanted)
     full, short = tokens // size, _length(_fewest(size), size)
     open_one = " and an open one" if tokens % size else ""
     told.append(f"{tokens} tokens: {full} mini-batches of {size}{open_one}, {short} in law 4; a batch of {_BATCH}")
-    told.append(_groups_in_words(full, ttt.scan_checkpoint_group_size, group_size, config.train.gradient_checkpointing))
+    told.append(_groups_in_words(full, wanted, group_size, config.train.gradient_checkpointing))
     settings = {**ttt.model_dump(), **changes}
     dtype = _DTYPES[config.train.param_dtype]
 

@@ -8,7 +8,6 @@ operations in `ttt.ops`, and are held against measurements in the tests.
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -73,7 +72,7 @@ class ScanCost:
     steps: int
     """Mini-batches that go through the scan."""
     group_size: int
-    """g, as the config has it."""
+    """g, as the config has it; what `auto` comes to."""
     carry_bytes: int
     """S: fast weights of the batch's streams in one layer."""
     activation_bytes: int
@@ -133,9 +132,27 @@ class ScanCost:
 
     def best_group_size(self) -> int:
         """The g of least memory, about `√(N S / (S + A))`; the smallest of those, 0 where keeping everything is."""
-        root = math.isqrt(max(self.steps, 1)) + 1
-        candidates = {0, *range(1, min(root, self.steps) + 1), *(-(-self.steps // k) for k in range(1, root + 1))}
-        return min(sorted(candidates), key=lambda size: self.with_group_size(size).peak_bytes)
+        return best_group_size(
+            self.steps, carry=self.carry_bytes, activation=self.activation_bytes, layout=self.layout_bytes
+        )
+
+
+def best_group_size(steps: int, *, carry: int, activation: int, layout: int) -> int:
+    """The group of least peak memory for N mini-batches; see `ScanCost`.
+
+    In plain numbers and one short loop, which `torch.compile` can follow where a layer asks while it runs.
+    """
+    best, least = 0, steps * (carry + activation)
+    root = 1
+    while root * root < steps:
+        root += 1
+    for index in range(1, 2 * root + 1):  # the sizes up to √N, then those of √N groups and fewer
+        size = index if index <= root else -(-steps // (2 * root + 1 - index))
+        if size < steps:
+            peak = (-(-steps // size) - 1) * carry + size * (carry + activation + layout)
+            if peak < least:
+                best, least = size, peak
+    return best
 
 
 def scan_cost(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch_size: int) -> ScanCost:
@@ -165,15 +182,17 @@ def scan_cost(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch
             return pairs * _fused_numbers(widths, count) + state
         return _generic_numbers(widths, count, batch_size, heads, learned=config.learnable_token_idx)
 
-    return ScanCost(
+    wanted = config.scan_checkpoint_group_size
+    cost = ScanCost(
         steps=steps,
-        group_size=config.scan_checkpoint_group_size,
+        group_size=0 if wanted == "auto" else wanted,
         carry_bytes=_WIDE * state,
         activation_bytes=_WIDE * pairs * _fused_numbers(widths, size),
         # Keys and queries, keys once more, target and its anchor; rates, and what each token is to each other one.
         layout_bytes=_WIDE * pairs * size * (5 * widths[0] + 5 + size),
         outside_bytes=_WIDE * sum(beside(count) + (state if steps else 0) for count in open_tokens if count),
     )
+    return cost.with_group_size(cost.best_group_size()) if wanted == "auto" else cost
 
 
 def _state_numbers(widths: tuple[int, ...]) -> int:

@@ -191,8 +191,9 @@ class TTTConfig(Section):
     """Normalise the layer's input before the projections: not at all, or RMS without parameters."""
     initial_gating_alpha: float = 0.1
     """Start of the gate α in `x + tanh(α) ⊙ y`, every channel."""
-    scan_checkpoint_group_size: Annotated[WholeNumber, Field(ge=0)] = 16
-    """Mini-batches per checkpoint of the scan: memory and time only, never the result. 0 keeps everything."""
+    scan_checkpoint_group_size: Annotated[WholeNumber, Field(ge=0)] | Literal["auto"] = 16
+    """Mini-batches per checkpoint of the scan: memory and time only, never the result. 0 keeps everything; auto takes
+    the number that needs the least memory, near √(N·S/(S+A))."""
     persistent_states: bool = False
     """Carry fast weights from window to window of a file while training; needs windows in order."""
 
@@ -241,8 +242,9 @@ class TTTConfig(Section):
             raise ValueError(
                 "rope: mini_batch counts tokens of a causal stream; a non-causal layer takes rope: backbone or none"
             )
-        for message in group_size_warnings(self.scan_checkpoint_group_size, self.mini_batch_size):
-            warnings.warn(message, NestedCheckpointWarning, stacklevel=3)
+        if self.scan_checkpoint_group_size != "auto":
+            for message in group_size_warnings(self.scan_checkpoint_group_size, self.mini_batch_size):
+                warnings.warn(message, NestedCheckpointWarning, stacklevel=3)
         return self
 
 
@@ -300,6 +302,8 @@ class TrainConfig(Section):
     """Type of the backbone's parameters; TTT weights and fast weights stay float32."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Mixed precision: products of the backbone's float32 matrices in bfloat16. TTT keeps to its tokens' type."""
+    compile: bool = False
+    """Run the TTT layers through `torch.compile`: minutes at the start of a run, faster steps; needs a compiler."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
     cpu_threads: Annotated[int, Field(ge=1)] | None = None

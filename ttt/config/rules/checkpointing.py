@@ -28,9 +28,14 @@ def _finding(context: Context, text: str, more: str = "", *, code: str, severity
 
 def _costs(context: Context, scans: Sequence[int]) -> list[str]:
     """The schema's own words for what the group size costs, in this config's numbers, inside so many checkpoints."""
-    ttt, facts = context.config.ttt, context.facts
+    ttt, facts, scan = context.config.ttt, context.facts, context.needs.scan
+    wanted = ttt.scan_checkpoint_group_size
+    if wanted == "auto":
+        if scan is None:  # it hangs on the length of a window
+            return []
+        wanted = scan.group_size
     return group_size_warnings(
-        ttt.scan_checkpoint_group_size,
+        wanted,
         ttt.mini_batch_size,
         tokens=facts.tokens_per_window,
         window=facts.window[:1].upper() + facts.window[1:] if facts.tokens_per_window is not None else None,
@@ -41,7 +46,7 @@ def _costs(context: Context, scans: Sequence[int]) -> list[str]:
 @rule(*NEEDS)
 def one_checkpoint_per_mini_batch(context: Context) -> Iterator[Finding]:
     """A group of one keeps every carry and recomputes every step; whether that is least or most hangs on S and A."""
-    if not context.has_layers:
+    if not context.has_layers or context.config.ttt.scan_checkpoint_group_size == "auto":
         return
     scan = context.needs.scan
     for text in _costs(context, (0,)):
@@ -125,7 +130,7 @@ def far_from_the_best_group(context: Context) -> Iterator[Finding]:
 def group_larger_than_the_sequence(context: Context) -> Iterator[Finding]:
     """A group that no window fills is no group."""
     scan, size = context.needs.scan, context.config.ttt.scan_checkpoint_group_size
-    if not context.has_layers or scan is None or size in (0, _LITERATURE) or size <= scan.steps:
+    if not context.has_layers or scan is None or size in ("auto", 0, _LITERATURE) or int(size) <= scan.steps:
         return
     if not context.is_written("ttt.scan_checkpoint_group_size"):
         return

@@ -231,6 +231,8 @@ def what_it_costs(context: Context) -> Iterator[Finding]:
             f"{show_flops(needs.training_flops * train.num_microbatches)} in a step of "
             f"{tokens * train.num_microbatches} tokens"
         )
+        if context.config.ttt.scan_checkpoint_group_size == "auto":
+            arithmetic += f"; scan_checkpoint_group_size: auto is {needs.scan.group_size} here"
     about = "the run needs" if needs.complete else "TTT alone needs at least"
     memory = f"{show_bytes(needs.low)}" + (f" to {show_bytes(needs.high)}" if needs.complete else "")
     yield Finding(
@@ -245,6 +247,7 @@ def what_it_costs(context: Context) -> Iterator[Finding]:
             "tokens_per_step": tokens * train.num_microbatches,
             "ttt_forward_flops_per_token": forward,
             "ttt_training_flops_per_token": training,
+            "scan_checkpoint_group_size": needs.scan.group_size if needs.scan is not None else None,
             "memory_bytes": {"low": needs.low, "high": needs.high, "whole_run": needs.complete, **needs.parts},
             "adapter_bytes": needs.adapter_bytes,
             "checkpoint_bytes": needs.checkpoint_bytes,
