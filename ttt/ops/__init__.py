@@ -7,6 +7,8 @@ carry theirs as a suffix (`q_BHTF`). Fast weights are flat tuples `(W1, b1, W2, 
 - `ttt.ops.reference`: the definition, token by token; slow and obvious
 - `ttt.ops.linear`, `ttt.ops.mlp`: one mini-batch of a linear or MLP inner model in dual form
 - `ttt.ops.minibatch`: a sequence as mini-batches, open ones included
-- `ttt.ops.scan`: the scan over mini-batches with checkpoint groups
+- `ttt.ops.scan`: the scan over mini-batches with checkpoint groups, for any step
+- `ttt.ops.fused`: the same for linear and MLP inner models as one operation, its backward by hand
+- `ttt.ops.select`: which of these runs
 - `ttt.ops.norm`, `ttt.ops.rotary`: what they are made of
 """
