@@ -9,7 +9,7 @@ UV     := UV_FIND_LINKS="$(PIP_FIND_LINKS)" VIRTUAL_ENV="$(abspath $(VENV))" $(B
 export NO_TORCH_COMPILE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format clean constraints rules
+.PHONY: help setup demo test bench lint types format clean constraints rules
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ demo: $(STAMP) ## train TTT layers in a small Moshi on real speech, on this mach
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+bench: $(STAMP) ## time and weigh the scan beside what is published, on this CPU: some tens of minutes
+	$(BIN)/python benchmarks/scan.py
 
 lint: $(STAMP) ## ruff: lint and format
 	$(BIN)/ruff check .

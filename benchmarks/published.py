@@ -207,7 +207,7 @@ def _normed_target(v: Tensor, k: Tensor, gamma: Tensor, beta: Tensor, eps: float
     return gamma * target + beta + k
 
 
-def _projected(layer: TTTLayer, x: Tensor, start: int, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def projected(layer: TTTLayer, x: Tensor, start: int, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys, values `[B,H,T,F]` and rates `[B,H,T,1]` of tokens from place `start` of a stream on."""
     config, heads, width = layer.config, layer.num_heads, layer.head_width
 
@@ -224,18 +224,20 @@ def _projected(layer: TTTLayer, x: Tensor, start: int, rotary: Rotary | None) ->
         angles = torch.complex(*rotary)
         q, k = _turned(q, angles), _turned(k, angles)
     if config.normalize_target:
-        v = _normed_target(v, k, *_norms(layer), config.ln_eps)
+        v = _normed_target(v, k, *norms(layer), config.ln_eps)
     rate = torch.einsum("btc,hdc->bhtd", x, layer.learnable_ttt_lr_weight)
     rate = torch.sigmoid(rate + layer.learnable_ttt_lr_bias[None, :, :, None])
     return q, k, v, config.base_lr * rate / width
 
 
-def _norms(layer: TTTLayer) -> tuple[Tensor, Tensor]:
+def norms(layer: TTTLayer) -> tuple[Tensor, Tensor]:
+    """Scale and shift of the inner layer norm, `[H,1,F]`."""
     shape = (layer.num_heads, 1, layer.head_width)
     return layer.ttt_norm_weight.reshape(shape), layer.ttt_norm_bias.reshape(shape)
 
 
-def _scale(layer: TTTLayer) -> Tensor:
+def step_sizes(layer: TTTLayer) -> Tensor:
+    """The step size by position in a mini-batch, `[C]`."""
     size, like = layer.config.mini_batch_size, layer.ttt_norm_weight
     if not layer.config.causal:
         return torch.full((size,), 1 / size, device=like.device, dtype=like.dtype)
@@ -265,10 +267,10 @@ def published_layer(
         compiled: run the step through `torch.compile`.
     """
     config = layer.config
-    q, k, v, rate = _projected(layer, x, 0, rotary)
+    q, k, v, rate = projected(layer, x, 0, rotary)
     z, _ = published_scan(
         _opening_weights(layer, x.shape[0]),
-        *(q, k, v, rate, *_norms(layer), _scale(layer)),
+        *(q, k, v, rate, *norms(layer), step_sizes(layer)),
         causal=config.causal,
         eps=config.ln_eps,
         group_size=group_size,
@@ -298,8 +300,8 @@ class PublishedDecoder:
     def __call__(self, x: Tensor) -> Tensor:
         """The next token of each stream, `[B,1,D]` to `[B,1,D]`."""
         layer, config = self.layer, self.layer.config
-        q, k, v, rate = _projected(layer, x, self.read, None)
-        setting = _Setting(*_norms(layer), config.causal, config.ln_eps)
+        q, k, v, rate = projected(layer, x, self.read, None)
+        setting = _Setting(*norms(layer), config.causal, config.ln_eps)
         inputs, gradients = [k], []
         outputs = [k @ self.weights[0] + self.weights[1]]
         if len(self.weights) == 4:
@@ -312,7 +314,7 @@ class PublishedDecoder:
         for given, gradient in zip(inputs, gradients, strict=True):
             own += [given.transpose(-2, -1) @ (rate * gradient), rate * gradient]
         self.gradients = tuple(g + new for g, new in zip(self.gradients, own, strict=True))
-        scale = _scale(layer)
+        scale = step_sizes(layer)
         place = self.read % config.mini_batch_size
         moved = tuple(w - scale[place] * g for w, g in zip(self.weights, self.gradients, strict=True))
         z = q @ moved[0] + moved[1]

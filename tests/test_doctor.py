@@ -303,7 +303,7 @@ def _recomputes(implementation: str) -> str:
             y, _ = layer(_tokens(60))
         held.append(sum(storages.values()))
         del y
-    assert held[1] <= held[0]
+    assert held[1] < 1.01 * held[0]
     return "yes" if held[1] < 0.7 * held[0] else "no"
 
 

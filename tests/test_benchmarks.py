@@ -1,0 +1,277 @@
+"""What the benchmarks compare is the same function, what they count is right, and what they write can be read."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import scan
+import torch
+from allocations import allocations
+from contenders import ATTENTION, OURS, PRODUCTS, PUBLISHED, Shape, layer_contenders, scan_contenders
+from products import Products, products_of_minibatch
+from published import PublishedDecoder, published_layer, read_all
+from pydantic import ValidationError
+from scan_pictures import draw
+from scan_results import Results, read, tables
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ttt.config import TTTConfig
+from ttt.config.estimate import scan_cost
+from ttt.layer import TTTLayer
+from ttt.ops.rotary import rotary_angles
+
+CPU = torch.device("cpu")
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+# --- the published formulation ---
+
+
+def _layer(**settings: object) -> TTTLayer:
+    layer = TTTLayer(24, 3, TTTConfig.model_validate(settings), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0, 0.3, generator=generator)
+    return layer
+
+
+def _tokens(length: int) -> Tensor:
+    x = torch.randn(2, length, 24, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    return x.requires_grad_()
+
+
+def _gradients(y: Tensor, layer: TTTLayer, x: Tensor) -> list[Tensor]:
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=y.dtype)
+    return list(torch.autograd.grad((y * weight).sum(), [x, *layer.parameters()]))
+
+
+@pytest.mark.parametrize("group_size", [0, 3])
+@pytest.mark.parametrize("layer_type", ["linear", "mlp"])
+@pytest.mark.parametrize("length", [3, 20, 37])
+def test_the_published_formulation_is_the_layers_function(layer_type: str, length: int, group_size: int) -> None:
+    layer, x = _layer(layer_type=layer_type, mini_batch_size=5), _tokens(length)
+    expected, found = layer(x)[0], published_layer(layer, x, group_size=group_size)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(_gradients(expected, layer, x), _gradients(found, layer, x), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("layer_type", ["linear", "mlp"])
+def test_the_published_formulation_for_video_is_the_layers_function(layer_type: str) -> None:
+    layer, x = _layer(preset="video", layer_type=layer_type, mini_batch_size=6), _tokens(24)
+    rotary = rotary_angles(torch.arange(24), 8, theta=100.0, dtype=torch.float64)
+    expected, found = layer(x, rotary=rotary)[0], published_layer(layer, x, rotary=rotary, group_size=2)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(_gradients(expected, layer, x), _gradients(found, layer, x), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("layer_type", ["linear", "mlp"])
+def test_published_decoding_is_the_layers_function(layer_type: str) -> None:
+    layer, x = _layer(layer_type=layer_type, mini_batch_size=4), _tokens(11)
+    torch.testing.assert_close(read_all(PublishedDecoder(layer, 2), x), layer(x)[0].detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_the_published_formulation_has_no_deeper_model() -> None:
+    with pytest.raises(ValueError, match="not 3 layers"):
+        published_layer(_layer(layer_type="mlp", mlp_layers=3), _tokens(16))
+
+
+# --- what is compared ---
+
+SMALL = (
+    Shape("linear", "linear", 16, 2, 4, tokens=72),
+    Shape("video", "mlp", 16, 2, 8, tokens=144, causal=False),
+    Shape("MLP", "mlp", 16, 2, 4, tokens=75, batch=2),
+)
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("part", [layer_contenders, scan_contenders])
+def test_contenders_compute_the_same(part: object, shape: Shape) -> None:
+    groups = [(0, False), (16, True)]
+    contenders = list(part(shape, groups, CPU, compiled=False))  # type: ignore[operator]
+    found = {(one.name, one.group_size): one for one in contenders if one.name in (PUBLISHED, *OURS)}
+    assert len(found) == 6
+    base = found[PUBLISHED, 0]
+    for one in found.values():
+        torch.testing.assert_close(one.forward(), base.forward(), rtol=1e-3, atol=1e-4)
+        gradients, expected = one.both(), base.both()
+        assert isinstance(gradients, tuple)
+        assert isinstance(expected, tuple)
+        for ours, theirs in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3 * theirs.abs().max().item())
+    assert {one.name for one in contenders} - {PUBLISHED, *OURS} <= {ATTENTION, PRODUCTS}
+
+
+def test_contenders_run_the_implementation_that_they_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ttt.ops import minibatch
+
+    ran = []
+    right = minibatch.fused_scan
+    monkeypatch.setattr(minibatch, "fused_scan", lambda *a, **k: ran.append("fused") or right(*a, **k))
+    for one in layer_contenders(SMALL[0], [(0, False)], CPU, compiled=False):
+        ran.clear()
+        one.both()
+        assert bool(ran) == (one.name == "fused"), one.name
+
+
+def test_the_products_are_those_of_the_dual_form() -> None:
+    # The cost section of the design: 6F² + 4CF and 56F² + 20CF a token and head; the bias's products are merged.
+    width, size = 8, 4
+    linear = sum(product.flops for product in products_of_minibatch((width, width), size)) / size
+    mlp = sum(product.flops for product in products_of_minibatch((width, 4 * width, width), size)) / size
+    assert linear == 6 * width**2 + 4 * size * width
+    assert mlp == 56 * width**2 + 20 * size * width
+    shape = SMALL[2]
+    products = Products(shape.widths, shape.minibatches, shape.batch * shape.heads, torch.empty(0))
+    assert shape.minibatches == {4: 18, 3: 1}
+    assert products.flops == scan.cost_of_products(shape)
+    with FlopCounterMode(display=False) as counter:
+        products.forward()
+    assert counter.get_total_flops() == products.flops
+    for recomputed in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            products.forward_and_backward(recomputed=recomputed)
+        assert counter.get_total_flops() == (3 + recomputed) * products.flops
+
+
+# --- what is counted ---
+
+
+def test_allocations_are_counted_to_the_byte() -> None:
+    def known() -> tuple[Tensor, Tensor]:
+        first = torch.empty(1_000_000, dtype=torch.uint8)
+        second = torch.empty(2_000_000, dtype=torch.uint8)
+        del first
+        return second, torch.empty(500_000, dtype=torch.uint8)
+
+    for _ in range(2):  # the second time blocks are reused by the system's allocator
+        assert allocations(known, CPU) == (3_000_000, 2_500_000, 3)
+
+
+def test_temporaries_of_kernels_are_counted() -> None:
+    x = torch.randn(1000, 100)
+
+    def hidden() -> Tensor:
+        return x.t().contiguous().var(dim=0, keepdim=True)
+
+    counted = allocations(hidden, CPU)
+    assert counted.peak >= 1000 * 100 * 4 + 1000 * 4
+    assert counted.held == 1000 * 4
+
+
+def test_the_graph_between_forward_and_backward_is_held() -> None:
+    x = torch.randn(1000, requires_grad=True)
+    kept = allocations(lambda: x.exp().sin(), CPU)
+    assert kept.held == 2 * 4000  # the input of sin, and the answer
+    assert allocations(lambda: x.detach().exp().sin(), CPU).held == 4000
+    both = allocations(lambda: torch.autograd.grad(x.exp().sin().sum(), x), CPU)
+    assert both.held == 4000  # the gradient
+
+
+def test_held_memory_of_the_scan_is_its_carries() -> None:
+    shape = Shape("MLP", "mlp", 64, 2, 4, tokens=256)
+    (fused,) = (one for one in scan_contenders(shape, [(16, False)], CPU, compiled=False) if one.name == "fused")
+    assert fused.kept is not None
+    held = allocations(fused.kept, CPU).held
+    carries = (64 // 16 - 1) * shape.cost().carry_bytes
+    tokens = 256 * 64 * 4
+    # The carries, the answers, the target that it makes of values and keys, and what opens and closes the scan.
+    assert carries + 2 * tokens <= held <= carries + 2 * tokens + 3 * shape.cost().carry_bytes
+
+
+# --- what is written ---
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    told: list[str] = []
+    found = scan.run(
+        CPU,
+        shapes=SMALL[2:],
+        sizes=(0, 16),
+        lengths=(32, 64),
+        tokens=20,
+        repeats=2,
+        quick=True,
+        compiled=False,
+        tell=told.append,
+    )
+    assert len(told) == len(SMALL[2:]) + 2
+    return found
+
+
+def test_a_run_measures_everybody(results: Results, tmp_path: Path) -> None:
+    for shape, given in zip(results.shapes, SMALL[2:], strict=True):
+        assert (shape.tokens, shape.dim, shape.head_width) == (given.tokens, 16, 8)
+        cost = scan_cost(given.config(0), dim=16, num_heads=2, tokens=given.tokens, batch_size=given.batch)
+        assert shape.carry_bytes == cost.carry_bytes
+        auto = {row.group_size for row in shape.rows if row.auto}
+        assert auto == {cost.best_group_size()}
+        for part, others in (("layer", {ATTENTION}), ("scan", {ATTENTION, PRODUCTS})):
+            rows = [row for row in shape.rows if row.part == part]
+            assert {row.contender for row in rows} == {PUBLISHED, *OURS, *others}
+            for row in rows:
+                assert (row.speedup is not None) == (row.contender in OURS)
+                if row.contender != PRODUCTS:
+                    assert (row.peak_bytes or 0) > 0
+                    # Backward ends with gradients, and adds its own to what forward holds.
+                    assert 0 < (row.held_bytes or 0) <= (row.peak_bytes or 0)
+            held = {row.group_size: row.held_bytes or 0 for row in rows if row.contender == "generic"}
+            assert held[16] < held[0]
+    assert {point.tokens for point in results.growth} == {32, 64}
+    assert {one.contender for one in results.decoding} == {PUBLISHED, *OURS, "in place", ATTENTION}
+    for one in results.decoding:
+        assert one.grown_bytes == 0, one.contender
+    in_place = next(one for one in results.decoding if one.contender == "in place")
+    assert in_place.first_blocks == in_place.last_blocks
+
+    path = tmp_path / "scan.json"
+    path.write_text(results.model_dump_json(), encoding="utf-8")
+    assert read(path) == results
+    text = tables(results)
+    for name in (PUBLISHED, *OURS, PRODUCTS, ATTENTION, "in place"):
+        assert f"| {name}" in text
+    draw(results, tmp_path / "scan.png")
+    assert (tmp_path / "scan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_say_nothing_of_where_they_were_made(results: Results) -> None:
+    text = results.model_dump_json()
+    assert os.uname().nodename not in text
+    assert str(Path.home()) not in text
+    assert str(Path.cwd()) not in text
+
+
+def test_results_of_another_format_are_refused(results: Results, tmp_path: Path) -> None:
+    facts = json.loads(results.model_dump_json())
+    for change in ({"format": 2}, {"repeats": "9"}, {"hostname": "here"}):
+        path = tmp_path / "scan.json"
+        path.write_text(json.dumps({**facts, **change}), encoding="utf-8")
+        with pytest.raises(ValidationError):
+            read(path)
+
+
+def test_the_results_that_are_kept_can_be_read() -> None:
+    for path in sorted(RESULTS.glob("scan_*.json")):
+        found = read(path)
+        assert not found.quick
+        assert found.machine.kind == path.stem.removeprefix("scan_")
+        assert {shape.name for shape in found.shapes} == {shape.name for shape in scan.SHAPES}
+        assert path.with_suffix(".png").exists()
+
+
+def test_the_command_line_refuses_what_it_cannot_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments, words in ((["--repeats", "0"], "at least one round"), (["--device", "tpu"], "invalid choice")):
+        monkeypatch.setattr("sys.argv", ["scan.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            scan.main()
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
