@@ -180,7 +180,8 @@ ELSEWHERE = {
     # where they are tested: with the reading of files, with other backbones, with overrides and with broken plugins
     **dict.fromkeys((*(f"TTT0{number:02}" for number in range(1, 14)), "TTT108"), "test_config_source.py"),
     **dict.fromkeys(("TTT107", "TTT802", "TTT803"), "test_config_load.py"),
-    "TTT602": "test_config_rules.py",  # with the environment of a launch, below
+    # with their environments, below
+    **dict.fromkeys(("TTT602", "TTT603", "TTT604"), "test_config_rules.py"),
 }
 
 
@@ -282,6 +283,85 @@ def test_a_distributed_launch_is_refused(size: str, refused: bool, monkeypatch: 
     monkeypatch.setenv("WORLD_SIZE", size)
     found = [(finding.code, finding.value) for finding in _findings("run_dir: new/run")]
     assert found == ([("TTT602", int(size))] if refused else [])
+
+
+@pytest.mark.parametrize(
+    ("forced", "text", "refused"),
+    [
+        ("generic", "train: {compile: true}", True),
+        ("reference", "train: {compile: true}", True),
+        ("generic", "train: {compile: false}", False),
+        ("generic", "{train: {compile: true, trainable: all}, ttt: {layers: none}}", False),
+        ("fused", "train: {compile: true}", False),
+        ("", "train: {compile: true}", False),
+    ],
+)
+def test_only_the_fused_scan_is_compiled(
+    forced: str, text: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTT_OPS", forced)
+    monkeypatch.setenv("CXX", str(_program(tmp_path / "compile-it")))
+    found = [(finding.code, finding.path, finding.value) for finding in _findings(text)]
+    assert found == ([("TTT603", "train.compile", forced)] if refused else [])
+
+
+def _program(path: Path) -> Path:
+    path.write_text("#!/bin/sh\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("device", "present", "words"),
+    [
+        ("cpu", {"g++"}, None),
+        ("cpu", {"gcc", "clang"}, "there is no g++"),
+        ("cuda", {"triton", "gcc"}, None),
+        ("cuda", {"triton", "clang"}, None),
+        ("cuda", {"g++", "gcc"}, "triton is not installed"),
+        ("cuda", {"triton"}, "there is no gcc or clang"),
+        ("auto", {"g++"}, None),
+        ("auto", {"triton", "gcc"}, None),
+        ("auto", {"triton"}, "there is no g++; Triton needs a C compiler"),
+        ("auto", set(), "there is no g++; torch.compile makes Triton kernels"),
+    ],
+)
+def test_compiling_needs_a_compiler_for_the_device(
+    device: str, present: set[str], words: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in present - {"triton"}:
+        _program(programs / name)
+    monkeypatch.setenv("PATH", str(programs))
+    for variable in ("CC", "CXX", "TTT_OPS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    spec = "a spec" if "triton" in present else None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec if name == "triton" else None)
+    found = _findings(f"train: {{compile: true, device: {device}}}")
+    assert _findings(f"train: {{compile: false, device: {device}}}") == ()
+    if words is None:
+        assert found == ()
+        return
+    (finding,) = found
+    assert (finding.code, finding.path, finding.severity) == ("TTT604", "train.compile", ERROR)
+    assert words in finding.message
+    assert "write compile: false" in finding.fix
+
+
+@pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
+def test_a_compiler_that_is_named_is_the_one_that_must_be_there(
+    device: str, variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "a spec")
+    text = f"train: {{compile: true, device: {device}}}"
+    monkeypatch.setenv(variable, str(_program(tmp_path / "own")))
+    assert _findings(text) == ()
+    monkeypatch.setenv(variable, "a-compiler-that-nobody-has")
+    (finding,) = _findings(text)
+    assert "there is no a-compiler-that-nobody-has" in finding.message
 
 
 def test_a_run_for_this_machines_cpu_is_held_against_its_memory() -> None:

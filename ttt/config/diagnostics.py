@@ -70,6 +70,8 @@ CODES: dict[str, str] = {
     "TTT510": "weights to start from that belong to something else",
     "TTT601": "a run_dir that cannot be written",
     "TTT602": "one run in several processes",
+    "TTT603": "an implementation of the scan that cannot be compiled",
+    "TTT604": "compiling without a compiler",
     "TTT701": "a warm-up longer than the run",
     "TTT702": "nothing that learns",
     "TTT703": "gates that can never open",
@@ -90,7 +92,10 @@ CODES: dict[str, str] = {
 """Every code of the core, with its title."""
 
 ENVIRONMENT_CODES = frozenset(
-    {"TTT403", "TTT501", "TTT504", "TTT505", "TTT506", "TTT508", "TTT509", "TTT601", "TTT602", "TTT802", "TTT803"}
+    {
+        *("TTT403", "TTT501", "TTT504", "TTT505", "TTT506", "TTT508", "TTT509"),
+        *("TTT601", "TTT602", "TTT603", "TTT604", "TTT802", "TTT803"),
+    }
 )
 """Codes that blame the machine that the config was read on, not the config."""
 

@@ -572,6 +572,31 @@ EXPLANATIONS: dict[str, Explanation] = {
         "github.com/pytorch/pytorch, issue 24005",
         environment=("WORLD_SIZE=2",),
     ),
+    "TTT603": Explanation(
+        "error",
+        "`TTT_OPS` forces an implementation of the scan that `torch.compile` cannot take whole.",
+        "The fused scan is one operation to the compiler, with a backward of its own. The others recompute groups by "
+        "autograd, or run token by token: what is compiled would fall apart, and be slower than what is not.",
+        _MOSHI + "train: {compile: true}\n",
+        _MOSHI + "train: {compile: false}\n",
+        "`ttt.ops.select`",
+        environment=("TTT_OPS=generic",),
+    ),
+    "TTT604": Explanation(
+        "error",
+        "`train.compile` is asked for, and this machine has no compiler for the run's device.",
+        "`torch.compile` makes C++ for a CPU, and Triton kernels for a GPU, for which Triton needs a C compiler too. "
+        "The run would stop in its first step. Beside `gradient_checkpointing` and `autocast`, compiling is safe here. "
+        "Only the TTT layers are compiled, with sizes as constants: with sizes as variables, a recomputation may take "
+        "another compiled version than its first pass did, and end in CheckpointError (github.com/pytorch/pytorch, "
+        "issue 166926, open in 2.13). Autocast is off around what is compiled: a compiled backward would run in the "
+        "types of its forward, even outside of autocast (issues 153044 and 179804, the default up to 2.13). Compiled "
+        "autograd, which keeps what a checkpoint means to spare (issue 143176), stays off.",
+        _MOSHI + "train: {compile: true, device: cpu}\n",
+        _MOSHI + "train: {compile: false, device: cpu}\n",
+        "PyTorch's `torch/_inductor/config.py`; Triton's `triton/runtime/build.py`; github.com/pytorch/pytorch",
+        environment=("CXX=a-compiler-that-nobody-has",),
+    ),
     "TTT701": Explanation(
         "warning",
         "The run ends before its warm-up does.",

@@ -29,6 +29,7 @@ from ttt.files import require_space
 from ttt.state import TTTState
 from ttt.train import rundir
 from ttt.train.checkpoint import content_bytes, read_content, write_content
+from ttt.train.compiling import compile_errors, compile_layers
 from ttt.train.evaluation import Evaluation, evaluate
 from ttt.train.interrupt import Interrupt
 from ttt.train.metrics import Display, MetricsFile, TensorBoard, duration_in_words, finite, peak_memory_bytes, say
@@ -90,7 +91,11 @@ def train(
         run.require_unused()
         start = None if config.train.init_from is None else read_info(config.train.init_from)
     device = choose_device(config.train.device)
-    with memory_errors(ways_to_less_memory(config)), threads(config.train.cpu_threads):
+    with (
+        memory_errors(ways_to_less_memory(config)),
+        compile_errors(config.train.compile),
+        threads(config.train.cpu_threads),
+    ):
         trainer = Trainer(config, backbone, device, run, console, start=start)
         if checkpoint is None:
             run.create(config)
@@ -129,6 +134,8 @@ class Trainer:
         )
         self.order = order(config, self.dataset)
         self.model, self.injection = build(config, backbone, device)
+        if config.train.compile:
+            compile_layers(self.injection, device)
         self.learnable = choose_learnable(
             self.model, self.injection.adapters, config.train, is_attention=backbone.is_attention
         )

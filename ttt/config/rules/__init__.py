@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ttt.config.diagnostics import Finding
-from ttt.config.rules import causality, checkpointing, data, environment, memory, optimisation, shape
+from ttt.config.rules import causality, checkpointing, compiling, data, environment, memory, optimisation, shape
 from ttt.config.rules.rule import FACTS, NEEDED, Context, Rule
 from ttt.config.source import KeyPath
 
@@ -16,6 +16,7 @@ RULES: tuple[Rule, ...] = (
     *memory.RULES,
     *data.RULES,
     *environment.RULES,
+    *compiling.RULES,
     *optimisation.RULES,
 )
 """Every rule of the core."""

@@ -1,0 +1,126 @@
+"""`train.compile`: the TTT layers of a run through `torch.compile`.
+
+What is compiled is the part of `TTTLayer.forward` between its checks and its result, so that hooks, names, states and
+checkpoints around a layer do not see it. Everything that PyTorch is known to get wrong where compiling meets activation
+checkpoints and autocast is left outside:
+
+- Sizes are constants of what is compiled (`dynamic=False`). With sizes as variables, two compiled versions can both fit
+  one call; a recomputation may then take another than its first pass did, and a checkpoint refuses it, since it saves
+  other tensors (github.com/pytorch/pytorch, issue 166926, open in PyTorch 2.13).
+- Autocast is off around it. A compiled backward runs in the types that autocast chose where its forward was compiled,
+  even where backward itself runs outside of autocast (issues 153044 and 179804).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import types
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ttt.config.rules.compiling import missing_compiler, wrong_implementation
+from ttt.errors import EnvironmentProblem
+from ttt.inject import Injection
+from ttt.layer import Rotary, TTTLayer
+from ttt.ops.minibatch import Stream
+from ttt.state import TTTState
+
+BACKEND = "inductor"
+"""What `torch.compile` makes code with; the tests take one that needs no compiler."""
+MOST_VERSIONS: Final = 8
+"""Versions that one run compiles, each for sizes of its own: PyTorch's own limit, `recompile_limit`."""
+
+
+class CompiledRead:
+    """`TTTLayer._read` for the layers of one run, compiled once for each kind of input that they are given.
+
+    Layers of the same shape share what is compiled. Inputs of another size, as an evaluation's last batch, get a
+    version of their own, up to `MOST_VERSIONS`; beyond that they run as without compiling.
+    """
+
+    def __init__(self) -> None:
+        # PyTorch keeps what it compiled, and counts it against its limit, by code object; so each run has its own.
+        own = types.FunctionType(TTTLayer._read.__code__.replace(), TTTLayer._read.__globals__, TTTLayer._read.__name__)
+        self._compiled: Callable[..., tuple[Tensor, Stream]] = torch.compile(
+            own, fullgraph=True, dynamic=False, backend=BACKEND
+        )
+        self._versions: set[Hashable] = set()
+
+    @property
+    def versions(self) -> int:
+        """How many kinds of input have been compiled for."""
+        return len(self._versions)
+
+    def __call__(
+        self, layer: TTTLayer, x: Tensor, state: TTTState, rotary: Rotary | None, group_size: int
+    ) -> tuple[Tensor, Stream]:
+        """`layer._read`."""
+        kind = _kind(layer, (x, *state.tensors().values(), *(rotary or ())), group_size)
+        # What is decided in a forward pass holds in its recomputation: kinds are only ever added.
+        if kind not in self._versions:
+            if len(self._versions) == MOST_VERSIONS:
+                return layer._read(x, state, rotary, group_size)
+            self._versions.add(kind)
+        return self._compiled(layer, x, state, rotary, group_size)
+
+
+def _kind(layer: TTTLayer, inputs: Iterable[Tensor], group_size: int) -> Hashable:
+    """What a version is compiled for, as PyTorch's guards see it."""
+    tensors = itertools.chain(inputs, layer.parameters())
+    facts = tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
+    return facts, group_size, layer.config, layer.num_heads, layer.training, torch.is_grad_enabled()
+
+
+def compile_layers(injection: Injection, device: torch.device) -> None:
+    """Compile the TTT layers of every adapter, when they are first called.
+
+    Args:
+        injection: what `ttt.inject.apply` returned.
+        device: where the layers are.
+
+    Raises:
+        EnvironmentProblem: there is no compiler for the device, or `TTT_OPS` asks for what cannot be compiled.
+    """
+    obstacle = wrong_implementation() or missing_compiler(device.type)
+    if obstacle is not None:
+        raise EnvironmentProblem(f"train.compile: true, but {obstacle.problem}; {obstacle.fix}")
+    read = CompiledRead()
+    for adapter in injection.adapters.values():
+        for module in adapter.modules():
+            if isinstance(module, TTTLayer):
+                module.compiled = read
+
+
+@contextlib.contextmanager
+def compile_errors(wanted: bool) -> Iterator[None]:
+    """Turn a compilation that fails, in forward or in backward, into a sentence; nothing where none is wanted."""
+    if not wanted:
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, _failures()):
+            raise
+        raise EnvironmentProblem(
+            f"train.compile: true: the TTT layers cannot be compiled here ({_cause(error)}); write train.compile: "
+            f"false, or run `ttt doctor`"
+        ) from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    return TorchDynamoException, CppCompileError, InvalidCxxCompiler
+
+
+def _cause(error: BaseException) -> str:
+    """The first line that says something, of what was raised first."""
+    inner: Any = getattr(error, "inner_exception", None) or error
+    lines = (line.strip() for line in str(inner).splitlines())
+    return f"{type(inner).__name__}: {next(filter(None, lines), '')}".rstrip(": ")
