@@ -381,7 +381,9 @@ def test_step_refuses_what_it_would_break() -> None:
         with pytest.raises(ValueError, match="shares its memory"):  # one stream's are the parameters themselves
             layer.step_(x[:1], layer.initial_state(1, dtype=torch.float64).opened())
         with pytest.raises(ValueError, match="learns from whole mini-batches"):
-            layer_of(causal=False, learnable_token_idx=False, rope="none").step_(x, layer.initial_state(2, dtype=torch.float64))
+            layer_of(causal=False, learnable_token_idx=False, rope="none").step_(
+                x, layer.initial_state(2, dtype=torch.float64)
+            )
 
 
 def test_decoding_allocates_nothing_that_stays() -> None:
