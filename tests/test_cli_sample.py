@@ -157,6 +157,8 @@ def test_prompts_from_a_file(capsys: pytest.CaptureFixture[str]) -> None:
         (["c.yaml", *ASKED, "--out", "a.txt", "--guidance-scale", "inf"], 2, "--guidance-scale inf"),
         (["c.yaml", *ASKED, "--out", "a.txt", "--seed", "-1"], 2, "--seed"),
         (["c.yaml", *ASKED, "--out", "a.mp4"], 2, "into a .txt"),
+        (["c.yaml", *ASKED, "--out", "a.txt", "--guidance-scale", "30"], 2, "guidance of 30 leads nowhere"),
+        (["c.yaml", *ASKED, "--out", "there.txt/new/a.txt"], 3, "there.txt is no folder; name another place"),
         (["c.yaml", *ASKED, "--out", "there.txt"], 2, "there.txt: is already there; name another --out, or replace it"),
         (["c.yaml", *ASKED, "--out", "beside.txt"], 2, "beside.log: is already there"),
         (["c.yaml", *ASKED, "--out", "folder.txt", "--overwrite"], 2, "folder.txt: a folder"),

@@ -325,6 +325,8 @@ def test_a_missing_part_is_missed_before_the_first_step(folder: Path, tmp_path: 
     console = quiet()
     asked = request(tmp_path / "clip.mp4", seconds=3.0, prompts=("towers at night",))
     with pytest.raises(EnvironmentProblem, match=f"holds no {what}"):
+        ttt_backbone().check_sample(settings, asked)
+    with pytest.raises(EnvironmentProblem, match=f"holds no {what}"):
         sample(made, asked, settings, console=console)
     assert console.export_text() == ""
 
@@ -394,7 +396,7 @@ def test_a_plan_says_how_many_prompts_and_which_files() -> None:
 )
 def test_a_request_that_cannot_be_honoured(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        check_request(request(Path("clip.mp4"), **changes))
+        check_request(request(Path("clip.mp4"), **changes), OPTIONS)
 
 
 # --- files ---

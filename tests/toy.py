@@ -418,6 +418,11 @@ class MakingToy(ToyBackbone):
             raise UsageError("the toy samples segments of 2 s into a .txt")
         return SamplePlan(int(seconds // 2), (out, out.with_suffix(".log")))
 
+    def check_sample(self, config: RunConfig, request: SampleRequest) -> None:
+        super().check_sample(config, request)
+        if request.guidance_scale > 20:
+            raise UsageError(f"guidance of {request.guidance_scale:g} leads nowhere")
+
     def sample(
         self, model: nn.Module, request: SampleRequest, config: RunConfig, *, console: Console
     ) -> Sequence[Path]:

@@ -212,6 +212,23 @@ class Backbone(ABC):
         """
         self._has_no("sampling: it cannot make anything from prompts")
 
+    def check_sample(self, config: RunConfig, request: SampleRequest) -> None:
+        """Refuse what `sample` could not honour, before anything large is built; all that can be told without it.
+
+        Args:
+            config: resolved.
+            request: what is asked for.
+
+        Raises:
+            ttt.errors.UsageError: a number is out of its range, or prompts are missing; the message names which.
+            ttt.errors.EnvironmentProblem: a file that sampling reads is missing.
+        """
+        wanted = self.plan_sample(config, seconds=request.seconds, out=request.out).prompts
+        if len(request.prompts) != wanted:
+            from ttt.errors import UsageError
+
+            raise UsageError(f"{request.seconds:g} s take {wanted} prompts, but {len(request.prompts)} were given")
+
     # --- with torch ---
 
     @abstractmethod
@@ -274,7 +291,7 @@ class Backbone(ABC):
 
         Args:
             model: what `build` made, injected, weights loaded, in eval mode.
-            request: what is asked for; its prompts are as many as `plan_sample` said.
+            request: what is asked for, which `check_sample` has let pass.
             config: resolved.
             console: where to report.
 

@@ -115,6 +115,21 @@ def require_space(path: Path, needed: int, *, what: str) -> None:
         )
 
 
+def require_place(path: Path) -> None:
+    """Refuse to begin what could not be written to `path` in the end; folders that are missing can be made.
+
+    Raises:
+        EnvironmentProblem: what should be its folder is a file, or may not be written.
+    """
+    above = next((folder for folder in path.absolute().parents if os.path.lexists(folder)), None)
+    if above is None:
+        return
+    if not above.is_dir():
+        raise EnvironmentProblem(f"{path}: cannot be written: {above} is no folder; name another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise EnvironmentProblem(f"{path}: cannot be written: no permission to write in {above}; name another place")
+
+
 def temporary_beside(path: Path) -> Path:
     """A name in the same folder, and so on the same disk, that nobody else uses and that says what it is."""
     return path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")

@@ -11,6 +11,7 @@ from ttt.adapter_file import AdapterInfo, backbone_identity, config_differences,
 from ttt.backbone import Backbone, SampleRequest
 from ttt.config.schema import RunConfig, select_layers
 from ttt.errors import AdapterMismatchError
+from ttt.files import require_place
 from ttt.train.passes import seed_pass
 from ttt.train.setup import build, choose_device, memory_errors, narrowed, threads
 
@@ -37,11 +38,13 @@ def sample(
         The files written, the sample first.
 
     Raises:
-        UsageError: the backbone cannot sample, or not that.
+        UsageError: the backbone cannot sample, or not what is asked for.
         AdapterMismatchError: the adapter belongs to something else; the message names each difference.
-        EnvironmentProblem: something is missing: weights, a device, memory, disk space.
+        EnvironmentProblem: something is missing: weights, a device, memory, disk space, a place that can be written.
     """
     console = console or Console()
+    backbone.check_sample(config, request)
+    require_place(request.out)
     config = narrowed(config, backbone)
     as_start = adapter is None  # only weights that training would start from may differ in settings
     path = config.train.init_from if adapter is None else adapter

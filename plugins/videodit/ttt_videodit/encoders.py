@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import torch
@@ -18,6 +17,7 @@ from ttt_videodit.codec import DemoCodec
 from ttt_videodit.frames import Picture, to_tensor
 from ttt_videodit.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions
+from ttt_videodit.pretrained import TEXT_PARTS, VAE, source_of
 from ttt_videodit.text import DemoTextEncoder
 
 if TYPE_CHECKING:
@@ -206,8 +206,7 @@ def load_text_encoder(
     """
     if options.preset == "demo":
         return DemoTextEncoder(text_length=text_length)
-    source = _source(options, "text_encoder")
-    _source(options, "tokenizer")
+    source = source_of(options, *TEXT_PARTS)
     with _in_our_words(source, "T5"):
         import transformers
 
@@ -226,7 +225,7 @@ def load_vae(options: VideoDiTOptions, *, device: torch.device | str, dtype: tor
     Raises:
         EnvironmentProblem: its weights cannot be had, or its latents are not those of CogVideoX 5B.
     """
-    source = _source(options, "vae")
+    source = source_of(options, VAE)
     with _in_our_words(source, "CogVideoX's VAE"):
         from diffusers import AutoencoderKLCogVideoX
 
@@ -247,20 +246,6 @@ def load_vae(options: VideoDiTOptions, *, device: torch.device | str, dtype: tor
             f"backbone.pretrained"
         )
     return cast("AutoencoderKLCogVideoX", vae.eval().to(device))
-
-
-def _source(options: VideoDiTOptions, part: str) -> str:
-    """The folder or repository of the options' encoders, of which a folder holds the part."""
-    source = options.pretrained or DEFAULT_PRETRAINED
-    local = Path(source)
-    if options.pretrained is not None and not local.is_dir() and (local.is_absolute() or source.startswith(".")):
-        raise EnvironmentProblem(f"backbone.pretrained: no folder {source}")
-    if local.is_dir() and not (local / part).is_dir():
-        raise EnvironmentProblem(
-            f"backbone.pretrained: {source} holds no {part}/; name a folder in diffusers' layout, with vae/, "
-            f"text_encoder/ and tokenizer/ beside transformer/"
-        )
-    return source
 
 
 @contextlib.contextmanager

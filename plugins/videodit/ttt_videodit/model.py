@@ -25,7 +25,8 @@ from ttt.inject import Site
 from ttt_videodit.adapter import BidirectionalTTT
 from ttt_videodit.geometry import LATENT_CHANNELS, PATCH_SIZE, Segments
 from ttt_videodit.layout import Layout
-from ttt_videodit.plugin import DEFAULT_PRETRAINED, DEMO_TEXT_DIM, DEMO_TIME_DIM, PIXELS, VideoDiTOptions, sizes
+from ttt_videodit.plugin import DEMO_TEXT_DIM, DEMO_TIME_DIM, PIXELS, VideoDiTOptions, sizes
+from ttt_videodit.pretrained import source_of
 
 DEMO_SEED = 20260101
 LAST_WITHOUT_EFFECT = frozenset({"backward_gate_text.gating_alpha"})
@@ -358,10 +359,8 @@ def _demo_model(options: VideoDiTOptions, *, device: torch.device | str, dtype: 
 
 def _pretrained_model(options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.dtype) -> VideoDiT:
     """CogVideoX's own weights, from a folder in diffusers' layout or from the hub."""
-    source = options.pretrained or DEFAULT_PRETRAINED
+    source = source_of(options)
     local = Path(source)
-    if options.pretrained is not None and not local.exists() and (local.is_absolute() or source.startswith(".")):
-        raise EnvironmentProblem(f"backbone.pretrained: no folder {source}")
     subfolder = None if (local / "config.json").is_file() else "transformer"
     if local.is_dir() and subfolder and not (local / subfolder / "config.json").is_file():
         raise EnvironmentProblem(

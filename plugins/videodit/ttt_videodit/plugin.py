@@ -223,6 +223,12 @@ class VideoDiTBackbone(Backbone):
 
         return plan_sample(seconds=seconds, out=out)
 
+    def check_sample(self, config: RunConfig, request: SampleRequest) -> None:
+        """Its prompts, steps and guidance; and that a local folder has the VAE and T5."""
+        from ttt_videodit.request import check_request
+
+        check_request(request, cast(VideoDiTOptions, config.backbone))
+
     def build(self, options: BackboneOptions, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
         """Make the transformer, in eval mode."""
         from ttt_videodit.model import build

@@ -8,6 +8,8 @@ from pathlib import Path
 from ttt.backbone import SamplePlan, SampleRequest
 from ttt.errors import UsageError
 from ttt_videodit.geometry import SEGMENT_SEC
+from ttt_videodit.plugin import VideoDiTOptions
+from ttt_videodit.pretrained import TEXT_PARTS, VAE, source_of
 
 MAX_STEPS = 1000
 """Timesteps of the diffusion; a sampler cannot make more steps than there are."""
@@ -37,11 +39,12 @@ def contact_sheet_of(video: Path) -> Path:
     return video.with_suffix(".png")
 
 
-def check_request(request: SampleRequest) -> None:
+def check_request(request: SampleRequest, options: VideoDiTOptions) -> None:
     """Refuse a request that cannot be honoured.
 
     Raises:
         UsageError: a prompt is missing or empty, or a number is out of its range; the message names which.
+        EnvironmentProblem: a local folder of weights lacks the VAE or the text encoder.
     """
     needed = plan_sample(seconds=request.seconds, out=request.out).prompts
     length = f"{request.seconds:g} s are {needed} {'segment' if needed == 1 else 'segments'} of {SEGMENT_SEC} s"
@@ -60,3 +63,5 @@ def check_request(request: SampleRequest) -> None:
         raise UsageError(
             f"--guidance-scale {request.guidance_scale:g}: write 1 for none, or more; CogVideoX is sampled with 6"
         )
+    if options.preset == "5b":
+        source_of(options, VAE, *TEXT_PARTS)

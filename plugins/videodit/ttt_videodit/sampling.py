@@ -26,7 +26,7 @@ from ttt_videodit.diffusion import predict_v, schedule_of
 from ttt_videodit.encoders import load_text_encoder, load_vae
 from ttt_videodit.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, segments_in
 from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions, pixels, text_length
-from ttt_videodit.request import check_request, contact_sheet_of
+from ttt_videodit.request import contact_sheet_of
 from ttt_videodit.video import Frames, write_contact_sheet, write_video
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def sample(model: nn.Module, request: SampleRequest, config: RunConfig, *, conso
 
     Args:
         model: the adapted `VideoDiT`.
-        request: what is asked for.
+        request: what is asked for, as `ttt_videodit.request.check_request` lets it pass.
         config: of the run.
         console: where to report.
 
@@ -50,15 +50,13 @@ def sample(model: nn.Module, request: SampleRequest, config: RunConfig, *, conso
         The video and its contact sheet.
 
     Raises:
-        UsageError: the request cannot be honoured.
         EnvironmentProblem: the VAE's or T5's weights are missing, or the disk is full.
         NonFiniteError: the model's predictions are no numbers.
     """
-    check_request(request)
     options, data = cast(VideoDiTOptions, config.backbone), cast(VideoDiTData, config.data)
     device = next(model.parameters()).device
     dtype = model.get_parameter("patch_embed.proj.weight").dtype
-    # Whatever is missing is missed before the first step. T5, larger than the transformer, is gone by then.
+    # A repository's missing part is missed before the first step. T5, larger than the transformer, is gone by then.
     decode = load_decoder(options, device=device, dtype=dtype)
     text, unconditional = _embeddings(request, options, data, device=device, dtype=dtype)
     height, width = (side // SPATIAL_COMPRESSION for side in pixels(options, data))

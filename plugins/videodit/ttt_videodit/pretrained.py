@@ -1,0 +1,36 @@
+"""Where the weights of CogVideoX are: a repository on the hub or a folder in diffusers' layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ttt.errors import EnvironmentProblem
+from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions
+
+VAE = "vae"
+"""Folder of the VAE."""
+TEXT_PARTS = ("text_encoder", "tokenizer")
+"""Folders of T5."""
+
+
+def source_of(options: VideoDiTOptions, *parts: str) -> str:
+    """The folder or the repository that the options name, the folder seen to hold its parts.
+
+    Args:
+        options: of the backbone, preset 5b.
+        parts: folders in diffusers' layout, such as `vae`; those of a repository are looked for when they are loaded.
+
+    Raises:
+        EnvironmentProblem: there is no such folder, or it lacks a part.
+    """
+    source = options.pretrained or DEFAULT_PRETRAINED
+    local = Path(source)
+    if options.pretrained is not None and not local.is_dir() and (local.is_absolute() or source.startswith(".")):
+        raise EnvironmentProblem(f"backbone.pretrained: no folder {source}")
+    missing = next((part for part in parts if local.is_dir() and not (local / part).is_dir()), None)
+    if missing is not None:
+        raise EnvironmentProblem(
+            f"backbone.pretrained: {source} holds no {missing}/; name a folder in diffusers' layout, with vae/, "
+            f"text_encoder/ and tokenizer/ beside transformer/"
+        )
+    return source
