@@ -27,9 +27,21 @@ def files_exist(context: Context) -> Iterator[Finding]:
             severity=Severity.ERROR,
             path=f"data.{key}",
             message=f"{written!r} does not exist{where}{home}",
-            fix="write the path of the data" + (", or null for the demo data" if key == "train_data" else ", or null"),
+            fix=(
+                f"write the path of the data{_way_to_make(context)}, or null"
+                + (" for the demo data" if key == "train_data" else "")
+            ),
             value=written,
         )
+
+
+def _way_to_make(context: Context) -> str:
+    """The command that makes a backbone's data, where it has one."""
+    from ttt.backbone import Backbone
+
+    backbone = context.known_backbone
+    made = backbone is not None and type(backbone).precompute is not Backbone.precompute
+    return ", make it with `ttt precompute`" if made else ""
 
 
 def _exists(path: str) -> bool:
