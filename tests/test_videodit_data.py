@@ -352,7 +352,7 @@ def test_a_broken_line_is_told_with_its_place_before_the_run_and_by_check(folder
         folder.windows()
     (finding,) = found(folder)
     assert (finding.code, finding.severity.value, finding.value) == (code, "error", 1)
-    assert finding.message.startswith("1 of 3 videos is ")
+    assert finding.message.startswith("1 of 3 videos cannot be used, ")
     assert "train.jsonl:3 (" in finding.message
     assert finding.message.endswith("; the run stops before its first step")
     with pytest.raises(ConfigError) as error:
@@ -381,7 +381,7 @@ def test_many_broken_lines_are_counted_and_the_first_named(folder: Folder) -> No
     assert [line.split(":")[1] for line in lines[1:6]] == ["1", "2", "3", "4", "5"]
     assert lines[6] == "  and 4 more"
     (finding,) = found(folder)
-    assert finding.message.startswith("9 of 9 videos are of another size than the config's: train.jsonl:1 (")
+    assert finding.message.startswith("9 of 9 videos cannot be used, their size is not the config's: train.jsonl:1 (")
     assert " and 6 more;" in finding.message
 
 
@@ -421,7 +421,7 @@ def test_a_check_of_a_large_index_is_cut_short_and_says_so(folder: Folder) -> No
     folder.lines = [{**line, "height": 32}] * 500
     folder.write()
     (finding,) = found(folder)
-    assert finding.message.startswith("200 of 200 (the first that were read) videos are of another size")
+    assert finding.message.startswith("200 of 200 (the first that were read) videos cannot be used, their size")
 
 
 def test_checking_data_needs_no_torch(folder: Folder) -> None:

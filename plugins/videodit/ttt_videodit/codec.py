@@ -42,10 +42,10 @@ class DemoCodec(nn.Module):
 
     stand_in: ClassVar[str] = (
         "Latents come from the demo's own small linear codec, which stands in for CogVideoX's VAE, and text embeddings "
-        "from hashed words, in place of T5: their weights are a download. Losses are real, but say nothing about "
-        "CogVideoX's quality; the preset 5b uses the VAE and T5."
+        "from hashed words, in place of T5: their weights are a download. What comes out is real, but says nothing "
+        "about CogVideoX's quality; the preset 5b uses the VAE and T5."
     )
-    """What to tell whoever trains on these latents."""
+    """What to tell whoever trains on these latents, or samples such."""
 
     basis: Tensor
     mean: Tensor

@@ -29,17 +29,13 @@ _MOST_BYTES: Final = 4 << 20
 _MOST_LINES: Final = 200
 
 _PROBLEMS: Final = {
-    "line": ("VDT501", "no lines of an index", "write the index with ttt precompute"),
-    "missing": ("VDT502", "without a file that they name", "run ttt precompute again; it makes what is missing"),
-    "damaged": (
-        "VDT503",
-        "with a file that is damaged or something else",
-        "delete those files and run ttt precompute again",
-    ),
-    "shape": ("VDT504", "of another size than the config's", "write the config that they were encoded with"),
-    "segments": ("VDT505", "without a text for each segment", "write a caption for every 3 s and run ttt precompute"),
+    "line": ("VDT501", "the line is none of an index", "write the index with ttt precompute"),
+    "missing": ("VDT502", "a file is missing", "run ttt precompute again; it makes what is missing"),
+    "damaged": ("VDT503", "a file is damaged or something else", "delete it and run ttt precompute again"),
+    "shape": ("VDT504", "their size is not the config's", "write the config that they were encoded with"),
+    "segments": ("VDT505", "a segment has no text", "write a caption for every 3 s and run ttt precompute"),
 }
-"""For each kind of `LineError`: the code, what it says of the videos, and the way out."""
+"""For each kind of `LineError`: the code, why videos cannot be used, and the way out."""
 
 
 @dataclass
@@ -175,8 +171,8 @@ def _findings(index: _Index, path: str, wanted: Wanted) -> Iterator[Finding]:
                 severity=Severity.ERROR,
                 path=path,
                 message=(
-                    f"{len(problems)} {among} videos {'is' if len(problems) == 1 else 'are'} {words}: "
-                    f"{_first_few(problems)}; the run stops before its first step"
+                    f"{len(problems)} {among} videos cannot be used, {words}: {_first_few(problems)}; the run stops "
+                    f"before its first step"
                 ),
                 fix=fix,
                 value=len(problems),

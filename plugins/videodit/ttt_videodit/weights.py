@@ -219,10 +219,10 @@ def _read_torch(file: Path) -> _Checkpoint:
     """A `torch.save` file, whose tensors alone are read: `weights_only` runs no code of a file."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError:  # whose advice, `weights_only=False`, is none that we would give
         raise UsageError(
             f"{file}: holds more than tensors, or is no file of torch.save; no code in it was run. Save the model's "
-            f"state_dict alone, best as .safetensors ({_first_line(error)})"
+            f"state_dict alone, best as .safetensors"
         ) from None
     except Exception as error:  # what a damaged file makes torch.load raise is of many kinds
         raise EnvironmentProblem(
