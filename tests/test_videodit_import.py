@@ -29,6 +29,8 @@ STEPS = {3: (100, 5000, 500), 9: (100, 5000, 500), 18: (50, 1000, 500), 30: (50,
 GPUS = {3: (8, 8, 1), 9: (8, 8, 1), 18: (8, 8, 1), 30: (16, 4, 2), 63: (16, 4, 4)}
 TEXT = {3: 498, 9: 502, 18: 471, 30: 497, 63: 458}
 LATER = "TODO"
+ROOM_ON_DISK = {"TTT403", "TTT404"}
+"""What is found of the machine that the tests run on, and not of a config."""
 """What the published files have for paths: no TOML until it is filled in."""
 
 Job = Mapping[str, Mapping[str, Any]]
@@ -141,7 +143,7 @@ def resolved(text: str) -> dict[str, Any]:
     checked = check_config("new.yaml", text=write_imported(imported(text), origin="old.toml"))
     assert checked.config is not None, checked.findings
     errors = {finding.code for finding in checked.findings if finding.severity is Severity.ERROR}
-    assert errors <= {"VDT508"}, checked.findings
+    assert errors - ROOM_ON_DISK <= {"VDT508"}, checked.findings
     return checked.config.model_dump(mode="json")
 
 
@@ -209,13 +211,20 @@ def test_each_stage_of_the_curriculum_starts_from_the_one_before() -> None:
 @pytest.mark.parametrize("seconds", SECONDS)
 def test_the_curriculum_lacks_its_data_alone(seconds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    findings = check_config("x.yaml", text=VideoDiTBackbone().presets()[f"{seconds}s"]).findings
-    troubles = {finding.path for finding in findings if finding.severity is not Severity.NOTE}
+    checked = check_config("x.yaml", text=VideoDiTBackbone().presets()[f"{seconds}s"])
+    findings, config = checked.findings, checked.config
+    troubles = {
+        finding.path
+        for finding in findings
+        if finding.severity is not Severity.NOTE and finding.code not in ROOM_ON_DISK
+    }
     places = {"data.train_data", "data.videos"} | ({"train.init_from"} if seconds > 3 else set())
     assert "data.train_data" in troubles
     assert troubles <= places
-    # The lengths of text are those with which no mini-batch is padded.
-    assert "TTT306" not in {finding.code for finding in findings}
+    assert config is not None
+    tokens = VideoDiTBackbone().facts(config).tokens_per_window
+    assert tokens is not None
+    assert tokens % config.ttt.mini_batch_size == 0, "the lengths of text are those with which no mini-batch is short"
 
 
 def test_a_stage_with_its_data_is_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,8 +247,9 @@ def test_a_stage_with_its_data_is_clean(tmp_path: Path, monkeypatch: pytest.Monk
     text = VideoDiTBackbone().presets()["3s"]
     overrides = ["data.videos=null", "data.eval_data=data/held_out.jsonl"]
     findings = check_config("x.yaml", text=text, overrides=overrides).findings
-    assert {finding.code for finding in findings} == {"TTT202"}  # what the published nesting costs
-    assert findings[0].severity is Severity.NOTE
+    kept = [finding for finding in findings if finding.code not in ROOM_ON_DISK]
+    assert {finding.code for finding in kept} == {"TTT202"}  # what the published nesting costs
+    assert kept[0].severity is Severity.NOTE
 
 
 # --- key by key ---
