@@ -304,7 +304,7 @@ precompute(check_config("config.yaml", text=sys.argv[1]).config, console=Console
 
 
 def test_a_killed_run_is_gone_on_with_and_no_video_is_redone_or_lost(folder: Path, pretrained: Path) -> None:
-    listed(folder, *(video(0.25 * number, segments=2) for number in range(8)))
+    listed(folder, *(video(0.25 * number) for number in range(5)))
     short = {"attn_length": 4}  # segments of 17 frames
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, config_text(folder, pretrained, **short)],
@@ -314,7 +314,7 @@ def test_a_killed_run_is_gone_on_with_and_no_video_is_redone_or_lost(folder: Pat
     try:
         deadline = time.monotonic() + 240
         lines = folder / "train.jsonl"
-        while not (lines.exists() and lines.read_bytes().count(b"\n") >= 2):
+        while not (lines.exists() and lines.read_bytes().count(b"\n") >= 1):
             assert process.poll() is None, "it was done before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.002)
@@ -323,13 +323,13 @@ def test_a_killed_run_is_gone_on_with_and_no_video_is_redone_or_lost(folder: Pat
         process.kill()
         process.wait()
     before, done = files(folder), lines.read_bytes().count(b"\n")
-    assert 2 <= done < 8
+    assert 1 <= done < 5
     run(config(folder, pretrained, **short))
     after = files(folder)
     kept = {name: stamp for name, stamp in before.items() if not name.startswith(".writing-")}
     assert {name: after[name] for name in kept} == kept, "what was there was made again"
     assert not any(name.startswith(".writing-") for name in after)
-    assert [line["start_sec"] for line in index(folder)] == [0.25 * number for number in range(8)]
+    assert [line["start_sec"] for line in index(folder)] == [0.25 * number for number in range(5)]
     other = folder / "other"
     other.mkdir()
     shutil.copy2(folder / "city.mp4", other / "city.mp4")
