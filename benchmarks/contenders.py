@@ -65,7 +65,7 @@ class Shape:
         steps, rest = divmod(self.tokens, self.mini_batch_size)
         return {size: count for size, count in ((self.mini_batch_size, steps), (rest, 1)) if size and count}
 
-    def config(self, group_size: int) -> TTTConfig:
+    def config(self, group_size: int | Literal["auto"]) -> TTTConfig:
         """TTT-LM's settings where it is causal, TTT-Video's where not."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NestedCheckpointWarning)  # what small groups cost is measured here
@@ -76,13 +76,13 @@ class Shape:
                 scan_checkpoint_group_size=group_size,
             )
 
-    def cost(self, group_size: int = 0) -> ScanCost:
+    def cost(self, group_size: int | Literal["auto"] = 0) -> ScanCost:
         """What `ttt check` says of it."""
         return scan_cost(
             self.config(group_size), dim=self.dim, num_heads=self.heads, tokens=self.tokens, batch_size=self.batch
         )
 
-    def layer(self, group_size: int, device: torch.device) -> TTTLayer:
+    def layer(self, group_size: int | Literal["auto"], device: torch.device) -> TTTLayer:
         """The layer, the same for every group size; weights that are not small, so that nothing is near zero."""
         layer = TTTLayer(self.dim, self.heads, self.config(group_size))
         generator = torch.Generator().manual_seed(0)
@@ -148,6 +148,8 @@ Groups = Sequence[tuple[int, bool]]
 
 def layer_contenders(shape: Shape, groups: Groups, device: torch.device, *, compiled: bool) -> Iterator[Contender]:
     """Whole layers: projections, scan, norm, output."""
+    if compiled:  # else what was compiled for other shapes counts towards the limit, and steps run as they are
+        torch.compiler.reset()
     x, rotary = shape.inputs(device), shape.rotary(device)
     for group_size, auto in groups:
         layer = shape.layer(group_size, device)
@@ -176,6 +178,8 @@ def layer_contenders(shape: Shape, groups: Groups, device: torch.device, *, comp
 
 def scan_contenders(shape: Shape, groups: Groups, device: torch.device, *, compiled: bool) -> Iterator[Contender]:
     """The scan alone: from queries, keys, values and rates to answers."""
+    if compiled:
+        torch.compiler.reset()
     layer = shape.layer(0, device)
     with torch.no_grad():
         made = projected(layer, shape.inputs(device), 0, shape.rotary(device))

@@ -119,7 +119,7 @@ def ratio(these: Sequence[float], others: Sequence[float]) -> float:
 
 def groups_of(shape: Shape, sizes: Sequence[int]) -> Groups:
     """The group sizes to run, and the one of least memory."""
-    auto = shape.cost().best_group_size()
+    auto = shape.cost("auto").group_size
     return [(size, size == auto) for size in dict.fromkeys((*sizes, auto))]
 
 

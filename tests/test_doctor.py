@@ -74,10 +74,16 @@ def test_a_machine_that_runs_the_tests_is_healthy() -> None:
 
 def test_a_config_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     scan = examine(_config()).scan
-    assert (scan.device, scan.mini_batch_size, scan.group_size) == (scan.device, 4, 16)
+    assert scan.device == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert (scan.mini_batch_size, scan.group_size, scan.auto) == (4, 16, False)
+    assert scan.mini_batches is not None
     assert scan.inner_model.startswith("mlp ")
     width, hidden, last = map(int, scan.inner_model.split()[1:])
     assert (hidden, last) == (4 * width, width)
+    scan = examine("run.yaml", overrides=["ttt.scan_checkpoint_group_size=auto"]).scan
+    assert scan.auto
+    assert scan.group_size is not None
+    assert scan.group_size < scan.mini_batches
     monkeypatch.setenv(select.VARIABLE, "generic")
     scan = examine("run.yaml", overrides=["ttt.layer_type=linear", "ttt.mini_batch_size=5"]).scan
     assert (scan.implementation, scan.forced, scan.mini_batch_size) == ("generic", True, 5)

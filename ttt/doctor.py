@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ttt import plugins
 from ttt.config.diagnostics import Severity, blames_environment
-from ttt.config.estimate import show_bytes
+from ttt.config.estimate import scan_cost, show_bytes
 from ttt.config.rules.memory import device_memory
 from ttt.config.schema import TTTConfig, inner_widths
 from ttt.files import free_bytes
@@ -83,8 +83,10 @@ class ScanChoice:
     mini_batch_size: int
     mini_batches: int | None
     """Of a training window, where the config fixes its length."""
-    group_size: int | str
-    """`scan_checkpoint_group_size`."""
+    group_size: int | None
+    """`scan_checkpoint_group_size`; None where it is `auto` and hangs on a length that the config does not fix."""
+    auto: bool
+    """Whether it is `auto`."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ def _available_memory() -> int | None:
 
 def _choice(checked: CheckedConfig | None) -> tuple[ScanChoice, Problem | None]:
     """What runs, and what is wrong with what `TTT_OPS` asks for."""
-    config, tokens, widths = TTTConfig(), None, ""
+    config, tokens, widths, group_size = TTTConfig(), None, "", None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if checked is not None and checked.config is not None:
         run = checked.config
@@ -260,6 +262,11 @@ def _choice(checked: CheckedConfig | None) -> tuple[ScanChoice, Problem | None]:
             facts = checked.backbone.facts(run)
             tokens = facts.tokens_per_window
             widths = " ".join(map(str, inner_widths(facts.dim // (config.num_heads or facts.num_heads), config)))
+            if tokens is not None:
+                shape = {"dim": facts.dim, "num_heads": facts.num_heads, "tokens": tokens}
+                group_size = scan_cost(config, **shape, batch_size=run.train.batch_size).group_size
+    if config.scan_checkpoint_group_size != "auto":
+        group_size = config.scan_checkpoint_group_size
     problem, chosen, forced = None, None, None
     mini_batches = None if tokens is None else tokens // config.mini_batch_size
     try:
@@ -280,7 +287,8 @@ def _choice(checked: CheckedConfig | None) -> tuple[ScanChoice, Problem | None]:
         f"{config.layer_type} {widths}".rstrip(),
         config.mini_batch_size,
         mini_batches,
-        config.scan_checkpoint_group_size,
+        group_size,
+        config.scan_checkpoint_group_size == "auto",
     )
     return choice, problem
 

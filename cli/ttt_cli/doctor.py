@@ -102,12 +102,13 @@ def _print_report(report: Report) -> None:
     why = ", because TTT_OPS says so" if scan.forced else ""
     print(f"\nscan: {scan.implementation or 'none'}{why}")
     cells = "" if scan.mini_batches is None else f", {scan.mini_batches} in a window"
+    group = "by the length" if scan.group_size is None else str(scan.group_size)
     _print_rows(
         [
             ("device", scan.device),
             ("inner model", scan.inner_model),
             ("mini-batches", f"of {scan.mini_batch_size} tokens{cells}"),
-            ("group size", str(scan.group_size)),
+            ("group size", f"auto: {group}" if scan.auto else group),
         ]
     )
     names = list(next(iter(SUPPORT.values())))
