@@ -96,7 +96,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "states carried": {
         "ttt": {"persistent_states": True},
-        "data": {"shuffle": False, "window": 10, "windows_of_files": (3, 3)},
+        "data": {"shuffle": False, "windows_of_files": (3, 3)},
         "train": {"batch_size": 2, "gradient_checkpointing": True},
         "evaluate": {"max_batches": 1},
     },
@@ -211,6 +211,24 @@ def test_beyond_the_most_versions_a_layer_runs_as_it_is(monkeypatch: pytest.Monk
         for name, tensor in state.tensors().items():
             torch.testing.assert_close(tensor, expected_state.tensors()[name], rtol=1e-6, atol=1e-6)
     assert graphs() == before
+
+
+def test_a_mini_batch_that_a_piece_finds_open_is_compiled_too() -> None:
+    (layer,) = layers()
+    read, layer.compiled = layer.compiled, None
+    with torch.no_grad():
+        _, opened = layer(tokens(2, 3))
+    found = []
+    for layer.compiled in (read, None):
+        x = tokens(2, 7)
+        y, state = layer(x, opened)
+        outputs = {"y": y, **state.tensors()}
+        loss = sum(
+            (tensor.square().sum() for tensor in outputs.values() if tensor.is_floating_point()), torch.zeros(())
+        )
+        used = [p for name, p in layer.named_parameters() if name not in layer.weight_names]  # the state has its own
+        found.append((outputs, torch.autograd.grad(loss, [x, *used])))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
