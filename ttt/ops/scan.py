@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 Carry = TypeVar("Carry")
@@ -233,8 +232,10 @@ class _GroupedScan(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # Not `once_differentiable`, whose error autograd leaves out where only inputs' gradients are asked for.
+            raise RuntimeError("scan: a group that is recomputed has no second derivative; write group_size=0 for one")
         program: _Program = ctx.program
         saved: Flat = ctx.saved_tensors
         leaves, kept = saved[: ctx.leaves], saved[ctx.leaves :]
