@@ -598,7 +598,9 @@ def test_every_shipped_preset_is_clean(tmp_path: Path, monkeypatch: pytest.Monke
             assert checked.config is not None
             # What it reads, data or another stage's run, is the user's to bring: TTT5xx, and plugins' own likewise.
             about_data = [finding for finding in checked.findings if re.fullmatch("[A-Z]+5[0-9]{2}", finding.code)]
-            left = [finding for finding in checked.findings if finding not in about_data]
+            # So are the memory and the disk of the machine that checks.
+            about_machine = {"TTT401", "TTT402", "TTT403", "TTT404"}
+            left = [f for f in checked.findings if f not in about_data and f.code not in about_machine]
             assert [finding for finding in left if finding.severity is not Severity.NOTE] == []
 
 
