@@ -386,18 +386,26 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a minute's work, which is printed and not kept")
     parser.add_argument("--repeats", type=int, help="rounds at most; 9, or 3 with --quick")
     parser.add_argument("--compile", action="store_true", help="the published steps through torch.compile as well")
+    parser.add_argument("--shapes", nargs="+", metavar="NAME", help="some of the shapes, as tables name them")
+    parser.add_argument("--groups", nargs="+", type=int, metavar="N", help="group sizes; auto is always among them")
+    parser.add_argument("--growth", type=int, metavar="T", help="longest sequence of the growth")
+    parser.add_argument("--tokens", type=int, metavar="T", help="tokens to decode")
     parser.add_argument("--out", type=Path, help="where to write the JSON; the picture goes beside it")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA GPU is at hand; `ttt doctor` says why")
     if arguments.repeats is not None and arguments.repeats < 1:
         parser.error("--repeats: at least one round")
+    shapes = QUICK_SHAPES if arguments.quick else SHAPES
+    if unknown := set(arguments.shapes or ()) - {shape.name for shape in shapes}:
+        parser.error(f"--shapes: {min(unknown)} is none of {', '.join(shape.name for shape in shapes)}")
+    lengths = QUICK_GROWTH if arguments.quick else GROWTH
     results = run(
         torch.device(arguments.device),
-        shapes=QUICK_SHAPES if arguments.quick else SHAPES,
-        sizes=(0, 16) if arguments.quick else GROUPS,
-        lengths=QUICK_GROWTH if arguments.quick else GROWTH,
-        tokens=100 if arguments.quick else 10_000,
+        shapes=[shape for shape in shapes if shape.name in (arguments.shapes or (shape.name,))],
+        sizes=arguments.groups or ((0, 16) if arguments.quick else GROUPS),
+        lengths=[length for length in lengths if length <= (arguments.growth or length)] or lengths[:1],
+        tokens=arguments.tokens or (100 if arguments.quick else 10_000),
         repeats=arguments.repeats or (3 if arguments.quick else 9),
         quick=arguments.quick,
         compiled=arguments.compile,
