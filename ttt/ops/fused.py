@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 Weights = tuple[Tensor, ...]
 
@@ -635,12 +635,12 @@ def _kept_shapes(dims: _Dims, group_size: int, like: Tensor) -> list[Tensor]:
     ]
 
 
-# Defined by its parts: `torch.library.custom_op` would import the compiler, some seconds, at the first call.
-torch.library.define("ttt::minibatches", _SCHEMA)
-torch.library.define("ttt::minibatches_backward", _BACKWARD_SCHEMA)
+# Defined by its parts: `custom_op` would import the compiler, some seconds, at the first call.
+library.define("ttt::minibatches", _SCHEMA)
+library.define("ttt::minibatches_backward", _BACKWARD_SCHEMA)
 
 
-@torch.library.impl("ttt::minibatches", "default")
+@library.impl("ttt::minibatches", "default")
 def _run(
     q: Tensor,
     k: Tensor,
@@ -705,7 +705,7 @@ def _run(
         return answers, _parted(dims, following), held
 
 
-@torch.library.register_fake("ttt::minibatches")
+@library.register_fake("ttt::minibatches")
 def _(
     q: Tensor,
     k: Tensor,
@@ -726,7 +726,7 @@ def _(
     return _token_room(q), [w.new_empty(w.shape) for w in weights], held
 
 
-@torch.library.impl("ttt::minibatches_backward", "default")
+@library.impl("ttt::minibatches_backward", "default")
 def _run_backward(
     d_answers: Tensor,
     d_following: list[Tensor],
@@ -800,7 +800,7 @@ def _run_backward(
         )  # fmt: skip
 
 
-@torch.library.register_fake("ttt::minibatches_backward")
+@library.register_fake("ttt::minibatches_backward")
 def _(
     d_answers: Tensor,
     d_following: list[Tensor],
@@ -863,8 +863,8 @@ def _no_second_derivative(ctx: Any, *gradients: Any) -> None:
     )
 
 
-torch.library.register_autograd("ttt::minibatches", _backward, setup_context=_save)
-torch.library.register_autograd("ttt::minibatches_backward", _no_second_derivative)
+library.register_autograd("ttt::minibatches", _backward, setup_context=_save)
+library.register_autograd("ttt::minibatches_backward", _no_second_derivative)
 
 
 def _plain_types(x: Tensor) -> contextlib.AbstractContextManager[object]:
