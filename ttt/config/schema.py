@@ -303,7 +303,7 @@ class TrainConfig(Section):
     autocast: Literal["none", "bfloat16"] = "none"
     """Mixed precision: products of the backbone's float32 matrices in bfloat16. TTT keeps to its tokens' type."""
     compile: bool = False
-    """Run the TTT layers through `torch.compile`: minutes at the start of a run, faster steps; needs a compiler."""
+    """Run the TTT layers through `torch.compile`, which takes minutes at the start of a run and needs a compiler."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
     cpu_threads: Annotated[int, Field(ge=1)] | None = None
