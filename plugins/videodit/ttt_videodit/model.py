@@ -440,9 +440,12 @@ def set_gradient_checkpointing(model: nn.Module, enabled: bool) -> None:
 
 
 def example_batch(model: nn.Module, *, batch_size: int, tokens: int, seed: int) -> dict[str, Tensor]:
-    """Random latents and texts of the fewest segments that make so many tokens, in the form of a training batch."""
+    """Random latents and texts of the fewest segments that make so many tokens, in the form of a training batch.
+
+    Frames widen with the tokens, so that a long video is a dozen segments or so, not hundreds of a few tokens each.
+    """
     transformer = cast(VideoDiT, model)
-    text_length, height, width, count = 2, 3, 1, 1
+    text_length, height, width, count = 2, 3, max(1, tokens // 64), 1
     segments = transformer.segments
 
     def layout() -> Layout:
