@@ -159,25 +159,30 @@ def test_what_a_group_keeps_while_it_runs_again(
     config = _ttt(layer_type=kind, scan_checkpoint_group_size=group, mini_batch_size=size, **more)
     adapter = TTTAdapter(128, 4, config)
     out = adapter(torch.randn(batch, tokens, 128, requires_grad=True))
-    room: dict[str, list[int]] = {"_allocate": [], "_lay_out": []}
+    allocate, lay_out = fused._allocate, fused._lay_out
+    held: list[int] = []
+    laid_out: list[int] = []
 
-    def measured(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **keywords: Any) -> Any:
-            made = function(*arguments, **keywords)
-            leaves = torch.utils._pytree.tree_leaves(tuple(made))
-            room[name].append(sum({x.data_ptr(): x.untyped_storage().nbytes() for x in leaves}.values()))
-            return made
+    def size_of(tensors: Any) -> int:
+        return sum(x.nbytes for x in torch.utils._pytree.tree_leaves(tuple(tensors)))
 
-        return run
+    def allocated(*arguments: Any) -> Any:
+        made = allocate(*arguments)
+        held.append(size_of(made))
+        return made
+
+    def filled(dims: Any, tokens: Any, constants: Any, start: int, room: Any, mask: bool) -> None:
+        laid_out.append(size_of(room))
+        lay_out(dims, tokens, constants, start, room, mask)
 
     with monkeypatch.context() as patch:
-        for name in room:
-            patch.setattr(fused, name, measured(name, getattr(fused, name)))
+        patch.setattr(fused, "_allocate", allocated)
+        patch.setattr(fused, "_lay_out", filled)
         out.square().sum().backward()
     cost = scan_cost(config, dim=128, num_heads=4, tokens=tokens, batch_size=batch)
-    assert len(room["_lay_out"]) == cost.groups
-    assert len(room["_allocate"]) == 1
-    assert room["_allocate"][0] + max(room["_lay_out"]) == pytest.approx(cost.recomputed_bytes, rel=0.1)
+    assert len(laid_out) == cost.groups
+    assert len(held) == 1
+    assert held[0] + max(laid_out) == pytest.approx(cost.recomputed_bytes, rel=0.1)
 
 
 def test_what_a_layer_keeps_around_its_scan() -> None:
@@ -264,10 +269,10 @@ def test_how_often_every_inner_step_runs_forward(group: int, enclosing: int, mon
     runs = 0
     chunk = fused._forward_chunk
 
-    def counted(dims: Any, constants: Any, block: Any, *others: Any, **keywords: Any) -> Any:
+    def counted(dims: Any, constants: Any, views: Any, *others: Any, **keywords: Any) -> Any:
         nonlocal runs
-        runs += len(block.rate)
-        return chunk(dims, constants, block, *others, **keywords)
+        runs += views.steps
+        return chunk(dims, constants, views, *others, **keywords)
 
     monkeypatch.setattr(fused, "_forward_chunk", counted)
     layer(torch.randn(1, 32, 16, requires_grad=True)).sum().backward()

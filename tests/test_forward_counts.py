@@ -27,9 +27,9 @@ def count_steps(monkeypatch, bench, *, group_size, inside_own, wrappers=()):
     found = {"scan": 0, "beside": 0}
     chunk = fused._forward_chunk
 
-    def counted_chunk(dims, constants, block, *others, closes, **keywords):
-        found["scan" if closes else "beside"] += len(block.rate)
-        return chunk(dims, constants, block, *others, closes=closes, **keywords)
+    def counted_chunk(dims, constants, views, *others, closes, **keywords):
+        found["scan" if closes else "beside"] += views.steps
+        return chunk(dims, constants, views, *others, closes=closes, **keywords)
 
     monkeypatch.setattr(fused, "_forward_chunk", counted_chunk)
     for name in ("linear_minibatch", "mlp_minibatch"):  # mini-batches that are open on either side, where small

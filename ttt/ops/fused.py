@@ -16,9 +16,10 @@ of a chunk. Layers of the inner model count from 0 here, so that layer l has wei
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +32,10 @@ _SLOPE = 2 * math.sqrt(2 / math.pi)
 _CUBIC = _SLOPE * 0.044715
 _BLOCK = 16
 """Mini-batches whose tokens are laid out at a time where no group says how many."""
-_CHUNK_NUMBERS = 1 << 17
+_CHUNK_NUMBERS = 1 << 20
 """Numbers of the widest tensor of a chunk on a CPU."""
+_CHUNK_WEIGHTS = 1 << 20
+"""Numbers of a chunk's weights on a CPU, where they need not be kept."""
 
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
@@ -66,10 +69,11 @@ class _Dims(NamedTuple):
         """
         if device.type != "cpu":
             return most
-        numbers = self.size * max(self.widths)
+        chunk = _CHUNK_NUMBERS // (self.pairs * self.size * max(self.widths))
         if not keep:
-            numbers = max(numbers, sum(a * b for a, b in itertools.pairwise(self.widths)) // 2)
-        return max(1, min(most, _CHUNK_NUMBERS // (self.pairs * numbers)))
+            weights = sum(a * b for a, b in itertools.pairwise(self.widths))
+            chunk = min(chunk, _CHUNK_WEIGHTS // (self.pairs * weights))
+        return max(1, min(most, chunk))
 
 
 class _Constants(NamedTuple):
@@ -79,8 +83,8 @@ class _Constants(NamedTuple):
     """`[P,1,F]`"""
     beta: Tensor
     gamma_squared: Tensor
-    scale: Tensor
-    """`s [P,C,1]`"""
+    neg_scale: Tensor
+    """`−s [P,C,1]`"""
     pushes: Tensor
     """What an update is multiplied with, `[N,P,1,1]`: `−s_C` where a mini-batch closes, 0 where it does not."""
 
@@ -102,6 +106,21 @@ class _Block(NamedTuple):
     """`−s_C η K̃`, `[n,P,C,F+1]`"""
     coefficient: Tensor
     """`−s ηᵀ ⊙ mask`, `[n,P,C,C]`"""
+
+    @classmethod
+    def room(cls, dims: _Dims, steps: int, like: Tensor) -> _Block:
+        """Room for some mini-batches; the last column of keys and queries is 1."""
+        size, width = dims.size, dims.widths[0]
+
+        def room(rows: int, columns: int) -> Tensor:
+            return like.new_empty((steps, dims.pairs, rows, columns))
+
+        stacked = room(2 * size, width + 1)
+        stacked[..., width] = 1
+        narrow, column = (size, width), (size, 1)
+        return cls(
+            stacked, room(*column), room(*narrow), room(*narrow), room(*column), room(size, width + 1), room(size, size)
+        )
 
     def part(self, start: int, stop: int) -> _Block:
         """Some of the mini-batches."""
@@ -198,33 +217,31 @@ def _constants(
         pushes = -last[:, :, None].expand(dims.steps, *shape).reshape(dims.steps, dims.pairs, 1, 1)
     wide = per_pair(gamma)
     steps = scale[:, None].expand(*shape, dims.size).reshape(dims.pairs, dims.size, 1)
-    return _Constants(wide, per_pair(beta), wide.square(), steps, pushes)
+    return _Constants(wide, per_pair(beta), wide.square(), steps.neg(), pushes)
 
 
 def _lay_out(
-    dims: _Dims, tokens: tuple[Tensor, Tensor, Tensor, Tensor], constants: _Constants, start: int, stop: int, mask: bool
-) -> _Block:
-    """The tokens of the mini-batches from `start` to `stop`."""
+    dims: _Dims,
+    tokens: tuple[Tensor, Tensor, Tensor, Tensor],
+    constants: _Constants,
+    start: int,
+    room: _Block,
+    mask: bool,
+) -> None:
+    """Lay out the tokens of as many mini-batches from `start` on as there is room for."""
+    stop, size, width = start + len(room.rate), dims.size, dims.widths[0]
     q, k, target, rate = (x[:, :, start:stop].movedim(2, 0) for x in tokens)
-    width = dims.widths[0]
-    whole = q.new_empty((stop - start, dims.batch, dims.heads, 2 * dims.size, width + 1))
-    whole[..., : dims.size, :width] = k
-    whole[..., dims.size :, :width] = q
-    whole[..., width] = 1
-    stacked = whole.flatten(1, 2)
-    rate = rate.reshape(stop - start, dims.pairs, dims.size, 1)
-    push = rate * constants.pushes[start:stop]
-    coefficient = constants.scale.neg() * rate.mT
-    offset = constants.beta - target.reshape(stop - start, dims.pairs, dims.size, width)
-    return _Block(
-        stacked=stacked,
-        rate=rate,
-        offset=offset,
-        anchor=offset * constants.gamma,
-        push=push,
-        pushed_keys=stacked[:, :, : dims.size] * push,
-        coefficient=coefficient.tril_() if mask else coefficient,
-    )
+    by_head = _Block(*(x.unflatten(1, (dims.batch, dims.heads)) for x in room))
+    by_head.stacked[..., :size, :width] = k
+    by_head.stacked[..., size:, :width] = q
+    by_head.rate.copy_(rate)
+    torch.sub(constants.beta.unflatten(0, (dims.batch, dims.heads)), target, out=by_head.offset)
+    torch.mul(room.offset, constants.gamma, out=room.anchor)
+    torch.mul(room.rate, constants.pushes[start:stop], out=room.push)
+    torch.mul(room.stacked[:, :, :size], room.push, out=room.pushed_keys)
+    torch.mul(constants.neg_scale, room.rate.mT, out=room.coefficient)
+    if mask:
+        room.coefficient.tril_()
 
 
 def _joined(dims: _Dims, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -274,16 +291,18 @@ def _gelu_bend(gate: Tensor, slope: Tensor, p: Tensor, bend: Tensor) -> None:
     bend.addcmul_(spread, gate, value=-2)
 
 
-def _add_outer(base: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
-    """`base + leftᵀ right` into `out`, which may be `base`."""
-    rows = left.shape[-2]
-    if rows <= 2:  # of one or two rows it is bound by memory: a pass over the weights for each
-        for row in range(rows):
-            torch.addcmul(base if row == 0 else out, left[:, row : row + 1].mT, right[:, row : row + 1], out=out)
+def _add_outer(base: Tensor, columns: Tensor, rows: Tensor, out: Tensor) -> None:
+    """`base + columns rows`, `[P,a,C]` and `[P,C,b]`, into `out`, which may be `base`."""
+    count = rows.shape[-2]
+    if count == 1:  # bound by memory: one pass over the weights
+        torch.addcmul(base, columns, rows, out=out)
+    elif count == 2:
+        torch.addcmul(base, columns[..., :1], rows[:, :1], out=out)
+        out.addcmul_(columns[..., 1:], rows[:, 1:])
     elif out is base:
-        base.baddbmm_(left.mT, right)
+        base.baddbmm_(columns, rows)
     else:
-        torch.baddbmm(base, left.mT, right, out=out)
+        torch.baddbmm(base, columns, rows, out=out)
 
 
 # --- forward ---
@@ -295,21 +314,75 @@ class _Scratch:
     def __init__(self, dims: _Dims, chunk: int, like: Tensor) -> None:
         hidden = dims.widths[1:-1]
 
-        def room(width: int) -> Tensor:
-            return like.new_empty((chunk, dims.pairs, dims.size, width))
+        def room(width: int, rows: int = dims.size) -> Tensor:
+            return like.new_empty((chunk, dims.pairs, rows, width))
 
-        self.outputs = [room(width) for width in hidden]
+        self.first = room(dims.widths[1], 2 * dims.size)
+        """What the first layer makes of keys and queries."""
+        self.outputs = [room(width) for width in hidden[1:]]
+        """What the hidden layers after it make of the keys, then of the queries."""
         self.squared = [room(width) for width in hidden]
         self.gates = [room(width) for width in hidden]
         self.pulled = [room(width) for width in hidden]
 
 
+def _each(tensors: Iterable[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Of every tensor, its mini-batches."""
+    return [x.unbind(0) for x in tensors]
+
+
+class _ForwardViews:
+    """What a chunk of mini-batches reads and writes on its way forward: lists by layer, then by mini-batch.
+
+    A view costs as much time as a small product. So they are made once for each place that chunks have in a group, and
+    the next group, laid out in the same room, finds them there.
+    """
+
+    def __init__(self, dims: _Dims, block: _Block, kept: _Kept, scratch: _Scratch) -> None:
+        steps, size, depth = len(block.rate), dims.size, dims.depth
+        self.steps = steps
+        stacks = [block.stacked, *kept.inputs]
+        first = scratch.first[:steps]
+
+        # For each mini-batch.
+        self.stacked, self.first = block.stacked.unbind(0), first.unbind(0)
+        self.anchors, self.pushes = block.anchor.unbind(0), block.push.unbind(0)
+        self.weights = _each(kept.weights)
+        self.weights_back = _each(x[:, :, :-1].mT for x in kept.weights)
+        self.keys = _each(x[:, :, :size] for x in stacks)
+        self.columns = _each(x.mT for x in (block.pushed_keys, *(x[:, :, :size] for x in kept.inputs)))
+        self.outputs = _each((first[:, :, :size], *(x[:steps] for x in scratch.outputs)))
+        self.values = _each(x[:, :, :size, :-1] for x in kept.inputs)
+        self.squared, self.gates, self.pulled = (
+            _each(x[:steps] for x in room) for room in (scratch.squared, scratch.gates, scratch.pulled)
+        )
+        self.slopes, self.errors = _each(kept.slopes), _each(kept.errors)
+        self.output, self.means, self.inverses = _each((kept.output, *kept.moments[:2]))
+
+        # For the whole chunk: the gates, and what the queries need.
+        self.kept = kept
+        self.whole_squared, self.whole_gates, self.whole_pulled = (
+            [x[:steps] for x in room] for room in (scratch.squared, scratch.gates, scratch.pulled)
+        )
+        self.answered = [first[:, :, size:], *(x[:steps] for x in scratch.outputs)]
+        self.query_values = [x[:, :, size:, :-1] for x in kept.inputs]
+        if depth > 1:
+            self.answered.append(kept.answer)
+        # As batches of M P products.
+        self.queries = [x[:, :, size:].flatten(0, 1) for x in stacks]
+        self.keys_back = [x[:, :, :size].flatten(0, 1).mT for x in stacks]
+        self.attention = [x.flatten(0, 1) for x in kept.attention]
+        self.coefficient = block.coefficient.flatten(0, 1)
+        self.products = [x.flatten(0, 1) for x in self.answered]
+        self.answer = kept.answer.flatten(0, 1)
+        self.query_weights = [x.flatten(0, 1) for x in kept.weights]
+        self.query_errors = [x.flatten(0, 1) for x in kept.errors]
+
+
 def _forward_chunk(
     dims: _Dims,
     constants: _Constants,
-    block: _Block,
-    kept: _Kept,
-    scratch: _Scratch,
+    views: _ForwardViews,
     following: list[Tensor] | None,
     gradients: list[Tensor] | None,
     *,
@@ -317,89 +390,85 @@ def _forward_chunk(
     eps: float,
     keep: bool,
 ) -> Tensor:
-    """Answers `LN(y) [M,P,C,F]` of a chunk whose first weights are in `kept`, and what the next one opens with.
+    """Answers `LN(y) [M,P,C,F]` of a chunk whose first weights are in its room, and what the next one opens with.
 
     Args:
         dims: shapes.
         constants: see there.
-        block: the chunk's tokens.
-        kept: where it writes what backward needs.
-        scratch: room.
+        views: the chunk's tokens, and where it writes what backward needs.
         following: where the weights after the chunk go, or None where nobody asks.
         gradients: `G`, where the chunk is a mini-batch that was open before.
         closes: whether weights move; else the chunk is one mini-batch and its summed gradients go to `following`.
         eps: of the layer norm.
         keep: whether backward follows.
     """
-    depth, size, width = dims.depth, dims.size, dims.widths[-1]
-    stacks = [block.stacked, *kept.inputs]
-    weights = [x.unbind(0) for x in kept.weights]
-    keys = [x[:, :, :size].unbind(0) for x in stacks]
-    values = [x[:, :, :size, :-1].unbind(0) for x in kept.inputs]
-    errors = [x.unbind(0) for x in kept.errors]
-    slopes = [x.unbind(0) for x in kept.slopes]
-    outputs = [x.unbind(0) for x in scratch.outputs]
-    squares = [x.unbind(0) for x in scratch.squared]
-    gates = [x.unbind(0) for x in scratch.gates]
-    pulled = [x.unbind(0) for x in scratch.pulled]
-    last_outputs, means, inverses = kept.output.unbind(0), kept.moments[0].unbind(0), kept.moments[1].unbind(0)
-    anchors, pushes, pushed_keys = block.anchor.unbind(0), block.push.unbind(0), block.pushed_keys.unbind(0)
-    steps = len(anchors)
+    steps, depth, width = views.steps, dims.depth, dims.widths[-1]
+    kept, weights, errors = views.kept, views.weights, views.errors
 
     def update(n: int, targets: Sequence[Tensor]) -> None:
         for layer, target in enumerate(targets):
-            left = keys[layer][n] if layer else pushed_keys[n]
-            right = errors[layer][n] * pushes[n] if layer else errors[0][n]
+            columns, rows = views.columns[layer][n], errors[layer][n]
+            if layer:
+                rows = rows * views.pushes[n]
             if closes:
-                _add_outer(weights[layer][n], left, right, target)  # (8)
+                _add_outer(weights[layer][n], columns, rows, target)  # (8)
             elif gradients is not None:
-                _add_outer(gradients[layer], left, right, target)
+                _add_outer(gradients[layer], columns, rows, target)
             else:
-                torch.bmm(left.mT, right, out=target)
+                torch.bmm(columns, rows, out=target)
 
     for n in range(steps):
+        torch.bmm(views.stacked[n], weights[0][n], out=views.first[n])  # (1), and the first part of (10)
         for layer in range(depth - 1):
-            z = outputs[layer][n]
-            torch.bmm(keys[layer][n], weights[layer][n], out=z)  # (1)
-            _gelu(z, values[layer][n], squares[layer][n], gates[layer][n])
-            _gelu_slope(values[layer][n], squares[layer][n], gates[layer][n], slopes[layer][n])
-        z = torch.bmm(keys[-1][n], weights[-1][n], out=last_outputs[n])
+            z, value, squared, gate, slope = (
+                views.outputs[layer][n], views.values[layer][n], views.squared[layer][n], views.gates[layer][n],
+                views.slopes[layer][n],
+            )  # fmt: skip
+            if layer:
+                torch.bmm(views.keys[layer][n], weights[layer][n], out=z)
+            _gelu(z, value, squared, gate)
+            _gelu_slope(value, squared, gate, slope)
+        z = views.output[n]
+        if depth > 1:
+            torch.bmm(views.keys[-1][n], weights[-1][n], out=z)
+        else:
+            z.copy_(views.outputs[0][n])
         unit, mean, inverse = torch.native_layer_norm(z, (width,), None, None, eps)
         # (5), (6): a = γ (γ x̂ + β − target), and E its way back through the norm.
-        a = torch.addcmul(anchors[n], constants.gamma_squared, unit)
+        a = torch.addcmul(views.anchors[n], constants.gamma_squared, unit)
         error = _layer_norm_backward(a, z, (width,), mean, inverse, None, None, (True, False, False))[0]
         errors[-1][n].copy_(error)
         if keep:
-            means[n].copy_(mean)
-            inverses[n].copy_(inverse)
+            views.means[n].copy_(mean)
+            views.inverses[n].copy_(inverse)
         for layer in range(depth - 2, -1, -1):
-            torch.bmm(errors[layer + 1][n], weights[layer + 1][n][:, :-1].mT, out=pulled[layer][n])  # (7)
-            torch.mul(pulled[layer][n], slopes[layer][n], out=errors[layer][n])
+            torch.bmm(errors[layer + 1][n], views.weights_back[layer + 1][n], out=views.pulled[layer][n])  # (7)
+            torch.mul(views.pulled[layer][n], views.slopes[layer][n], out=errors[layer][n])
         if n + 1 < steps:
             update(n, [w[n + 1] for w in weights])
 
     if keep:
         for layer in range(depth - 1):
             bend = kept.bends[layer]
-            _gelu_bend(scratch.gates[layer][:steps], kept.slopes[layer], scratch.squared[layer][:steps], bend)
-            bend.mul_(scratch.pulled[layer][:steps])
+            _gelu_bend(views.whole_gates[layer], kept.slopes[layer], views.whole_squared[layer], bend)
+            bend.mul_(views.whole_pulled[layer])
 
     # The queries of all mini-batches of the chunk, (9) to (11).
     for layer in range(depth):
-        stack = stacks[layer].flatten(0, 1)
-        x = stack[:, size:]
-        seen = torch.bmm(x, stack[:, :size].mT, out=kept.attention[layer].flatten(0, 1))
-        y = scratch.outputs[layer][:steps].flatten(0, 1) if layer + 1 < depth else kept.answer.flatten(0, 1)
-        torch.bmm(x, kept.weights[layer].flatten(0, 1), out=y)
-        y.baddbmm_(seen * block.coefficient.flatten(0, 1), kept.errors[layer].flatten(0, 1))
+        x, y = views.queries[layer], views.products[layer]
+        seen = torch.bmm(x, views.keys_back[layer], out=views.attention[layer])
+        seen = seen * views.coefficient
+        if layer:
+            torch.bmm(x, views.query_weights[layer], out=y)
+        if layer or depth > 1:
+            y.baddbmm_(seen, views.query_errors[layer])
+        else:
+            y = torch.baddbmm(y, seen, views.query_errors[layer], out=views.answer)
         if gradients is not None:
-            y.addcmul_(torch.bmm(x, gradients[layer]), constants.scale, value=-1)
+            y.addcmul_(torch.bmm(x, gradients[layer]), constants.neg_scale)
         if layer + 1 < depth:
-            y, squared, gate = (
-                x[:steps] for x in (scratch.outputs[layer], scratch.squared[layer], scratch.gates[layer])
-            )
-            value = kept.inputs[layer][:, :, size:, :-1]
-            _gelu(y, value, squared, gate)
+            value, squared, gate = views.query_values[layer], views.whole_squared[layer], views.whole_gates[layer]
+            _gelu(views.answered[layer], value, squared, gate)
             if keep:
                 _gelu_slope(value, squared, gate, kept.query_slopes[layer])
     unit, mean, inverse = torch.native_layer_norm(kept.answer, (width,), None, None, eps)
@@ -424,6 +493,8 @@ class _Sums:
 
         self.next = d_next
         """Of what a mini-batch hands on: the weights that open the next, or the summed gradients of an open one."""
+        self.next_back = d_next[0].mT
+        self.next_rows_back = [x[:, :-1].mT for x in d_next]
         self.weights = d_next if closes else [torch.zeros_like(x) for x in d_next]
         """Of the weights; where mini-batches close, the same tensors: `W' = W − …` hands its gradient through (12)."""
         self.gradients = [x.clone() for x in d_next] if found_open else []
@@ -448,11 +519,78 @@ def _sum_rows(x: Tensor) -> Tensor:
     return x.sum((0, 2)).unsqueeze(1)
 
 
+class _BackwardScratch:
+    """Room that a chunk of mini-batches uses again and again on its way back."""
+
+    def __init__(self, dims: _Dims, chunk: int, like: Tensor) -> None:
+        size, width = dims.size, dims.widths[0]
+
+        def room(*shape: int) -> Tensor:
+            return like.new_empty((chunk, dims.pairs, *shape))
+
+        self.d_outputs = [room(2 * size, fan_out) for fan_out in dims.widths[1:]]
+        """`(dZ_l; dy_l)`: rows of the keys and of the queries together, as what the layers are given is kept."""
+        self.d_errors = [room(size, fan_out) for fan_out in dims.widths[1:]]
+        self.d_inputs = [room(size, fan_in) for fan_in in dims.widths[:-1]]
+        self.seen_by_next = [room(size, fan_out) for fan_out in dims.widths[1:]]
+        self.reached = room(size, width + 1)
+        self.d_slopes = room(size, width)
+        self.pushed_errors = [room(size, fan_out) for fan_out in dims.widths[2:]]
+        self.pair, self.along = room(size, 2, width), room(size, 2)
+        # A last row of zeros, where the bias of the next layer would be.
+        self.d_pulled = [like.new_zeros((dims.pairs, size, hidden + 1)) for hidden in dims.widths[1:-1]]
+
+
+class _BackwardViews:
+    """What a chunk of mini-batches reads and writes on its way back: lists by layer, then by mini-batch."""
+
+    def __init__(self, dims: _Dims, block: _Block, kept: _Kept, scratch: _BackwardScratch) -> None:
+        steps, size = len(block.rate), dims.size
+        self.steps, self.block, self.kept = steps, block, kept
+        stacks = [block.stacked, *kept.inputs]
+
+        def of_chunk(rooms: Iterable[Tensor]) -> list[Tensor]:
+            return [x[:steps] for x in rooms]
+
+        # For the whole chunk.
+        self.d_outputs, self.d_errors, self.d_inputs = (
+            of_chunk(rooms) for rooms in (scratch.d_outputs, scratch.d_errors, scratch.d_inputs)
+        )
+        self.seen_by_next, self.pushed_errors = of_chunk(scratch.seen_by_next), of_chunk(scratch.pushed_errors)
+        self.reached, self.d_slopes, self.pair, along = of_chunk(
+            (scratch.reached, scratch.d_slopes, scratch.pair, scratch.along)
+        )
+        self.d_answered = [x[:, :, size:] for x in self.d_outputs]
+        # As batches of M P products.
+        self.queries = [x[:, :, size:].flatten(0, 1) for x in stacks]
+        self.keys_flat = [x[:, :, :size, :-1].flatten(0, 1) for x in stacks]
+        self.coefficient = block.coefficient.flatten(0, 1)
+
+        # For each mini-batch.
+        self.weights = _each(x[:, :, :-1] for x in kept.weights)
+        self.weights_back = _each(x[:, :, :-1].mT for x in kept.weights)
+        self.keys = _each(x[:, :, :size] for x in stacks)
+        self.columns = _each(x.mT for x in stacks)
+        self.errors, self.slopes, self.bends = _each(kept.errors), _each(kept.slopes), _each(kept.bends)
+        self.errors_of, self.inputs_of, self.outputs_of = (
+            _each(rooms) for rooms in (self.d_errors, self.d_inputs, self.d_outputs)
+        )
+        self.keys_of = _each(x[:, :, :size] for x in self.d_outputs)
+        self.seen_of, self.pushed = _each(self.seen_by_next), _each(self.pushed_errors)
+        self.reached_of, self.slopes_of, self.pushes = _each((self.reached, self.d_slopes, block.push))
+        self.output, self.means, self.inverses = _each((kept.output, *kept.moments[:2]))
+        # `(x̂; E)` of each token as a matrix of its own, and what each of the two has in common with the token's dE.
+        self.pairs, self.along = self.pair.flatten(1, 2).unbind(0), along.unsqueeze(-1).flatten(1, 2).unbind(0)
+        self.along_unit, self.along_error = along[..., :1].unbind(0), along[..., 1:].unbind(0)
+        self.d_pulled = scratch.d_pulled
+        self.d_pulled_rows = [x[..., :-1] for x in scratch.d_pulled]
+        self.d_pulled_columns = [x.mT for x in scratch.d_pulled]
+
+
 def _backward_chunk(
     dims: _Dims,
     constants: _Constants,
-    block: _Block,
-    kept: _Kept,
+    views: _BackwardViews,
     d_answers: Tensor,
     sums: _Sums,
     gradients: list[Tensor] | None,
@@ -463,17 +601,15 @@ def _backward_chunk(
     Args:
         dims: shapes.
         constants: see there.
-        block: the chunk's tokens.
-        kept: what forward left.
+        views: the chunk's tokens, what forward left, and room.
         d_answers: of `q + LN(y)`, `[M,P,C,F]`.
         sums: of what comes after the chunk; of the chunk and what comes after it when this returns.
         gradients: `G` of a mini-batch that was open before.
         mask: whether the update is causal.
     """
-    depth, size, width = dims.depth, dims.size, dims.widths[-1]
-    steps = len(d_answers)
-    stacks = [block.stacked, *kept.inputs]
-    gamma = constants.gamma
+    depth, size, width, steps = dims.depth, dims.size, dims.widths[-1], views.steps
+    block, kept, gamma = views.block, views.kept, constants.gamma
+    d_outputs, d_errors, d_inputs = views.d_outputs, views.d_errors, views.d_inputs
 
     def through_norm(d: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
         return _layer_norm_backward(d, x, (width,), mean, inverse, None, None, (True, False, False))[0]
@@ -486,40 +622,35 @@ def _backward_chunk(
     sums.beta += _sum_rows(d_answers)
     sums.gamma += _sum_rows((kept.answer - mean).mul_(inverse).mul_(d_answers))
     d_y = through_norm(d_answers * gamma, kept.answer, mean, inverse)
-    # Rows of the keys and of the queries together, as the inputs of the layers are kept.
-    d_outputs = [d_y.new_empty((steps, dims.pairs, 2 * size, x.shape[-1])) for x in kept.errors]
-    d_errors: list[Tensor] = []
-    d_inputs: list[Tensor] = []
-    coefficient = block.coefficient.flatten(0, 1)
+    d_outputs[-1][:, :, size:] = d_y
+    d_y = d_y.flatten(0, 1)
+    coefficient = views.coefficient
     d_coefficient = torch.zeros_like(coefficient)
     for layer in range(depth - 1, -1, -1):
-        d_outputs[layer][:, :, size:] = d_y
-        d_y = d_y.flatten(0, 1)
-        stack, errors = stacks[layer].flatten(0, 1), kept.errors[layer].flatten(0, 1)
-        x, key, seen = stack[:, size:], stack[:, :size, :-1], kept.attention[layer].flatten(0, 1)
+        errors, x, seen = kept.errors[layer].flatten(0, 1), views.queries[layer], kept.attention[layer].flatten(0, 1)
         d_seen = torch.bmm(d_y, errors.mT)
         d_coefficient.addcmul_(d_seen, seen)
         d_seen.mul_(coefficient)
-        d_errors.append(per_step(torch.bmm((seen * coefficient).mT, d_y)))
-        d_inputs.append(per_step(torch.bmm(d_seen.mT, x[..., :-1])))
-        d_x = torch.bmm(d_seen, key)
+        torch.bmm((seen * coefficient).mT, d_y, out=d_errors[layer].flatten(0, 1))
+        torch.bmm(d_seen.mT, x[..., :-1], out=d_inputs[layer].flatten(0, 1))
+        d_x = torch.bmm(d_seen, views.keys_flat[layer])
         if gradients is not None:  # one mini-batch: y has − s x̃ G in addition
-            d_step = d_y * -constants.scale
+            d_step = d_y * constants.neg_scale
             sums.scale -= (d_y * torch.bmm(x, gradients[layer])).sum(-1, keepdim=True)
             sums.gradients[layer].baddbmm_(x.mT, d_step)
             d_x.baddbmm_(d_step, gradients[layer][:, :-1].mT)
         if layer:
             d_x.baddbmm_(d_y, kept.weights[layer].flatten(0, 1)[:, :-1].mT)
-            d_y = per_step(d_x).mul_(kept.query_slopes[layer - 1])
+            d_y = views.d_answered[layer - 1]
+            torch.mul(per_step(d_x), kept.query_slopes[layer - 1], out=d_y)
+            d_y = d_y.flatten(0, 1)
     d_query = per_step(d_x).add_(d_answers)
-    d_errors.reverse()
-    d_inputs.reverse()
     if mask:
         d_coefficient.tril_()
     # coefficient = − s ηᵀ
     d_coefficient = per_step(d_coefficient)
     sums.scale -= (d_coefficient @ block.rate).sum(0)
-    d_rate = d_coefficient.mT @ constants.scale.neg()
+    d_rate = d_coefficient.mT @ constants.neg_scale
 
     # --- the keys ---
     # What the way back through E needs of the norm, (20): constant in the loop.
@@ -527,78 +658,66 @@ def _backward_chunk(
     unit = (kept.output - mean).mul_(inverse)
     slope = torch.addcmul(block.anchor, constants.gamma_squared, unit)
     to_slope = (slope * unit).mean(-1, keepdim=True).mul_(inverse).neg_()
-    pair = torch.stack((unit, kept.errors[-1]), -3)
-    turned = torch.stack((kept.errors[-1], unit), -3).mul_(inverse.neg().unsqueeze(-3))
-    d_slopes = torch.empty_like(slope)
-    seen_by_next = [torch.empty_like(x) for x in kept.errors]
-    reached = slope.new_empty((steps, dims.pairs, size, width + 1))
-    # A last column of zeros, where the bias of the next layer would be.
-    d_pulled = [x.new_zeros((*x.shape[1:-1], x.shape[-1] + 1)) for x in kept.errors[:-1]]
-    pushed_errors = [x * block.push for x in kept.errors[1:]]
-
-    weights = [x[:, :, :-1].unbind(0) for x in kept.weights]
-    all_stacks = [x.unbind(0) for x in stacks]
-    keys = [x[:, :, :size].unbind(0) for x in stacks]
-    errors_of = [x.unbind(0) for x in kept.errors]
-    pushed = [x.unbind(0) for x in pushed_errors]
-    slopes, bends = ([x.unbind(0) for x in tensors] for tensors in (kept.slopes, kept.bends))
-    d_errors_of, d_inputs_of = ([x.unbind(0) for x in tensors] for tensors in (d_errors, d_inputs))
-    d_outputs_of = [x.unbind(0) for x in d_outputs]
-    d_keys_of = [x[:, :, :size].unbind(0) for x in d_outputs]
-    seen_of, reached_of = [x.unbind(0) for x in seen_by_next], reached.unbind(0)
-    pushes, outputs, means, inverses = (x.unbind(0) for x in (block.push, kept.output, mean, inverse))
-    to_slopes, d_slopes_of, pairs, turns = (x.unbind(0) for x in (to_slope, d_slopes, pair, turned))
+    pair = views.pair
+    pair[..., 0, :], pair[..., 1, :] = unit, kept.errors[-1]
+    back = inverse * (-1 / width)
+    turned_error, turned_unit = (x.unbind(0) for x in (kept.errors[-1] * back, unit * back))
+    for error, pushed in zip(kept.errors[1:], views.pushed_errors, strict=True):
+        torch.mul(error, block.push, out=pushed)
+    to_slopes = to_slope.unbind(0)
 
     for n in range(steps - 1, -1, -1):
         # (18): what the update gives back to errors and inputs.
         for layer in range(depth):
-            after = sums.next[layer]
-            seen = torch.bmm(keys[layer][n], after, out=seen_of[layer][n])
-            d_errors_of[layer][n].addcmul_(seen, pushes[n])
+            seen = torch.bmm(views.keys[layer][n], sums.next[layer], out=views.seen_of[layer][n])
+            views.errors_of[layer][n].addcmul_(seen, views.pushes[n])
             if layer:
-                d_inputs_of[layer][n].baddbmm_(pushed[layer - 1][n], after[:, :-1].mT)
+                views.inputs_of[layer][n].baddbmm_(views.pushed[layer - 1][n], sums.next_rows_back[layer])
             else:
-                torch.bmm(errors_of[0][n], after.mT, out=reached_of[n])
+                torch.bmm(views.errors[0][n], sums.next_back, out=views.reached_of[n])
         # (19): the errors' way back, from the first layer up.
-        d_error = d_errors_of[0][n]
+        d_error = views.errors_of[0][n]
         d_hidden = []
         for layer in range(depth - 1):
-            torch.mul(d_error, slopes[layer][n], out=d_pulled[layer][..., :-1])
-            d_hidden.append(d_error.mul_(bends[layer][n]))
-            d_error = d_errors_of[layer + 1][n]
-            d_error.baddbmm_(d_pulled[layer][..., :-1], weights[layer + 1][n])
+            torch.mul(d_error, views.slopes[layer][n], out=views.d_pulled_rows[layer])
+            d_hidden.append(d_error.mul_(views.bends[layer][n]))
+            d_error = views.errors_of[layer + 1][n]
+            d_error.baddbmm_(views.d_pulled_rows[layer], views.weights[layer + 1][n])
         # (20)
-        d_slope = through_norm(d_error, outputs[n], means[n], inverses[n])
-        d_slopes_of[n].copy_(d_slope)
-        d_z = through_norm(d_slope * constants.gamma_squared, outputs[n], means[n], inverses[n])
+        output, mean, inverse = views.output[n], views.means[n], views.inverses[n]
+        d_slope = through_norm(d_error, output, mean, inverse)
+        views.slopes_of[n].copy_(d_slope)
+        d_z = through_norm(d_slope * constants.gamma_squared, output, mean, inverse)
         d_z.addcmul_(d_slope, to_slopes[n])
-        d_z += (pairs[n] * d_error.unsqueeze(-3)).mean(-1, keepdim=True).mul(turns[n]).sum(-3)
+        torch.bmm(views.pairs[n], d_error.view(-1, width, 1), out=views.along[n])
+        d_z.addcmul_(turned_error[n], views.along_unit[n]).addcmul_(turned_unit[n], views.along_error[n])
         # (21): the keys' way back.
-        d_keys_of[-1][n].copy_(d_z)
+        views.keys_of[-1][n].copy_(d_z)
         for layer in range(depth - 1, 0, -1):
-            d_x = d_inputs_of[layer][n]
-            d_x.baddbmm_(d_keys_of[layer][n], weights[layer][n].mT)
-            torch.addcmul(d_hidden[layer - 1], d_x, slopes[layer - 1][n], out=d_keys_of[layer - 1][n])
+            d_x = views.inputs_of[layer][n]
+            d_x.baddbmm_(views.keys_of[layer][n], views.weights_back[layer][n])
+            torch.addcmul(d_hidden[layer - 1], d_x, views.slopes[layer - 1][n], out=views.keys_of[layer - 1][n])
         # (22): all that the mini-batch gives to its weights.
         for layer in range(depth):
             total = sums.weights[layer]
-            _add_outer(total, all_stacks[layer][n], d_outputs_of[layer][n], total)
+            _add_outer(total, views.columns[layer][n], views.outputs_of[layer][n], total)
             if layer:
-                _add_outer(total, d_pulled[layer - 1], errors_of[layer][n], total)
+                _add_outer(total, views.d_pulled_columns[layer - 1], views.errors[layer][n], total)
 
     # --- what is left of the tokens: (23) to (25) ---
     d_stack = torch.bmm(d_outputs[0].flatten(0, 1), kept.weights[0].flatten(0, 1)[:, :-1].mT)
     d_stack = per_step(d_stack)
     d_query += d_stack[:, :, size:]
-    d_key = d_inputs[0].add_(d_stack[:, :, :size]).addcmul_(reached[..., :-1], block.push)
+    reached = views.reached
+    d_key = torch.addcmul(d_inputs[0], reached[..., :-1], block.push).add_(d_stack[:, :, :size])
     d_push = (reached * block.stacked[:, :, :size]).sum(-1, keepdim=True)
-    for seen, error in zip(seen_by_next[1:], kept.errors[1:], strict=True):
+    for seen, error in zip(views.seen_by_next[1:], kept.errors[1:], strict=True):
         d_push += (seen * error).sum(-1, keepdim=True)
     d_rate += d_push * constants.pushes
     d_pushes = (d_push * block.rate).sum(-2, keepdim=True)
     # a = γ² x̂ + γ (β − target)
-    sums.gamma += _sum_rows(unit.mul_(2 * gamma).add_(block.offset).mul_(d_slopes))
-    d_target = d_slopes.mul_(-gamma)
+    sums.gamma += _sum_rows(unit.mul_(2 * gamma).add_(block.offset).mul_(views.d_slopes))
+    d_target = views.d_slopes * -gamma
     sums.beta -= _sum_rows(d_target)
     return _TokenGradients(d_query, d_key, d_target, d_rate, d_pushes)
 
@@ -669,37 +788,37 @@ def _run(
         block_size = group_size or min(_BLOCK, dims.steps)
         chunk = dims.chunk(q.device, block_size, keep=everything)
         scratch = _Scratch(dims, chunk, q)
+        room = _Block.room(dims, min(block_size, dims.steps), q)
         kept = _Kept.of(held, dims.depth) if everything else _allocate(dims, chunk, q)
         carry = _joined(dims, weights)
         following = [torch.empty_like(x) for x in carry]
         for x, w in zip(kept.weights, carry, strict=True):
             x[0] = w
+
+        @functools.cache
+        def views_at(a: int, b: int) -> _ForwardViews:
+            return _ForwardViews(dims, room.part(a, b), kept.part(0, b - a), scratch)
+
         for start in range(0, dims.steps, block_size):
             stop = min(start + block_size, dims.steps)
             if keep and group_size and start:
                 for x, w in zip(held, kept.weights, strict=True):
                     x[start // group_size - 1] = w[0]
-            block = _lay_out(dims, (q, k, target, rate), constants, start, stop, causal)
+            _lay_out(dims, (q, k, target, rate), constants, start, room.part(0, stop - start), causal)
             for a in range(start, stop, chunk):
                 b = min(a + chunk, stop)
+                if everything:
+                    views = _ForwardViews(dims, room.part(a - start, b - start), kept.part(a, b), scratch)
+                else:
+                    views = views_at(a - start, b - start)
                 if last is None or b == dims.steps:
                     to = following
                 elif everything:
                     to = [w[b] for w in kept.weights]
                 else:
-                    to = [w[0] for w in kept.weights]
-                part = kept.part(a, b) if everything else kept.part(0, b - a)
+                    to = [w[0] for w in views.weights]
                 normed = _forward_chunk(
-                    dims,
-                    constants,
-                    block.part(a - start, b - start),
-                    part,
-                    scratch,
-                    to,
-                    opened,
-                    closes=last is not None,
-                    eps=eps,
-                    keep=everything,
+                    dims, constants, views, to, opened, closes=last is not None, eps=eps, keep=everything
                 )
                 torch.add(queries[a:b], normed.unflatten(1, (dims.batch, dims.heads)), out=shown[a:b])
         return answers, _parted(dims, following), held
@@ -759,28 +878,40 @@ def _run_backward(
         block_size = group_size or min(_BLOCK, dims.steps)
         chunk = dims.chunk(q.device, block_size, keep=True)
         scratch = _Scratch(dims, chunk, q) if group_size else None
-        room = _allocate(dims, group_size, q) if group_size else _Kept.of(kept, dims.depth)
+        scratch_back = _BackwardScratch(dims, chunk, q)
+        room = _Block.room(dims, min(block_size, dims.steps), q)
+        held = _allocate(dims, group_size, q) if group_size else _Kept.of(kept, dims.depth)
+
+        @functools.cache
+        def views_at(a: int, b: int) -> _ForwardViews:
+            assert scratch is not None
+            return _ForwardViews(dims, room.part(a, b), held.part(a, b), scratch)
+
+        @functools.cache
+        def views_back_at(a: int, b: int) -> _BackwardViews:
+            return _BackwardViews(dims, room.part(a, b), held.part(a, b), scratch_back)
+
         for start in range((dims.steps - 1) // block_size * block_size, -1, -block_size):
             stop = min(start + block_size, dims.steps)
-            block = _lay_out(dims, (q, k, target, rate), constants, start, stop, causal)
-            parts = [(a, min(a + chunk, stop)) for a in range(start, stop, chunk)]
-            offset = start if group_size else 0
+            _lay_out(dims, (q, k, target, rate), constants, start, room.part(0, stop - start), causal)
+            chunks = [(a, min(a + chunk, stop)) for a in range(start, stop, chunk)]
             if scratch is not None:
                 opening = [x[start // group_size - 1] for x in kept] if start else _joined(dims, weights)
-                for x, w in zip(room.weights, opening, strict=True):
+                for x, w in zip(held.weights, opening, strict=True):
                     x[0] = w
-                for a, b in parts:
-                    to = [w[b - start] for w in room.weights] if b < stop else None
-                    _forward_chunk(
-                        dims, constants, block.part(a - start, b - start), room.part(a - start, b - start), scratch, to,
-                        opened, closes=last is not None, eps=eps, keep=True,
-                    )  # fmt: skip
-            for a, b in reversed(parts):
+                for a, b in chunks:
+                    views = views_at(a - start, b - start)
+                    to = [w[b - start] for w in held.weights] if b < stop else None
+                    _forward_chunk(dims, constants, views, to, opened, closes=last is not None, eps=eps, keep=True)
+            for a, b in reversed(chunks):
+                if group_size:
+                    views_back = views_back_at(a - start, b - start)
+                else:
+                    views_back = _BackwardViews(dims, room.part(a - start, b - start), held.part(a, b), scratch_back)
                 found = _backward_chunk(
                     dims,
                     constants._replace(pushes=constants.pushes[a:b]),
-                    block.part(a - start, b - start),
-                    room.part(a - offset, b - offset),
+                    views_back,
                     d_answers[a:b].reshape(b - a, dims.pairs, dims.size, -1),
                     sums,
                     opened,
