@@ -520,19 +520,19 @@ def _sum_rows(x: Tensor) -> Tensor:
 
 
 class _BackwardScratch:
-    """Room that a chunk of mini-batches uses again and again on its way back."""
+    """Room that a chunk of mini-batches uses again and again on its way back: that of its way forward, and more."""
 
-    def __init__(self, dims: _Dims, chunk: int, like: Tensor) -> None:
-        size, width = dims.size, dims.widths[0]
+    def __init__(self, dims: _Dims, chunk: int, forward: _Scratch) -> None:
+        size, width, like = dims.size, dims.widths[0], forward.first
 
         def room(*shape: int) -> Tensor:
             return like.new_empty((chunk, dims.pairs, *shape))
 
-        self.d_outputs = [room(2 * size, fan_out) for fan_out in dims.widths[1:]]
+        self.d_outputs = [forward.first, *(room(2 * size, fan_out) for fan_out in dims.widths[2:])]
         """`(dZ_l; dy_l)`: rows of the keys and of the queries together, as what the layers are given is kept."""
-        self.d_errors = [room(size, fan_out) for fan_out in dims.widths[1:]]
-        self.d_inputs = [room(size, fan_in) for fan_in in dims.widths[:-1]]
-        self.seen_by_next = [room(size, fan_out) for fan_out in dims.widths[1:]]
+        self.d_errors = [*forward.squared, room(size, width)]
+        self.d_inputs = [room(size, width), *forward.gates]
+        self.seen_by_next = [*forward.pulled, room(size, width)]
         self.reached = room(size, width + 1)
         self.d_slopes = room(size, width)
         self.pushed_errors = [room(size, fan_out) for fan_out in dims.widths[2:]]
@@ -877,14 +877,13 @@ def _run_backward(
         d_answers = d_answers.movedim(2, 0)
         block_size = group_size or min(_BLOCK, dims.steps)
         chunk = dims.chunk(q.device, block_size, keep=True)
-        scratch = _Scratch(dims, chunk, q) if group_size else None
-        scratch_back = _BackwardScratch(dims, chunk, q)
+        scratch = _Scratch(dims, chunk, q)
+        scratch_back = _BackwardScratch(dims, chunk, scratch)
         room = _Block.room(dims, min(block_size, dims.steps), q)
         held = _allocate(dims, group_size, q) if group_size else _Kept.of(kept, dims.depth)
 
         @functools.cache
         def views_at(a: int, b: int) -> _ForwardViews:
-            assert scratch is not None
             return _ForwardViews(dims, room.part(a, b), held.part(a, b), scratch)
 
         @functools.cache
@@ -895,7 +894,7 @@ def _run_backward(
             stop = min(start + block_size, dims.steps)
             _lay_out(dims, (q, k, target, rate), constants, start, room.part(0, stop - start), causal)
             chunks = [(a, min(a + chunk, stop)) for a in range(start, stop, chunk)]
-            if scratch is not None:
+            if group_size:
                 opening = [x[start // group_size - 1] for x in kept] if start else _joined(dims, weights)
                 for x, w in zip(held.weights, opening, strict=True):
                     x[0] = w
