@@ -6,7 +6,8 @@
 
 Everything runs in one process. Contenders take turns, round after round, so that what else the machine does hits all
 of them; times are medians, ratios are medians of the ratios within a round. Memory is counted by the allocator
-(`benchmarks/allocations.py` says what that counts). Results go to `benchmarks/results/scan_<device>.json` and `.png`.
+(`benchmarks/allocations.py` says what that counts). Results go to `benchmarks/results/scan_<device>.json` and `.png`;
+until all is done, what there is lies beside them as `.partial.json`.
 """
 
 from __future__ import annotations
@@ -342,6 +343,7 @@ def run(
     quick: bool,
     compiled: bool,
     tell: Callable[[str], None],
+    keep: Callable[[Results], None] = lambda results: None,
 ) -> Results:
     """Measure everything.
 
@@ -355,28 +357,35 @@ def run(
         quick: whether the shapes are cut down.
         compiled: whether the published steps run through `torch.compile`, too.
         tell: is told what comes next.
+        keep: is given what there is so far, after each part.
     """
     clock = Clock(device, repeats)
-    found = []
-    for shape in shapes:
-        tell(f"{shape.name}: T {shape.tokens}, D {shape.dim}, H {shape.heads}, C {shape.mini_batch_size}")
-        found.append(measure(shape, clock, sizes=sizes, compiled=compiled))
     growing = shapes[min(1, len(shapes) - 1)]
-    tell(f"growth of {growing.name} to T {max(lengths)}")
-    growth = tuple(grow(growing, lengths, clock))
-    streaming = [shape for shape in shapes if shape.causal][-1]
-    tell(f"decoding {tokens} tokens, {streaming.name}")
-    return Results(
+    streaming = next((shape for shape in reversed(shapes) if shape.causal), None)
+    results = Results(
         quick=quick,
         repeats=repeats,
         machine=machine(device),
         memory=MEMORY[device.type],
-        shapes=tuple(found),
+        shapes=(),
         growth_shape=f"{growing.name}, D {growing.dim}, H {growing.heads}, C {growing.mini_batch_size}",
-        growth=growth,
-        decode_shape=f"{streaming.name}, D {streaming.dim}, H {streaming.heads}",
-        decoding=tuple(decode(streaming, tokens, clock)),
+        growth=(),
+        decode_shape=f"{streaming.name}, D {streaming.dim}, H {streaming.heads}" if streaming else "",
+        decoding=(),
     )
+    for shape in shapes:
+        tell(f"{shape.name}: T {shape.tokens}, D {shape.dim}, H {shape.heads}, C {shape.mini_batch_size}")
+        found = measure(shape, clock, sizes=sizes, compiled=compiled)
+        results = results.model_copy(update={"shapes": (*results.shapes, found)})
+        keep(results)
+    tell(f"growth of {growing.name} to T {max(lengths)}")
+    for point in grow(growing, lengths, clock):
+        results = results.model_copy(update={"growth": (*results.growth, point)})
+        keep(results)
+    if streaming is not None:
+        tell(f"decoding {tokens} tokens, {streaming.name}")
+        results = results.model_copy(update={"decoding": tuple(decode(streaming, tokens, clock))})
+    return results
 
 
 def main() -> int:
@@ -400,6 +409,16 @@ def main() -> int:
     if unknown := set(arguments.shapes or ()) - {shape.name for shape in shapes}:
         parser.error(f"--shapes: {min(unknown)} is none of {', '.join(shape.name for shape in shapes)}")
     lengths = QUICK_GROWTH if arguments.quick else GROWTH
+    out = arguments.out or (None if arguments.quick else RESULTS / f"scan_{arguments.device}.json")
+
+    def write(path: Path, results: Results) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    def keep(results: Results) -> None:
+        if out is not None:
+            write(out.with_suffix(".partial.json"), results)
+
     results = run(
         torch.device(arguments.device),
         shapes=[shape for shape in shapes if shape.name in (arguments.shapes or (shape.name,))],
@@ -410,15 +429,15 @@ def main() -> int:
         quick=arguments.quick,
         compiled=arguments.compile,
         tell=lambda what: print(what, file=sys.stderr, flush=True),
+        keep=keep,
     )
     print(tables(results))
-    out = arguments.out or (None if arguments.quick else RESULTS / f"scan_{arguments.device}.json")
     if out is not None:
         from scan_pictures import draw
 
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write(out, results)
         draw(results, out.with_suffix(".png"))
+        out.with_suffix(".partial.json").unlink(missing_ok=True)
         print(f"\nWrote {out.name} and {out.with_suffix('.png').name} to {out.parent.name}/")
     return 0
 

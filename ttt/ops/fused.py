@@ -339,7 +339,7 @@ class _ForwardViews:
     """
 
     def __init__(self, dims: _Dims, block: _Block, kept: _Kept, scratch: _Scratch) -> None:
-        steps, size, depth = len(block.rate), dims.size, dims.depth
+        steps, size = len(block.rate), dims.size
         self.steps = steps
         stacks = [block.stacked, *kept.inputs]
         first = scratch.first[:steps]
@@ -364,17 +364,18 @@ class _ForwardViews:
         self.whole_squared, self.whole_gates, self.whole_pulled = (
             [x[:steps] for x in room] for room in (scratch.squared, scratch.gates, scratch.pulled)
         )
-        self.answered = [first[:, :, size:], *(x[:steps] for x in scratch.outputs)]
         self.query_values = [x[:, :, size:, :-1] for x in kept.inputs]
-        if depth > 1:
-            self.answered.append(kept.answer)
+        # What the layers give the queries. Products are fast only into rows that lie together, and the first layer's have
+        # the keys' between them: they are added up where `pulled` is read no more.
+        answered = [*(x[:steps] for x in (*scratch.pulled[:1], *scratch.outputs)), kept.answer]
+        self.answered = answered
         # As batches of M P products.
         self.queries = [x[:, :, size:].flatten(0, 1) for x in stacks]
         self.keys_back = [x[:, :, :size].flatten(0, 1).mT for x in stacks]
         self.attention = [x.flatten(0, 1) for x in kept.attention]
         self.coefficient = block.coefficient.flatten(0, 1)
-        self.products = [x.flatten(0, 1) for x in self.answered]
-        self.answer = kept.answer.flatten(0, 1)
+        self.first_queries = first[:, :, size:].flatten(0, 1)
+        self.products = [x.flatten(0, 1) for x in answered]
         self.query_weights = [x.flatten(0, 1) for x in kept.weights]
         self.query_errors = [x.flatten(0, 1) for x in kept.errors]
 
@@ -460,10 +461,9 @@ def _forward_chunk(
         seen = seen * views.coefficient
         if layer:
             torch.bmm(x, views.query_weights[layer], out=y)
-        if layer or depth > 1:
             y.baddbmm_(seen, views.query_errors[layer])
         else:
-            y = torch.baddbmm(y, seen, views.query_errors[layer], out=views.answer)
+            torch.baddbmm(views.first_queries, seen, views.query_errors[layer], out=y)
         if gradients is not None:
             y.addcmul_(torch.bmm(x, gradients[layer]), constants.neg_scale)
         if layer + 1 < depth:
@@ -505,7 +505,7 @@ class _Sums:
 
 
 class _TokenGradients(NamedTuple):
-    """Gradients of a chunk's tokens `[M,P,C,F]`, rates `[M,P,C,1]` and pushes `[M,P,1,1]`."""
+    """Gradients of a chunk's tokens `[M,P,C,F]`, rates `[M,P,C,1]` and pushes `[M,P,1,1]`, until the next chunk."""
 
     q: Tensor
     k: Tensor
@@ -537,6 +537,8 @@ class _BackwardScratch:
         self.d_slopes = room(size, width)
         self.pushed_errors = [room(size, fan_out) for fan_out in dims.widths[2:]]
         self.pair, self.along = room(size, 2, width), room(size, 2)
+        self.unit, self.slope, self.turned_error, self.turned_unit = (room(size, width) for _ in range(4))
+        self.d_stack = room(2 * size, width)
         # A last row of zeros, where the bias of the next layer would be.
         self.d_pulled = [like.new_zeros((dims.pairs, size, hidden + 1)) for hidden in dims.widths[1:-1]]
 
@@ -560,6 +562,8 @@ class _BackwardViews:
         self.reached, self.d_slopes, self.pair, along = of_chunk(
             (scratch.reached, scratch.d_slopes, scratch.pair, scratch.along)
         )
+        self.unit, self.slope, self.d_stack = of_chunk((scratch.unit, scratch.slope, scratch.d_stack))
+        self.turned_error, self.turned_unit = of_chunk((scratch.turned_error, scratch.turned_unit))
         self.d_answered = [x[:, :, size:] for x in self.d_outputs]
         # As batches of M P products.
         self.queries = [x[:, :, size:].flatten(0, 1) for x in stacks]
@@ -582,6 +586,7 @@ class _BackwardViews:
         # `(x̂; E)` of each token as a matrix of its own, and what each of the two has in common with the token's dE.
         self.pairs, self.along = self.pair.flatten(1, 2).unbind(0), along.unsqueeze(-1).flatten(1, 2).unbind(0)
         self.along_unit, self.along_error = along[..., :1].unbind(0), along[..., 1:].unbind(0)
+        self.turned_errors, self.turned_units = _each((self.turned_error, self.turned_unit))
         self.d_pulled = scratch.d_pulled
         self.d_pulled_rows = [x[..., :-1] for x in scratch.d_pulled]
         self.d_pulled_columns = [x.mT for x in scratch.d_pulled]
@@ -620,8 +625,9 @@ def _backward_chunk(
     # --- the queries, which no carry touches: (13) to (17) ---
     mean, inverse = kept.moments[2:]
     sums.beta += _sum_rows(d_answers)
-    sums.gamma += _sum_rows((kept.answer - mean).mul_(inverse).mul_(d_answers))
-    d_y = through_norm(d_answers * gamma, kept.answer, mean, inverse)
+    unit, slope = views.unit, views.slope
+    sums.gamma += _sum_rows(torch.sub(kept.answer, mean, out=unit).mul_(inverse).mul_(d_answers))
+    d_y = through_norm(torch.mul(d_answers, gamma, out=slope), kept.answer, mean, inverse)
     d_outputs[-1][:, :, size:] = d_y
     d_y = d_y.flatten(0, 1)
     coefficient = views.coefficient
@@ -655,16 +661,15 @@ def _backward_chunk(
     # --- the keys ---
     # What the way back through E needs of the norm, (20): constant in the loop.
     mean, inverse = kept.moments[:2]
-    unit = (kept.output - mean).mul_(inverse)
-    slope = torch.addcmul(block.anchor, constants.gamma_squared, unit)
-    to_slope = (slope * unit).mean(-1, keepdim=True).mul_(inverse).neg_()
-    pair = views.pair
-    pair[..., 0, :], pair[..., 1, :] = unit, kept.errors[-1]
+    torch.sub(kept.output, mean, out=unit).mul_(inverse)
+    torch.addcmul(block.anchor, constants.gamma_squared, unit, out=slope)
+    to_slopes = slope.mul_(unit).mean(-1, keepdim=True).mul_(inverse).neg_().unbind(0)
+    views.pair[..., 0, :], views.pair[..., 1, :] = unit, kept.errors[-1]
     back = inverse * (-1 / width)
-    turned_error, turned_unit = (x.unbind(0) for x in (kept.errors[-1] * back, unit * back))
+    torch.mul(kept.errors[-1], back, out=views.turned_error)
+    torch.mul(unit, back, out=views.turned_unit)
     for error, pushed in zip(kept.errors[1:], views.pushed_errors, strict=True):
         torch.mul(error, block.push, out=pushed)
-    to_slopes = to_slope.unbind(0)
 
     for n in range(steps - 1, -1, -1):
         # (18): what the update gives back to errors and inputs.
@@ -690,7 +695,7 @@ def _backward_chunk(
         d_z = through_norm(d_slope * constants.gamma_squared, output, mean, inverse)
         d_z.addcmul_(d_slope, to_slopes[n])
         torch.bmm(views.pairs[n], d_error.view(-1, width, 1), out=views.along[n])
-        d_z.addcmul_(turned_error[n], views.along_unit[n]).addcmul_(turned_unit[n], views.along_error[n])
+        d_z.addcmul_(views.turned_errors[n], views.along_unit[n]).addcmul_(views.turned_units[n], views.along_error[n])
         # (21): the keys' way back.
         views.keys_of[-1][n].copy_(d_z)
         for layer in range(depth - 1, 0, -1):
@@ -705,19 +710,18 @@ def _backward_chunk(
                 _add_outer(total, views.d_pulled_columns[layer - 1], views.errors[layer][n], total)
 
     # --- what is left of the tokens: (23) to (25) ---
-    d_stack = torch.bmm(d_outputs[0].flatten(0, 1), kept.weights[0].flatten(0, 1)[:, :-1].mT)
-    d_stack = per_step(d_stack)
+    d_stack, reached = views.d_stack, views.reached
+    torch.bmm(d_outputs[0].flatten(0, 1), kept.weights[0].flatten(0, 1)[:, :-1].mT, out=d_stack.flatten(0, 1))
     d_query += d_stack[:, :, size:]
-    reached = views.reached
-    d_key = torch.addcmul(d_inputs[0], reached[..., :-1], block.push).add_(d_stack[:, :, :size])
-    d_push = (reached * block.stacked[:, :, :size]).sum(-1, keepdim=True)
+    d_key = d_inputs[0].addcmul_(reached[..., :-1], block.push).add_(d_stack[:, :, :size])
+    d_push = reached.mul_(block.stacked[:, :, :size]).sum(-1, keepdim=True)
     for seen, error in zip(views.seen_by_next[1:], kept.errors[1:], strict=True):
         d_push += (seen * error).sum(-1, keepdim=True)
     d_rate += d_push * constants.pushes
     d_pushes = (d_push * block.rate).sum(-2, keepdim=True)
     # a = γ² x̂ + γ (β − target)
     sums.gamma += _sum_rows(unit.mul_(2 * gamma).add_(block.offset).mul_(views.d_slopes))
-    d_target = views.d_slopes * -gamma
+    d_target = views.d_slopes.mul_(-gamma)
     sums.beta -= _sum_rows(d_target)
     return _TokenGradients(d_query, d_key, d_target, d_rate, d_pushes)
 
