@@ -365,17 +365,16 @@ class _ForwardViews:
             [x[:steps] for x in room] for room in (scratch.squared, scratch.gates, scratch.pulled)
         )
         self.query_values = [x[:, :, size:, :-1] for x in kept.inputs]
-        # What the layers give the queries. Products are fast only into rows that lie together, and the first layer's have
-        # the keys' between them: they are added up where `pulled` is read no more.
-        answered = [*(x[:steps] for x in (*scratch.pulled[:1], *scratch.outputs)), kept.answer]
-        self.answered = answered
+        # What the layers give the queries. Products are fast only into rows that lie together, and the first layer's
+        # have the keys' between them: they are added up where `pulled` is read no more.
+        self.answered = [*(x[:steps] for x in (*scratch.pulled[:1], *scratch.outputs)), kept.answer]
         # As batches of M P products.
         self.queries = [x[:, :, size:].flatten(0, 1) for x in stacks]
         self.keys_back = [x[:, :, :size].flatten(0, 1).mT for x in stacks]
         self.attention = [x.flatten(0, 1) for x in kept.attention]
         self.coefficient = block.coefficient.flatten(0, 1)
         self.first_queries = first[:, :, size:].flatten(0, 1)
-        self.products = [x.flatten(0, 1) for x in answered]
+        self.products = [x.flatten(0, 1) for x in self.answered]
         self.query_weights = [x.flatten(0, 1) for x in kept.weights]
         self.query_errors = [x.flatten(0, 1) for x in kept.errors]
 
