@@ -282,7 +282,7 @@ class TTTLayer(nn.Module):
             return size
         one = self._costs  # all three grow with B alike
         steps = length // self.config.mini_batch_size
-        return best_group_size(steps, carry=one.carry_bytes, activation=one.activation_bytes, layout=one.layout_bytes)
+        return best_group_size(steps, carry=one.carry_bytes, activation=one.activation_bytes, running=one.running_bytes)
 
     def _answer(self, z_BHTF: Tensor, dtype: torch.dtype) -> Tensor:
         """`W_o · LN(z)`, heads concatenated."""

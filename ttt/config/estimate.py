@@ -63,6 +63,8 @@ def show_bytes(count: float) -> str:
 
 SMALL = 1 << 17
 """`ttt.ops.select.SMALL`, below which a mini-batch beside the scan runs by autograd on a CPU."""
+BLOCK = 16
+"""`ttt.ops.fused.BLOCK`: mini-batches that run at a time where no group says how many."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ class ScanCost:
     """S: fast weights of the batch's streams in one layer."""
     activation_bytes: int
     """A: what backward needs of one mini-batch, beside its inputs and the carry that opens it."""
-    layout_bytes: int
-    """The tokens of one mini-batch once more, laid out for its products; there while its group runs."""
+    running_bytes: int
+    """What one mini-batch needs only while its group runs: its tokens once more, laid out for the products, and room
+    for what these give. A group has it for all of its mini-batches at once on a GPU, for as many as fit on a CPU."""
     outside_bytes: int
     """What it keeps of mini-batches that a window leaves or finds open, beside the scan, and the carries they need."""
 
@@ -115,41 +118,43 @@ class ScanCost:
         return self.carries_kept_bytes + everything + self.outside_bytes
 
     @property
-    def recomputed_bytes(self) -> int:
-        """What one group adds while backward runs it again: its tokens, its activations and the carries inside it."""
+    def passing_bytes(self) -> int:
+        """What backward makes room for, once for all groups: what a group keeps while it runs again, and what it needs
+        to run. Where everything was kept, the latter alone.
+        """
         if self.keeps_everything:
-            return 0
-        return self.group_size * (self.activation_bytes + self.layout_bytes + self.carry_bytes)
+            return min(self.steps, BLOCK) * self.running_bytes
+        return self.group_size * (self.activation_bytes + self.running_bytes + self.carry_bytes)
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is kept at once: `(N/g) S + g (S + A)`, or all of it."""
-        return self.kept_bytes + self.recomputed_bytes
+        """The most that there is at once: `(N/g) S + g (S + A + R)`, R what a mini-batch needs to run; or all of it."""
+        return self.kept_bytes + self.passing_bytes
 
     def with_group_size(self, group_size: int) -> ScanCost:
         """The same scan in other groups."""
         return replace(self, group_size=group_size)
 
     def best_group_size(self) -> int:
-        """The g of least memory, about `√(N S / (S + A))`; the smallest of those, 0 where keeping everything is."""
+        """The g of least memory, about `√(N S / (S + A + R))`; the smallest of those, 0 where keeping everything is."""
         return best_group_size(
-            self.steps, carry=self.carry_bytes, activation=self.activation_bytes, layout=self.layout_bytes
+            self.steps, carry=self.carry_bytes, activation=self.activation_bytes, running=self.running_bytes
         )
 
 
-def best_group_size(steps: int, *, carry: int, activation: int, layout: int) -> int:
+def best_group_size(steps: int, *, carry: int, activation: int, running: int) -> int:
     """The group of least peak memory for N mini-batches; see `ScanCost`.
 
     In plain numbers and one short loop, which `torch.compile` can follow where a layer asks while it runs.
     """
-    best, least = 0, steps * (carry + activation)
+    best, least = 0, steps * (carry + activation) + min(steps, BLOCK) * running
     root = 1
     while root * root < steps:
         root += 1
     for index in range(1, 2 * root + 1):  # the sizes up to √N, then those of √N groups and fewer
         size = index if index <= root else -(-steps // (2 * root + 1 - index))
         if size < steps:
-            peak = (-(-steps // size) - 1) * carry + size * (carry + activation + layout)
+            peak = (-(-steps // size) - 1) * carry + size * (carry + activation + running)
             if peak < least:
                 best, least = size, peak
     return best
@@ -188,8 +193,7 @@ def scan_cost(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch
         group_size=0 if wanted == "auto" else wanted,
         carry_bytes=_WIDE * state,
         activation_bytes=_WIDE * pairs * _fused_numbers(widths, size),
-        # Keys and queries, keys once more, target and its anchor; rates, and what each token is to each other one.
-        layout_bytes=_WIDE * pairs * size * (5 * widths[0] + 5 + size),
+        running_bytes=_WIDE * pairs * _running_numbers(widths, size),
         outside_bytes=_WIDE * sum(beside(count) + (state if steps else 0) for count in open_tokens if count),
     )
     return cost.with_group_size(cost.best_group_size()) if wanted == "auto" else cost
@@ -208,6 +212,20 @@ def _fused_numbers(widths: tuple[int, ...], count: int) -> int:
     """
     hidden = widths[1:-1]
     return count * (6 * sum(hidden) + 2 * len(hidden) + 3 * widths[-1] + 4 + (len(widths) - 1) * count)
+
+
+def _running_numbers(widths: tuple[int, ...], count: int) -> int:
+    """What the fused scan has of one head of a mini-batch only while it runs it, in numbers.
+
+    Laid out, of width F: keys and queries, keys once more, target and its anchor; rates, and what each token is to each
+    other one. Room, of the first layer's output: 2. Of each hidden width: 3 that GELU and its derivatives share; of
+    those after the first 1 more. Of each output after the first: 3 gradients. Of width F: 13 of what goes back through
+    the norm.
+    """
+    laid_out = 5 * widths[0] + 5 + count
+    forward = 2 * widths[1] + 3 * sum(widths[1:-1]) + sum(widths[2:-1])
+    backward = 3 * sum(widths[2:]) + 13 * widths[0] + 3
+    return count * (laid_out + forward + backward)
 
 
 def _generic_numbers(widths: tuple[int, ...], count: int, batch_size: int, heads: int, *, learned: bool) -> int:
@@ -389,7 +407,7 @@ def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
     carries = scan.carries_kept_bytes * at_once if scan else 0
     inside = scan.kept_bytes - scan.carries_kept_bytes + around if scan else 0
     waiting = inside * at_once
-    recomputed = scan.recomputed_bytes if scan else 0
+    passing_scan = scan.passing_bytes if scan else 0
     model = _backbone_activation_bytes(config, facts, layers)
     state = scan.carry_bytes * len(layers) * 2 if scan and ttt.persistent_states else 0
     parameters = (facts.parameters or 0) * size + own * _WIDE
@@ -407,12 +425,12 @@ def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
             "gradients": gradients,
             "optimizer": optimizer,
             "carries": carries,
-            "TTT activations": waiting + recomputed,
+            "TTT activations": waiting + passing_scan,
             "backbone activations": model or 0,
             "state": state,
         },
         low=always + max(gradients, (scan.carries_kept_bytes + inside if scan else 0) * lasting + (model or 0) // 2),
-        high=always + gradients + carries + waiting + recomputed + (model or 0) * 3 // 2 + passing,
+        high=always + gradients + carries + waiting + passing_scan + (model or 0) * 3 // 2 + passing,
         complete=None not in (facts.parameters, trained, model),
         adapter_bytes=own * _WIDE,
         checkpoint_bytes=own * _WIDE + (trained or 0) * size + optimizer,

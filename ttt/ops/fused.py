@@ -6,8 +6,9 @@ are its equations. `ttt.ops.scan` over `ttt.ops.mlp` computes the same through a
 
 Two things keep the loop over mini-batches short. Biases ride along as a last row of their weights, `W̃ = (W; b)`, and
 as a last column of ones of what a layer is given, `X̃ = (X, 1)`: every product that a bias needs is part of one that is
-there anyway. And only what the carry touches is in the loop: the keys' way forward, and what their update gives back.
-The queries and all that depends on tokens alone run for a chunk of mini-batches at a time.
+there anyway. And only what the carry touches is in the loop, the keys' way forward and what their update gives back,
+and the queries' first product, which is one with the keys'. The rest of the queries and all that depends on tokens
+alone run for a chunk of mini-batches at a time.
 
 Shapes: `P` stands for batch times heads, so that every product is one batched matrix product; `M` for the mini-batches
 of a chunk. Layers of the inner model count from 0 here, so that layer l has weights `W̃_l [P,in+1,out]`.
@@ -30,10 +31,10 @@ Weights = tuple[Tensor, ...]
 # GELU in its tanh form is x σ(2u) with 2u = x (SLOPE + CUBIC x²): one sigmoid, which is cheaper than one tanh.
 _SLOPE = 2 * math.sqrt(2 / math.pi)
 _CUBIC = _SLOPE * 0.044715
-_BLOCK = 16
+BLOCK = 16
 """Mini-batches whose tokens are laid out at a time where no group says how many."""
 _CHUNK_NUMBERS = 1 << 20
-"""Numbers of the widest tensor of a chunk on a CPU."""
+"""Numbers of a chunk's keys where the inner model is widest, on a CPU."""
 _CHUNK_WEIGHTS = 1 << 20
 """Numbers of a chunk's weights on a CPU, where they need not be kept."""
 
@@ -64,8 +65,8 @@ class _Dims(NamedTuple):
     def chunk(self, device: torch.device, most: int, *, keep: bool) -> int:
         """How many mini-batches run the part that the carry does not touch at a time.
 
-        On a CPU what a chunk makes should stay in its caches; where weights need not be kept, theirs too, and one
-        mini-batch at a time moves them in place.
+        On a CPU so many that calls cost little beside their arithmetic, and no more; where weights need not be kept,
+        theirs are bounded too, and one mini-batch at a time moves them in place.
         """
         if device.type != "cpu":
             return most
@@ -309,7 +310,7 @@ def _add_outer(base: Tensor, columns: Tensor, rows: Tensor, out: Tensor) -> None
 
 
 class _Scratch:
-    """Room that a chunk of mini-batches uses again and again."""
+    """Room that one chunk of mini-batches after the other uses."""
 
     def __init__(self, dims: _Dims, chunk: int, like: Tensor) -> None:
         hidden = dims.widths[1:-1]
@@ -332,10 +333,11 @@ def _each(tensors: Iterable[Tensor]) -> list[tuple[Tensor, ...]]:
 
 
 class _ForwardViews:
-    """What a chunk of mini-batches reads and writes on its way forward: lists by layer, then by mini-batch.
+    """What a chunk of mini-batches reads and writes on its way forward.
 
     A view costs as much time as a small product. So they are made once for each place that chunks have in a group, and
-    the next group, laid out in the same room, finds them there.
+    the next group, laid out in the same room, finds them there. Where every mini-batch has room of its own, each chunk
+    has its views.
     """
 
     def __init__(self, dims: _Dims, block: _Block, kept: _Kept, scratch: _Scratch) -> None:
@@ -344,13 +346,14 @@ class _ForwardViews:
         stacks = [block.stacked, *kept.inputs]
         first = scratch.first[:steps]
 
-        # For each mini-batch.
+        # Lists by mini-batch; where each layer has one, lists of those. `later` ones begin at the second layer.
         self.stacked, self.first = block.stacked.unbind(0), first.unbind(0)
         self.anchors, self.pushes = block.anchor.unbind(0), block.push.unbind(0)
         self.weights = _each(kept.weights)
-        self.weights_back = _each(x[:, :, :-1].mT for x in kept.weights)
-        self.keys = _each(x[:, :, :size] for x in stacks)
-        self.columns = _each(x.mT for x in (block.pushed_keys, *(x[:, :, :size] for x in kept.inputs)))
+        self.later_weights_T = _each(x[:, :, :-1].mT for x in kept.weights[1:])
+        self.later_keys = _each(x[:, :, :size] for x in kept.inputs)
+        # The left side of (8): pushed keys, and what they give the layers after the first.
+        self.updates = _each(x.mT for x in (block.pushed_keys, *(x[:, :, :size] for x in kept.inputs)))
         self.outputs = _each((first[:, :, :size], *(x[:steps] for x in scratch.outputs)))
         self.values = _each(x[:, :, :size, :-1] for x in kept.inputs)
         self.squared, self.gates, self.pulled = (
@@ -359,24 +362,24 @@ class _ForwardViews:
         self.slopes, self.errors = _each(kept.slopes), _each(kept.errors)
         self.output, self.means, self.inverses = _each((kept.output, *kept.moments[:2]))
 
-        # For the whole chunk: the gates, and what the queries need.
+        # The whole chunk: what GELU left behind, and what the queries need.
         self.kept = kept
-        self.whole_squared, self.whole_gates, self.whole_pulled = (
+        self.all_squared, self.all_gates, self.all_pulled = (
             [x[:steps] for x in room] for room in (scratch.squared, scratch.gates, scratch.pulled)
         )
         self.query_values = [x[:, :, size:, :-1] for x in kept.inputs]
         # What the layers give the queries. Products are fast only into rows that lie together, and the first layer's
         # have the keys' between them: they are added up where `pulled` is read no more.
         self.answered = [*(x[:steps] for x in (*scratch.pulled[:1], *scratch.outputs)), kept.answer]
-        # As batches of M P products.
+        # The same as batches of M P matrices.
         self.queries = [x[:, :, size:].flatten(0, 1) for x in stacks]
-        self.keys_back = [x[:, :, :size].flatten(0, 1).mT for x in stacks]
+        self.all_keys_T = [x[:, :, :size].flatten(0, 1).mT for x in stacks]
         self.attention = [x.flatten(0, 1) for x in kept.attention]
         self.coefficient = block.coefficient.flatten(0, 1)
         self.first_queries = first[:, :, size:].flatten(0, 1)
         self.products = [x.flatten(0, 1) for x in self.answered]
-        self.query_weights = [x.flatten(0, 1) for x in kept.weights]
-        self.query_errors = [x.flatten(0, 1) for x in kept.errors]
+        self.all_later_weights = [x.flatten(0, 1) for x in kept.weights[1:]]
+        self.all_errors = [x.flatten(0, 1) for x in kept.errors]
 
 
 def _forward_chunk(
@@ -400,22 +403,22 @@ def _forward_chunk(
         gradients: `G`, where the chunk is a mini-batch that was open before.
         closes: whether weights move; else the chunk is one mini-batch and its summed gradients go to `following`.
         eps: of the layer norm.
-        keep: whether backward follows.
+        keep: whether what backward reads is written down.
     """
     steps, depth, width = views.steps, dims.depth, dims.widths[-1]
     kept, weights, errors = views.kept, views.weights, views.errors
 
     def update(n: int, targets: Sequence[Tensor]) -> None:
         for layer, target in enumerate(targets):
-            columns, rows = views.columns[layer][n], errors[layer][n]
+            left, right = views.updates[layer][n], errors[layer][n]
             if layer:
-                rows = rows * views.pushes[n]
+                right = right * views.pushes[n]
             if closes:
-                _add_outer(weights[layer][n], columns, rows, target)  # (8)
+                _add_outer(weights[layer][n], left, right, target)  # (8)
             elif gradients is not None:
-                _add_outer(gradients[layer], columns, rows, target)
+                _add_outer(gradients[layer], left, right, target)
             else:
-                torch.bmm(columns, rows, out=target)
+                torch.bmm(left, right, out=target)
 
     for n in range(steps):
         torch.bmm(views.stacked[n], weights[0][n], out=views.first[n])  # (1), and the first part of (10)
@@ -425,12 +428,12 @@ def _forward_chunk(
                 views.slopes[layer][n],
             )  # fmt: skip
             if layer:
-                torch.bmm(views.keys[layer][n], weights[layer][n], out=z)
+                torch.bmm(views.later_keys[layer - 1][n], weights[layer][n], out=z)
             _gelu(z, value, squared, gate)
             _gelu_slope(value, squared, gate, slope)
         z = views.output[n]
         if depth > 1:
-            torch.bmm(views.keys[-1][n], weights[-1][n], out=z)
+            torch.bmm(views.later_keys[-1][n], weights[-1][n], out=z)
         else:
             z.copy_(views.outputs[0][n])
         unit, mean, inverse = torch.native_layer_norm(z, (width,), None, None, eps)
@@ -442,7 +445,7 @@ def _forward_chunk(
             views.means[n].copy_(mean)
             views.inverses[n].copy_(inverse)
         for layer in range(depth - 2, -1, -1):
-            torch.bmm(errors[layer + 1][n], views.weights_back[layer + 1][n], out=views.pulled[layer][n])  # (7)
+            torch.bmm(errors[layer + 1][n], views.later_weights_T[layer][n], out=views.pulled[layer][n])  # (7)
             torch.mul(views.pulled[layer][n], views.slopes[layer][n], out=errors[layer][n])
         if n + 1 < steps:
             update(n, [w[n + 1] for w in weights])
@@ -450,23 +453,23 @@ def _forward_chunk(
     if keep:
         for layer in range(depth - 1):
             bend = kept.bends[layer]
-            _gelu_bend(views.whole_gates[layer], kept.slopes[layer], views.whole_squared[layer], bend)
-            bend.mul_(views.whole_pulled[layer])
+            _gelu_bend(views.all_gates[layer], kept.slopes[layer], views.all_squared[layer], bend)
+            bend.mul_(views.all_pulled[layer])
 
-    # The queries of all mini-batches of the chunk, (9) to (11).
+    # What is left of the queries of all mini-batches of the chunk: (9), the rest of (10), (11).
     for layer in range(depth):
         x, y = views.queries[layer], views.products[layer]
-        seen = torch.bmm(x, views.keys_back[layer], out=views.attention[layer])
+        seen = torch.bmm(x, views.all_keys_T[layer], out=views.attention[layer])
         seen = seen * views.coefficient
         if layer:
-            torch.bmm(x, views.query_weights[layer], out=y)
-            y.baddbmm_(seen, views.query_errors[layer])
+            torch.bmm(x, views.all_later_weights[layer - 1], out=y)
+            y.baddbmm_(seen, views.all_errors[layer])
         else:
-            torch.baddbmm(views.first_queries, seen, views.query_errors[layer], out=y)
+            torch.baddbmm(views.first_queries, seen, views.all_errors[layer], out=y)
         if gradients is not None:
             y.addcmul_(torch.bmm(x, gradients[layer]), constants.neg_scale)
         if layer + 1 < depth:
-            value, squared, gate = views.query_values[layer], views.whole_squared[layer], views.whole_gates[layer]
+            value, squared, gate = views.query_values[layer], views.all_squared[layer], views.all_gates[layer]
             _gelu(views.answered[layer], value, squared, gate)
             if keep:
                 _gelu_slope(value, squared, gate, kept.query_slopes[layer])
@@ -492,8 +495,8 @@ class _Sums:
 
         self.next = d_next
         """Of what a mini-batch hands on: the weights that open the next, or the summed gradients of an open one."""
-        self.next_back = d_next[0].mT
-        self.next_rows_back = [x[:, :-1].mT for x in d_next]
+        self.first_next_T = d_next[0].mT
+        self.later_next_T = [x[:, :-1].mT for x in d_next[1:]]
         self.weights = d_next if closes else [torch.zeros_like(x) for x in d_next]
         """Of the weights; where mini-batches close, the same tensors: `W' = W − …` hands its gradient through (12)."""
         self.gradients = [x.clone() for x in d_next] if found_open else []
@@ -519,7 +522,10 @@ def _sum_rows(x: Tensor) -> Tensor:
 
 
 class _BackwardScratch:
-    """Room that a chunk of mini-batches uses again and again on its way back: that of its way forward, and more."""
+    """Room that one chunk after the other uses on its way back: that of its way forward, and more.
+
+    All of a group has gone forward before any of it goes back, and what goes back reads only what was kept.
+    """
 
     def __init__(self, dims: _Dims, chunk: int, forward: _Scratch) -> None:
         size, width, like = dims.size, dims.widths[0], forward.first
@@ -538,12 +544,12 @@ class _BackwardScratch:
         self.pair, self.along = room(size, 2, width), room(size, 2)
         self.unit, self.slope, self.turned_error, self.turned_unit = (room(size, width) for _ in range(4))
         self.d_stack = room(2 * size, width)
-        # A last row of zeros, where the bias of the next layer would be.
+        # A last column of zeros, where the bias of the next layer would be.
         self.d_pulled = [like.new_zeros((dims.pairs, size, hidden + 1)) for hidden in dims.widths[1:-1]]
 
 
 class _BackwardViews:
-    """What a chunk of mini-batches reads and writes on its way back: lists by layer, then by mini-batch."""
+    """What a chunk of mini-batches reads and writes on its way back; made as `_ForwardViews` are."""
 
     def __init__(self, dims: _Dims, block: _Block, kept: _Kept, scratch: _BackwardScratch) -> None:
         steps, size = len(block.rate), dims.size
@@ -553,7 +559,7 @@ class _BackwardViews:
         def of_chunk(rooms: Iterable[Tensor]) -> list[Tensor]:
             return [x[:steps] for x in rooms]
 
-        # For the whole chunk.
+        # The whole chunk.
         self.d_outputs, self.d_errors, self.d_inputs = (
             of_chunk(rooms) for rooms in (scratch.d_outputs, scratch.d_errors, scratch.d_inputs)
         )
@@ -564,31 +570,31 @@ class _BackwardViews:
         self.unit, self.slope, self.d_stack = of_chunk((scratch.unit, scratch.slope, scratch.d_stack))
         self.turned_error, self.turned_unit = of_chunk((scratch.turned_error, scratch.turned_unit))
         self.d_answered = [x[:, :, size:] for x in self.d_outputs]
-        # As batches of M P products.
+        # The same as batches of M P matrices.
         self.queries = [x[:, :, size:].flatten(0, 1) for x in stacks]
-        self.keys_flat = [x[:, :, :size, :-1].flatten(0, 1) for x in stacks]
+        self.all_keys = [x[:, :, :size, :-1].flatten(0, 1) for x in stacks]
+        self.all_errors, self.attention = ([x.flatten(0, 1) for x in room] for room in (kept.errors, kept.attention))
+        self.all_weights_T = [x[:, :, :-1].flatten(0, 1).mT for x in kept.weights]
         self.coefficient = block.coefficient.flatten(0, 1)
 
-        # For each mini-batch.
-        self.weights = _each(x[:, :, :-1] for x in kept.weights)
-        self.weights_back = _each(x[:, :, :-1].mT for x in kept.weights)
+        # Lists by mini-batch, as in `_ForwardViews`.
+        self.later_weights = _each(x[:, :, :-1] for x in kept.weights[1:])
+        self.later_weights_T = _each(x[:, :, :-1].mT for x in kept.weights[1:])
         self.keys = _each(x[:, :, :size] for x in stacks)
-        self.columns = _each(x.mT for x in stacks)
+        self.stacks_T = _each(x.mT for x in stacks)
         self.errors, self.slopes, self.bends = _each(kept.errors), _each(kept.slopes), _each(kept.bends)
-        self.errors_of, self.inputs_of, self.outputs_of = (
-            _each(rooms) for rooms in (self.d_errors, self.d_inputs, self.d_outputs)
-        )
-        self.keys_of = _each(x[:, :, :size] for x in self.d_outputs)
-        self.seen_of, self.pushed = _each(self.seen_by_next), _each(self.pushed_errors)
-        self.reached_of, self.slopes_of, self.pushes = _each((self.reached, self.d_slopes, block.push))
+        self.d_errors_at, self.d_outputs_at = _each(self.d_errors), _each(self.d_outputs)
+        self.later_d_inputs_at = _each(self.d_inputs[1:])
+        self.d_keys_at = _each(x[:, :, :size] for x in self.d_outputs)
+        self.seen_at, self.pushed_at = _each(self.seen_by_next), _each(self.pushed_errors)
+        self.reached_at, self.d_slopes_at, self.pushes = _each((self.reached, self.d_slopes, block.push))
         self.output, self.means, self.inverses = _each((kept.output, *kept.moments[:2]))
         # `(x̂; E)` of each token as a matrix of its own, and what each of the two has in common with the token's dE.
         self.pairs, self.along = self.pair.flatten(1, 2).unbind(0), along.unsqueeze(-1).flatten(1, 2).unbind(0)
         self.along_unit, self.along_error = along[..., :1].unbind(0), along[..., 1:].unbind(0)
         self.turned_errors, self.turned_units = _each((self.turned_error, self.turned_unit))
-        self.d_pulled = scratch.d_pulled
         self.d_pulled_rows = [x[..., :-1] for x in scratch.d_pulled]
-        self.d_pulled_columns = [x.mT for x in scratch.d_pulled]
+        self.d_pulled_T = [x.mT for x in scratch.d_pulled]
 
 
 def _backward_chunk(
@@ -627,25 +633,25 @@ def _backward_chunk(
     unit, slope = views.unit, views.slope
     sums.gamma += _sum_rows(torch.sub(kept.answer, mean, out=unit).mul_(inverse).mul_(d_answers))
     d_y = through_norm(torch.mul(d_answers, gamma, out=slope), kept.answer, mean, inverse)
-    d_outputs[-1][:, :, size:] = d_y
+    views.d_answered[-1].copy_(d_y)
     d_y = d_y.flatten(0, 1)
     coefficient = views.coefficient
     d_coefficient = torch.zeros_like(coefficient)
     for layer in range(depth - 1, -1, -1):
-        errors, x, seen = kept.errors[layer].flatten(0, 1), views.queries[layer], kept.attention[layer].flatten(0, 1)
-        d_seen = torch.bmm(d_y, errors.mT)
+        x, seen = views.queries[layer], views.attention[layer]
+        d_seen = torch.bmm(d_y, views.all_errors[layer].mT)
         d_coefficient.addcmul_(d_seen, seen)
         d_seen.mul_(coefficient)
         torch.bmm((seen * coefficient).mT, d_y, out=d_errors[layer].flatten(0, 1))
         torch.bmm(d_seen.mT, x[..., :-1], out=d_inputs[layer].flatten(0, 1))
-        d_x = torch.bmm(d_seen, views.keys_flat[layer])
+        d_x = torch.bmm(d_seen, views.all_keys[layer])
         if gradients is not None:  # one mini-batch: y has − s x̃ G in addition
             d_step = d_y * constants.neg_scale
             sums.scale -= (d_y * torch.bmm(x, gradients[layer])).sum(-1, keepdim=True)
             sums.gradients[layer].baddbmm_(x.mT, d_step)
             d_x.baddbmm_(d_step, gradients[layer][:, :-1].mT)
         if layer:
-            d_x.baddbmm_(d_y, kept.weights[layer].flatten(0, 1)[:, :-1].mT)
+            d_x.baddbmm_(d_y, views.all_weights_T[layer])
             d_y = views.d_answered[layer - 1]
             torch.mul(per_step(d_x), kept.query_slopes[layer - 1], out=d_y)
             d_y = d_y.flatten(0, 1)
@@ -664,53 +670,55 @@ def _backward_chunk(
     torch.addcmul(block.anchor, constants.gamma_squared, unit, out=slope)
     to_slopes = slope.mul_(unit).mean(-1, keepdim=True).mul_(inverse).neg_().unbind(0)
     views.pair[..., 0, :], views.pair[..., 1, :] = unit, kept.errors[-1]
-    back = inverse * (-1 / width)
-    torch.mul(kept.errors[-1], back, out=views.turned_error)
-    torch.mul(unit, back, out=views.turned_unit)
+    share = inverse * (-1 / width)
+    torch.mul(kept.errors[-1], share, out=views.turned_error)
+    torch.mul(unit, share, out=views.turned_unit)
     for error, pushed in zip(kept.errors[1:], views.pushed_errors, strict=True):
         torch.mul(error, block.push, out=pushed)
 
     for n in range(steps - 1, -1, -1):
         # (18): what the update gives back to errors and inputs.
         for layer in range(depth):
-            seen = torch.bmm(views.keys[layer][n], sums.next[layer], out=views.seen_of[layer][n])
-            views.errors_of[layer][n].addcmul_(seen, views.pushes[n])
+            seen = torch.bmm(views.keys[layer][n], sums.next[layer], out=views.seen_at[layer][n])
+            views.d_errors_at[layer][n].addcmul_(seen, views.pushes[n])
             if layer:
-                views.inputs_of[layer][n].baddbmm_(views.pushed[layer - 1][n], sums.next_rows_back[layer])
+                views.later_d_inputs_at[layer - 1][n].baddbmm_(
+                    views.pushed_at[layer - 1][n], sums.later_next_T[layer - 1]
+                )
             else:
-                torch.bmm(views.errors[0][n], sums.next_back, out=views.reached_of[n])
+                torch.bmm(views.errors[0][n], sums.first_next_T, out=views.reached_at[n])
         # (19): the errors' way back, from the first layer up.
-        d_error = views.errors_of[0][n]
+        d_error = views.d_errors_at[0][n]
         d_hidden = []
         for layer in range(depth - 1):
             torch.mul(d_error, views.slopes[layer][n], out=views.d_pulled_rows[layer])
             d_hidden.append(d_error.mul_(views.bends[layer][n]))
-            d_error = views.errors_of[layer + 1][n]
-            d_error.baddbmm_(views.d_pulled_rows[layer], views.weights[layer + 1][n])
+            d_error = views.d_errors_at[layer + 1][n]
+            d_error.baddbmm_(views.d_pulled_rows[layer], views.later_weights[layer][n])
         # (20)
         output, mean, inverse = views.output[n], views.means[n], views.inverses[n]
         d_slope = through_norm(d_error, output, mean, inverse)
-        views.slopes_of[n].copy_(d_slope)
+        views.d_slopes_at[n].copy_(d_slope)
         d_z = through_norm(d_slope * constants.gamma_squared, output, mean, inverse)
         d_z.addcmul_(d_slope, to_slopes[n])
         torch.bmm(views.pairs[n], d_error.view(-1, width, 1), out=views.along[n])
         d_z.addcmul_(views.turned_errors[n], views.along_unit[n]).addcmul_(views.turned_units[n], views.along_error[n])
         # (21): the keys' way back.
-        views.keys_of[-1][n].copy_(d_z)
+        views.d_keys_at[-1][n].copy_(d_z)
         for layer in range(depth - 1, 0, -1):
-            d_x = views.inputs_of[layer][n]
-            d_x.baddbmm_(views.keys_of[layer][n], views.weights_back[layer][n])
-            torch.addcmul(d_hidden[layer - 1], d_x, views.slopes[layer - 1][n], out=views.keys_of[layer - 1][n])
+            d_x = views.later_d_inputs_at[layer - 1][n]
+            d_x.baddbmm_(views.d_keys_at[layer][n], views.later_weights_T[layer - 1][n])
+            torch.addcmul(d_hidden[layer - 1], d_x, views.slopes[layer - 1][n], out=views.d_keys_at[layer - 1][n])
         # (22): all that the mini-batch gives to its weights.
         for layer in range(depth):
             total = sums.weights[layer]
-            _add_outer(total, views.columns[layer][n], views.outputs_of[layer][n], total)
+            _add_outer(total, views.stacks_T[layer][n], views.d_outputs_at[layer][n], total)
             if layer:
-                _add_outer(total, views.d_pulled_columns[layer - 1], views.errors[layer][n], total)
+                _add_outer(total, views.d_pulled_T[layer - 1], views.errors[layer][n], total)
 
     # --- what is left of the tokens: (23) to (25) ---
     d_stack, reached = views.d_stack, views.reached
-    torch.bmm(d_outputs[0].flatten(0, 1), kept.weights[0].flatten(0, 1)[:, :-1].mT, out=d_stack.flatten(0, 1))
+    torch.bmm(d_outputs[0].flatten(0, 1), views.all_weights_T[0], out=d_stack.flatten(0, 1))
     d_query += d_stack[:, :, size:]
     d_key = d_inputs[0].addcmul_(reached[..., :-1], block.push).add_(d_stack[:, :, :size])
     d_push = reached.mul_(block.stacked[:, :, :size]).sum(-1, keepdim=True)
@@ -787,33 +795,30 @@ def _run(
         queries = q.movedim(2, 0)
         opened = _joined(dims, gradients) if gradients else None
         everything = keep and not group_size
-        held = _kept_shapes(dims, group_size, q) if keep else []
-        block_size = group_size or min(_BLOCK, dims.steps)
+        saved = _kept_shapes(dims, group_size, q) if keep else []
+        block_size = min(group_size or BLOCK, dims.steps)
         chunk = dims.chunk(q.device, block_size, keep=everything)
         scratch = _Scratch(dims, chunk, q)
-        room = _Block.room(dims, min(block_size, dims.steps), q)
-        kept = _Kept.of(held, dims.depth) if everything else _allocate(dims, chunk, q)
+        block = _Block.room(dims, block_size, q)
+        kept = _Kept.of(saved, dims.depth) if everything else _allocate(dims, chunk, q)
         carry = _joined(dims, weights)
         following = [torch.empty_like(x) for x in carry]
         for x, w in zip(kept.weights, carry, strict=True):
             x[0] = w
 
-        @functools.cache
-        def views_at(a: int, b: int) -> _ForwardViews:
-            return _ForwardViews(dims, room.part(a, b), kept.part(0, b - a), scratch)
+        def views_at(a: int, b: int, row: int) -> _ForwardViews:
+            return _ForwardViews(dims, block.part(a, b), kept.part(row, row + b - a), scratch)
 
+        views_of = views_at if everything else functools.cache(views_at)
         for start in range(0, dims.steps, block_size):
             stop = min(start + block_size, dims.steps)
             if keep and group_size and start:
-                for x, w in zip(held, kept.weights, strict=True):
+                for x, w in zip(saved, kept.weights, strict=True):
                     x[start // group_size - 1] = w[0]
-            _lay_out(dims, (q, k, target, rate), constants, start, room.part(0, stop - start), causal)
+            _lay_out(dims, (q, k, target, rate), constants, start, block.part(0, stop - start), causal)
             for a in range(start, stop, chunk):
                 b = min(a + chunk, stop)
-                if everything:
-                    views = _ForwardViews(dims, room.part(a - start, b - start), kept.part(a, b), scratch)
-                else:
-                    views = views_at(a - start, b - start)
+                views = views_of(a - start, b - start, a if everything else 0)
                 if last is None or b == dims.steps:
                     to = following
                 elif everything:
@@ -824,7 +829,7 @@ def _run(
                     dims, constants, views, to, opened, closes=last is not None, eps=eps, keep=everything
                 )
                 torch.add(queries[a:b], normed.unflatten(1, (dims.batch, dims.heads)), out=shown[a:b])
-        return answers, _parted(dims, following), held
+        return answers, _parted(dims, following), saved
 
 
 @library.register_fake("ttt::minibatches")
@@ -862,7 +867,7 @@ def _run_backward(
     last: Tensor | None,
     weights: list[Tensor],
     gradients: list[Tensor],
-    kept: list[Tensor],
+    saved: list[Tensor],
     causal: bool,
     eps: float,
     group_size: int,
@@ -878,38 +883,35 @@ def _run_backward(
         shown = [x.permute(2, 0, 1, 3, 4) for x in d_tokens]
         d_pushes = torch.empty_like(constants.pushes)
         d_answers = d_answers.movedim(2, 0)
-        block_size = group_size or min(_BLOCK, dims.steps)
+        block_size = min(group_size or BLOCK, dims.steps)
         chunk = dims.chunk(q.device, block_size, keep=True)
         scratch = _Scratch(dims, chunk, q)
         scratch_back = _BackwardScratch(dims, chunk, scratch)
-        room = _Block.room(dims, min(block_size, dims.steps), q)
-        held = _allocate(dims, group_size, q) if group_size else _Kept.of(kept, dims.depth)
+        block = _Block.room(dims, block_size, q)
+        kept = _allocate(dims, block_size, q) if group_size else _Kept.of(saved, dims.depth)
 
         @functools.cache
-        def views_at(a: int, b: int) -> _ForwardViews:
-            return _ForwardViews(dims, room.part(a, b), held.part(a, b), scratch)
+        def views_of(a: int, b: int) -> _ForwardViews:
+            return _ForwardViews(dims, block.part(a, b), kept.part(a, b), scratch)
 
-        @functools.cache
-        def views_back_at(a: int, b: int) -> _BackwardViews:
-            return _BackwardViews(dims, room.part(a, b), held.part(a, b), scratch_back)
+        def views_back_at(a: int, b: int, row: int) -> _BackwardViews:
+            return _BackwardViews(dims, block.part(a, b), kept.part(row, row + b - a), scratch_back)
 
+        views_back_of = functools.cache(views_back_at) if group_size else views_back_at
         for start in range((dims.steps - 1) // block_size * block_size, -1, -block_size):
             stop = min(start + block_size, dims.steps)
-            _lay_out(dims, (q, k, target, rate), constants, start, room.part(0, stop - start), causal)
+            _lay_out(dims, (q, k, target, rate), constants, start, block.part(0, stop - start), causal)
             chunks = [(a, min(a + chunk, stop)) for a in range(start, stop, chunk)]
             if group_size:
-                opening = [x[start // group_size - 1] for x in kept] if start else _joined(dims, weights)
-                for x, w in zip(held.weights, opening, strict=True):
+                opening = [x[start // group_size - 1] for x in saved] if start else _joined(dims, weights)
+                for x, w in zip(kept.weights, opening, strict=True):
                     x[0] = w
                 for a, b in chunks:
-                    views = views_at(a - start, b - start)
-                    to = [w[b - start] for w in held.weights] if b < stop else None
+                    views = views_of(a - start, b - start)
+                    to = [w[b - start] for w in kept.weights] if b < stop else None
                     _forward_chunk(dims, constants, views, to, opened, closes=last is not None, eps=eps, keep=True)
             for a, b in reversed(chunks):
-                if group_size:
-                    views_back = views_back_at(a - start, b - start)
-                else:
-                    views_back = _BackwardViews(dims, room.part(a - start, b - start), held.part(a, b), scratch_back)
+                views_back = views_back_of(a - start, b - start, a - start if group_size else a)
                 found = _backward_chunk(
                     dims,
                     constants._replace(pushes=constants.pushes[a:b]),

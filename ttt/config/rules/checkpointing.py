@@ -93,8 +93,8 @@ def nested_checkpoints(context: Context) -> Iterator[Finding]:
     if scan is not None:
         everything = scan.with_group_size(0)
         more = (
-            f"; the groups spare {show_bytes(everything.peak_bytes - scan.peak_bytes)} of the "
-            f"{show_bytes(everything.peak_bytes)} that the scan of one layer keeps without them"
+            f"; in groups the scan of one layer takes {show_bytes(scan.peak_bytes)}, without them "
+            f"{show_bytes(everything.peak_bytes)}"
         )
     own = context.config.train.gradient_checkpointing  # else options of the backbone ask for it
     path = "train.gradient_checkpointing" if own else "ttt.scan_checkpoint_group_size"
@@ -140,7 +140,7 @@ def group_larger_than_the_sequence(context: Context) -> Iterator[Finding]:
         path="ttt.scan_checkpoint_group_size",
         message=(
             f"{context.facts.window} gives the scan {scan.steps} mini-batches, so groups of {size} never split it: "
-            f"everything is kept ({show_bytes(scan.peak_bytes)} in each layer's scan) and no group runs again"
+            f"everything is kept ({show_bytes(scan.kept_bytes)} in each layer's scan) and no group runs again"
         ),
         fix=(
             f"write 0 to say so, or at most {max(scan.steps - 1, 1)} to recompute ({scan.best_group_size()} needs "
