@@ -47,7 +47,7 @@ def _codes(fixed: Fixed) -> list[str]:
         ("ttt: {layer_type: liner}\n", "ttt: {layer_type: linear}\n"),
         (
             "ttt: {scan_checkpoint_group_size: 1, mini_batch_size: 1}\n",
-            "ttt: {scan_checkpoint_group_size: 8, mini_batch_size: 1}\n",
+            "ttt: {scan_checkpoint_group_size: 5, mini_batch_size: 1}\n",
         ),
         ("ttt:\r\n  layrs: all\r\n", "ttt:\r\n  layers: all\r\n"),
         ("\ufeffttt: {layrs: all}", "\ufeffttt: {layers: all}"),
