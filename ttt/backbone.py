@@ -360,4 +360,4 @@ class Backbone(ABC):
 
     def stream(self, model: nn.Module, batch: Batch, *, pieces: Sequence[int]) -> Tensor:
         """What `outputs` gives, computed by feeding the model pieces of the given lengths (streaming backbones)."""
-        raise NotImplementedError(f"{type(self).__name__}.streaming is false")
+        raise NotImplementedError(f"{type(self).__name__} streams, and has no `stream`")
