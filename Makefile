@@ -30,7 +30,7 @@ demo: $(STAMP) ## train TTT layers in a small Moshi on real speech, on this mach
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-bench: $(STAMP) ## time and weigh the scan beside what is published, on this CPU: some tens of minutes
+bench: $(STAMP) ## time and weigh the scan beside what is published, on this CPU: about an hour
 	$(BIN)/python benchmarks/scan.py
 
 lint: $(STAMP) ## ruff: lint and format

@@ -1,6 +1,6 @@
 """TTT's scan and layer beside the published formulation, the matrix products alone, and attention.
 
-    python benchmarks/scan.py                    # on the CPU; some tens of minutes on two cores
+    python benchmarks/scan.py                    # on the CPU; about an hour on two cores
     python benchmarks/scan.py --quick            # a minute: smaller shapes, nothing is kept
     python benchmarks/scan.py --device cuda
 
