@@ -1,8 +1,9 @@
 """What a run costs, in closed form: mini-batches, recomputation, bytes in memory and on disk. Imports no torch.
 
 Symbols as in the docs: B streams, T tokens, D width, H heads, F = D/H, C tokens of a mini-batch, g mini-batches of a
-checkpoint group, S bytes of fast weights, A bytes that autograd keeps of a mini-batch. The counts of A are those of the
-operations in `ttt.ops`, and are held against measurements in the tests.
+checkpoint group, S bytes of fast weights, A bytes that backward needs of a mini-batch, R bytes that it needs only
+while it runs. The counts of A and R are those of the operations in `ttt.ops`, and are held against measurements in the
+tests.
 """
 
 from __future__ import annotations

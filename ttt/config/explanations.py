@@ -325,8 +325,9 @@ EXPLANATIONS: dict[str, Explanation] = {
     "TTT203": Explanation(
         "note",
         "The scan recomputes in groups of a size that needs twice the memory of the best one, or more.",
-        "N/g carries and the activations of one group are kept: the least is near √(N·S/(S+A)), for N mini-batches, S "
-        "bytes of fast weights and A of activations. Every size takes the same time.",
+        "N/g carries are kept, and one group runs at a time: the least is near √(N·S/(S+A)), for N mini-batches, S "
+        "bytes of fast weights and A of all that a mini-batch keeps and needs while its group runs. Every size takes "
+        "about the same time.",
         _MOSHI + "ttt: {mini_batch_size: 1, scan_checkpoint_group_size: 1500}\ndata: {duration_sec: 240}\n",
         _MOSHI + "ttt: {mini_batch_size: 1, scan_checkpoint_group_size: 50}\ndata: {duration_sec: 240}\n",
         "sublinear memory (arXiv 1604.06174); " + _ESTIMATE,

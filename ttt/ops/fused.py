@@ -809,6 +809,7 @@ def _run(
         def views_at(a: int, b: int, row: int) -> _ForwardViews:
             return _ForwardViews(dims, block.part(a, b), kept.part(row, row + b - a), scratch)
 
+        # Where everything is kept no place comes up twice.
         views_of = views_at if everything else functools.cache(views_at)
         for start in range(0, dims.steps, block_size):
             stop = min(start + block_size, dims.steps)
