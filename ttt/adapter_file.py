@@ -31,6 +31,7 @@ from ttt.errors import (
     NestedCheckpointWarning,
 )
 from ttt.files import TensorFacts, read_header, read_json, read_tensors, write_tensors, write_text, writing
+from ttt.printable import json_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -145,7 +146,7 @@ def save_adapter(
     if backbone_tensors:
         write_tensors(folder / BACKBONE, backbone_tensors, {"format": "ttt-backbone", "pair": str(pair)})
     write_tensors(folder / MODEL, injection.state_dict(), {"format": FORMAT, _SETTINGS: json.dumps(settings)})
-    write_text(folder / CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / CONFIG, json_text(settings) + "\n")
     return folder / MODEL
 
 

@@ -160,11 +160,12 @@ def _readable(path: str | Path, backbone: str | None, overrides: Sequence[str]) 
     from ttt.config.diagnostics import blames_environment, render_text, summary
     from ttt.config.load import check_config
     from ttt.errors import ConfigError
+    from ttt.printable import printable
 
     checked = check_config(path, backbone=backbone, overrides=overrides)
     wrong = [f for f in checked.findings if f.severity is Severity.ERROR and not blames_environment(f)]
     if wrong:
-        raise ConfigError(f"{render_text(wrong)}\n{checked.source.file}: {summary(wrong)}", wrong)
+        raise ConfigError(f"{render_text(wrong)}\n{printable(checked.source.file)}: {summary(wrong)}", wrong)
     return checked
 
 

@@ -9,13 +9,36 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ttt.config.diagnostics import Finding
+
+_NAMED_PROBLEMS = 5
 
 
 class TTTError(Exception):
     """Anything foreseeable that ends the work; `exit_code` is the process's (1 where nothing says otherwise)."""
 
     exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str = "", *, details: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = tuple(details)
+        """What is shown below the message, a line each: a line break inside the message is none of ours."""
+
+    def __str__(self) -> str:
+        return "\n  ".join((self.message, *self.details))
+
+    @classmethod
+    def about(cls, problems: Sequence[str], what: str, *, where: str = "") -> Self:
+        """One error about several problems: the first of them, after how many of `what` there are; one says it all."""
+        place = f"{where}: " if where else ""
+        if len(problems) == 1:
+            return cls(f"{place}{problems[0]}")
+        more = len(problems) - _NAMED_PROBLEMS
+        details = [*problems[:_NAMED_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
+        return cls(f"{place}{len(problems)} {what}:", details=details)
 
 
 class UsageError(TTTError):

@@ -24,6 +24,7 @@ from ttt.config.schema import RunConfig, TTTConfig, select_layers
 from ttt.errors import NestedCheckpointWarning, TTTError
 from ttt.inject import Site
 from ttt.laws import Bench, LawBrokenError, checks
+from ttt.printable import say
 from ttt.probe_codes import LAW_EXPLANATIONS
 from ttt.train.setup import narrowed, threads
 
@@ -71,11 +72,11 @@ def probe(config: RunConfig, backbone: Backbone, *, console: Console | None = No
     with threads(1), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", NestedCheckpointWarning)  # what it costs was said by the check itself
         setting = narrow(config, backbone)
-        _say(console, f"probe: {setting.told[0]}")
+        say(console, f"probe: {setting.told[0]}")
         for line in setting.told[1:]:
-            _say(console, f"  {line}")
+            say(console, f"  {line}")
         if not setting.layers:
-            _say(console, "  ttt.layers names no layer: there is nothing to prove")
+            say(console, "  ttt.layers names no layer: there is nothing to prove")
             return []
         for proof in proofs(setting):
             if proof.compares_passes and any(finding.code == "TTT901" for finding in findings):
@@ -84,7 +85,7 @@ def probe(config: RunConfig, backbone: Backbone, *, console: Console | None = No
             findings += _try(proof, setting, console)
     broken = len({finding.code for finding in findings})
     verdict = f"{broken} {'law' if broken == 1 else 'laws'} broken" if broken else "every law holds"
-    _say(console, f"probe: {verdict}, {time.monotonic() - started:.1f} s")
+    say(console, f"probe: {verdict}, {time.monotonic() - started:.1f} s")
     return findings
 
 
@@ -441,9 +442,4 @@ def _numbers(numbers: tuple[int, ...]) -> str:
 
 def _row(console: Console, proof: Proof, verdict: str, number: str) -> None:
     limit = f" ≤{proof.tolerance:.0e}" if proof.tolerance is not None and verdict in ("ok", "BROKEN") else ""
-    _say(console, f"  law {proof.law:<2}  {verdict:<6}  {proof.claim:<36}  {number}{limit} {proof.kind}".rstrip())
-
-
-def _say(console: Console, text: str) -> None:
-    """A line as it is: not wrapped, not highlighted, brackets kept."""
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
+    say(console, f"  law {proof.law:<2}  {verdict:<6}  {proof.claim:<36}  {number}{limit} {proof.kind}".rstrip())

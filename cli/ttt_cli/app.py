@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ttt.printable import as_line
 from ttt_cli.outcome import exit_code_of
 
 COMMANDS = {
@@ -57,11 +59,30 @@ class _Commands(TyperGroup):
         super().__init__(**attributes)
         self.commands: Any = _Lazy()
 
+    def make_context(self, *args: Any, **keywords: Any) -> Any:
+        """Parse the words up to the command's name."""
+        with _usage_errors_in_one_line():
+            return super().make_context(*args, **keywords)
+
     def invoke(self, ctx: Any) -> None:
-        """Run the command."""
-        code = exit_code_of(lambda: super(_Commands, self).invoke(ctx))
+        """Parse the command's own words and run it."""
+        with _usage_errors_in_one_line():
+            code = exit_code_of(lambda: super(_Commands, self).invoke(ctx))
         if code:
             raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _usage_errors_in_one_line() -> Iterator[None]:
+    """Make what is shown of a usage error safe to show: it quotes the words that it does not understand."""
+    try:
+        yield
+    except Exception as error:
+        # typer has click's exceptions from another place in each of its versions
+        if hasattr(error, "format_message"):
+            text = as_line(error.format_message())
+            error.format_message = lambda: text
+        raise
 
 
 app = typer.Typer(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from ttt_cli.terminal import has_color, show_diff, show_error, show_findings, show_note
+from ttt_cli.terminal import has_color, show, show_diff, show_error, show_findings, show_note
 
 if TYPE_CHECKING:
     from ttt.config import CheckedConfig, Finding
@@ -79,7 +79,7 @@ def check_files(
             else:
                 everything += checker.check(file, content, show=output is Format.TEXT)
         except TTTError as problem:
-            show_error(str(problem))
+            show_error(problem)
             problems.append(problem)
     if output is not Format.TEXT:
         _print_data(output, everything, [str(problem) for problem in problems])
@@ -233,7 +233,7 @@ def _show(file: str, findings: Sequence[Finding], *, also: str = "") -> None:
     from ttt.config.diagnostics import summary
 
     show_findings(findings, stream=sys.stdout)
-    print(f"{file}: {also}{summary(findings)}")
+    show(f"{file}: {also}{summary(findings)}")
 
 
 def _replace(name: str, text: str) -> None:

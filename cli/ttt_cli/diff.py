@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ttt_cli.options import BackboneName
-from ttt_cli.terminal import has_color, show_error, show_findings, width_of
+from ttt_cli.terminal import show, show_error, show_findings, width_of
 
 if TYPE_CHECKING:
     from ttt.config.diff import ConfigDiff
@@ -51,13 +51,15 @@ def _show(compared: ConfigDiff) -> None:
     from ttt.config.diff import render_values
 
     if not compared:
-        print(f"{compared.left} and {compared.right} are the same run")
+        show(f"{compared.left} and {compared.right} are the same run")
         return
-    bold = "\x1b[1m{}\x1b[0m" if has_color(sys.stdout) else "{}"
-    print(bold.format(f"{compared.left}  →  {compared.right}"))
+    show(f"{compared.left}  →  {compared.right}", style="1")
     if compared.values:
-        print(f"\n{render_values(compared, width=width_of(sys.stdout))}")
+        print()
+        for line in render_values(compared, width=width_of(sys.stdout)).split("\n"):
+            show(line)
     for name, findings in ((compared.left, compared.only_left), (compared.right, compared.only_right)):
         if findings:
-            print(f"\n{bold.format(f'found in {name} only:')}")
+            print()
+            show(f"found in {name} only:", style="1")
             show_findings(findings, stream=sys.stdout)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ttt.printable import json_text
 from ttt_cli.options import BackboneName, Overrides
+from ttt_cli.terminal import show
 
 if TYPE_CHECKING:
     from ttt.doctor import Report
@@ -44,9 +46,7 @@ def doctor(
         raise UsageError("ttt doctor: --backbone and --set are about a config; name one")
     report = examine(config, backbone=backbone, overrides=overrides or [])
     if output is Format.JSON:
-        import json
-
-        print(json.dumps(_facts(report), indent=2, ensure_ascii=False))
+        print(json_text(_facts(report)))
     else:
         _print_report(report)
     if not report.healthy:
@@ -119,10 +119,11 @@ def _print_report(report: Report) -> None:
         tried = {trial.implementation: trial for trial in report.trials if trial.device == device}
         rows.append((f"tried on {device}", *("works" if tried[name].works else "FAILS" for name in names)))
     _print_rows(rows)
-    print(f"\n{_summary(report)}")
+    print()
+    show(_summary(report))
     for problem in report.problems:
-        print(f"  {problem.severity}: {problem.message}")
-        print(f"    fix: {problem.fix}")
+        show(f"  {problem.severity}: {problem.message}")
+        show(f"    fix: {problem.fix}")
 
 
 def _summary(report: Report) -> str:
@@ -134,4 +135,4 @@ def _print_rows(rows: list[tuple[str, ...]]) -> None:
     """Columns as wide as their widest cell."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        print("  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        show("  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

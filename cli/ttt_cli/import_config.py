@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ttt_cli.options import BackboneName
-from ttt_cli.terminal import show_findings, width_of
+from ttt_cli.terminal import show, show_findings, width_of
 
 if TYPE_CHECKING:
     from ttt.backbone import Backbone
@@ -61,12 +61,14 @@ def import_config(
     else:
         write_text(target, text)
     name = "the new config" if target is None else str(target)
-    print(f"{old} ({imported.format})  →  {name}\n", file=stream)
-    print(render_account(imported, width=width_of(stream)), file=stream)
+    show(f"{old} ({imported.format})  →  {name}", stream=stream)
+    print(file=stream)
+    for line in render_account(imported, width=width_of(stream)).split("\n"):
+        show(line, stream=stream)
     checked = check_config(name, text=text, backbone=chosen)
     print(file=stream)
     show_findings(checked.findings, stream=stream)
-    print(f"{name}: {summary(checked.findings)}", file=stream)
+    show(f"{name}: {summary(checked.findings)}", stream=stream)
     if has_errors(checked.findings):
         raise typer.Exit(1)
 

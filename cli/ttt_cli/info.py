@@ -6,8 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ttt.printable import json_text, shortened
+from ttt_cli.terminal import show
+
 if TYPE_CHECKING:
     from ttt.adapter_file import AdapterInfo
+
+_KEYS, _KEY, _VALUE = 100, 80, 4000
+"""How much is shown of what a stranger wrote into a header: keys of a section, letters of a key, of a value."""
 
 
 def info(
@@ -19,9 +25,7 @@ def info(
 
     facts = _facts(read_info(path))
     if as_json:
-        import json
-
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        print(json_text(facts))
     else:
         _print_facts(facts)
 
@@ -43,23 +47,26 @@ def _facts(adapter: AdapterInfo) -> dict[str, Any]:
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
-    print(f"{facts['path']}: a TTT adapter, written by {facts['written_by']}")
+    show(f"{facts['path']}: a TTT adapter, written by {facts['written_by']}")
     trained = "trained along, in backbone_model.safetensors" if facts["backbone_trained"] else "frozen"
-    print(f"  parameters  {facts['parameters']:,}")
-    print(f"  backbone    {trained}")
+    show(f"  parameters  {facts['parameters']:,}")
+    show(f"  backbone    {trained}")
     _print_section("backbone", facts["backbone"])
     print("\nsites")
     for site in facts["sites"]:
-        print(f"  {site['name']}  layer {site['layer']}, width {site['dim']}, {site['num_heads']} heads")
+        show(f"  {site['name']}  layer {site['layer']}, width {site['dim']}, {site['num_heads']} heads")
     _print_section("ttt", facts["ttt"])
     if facts["training"]:
         _print_section("training", facts["training"])
 
 
 def _print_section(name: str, content: dict[str, Any]) -> None:
-    import json
-
     print(f"\n{name}")
-    width = max(map(len, content), default=0)
-    for key, value in content.items():
-        print(f"  {key:{width}}  {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    keys = {key: shortened(key, _KEY) for key in list(content)[:_KEYS]}
+    width = max(map(len, keys.values()), default=0)
+    for key, shown in keys.items():
+        value = content[key]
+        text = value if isinstance(value, str) else json_text(value, indent=None)
+        show(f"  {shown:{width}}  {shortened(text, _VALUE)}")
+    if len(content) > len(keys):
+        show(f"  and {len(content) - len(keys):,} keys more; --json shows all")

@@ -27,10 +27,10 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
             show_findings(error.findings, stream=sys.stderr)
             show_error(str(error).rsplit("\n", 1)[-1])
         else:
-            show_error(str(error))
+            show_error(error)
         return error.exit_code
     except TTTError as error:
-        show_error(str(error))
+        show_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED

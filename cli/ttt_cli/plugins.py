@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ttt.printable import json_text
+from ttt_cli.terminal import show
+
 if TYPE_CHECKING:
     from ttt.plugins import PluginInfo
 
@@ -18,11 +21,9 @@ def plugins(
 
     found = discover()
     if as_json:
-        import json
-
-        print(json.dumps([facts_of_plugin(plugin) for plugin in found], indent=2, ensure_ascii=False))
+        print(json_text([facts_of_plugin(plugin) for plugin in found]))
     elif not found:
-        print("No backbone is installed. Install one, as `pip install ttt-moshi`.")
+        show("No backbone is installed. Install one, as `pip install ttt-moshi`.")
     else:
         _print_table(found)
 
@@ -44,9 +45,9 @@ def _print_table(found: tuple[PluginInfo, ...]) -> None:
     name_width, version_width = (max(len(row[column]) for row in rows) for column in (0, 1))
     errors = ["", *(plugin.error or "" for plugin in found)]
     for (name, version, origin), error in zip(rows, errors, strict=True):
-        print(f"{name:{name_width}}  {version:{version_width}}  {origin}{'  BROKEN' if error else ''}")
+        show(f"{name:{name_width}}  {version:{version_width}}  {origin}{'  BROKEN' if error else ''}")
         if error:
-            print(f"  {error}")
+            show(f"  {error}")
 
 
 def _origin(plugin: PluginInfo) -> str:

@@ -33,9 +33,10 @@ def schema(
     from ttt.config.json_schema import json_schema
     from ttt.files import write_text
     from ttt.plugins import get_backbone
+    from ttt.printable import json_text
 
     backbones = _all_that_work() if backbone is None else [get_backbone(backbone)]
-    text = json.dumps(json_schema(backbones), indent=2, ensure_ascii=False) + "\n"
+    text = json_text(json_schema(backbones)) + "\n"
     if out is None or out == "-":
         print(text, end="")
         return

@@ -8,8 +8,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
+from ttt.printable import as_line
+
 if TYPE_CHECKING:
     from ttt.config import Finding
+    from ttt.errors import TTTError
 
 
 def has_color(stream: TextIO) -> bool:
@@ -30,21 +33,29 @@ def show_findings(findings: Sequence[Finding], *, stream: TextIO) -> None:
         print(render_text(findings, color=has_color(stream), width=width_of(stream)), file=stream)
 
 
+def show(text: str = "", *, stream: TextIO | None = None, style: str = "") -> None:
+    """Print one line, with nothing in it that steers a terminal or a log; `style` is that of a terminal in colour."""
+    out = sys.stdout if stream is None else stream
+    line = as_line(text)
+    print(f"\x1b[{style}m{line}\x1b[0m" if style and has_color(out) else line, file=out)
+
+
 def show_diff(diff: str) -> None:
     """Print a unified diff on standard output."""
     tints = {"+": "32", "-": "31", "@": "36"}
-    color = has_color(sys.stdout)
-    for number, line in enumerate(diff.splitlines()):
-        tint = "1" if number < 2 else tints.get(line[:1])
-        print(f"\x1b[{tint}m{line}\x1b[0m" if color and tint else line)
+    for number, line in enumerate(diff.split("\n")):
+        show(line, style="1" if number < 2 else tints.get(line[:1], ""))
 
 
-def show_error(message: str) -> None:
-    """Print an error that ends the command."""
+def show_error(error: TTTError | str) -> None:
+    """Print an error that ends the command, its details on lines of their own."""
+    message, details = (error, ()) if isinstance(error, str) else (error.message, error.details)
     label = "\x1b[1;31merror:\x1b[0m" if has_color(sys.stderr) else "error:"
-    print(label, message, file=sys.stderr)
+    print(label, as_line(message), file=sys.stderr)
+    for detail in details:
+        show(f"  {detail}", stream=sys.stderr)
 
 
 def show_note(message: str) -> None:
     """Print something by the way, where it does not mix with the output."""
-    print(message, file=sys.stderr)
+    show(message, stream=sys.stderr)

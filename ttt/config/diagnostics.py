@@ -8,7 +8,6 @@ A plugin's rules use a prefix of their own.
 
 from __future__ import annotations
 
-import json
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from ttt.printable import printable
+from ttt.printable import as_line, json_text, printable
 
 CODES: dict[str, str] = {
     "TTT001": "not valid YAML",
@@ -204,12 +203,11 @@ def _render_one(finding: Finding, *, color: bool, width: int | None) -> str:
 
     place = finding.place or Place(finding.path or "config")
     tint = _COLORS[finding.severity]
-    plain = f"{printable(str(place))}  {finding.severity} {finding.code}  "
+    plain = f"{as_line(str(place))}  {finding.severity} {finding.code}  "
     painted = (
-        f"{paint(printable(str(place)), '1')}  {paint(str(finding.severity), f'1;{tint}')} "
-        f"{paint(finding.code, tint)}  "
+        f"{paint(as_line(str(place)), '1')}  {paint(str(finding.severity), f'1;{tint}')} {paint(finding.code, tint)}  "
     )
-    first, *rest = _wrap(printable(finding.message), width, used=len(plain), indent=len(_INDENT))
+    first, *rest = _wrap(as_line(finding.message), width, used=len(plain), indent=len(_INDENT))
     lines = [(painted + first).rstrip(), *(_INDENT + line for line in rest)]
     if place.line is not None and place.text.strip():
         quoted, before, marked = _quote(place, width)
@@ -218,7 +216,7 @@ def _render_one(finding: Finding, *, color: bool, width: int | None) -> str:
         lines.append(f"{paint('      |', '2')} {' ' * before}{paint('^' * marked, f'1;{tint}')}")
     if finding.fix:
         hanging = len(f"{_INDENT}fix: ")
-        first, *rest = _wrap(printable(finding.fix), width, used=hanging, indent=hanging)
+        first, *rest = _wrap(as_line(finding.fix), width, used=hanging, indent=hanging)
         lines.append(f"{_INDENT}{paint('fix:', '1')} {first}")
         lines.extend(" " * hanging + line for line in rest)
     return "\n".join(lines)
@@ -248,7 +246,7 @@ def _cells(text: str) -> int:
 def _quote(place: Place, width: int | None) -> tuple[str, int, int]:
     """The part of the line around the place, the columns before its caret, and the caret's columns."""
     room = min(_QUOTE_WIDTH, max((width or _QUOTE_WIDTH) - 9, 20))
-    line = printable(place.text).rstrip()
+    line = as_line(place.text).rstrip()
     column = (place.column or 1) - 1
     start = 0
     if len(line) > room:
@@ -287,7 +285,7 @@ def to_dict(finding: Finding) -> dict[str, Any]:
 
 def render_json(findings: Iterable[Finding]) -> str:
     """Findings as a JSON list of objects."""
-    return json.dumps([to_dict(finding) for finding in findings], indent=2, ensure_ascii=False, default=str)
+    return json_text([to_dict(finding) for finding in findings])
 
 
 _GITHUB_LEVELS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.NOTE: "notice"}
@@ -308,10 +306,10 @@ def _workflow_command(finding: Finding) -> str:
     message = finding.message if place.line is not None or not place.file else f"{place}: {finding.message}"
     text = message + (f"\nfix: {finding.fix}" if finding.fix else "")
     written = ",".join(f"{key}={_escaped(str(value), property=True)}" for key, value in properties.items())
-    return f"::{_GITHUB_LEVELS[finding.severity]} {written}::{_escaped(text)}"
+    return f"::{_GITHUB_LEVELS[finding.severity]} {written}::{_escaped(text)}".replace("##[", "##(")
 
 
 def _escaped(text: str, *, property: bool = False) -> str:
     """The text as a workflow command carries it, in one line."""
-    text = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    text = "%0A".join(printable(line) for line in text.replace("%", "%25").replace("\r", "%0D").split("\n"))
     return text.replace(":", "%3A").replace(",", "%2C") if property else text

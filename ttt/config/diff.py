@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from ttt.config.diagnostics import Finding, to_dict
 from ttt.config.load import CheckedConfig
 from ttt.config.schema import RunConfig
+from ttt.printable import json_text
 
 
 class _Absent:
@@ -121,7 +121,7 @@ def render_values(diff: ConfigDiff, *, width: int | None = None) -> str:
 
 
 def _show(value: Any) -> str:
-    return repr(value) if value is ABSENT else value if _is_plain(value) else json.dumps(value, ensure_ascii=False)
+    return repr(value) if value is ABSENT else value if _is_plain(value) else json_text(value, indent=None)
 
 
 def _is_plain(value: Any) -> bool:
@@ -144,4 +144,4 @@ def render_json(diff: ConfigDiff) -> str:
         "only_left": [to_dict(finding) for finding in diff.only_left],
         "only_right": [to_dict(finding) for finding in diff.only_right],
     }
-    return json.dumps(whole, indent=2, ensure_ascii=False, default=str)
+    return json_text(whole)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ttt.config.diagnostics import Finding
 from ttt.config.load import CheckedConfig
 from ttt.config.source import LINE_BREAK, KeyPath, Source, parse_source, resolve
+from ttt.printable import printable
 
 UNKNOWN_KEY = "TTT101"
 """The code whose replacement is the key's; every other's is the value's."""
@@ -102,7 +103,8 @@ def fix_text(text: str, check: Callable[[str], CheckedConfig]) -> Fixed:
 def unified_diff(before: str, after: str, *, file: str) -> str:
     """What the fixes change, as `diff -u` shows it; empty where that is nothing."""
     shown: list[str] = []
-    for line in difflib.unified_diff(_lines(before), _lines(after), fromfile=file, tofile=f"{file} (fixed)"):
+    name = printable(file)
+    for line in difflib.unified_diff(_lines(before), _lines(after), fromfile=name, tofile=f"{name} (fixed)"):
         text = LINE_BREAK.sub("", line)
         shown += [text] if text != line else [text, "\\ No newline at end of file"]
     return "\n".join(shown)

@@ -16,6 +16,7 @@ from ttt.config.load import dump_value
 from ttt.config.schema import RunConfig
 from ttt.config.source import KeyPath, Source, dotted, parse_source
 from ttt.errors import ConfigError, PluginError, UsageError
+from ttt.printable import printable
 
 if TYPE_CHECKING:
     from ttt.backbone import Backbone
@@ -184,6 +185,7 @@ def render_account(imported: ImportedConfig, *, width: int | None = None) -> str
 
 
 def _account_of(key: ImportedKey, imported: ImportedConfig, width: int | None) -> list[str]:
+    key = ImportedKey(printable(key.old), key.new, printable(key.note))
     if key.new is None:
         head = f"  {key.old}"
     else:

@@ -22,6 +22,7 @@ from ttt.config.source import BOOLEAN, FLOAT, INTEGER, NULL, KeyPath, Source, pa
 from ttt.config.spelling import nearest
 from ttt.config.validation import Validated, validate
 from ttt.errors import ConfigEnvironmentError, ConfigError
+from ttt.printable import printable
 
 _OF_TRAINING = re.compile("[A-Z]+[24567][0-9]{2}")
 """Codes about what a training run alone needs: recomputation, memory and disk, data, the machine, the optimiser."""
@@ -119,7 +120,7 @@ def load_config(
     if errors:
         at_fault = all(blames_environment(finding) for finding in errors)
         kind = ConfigEnvironmentError if at_fault else ConfigError
-        told = f"{render_text(checked.findings)}\n{checked.source.file}: {summary(checked.findings)}"
+        told = f"{render_text(checked.findings)}\n{printable(checked.source.file)}: {summary(checked.findings)}"
         raise kind(told, checked.findings)
     assert checked.config is not None
     assert checked.backbone is not None

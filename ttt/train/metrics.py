@@ -25,6 +25,7 @@ from rich.text import Text
 
 from ttt.errors import EnvironmentProblem
 from ttt.files import lock, size_in_words, writing
+from ttt.printable import say
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -226,11 +227,6 @@ class Display:
                 f"step {step:>{len(str(self._total))}}/{self._total}  loss {line['loss']:.4f}  "
                 f"lr {line['lr']:.2e}  {speed:,.0f} tokens/s  peak {memory}  {left} left"
             )
-
-
-def say(console: Console, text: str) -> None:
-    """Print a line as it is: not wrapped, not highlighted, brackets kept."""
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def duration_in_words(seconds: float) -> str:

@@ -24,7 +24,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import shutil
 import time
 import warnings
@@ -37,6 +36,7 @@ from ttt.backbone import Backbone
 from ttt.config.schema import RunConfig
 from ttt.errors import ConfigError, EnvironmentProblem, NestedCheckpointWarning, UsageError
 from ttt.files import TEMPORARY, lock, read_header, read_json, sync, temporary_beside, write_text, writing
+from ttt.printable import shell_word
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -158,7 +158,7 @@ class RunDir:
 
     def resume_command(self) -> str:
         """The command that continues the run."""
-        return f"ttt train {shlex.quote(str(self / CONFIG))} --resume"
+        return f"ttt train {shell_word(str(self / CONFIG))} --resume"
 
     # --- checkpoints ---
 

@@ -39,7 +39,6 @@ NOTHING: Final = -1
 
 _FORMAT: Final = '{"path": "a.wav", "duration": 61.2}'
 _TOLERANCE_SEC: Final = 0.5
-_NAMED_PROBLEMS: Final = 5
 
 
 class Codec(Protocol):
@@ -238,7 +237,7 @@ class SpeechWindows:
                 f"label the words of the left channel {MAIN_SPEAKER}"
             )
         if problems:
-            raise EnvironmentProblem(_joined(self._field, problems))
+            raise EnvironmentProblem.about(problems, "recordings cannot be used", where=self._field)
         return recordings
 
 
@@ -352,14 +351,6 @@ def _listed(things: Sequence[object]) -> str:
     """The first few, as one phrase."""
     more = f" and {len(things) - 3} more" if len(things) > 3 else ""
     return ", ".join(str(thing) for thing in things[:3]) + more
-
-
-def _joined(field: str, problems: Sequence[str]) -> str:
-    if len(problems) == 1:
-        return f"{field}: {problems[0]}"
-    named = "".join(f"\n  {problem}" for problem in problems[:_NAMED_PROBLEMS])
-    more = f"\n  and {len(problems) - _NAMED_PROBLEMS} more" if len(problems) > _NAMED_PROBLEMS else ""
-    return f"{field}: {len(problems)} recordings cannot be used:{named}{more}"
 
 
 # --- the plugin's datasets ---

@@ -33,7 +33,6 @@ from ttt_videodit.index import (
     check_encoded,
     demo_segments,
     index_files,
-    joined_problems,
     jsonl_lines,
     missing_data,
     parse_encoded,
@@ -254,7 +253,7 @@ def _indexed_windows(source: Path, wanted: Wanted, field: str) -> LatentWindows:
             else:
                 videos.append(entry)
     if problems:
-        raise EnvironmentProblem(f"{field}: {joined_problems(problems, 'videos cannot be used')}")
+        raise EnvironmentProblem.about(problems, "videos cannot be used", where=field)
     seconds = f"{wanted.window * wanted.segment_sec:g} s"
     if not videos:
         why = f"all {short} are shorter than a window of {seconds}" if short else "it lists none; see `ttt precompute`"

@@ -15,7 +15,7 @@ with it would begin with, `start_mean` and `start_std` `[segments,16,height/8,wi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -39,7 +39,6 @@ VIDEO_EXAMPLE: Final = '{"path": "a.mp4", "captions": ["waves", "a gull"]}'
 COGVIDEOX_TEXT_DIM: Final = 4096
 """Width of T5-XXL's hidden states."""
 
-_NAMED_PROBLEMS: Final = 5
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
 
 
@@ -375,12 +374,3 @@ def windows_in(video: EncodedVideo, wanted: Wanted) -> int:
 def index_files(source: Path) -> list[Path]:
     """The `.jsonl` files that a config's value means: the file itself, or those in the folder at any depth."""
     return sorted(source.rglob("*.jsonl")) if source.is_dir() else [source]
-
-
-def joined_problems(problems: Sequence[str], what: str) -> str:
-    """The first few of some problems, after how many of what there are; one alone says it all."""
-    if len(problems) == 1:
-        return problems[0]
-    named = "".join(f"\n  {problem}" for problem in problems[:_NAMED_PROBLEMS])
-    more = f"\n  and {len(problems) - _NAMED_PROBLEMS} more" if len(problems) > _NAMED_PROBLEMS else ""
-    return f"{len(problems)} {what}:{named}{more}"

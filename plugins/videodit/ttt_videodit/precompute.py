@@ -46,7 +46,6 @@ from ttt_videodit.index import (
     LineError,
     ListedVideo,
     Wanted,
-    joined_problems,
     jsonl_lines,
     line_of,
     parse_encoded,
@@ -101,12 +100,10 @@ def precompute(config: RunConfig, *, console: Console) -> None:
             job.finish()
             say(console, f"{job.index}: {len(job.done)} of {len(job.videos)} videos")
     if failed:
-        raise EnvironmentProblem(
-            joined_problems(
-                failed,
-                "videos could not be encoded; the rest is done. Mend them, or take their lines out, and run the same "
-                "command again",
-            )
+        raise EnvironmentProblem.about(
+            failed,
+            "videos could not be encoded; the rest is done. Mend them, or take their lines out, and run the same "
+            "command again",
         )
 
 
@@ -305,7 +302,7 @@ def _read_list(source: Path, wanted: Wanted, name: str) -> tuple[ListedVideo, ..
         except LineError as error:
             problems.append(f"{place}: {error}")
     if problems:
-        raise EnvironmentProblem(f"{name}: {joined_problems(problems, 'lines cannot be used')}")
+        raise EnvironmentProblem.about(problems, "lines cannot be used", where=str(name))
     if not videos:
         raise EnvironmentProblem(f"{name}: {source}: no videos; write lines such as {VIDEO_EXAMPLE}")
     return tuple(videos.values())

@@ -28,6 +28,7 @@ from ttt.adapter_file import backbone_identity, save_adapter
 from ttt.config import TTTConfig
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import read_header, read_json, require_space, temporary_beside, write_tensors, write_text, writing
+from ttt.printable import say
 from ttt_videodit.model import VideoDiT, sites
 from ttt_videodit.plugin import ROTARY_UNIT, VideoDiTBackbone, VideoDiTOptions
 
@@ -460,21 +461,17 @@ def _write_transformer(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _account(console: Console, checkpoint: _Checkpoint, names: Mapping[str, str], tables: Sequence[str]) -> None:
     """Where each tensor went; those that differ in the block's number alone stand in one line."""
-
-    def line(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     groups: dict[tuple[str, str], list[int]] = {}
     for old, new in names.items():
         numbered = re.match(r"transformer_blocks\.(\d+)\.", new)
         key = (_NUMBER.sub("N", old, count=1), _NUMBER.sub("N", new, count=1)) if numbered else (old, new)
         groups.setdefault(key, []).extend([int(numbered[1])] if numbered else [])
     for (old, new), blocks in groups.items():
-        line(f"  {old} → {new}" + (f"    N = {min(blocks)} … {max(blocks)}" if len(blocks) > 1 else ""))
+        say(console, f"  {old} → {new}" + (f"    N = {min(blocks)} … {max(blocks)}" if len(blocks) > 1 else ""))
     if tables:
-        line(f"  {_some(tables)}: left out, rotary tables are computed")
+        say(console, f"  {_some(tables)}: left out, rotary tables are computed")
     if checkpoint.others:
-        line(f"  {_some(checkpoint.others)}: left out, no part of the model")
+        say(console, f"  {_some(checkpoint.others)}: left out, no part of the model")
 
 
 def _report(
@@ -493,4 +490,4 @@ def _report(
         f"{PROGRAM}'s configs leave latents as the VAE gives them (model.scale_factor: 1.0): unless yours did not, "
         f"write scaling_factor: 1.0 into {out / 'vae' / 'config.json'}, where CogVideoX-5b has 0.7.",
     ):
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, text)
