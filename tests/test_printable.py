@@ -85,8 +85,12 @@ def test_json_says_what_it_said(text: str) -> None:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash to paste into")
 def test_a_word_pasted_into_a_shell_is_the_word() -> None:
-    names = [name for name in NAMES.values() if "\x9b" not in name] + ["it's \\ \t$HOME `x`", "é\u0301 \U0001f600"]
-    command = "printf '%s\\0' " + " ".join(shell_word(name) for name in names)
+    names = [name for name in NAMES.values() if "\x9b" not in name] + [
+        "it's \\ \t$HOME `x`",
+        "é\u0301 \U0001f600",
+        "./-x",
+    ]
+    command = "printf '%s\\0' " + " ".join(shell_word(name.removeprefix("./")) for name in names)
     require_harmless(command)
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}
     found = subprocess.run(["bash", "-c", command], capture_output=True, check=True, env=environment).stdout

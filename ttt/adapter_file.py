@@ -31,7 +31,7 @@ from ttt.errors import (
     NestedCheckpointWarning,
 )
 from ttt.files import TensorFacts, read_header, read_json, read_tensors, write_tensors, write_text, writing
-from ttt.printable import json_text
+from ttt.printable import json_text, shell_word
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -417,7 +417,7 @@ def _finish(
 def _raise(path: Path, differences: Sequence[str]) -> None:
     if differences:
         raise AdapterMismatchError(
-            f"{path}: belongs to something else: {'; '.join(differences)}; `ttt info {path}` prints what it needs"
+            f"{path}: belongs to something else: {'; '.join(differences)}; `ttt info {shell_word(path)}` prints what it needs"
         )
 
 

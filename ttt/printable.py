@@ -7,6 +7,7 @@ around. Shown as they are, they steer the terminal, or forge a line of ours or a
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from typing import TYPE_CHECKING, Any
@@ -60,8 +61,10 @@ def _json_escaped(character: str) -> str:
     return r"\u007f" if character == "\x7f" else json.dumps(character)[1:-1]  # json leaves DEL as it is
 
 
-def shell_word(text: str) -> str:
-    """The text as one word of a command line, to be shown and pasted: `$'…'` where it holds what cannot be shown."""
+def shell_word(path: str | os.PathLike[str]) -> str:
+    """A path as one word of a command line, to be shown and pasted: `$'…'` where it holds what cannot be shown."""
+    text = os.fspath(path)
+    text = f"./{text}" if text.startswith("-") else text  # or it would be an option
     if text.isprintable() and "##[" not in text:
         return shlex.quote(text)
     return f"$'{''.join(_shell_escaped(character) for character in text)}'"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ttt.printable import shell_word
 from ttt_cli.terminal import show_note
 
 if TYPE_CHECKING:
@@ -44,10 +45,11 @@ def init(
     if target.is_dir():
         raise UsageError(f"{target}: a folder; name a file in it")
     write_text(target, text)
-    show_note(f"Wrote {target}. Check it with `ttt check {target}`, run it with `ttt train {target}`.")
+    word = shell_word(target)
+    show_note(f"Wrote {target}. Check it with `ttt check {word}`, run it with `ttt train {word}`.")
     schema = target.parent / SCHEMA_FILE
     if not schema.exists():
-        show_note(f"For completion in your editor, put the schema beside it: `ttt schema --out {schema}`.")
+        show_note(f"For completion in your editor, put the schema beside it: `ttt schema --out {shell_word(schema)}`.")
 
 
 def preset_text(backbone: Backbone, name: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ttt.printable import shell_word
 from ttt_cli.options import Overrides
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _find(path: Path, adapter: str | None) -> tuple[Path, Path | None, str]:
         learned = Path(adapter)
     if learned is not None:
         return file, learned, f"{path}: with what was learned in {learned}"
-    run = f" (`ttt sample {path.parent}` samples the run)" if (path.parent / CHECKPOINTS).is_dir() else ""
+    run = f" (`ttt sample {shell_word(path.parent)}` samples the run)" if (path.parent / CHECKPOINTS).is_dir() else ""
     return file, None, f"{path}: no adapter: it samples the untrained model{run}"
 
 

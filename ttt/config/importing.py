@@ -16,7 +16,7 @@ from ttt.config.load import dump_value
 from ttt.config.schema import RunConfig
 from ttt.config.source import KeyPath, Source, dotted, parse_source
 from ttt.errors import ConfigError, PluginError, UsageError
-from ttt.printable import printable
+from ttt.printable import printable, shell_word
 
 if TYPE_CHECKING:
     from ttt.backbone import Backbone
@@ -123,7 +123,7 @@ def import_config(text: str, *, file: str, backbones: Sequence[Backbone]) -> tup
     if file.casefold().endswith((".yaml", ".yml")) and source.findings:
         raise ConfigError(f"{file}: {summary(source.findings)}", source.findings)
     if isinstance(source.data.get("backbone"), Mapping):
-        raise UsageError(f"{file}: is a config of this project already; check it with `ttt check {file}`")
+        raise UsageError(f"{file}: is a config of this project already; check it with `ttt check {shell_word(file)}`")
     for backbone in backbones:
         try:
             imported = backbone.import_config(text, file=file)

@@ -158,7 +158,7 @@ class RunDir:
 
     def resume_command(self) -> str:
         """The command that continues the run."""
-        return f"ttt train {shell_word(str(self / CONFIG))} --resume"
+        return f"ttt train {shell_word(self / CONFIG)} --resume"
 
     # --- checkpoints ---
 
