@@ -417,7 +417,8 @@ def _finish(
 def _raise(path: Path, differences: Sequence[str]) -> None:
     if differences:
         raise AdapterMismatchError(
-            f"{path}: belongs to something else: {'; '.join(differences)}; `ttt info {shell_word(path)}` prints what it needs"
+            f"{path}: belongs to something else: {'; '.join(differences)}; `ttt info {shell_word(path)}` prints what "
+            f"it needs"
         )
 
 
