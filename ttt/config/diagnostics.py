@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from ttt.printable import printable
+
 CODES: dict[str, str] = {
     "TTT001": "not valid YAML",
     "TTT002": "a key is written twice",
@@ -202,12 +204,12 @@ def _render_one(finding: Finding, *, color: bool, width: int | None) -> str:
 
     place = finding.place or Place(finding.path or "config")
     tint = _COLORS[finding.severity]
-    plain = f"{_printable(str(place))}  {finding.severity} {finding.code}  "
+    plain = f"{printable(str(place))}  {finding.severity} {finding.code}  "
     painted = (
-        f"{paint(_printable(str(place)), '1')}  {paint(str(finding.severity), f'1;{tint}')} "
+        f"{paint(printable(str(place)), '1')}  {paint(str(finding.severity), f'1;{tint}')} "
         f"{paint(finding.code, tint)}  "
     )
-    first, *rest = _wrap(_printable(finding.message), width, used=len(plain), indent=len(_INDENT))
+    first, *rest = _wrap(printable(finding.message), width, used=len(plain), indent=len(_INDENT))
     lines = [(painted + first).rstrip(), *(_INDENT + line for line in rest)]
     if place.line is not None and place.text.strip():
         quoted, before, marked = _quote(place, width)
@@ -216,7 +218,7 @@ def _render_one(finding: Finding, *, color: bool, width: int | None) -> str:
         lines.append(f"{paint('      |', '2')} {' ' * before}{paint('^' * marked, f'1;{tint}')}")
     if finding.fix:
         hanging = len(f"{_INDENT}fix: ")
-        first, *rest = _wrap(_printable(finding.fix), width, used=hanging, indent=hanging)
+        first, *rest = _wrap(printable(finding.fix), width, used=hanging, indent=hanging)
         lines.append(f"{_INDENT}{paint('fix:', '1')} {first}")
         lines.extend(" " * hanging + line for line in rest)
     return "\n".join(lines)
@@ -235,14 +237,6 @@ def _wrap(text: str, width: int | None, *, used: int, indent: int) -> list[str]:
     return [lines[0].lstrip(), *lines[1:]] if lines else [""]
 
 
-def _printable(text: str) -> str:
-    """The text in one line and without what would steer a terminal."""
-    return "".join(
-        character if character.isprintable() else " " if character.isspace() else "\N{REPLACEMENT CHARACTER}"
-        for character in text
-    )
-
-
 def _cells(text: str) -> int:
     """Columns that a text takes on a terminal."""
     return sum(
@@ -254,7 +248,7 @@ def _cells(text: str) -> int:
 def _quote(place: Place, width: int | None) -> tuple[str, int, int]:
     """The part of the line around the place, the columns before its caret, and the caret's columns."""
     room = min(_QUOTE_WIDTH, max((width or _QUOTE_WIDTH) - 9, 20))
-    line = _printable(place.text).rstrip()
+    line = printable(place.text).rstrip()
     column = (place.column or 1) - 1
     start = 0
     if len(line) > room:
