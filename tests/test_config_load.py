@@ -30,6 +30,7 @@ from ttt.config import (
     render_text,
     run_config_model,
 )
+from ttt.config.schema import MOST_RATE
 from ttt.config.spelling import nearest
 from ttt.errors import ConfigEnvironmentError, ConfigError, EnvironmentProblem, NestedCheckpointWarning
 from ttt.plugins import discover
@@ -527,7 +528,7 @@ _TEXT = st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from(
 @given(
     run_dir=st.none() | _TEXT,
     weights=st.none() | _TEXT,
-    lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+    lr=st.floats(min_value=0, exclude_min=True, max_value=MOST_RATE),
     layers=st.sampled_from(["all", "middle"]) | st.lists(st.integers(0, 3), unique=True, min_size=1).map(tuple),
 )
 def test_any_config_that_was_built_loads_back_equal(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -179,6 +179,72 @@ def summary(findings: Sequence[Finding]) -> str:
     return ", ".join(counts) or "no findings"
 
 
+# --- what is shown ---
+
+MOST_OF_A_KIND = 100
+"""Findings of one code in one file that are shown; the others are counted."""
+MOST_CHARACTERS = 1000
+"""Of a message, a fix, a value or a quoted line that are shown."""
+
+
+def shown(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings as they are shown: of each code in each file the first hundred, then how many more there are.
+
+    A text of theirs that is longer than a screen is shortened in its middle.
+    """
+    listed: list[Finding] = []
+    counts: dict[tuple[str, str], int] = {}
+    left: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        kind = finding.code, finding.place.file if finding.place and finding.place.line is not None else ""
+        counts[kind] = counts.get(kind, 0) + 1
+        if counts[kind] <= MOST_OF_A_KIND:
+            listed.append(_shortened(finding))
+        else:
+            left.setdefault(kind, []).append(finding)
+    return [*listed, *(_and_more(*kind, findings) for kind, findings in left.items())]
+
+
+def _and_more(code: str, file: str, findings: Sequence[Finding]) -> Finding:
+    """What stands for the findings of a kind that are not shown."""
+    severities = [finding.severity for finding in findings]
+    return Finding(
+        code=code,
+        severity=next(severity for severity in Severity if severity in severities),
+        path="",
+        message=f"and {len(findings):,} more of {code}",
+        fix=f"mend the first {MOST_OF_A_KIND}, and check again",
+        value=len(findings),
+        place=Place(file or (findings[0].place.file.partition("=")[0] if findings[0].place else "")),
+        of_environment=findings[0].of_environment,
+    )
+
+
+def _shortened(finding: Finding) -> Finding:
+    """The finding with nothing in it longer than a screen."""
+    texts = {name: getattr(finding, name) for name in ("path", "message", "fix", "value", "replacement")}
+    long: dict[str, Any] = {
+        name: _short(text) for name, text in texts.items() if isinstance(text, str) and len(text) > MOST_CHARACTERS
+    }
+    place = finding.place
+    if place is not None and len(place.file) > MOST_CHARACTERS:
+        place = replace(place, file=_short(place.file))
+    if place is not finding.place or long:
+        return replace(finding, place=place, **long)
+    return finding
+
+
+def _short(text: str) -> str:
+    half = MOST_CHARACTERS // 2
+    return f"{text[:half]}…{text[1 - half :]}"
+
+
+def around(place: Place, room: int) -> tuple[str, int]:
+    """The part of a place's line around its column, at most so many characters, and how many are left out before."""
+    start = max((place.column or 1) - 1 - room // 2, 0)
+    return place.text[start : start + room], start
+
+
 # --- text ---
 
 _COLORS = {Severity.ERROR: "31", Severity.WARNING: "33", Severity.NOTE: "36"}
@@ -194,7 +260,7 @@ def render_text(findings: Iterable[Finding], *, color: bool = False, width: int 
         color: with ANSI colours.
         width: columns to wrap at; None leaves every message on one line, for logs and `grep`.
     """
-    return "\n".join(_render_one(finding, color=color, width=width) for finding in findings)
+    return "\n".join(_render_one(finding, color=color, width=width) for finding in shown(findings))
 
 
 def _render_one(finding: Finding, *, color: bool, width: int | None) -> str:
@@ -209,7 +275,7 @@ def _render_one(finding: Finding, *, color: bool, width: int | None) -> str:
     )
     first, *rest = _wrap(as_line(finding.message), width, used=len(plain), indent=len(_INDENT))
     lines = [(painted + first).rstrip(), *(_INDENT + line for line in rest)]
-    if place.line is not None and place.text.strip():
+    if place.line is not None and around(place, 8 * _QUOTE_WIDTH)[0].strip():
         quoted, before, marked = _quote(place, width)
         number = str(place.line)
         lines.append(f"{paint(f'{number:>5} |', '2')} {quoted}")
@@ -246,15 +312,19 @@ def _cells(text: str) -> int:
 def _quote(place: Place, width: int | None) -> tuple[str, int, int]:
     """The part of the line around the place, the columns before its caret, and the caret's columns."""
     room = min(_QUOTE_WIDTH, max((width or _QUOTE_WIDTH) - 9, 20))
-    line = as_line(place.text).rstrip()
-    column = (place.column or 1) - 1
+    whole = len(place.text.rstrip())
+    line, cut = around(place, 8 * _QUOTE_WIDTH)  # a line may be a whole file
+    line = as_line(line)
+    if cut + len(line) >= whole:
+        line = line.rstrip()
+    column = (place.column or 1) - 1 - cut
     start = 0
     if len(line) > room:
         start = max(0, min(column - room // 3, len(line) - room))
         line = line[start : start + room]
-        if start:
+        if cut + start:
             line = "…" + line[1:]
-        if start + room < len(place.text.rstrip()):
+        if cut + start + room < whole:
             line = line[:-1] + "…"
     before = max(column - start, 0)
     marked = max(_cells(line[before : before + max(place.width, 1)]), 1)
@@ -285,7 +355,7 @@ def to_dict(finding: Finding) -> dict[str, Any]:
 
 def render_json(findings: Iterable[Finding]) -> str:
     """Findings as a JSON list of objects."""
-    return json_text([to_dict(finding) for finding in findings])
+    return json_text([to_dict(finding) for finding in shown(findings)])
 
 
 _GITHUB_LEVELS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.NOTE: "notice"}
@@ -293,7 +363,7 @@ _GITHUB_LEVELS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity
 
 def render_github(findings: Iterable[Finding]) -> str:
     """Findings as workflow commands of GitHub Actions, which shows them beside the lines of a pull request."""
-    return "\n".join(_workflow_command(finding) for finding in findings)
+    return "\n".join(_workflow_command(finding) for finding in shown(findings))
 
 
 def _workflow_command(finding: Finding) -> str:

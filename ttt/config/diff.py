@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ttt.config.diagnostics import Finding, to_dict
+from ttt.config.diagnostics import Finding, shown, to_dict
 from ttt.config.load import CheckedConfig
 from ttt.config.schema import RunConfig
 from ttt.printable import json_text
@@ -141,7 +141,7 @@ def render_json(diff: ConfigDiff) -> str:
         "left": diff.left,
         "right": diff.right,
         "values": values,
-        "only_left": [to_dict(finding) for finding in diff.only_left],
-        "only_right": [to_dict(finding) for finding in diff.only_right],
+        "only_left": [to_dict(finding) for finding in shown(diff.only_left)],
+        "only_right": [to_dict(finding) for finding in shown(diff.only_right)],
     }
     return json_text(whole)

@@ -9,6 +9,7 @@ tests.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -64,6 +65,8 @@ def show_bytes(count: float) -> str:
 
 SMALL = 1 << 17
 """`ttt.ops.select.SMALL`, below which a mini-batch beside the scan runs by autograd on a CPU."""
+COUNTED = 1 << 20
+"""Mini-batches up to which the best group is searched for among all; beyond, around where it must be."""
 BLOCK = 16
 """`ttt.ops.fused.BLOCK`: mini-batches that run at a time where no group says how many."""
 
@@ -146,14 +149,21 @@ class ScanCost:
 def best_group_size(steps: int, *, carry: int, activation: int, running: int) -> int:
     """The group of least peak memory for N mini-batches; see `ScanCost`.
 
-    In plain numbers and one short loop, which `torch.compile` can follow where a layer asks while it runs.
+    In plain numbers and one short loop, which `torch.compile` can follow where a layer asks while it runs. The loop is
+    short for any N: of more than `COUNTED` mini-batches, which nothing runs, it tries the sizes around the formula's.
     """
     best, least = 0, steps * (carry + activation) + min(steps, BLOCK) * running
     root = 1
-    while root * root < steps:
+    while root * root < min(steps, COUNTED):
         root += 1
+    first = 0
+    if steps > COUNTED:
+        first = max(math.isqrt(steps * carry // max(carry + activation + running, 1)) - root, 0)
     for index in range(1, 2 * root + 1):  # the sizes up to √N, then those of √N groups and fewer
-        size = index if index <= root else -(-steps // (2 * root + 1 - index))
+        if steps > COUNTED:
+            size = -(-steps // -(-steps // (first + index)))  # the smallest that gives as many groups
+        else:
+            size = index if index <= root else -(-steps // (2 * root + 1 - index))
         if size < steps:
             peak = (-(-steps // size) - 1) * carry + size * (carry + activation + running)
             if peak < least:

@@ -41,6 +41,22 @@ An **error** means that the run cannot start, or would not be what the config sa
 most likely should not; a **note** is worth knowing. Plugins have rules of their own, with codes of their own prefix.
 
 This page is made by `make rules`. Each pair of configs is run by the tests.
+
+## Limits
+
+A check takes at most a second and 150 MB for any file of up to 1 MiB, whatever is in it (with libyaml, which PyYAML's
+wheels have); `benchmarks/hostile_configs.py` measures it. So there are limits, and each is told in one sentence:
+
+| what | at most | else |
+| --- | --- | --- |
+| a config | 1 MiB, 32 levels, 10,000 values with aliases expanded | TTT005, TTT006, TTT007 |
+| a number written out | 400 digits; a longer one is text | TTT102 |
+| `--set` | 256 of them, 128 Ki characters together, 32 levels | TTT108 |
+| a config for `import-config` | the same; TTT-Video's TOML 64 KiB, 400 characters in a key or number | exit code 2 |
+| findings of one code in one file that are shown | 100; the others are counted, and count for the exit code | |
+| a text in a finding | 1,000 characters; the middle of a longer one is left out | |
+| unknown keys whose meaning is guessed | those among the first 100 findings | |
+| `--fix` | 32 rounds of edits, 32 readings in each; the rest is left to you | |
 """
 
 

@@ -7,12 +7,13 @@ repeat, or one that would write a key twice, is left to the user.
 
 from __future__ import annotations
 
+import bisect
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from ttt.config.diagnostics import Finding
+from ttt.config.diagnostics import Finding, Place
 from ttt.config.load import CheckedConfig
 from ttt.config.source import LINE_BREAK, KeyPath, Source, parse_source, resolve
 from ttt.printable import printable
@@ -20,6 +21,8 @@ from ttt.printable import printable
 UNKNOWN_KEY = "TTT101"
 """The code whose replacement is the key's; every other's is the value's."""
 
+MOST_TRIALS = 32
+"""Readings of an edited text, and rounds of edits, that are spent on a file; what is left then is the user's to fix."""
 _BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -77,7 +80,7 @@ class _Edit:
 def fix_text(text: str, check: Callable[[str], CheckedConfig]) -> Fixed:
     """Apply every fix that needs no thought, those that an earlier one brings to light included.
 
-    What comes out is a fixed point: fixing it again changes nothing.
+    What comes out is a fixed point: fixing it again changes nothing, unless it took more than `MOST_TRIALS` rounds.
 
     Args:
         text: a config.
@@ -88,16 +91,17 @@ def fix_text(text: str, check: Callable[[str], CheckedConfig]) -> Fixed:
     checked = check(text)
     fixed: list[Finding] = []
     seen = {text}
-    while True:
+    for _ in range(MOST_TRIALS):
         source = parse_source(text, file=checked.source.file)  # as written: overrides are not in the file
         edits = _edits(text, checked.findings, source)
-        kept = _that_hold(text, edits, source) if edits else []
+        kept = _that_hold(text, edits, source, iter(range(MOST_TRIALS))) if edits else []
         new = _apply(text, kept)
         if new in seen:
-            return Fixed(mark + text, tuple(fixed), checked)
+            break
         seen.add(new)
         text, checked = new, check(new)
         fixed.extend(edit.finding for edit in kept)
+    return Fixed(mark + text, tuple(fixed), checked)
 
 
 def unified_diff(before: str, after: str, *, file: str) -> str:
@@ -123,6 +127,9 @@ def _edits(text: str, findings: Sequence[Finding], source: Source) -> list[_Edit
     """The edits that the findings ask for, in the order of the text, none inside another."""
     starts = [0, *(match.end() for match in LINE_BREAK.finditer(text))]
     taken = set(source.places)
+    children: dict[KeyPath, list[Place]] = {}
+    for place_path, located in source.places.items():
+        children.setdefault(place_path[:-1], []).append(located.key)
     edits: list[_Edit] = []
     for finding in findings:
         path: KeyPath = tuple(int(word) if word.isdecimal() else word for word in finding.path.split("."))
@@ -136,16 +143,26 @@ def _edits(text: str, findings: Sequence[Finding], source: Source) -> list[_Edit
             if edit.new_path in taken:  # it would be written twice
                 continue
             taken.add(edit.new_path)
-        splices = _move(text, starts, edit, source) if edit.moves else _write_instead(text, starts, edit, source)
+        splices = (
+            _move(text, starts, edit, source, children) if edit.moves else _write_instead(text, starts, edit, source)
+        )
         if splices:
             edits.append(replace(edit, splices=splices))
     edits.sort(key=lambda edit: edit.splices)
     apart: list[_Edit] = []
+    used: list[_Splice] = []  # in order, none inside another
     for edit in edits:
-        used = [splice for other in apart for splice in other.splices]
-        if not any(one.start < other.end and other.start < one.end for one in edit.splices for other in used):
+        if not any(_inside(splice, used) for splice in edit.splices):
             apart.append(edit)
+            for splice in edit.splices:
+                bisect.insort(used, splice)
     return apart
+
+
+def _inside(splice: _Splice, used: Sequence[_Splice]) -> bool:
+    """Whether a splice has characters in common with one of those in order."""
+    before = bisect.bisect_left(used, splice.end, key=lambda other: other.start) - 1  # the last that begins before
+    return before >= 0 and used[before].end > splice.start
 
 
 def _write_instead(text: str, starts: Sequence[int], edit: _Edit, source: Source) -> tuple[_Splice, ...]:
@@ -158,7 +175,9 @@ def _write_instead(text: str, starts: Sequence[int], edit: _Edit, source: Source
     return () if text[splice.start : splice.end] == splice.text else (splice,)
 
 
-def _move(text: str, starts: Sequence[int], edit: _Edit, source: Source) -> tuple[_Splice, ...]:
+def _move(
+    text: str, starts: Sequence[int], edit: _Edit, source: Source, children_of: Mapping[KeyPath, Sequence[Place]]
+) -> tuple[_Splice, ...]:
     """The line of a key, its comment included, out of its section and to the top of another.
 
     Nothing where the key shares its line with another, or either section is written in braces: then there is more to
@@ -176,7 +195,7 @@ def _move(text: str, starts: Sequence[int], edit: _Edit, source: Source) -> tupl
     out = _Splice(starts[line - 1], ends[line - 1], "")
     if home and home in source.places:
         header = source.places[home].key.line
-        children = [places.key for path, places in source.places.items() if path[:-1] == home]
+        children = children_of.get(home, ())
         if header is None or any(child.line == header for child in children):
             return ()
         indent = min((child.column or 1) - 1 for child in children) if children else 2
@@ -205,17 +224,21 @@ def _apply(text: str, edits: Sequence[_Edit]) -> str:
     return "".join(pieces) + text[at:]
 
 
-def _that_hold(text: str, edits: Sequence[_Edit], source: Source) -> list[_Edit]:
-    """The edits that do what they say: all of them, else those of each half."""
+def _that_hold(text: str, edits: Sequence[_Edit], source: Source, trials: Iterator[int]) -> list[_Edit]:
+    """The edits that do what they say: all of them, else those of each half; none where `trials` are used up."""
+    if next(trials, None) is None:
+        return []
     if _does_what_it_says(text, edits, source):
         return list(edits)
     if len(edits) == 1:
         return []
     half = len(edits) // 2
-    first = _that_hold(text, edits[:half], source)
-    second = _that_hold(text, edits[half:], source)
+    first = _that_hold(text, edits[:half], source, trials)
+    second = _that_hold(text, edits[half:], source, trials)
+    if not (first and second):
+        return first or second
     together = [*first, *second]
-    return together if _does_what_it_says(text, together, source) else first or second
+    return together if _does_what_it_says(text, together, source) else first
 
 
 def _does_what_it_says(text: str, edits: Sequence[_Edit], source: Source) -> bool:

@@ -6,20 +6,26 @@ every importer needs: a record in which no key of the old file is lost, and the 
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ttt.config.diagnostics import summary
 from ttt.config.load import dump_value
 from ttt.config.schema import RunConfig
-from ttt.config.source import KeyPath, Source, dotted, parse_source
+from ttt.config.source import KeyPath, Source, parse_source
 from ttt.errors import ConfigError, PluginError, UsageError
 from ttt.printable import printable, shell_word
 
 if TYPE_CHECKING:
     from ttt.backbone import Backbone
+
+_COMMENT = 500
+"""Characters of somebody else's text in a comment, or in an account."""
+MOST_LISTED = 200
+"""Keys of a kind that an account lists; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +63,18 @@ class Import:
     _keys: dict[str, list[ImportedKey]] = field(default_factory=dict)
     _added: list[ImportedKey] = field(default_factory=list)
 
+    @functools.cached_property
+    def _old(self) -> dict[str, Any]:
+        """The values of the old file, by dotted key."""
+        return dict(_leaves(self.source.data, ()))
+
     def has(self, old: str) -> bool:
         """Whether the old file has a key."""
-        return any(path == old for path, _ in _leaves(self.source.data, ()))
+        return old in self._old
 
     def get(self, old: str, default: Any = None) -> Any:
         """The value of a key of the old file."""
-        return dict(_leaves(self.source.data, ())).get(old, default)
+        return self._old.get(old, default)
 
     def move(self, old: str, new: str, *, note: str = "", **changed: Any) -> None:
         """Write a key of the old file to a key of the new one, where the old file has it.
@@ -80,7 +91,7 @@ class Import:
 
     def drop(self, old: str, why: str) -> None:
         """Say why a key of the old file has no counterpart; for a section, of all its keys."""
-        for path, _ in _leaves(self.source.data, ()):
+        for path in self._old:
             if path == old or path.startswith(f"{old}."):
                 self._keys.setdefault(path, []).append(ImportedKey(path, None, why))
 
@@ -92,7 +103,7 @@ class Import:
     def done(self) -> ImportedConfig:
         """The result; keys of which nothing was said are told as unknown."""
         keys: list[ImportedKey] = []
-        for path, _ in _leaves(self.source.data, ()):
+        for path in self._old:
             keys += self._keys.get(path) or [ImportedKey(path, None, f"no key of {self.format} that is known here")]
         return ImportedConfig(self.format, self._values, (*keys, *self._added))
 
@@ -103,7 +114,7 @@ def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[str, Any]]:
         for key, item in value.items():
             yield from _leaves(item, (*path, key))
     else:
-        yield dotted(path), value
+        yield ".".join(f'"{key}"' if "." in str(key) else str(key) for key in path), value  # `a.b` is no `b` of `a`
 
 
 def import_config(text: str, *, file: str, backbones: Sequence[Backbone]) -> tuple[Backbone, ImportedConfig] | None:
@@ -144,7 +155,7 @@ def import_config(text: str, *, file: str, backbones: Sequence[Backbone]) -> tup
 def write_imported(imported: ImportedConfig, *, origin: str) -> str:
     """The new config as YAML, each key with the old one that it comes from."""
     origins = {key.new: key for key in imported.keys if key.new is not None}
-    lines = [f"# Imported from {origin} ({imported.format}) by `ttt import-config`."]
+    lines = [f"# Imported from {_in_a_comment(origin)} ({_in_a_comment(imported.format)}) by `ttt import-config`."]
     for section in RunConfig.model_fields:
         keys = [key for key in imported.values if key == section or key.startswith(f"{section}.")]
         if not keys:
@@ -152,7 +163,8 @@ def write_imported(imported: ImportedConfig, *, origin: str) -> str:
         nested = keys != [section]
         lines += ["", f"{section}:"] if nested else [""]
         for key in keys:
-            written = f"{'  ' if nested else ''}{key.rpartition('.')[2]}: {dump_value(imported.values[key])}"
+            name = dump_value(key.rpartition(".")[2])
+            written = f"{'  ' if nested else ''}{name}: {dump_value(imported.values[key])}"
             comment = _comment(origins[key], key)
             lines.append(f"{written:36} # {comment}" if comment else written)
     return "\n".join(lines) + "\n"
@@ -160,7 +172,13 @@ def write_imported(imported: ImportedConfig, *, origin: str) -> str:
 
 def _comment(origin: ImportedKey, key: str) -> str:
     named = origin.old if origin.old.rpartition(".")[2] != key.rpartition(".")[2] else ""
-    return "; ".join(part for part in (named, origin.note) if part)
+    return _in_a_comment("; ".join(part for part in (named, origin.note) if part))
+
+
+def _in_a_comment(text: str) -> str:
+    """Somebody else's text as a comment holds it: in one line, whatever ends a line to YAML, and no longer."""
+    text = printable(text)
+    return text if len(text) <= _COMMENT else f"{text[: _COMMENT - 1]}…"
 
 
 def render_account(imported: ImportedConfig, *, width: int | None = None) -> str:
@@ -179,18 +197,20 @@ def render_account(imported: ImportedConfig, *, width: int | None = None) -> str
         if not keys:
             continue
         lines += [*([""] if lines else []), title]
-        for key in keys:
+        for key in keys[:MOST_LISTED]:
             lines += _account_of(key, imported, width)
+        if len(keys) > MOST_LISTED:
+            lines.append(f"  and {len(keys) - MOST_LISTED:,} more")
     return "\n".join(lines)
 
 
 def _account_of(key: ImportedKey, imported: ImportedConfig, width: int | None) -> list[str]:
-    key = ImportedKey(printable(key.old), key.new, printable(key.note))
+    key = replace(key, old=_in_a_comment(key.old), note=_in_a_comment(key.note))
     if key.new is None:
         head = f"  {key.old}"
     else:
         arrow = f"{key.old} → " if key.old else ""
-        head = f"  {arrow}{key.new}: {dump_value(imported.values[key.new])}"
+        head = f"  {arrow}{key.new}: {_in_a_comment(dump_value(imported.values[key.new]))}"
     if width is not None and key.new is not None and len(head) > width:
         lines = _account_of(ImportedKey("", key.new, key.note), imported, width)
         return [f"  {key.old}", *(f"    → {line.strip()}" if at == 0 else line for at, line in enumerate(lines))]

@@ -29,6 +29,13 @@ _OF_TRAINING = re.compile("[A-Z]+[24567][0-9]{2}")
 _SECTIONS = tuple(name for name in RunConfig.model_fields if name != "run_dir")
 _OF_THE_INNER_MODEL = ("mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims", "base_lr")
 
+_MOST = {
+    **{"dim": 1 << 24, "num_heads": 1 << 20, "num_layers": 1 << 16, "layers_per_checkpoint": 1 << 20, "gates": 1 << 10},
+    **{"tokens_per_window": 1 << 50, "parameters": 1 << 60, "attention_parameters": 1 << 60},
+    **{"layer_activation_bytes": 1 << 60, "head_activation_bytes": 1 << 60},
+}
+"""What a backbone's facts may say at most."""
+
 
 @dataclass(frozen=True)
 class LoadedConfig:
@@ -254,7 +261,7 @@ class _Check:
             ttt = data.get("ttt", {})
             if isinstance(ttt, Mapping):
                 data["ttt"] = with_defaults(ttt, backbone.ttt_defaults)
-            return validate(model, data, self.source, other_options=lambda: _other_options(backbone))
+            return validate(model, data, self.source, other_options=functools.cache(lambda: _other_options(backbone)))
         except Exception as error:  # a third party's model may raise anything
             self._add_failed(backbone, "its options", error)
             return Validated(None)
@@ -275,7 +282,7 @@ class _Check:
         untrusted |= {tuple(finding.path.split(".")) for finding in self.source.findings if finding.path}
         facts = None
         if backbone is not None and not any(_decides_facts(path, config) for path in untrusted):
-            facts = self._facts(backbone, config)
+            facts = self._of_a_possible_model(self._facts(backbone, config))
         context = Context(
             config,
             backbone,
@@ -298,6 +305,20 @@ class _Check:
         except Exception as error:  # a third party's code may raise anything
             self._add_failed(backbone, "facts", error)
             return None
+
+    def _of_a_possible_model(self, facts: BackboneFacts | None) -> BackboneFacts | None:
+        """The facts, unless they are of a model that nobody has: sums about it would say nothing, or never end."""
+        for name, most in _MOST.items():
+            size = getattr(facts, name, None)
+            if isinstance(size, int) and size > most:
+                self._add(
+                    "TTT103",
+                    "backbone",
+                    f"these options make a model whose {name} is more than {most:,}: nothing is that large",
+                    "write smaller numbers in `backbone` and `data`, or name another model's files",
+                )
+                return None
+        return facts
 
     def _run_plugin_rules(self, backbone: Backbone, config: RunConfig) -> None:
         for rule in backbone.rules:
@@ -380,7 +401,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:float", repr(value))
+    written = repr(value).replace("inf", ".inf").replace("nan", ".nan")
+    return dumper.represent_scalar("tag:yaml.org,2002:float", written)
 
 
 def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:

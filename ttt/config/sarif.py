@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ttt.config.diagnostics import CODES, Finding, Place
+from ttt.config.diagnostics import CODES, MOST_CHARACTERS, Finding, Place, around, shown
 from ttt.printable import json_text
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -25,6 +25,7 @@ def render_sarif(findings: Sequence[Finding], *, version: str, problems: Sequenc
         version: of the program that found it.
         problems: why files could not be checked, a sentence each.
     """
+    findings = shown(findings)
     codes = sorted({finding.code for finding in findings})
     run = {
         "tool": {"driver": {"name": "ttt check", "version": version, "rules": [_rule(code) for code in codes]}},
@@ -52,7 +53,7 @@ def _result(finding: Finding, rule_index: int) -> dict[str, Any]:
     if place.line is not None:
         location["physicalLocation"] = {
             "artifactLocation": _artifact(place),
-            "region": {**_region(place), **({"snippet": {"text": place.text}} if place.text else {})},
+            "region": {**_region(place), **_snippet(place)},
         }
     elif place.file:
         text = f"{place}: {text}"
@@ -87,6 +88,11 @@ def _marks_what_is_replaced(finding: Finding, place: Place) -> bool:
 def _artifact(place: Place) -> dict[str, str]:
     path = Path(place.file)
     return {"uri": path.as_uri() if path.is_absolute() else quote(path.as_posix())}
+
+
+def _snippet(place: Place) -> dict[str, Any]:
+    text, _ = around(place, MOST_CHARACTERS)
+    return {"snippet": {"text": text}} if text else {}
 
 
 def _region(place: Place) -> dict[str, int]:

@@ -114,6 +114,23 @@ def _whole_number(value: object) -> object:
     return value
 
 
+MOST_STEPS = 10**12
+"""Steps of a run, and of everything that is counted in them: more than any run has."""
+MOST_WINDOWS = 1 << 20
+"""Windows in a forward pass, forward passes in a step, checkpoints that stay."""
+MOST_LAYERS = 4096
+"""Layers of a backbone, and numbers of them in a list."""
+MOST_HEADS = 1 << 16
+"""Heads of a layer."""
+MOST_UNITS = 1 << 20
+"""Width of an inner model's hidden layer."""
+MOST_RATE = 1e30
+"""Of a learning rate: with its multiplier it is still a number in float32."""
+MOST_FACTOR = 1e6
+"""Of what a rate or a loss is multiplied by."""
+_DIGITS = len(str(MOST_LAYERS))
+
+
 def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
@@ -124,6 +141,9 @@ def _parse_layers(value: object) -> object:
         parts = [part.strip() for part in value.split(",")]
         if not all(part.isascii() and part.isdigit() for part in parts):
             raise ValueError('write "all", "middle", "none", a list of layer numbers, or "29,30,31"')
+        long = next((part for part in parts if len(part.lstrip("0")) > _DIGITS), None)
+        if long is not None:
+            raise ValueError(f"no backbone has a layer {long[:40]}; write numbers from 0 to {MOST_LAYERS - 1}")
         value = tuple(int(part) for part in parts)
     if isinstance(value, bool):
         raise ValueError('write "all", "middle", "none", a list of layer numbers, or "29,30,31"')
@@ -138,11 +158,13 @@ def _parse_layers(value: object) -> object:
 
 WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
 Layers = Annotated[
-    Literal["all", "middle", "none"] | tuple[Annotated[int, Field(ge=0)], ...],
+    Literal["all", "middle", "none"]
+    | Annotated[tuple[Annotated[int, Field(ge=0, lt=MOST_LAYERS)], ...], Field(max_length=MOST_LAYERS)],
     BeforeValidator(_parse_layers, json_schema_input_type=Literal["all", "middle", "none"] | str | int | list[int]),
 ]
 HiddenDims = Annotated[
-    tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_tuple, json_schema_input_type=list[int])
+    Annotated[tuple[Annotated[int, Field(ge=1, le=MOST_UNITS)], ...], Field(max_length=15)],
+    BeforeValidator(_as_tuple, json_schema_input_type=list[int]),
 ]
 
 
@@ -165,11 +187,11 @@ class TTTConfig(Section):
     """Hidden width of the inner MLP as a multiple of the head width."""
     mlp_hidden_dims: HiddenDims | None = None
     """Hidden widths of the inner MLP one by one (`mlp_layers` - 1 of them), instead of the factor."""
-    num_heads: Annotated[int, Field(ge=1)] | None = None
+    num_heads: Annotated[int, Field(ge=1, le=MOST_HEADS)] | None = None
     """Heads of the layer; null takes the backbone's."""
     mini_batch_size: Annotated[WholeNumber, Field(ge=1, le=1 << 20)] = 16
     """Tokens per step of inner learning: their gradients are all taken at the weights that opened it."""
-    base_lr: Annotated[float, Field(gt=0)] = 1.0
+    base_lr: Annotated[float, Field(gt=0, le=MOST_RATE)] = 1.0
     """Inner learning rate before the learned gate; the literature has 1.0 for linear, 0.1 for mlp."""
     causal: bool = True
     """Inside a mini-batch, whether a token learns only from those up to itself (needed by causal backbones)."""
@@ -181,17 +203,17 @@ class TTTConfig(Section):
     """Layer-normalise the inner target v - k."""
     rope: Literal["none", "mini_batch", "backbone"] = "mini_batch"
     """Rotary embedding of q and k: none, by position in the mini-batch, or positions given by the backbone."""
-    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    rope_theta: Annotated[float, Field(gt=0, le=MOST_RATE)] = 10000.0
     """Base of the rotary frequencies."""
     learnable_token_idx: bool = True
     """Learn the offset δ of the 1/i step sizes of a causal mini-batch (false: fixed at 0)."""
-    ln_eps: Annotated[float, Field(gt=0)] = 1e-6
+    ln_eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
     """ε of the inner layer norms."""
     input_norm: Literal["none", "rms"] = "none"
     """Normalise the layer's input before the projections: not at all, or RMS without parameters."""
-    initial_gating_alpha: float = 0.1
+    initial_gating_alpha: Annotated[float, Field(ge=-100, le=100)] = 0.1
     """Start of the gate α in `x + tanh(α) ⊙ y`, every channel."""
-    scan_checkpoint_group_size: Annotated[WholeNumber, Field(ge=0)] | Literal["auto"] = 16
+    scan_checkpoint_group_size: Annotated[WholeNumber, Field(ge=0, le=MOST_STEPS)] | Literal["auto"] = 16
     """Mini-batches per checkpoint of the scan: memory and time only, never the result. 0 keeps everything; auto takes
     the number that needs the least memory, near √(N·S/(S+A))."""
     persistent_states: bool = False
@@ -263,23 +285,23 @@ class TrainConfig(Section):
 
     init_from: str | None = None
     """Folder of a run or an adapter whose weights to start from, trained backbone included; null starts anew."""
-    max_steps: Annotated[WholeNumber, Field(ge=1)] = 1000
+    max_steps: Annotated[WholeNumber, Field(ge=1, le=MOST_STEPS)] = 1000
     """Optimiser steps."""
-    batch_size: Annotated[int, Field(ge=1)] = 1
+    batch_size: Annotated[int, Field(ge=1, le=MOST_WINDOWS)] = 1
     """Windows per forward pass; with `persistent_states`, streams read side by side."""
-    num_microbatches: Annotated[int, Field(ge=1)] = 1
+    num_microbatches: Annotated[int, Field(ge=1, le=MOST_WINDOWS)] = 1
     """Forward passes whose gradients are accumulated into one optimiser step."""
-    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr: Annotated[float, Field(gt=0, le=MOST_RATE)] = 1e-4
     """Peak learning rate; the multipliers below apply to it."""
-    weight_lr_multiplier: Annotated[float, Field(ge=0)] = 1.0
+    weight_lr_multiplier: Annotated[float, Field(ge=0, le=MOST_FACTOR)] = 1.0
     """Multiplier of `lr` for the weights of TTT layers."""
-    alpha_lr_multiplier: Annotated[float, Field(ge=0)] = 1.0
+    alpha_lr_multiplier: Annotated[float, Field(ge=0, le=MOST_FACTOR)] = 1.0
     """Multiplier of `lr` for the gates α."""
-    backbone_lr_multiplier: Annotated[float, Field(ge=0)] = 1.0
+    backbone_lr_multiplier: Annotated[float, Field(ge=0, le=MOST_FACTOR)] = 1.0
     """Multiplier of `lr` for the unfrozen parts of the backbone."""
     trainable: Trainable = "ttt"
     """What learns: the TTT layers and gates, also the backbone's attention (qkvo), or everything (sft)."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0, le=MOST_FACTOR)] = 0.1
     """AdamW's decay, on matrices; gates, norms, biases and learned rates have none."""
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
@@ -290,11 +312,11 @@ class TrainConfig(Section):
     """What the learning rate of TTT layers and gates does after the warm-up: it falls to `min_lr_ratio`, or stays."""
     backbone_lr_schedule: Schedule | None = None
     """The same for the unfrozen parts of the backbone; null is `lr_schedule`."""
-    warmup_steps: Annotated[WholeNumber, Field(ge=0)] = 0
+    warmup_steps: Annotated[WholeNumber, Field(ge=0, le=MOST_STEPS)] = 0
     """Steps of linear warm-up."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Where a schedule that falls ends, as a fraction of the peak."""
-    max_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_norm: Annotated[float, Field(gt=0, le=MOST_RATE)] = 1.0
     """Gradient norm above which the gradient is scaled down."""
     gradient_checkpointing: bool = False
     """Activation checkpointing of the backbone's layers: every inner step runs forward once more."""
@@ -306,17 +328,17 @@ class TrainConfig(Section):
     """Run the TTT layers through `torch.compile`, which takes minutes at the start of a run and needs a compiler."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
-    cpu_threads: Annotated[int, Field(ge=1)] | None = None
+    cpu_threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Threads of PyTorch's operations on a CPU; null is PyTorch's choice. Small models are fastest with 1."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Seed of initialisation and data order."""
-    log_freq: Annotated[int, Field(ge=1)] = 1
+    log_freq: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 1
     """Steps between lines of `metrics.jsonl`."""
-    evidence_freq: Annotated[int, Field(ge=1)] = 10
+    evidence_freq: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 10
     """Steps between measurements of each layer's inner loss and fast-weight movement."""
-    ckpt_freq: Annotated[WholeNumber, Field(ge=0)] = 0
+    ckpt_freq: Annotated[WholeNumber, Field(ge=0, le=MOST_STEPS)] = 0
     """Steps between checkpoints; 0 saves at the end only."""
-    ckpt_keep: Annotated[int, Field(ge=1)] | None = 3
+    ckpt_keep: Annotated[int, Field(ge=1, le=MOST_WINDOWS)] | None = 3
     """How many checkpoints stay; null keeps all."""
 
     @model_validator(mode="after")
@@ -333,9 +355,9 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """The `eval` section."""
 
-    eval_freq: Annotated[WholeNumber, Field(ge=0)] = 0
+    eval_freq: Annotated[WholeNumber, Field(ge=0, le=MOST_STEPS)] = 0
     """Steps between evaluations; 0 evaluates at the end only."""
-    max_batches: Annotated[int, Field(ge=1)] | None = None
+    max_batches: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
     """How many batches an evaluation reads; null reads all."""
 
 

@@ -23,6 +23,8 @@ from ttt.errors import EnvironmentProblem
 MAX_BYTES = 1 << 20
 MAX_LEVELS = 32
 MAX_VALUES = 10_000
+MAX_OVERRIDES = 256
+MAX_IN_OVERRIDES = 1 << 17  # characters, of all together; Linux passes no more in one argument
 
 KeyPath = tuple[str | int, ...]
 """Where a value is in the data: keys of mappings, positions in lists."""
@@ -111,6 +113,9 @@ class Source:
         """This source with `section.key=value` written over it, each value read as YAML; the last one wins."""
         data: dict[str, Any] = _copy(self.data)
         places, findings = dict(self.places), list(self.findings)
+        refused = _too_many(overrides)
+        if refused is not None:
+            return replace(self, findings=(*findings, refused))
         for override in overrides:
             problem = _override(data, places, override)
             if problem:
@@ -308,10 +313,13 @@ class _Reading:
                 "write the values out where they are needed",
             )
 
-    def _check_levels(self, levels: int, place: Place) -> None:
+    def check_levels(self, levels: int, place: Place | None = None) -> None:
         if levels > MAX_LEVELS:
             raise _SourceError(
-                "TTT006", place, f"nested more than {MAX_LEVELS} levels deep", "a config has two or three"
+                "TTT006",
+                place or Place(self.file),
+                f"nested more than {MAX_LEVELS} levels deep",
+                "a config has two or three",
             )
 
     def _node(self, event: Any, events: Iterator[Any], path: KeyPath) -> _Node:
@@ -332,7 +340,7 @@ class _Reading:
         if isinstance(event, yaml.ScalarEvent):
             node = _Node(resolve(event.value) if event.implicit[0] else event.value, place)
         else:
-            self._check_levels(len(path) + 1, place)
+            self.check_levels(len(path) + 1, place)
             read = self._list if isinstance(event, yaml.SequenceStartEvent) else self._mapping
             node = read(events, place, path)
         if event.anchor is not None:
@@ -352,7 +360,7 @@ class _Reading:
                 "write the value out, or quote a text that begins with `*`",
             )
         self._count(target.size, place)
-        self._check_levels(level + target.levels, place)
+        self.check_levels(level + target.levels, place)
         return target
 
     def _list(self, events: Iterator[Any], place: Place, path: KeyPath) -> _Node:
@@ -478,6 +486,22 @@ def _short_tag(tag: str) -> str:
 
 # --- overrides ---
 
+_QUOTED = 80
+
+
+def _too_many(overrides: Sequence[str]) -> Finding | None:
+    """What is said of more overrides than anybody writes, of which none is read."""
+    length = sum(map(len, overrides))
+    if len(overrides) > MAX_OVERRIDES:
+        message = f"{len(overrides):,} overrides are more than {MAX_OVERRIDES}, so none is read"
+    elif length > MAX_IN_OVERRIDES:
+        message = f"overrides of {length:,} characters are longer than {MAX_IN_OVERRIDES:,}, so none is read"
+    else:
+        return None
+    return Finding(
+        code="TTT108", severity=Severity.ERROR, path="", message=message, fix="write a config", place=Place("--set")
+    )
+
 
 def _copy(value: Any) -> Any:
     if isinstance(value, Mapping):
@@ -494,12 +518,17 @@ def _override(data: dict[str, Any], places: dict[KeyPath, Located], override: st
 
     key, equals, written = override.partition("=")
     key = key.strip()
+    if key.count(".") >= MAX_LEVELS:
+        place = Place(f"--set {override[:_QUOTED]}…")
+        levels, key = key.count(".") + 1, key[:_QUOTED]
+        return refuse(f"its key is nested {levels:,} levels deep", "name a key of the config, as `train.lr`")
     path = tuple(key.split("."))
     if not equals or not all(path):
         return refuse("an override is `section.key=value`", "write it as `--set train.lr=1e-4`")
     try:
         reading = _Reading(place.file, _decode(written, place.file))
         node = reading.document() or _Node(None, place)
+        reading.check_levels(len(path) + node.levels)
         problems = reading.findings
     except _SourceError as stop:
         problems = [stop.finding]
@@ -515,9 +544,11 @@ def _override(data: dict[str, Any], places: dict[KeyPath, Located], override: st
             outer = dotted(path[:depth])
             return refuse(f"`{outer}` is a value, so nothing can be set in it", f"set `{outer}` itself")
     nested: dict[KeyPath, Located] = {}
+    before = section.get(path[-1])
     section[path[-1]] = _flatten(node, path, nested)
-    for old in [old for old in places if old[: len(path)] == path]:
-        del places[old]
+    if isinstance(before, dict | list):
+        for old in [old for old in places if old[: len(path)] == path]:
+            del places[old]
     for new in (path, *nested):
         places[new] = Located(place, place)
     return None

@@ -10,6 +10,7 @@ with `Write`); that part becomes the finding's fix.
 
 from __future__ import annotations
 
+import functools
 import re
 import types
 import typing
@@ -22,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from ttt.config.diagnostics import Finding, Severity
+from ttt.config.diagnostics import MOST_OF_A_KIND, Finding, Severity
 from ttt.config.schema import RunConfig, descriptions
 from ttt.config.source import KeyPath, Source, dotted, resolve
 from ttt.config.spelling import nearest
@@ -51,6 +52,9 @@ _BOUNDS = {
 }
 
 _THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+
+_MOST_GUESSES = MOST_OF_A_KIND
+"""As many as are shown, findings after which it is no longer asked what its unknown keys were meant to be."""
 
 OtherOptions = Callable[[], Mapping[str, Sequence[type[BaseModel]]]]
 
@@ -219,7 +223,8 @@ def _report(
     path = misfit.path
     between = _between_keys(misfit, model)
     if misfit.kind == "extra_forbidden" and source.written(path):
-        finding, meant = _unknown_key(misfit, model, source, other_options)
+        guess = len(result.findings) < _MOST_GUESSES
+        finding, meant = _unknown_key(misfit, model, source, other_options, guess=guess)
         result.findings.append(finding)
         result.untrusted |= {path, *meant}
         return
@@ -338,18 +343,15 @@ def _plain(value: Any) -> str:
 
 
 def _unknown_key(
-    misfit: _Misfit, model: type[RunConfig], source: Source, other_options: OtherOptions
+    misfit: _Misfit, model: type[RunConfig], source: Source, other_options: OtherOptions, *, guess: bool
 ) -> tuple[Finding, list[KeyPath]]:
     """The finding about a key that its section does not have, and the keys that may have been meant."""
     section, key = misfit.path[:-1], misfit.path[-1]
     here = _in_section(section)
     known = _keys(_model_at(model, section))
-    homes = [home for home in _sections(model) if home != section and key in _keys(_model_at(model, home))]
-    owners = [
-        name
-        for name, options in other_options().items()
-        if section[:1] in (("backbone",), ("data",)) and any(key in _keys(option) for option in options)
-    ]
+    homes = [home for home in _homes(model).get(str(key), ()) if home != section]
+    others = other_options() if section[:1] in (("backbone",), ("data",)) else {}
+    owners = [name for name, options in others.items() if any(key in _keys(option) for option in options)]
     code = "TTT101"
     close = moves_to = None
     meant: list[KeyPath] = []
@@ -369,8 +371,8 @@ def _unknown_key(
         fix = "remove it, or name that backbone"
     else:
         message = f"unknown key `{key}` {here}"
-        close = nearest(str(key), known)
-        far = None if close else _nearest_elsewhere(str(key), model, section)
+        close = nearest(str(key), known) if guess else None
+        far = None if close or not guess else _nearest_elsewhere(str(key), model, section)
         if close:
             meant = [(*section, close)]
             fix = f"write `{close}`"
@@ -441,13 +443,25 @@ def _remove(data: Any, path: KeyPath) -> bool:
 # --- the schema ---
 
 
-def _keys(model: type[BaseModel] | None) -> list[str]:
-    return list(model.model_fields) if model is not None else []
+@functools.cache
+def _keys(model: type[BaseModel] | None) -> tuple[str, ...]:
+    return tuple(model.model_fields) if model is not None else ()
 
 
+@functools.cache
 def _sections(model: type[BaseModel]) -> list[KeyPath]:
     """The top level and its sections."""
     return [(), *((name,) for name in model.model_fields if _model_at(model, (name,)) is not None)]
+
+
+@functools.cache
+def _homes(model: type[BaseModel]) -> dict[str, list[KeyPath]]:
+    """The sections that have a key, for each key."""
+    homes: dict[str, list[KeyPath]] = {}
+    for section in _sections(model):
+        for key in _keys(_model_at(model, section)):
+            homes.setdefault(key, []).append(section)
+    return homes
 
 
 def _field_at(model: type[BaseModel], path: KeyPath) -> FieldInfo | None:
@@ -457,6 +471,7 @@ def _field_at(model: type[BaseModel], path: KeyPath) -> FieldInfo | None:
     return section.model_fields.get(str(path[-1])) if section is not None else None
 
 
+@functools.lru_cache(maxsize=256)
 def _model_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
     """The model of the section at a path, None where there is a plain value or no such key."""
     section: type[BaseModel] | None = model

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ttt.config.importing import Import, ImportedConfig
-from ttt.config.schema import TTTConfig
+from ttt.config.schema import MOST_STEPS, TTTConfig
 from ttt.config.source import parse_source
 
 FORMAT = "moshi-finetune"
@@ -108,17 +108,22 @@ def _move_data(moving: Import) -> None:
     moving.move("batch_size", "train.batch_size", note="of one device; there it was of each GPU")
 
 
+def _countable(value: Any) -> bool:
+    """Whether a value is a number, and neither infinite nor larger than any number of steps."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST_STEPS
+
+
 def _move_schedule(moving: Import) -> None:
     """`OneCycleLR`, saving and evaluating."""
     steps, share = moving.get("max_steps", 100), moving.get("optim.pct_start", 0.05)
-    if isinstance(steps, int | float) and isinstance(share, int | float):
+    if _countable(steps) and _countable(share) and _countable(steps * share):
         warmup = round(steps * share)
         told = f"{share:g} of {steps:g} steps"
         moving.move("optim.pct_start", "train.warmup_steps", value=warmup, note=f"{told}; linear here, a cosine there")
         if not moving.has("optim.pct_start"):
             moving.add("train.warmup_steps", warmup, f"moshi-finetune's default pct_start, {told}")
     else:
-        moving.drop("optim.pct_start", "it, or max_steps, is no number")
+        moving.drop("optim.pct_start", "it, or max_steps, is no number, or none that steps can have")
     moving.add("train.min_lr_ratio", ONE_CYCLE_END, "where moshi-finetune's OneCycleLR ends")
     _move_flag(moving, "gradient_checkpointing", "train.gradient_checkpointing")
 

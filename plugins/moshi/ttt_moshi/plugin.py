@@ -54,9 +54,9 @@ class MoshiOptions(BackboneOptions):
     """demo: heads; null is 4."""
     num_layers: Annotated[int, Field(ge=1, le=64)] | None = None
     """demo: layers; null is 4."""
-    text_padding_weight: Annotated[float, Field(ge=0)] = 0.5
+    text_padding_weight: Annotated[float, Field(ge=0, le=1e6)] = 0.5
     """Weight of padding in the text loss."""
-    first_codebook_weight_multiplier: Annotated[float, Field(gt=0)] = 100.0
+    first_codebook_weight_multiplier: Annotated[float, Field(gt=0, le=1e6)] = 100.0
     """Weight of the first (semantic) codebook in the audio loss."""
 
     @model_validator(mode="after")
@@ -80,7 +80,7 @@ class MoshiData(DataOptions):
     lies a `.json` with `alignments: [[word, [start, end], "SPEAKER_MAIN"], …]`.
     """
 
-    duration_sec: Annotated[float, Field(gt=0, le=240)] = 15.0
+    duration_sec: Annotated[float, Field(ge=0.01, le=240)] = 15.0
     """Length of a training window in seconds; a file is cut into consecutive windows."""
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from datetime import date, time
 from typing import Any
 
 from ttt.config.importing import Import, ImportedConfig
+from ttt.config.schema import MOST_RATE
 from ttt.config.source import Source
 from ttt.errors import UsageError
 
@@ -32,6 +34,19 @@ _LATER = "TODO"
 _UNQUOTED = re.compile(rf"^([^\S\n]*[\w.\-]+[^\S\n]*=[^\S\n]*){_LATER}([^\S\n]*(?:#.*)?)$", re.MULTILINE)
 """What the published files have where a path is to be filled in, which is no TOML."""
 _TOML_PLACE = re.compile(r"\s*\(at (?:line (\d+), column (\d+)|end of document)\)")
+
+MAX_BYTES = 1 << 16
+"""Of a file; those that TTT-Video publishes have 2 KiB."""
+MAX_LEVELS = 32
+MAX_VALUES = 10_000
+MAX_WORD = 400
+"""Characters of a key or number without quotes."""
+_TOKEN = re.compile(
+    r'''"""(?:\\.|[^\\])*?"""|\'{3}.*?\'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|#[^\n]*'''
+    r"|(?P<word>[\w+\-]+)|[^\S\n]+|.",
+    re.DOTALL,
+)
+"""Strings and comments whole, words, spaces, and every other character."""
 
 _SAME = {
     "model.mini_batch_size": "ttt.mini_batch_size",
@@ -129,26 +144,66 @@ def import_config(text: str, *, file: str) -> ImportedConfig | None:
 
 def _read(text: str, file: str) -> dict[str, Any]:
     """The file's data, null where a path is still to be filled in; empty where it is no TOML."""
+    named = file.casefold().endswith(".toml")
+    excess = _excess(text)
+    if excess is not None:
+        if not named:
+            return {}
+        line, cause = excess
+        raise UsageError(f"{file}:{line}: not TOML: {cause}; no config is, so name one of TTT-Video's")
     try:
         data = tomllib.loads(_UNQUOTED.sub(rf'\1"{_LATER}"\2', text))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        if not file.casefold().endswith(".toml"):
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or a number that Python does not read
+        if not named:
             return {}
         cause = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         found = _TOML_PLACE.search(cause)
         place = f":{found[1]}:{found[2]}" if found and found[1] else ""
         raise UsageError(f"{file}{place}: not TOML: {_TOML_PLACE.sub('', cause)}") from None
-    return {
-        section: {key: None if value == _LATER else value for key, value in values.items()}
-        if isinstance(values, dict)
-        else values
-        for section, values in data.items()
-    }
+    return {section: _plain(values, levels=1) for section, values in data.items()}
+
+
+def _excess(text: str) -> tuple[int, str] | None:
+    """What of a text is more than a config has, and in which line; a parser of TOML takes for ever with some of it."""
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
+        return 1, f"larger than {MAX_BYTES >> 10} KiB"
+    line, depth, dots, values = 1, 0, 0, 0
+    for match in _TOKEN.finditer(text):
+        token = match[0]
+        if token == ".":
+            dots += 1
+        elif token in ("[", "{"):
+            depth, dots = depth + 1, 0
+        elif token in ("]", "}"):
+            depth = max(depth - 1, 0)
+        elif token in ("\n", ",", "="):
+            dots = 0
+        values += token in ("=", ",", "[")
+        if max(depth, dots) > MAX_LEVELS:
+            return line, f"nested more than {MAX_LEVELS} levels deep"
+        if values > MAX_VALUES:
+            return line, f"more than {MAX_VALUES:,} values"
+        if match["word"] and len(token) > MAX_WORD:
+            return line, f"a key or number of more than {MAX_WORD} characters"
+        line += token.count("\n")
+    return None
+
+
+def _plain(value: Any, *, levels: int) -> Any:
+    """A value of TOML as one of a config: times as text; where a path is still to be filled in, null."""
+    if isinstance(value, dict):
+        return {key: _plain(item, levels=levels - 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, levels=-1) for item in value]
+    if isinstance(value, date | time):  # a datetime is a date
+        return value.isoformat()
+    return None if value == _LATER and levels == 0 else value
 
 
 def _number(value: Any) -> float | None:
-    """A positive number, or None."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+    """A positive number that a rate can be, or None."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and 1e-30 <= value <= MOST_RATE else None
 
 
 def _ratio(value: float, of: float) -> float:
@@ -267,7 +322,7 @@ def _move_what_learns(moving: Import) -> None:
 
 def _move_data(moving: Import, trains: bool) -> None:
     length = moving.get("model.video_length", "3sec")
-    seconds = re.fullmatch(r"(\d+)sec", length) if isinstance(length, str) else None
+    seconds = re.fullmatch(r"([0-9]{1,9})sec", length) if isinstance(length, str) else None
     _say(moving, "model.video_length", "data.duration_sec", int(seconds[1]) if seconds else length)
     if trains:
         _move_run_dir(moving)

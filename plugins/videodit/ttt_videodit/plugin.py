@@ -47,6 +47,8 @@ REMAT_OPTIONS = (
     "remat_seq_modeling_block",
 )
 PIXELS = {"5b": (480, 720), "demo": (64, 64)}
+MOST_PIXELS = 16384
+"""Height and width of a video at most: 16K."""
 TEXT_LENGTH = {"5b": 226, "demo": 8}
 ROTARY_UNIT = 16
 """A head is shared out 1/4 : 3/8 : 3/8 between time, height and width, each an even number of channels."""
@@ -73,7 +75,7 @@ class VideoDiTOptions(BackboneOptions):
     """Latent frames from the start of one segment to that of the next; attention sees one segment at a time."""
     prefix_temporal_length: Annotated[int, Field(ge=0, le=1024)] = 1
     """Latent frames that a segment shares with the next one; the first segment's are the start of the video."""
-    transformer_checkpoint_layer_group_size: Annotated[int, Field(ge=1)] = 1
+    transformer_checkpoint_layer_group_size: Annotated[int, Field(ge=1, le=4096)] = 1
     """Blocks in one activation checkpoint, with `train.gradient_checkpointing: true`."""
     remat_attention: bool = False
     """Run the attention of a block again in backward instead of keeping its activations."""
@@ -127,9 +129,9 @@ class VideoDiTData(DataOptions):
     """Length of a training window: segments of 3 s, each with its text; a video is cut into consecutive windows."""
     text_length: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Text tokens of a segment; null is 226 for 5b and 8 for the demo."""
-    height: Annotated[int, Field(ge=16)] | None = None
+    height: Annotated[int, Field(ge=16, le=MOST_PIXELS)] | None = None
     """Height of the videos, pixels; null is 480 for 5b and 64 for the demo."""
-    width: Annotated[int, Field(ge=16)] | None = None
+    width: Annotated[int, Field(ge=16, le=MOST_PIXELS)] | None = None
     """Width of the videos, pixels; null is 720 for 5b and 64 for the demo."""
     videos: str | None = None
     """What `ttt precompute` makes `train_data` of: lines of `{"path": "a.mp4", "captions": ["…"]}`, one each 3 s."""

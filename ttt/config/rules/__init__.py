@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Set
 
 from ttt.config.diagnostics import Finding
 from ttt.config.rules import causality, checkpointing, compiling, data, environment, memory, optimisation, shape
@@ -22,9 +22,10 @@ RULES: tuple[Rule, ...] = (
 """Every rule of the core."""
 
 
-def run_rules(context: Context, untrusted: Collection[KeyPath]) -> list[Finding]:
+def run_rules(context: Context, untrusted: Set[KeyPath]) -> list[Finding]:
     """What the rules find in a config, without those that rest on keys which are not what the user meant."""
-    reliable = [rule for rule in RULES if not any(_touches(key, untrusted) for key in rule.reads)]
+    doubtful = {path[:depth] for path in untrusted for depth in range(1, len(path) + 1)}
+    reliable = [rule for rule in RULES if not any(_touches(key, untrusted, doubtful) for key in rule.reads)]
     return [
         finding
         for rule in reliable
@@ -34,7 +35,7 @@ def run_rules(context: Context, untrusted: Collection[KeyPath]) -> list[Finding]
     ]
 
 
-def _touches(key: str, untrusted: Collection[KeyPath]) -> bool:
-    """Whether a key is inside an untrusted one, or has one inside."""
+def _touches(key: str, untrusted: Set[KeyPath], above: Set[KeyPath]) -> bool:
+    """Whether a key is inside an untrusted one, or has one inside: then it is one of those `above` an untrusted one."""
     path = tuple(key.split("."))
-    return any(path[: len(other)] == other[: len(path)] for other in untrusted)
+    return path in above or any(path[:depth] in untrusted for depth in range(len(path)))

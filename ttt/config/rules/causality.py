@@ -113,7 +113,7 @@ def windows_divide(context: Context) -> Iterator[Finding]:
     slots = 2 * width + (tokens - 1) // ttt.mini_batch_size * ttt.mini_batch_size
     waste = 1 - tokens / slots
     if waste >= _WASTE:
-        below = max((size for size in range(1, ttt.mini_batch_size) if tokens % size == 0), default=1)
+        below = next(size for size in range(ttt.mini_batch_size - 1, 0, -1) if tokens % size == 0)
         yield Finding(
             code="TTT306",
             severity=Severity.NOTE,

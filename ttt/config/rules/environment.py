@@ -27,6 +27,8 @@ def run_dir_can_be_made(context: Context) -> Iterator[Finding]:
 
 
 def _cannot_be_written(path: str) -> str | None:
+    if "\0" in path:
+        return "no name has a NUL in it"
     try:
         target = Path(path).absolute()
         nearest = next(folder for folder in (target, *target.parents) if folder.exists())

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from ttt.config.diagnostics import Finding, Severity
 from ttt.config.rules.rule import FACTS, Context, rule
 
+_FAR = 1 << 16
+"""Numbers of heads that are tried beside the one that does not divide."""
+
 
 @rule("ttt.layers", FACTS)
 def layers_exist(context: Context) -> Iterator[Finding]:
@@ -85,9 +88,11 @@ def _no_layers(context: Context) -> bool:
 
 
 def _divisors_around(number: int, near: int) -> tuple[int, int | None]:
-    """The nearest divisors of a number below and above another."""
-    below = next(divisor for divisor in range(min(near, number), 0, -1) if number % divisor == 0)
-    above = next((divisor for divisor in range(near + 1, number + 1) if number % divisor == 0), None)
+    """The nearest divisors of a number below and above another; 1 and none where they are far from it."""
+    near = min(near, number)
+    below = next((divisor for divisor in range(near, max(near - _FAR, 0), -1) if number % divisor == 0), 1)
+    last = min(near + _FAR, number)
+    above = next((divisor for divisor in range(near + 1, last + 1) if number % divisor == 0), None)
     return below, above
 
 
