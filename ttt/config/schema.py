@@ -269,7 +269,7 @@ class TrainConfig(Section):
     """Windows per forward pass; with `persistent_states`, streams read side by side."""
     num_microbatches: Annotated[int, Field(ge=1)] = 1
     """Forward passes whose gradients are accumulated into one optimiser step."""
-    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr: Annotated[float, Field(gt=0, le=1e6)] = 1e-4
     """Peak learning rate; the multipliers below apply to it."""
     weight_lr_multiplier: Annotated[float, Field(ge=0)] = 1.0
     """Multiplier of `lr` for the weights of TTT layers."""
@@ -330,13 +330,17 @@ class TrainConfig(Section):
         return self
 
 
+STAND_IN_WINDOWS = 64
+"""How many windows of training data an evaluation reads where there is no held-out data; whole batches."""
+
+
 class EvalConfig(Section):
     """The `eval` section."""
 
     eval_freq: Annotated[WholeNumber, Field(ge=0)] = 0
     """Steps between evaluations; 0 evaluates at the end only."""
     max_batches: Annotated[int, Field(ge=1)] | None = None
-    """How many batches an evaluation reads; null reads all."""
+    """How many batches an evaluation reads; null reads all held-out data, or 64 windows of training data instead."""
 
 
 class BackboneOptions(Section):

@@ -71,6 +71,7 @@ def finished(run: RunDir, checkpoint: Checkpoint, config: RunConfig) -> TrainRes
             int(summary["eval_windows"]),
             _float(summary["eval_loss"]),
             _float(summary["eval_loss_gates_closed"]),
+            int(summary.get("eval_windows_available", 0)),
         )
         loss = _float(summary["loss"])
     except (KeyError, TypeError, ValueError):
