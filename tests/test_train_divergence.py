@@ -17,7 +17,7 @@ from ttt.config import load_config
 from ttt.errors import EnvironmentProblem, NonFiniteError, UsageError
 from ttt.files import read_tensors
 from ttt.train import loop
-from ttt.train.divergence import not_finite, tensors_in
+from ttt.train.divergence import lowered, not_finite, tensors_in, way_on
 from ttt.train.metrics import Display
 from ttt.train.optim import Optimizer
 from ttt.train.rundir import RunDir
@@ -143,6 +143,23 @@ def test_where_only_ruined_weights_are_saved_another_folder_is_named(tmp_path):
     message = failure(config(tmp_path / "run", train={"lr": 1000.0, "ckpt_freq": 1, "ckpt_keep": 1}))
     assert names(tmp_path / "run") == ["step_000001"]
     assert follow(message).run_dir == tmp_path / "run-2"
+
+
+def test_the_smallest_rates_are_written_as_the_config_reads_them(tmp_path):
+    settings = config(tmp_path / "a folder: with, odd #name", train={"lr": 3e-9})
+    run_dir = RunDir(tmp_path / "a folder: with, odd #name")
+    run_dir.create(settings)
+    message = way_on(run_dir, settings, {**lowered(settings, "train.lr"), "ttt.base_lr": 1e-7}, before=1)
+    (command,) = re.findall(r"`(.*)`", message)
+    _, _, path, *words = shlex.split(command)
+    loaded = load_config(path, backbone=ToyBackbone(), overrides=[*words[1::2], f"run_dir={json.dumps(str(tmp_path))}"])
+    assert (loaded.config.train.lr, loaded.config.ttt.base_lr) == (3e-10, 1e-7)
+    run_dir.save_checkpoint(1, {}, lambda folder: None, keep=None)
+    (command,) = re.findall(r"`(.*)`", way_on(run_dir, settings, {}, before=2))
+    _, _, path, *words = shlex.split(command)
+    values = dict(word.split("=", 1) for word in words[1::2])
+    assert json.loads(values["run_dir"]) == f"{run_dir.path}-2"
+    assert json.loads(values["train.init_from"]) == str(run_dir.path / "checkpoints" / "step_000001")
 
 
 @pytest.mark.parametrize("layer_type", ["linear", "mlp"])

@@ -103,8 +103,8 @@ def train(
         ended = None if checkpoint is None else finished(run, checkpoint, config)
         if ended is not None:
             return _tidied(run, ended, config, console)
-        anew = checkpoint is None and config.train.init_from is not None
-        start = read_info(config.train.init_from) if anew else None
+        init_from = config.train.init_from if checkpoint is None else None
+        start = None if init_from is None else read_info(init_from)
         device = choose_device(config.train.device)
         with (
             memory_errors(ways_to_less_memory(config)),

@@ -1,6 +1,7 @@
 """A run's folder: what lies in it, who may write to it, and checkpoints that are whole or not there.
 
     config.yaml           the resolved config; `ttt train RUN/config.yaml --resume` goes on from it
+    config.original.yaml  where one written by hand lay in its place
     metrics.jsonl         one line of JSON for each logged step
     loss.png, inner_loss.png
     tensorboard/          where TensorBoard is installed
@@ -163,6 +164,7 @@ class RunDir:
             ConfigError: the config asks for another run; the message names every key.
             EnvironmentProblem: something else lies where a run's files go.
         """
+        claim.require_possible(self.path)
         self._require_idle()
         with claim.looking(self.path):
             if not self._step_folders():
