@@ -215,8 +215,12 @@ def test_the_way_on_is_found_even_where_looking_for_the_cause_fails(tmp_path, mo
         raise MemoryError
 
     monkeypatch.setattr(loop.Examination, "of_loss", fails)
-    message = failure(config(tmp_path / "run", data={"poisoned": tuple(range(12))}))
-    assert message.endswith("weights unchanged. Look at that data; if it is sound, lower train.lr or ttt.base_lr")
+    settings = config(
+        tmp_path / "run", data={"shuffle": False, "poisoned": (3,)}, train={"ckpt_freq": 1, "ckpt_keep": 2}
+    )
+    message = failure(settings)
+    assert "weights unchanged. Look at that data; if it is sound, lower train.lr or ttt.base_lr; the 3 steps" in message
+    assert names(tmp_path / "run") == ["step_000002", "step_000003"]
 
 
 # --- weights that are not finite after a step ---

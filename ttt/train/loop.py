@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -411,6 +412,7 @@ class Trainer:
         )
 
     def _diagnose(self, error: StepNotFiniteError) -> Diagnosis:
+        traceback.clear_frames(error.__traceback__)  # the graph of the pass that failed holds most of the memory
         examination = self._examination("train", error.number, error.batch, dict(error.states))
         return (examination.of_gradient if error.of_gradient else examination.of_loss)()
 
@@ -522,7 +524,7 @@ class Trainer:
         unproven = None if keep is None or rescuing else max(keep, 2)
         path = self.directory.save_checkpoint(self.done, state, write, keep=unproven)
         self.saved = (self.done, path)
-        self._proven = False
+        self._proven = unproven == keep
         self.metrics.sync()
         if time.monotonic() - self._drawn > _DRAW_SECONDS and self.metrics.last_step:
             draw_run(self.directory.path)

@@ -76,6 +76,8 @@ def finished(run: RunDir, checkpoint: Checkpoint, config: RunConfig) -> TrainRes
         loss = _float(summary["loss"])
     except (KeyError, TypeError, ValueError):
         return None  # edited by hand; the run sums itself up anew
+    if not evaluation.is_finite:
+        return None  # no end; it evaluates anew
     return TrainResult(
         run_dir=run.path,
         steps=checkpoint.step,

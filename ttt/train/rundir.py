@@ -268,8 +268,9 @@ class RunDir:
         """Drop the oldest complete checkpoints beyond `keep`; a folder that is none of ours stays."""
         if keep is None:
             return
-        for checkpoint in self.complete()[keep:]:
-            self._discard(checkpoint.path)
+        with writing(self / CHECKPOINTS):
+            for checkpoint in self.complete()[keep:]:
+                self._discard(checkpoint.path)
 
     def _discard(self, folder: Path) -> None:
         """Remove a checkpoint folder; it loses its name first, so that half of it is never taken for one."""
