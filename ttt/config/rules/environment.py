@@ -37,6 +37,8 @@ _BYTES = 3_800
 
 def why_unusable(path: str) -> str | None:
     """Why a folder cannot be made or written there, in words; None where it can."""
+    if "\0" in path:
+        return "a name with a null character"
     try:
         target = Path(path).absolute()
         if len(target.parts) > _LEVELS or len(os.fsencode(target)) > _BYTES:
