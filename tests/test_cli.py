@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -351,7 +352,8 @@ def test_check_takes_overrides_and_a_backbone(capsys: pytest.CaptureFixture[str]
         (["folder"], 2, "continue the run in it with --resume"),
         (["folder", "--resume"], 2, "holds no run to resume"),
         (["good.yaml", "--resume"], 2, "--resume"),
-        (["good.yaml", "--resume", "--set", "run_dir=folder"], 2, "holds no run to resume"),
+        (["good.yaml", "--set", "run_dir=" + "a/" * 2000], 3, "cannot hold the run: 2,0"),
+        (["good.yaml", "--set", "run_dir=good.yaml"], 3, "is a file"),
     ],
 )
 def test_a_run_that_cannot_start_says_why_and_writes_nothing(
@@ -382,6 +384,31 @@ def test_a_bad_config_is_shown_with_place_line_caret_and_fix(capsys: pytest.Capt
         "    fix: write a number (default: 0.0001)\n"
         "error: bad.yaml: 2 errors\n"
     )
+
+
+@pytest.mark.usefixtures("trainable")
+@pytest.mark.parametrize("words", [["run"], ["run/config.yaml", "--set", "run_dir=run"], ["mine.yaml"]])
+def test_a_requeued_job_needs_one_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    text = "backbone: {name: toy}\ntrain: {max_steps: 1}\n"
+    _write("mine.yaml", f"{text}run_dir: run\n")
+    if words != ["mine.yaml"]:
+        Path("run").mkdir()
+        _write("run/config.yaml", text)
+    for said in ("no checkpoint yet to resume from", "done already"):
+        assert main(["train", *words, "--resume"]) == 0
+        assert said in capsys.readouterr().out
+    assert Path("run/summary.json").is_file()
+    assert Path("run/config.original.yaml").exists() == (words != ["mine.yaml"])
+
+
+@pytest.mark.usefixtures("trainable")
+def test_the_command_that_a_diverged_run_ends_with_works(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--backbone", "toy", "--set", "run_dir=run", "--set", "ttt.base_lr=1.0e+30"]) == 4
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    command = re.findall(r"start anew: `ttt ([^`]*)`", err)[0]
+    assert main([*shlex.split(command), "--set", "train.max_steps=1"]) == 0
+    assert main(["train", "run", "--resume", "--set", "train.max_steps=1"]) == 0
 
 
 @pytest.mark.usefixtures("trainable")

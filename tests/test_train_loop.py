@@ -153,7 +153,7 @@ def test_held_out_data_is_evaluated_and_named(tmp_path):
     result, text = run(settings)
     assert (result.evaluation.split, result.evaluation.windows) == ("eval", 3)
     assert [line["step"] for line in lines(tmp_path / "run") if "eval_loss" in line] == [2, 4, 6]
-    assert "outer loss on 3 held-out windows" in text
+    assert "outer loss on 3 of 5 held-out windows" in text
 
 
 def test_evaluations_in_between_change_nothing(tmp_path):

@@ -141,12 +141,118 @@ def test_a_new_folder_is_taken_and_the_config_written(tmp_path):
     assert "max_steps: 7" in (run.path / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("content", ["metrics.jsonl", "checkpoints/step_000001/file"])
-def test_a_folder_with_a_run_in_it_is_refused(tmp_path, content):
-    (tmp_path / content).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / content).write_text("{}")
+def test_a_folder_with_a_checkpoint_in_it_is_refused_whole_or_not(tmp_path):
+    (tmp_path / "checkpoints" / "step_000001").mkdir(parents=True)
     with pytest.raises(UsageError, match=r"already holds a run; continue it with `ttt train .*config.yaml --resume`"):
         RunDir(tmp_path).require_unused()
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_gives_its_folder_up(run):
+    (run.path / "metrics.jsonl").write_text('{"step": 1}\n')
+    run.require_unused()
+    assert run.reopen(config(run.path, train={"lr": 0.5}), ToyBackbone()) == (None, [])
+    assert (run.path / "metrics.jsonl").read_text()  # looked at, not yet taken
+
+
+FOREIGN = {
+    "metrics of something else": ({"metrics.jsonl": "{}"}, "holds a metrics.jsonl but no config.yaml"),
+    "config of something else": ({"config.yaml": "model: {dim: 3}\n"}, "config.yaml that is no config of ttt"),
+    "config of nothing": ({"config.yaml": ""}, "config.yaml that is no config of ttt"),
+    "a finished run without its checkpoints": (
+        {"config.yaml": "backbone: toy\n", "metrics.jsonl": '{"step": 1}\n', "summary.json": "{}"},
+        "holds the summary.json of a finished run, but none of its checkpoints",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_what_is_not_known_to_be_worthless_is_not_taken_over(tmp_path, case):
+    files, words = FOREIGN[case]
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    run = RunDir(tmp_path)
+    for act in (run.require_unused, lambda: run.create(config()), lambda: run.reopen(config(), ToyBackbone())):
+        with pytest.raises(UsageError, match=words):
+            act()
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == files
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "summary.json", "loss.png", "inner_loss.png"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda place: place.symlink_to("nowhere")])
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_what_lies_where_a_file_goes_is_told_before_training(run, name, make, has_checkpoint):
+    if has_checkpoint:
+        save(run, 4)
+    (run.path / name).unlink(missing_ok=True)
+    make(run.path / name)
+    with pytest.raises(EnvironmentProblem, match=rf"{name}: is .*, and a run writes a file there; move it away"):
+        run.reopen(config(run.path), ToyBackbone())
+    with pytest.raises((EnvironmentProblem, UsageError), match=r"move it away|already holds"):
+        run.require_unused()
+
+
+def test_a_run_dir_that_is_a_fifo_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "run")
+    run = RunDir(tmp_path / "run")
+    with run.held(), pytest.raises(EnvironmentProblem, match=r"cannot hold the run: .*is a file"):
+        run.require_unused()
+
+
+def test_checkpoints_that_are_a_file_are_told_before_training(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(EnvironmentProblem, match="checkpoints: is no folder"):
+        RunDir(tmp_path).require_unused()
+
+
+@pytest.mark.parametrize("path", ["a/" * 2000 + "b", "a/" * 1500 + "b", "x" * 300, "a\0b", "/".join(["y" * 200] * 19)])
+def test_a_path_that_no_folder_can_have_is_told(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    for act in (RunDir(Path(path)).require_unused, lambda: RunDir(Path(path)).reopen(config(), ToyBackbone())):
+        with pytest.raises(EnvironmentProblem, match="cannot hold the run: ") as caught:
+            act()
+        assert len(str(caught.value)) < 700
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_by_hand_is_put_aside_not_overwritten(tmp_path):
+    (tmp_path / "config.yaml").write_text("# mine\nbackbone: toy\n")
+    RunDir(tmp_path).create(config(tmp_path))
+    assert (tmp_path / "config.original.yaml").read_text() == "# mine\nbackbone: toy\n"
+    RunDir(tmp_path).create(config(tmp_path))  # its own is replaced
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoints", "config.original.yaml", "config.yaml"]
+    (tmp_path / "config.yaml").write_text("backbone: {name: toy}  # another\n")
+    RunDir(tmp_path).create(config(tmp_path))
+    assert "another" in (tmp_path / "config.original-2.yaml").read_text()
+
+
+def test_of_two_that_start_at_once_one_wins_and_the_other_writes_nothing(tmp_path):
+    first, second = RunDir(tmp_path / "run"), RunDir(tmp_path / "run")
+    with first.held(), second.held():  # neither is there yet
+        first.require_unused()
+        second.require_unused()
+        first.create(config(first.path, train={"max_steps": 7}))
+        with pytest.raises(UsageError, match="another process is training in this run_dir"):
+            second.create(config(second.path, train={"max_steps": 8}))
+    assert "max_steps: 7" in (tmp_path / "run" / "config.yaml").read_text()
+    with second.held():
+        second.create(config(second.path, train={"max_steps": 8}))
+
+
+def test_who_comes_when_the_first_has_ended_already_finds_its_checkpoint(tmp_path):
+    first, second = RunDir(tmp_path / "run"), RunDir(tmp_path / "run")
+    second.require_unused()
+    with first.held():
+        first.create(config(first.path))
+        save(first, 4)
+    with second.held(), pytest.raises(UsageError, match="already holds a run"):
+        second.create(config(second.path))
+
+
+def test_a_held_folder_is_not_even_looked_at_by_another(run):
+    with run.held(), pytest.raises(UsageError, match="another process is training"), RunDir(run.path).held():
+        raise AssertionError
+    with RunDir(run.path).held():
+        pass
 
 
 def test_a_run_that_another_process_is_at_keeps_its_config(run):
@@ -182,7 +288,11 @@ def test_without_a_run_dir_each_run_gets_a_folder_of_its_own(tmp_path, monkeypat
     runs = [choose(config(), resume=False) for _ in range(3)]
     for run in runs:
         run.require_unused()
-        run.create(config())
+    with contextlib.ExitStack() as held:  # all are training
+        for run in runs:
+            held.enter_context(run.held())
+            run.create(config())
+            held.enter_context(contextlib.closing(MetricsFile(run / "metrics.jsonl")))
     assert [run.path for run in runs] == [
         Path("runs/toy-20260102-030405"),
         Path("runs/toy-20260102-030405-2"),
@@ -217,10 +327,36 @@ def test_a_run_reopens_with_its_own_config(run):
     assert checkpoint.step == 4
 
 
-def test_what_is_no_run_cannot_be_resumed(tmp_path):
-    with pytest.raises(UsageError, match="holds no run to resume"):
-        RunDir(tmp_path / "none").reopen(config(), ToyBackbone())
-    assert list(tmp_path.iterdir()) == []
+def test_what_is_no_run_yet_is_started_by_resuming(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("none", "empty"):
+        assert RunDir(tmp_path / name).reopen(config(), ToyBackbone()) == (None, [])
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_folders_above_that_cannot_be_made_do_not_hang_the_numbering(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to("nowhere")
+    with pytest.raises(EnvironmentProblem, match="cannot be written"):
+        choose(config(), resume=False).create(config())
+
+
+def test_checkpoints_without_a_config_are_not_started_over(run):
+    save(run, 4)
+    (run.path / "config.yaml").unlink()
+    with pytest.raises(UsageError, match=r"holds checkpoints, but no config.yaml .* train.init_from: .*step_000004"):
+        run.reopen(config(run.path), ToyBackbone())
+
+
+def test_tidying_removes_what_a_kill_left_and_no_more(run):
+    for step in (2, 3, 4, 5):
+        save(run, step)
+    (run.path / ".writing-1-config.yaml").write_text("")
+    (run.path / "checkpoints" / ".writing-2-step_000001").mkdir()
+    (run.path / "mine").write_text("")
+    run.tidy(2)
+    assert names(run) == ["step_000004", "step_000005"]
+    assert sorted(file.name for file in run.path.iterdir()) == ["checkpoints", "config.yaml", "mine"]
 
 
 def test_a_run_without_a_complete_checkpoint_is_not_silently_started_anew(run):

@@ -150,8 +150,8 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def lock(file: IO[Any], path: Path) -> None:
-    """Hold an open file of a run until it is closed.
+def lock(file: IO[Any] | int, path: Path) -> None:
+    """Hold an open file of a run, or the handle of its folder, until it is closed.
 
     Raises:
         UsageError: another process holds it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +27,10 @@ def train(
     ] = None,
     backbone: BackboneName = None,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue the run from its last checkpoint; start it where it has none yet."),
+    ] = False,
 ) -> None:
     """Train TTT layers in a backbone."""
     from ttt.errors import UsageError
@@ -54,17 +58,23 @@ def _load(path: Path, backbone: str | None, overrides: list[str], *, resume: boo
 
     from ttt.config import load_config
     from ttt.errors import UsageError
-    from ttt.train.rundir import CHECKPOINTS, CONFIG
+    from ttt.train.claim import CHECKPOINTS, CONFIG, require_places
 
-    if path.is_dir():
+    is_folder = os.path.isdir(path)
+    if is_folder:
         if not resume:
             raise UsageError(f"{path}: a folder; name a config, or continue the run in it with --resume")
+        require_places(path)
         path = path / CONFIG
         if not path.is_file():
-            raise UsageError(f"{path.parent}: holds no run to resume (no {CONFIG})")
+            raise UsageError(
+                f"{path.parent}: holds no run to resume (no {CONFIG}); name the config that the run should have, as "
+                f"`ttt train CONFIG --resume`"
+            )
     loaded = load_config(path, backbone=backbone, overrides=overrides, resuming=resume)
     in_its_run = path.name == CONFIG and (path.parent / CHECKPOINTS).is_dir()
-    if resume and in_its_run and not any(override.startswith("run_dir=") for override in overrides):
+    here = in_its_run or (is_folder and loaded.config.run_dir is None)
+    if resume and here and not any(override.startswith("run_dir=") for override in overrides):
         loaded = replace(loaded, config=loaded.config.model_copy(update={"run_dir": str(path.parent)}))
     return loaded
 

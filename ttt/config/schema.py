@@ -352,13 +352,17 @@ class TrainConfig(Section):
         return self
 
 
+STAND_IN_WINDOWS = 64
+"""How many windows of training data an evaluation reads where there is no held-out data; whole batches."""
+
+
 class EvalConfig(Section):
     """The `eval` section."""
 
     eval_freq: Annotated[WholeNumber, Field(ge=0, le=MOST_STEPS)] = 0
     """Steps between evaluations; 0 evaluates at the end only."""
     max_batches: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
-    """How many batches an evaluation reads; null reads all."""
+    """How many batches an evaluation reads; null reads all held-out data, or 64 windows of training data instead."""
 
 
 class BackboneOptions(Section):

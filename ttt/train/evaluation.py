@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from ttt.adapter import carried, gates_closed
 from ttt.backbone import Backbone, WindowDataset
-from ttt.config.schema import RunConfig
+from ttt.config.schema import STAND_IN_WINDOWS, RunConfig
 from ttt.inject import Injection
 from ttt.state import TTTState
 from ttt.train.order import once
@@ -29,22 +29,33 @@ class Evaluation:
     windows: int
     loss: float
     loss_gates_closed: float
+    available: int = 0
+    """Windows that the data has."""
+    first_not_finite: tuple[int, ...] = field(default=(), compare=False)
+    """Windows of the first batch whose loss was not finite, with open or closed gates."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether both losses are numbers."""
+        return math.isfinite(self.loss) and math.isfinite(self.loss_gates_closed)
 
     def as_line(self) -> dict[str, Any]:
         """Its keys in `metrics.jsonl`."""
         return {
             "eval_split": self.split,
             "eval_windows": self.windows,
+            "eval_windows_available": self.available,
             "eval_loss": self.loss,
             "eval_loss_gates_closed": self.loss_gates_closed,
         }
 
     def in_words(self) -> str:
         """A sentence with both losses."""
+        count = f"{self.windows:,}" if self.windows >= self.available else f"{self.windows:,} of {self.available:,}"
         where = (
-            f"{self.windows} held-out windows"
+            f"{count} held-out windows"
             if self.split == "eval"
-            else f"{self.windows} training windows (there is no held-out data)"
+            else f"{count} training windows (there is no held-out data)"
         )
         change = (self.loss - self.loss_gates_closed) / self.loss_gates_closed if self.loss_gates_closed else math.nan
         if not math.isfinite(change):
@@ -69,10 +80,13 @@ def evaluate(
     split: str,
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation | None:
     """Read the windows in order, each batch with open and with closed gates and the same random numbers.
 
     With `persistent_states`, fast weights are carried from window to window of a file, as in training.
+
+    `tell` is called with the windows read and those to read, before each batch and at the end.
 
     Returns:
         None where `stop` said so between two batches.
@@ -80,13 +94,17 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums, tokens, windows = [0.0, 0.0], 0, 0
+    first_not_finite: tuple[int, ...] = ()
     states: dict[str, TTTState] = {}
     try:
         persistent = config.ttt.persistent_states
-        readings = once(dataset.files, batch_size=config.train.batch_size, lanes=persistent)
-        for number, reading in enumerate(readings[: config.eval.max_batches]):
+        every = once(dataset.files, batch_size=config.train.batch_size, lanes=persistent)
+        readings = every[: _batches(config, split)]
+        total = sum(len(reading.windows) for reading in readings)
+        for number, reading in enumerate(readings):
             if stop():
                 return None
+            tell(windows, total)
             batch = load_batch(dataset, reading.windows, device)
             rows = len(reading.windows)
             states = reset_rows(injection, _first_rows(states, rows), reading.starts)
@@ -103,11 +121,22 @@ def evaluate(
                 closed = backbone.loss(model, batch, config)
             sums[0] += float(output.loss) * output.tokens
             sums[1] += float(closed.loss) * output.tokens
+            if not first_not_finite and not math.isfinite(float(output.loss) + float(closed.loss)):
+                first_not_finite = reading.windows
             tokens += output.tokens
             windows += rows
+        tell(windows, total)
     finally:
         model.train(was_training)
-    return Evaluation(split, windows, sums[0] / tokens, sums[1] / tokens)
+    available = sum(len(reading.windows) for reading in every)
+    return Evaluation(split, windows, sums[0] / tokens, sums[1] / tokens, available, first_not_finite)
+
+
+def _batches(config: RunConfig, split: str) -> int | None:
+    """How many batches are read; None for all."""
+    if config.eval.max_batches is not None or split == "eval":
+        return config.eval.max_batches
+    return -(-STAND_IN_WINDOWS // config.train.batch_size)
 
 
 def _first_rows(states: dict[str, TTTState], rows: int) -> dict[str, TTTState]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ttt.adapter import carried
+from ttt.adapter import carried, gates_closed
 from ttt.adapter_file import AdapterInfo, backbone_identity, load_adapter, read_info, trained_backbone
-from ttt.backbone import Backbone, WindowDataset
+from ttt.backbone import Backbone, Batch, WindowDataset
 from ttt.config.schema import RunConfig
 from ttt.errors import InactiveLayerError, NonFiniteError, TTTError
 from ttt.evidence import observe
@@ -30,13 +31,33 @@ from ttt.state import TTTState
 from ttt.train import rundir
 from ttt.train.checkpoint import content_bytes, read_content, write_content
 from ttt.train.compiling import compile_errors, compile_layers
+from ttt.train.divergence import (
+    Diagnosis,
+    Examination,
+    StepNotFiniteError,
+    examined,
+    listed,
+    lowered,
+    not_finite,
+    tensors_of,
+    way_on,
+)
 from ttt.train.evaluation import Evaluation, evaluate
 from ttt.train.interrupt import Interrupt
-from ttt.train.metrics import Display, MetricsFile, TensorBoard, duration_in_words, finite, peak_memory_bytes, say
+from ttt.train.metrics import (
+    Display,
+    MetricsFile,
+    TensorBoard,
+    duration_in_words,
+    finite,
+    peak_memory_bytes,
+    read_metrics,
+    say,
+)
 from ttt.train.optim import Optimizer, choose_learnable
 from ttt.train.order import Reading
-from ttt.train.passes import load_batch, mixed_precision, reset_rows, seed_pass
-from ttt.train.pictures import draw_run
+from ttt.train.passes import describe, load_batch, mixed_precision, reset_rows, seed_pass
+from ttt.train.pictures import draw_run, pictures_are_due
 from ttt.train.result import TrainResult, finished, write_summary
 from ttt.train.rundir import Checkpoint, RunDir
 from ttt.train.setup import (
@@ -62,7 +83,7 @@ def train(
     Args:
         config: the resolved config.
         backbone: the plugin that `config.backbone` names.
-        resume: continue the run in `config.run_dir`.
+        resume: continue the run in `config.run_dir`; where it has no checkpoint yet, start it there.
         console: where to report; standard output by default.
 
     Raises:
@@ -78,30 +99,60 @@ def train(
     console = console or Console()
     config = narrowed(config, backbone)
     run = rundir.choose(config, resume=resume)
-    checkpoint = start = None
-    if resume:
-        checkpoint, passed_over = run.reopen(config, backbone)
-        for problem in passed_over:
-            say(console, f"passed over a checkpoint that is not complete: {problem}")
-        ended = finished(run, checkpoint, config)
+    with run.held():
+        checkpoint = _standing(run, config, backbone, console, resume=resume)
+        ended = None if checkpoint is None else finished(run, checkpoint, config)
         if ended is not None:
-            say(console, f"{run.path}: done already, {ended.steps} steps; raise train.max_steps to go on")
-            return ended
-    else:
+            return _tidied(run, ended, config, console)
+        init_from = config.train.init_from if checkpoint is None else None
+        start = None if init_from is None else read_info(init_from)
+        device = choose_device(config.train.device)
+        with (
+            memory_errors(ways_to_less_memory(config)),
+            compile_errors(config.train.compile),
+            threads(config.train.cpu_threads),
+        ):
+            trainer = Trainer(config, backbone, device, run, console, start=start)
+            if checkpoint is None:
+                run.create(config)
+                _say_taken_over(run, console)
+            else:
+                trainer.restore(checkpoint)
+            return trainer.run()
+
+
+def _standing(
+    run: RunDir, config: RunConfig, backbone: Backbone, console: Console, *, resume: bool
+) -> Checkpoint | None:
+    """The checkpoint to go on from, or None where the run starts; says what is not as it was left."""
+    if not resume:
         run.require_unused()
-        start = None if config.train.init_from is None else read_info(config.train.init_from)
-    device = choose_device(config.train.device)
-    with (
-        memory_errors(ways_to_less_memory(config)),
-        compile_errors(config.train.compile),
-        threads(config.train.cpu_threads),
-    ):
-        trainer = Trainer(config, backbone, device, run, console, start=start)
-        if checkpoint is None:
-            run.create(config)
-        else:
-            trainer.restore(checkpoint)
-        return trainer.run()
+        return None
+    checkpoint, passed_over = run.reopen(config, backbone)
+    for problem in passed_over:
+        say(console, f"passed over a checkpoint that is not complete: {problem}")
+    if checkpoint is None:
+        say(console, f"{run.path}: no checkpoint yet to resume from; the run starts")
+    return checkpoint
+
+
+def _say_taken_over(run: RunDir, console: Console) -> None:
+    lines = read_metrics(run / rundir.METRICS) if (run / rundir.METRICS).is_file() else []
+    if lines:
+        say(
+            console,
+            f"{run.path}: a run ended there after step {lines[-1]['step']}, before its first checkpoint; its folder is "
+            f"taken over",
+        )
+
+
+def _tidied(run: RunDir, ended: TrainResult, config: RunConfig, console: Console) -> TrainResult:
+    """Do what a process that was killed at the very end left undone, and say that the run is done."""
+    run.tidy(config.train.ckpt_keep)
+    if pictures_are_due(run.path):
+        draw_run(run.path)
+    say(console, f"{run.path}: done already, {ended.steps} steps; raise train.max_steps to go on")
+    return ended
 
 
 class Trainer:
@@ -159,6 +210,8 @@ class Trainer:
         self.line: dict[str, Any] = {}
         """Metrics of the last step done."""
         self._updating = False
+        self._proven = True
+        """Whether the weights of the last checkpoint have been read, and gave finite numbers."""
         self._drawn = time.monotonic()
         self._require_space()
 
@@ -213,6 +266,7 @@ class Trainer:
             self.states = before
             self._rescue(error)
             raise
+        self._prove()
         self.done += 1
         self.display.step(self.line)
         if self.done == config.max_steps or (config.ckpt_freq and self.done % config.ckpt_freq == 0):
@@ -233,6 +287,8 @@ class Trainer:
             line = {**line, **evaluation.as_line()}
             if self.done < self.config.train.max_steps:
                 self.display.say(f"step {self.done}: {evaluation.in_words()}")
+                if not evaluation.is_finite:
+                    self.display.say(f"WARNING: {self._evaluation_not_finite(evaluation)}; training goes on")
         if evaluation or "layers" in line or self._logs(self.done):
             with interrupt.held():
                 self.metrics.write(line)
@@ -274,7 +330,10 @@ class Trainer:
             self._require_active(evidence)
         norm = self.optimizer.clip()
         if not math.isfinite(norm):
-            raise NonFiniteError(self._not_finite("the gradient", norm, read))
+            first = step * passes
+            batch = load_batch(self.dataset, read[0].windows, self.device)
+            message = self._not_finite("the gradient", norm, read)
+            raise StepNotFiniteError(message, of_gradient=True, number=first, batch=batch, states=self.states)
         self._updating = True
         rates = self.optimizer.step(step)
         self._updating = False
@@ -307,7 +366,8 @@ class Trainer:
                 output = self.backbone.loss(self.model, batch, self.config)
             loss = float(output.loss.detach())
             if not math.isfinite(loss):
-                raise NonFiniteError(self._not_finite("the loss", loss, [reading]))
+                message = self._not_finite("the loss", loss, [reading])
+                raise StepNotFiniteError(message, of_gradient=False, number=number, batch=batch, states=states)
             (output.loss / self.config.train.num_microbatches).backward()
             if carry is not None:
                 self.states = carry.states
@@ -316,13 +376,45 @@ class Trainer:
 
     def _not_finite(self, what: str, value: float, read: list[Reading]) -> str:
         windows = list(dict.fromkeys(window for reading in read for window in reading.windows))
-        described = [self.dataset.describe(window) for window in windows[:4]]
-        if len(windows) > 4:
-            described.append(f"{len(windows) - 4} windows more")
         return (
-            f"step {self.done + 1}: {what} is {value} on {'; '.join(described)}; stopped before the optimiser step, "
-            f"weights unchanged. Look at that data; if it is sound, lower train.lr"
+            f"step {self.done + 1}: {what} is {value} on {describe(self.dataset, windows)}; stopped before the "
+            f"optimiser step, weights unchanged"
         )
+
+    def _examination(self, purpose: str, number: int, batch: Batch, states: dict[str, TTTState]) -> Examination:
+        """A look for what makes a pass not finite."""
+
+        def measure(read: Batch, closed: bool) -> float:
+            seed_pass(self.config.train.seed, purpose, number)
+            carry = carried(self.injection, states if read is batch else {})
+            persistent = self.config.ttt.persistent_states
+            with (
+                torch.no_grad(),
+                carry if persistent else contextlib.nullcontext(),
+                gates_closed(self.model) if closed else contextlib.nullcontext(),
+                mixed_precision(self.config.train, self.device),
+            ):
+                return float(self.backbone.loss(self.model, read, self.config).loss)
+
+        def before() -> tuple[Batch, float | None]:
+            first = self.order.at((self.done - 1) * self.config.train.num_microbatches)
+            return load_batch(self.dataset, first.windows, self.device), self.line.get("loss")
+
+        return Examination(
+            self.config,
+            self.model,
+            self.injection,
+            done=self.done,
+            batch=batch,
+            states=states,
+            measure=measure,
+            before=before if self.done else None,
+        )
+
+    def _diagnose(self, error: StepNotFiniteError) -> Diagnosis:
+        traceback.clear_frames(error.__traceback__)  # the graph of the pass that failed holds most of the memory
+        examination = self._examination("train", error.number, error.batch, dict(error.states))
+        return (examination.of_gradient if error.of_gradient else examination.of_loss)()
 
     def _require_active(self, evidence: observe) -> None:
         """On the first step, every adapter must act: reached, its fast weights moved, a gradient for it."""
@@ -360,14 +452,55 @@ class Trainer:
             split=self.eval_split,
             device=self.device,
             stop=lambda: interrupt.requested,
+            tell=self.display.evaluating,
         )
+
+    def _evaluation_not_finite(self, evaluation: Evaluation) -> str:
+        where = describe(self.eval_dataset, evaluation.first_not_finite)
+        return (
+            f"step {self.done}: the evaluation is not finite (loss {evaluation.loss}, with the gates closed "
+            f"{evaluation.loss_gates_closed}), first on {where}"
+        )
+
+    def _require_finite_evaluation(self, evaluation: Evaluation) -> None:
+        """A run whose closing evaluation is no number has not come to its end.
+
+        Raises:
+            NonFiniteError: it is none; the message names the cause and the checkpoint.
+        """
+        if evaluation.is_finite:
+            return
+        draw_run(self.directory.path)
+
+        def look() -> Diagnosis:
+            batch = load_batch(self.eval_dataset, evaluation.first_not_finite, self.device)
+            return self._examination("eval", 0, batch, {}).of_loss()
+
+        diagnosis = examined(look)
+        assert self.saved is not None
+        notes = [
+            f"{self._evaluation_not_finite(evaluation)}. {diagnosis.cause}",
+            f"all steps are saved in {self.saved[1]}, and `{self.directory.resume_command()}` evaluates them again",
+        ]
+        if not diagnosis.sound and diagnosis.changes:
+            notes.append(way_on(self.directory, self.config, diagnosis.changes, before=self.done))
+        raise NonFiniteError("; ".join(notes))
 
     # --- checkpoints ---
 
-    def _save(self) -> None:
-        """Write the checkpoint of the steps done, unless it is there already."""
+    def _save(self, *, rescuing: bool = False) -> None:
+        """Write the checkpoint of the steps done, unless it is there already.
+
+        Weights are good once a step or an evaluation that read them was finite (`_prove`). Until then, the checkpoint
+        before is not pruned; and where a run is rescued, none is.
+
+        Raises:
+            NonFiniteError: what would be saved is not finite; nothing was written.
+            EnvironmentProblem: the disk is full or cannot be written.
+        """
         if self.done == 0 or (self.saved and self.saved[0] == self.done):
             return
+        self._require_finite()
         state = {"seconds": self.seconds, "tokens": self.tokens, "line": self.line}
         training = {
             "steps": self.done,
@@ -387,8 +520,11 @@ class Trainer:
                 training=training,
             )
 
-        path = self.directory.save_checkpoint(self.done, state, write, keep=self.config.train.ckpt_keep)
+        keep = self.config.train.ckpt_keep
+        unproven = None if keep is None or rescuing else max(keep, 2)
+        path = self.directory.save_checkpoint(self.done, state, write, keep=unproven)
         self.saved = (self.done, path)
+        self._proven = unproven == keep
         self.metrics.sync()
         if time.monotonic() - self._drawn > _DRAW_SECONDS and self.metrics.last_step:
             draw_run(self.directory.path)
@@ -413,26 +549,61 @@ class Trainer:
         self._require_space()
         self.done = checkpoint.step
         self.saved = (checkpoint.step, checkpoint.path)
+        self._proven = False
         self.seconds = float(checkpoint.state["seconds"])
         self.tokens = int(checkpoint.state["tokens"])
         self.line = dict(checkpoint.state["line"])
 
+    def _require_finite(self) -> None:
+        weights = [*self.injection.state_dict().items(), *self._trained().items(), *self.optimizer.tensors().items()]
+        names = not_finite(weights)
+        key = "train.lr" if names else "ttt.base_lr"
+        names = names or not_finite(tensors_of(self.states))
+        if names:
+            on = way_on(self.directory, self.config, lowered(self.config, key), before=self.done)
+            raise NonFiniteError(
+                f"step {self.done}: what the step left is not finite ({listed(names)}), so it is not saved; lower "
+                f"{key}; {on}"
+            )
+
+    def _prove(self) -> None:
+        """Take the last checkpoint for good, now that its weights gave finite numbers, and drop the oldest."""
+        if not self._proven:
+            self.directory.prune(self.config.train.ckpt_keep)
+            self._proven = True
+
     def _rescue(self, error: Exception) -> None:
-        """Save the steps before one that failed, so that none is lost; say so in the error."""
-        if self._updating or self.done == 0:
-            return  # weights half updated, or nothing learned yet
+        """Save the steps before one that failed, if their weights are good; say so in the error, and how to go on."""
+        notes = []
+        if isinstance(error, StepNotFiniteError):
+            diagnosis = examined(lambda: self._diagnose(error))
+            error.args = (f"{error}. {diagnosis.cause}",)
+            before = self.done + 1 if diagnosis.sound else self.done
+            if diagnosis.sound:
+                notes += self._saved_in_words()
+            if diagnosis.changes:
+                notes.append(way_on(self.directory, self.config, diagnosis.changes, before=before))
+            elif diagnosis.sound and self.saved is not None:
+                notes.append(f"then go on with `{self.directory.resume_command()}`")
+        elif not self._updating:
+            notes += self._saved_in_words()
+        if isinstance(error, TTTError):
+            error.args = ("; ".join([str(error), *notes]),)
+        else:
+            for note in notes:
+                say(self.console, note)
+
+    def _saved_in_words(self) -> list[str]:
+        """Save the steps done; a sentence about it, unless there are none."""
+        if self.done == 0:
+            return []
         self.optimizer.clear()
         try:
-            self._save()
+            self._save(rescuing=True)
         except TTTError as problem:
-            note = f"the steps before it could not be saved: {problem}"
-        else:
-            assert self.saved is not None
-            note = f"the {self.done} steps before it are saved in {self.saved[1]}"
-        if isinstance(error, TTTError):
-            error.args = (f"{error}; {note}",)
-        else:
-            say(self.console, note)
+            return [f"the steps before it could not be saved: {problem}"]
+        assert self.saved is not None
+        return [f"the {self.done} {'step' if self.done == 1 else 'steps'} before it are saved in {self.saved[1]}"]
 
     # --- what is told ---
 
@@ -487,6 +658,8 @@ class Trainer:
 
     def _finish(self, evaluation: Evaluation) -> TrainResult:
         """Draw, sum up, and tell how it ended."""
+        self._require_finite_evaluation(evaluation)
+        self._prove()
         result = self._result(evaluation)
         write_summary(
             result,

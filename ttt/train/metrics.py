@@ -2,7 +2,7 @@
 
 A line of `metrics.jsonl` is one step: `step` (from 1), `loss`, the backbone's own metrics, `lr`, `grad_norm`,
 `tokens_per_second`, `peak_memory_bytes`; where they were measured, `layers` (evidence by site) and
-`eval_loss`, `eval_loss_gates_closed`, `eval_split`, `eval_batches`.
+`eval_loss`, `eval_loss_gates_closed`, `eval_split`, `eval_windows`, `eval_windows_available`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from rich.text import Text
 from ttt.errors import EnvironmentProblem
 from ttt.files import lock, size_in_words, writing
 from ttt.printable import say
+
+TELL_SECONDS = 10.0
+"""How long an evaluation may be silent where there is no bar, unless one batch takes longer."""
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -182,7 +185,7 @@ class Display:
         self._total = total
         self._first = done
         self._log_freq = log_freq
-        self._started = time.monotonic()
+        self._started = self._evaluating = self._told = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal and not console.is_dumb_terminal:
             self._bar = Progress(
@@ -212,6 +215,19 @@ class Display:
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
         say(self._console, text)
+
+    def evaluating(self, done: int, total: int) -> None:
+        """An evaluation has read `done` of `total` windows: told in the bar, or in a line every `TELL_SECONDS`."""
+        now = time.monotonic()
+        if done == 0:
+            self._evaluating = self._told = now
+        text = f"evaluating: {done} of {total} windows"
+        if self._bar is not None:
+            self._bar.update(self._task, told=text if done < total else "", left="")
+        elif 0 < done < total and now - self._told >= TELL_SECONDS:
+            left = duration_in_words((now - self._evaluating) / done * (total - done))
+            self.say(f"{text}, {left} left")
+            self._told = now
 
     def step(self, line: Mapping[str, Any]) -> None:
         """A step is done."""

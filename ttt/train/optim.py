@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ttt.adapter import Gate
 from ttt.config.schema import TrainConfig
-from ttt.errors import ConfigError, EnvironmentProblem
+from ttt.errors import ConfigError, EnvironmentProblem, NonFiniteError
 
 Role = Literal["ttt", "gate", "backbone"]
 
@@ -175,7 +175,15 @@ class Optimizer:
         learns = any(group["role"] == "backbone" for group in self._adamw.param_groups)
         if learns and self._config.backbone_lr_schedule not in (None, self._config.lr_schedule):
             rates["backbone_lr"] = peak * learning_rate_factor(step, self._config, "backbone")
-        self._adamw.step()
+        try:
+            self._adamw.step()
+        except RuntimeError as error:
+            if "without overflow" not in str(error):
+                raise
+            raise NonFiniteError(
+                f"step {step + 1}: train.lr ({peak:g}), its multipliers, betas and weight_decay make a step that "
+                f"float32 cannot hold; lower them"
+            ) from error
         self.clear()
         with torch.no_grad():
             for name, parameter in self._parameters.items():

@@ -47,6 +47,14 @@ def load_batch(dataset: WindowDataset, windows: Sequence[int], device: torch.dev
     return to_device(dataset.collate([dataset[window] for window in windows]), device)
 
 
+def describe(dataset: WindowDataset, windows: Sequence[int]) -> str:
+    """Which windows, in the words of the data; the first four by name."""
+    described = [dataset.describe(window) for window in windows[:4]]
+    if len(windows) > 4:
+        described.append(f"{len(windows) - 4} windows more")
+    return "; ".join(described)
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The same nesting of tuples, lists and dicts with every tensor on the device."""
     if isinstance(batch, Tensor):

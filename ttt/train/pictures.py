@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ttt.files import write_bytes
+from ttt.train.claim import INNER_LOSS, LOSS, METRICS
 from ttt.train.metrics import read_metrics
-from ttt.train.rundir import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-LOSS = "loss.png"
-INNER_LOSS = "inner_loss.png"
 
 _OPEN, _CLOSED, _FAINT = "#1668b8", "#c7511f", "#9cb8d4"
 _INK, _GRID = "#303030", "#e4e4e4"
@@ -38,6 +35,15 @@ def draw_run(run: Path) -> list[Path]:
             _write(figure, run / name)
             made.append(run / name)
     return made
+
+
+def pictures_are_due(run: Path) -> bool:
+    """Whether a picture of a run that is done is missing, or older than the last line of its metrics."""
+    try:
+        written = (run / METRICS).stat().st_mtime_ns
+        return any((run / name).stat().st_mtime_ns < written for name in (LOSS, INNER_LOSS))
+    except FileNotFoundError:
+        return (run / METRICS).is_file()
 
 
 def smoothed(values: Sequence[float], width: int) -> list[float]:

@@ -71,10 +71,13 @@ def finished(run: RunDir, checkpoint: Checkpoint, config: RunConfig) -> TrainRes
             int(summary["eval_windows"]),
             _float(summary["eval_loss"]),
             _float(summary["eval_loss_gates_closed"]),
+            int(summary.get("eval_windows_available", 0)),
         )
         loss = _float(summary["loss"])
     except (KeyError, TypeError, ValueError):
         return None  # edited by hand; the run sums itself up anew
+    if not evaluation.is_finite:
+        return None  # no end; it evaluates anew
     return TrainResult(
         run_dir=run.path,
         steps=checkpoint.step,

@@ -1,6 +1,7 @@
 """A run's folder: what lies in it, who may write to it, and checkpoints that are whole or not there.
 
     config.yaml           the resolved config; `ttt train RUN/config.yaml --resume` goes on from it
+    config.original.yaml  where one written by hand lay in its place
     metrics.jsonl         one line of JSON for each logged step
     loss.png, inner_loss.png
     tensorboard/          where TensorBoard is installed
@@ -37,11 +38,11 @@ from ttt.config.schema import RunConfig
 from ttt.errors import ConfigError, EnvironmentProblem, NestedCheckpointWarning, UsageError
 from ttt.files import TEMPORARY, lock, read_header, read_json, sync, temporary_beside, write_text, writing
 from ttt.printable import shell_word
+from ttt.train import claim
+from ttt.train.claim import CHECKPOINTS, CONFIG, METRICS, SUMMARY
 
-CONFIG = "config.yaml"
-METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
-CHECKPOINTS = "checkpoints"
+__all__ = ["CHECKPOINTS", "CONFIG", "METRICS", "SUMMARY", "Checkpoint", "RunDir", "choose", "read_checkpoint"]
+
 TRAINER_STATE = "trainer_state.json"
 
 _FORMAT = "ttt-checkpoint"
@@ -84,68 +85,115 @@ class RunDir:
         """With `numbered`, where the folder is there already, `create` takes the next free `PATH-2`, `PATH-3`, …."""
         self.path = path
         self._numbered = numbered
+        self._hold: claim.Hold | None = None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def require_unused(self) -> None:
-        """Refuse a folder in which something was trained.
-
-        A run that ended before its first step left nothing worth keeping, so its folder is taken over.
-
-        Raises:
-            UsageError: it holds a run, or is no folder; the message says how to go on.
-        """
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"run_dir: {self.path} is a file; name a folder")
-        with writing(self.path):
-            used = not self._numbered and (_has_bytes(self / METRICS) or bool(self._step_folders()))
-        if used:
-            raise UsageError(
-                f"run_dir: {self.path} already holds a run; continue it with `{self.resume_command()}`, or name "
-                f"another run_dir"
-            )
-
-    def create(self, config: RunConfig) -> None:
-        """Make the folder and write the resolved config.
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, no other process trains in the folder, from when it is there on.
 
         Raises:
             UsageError: another process is training in it.
+        """
+        with claim.Hold() as hold:
+            if not self._numbered:
+                hold.take(self.path)
+            self._hold = hold
+            try:
+                yield
+            finally:
+                self._hold = None
+
+    def require_unused(self) -> None:
+        """Refuse a folder in which something was trained, and one with which a run cannot begin.
+
+        A run that ended before its first checkpoint left nothing worth keeping, so its folder is taken over.
+
+        Raises:
+            UsageError: it holds a run, or is no folder; the message says how to go on.
+            EnvironmentProblem: it cannot be written, or something else lies where a run's files go.
+        """
+        claim.require_possible(self.path)
+        if self._numbered:
+            return
+        with claim.looking(self.path):
+            claim.require_places(self.path)
+            if self._step_folders():
+                raise UsageError(
+                    f"run_dir: {self.path} already holds a run; continue it with `{self.resume_command()}`, or name "
+                    f"another run_dir"
+                )
+            claim.require_startable(self.path)
+
+    def create(self, config: RunConfig) -> None:
+        """Make the folder, hold it where `held` asks for that, and write the resolved config.
+
+        What was true when the run was about to be built is looked at once more: another may have begun since.
+
+        Raises:
+            UsageError: another process is training in it, or has trained.
             EnvironmentProblem: it cannot be written.
         """
-        self._require_idle()
         with writing(self.path):
             if self._numbered:
                 self.path = next(path for path in _numbered(self.path) if _made(path))
-            (self / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+                self._numbered = False
+            self.path.mkdir(parents=True, exist_ok=True)
+        if self._hold is not None:
+            self._hold.take(self.path)
+        self._require_idle()
+        self.require_unused()
+        with writing(self.path):
+            (self / CHECKPOINTS).mkdir(exist_ok=True)
+            claim.keep_original(self.path)
         self.write_config(config)
 
-    def reopen(self, config: RunConfig, backbone: Backbone) -> tuple[Checkpoint, list[str]]:
+    def reopen(self, config: RunConfig, backbone: Backbone) -> tuple[Checkpoint | None, list[str]]:
         """Prepare to continue the run: check the config against the stored one and find the checkpoint.
 
         Writes nothing: the config is written by who holds the metrics file.
 
         Returns:
-            The newest complete checkpoint, and a sentence for each newer folder that was passed over.
+            The newest complete checkpoint, and a sentence for each newer folder that was passed over. No checkpoint
+            where none was ever saved: there the run starts.
 
         Raises:
-            UsageError: there is no run to continue, or another process is at it.
+            UsageError: no checkpoint is complete, another process is at the run, or the folder is none of a run.
             ConfigError: the config asks for another run; the message names every key.
+            EnvironmentProblem: something else lies where a run's files go.
         """
-        if not (self / CONFIG).is_file():
-            raise UsageError(
-                f"run_dir: {self.path} holds no run to resume (no {CONFIG}); leave out --resume to start one there"
-            )
+        claim.require_possible(self.path)
         self._require_idle()
-        self._require_same_config(config, backbone)
+        with claim.looking(self.path):
+            if not self._step_folders():
+                self.require_unused()
+                return None, []
+            claim.require_places(self.path)
         checkpoint, passed_over = self.latest()
         if checkpoint is None:
-            detail = f" ({'; '.join(passed_over)})" if passed_over else ""
             raise UsageError(
-                f"run_dir: {self.path} holds no complete checkpoint{detail}, so there is nothing to resume; "
-                f"delete it, or name another run_dir, and start anew without --resume"
+                f"run_dir: {self.path} holds no complete checkpoint ({'; '.join(passed_over)}), so there is nothing to "
+                f"resume; put the files back, name another run_dir, or delete {self / CHECKPOINTS} to start anew there"
             )
+        if not (self / CONFIG).is_file():
+            raise UsageError(
+                f"run_dir: {self.path} holds checkpoints, but no {CONFIG} to compare with; put it back, or start a new "
+                f"run from its weights, with train.init_from: {checkpoint.path} and another run_dir"
+            )
+        self._require_same_config(config, backbone)
         return checkpoint, passed_over
+
+    def tidy(self, keep: int | None) -> None:
+        """Remove what a killed process left, and checkpoints beyond `keep`; only for who holds the run.
+
+        Raises:
+            EnvironmentProblem: it cannot be removed.
+        """
+        with writing(self.path):
+            self.remove_unfinished()
+            self.prune(keep)
 
     def remove_unfinished(self) -> None:
         """Remove what a killed process left under a temporary name; only for who holds the metrics file."""
@@ -171,6 +219,18 @@ class RunDir:
             except EnvironmentProblem as problem:
                 passed_over.append(str(problem))
         return None, passed_over
+
+    def complete(self) -> list[Checkpoint]:
+        """Every complete checkpoint, the newest first."""
+        found = []
+        for folder in reversed(self._step_folders()):
+            with contextlib.suppress(EnvironmentProblem):
+                found.append(read_checkpoint(folder))
+        return found
+
+    def beside(self) -> Path:
+        """A folder for a run that goes on from this one with another config; it is not there yet."""
+        return next(path for path in _numbered(self.path) if not os.path.lexists(path))
 
     def save_checkpoint(
         self, step: int, state: Mapping[str, Any], write: Callable[[Path], None], *, keep: int | None
@@ -201,19 +261,16 @@ class RunDir:
                 sync(final.parent)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-            self._prune(keep)
+            self.prune(keep)
         return final
 
-    def _prune(self, keep: int | None) -> None:
+    def prune(self, keep: int | None) -> None:
         """Drop the oldest complete checkpoints beyond `keep`; a folder that is none of ours stays."""
         if keep is None:
             return
-        complete = []
-        for folder in self._step_folders():
-            with contextlib.suppress(EnvironmentProblem):
-                complete.append(read_checkpoint(folder).path)
-        for folder in complete[:-keep]:
-            self._discard(folder)
+        with writing(self / CHECKPOINTS):
+            for checkpoint in self.complete()[keep:]:
+                self._discard(checkpoint.path)
 
     def _discard(self, folder: Path) -> None:
         """Remove a checkpoint folder; it loses its name first, so that half of it is never taken for one."""
@@ -240,8 +297,10 @@ class RunDir:
 
     def _require_idle(self) -> None:
         """Refuse a run that another process is at, before its files are looked at or replaced."""
-        with contextlib.suppress(OSError), open(self / METRICS, "r+b") as file:
-            lock(file, self / METRICS)
+        with contextlib.suppress(OSError):
+            if (self / METRICS).is_file():  # to open a FIFO would wait for its other end
+                with open(self / METRICS, "r+b") as file:
+                    lock(file, self / METRICS)
 
     def _require_same_config(self, config: RunConfig, backbone: Backbone) -> None:
         from ttt.config.load import load_config
@@ -316,6 +375,8 @@ def _made(path: Path) -> bool:
     try:
         path.mkdir(parents=True)
     except FileExistsError:
+        if not os.path.lexists(path):  # it is a folder above that is in the way
+            raise
         return False
     return True
 
@@ -350,7 +411,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _in_words(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _has_bytes(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0

@@ -14,23 +14,38 @@ from ttt.config.rules.rule import Context, rule
 def run_dir_can_be_made(context: Context) -> Iterator[Finding]:
     """The run's folder can be made and written."""
     run_dir = context.config.run_dir
-    cause = None if run_dir is None else _cannot_be_written(run_dir)
-    if cause:
+    cause = None if run_dir is None else why_unusable(run_dir)
+    if run_dir is not None and cause:
         yield Finding(
             code="TTT601",
             severity=Severity.ERROR,
             path="run_dir",
-            message=f"{run_dir!r} cannot hold the run: {cause}",
+            message=f"{_shortened(run_dir)!r} cannot hold the run: {cause}",
             fix="write a folder that can be made there, or null for a new one under runs/",
             value=run_dir,
         )
 
 
-def _cannot_be_written(path: str) -> str | None:
+def _shortened(path: str) -> str:
+    return path if len(path) <= 300 else f"{path[:300]}…"
+
+
+_LEVELS = 100
+_BYTES = 3_800
+"""Of a path; Linux takes 4,096, and a checkpoint's unfinished files lie up to 200 further down."""
+
+
+def why_unusable(path: str) -> str | None:
+    """Why a folder cannot be made or written there, in words; None where it can."""
     if "\0" in path:
-        return "no name has a NUL in it"
+        return "a name with a null character"
     try:
         target = Path(path).absolute()
+        if len(target.parts) > _LEVELS or len(os.fsencode(target)) > _BYTES:
+            return (
+                f"{len(target.parts):,} levels and {len(os.fsencode(target)):,} bytes; a run's path has at most "
+                f"{_LEVELS} levels and {_BYTES:,} bytes"
+            )
         nearest = next(folder for folder in (target, *target.parents) if folder.exists())
         if not nearest.is_dir():
             return f"{nearest} is a file"
