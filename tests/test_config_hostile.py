@@ -287,6 +287,7 @@ def test_a_text_of_half_a_megabyte_is_not_said_back(text: str) -> None:
         "ttt:\n  layers:\n" + "".join(f"  - '{n}'\n  - {n + 5000}\n" for n in range(1000)),
         "a: &a {" + ", ".join(f"k{n}: '1'" for n in range(50)) + "}\ntrain: *a\nttt: *a\neval: *a\n",
         "".join(f"s{n}: {{lr: 1}}\n" for n in range(2000)),
+        f"ttt:\n  ? {'9' * 5000}\n  : 1\n  layrs: all\n",
         "ttt: {" + ", ".join(f"layrs{n}: all" for n in range(3000)) + "}\n",
     ],
 )
