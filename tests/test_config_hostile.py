@@ -43,8 +43,8 @@ from ttt_videodit.importing import import_config as import_toml
 MOSHI, VIDEODIT = get_backbone("moshi"), get_backbone("videodit")
 PRESETS = ((MOSHI, "demo"), (VIDEODIT, "demo"), (VIDEODIT, "63s"))
 NUMBERS = (0, -1, 1, 2**31, 2**63, 10**22, 10**400, 1e308, 1e-308, math.inf, math.nan, True, "1e5")
-STEPS = 300_000
-"""Lines of the checker that one config may run; a good one runs some thousands."""
+STEPS = 3_000_000
+"""Lines of the rules that one config may run, a second or so; a good one runs some thousands."""
 HUGE = 10**22
 
 
