@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ttt.config.diagnostics import Finding, Place
 from ttt.config.load import CheckedConfig
-from ttt.config.source import LINE_BREAK, KeyPath, Source, parse_source, resolve
+from ttt.config.source import LINE_BREAK, KeyPath, Source, parse_source, path_of, resolve
 from ttt.printable import printable
 
 UNKNOWN_KEY = "TTT101"
@@ -132,7 +132,7 @@ def _edits(text: str, findings: Sequence[Finding], source: Source) -> list[_Edit
         children.setdefault(place_path[:-1], []).append(located.key)
     edits: list[_Edit] = []
     for finding in findings:
-        path: KeyPath = tuple(int(word) if word.isdecimal() else word for word in finding.path.split("."))
+        path = path_of(finding.path)
         fixable = finding.replacement is not None or finding.moves_to is not None
         if not fixable or finding.place is None or finding.place.line is None:
             continue

@@ -18,7 +18,7 @@ from ttt.config.diagnostics import Finding, Place, Severity, blames_environment,
 from ttt.config.rules import run_rules
 from ttt.config.rules.rule import Context
 from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
-from ttt.config.source import BOOLEAN, FLOAT, INTEGER, NULL, KeyPath, Source, parse_source, read_source
+from ttt.config.source import BOOLEAN, FLOAT, INTEGER, NULL, KeyPath, Source, parse_source, path_of, read_source
 from ttt.config.spelling import nearest
 from ttt.config.validation import Validated, validate
 from ttt.errors import ConfigEnvironmentError, ConfigError
@@ -354,9 +354,7 @@ def with_place(finding: Finding, source: Source) -> Finding:
     """The finding with the place of its key."""
     if finding.place is not None:
         return finding
-    words = finding.path.split(".") if finding.path else []
-    path: KeyPath = tuple(int(word) if word.isdecimal() else word for word in words)
-    return replace(finding, place=source.place(path))
+    return replace(finding, place=source.place(path_of(finding.path)))
 
 
 def _order(finding: Finding) -> tuple[bool, int, int]:

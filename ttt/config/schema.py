@@ -122,7 +122,7 @@ MOST_LAYERS = 4096
 """Layers of a backbone, and numbers of them in a list."""
 MOST_HEADS = 1 << 16
 """Heads of a layer."""
-MOST_UNITS = 1 << 20
+MOST_UNITS = 10**12
 """Width of an inner model's hidden layer."""
 MOST_RATE = 1e30
 """Of a learning rate: with its multiplier it is still a number in float32."""

@@ -35,6 +35,12 @@ def dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
 
 
+def path_of(text: str) -> KeyPath:
+    """The path that `dotted` wrote; a word of digits is a position in a list."""
+    words = text.split(".") if text else []
+    return tuple(int(word) if word.isdecimal() and len(word) < 10 else word for word in words)
+
+
 LINE_BREAK = re.compile(r"\r\n|[\n\r\x85\u2028\u2029]")
 """What ends a line, to YAML."""
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")

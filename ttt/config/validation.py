@@ -136,13 +136,17 @@ def _misfits(error: ValidationError, data: Any) -> Iterator[_Misfit]:
         groups.setdefault(union if union is not None else path, []).append((len(path), misfit))
     for group in groups.values():
         deepest = max(depth for depth, _ in group)
-        members = [misfit for depth, misfit in group if depth == deepest]
-        if len(members) == 1:
-            yield members[0]
-        else:  # the value fits no member of a union
-            asked = " or ".join(dict.fromkeys(_asked(member) for member in members))
+        places: dict[KeyPath, list[_Misfit]] = {}
+        for depth, misfit in group:
+            if depth == deepest:
+                places.setdefault(misfit.path, []).append(misfit)
+        for members in places.values():
             first = members[0]
-            yield _Misfit(first.path, "union", first.value, {"asked": asked}, first.message)
+            if len(members) == 1:
+                yield first
+            else:  # the value fits no member of a union
+                asked = " or ".join(dict.fromkeys(_asked(member) for member in members))
+                yield _Misfit(first.path, "union", first.value, {"asked": asked}, first.message)
 
 
 def _path_in(data: Any, loc: Sequence[str | int], *, missing: bool) -> tuple[KeyPath, KeyPath | None]:
