@@ -37,6 +37,7 @@ from ttt.backbone import Backbone
 from ttt.config.schema import RunConfig
 from ttt.errors import ConfigError, EnvironmentProblem, NestedCheckpointWarning, UsageError
 from ttt.files import TEMPORARY, lock, read_header, read_json, sync, temporary_beside, write_text, writing
+from ttt.reading import other_kind
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -96,8 +97,9 @@ class RunDir:
         Raises:
             UsageError: it holds a run, or is no folder; the message says how to go on.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"run_dir: {self.path} is a file; name a folder")
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            kind = other_kind(self.path) or ("a file" if self.path.exists() else "a link to nothing")
+            raise UsageError(f"run_dir: {self.path} is {kind}; name a folder")
         with writing(self.path):
             used = not self._numbered and (_has_bytes(self / METRICS) or bool(self._step_folders()))
         if used:
@@ -240,6 +242,8 @@ class RunDir:
 
     def _require_idle(self) -> None:
         """Refuse a run that another process is at, before its files are looked at or replaced."""
+        if other_kind(self / METRICS) is not None:
+            return
         with contextlib.suppress(OSError), open(self / METRICS, "r+b") as file:
             lock(file, self / METRICS)
 
