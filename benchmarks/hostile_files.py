@@ -495,7 +495,7 @@ def main() -> int:
         told = [line for line in outcome.said.strip().splitlines() if line.strip()] or [""]
         shown = next((line for line in told if line.startswith("error")), told[-1])
         print(
-            f"{case.name:45} {outcome.seconds:7.1f} {outcome.megabytes:6.0f}  {str(outcome.code):>4}  "
+            f"{case.name:45} {outcome.seconds:7.1f} {outcome.megabytes:6.0f}  {outcome.code!s:>4}  "
             f"{f'[{found}] ' if found else ''}{shown[:160]}",
             flush=True,
         )
