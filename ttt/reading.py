@@ -131,11 +131,11 @@ def read_lines(path: str | Path, *, limit: int = MAX_LINE, most: int | None = No
             if not line or (left is not None and len(line) > left):
                 return
             number += 1
+            if left is not None:
+                left -= len(line)
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if len(line.rstrip(b"\r\n")) > limit:
                 raise OSError(errno.EFBIG, f"line {number} is longer than {_mebibytes(limit)}", str(path))
-            if left is not None:
-                left -= len(line)
             if line.strip():
                 yield number, line.rstrip(b"\r\n")
 

@@ -152,7 +152,7 @@ def _look_at_torch(file: Path) -> None:
                     _look_at_pickle(opened, file)
             else:
                 raise EnvironmentProblem(
-                    f"{file}: no file of torch.save, or a damaged one; one of safetensors is named so, with .safetensors"
+                    f"{file}: no file of torch.save, or a damaged one; one of safetensors has a name that ends so"
                 )
     except OSError as error:
         raise EnvironmentProblem(f"{file}: cannot be read: {unreadable(error)}") from error
