@@ -170,9 +170,8 @@ def test_a_line_without_an_end_is_not_kept(tmp_path: Path, speech: Callable[[], 
         speech()
 
 
-VALUES = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8) | st.just("a.wav")
-)
+TEXTS = st.text(st.characters(), max_size=8) | st.just("\ud800") | st.just("a.wav")
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
 ENTRIES = st.dictionaries(st.sampled_from(["path", "duration", "captions", "start_sec", "latents"]), VALUES)
 LINES = st.binary(max_size=40) | ENTRIES.map(lambda entry: json.dumps(entry).encode())
 
@@ -196,22 +195,21 @@ def test_no_line_raises_anything_but_a_sentence(tmp_path_factory: pytest.TempPat
     read_recordings(str(folder / "fuzzed.jsonl"))
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
-@given(
-    st.recursive(
-        VALUES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.just("alignments"), inner), max_leaves=8
-    )
-)
-def test_no_words_raise_anything_but_a_sentence(content: Any) -> None:
+TIMES = st.sampled_from([0, 0.5, 1]) | st.floats()
+ALIGNMENTS = st.lists(st.tuples(TEXTS, st.tuples(TIMES, TIMES), TEXTS), max_size=3)
+
+
+@settings(max_examples=80, derandomize=True, deadline=None, database=None)
+@given(ALIGNMENTS, VALUES)
+def test_no_words_raise_anything_but_a_sentence(alignments: list[Any], value: Any) -> None:
     from ttt_moshi.interleave import read_alignments
 
-    try:
-        words = read_alignments(content)
-    except ValueError as error:
+    for content in ({"alignments": alignments}, {"alignments": [*alignments, value]}, {"alignments": value}, value):
         words = []
-        assert not isinstance(error, UnicodeError)  # noqa: PT017 - there may be none
-    for word in words:
-        word.text.encode()
+        with contextlib.suppress(ValueError):
+            words = read_alignments(content)
+        for word in words:
+            word.text.encode()
 
 
 # --- videos ---
