@@ -470,6 +470,16 @@ def fault(case: Case, outcome: Outcome, *, megabytes: float) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def inside(place: str) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(place)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="*", default=[], help="cases whose name begins with one of these")
@@ -482,7 +492,7 @@ def main() -> int:
     for case in cases():
         if arguments.only and not case.name.startswith(tuple(arguments.only)):
             continue
-        with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        with tempfile.TemporaryDirectory() as place, inside(place):
             case.make()
             devices = [name for name in os.listdir() if stat.S_ISCHR(os.stat(name).st_mode)]
             outcome = run(case.command, seconds=arguments.seconds, paths=arguments.path)
