@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ttt.errors import EnvironmentProblem, UsageError
+from ttt.reading import MAX_JSON, open_file, other_kind, read_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +27,7 @@ TEMPORARY = ".writing-"
 """Start of the names that unfinished files and folders have."""
 
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-_MAX_HEADER = 100_000_000  # safetensors' own limit
+_MAX_HEADER = 16 << 20  # safetensors' own limit is 100 MB, which take gigabytes to parse; 20 GB of weights have 0.2 MB
 _BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -170,20 +171,36 @@ def lock(file: IO[Any] | int, path: Path) -> None:
         return
 
 
+def replaced_file(path: Path) -> Path:
+    """What writing to `path` replaces: the file itself, one that is not there yet, or the one that a link leads to.
+
+    Raises:
+        EnvironmentProblem: something else is there, a device, say, whose node a rename would destroy.
+    """
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if target.is_symlink():
+        raise EnvironmentProblem(f"{path}: cannot be written: it is a link that leads to itself; name another place")
+    kind = other_kind(target)
+    if kind is not None:
+        raise EnvironmentProblem(f"{path}: cannot be written: it is {kind}, not a file; name another place")
+    return target
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all; where a link is, the file that it leads to.
 
     Raises:
         EnvironmentProblem: the disk is full, or the place cannot be written; what was there is still there.
     """
-    temporary = temporary_beside(path)
+    target = replaced_file(path)
+    temporary = temporary_beside(target)
     with writing(path):
         try:
             with open(temporary, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -210,7 +227,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     require_space(path, needed, what=path.name)
-    temporary = temporary_beside(path)
+    target = replaced_file(path)
+    temporary = temporary_beside(target)
     with writing(path):
         try:
             temporary.touch()
@@ -220,7 +238,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             )
             os.chmod(temporary, mode)
             sync(temporary)
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -232,12 +250,16 @@ def read_header(path: Path) -> Header:
         EnvironmentProblem: the file is missing, cut short, or no safetensors file; one sentence says which.
     """
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > min(_MAX_HEADER, size - 8):
+            if len(start) < 8 or length > size - 8:
                 raise EnvironmentProblem(f"{path}: no safetensors file, or cut short: {size} bytes hold no header")
+            if length > _MAX_HEADER:
+                raise EnvironmentProblem(
+                    f"{path}: no safetensors file that is read here: its header is {size_in_words(length)} long"
+                )
             text = file.read(length)
     except FileNotFoundError:
         raise EnvironmentProblem(f"{path}: no such file") from None
@@ -291,14 +313,14 @@ def read_json(path: Path) -> dict[str, Any]:
         EnvironmentProblem: the file is missing, or holds no JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_file(path, limit=MAX_JSON).decode("utf-8"))
     except FileNotFoundError:
         raise EnvironmentProblem(f"{path}: no such file") from None
     except OSError as error:
         raise EnvironmentProblem(f"{path}: cannot be read: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         raise EnvironmentProblem(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
-    except (UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no UTF-8, or a number of thousands of digits
         raise EnvironmentProblem(f"{path}: not JSON") from None
     if not isinstance(content, dict):
         raise EnvironmentProblem(f"{path}: not a JSON object")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ttt.errors import EnvironmentProblem, UsageError
+from ttt.reading import read_start, unreadable, wrong_with
 
 MAX_BYTES = 1 << 20
 """Of a prompt file."""
@@ -41,8 +42,9 @@ def given_prompts(prompts: Sequence[str], negative: Sequence[str] = ()) -> Promp
     """
     for option, texts in (("--prompt", prompts), ("--negative-prompt", negative)):
         for number, text in enumerate(texts, 1):
-            if not text.strip():
-                raise UsageError(f"{option}: the text for segment {number} is empty; write what it is about")
+            wrong = wrong_with(text)
+            if wrong is not None:
+                raise UsageError(f"{option}: the text for segment {number} {wrong}; write what it is about")
     return Prompts(tuple(prompts), tuple(negative), "--prompt")
 
 
@@ -54,11 +56,9 @@ def read_prompts(file: str) -> Prompts:
         UsageError: it holds something else, or a segment has no text; the message names the place.
     """
     try:
-        with open(file, "rb") as opened:
-            content = opened.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        cause = getattr(error, "strerror", None) or error
-        raise EnvironmentProblem(f"{file}: the prompts cannot be read: {cause}") from None
+        content = read_start(file, MAX_BYTES + 1)
+    except OSError as error:
+        raise EnvironmentProblem(f"{file}: the prompts cannot be read: {unreadable(error)}") from None
     entries = _entries(content, file)
     prompts, negative = [], []
     for number, entry in enumerate(entries, 1):
@@ -143,6 +143,11 @@ def _segment(entry: Any, place: str, count: int) -> tuple[str, str]:
             raise UsageError(f"{place}: `{key}` must be text, not {json.dumps(value)[:40]}")
     if text is None:
         raise UsageError(f"{place} has no `text`; write what it shows")
-    if not text.strip():
-        raise UsageError(f"{place}: its text is empty; write what it shows")
-    return text, (avoided or "").strip()
+    wrong = wrong_with(text)
+    if wrong is not None:
+        raise UsageError(f"{place}: its text {wrong}; write what it shows")
+    avoided = (avoided or "").strip()
+    wrong = wrong_with(avoided) if avoided else None
+    if wrong is not None:
+        raise UsageError(f"{place}: its neg_text {wrong}; write what to avoid")
+    return text, avoided

@@ -52,6 +52,7 @@ def check_files(
     """
     from ttt.config.diagnostics import has_errors
     from ttt.errors import TTTError, UsageError
+    from ttt.reading import is_stream
 
     if not names:
         raise UsageError("ttt check: name a config, or - for standard input")
@@ -61,6 +62,9 @@ def check_files(
         raise UsageError("ttt check: --write writes what --fix shows; write both")
     if write and STANDARD_INPUT in names:
         raise UsageError("ttt check: standard input cannot be written to; leave --write out, or name a file")
+    stream = next((name for name in names if write and is_stream(name)), None)
+    if stream is not None:
+        raise UsageError(f"ttt check: {stream} is a stream, which cannot be written to; leave --write out")
     if fix and probe:
         raise UsageError("ttt check: --fix and --probe are two steps; fix first")
     if fix and output is not Format.TEXT:
@@ -240,9 +244,9 @@ def _replace(name: str, text: str) -> None:
     """Put a text in a file's place, whole or not at all; a link goes on pointing to it."""
     from pathlib import Path
 
-    from ttt.files import write_bytes
+    from ttt.files import replaced_file, write_bytes
 
-    path = Path(name).resolve()
+    path = replaced_file(Path(name))
     mode = path.stat().st_mode
     write_bytes(path, text.encode("utf-8"))
     path.chmod(mode)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ttt_cli.options import BackboneName
+from ttt_cli.options import BackboneName, is_standard_output, require_replaceable
 from ttt_cli.terminal import show, show_findings, width_of
 
 if TYPE_CHECKING:
@@ -40,11 +40,9 @@ def import_config(
     from ttt.errors import UsageError
     from ttt.files import write_text
 
-    target = None if out is None or out == "-" else Path(out)
-    if target is not None and target.is_dir():
-        raise UsageError(f"{target}: a folder; name a file in it")
-    if target is not None and target.exists() and not force:
-        raise UsageError(f"{target}: is already there; write another file with --out, or replace it with --force")
+    target = None if out is None or is_standard_output(out) else Path(out)
+    if target is not None:
+        require_replaceable(target, force=force)
     backbones = _backbones(backbone)
     answer = read(_text(old), file=old, backbones=backbones)
     if answer is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -20,19 +21,26 @@ def import_weights(
     Says for each tensor where it went or why it was left out.
     """
     from ttt.errors import EnvironmentProblem, UsageError
+    from ttt.files import require_place
     from ttt.plugins import get_backbone
+    from ttt.reading import other_kind
 
     plugin = get_backbone(backbone)
-    if not Path(source).exists():
+    kind = other_kind(source)
+    if kind not in (None, "a folder"):
+        raise UsageError(f"{source}: is {kind}; name a checkpoint's file or folder")
+    if not os.path.exists(source):
         raise EnvironmentProblem(f"{source}: no such file or folder")
     target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target}: is already there; name a folder that is not")
 
+    require_place(target)
+    print(f"reading {source}", flush=True)  # the libraries that it takes are seconds away
     from rich.console import Console
-
-    from ttt.train.metrics import say
 
     console = Console()
     written = plugin.import_weights(Path(source), target, console=console)
+    from ttt.train.metrics import say
+
     say(console, f"wrote {', '.join(map(str, written))}")

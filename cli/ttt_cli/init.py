@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ttt.printable import shell_word
+from ttt_cli.options import is_standard_output, require_replaceable
 from ttt_cli.terminal import show_note
 
 if TYPE_CHECKING:
@@ -31,19 +32,15 @@ def init(
     it.
     """
     from ttt.config.json_schema import EDITOR_LINE, SCHEMA_FILE
-    from ttt.errors import UsageError
     from ttt.files import write_text
     from ttt.plugins import get_backbone
 
     text = EDITOR_LINE + preset_text(get_backbone(backbone), preset)
-    if out == "-":
+    if out is not None and is_standard_output(out):
         print(text, end="" if text.endswith("\n") else "\n")
         return
     target = Path(out if out is not None else f"{backbone}.yaml")
-    if target.exists() and not force:
-        raise UsageError(f"{target}: is already there; write another file with --out, or replace it with --force")
-    if target.is_dir():
-        raise UsageError(f"{target}: a folder; name a file in it")
+    require_replaceable(target, force=force)
     write_text(target, text)
     word = shell_word(target)
     show_note(f"Wrote {target}. Check it with `ttt check {word}`, run it with `ttt train {word}`.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ttt.printable import shell_word
-from ttt_cli.options import Overrides
+from ttt_cli.options import Overrides, require_replaceable
 
 if TYPE_CHECKING:
     from ttt.backbone import SamplePlan
@@ -160,7 +160,6 @@ def _require_free(plan: SamplePlan, *, overwrite: bool) -> None:
     from ttt.errors import UsageError
 
     for file in plan.files:
-        if file.is_dir():
-            raise UsageError(f"{file}: a folder; name a file in it")
+        require_replaceable(file, force=True)
         if file.exists() and not overwrite:
             raise UsageError(f"{file}: is already there; name another --out, or replace it with --overwrite")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ttt_cli.options import is_standard_output, require_replaceable
 from ttt_cli.terminal import show_note
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def schema(
 
     backbones = _all_that_work() if backbone is None else [get_backbone(backbone)]
     text = json_text(json_schema(backbones)) + "\n"
-    if out is None or out == "-":
+    if out is None or is_standard_output(out):
         print(text, end="")
         return
     target = Path(out)
@@ -74,12 +75,12 @@ def _refuse_other_files(target: Path) -> None:
     """Refuse to write over what is no schema of ours."""
     from ttt.config.json_schema import COMMENT
     from ttt.errors import UsageError
+    from ttt.reading import MAX_JSON, read_file
 
-    if target.is_dir():
-        raise UsageError(f"{target}: a folder; name a file in it")
+    require_replaceable(target, force=True)
     try:
-        ours = not target.exists() or json.loads(target.read_bytes()).get("$comment") == COMMENT
-    except (OSError, ValueError, AttributeError):
+        ours = not target.exists() or json.loads(read_file(target, limit=MAX_JSON)).get("$comment") == COMMENT
+    except (OSError, ValueError, AttributeError, RecursionError):
         ours = False
     if not ours:
         raise UsageError(f"{target}: is already there, and is no schema of `ttt schema`; name another file")

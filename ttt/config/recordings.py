@@ -8,6 +8,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ttt.reading import read_start
+
 _MOST_LINES = 2000
 _MOST_BYTES = 4 << 20
 """A check is instant: what lies beyond is left to the run, which reads it all before its first step."""
@@ -54,8 +56,7 @@ def _read(source: str, beside: str | None) -> Recordings | None:
     lines = Recordings()
     budget = _MOST_BYTES
     for file in files:
-        with file.open("rb") as stream:
-            content = stream.read(budget + 1)
+        content = read_start(file, budget + 1)
         if len(content) > budget:
             content, lines.complete = content[: content.rfind(b"\n", 0, budget) + 1], False
         budget -= len(content)

@@ -19,6 +19,7 @@ import yaml
 
 from ttt.config.diagnostics import Finding, Place, Severity
 from ttt.errors import EnvironmentProblem
+from ttt.reading import read_start, unreadable
 
 MAX_BYTES = 1 << 20
 MAX_LEVELS = 32
@@ -145,15 +146,13 @@ def read_bytes(path: str | Path) -> bytes:
         EnvironmentProblem: there is no such file, or it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            return file.read(MAX_BYTES + 1)
+        return read_start(path, MAX_BYTES + 1)
     except FileNotFoundError:
         raise EnvironmentProblem(f"{path}: no such file; name a config, or write one with `ttt init`") from None
     except IsADirectoryError:
         raise EnvironmentProblem(f"{path}: a folder; name the config file in it") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        cause = getattr(error, "strerror", None) or error
-        raise EnvironmentProblem(f"{path}: cannot be read: {cause}") from error
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: cannot be read: {unreadable(error)}") from error
 
 
 def parse_source(content: str | bytes, *, file: str) -> Source:

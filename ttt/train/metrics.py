@@ -24,8 +24,9 @@ from rich.table import Column
 from rich.text import Text
 
 from ttt.errors import EnvironmentProblem
-from ttt.files import lock, size_in_words, writing
+from ttt.files import lock, replaced_file, size_in_words, writing
 from ttt.printable import say
+from ttt.reading import open_file
 
 TELL_SECONDS = 10.0
 """How long an evaluation may be silent where there is no bar, unless one batch takes longer."""
@@ -56,6 +57,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, last_step: int = 0) -> None:
         self._path = path
+        replaced_file(path)  # a FIFO there would keep the run waiting
         with writing(path):
             self._file: IO[str] = open(path, "a+", encoding="utf-8", newline="\n")  # noqa: SIM115 - held for the run
         try:
@@ -106,7 +108,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         EnvironmentProblem: it cannot be read.
     """
     try:
-        content = path.read_bytes()
+        with open_file(path) as file:
+            content = file.read()
     except OSError as error:
         raise EnvironmentProblem(f"{path}: cannot be read: {error.strerror or error}") from error
     return [json.loads(line) for line in content.splitlines() if _step_of(line + b"\n") is not None]

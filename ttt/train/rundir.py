@@ -38,6 +38,7 @@ from ttt.config.schema import RunConfig
 from ttt.errors import ConfigError, EnvironmentProblem, NestedCheckpointWarning, UsageError
 from ttt.files import TEMPORARY, lock, read_header, read_json, sync, temporary_beside, write_text, writing
 from ttt.printable import shell_word
+from ttt.reading import other_kind
 from ttt.train import claim
 from ttt.train.claim import CHECKPOINTS, CONFIG, METRICS, SUMMARY
 
@@ -297,10 +298,10 @@ class RunDir:
 
     def _require_idle(self) -> None:
         """Refuse a run that another process is at, before its files are looked at or replaced."""
-        with contextlib.suppress(OSError):
-            if (self / METRICS).is_file():  # to open a FIFO would wait for its other end
-                with open(self / METRICS, "r+b") as file:
-                    lock(file, self / METRICS)
+        if other_kind(self / METRICS) is not None:
+            return
+        with contextlib.suppress(OSError), open(self / METRICS, "r+b") as file:
+            lock(file, self / METRICS)
 
     def _require_same_config(self, config: RunConfig, backbone: Backbone) -> None:
         from ttt.config.load import load_config

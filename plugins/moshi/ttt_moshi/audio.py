@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import sphn
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttt.reading import require_file, unreadable
+
 # What an encoder may have dropped from or padded to the end of a file: mp3 and Vorbis do, by some frames of theirs.
 _LENIENCY_SEC = 0.25
+_RATES: Final = (1_000, 1_000_000)  # samples a second; telephones have 8,000, studios 192,000
 
 
 class UnreadableAudioError(ValueError):
@@ -41,9 +49,12 @@ def inspect_audio(path: Path) -> AudioInfo:
 
     Raises:
         UnreadableAudioError: it is not sound, or not whole.
+        OSError: it is not there, not to be read, or no file.
     """
-    reader = _decode(path, sphn.FileReader, str(path))
+    reader = _open(path)
     rate = int(reader.sample_rate)
+    if not _RATES[0] <= rate <= _RATES[1]:
+        raise UnreadableAudioError(f"its header says {rate} samples a second; sound has {_RATES[0]} to {_RATES[1]}")
     info = AudioInfo(channels=int(reader.channels), sample_rate=rate, samples=round(reader.duration_sec * rate))
     if info.samples:
         tail = min(info.samples, max(1, round(_LENIENCY_SEC * rate)))
@@ -55,15 +66,22 @@ def read_audio(path: Path, info: AudioInfo, begin: int, end: int) -> Tensor:
     """Samples `begin` to `end` of each channel, `[channels, end - begin]` float32.
 
     Raises:
-        UnreadableAudioError: they cannot be decoded.
+        UnreadableAudioError: they cannot be decoded, or are no numbers.
     """
-    reader = _decode(path, sphn.FileReader, str(path))
+    try:
+        reader = _open(path)
+    except OSError as error:
+        raise UnreadableAudioError(unreadable(error)) from None
     sound = torch.from_numpy(_decode(path, reader.decode, *_span(begin, end, info.sample_rate)))
     missing = end - begin - sound.shape[-1]
     if missing > _LENIENCY_SEC * info.sample_rate:
         raise UnreadableAudioError(
             f"breaks off {missing / info.sample_rate:.2f} s before the length that its header gives"
         )
+    finite = sound.isfinite().all(0)
+    if not bool(finite.all()):
+        at = (begin + int(finite.int().argmin())) / info.sample_rate
+        raise UnreadableAudioError(f"holds samples that are not finite, the first at {at:.2f} s")
     return F.pad(sound, (0, missing))
 
 
@@ -98,11 +116,45 @@ def _span(begin: int, end: int, rate: int) -> tuple[float, float]:
     return (begin + 0.5) / rate, (end - begin + 0.5) / rate
 
 
+def _open(path: Path) -> Any:
+    require_file(path)
+    return _decode(path, sphn.FileReader, str(path))
+
+
 def _decode(path: Path, function: Any, *arguments: Any) -> Any:
+    with _held_back() as said:
+        try:
+            return function(*arguments)
+        except BaseException as error:
+            # The decoder is Rust: some broken headers make it panic, which is no Exception in Python.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            said.clear()
+            reason = str(error).removeprefix(f'"{path}": ') or type(error).__name__
+            raise UnreadableAudioError(reason) from None
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[list[bool]]:
+    """Hold back what is written to standard error meanwhile, such as the backtrace of a panic in the decoder.
+
+    Yields:
+        A list; what was held back is written afterwards, unless it was cleared.
+    """
+    wanted = [True]
     try:
-        return function(*arguments)
-    except BaseException as error:
-        # The decoder is Rust: some broken headers make it panic, which is no Exception in Python.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise UnreadableAudioError(str(error).removeprefix(f'"{path}": ') or type(error).__name__) from None
+        sys.stderr.flush()
+        shown = os.dup(2)
+    except (AttributeError, OSError, ValueError):  # there is no standard error
+        yield wanted
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield wanted
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
+            held.seek(0)
+            if wanted:
+                os.write(2, held.read())

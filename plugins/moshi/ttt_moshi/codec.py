@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ttt.errors import EnvironmentProblem, UsageError
+from ttt.reading import require_file
 from ttt_moshi import demo
 
 # The header's only key: with several, safetensors writes them in another order each time.
@@ -132,6 +133,7 @@ class DemoCodec(nn.Module):
         """
         file = Path(path) if path is not None else demo.CODEC
         try:
+            require_file(file)
             with safe_open(file, framework="pt") as opened:
                 header = opened.metadata() or {}
                 if _HEADER not in header or list(opened.keys()) != ["codebooks"]:

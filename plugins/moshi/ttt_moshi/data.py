@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ttt.errors import EnvironmentProblem, UsageError
+from ttt.reading import MAX_JSON, read_file, read_lines, unreadable
 from ttt_moshi import demo
 from ttt_moshi.audio import AudioInfo, UnreadableAudioError, inspect_audio, read_audio, resample
 from ttt_moshi.codec import DemoCodec
@@ -39,6 +40,7 @@ NOTHING: Final = -1
 
 _FORMAT: Final = '{"path": "a.wav", "duration": 61.2}'
 _TOLERANCE_SEC: Final = 0.5
+_MAX_TOKENIZER: Final = 64 << 20  # bytes; kyutai's has 0.5 MB
 
 
 class Codec(Protocol):
@@ -274,12 +276,9 @@ def _index_files(source: Path, field: str) -> list[Path]:
 def _lines(index: Path) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, with their numbers."""
     try:
-        content = index.read_bytes()
+        yield from read_lines(index)
     except OSError as error:
-        raise EnvironmentProblem(f"{index}: cannot be read: {error.strerror}") from None
-    for number, line in enumerate(content.splitlines(), start=1):
-        if line.strip():
-            yield number, line
+        raise EnvironmentProblem(f"{index}: cannot be read: {unreadable(error)}") from None
 
 
 def _read_line(line: bytes, place: str, folder: Path, frame_sec: float) -> _Recording:
@@ -297,11 +296,11 @@ def _read_line(line: bytes, place: str, folder: Path, frame_sec: float) -> _Reco
         raise _BadLineError(f'"duration" is {_said(entry, "duration")}, not seconds; write {_FORMAT}')
     audio = folder / path
     try:
-        if not audio.is_file():
-            raise _BadLineError(f"no file {audio}; paths are relative to the folder of the .jsonl file")
         info = inspect_audio(audio)
+    except FileNotFoundError:
+        raise _BadLineError(f"no file {audio}; paths are relative to the folder of the .jsonl file") from None
     except OSError as error:
-        raise _BadLineError(f"{_short(str(audio))}: cannot be read: {error.strerror}") from None
+        raise _BadLineError(f"{_short(str(audio))}: cannot be read: {unreadable(error)}") from None
     except UnreadableAudioError as error:
         raise _BadLineError(f"{audio}: cannot be decoded: {error}") from None
     if info.channels != 2:
@@ -321,14 +320,14 @@ def _read_transcript(recording: _Recording) -> list[Word]:
     """The words of a recording in order of time."""
     file = recording.transcript
     try:
-        words = read_alignments(json.loads(file.read_text(encoding="utf-8")))
+        words = read_alignments(json.loads(read_file(file, limit=MAX_JSON).decode("utf-8-sig")))
     except FileNotFoundError:
         raise _BrokenTranscriptError(
             f'no file {file}; write its words beside the audio as {{"alignments": [["hello", [0.5, 0.9], '
             f'"{MAIN_SPEAKER}"]]}}, or as moshi-finetune\'s annotate.py does'
         ) from None
     except OSError as error:
-        raise _BrokenTranscriptError(f"{file}: cannot be read: {error.strerror}") from None
+        raise _BrokenTranscriptError(f"{file}: cannot be read: {unreadable(error)}") from None
     except (ValueError, RecursionError) as error:
         raise _BrokenTranscriptError(f"{file}: {_short(str(error))}") from None
     if words and words[-1].start > recording.info.seconds + _TOLERANCE_SEC:
@@ -395,9 +394,9 @@ def load_tokenizer(path: str | Path) -> SentencePieceProcessor:
         EnvironmentProblem: it is missing or something else.
     """
     try:
-        return SentencePieceProcessor(model_proto=Path(path).read_bytes())
+        return SentencePieceProcessor(model_proto=read_file(path, limit=_MAX_TOKENIZER))
     except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no SentencePiece model"
+        reason = unreadable(error) if isinstance(error, OSError) else "it is no SentencePiece model"
         raise EnvironmentProblem(f"{path}: cannot be read as a text tokenizer: {reason}") from None
 
 

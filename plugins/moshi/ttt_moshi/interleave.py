@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
 
+from ttt.reading import wrong_with
+
 MAIN_SPEAKER: Final = "SPEAKER_MAIN"
 """Whose words are Moshi's; nobody else's are written."""
 
@@ -51,6 +53,9 @@ def _read_word(item: Any, number: int) -> Word:
     match item:
         case [str(text), [int() | float() as start, int() | float() as end], str(speaker)]:
             times_are_numbers = not isinstance(start, bool) and not isinstance(end, bool)
+            wrong = wrong_with(text) if text.strip() else None  # a pause may be written as a word without letters
+            if wrong is not None:
+                raise ValueError(f"the word of alignment {number} {wrong}")
             if times_are_numbers and abs(start) < 1e9 and abs(end) < 1e9:  # neither NaN nor too large for a float
                 return Word(text, float(start), float(end), speaker)
     shown = repr(item)

@@ -20,6 +20,7 @@ from ttt.backbone import LossOutput
 from ttt.errors import EnvironmentProblem, InjectionError
 from ttt.inject import Site
 from ttt.layer import Rotary, TTTLayer
+from ttt.reading import other_kind
 from ttt.state import TTTState
 from ttt_moshi.loss import moshi_loss
 from ttt_moshi.plugin import DEMO
@@ -90,6 +91,9 @@ def checkpoint_info(options: MoshiOptions) -> loaders.CheckpointInfo:
     """
     local = {key: getattr(options, key) for key in ("moshi_path", "mimi_path", "tokenizer_path", "config_path")}
     for key, path in local.items():
+        kind = None if path is None else other_kind(path)
+        if kind is not None:
+            raise EnvironmentProblem(f"backbone.{key}: {path} is {kind}, not a file")
         if path is not None and not Path(path).is_file():
             raise EnvironmentProblem(f"backbone.{key}: no file {path}")
     paths = {key: Path(path) for key, path in local.items() if path is not None}

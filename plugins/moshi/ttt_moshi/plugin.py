@@ -14,6 +14,7 @@ from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, RecordingFo
 from ttt.config import BackboneOptions, DataOptions, RunConfig, TrainConfig
 from ttt.errors import EnvironmentProblem
 from ttt.hookspecs import hookimpl
+from ttt.reading import read_file, unreadable
 from ttt_moshi.interleave import frames_in
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 FRAME_RATE = 12.5
 MOSHI_7B = {"dim": 4096, "num_heads": 32, "num_layers": 32}
 DEMO = {"dim": 128, "num_heads": 4, "num_layers": 4}
+_MAX_CONFIG = 1 << 20  # bytes of a config.json
 PRETRAINED_KEYS = ("hf_repo", "moshi_path", "mimi_path", "tokenizer_path", "config_path", "random_weights")
 
 
@@ -215,12 +217,11 @@ def _sizes(options: MoshiOptions) -> dict[str, Any]:
     if options.config_path is None:
         return MOSHI_7B
     try:
-        with open(options.config_path, encoding="utf-8") as file:
-            written = json.load(file)
+        written = json.loads(read_file(options.config_path, limit=_MAX_CONFIG))
         return {name: int(written[name]) for name in MOSHI_7B}
     except OSError as error:
-        raise EnvironmentProblem(f"backbone.config_path: {options.config_path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+        raise EnvironmentProblem(f"backbone.config_path: {options.config_path}: {unreadable(error)}") from None
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise EnvironmentProblem(
             f"backbone.config_path: {options.config_path} is no config of a Moshi model "
             f"({type(error).__name__}: {error})"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import write_tensors
+from ttt.reading import require_file
 from ttt_videodit import demo
 from ttt_videodit.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 
@@ -72,6 +73,7 @@ class DemoCodec(nn.Module):
         """
         file = Path(path) if path is not None else demo.CODEC
         try:
+            require_file(file)
             with safe_open(file, framework="pt") as opened:
                 if sorted(opened.keys()) != list(_NAMES):
                     raise ValueError(f"it does not hold {', '.join(_NAMES)}")

@@ -17,11 +17,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ttt.reading import require_file
 from ttt_videodit.geometry import FRAMES_PER_SECOND
 
 Picture = npt.NDArray[np.uint8]
 """`[H,W,3]`, red, green, blue."""
 
+_FORMATS: Final = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,ogg,flv,live_flv,asf,"
+    "gif,mxf,nut,yuv4mpegpipe,dv,vc1,wtv,rm,apng,swf,amv,nsv"
+)
+"""What FFmpeg may take a file for: video, and no playlist, which would lead it to other files and hosts."""
+_NO_VIDEO: Final = (av.error.InvalidDataError, av.error.ArgumentError)
+_MAX_PIXELS: Final = 1 << 27
+"""Of a frame, before and after scaling; 16K video has 133 million."""
 _SEEK_SEC: Final = 2  # nearer to the start, decoding up to there is as quick
 
 
@@ -102,25 +111,43 @@ def to_tensor(pictures: Iterable[Picture]) -> Tensor:
     return torch.from_numpy(np.stack(list(pictures))).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def _require_size(width: int, height: int) -> None:
+    if width < 1 or height < 1 or width * height > _MAX_PIXELS:
+        raise UnreadableVideoError(f"has frames of {width} × {height} pixels, which are none that can be read")
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """A container and its video stream, and what the libraries below say of a broken one in our words."""
     try:
-        with av.open(str(path)) as container:
+        require_file(path)
+        # absolute, because FFmpeg takes a name such as `concat:a` for a protocol
+        with av.open(
+            str(path.absolute()), container_options={"format_whitelist": _FORMATS}, metadata_errors="replace"
+        ) as container:
             if not container.streams.video:
                 raise UnreadableVideoError("holds no video stream")
-            yield container, container.streams.video[0]
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise UnreadableVideoError("is of a codec that this FFmpeg cannot decode")
+            _require_size(stream.width, stream.height)
+            stream.codec_context.options = {"max_pixels": str(_MAX_PIXELS)}
+            yield container, stream
     except UnreadableVideoError:
         raise
-    except (av.error.FFmpegError, OSError, ValueError, EOFError) as error:
+    # ArithmeticError and MemoryError: headers that lie of times and sizes
+    except (av.error.FFmpegError, OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UnreadableVideoError(f"cannot be decoded: {reason}") from None
+        kind = "; it is no video, or a damaged one" if isinstance(error, _NO_VIDEO) else ""
+        raise UnreadableVideoError(f"cannot be decoded: {reason}{kind}") from None
 
 
 def _timed_frames(container: Any, stream: Any, start: Fraction) -> Iterator[tuple[Fraction, Any]]:
     """The frames from `start` on, and one before if there is one, with their times from the start of the video."""
     stream.thread_type = "AUTO"
     origin, base = stream.start_time, stream.time_base
+    if not base:
+        raise UnreadableVideoError("its frames have no times; remux it, as ffmpeg -i IN -c copy OUT.mp4 does")
     if origin is not None and start > _SEEK_SEC:
         # to the key frame before; a file whose index is wrong is read from its start
         container.seek(origin + int(start / base), stream=stream)
@@ -151,10 +178,16 @@ def _picture(frame: Any, stream: Any, height: int, width: int) -> Picture:
     turns = round(getattr(frame, "rotation", 0) / 90) % 4
     if turns % 2:
         height, width = width, height
+    _require_size(frame.width, frame.height)
     seen = frame.width * float(stream.sample_aspect_ratio or 1)
     scale = max(height / frame.height, width / seen)
     scaled_height = max(height, math.floor(frame.height * scale + 0.5))
     scaled_width = max(width, math.floor(seen * scale + 0.5))
+    if scaled_height * scaled_width > _MAX_PIXELS:
+        raise UnreadableVideoError(
+            f"has frames of {frame.width} × {frame.height} pixels, each {stream.sample_aspect_ratio or 1} as wide as "
+            f"high, which cover {width} × {height} only if they are scaled to {scaled_width} × {scaled_height}"
+        )
     pixels = frame.reformat(
         width=scaled_width, height=scaled_height, format="rgb24", interpolation="BICUBIC"
     ).to_ndarray()

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from ttt.errors import EnvironmentProblem
 from ttt.files import Header, read_header
+from ttt.reading import MAX_JSON, other_kind, read_file, read_lines, require_file, unreadable, wrong_with
 from ttt_videodit import demo
 from ttt_videodit.geometry import (
     FRAMES_PER_SECOND,
@@ -133,9 +134,9 @@ def _text_dim(options: VideoDiTOptions) -> int | None:
     if options.pretrained in (None, DEFAULT_PRETRAINED):
         return COGVIDEOX_TEXT_DIM
     try:
-        config = json.loads((Path(options.pretrained or "") / "transformer" / "config.json").read_bytes())
+        config = json.loads(read_file(Path(options.pretrained or "") / "transformer" / "config.json", limit=MAX_JSON))
         return int(config["text_embed_dim"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
 
 
@@ -173,19 +174,16 @@ def jsonl_lines(file: Path, *, most_bytes: int | None = None) -> Iterator[tuple[
 
     Args:
         file: the `.jsonl`.
-        most_bytes: where to stop reading.
+        most_bytes: where to stop reading; a line that lies across is left out.
 
     Raises:
         EnvironmentProblem: the file cannot be read.
     """
     try:
-        with file.open("rb") as stream:
-            content = stream.read() if most_bytes is None else stream.read(most_bytes)
-    except OSError as error:
-        raise EnvironmentProblem(f"{file}: cannot be read: {error.strerror or error}") from None
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
+        for number, line in read_lines(file, most=most_bytes):
             yield f"{file}:{number}", line
+    except OSError as error:
+        raise EnvironmentProblem(f"{file}: cannot be read: {unreadable(error)}") from None
 
 
 def parse_listed(line: bytes, place: str, folder: Path) -> ListedVideo:
@@ -207,10 +205,12 @@ def parse_listed(line: bytes, place: str, folder: Path) -> ListedVideo:
             raise LineError(
                 "segments", f"caption {number} of {len(captions)} is {_short(repr(caption))}; each 3 s need a text"
             )
+        wrong = wrong_with(caption)
+        if wrong is not None:
+            raise LineError("segments", f"caption {number} of {len(captions)} {wrong}")
     start = _seconds(entry) if "start_sec" in entry else 0.0
     path = folder / name
-    if not _is_file(path):
-        raise LineError("missing", f"no file {path}; paths are relative to the folder of the .jsonl")
+    _require_file(path, "paths are relative to the folder of the .jsonl")
     return ListedVideo(place, name, path, tuple(captions), start)
 
 
@@ -293,11 +293,13 @@ def _short(text: str) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _is_file(path: Path) -> bool:
+def _require_file(path: Path, way_out: str) -> None:
     try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
+        require_file(path)
+    except OSError as error:
+        kind = other_kind(path)
+        what = f"no file {_short(str(path))}" if kind is None else f"{path} is {unreadable(error)}"
+        raise LineError("missing", f"{what}; {way_out}") from None
 
 
 # --- what an index names ---
@@ -347,8 +349,7 @@ def check_encoded(video: EncodedVideo, wanted: Wanted) -> None:
 
 
 def _check_tensors(path: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> None:
-    if not _is_file(path):
-        raise LineError("missing", f"no file {path}; run ttt precompute again")
+    _require_file(path, "run ttt precompute again")
     try:
         header: Header = read_header(path)
     except EnvironmentProblem as error:

@@ -259,6 +259,9 @@ class VideoDiTBackbone(Backbone):
 
     def import_weights(self, source: Path, out: Path, *, console: Console) -> Sequence[Path]:
         """A checkpoint of TTT-Video: the transformer in diffusers' layout, and an adapter."""
+        from ttt_videodit.checkpoint import look_at
+
+        look_at(source)  # before what takes seconds to import
         from ttt_videodit.weights import import_weights
 
         return import_weights(source, out, console=console)
@@ -325,7 +328,7 @@ def sizes(options: VideoDiTOptions) -> dict[str, int]:
         return {name: getattr(options, name) or default for name, default in DEMO.items()}
     folder = Path(options.pretrained or "")
     files = [folder / "config.json", folder / "transformer" / "config.json"] if options.pretrained else []
-    file = next((file for file in files if file.is_file()), None)
+    file = next((file for file in files if file.exists()), None)
     if file is None:
         return COGVIDEOX_5B
     written = read_json(file)

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from ttt.config import RunConfig
 from ttt.errors import EnvironmentProblem, UsageError
-from ttt.files import TEMPORARY, lock, require_space, write_bytes, write_tensors, writing
+from ttt.files import TEMPORARY, lock, replaced_file, require_space, write_bytes, write_tensors, writing
+from ttt.reading import open_file, other_kind
 from ttt.train.metrics import duration_in_words, say
 from ttt.train.setup import choose_device, threads
 from ttt_videodit.encoders import VideoEncoder, encode_video, encoders_of, load_text_encoder, load_video_encoder
@@ -134,6 +135,7 @@ class _Job:
                 f"data.{target}: {'null' if written is None else written}; name the .jsonl index that data.{source} is "
                 f"to become"
             )
+        replaced_file(Path(written))
         wanted = Wanted.of(options, data)
         videos = _read_list(Path(getattr(data, source)), wanted, f"data.{source}")
         return cls(videos, Path(written), wanted, encoders_of(options))
@@ -149,6 +151,7 @@ class _Job:
         name = self.folder / f".{self.index.name}.lock"
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+            replaced_file(name)
             file = name.open("a")
         with file, _beside_others(self.folder):
             try:
@@ -162,7 +165,7 @@ class _Job:
         """Sort the lines of the index: done, of other lists, or made from what is no more and so to be made anew."""
         if not self.index.exists():
             return
-        whole = self.index.read_bytes().endswith(b"\n")
+        whole = self._ends_with_a_line()
         lines = list(jsonl_lines(self.index))
         planned = {(video.name, video.start_sec): video for video in self.videos}
         kept = []
@@ -184,6 +187,11 @@ class _Job:
             kept.append(entry)
         if len(kept) < len(lines) or not whole:
             self._write(kept)
+
+    def _ends_with_a_line(self) -> bool:
+        with open_file(self.index) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 1))
+            return file.read() == b"\n"
 
     def _require_same_settings(self, entry: EncodedVideo) -> None:
         wanted = self.wanted
@@ -248,7 +256,7 @@ class _Job:
 
     def _write(self, entries: Sequence[EncodedVideo]) -> None:
         content = "".join(f"{line_of(entry, self.index.parent)}\n" for entry in entries).encode()
-        if not self.index.exists() or self.index.read_bytes() != content:
+        if not self.index.exists() or self.index.stat().st_size != len(content) or self.index.read_bytes() != content:
             write_bytes(self.index, content)
 
     @staticmethod
@@ -264,7 +272,7 @@ def _beside_others(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with (folder / ".lock").open("a") as file:
+    with replaced_file(folder / ".lock").open("a") as file:
         with contextlib.suppress(OSError):  # others are at work, or the file system has no locks
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for left in folder.glob(f"{TEMPORARY}*"):
@@ -288,8 +296,10 @@ def _read_list(source: Path, wanted: Wanted, name: str) -> tuple[ListedVideo, ..
     Raises:
         EnvironmentProblem: a line is wrong, or there is none.
     """
-    if not source.is_file():
-        raise EnvironmentProblem(f"{name}: {source} is no file; name a .jsonl with lines such as {VIDEO_EXAMPLE}")
+    kind = other_kind(source)
+    if kind is not None or not source.is_file():
+        what = f"is {kind}, not a file" if kind else "is no file"
+        raise EnvironmentProblem(f"{name}: {source} {what}; name a .jsonl with lines such as {VIDEO_EXAMPLE}")
     videos: dict[tuple[str, float], ListedVideo] = {}
     problems = []
     for place, line in jsonl_lines(source):

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from ttt.errors import EnvironmentProblem
+from ttt.reading import MAX_JSON, other_kind
 from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions
 
 VAE = "vae"
 """Folder of the VAE."""
 TEXT_PARTS = ("text_encoder", "tokenizer")
 """Folders of T5."""
+_SMALL = (".json", ".txt", ".model")
+"""What settings and tokenizers end in."""
 
 
 def source_of(options: VideoDiTOptions, *parts: str) -> str:
@@ -25,6 +28,9 @@ def source_of(options: VideoDiTOptions, *parts: str) -> str:
     """
     source = options.pretrained or DEFAULT_PRETRAINED
     local = Path(source)
+    kind = other_kind(local)
+    if kind not in (None, "a folder"):
+        raise EnvironmentProblem(f"backbone.pretrained: {source} is {kind}, not a folder")
     if options.pretrained is not None and not local.is_dir() and (local.is_absolute() or source.startswith(".")):
         raise EnvironmentProblem(f"backbone.pretrained: no folder {source}")
     missing = next((part for part in parts if local.is_dir() and not (local / part).is_dir()), None)
@@ -33,4 +39,23 @@ def source_of(options: VideoDiTOptions, *parts: str) -> str:
             f"backbone.pretrained: {source} holds no {missing}/; name a folder in diffusers' layout, with vae/, "
             f"text_encoder/ and tokenizer/ beside transformer/"
         )
+    if local.is_dir():
+        for part in ("", "transformer", "scheduler", *parts):
+            require_files(local / part)
     return source
+
+
+def require_files(folder: Path) -> None:
+    """Refuse a folder of weights with something in it that libraries could hang on, or read till memory ends.
+
+    Raises:
+        EnvironmentProblem: an entry is a FIFO, a socket or a device; or one that is no weights is too large.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        kind = other_kind(path)
+        if (kind == "a folder" and path.suffix not in _SMALL) or (kind is None and not path.exists()):
+            continue
+        if kind is not None:
+            raise EnvironmentProblem(f"backbone.pretrained: {path} is {kind}, not a file")
+        if path.suffix in _SMALL and path.stat().st_size > MAX_JSON:
+            raise EnvironmentProblem(f"backbone.pretrained: {path} is larger than {MAX_JSON >> 20} MiB")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ttt.backbone import SamplePlan, SampleRequest
 from ttt.errors import UsageError
+from ttt.reading import wrong_with
 from ttt_videodit.geometry import SEGMENT_SEC
 from ttt_videodit.plugin import VideoDiTOptions
 from ttt_videodit.pretrained import TEXT_PARTS, VAE, source_of
@@ -51,8 +52,13 @@ def check_request(request: SampleRequest, options: VideoDiTOptions) -> None:
     if len(request.prompts) != needed:
         raise UsageError(f"{length}, each with a prompt of its own, but {len(request.prompts)} were given")
     for number, prompt in enumerate(request.prompts, start=1):
-        if not prompt.strip():
-            raise UsageError(f"the prompt of segment {number} of {needed} is empty; say what is seen there")
+        wrong = wrong_with(prompt)
+        if wrong is not None:
+            raise UsageError(f"the prompt of segment {number} of {needed} {wrong}; say what is seen there")
+    for number, avoided in enumerate(request.negative_prompts, start=1):
+        wrong = wrong_with(avoided) if avoided.strip() else None
+        if wrong is not None:
+            raise UsageError(f"the negative prompt of segment {number} of {needed} {wrong}; say what to avoid")
     if len(request.negative_prompts) not in (0, needed):
         raise UsageError(
             f"{length}, but {len(request.negative_prompts)} negative prompts were given; give one for each, or none"

@@ -132,8 +132,7 @@ def _read_index(source: str | None, wanted: Wanted) -> _Index | None:
         for file in files:
             size = file.stat().st_size
             lines = list(jsonl_lines(file, most_bytes=budget))
-            if size > budget:
-                lines, index.complete = lines[:-1], False
+            index.complete = index.complete and size <= budget
             budget = max(0, budget - size)
             for place, line in lines:
                 if index.count == _MOST_LINES:

@@ -58,7 +58,7 @@ def sample(model: nn.Module, request: SampleRequest, config: RunConfig, *, conso
     dtype = model.get_parameter("patch_embed.proj.weight").dtype
     # A repository's missing part is missed before the first step. T5, larger than the transformer, is gone by then.
     decode = load_decoder(options, device=device, dtype=dtype)
-    text, unconditional = _embeddings(request, options, data, device=device, dtype=dtype)
+    text, unconditional = _embeddings(request, options, data, console, device=device, dtype=dtype)
     height, width = (side // SPATIAL_COMPRESSION for side in pixels(options, data))
     frames = options.segments.frames(segments_in(round(request.seconds)))
     training = model.training
@@ -173,10 +173,20 @@ def denoise(
 
 
 def _embeddings(
-    request: SampleRequest, options: VideoDiTOptions, data: VideoDiTData, *, device: torch.device, dtype: torch.dtype
+    request: SampleRequest,
+    options: VideoDiTOptions,
+    data: VideoDiTData,
+    console: Console,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """Text embeddings `[1,S,L,E]` of the prompts and of what to lead away from, None without guidance."""
     encode = load_text_encoder(options, text_length=text_length(options, data), device=device, dtype=dtype)
+    for number, prompt in enumerate(request.prompts, start=1):
+        tokens = encode.count(prompt)
+        if tokens > encode.text_length:
+            say(console, f"prompt {number} has {tokens} tokens; the first {encode.text_length} are read")
     text = encode(request.prompts)[None].to(device)
     if request.guidance_scale <= 1:
         return text, None

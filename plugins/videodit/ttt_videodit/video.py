@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ttt.errors import EnvironmentProblem
-from ttt.files import sync, temporary_beside, write_bytes, writing
+from ttt.files import replaced_file, sync, temporary_beside, write_bytes, writing
 from ttt_videodit.geometry import FRAMES_PER_SECOND
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ Frames = NDArray[np.uint8]
 INK = "#303030"
 """The colour of words in pictures."""
 _FAINT = "#808080"
+_MOST_LINES = 8
 _QUALITY = "18"
 """x264's constant rate factor: hardly told from lossless."""
 
@@ -50,7 +51,8 @@ def write_video(path: Path, frames: Frames, *, frames_per_second: int = FRAMES_P
         )
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_beside(path)
+        target = replaced_file(path)
+        temporary = temporary_beside(target)
         try:
             with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
                 container.metadata["comment"] = comment
@@ -64,7 +66,7 @@ def write_video(path: Path, frames: Frames, *, frames_per_second: int = FRAMES_P
                     container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")))
                 container.mux(stream.encode(None))
             sync(temporary)
-            temporary.replace(path)
+            temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -147,9 +149,10 @@ def draw_strip(axes: Axes, frames: Frames, heading: str) -> list[float]:
 
 
 def _heading(number: int, prompt: str) -> str:
-    """A segment's prompt on as many lines as it needs; a `$` is no mathematics."""
+    """A segment's prompt on as many lines as it needs, up to a few; a `$` is no mathematics."""
     text = f"segment {number}: {' '.join(prompt.split())}"
-    return "\n".join(textwrap.wrap(text, 150)).replace("$", r"\$")
+    lines = textwrap.wrap(text, 150, max_lines=_MOST_LINES, placeholder=" …")
+    return "\n".join(lines).replace("$", r"\$")
 
 
 def new_figure(width: float, height: float) -> Figure:

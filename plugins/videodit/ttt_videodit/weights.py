@@ -10,13 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import re
 import shutil
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +23,10 @@ from torch import Tensor
 from ttt import inject
 from ttt.adapter_file import backbone_identity, save_adapter
 from ttt.config import TTTConfig
-from ttt.errors import EnvironmentProblem, UsageError
-from ttt.files import read_header, read_json, require_space, temporary_beside, write_tensors, write_text, writing
+from ttt.errors import UsageError
+from ttt.files import require_space, temporary_beside, write_tensors, write_text, writing
 from ttt.printable import say
+from ttt_videodit.checkpoint import Checkpoint, open_checkpoint, some
 from ttt_videodit.model import VideoDiT, sites
 from ttt_videodit.plugin import ROTARY_UNIT, VideoDiTBackbone, VideoDiTOptions
 
@@ -43,8 +41,6 @@ SHARD_BYTES = 4 << 30
 PUBLISHED = {"mlp": {"mini_batch_size": 64, "base_lr": 0.1}, "linear": {"mini_batch_size": 16, "base_lr": 1.0}}
 """What no tensor says: the settings of TTT-Video's configs, by inner model."""
 
-_MODEL_KEYS = ("model", "state_dict", "module")
-"""Where checkpoints that hold more than a model keep it."""
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Parts of names that torch.compile, FSDP and activation checkpointing put in."""
 _OUTER = frozenset({"module", "model", "dit"})
@@ -93,18 +89,6 @@ _BLOCK_TENSORS = {
 _BLOCK = re.compile(r"layers\.(\d+)\.(.+)")
 _TABLES = re.compile(r"layers\.\d+\.seq_modeling_block\.(?:rotary\.freqs_(?:sin|cos)|ssm\.freqs_cis)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_TOLD = 5
-"""How many tensors a message names before it counts the rest."""
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    """What a checkpoint holds, its tensors still on the disk."""
-
-    tensors: Mapping[str, Tensor]
-    """By name in the file."""
-    others: Sequence[str]
-    """What else is in it: the optimiser's state, say."""
 
 
 def import_weights(source: Path, out: Path, *, console: Console) -> list[Path]:
@@ -123,9 +107,9 @@ def import_weights(source: Path, out: Path, *, console: Console) -> list[Path]:
             in use; nothing was written then.
         EnvironmentProblem: a file is missing or damaged, or the disk is full.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: is not empty; name a folder that does not exist yet")
-    checkpoint = _open(source)
+    checkpoint = open_checkpoint(source)
     names, left_out = _rename(source, checkpoint.tensors)
     tensors = {names[old]: tensor for old, tensor in checkpoint.tensors.items() if old in names}
     config = _transformer_config(source, tensors)
@@ -147,103 +131,6 @@ def import_weights(source: Path, out: Path, *, console: Console) -> list[Path]:
     _account(console, checkpoint, names, left_out)
     _report(console, tensors, adapters, settings, out)
     return [out / TRANSFORMER, out / ADAPTER]
-
-
-# --- reading ---
-
-
-def _open(source: Path) -> _Checkpoint:
-    """The tensors of a checkpoint, mapped from the disk."""
-    if not source.exists():
-        raise EnvironmentProblem(f"{source}: no such file or folder")
-    if source.suffix == ".distcp" or (source.is_dir() and (source / ".metadata").exists()):
-        folder = source if source.is_dir() else source.parent
-        raise UsageError(
-            f"{folder}: is a distributed checkpoint of PyTorch; turn it into a file first, and import that: "
-            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} {folder.name}.pt"
-        )
-    files = _files(source)
-    if all(file.suffix == ".safetensors" for file in files):
-        return _Checkpoint(_read_safetensors(files), ())
-    return _read_torch(files[0])
-
-
-def _files(source: Path) -> list[Path]:
-    """The files that hold the tensors."""
-    if source.name.endswith(".safetensors.index.json"):
-        return _indexed(source)
-    if source.is_file():
-        return [source]
-    indices = sorted(source.glob("*.safetensors.index.json"))
-    if indices:
-        return _indexed(indices[0])
-    safetensors = sorted(source.glob("*.safetensors"))
-    if safetensors:
-        return safetensors
-    pickled = sorted(file for file in source.iterdir() if file.suffix in (".pt", ".pth", ".bin"))
-    if len(pickled) != 1:
-        found = f"{len(pickled)} .pt files" if pickled else "no .safetensors and no .pt file"
-        raise UsageError(f"{source}: holds {found}; name the checkpoint's file")
-    return pickled
-
-
-def _indexed(index: Path) -> list[Path]:
-    """The files that an index of shards names."""
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, Mapping) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise EnvironmentProblem(f"{index}: no index of safetensors files: it has no weight_map")
-    names = sorted(set(shards.values()))
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise EnvironmentProblem(f"{index}: names a file in another folder: {outside[0]}")
-    return [index.parent / name for name in names]
-
-
-def _read_safetensors(files: Sequence[Path]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        names = read_header(file).tensors
-        twice = sorted(tensors.keys() & names.keys())
-        if twice:
-            raise UsageError(f"{file}: holds {_some(twice)}, which another file of the checkpoint holds too")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in names}
-        except (OSError, SafetensorError) as error:
-            raise EnvironmentProblem(f"{file}: cannot be read: {error}") from error
-    return tensors
-
-
-def _read_torch(file: Path) -> _Checkpoint:
-    """A `torch.save` file, whose tensors alone are read: `weights_only` runs no code of a file."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError:  # whose advice, `weights_only=False`, is none that we would give
-        raise UsageError(
-            f"{file}: holds more than tensors, or is no file of torch.save; no code in it was run. Save the model's "
-            f"state_dict alone, best as .safetensors"
-        ) from None
-    except Exception as error:  # what a damaged file makes torch.load raise is of many kinds
-        raise EnvironmentProblem(
-            f"{file}: no file of torch.save, or a damaged one ({type(error).__name__}: {_first_line(error)})"
-        ) from None
-    if not isinstance(content, Mapping):
-        raise UsageError(f"{file}: holds no state_dict")
-    others: list[str] = []
-    while not any(isinstance(value, Tensor) for value in content.values()):
-        key = next((key for key in _MODEL_KEYS if isinstance(content.get(key), Mapping)), None)
-        if key is None:
-            raise UsageError(f"{file}: holds no state_dict, and none under {', '.join(_MODEL_KEYS)}")
-        others += [str(other) for other in content if other != key]
-        content = content[key]
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    return _Checkpoint(tensors, [*others, *(str(name) for name in content if str(name) not in tensors)])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # --- what each tensor is ---
@@ -268,9 +155,9 @@ def _rename(source: Path, tensors: Iterable[str]) -> tuple[dict[str, str], list[
         else:
             unknown.append(old)
     if not names:
-        raise UsageError(f"{source}: no checkpoint of {PROGRAM}: it holds {_some(unknown) or 'no tensor'}")
+        raise UsageError(f"{source}: no checkpoint of {PROGRAM}: it holds {some(unknown) or 'no tensor'}")
     if unknown:
-        raise UsageError(f"{source}: {_some(unknown)} {_are(unknown)} no part of {PROGRAM}'s model that is known here")
+        raise UsageError(f"{source}: {some(unknown)} {_are(unknown)} no part of {PROGRAM}'s model that is known here")
     twice = sorted(new for new, count in Counter(names.values()).items() if count > 1)
     if twice:
         both = [old for old, new in names.items() if new == twice[0]]
@@ -297,11 +184,6 @@ def _new_name(plain: str) -> str | None:
 def _of_module(name: str, modules: Mapping[str, str]) -> str | None:
     module, _, tensor = name.rpartition(".")
     return f"{modules[module]}.{tensor}" if module in modules and tensor in ("weight", "bias") else None
-
-
-def _some(names: Sequence[str]) -> str:
-    told = ", ".join(names[:_TOLD])
-    return told if len(names) <= _TOLD else f"{told} and {len(names) - _TOLD} more"
 
 
 def _are(names: Sequence[str]) -> str:
@@ -379,11 +261,11 @@ def _fill(
     own = model.state_dict()
     missing = [_old_name(name) for name in own if name not in tensors]
     if missing:
-        raise UsageError(f"{source}: {_some(missing)} {_are(missing)} missing")
+        raise UsageError(f"{source}: {some(missing)} {_are(missing)} missing")
     others = [old_names[name] for name in tensors if name not in own]
     if others:
         raise UsageError(
-            f"{source}: {_some(others)} {_are(others)} no part of the inner model of block 0, which is "
+            f"{source}: {some(others)} {_are(others)} no part of the inner model of block 0, which is "
             f"{settings.layer_type}"
         )
     shapes = [
@@ -395,7 +277,7 @@ def _fill(
         f"{old_names[name]} is {tensor.dtype}" for name, tensor in tensors.items() if not tensor.is_floating_point()
     ]
     if shapes or types:
-        raise UsageError(f"{source}: does not fit together: {_some([*shapes, *types])}")
+        raise UsageError(f"{source}: does not fit together: {some([*shapes, *types])}")
     model.load_state_dict(dict(tensors), assign=True)
     return injection
 
@@ -459,7 +341,7 @@ def _write_transformer(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 # --- telling ---
 
 
-def _account(console: Console, checkpoint: _Checkpoint, names: Mapping[str, str], tables: Sequence[str]) -> None:
+def _account(console: Console, checkpoint: Checkpoint, names: Mapping[str, str], tables: Sequence[str]) -> None:
     """Where each tensor went; those that differ in the block's number alone stand in one line."""
     groups: dict[tuple[str, str], list[int]] = {}
     for old, new in names.items():
@@ -469,9 +351,9 @@ def _account(console: Console, checkpoint: _Checkpoint, names: Mapping[str, str]
     for (old, new), blocks in groups.items():
         say(console, f"  {old} → {new}" + (f"    N = {min(blocks)} … {max(blocks)}" if len(blocks) > 1 else ""))
     if tables:
-        say(console, f"  {_some(tables)}: left out, rotary tables are computed")
+        say(console, f"  {some(tables)}: left out, rotary tables are computed")
     if checkpoint.others:
-        say(console, f"  {_some(checkpoint.others)}: left out, no part of the model")
+        say(console, f"  {some(checkpoint.others)}: left out, no part of the model")
 
 
 def _report(

@@ -11,6 +11,7 @@ from ttt.config.recordings import Recordings
 from ttt.config.rules.rule import FACTS, NEEDED, Context, rule
 from ttt.config.schema import select_layers
 from ttt.errors import EnvironmentProblem
+from ttt.reading import other_kind
 
 
 @rule("data.train_data", "data.eval_data")
@@ -18,7 +19,19 @@ def files_exist(context: Context) -> Iterator[Finding]:
     """The data that a config names is there."""
     for key in ("train_data", "eval_data"):
         written = getattr(context.config.data, key)
-        if written is None or _exists(written):
+        if written is None:
+            continue
+        kind = other_kind(written)
+        if kind not in (None, "a folder"):
+            yield Finding(
+                code="TTT501",
+                severity=Severity.ERROR,
+                path=f"data.{key}",
+                message=f"{written!r} is {kind}, not a file; data are read more than once",
+                fix="write the path of a file or of a folder of them",
+                value=written,
+            )
+        if _exists(written):
             continue
         where = "" if Path(written).is_absolute() else f" in {Path.cwd()}, from where relative paths are read"
         home = "; ~ is not expanded" if written.startswith("~") else ""

@@ -1,0 +1,184 @@
+"""Files that somebody else wrote: their kind and size are looked at before they are read.
+
+A name in a config can lead to a FIFO, on which a plain `open` waits for ever, to a device that never ends, or to ten
+gigabytes where a page is expected. What is refused here is an `OSError` whose `strerror` says why, as `open` itself
+raises for a file that is not there; so whoever reads has one thing to catch. This module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+MAX_JSON = 64 << 20
+"""Bytes of a JSON file: settings, a transcript, an index of shards."""
+MAX_LINE = 1 << 20
+"""Bytes of a line of a `.jsonl` file."""
+MAX_TEXT = 10_000
+"""Characters of a prompt, a caption or a word; encoders read some hundred tokens."""
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+_STREAM = re.compile(r"/dev/(?:stdin|fd/\d+)|/proc/self/fd/\d+")
+_OPENING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOCTTY", 0)
+_PIECE = 1 << 16
+
+
+def kind_in_words(mode: int) -> str | None:
+    """What `st_mode` is of, "a FIFO"; None for a file."""
+    return None if stat.S_ISREG(mode) else next((words for is_it, words in _KINDS if is_it(mode)), "no file")
+
+
+def other_kind(path: str | Path) -> str | None:
+    """What there is under a name that is no file, "a FIFO", links followed; None for a file, and for nothing."""
+    try:
+        return kind_in_words(os.stat(path).st_mode)
+    except (OSError, ValueError):  # not there, or a name that no file can have
+        return None
+
+
+def require_file(path: str | Path) -> os.stat_result:
+    """What the system says of a file, links followed.
+
+    Raises:
+        OSError: it is not there, or is a folder, a FIFO, a socket or a device.
+    """
+    try:
+        facts = os.stat(path)
+    except ValueError:  # a NUL or half a character
+        raise OSError(errno.EINVAL, "no file can have such a name") from None
+    _refuse(facts, path)
+    return facts
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """A file, open for reading; nothing that could keep the caller waiting.
+
+    Raises:
+        OSError: it is not there, not to be read, or is a folder, a FIFO, a socket or a device.
+    """
+    require_file(path)  # first, because opening is enough to make some devices act
+    handle = os.open(path, _OPENING | getattr(os, "O_BINARY", 0))
+    try:
+        _refuse(os.fstat(handle), path)
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_file(path: str | Path, *, limit: int) -> bytes:
+    """All of a file.
+
+    Raises:
+        OSError: as for `open_file`; or it is larger than `limit` bytes, or than memory.
+    """
+    with open_file(path) as file:
+        promised = os.fstat(file.fileno()).st_size
+        content = _read(file, limit + 1) if promised <= limit else b""
+    if max(promised, len(content)) > limit:
+        raise OSError(errno.EFBIG, f"larger than {_mebibytes(limit)}", str(path))
+    return content
+
+
+def read_start(path: str | Path, count: int) -> bytes:
+    """The first `count` bytes of a file, or all of a shorter one; of a stream that this process was handed, likewise.
+
+    Such a stream, `/dev/stdin` or the `/dev/fd/63` that a shell's `<(…)` becomes, can be read once.
+
+    Raises:
+        OSError: as for `open_file`.
+    """
+    if is_stream(path):
+        with open(path, "rb") as stream:
+            return _read(stream, count)
+    with open_file(path) as file:
+        return _read(file, count)
+
+
+def is_stream(path: str | Path) -> bool:
+    """Whether a name is that of a stream that this process was handed: `/dev/stdin`, `/dev/fd/63`."""
+    return _STREAM.fullmatch(str(path)) is not None and other_kind(path) not in ("a folder", None)
+
+
+def read_lines(path: str | Path, *, limit: int = MAX_LINE, most: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """Lines of a file that are not blank, with their numbers, none of them kept.
+
+    Args:
+        path: the file.
+        limit: bytes of the longest line.
+        most: bytes to read; a line that they cut is left out.
+
+    Raises:
+        OSError: as for `open_file`; or a line is longer.
+    """
+    left = most
+    with open_file(path) as file:
+        number = 0
+        while left is None or left > 0:
+            line = file.readline(limit + 2 if left is None else min(limit + 2, left + 1))
+            if not line or (left is not None and len(line) > left):
+                return
+            number += 1
+            if left is not None:
+                left -= len(line)
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if len(line.rstrip(b"\r\n")) > limit:
+                raise OSError(errno.EFBIG, f"line {number} is longer than {_mebibytes(limit)}", str(path))
+            if line.strip():
+                yield number, line.rstrip(b"\r\n")
+
+
+def unreadable(error: OSError) -> str:
+    """Why a file cannot be read, in the words of the system or of this module."""
+    return error.strerror or str(error)
+
+
+def wrong_with(text: str, *, most: int = MAX_TEXT) -> str | None:
+    """Why a text is none that an encoder can read, "is empty"; None where it is one."""
+    if not text.strip():
+        return "is empty"
+    if len(text) > most:
+        return f"has {len(text):,} characters; {most:,} are the most that is read"
+    half = next((letter for letter in text if "\ud800" <= letter <= "\udfff"), None)
+    if half is not None:
+        return f"holds U+{ord(half):04X}, half a character; write it as UTF-8"
+    if "\0" in text:
+        return "holds U+0000, which is no letter"
+    return None
+
+
+def _refuse(facts: os.stat_result, path: str | Path) -> None:
+    kind = kind_in_words(facts.st_mode)
+    if kind == "a folder":
+        raise IsADirectoryError(errno.EISDIR, "a folder, not a file", str(path))
+    if kind is not None:
+        raise OSError(errno.EINVAL, f"{kind}, not a file", str(path))
+
+
+def _read(file: BinaryIO, count: int) -> bytes:
+    """At most so many bytes, piece by piece: no more memory than there is content."""
+    pieces = []
+    try:
+        while count > 0 and (piece := file.read(min(count, _PIECE))):
+            pieces.append(piece)
+            count -= len(piece)
+        return b"".join(pieces)
+    except MemoryError:
+        pieces.clear()
+        raise OSError(errno.ENOMEM, "larger than the memory that is left") from None
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count >> 20} MiB" if count >= 1 << 20 else f"{count} bytes"
