@@ -1,0 +1,85 @@
+"""`kill -9` at random system calls: whatever the moment, the same command goes on, and the end is the same bit for bit.
+
+A third of the tries are whole programs killed while they start (imports, config, data, model, run folder); the others
+are killed around a change of a file of the run (checkpoints, removal of old ones, metrics, pictures, the summary),
+every third of them twice: what goes on with it is killed too. Then the same command runs undisturbed, and what is left
+is compared with a run that nobody disturbed: every byte of every checkpoint's tensors, the metrics and the summary but
+for times, the pictures, and nothing beside. See `disturbed.py` for what is run.
+
+    python benchmarks/kills.py --jobs 2          300 tries
+    python benchmarks/kills.py --runs 6 --seed 3
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import disturbed
+import tracing
+from disturbed import COMMAND, RUN, Ended, Outcome
+
+STARTING, RUNNING, TWICE = "while it starts", "while it runs", "twice"
+
+
+class At:
+    """Kills a process at a place of choice: after so many changes of the run's files, so many calls further on."""
+
+    def __init__(self, run: Path, changes: int, further: int) -> None:
+        self._run = str(run)
+        self._changes = changes
+        self._further = further
+        self.place = ""
+
+    def __call__(self, tracer: tracing.Tracer, call: tracing.Call) -> None:
+        """Count the call, and kill where its turn has come."""
+        if self._changes > 0:
+            self._changes -= disturbed.changes(call, self._run)
+            return
+        self._further -= 1
+        if self._further < 0 and not self.place:
+            self.place = f"{call.name} {call.path or ''}"
+            tracer.kill()
+
+
+def one(task: tuple[int, str, int]) -> Outcome:
+    """One try: number, kind, seed."""
+    number, kind, seed = task
+    drawn = random.Random(f"{seed} {number}")
+    folder = disturbed.fresh()
+    run = folder / RUN
+    places, problems = [], []
+    if kind == STARTING:
+        at = At(run, 0, drawn.randrange(disturbed.world().first["metrics"]))
+        disturbed.started(folder, COMMAND, at)
+        places.append(at.place)
+    else:
+        for _ in range(2 if kind == TWICE else 1):
+            at = At(run, drawn.randrange(len(disturbed.world().counts.changed) + 1), drawn.randrange(12))
+            disturbed.forked(folder, COMMAND, at)
+            places.append(at.place)
+    problems += [f"not a whole checkpoint: {problem}" for problem in [disturbed.newest_checkpoint(folder)] if problem]
+    ended = disturbed.forked(folder, COMMAND)
+    problems += _problems(ended, folder)
+    outcome = Outcome(kind, "same in the end", problems, "; ".join(filter(None, places)))
+    disturbed.forget(folder)
+    return outcome
+
+
+def _problems(ended: Ended, folder: Path) -> list[str]:
+    if ended.code:
+        return [f"the same command ended with {ended.code}: {(ended.err or ended.out).strip()[-400:]}"]
+    return disturbed.differences(disturbed.world().expected, disturbed.whole(folder))
+
+
+def main(words: list[str] | None = None) -> int:
+    """Make the tries; 1 if one ended otherwise than it should."""
+    options = disturbed.arguments(__doc__.splitlines()[0], runs=300).parse_args(words)
+    kinds = (STARTING, RUNNING, TWICE, STARTING, RUNNING, RUNNING)
+    tasks = [(number, kinds[number % len(kinds)], options.seed) for number in range(options.runs)]
+    with disturbed.tries(options.jobs) as make:
+        return disturbed.report(make(one, tasks), total=len(tasks), first="killed", file=options.json)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
