@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def show_findings(findings: Sequence[Finding], *, stream: TextIO) -> None:
     from ttt.config import render_text
 
     if findings:
-        print(render_text(findings, color=has_color(stream), width=width_of(stream)), file=stream)
+        with _heard_or_not(stream):
+            print(render_text(findings, color=has_color(stream), width=width_of(stream)), file=stream)
 
 
 def show_diff(diff: str) -> None:
@@ -42,9 +44,21 @@ def show_diff(diff: str) -> None:
 def show_error(message: str) -> None:
     """Print an error that ends the command."""
     label = "\x1b[1;31merror:\x1b[0m" if has_color(sys.stderr) else "error:"
-    print(label, message, file=sys.stderr)
+    with _heard_or_not(sys.stderr):
+        print(label, message, file=sys.stderr)
 
 
 def show_note(message: str) -> None:
     """Print something by the way, where it does not mix with the output."""
-    print(message, file=sys.stderr)
+    with _heard_or_not(sys.stderr):
+        print(message, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _heard_or_not(stream: TextIO) -> Iterator[None]:
+    """A terminal that is gone is no reason to fail; that the output itself cannot be written is."""
+    try:
+        yield
+    except OSError:
+        if stream is not sys.stderr:
+            raise
