@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
-import functools
 import importlib
 import json
 import multiprocessing
@@ -285,6 +284,9 @@ class Counts:
     def __call__(self, tracer: tracing.Tracer, call: tracing.Call) -> None:
         """Count a call."""
         self.all += 1
+        path = call.path
+        if path is None or not ("/moment/" in path or "ttt_cli" in path or path.startswith(self._run)):
+            return
         for moment in (*MOMENTS[1:], "handled", "metrics"):
             if marks(call, self._run, moment):
                 self.first.setdefault(moment, self.all)
@@ -296,8 +298,6 @@ class Counts:
 def marks(call: tracing.Call, run: str, moment: str) -> bool:
     """Whether a call is of a moment of a run."""
     path = call.path or ""
-    if moment == "imports":
-        return True
     if moment == "handled":  # what the program imports when it has installed its handlers
         return "ttt_cli" in path and "outcome" in path
     if moment == "metrics":
@@ -317,29 +317,23 @@ def changes(call: tracing.Call, run: str) -> bool:
 class World:
     """What every try of a process needs: everything imported, what an undisturbed run leaves, and what it calls."""
 
-    def __init__(self, folder: Path, reference: Path, first: dict[str, int]) -> None:
+    def __init__(self, folder: Path, first: dict[str, int]) -> None:
         self.folder = folder
-        self.reference = reference
-        self.expected = whole(reference)
         self.first = first
         """Number of the first call of each moment, of a program of its own."""
-
-    def span(self, moment: str) -> tuple[int, int]:
-        """Numbers of the first and the last call that mark a moment."""
-        if moment == "imports":
-            return self.first["handled"] + 1, self.first["data"] - 1
-        return 1, self.counts.moments[moment]
-
-    @functools.cached_property
-    def counts(self) -> Counts:
+        self.reference = prepare(Path(tempfile.mkdtemp(prefix="undisturbed-", dir=folder)) / "work")
+        self.counts = Counts(self.reference / RUN)
         """The calls of a forked run."""
-        folder = fresh()
-        counts = Counts(folder / RUN)
-        ended = forked(folder, COMMAND, counts)
-        if ended.code or differences(self.expected, whole(folder)):
-            raise RuntimeError(f"a forked run is not the same: {ended}")
-        forget(folder)
-        return counts
+        ended = forked(self.reference, COMMAND, self.counts)
+        if ended.code:
+            raise RuntimeError(f"the undisturbed run ended with {ended.code}:\n{ended.out}{ended.err}")
+        self.expected = whole(self.reference)
+
+    def last(self, moment: str) -> int:
+        """How many calls mark a moment; imports are counted from where the program handles signals."""
+        if moment == "imports":
+            return self.first["data"] - self.first["handled"] - 1
+        return self.counts.moments[moment]
 
 
 _world: World | None = None
@@ -351,7 +345,7 @@ def world() -> World:
     return _world
 
 
-def _enter(folder: str, reference: str, first: dict[str, int]) -> None:
+def _enter(folder: str, first: dict[str, int], whole_run: dict[str, Any] | None) -> None:
     """Import everything, so that a fork of this process need not."""
     global _world
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -359,29 +353,51 @@ def _enter(folder: str, reference: str, first: dict[str, int]) -> None:
 
     from ttt.plugins import discover
 
-    for module in ("torch.utils.tensorboard", "ttt_cli.main", "ttt_cli.app", "ttt_cli.train", "ttt.train.loop"):
+    for module in ("torch._dynamo", "torch.utils.tensorboard", "ttt_cli.main", "ttt_cli.app", "ttt_cli.train", "ttt.train.loop"):
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
     discover()
+    _optimize_once()
     figure = Figure()
     figure.add_subplot().set_title("finds the fonts")
     FigureCanvasAgg(figure).draw()
-    _world = World(Path(folder), Path(reference), first)
+    _world = World(Path(folder), first)
+    told = differences(whole_run, _world.expected) if whole_run is not None else []
+    if told:
+        raise RuntimeError(f"a forked run is not the same as a program of its own: {'; '.join(told)}")
 
 
-def _undisturbed(folder: str) -> tuple[str, dict[str, int]]:
-    """The run that all others are compared with, and the numbers of the first calls of its moments."""
-    path = prepare(Path(folder) / "undisturbed")
+def _optimize_once() -> None:
+    """What the first step imports and registers; no backward, whose threads a fork would not have."""
+    import torch
+
+    import ttt
+
+    layer = ttt.TTTLayer(8, 2, ttt.TTTConfig(mini_batch_size=4))
+    layer(torch.zeros(1, 8, 8))
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    torch.optim.AdamW(layer.parameters()).step()
+
+
+def _program(folder: str) -> tuple[dict[str, int], dict[str, Any]]:
+    """Of a program of its own: the numbers of the first calls of its moments, and what it leaves."""
+    path = prepare(Path(folder) / "program")
     counts = Counts(path / RUN)
     ended = started(path, COMMAND, counts)
     if ended.code:
         raise SystemExit(f"the undisturbed run ended with {ended.code}:\n{ended.out}{ended.err}")
-    return str(path), counts.first
+    return counts.first, whole(path)
 
 
 @contextlib.contextmanager
-def tries(jobs: int) -> Iterator[Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]]:
-    """Processes that work side by side, in a folder that is gone afterwards: a `map` over them."""
+def tries(
+    jobs: int, *, small: bool = False
+) -> Iterator[Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]]:
+    """Processes that work side by side, in a folder that is gone afterwards: a `map` over them.
+
+    With `small` no program is started to count its calls: it is taken to import for so many at least.
+    """
     problem = tracing.obstacle()
     if problem is not None:
         print(f"skipped: {problem}")
@@ -395,9 +411,9 @@ def tries(jobs: int) -> Iterator[Callable[[Callable[[Any], Any], Sequence[Any]],
         os.environ.setdefault("NO_TORCH_COMPILE", "1")
         os.environ["MPLBACKEND"] = "agg"
         sys.path[:0] = paths.split(os.pathsep)
-        reference = _undisturbed(folder)
+        known = ({"handled": 0, "data": 10_000, "metrics": 10_000}, None) if small else _program(folder)
         with concurrent.futures.ProcessPoolExecutor(
-            jobs, multiprocessing.get_context("fork"), initializer=_enter, initargs=(folder, *reference)
+            jobs, multiprocessing.get_context("fork"), initializer=_enter, initargs=(folder, *known)
         ) as pool:
             yield lambda one, arguments: pool.map(one, arguments)
 

@@ -33,12 +33,13 @@ class At:
         self._moment = moment
         self._occasion = occasion
         self._delay = delay
+        self._handled = False
         self._count = 0
         self.place = ""
 
     def __call__(self, tracer: tracing.Tracer, call: tracing.Call) -> None:
         """Count the call where it marks the moment; send the signal where its turn has come."""
-        if self.place or not disturbed.marks(call, self._run, self._moment):
+        if self.place or not self._marks(call):
             return
         self._count += 1
         if self._count == self._occasion:
@@ -48,14 +49,19 @@ class At:
             else:
                 tracer.send(self._number)
 
+    def _marks(self, call: tracing.Call) -> bool:
+        if self._moment != "imports":
+            return disturbed.marks(call, self._run, self._moment)
+        self._handled = self._handled or disturbed.marks(call, self._run, "handled")
+        return self._handled
+
 
 def one(task: tuple[int, str, int, int]) -> Outcome:
     """One try: signal, moment, number of the try, seed."""
     number, moment, repeat, seed = task
     drawn = random.Random(f"{seed} {number} {moment} {repeat}")
     folder = disturbed.fresh()
-    first, last = disturbed.world().span(moment)
-    occasion = drawn.randint(first, last)
+    occasion = drawn.randint(1, disturbed.world().last(moment))
     delay = 0.0 if moment == "imports" else drawn.choice((0.0, drawn.uniform(0, 0.003)))
     at = At(folder / RUN, number, moment, occasion=occasion, delay=delay)
     run = disturbed.started if moment == "imports" else disturbed.forked

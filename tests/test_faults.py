@@ -1,0 +1,120 @@
+"""Runs that are killed, signalled or refused by the disk, at places of choice: the drivers of `benchmarks/`, small.
+
+At full size: `python benchmarks/kills.py`, `injected_errors.py`, `signals.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tracing
+
+ROOT = Path(__file__).parent.parent
+UNTRACEABLE = tracing.obstacle()
+traced = pytest.mark.skipif(UNTRACEABLE is not None, reason=str(UNTRACEABLE))
+
+DRIVE = """
+    import json, sys
+    import disturbed, injected_errors, kills, signals
+
+    with disturbed.tries(1, small=True) as make:
+        for name, one, tasks in (
+            ("kills", kills.one, {kills}),
+            ("errors", injected_errors.one, {errors}),
+            ("signals", signals.one, {signals}),
+        ):
+            print(json.dumps([name, [vars(outcome) for outcome in make(one, tasks)]]))
+"""
+KILLS = [(0, "while it starts", 0), *((number, "while it runs", 0) for number in range(1, 4)), (4, "twice", 0)]
+ERRORS = [("writing", number, error) for number, error in ((1, 28), (9, 5), (31, 122), (48, 30), (75, 28), (140, 13))]
+ERRORS += [("reading", 5, 5), ("reading", 30, 5)]
+SIGNALS = [
+    (int(signal.SIGINT), "imports", 0, 0),
+    (int(signal.SIGINT), "step", 0, 0),
+    (int(signal.SIGTERM), "pictures", 0, 0),
+    (int(signal.SIGHUP), "evaluation", 0, 0),
+    (int(signal.SIGQUIT), "data", 0, 0),
+    (int(signal.SIGUSR1), "checkpoint", 0, 0),
+    (int(signal.SIGUSR2), "step", 1, 0),
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, list[dict[str, Any]]]:
+    script = textwrap.dedent(DRIVE).format(kills=KILLS, errors=ERRORS, signals=SIGNALS)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "tests")])},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(line) for line in done.stdout.splitlines())
+
+
+def _failed(outcomes: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{outcome['kind']}, {outcome['place']}: {problem}" for outcome in outcomes for problem in outcome["problems"]
+    ]
+
+
+@traced
+def test_a_run_killed_anywhere_goes_on_by_the_same_command(outcomes: dict[str, list[dict[str, Any]]]) -> None:
+    assert len(outcomes["kills"]) == len(KILLS)
+    assert _failed(outcomes["kills"]) == []
+    assert all(outcome["place"] for outcome in outcomes["kills"][:4]), "a try killed nothing"
+
+
+@traced
+def test_an_error_of_the_disk_is_one_sentence_and_no_checkpoint_is_lost(
+    outcomes: dict[str, list[dict[str, Any]]],
+) -> None:
+    assert _failed(outcomes["errors"]) == []
+    assert all(outcome["result"] != "no such call" for outcome in outcomes["errors"])
+    assert sum(outcome["result"] == "exit 3" for outcome in outcomes["errors"]) >= 3, "most errors end a run"
+
+
+@traced
+def test_every_signal_saves_what_there_is_and_ends_with_130(outcomes: dict[str, list[dict[str, Any]]]) -> None:
+    assert _failed(outcomes["signals"]) == []
+    assert [outcome["result"].split(",")[0] for outcome in outcomes["signals"]] == ["exit 130"] * len(SIGNALS)
+
+
+@traced
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_call_can_be_made_to_fail_and_a_process_be_killed_at_one(tmp_path: Path) -> None:
+    """The tracer itself: what the tests above stand on."""
+    target, seen = tmp_path / "file", []
+
+    def fails(call: tracing.Call) -> int | None:
+        seen.append((call.name, call.path, call.changes))
+        return 28 if call.path == str(target) else None
+
+    def start() -> None:
+        try:
+            target.write_text("x")
+        except OSError as error:
+            os._exit(error.errno or 0)
+        os._exit(0)
+
+    assert tracing.Tracer(fails, names=tracing.CHANGING).run(start) == 28
+    assert ("openat", str(target), True) in seen
+    assert not target.exists()
+
+    def kills(call: tracing.Call) -> None:
+        if call.name == "mkdir":
+            tracer.kill()
+
+    tracer = tracing.Tracer(kills)
+    assert tracer.run(lambda: os.mkdir(tmp_path / "folder")) == -signal.SIGKILL
+    assert not (tmp_path / "folder").exists()
