@@ -45,7 +45,8 @@ train: {{max_steps: 5, batch_size: 2, trainable: all, ckpt_freq: 1, ckpt_keep: 2
 eval: {{eval_freq: 3, max_batches: 2}}
 run_dir: {RUN}
 """
-_TIMES = {"tokens_per_second", "peak_memory_bytes", "seconds"}
+_OWN = {"tokens_per_second", "peak_memory_bytes", "seconds", "backbone_trained", "crc32", "checksum", "checksums"}
+"""Keys of what each run has of its own: times, the names that pair files, and checksums over those."""
 
 PLUGIN = '''\
 """The toy, which says where it is by asking for a file that nobody has; who watches its system calls sees it."""
@@ -215,8 +216,12 @@ def whole(folder: Path) -> dict[str, Any]:
         name = path.relative_to(run).as_posix()
         if name.split("/")[0] == "tensorboard" or path.is_dir():
             continue
-        if path.suffix == ".safetensors" or path.name in ("adapter_config.json", "config.yaml"):
+        if path.suffix == ".safetensors":
+            found[name] = _tensors(path.read_bytes())
+        elif path.name == "config.yaml":
             found[name] = path.read_bytes()
+        elif path.name == "adapter_config.json":
+            found[name] = _timeless(json.loads(path.read_text("utf-8")))
         elif path.name == "metrics.jsonl":
             found[name] = [_timeless(json.loads(line)) for line in path.read_text("utf-8").splitlines()]
         elif path.name == "summary.json":
@@ -229,8 +234,15 @@ def whole(folder: Path) -> dict[str, Any]:
 def _timeless(content: Any) -> Any:
     if not isinstance(content, dict):
         return content
-    # a checksum of a line with times in it is one of the times too
-    return {key: _timeless(value) for key, value in content.items() if key not in _TIMES and "sum" not in key}
+    return {key: _timeless(value) for key, value in content.items() if key not in _OWN}
+
+
+def _tensors(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """What a safetensors file says of its tensors, and every byte of them."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header.pop("__metadata__", None)
+    return header, content[end:]
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
@@ -353,9 +365,14 @@ def _enter(folder: str, first: dict[str, int], whole_run: dict[str, Any] | None)
 
     from ttt.plugins import discover
 
-    for module in ("torch._dynamo", "torch.utils.tensorboard", "ttt_cli.main", "ttt_cli.app", "ttt_cli.train", "ttt.train.loop"):
+    for module in (
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+        *(f"ttt_cli.{name}" for name in ("main", "app", "train")),
+    ):
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
+    importlib.import_module("ttt.train.loop")
     discover()
     _optimize_once()
     figure = Figure()
