@@ -45,7 +45,7 @@ train: {{max_steps: 5, batch_size: 2, trainable: all, ckpt_freq: 1, ckpt_keep: 2
 eval: {{eval_freq: 3, max_batches: 2}}
 run_dir: {RUN}
 """
-_OWN = {"tokens_per_second", "peak_memory_bytes", "seconds", "backbone_trained", "crc32", "checksum", "checksums"}
+_OWN = {"tokens_per_second", "peak_memory_bytes", "seconds", "backbone_trained", "crc32", "sha256"}
 """Keys of what each run has of its own: times, the names that pair files, and checksums over those."""
 
 PLUGIN = '''\

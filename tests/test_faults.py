@@ -118,3 +118,32 @@ def test_a_call_can_be_made_to_fail_and_a_process_be_killed_at_one(tmp_path: Pat
     tracer = tracing.Tracer(kills)
     assert tracer.run(lambda: os.mkdir(tmp_path / "folder")) == -signal.SIGKILL
     assert not (tmp_path / "folder").exists()
+
+
+@traced
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("moment", ["while it imports", "while it reads"])
+def test_a_command_with_nothing_to_lose_ends_at_once(
+    moment: str, number: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    waits, _ = os.pipe()
+    sent = []
+
+    def sends(call: tracing.Call) -> None:
+        if moment == "while it reads":
+            due = call.name == "read" and call.arguments[0] == 0
+        else:
+            due = "diagnostics" in (call.path or "")
+        if due and not sent:
+            sent.append(call.name)
+            tracer.send(number)
+
+    def start() -> None:
+        os.dup2(waits, 0)
+        os.execv(sys.executable, [sys.executable, "-m", "ttt_cli", "check", "-"])
+
+    tracer = tracing.Tracer(sends, names=tracing.READING)
+    assert tracer.run(start) == 130
+    assert sent
+    assert capfd.readouterr() == ("", "")

@@ -46,10 +46,13 @@ def train(
         from ttt.train import train as run
 
         stop_if_asked()
+        result = run(loaded.config, loaded.backbone, resume=resume)
     except StopRequested:
         show_note("interrupted before the run began; nothing was written: the same command starts it again")
         raise
-    result = run(loaded.config, loaded.backbone, resume=resume)
+    except KeyboardInterrupt:
+        show_note("stopped at once; what came after the last checkpoint is lost: --resume goes on from there")
+        raise
     if result.interrupted:
         from ttt_cli.outcome import INTERRUPTED
 

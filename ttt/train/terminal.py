@@ -33,8 +33,8 @@ class LastingStream:
 @contextlib.contextmanager
 def lasting(console: Console) -> Iterator[None]:
     """Inside, printing to the console raises nothing when its output is gone."""
-    before = console.file
-    console.file = LastingStream(before)  # type: ignore[assignment]
+    before = vars(console).get("_file")  # None: standard output, whatever that is at the time
+    console.file = LastingStream(console.file)  # type: ignore[assignment]
     try:
         yield
     finally:
