@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -47,6 +48,10 @@ run_dir: {RUN}
 """
 _OWN = {"tokens_per_second", "peak_memory_bytes", "seconds", "backbone_trained", "crc32", "sha256"}
 """Keys of what each run has of its own: times, the names that pair files, and checksums over those."""
+
+HUNG = 1000
+"""Stands for the exit code of a process that did not end."""
+_LIMIT_SECONDS = 600.0
 
 PLUGIN = '''\
 """The toy, which says where it is by asking for a file that nobody has; who watches its system calls sees it."""
@@ -181,9 +186,29 @@ def _run(folder: Path, start: Callable[[], None], on_call: OnCall | None, names:
         return on_call(tracer, call) if on_call else None
 
     tracer = tracing.Tracer(asked, names=names if on_call else ())
-    code = tracer.run(_guarded(start))
+    try:
+        with _limited(_LIMIT_SECONDS):
+            code = tracer.run(_guarded(start))
+    except TimeoutError:
+        code = HUNG
     out, err = (_output(folder, number).read_text(encoding="utf-8", errors="replace") for number in (1, 2))
     return Ended(code, out, err)
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError inside when it takes too long."""
+
+    def end(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _guarded(start: Callable[[], None]) -> Callable[[], None]:

@@ -210,6 +210,9 @@ class Tracer:
             return self._watch(pid)
         except BaseException:
             self.kill()
+            with contextlib.suppress(ChildProcessError):
+                while True:
+                    os.waitpid(-1, _WALL)
             raise
 
     def kill(self) -> None:
