@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import faulthandler
 import io
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -34,10 +36,10 @@ from ttt.errors import (
     UsageError,
 )
 from ttt.inject import Site
-from ttt.train import loop, train
+from ttt.train import interrupt, loop, train
 from ttt.train.checkpoint import OPTIMIZER
 from ttt.train.evaluation import Evaluation
-from ttt.train.interrupt import Interrupt
+from ttt.train.interrupt import SIGNALS, Interrupt, interruptible
 from ttt.train.metrics import read_metrics
 from ttt.train.optim import Optimizer
 from ttt.train.passes import reset_rows
@@ -498,7 +500,7 @@ SCRIPT = """
     sys.path.insert(0, {tests!r})
     from test_train_loop import config
     from toy import ToyBackbone
-    from ttt.train import loop, train
+    from ttt.train import interrupt, loop, train
 
     class Slow(ToyBackbone):
         def loss(self, model, batch, config):
@@ -527,7 +529,7 @@ def start(run_dir, options, *, pause):
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_the_run_resumes_bit_for_bit(tmp_path, number):
     options = {
         "backbone": {"dropout": 0.1},
@@ -560,6 +562,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     process = start(tmp_path / "run", {"train": {"max_steps": 1000, "cpu_threads": 1}}, pause=0.5)
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline() == "\n"
+    time.sleep(2 * interrupt._SAME_REQUEST_SECONDS)
     process.send_signal(signal.SIGINT)
     started = time.monotonic()
     _, err = process.communicate(timeout=60)
@@ -569,18 +572,160 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_a_second_signal_waits_while_a_line_is_written():
+def test_a_second_signal_waits_while_a_line_is_written(monkeypatch):
+    monkeypatch.setattr(interrupt, "_SAME_REQUEST_SECONDS", 0.0)
     written = []
 
     def write() -> None:
-        with Interrupt() as interrupt, interrupt.held():
+        with Interrupt() as asked, asked.held():
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
-            written.append(interrupt.requested)
+            written.append(asked.requested)
 
     with pytest.raises(KeyboardInterrupt):
         write()
     assert written == [True]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_every_signal_asks_once_and_orders_twice(monkeypatch, number):
+    monkeypatch.setattr(interrupt, "_SAME_REQUEST_SECONDS", 0.0)
+    before = signal.getsignal(number)
+    with Interrupt() as asked:
+        signal.raise_signal(number)
+        assert asked.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) == before
+
+
+def test_signals_that_come_together_are_one_request(monkeypatch):
+    """As `timeout` and a closed terminal send them."""
+    monkeypatch.setattr(interrupt, "_SAME_REQUEST_SECONDS", 60.0)
+    with Interrupt() as asked:
+        for number in SIGNALS:
+            signal.raise_signal(number)
+        assert asked.requested
+
+
+def test_handlers_of_others_stay():
+    """Those of an application that trains as a part of it; and what nohup asks for."""
+    calls = []
+
+    def own(number, frame):
+        calls.append(number)
+
+    before = {number: signal.signal(number, own) for number in (signal.SIGUSR1, signal.SIGINT)}
+    hung_up = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as asked:
+            signal.raise_signal(signal.SIGUSR1)
+            signal.raise_signal(signal.SIGHUP)
+            assert (calls, asked.requested) == ([signal.SIGUSR1], False)
+            signal.raise_signal(signal.SIGINT)
+            assert (calls, asked.requested) == ([signal.SIGUSR1], True)
+        assert signal.getsignal(signal.SIGINT) is own
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, hung_up)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_what_is_caught_outside_python_stays():
+    faulthandler.register(signal.SIGUSR2)
+    try:
+        with Interrupt() as asked:
+            assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL, "the library took over what faulthandler has"
+        with Interrupt(own_process=True) as asked:
+            signal.raise_signal(signal.SIGUSR2)
+            assert asked.requested, "a program of its own heeds every signal"
+    finally:
+        faulthandler.unregister(signal.SIGUSR2)
+        for number in SIGNALS:  # a program of its own leaves them ignored
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def test_inside_another_a_request_is_the_same():
+    with Interrupt() as outer, interruptible() as inner:
+        signal.raise_signal(signal.SIGTERM)
+        assert inner is outer
+        assert outer.requested
+    with interruptible() as later:
+        assert not later.requested
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_leaves_signals_to_its_parent_and_ends_by_sigterm():
+    """Workers that read data share the terminal with the run that they work for."""
+    with Interrupt():
+        child = os.fork()
+        if child == 0:
+            for number in SIGNALS:
+                if number != signal.SIGTERM:
+                    signal.raise_signal(number)
+                    signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_before_the_first_step_nothing_is_written(tmp_path):
+    class Impatient(ToyBackbone):
+        """Somebody asks to stop while the data is read."""
+
+        built = False
+
+        def dataset(self, config, *, split, device):
+            signal.raise_signal(signal.SIGTERM)
+            return super().dataset(config, split=split, device=device)
+
+        def build(self, options, *, device, dtype):
+            self.built = True
+            return super().build(options, device=device, dtype=dtype)
+
+    backbone = Impatient()
+    result, text = run(config(tmp_path / "run"), backbone)
+    assert (result.interrupted, result.steps, result.checkpoint) == (True, 0, None)
+    assert "nothing was written: the same command starts it again" in text
+    assert not (tmp_path / "run").exists()
+    assert not backbone.built, "it went on to the next stage"
+
+
+def test_a_signal_while_pictures_are_drawn_lets_them_be_finished(tmp_path, monkeypatch):
+    def drawn(path):
+        signal.raise_signal(signal.SIGUSR1)
+        (path / "loss.png").touch()
+        return []
+
+    monkeypatch.setattr(loop, "draw_run", drawn)
+    result, text = run(config(tmp_path / "run"))
+    assert not result.interrupted
+    assert "nothing is left to do" in text
+    assert (tmp_path / "run" / "loss.png").exists()
+
+
+@pytest.mark.parametrize("gone", ["terminal", "pipe"])
+def test_a_run_outlives_its_output(tmp_path, gone):
+    """The terminal is closed, or what reads the pipe ends: printing fails from then on, the run does not."""
+    reader, writer = pty.openpty() if gone == "terminal" else os.pipe()
+    output = open(writer, "w", encoding="utf-8")  # noqa: SIM115 - closed below, as far as it can be
+
+    class Closing(ToyBackbone):
+        passes = 0
+
+        def loss(self, model, batch, config):
+            self.passes += 1
+            if self.passes == 2:
+                os.close(reader)
+            return super().loss(model, batch, config)
+
+    result = train(config(tmp_path / "run"), Closing(), console=Console(file=output))
+    with pytest.raises(OSError, match="Input/output error" if gone == "terminal" else "Broken pipe"):
+        output.close()
+    assert (result.steps, result.interrupted) == (6, False)
+    assert len(lines(tmp_path / "run")) == 6
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_an_interrupted_closing_evaluation_is_done_when_resumed(tmp_path):

@@ -1,8 +1,10 @@
 """`metrics.jsonl` without doubles or half lines, the bar, plain lines, and the pictures drawn from it alone."""
 
+import contextlib
 import io
 import json
 import math
+import resource
 import sys
 from pathlib import Path
 
@@ -262,3 +264,20 @@ def test_gaps_in_the_numbers_can_be_drawn(tmp_path):
     file.write(line(1, layers=layers, eval_loss=None, eval_loss_gates_closed=None))
     file.close()
     assert len(draw_run(tmp_path)) == 2
+
+
+def test_a_line_that_cannot_be_written_is_told_once(tmp_path):
+    """Closing the file writes what is left in its buffer anew; that error would stand in the place of the sentence."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write() -> None:
+        with contextlib.closing(MetricsFile(tmp_path / "metrics.jsonl")) as file:
+            file.write({"step": 1, "loss": 1.0})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40, unlimited[1]))
+            file.write({"step": 2, "loss": 1.0})
+
+    try:
+        with pytest.raises(EnvironmentProblem, match=r"metrics\.jsonl: cannot be written: File too large"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)

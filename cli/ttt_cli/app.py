@@ -32,7 +32,8 @@ COMMANDS = {
 HELP = """Test-time-training adapters for sequence models: check a run, train it, look at what came out.
 
 Exit codes: 0 done, 1 findings, 2 wrong usage or config, 3 environment (a missing file, weights, disk), 4 non-finite
-loss, 130 interrupted.
+loss, 130 interrupted. SIGINT (Ctrl-C), SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 all interrupt: `ttt train`
+finishes its step and saves, a second one stops at once.
 """
 
 

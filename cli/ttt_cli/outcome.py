@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 
+from ttt.train.interrupt import INTERRUPTED
 from ttt_cli.terminal import show_error, show_findings
 
-INTERRUPTED = 130
 PIPE_CLOSED = 141  # as a shell reports a program that SIGPIPE ended
+ENVIRONMENT = 3
+
+_MACHINE = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EIO", "ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EMFILE", "ENFILE", "EFBIG", "ESTALE", "ENXIO",
+        "ENODEV", "ETIMEDOUT", "ELOOP", "ENAMETOOLONG", "EISDIR", "ENOTDIR", "ENOENT", "EBUSY", "ENOLCK", "ETXTBSY",
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
+"""What the system says of files and disks, where nobody has said it better."""
 
 
 def exit_code_of(command: Callable[[], int | None]) -> int:
@@ -36,6 +48,32 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return silence_output()
+    except OSError as error:
+        if error.errno not in _MACHINE:
+            raise
+        place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        show_error(f"{place}cannot be used: {error.strerror}; look at that file or disk, then repeat the command")
+        return ENVIRONMENT
+
+
+def flush_output(code: int, *, lasting: bool) -> int:
+    """Write what is left to be written; returns the exit code.
+
+    Args:
+        code: the command's.
+        lasting: the command has done its work, whether or not anybody could read of it.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        silenced = silence_output()
+        if lasting:
+            return code
+        if isinstance(error, BrokenPipeError):
+            return silenced
+        show_error(f"standard output: cannot be written: {error.strerror}")
+        return ENVIRONMENT
+    return code
 
 
 def silence_output() -> int:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ttt_cli.options import Overrides
+from ttt_cli.terminal import show_note
 
 
 def precompute(
@@ -20,6 +21,13 @@ def precompute(
     from rich.console import Console
 
     from ttt.config import load_config
+    from ttt.train.terminal import lasting
 
     loaded = load_config(config, overrides=overrides or [], training=False)
-    loaded.backbone.precompute(loaded.config, console=Console())
+    console = Console()
+    try:
+        with lasting(console):
+            loaded.backbone.precompute(loaded.config, console=console)
+    except KeyboardInterrupt:
+        show_note("interrupted; what is done stays: the same command goes on")
+        raise

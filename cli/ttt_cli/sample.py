@@ -79,6 +79,7 @@ def sample(
 
     from ttt.sample import sample as make
     from ttt.train.metrics import say
+    from ttt.train.terminal import lasting
 
     console = Console()
     start = loaded.config.train.init_from
@@ -96,7 +97,8 @@ def sample(
         guidance_scale=guidance_scale,
         seed=seed,
     )
-    written = make(loaded.config, loaded.backbone, request, adapter=learned, console=console)
+    with lasting(console):
+        written = make(loaded.config, loaded.backbone, request, adapter=learned, console=console)
     say(console, f"wrote {', '.join(map(str, written))}")
 
 

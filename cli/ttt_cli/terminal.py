@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from ttt.printable import as_line
@@ -30,7 +31,8 @@ def show_findings(findings: Sequence[Finding], *, stream: TextIO) -> None:
     from ttt.config import render_text
 
     if findings:
-        print(render_text(findings, color=has_color(stream), width=width_of(stream)), file=stream)
+        with _heard_or_not(stream):
+            print(render_text(findings, color=has_color(stream), width=width_of(stream)), file=stream)
 
 
 def show(text: str = "", *, stream: TextIO | None = None, style: str = "") -> None:
@@ -51,11 +53,23 @@ def show_error(error: TTTError | str) -> None:
     """Print an error that ends the command, its details on lines of their own."""
     message, details = (error, ()) if isinstance(error, str) else (error.message, error.details)
     label = "\x1b[1;31merror:\x1b[0m" if has_color(sys.stderr) else "error:"
-    print(label, as_line(message), file=sys.stderr)
-    for detail in details:
-        show(f"  {detail}", stream=sys.stderr)
+    with _heard_or_not(sys.stderr):
+        print(label, as_line(message), file=sys.stderr)
+        for detail in details:
+            show(f"  {detail}", stream=sys.stderr)
 
 
 def show_note(message: str) -> None:
     """Print something by the way, where it does not mix with the output."""
-    show(message, stream=sys.stderr)
+    with _heard_or_not(sys.stderr):
+        show(message, stream=sys.stderr)
+
+
+@contextlib.contextmanager
+def _heard_or_not(stream: TextIO) -> Iterator[None]:
+    """A terminal that is gone is no reason to fail; that the output itself cannot be written is."""
+    try:
+        yield
+    except OSError:
+        if stream is not sys.stderr:
+            raise

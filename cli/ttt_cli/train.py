@@ -32,24 +32,45 @@ def train(
         typer.Option("--resume", help="Continue the run from its last checkpoint; start it where it has none yet."),
     ] = False,
 ) -> None:
-    """Train TTT layers in a backbone."""
-    from ttt.errors import UsageError
+    """Train TTT layers in a backbone.
 
-    if config is not None:
-        loaded = _load(Path(config), backbone, overrides or [], resume=resume)
-    elif backbone is not None:
-        loaded = _load_demo(backbone, overrides or [])
-    else:
-        raise UsageError("ttt train: name a config, or a backbone whose demo to run, as `ttt train --backbone moshi`")
-    show_findings(loaded.findings, stream=sys.stderr)
+    SIGINT (Ctrl-C), SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 or SIGUSR2: it finishes the step, saves, says how to go on and
+    ends with 130. Before the first step nothing is written; once all steps are done the pictures are finished. A second
+    signal stops at once. Under nohup, SIGHUP is ignored.
+    """
+    from ttt.train.interrupt import StopRequested, stop_if_asked
 
-    from ttt.train import train as run
+    try:
+        loaded = _loaded(config, backbone, overrides or [], resume=resume)
+        stop_if_asked()
+        from ttt.train import train as run
 
-    result = run(loaded.config, loaded.backbone, resume=resume)
+        stop_if_asked()
+        result = run(loaded.config, loaded.backbone, resume=resume)
+    except StopRequested:
+        show_note("interrupted before the run began; nothing was written: the same command starts it again")
+        raise
+    except KeyboardInterrupt:
+        show_note("stopped at once; what came after the last checkpoint is lost: --resume goes on from there")
+        raise
     if result.interrupted:
         from ttt_cli.outcome import INTERRUPTED
 
         raise typer.Exit(INTERRUPTED)
+
+
+def _loaded(config: str | None, backbone: str | None, overrides: list[str], *, resume: bool) -> LoadedConfig:
+    """The config of the command line, its findings shown."""
+    from ttt.errors import UsageError
+
+    if config is not None:
+        loaded = _load(Path(config), backbone, overrides, resume=resume)
+    elif backbone is not None:
+        loaded = _load_demo(backbone, overrides)
+    else:
+        raise UsageError("ttt train: name a config, or a backbone whose demo to run, as `ttt train --backbone moshi`")
+    show_findings(loaded.findings, stream=sys.stderr)
+    return loaded
 
 
 def _load(path: Path, backbone: str | None, overrides: list[str], *, resume: bool) -> LoadedConfig:

@@ -43,7 +43,7 @@ from ttt.train.divergence import (
     way_on,
 )
 from ttt.train.evaluation import Evaluation, evaluate
-from ttt.train.interrupt import Interrupt
+from ttt.train.interrupt import FINISHING, STEPPING, Interrupt, StopRequested, interruptible, stop_if_asked
 from ttt.train.metrics import (
     Display,
     MetricsFile,
@@ -70,6 +70,7 @@ from ttt.train.setup import (
     threads,
     ways_to_less_memory,
 )
+from ttt.train.terminal import lasting
 
 _DRAW_SECONDS = 60.0
 """How old the pictures may be when a checkpoint is written."""
@@ -79,6 +80,10 @@ def train(
     config: RunConfig, backbone: Backbone, *, resume: bool = False, console: Console | None = None
 ) -> TrainResult:
     """Train TTT layers in a backbone.
+
+    In the main thread, signals that ask to stop (`ttt.train.interrupt`) are heeded: before the first step nothing is
+    written, from then on the step is finished and saved, and the pictures are drawn. An output that is gone does not
+    end a run.
 
     Args:
         config: the resolved config.
@@ -97,7 +102,11 @@ def train(
     """
     require_one_process()
     console = console or Console()
-    config = narrowed(config, backbone)
+    with interruptible(), lasting(console):
+        return _train(narrowed(config, backbone), backbone, resume=resume, console=console)
+
+
+def _train(config: RunConfig, backbone: Backbone, *, resume: bool, console: Console) -> TrainResult:
     run = rundir.choose(config, resume=resume)
     with run.held():
         checkpoint = _standing(run, config, backbone, console, resume=resume)
@@ -112,12 +121,16 @@ def train(
             compile_errors(config.train.compile),
             threads(config.train.cpu_threads),
         ):
-            trainer = Trainer(config, backbone, device, run, console, start=start)
+            try:
+                trainer = Trainer(config, backbone, device, run, console, start=start)
+                if checkpoint is not None:
+                    trainer.restore(checkpoint)
+                stop_if_asked()
+            except StopRequested:
+                return _not_begun(run, checkpoint, console)
             if checkpoint is None:
                 run.create(config)
                 _say_taken_over(run, console)
-            else:
-                trainer.restore(checkpoint)
             return trainer.run()
 
 
@@ -155,10 +168,24 @@ def _tidied(run: RunDir, ended: TrainResult, config: RunConfig, console: Console
     return ended
 
 
+def _not_begun(run: RunDir, checkpoint: Checkpoint | None, console: Console) -> TrainResult:
+    """Tell that a run was interrupted before it began, or went on."""
+    say(console, "interrupted before the run began; nothing was written: the same command starts it again")
+    return TrainResult(
+        run_dir=run.path,
+        steps=0 if checkpoint is None else checkpoint.step,
+        interrupted=True,
+        loss=None,
+        evaluation=None,
+        checkpoint=None if checkpoint is None else checkpoint.path,
+        resume_command=run.resume_command(),
+    )
+
+
 class Trainer:
     """One run: built whole, with the weights that it starts from, then restored where it resumes, then run.
 
-    Building writes nothing.
+    Building writes nothing, and is given up between its stages where somebody asks to stop.
     """
 
     def __init__(
@@ -184,7 +211,9 @@ class Trainer:
             else backbone.dataset(config, split=self.eval_split, device=device)
         )
         self.order = order(config, self.dataset)
+        stop_if_asked()
         self.model, self.injection = build(config, backbone, device)
+        stop_if_asked()
         if config.train.compile:
             compile_layers(self.injection, device)
         self.learnable = choose_learnable(
@@ -228,6 +257,11 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """Train to the last step, or to the step in which somebody asks to stop; evaluate; sum up."""
+        with interruptible() as interrupt:
+            interrupt.told = STEPPING
+            return self._run(interrupt)
+
+    def _run(self, interrupt: Interrupt) -> TrainResult:
         total = self.config.train.max_steps
         self._announce()
         with contextlib.ExitStack() as stack:
@@ -242,7 +276,6 @@ class Trainer:
             self.board = stack.enter_context(
                 contextlib.closing(TensorBoard(self.directory / "tensorboard", first_step=keep + 1))
             )
-            interrupt = stack.enter_context(Interrupt())
             self.display = stack.enter_context(
                 Display(self.console, total=total, done=self.done, log_freq=self.config.train.log_freq)
             )
@@ -254,7 +287,13 @@ class Trainer:
             if self.done < total or evaluation is None:
                 self._save()
                 evaluation = None
-        return self._interrupted() if evaluation is None else self._finish(evaluation)
+        interrupt.told = FINISHING
+        if evaluation is None:
+            return self._interrupted()
+        result = self._finish(evaluation)
+        if interrupt.requested:
+            say(self.console, "asked to stop when all steps were done: nothing is left to do")
+        return result
 
     def _one_step(self, interrupt: Interrupt) -> Evaluation | None:
         """A step, its checkpoint, its evaluation and its line, where they are due."""
@@ -649,7 +688,7 @@ class Trainer:
         """Tell how to go on."""
         result = self._result(None)
         if result.checkpoint is None:
-            say(self.console, "interrupted before the first step was done; nothing to resume")
+            say(self.console, "interrupted before the first step was done; nothing to save: start it again as it was")
             return result
         draw_run(self.directory.path)
         say(self.console, f"interrupted after step {self.done} of {self.config.train.max_steps}, saved")

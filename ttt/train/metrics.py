@@ -7,6 +7,7 @@ A line of `metrics.jsonl` is one step: `step` (from 1), `loss`, the backbone's o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -98,7 +99,8 @@ class MetricsFile:
 
     def close(self) -> None:
         """Let go of the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # it writes anew what could not be written, which was told then
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
