@@ -15,7 +15,7 @@ from ttt.config.diagnostics import summary
 from ttt.config.load import dump_value
 from ttt.config.schema import RunConfig
 from ttt.config.source import KeyPath, Source, dotted, parse_source
-from ttt.errors import ConfigError, PluginError, UsageError
+from ttt.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from ttt.backbone import Backbone
@@ -124,14 +124,7 @@ def import_config(text: str, *, file: str, backbones: Sequence[Backbone]) -> tup
     if isinstance(source.data.get("backbone"), Mapping):
         raise UsageError(f"{file}: is a config of this project already; check it with `ttt check {file}`")
     for backbone in backbones:
-        try:
-            imported = backbone.import_config(text, file=file)
-        except UsageError:  # the file is meant for this backbone, and says why it cannot be read
-            raise
-        except Exception as error:  # a third party's code may raise anything
-            cause = " ".join(f"{type(error).__name__}: {error}".split())
-            told = f"the plugin {backbone.name} failed when it was asked to import {file}: {cause}"
-            raise PluginError(told) from error
+        imported = backbone.import_config(text, file=file)
         if imported is not None:
             return backbone, imported
     return None

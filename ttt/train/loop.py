@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ttt.adapter import carried
 from ttt.adapter_file import AdapterInfo, backbone_identity, load_adapter, read_info, trained_backbone
-from ttt.backbone import Backbone, WindowDataset
+from ttt.asking import WrongAnswer, asked
+from ttt.backbone import Backbone, LossOutput, WindowDataset
 from ttt.config.schema import RunConfig
 from ttt.errors import InactiveLayerError, NonFiniteError, TTTError
 from ttt.evidence import observe
@@ -264,8 +265,9 @@ class Trainer:
         for number in range(step * passes, (step + 1) * passes):
             reading = self.order.at(number)
             read.append(reading)
-            with evidence if evidence and len(read) == 1 else contextlib.nullcontext():
-                loss, count, told = self._pass(number, reading)
+            watched = evidence if len(read) == 1 else None
+            with watched or contextlib.nullcontext():
+                loss, count, told = self._pass(number, reading, watched)
             losses.append(loss)
             tokens += count
             for name, value in told.items():
@@ -295,7 +297,7 @@ class Trainer:
         checked: dict[str, Any] = finite(line)
         return checked
 
-    def _pass(self, number: int, reading: Reading) -> tuple[float, int, dict[str, float]]:
+    def _pass(self, number: int, reading: Reading, evidence: observe | None) -> tuple[float, int, dict[str, float]]:
         """Forward and backward over one batch: its loss, the positions it read, the backbone's metrics."""
         batch = load_batch(self.dataset, reading.windows, self.device)
         states = reset_rows(self.injection, self.states, reading.starts)
@@ -305,6 +307,9 @@ class Trainer:
         with carried(self.injection, states) if persistent else contextlib.nullcontext() as carry:
             with mixed_precision(self.config.train, self.device):
                 output = self.backbone.loss(self.model, batch, self.config)
+            if evidence and self.done == 0:
+                self._require_reached(evidence)
+            self._require_gradient(output)
             loss = float(output.loss.detach())
             if not math.isfinite(loss):
                 raise NonFiniteError(self._not_finite("the loss", loss, [reading]))
@@ -324,8 +329,26 @@ class Trainer:
             f"weights unchanged. Look at that data; if it is sound, lower train.lr"
         )
 
+    def _require_reached(self, evidence: observe) -> None:
+        """The first forward pass must call every adapter; backward would only say that there is no gradient."""
+        for site in self.injection.adapters:
+            if site not in evidence.reached:
+                raise InactiveLayerError(
+                    f"{site}: the TTT layer was injected, but the backbone's forward pass never reached it; the site "
+                    f"that the backbone {self.backbone.name} offers there is not on its path"
+                )
+
+    def _require_gradient(self, output: LossOutput) -> None:
+        """Backward must have somewhere to go."""
+        if not output.loss.requires_grad:
+            with asked(self.backbone, "`loss`", type(self.backbone).loss):
+                raise WrongAnswer(
+                    "a loss that no gradient leads back from to what learns; it was detached, or computed without "
+                    "gradients, on the way"
+                )
+
     def _require_active(self, evidence: observe) -> None:
-        """On the first step, every adapter must act: reached, its fast weights moved, a gradient for it."""
+        """On the first step, every adapter must act: its fast weights moved, a gradient for it."""
         layers = evidence.layers()
         touched: dict[str, bool] = {}
         for name, gradient in self.optimizer.gradients():
@@ -334,11 +357,6 @@ class Trainer:
                     arrived = gradient is not None and bool(gradient.count_nonzero())
                     touched[site] = touched.get(site, False) or arrived
         for site in self.injection.adapters:
-            if site not in evidence.reached:
-                raise InactiveLayerError(
-                    f"{site}: the TTT layer was injected, but the backbone's forward pass never reached it; the site "
-                    f"that the backbone {self.backbone.name} offers there is not on its path"
-                )
             if not layers[site].movement > 0:
                 raise InactiveLayerError(
                     f"{site}: the fast weights of the TTT layer did not move (‖W_T − W_0‖ / ‖W_0‖ = "
