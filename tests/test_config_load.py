@@ -396,7 +396,7 @@ def test_data_that_is_missing_is_the_machines_fault_unless_the_config_is_wrong_t
 
 
 def _failing(**attributes: Any) -> ToyBackbone:
-    return type("Failing", (ToyBackbone,), attributes)()
+    return type("Failing", (ToyBackbone,), {"__module__": __name__, **attributes})()
 
 
 def _raise(*_: Any) -> Any:

@@ -16,7 +16,6 @@ import functools
 import inspect
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from types import TracebackType
@@ -212,6 +211,8 @@ def in_one_line(error: BaseException) -> str:
 def print_traceback(error: BaseException) -> None:
     """Print where an error of a plugin comes from, if `TTT_TRACEBACK` asks for it."""
     if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+        import traceback
+
         traceback.print_exception(type(error), error, error.__traceback__)
 
 

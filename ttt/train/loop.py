@@ -33,7 +33,16 @@ from ttt.train.checkpoint import content_bytes, read_content, write_content
 from ttt.train.compiling import compile_errors, compile_layers
 from ttt.train.evaluation import Evaluation, evaluate
 from ttt.train.interrupt import Interrupt
-from ttt.train.metrics import Display, MetricsFile, TensorBoard, duration_in_words, finite, peak_memory_bytes, say
+from ttt.train.metrics import (
+    Display,
+    MetricsFile,
+    TensorBoard,
+    duration_in_words,
+    finite,
+    peak_memory_bytes,
+    say,
+    survived,
+)
 from ttt.train.optim import Optimizer, choose_learnable
 from ttt.train.order import Reading
 from ttt.train.passes import load_batch, mixed_precision, reset_rows, seed_pass
@@ -188,7 +197,7 @@ class Trainer:
             self.directory.remove_unfinished()
             (self.directory / rundir.SUMMARY).unlink(missing_ok=True)  # of an end that is one no more
             self.board = stack.enter_context(
-                contextlib.closing(TensorBoard(self.directory / "tensorboard", first_step=keep + 1))
+                contextlib.closing(TensorBoard(self.directory / "tensorboard", first_step=keep + 1, warn=self._say))
             )
             interrupt = stack.enter_context(Interrupt())
             self.display = stack.enter_context(
@@ -409,7 +418,7 @@ class Trainer:
         self.saved = (self.done, path)
         self.metrics.sync()
         if time.monotonic() - self._drawn > _DRAW_SECONDS and self.metrics.last_step:
-            draw_run(self.directory.path)
+            self._draw()
             self._drawn = time.monotonic()
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -453,6 +462,16 @@ class Trainer:
             say(self.console, note)
 
     # --- what is told ---
+
+    def _say(self, text: str) -> None:
+        say(self.console, text)
+
+    def _draw(self) -> list[Path]:
+        """The run's pictures; one that cannot be drawn is never the end of a run."""
+        made: list[Path] = []
+        with survived(f"the pictures in {self.directory.path} cannot be drawn", self._say):
+            made += draw_run(self.directory.path)
+        return made
 
     def _announce(self) -> None:
         config = self.config
@@ -498,7 +517,7 @@ class Trainer:
         if result.checkpoint is None:
             say(self.console, "interrupted before the first step was done; nothing to resume")
             return result
-        draw_run(self.directory.path)
+        self._draw()
         say(self.console, f"interrupted after step {self.done} of {self.config.train.max_steps}, saved")
         say(self.console, f"resume with: {result.resume_command}")
         return result
@@ -516,7 +535,7 @@ class Trainer:
                 "device": _device_in_words(self.device),
             },
         )
-        pictures = draw_run(self.directory.path)
+        pictures = self._draw()
         for site, layer in self.line.get("layers", {}).items():
             say(
                 self.console,
@@ -526,7 +545,8 @@ class Trainer:
             )
         say(self.console, evaluation.in_words())
         say(self.console, f"{self.done} steps in {duration_in_words(self.seconds)}; adapter: {result.checkpoint}")
-        say(self.console, f"pictures: {', '.join(map(str, pictures))}")
+        if pictures:
+            say(self.console, f"pictures: {', '.join(map(str, pictures))}")
         return result
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ttt.config.importing import Import, ImportedConfig
+from ttt.config.importing import Import, ImportedConfig, number
 from ttt.config.schema import TTTConfig
 from ttt.config.source import parse_source
 
@@ -110,8 +110,8 @@ def _move_data(moving: Import) -> None:
 
 def _move_schedule(moving: Import) -> None:
     """`OneCycleLR`, saving and evaluating."""
-    steps, share = moving.get("max_steps", 100), moving.get("optim.pct_start", 0.05)
-    if isinstance(steps, int | float) and isinstance(share, int | float):
+    steps, share = number(moving.get("max_steps", 100)), number(moving.get("optim.pct_start", 0.05))
+    if steps is not None and share is not None:
         warmup = round(steps * share)
         told = f"{share:g} of {steps:g} steps"
         moving.move("optim.pct_start", "train.warmup_steps", value=warmup, note=f"{told}; linear here, a cosine there")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, model_validator
@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, RecordingFormat, WindowDataset
 from ttt.config import BackboneOptions, DataOptions, RunConfig, TrainConfig
 from ttt.errors import EnvironmentProblem
+from ttt.files import read_json
 from ttt.hookspecs import hookimpl
 from ttt_moshi.interleave import frames_in
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 FRAME_RATE = 12.5
 MOSHI_7B = {"dim": 4096, "num_heads": 32, "num_layers": 32}
+LARGEST_SIZE = 1 << 20
+"""The largest width, and number of heads and layers, that a config.json is believed."""
 DEMO = {"dim": 128, "num_heads": 4, "num_layers": 4}
 PRETRAINED_KEYS = ("hf_repo", "moshi_path", "mimi_path", "tokenizer_path", "config_path", "random_weights")
 
@@ -215,16 +218,20 @@ def _sizes(options: MoshiOptions) -> dict[str, Any]:
     if options.config_path is None:
         return MOSHI_7B
     try:
-        with open(options.config_path, encoding="utf-8") as file:
-            written = json.load(file)
-        return {name: int(written[name]) for name in MOSHI_7B}
-    except OSError as error:
-        raise EnvironmentProblem(f"backbone.config_path: {options.config_path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+        written = read_json(Path(options.config_path))
+    except (EnvironmentProblem, ValueError) as error:  # the latter of a name that no file can have
         raise EnvironmentProblem(
-            f"backbone.config_path: {options.config_path} is no config of a Moshi model "
-            f"({type(error).__name__}: {error})"
+            f"backbone.config_path: {error}; write the path of a Moshi model's config.json"
         ) from None
+    found = {name: written.get(name) for name in MOSHI_7B}
+    for name, value in found.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
+            told = f"its {name} is {value!r:.40}" if name in written else f"it has no {name}"
+            raise EnvironmentProblem(
+                f"backbone.config_path: {options.config_path} is no config of a Moshi model: {told}; write the path of "
+                f"a Moshi model's config.json, whose {', '.join(MOSHI_7B)} are whole numbers up to {LARGEST_SIZE:,}"
+            )
+    return cast("dict[str, int]", found)
 
 
 def _memory_facts(options: MoshiOptions, train: TrainConfig, frames: int) -> dict[str, Any]:

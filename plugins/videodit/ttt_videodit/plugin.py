@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 DEFAULT_PRETRAINED = "THUDM/CogVideoX-5b"
 COGVIDEOX_5B = {"dim": 3072, "num_heads": 48, "num_layers": 42}
 DEMO = {"dim": 64, "num_heads": 4, "num_layers": 4}
+LARGEST_SIZE = 1 << 20
+"""The largest number of heads and blocks, and width of a head, that a config.json is believed."""
 DEMO_TIME_DIM = 128
 DEMO_TEXT_DIM = 32
 PRESETS = ("demo", "3s", "9s", "18s", "30s", "63s")
@@ -326,15 +328,21 @@ def sizes(options: VideoDiTOptions) -> dict[str, int]:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         return COGVIDEOX_5B
-    written = read_json(file)
+    try:
+        written = read_json(file)
+    except EnvironmentProblem as error:
+        raise EnvironmentProblem(f"backbone.pretrained: {error}; name a folder with CogVideoX's transformer") from None
     heads, width, layers = (
         written.get(name, default)  # as diffusers fills in what a config.json leaves out
         for name, default in (("num_attention_heads", 30), ("attention_head_dim", 64), ("num_layers", 30))
     )
-    if not all(isinstance(size, int) and size > 0 for size in (heads, width, layers)):
+    if not all(
+        isinstance(size, int) and not isinstance(size, bool) and 0 < size <= LARGEST_SIZE
+        for size in (heads, width, layers)
+    ):
         raise EnvironmentProblem(
             f"backbone.pretrained: {file}: its num_attention_heads, attention_head_dim and num_layers are "
-            f"{heads!r}, {width!r} and {layers!r}; name a folder with CogVideoX's transformer"
+            f"{heads!r:.40}, {width!r:.40} and {layers!r:.40}; name a folder with CogVideoX's transformer"
         )
     return {"dim": heads * width, "num_heads": heads, "num_layers": layers}
 
