@@ -131,6 +131,12 @@ def _in_short(value: Any) -> str:
     return "an empty sequence" if isinstance(value, Collection) and not value else _named(value)
 
 
+def _provenance(backbone: Backbone, answer: Any) -> Any:
+    if not isinstance(answer, Mapping) or not all(isinstance(text, str) for pair in answer.items() for text in pair):
+        raise WrongAnswer(f"{_named(answer)}, not a mapping of texts to texts")
+    return answer
+
+
 def _options(backbone: Backbone, answer: Any) -> Any:
     if not isinstance(answer, backbone.options):
         raise WrongAnswer(f"{_named(answer)}, not the plugin's own {backbone.options.__name__}")
@@ -263,6 +269,7 @@ ANSWERS: Mapping[str, Check] = {
     "import_config": _imported,
     "plan_sample": _plan,
     "build": _module,
+    "provenance": _provenance,
     "sites": _sites,
     "dataset": _dataset,
     "loss": _loss,

@@ -248,6 +248,13 @@ class Backbone(ABC):
             ttt.errors.EnvironmentProblem: weights or packages are missing.
         """
 
+    def provenance(self, options: BackboneOptions) -> Mapping[str, str]:
+        """Where the weights that `build` loaded came from, as `repository` and `commit`: adapter files record it.
+
+        Nothing is downloaded; empty where there is nothing to say.
+        """
+        return {}
+
     @abstractmethod
     def sites(self, model: nn.Module) -> Sequence[Site]:
         """Where TTT can go, one for each layer, in order. The model is not changed."""

@@ -401,6 +401,7 @@ class Trainer:
             "tokens": self.tokens,
             "trainable": self.config.train.trainable,
             "config": self.config.model_dump(mode="json"),
+            "provenance": dict(self.backbone.provenance(self.config.backbone)),
         }
 
         def write(folder: Path) -> None:

@@ -29,7 +29,7 @@ MOSHI_7B = {"dim": 4096, "num_heads": 32, "num_layers": 32}
 LARGEST_SIZE = 1 << 20
 """The largest width, and number of heads and layers, that a config.json is believed."""
 DEMO = {"dim": 128, "num_heads": 4, "num_layers": 4}
-PRETRAINED_KEYS = ("hf_repo", "moshi_path", "mimi_path", "tokenizer_path", "config_path", "random_weights")
+PRETRAINED_KEYS = ("hf_repo", "revision", "moshi_path", "mimi_path", "tokenizer_path", "config_path", "random_weights")
 
 
 class MoshiOptions(BackboneOptions):
@@ -41,6 +41,8 @@ class MoshiOptions(BackboneOptions):
     """Moshi itself, or a tiny model of the same structure (17 streams, random weights) that runs anywhere."""
     hf_repo: str | None = None
     """7b: repository on the Hugging Face hub; null is kyutai/moshiko-pytorch-bf16."""
+    revision: str | None = None
+    """7b: branch, tag or commit of the repository; null is its newest. A commit pins what is downloaded."""
     moshi_path: str | None = None
     """7b: local weights of the language model (.safetensors), instead of the repository's."""
     mimi_path: str | None = None
@@ -96,7 +98,7 @@ class MoshiBackbone(Backbone):
     options: ClassVar[type[BackboneOptions]] = MoshiOptions
     data_options: ClassVar[type[DataOptions]] = MoshiData
     location_options: ClassVar[frozenset[str]] = frozenset(
-        {"hf_repo", "moshi_path", "mimi_path", "tokenizer_path", "config_path"}
+        {"hf_repo", "revision", "moshi_path", "mimi_path", "tokenizer_path", "config_path"}
     )
     ttt_defaults: ClassVar[Mapping[str, Any]] = {
         "preset": "lm",
@@ -141,6 +143,12 @@ class MoshiBackbone(Backbone):
         from ttt_moshi.model import build
 
         return build(cast(MoshiOptions, options), device=device, dtype=dtype)
+
+    def provenance(self, options: BackboneOptions) -> Mapping[str, str]:
+        """The repository, and the commit of it that the weights are of."""
+        from ttt_moshi.model import provenance
+
+        return provenance(cast(MoshiOptions, options))
 
     def sites(self, model: nn.Module) -> Sequence[Site]:
         """One for each layer of the main transformer, after self-attention and before the feed-forward."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ttt.errors import EnvironmentProblem
+from ttt.errors import EnvironmentProblem, UsageError
 from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions
 
 VAE = "vae"
@@ -27,6 +27,8 @@ def source_of(options: VideoDiTOptions, *parts: str) -> str:
     local = Path(source)
     if options.pretrained is not None and not local.is_dir() and (local.is_absolute() or source.startswith(".")):
         raise EnvironmentProblem(f"backbone.pretrained: no folder {source}")
+    if options.revision is not None and local.is_dir():
+        raise UsageError(f"backbone.revision: is of a repository, and {source} is a local folder; leave it out")
     missing = next((part for part in parts if local.is_dir() and not (local / part).is_dir()), None)
     if missing is not None:
         raise EnvironmentProblem(
@@ -34,3 +36,15 @@ def source_of(options: VideoDiTOptions, *parts: str) -> str:
             f"text_encoder/ and tokenizer/ beside transformer/"
         )
     return source
+
+
+def provenance(options: VideoDiTOptions) -> dict[str, str]:
+    """The repository that the transformer's weights are of, and its commit as far as the hub's cache tells it."""
+    source = options.pretrained or DEFAULT_PRETRAINED
+    if options.preset == "demo" or options.random_weights or Path(source).is_dir():
+        return {}
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source, "transformer/config.json", revision=options.revision)
+    commit = {"commit": Path(cached).parents[1].name} if isinstance(cached, str) else {}
+    return {"repository": source, **commit}
