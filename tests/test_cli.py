@@ -97,9 +97,9 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFix
 
 
 def test_an_interrupt_ends_with_130_and_a_bug_keeps_its_traceback(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, error in {"interrupted": "KeyboardInterrupt", "buggy": "AssertionError('a bug')"}.items():
+    for name, error in {"interrupted": "KeyboardInterrupt", "buggy": "AssertionError('of the plugin')"}.items():
         install(
             tmp_path / "plugins",
             name,
@@ -112,8 +112,11 @@ def test_an_interrupt_ends_with_130_and_a_bug_keeps_its_traceback(
     with importable(tmp_path / "plugins"):
         assert main(["check", _write("a.yaml", "backbone: {name: interrupted}")]) == 130
         assert capsys.readouterr().err == ""
-        with pytest.raises(AssertionError, match="a bug"):
-            main(["check", _write("b.yaml", "backbone: {name: buggy}")])
+        assert main(["check", _write("b.yaml", "backbone: {name: buggy}")]) == 1
+        assert re.search(r"broken: AssertionError: of the plugin \(.*buggy_plugin\.py:6\)", capsys.readouterr().out)
+    monkeypatch.setattr("ttt.config.load.run_rules", lambda *_: 1 / 0)  # of our own
+    with pytest.raises(ZeroDivisionError):
+        main(["check", _write("c.yaml", "backbone: {name: toy}")])
 
 
 def test_commands_that_only_look_import_no_torch() -> None:
@@ -121,7 +124,7 @@ def test_commands_that_only_look_import_no_torch() -> None:
     _write("bad.yaml", BAD)
     commands = {
         "--help": 0,
-        "plugins": 0,
+        "plugins": 1,
         "check good.yaml": 0,
         "check bad.yaml": 1,
         "check bad.yaml --fix": 1,
@@ -208,7 +211,7 @@ def test_a_terminal_gets_colours_and_wrapped_lines_and_nothing_else_does() -> No
 
 
 def test_plugins_lists_the_good_and_the_broken(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plugins"]) == 0
+    assert main(["plugins"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["NAME", "VERSION", "FROM"]
     toy, broken = (next(line for line in lines if line.startswith(name)) for name in ("toy", "broken"))
@@ -218,7 +221,7 @@ def test_plugins_lists_the_good_and_the_broken(capsys: pytest.CaptureFixture[str
 
 
 def test_plugins_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plugins", "--json"]) == 0
+    assert main(["plugins", "--json"]) == 1
     found = {plugin["name"]: plugin for plugin in json.loads(capsys.readouterr().out)}
     assert found["toy"] == {
         "name": "toy",

@@ -397,11 +397,14 @@ def test_data_that_is_missing_is_the_machines_fault_unless_the_config_is_wrong_t
 
 
 def _failing(**attributes: Any) -> ToyBackbone:
-    return type("Failing", (ToyBackbone,), attributes)()
+    return type("Failing", (ToyBackbone,), {"__module__": __name__, **attributes})()
 
 
 def _raise(*_: Any) -> Any:
     raise KeyError("dim")
+
+
+_RAISED = f"{__file__}:{_raise.__code__.co_firstlineno + 1}"
 
 
 def _notes(config: RunConfig) -> list[Finding]:
@@ -416,13 +419,13 @@ def test_a_plugins_rules_are_run_and_placed() -> None:
 @pytest.mark.parametrize(
     ("attributes", "words"),
     [
-        ({"rules": (_raise,)}, "its rule _raise: KeyError: 'dim'"),
+        ({"rules": (_raise,)}, f"its rule _raise, {_RAISED}: KeyError: 'dim'"),
         ({"rules": (lambda config: ["a string"],)}, "it returned str, not Finding"),
         ({"rules": (lambda config: None,)}, "TypeError"),
-        ({"facts": _raise}, "facts: KeyError: 'dim'"),
-        ({"facts": lambda self, config: {"dim": 32}}, "it returned dict, not BackboneFacts"),
-        ({"options": None}, "its options"),
-        ({"data_options": int}, "its options"),
+        ({"facts": _raise}, f"`facts`, {_RAISED}: KeyError: 'dim'"),
+        ({"facts": lambda self, config: {"dim": 32}}, "it returned a dict, not a BackboneFacts"),
+        ({"options": None}, "Failing.options is None, not a subclass of BackboneOptions"),
+        ({"data_options": int}, "Failing.data_options is <class 'int'>, not a subclass of DataOptions"),
         ({"ttt_defaults": 5}, "its options"),
         ({"ttt_defaults": {"layrs": "all"}}, "the plugin's own defaults do not fit: unknown key `ttt.layrs`"),
         ({"ttt_defaults": {"base_lr": "much"}}, "the plugin's own defaults do not fit: `ttt.base_lr` must be a number"),
@@ -446,10 +449,11 @@ def test_a_validator_that_raises_is_a_finding_about_the_plugin() -> None:
         def model_post_init(self, context: Any, /) -> None:
             raise RuntimeError("no such thing")
 
+    line = Options.model_post_init.__code__.co_firstlineno + 1
     finding = _one("backbone: {name: toy}", backbone=_failing(options=Options))
     assert (finding.code, finding.message) == (
         "TTT803",
-        "the plugin toy failed when it was asked for its options: RuntimeError: no such thing",
+        f"the plugin toy ({__name__}) failed in its options, {__file__}:{line}: RuntimeError: no such thing",
     )
 
 

@@ -245,10 +245,66 @@ def test_a_backbone_that_fails_is_named() -> None:
         def import_config(self, text: str, *, file: str) -> None:
             raise RuntimeError("a bug")
 
-    with pytest.raises(PluginError, match=r"the plugin moshi failed .* import old\.yaml: RuntimeError: a bug"):
+    with pytest.raises(PluginError, match=r"the plugin moshi .* failed in `import_config`, .*RuntimeError: a bug"):
         ask(PLAIN, file="old.yaml", backbones=[Failing()])
     with pytest.raises(ConfigError):
         ask("lora: [", file="old.yaml", backbones=[moshi])
     with pytest.raises(UsageError):
         ask("backbone: {name: moshi}", file="old.yaml", backbones=[moshi])
     assert ask("x: 1", file="old.yaml", backbones=[moshi]) is None
+
+
+# --- numbers that are none ---
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("max_steps: .inf", "f.yaml:2:12: `max_steps` is inf, no finite number; write a number up to 1e+15 there"),
+        ("max_steps: 1e400", "f.yaml:2:12: `max_steps` is inf"),
+        ("optim: {pct_start: .nan}", "f.yaml:2:20: `optim.pct_start` is nan"),
+        ("num_ckpt_keep: -.inf", "f.yaml:2:16: `num_ckpt_keep` is -inf"),
+        ("max_steps: 1e300", "f.yaml:2:12: `max_steps` is far too large"),
+        ("ttt: {layers: [1, .inf]}", "f.yaml:2:19: `ttt.layers.1` is inf"),
+    ],
+)
+def test_a_number_that_is_none_is_told_with_its_place(line: str, told: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        ask(f"moshi_paths: {{}}\n{line}\n", file="f.yaml", backbones=[get_backbone("moshi")])
+    assert str(caught.value).startswith(told)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "line", ["max_steps: true", "max_steps: '12'", "optim: {pct_start: [1]}", "ttt: [1]", "optim: 3"]
+)
+def test_what_is_no_number_is_left_to_the_check_of_the_new_config(line: str) -> None:
+    answer = ask(f"moshi_paths: {{}}\n{line}\n", file="f.yaml", backbones=[get_backbone("moshi")])
+    assert answer is not None
+    assert not isinstance(answer[1].values.get("train.warmup_steps"), bool)
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        (None, "no such file"),
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"dim": 8, "num_heads": 2}', "it has no num_layers"),
+        ('{"dim": 1e400, "num_heads": 2, "num_layers": 2}', "its dim is inf"),
+        ('{"dim": "8", "num_heads": 2, "num_layers": 2}', "its dim is '8'"),
+        ('{"dim": 8, "num_heads": true, "num_layers": 2}', "its num_heads is True"),
+        ('{"dim": 8, "num_heads": 2, "num_layers": 99999999999999}', "its num_layers is 99999999999999"),
+        ('{"dim": %s, "num_heads": 2, "num_layers": 2}' % ("9" * 5000), "not JSON"),
+    ],
+)
+def test_a_config_path_that_is_none_is_the_users_to_mend(tmp_path: Path, written: str | None, told: str) -> None:
+    file = tmp_path / "model.json"
+    if written is not None:
+        file.write_text(written, encoding="utf-8")
+    config = f"backbone: {{name: moshi, preset: 7b, config_path: {file}}}\n"
+    (finding,) = [found for found in check_config("c.yaml", text=config).findings if found.code != "TTT502"]
+    assert (finding.code, finding.path) == ("TTT605", "backbone.config_path")
+    assert told in finding.message
+    assert finding.fix.startswith("write the path of a Moshi model's config.json")
+    assert "plugin" not in finding.message + finding.fix

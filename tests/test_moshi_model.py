@@ -6,15 +6,16 @@ import itertools
 
 import pytest
 import torch
-from moshi.models import LMGen
+from moshi.models import LMGen, loaders
 from torch import Tensor
 
 from ttt import inject
 from ttt.adapter import gates_closed
 from ttt.config import RunConfig, TTTConfig
-from ttt.errors import EnvironmentProblem, InjectionError
+from ttt.errors import EnvironmentProblem, InjectionError, UsageError
 from ttt.plugins import get_backbone
-from ttt_moshi.plugin import MoshiOptions
+from ttt_moshi.model import checkpoint_info
+from ttt_moshi.plugin import MoshiBackbone, MoshiOptions
 
 MOSHI = get_backbone("moshi")
 
@@ -184,3 +185,44 @@ def test_missing_local_weights_are_named(tmp_path):
     options = MoshiOptions(preset="7b", moshi_path=str(tmp_path / "none.safetensors"))
     with pytest.raises(EnvironmentProblem, match=r"backbone\.moshi_path: no file .*none\.safetensors"):
         MOSHI.build(options, device="cpu", dtype=torch.float32)
+
+
+# --- which weights ---
+
+
+def _cached(folder, repository, file, commit):
+    """The hub's cache with one file of a commit, as its client lays it."""
+    snapshot = folder / f"models--{repository.replace('/', '--')}" / "snapshots" / commit
+    (snapshot / file).parent.mkdir(parents=True)
+    (snapshot / file).write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir(exist_ok=True)
+    (snapshot.parents[1] / "refs" / "main").write_text(commit)
+
+
+def test_the_revision_reaches_the_hubs_client_and_the_adapter_file(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(loaders, "hf_hub_download", lambda *args, **more: asked.append((args, more)) or 1 / 0)
+    with pytest.raises(EnvironmentProblem, match="cannot be fetched"):
+        checkpoint_info(MoshiOptions(preset="7b", hf_repo="me/mine", revision="v2"))
+    assert asked == [(("me/mine", "config.json"), {"revision": "v2"})]
+
+    commits = "a" * 40, "b" * 40
+    for commit in commits:
+        _cached(tmp_path, "me/mine", "config.json", commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    backbone = MoshiBackbone()
+    for revision, commit in ((None, commits[1]), (commits[0], commits[0])):
+        options = MoshiOptions(preset="7b", hf_repo="me/mine", revision=revision)
+        assert backbone.provenance(options) == {"repository": "me/mine", "commit": commit}
+    assert backbone.provenance(MoshiOptions(preset="7b", hf_repo="me/other")) == {"repository": "me/other"}
+    assert backbone.provenance(MoshiOptions()) == {}
+
+
+def test_a_revision_that_nothing_reads_is_refused(tmp_path):
+    for name in ("m.safetensors", "c.safetensors", "t.model"):
+        (tmp_path / name).touch()
+    paths = dict(zip(("moshi_path", "mimi_path", "tokenizer_path"), map(str, sorted(tmp_path.iterdir())), strict=True))
+    with pytest.raises(UsageError, match=r"backbone\.revision: is of a repository, and every file is a local one"):
+        checkpoint_info(MoshiOptions(preset="7b", revision="v2", **paths))
+    with pytest.raises(ValueError, match="revision belongs to preset: 7b"):
+        MoshiOptions(revision="v2")

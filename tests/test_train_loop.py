@@ -1024,3 +1024,27 @@ def test_out_of_memory_says_what_takes_less(tmp_path):
 )
 def test_the_control_is_told_in_words(losses, words):
     assert Evaluation("eval", 3, *losses).in_words().endswith(words)
+
+
+# --- what is told beside the metrics is never the end of a run ---
+
+
+def test_pictures_that_cannot_be_drawn_are_warned_of(tmp_path, monkeypatch):
+    def fails(run):
+        raise RuntimeError("Failed to find font DejaVu Sans")
+
+    monkeypatch.setattr(loop, "draw_run", fails)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").write_text("a file in its place")
+    said = io.StringIO()
+    settings = config(tmp_path / "run", train={"max_steps": 1})
+    result = train(settings, ToyBackbone(), console=Console(file=said, width=200))
+    assert (result.run_dir / "summary.json").is_file()
+    warnings = [line for line in said.getvalue().splitlines() if line.startswith("warning: ")]
+    assert warnings == [
+        f"warning: nothing more is written for TensorBoard in {tmp_path / 'run' / 'tensorboard'} (File exists); "
+        "the run goes on",
+        f"warning: the pictures in {tmp_path / 'run'} cannot be drawn (RuntimeError: Failed to find font DejaVu Sans); "
+        "the run goes on",
+    ]
+    assert "pictures:" not in said.getvalue()

@@ -4,8 +4,10 @@ import contextlib
 import io
 import json
 import math
+import os
 import resource
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -113,7 +115,7 @@ def test_metrics_that_cannot_be_read_are_told(tmp_path):
 
 def test_tensorboard_gets_every_number(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    board = TensorBoard(tmp_path, first_step=1)
+    board = TensorBoard(tmp_path, first_step=1, warn=pytest.fail)
     board.write(line(1, layers={"layers.0.ttt": {"movement": 0.5}}, eval_split="train"))
     board.close()
     events = event_accumulator.EventAccumulator(str(tmp_path))
@@ -124,11 +126,92 @@ def test_tensorboard_gets_every_number(tmp_path):
 
 
 def test_without_tensorboard_nothing_happens(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    board = TensorBoard(tmp_path / "board", first_step=1)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    board = TensorBoard(tmp_path / "board", first_step=1, warn=pytest.fail)
     board.write(line(1))
     board.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_cut_run_wrote_is_purged_by_its_resumption(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, steps in ((1, (1, 2, 3)), (3, (3,))):
+        board = TensorBoard(tmp_path, first_step=first, warn=pytest.fail)
+        for step in steps:
+            board.write(line(step, loss=float(first)))
+        board.close()
+        (file,) = [file for file in tmp_path.iterdir() if not file.name.endswith("of_run")]
+        file.rename(tmp_path / f"events.out.tfevents.{first:010}.of_run")  # files are read in order of their names
+    events = event_accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 3.0)]
+
+
+def _folder_is_a_file(folder, monkeypatch):
+    folder.write_text("")
+
+
+def _folder_is_in_a_file(folder, monkeypatch):
+    folder.parent.rmdir()
+    folder.parent.write_text("")
+
+
+def _package_is_broken(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", types.ModuleType("of_another_protobuf"))
+
+
+def _package_lacks_another(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (_folder_is_a_file, "File exists"),
+        (_folder_is_in_a_file, "Not a directory"),
+        (_package_is_broken, "ImportError: cannot import name 'SessionLog'"),
+        (_package_lacks_another, "ModuleNotFoundError: import of tensorboard.summary.writer.record_writer halted"),
+    ],
+)
+def test_a_board_that_cannot_be_opened_is_warned_of_once(tmp_path, monkeypatch, spoil, told):
+    pytest.importorskip("tensorboard")
+    folder = tmp_path / "run" / "tensorboard"
+    folder.parent.mkdir()
+    spoil(folder, monkeypatch)
+    warnings = []
+    board = TensorBoard(folder, first_step=1, warn=warnings.append)
+    board.write(line(1))
+    board.close()
+    (warning,) = warnings
+    assert warning.startswith(f"warning: nothing more is written for TensorBoard in {folder} ({told}")
+    assert warning.endswith("; the run goes on")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_board_on_a_disk_that_fills_up_is_warned_of_once(tmp_path, capfd):
+    pytest.importorskip("tensorboard")
+    warnings = []
+    board = TensorBoard(tmp_path, first_step=1, warn=warnings.append)
+    board.write(line(1))
+    (file,) = tmp_path.iterdir()
+    (held,) = [fd for fd in os.listdir("/proc/self/fd") if _points_to(fd, file)]
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, int(held))
+    os.close(full)
+    for step in (2, 3):
+        board.write(line(step))
+    board.close()
+    assert warnings == [
+        f"warning: nothing more is written for TensorBoard in {tmp_path} (No space left on device); the run goes on"
+    ]
+    assert capfd.readouterr() == ("", "")  # no thread has a traceback of its own
+
+
+def _points_to(descriptor, file):
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}") == str(file)
+    except OSError:
+        return False
 
 
 # --- the display ---

@@ -423,3 +423,31 @@ def test_the_account_wraps_at_a_terminal() -> None:
     assert max(map(len, account.splitlines())) <= 80
     assert "eval.num_denoising_steps" in account
     assert "`ttt sample --steps`" in account
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ("[training]\nsteps = inf", "f.toml:4:1: `training.steps` is inf, no finite number; write a number up to"),
+        ("[optimizer]\n  lr = nan", "f.toml:4:3: `optimizer.lr` is nan"),
+        ("[training]\nsteps = 99999999999999999999", "f.toml:4:1: `training.steps` is far too large"),
+    ],
+)
+def test_a_number_that_is_none_is_told_with_its_place(lines: str, told: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        get_backbone("videodit").import_config(f'[model]\nssm_layer = "ttt_mlp"\n{lines}\n', file="f.toml")
+    assert str(caught.value).startswith(told)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        '[optimizer]\nlr = "fast"\nlr_ssm = true',
+        "[training]\nglobal_batch_size = true",
+        "[optimizer]\nlr = 1e-320\n[parallelism]\ndp_sharding = 1e14",
+        f'[training]\nsteps = 1\n[eval]\ntxt_maxlen = "{"9" * 5000}"',
+    ],
+)
+def test_odd_numbers_end_in_no_traceback(lines: str) -> None:
+    model = f'[model]\nssm_layer = "ttt_mlp"\nvideo_length = "{"9" * 5000}sec"\n'
+    assert get_backbone("videodit").import_config(f"{model}{lines}\n", file="f.toml") is not None

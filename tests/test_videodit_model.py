@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import warnings
 
+import diffusers
 import pytest
 import torch
+import transformers
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
 from torch import Tensor
@@ -15,14 +17,17 @@ from ttt import gates_closed, inject
 from ttt.adapter import Gate
 from ttt.config import RunConfig, TrainConfig, TTTConfig
 from ttt.config.estimate import estimate
-from ttt.errors import InjectionError
+from ttt.errors import EnvironmentProblem, InjectionError, UsageError
 from ttt.plugins import get_backbone
 from ttt.testing import laws
 from ttt_videodit.adapter import BidirectionalTTT
+from ttt_videodit.diffusion import schedule_of
+from ttt_videodit.encoders import encoders_of, load_text_encoder, load_vae
 from ttt_videodit.geometry import Segments
 from ttt_videodit.layout import Layout
 from ttt_videodit.model import Remat, VideoDiT, build, sites
-from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions
+from ttt_videodit.plugin import VideoDiTBackbone, VideoDiTData, VideoDiTOptions
+from ttt_videodit.pretrained import source_of
 
 TestVideoDiT = laws("videodit")
 if torch.cuda.is_available():
@@ -439,3 +444,67 @@ def test_other_cogvideox_are_refused(changes: dict, said: str) -> None:
     }
     with warnings.catch_warnings(), pytest.raises(ValueError, match=said):
         VideoDiT(**{**config, **changes})
+
+
+# --- which weights ---
+
+
+def test_the_revision_reaches_all_that_is_loaded_and_no_code_of_a_repository_runs(monkeypatch):
+    asked = {}
+
+    def recorder(name):
+        def load(*args, **more):
+            asked[name] = more
+            raise OSError("no network")
+
+        return staticmethod(load)
+
+    for name, owner, method in (
+        ("transformer", VideoDiT, "from_pretrained"),
+        ("structure", VideoDiT, "load_config"),
+        ("vae", diffusers.AutoencoderKLCogVideoX, "from_pretrained"),
+        ("t5", transformers.T5EncoderModel, "from_pretrained"),
+        ("scheduler", diffusers.CogVideoXDPMScheduler, "load_config"),
+    ):
+        monkeypatch.setattr(owner, method, recorder(name))
+    options = VideoDiTOptions(preset="5b", revision="v2")
+    where = {"device": "cpu", "dtype": torch.float32}
+    for load in (
+        lambda: VideoDiTBackbone().build(options, **where),
+        lambda: VideoDiTBackbone().build(options, device="meta", dtype=torch.float32),
+        lambda: load_vae(options, **where),
+        lambda: load_text_encoder(options, text_length=8, **where),
+        lambda: schedule_of(options),
+    ):
+        with pytest.raises(EnvironmentProblem):
+            load()
+    assert {name: more["revision"] for name, more in asked.items()} == dict.fromkeys(asked, "v2")
+    assert len(asked) == 5
+    assert asked["t5"]["trust_remote_code"] is False
+    monkeypatch.setattr(transformers.T5EncoderModel, "from_pretrained", staticmethod(lambda *_, **__: None))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", recorder("tokenizer"))
+    with pytest.raises(EnvironmentProblem):
+        load_text_encoder(options, text_length=8, **where)
+    assert (asked["tokenizer"]["revision"], asked["tokenizer"]["trust_remote_code"]) == ("v2", False)
+    assert encoders_of(options) == "THUDM/CogVideoX-5b@v2"
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"backbone\.revision: is of a repository, and .* is a local folder"):
+        source_of(VideoDiTOptions(preset="5b", pretrained=str(tmp_path), revision="v2"))
+    with pytest.raises(ValueError, match="revision belongs to preset: 5b"):
+        VideoDiTOptions(revision="v2")
+
+
+def test_the_commit_of_the_hubs_cache_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    options = VideoDiTOptions(preset="5b")
+    assert VideoDiTBackbone().provenance(options) == {"repository": "THUDM/CogVideoX-5b"}
+    file = tmp_path / "models--THUDM--CogVideoX-5b" / "snapshots" / ("c" * 40) / "transformer" / "config.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    refs = file.parents[3] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("c" * 40)
+    assert VideoDiTBackbone().provenance(options) == {"repository": "THUDM/CogVideoX-5b", "commit": "c" * 40}
+    assert VideoDiTBackbone().provenance(VideoDiTOptions()) == {}

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol
 
+from ttt.asking import guard
 from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
 
 if TYPE_CHECKING:
@@ -151,7 +152,15 @@ class WindowDataset(Protocol):
 
 
 class Backbone(ABC):
-    """A backbone plugin. The class attributes and the first methods must work without torch."""
+    """A backbone plugin. The class attributes and the first methods must work without torch.
+
+    What a method raises that is no `ttt.errors.TTTError`, and an answer that is not what the method promises, reach
+    the caller as a `ttt.errors.PluginError` that names the plugin, the method and the line; see `ttt.asking`.
+    """
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        guard(cls, Backbone)
 
     name: ClassVar[str]
     """As in `--backbone NAME` and `backbone: {name: NAME}`."""
@@ -238,6 +247,13 @@ class Backbone(ABC):
         Raises:
             ttt.errors.EnvironmentProblem: weights or packages are missing.
         """
+
+    def provenance(self, options: BackboneOptions) -> Mapping[str, str]:
+        """Where the weights that `build` loaded came from, as `repository` and `commit`: adapter files record it.
+
+        Nothing is downloaded; empty where there is nothing to say.
+        """
+        return {}
 
     @abstractmethod
     def sites(self, model: nn.Module) -> Sequence[Site]:

@@ -320,7 +320,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise EnvironmentProblem(f"{path}: cannot be read: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         raise EnvironmentProblem(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
-    except (ValueError, RecursionError):  # no UTF-8, or a number of thousands of digits
+    except (ValueError, RecursionError):  # no UTF-8, or a number of more digits than Python reads
         raise EnvironmentProblem(f"{path}: not JSON") from None
     if not isinstance(content, dict):
         raise EnvironmentProblem(f"{path}: not a JSON object")

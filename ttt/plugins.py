@@ -8,17 +8,20 @@ does nothing.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 import pluggy
 
 from ttt import hookspecs
+from ttt.asking import in_one_line, place_in, print_traceback, top_of
 from ttt.backbone import Backbone
-from ttt.config.schema import BackboneOptions, DataOptions
-from ttt.errors import PluginError, UsageError
+from ttt.declared import require_declared
+from ttt.errors import PluginError, TTTError, UsageError
 
 GROUP = "ttt.backbones"
+_MEMORY = "TTT4"
+"""Codes about the memory and the disk of this machine, for which no plugin can be blamed."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,13 @@ def _distribution(point: metadata.EntryPoint) -> str:
     return point.dist.name if point.dist else "?"
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    import traceback
-
-    last = traceback.extract_tb(error.__traceback__)[-1:] if error.__traceback__ else []
-    place = f" ({last[0].filename}:{last[0].lineno})" if last else ""
-    return f"{type(error).__name__}: {text}{place}"
+def _cause(error: BaseException, module: str) -> str:
+    """Why a plugin cannot be loaded, in one line; the place is the last one in its own package."""
+    if isinstance(error, PluginError):
+        return str(error)
+    print_traceback(error)
+    place = place_in(error, frozenset({top_of(module)}))
+    return in_one_line(error) + (f" ({place})" if place else "")
 
 
 def _load(entry_point: metadata.EntryPoint) -> Backbone:
@@ -77,22 +80,10 @@ def _load(entry_point: metadata.EntryPoint) -> Backbone:
     backbone = answers[0]
     if not isinstance(backbone, Backbone):
         raise PluginError(f"`ttt_backbone` of {entry_point.value} returned {type(backbone).__name__}, not a Backbone")
-    if backbone.name != entry_point.name:
+    if getattr(backbone, "name", entry_point.name) != entry_point.name:
         raise PluginError(f"the backbone calls itself {backbone.name!r}, its entry point {entry_point.name!r}")
-    require_options(backbone)
+    require_declared(backbone)
     return backbone
-
-
-def require_options(backbone: Backbone) -> None:
-    """Refuse a backbone whose options are no options.
-
-    Raises:
-        PluginError: saying which, and of what they must be a subclass.
-    """
-    for name, base in (("options", BackboneOptions), ("data_options", DataOptions)):
-        given = getattr(backbone, name, None)
-        if not (isinstance(given, type) and issubclass(given, base)):
-            raise PluginError(f"{type(backbone).__name__}.{name} is {given!r}, not a subclass of {base.__name__}")
 
 
 @functools.cache
@@ -137,8 +128,36 @@ def _load_all(name: str) -> tuple[PluginInfo, ...]:
         try:
             found.append(PluginInfo(point, _load(point), None))
         except (Exception, SystemExit) as exception:  # whatever a third party's import raises
-            found.append(PluginInfo(point, None, _one_line(exception)))
+            found.append(PluginInfo(point, None, _cause(exception, point.value)))
     return tuple(found)
+
+
+def examined(plugin: PluginInfo) -> PluginInfo:
+    """The plugin, broken where its presets, explanations, facts or rules are: all that can be tried without torch."""
+    if plugin.backbone is None:
+        return plugin
+    try:
+        _try_out(plugin.backbone)
+    except TTTError as error:
+        return replace(plugin, backbone=None, error=str(error))
+    return plugin
+
+
+def _try_out(backbone: Backbone) -> None:
+    """Ask a backbone for what it has beside a model, and check its demo config.
+
+    Raises:
+        TTTError: what is wrong.
+    """
+    from ttt.config.diagnostics import Severity, blames_environment
+    from ttt.config.load import check_config
+
+    backbone.explanations()
+    for name, text in backbone.presets().items():
+        for finding in check_config(f"preset {name}", text=text, backbone=backbone).findings:
+            of_the_demo = name == "demo" and finding.severity is Severity.ERROR and not blames_environment(finding)
+            if finding.code in ("TTT802", "TTT803") or (of_the_demo and not finding.code.startswith(_MEMORY)):
+                raise PluginError(f"{finding.place}: {finding.message}")
 
 
 def forget() -> None:

@@ -11,17 +11,17 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from ttt.asking import WAY_OUT, owner
 from ttt.backbone import Backbone
 from ttt.config.diagnostics import Finding, Severity
 from ttt.config.estimate import scan_cost
 from ttt.config.schema import RunConfig, TTTConfig, select_layers
-from ttt.errors import NestedCheckpointWarning, TTTError
+from ttt.errors import NestedCheckpointWarning, PluginError, TTTError
 from ttt.inject import Site
 from ttt.laws import Bench, LawBrokenError, checks
 from ttt.printable import say
@@ -346,6 +346,9 @@ def _try(proof: Proof, setting: Setting, console: Console) -> list[Finding]:
     except LawBrokenError as broken:
         _row(console, proof, "BROKEN", "" if broken.measured is None else f"{broken.measured:.1e}")
         return [_finding(broken, setting.bench.backbone)]
+    except PluginError as error:
+        _row(console, proof, "FAILED", type(error.__cause__ or error).__name__)
+        return [_failed(str(error).removesuffix(WAY_OUT), proof)]
     except TTTError:
         raise
     except Exception as error:  # a plugin's code: whatever it raises is its failure, not ours
@@ -374,12 +377,16 @@ def _finding(broken: LawBrokenError, backbone: Backbone) -> Finding:
 def _failure(error: Exception, proof: Proof, backbone: Backbone) -> Finding:
     where = traceback.extract_tb(error.__traceback__)[-1]
     what = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return _failed(f"{owner(backbone)} failed, {where.filename}:{where.lineno}: {what}", proof)
+
+
+def _failed(what: str, proof: Proof) -> Finding:
     return Finding(
         code="TTT803",
         severity=Severity.ERROR,
         path="backbone.name",
-        message=f"{backbone.name} failed while law {proof.law} was tried ({proof.claim}): {what}",
-        fix=f"Look at {Path(where.filename).name}, line {where.lineno}; ttt.testing.laws runs the same in pytest",
+        message=f"law {proof.law} ({proof.claim}): {what}",
+        fix="ttt.testing.laws runs the same in pytest",
     )
 
 

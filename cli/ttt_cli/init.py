@@ -57,13 +57,9 @@ def preset_text(backbone: Backbone, name: str) -> str:
         UsageError: it has none of that name; the message lists those that it has.
     """
     from ttt.config.spelling import nearest
-    from ttt.errors import PluginError, UsageError
+    from ttt.errors import UsageError
 
-    try:
-        presets = dict(backbone.presets())
-    except Exception as error:  # a third party's code may raise anything
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise PluginError(f"the plugin {backbone.name} failed when it was asked for its presets: {cause}") from error
+    presets = backbone.presets()
     if name not in presets:
         close = nearest(name, presets)
         hint = f" (did you mean {close!r}?)" if close else ""

@@ -16,16 +16,21 @@ if TYPE_CHECKING:
 def plugins(
     as_json: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
 ) -> None:
-    """List installed backbones, working or broken."""
-    from ttt.plugins import discover
+    """List installed backbones, working or broken: their presets, facts and rules are tried, without torch.
 
-    found = discover()
+    Exit codes: 0 all work, 1 one is broken.
+    """
+    from ttt.plugins import discover, examined
+
+    found = tuple(map(examined, discover()))
     if as_json:
         print(json_text([facts_of_plugin(plugin) for plugin in found]))
     elif not found:
         show("No backbone is installed. Install one, as `pip install ttt-moshi`.")
     else:
         _print_table(found)
+    if any(plugin.backbone is None for plugin in found):
+        raise typer.Exit(1)
 
 
 def facts_of_plugin(plugin: PluginInfo) -> dict[str, Any]:

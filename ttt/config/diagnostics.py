@@ -73,6 +73,7 @@ CODES: dict[str, str] = {
     "TTT602": "one run in several processes",
     "TTT603": "an implementation of the scan that cannot be compiled",
     "TTT604": "compiling without a compiler",
+    "TTT605": "a file of the backbone that cannot be read",
     "TTT701": "a warm-up longer than the run",
     "TTT702": "nothing that learns",
     "TTT703": "gates that can never open",
@@ -95,7 +96,7 @@ CODES: dict[str, str] = {
 ENVIRONMENT_CODES = frozenset(
     {
         *("TTT403", "TTT501", "TTT504", "TTT505", "TTT506", "TTT508", "TTT509"),
-        *("TTT601", "TTT602", "TTT603", "TTT604", "TTT802", "TTT803"),
+        *("TTT601", "TTT602", "TTT603", "TTT604", "TTT605", "TTT802", "TTT803"),
     }
 )
 """Codes that blame the machine that the config was read on, not the config."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from ttt.config.diagnostics import CODES
 from ttt.config.explanations import EXPLANATIONS, Explanation
 from ttt.config.spelling import nearest
-from ttt.errors import UsageError
+from ttt.errors import TTTError, UsageError
 from ttt.plugins import discover
 from ttt.probe_codes import LAW_EXPLANATIONS
 
@@ -94,7 +94,7 @@ def _of_plugins() -> dict[str, Mapping[str, Explanation]]:
     found = {}
     for plugin in discover():
         if plugin.backbone is not None:
-            with contextlib.suppress(Exception):  # a third party's code may raise anything
+            with contextlib.suppress(TTTError):  # `ttt plugins` says what is wrong
                 found[plugin.name] = plugin.backbone.explanations()
     return {name: explanations for name, explanations in found.items() if explanations}
 

@@ -598,6 +598,15 @@ EXPLANATIONS: dict[str, Explanation] = {
         "PyTorch's `torch/_inductor/config.py`; Triton's `triton/runtime/build.py`; github.com/pytorch/pytorch",
         environment=("CXX=a-compiler-that-nobody-has",),
     ),
+    "TTT605": Explanation(
+        "error",
+        "An option of the backbone names a file that is missing, or is not what the backbone reads there.",
+        "What the file says decides widths and lengths, so the config cannot be called right without it, and the "
+        "model could not be built.",
+        "backbone: {name: moshi, preset: 7b, config_path: nowhere.json}\n",
+        _MOSHI,
+        "the backbone's plugin",
+    ),
     "TTT701": Explanation(
         "warning",
         "The run ends before its warm-up does.",

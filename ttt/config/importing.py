@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ttt.config.diagnostics import summary
 from ttt.config.load import dump_value
 from ttt.config.schema import RunConfig
-from ttt.config.source import KeyPath, Source, parse_source
-from ttt.errors import ConfigError, PluginError, UsageError
+from ttt.config.source import KeyPath, Source, dotted, parse_source
+from ttt.errors import ConfigError, UsageError
 from ttt.printable import printable, shell_word
 
 if TYPE_CHECKING:
@@ -52,6 +52,17 @@ class ImportedConfig:
     """Every key of the old file, in its order, then what was added."""
 
 
+LARGEST = 1e15
+"""The largest number, and the smallest negated, that is read from another program's config."""
+
+
+def number(value: Any, *, whole: bool = False) -> Any:
+    """The value if it is a number, else None: true, false and texts are none, `8.0` is the whole number 8."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return (int(value) if value == int(value) else None) if whole else value
+
+
 @dataclass
 class Import:
     """An import under way: a backbone moves and drops the old keys one by one, and `done` tells of those it forgot."""
@@ -59,6 +70,7 @@ class Import:
     source: Source
     """The old file, where that is YAML; of other formats, its data and no places."""
     format: str
+    """Whose config it is."""
     _values: dict[str, Any] = field(default_factory=dict)
     _keys: dict[str, list[ImportedKey]] = field(default_factory=dict)
     _added: list[ImportedKey] = field(default_factory=list)
@@ -67,6 +79,20 @@ class Import:
     def _old(self) -> dict[str, Any]:
         """The values of the old file, by dotted key."""
         return dict(_leaves(self.source.data, ()))
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that nothing can be computed from.
+
+        Raises:
+            UsageError: one is infinite, none, or beyond anything that a config says; the message names its place.
+        """
+        for path, value in _scalars(self.source.data, ()):
+            if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
+                told = f"{value}, no finite number" if isinstance(value, float) and value - value else "far too large"
+                raise UsageError(
+                    f"{self.source.place(path)}: `{dotted(path)}` is {told}; write a number up to {LARGEST:g} there, "
+                    f"or take the key out"
+                )
 
     def has(self, old: str) -> bool:
         """Whether the old file has a key."""
@@ -117,6 +143,18 @@ def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[str, Any]]:
         yield ".".join(f'"{key}"' if "." in str(key) else str(key) for key in path), value  # `a.b` is no `b` of `a`
 
 
+def _scalars(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    """Every value that is neither a section nor a list, those in lists included."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _scalars(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _scalars(item, (*path, index))
+    else:
+        yield path, value
+
+
 def import_config(text: str, *, file: str, backbones: Sequence[Backbone]) -> tuple[Backbone, ImportedConfig] | None:
     """Ask the backbones, one by one, to read a foreign config; None where it is none that they know.
 
@@ -136,14 +174,7 @@ def import_config(text: str, *, file: str, backbones: Sequence[Backbone]) -> tup
     if isinstance(source.data.get("backbone"), Mapping):
         raise UsageError(f"{file}: is a config of this project already; check it with `ttt check {shell_word(file)}`")
     for backbone in backbones:
-        try:
-            imported = backbone.import_config(text, file=file)
-        except UsageError:  # the file is meant for this backbone, and says why it cannot be read
-            raise
-        except Exception as error:  # a third party's code may raise anything
-            cause = " ".join(f"{type(error).__name__}: {error}".split())
-            told = f"the plugin {backbone.name} failed when it was asked to import {file}: {cause}"
-            raise PluginError(told) from error
+        imported = backbone.import_config(text, file=file)
         if imported is not None:
             return backbone, imported
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, create_model
 
 from ttt import plugins
+from ttt.asking import WAY_OUT, WrongAnswer, asked, in_one_line
 from ttt.backbone import Backbone, BackboneFacts
 from ttt.config.diagnostics import Finding, Place, Severity, blames_environment, has_errors, render_text, summary
 from ttt.config.rules import run_rules
@@ -20,8 +21,9 @@ from ttt.config.rules.rule import Context
 from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
 from ttt.config.source import BOOLEAN, FLOAT, INTEGER, NULL, KeyPath, Source, parse_source, path_of, read_source
 from ttt.config.spelling import nearest
-from ttt.config.validation import Validated, validate
-from ttt.errors import ConfigEnvironmentError, ConfigError
+from ttt.config.validation import Validated, split_fix, validate
+from ttt.declared import require_options
+from ttt.errors import ConfigEnvironmentError, ConfigError, EnvironmentProblem, PluginError, TTTError
 from ttt.printable import printable
 
 _OF_TRAINING = re.compile("[A-Z]+[24567][0-9]{2}")
@@ -151,7 +153,7 @@ def run_config_model(backbone: Backbone) -> type[RunConfig]:
     Raises:
         PluginError: the plugin's options are none.
     """
-    plugins.require_options(backbone)
+    require_options(backbone)
     return _narrowed(backbone.options, backbone.data_options, backbone.name)
 
 
@@ -257,13 +259,16 @@ class _Check:
         if backbone is None:
             return self._validate_the_rest(data)
         try:
-            model = run_config_model(backbone)
-            ttt = data.get("ttt", {})
-            if isinstance(ttt, Mapping):
-                data["ttt"] = with_defaults(ttt, backbone.ttt_defaults)
-            return validate(model, data, self.source, other_options=functools.cache(lambda: _other_options(backbone)))
-        except Exception as error:  # a third party's model may raise anything
-            self._add_failed(backbone, "its options", error)
+            with asked(backbone, "its options", backbone.options):
+                model = run_config_model(backbone)
+                ttt = data.get("ttt", {})
+                if isinstance(ttt, Mapping):
+                    data["ttt"] = with_defaults(ttt, backbone.ttt_defaults)
+                return validate(
+                    model, data, self.source, other_options=functools.cache(lambda: _other_options(backbone))
+                )
+        except Exception as error:
+            self._add_failed(backbone, error)
             return Validated(None)
 
     def _validate_the_rest(self, data: dict[str, Any]) -> Validated:
@@ -298,12 +303,9 @@ class _Check:
 
     def _facts(self, backbone: Backbone, config: RunConfig) -> BackboneFacts | None:
         try:
-            facts = backbone.facts(config)
-            if not isinstance(facts, BackboneFacts):
-                raise TypeError(f"it returned {type(facts).__name__}, not BackboneFacts")
-            return facts
-        except Exception as error:  # a third party's code may raise anything
-            self._add_failed(backbone, "facts", error)
+            return backbone.facts(config)
+        except Exception as error:
+            self._add_failed(backbone, error)
             return None
 
     def _of_a_possible_model(self, facts: BackboneFacts | None) -> BackboneFacts | None:
@@ -322,25 +324,47 @@ class _Check:
 
     def _run_plugin_rules(self, backbone: Backbone, config: RunConfig) -> None:
         for rule in backbone.rules:
-            name = getattr(rule, "__name__", repr(rule))
             try:
-                findings = list(rule(config))
-                strange = [type(finding).__name__ for finding in findings if not isinstance(finding, Finding)]
-                if strange:
-                    raise TypeError(f"it returned {strange[0]}, not Finding")
-                self.findings.extend(findings)
-            except Exception as error:  # a third party's code may raise anything
-                self._add_failed(backbone, f"its rule {name}", error)
+                self.findings.extend(_answer_of(rule, backbone, config))
+            except Exception as error:
+                self._add_failed(backbone, error)
 
-    def _add_failed(self, backbone: Backbone, what: str, error: Exception) -> None:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+    def _add_failed(self, backbone: Backbone, error: Exception) -> None:
+        """Blame the plugin for what it failed in, and the user's key for what it refused."""
+        if isinstance(error, TTTError) and not isinstance(error, PluginError):
+            self._add_refused(error)
+            return
+        told = str(error) if isinstance(error, PluginError) else f"the plugin {backbone.name}: {in_one_line(error)}"
         self._add(
             "TTT803",
             "backbone.name",
-            f"the plugin {backbone.name} failed when it was asked for {what}: {cause}",
-            "tell who made it",
+            told.removesuffix(WAY_OUT),
+            WAY_OUT.removeprefix("; "),
             value=backbone.name,
         )
+
+    def _add_refused(self, error: TTTError) -> None:
+        """What a plugin says of the user's keys; its sentence begins with the key, or is about the whole section."""
+        key, _, rest = str(error).partition(": ")
+        section, _, name = key.partition(".")
+        path = key if section in _SECTIONS and rest and name.isidentifier() else "backbone"
+        message, fix = split_fix(str(error))
+        code = "TTT605" if isinstance(error, EnvironmentProblem) else "TTT106"
+        self._add(code, path, message, fix)
+
+
+def _answer_of(rule: Callable[[RunConfig], Sequence[Any]], backbone: Backbone, config: RunConfig) -> list[Finding]:
+    """What a plugin's rule finds.
+
+    Raises:
+        PluginError: it failed.
+    """
+    with asked(backbone, f"its rule {getattr(rule, '__name__', repr(rule))}", rule):
+        findings = list(rule(config))
+        strange = [type(finding).__name__ for finding in findings if not isinstance(finding, Finding)]
+        if strange:
+            raise WrongAnswer(f"{strange[0]}, not Finding")
+    return findings
 
 
 def _decides_facts(path: KeyPath, config: RunConfig) -> bool:

@@ -24,6 +24,7 @@ from ttt.reading import read_start, unreadable
 MAX_BYTES = 1 << 20
 MAX_LEVELS = 32
 MAX_VALUES = 10_000
+_TOO_DEEP = f"nested more than {MAX_LEVELS} levels deep", "a config has two or three"
 MAX_OVERRIDES = 256
 MAX_IN_OVERRIDES = 1 << 17  # characters, of all together; Linux passes no more in one argument
 
@@ -323,8 +324,7 @@ class _Reading:
             raise _SourceError(
                 "TTT006",
                 place or Place(self.file),
-                f"nested more than {MAX_LEVELS} levels deep",
-                "a config has two or three",
+                *_TOO_DEEP,
             )
 
     def _node(self, event: Any, events: Iterator[Any], path: KeyPath) -> _Node:
@@ -420,9 +420,11 @@ class _Reading:
     def _syntax(self, error: yaml.MarkedYAMLError) -> _SourceError:
         mark, opened = error.problem_mark or error.context_mark, error.context_mark
         line, column = (mark.line, mark.column) if mark else (0, 0)
-        message, fix, at_opening = _explain(
-            str(error.problem or ""), str(error.context or ""), self._line(line), column
-        )
+        problem = str(error.problem or "")
+        if "nesting depth" in problem:  # libyaml's own limit, met where it looks ahead
+            place = Place(self.file, line + 1, column + 1, self._line(line))
+            return _SourceError("TTT006", place, *_TOO_DEEP)
+        message, fix, at_opening = _explain(problem, str(error.context or ""), self._line(line), column)
         if at_opening and opened is not None:
             line, column = opened.line, opened.column
         while line > 0 and line >= len(self.lines) - 1 and not self._line(line).strip():  # past the end

@@ -19,7 +19,7 @@ from ttt import inject
 from ttt.adapter import Gate, gates_closed
 from ttt.adapter_file import load_adapter, save_adapter
 from ttt.config import TTTConfig
-from ttt.errors import AdapterMismatchError, InjectionError
+from ttt.errors import AdapterMismatchError, InjectionError, PluginError
 from ttt.evidence import observe
 from ttt.inject import Injection
 from ttt.laws.bench import Bench, LawBrokenError, Wrapper, distance, non_reentrant, reentrant
@@ -45,7 +45,7 @@ def purity(bench: Bench) -> Mapping[str, float]:
     runs = [bench.gradients(model, batch)]
     try:
         runs.append(bench.gradients(model, batch))
-    except RuntimeError as error:
+    except (RuntimeError, PluginError) as error:
         # Fast weights kept with their graph: the second pass reaches into the first one's, which is gone.
         first = str(error).strip().splitlines()[0]
         raise LawBrokenError(1, f"a second pass over the same tokens fails where the first did not: {first}") from error

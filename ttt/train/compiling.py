@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ttt.config.rules.compiling import missing_compiler, wrong_implementation
-from ttt.errors import EnvironmentProblem
+from ttt.errors import EnvironmentProblem, PluginError
 from ttt.inject import Injection
 from ttt.layer import Rotary, TTTLayer
 from ttt.ops.minibatch import Stream
@@ -103,7 +103,9 @@ def compile_errors(wanted: bool) -> Iterator[None]:
         return
     try:
         yield
-    except Exception as error:
+    except Exception as raised:
+        # the layers run inside the plugin's `loss`, which is blamed for what they raise
+        error = raised.__cause__ if isinstance(raised, PluginError) else raised
         if not isinstance(error, _failures()):
             raise
         raise EnvironmentProblem(

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ttt.adapter import carried, gates_closed
 from ttt.adapter_file import AdapterInfo, backbone_identity, load_adapter, read_info, trained_backbone
-from ttt.backbone import Backbone, Batch, WindowDataset
+from ttt.asking import WrongAnswer, asked
+from ttt.backbone import Backbone, Batch, LossOutput, WindowDataset
 from ttt.config.schema import RunConfig
 from ttt.errors import InactiveLayerError, NonFiniteError, TTTError
 from ttt.evidence import observe
@@ -53,6 +54,7 @@ from ttt.train.metrics import (
     peak_memory_bytes,
     read_metrics,
     say,
+    survived,
 )
 from ttt.train.optim import Optimizer, choose_learnable
 from ttt.train.order import Reading
@@ -274,7 +276,7 @@ class Trainer:
             self.directory.remove_unfinished()
             (self.directory / rundir.SUMMARY).unlink(missing_ok=True)  # of an end that is one no more
             self.board = stack.enter_context(
-                contextlib.closing(TensorBoard(self.directory / "tensorboard", first_step=keep + 1))
+                contextlib.closing(TensorBoard(self.directory / "tensorboard", first_step=keep + 1, warn=self._say))
             )
             self.display = stack.enter_context(
                 Display(self.console, total=total, done=self.done, log_freq=self.config.train.log_freq)
@@ -359,8 +361,9 @@ class Trainer:
         for number in range(step * passes, (step + 1) * passes):
             reading = self.order.at(number)
             read.append(reading)
-            with evidence if evidence and len(read) == 1 else contextlib.nullcontext():
-                loss, count, told = self._pass(number, reading)
+            watched = evidence if len(read) == 1 else None
+            with watched or contextlib.nullcontext():
+                loss, count, told = self._pass(number, reading, watched)
             losses.append(loss)
             tokens += count
             for name, value in told.items():
@@ -393,7 +396,7 @@ class Trainer:
         checked: dict[str, Any] = finite(line)
         return checked
 
-    def _pass(self, number: int, reading: Reading) -> tuple[float, int, dict[str, float]]:
+    def _pass(self, number: int, reading: Reading, evidence: observe | None) -> tuple[float, int, dict[str, float]]:
         """Forward and backward over one batch: its loss, the positions it read, the backbone's metrics."""
         batch = load_batch(self.dataset, reading.windows, self.device)
         states = reset_rows(self.injection, self.states, reading.starts)
@@ -403,6 +406,9 @@ class Trainer:
         with carried(self.injection, states) if persistent else contextlib.nullcontext() as carry:
             with mixed_precision(self.config.train, self.device):
                 output = self.backbone.loss(self.model, batch, self.config)
+            if evidence and self.done == 0:
+                self._require_reached(evidence)
+            self._require_gradient(output)
             loss = float(output.loss.detach())
             if not math.isfinite(loss):
                 message = self._not_finite("the loss", loss, [reading])
@@ -455,8 +461,26 @@ class Trainer:
         examination = self._examination("train", error.number, error.batch, dict(error.states))
         return (examination.of_gradient if error.of_gradient else examination.of_loss)()
 
+    def _require_reached(self, evidence: observe) -> None:
+        """The first forward pass must call every adapter; backward would only say that there is no gradient."""
+        for site in self.injection.adapters:
+            if site not in evidence.reached:
+                raise InactiveLayerError(
+                    f"{site}: the TTT layer was injected, but the backbone's forward pass never reached it; the site "
+                    f"that the backbone {self.backbone.name} offers there is not on its path"
+                )
+
+    def _require_gradient(self, output: LossOutput) -> None:
+        """Backward must have somewhere to go."""
+        if not output.loss.requires_grad:
+            with asked(self.backbone, "`loss`", type(self.backbone).loss):
+                raise WrongAnswer(
+                    "a loss that no gradient leads back from to what learns; it was detached, or computed without "
+                    "gradients, on the way"
+                )
+
     def _require_active(self, evidence: observe) -> None:
-        """On the first step, every adapter must act: reached, its fast weights moved, a gradient for it."""
+        """On the first step, every adapter must act: its fast weights moved, a gradient for it."""
         layers = evidence.layers()
         touched: dict[str, bool] = {}
         for name, gradient in self.optimizer.gradients():
@@ -465,11 +489,6 @@ class Trainer:
                     arrived = gradient is not None and bool(gradient.count_nonzero())
                     touched[site] = touched.get(site, False) or arrived
         for site in self.injection.adapters:
-            if site not in evidence.reached:
-                raise InactiveLayerError(
-                    f"{site}: the TTT layer was injected, but the backbone's forward pass never reached it; the site "
-                    f"that the backbone {self.backbone.name} offers there is not on its path"
-                )
             if not layers[site].movement > 0:
                 raise InactiveLayerError(
                     f"{site}: the fast weights of the TTT layer did not move (‖W_T − W_0‖ / ‖W_0‖ = "
@@ -546,6 +565,7 @@ class Trainer:
             "tokens": self.tokens,
             "trainable": self.config.train.trainable,
             "config": self.config.model_dump(mode="json"),
+            "provenance": dict(self.backbone.provenance(self.config.backbone)),
         }
 
         def write(folder: Path) -> None:
@@ -566,7 +586,7 @@ class Trainer:
         self._proven = unproven == keep
         self.metrics.sync()
         if time.monotonic() - self._drawn > _DRAW_SECONDS and self.metrics.last_step:
-            draw_run(self.directory.path)
+            self._draw()
             self._drawn = time.monotonic()
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -646,6 +666,16 @@ class Trainer:
 
     # --- what is told ---
 
+    def _say(self, text: str) -> None:
+        say(self.console, text)
+
+    def _draw(self) -> list[Path]:
+        """The run's pictures; one that cannot be drawn is never the end of a run."""
+        made: list[Path] = []
+        with survived(f"the pictures in {self.directory.path} cannot be drawn", self._say):
+            made += draw_run(self.directory.path)
+        return made
+
     def _announce(self) -> None:
         config = self.config
         of_ttt = sum(tensor.numel() for tensor in self.injection.state_dict().values())
@@ -690,7 +720,7 @@ class Trainer:
         if result.checkpoint is None:
             say(self.console, "interrupted before the first step was done; nothing to save: start it again as it was")
             return result
-        draw_run(self.directory.path)
+        self._draw()
         say(self.console, f"interrupted after step {self.done} of {self.config.train.max_steps}, saved")
         say(self.console, f"resume with: {result.resume_command}")
         return result
@@ -710,7 +740,7 @@ class Trainer:
                 "device": _device_in_words(self.device),
             },
         )
-        pictures = draw_run(self.directory.path)
+        pictures = self._draw()
         for site, layer in self.line.get("layers", {}).items():
             say(
                 self.console,
@@ -720,7 +750,8 @@ class Trainer:
             )
         say(self.console, evaluation.in_words())
         say(self.console, f"{self.done} steps in {duration_in_words(self.seconds)}; adapter: {result.checkpoint}")
-        say(self.console, f"pictures: {', '.join(map(str, pictures))}")
+        if pictures:
+            say(self.console, f"pictures: {', '.join(map(str, pictures))}")
         return result
 
 

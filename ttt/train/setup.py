@@ -12,6 +12,7 @@ from torch import nn
 
 from ttt import inject
 from ttt.adapter import TTTAdapter
+from ttt.asking import asked, is_out_of_memory
 from ttt.backbone import Backbone, WindowDataset
 from ttt.config.rules.environment import processes_launched
 from ttt.config.schema import RunConfig
@@ -72,7 +73,9 @@ def build(config: RunConfig, backbone: Backbone, device: torch.device) -> tuple[
     """The model with its adapters; what a backbone draws at random comes from the run's seed."""
     seed_pass(config.train.seed, "build", 0)
     model = backbone.build(config.backbone, device=device, dtype=_DTYPES[config.train.param_dtype])
-    injection = inject.apply(model, backbone.sites(model), config.ttt, causal=backbone.causal, seed=config.train.seed)
+    sites = backbone.sites(model)
+    with asked(backbone, "its sites"):  # they may bring adapters, and a way to attach them, of their own
+        injection = inject.apply(model, sites, config.ttt, causal=backbone.causal, seed=config.train.seed)
     if config.ttt.persistent_states and not all(
         isinstance(adapter, TTTAdapter) for adapter in injection.adapters.values()
     ):
@@ -125,8 +128,8 @@ def memory_errors(ways: Sequence[str]) -> Iterator[None]:
     """Turn running out of memory into a sentence that says what takes less."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EnvironmentProblem(f"out of memory: {first} What takes less: {', '.join(ways)}") from error

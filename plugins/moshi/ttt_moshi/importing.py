@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ttt.config.importing import Import, ImportedConfig
+from ttt.config.importing import Import, ImportedConfig, number
 from ttt.config.schema import MOST_STEPS, TTTConfig
 from ttt.config.source import parse_source
 
@@ -108,15 +108,10 @@ def _move_data(moving: Import) -> None:
     moving.move("batch_size", "train.batch_size", note="of one device; there it was of each GPU")
 
 
-def _countable(value: Any) -> bool:
-    """Whether a value is a number, and neither infinite nor larger than any number of steps."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST_STEPS
-
-
 def _move_schedule(moving: Import) -> None:
     """`OneCycleLR`, saving and evaluating."""
-    steps, share = moving.get("max_steps", 100), moving.get("optim.pct_start", 0.05)
-    if _countable(steps) and _countable(share) and _countable(steps * share):
+    steps, share = number(moving.get("max_steps", 100)), number(moving.get("optim.pct_start", 0.05))
+    if steps is not None and share is not None and abs(steps * share) <= MOST_STEPS:
         warmup = round(steps * share)
         told = f"{share:g} of {steps:g} steps"
         moving.move("optim.pct_start", "train.warmup_steps", value=warmup, note=f"{told}; linear here, a cosine there")

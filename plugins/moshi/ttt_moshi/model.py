@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from moshi.models import LMModel, loaders
 from moshi.modules.streaming import State, StreamingModule
 from moshi.modules.transformer import StreamingTransformerLayer
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ttt.adapter import TTTAdapter
 from ttt.backbone import LossOutput
-from ttt.errors import EnvironmentProblem, InjectionError
+from ttt.errors import EnvironmentProblem, InjectionError, UsageError
 from ttt.inject import Site
 from ttt.layer import Rotary, TTTLayer
 from ttt.reading import other_kind
@@ -98,6 +99,8 @@ def checkpoint_info(options: MoshiOptions) -> loaders.CheckpointInfo:
             raise EnvironmentProblem(f"backbone.{key}: no file {path}")
     paths = {key: Path(path) for key, path in local.items() if path is not None}
     if "config_path" not in paths and {"moshi_path", "mimi_path", "tokenizer_path"} <= set(paths):
+        if options.revision is not None:
+            raise UsageError("backbone.revision: is of a repository, and every file is a local one; leave it out")
         return loaders.CheckpointInfo(paths["moshi_path"], paths["mimi_path"], paths["tokenizer_path"])
     repo = options.hf_repo or loaders.DEFAULT_REPO
     try:
@@ -107,12 +110,23 @@ def checkpoint_info(options: MoshiOptions) -> loaders.CheckpointInfo:
             mimi_weights=paths.get("mimi_path"),
             tokenizer=paths.get("tokenizer_path"),
             config_path=paths.get("config_path"),
+            revision=options.revision,
         )
     except Exception as error:  # the hub's client raises errors of many libraries
         raise EnvironmentProblem(
             f"{repo} cannot be fetched from the Hugging Face hub ({_first_line(error)}); name local files with "
             f"backbone.moshi_path, mimi_path, tokenizer_path and config_path, or try the demo preset"
         ) from error
+
+
+def provenance(options: MoshiOptions) -> dict[str, str]:
+    """The repository that the language model's weights are of, and its commit as far as the hub's cache tells it."""
+    if options.preset == "demo" or options.random_weights or options.moshi_path is not None:
+        return {}
+    repo = options.hf_repo or loaders.DEFAULT_REPO
+    cached = try_to_load_from_cache(repo, "config.json", revision=options.revision)
+    commit = {"commit": Path(cached).parent.name} if isinstance(cached, str) else {}
+    return {"repository": repo, **commit}
 
 
 def _lm_config(options: MoshiOptions) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, model_validator
@@ -13,8 +13,8 @@ from pydantic import Field, model_validator
 from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, RecordingFormat, WindowDataset
 from ttt.config import BackboneOptions, DataOptions, RunConfig, TrainConfig
 from ttt.errors import EnvironmentProblem
+from ttt.files import read_json
 from ttt.hookspecs import hookimpl
-from ttt.reading import read_file, unreadable
 from ttt_moshi.interleave import frames_in
 
 if TYPE_CHECKING:
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 FRAME_RATE = 12.5
 MOSHI_7B = {"dim": 4096, "num_heads": 32, "num_layers": 32}
+LARGEST_SIZE = 1 << 20
+"""The largest width, and number of heads and layers, that a config.json is believed."""
 DEMO = {"dim": 128, "num_heads": 4, "num_layers": 4}
-_MAX_CONFIG = 1 << 20  # bytes of a config.json
-PRETRAINED_KEYS = ("hf_repo", "moshi_path", "mimi_path", "tokenizer_path", "config_path", "random_weights")
+PRETRAINED_KEYS = ("hf_repo", "revision", "moshi_path", "mimi_path", "tokenizer_path", "config_path", "random_weights")
 
 
 class MoshiOptions(BackboneOptions):
@@ -40,6 +41,8 @@ class MoshiOptions(BackboneOptions):
     """Moshi itself, or a tiny model of the same structure (17 streams, random weights) that runs anywhere."""
     hf_repo: str | None = None
     """7b: repository on the Hugging Face hub; null is kyutai/moshiko-pytorch-bf16."""
+    revision: str | None = None
+    """7b: branch, tag or commit of the repository; null is its newest. A commit pins what is downloaded."""
     moshi_path: str | None = None
     """7b: local weights of the language model (.safetensors), instead of the repository's."""
     mimi_path: str | None = None
@@ -95,7 +98,7 @@ class MoshiBackbone(Backbone):
     options: ClassVar[type[BackboneOptions]] = MoshiOptions
     data_options: ClassVar[type[DataOptions]] = MoshiData
     location_options: ClassVar[frozenset[str]] = frozenset(
-        {"hf_repo", "moshi_path", "mimi_path", "tokenizer_path", "config_path"}
+        {"hf_repo", "revision", "moshi_path", "mimi_path", "tokenizer_path", "config_path"}
     )
     ttt_defaults: ClassVar[Mapping[str, Any]] = {
         "preset": "lm",
@@ -140,6 +143,12 @@ class MoshiBackbone(Backbone):
         from ttt_moshi.model import build
 
         return build(cast(MoshiOptions, options), device=device, dtype=dtype)
+
+    def provenance(self, options: BackboneOptions) -> Mapping[str, str]:
+        """The repository, and the commit of it that the weights are of."""
+        from ttt_moshi.model import provenance
+
+        return provenance(cast(MoshiOptions, options))
 
     def sites(self, model: nn.Module) -> Sequence[Site]:
         """One for each layer of the main transformer, after self-attention and before the feed-forward."""
@@ -217,15 +226,20 @@ def _sizes(options: MoshiOptions) -> dict[str, Any]:
     if options.config_path is None:
         return MOSHI_7B
     try:
-        written = json.loads(read_file(options.config_path, limit=_MAX_CONFIG))
-        return {name: int(written[name]) for name in MOSHI_7B}
-    except OSError as error:
-        raise EnvironmentProblem(f"backbone.config_path: {options.config_path}: {unreadable(error)}") from None
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        written = read_json(Path(options.config_path))
+    except (EnvironmentProblem, ValueError) as error:  # the latter of a name that no file can have
         raise EnvironmentProblem(
-            f"backbone.config_path: {options.config_path} is no config of a Moshi model "
-            f"({type(error).__name__}: {error})"
+            f"backbone.config_path: {error}; write the path of a Moshi model's config.json"
         ) from None
+    found = {name: written.get(name) for name in MOSHI_7B}
+    for name, value in found.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
+            told = f"its {name} is {value!r:.40}" if name in written else f"it has no {name}"
+            raise EnvironmentProblem(
+                f"backbone.config_path: {options.config_path} is no config of a Moshi model: {told}; write the path of "
+                f"a Moshi model's config.json, whose {', '.join(MOSHI_7B)} are whole numbers up to {LARGEST_SIZE:,}"
+            )
+    return cast("dict[str, int]", found)
 
 
 def _memory_facts(options: MoshiOptions, train: TrainConfig, frames: int) -> dict[str, Any]:

@@ -42,7 +42,7 @@ COGVIDEOX_SCHEDULE: Mapping[str, Any] = {
 
 
 @lru_cache(maxsize=4)
-def make_scheduler(pretrained: str | None = None) -> CogVideoXDPMScheduler:
+def make_scheduler(pretrained: str | None = None, revision: str | None = None) -> CogVideoXDPMScheduler:
     """The noise schedule, as the scheduler that TTT-Video samples with: DPM-Solver++ (2M) as an SDE.
 
     Timesteps are spaced backwards from the last one ("trailing") whatever the folder says, so that sampling starts
@@ -51,6 +51,7 @@ def make_scheduler(pretrained: str | None = None) -> CogVideoXDPMScheduler:
     Args:
         pretrained: a local folder in diffusers' layout or a repository on the hub, whose `scheduler/` is read; None,
             and a folder without one, is CogVideoX 5B's schedule.
+        revision: of the repository; None is its newest.
 
     Raises:
         EnvironmentProblem: the folder's scheduler cannot be read, or is for another kind of prediction.
@@ -58,7 +59,7 @@ def make_scheduler(pretrained: str | None = None) -> CogVideoXDPMScheduler:
     if pretrained is None or (Path(pretrained).is_dir() and not (Path(pretrained) / SCHEDULER).is_dir()):
         return CogVideoXDPMScheduler.from_config({**COGVIDEOX_SCHEDULE}, timestep_spacing="trailing")
     try:
-        settings = CogVideoXDPMScheduler.load_config(pretrained, subfolder=SCHEDULER)
+        settings = CogVideoXDPMScheduler.load_config(pretrained, subfolder=SCHEDULER, revision=revision)
         scheduler = CogVideoXDPMScheduler.from_config(settings, timestep_spacing="trailing")
     except Exception as error:  # the hub's client raises errors of many libraries
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -78,7 +79,7 @@ def schedule_of(options: VideoDiTOptions) -> CogVideoXDPMScheduler:
     """The noise schedule of the model that the options ask for; see `make_scheduler`."""
     if options.preset == "demo" or options.random_weights:
         return make_scheduler()
-    return make_scheduler(options.pretrained or DEFAULT_PRETRAINED)
+    return make_scheduler(options.pretrained or DEFAULT_PRETRAINED, options.revision)
 
 
 def draw_timesteps(rows: int, count: int) -> Tensor:

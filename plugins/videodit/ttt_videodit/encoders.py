@@ -182,7 +182,8 @@ def encoders_of(options: VideoDiTOptions) -> str:
     """Which encoders go with the options' transformer; nothing is loaded."""
     if options.preset == "demo":
         return f"demo {hashlib.sha256(demo.CODEC.read_bytes()).hexdigest()[:12]}"
-    return options.pretrained or DEFAULT_PRETRAINED
+    pinned = f"@{options.revision}" if options.revision is not None else ""
+    return f"{options.pretrained or DEFAULT_PRETRAINED}{pinned}"
 
 
 def load_video_encoder(options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.dtype) -> VideoEncoder:
@@ -213,9 +214,16 @@ def load_text_encoder(
         release = tuple(int(number) for number in transformers.__version__.split(".")[:2])
         in_dtype: dict[str, Any] = {"dtype" if release >= (4, 56) else "torch_dtype": dtype}
         model: Any = transformers.T5EncoderModel.from_pretrained(
-            source, subfolder="text_encoder", use_safetensors=True, **in_dtype
+            source,
+            subfolder="text_encoder",
+            revision=options.revision,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **in_dtype,
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source, subfolder="tokenizer", revision=options.revision, trust_remote_code=False
+        )
     return T5TextEncoder(tokenizer, model.eval().to(device), text_length=text_length)
 
 
@@ -232,6 +240,7 @@ def load_vae(options: VideoDiTOptions, *, device: torch.device | str, dtype: tor
         vae: Any = AutoencoderKLCogVideoX.from_pretrained(
             source,
             subfolder="vae",
+            revision=options.revision,
             torch_dtype=dtype,
             use_safetensors=True,
             low_cpu_mem_usage=False,  # which needs `accelerate`, for half a gigabyte

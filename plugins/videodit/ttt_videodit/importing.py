@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from datetime import date, time
 from typing import Any
 
-from ttt.config.importing import Import, ImportedConfig
+from ttt.config.diagnostics import Place
+from ttt.config.importing import Import, ImportedConfig, number
 from ttt.config.schema import MOST_RATE
-from ttt.config.source import Source
+from ttt.config.source import KeyPath, Located, Source
 from ttt.errors import UsageError
 
 if sys.version_info >= (3, 11):
@@ -47,6 +48,8 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 """Strings and comments whole, words, spaces, and every other character."""
+_SECTION_LINE = re.compile(r"\s*\[\s*([\w.\- ]+?)\s*\]")
+_KEY_LINE = re.compile(r"\s*([\w\-]+)\s*=")
 
 _SAME = {
     "model.mini_batch_size": "ttt.mini_batch_size",
@@ -120,7 +123,7 @@ def import_config(text: str, *, file: str) -> ImportedConfig | None:
     model = data.get("model")
     if not isinstance(model, Mapping) or not (any(mark in model for mark in MARKS) or model.get("name") == "cogvideo"):
         return None
-    moving = Import(Source(file, data, {}), FORMAT)
+    moving = Import(Source(file, data, _places(text, file)), FORMAT)
     samples = any(section in data for section in ("eval", "guider", "denoiser", "discretization"))
     trains = not samples or any(section in data for section in ("training", "optimizer", "checkpoint"))
     moving.add("backbone.name", "videodit", "whose config it is")
@@ -200,10 +203,23 @@ def _plain(value: Any, *, levels: int) -> Any:
     return None if value == _LATER and levels == 0 else value
 
 
+def _places(text: str, file: str) -> dict[KeyPath, Located]:
+    """Where the keys of sections are written, as far as each has a line of its own; TOML's reader does not tell."""
+    section: KeyPath = ()
+    found: dict[KeyPath, Located] = {}
+    for line, written in enumerate(text.splitlines(), 1):
+        if match := _SECTION_LINE.match(written):
+            section = tuple(part.strip() for part in match[1].split("."))
+        elif match := _KEY_LINE.match(written):
+            key = Place(file, line, match.start(1) + 1, written, len(match[1]))
+            found.setdefault((*section, match[1]), Located(key, key))
+    return found
+
+
 def _number(value: Any) -> float | None:
     """A positive number that a rate can be, or None."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and 1e-30 <= value <= MOST_RATE else None
+    found: float | None = number(value)
+    return found if found is not None and 1e-30 <= found <= MOST_RATE else None
 
 
 def _ratio(value: float, of: float) -> float:
@@ -290,9 +306,13 @@ def _say(moving: Import, old: str, new: str, value: Any, note: str = "") -> None
 
 def _move_batch(moving: Import) -> None:
     """A GPU, or a group that shares one model, takes its share of the global batch in `grad_accum_steps` parts."""
-    batch, parts = moving.get("training.global_batch_size", 8), moving.get("training.grad_accum_steps", 1)
-    gpus = [moving.get(f"parallelism.{key}", default) for key, default in (("dp_sharding", 8), ("dp_replicate", 1))]
-    if not all(isinstance(number, int) and number > 0 for number in (batch, parts, *gpus)):
+    batch = number(moving.get("training.global_batch_size", 8), whole=True)
+    parts = number(moving.get("training.grad_accum_steps", 1), whole=True)
+    gpus = [
+        number(moving.get(f"parallelism.{key}", default), whole=True)
+        for key, default in (("dp_sharding", 8), ("dp_replicate", 1))
+    ]
+    if not all(count is not None and count > 0 for count in (batch, parts, *gpus)):
         moving.drop("training.global_batch_size", "it, or a number of GPUs or of parts, is no positive whole number")
         moving.drop("training.grad_accum_steps", "it, or a number beside it, is no positive whole number")
         return
@@ -322,7 +342,7 @@ def _move_what_learns(moving: Import) -> None:
 
 def _move_data(moving: Import, trains: bool) -> None:
     length = moving.get("model.video_length", "3sec")
-    seconds = re.fullmatch(r"([0-9]{1,9})sec", length) if isinstance(length, str) else None
+    seconds = re.fullmatch(r"(\d{1,6})sec", length, re.ASCII) if isinstance(length, str) else None
     _say(moving, "model.video_length", "data.duration_sec", int(seconds[1]) if seconds else length)
     if trains:
         _move_run_dir(moving)

@@ -368,11 +368,13 @@ def _pretrained_model(options: VideoDiTOptions, *, device: torch.device | str, d
         )
     try:
         if torch.device(device).type == "meta":
-            config = VideoDiT.load_config(source, subfolder=subfolder)
+            config = VideoDiT.load_config(source, subfolder=subfolder, revision=options.revision)
             with torch.device("meta"), _default_dtype(dtype):
                 return cast(VideoDiT, VideoDiT.from_config(config))
         with _quiet_about_the_class():
-            model = VideoDiT.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True)
+            model = VideoDiT.from_pretrained(
+                source, subfolder=subfolder, revision=options.revision, torch_dtype=dtype, use_safetensors=True
+            )
     except EnvironmentProblem:
         raise
     except Exception as error:  # the hub's client and diffusers raise errors of many libraries

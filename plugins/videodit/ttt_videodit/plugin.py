@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 DEFAULT_PRETRAINED = "THUDM/CogVideoX-5b"
 COGVIDEOX_5B = {"dim": 3072, "num_heads": 48, "num_layers": 42}
 DEMO = {"dim": 64, "num_heads": 4, "num_layers": 4}
+LARGEST_SIZE = 1 << 20
+"""The largest number of heads and blocks, and width of a head, that a config.json is believed."""
 DEMO_TIME_DIM = 128
 DEMO_TEXT_DIM = 32
 PRESETS = ("demo", "3s", "9s", "18s", "30s", "63s")
@@ -63,6 +65,8 @@ class VideoDiTOptions(BackboneOptions):
     """CogVideoX 5B, or a tiny transformer of the same structure (random weights) that runs anywhere."""
     pretrained: str | None = None
     """5b: repository on the Hugging Face hub, or a folder in diffusers' layout; null is THUDM/CogVideoX-5b."""
+    revision: str | None = None
+    """5b: branch, tag or commit of the repository; null is its newest. A commit pins what is downloaded."""
     random_weights: bool = False
     """5b: leave the transformer's weights random, to measure speed and memory without a download."""
     dim: Annotated[int, Field(ge=16, le=1024)] | None = None
@@ -93,7 +97,9 @@ class VideoDiTOptions(BackboneOptions):
     @model_validator(mode="after")
     def _options_of_the_preset(self) -> VideoDiTOptions:
         """Refuse an option that the preset would not read, and sizes that do not fit."""
-        others = ("dim", "num_heads", "num_layers") if self.preset == "5b" else ("pretrained", "random_weights")
+        others = (
+            ("dim", "num_heads", "num_layers") if self.preset == "5b" else ("pretrained", "revision", "random_weights")
+        )
         given = [name for name in others if getattr(self, name) not in (None, False)]
         if given:
             other = "demo" if self.preset == "5b" else "5b"
@@ -169,7 +175,7 @@ class VideoDiTBackbone(Backbone):
     options: ClassVar[type[BackboneOptions]] = VideoDiTOptions
     data_options: ClassVar[type[DataOptions]] = VideoDiTData
     # What is rematerialised and how often a text is dropped in training is no part of which model it is.
-    location_options: ClassVar[frozenset[str]] = frozenset({"pretrained", "text_dropout", *REMAT_OPTIONS})
+    location_options: ClassVar[frozenset[str]] = frozenset({"pretrained", "revision", "text_dropout", *REMAT_OPTIONS})
     ttt_defaults: ClassVar[Mapping[str, Any]] = {"preset": "video", "layer_type": "mlp", "mini_batch_size": 64}
 
     rules: ClassVar[Sequence[Callable[[RunConfig], Sequence[Any]]]] = (check_data,)
@@ -236,6 +242,12 @@ class VideoDiTBackbone(Backbone):
         from ttt_videodit.model import build
 
         return build(cast(VideoDiTOptions, options), device=device, dtype=dtype)
+
+    def provenance(self, options: BackboneOptions) -> Mapping[str, str]:
+        """The repository, and the commit of it that the weights are of."""
+        from ttt_videodit.pretrained import provenance
+
+        return provenance(cast(VideoDiTOptions, options))
 
     def sites(self, model: nn.Module) -> Sequence[Site]:
         """One for each block: its attention, after which TTT reads the whole video."""
@@ -331,15 +343,21 @@ def sizes(options: VideoDiTOptions) -> dict[str, int]:
     file = next((file for file in files if file.exists()), None)
     if file is None:
         return COGVIDEOX_5B
-    written = read_json(file)
+    try:
+        written = read_json(file)
+    except EnvironmentProblem as error:
+        raise EnvironmentProblem(f"backbone.pretrained: {error}; name a folder with CogVideoX's transformer") from None
     heads, width, layers = (
         written.get(name, default)  # as diffusers fills in what a config.json leaves out
         for name, default in (("num_attention_heads", 30), ("attention_head_dim", 64), ("num_layers", 30))
     )
-    if not all(isinstance(size, int) and size > 0 for size in (heads, width, layers)):
+    if not all(
+        isinstance(size, int) and not isinstance(size, bool) and 0 < size <= LARGEST_SIZE
+        for size in (heads, width, layers)
+    ):
         raise EnvironmentProblem(
             f"backbone.pretrained: {file}: its num_attention_heads, attention_head_dim and num_layers are "
-            f"{heads!r}, {width!r} and {layers!r}; name a folder with CogVideoX's transformer"
+            f"{heads!r:.40}, {width!r:.40} and {layers!r:.40}; name a folder with CogVideoX's transformer"
         )
     return {"dim": heads * width, "num_heads": heads, "num_layers": layers}
 

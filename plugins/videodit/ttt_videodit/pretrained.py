@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ttt.errors import EnvironmentProblem
+from ttt.errors import EnvironmentProblem, UsageError
 from ttt.reading import MAX_JSON, other_kind
 from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions
 
@@ -33,6 +33,8 @@ def source_of(options: VideoDiTOptions, *parts: str) -> str:
         raise EnvironmentProblem(f"backbone.pretrained: {source} is {kind}, not a folder")
     if options.pretrained is not None and not local.is_dir() and (local.is_absolute() or source.startswith(".")):
         raise EnvironmentProblem(f"backbone.pretrained: no folder {source}")
+    if options.revision is not None and local.is_dir():
+        raise UsageError(f"backbone.revision: is of a repository, and {source} is a local folder; leave it out")
     missing = next((part for part in parts if local.is_dir() and not (local / part).is_dir()), None)
     if missing is not None:
         raise EnvironmentProblem(
@@ -59,3 +61,15 @@ def require_files(folder: Path) -> None:
             raise EnvironmentProblem(f"backbone.pretrained: {path} is {kind}, not a file")
         if path.suffix in _SMALL and path.stat().st_size > MAX_JSON:
             raise EnvironmentProblem(f"backbone.pretrained: {path} is larger than {MAX_JSON >> 20} MiB")
+
+
+def provenance(options: VideoDiTOptions) -> dict[str, str]:
+    """The repository that the transformer's weights are of, and its commit as far as the hub's cache tells it."""
+    source = options.pretrained or DEFAULT_PRETRAINED
+    if options.preset == "demo" or options.random_weights or Path(source).is_dir():
+        return {}
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source, "transformer/config.json", revision=options.revision)
+    commit = {"commit": Path(cached).parents[1].name} if isinstance(cached, str) else {}
+    return {"repository": source, **commit}

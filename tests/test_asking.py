@@ -1,0 +1,427 @@
+"""Plugins that are wrong as a tired author's would be: each is told by plugin, method, and line in its own package."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+from fake_distributions import importable, install
+from rich.console import Console
+from torch import nn
+from toy import ToyBackbone, ToyDataset
+
+from ttt.answers import ANSWERS
+from ttt.asking import TRACEBACK, methods_of
+from ttt.backbone import Backbone, LossOutput
+from ttt.config import check_config
+from ttt.errors import EnvironmentProblem, InactiveLayerError, PluginError, UsageError
+from ttt.plugins import PluginInfo, discover, examined
+from ttt.train import train
+from ttt_cli.main import main
+
+# --- what a plugin declares ---
+
+DECLARED = {
+    "causal: missing": ("causal = Nothing()", "Toy.causal is missing, not True or False"),
+    "causal: a word": ("causal = 'yes'", "Toy.causal is 'yes', not True or False"),
+    "name: missing": ("name = Nothing()", "Toy.name is missing"),
+    "streaming without a stream": ("streaming = True", "Toy.streaming is True, but the class has no `stream`"),
+    "options: none": ("options = None", "Toy.options is None, not a subclass of BackboneOptions"),
+    "location_options: a text": ("location_options = 'weights'", "Toy.location_options is 'weights', not a set"),
+    "location_options: unknown": ("location_options = {'wights'}", "names 'wights', which is no option of ToyOptions"),
+    "ttt_defaults: unknown key": ("ttt_defaults = {'layrs': 1}", "Toy.ttt_defaults: layrs: Extra inputs"),
+    "ttt_defaults: out of range": ("ttt_defaults = {'base_lr': -1.0}", "Toy.ttt_defaults: base_lr: Input should be"),
+    "rules: one function": ("rules = len", "Toy.rules is <built-in function len>, not a sequence"),
+    "rules: a text": ("rules = ('no_cats',)", "Toy.rules has 'no_cats' as number 0, not a function"),
+    "presets: a dict": ("presets = {'demo': ''}", "Toy.presets is {'demo': ''}, not a method"),
+    "facts: a property": ("facts = property(lambda self: 1)", "Toy.facts is 1, not a method"),
+    "a default of the wrong type": (
+        "options = WrongType",
+        "a default of WrongType is none: dim: Input",
+    ),
+    "a default out of its range": (
+        "options = OutOfRange",
+        "a default of OutOfRange is none: heads: Input",
+    ),
+    "a default of the data": (
+        "data_options = WrongData",
+        "Toy.data_options: a default of WrongData is none: win",
+    ),
+    "a name of another": ("options = Renamed", "options: the default of Renamed.name is 'other', not 'toy'"),
+    "a validator that fails": ("options = Fails", "ZeroDivisionError: "),
+    "a type that pydantic does not know": ("options = Unknown", "PydanticSchemaGenerationError"),
+}
+_DECLARING = """\
+from typing import Annotated
+from pydantic import Field, field_validator
+from toy_config import ToyBackbone, ToyData, ToyOptions, hookimpl
+
+class Strange:
+    pass
+
+class Nothing:  # as if it were not there
+    def __get__(self, *_):
+        raise AttributeError
+
+class WrongType(ToyOptions):
+    dim: int = "32"
+
+class OutOfRange(ToyOptions):
+    heads: Annotated[int, Field(ge=1)] = 0
+
+class WrongData(ToyData):
+    window_tokens: int = None
+
+class Renamed(ToyOptions):
+    name: str = "other"
+
+class Unknown(ToyOptions):
+    strange: Strange | None = None
+
+class Fails(ToyOptions):
+    @field_validator("dim")
+    @classmethod
+    def _fails(cls, value):
+        return value // 0
+
+class Toy(ToyBackbone):
+    name = "toy"
+    LINE
+
+@hookimpl
+def ttt_backbone():
+    return Toy()
+"""
+
+
+def _declaring(line: str) -> str:
+    return _DECLARING.replace("LINE", line)
+
+
+def _found(folder: Path, name: str = "toy") -> PluginInfo:
+    with importable(folder):
+        return next(examined(plugin) for plugin in discover() if plugin.name == name)
+
+
+@pytest.mark.parametrize("wrong", DECLARED)
+def test_what_is_declared_wrongly_is_a_broken_plugin(tmp_path: Path, wrong: str) -> None:
+    line, cause = DECLARED[wrong]
+    install(tmp_path, "toy", "wrong_plugin", _declaring(line))
+    found = _found(tmp_path)
+    assert found.backbone is None
+    assert cause in str(found.error)
+    assert "\n" not in str(found.error)
+
+
+def test_what_is_declared_rightly_is_not(tmp_path: Path) -> None:
+    required = (
+        "\n\nclass Needs(ToyOptions):\n    weight: int\n\nclass Toy("  # without a default it is the user's to write
+    )
+    install(tmp_path, "toy", "wrong_plugin", _declaring("options = Needs").replace("\nclass Toy(", required))
+    with importable(tmp_path):
+        assert [plugin.error for plugin in discover() if plugin.name == "toy"] == [None]
+
+
+# --- what it is asked without torch ---
+
+ASKED = {
+    "presets that raise": (
+        "def presets(self):\n        raise OSError(2, 'No such file', 'demo.yaml')",
+        "`presets`",
+        "FileNotFoundError",
+    ),
+    "presets of bytes": (
+        "def presets(self):\n        return {'demo': b''}",
+        "`presets`",
+        "a preset 'demo'",
+    ),
+    "no demo": ("def presets(self):\n        return {'big': ''}", "`presets`", "it returned no preset `demo`"),
+    "facts that raise": ("def facts(self, config):\n        return config.backbone.widht", "`facts`", "AttributeError"),
+    "facts of half a layer": (
+        "def facts(self, config):\n        from dataclasses import replace\n"
+        "        return replace(super().facts(config), num_layers=2.5)",
+        "`facts`",
+        "it returned a BackboneFacts whose num_layers is 2.5",
+    ),
+    "facts that exit": ("def facts(self, config):\n        raise SystemExit(0)", "`facts`", "SystemExit: 0"),
+    "facts without config": ("def facts(self):\n        return None", "`facts`", "TypeError"),
+    "a rule that raises": ("rules = (lambda config: 1 / 0,)", "its rule <lambda>", "ZeroDivisionError"),
+    "a rule of texts": ("rules = (lambda config: ['bad'],)", "its rule <lambda>", "it returned str, not Finding"),
+    "explanations": ("def explanations(self):\n        return {'TOY1': 'bad'}", "`explanations`", "not an Explanation"),
+}
+
+
+@pytest.mark.parametrize("wrong", ASKED)
+def test_what_answers_wrongly_is_told_with_its_line(tmp_path: Path, wrong: str) -> None:
+    written, method, cause = ASKED[wrong]
+    install(tmp_path, "toy", "wrong_plugin", _declaring(written))
+    line = next(n for n, text in enumerate(_declaring(written).splitlines(), 1) if written.splitlines()[0] in text)
+    told = str(_found(tmp_path).error)
+    place = re.search(rf"the plugin toy \(ttt-toy 1\.2\) failed in {method}, .*wrong_plugin\.py:(\d+): ", told)
+    assert place is not None, told
+    assert line <= int(place[1]) <= line + 3
+    assert cause in told
+
+
+def test_the_exit_code_says_whether_all_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install(tmp_path, "toy", "wrong_plugin", _declaring("pass"))
+    with importable(tmp_path):
+        assert main(["plugins"]) == 0
+    assert "BROKEN" not in capsys.readouterr().out
+    (tmp_path / "wrong_plugin.py").write_text(_declaring("def facts(self, config):\n        return [][1]"))
+    with importable(tmp_path):
+        assert main(["plugins", "--json"]) == 1
+    (toy,) = [plugin for plugin in json.loads(capsys.readouterr().out) if plugin["name"] == "toy"]
+    assert not toy["works"]
+    assert "IndexError" in toy["error"]
+
+
+def test_a_demo_config_with_an_error_is_a_broken_plugin(tmp_path: Path) -> None:
+    demo = "def presets(self):\n        return {'demo': 'backbone: {name: toy}\\ntrain: {max_stps: 3}'}"
+    install(tmp_path, "toy", "wrong_plugin", _declaring(demo))
+    assert "preset demo:2:9: unknown key `max_stps` in `train`" in str(_found(tmp_path).error)
+
+
+def test_the_traceback_is_there_for_who_asks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "toy", "wrong_plugin", _declaring("def facts(self, config):\n        return [][1]"))
+    install(tmp_path, "torn", "torn_plugin", "import nobody_has_this\n")
+    _found(tmp_path), _found(tmp_path, "torn")
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setenv(TRACEBACK, "1")
+    _found(tmp_path), _found(tmp_path, "torn")
+    traceback = capsys.readouterr().err
+    assert "return [][1]" in traceback
+    assert "import nobody_has_this" in traceback
+
+
+def test_what_a_plugin_refuses_is_the_users_to_mend() -> None:
+    class Refusing(ToyBackbone):
+        def facts(self, config: Any) -> Any:
+            raise EnvironmentProblem("backbone.dim: 3: no such width; write 4")
+
+    checked = check_config("c.yaml", text="backbone:\n  name: toy\n  dim: 32\n", backbone=Refusing())
+    (finding,) = checked.findings
+    assert (finding.code, finding.path, finding.fix) == ("TTT605", "backbone.dim", "write 4")
+    assert str(finding.place) == "c.yaml:3:8"
+    assert "plugin" not in finding.message
+
+
+# --- what it is asked with torch ---
+
+
+class Fileless(ToyDataset):
+    files = property(lambda self: None)  # type: ignore[assignment]
+
+
+class Undescribed(ToyDataset):
+    def describe(self, index: int) -> str:
+        raise KeyError(index)
+
+
+class Unreadable(ToyDataset):
+    def __getitem__(self, index: int) -> Any:
+        return self.windows[index]  # type: ignore[attr-defined]
+
+
+class Uncollated(ToyDataset):
+    def collate(self, samples: Any) -> Any:
+        return torch.stack(samples)
+
+
+def _with_dataset(kind: type) -> Any:
+    def dataset(self: ToyBackbone, config: Any, *, split: str, device: Any) -> Any:
+        made = ToyBackbone.dataset(self, config, split=split, device=device)
+        made.__class__ = kind
+        return made
+
+    return dataset
+
+
+def _site(**changes: Any) -> Any:
+    from dataclasses import replace
+
+    return lambda self, model: [replace(site, **changes) for site in ToyBackbone.sites(self, model)]
+
+
+def _loss(change: Any) -> Any:
+    return lambda self, model, batch, config: change(ToyBackbone.loss(self, model, batch, config))
+
+
+class _Attaching(toy.Site):
+    def attach(self, adapter: nn.Module) -> None:
+        raise KeyError("no such child")
+
+
+TRAINED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "build raises": ({"build": lambda self, options, **_: options.depht}, "`build`", "AttributeError"),
+    "build returns nothing": ({"build": lambda self, options, **_: None}, "`build`", "returned None, not a model"),
+    "build takes no dtype": ({"build": lambda self, options: None}, "`build`", "TypeError"),
+    "sites raise": ({"sites": lambda self, model: [model.nothing]}, "`sites`", "AttributeError"),
+    "sites: a generator": ({"sites": lambda self, model: (s for s in [])}, "`sites`", "returned a generator"),
+    "sites: none": ({"sites": lambda self, model: []}, "`sites`", "returned an empty sequence"),
+    "sites: modules": ({"sites": lambda self, model: [model]}, "`sites`", "as number 0, not a Site"),
+    "sites: a width of text": ({"sites": _site(dim="32")}, "`sites`", "whose dim is '32'"),
+    "sites: no subclass": ({"sites": _site(subclass=None)}, "`sites`", "whose subclass is None"),
+    "sites: one layer": ({"sites": _site(layer=3)}, "`sites`", "sites of the layers 3, 3"),
+    "dataset raises": ({"dataset": lambda self, config, **_: config.dat}, "`dataset`", "AttributeError"),
+    "dataset: a list": ({"dataset": lambda self, config, **_: [1, 2]}, "`dataset`", "a list without `collate`"),
+    "dataset: no files": ({"dataset": _with_dataset(Fileless)}, "`dataset`", "whose `files` is None"),
+    "a window raises": ({"dataset": _with_dataset(Unreadable)}, "`__getitem__` of its dataset", "AttributeError"),
+    "collate raises": ({"dataset": _with_dataset(Uncollated)}, "`collate` of its dataset", "TypeError"),
+    "loss raises": ({"loss": lambda self, model, batch, config: model(batch["inptus"])}, "`loss`", "KeyError"),
+    "loss: a tensor": ({"loss": _loss(lambda output: output.loss)}, "`loss`", "a Tensor, not a LossOutput"),
+    "loss: of each row": (
+        {"loss": _loss(lambda output: LossOutput(output.loss.expand(2), 8))},
+        "`loss`",
+        "whose loss is torch.float32 [2]",
+    ),
+    "loss: detached": ({"loss": _loss(lambda output: LossOutput(output.loss.detach(), 8))}, "`loss`", "no gradient"),
+    "loss: no tokens": ({"loss": _loss(lambda output: LossOutput(output.loss, 0))}, "`loss`", "whose tokens is 0"),
+    "loss: metrics": (
+        {"loss": _loss(lambda output: LossOutput(output.loss, 8, {"step": output.loss.detach()}))},
+        "`loss`",
+        "a metric of the name 'step'",
+    ),
+    "is_attention: a match": (
+        {"is_attention": lambda self, name: re.search("x", name)},
+        "`is_attention`",
+        "None, not",
+    ),
+    "has_eval_data: a path": ({"has_eval_data": lambda self, config: ""}, "`has_eval_data`", "a str, not True"),
+    "attaching raises": (
+        {"sites": lambda self, model: [_attaching(s) for s in ToyBackbone.sites(self, model)]},
+        "its sites",
+        "KeyError",
+    ),
+}
+
+
+def _attaching(site: Any) -> _Attaching:
+    return _Attaching(**{name: getattr(site, name) for name in site.__dataclass_fields__})
+
+
+def _train(tmp_path: Path, attributes: dict[str, Any], **more: Any) -> None:
+    backbone = type("Wrong", (ToyBackbone,), {"__module__": __name__, **attributes})()
+    train_section = "train: {max_steps: 1, device: cpu}\neval: {max_batches: 1}\n"
+    text = f"backbone: {{name: toy}}\n{train_section}run_dir: {tmp_path / 'run'}\n"
+    checked = check_config("c.yaml", text=text, backbone=backbone, **more)
+    assert checked.config is not None, checked.findings
+    train(checked.config, backbone, console=Console(quiet=True))
+
+
+@pytest.mark.parametrize("wrong", TRAINED)
+def test_what_fails_in_a_run_is_told_with_its_line(tmp_path: Path, wrong: str) -> None:
+    attributes, what, cause = TRAINED[wrong]
+    with pytest.raises(PluginError) as caught:
+        _train(tmp_path, attributes, overrides=["train.trainable=ttt+attention"])
+    told = str(caught.value)
+    assert f"the plugin toy ({__name__}) failed in {what}, " in told
+    assert re.search(r"(test_asking|toy)\.py:\d+: ", told)
+    assert cause in told
+    assert "\n" not in told
+    assert caught.value.exit_code == 3
+
+
+def test_a_window_that_cannot_be_described_hides_no_other_error() -> None:
+    backbone = type("Wrong", (ToyBackbone,), {"dataset": _with_dataset(Undescribed)})()
+    checked = check_config("c.yaml", text="backbone: {name: toy}", backbone=backbone)
+    dataset = backbone.dataset(checked.config, split="train", device="cpu")
+    assert dataset.describe(3).startswith("window 3 (the plugin toy")
+
+
+def test_a_layer_that_is_never_called_is_told_before_backward(tmp_path: Path) -> None:
+    def sites(self: ToyBackbone, model: nn.Module) -> Any:
+        from dataclasses import replace
+
+        return [replace(site, subclass=type(site.module)) for site in ToyBackbone.sites(self, model)]
+
+    with pytest.raises(InactiveLayerError, match=r"never reached it; the site that the backbone toy offers there"):
+        _train(tmp_path, {"sites": sites})
+
+
+# --- what passes ---
+
+
+def _raising(error: BaseException) -> Any:
+    def loss(self: Backbone, *_: Any) -> Any:
+        raise error
+
+    return type("Raising", (ToyBackbone,), {"loss": loss})()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UsageError("write less"),
+        KeyboardInterrupt(),
+        BrokenPipeError(32, "Broken pipe"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_is_no_bug_of_the_plugin_passes(error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught:
+        _raising(error).loss(None, None, None)
+    assert caught.value is error
+
+
+def test_out_of_memory_is_told_as_that(tmp_path: Path) -> None:
+    def loss(self: Backbone, *_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    with pytest.raises(EnvironmentProblem, match="out of memory: CUDA out of memory"):
+        _train(tmp_path, {"loss": loss})
+
+
+def test_between_its_own_methods_a_plugin_catches_what_it_raises() -> None:
+    class Trying(ToyBackbone):
+        def tiny_like(self, options: Any) -> Any:
+            raise KeyError("small")
+
+        def tiny(self) -> Any:
+            try:
+                return self.tiny_like(None)
+            except KeyError:
+                return super().tiny()
+
+    assert Trying().tiny().dim == 16
+
+
+def test_every_method_is_guarded_and_nearly_every_answer_checked() -> None:
+    class Own(ToyBackbone):
+        def loss(self, *_: Any) -> Any:
+            raise KeyError
+
+        stream = staticmethod(lambda *_, **__: 1 / 0)  # type: ignore[assignment]
+
+    assert set(ANSWERS) | {"check_sample", "precompute", "set_gradient_checkpointing"} == set(methods_of(Backbone))
+    with pytest.raises(PluginError, match="ZeroDivisionError"):
+        Own().stream(None, None, pieces=[])
+    assert inspect.signature(ToyBackbone.facts).parameters.keys() == {"self", "config"}
+    assert ToyBackbone.facts.__doc__ == inspect.unwrap(ToyBackbone.facts).__doc__
+
+
+def test_an_error_is_told_in_one_line_of_letters() -> None:
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    for error, told in (
+        (ValueError("a\nb\x1b[31m\x9b"), "ValueError: a b�[31m�;"),
+        (ValueError("x" * 9_000), "xxx…;"),
+        (MuteError(), "MuteError;"),
+    ):
+        with pytest.raises(PluginError) as caught:
+            _raising(error).loss(None, None, None)
+        assert told in str(caught.value)
+        assert caught.value.__cause__ is error

@@ -1,0 +1,286 @@
+"""What the methods of a backbone promise to return: a wrong answer is told as such, not where it does harm later.
+
+Each check takes the backbone and its answer, and returns the answer or raises `WrongAnswer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ttt.asking import AskedDataset, WrongAnswer
+
+if TYPE_CHECKING:
+    from ttt.backbone import Backbone
+
+Check = Callable[["Backbone", Any], Any]
+
+_OF_A_LINE = frozenset({"step", "loss", "layers", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes"})
+"""Names in a line of `metrics.jsonl` that are not the backbone's to give."""
+_OF_A_DATASET = ("__len__", "__getitem__", "collate", "files", "describe", "notice")
+
+
+def _a(kind: str) -> str:
+    return f"{'an' if kind[:1] in 'aeiouAEIOU' else 'a'} {kind}"
+
+
+def _named(value: Any) -> str:
+    return "None" if value is None else _a(type(value).__name__)
+
+
+def _instance(of: Callable[[Backbone], type], *, name: str = "") -> Check:
+    """An instance of a class that is looked up when it is needed, so that nothing heavy is imported before."""
+
+    def check(backbone: Backbone, answer: Any) -> Any:
+        kind = of(backbone)
+        if not isinstance(answer, kind):
+            raise WrongAnswer(f"{_named(answer)}, not {_a(name or kind.__name__)}")
+        return answer
+
+    return check
+
+
+def _is_whole(value: Any, *, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+# --- without torch ---
+
+
+def _presets(backbone: Backbone, answer: Any) -> Any:
+    if not isinstance(answer, Mapping):
+        raise WrongAnswer(f"{_named(answer)}, not a mapping of names to YAML texts")
+    for name, text in answer.items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise WrongAnswer(f"a preset {name!r} that is {_named(text)}, not text")
+    if "demo" not in answer:
+        raise WrongAnswer(f"no preset `demo`, which `ttt train --backbone {backbone.name}` runs")
+    return answer
+
+
+def _explanations(backbone: Backbone, answer: Any) -> Any:
+    from ttt.config.explanations import Explanation
+
+    if not isinstance(answer, Mapping):
+        raise WrongAnswer(f"{_named(answer)}, not a mapping of codes to explanations")
+    for code, entry in answer.items():
+        if not isinstance(code, str) or not isinstance(entry, Explanation):
+            raise WrongAnswer(f"for the code {code!r} {_named(entry)}, not an Explanation")
+    return answer
+
+
+def _facts(backbone: Backbone, answer: Any) -> Any:
+    from ttt.backbone import BackboneFacts
+
+    _instance(lambda _: BackboneFacts)(backbone, answer)
+    for name in ("dim", "num_heads", "num_layers", "gates", "layers_per_checkpoint"):
+        _require_whole(answer, name, least=1)
+    for name in ("tokens_per_window", "parameters", "attention_parameters"):
+        if getattr(answer, name) is not None:
+            _require_whole(answer, name, least=0)
+    for name in ("layer_activation_bytes", "head_activation_bytes"):
+        value = getattr(answer, name)
+        if value is not None and not (isinstance(value, (int, float)) and 0 <= value < 1e30):
+            raise WrongAnswer(f"facts whose {name} is {value!r}, no number of bytes")
+    if not isinstance(answer.window, str):
+        raise WrongAnswer(f"facts whose window is {_named(answer.window)}, not text")
+    scans = answer.scans
+    if scans is not None and not (isinstance(scans, tuple) and scans and all(_is_whole(n, least=0) for n in scans)):
+        raise WrongAnswer(f"facts whose scans are {scans!r}, not a tuple of counts of checkpoints, one for each scan")
+    return answer
+
+
+def _require_whole(answer: Any, name: str, *, least: int) -> None:
+    value = getattr(answer, name)
+    if not _is_whole(value, least=least):
+        raise WrongAnswer(f"{_a(type(answer).__name__)} whose {name} is {value!r}, no whole number of {least} or more")
+
+
+def _truth(backbone: Backbone, answer: Any) -> Any:
+    if not isinstance(answer, bool):
+        raise WrongAnswer(f"{_named(answer)}, not True or False")
+    return answer
+
+
+def _imported(backbone: Backbone, answer: Any) -> Any:
+    from ttt.config.importing import ImportedConfig
+
+    if answer is not None and not isinstance(answer, ImportedConfig):
+        raise WrongAnswer(f"{_named(answer)}, not an ImportedConfig, or None where it does not know the file")
+    return answer
+
+
+def _plan(backbone: Backbone, answer: Any) -> Any:
+    from ttt.backbone import SamplePlan
+
+    _instance(lambda _: SamplePlan)(backbone, answer)
+    _require_whole(answer, "prompts", least=0)
+    _paths(backbone, answer.files)
+    return answer
+
+
+def _paths(backbone: Backbone, answer: Any) -> Any:
+    good = isinstance(answer, Sequence) and not isinstance(answer, str) and all(isinstance(p, Path) for p in answer)
+    if not good or not answer:
+        raise WrongAnswer(f"{_in_short(answer)}, not the files that it made, a sequence of Path")
+    return answer
+
+
+def _in_short(value: Any) -> str:
+    return "an empty sequence" if isinstance(value, Collection) and not value else _named(value)
+
+
+def _provenance(backbone: Backbone, answer: Any) -> Any:
+    if not isinstance(answer, Mapping) or not all(isinstance(text, str) for pair in answer.items() for text in pair):
+        raise WrongAnswer(f"{_named(answer)}, not a mapping of texts to texts")
+    return answer
+
+
+def _options(backbone: Backbone, answer: Any) -> Any:
+    if not isinstance(answer, backbone.options):
+        raise WrongAnswer(f"{_named(answer)}, not the plugin's own {backbone.options.__name__}")
+    return answer
+
+
+# --- with torch ---
+
+
+def _module(backbone: Backbone, answer: Any) -> Any:
+    from torch import nn
+
+    return _instance(lambda _: nn.Module, name="model (torch.nn.Module)")(backbone, answer)
+
+
+def _sites(backbone: Backbone, answer: Any) -> Any:
+    from ttt.inject import Site
+
+    if not isinstance(answer, Sequence) or not answer:
+        raise WrongAnswer(f"{_in_short(answer)}, not a sequence of Site, one for each layer that TTT can go into")
+    for number, site in enumerate(answer):
+        if not isinstance(site, Site):
+            raise WrongAnswer(f"{_named(site)} as number {number}, not a Site")
+        wrong = next(iter(_wrong_in(site)), None)
+        if wrong is not None:
+            raise WrongAnswer(f"a Site, number {number}, whose {wrong}")
+    layers = [site.layer for site in answer]
+    if sorted(layers) != list(range(len(layers))):
+        told = ", ".join(map(str, layers[:8])) + ", …" * (len(layers) > 8)
+        raise WrongAnswer(f"sites of the layers {told}, where each of 0 to {len(layers) - 1} is wanted once")
+    return answer
+
+
+def _wrong_in(site: Any) -> Iterable[str]:
+    """What is wrong with the fields of a site, in words."""
+    from torch import nn
+
+    for name in ("dim", "num_heads"):
+        if not _is_whole(getattr(site, name), least=1):
+            yield f"{name} is {getattr(site, name)!r}, no whole number of 1 or more"
+    if not _is_whole(site.layer, least=0):
+        yield f"layer is {site.layer!r}, no number of a layer"
+    if not isinstance(site.path, str):
+        yield f"path is {_named(site.path)}, not text"
+    if not isinstance(site.module, nn.Module):
+        yield f"module is {_named(site.module)}, not a torch.nn.Module"
+    if not (isinstance(site.subclass, type) and issubclass(site.subclass, nn.Module)):
+        yield f"subclass is {site.subclass!r:.80}, not a subclass of torch.nn.Module"
+    if not callable(site.adapter):
+        yield f"adapter is {_named(site.adapter)}, nothing that can be called"
+    if not (isinstance(site.attribute, str) and site.attribute.isidentifier()):
+        yield f"attribute is {site.attribute!r}, no name of a child module"
+
+
+def _dataset(backbone: Backbone, answer: Any) -> Any:
+    missing = [name for name in _OF_A_DATASET if not hasattr(type(answer), name) and not hasattr(answer, name)]
+    if missing:
+        raise WrongAnswer(f"{_named(answer)} without `{missing[0]}`, which a WindowDataset has")
+    for name in ("collate", "describe"):
+        if not callable(getattr(answer, name)):
+            raise WrongAnswer(f"{_named(answer)} whose `{name}` is no method")
+    _require_files(answer)
+    if not isinstance(answer.notice, str | None):
+        raise WrongAnswer(f"{_named(answer)} whose `notice` is {_named(answer.notice)}, not text or None")
+    return AskedDataset(backbone, answer)
+
+
+def _require_files(dataset: Any) -> None:
+    """Ranges that follow each other and cover every window."""
+    files, end = dataset.files, 0
+    if callable(files) or not isinstance(files, Sequence):
+        raise WrongAnswer(f"{_named(dataset)} whose `files` is {_named(files)}, not a sequence of ranges")
+    for number, file in enumerate(files):
+        if not isinstance(file, range) or file.step != 1 or (len(file) and file.start != end):
+            raise WrongAnswer(
+                f"{_named(dataset)} whose `files` has {file!r:.80} as number {number}, not the range of windows that "
+                f"begins with {end}"
+            )
+        end = file.stop if len(file) else end
+    if end != len(dataset):
+        raise WrongAnswer(f"{_named(dataset)} of {len(dataset)} windows whose `files` cover {end}")
+
+
+def _loss(backbone: Backbone, answer: Any) -> Any:
+    import numpy as np
+    from torch import Tensor
+
+    from ttt.backbone import LossOutput
+
+    _instance(lambda _: LossOutput)(backbone, answer)
+    loss = answer.loss
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
+        shown = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else _named(loss)
+        raise WrongAnswer(
+            f"a LossOutput whose loss is {shown}, not one number as a tensor of floating point and shape []"
+        )
+    _require_whole(answer, "tokens", least=1)
+    if not isinstance(answer.metrics, Mapping):
+        raise WrongAnswer(f"a LossOutput whose metrics are {_named(answer.metrics)}, not a mapping of names to numbers")
+    for name, value in answer.metrics.items():
+        if not isinstance(name, str) or name in _OF_A_LINE or name.startswith("eval_"):
+            raise WrongAnswer(
+                f"a metric of the name {name!r}, which a line of metrics.jsonl has already, or cannot have"
+            )
+        if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float, np.number))):
+            raise WrongAnswer(f"a metric {name} that is {_named(value)}, not one number")
+    return answer
+
+
+def _outputs(backbone: Backbone, answer: Any) -> Any:
+    from torch import Tensor
+
+    if not isinstance(answer, Tensor) or answer.dim() < 2 or not answer.is_floating_point():
+        shown = f"{answer.dtype} {list(answer.shape)}" if isinstance(answer, Tensor) else _named(answer)
+        raise WrongAnswer(f"{shown}, not a tensor [B, T, …] of floating point")
+    return answer
+
+
+def _batch(backbone: Backbone, answer: Any) -> Any:
+    if answer is None:
+        raise WrongAnswer("None, not a batch")
+    return answer
+
+
+ANSWERS: Mapping[str, Check] = {
+    "explanations": _explanations,
+    "presets": _presets,
+    "facts": _facts,
+    "has_eval_data": _truth,
+    "import_config": _imported,
+    "plan_sample": _plan,
+    "build": _module,
+    "provenance": _provenance,
+    "sites": _sites,
+    "dataset": _dataset,
+    "loss": _loss,
+    "is_attention": _truth,
+    "sample": _paths,
+    "import_weights": _paths,
+    "tiny": _options,
+    "tiny_like": _options,
+    "example_batch": _batch,
+    "outputs": _outputs,
+    "perturb": _batch,
+    "stream": _outputs,
+}
+"""The check of each method's answer, by its name; the other methods return nothing that is read."""

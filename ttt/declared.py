@@ -1,0 +1,148 @@
+"""What a plugin declares, checked when it is loaded, without torch: its class attributes, and the defaults in them.
+
+A default that is none would otherwise be found when a user leaves its key out, and look like the user's mistake.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
+
+from ttt.config.schema import BackboneOptions, DataOptions, TTTConfig
+from ttt.errors import NestedCheckpointWarning, PluginError
+
+if TYPE_CHECKING:
+    from ttt.backbone import Backbone
+
+
+def require_declared(backbone: Backbone) -> None:
+    """Refuse a backbone whose class attributes are not what `Backbone` says of them.
+
+    Raises:
+        PluginError: naming the first that is wrong, and what it must be.
+    """
+    problem = next(_problems(backbone), None)
+    if problem is not None:
+        raise PluginError(f"{type(backbone).__name__}.{problem}")
+
+
+def require_options(backbone: Backbone) -> None:
+    """Refuse a backbone whose options are no options.
+
+    Raises:
+        PluginError: saying which, and of what they must be a subclass.
+    """
+    problem = next(_options(backbone), None)
+    if problem is not None:
+        raise PluginError(f"{type(backbone).__name__}.{problem}")
+
+
+def _problems(backbone: Backbone) -> Iterator[str]:
+    """What is wrong, each as `attribute is …`; a check may rest on those before it."""
+    yield from _name(backbone)
+    for attribute in ("causal", "streaming"):
+        if not isinstance(getattr(backbone, attribute, None), bool):
+            yield f"{attribute} {_is(backbone, attribute)}, not True or False"
+    yield from _methods(backbone)
+    yield from _options(backbone)
+    yield from _option_names(backbone)
+    yield from _ttt_defaults(backbone)
+    yield from _rules(backbone)
+    for attribute in ("options", "data_options"):
+        yield from _defaults(getattr(backbone, attribute), attribute, backbone.name)
+
+
+def _is(backbone: Backbone, attribute: str) -> str:
+    missing = object()
+    value = getattr(backbone, attribute, missing)
+    return "is missing" if value is missing else f"is {value!r:.80}"
+
+
+def _name(backbone: Backbone) -> Iterator[str]:
+    name = getattr(backbone, "name", None)
+    if not isinstance(name, str) or not name:
+        yield f"name {_is(backbone, 'name')}, not the name that its entry point has"
+
+
+def _methods(backbone: Backbone) -> Iterator[str]:
+    from ttt.asking import methods_of
+    from ttt.backbone import Backbone as Base
+
+    for name in methods_of(Base):
+        if not callable(getattr(type(backbone), name)):
+            yield f"{name} {_is(backbone, name)}, not a method"
+    if backbone.streaming and type(backbone).stream is Base.stream:
+        yield "streaming is True, but the class has no `stream`"
+
+
+def _options(backbone: Backbone) -> Iterator[str]:
+    for attribute, base in (("options", BackboneOptions), ("data_options", DataOptions)):
+        given = getattr(backbone, attribute, None)
+        if not (isinstance(given, type) and issubclass(given, base)):
+            yield f"{attribute} {_is(backbone, attribute)}, not a subclass of {base.__name__}"
+
+
+def _option_names(backbone: Backbone) -> Iterator[str]:
+    given: Any = backbone.location_options
+    if not isinstance(given, AbstractSet):
+        yield f"location_options is {given!r:.80}, not a set of names of options"
+        return
+    for name in sorted(map(str, given)):
+        if name not in backbone.options.model_fields:
+            yield f"location_options names {name!r}, which is no option of {backbone.options.__name__}"
+
+
+def _ttt_defaults(backbone: Backbone) -> Iterator[str]:
+    given: Any = backbone.ttt_defaults
+    if not isinstance(given, Mapping):
+        yield f"ttt_defaults is {given!r:.80}, not a mapping"
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NestedCheckpointWarning)
+            TTTConfig.model_validate(dict(given))
+    except ValidationError as error:
+        yield f"ttt_defaults: {_in_words(error)}"
+
+
+def _rules(backbone: Backbone) -> Iterator[str]:
+    given: Any = backbone.rules
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        yield f"rules is {given!r:.80}, not a sequence of functions"
+        return
+    for number, rule in enumerate(given):
+        if not callable(rule):
+            yield f"rules has {rule!r:.80} as number {number}, not a function"
+
+
+def _defaults(model: type[BaseModel], attribute: str, name: str) -> Iterator[str]:
+    """Each default by the checks that the same value of a user's would go through.
+
+    What the validators of the whole section say is left: a section may need a key that has no default.
+    """
+    given = {
+        key: info.get_default(call_default_factory=True)
+        for key, info in model.model_fields.items()
+        if not info.is_required()
+    }
+    if attribute == "options":
+        if given.get("name", name) != name:
+            yield f"options: the default of {model.__name__}.name is {given['name']!r}, not {name!r}"
+        given["name"] = name
+    try:
+        model.model_validate(given)
+    except ValidationError as error:
+        if any(problem["loc"] and problem["type"] != "missing" for problem in error.errors()):
+            yield f"{attribute}: a default of {model.__name__} is none: {_in_words(error)}"
+
+
+def _in_words(error: ValidationError) -> str:
+    """The first of what pydantic says: the key, what is wrong with it, and its value."""
+    problem: Any = next((found for found in error.errors() if found["loc"]), error.errors()[0])
+    key = ".".join(map(str, problem["loc"]))
+    shown = f", not {problem['input']!r:.80}" if key and problem["type"] != "extra_forbidden" else ""
+    return f"{key}: {problem['msg']}{shown}" if key else str(problem["msg"])
