@@ -23,6 +23,7 @@ from ttt.adapter_file import (
 )
 from ttt.config import TTTConfig
 from ttt.errors import AdapterFileError, AdapterMismatchError, EnvironmentProblem
+from ttt.files import write_tensors
 
 BACKEND = ToyBackbone()
 OPTIONS = ToyOptions(name="toy", num_layers=3, dim=16, num_heads=2)
@@ -221,7 +222,7 @@ def test_tensors_that_do_not_fit_are_named(saved, damage):
         tensors[name + "x"] = torch.zeros(1)
     else:
         tensors[name] = tensors[name][:1].clone()
-    save_file(tensors, folder / MODEL, metadata=header)
+    write_tensors(folder / MODEL, tensors, header)
     model = build()
     with pytest.raises(AdapterMismatchError, match=r"layers\.0\.ttt\.layer\.W1"):
         load_adapter(folder, model, sites=BACKEND.sites(model))
@@ -300,15 +301,15 @@ def rewrite_settings(folder, change):
     header = read_metadata(file)
     settings = json.loads(header["adapter_config"])
     change(settings)
-    save_file(load_file(file), file, metadata={**header, "adapter_config": json.dumps(settings)})
+    write_tensors(file, load_file(file), {**header, "adapter_config": json.dumps(settings)})
     (folder / CONFIG).unlink()
 
 
 def test_a_newer_format_is_refused_with_what_to_install(saved):
     folder, _ = saved
-    rewrite_settings(folder, lambda settings: settings.update(version=2, ttt_version="9.1"))
+    rewrite_settings(folder, lambda settings: settings.update(version=3, ttt_version="9.1"))
     with pytest.raises(
-        AdapterFileError, match=r"adapter format 2, .* reads up to 1; install ttt-adapters 9\.1 or newer"
+        AdapterFileError, match=r"adapter format 3, .* reads up to 2; install ttt-adapters 9\.1 or newer"
     ):
         read_info(folder)
 
@@ -364,7 +365,7 @@ def test_an_adapter_without_the_backbone_it_was_trained_with_is_refused(saved_wi
 
 def test_the_backbone_of_another_checkpoint_is_refused(saved_with_backbone):
     folder, _ = saved_with_backbone
-    save_file(load_file(folder / BACKBONE), folder / BACKBONE, metadata={"pair": "another"})
+    write_tensors(folder / BACKBONE, load_file(folder / BACKBONE), {"pair": "another"})
     model = build()
     with pytest.raises(AdapterFileError, match="does not belong"):
         load_adapter(folder, model, sites=BACKEND.sites(model))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
+from typing import Any
 
-from ttt_cli.terminal import show_error, show_findings
+from ttt_cli.terminal import show_error, show_findings, show_warning
 
 INTERRUPTED = 130
 PIPE_CLOSED = 141  # as a shell reports a program that SIGPIPE ended
@@ -21,7 +23,9 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
     from ttt.errors import ConfigError, TTTError
 
     try:
-        return command() or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _shown_by(warnings.showwarning)
+            return command() or 0
     except ConfigError as error:
         if error.findings:
             show_findings(error.findings, stream=sys.stderr)
@@ -36,6 +40,19 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return silence_output()
+
+
+def _shown_by(usual: Callable[..., None]) -> Callable[..., None]:
+    """How warnings are shown: this library's own for users as a sentence, the others as usual."""
+    from ttt.errors import DamagedFileWarning
+
+    def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, DamagedFileWarning):
+            show_warning(str(message))
+        else:
+            usual(message, category, *place, **more)
+
+    return show
 
 
 def silence_output() -> int:

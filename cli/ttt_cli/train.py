@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ttt_cli.options import BackboneName, Overrides
+from ttt_cli.options import BackboneName, Overrides, Verify
 from ttt_cli.terminal import show_findings, show_note
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def train(
     backbone: BackboneName = None,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")] = False,
+    verify: Verify = True,
 ) -> None:
     """Train TTT layers in a backbone."""
     from ttt.errors import UsageError
@@ -41,7 +42,7 @@ def train(
 
     from ttt.train import train as run
 
-    result = run(loaded.config, loaded.backbone, resume=resume)
+    result = run(loaded.config, loaded.backbone, resume=resume, verify=verify)
     if result.interrupted:
         from ttt_cli.outcome import INTERRUPTED
 

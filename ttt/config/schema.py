@@ -142,7 +142,7 @@ Layers = Annotated[
     BeforeValidator(_parse_layers, json_schema_input_type=Literal["all", "middle", "none"] | str | int | list[int]),
 ]
 HiddenDims = Annotated[
-    tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_tuple, json_schema_input_type=list[int])
+    tuple[Annotated[int, Field(ge=1, le=1 << 20)], ...], BeforeValidator(_as_tuple, json_schema_input_type=list[int])
 ]
 
 
@@ -165,7 +165,7 @@ class TTTConfig(Section):
     """Hidden width of the inner MLP as a multiple of the head width."""
     mlp_hidden_dims: HiddenDims | None = None
     """Hidden widths of the inner MLP one by one (`mlp_layers` - 1 of them), instead of the factor."""
-    num_heads: Annotated[int, Field(ge=1)] | None = None
+    num_heads: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
     """Heads of the layer; null takes the backbone's."""
     mini_batch_size: Annotated[WholeNumber, Field(ge=1, le=1 << 20)] = 16
     """Tokens per step of inner learning: their gradients are all taken at the weights that opened it."""

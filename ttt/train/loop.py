@@ -55,7 +55,12 @@ _DRAW_SECONDS = 60.0
 
 
 def train(
-    config: RunConfig, backbone: Backbone, *, resume: bool = False, console: Console | None = None
+    config: RunConfig,
+    backbone: Backbone,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    verify: bool = True,
 ) -> TrainResult:
     """Train TTT layers in a backbone.
 
@@ -64,6 +69,7 @@ def train(
         backbone: the plugin that `config.backbone` names.
         resume: continue the run in `config.run_dir`.
         console: where to report; standard output by default.
+        verify: compare what is resumed or started from with its checksums, which reads it once more.
 
     Raises:
         ConfigError: the config cannot be honoured with this data and backbone.
@@ -80,16 +86,16 @@ def train(
     run = rundir.choose(config, resume=resume)
     checkpoint = start = None
     if resume:
-        checkpoint, passed_over = run.reopen(config, backbone)
-        for problem in passed_over:
-            say(console, f"passed over a checkpoint that is not complete: {problem}")
+        checkpoint, notes = run.reopen(config, backbone, verify=verify)
+        for note in notes:
+            say(console, note)
         ended = finished(run, checkpoint, config)
         if ended is not None:
             say(console, f"{run.path}: done already, {ended.steps} steps; raise train.max_steps to go on")
             return ended
     else:
         run.require_unused()
-        start = None if config.train.init_from is None else read_info(config.train.init_from)
+        start = None if config.train.init_from is None else read_info(config.train.init_from, verify=verify)
     device = choose_device(config.train.device)
     with (
         memory_errors(ways_to_less_memory(config)),
@@ -147,6 +153,7 @@ class Trainer:
                 injection=self.injection,
                 backbone=backbone_identity(backbone, config.backbone),
                 as_start=True,
+                verify=False,  # done, or not asked for, where it was found
             )
         self.inherited = frozenset(trained_backbone(start) if start is not None else ())
         """Backbone parameters that learned before this run: its files hold them too, frozen or not."""
@@ -183,6 +190,8 @@ class Trainer:
             self.metrics = stack.enter_context(
                 contextlib.closing(MetricsFile(self.directory / rundir.METRICS, last_step=keep))
             )
+            for problem in self.metrics.dropped:
+                say(self.console, problem)
             self.directory.write_config(self.config)
             self.directory.remove_unfinished()
             (self.directory / rundir.SUMMARY).unlink(missing_ok=True)  # of an end that is one no more
@@ -368,7 +377,12 @@ class Trainer:
         """Write the checkpoint of the steps done, unless it is there already."""
         if self.done == 0 or (self.saved and self.saved[0] == self.done):
             return
-        state = {"seconds": self.seconds, "tokens": self.tokens, "line": self.line}
+        state = {
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "line": self.line,
+            "config": self.config.model_dump(mode="json"),
+        }
         training = {
             "steps": self.done,
             "tokens": self.tokens,
@@ -387,9 +401,9 @@ class Trainer:
                 training=training,
             )
 
+        self.metrics.sync()  # first: a power cut never leaves a checkpoint that is ahead of its lines
         path = self.directory.save_checkpoint(self.done, state, write, keep=self.config.train.ckpt_keep)
         self.saved = (self.done, path)
-        self.metrics.sync()
         if time.monotonic() - self._drawn > _DRAW_SECONDS and self.metrics.last_step:
             draw_run(self.directory.path)
             self._drawn = time.monotonic()
@@ -408,6 +422,7 @@ class Trainer:
             backbone=backbone_identity(self.backbone, self.config.backbone),
             persistent=self.config.ttt.persistent_states,
             device=self.device,
+            verify=False,  # done, or not asked for, where it was found
         )
         self.inherited = frozenset(trained_backbone(read_info(checkpoint.path)))
         self._require_space()
