@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ttt.checksums import parse_line
 from ttt.config import Finding, check_config
 from ttt.config.explain import catalogue, explain
 from ttt.config.explanations import Explanation
@@ -440,7 +441,7 @@ def test_checking_data_needs_no_torch(folder: Folder) -> None:
 def test_a_line_says_what_it_was_made_of(folder: Folder) -> None:
     line = folder.add("a", 2)
     entry = parse_encoded(json.dumps(line).encode(), "place", folder.path)
-    assert json.loads(line_of(entry, folder.path)) == line
+    assert parse_line(line_of(entry, folder.path).encode()) == line
 
 
 # --- the list of videos ---

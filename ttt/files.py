@@ -389,6 +389,28 @@ def read_tensors(path: Path, *, device: Any = "cpu", verify: bool = True) -> dic
         raise EnvironmentProblem(f"{path}: cannot be read: {error}") from error
 
 
+def require_digests(folder: Path, digests: Mapping[str, str], *, way_out: str) -> None:
+    """Compare files whose SHA-256 is known, such as a package's own, with it.
+
+    Args:
+        folder: where they are.
+        digests: by file name, in hexadecimal.
+        way_out: ends the message.
+
+    Raises:
+        EnvironmentProblem: a file is missing, or is not the one that is meant; the message names it.
+    """
+    for name, digest in digests.items():
+        try:
+            found = checksums.file_digest(folder / name)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{folder / name}: cannot be read: {error.strerror or error}; {way_out}"
+            ) from error
+        if found != digest:
+            raise EnvironmentProblem(f"{folder / name}: damaged: its SHA-256 is another; {way_out}")
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object with its checksum, whole or not at all; see `write_bytes`."""
     write_text(path, json.dumps(checksums.sealed(content), indent=2, allow_nan=False) + "\n")
