@@ -40,7 +40,7 @@ from ttt import checksums
 from ttt.adapter_file import BACKBONE, MODEL, AdapterInfo, verify_adapter
 from ttt.backbone import Backbone
 from ttt.config.schema import RunConfig
-from ttt.errors import ConfigError, EnvironmentProblem, NestedCheckpointWarning, UsageError
+from ttt.errors import ConfigError, DamagedFileWarning, EnvironmentProblem, NestedCheckpointWarning, UsageError
 from ttt.files import (
     DAMAGED,
     TEMPORARY,
@@ -297,20 +297,21 @@ class RunDir:
             None where the stored config is as it was written, or says the same in other words.
         """
         recorded = checkpoint.state.get("config")
-        if self._config_is_as_written() or not isinstance(recorded, dict):
+        if self.config_is_as_written() or not isinstance(recorded, dict):
             return None
         before, now = _flat(recorded), _flat(config.model_dump(mode="json"))
         differing = [key for key in before if key in now and before[key] != now[key] and key != "run_dir"]
         listed = "; ".join(f"{key}: {_in_words(before[key])} then, {_in_words(now[key])} now" for key in differing)
         return f"{self / CONFIG} was changed since the run wrote it ({listed})" if differing else None
 
-    def _config_is_as_written(self) -> bool:
+    def config_is_as_written(self) -> bool | None:
+        """Whether the stored config has the checksum that it was written with; None where it has none."""
         try:
             text = (self / CONFIG).read_bytes().decode("utf-8", "replace")
         except OSError:
-            return False
-        content, _, digest = text.rpartition(_CONFIG_CHECKSUM)
-        return digest.strip() == _digest_of(content)
+            return None
+        content, found, digest = text.rpartition(_CONFIG_CHECKSUM)
+        return digest.strip() == _digest_of(content) if found else None
 
     def _require_idle(self) -> None:
         """Refuse a run that another process is at, before its files are looked at or replaced."""
@@ -325,7 +326,8 @@ class RunDir:
             listed = "; ".join(
                 f"{key}: {_in_words(before)} in the run, {_in_words(now)} now" for key, before, now in differences
             )
-            changed = "" if self._config_is_as_written() else f"; its {CONFIG} was changed since the run wrote it"
+            edited = self.config_is_as_written() is False
+            changed = f"; its {CONFIG} was changed since the run wrote it" if edited else ""
             raise ConfigError(
                 f"{self.path}: the run to resume was started with another config ({listed}); take these back, or "
                 f"start a new run in another run_dir{changed}"
@@ -439,6 +441,8 @@ def verify_files(info: AdapterInfo, path: Path) -> None:
     if path.is_dir() and (path / CONFIG).is_file():
         problems += _problems(lambda: (path / SUMMARY).is_file() and read_json(path / SUMMARY, sealed=True))
         problems += _metrics_problems(path / METRICS)
+        if RunDir(path).config_is_as_written() is False:
+            warnings.warn(f"{path / CONFIG} is not as the run wrote it", DamagedFileWarning, stacklevel=2)
     if problems:
         raise EnvironmentProblem("; ".join(problems))
 
