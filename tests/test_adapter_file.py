@@ -330,6 +330,84 @@ def test_an_edited_json_is_refused_for_it_would_do_nothing(saved):
         read_info(folder)
 
 
+# --- checksums ---
+
+
+def test_a_changed_value_is_told_by_every_reader_unless_told_not_to_look(saved):
+    folder, _ = saved
+    content = (folder / MODEL).read_bytes()
+    (folder / MODEL).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    model = build()
+    for use in (
+        lambda: read_info(folder, verify=True),
+        lambda: load_adapter(folder, model, sites=BACKEND.sites(model)),
+    ):
+        with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: damaged: its checksum"):
+            use()
+    assert not any(".ttt." in key for key in model.state_dict())
+    assert read_info(folder).version == 2
+    load_adapter(folder, model, sites=BACKEND.sites(model), verify=False)
+
+
+def test_version_1_has_no_checksum_and_loads_and_version_2_must_have_one(saved):
+    folder, expected = saved
+    metadata = read_metadata(folder / MODEL)
+    del metadata["sha256"]
+    tensors = load_file(folder / MODEL)
+    (folder / CONFIG).unlink()
+    save_file(tensors, folder / MODEL, metadata=metadata)
+    with pytest.raises(AdapterFileError, match="damaged: its checksum is gone"):
+        read_info(folder, verify=True)
+    older = {**metadata, "adapter_config": metadata["adapter_config"].replace('"version": 2', '"version": 1')}
+    save_file(tensors, folder / MODEL, metadata=older)
+    assert (read_info(folder, verify=True).version, read_info(folder).checksum) == (1, None)
+    model = build()
+    load_adapter(folder, model, sites=BACKEND.sites(model))
+    assert torch.equal(outputs(model), expected)
+
+
+def test_a_key_without_a_value_counts_in_the_json_beside(saved):
+    folder, _ = saved
+    (folder / CONFIG).write_text((folder / CONFIG).read_text().replace("backbone_trained", "backbone_trainee"))
+    with pytest.raises(AdapterFileError, match="backbone_traine"):
+        read_info(folder)
+
+
+HUGE = {
+    "hidden widths": {"layer_type": "mlp", "mlp_layers": 3, "mlp_hidden_dims": [1 << 20, 1 << 20]},
+    "layers of them": {"layer_type": "mlp", "mlp_layers": 16, "mlp_hidden_dims": [1 << 20] * 15},
+    "more than a number holds": {"layer_type": "mlp", "mlp_hidden_dims": [10**9]},
+    "heads": {"num_heads": 10**9},
+}
+
+
+@pytest.mark.parametrize("settings", HUGE)
+def test_settings_that_ask_for_more_than_the_file_holds_are_refused_before_memory_is_taken(
+    tmp_path, settings, monkeypatch
+):
+    """A file of a kilobyte whose layers would take terabytes."""
+    config = {**TTTConfig(**SETTINGS).model_dump(mode="json"), "base_lr": 0.1, **HUGE[settings]}
+    content = {
+        "format": "ttt-adapter", "version": 2, "ttt_version": "1", "backbone": {"name": "toy"},
+        "backbone_weights": None, "backbone_trained": None, "ttt": config, "training": {},
+        "sites": [{"layer": n, "name": f"layers.{n}.ttt", "dim": 16, "num_heads": 2} for n in (0, 2)],
+    }  # fmt: skip
+    metadata = {"format": "ttt-adapter", "adapter_config": json.dumps(content)}
+    write_tensors(tmp_path / MODEL, {"layers.0.ttt.layer.W1": torch.zeros(1)}, metadata)
+    model = build()
+
+    def taken(*shape, device=None, **_):
+        assert str(device) == "meta", f"memory for {shape}"
+        return original(*shape, device=device, **_)
+
+    original = torch.empty
+    monkeypatch.setattr(torch, "empty", taken)
+    with pytest.raises((AdapterMismatchError, AdapterFileError), match=str(tmp_path)) as caught:
+        load_adapter(tmp_path, model, sites=BACKEND.sites(model))
+    assert "\n" not in str(caught.value)
+    assert not any(".ttt." in key for key in model.state_dict())
+
+
 # --- trained backbone parameters ---
 
 

@@ -238,11 +238,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             temporary.touch()
             mode = temporary.stat().st_mode  # as the user's umask has it; safetensors makes files private
             save_file(own, temporary, metadata=sealed)
+            _sort_metadata(temporary)
             os.chmod(temporary, mode)
             sync(temporary)
             os.replace(temporary, path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Have the same content be the same bytes: safetensors writes metadata in another order each time."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # as long as it was, but for the spaces that fill it up
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _digest_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

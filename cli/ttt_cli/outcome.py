@@ -20,10 +20,11 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
     Raises:
         Exception: whatever else it raises, a bug most likely, with its traceback.
     """
-    from ttt.errors import ConfigError, TTTError
+    from ttt.errors import ConfigError, DamagedFileWarning, TTTError
 
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("default", DamagedFileWarning)  # whatever else is asked for, and each once
             warnings.showwarning = _shown_by(warnings.showwarning)
             return command() or 0
     except ConfigError as error:

@@ -98,6 +98,7 @@ def sample(
         guidance_scale=guidance_scale,
         seed=seed,
     )
+    verify = verify and (adapter is not None or not Path(model).is_dir())  # that of a run is compared already
     written = make(loaded.config, loaded.backbone, request, adapter=learned, console=console, verify=verify)
     say(console, f"wrote {', '.join(map(str, written))}")
 
