@@ -30,6 +30,7 @@ from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import read_header, read_json, require_space, temporary_beside, write_tensors, write_text, writing
 from ttt_videodit.model import VideoDiT, sites
 from ttt_videodit.plugin import ROTARY_UNIT, VideoDiTBackbone, VideoDiTOptions
+from ttt_videodit.pretrained import write_record
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -137,6 +138,7 @@ def import_weights(source: Path, out: Path, *, console: Console) -> list[Path]:
         _write_transformer(
             folder / TRANSFORMER, {name: tensor for name, tensor in tensors.items() if name not in adapters}
         )
+        write_record(folder / TRANSFORMER)
         save_adapter(
             folder / ADAPTER,
             injection,
