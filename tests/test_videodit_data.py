@@ -113,7 +113,7 @@ def test_another_file_under_the_name_of_the_one_that_was_listed_is_told(folder: 
     line["latents_sha256"] = read_header(folder.path / "a.safetensors").checksum
     folder.index.write_text(json.dumps(line) + "\n")
     assert len(folder.windows()) == 1
-    write_tensors(folder.path / "a.safetensors", {**folder.tensors["a"], "mean": folder.tensors["a"]["std"]}, {})
+    write_tensors(folder.path / "a.safetensors", {**folder.tensors["a"], "mean": folder.tensors["a"]["mean"] + 1}, {})
     with pytest.raises(EnvironmentProblem, match=r"a\.safetensors: damaged, or not the file that was listed"):
         folder.windows()
 
