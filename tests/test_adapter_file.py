@@ -23,6 +23,7 @@ from ttt.adapter_file import (
 )
 from ttt.config import TTTConfig
 from ttt.errors import AdapterFileError, AdapterMismatchError, EnvironmentProblem
+from ttt.files import write_tensors
 
 BACKEND = ToyBackbone()
 OPTIONS = ToyOptions(name="toy", num_layers=3, dim=16, num_heads=2)
@@ -221,7 +222,7 @@ def test_tensors_that_do_not_fit_are_named(saved, damage):
         tensors[name + "x"] = torch.zeros(1)
     else:
         tensors[name] = tensors[name][:1].clone()
-    save_file(tensors, folder / MODEL, metadata=header)
+    write_tensors(folder / MODEL, tensors, header)
     model = build()
     with pytest.raises(AdapterMismatchError, match=r"layers\.0\.ttt\.layer\.W1"):
         load_adapter(folder, model, sites=BACKEND.sites(model))
@@ -300,15 +301,15 @@ def rewrite_settings(folder, change):
     header = read_metadata(file)
     settings = json.loads(header["adapter_config"])
     change(settings)
-    save_file(load_file(file), file, metadata={**header, "adapter_config": json.dumps(settings)})
+    write_tensors(file, load_file(file), {**header, "adapter_config": json.dumps(settings)})
     (folder / CONFIG).unlink()
 
 
 def test_a_newer_format_is_refused_with_what_to_install(saved):
     folder, _ = saved
-    rewrite_settings(folder, lambda settings: settings.update(version=2, ttt_version="9.1"))
+    rewrite_settings(folder, lambda settings: settings.update(version=3, ttt_version="9.1"))
     with pytest.raises(
-        AdapterFileError, match=r"adapter format 2, .* reads up to 1; install ttt-adapters 9\.1 or newer"
+        AdapterFileError, match=r"adapter format 3, .* reads up to 2; install ttt-adapters 9\.1 or newer"
     ):
         read_info(folder)
 
@@ -327,6 +328,84 @@ def test_an_edited_json_is_refused_for_it_would_do_nothing(saved):
     (folder / CONFIG).write_text(json.dumps(settings))
     with pytest.raises(AdapterFileError, match=r"ttt\.mini_batch_size"):
         read_info(folder)
+
+
+# --- checksums ---
+
+
+def test_a_changed_value_is_told_by_every_reader_unless_told_not_to_look(saved):
+    folder, _ = saved
+    content = (folder / MODEL).read_bytes()
+    (folder / MODEL).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    model = build()
+    for use in (
+        lambda: read_info(folder, verify=True),
+        lambda: load_adapter(folder, model, sites=BACKEND.sites(model)),
+    ):
+        with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: damaged: its checksum"):
+            use()
+    assert not any(".ttt." in key for key in model.state_dict())
+    assert read_info(folder).version == 2
+    load_adapter(folder, model, sites=BACKEND.sites(model), verify=False)
+
+
+def test_version_1_has_no_checksum_and_loads_and_version_2_must_have_one(saved):
+    folder, expected = saved
+    metadata = read_metadata(folder / MODEL)
+    del metadata["sha256"]
+    tensors = load_file(folder / MODEL)
+    (folder / CONFIG).unlink()
+    save_file(tensors, folder / MODEL, metadata=metadata)
+    with pytest.raises(AdapterFileError, match="damaged: its checksum is gone"):
+        read_info(folder, verify=True)
+    older = {**metadata, "adapter_config": metadata["adapter_config"].replace('"version": 2', '"version": 1')}
+    save_file(tensors, folder / MODEL, metadata=older)
+    assert (read_info(folder, verify=True).version, read_info(folder).checksum) == (1, None)
+    model = build()
+    load_adapter(folder, model, sites=BACKEND.sites(model))
+    assert torch.equal(outputs(model), expected)
+
+
+def test_a_key_without_a_value_counts_in_the_json_beside(saved):
+    folder, _ = saved
+    (folder / CONFIG).write_text((folder / CONFIG).read_text().replace("backbone_trained", "backbone_trainee"))
+    with pytest.raises(AdapterFileError, match="backbone_traine"):
+        read_info(folder)
+
+
+HUGE = {
+    "hidden widths": {"layer_type": "mlp", "mlp_layers": 3, "mlp_hidden_dims": [1 << 20, 1 << 20]},
+    "layers of them": {"layer_type": "mlp", "mlp_layers": 16, "mlp_hidden_dims": [1 << 20] * 15},
+    "more than a number holds": {"layer_type": "mlp", "mlp_hidden_dims": [10**9]},
+    "heads": {"num_heads": 10**9},
+}
+
+
+@pytest.mark.parametrize("settings", HUGE)
+def test_settings_that_ask_for_more_than_the_file_holds_are_refused_before_memory_is_taken(
+    tmp_path, settings, monkeypatch
+):
+    """A file of a kilobyte whose layers would take terabytes."""
+    config = {**TTTConfig(**SETTINGS).model_dump(mode="json"), "base_lr": 0.1, **HUGE[settings]}
+    content = {
+        "format": "ttt-adapter", "version": 2, "ttt_version": "1", "backbone": {"name": "toy"},
+        "backbone_weights": None, "backbone_trained": None, "ttt": config, "training": {},
+        "sites": [{"layer": n, "name": f"layers.{n}.ttt", "dim": 16, "num_heads": 2} for n in (0, 2)],
+    }  # fmt: skip
+    metadata = {"format": "ttt-adapter", "adapter_config": json.dumps(content)}
+    write_tensors(tmp_path / MODEL, {"layers.0.ttt.layer.W1": torch.zeros(1)}, metadata)
+    model = build()
+
+    def taken(*shape, device=None, **_):
+        assert str(device) == "meta", f"memory for {shape}"
+        return original(*shape, device=device, **_)
+
+    original = torch.empty
+    monkeypatch.setattr(torch, "empty", taken)
+    with pytest.raises((AdapterMismatchError, AdapterFileError), match=str(tmp_path)) as caught:
+        load_adapter(tmp_path, model, sites=BACKEND.sites(model))
+    assert "\n" not in str(caught.value)
+    assert not any(".ttt." in key for key in model.state_dict())
 
 
 # --- trained backbone parameters ---
@@ -364,7 +443,7 @@ def test_an_adapter_without_the_backbone_it_was_trained_with_is_refused(saved_wi
 
 def test_the_backbone_of_another_checkpoint_is_refused(saved_with_backbone):
     folder, _ = saved_with_backbone
-    save_file(load_file(folder / BACKBONE), folder / BACKBONE, metadata={"pair": "another"})
+    write_tensors(folder / BACKBONE, load_file(folder / BACKBONE), {"pair": "another"})
     model = build()
     with pytest.raises(AdapterFileError, match="does not belong"):
         load_adapter(folder, model, sites=BACKEND.sites(model))

@@ -120,6 +120,34 @@ def test_a_config_gives_the_untrained_model_and_says_so(run: Path, capsys: pytes
     assert "untrained model (`ttt sample run` samples the run)" in said(capsys)[0]
 
 
+def test_damage_is_told_by_every_command_that_reads_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "run"]) == 0
+    assert "its content is that" in said(capsys)[0]
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("seed: 0", "seed: 1", 1))
+    changed = "warning: run/config.yaml was changed since the run wrote it (backbone.seed: 0 then, 1 now)"
+    assert main(["info", "run"]) == 0
+    assert "warning: run/config.yaml is not as the run wrote it" in said(capsys)[1]
+    sampled("run", *ASKED, "--out", "a.txt")
+    assert changed in said(capsys)[1]
+    file = run / "checkpoints" / "step_000002" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x77")
+    assert main(["info", "run"]) == 3
+    assert said(capsys)[1].endswith(
+        "error: run/checkpoints/step_000002/optimizer.safetensors: damaged: its checksum is not that of its content; "
+        "restore it from a copy, or write it anew\n"
+    )
+    assert main(["info", "run", "--no-verify"]) == 0
+    assert ", not compared" in said(capsys)[0]
+    assert main(["train", "run", "--resume"]) == 2
+    assert "optimizer.safetensors: damaged" in said(capsys)[1]
+    model = file.with_name("adapter_model.safetensors")
+    model.write_bytes(model.read_bytes()[:-1] + b"\x77")
+    for arguments in (["run"], ["c.yaml", "--adapter", "run"], ["c.yaml", "--set", "train.init_from=run"]):
+        assert sampled(*arguments, *ASKED, "--out", "b.txt") in (2, 3)
+        assert "adapter_model.safetensors: damaged" in said(capsys)[1]
+    assert sampled("c.yaml", "--adapter", "run", *ASKED, "--out", "b.txt", "--no-verify") == 0
+
+
 def test_one_prompt_serves_every_segment_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert sampled("c.yaml", "--seconds", "6", "--prompt", "a cat", "--out", "a.txt") == 0
     assert "one prompt for all 3 segments" in said(capsys)[0]

@@ -14,13 +14,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from ttt.errors import EnvironmentProblem, UsageError
+from ttt.errors import DamagedFileWarning, EnvironmentProblem, UsageError
 from ttt.files import size_in_words
 from ttt.train.metrics import (
     Display,
     MetricsFile,
     TensorBoard,
     duration_in_words,
+    metrics_lines,
     peak_memory_bytes,
     read_metrics,
 )
@@ -63,14 +64,61 @@ def test_lines_past_the_checkpoint_and_half_lines_are_taken_off(tmp_path):
     assert path.read_bytes().endswith(b"\n")
 
 
-def test_damage_in_the_middle_ends_what_is_kept(tmp_path):
+def test_damage_in_the_middle_costs_that_line_alone_and_is_told(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2, 3, 4, 5])
+    content = path.read_bytes()
+    whole = content.splitlines(keepends=True)
+    path.write_bytes(whole[0] + whole[1].replace(b"1.5", b"1.7") + b"garbage\n" + b"".join(whole[2:]) + whole[3])
+    with pytest.warns(DamagedFileWarning, match=r"metrics\.jsonl:[23]: .* is left out") as told:
+        read_metrics(path)
+    assert len(told) == 2
+    resumed = MetricsFile(path, last_step=4)
+    assert resumed.last_step == 4
+    assert [problem.partition("metrics.jsonl")[2] for problem in resumed.dropped] == [
+        ":2: damaged: its checksum is not that of its content; the line is left out",
+        ":3: not JSON: Expecting value (column 1); the line is left out",
+    ]
+    resumed.write(line(5))  # into the file that took the damaged one's place
+    with pytest.raises(UsageError, match="another process"):
+        MetricsFile(path)
+    resumed.close()
+    assert path.read_bytes() == whole[0] + whole[2] + whole[3] + whole[4]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_newline_that_is_damaged_costs_no_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2, 3])
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"}\n{", b"}z{", 1))
+    resumed = MetricsFile(path, last_step=3)
+    resumed.close()
+    assert resumed.last_step == 3
+    assert ":1: damaged" in resumed.dropped[0]
+    assert "what stands whole in it is kept" in resumed.dropped[0]
+    assert path.read_bytes() == content
+
+
+def test_every_changed_byte_of_a_line_is_told_or_is_space(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, [1, 2])
-    with open(path, "a") as file:
-        file.write("garbage\n" + json.dumps(line(3)) + "\n")
-    resumed = MetricsFile(path, last_step=10)
-    assert resumed.last_step == 2
+    first, second = path.read_bytes().splitlines(keepends=True)
+    for at in range(len(first)):
+        for change in (0x01, 0x20, 0xFF, first[at] ^ 0x5C):  # the last makes it a backslash
+            path.write_bytes(first[:at] + bytes([first[at] ^ change]) + first[at + 1 :] + second)
+            lines = metrics_lines(path)
+            assert any(each.problem for each in lines), (at, change)
+            assert line(2) in [entry for each in lines for entry, _ in each.entries]
+
+
+def test_lines_from_before_there_were_checksums_are_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(line(1)) + "\n" + json.dumps(line(2)) + "\n")
+    resumed = MetricsFile(path, last_step=1)
+    resumed.write(line(2))
     resumed.close()
+    assert read_metrics(path) == [line(1), line(2)]
 
 
 def test_a_new_run_starts_with_an_empty_file(tmp_path):

@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ttt.checksums import parse_line
 from ttt.config import Finding, check_config
 from ttt.config.explain import catalogue, explain
 from ttt.config.explanations import Explanation
 from ttt.config.load import load_config
 from ttt.errors import ConfigError, EnvironmentProblem, UsageError
+from ttt.files import read_header, write_tensors
 from ttt.plugins import get_backbone
 from ttt_videodit.clip import CROPS, Split, demo_frames
 from ttt_videodit.codec import DemoCodec
@@ -84,6 +86,36 @@ def folder(tmp_path: Path) -> Folder:
 
 
 # --- windows ---
+
+
+def test_latents_that_changed_are_told_when_they_are_first_read_unless_the_config_says_not_to_look(
+    folder: Folder,
+) -> None:
+    folder.add("a", 2)
+    folder.write()
+    for name in ("a", "a-1"):
+        write_tensors(folder.path / f"{name}.safetensors", folder.tensors[name], {})
+    windows, unlooked = folder.windows(), VideoDiTData(train_data=str(folder.index), verify=False)
+    file = folder.path / "a-1.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+    assert windows[0]["text"].shape == (1, 8, 32)
+    with pytest.raises(EnvironmentProblem, match=r"train\.jsonl:1: .*a-1\.safetensors: damaged.*run ttt precompute"):
+        windows[1]
+    changed = latent_windows(VideoDiTOptions(), unlooked, split="train", device="cpu")[1]["text"]
+    assert not torch.equal(changed[0], folder.tensors["a-1"]["text"])
+
+
+def test_another_file_under_the_name_of_the_one_that_was_listed_is_told(folder: Folder) -> None:
+    line = folder.add("a", 1)
+    folder.write()
+    write_tensors(folder.path / "a.safetensors", folder.tensors["a"], {})
+    line["latents_sha256"] = read_header(folder.path / "a.safetensors").checksum
+    folder.index.write_text(json.dumps(line) + "\n")
+    assert len(folder.windows()) == 1
+    write_tensors(folder.path / "a.safetensors", {**folder.tensors["a"], "mean": folder.tensors["a"]["mean"] + 1}, {})
+    with pytest.raises(EnvironmentProblem, match=r"a\.safetensors: damaged, or not the file that was listed"):
+        folder.windows()
 
 
 def test_windows_are_the_videos_segments_in_order(folder: Folder) -> None:
@@ -440,7 +472,7 @@ def test_checking_data_needs_no_torch(folder: Folder) -> None:
 def test_a_line_says_what_it_was_made_of(folder: Folder) -> None:
     line = folder.add("a", 2)
     entry = parse_encoded(json.dumps(line).encode(), "place", folder.path)
-    assert json.loads(line_of(entry, folder.path)) == line
+    assert parse_line(line_of(entry, folder.path).encode()) == line
 
 
 # --- the list of videos ---

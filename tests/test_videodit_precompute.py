@@ -101,11 +101,11 @@ def index(folder: Path, name: str = "train.jsonl") -> list[dict[str, Any]]:
 
 
 def files(folder: Path, name: str = "latents") -> dict[str, tuple[int, str]]:
-    """When each file was written, and what is in it; locks aside."""
+    """When each file was written, and what is in it; locks, and folders in which files were being written, aside."""
     return {
         path.name: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
         for path in sorted((folder / name).iterdir())
-        if path.suffix != ".lock" and path.name != ".lock"
+        if path.suffix != ".lock" and path.name != ".lock" and path.is_file()
     }
 
 
@@ -461,6 +461,11 @@ def test_two_processes_do_not_make_the_same_index_nor_clear_away_each_others_fil
     latents.mkdir()
     left = latents / ".writing-1234-city.safetensors"
     left.touch()
+    (latents / ".writing-5678-city.safetensors").mkdir()
+    (latents / ".writing-5678-city.safetensors" / ".tmpA1b2C3").touch()
+    (latents / ".tmpA1b2C3").touch()  # of safetensors, as it was written before
+    (folder / ".writing-12345678-train.jsonl").touch()
+    (folder / ".writing-12345678-notes.jsonl").touch()
     with (latents / ".lock").open("w") as others, (latents / ".train.jsonl.lock").open("w") as held:
         fcntl.flock(others, fcntl.LOCK_SH)
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -469,7 +474,35 @@ def test_two_processes_do_not_make_the_same_index_nor_clear_away_each_others_fil
         run(config(folder, train_data=str(folder / "next.jsonl")))
         assert left.exists(), "somebody may be writing it"
     run(config(folder))
-    assert not left.exists()
+    assert [path.name for path in latents.iterdir() if path.name.startswith((".writing", ".tmp"))] == []
+    assert [path.name for path in folder.glob(".writing*")] == [".writing-12345678-notes.jsonl"], "another's"
+
+
+def test_a_damaged_file_is_made_anew_before_it_gets_into_an_index(folder: Path) -> None:
+    listed(folder, video())
+    run(config(folder))
+    before = files(folder)
+    (folder / "train.jsonl").unlink()
+    for file in (folder / "latents").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1] + b"\xee")
+    told = run(config(folder))
+    assert told.count("damaged: its checksum is not that of its content") == 2
+    assert {name: digest for name, (_, digest) in files(folder).items()} == {
+        name: digest for name, (_, digest) in before.items()
+    }
+
+
+def test_an_index_says_the_checksums_of_its_files_and_a_changed_line_is_refused(folder: Path) -> None:
+    listed(folder, video())
+    run(config(folder))
+    (line,) = index(folder)
+    assert line["latents_sha256"] == read_header(folder / line["latents"]).checksum
+    assert line["segments"][0]["text_sha256"] == read_header(folder / line["segments"][0]["text"]).checksum
+    text = (folder / "train.jsonl").read_text()
+    (folder / "train.jsonl").write_text(text.replace("night", "light"))
+    assert text != (folder / "train.jsonl").read_text()
+    with pytest.raises(EnvironmentProblem, match=r"train\.jsonl:1: damaged: its checksum is not that of its content"):
+        run(config(folder))
 
 
 # --- what can be wrong ---

@@ -552,6 +552,23 @@ def test_sizes_are_read_off_the_folder(tmp_path: Path, console: Console) -> None
     assert sizes_of(VideoDiTOptions(preset="5b", pretrained="someone/else"))["dim"] == 3072
 
 
+def test_imported_weights_that_changed_since_are_told(tmp_path: Path, console: Console) -> None:
+    import_weights(save(small(), tmp_path / "step.pt"), tmp_path / "converted", console=console)
+    options = VideoDiTOptions(preset="5b", pretrained=str(tmp_path / "converted"))
+    folder = tmp_path / "converted" / "transformer"
+    for file in sorted(folder.iterdir()):
+        whole = file.read_bytes()
+        changed = whole[:-1] + b"w"
+        if file.suffix == ".json":
+            changed = whole.replace(b"num_layers", b"num_layerz").replace(b'"config', b'"konfig')
+        assert changed != whole
+        file.write_bytes(changed)
+        with pytest.raises(EnvironmentProblem, match=rf"{file.name}: damaged"):
+            VideoDiTBackbone().build(options, device="cpu", dtype=torch.float32)
+        file.write_bytes(whole)
+    VideoDiTBackbone().build(options, device="cpu", dtype=torch.float32)
+
+
 # --- what does not fit ---
 
 BLOCK = "dit.layers.1.seq_modeling_block"

@@ -22,15 +22,28 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from ttt import __version__
+from ttt.checksums import no_duplicates
 from ttt.config.schema import BackboneOptions, TTTConfig
 from ttt.errors import (
     AdapterFileError,
     AdapterMismatchError,
+    DamagedFileWarning,
     EnvironmentProblem,
     InjectionError,
     NestedCheckpointWarning,
 )
-from ttt.files import TensorFacts, read_header, read_json, read_tensors, write_tensors, write_text, writing
+from ttt.files import (
+    DAMAGED,
+    Header,
+    TensorFacts,
+    read_header,
+    read_json,
+    read_tensors,
+    verify_tensors,
+    write_tensors,
+    write_text,
+    writing,
+)
 from ttt.printable import json_text, shell_word
 
 if TYPE_CHECKING:
@@ -44,8 +57,12 @@ CONFIG = "adapter_config.json"
 BACKBONE = "backbone_model.safetensors"
 
 FORMAT = "ttt-adapter"
-VERSION = 1
-"""Of the files' layout; a file with a greater one is refused."""
+VERSION = 2
+"""Of the files' layout; a file with a greater one is refused. From 2 on each file carries a checksum."""
+MAX_HEADER = 8_000_000
+"""Bytes of a header's JSON: settings, and some 60,000 tensors."""
+MAX_SITES = 10_000
+"""Adapters in one file."""
 
 _SETTINGS = "adapter_config"
 """Key of the settings in the safetensors header, which holds text only."""
@@ -75,6 +92,10 @@ class AdapterInfo:
 
     path: Path
     """The safetensors file."""
+    version: int
+    """Of the files' layout."""
+    checksum: str | None
+    """Of the safetensors file's content, as it was written; None in files of version 1."""
     ttt_version: str
     """The version of `ttt-adapters` that wrote it."""
     backbone: Mapping[str, Any]
@@ -150,27 +171,57 @@ def save_adapter(
     return folder / MODEL
 
 
-def read_info(path: str | Path) -> AdapterInfo:
-    """What an adapter file is, from its header; reads no tensor and needs no torch.
+def read_info(path: str | Path, *, verify: bool = False) -> AdapterInfo:
+    """What an adapter file is, from its header; needs no torch.
+
+    Of a run's folder, checkpoints that are not whole are passed over with a `DamagedFileWarning`.
 
     Args:
         path: the safetensors file, its folder, or a run's folder (then its last checkpoint).
+        verify: compare the files' content with their checksums, which reads them; else no tensor is read.
 
     Raises:
         AdapterFileError: it is missing, damaged, from a newer version, or no adapter file; one sentence says which.
     """
     try:
-        file = _find(Path(path))
-        header = read_header(file)
+        file, verified = _find(Path(path), verify=verify)
+        header = read_header(file, most_bytes=MAX_HEADER)
         if header.metadata.get("format") != FORMAT or _SETTINGS not in header.metadata:
             raise AdapterFileError(f"{file}: no adapter of ttt: its header holds no adapter settings")
-        info = _parse(file, header.metadata[_SETTINGS], header.tensors)
+        info = _parse(file, header.metadata[_SETTINGS], header)
         _require_same_json(file, header.metadata[_SETTINGS])
+        if verify and not verified:
+            verify_adapter(info)
     except AdapterFileError:
         raise
     except EnvironmentProblem as problem:
         raise AdapterFileError(str(problem)) from None
     return info
+
+
+def verify_adapter(info: AdapterInfo) -> None:
+    """Compare an adapter's file, and that of the backbone parameters trained along, with their checksums.
+
+    Needs no torch. Files of version 1 carry none, and pass.
+
+    Raises:
+        AdapterFileError: a file is not what was written; the message names it.
+    """
+    try:
+        _require_checksum(info, info.path, verify_tensors(info.path))
+        if info.backbone_trained is not None:
+            trained_backbone(info)
+            beside = info.path.with_name(BACKBONE)
+            _require_checksum(info, beside, verify_tensors(beside))
+    except AdapterFileError:
+        raise
+    except EnvironmentProblem as problem:
+        raise AdapterFileError(str(problem)) from None
+
+
+def _require_checksum(info: AdapterInfo, file: Path, checksum: str | None) -> None:
+    if checksum is None and info.version > 1:
+        raise AdapterFileError(f"{file}: damaged: its checksum is gone; {DAMAGED}")
 
 
 def load_adapter(
@@ -183,6 +234,7 @@ def load_adapter(
     causal: bool = True,
     check_weights: bool = True,
     as_start: bool = False,
+    verify: bool = True,
 ) -> Injection:
     """Load an adapter into a model: into its injection, or, given the backbone's sites, by the file's own settings.
 
@@ -198,6 +250,7 @@ def load_adapter(
         check_weights: compare the backbone's weights with those that the adapter was trained on.
         as_start: for a run that goes on from there: settings that change no tensor, such as `mini_batch_size` and
             `base_lr`, may differ from those of the injection.
+        verify: compare the files with their checksums.
 
     Returns:
         The injection, given or made.
@@ -208,26 +261,20 @@ def load_adapter(
     """
     if (sites is None) == (injection is None):
         raise TypeError("load_adapter takes either sites, for a plain model, or injection")
-    info = read_info(path)
-    try:
-        tensors = read_tensors(info.path)
-        trained = _read_trained_backbone(info)
-    except AdapterFileError:
-        raise
-    except EnvironmentProblem as problem:
-        raise AdapterFileError(str(problem)) from None
+    info = read_info(path, verify=verify)
     differences = [] if backbone is None else _option_differences(info.backbone, backbone)
     if injection is not None:
         free = _FREE_AT_START if as_start else _FREE_SETTINGS
         differences += _setting_differences(info.ttt, injection.config, free)
         differences += _site_differences(info.sites, _site_infos(injection.sites, injection.config))
-        _finish(info, model, injection, tensors, trained, differences, check_weights=check_weights)
+        _finish(info, model, injection, differences, check_weights=check_weights)
         return injection
     assert sites is not None
+    _require_fit(info, sites, causal, differences)  # before memory is taken that the settings alone ask for
     made = _inject(info, model, sites, causal, differences)
     try:
         differences += _site_differences(info.sites, _site_infos(made.sites, made.config))
-        _finish(info, model, made, tensors, trained, differences, check_weights=check_weights)
+        _finish(info, model, made, differences, check_weights=check_weights)
     except BaseException:
         made.eject()
         raise
@@ -246,7 +293,7 @@ def trained_backbone(info: AdapterInfo) -> Mapping[str, TensorFacts]:
     if not file.exists():
         raise AdapterFileError(f"{file}: missing; the adapter was trained together with the backbone parameters in it")
     try:
-        header = read_header(file)
+        header = read_header(file, most_bytes=MAX_HEADER)
     except EnvironmentProblem as problem:
         raise AdapterFileError(str(problem)) from None
     if header.metadata.get("pair") != info.backbone_trained:
@@ -305,25 +352,34 @@ def weights_fingerprint(injection: Injection, *, without: set[str] | frozenset[s
 # --- reading ---
 
 
-def _find(path: Path) -> Path:
-    """The adapter's safetensors file of a file, an adapter folder or a run."""
+def _find(path: Path, *, verify: bool) -> tuple[Path, bool]:
+    """The adapter's safetensors file of a file, an adapter folder or a run, and whether its checksum was compared."""
     if not path.is_dir():
-        return path
+        return path, False
     if (path / MODEL).exists():
-        return path / MODEL
+        return path / MODEL, False
     from ttt.train.rundir import RunDir
 
-    checkpoint, _ = RunDir(path).latest()
+    checkpoint, passed_over = RunDir(path).latest(verify=verify, only=(MODEL, BACKBONE))
     if checkpoint is None:
-        raise AdapterFileError(f"{path}: holds no {MODEL}, and is no run with a complete checkpoint")
-    return checkpoint.path / MODEL
+        detail = f" ({'; '.join(passed_over)})" if passed_over else ""
+        raise AdapterFileError(f"{path}: holds no {MODEL}, and is no run with a complete checkpoint{detail}")
+    for problem in passed_over:
+        warnings.warn(
+            f"passed over a checkpoint that is not whole: {problem}; {checkpoint.path} is taken instead",
+            DamagedFileWarning,
+            stacklevel=3,
+        )
+    return checkpoint.path / MODEL, verify
 
 
-def _parse(file: Path, text: str, tensors: Mapping[str, TensorFacts]) -> AdapterInfo:
+def _parse(file: Path, text: str, header: Header) -> AdapterInfo:
     try:
-        settings = json.loads(text)
+        settings = json.loads(text, object_pairs_hook=no_duplicates)
         version = settings["version"]
-        if isinstance(version, int) and version > VERSION:
+        if type(version) is not int or version < 1 or len(settings["sites"]) > MAX_SITES:
+            raise ValueError(version)
+        if version > VERSION:
             raise AdapterFileError(
                 f"{file}: adapter format {version}, but this ttt ({__version__}) reads up to {VERSION}; install "
                 f"ttt-adapters {settings.get('ttt_version', '')} or newer".replace("  ", " ")
@@ -333,6 +389,8 @@ def _parse(file: Path, text: str, tensors: Mapping[str, TensorFacts]) -> Adapter
             config = TTTConfig.model_validate(settings["ttt"])
         return AdapterInfo(
             path=file,
+            version=version,
+            checksum=header.checksum,
             ttt_version=str(settings["ttt_version"]),
             backbone=dict(settings["backbone"]),
             backbone_weights=settings["backbone_weights"],
@@ -343,7 +401,7 @@ def _parse(file: Path, text: str, tensors: Mapping[str, TensorFacts]) -> Adapter
                 for site in settings["sites"]
             ),
             training=dict(settings["training"]),
-            tensors=tensors,
+            tensors=header.tensors,
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -358,18 +416,15 @@ def _require_same_json(file: Path, text: str) -> None:
     beside = file.with_name(CONFIG)
     if file.name != MODEL or not beside.exists():
         return
-    here, there = _flat(json.loads(text)), _flat(read_json(beside))
-    differing = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
-    if differing:
+    header, read = json.loads(text), read_json(beside)
+    if json.dumps(header, sort_keys=True) != json.dumps(read, sort_keys=True):
+        here, there = _flat(header), _flat(read)
+        keys = here.keys() ^ there.keys() | {key for key in here.keys() & there.keys() if here[key] != there[key]}
+        named = ", ".join(sorted(keys)[:5]) or "empty sections"
         raise AdapterFileError(
-            f"{beside}: does not say what the header of {file.name} says ({', '.join(differing[:5])}); the header was "
+            f"{beside}: does not say what the header of {file.name} says ({named}); the header was "
             f"written with the tensors and counts: delete or restore the JSON"
         )
-
-
-def _read_trained_backbone(info: AdapterInfo) -> dict[str, Tensor]:
-    """The backbone parameters that were trained along; empty where the backbone was frozen."""
-    return read_tensors(info.path.with_name(BACKBONE)) if trained_backbone(info) else {}
 
 
 # --- comparing ---
@@ -387,12 +442,39 @@ def _inject(
         raise
 
 
+def _require_fit(info: AdapterInfo, sites: Sequence[Site], causal: bool, differences: Sequence[str]) -> None:
+    """Hold the file's tensors against what its settings would make here, without memory for any of it.
+
+    Raises:
+        AdapterMismatchError: they differ, or the settings ask for what no machine has.
+    """
+    import torch
+
+    from ttt import inject
+
+    found = list(differences)
+    try:
+        planned = inject.plan(sites, info.ttt, causal=causal)
+        found += _site_differences(info.sites, _site_infos(planned.sites, planned.config))
+        if not found:
+            with torch.device("meta"):
+                made = {
+                    f"{site.name}.{name}": tuple(tensor.shape)
+                    for site in planned.sites
+                    for name, tensor in inject.bare_adapter(site, info.ttt).state_dict().items()
+                }
+            found = _tensor_differences(_shapes(info.tensors), made, complete=True)
+    except InjectionError as error:
+        found.append(str(error))
+    except (RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:
+        found.append(f"its settings make no layer: {str(error).splitlines()[0] if str(error) else 'out of memory'}")
+    _raise(info.path, found)
+
+
 def _finish(
     info: AdapterInfo,
     model: nn.Module,
     injection: Injection,
-    tensors: Mapping[str, Tensor],
-    trained: Mapping[str, Tensor],
     differences: list[str],
     *,
     check_weights: bool,
@@ -401,16 +483,25 @@ def _finish(
     import torch
 
     own = dict(model.named_parameters())
-    differences += _tensor_differences(tensors, injection.state_dict(), complete=True)
-    differences += _tensor_differences(trained, own, complete=False)
+    trained = trained_backbone(info)
+    here = {name: tuple(tensor.shape) for name, tensor in injection.state_dict().items()}
+    differences += _tensor_differences(_shapes(info.tensors), here, complete=True)
+    differences += _tensor_differences(
+        _shapes(trained), {name: tuple(tensor.shape) for name, tensor in own.items()}, complete=False
+    )
     if check_weights and not differences:
-        here = weights_fingerprint(injection, without=set(trained))
-        if info.backbone_weights and here and here != info.backbone_weights:
+        weights = weights_fingerprint(injection, without=set(trained))
+        if info.backbone_weights and weights and weights != info.backbone_weights:
             differences.append("the backbone's weights: other values here than those that it was trained on")
     _raise(info.path, differences)
+    try:
+        tensors = read_tensors(info.path, verify=False)  # done, where it is asked for
+        of_backbone = read_tensors(info.path.with_name(BACKBONE), verify=False) if trained else {}
+    except EnvironmentProblem as problem:
+        raise AdapterFileError(str(problem)) from None
     injection.load_state_dict(tensors)
     with torch.no_grad():
-        for name, tensor in trained.items():
+        for name, tensor in of_backbone.items():
             own[name].copy_(tensor)
 
 
@@ -456,13 +547,20 @@ def _site_differences(theirs: Sequence[SiteInfo], ours: Sequence[SiteInfo]) -> l
     return found
 
 
-def _tensor_differences(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], *, complete: bool) -> list[str]:
+def _shapes(tensors: Mapping[str, TensorFacts]) -> dict[str, tuple[int, ...]]:
+    return {name: facts.shape for name, facts in tensors.items()}
+
+
+def _tensor_differences(
+    theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]], *, complete: bool
+) -> list[str]:
+    """What differs in names and shapes."""
     found = [f"tensor {name}: not in the file" for name in ours if complete and name not in theirs]
-    for name, tensor in theirs.items():
+    for name, shape in theirs.items():
         if name not in ours:
             found.append(f"tensor {name}: in the file, not here")
-        elif tensor.shape != ours[name].shape:
-            found.append(_difference(f"tensor {name}: shape", list(tensor.shape), list(ours[name].shape)))
+        elif shape != ours[name]:
+            found.append(_difference(f"tensor {name}: shape", list(shape), list(ours[name])))
     return found if len(found) <= 8 else [*found[:8], f"and {len(found) - 8} tensors more"]
 
 

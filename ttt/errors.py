@@ -94,6 +94,10 @@ class InactiveLayerError(TTTError):
     """An injected TTT layer that was never reached, or whose fast weights did not move."""
 
 
+class DamagedFileWarning(UserWarning):
+    """Something damaged, or changed since it was written, was passed over; what was taken instead is named."""
+
+
 class NestedCheckpointWarning(UserWarning):
     """What a choice of `scan_checkpoint_group_size` costs, alone or inside another checkpoint.
 

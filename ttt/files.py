@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from ttt import checksums
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.reading import MAX_JSON, open_file, other_kind, read_file
 
@@ -25,9 +26,19 @@ if TYPE_CHECKING:
 
 TEMPORARY = ".writing-"
 """Start of the names that unfinished files and folders have."""
+DAMAGED = "restore it from a copy, or write it anew"
+"""The way out where a file is not what was written."""
 
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _MAX_HEADER = 16 << 20  # safetensors' own limit is 100 MB, which take gigabytes to parse; 20 GB of weights have 0.2 MB
+_MAX_EXTENT, _MAX_RANK = 1 << 63, 64
+_DTYPES = {
+    **{f"torch.float{bits}": f"F{bits}" for bits in (16, 32, 64)},
+    **{f"torch.int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+    **{f"torch.uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
+    **{"torch.bfloat16": "BF16", "torch.bool": "BOOL", "torch.complex64": "C64"},
+    **{"torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2"},
+}
 _BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -51,6 +62,13 @@ class Header:
 
     tensors: dict[str, TensorFacts]
     metadata: dict[str, str]
+    spans: dict[str, tuple[int, int]]
+    """Where each tensor's bytes lie in the file: the first, and the one after the last."""
+
+    @property
+    def checksum(self) -> str | None:
+        """Of its content, as it was written; None in files of others, and in those from before there were any."""
+        return self.metadata.get(checksums.KEY)
 
 
 def size_in_words(count: float) -> str:
@@ -218,7 +236,7 @@ def _of_its_own(tensor: Tensor) -> Tensor:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whole or not at all.
+    """Write a safetensors file with its checksum, whole or not at all.
 
     Raises:
         EnvironmentProblem: the disk is full, or the place cannot be written; what was there is still there.
@@ -228,23 +246,57 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     require_space(path, needed, what=path.name)
     target = replaced_file(path)
-    temporary = temporary_beside(target)
+    own = {name: _of_its_own(tensor) for name, tensor in tensors.items()}
+    sealed = {**metadata, checksums.KEY: _digest_of(own, metadata)}
+    folder = temporary_beside(target)  # a folder, since safetensors has names of its own for what it is writing
+    temporary = folder / target.name
     with writing(path):
         try:
+            folder.mkdir()
             temporary.touch()
             mode = temporary.stat().st_mode  # as the user's umask has it; safetensors makes files private
-            save_file(
-                {name: _of_its_own(tensor) for name, tensor in tensors.items()}, temporary, metadata=dict(metadata)
-            )
+            save_file(own, temporary, metadata=sealed)
+            _sort_metadata(temporary)
             os.chmod(temporary, mode)
             sync(temporary)
             os.replace(temporary, target)
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_header(path: Path) -> Header:
+def _sort_metadata(path: Path) -> None:
+    """Have the same content be the same bytes: safetensors writes metadata in another order each time."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # as long as it was, but for the spaces that fill it up
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
+def _digest_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """The checksum of tensors in contiguous CPU memory, as a file will hold them."""
+    import torch
+
+    buffers = [memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data) for tensor in tensors.values()]
+    pieces = checksums.digests_in_memory(buffers)
+    return checksums.tensors_digest(
+        metadata,
+        [
+            (name, _DTYPES[str(tensor.dtype)], tuple(tensor.shape), digests)
+            for (name, tensor), digests in zip(tensors.items(), pieces, strict=True)
+        ],
+    )
+
+
+def read_header(path: Path, *, most_bytes: int = _MAX_HEADER) -> Header:
     """The header of a safetensors file, checked against the file's length; no tensor is read.
+
+    Args:
+        path: of the file.
+        most_bytes: a longer header is refused unread.
 
     Raises:
         EnvironmentProblem: the file is missing, cut short, or no safetensors file; one sentence says which.
@@ -256,9 +308,10 @@ def read_header(path: Path) -> Header:
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > size - 8:
                 raise EnvironmentProblem(f"{path}: no safetensors file, or cut short: {size} bytes hold no header")
-            if length > _MAX_HEADER:
+            if length > most_bytes:
                 raise EnvironmentProblem(
-                    f"{path}: no safetensors file that is read here: its header is {size_in_words(length)} long"
+                    f"{path}: its header takes {size_in_words(length)}, and no file of its kind needs more than "
+                    f"{size_in_words(most_bytes)}; it is damaged or made to do harm"
                 )
             text = file.read(length)
     except FileNotFoundError:
@@ -269,59 +322,156 @@ def read_header(path: Path) -> Header:
         header, end = _parse_header(text)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise EnvironmentProblem(f"{path}: no safetensors file: its header does not parse") from None
-    if 8 + length + end != size:
-        raise EnvironmentProblem(f"{path}: damaged: its header promises {8 + length + end} bytes, the file has {size}")
+    if end != size:
+        raise EnvironmentProblem(f"{path}: damaged: its header promises {end} bytes, the file has {size}")
     return header
 
 
 def _parse_header(text: bytes) -> tuple[Header, int]:
-    """The header and the offset where the last tensor ends; any of the usual exceptions where it is none."""
-    content = json.loads(text)
-    metadata = {str(key): str(value) for key, value in content.pop("__metadata__", {}).items()}
-    tensors, end = {}, 0
+    """The header and the length that it gives the file; any of the usual exceptions where it is none."""
+    content = json.loads(text.decode("utf-8"), object_pairs_hook=checksums.no_duplicates)
+    metadata = content.pop("__metadata__", {})
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__")
+    begin = 8 + len(text)
+    tensors, spans = {}, {}
     for name, entry in content.items():
-        facts = TensorFacts(str(entry["dtype"]), tuple(int(extent) for extent in entry["shape"]))
-        first, last = entry["data_offsets"]
+        first, last = (_whole(offset) for offset in entry["data_offsets"])
+        facts = TensorFacts(_word(entry["dtype"]), tuple(_whole(extent) for extent in entry["shape"]))
         width = _BYTES.get(facts.dtype)
-        if not 0 <= first <= last or (width and last - first != width * math.prod(facts.shape)):
+        if len(facts.shape) > _MAX_RANK or (width and last - first != width * math.prod(facts.shape)):
             raise ValueError(name)
-        tensors[name] = facts
-        end = max(end, last)
-    return Header(tensors, metadata), end
+        tensors[name], spans[name] = facts, (begin + first, begin + last)
+    end = begin
+    for first, last in sorted(spans.values()):  # as safetensors has it: no gap, no overlap
+        if first != end or last < first:
+            raise ValueError("data_offsets")
+        end = last
+    return Header(tensors, metadata, spans), end
 
 
-def read_tensors(path: Path, *, device: Any = "cpu") -> dict[str, Tensor]:
-    """The tensors of a safetensors file, after its header was checked.
+def _whole(number: object) -> int:
+    if type(number) is not int or not 0 <= number < _MAX_EXTENT:
+        raise ValueError(number)
+    return number
+
+
+def _word(text: object) -> str:
+    if not isinstance(text, str):
+        raise ValueError(text)
+    return text
+
+
+def verify_tensors(path: Path, header: Header | None = None) -> str | None:
+    """Compare a safetensors file's content with the checksum in its header; needs no torch.
+
+    Args:
+        path: of the file.
+        header: of it, where it was read already.
+
+    Returns:
+        The checksum; None where the file has none, as those of others do.
 
     Raises:
-        EnvironmentProblem: the file is missing, cut short, or no safetensors file; one sentence says which.
+        EnvironmentProblem: the content is not what was written, or the file cannot be read.
+    """
+    header = header or read_header(path)
+    written = header.checksum
+    if written is None:
+        if checksums.has_spoilt(header.metadata, checksums.KEY):
+            raise EnvironmentProblem(f"{path}: damaged: the checksum in its header lost its name; {DAMAGED}")
+        return None
+    try:
+        pieces = checksums.digests_in_file(path, [header.spans[name] for name in header.tensors])
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: cannot be read: {error.strerror or error}") from error
+    found = checksums.tensors_digest(
+        header.metadata,
+        [
+            (name, facts.dtype, facts.shape, digests)
+            for (name, facts), digests in zip(header.tensors.items(), pieces, strict=True)
+        ],
+    )
+    if found != written:
+        raise EnvironmentProblem(f"{path}: damaged: its checksum is not that of its content; {DAMAGED}")
+    return written
+
+
+def read_tensors(path: Path, *, device: Any = "cpu", verify: bool = True) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, after its header was checked.
+
+    Args:
+        path: of the file.
+        device: where the tensors go.
+        verify: compare the content with its checksum, where it has one.
+
+    Raises:
+        EnvironmentProblem: the file is missing, cut short, damaged, or no safetensors file; one sentence says which.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    read_header(path)
+    header = read_header(path)
+    if verify:
+        verify_tensors(path, header)
     try:
         return load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
         raise EnvironmentProblem(f"{path}: cannot be read: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def require_digests(folder: Path, digests: Mapping[str, str], *, way_out: str) -> None:
+    """Compare files whose SHA-256 is known, such as a package's own, with it.
+
+    Args:
+        folder: where they are.
+        digests: by file name, in hexadecimal.
+        way_out: ends the message.
 
     Raises:
-        EnvironmentProblem: the file is missing, or holds no JSON object.
+        EnvironmentProblem: a file is missing, or is not the one that is meant; the message names it.
+    """
+    for name, digest in digests.items():
+        try:
+            found = checksums.file_digest(folder / name)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{folder / name}: cannot be read: {error.strerror or error}; {way_out}"
+            ) from error
+        if found != digest:
+            raise EnvironmentProblem(f"{folder / name}: damaged: its SHA-256 is another; {way_out}")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object with its checksum, whole or not at all; see `write_bytes`."""
+    write_text(path, json.dumps(checksums.sealed(content), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Args:
+        path: of the file.
+        sealed: compare it with its checksum, where it has one, and leave that out.
+
+    Raises:
+        EnvironmentProblem: the file is missing, holds no JSON object, or not the one that was written.
     """
     try:
-        content = json.loads(read_file(path, limit=MAX_JSON).decode("utf-8"))
+        text = read_file(path, limit=MAX_JSON).decode("utf-8")
+        content = json.loads(text, object_pairs_hook=checksums.no_duplicates if sealed else None)
     except FileNotFoundError:
         raise EnvironmentProblem(f"{path}: no such file") from None
     except OSError as error:
         raise EnvironmentProblem(f"{path}: cannot be read: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         raise EnvironmentProblem(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
-    except (ValueError, RecursionError):  # no UTF-8, or a number of more digits than Python reads
+    except (ValueError, RecursionError):  # no UTF-8, a number of too many digits, a key that stands twice
         raise EnvironmentProblem(f"{path}: not JSON") from None
     if not isinstance(content, dict):
         raise EnvironmentProblem(f"{path}: not a JSON object")
+    if sealed:
+        if checksums.holds(content) is False:
+            raise EnvironmentProblem(f"{path}: damaged: its checksum is not that of its content; {DAMAGED}")
+        content.pop(checksums.KEY, None)
     return content

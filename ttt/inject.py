@@ -198,11 +198,18 @@ def apply(
     return Injection(model, planned, originals)
 
 
+def bare_adapter(
+    site: Site, config: TTTConfig, *, device: torch.device | str = "meta", dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """A site's adapter by itself; on the device `meta` it has names and shapes, and takes no memory."""
+    return site.adapter(site.dim, site.num_heads, config, device=device, dtype=dtype)
+
+
 def _make_adapter(model: nn.Module, site: Site, config: TTTConfig, seed: int) -> nn.Module:
     # A site may be a module that only routes, with no parameter of its own.
     reference: Tensor = next(itertools.chain(site.module.parameters(), model.parameters()), torch.empty(0))
     dtype = torch.promote_types(reference.dtype, torch.float32)
-    adapter = site.adapter(site.dim, site.num_heads, config, device=reference.device, dtype=dtype)
+    adapter = bare_adapter(site, config, device=reference.device, dtype=dtype)
     generator = torch.Generator().manual_seed((seed * 1_000_003 + site.layer) % (1 << 63))
     for module in adapter.modules():
         if isinstance(module, TTTLayer):

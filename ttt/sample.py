@@ -23,6 +23,7 @@ def sample(
     *,
     adapter: str | Path | None = None,
     console: Console | None = None,
+    verify: bool = True,
 ) -> list[Path]:
     """Make a sample with a config's model.
 
@@ -33,6 +34,7 @@ def sample(
         adapter: what it has learned: an adapter's file or folder, or a run's folder (then its last checkpoint). None
             samples the model as training would start it.
         console: where to report; standard output by default.
+        verify: compare what it has learned with its checksums.
 
     Returns:
         The files written, the sample first.
@@ -48,7 +50,7 @@ def sample(
     config = narrowed(config, backbone)
     as_start = adapter is None  # only weights that training would start from may differ in settings
     path = config.train.init_from if adapter is None else adapter
-    info = None if path is None else read_info(path)
+    info = None if path is None else read_info(path, verify=verify)
     if info is not None:
         _require_fit(info, config, backbone, as_start=as_start)  # before anything large is built
     device = choose_device(config.train.device)
@@ -57,7 +59,9 @@ def sample(
         model, injection = build(config, backbone, device)
         if info is not None:
             identity = backbone_identity(backbone, config.backbone)
-            load_adapter(info.path, model, injection=injection, backbone=identity, as_start=as_start)
+            load_adapter(
+                info.path, model, injection=injection, backbone=identity, as_start=as_start, verify=False
+            )  # verified above
         seed_pass(request.seed, "sample", 0)
         return list(backbone.sample(model.eval(), request, config, console=console))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ttt.printable import json_text, shortened
+from ttt_cli.options import Verify
 from ttt_cli.terminal import show
 
 if TYPE_CHECKING:
@@ -19,21 +21,32 @@ _KEYS, _KEY, _VALUE = 100, 80, 4000
 def info(
     path: Annotated[str, typer.Argument(metavar="PATH", help="An adapter file, its folder, or a run's folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="As a JSON object.")] = False,
+    verify: Verify = True,
 ) -> None:
-    """Tell what an adapter file is and belongs to."""
+    """Tell what an adapter file is and belongs to, and whether it is what was written.
+
+    Of a run or a checkpoint, every file that would be read again is compared with its checksum.
+    """
     from ttt.adapter_file import read_info
 
-    facts = _facts(read_info(path))
+    adapter = read_info(path)
+    if verify:
+        from ttt.train.rundir import verify_files
+
+        verify_files(adapter, Path(path))
+    facts = _facts(adapter, verified=verify)
     if as_json:
         print(json_text(facts))
     else:
         _print_facts(facts)
 
 
-def _facts(adapter: AdapterInfo) -> dict[str, Any]:
+def _facts(adapter: AdapterInfo, *, verified: bool) -> dict[str, Any]:
     return {
         "path": str(adapter.path),
         "written_by": f"ttt {adapter.ttt_version}",
+        "checksum": adapter.checksum,
+        "verified": verified and adapter.checksum is not None,
         "parameters": adapter.parameters,
         "backbone": dict(adapter.backbone),
         "backbone_trained": adapter.backbone_trained is not None,
@@ -50,6 +63,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
     show(f"{facts['path']}: a TTT adapter, written by {facts['written_by']}")
     trained = "trained along, in backbone_model.safetensors" if facts["backbone_trained"] else "frozen"
     show(f"  parameters  {facts['parameters']:,}")
+    show(f"  checksum    {_checksum_in_words(facts)}")
     show(f"  backbone    {trained}")
     _print_section("backbone", facts["backbone"])
     print("\nsites")
@@ -58,6 +72,12 @@ def _print_facts(facts: dict[str, Any]) -> None:
     _print_section("ttt", facts["ttt"])
     if facts["training"]:
         _print_section("training", facts["training"])
+
+
+def _checksum_in_words(facts: dict[str, Any]) -> str:
+    if facts["checksum"] is None:
+        return "none: written before files carried one, so damage to its values could not be told"
+    return f"sha256 {facts['checksum']}, {'its content is that' if facts['verified'] else 'not compared'}"
 
 
 def _print_section(name: str, content: dict[str, Any]) -> None:

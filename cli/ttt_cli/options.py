@@ -16,6 +16,11 @@ BackboneName = Annotated[
     str | None, typer.Option("--backbone", metavar="NAME", help="Which backbone, as `ttt plugins` lists them.")
 ]
 
+Verify = Annotated[
+    bool,
+    typer.Option("--verify/--no-verify", help="Compare files with their checksums, which reads them once more."),
+]
+
 
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 _AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt])(i?)b\s*", re.IGNORECASE)

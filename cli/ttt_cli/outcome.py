@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 from ttt.train.interrupt import INTERRUPTED
-from ttt_cli.terminal import show_error, show_findings
+from ttt_cli.terminal import show_error, show_findings, show_warning
 
 PIPE_CLOSED = 141  # as a shell reports a program that SIGPIPE ended
 ENVIRONMENT = 3
@@ -30,10 +32,13 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
     Raises:
         Exception: whatever else it raises, a bug most likely, with its traceback.
     """
-    from ttt.errors import ConfigError, TTTError
+    from ttt.errors import ConfigError, DamagedFileWarning, TTTError
 
     try:
-        return command() or 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", DamagedFileWarning)  # whatever else is asked for, and each once
+            warnings.showwarning = _shown_by(warnings.showwarning)
+            return command() or 0
     except ConfigError as error:
         if error.findings:
             show_findings(error.findings, stream=sys.stderr)
@@ -74,6 +79,19 @@ def flush_output(code: int, *, lasting: bool) -> int:
         show_error(f"standard output: cannot be written: {error.strerror}")
         return ENVIRONMENT
     return code
+
+
+def _shown_by(usual: Callable[..., None]) -> Callable[..., None]:
+    """How warnings are shown: this library's own for users as a sentence, the others as usual."""
+    from ttt.errors import DamagedFileWarning
+
+    def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, DamagedFileWarning):
+            show_warning(str(message))
+        else:
+            usual(message, category, *place, **more)
+
+    return show
 
 
 def silence_output() -> int:

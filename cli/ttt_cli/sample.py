@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ttt.printable import shell_word
-from ttt_cli.options import Overrides, require_replaceable
+from ttt_cli.options import Overrides, Verify, require_replaceable
 
 if TYPE_CHECKING:
     from ttt.backbone import SamplePlan
+    from ttt.config import RunConfig
     from ttt.prompts import Prompts
 
 
@@ -53,6 +54,7 @@ def sample(
     seed: Annotated[int, typer.Option("--seed", min=0, max=(1 << 63) - 1, help="Another seed, another sample.")] = 0,
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    verify: Verify = True,
 ) -> None:
     """Make a sample with what a run has learned.
 
@@ -69,8 +71,9 @@ def sample(
     if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
         raise UsageError(f"--guidance-scale {guidance_scale:g}: must be a number of 0 or more; 1 is without guidance")
     given = _given(prompts or [], prompt_file, negative_prompts or [])
-    config_file, learned, told = _find(Path(model), adapter)
+    config_file, learned, told = _find(Path(model), adapter, verify=verify)
     loaded = load_config(config_file, overrides=overrides or [], training=False)
+    _warn_of_changes(Path(model), learned, loaded.config)
     plan = loaded.backbone.plan_sample(loaded.config, seconds=seconds, out=Path(out))
     chosen, spread = for_segments(given, count=plan.prompts, seconds=seconds)
     _require_free(plan, overwrite=overwrite)
@@ -97,8 +100,9 @@ def sample(
         guidance_scale=guidance_scale,
         seed=seed,
     )
+    verify = verify and (adapter is not None or not Path(model).is_dir())  # that of a run is compared already
     with lasting(console):
-        written = make(loaded.config, loaded.backbone, request, adapter=learned, console=console)
+        written = make(loaded.config, loaded.backbone, request, adapter=learned, console=console, verify=verify)
     say(console, f"wrote {', '.join(map(str, written))}")
 
 
@@ -123,13 +127,29 @@ def _given(prompts: list[str], prompt_file: str | None, negative: list[str]) -> 
     return Prompts(read.prompts, read.negative or given_prompts((), negative).negative, read.source)
 
 
-def _find(path: Path, adapter: str | None) -> tuple[Path, Path | None, str]:
+def _warn_of_changes(model: Path, learned: Path | None, config: RunConfig) -> None:
+    """Say where a run's config is not the one that the run wrote."""
+    import warnings
+
+    from ttt.errors import DamagedFileWarning
+    from ttt.train.rundir import TRAINER_STATE, RunDir, read_checkpoint
+
+    if model.is_dir() and learned is not None and (learned / TRAINER_STATE).is_file():
+        changed = RunDir(model).config_change(read_checkpoint(learned), config)
+        if changed:
+            warnings.warn(changed, DamagedFileWarning, stacklevel=2)
+
+
+def _find(path: Path, adapter: str | None, *, verify: bool) -> tuple[Path, Path | None, str]:
     """The config of a model, what it has learned, and that in words.
 
     Raises:
         UsageError: a folder that is no run, or has nothing to sample yet.
     """
-    from ttt.errors import UsageError
+    import warnings
+
+    from ttt.adapter_file import BACKBONE, MODEL
+    from ttt.errors import DamagedFileWarning, UsageError
     from ttt.train.rundir import CHECKPOINTS, CONFIG, RunDir
 
     file, learned = path, None
@@ -138,13 +158,19 @@ def _find(path: Path, adapter: str | None) -> tuple[Path, Path | None, str]:
         if not file.is_file():
             raise UsageError(f"{path}: holds no run (no {CONFIG}); name a config or a run's folder")
         if adapter is None:
-            checkpoint, passed_over = RunDir(path).latest()
+            checkpoint, passed_over = RunDir(path).latest(verify=verify, only=(MODEL, BACKBONE))
             if checkpoint is None:
                 detail = f" ({'; '.join(passed_over)})" if passed_over else ""
                 raise UsageError(
                     f"{path}: has no complete checkpoint{detail}; name {file} to sample the model before training"
                 )
             learned = checkpoint.path
+            for problem in passed_over:
+                warnings.warn(
+                    f"passed over a checkpoint that is not whole: {problem}; {learned} is taken instead",
+                    DamagedFileWarning,
+                    stacklevel=2,
+                )
     if adapter is not None:
         learned = Path(adapter)
     if learned is not None:

@@ -59,6 +59,12 @@ def show_error(error: TTTError | str) -> None:
             show(f"  {detail}", stream=sys.stderr)
 
 
+def show_warning(message: str) -> None:
+    """Print what does not end the command, and has to be known."""
+    label = "\x1b[1;33mwarning:\x1b[0m" if has_color(sys.stderr) else "warning:"
+    print(label, message, file=sys.stderr)
+
+
 def show_note(message: str) -> None:
     """Print something by the way, where it does not mix with the output."""
     with _heard_or_not(sys.stderr):

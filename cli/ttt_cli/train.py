@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ttt_cli.options import BackboneName, Overrides
+from ttt_cli.options import BackboneName, Overrides, Verify
 from ttt_cli.terminal import show_findings, show_note
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def train(
         bool,
         typer.Option("--resume", help="Continue the run from its last checkpoint; start it where it has none yet."),
     ] = False,
+    verify: Verify = True,
 ) -> None:
     """Train TTT layers in a backbone.
 
@@ -46,7 +47,7 @@ def train(
         from ttt.train import train as run
 
         stop_if_asked()
-        result = run(loaded.config, loaded.backbone, resume=resume)
+        result = run(loaded.config, loaded.backbone, resume=resume, verify=verify)
     except StopRequested:
         show_note("interrupted before the run began; nothing was written: the same command starts it again")
         raise

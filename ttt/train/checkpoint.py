@@ -66,16 +66,26 @@ def read_content(
     backbone: Mapping[str, Any],
     persistent: bool,
     device: torch.device,
+    verify: bool = True,
 ) -> dict[str, TTTState]:
     """Take everything over that `write_content` wrote; returns the carried states.
+
+    Args:
+        folder: of the checkpoint.
+        injection: takes the adapters.
+        optimizer: takes its state.
+        backbone: name and options.
+        persistent: whether the run carries states.
+        device: where those go.
+        verify: compare the files with their checksums; false where that is done.
 
     Raises:
         AdapterMismatchError: the backbone is not the one that the run was started with.
         EnvironmentProblem: a file is damaged.
     """
-    load_adapter(folder, injection.model, injection=injection, backbone=backbone)
-    optimizer.load(read_tensors(folder / OPTIMIZER), place=str(folder / OPTIMIZER))
-    return _read_states(folder / CARRIED, device) if persistent else {}
+    load_adapter(folder, injection.model, injection=injection, backbone=backbone, verify=verify)
+    optimizer.load(read_tensors(folder / OPTIMIZER, verify=verify), place=str(folder / OPTIMIZER))
+    return _read_states(folder / CARRIED, device, verify=verify) if persistent else {}
 
 
 def content_bytes(injection: Injection, trained: Mapping[str, Tensor], optimizer: Optimizer) -> int:
@@ -84,9 +94,9 @@ def content_bytes(injection: Injection, trained: Mapping[str, Tensor], optimizer
     return optimizer.nbytes() + sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
-def _read_states(path: Path, device: torch.device) -> dict[str, TTTState]:
+def _read_states(path: Path, device: torch.device, *, verify: bool) -> dict[str, TTTState]:
     by_site: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in read_tensors(path, device=device).items():
+    for key, tensor in read_tensors(path, device=device, verify=verify).items():
         site, _, name = key.rpartition("/")
         by_site.setdefault(site, {})[name] = tensor
     try:

@@ -79,7 +79,12 @@ _DRAW_SECONDS = 60.0
 
 
 def train(
-    config: RunConfig, backbone: Backbone, *, resume: bool = False, console: Console | None = None
+    config: RunConfig,
+    backbone: Backbone,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    verify: bool = True,
 ) -> TrainResult:
     """Train TTT layers in a backbone.
 
@@ -92,6 +97,7 @@ def train(
         backbone: the plugin that `config.backbone` names.
         resume: continue the run in `config.run_dir`; where it has no checkpoint yet, start it there.
         console: where to report; standard output by default.
+        verify: compare what is resumed or started from with its checksums, which reads it once more.
 
     Raises:
         ConfigError: the config cannot be honoured with this data and backbone.
@@ -105,18 +111,18 @@ def train(
     require_one_process()
     console = console or Console()
     with interruptible(), lasting(console):
-        return _train(narrowed(config, backbone), backbone, resume=resume, console=console)
+        return _train(narrowed(config, backbone), backbone, resume=resume, console=console, verify=verify)
 
 
-def _train(config: RunConfig, backbone: Backbone, *, resume: bool, console: Console) -> TrainResult:
+def _train(config: RunConfig, backbone: Backbone, *, resume: bool, console: Console, verify: bool) -> TrainResult:
     run = rundir.choose(config, resume=resume)
     with run.held():
-        checkpoint = _standing(run, config, backbone, console, resume=resume)
+        checkpoint = _standing(run, config, backbone, console, resume=resume, verify=verify)
         ended = None if checkpoint is None else finished(run, checkpoint, config)
         if ended is not None:
             return _tidied(run, ended, config, console)
         init_from = config.train.init_from if checkpoint is None else None
-        start = None if init_from is None else read_info(init_from)
+        start = None if init_from is None else read_info(init_from, verify=verify)
         device = choose_device(config.train.device)
         with (
             memory_errors(ways_to_less_memory(config)),
@@ -137,15 +143,15 @@ def _train(config: RunConfig, backbone: Backbone, *, resume: bool, console: Cons
 
 
 def _standing(
-    run: RunDir, config: RunConfig, backbone: Backbone, console: Console, *, resume: bool
+    run: RunDir, config: RunConfig, backbone: Backbone, console: Console, *, resume: bool, verify: bool
 ) -> Checkpoint | None:
     """The checkpoint to go on from, or None where the run starts; says what is not as it was left."""
     if not resume:
         run.require_unused()
         return None
-    checkpoint, passed_over = run.reopen(config, backbone)
-    for problem in passed_over:
-        say(console, f"passed over a checkpoint that is not complete: {problem}")
+    checkpoint, notes = run.reopen(config, backbone, verify=verify)
+    for note in notes:
+        say(console, note)
     if checkpoint is None:
         say(console, f"{run.path}: no checkpoint yet to resume from; the run starts")
     return checkpoint
@@ -229,6 +235,7 @@ class Trainer:
                 injection=self.injection,
                 backbone=backbone_identity(backbone, config.backbone),
                 as_start=True,
+                verify=False,  # done, or not asked for, where it was found
             )
         self.inherited = frozenset(trained_backbone(start) if start is not None else ())
         """Backbone parameters that learned before this run: its files hold them too, frozen or not."""
@@ -272,6 +279,8 @@ class Trainer:
             self.metrics = stack.enter_context(
                 contextlib.closing(MetricsFile(self.directory / rundir.METRICS, last_step=keep))
             )
+            for problem in self.metrics.dropped:
+                say(self.console, problem)
             self.directory.write_config(self.config)
             self.directory.remove_unfinished()
             (self.directory / rundir.SUMMARY).unlink(missing_ok=True)  # of an end that is one no more
@@ -559,7 +568,12 @@ class Trainer:
         if self.done == 0 or (self.saved and self.saved[0] == self.done):
             return
         self._require_finite()
-        state = {"seconds": self.seconds, "tokens": self.tokens, "line": self.line}
+        state = {
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "line": self.line,
+            "config": self.config.model_dump(mode="json"),
+        }
         training = {
             "steps": self.done,
             "tokens": self.tokens,
@@ -581,10 +595,10 @@ class Trainer:
 
         keep = self.config.train.ckpt_keep
         unproven = None if keep is None or rescuing else max(keep, 2)
+        self.metrics.sync()  # first: a power cut never leaves a checkpoint that is ahead of its lines
         path = self.directory.save_checkpoint(self.done, state, write, keep=unproven)
         self.saved = (self.done, path)
         self._proven = unproven == keep
-        self.metrics.sync()
         if time.monotonic() - self._drawn > _DRAW_SECONDS and self.metrics.last_step:
             self._draw()
             self._drawn = time.monotonic()
@@ -603,6 +617,7 @@ class Trainer:
             backbone=backbone_identity(self.backbone, self.config.backbone),
             persistent=self.config.ttt.persistent_states,
             device=self.device,
+            verify=False,  # done, or not asked for, where it was found
         )
         self.inherited = frozenset(trained_backbone(read_info(checkpoint.path)))
         self._require_space()

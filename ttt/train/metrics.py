@@ -2,20 +2,22 @@
 
 A line of `metrics.jsonl` is one step: `step` (from 1), `loss`, the backbone's own metrics, `lr`, `grad_norm`,
 `tokens_per_second`, `peak_memory_bytes`; where they were measured, `layers` (evidence by site) and
-`eval_loss`, `eval_loss_gates_closed`, `eval_split`, `eval_windows`, `eval_windows_available`.
+`eval_loss`, `eval_loss_gates_closed`, `eval_split`, `eval_windows`, `eval_windows_available`. Its last key, `crc32`,
+is a checksum over the line before it (`ttt.checksums`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import socket
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -26,9 +28,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
+from ttt import checksums
 from ttt.asking import in_one_line
-from ttt.errors import EnvironmentProblem
-from ttt.files import lock, replaced_file, size_in_words, writing
+from ttt.errors import DamagedFileWarning, EnvironmentProblem
+from ttt.files import lock, replaced_file, size_in_words, sync, temporary_beside, writing
 from ttt.printable import say
 from ttt.reading import open_file
 
@@ -52,7 +55,7 @@ class MetricsFile:
     """`metrics.jsonl`, held by one process at a time.
 
     Lines past `last_step`, and a line that a crash cut short, are taken off when it is opened, so that a resumed
-    run has no step twice.
+    run has no step twice. So are damaged lines, which `dropped` names; every other line stays.
 
     Raises:
         UsageError: another process is writing to it.
@@ -62,6 +65,8 @@ class MetricsFile:
     def __init__(self, path: Path, *, last_step: int = 0) -> None:
         self._path = path
         replaced_file(path)  # a FIFO there would keep the run waiting
+        self.dropped: list[str] = []
+        """A sentence for each damaged line that was taken off."""
         with writing(path):
             self._file: IO[str] = open(path, "a+", encoding="utf-8", newline="\n")  # noqa: SIM115 - held for the run
         try:
@@ -73,16 +78,38 @@ class MetricsFile:
             raise
 
     def _truncate(self, last_step: int) -> int:
-        """Cut the file behind the last whole line of a step up to `last_step`; return that line's step."""
-        end, found = 0, 0
+        """Keep the whole lines of steps up to `last_step`, each step once; return the last one's step."""
         with open(self._path, "rb") as file:
-            for line in file:
-                step = _step_of(line)
-                if step is None or step > last_step or step <= found:
-                    break
-                end, found = end + len(line), step
-        os.truncate(self._path, end)
+            content = file.read()
+        kept, found = b"", 0
+        for line in _lines(content):
+            for entry, raw in line.entries:
+                if found < entry["step"] <= last_step:
+                    kept, found = kept + raw + b"\n", entry["step"]
+            if line.problem and not line.cut_short and found < last_step:
+                self.dropped.append(f"{self._path}:{line.number}: {line.problem}; {line.outcome}")
+        if content.startswith(kept):
+            os.truncate(self._path, len(kept))
+        else:
+            self._replace(kept)
         return found
+
+    def _replace(self, content: bytes) -> None:
+        """Put other lines into the file's place at once, and hold that file instead."""
+        temporary = temporary_beside(self._path)
+        file = open(temporary, "a+", encoding="utf-8", newline="\n")  # noqa: SIM115 - held for the run
+        try:
+            file.buffer.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            lock(file, self._path)
+            os.replace(temporary, self._path)
+        except BaseException:
+            file.close()
+            temporary.unlink(missing_ok=True)
+            raise
+        self._file.close()
+        self._file = file
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line.
@@ -91,7 +118,7 @@ class MetricsFile:
             EnvironmentProblem: the disk is full.
         """
         with writing(self._path):
-            self._file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+            self._file.write(checksums.sealed_line(finite(line)) + "\n")
             self._file.flush()
         self.last_step = int(line["step"])
 
@@ -99,6 +126,7 @@ class MetricsFile:
         """Have the lines so far on the disk."""
         with writing(self._path):
             os.fsync(self._file.fileno())
+            sync(self._path.parent)  # its name too
 
     def close(self) -> None:
         """Let go of the file."""
@@ -107,27 +135,69 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; one that a crash cut short is left out.
+    """The lines of a `metrics.jsonl`, without their checksums; one that a crash cut short is left out.
+
+    A damaged line is left out with a `DamagedFileWarning`.
+
+    Raises:
+        EnvironmentProblem: it cannot be read.
+    """
+    lines = metrics_lines(path)
+    for line in lines:
+        if line.problem and not line.cut_short:
+            warnings.warn(f"{path}:{line.number}: {line.problem}; {line.outcome}", DamagedFileWarning, stacklevel=2)
+    return [entry for line in lines for entry, _ in line.entries]
+
+
+@dataclass(frozen=True)
+class MetricsLine:
+    """What a line of a `metrics.jsonl` holds."""
+
+    number: int
+    """From 1."""
+    entries: tuple[tuple[dict[str, Any], bytes], ...]
+    """The entry, with the bytes that say it; several where the newline between them is damaged, none where all is."""
+    problem: str | None
+    cut_short: bool
+    """Whether it is the last and lacks its newline, as a crash leaves it."""
+
+    @property
+    def outcome(self) -> str:
+        """What becomes of a line with a problem, in words."""
+        return "what stands whole in it is kept" if self.entries else "the line is left out"
+
+
+def metrics_lines(path: Path) -> list[MetricsLine]:
+    """Every line of a `metrics.jsonl`, and what is wrong with it.
 
     Raises:
         EnvironmentProblem: it cannot be read.
     """
     try:
         with open_file(path) as file:
-            content = file.read()
+            return list(_lines(file.read()))
     except OSError as error:
         raise EnvironmentProblem(f"{path}: cannot be read: {error.strerror or error}") from error
-    return [json.loads(line) for line in content.splitlines() if _step_of(line + b"\n") is not None]
 
 
-def _step_of(line: bytes) -> int | None:
-    """The step of a whole line; None where it is none."""
-    try:
-        content = json.loads(line)
-    except ValueError:
-        return None
-    step = content.get("step") if isinstance(content, dict) and line.endswith(b"\n") else None
-    return step if isinstance(step, int) else None
+def _lines(content: bytes) -> Iterator[MetricsLine]:
+    lines = content.split(b"\n")
+    for number, raw in enumerate(lines, start=1):
+        last = number == len(lines)
+        if not raw and last:
+            return
+        try:
+            entry = checksums.parse_line(raw)
+            _require_step(entry)
+            yield MetricsLine(number, () if last else ((entry, raw),), "cut short" if last else None, cut_short=last)
+        except ValueError as error:
+            parts = tuple(pair for pair in checksums.whole_parts(raw) if type(pair[0].get("step")) is int)
+            yield MetricsLine(number, parts, str(error), cut_short=last and not parts)
+
+
+def _require_step(entry: Mapping[str, Any]) -> None:
+    if type(entry.get("step")) is not int:
+        raise ValueError("no line of a step")
 
 
 def finite(value: Any) -> Any:

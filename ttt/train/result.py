@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ttt.config.schema import RunConfig
-from ttt.errors import ConfigError
-from ttt.files import read_json, write_text
+from ttt.errors import ConfigError, DamagedFileWarning, EnvironmentProblem
+from ttt.files import read_json, write_json
 from ttt.train.evaluation import Evaluation
 from ttt.train.metrics import finite
 from ttt.train.rundir import SUMMARY, Checkpoint, RunDir
@@ -47,7 +47,7 @@ def write_summary(result: TrainResult, more: Mapping[str, Any]) -> None:
         **result.evaluation.as_line(),
         **more,
     }
-    write_text(result.run_dir / SUMMARY, json.dumps(finite(content), indent=2) + "\n")
+    write_json(result.run_dir / SUMMARY, finite(content))
 
 
 def finished(run: RunDir, checkpoint: Checkpoint, config: RunConfig) -> TrainResult | None:
@@ -62,7 +62,11 @@ def finished(run: RunDir, checkpoint: Checkpoint, config: RunConfig) -> TrainRes
         )
     if checkpoint.step < config.train.max_steps or not (run / SUMMARY).is_file():
         return None
-    summary = read_json(run / SUMMARY)
+    try:
+        summary = read_json(run / SUMMARY, sealed=True)
+    except EnvironmentProblem as problem:
+        warnings.warn(f"{problem} (the run sums itself up anew)", DamagedFileWarning, stacklevel=2)
+        return None
     if summary.get("steps") != checkpoint.step:
         return None
     try:

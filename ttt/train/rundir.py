@@ -1,6 +1,7 @@
 """A run's folder: what lies in it, who may write to it, and checkpoints that are whole or not there.
 
-    config.yaml           the resolved config; `ttt train RUN/config.yaml --resume` goes on from it
+    config.yaml           the resolved config; `ttt train RUN/config.yaml --resume` goes on from it. Its last line
+                          is a checksum, so that a later change is told
     config.original.yaml  where one written by hand lay in its place
     metrics.jsonl         one line of JSON for each logged step
     loss.png, inner_loss.png
@@ -12,8 +13,9 @@
                                        started from (`train.init_from`)
         optimizer.safetensors          moments, step counts, float32 masters
         carried_states.safetensors     fast weights of each row, where `persistent_states`
-        trainer_state.json             steps done, and the name and size of every file above
+        trainer_state.json             steps done, the config, and the name, size and checksum of every file above
 
+Every file that is read again carries a checksum (`ttt.checksums`, docs/files.md).
 The last adapter is not copied to the top: `summary.json` points to it, and `ttt info RUN` follows.
 There is no state of random number generators to keep: each forward pass seeds them from the run's seed and its
 own number.
@@ -22,21 +24,36 @@ own number.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ttt import checksums
+from ttt.adapter_file import BACKBONE, MODEL, AdapterInfo, verify_adapter
 from ttt.backbone import Backbone
 from ttt.config.schema import RunConfig
-from ttt.errors import ConfigError, EnvironmentProblem, NestedCheckpointWarning, UsageError
-from ttt.files import TEMPORARY, lock, read_header, read_json, sync, temporary_beside, write_text, writing
+from ttt.errors import ConfigError, DamagedFileWarning, EnvironmentProblem, NestedCheckpointWarning, UsageError
+from ttt.files import (
+    DAMAGED,
+    TEMPORARY,
+    lock,
+    read_header,
+    read_json,
+    sync,
+    temporary_beside,
+    verify_tensors,
+    write_json,
+    write_text,
+    writing,
+)
 from ttt.printable import shell_word
 from ttt.reading import other_kind
 from ttt.train import claim
@@ -47,7 +64,9 @@ __all__ = ["CHECKPOINTS", "CONFIG", "METRICS", "SUMMARY", "Checkpoint", "RunDir"
 TRAINER_STATE = "trainer_state.json"
 
 _FORMAT = "ttt-checkpoint"
-_VERSION = 1
+_VERSION = 2
+"""Of `trainer_state.json`: 2 records checksums, 1 sizes alone."""
+_CONFIG_CHECKSUM = "# sha256 of the lines above, which tells a later change: "
 _STEP = re.compile(r"step_(\d{6,})")
 
 MAY_DIFFER = frozenset(
@@ -63,6 +82,7 @@ MAY_DIFFER = frozenset(
         "train.ckpt_freq",
         "train.ckpt_keep",
         "ttt.scan_checkpoint_group_size",
+        "data.verify",  # of plugins whose data carry checksums
     }
 )
 """Keys that may change when a run is resumed: they decide how long, where and how often, not what is computed."""
@@ -87,6 +107,8 @@ class RunDir:
         self.path = path
         self._numbered = numbered
         self._hold: claim.Hold | None = None
+        self._damaged: set[Path] = set()
+        """Checkpoints whose content is not what was written; their sizes alone would not tell."""
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -151,14 +173,21 @@ class RunDir:
             claim.keep_original(self.path)
         self.write_config(config)
 
-    def reopen(self, config: RunConfig, backbone: Backbone) -> tuple[Checkpoint | None, list[str]]:
+    def reopen(
+        self, config: RunConfig, backbone: Backbone, *, verify: bool = True
+    ) -> tuple[Checkpoint | None, list[str]]:
         """Prepare to continue the run: check the config against the stored one and find the checkpoint.
 
         Writes nothing: the config is written by who holds the metrics file.
 
+        Args:
+            config: to go on with.
+            backbone: of the run.
+            verify: compare the checkpoint's content with its checksums.
+
         Returns:
-            The newest complete checkpoint, and a sentence for each newer folder that was passed over. No checkpoint
-            where none was ever saved: there the run starts.
+            The newest checkpoint that is whole, and a sentence for each newer folder that was passed over and for
+            what was changed in the stored config. No checkpoint where none was ever saved: there the run starts.
 
         Raises:
             UsageError: no checkpoint is complete, another process is at the run, or the folder is none of a run.
@@ -172,7 +201,7 @@ class RunDir:
                 self.require_unused()
                 return None, []
             claim.require_places(self.path)
-        checkpoint, passed_over = self.latest()
+        checkpoint, passed_over = self.latest(verify=verify)
         if checkpoint is None:
             raise UsageError(
                 f"run_dir: {self.path} holds no complete checkpoint ({'; '.join(passed_over)}), so there is nothing to "
@@ -184,7 +213,9 @@ class RunDir:
                 f"run from its weights, with train.init_from: {checkpoint.path} and another run_dir"
             )
         self._require_same_config(config, backbone)
-        return checkpoint, passed_over
+        told = [f"passed over a checkpoint that is not whole: {problem}" for problem in passed_over]
+        changed = self.config_change(checkpoint, config)
+        return checkpoint, [*told, changed] if changed else told
 
     def tidy(self, keep: int | None) -> None:
         """Remove what a killed process left, and checkpoints beyond `keep`; only for who holds the run.
@@ -211,14 +242,29 @@ class RunDir:
 
     # --- checkpoints ---
 
-    def latest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest complete checkpoint, and why each newer folder was passed over."""
+    def latest(
+        self, *, verify: bool = False, only: Collection[str] | None = None
+    ) -> tuple[Checkpoint | None, list[str]]:
+        """The newest complete checkpoint, and why each newer folder was passed over.
+
+        Args:
+            verify: compare the content of its files too, which reads them; else what is small is compared.
+            only: names of the files whose content is compared; None is all.
+        """
         passed_over: list[str] = []
         for folder in reversed(self._step_folders()):
             try:
-                return read_checkpoint(folder), passed_over
+                checkpoint = read_checkpoint(folder)
             except EnvironmentProblem as problem:
                 passed_over.append(str(problem))
+                continue
+            try:
+                if verify:
+                    verify_checkpoint(checkpoint, only=only)
+                return checkpoint, passed_over
+            except EnvironmentProblem as problem:
+                passed_over.append(str(problem))
+                self._damaged.add(folder)
         return None, passed_over
 
     def complete(self) -> list[Checkpoint]:
@@ -227,7 +273,7 @@ class RunDir:
         for folder in reversed(self._step_folders()):
             with contextlib.suppress(EnvironmentProblem):
                 found.append(read_checkpoint(folder))
-        return found
+        return [checkpoint for checkpoint in found if checkpoint.path not in self._damaged]
 
     def beside(self) -> Path:
         """A folder for a run that goes on from this one with another config; it is not there yet."""
@@ -253,12 +299,13 @@ class RunDir:
             try:
                 temporary.mkdir(parents=True)
                 write(temporary)
-                files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+                files = {file.name: _record_of(file) for file in sorted(temporary.iterdir())}
                 content = {"format": _FORMAT, "version": _VERSION, "step": step, "files": files, **state}
-                write_text(temporary / TRAINER_STATE, json.dumps(content, indent=2, allow_nan=False) + "\n")
+                write_json(temporary / TRAINER_STATE, content)
                 sync(temporary)
                 self._discard(final)
                 os.rename(temporary, final)
+                self._damaged.discard(final)
                 sync(final.parent)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -294,7 +341,35 @@ class RunDir:
         """Write the resolved config; of a run that goes on, only for who holds the metrics file."""
         from ttt.config.load import dump_config
 
-        write_text(self / CONFIG, dump_config(config.model_copy(update={"run_dir": str(self.path)})))
+        text = dump_config(config.model_copy(update={"run_dir": str(self.path)}))
+        write_text(self / CONFIG, f"{text}{_CONFIG_CHECKSUM}{_digest_of(text)}\n")
+
+    def config_change(self, checkpoint: Checkpoint, config: RunConfig) -> str | None:
+        """What somebody, or a damaged disk, has changed in the stored config since the run wrote it, as a sentence.
+
+        Args:
+            checkpoint: whose record says how the run was configured.
+            config: what the stored config says now, overrides included.
+
+        Returns:
+            None where the stored config is as it was written, or says the same in other words.
+        """
+        recorded = checkpoint.state.get("config")
+        if self.config_is_as_written() or not isinstance(recorded, dict):
+            return None
+        before, now = _flat(recorded), _flat(config.model_dump(mode="json"))
+        differing = [key for key in before if key in now and before[key] != now[key] and key != "run_dir"]
+        listed = "; ".join(f"{key}: {_in_words(before[key])} then, {_in_words(now[key])} now" for key in differing)
+        return f"{self / CONFIG} was changed since the run wrote it ({listed})" if differing else None
+
+    def config_is_as_written(self) -> bool | None:
+        """Whether the stored config has the checksum that it was written with; None where it has none."""
+        try:
+            text = (self / CONFIG).read_bytes().decode("utf-8", "replace")
+        except OSError:
+            return None
+        content, found, digest = text.rpartition(_CONFIG_CHECKSUM)
+        return digest.strip() == _digest_of(content) if found else None
 
     def _require_idle(self) -> None:
         """Refuse a run that another process is at, before its files are looked at or replaced."""
@@ -304,48 +379,160 @@ class RunDir:
             lock(file, self / METRICS)
 
     def _require_same_config(self, config: RunConfig, backbone: Backbone) -> None:
-        from ttt.config.load import load_config
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NestedCheckpointWarning)  # the config at hand is warned of already
-            stored = load_config(self / CONFIG, backbone=backbone, resuming=True).config
-        differences = config_differences(stored, config)
+        recorded = self._recorded_config(backbone)
+        known = _flat(recorded)  # without keys that only a later ttt has
+        differences = [found for found in _differences(recorded, config.model_dump(mode="json")) if found[0] in known]
         if differences:
             listed = "; ".join(
                 f"{key}: {_in_words(before)} in the run, {_in_words(now)} now" for key, before, now in differences
             )
+            edited = self.config_is_as_written() is False
+            changed = f"; its {CONFIG} was changed since the run wrote it" if edited else ""
             raise ConfigError(
                 f"{self.path}: the run to resume was started with another config ({listed}); take these back, or "
-                f"start a new run in another run_dir"
+                f"start a new run in another run_dir{changed}"
             )
+
+    def _recorded_config(self, backbone: Backbone) -> dict[str, Any]:
+        """How the run was configured: what the last checkpoint recorded; of an older run, what the stored config says.
+
+        The checkpoint's is covered by its checksum, while the file may be what is compared with.
+        """
+        from ttt.config.load import load_config
+
+        checkpoint, _ = self.latest()
+        recorded = checkpoint.state.get("config") if checkpoint is not None else None
+        if isinstance(recorded, dict):
+            return recorded
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NestedCheckpointWarning)  # the config at hand is warned of already
+            return load_config(self / CONFIG, backbone=backbone, resuming=True).config.model_dump(mode="json")
+
+
+def _digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+
+def _record_of(file: Path) -> dict[str, Any]:
+    """What `trainer_state.json` keeps of a file: its size, and a checksum of its content."""
+    return {"bytes": file.stat().st_size, checksums.KEY: _small_digest(file)}
+
+
+def _small_digest(file: Path) -> str | None:
+    """The checksum of a file without reading much of it: of safetensors what their header says, else of its bytes."""
+    return read_header(file).checksum if file.suffix == ".safetensors" else checksums.file_digest(file)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder, once it is sure that every file of it is there in full.
+    """The checkpoint in a folder, once it is sure that every file of it is there in full; no tensor is read.
 
     Raises:
         EnvironmentProblem: it is not complete, or none of ours; one sentence says why.
     """
-    state = read_json(folder / TRAINER_STATE)
+    state = read_json(folder / TRAINER_STATE, sealed=True)
     if state.get("format") != _FORMAT:
         raise EnvironmentProblem(f"{folder / TRAINER_STATE}: not a checkpoint of ttt")
-    if state.get("version") != _VERSION:
+    version = state.get("version")
+    if version not in (1, _VERSION):
         raise EnvironmentProblem(
-            f"{folder / TRAINER_STATE}: checkpoint version {state.get('version')!r}, this ttt reads {_VERSION}"
+            f"{folder / TRAINER_STATE}: checkpoint version {version!r}, this ttt reads up to {_VERSION}"
         )
     step, files = state.get("step"), state.get("files")
     match = _STEP.fullmatch(folder.name)
     if not isinstance(step, int) or not isinstance(files, dict) or (match and int(match[1]) != step):
         raise EnvironmentProblem(f"{folder / TRAINER_STATE}: does not describe this checkpoint")
-    for name, size in files.items():
-        file = folder / name
-        if not file.is_file():
-            raise EnvironmentProblem(f"{file}: missing")
-        if file.stat().st_size != size:
-            raise EnvironmentProblem(f"{file}: {file.stat().st_size} bytes, {size} were written")
-        if file.suffix == ".safetensors":
-            read_header(file)
+    for name, record in files.items():
+        _require_file(folder / name, record if isinstance(record, dict) else {"bytes": record})
     return Checkpoint(folder, step, state)
+
+
+def _require_file(file: Path, record: Mapping[str, Any]) -> None:
+    """Hold a file against its record, as far as that takes no reading of tensors."""
+    if not file.is_file():
+        raise EnvironmentProblem(f"{file}: missing")
+    if file.stat().st_size != record.get("bytes"):
+        raise EnvironmentProblem(f"{file}: {file.stat().st_size} bytes, {record.get('bytes')} were written")
+    found = None if file.suffix != ".safetensors" else read_header(file).checksum
+    if checksums.KEY not in record:  # written before there were checksums
+        return
+    try:
+        found = found or _small_digest(file)
+    except OSError as error:
+        raise EnvironmentProblem(f"{file}: cannot be read: {error.strerror or error}") from error
+    if found != record[checksums.KEY]:
+        raise EnvironmentProblem(f"{file}: damaged: its checksum is not the one that was recorded; {DAMAGED}")
+
+
+def verify_checkpoint(
+    checkpoint: Checkpoint, *, only: Collection[str] | None = None, without: Collection[str] = ()
+) -> None:
+    """Compare the content of a complete checkpoint's files with their checksums; needs no torch.
+
+    Args:
+        checkpoint: from `read_checkpoint`, which has compared what is small.
+        only: names of the files to compare; None is all.
+        without: names of files that were compared already.
+
+    Raises:
+        EnvironmentProblem: a file is not what was written; the message names it.
+    """
+    for name in checkpoint.state["files"]:
+        if name.endswith(".safetensors") and (only is None or name in only) and name not in without:
+            verify_tensors(checkpoint.path / name)
+
+
+def verify_files(info: AdapterInfo, path: Path) -> None:
+    """Compare an adapter with its checksums, and all that would be read again of its checkpoint and of its run.
+
+    Needs no torch.
+
+    Args:
+        info: of the adapter, from `path`.
+        path: its file, its folder, or a run's folder; then the run's own files are compared too.
+
+    Raises:
+        EnvironmentProblem: files are not what was written; the message names each.
+    """
+    folder = info.path.parent
+    problems = _problems(lambda: verify_adapter(info))
+    if (folder / TRAINER_STATE).is_file():
+        others = _checkpoint_problems(folder)
+        problems += [problem for problem in others if problem not in problems]
+    if path.is_dir() and (path / CONFIG).is_file():
+        problems += _problems(lambda: (path / SUMMARY).is_file() and read_json(path / SUMMARY, sealed=True))
+        problems += _metrics_problems(path / METRICS)
+        if RunDir(path).config_is_as_written() is False:
+            warnings.warn(f"{path / CONFIG} is not as the run wrote it", DamagedFileWarning, stacklevel=2)
+    if problems:
+        raise EnvironmentProblem("; ".join(problems))
+
+
+def _checkpoint_problems(folder: Path) -> list[str]:
+    def compare() -> None:
+        verify_checkpoint(read_checkpoint(folder), without=(MODEL, BACKBONE))
+
+    return _problems(compare)
+
+
+def _metrics_problems(path: Path) -> list[str]:
+    """What is damaged in a `metrics.jsonl`, its first few lines that are."""
+    found = []
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                checksums.parse_line(line)
+            except ValueError as error:
+                if line.endswith(b"\n"):  # else a crash cut it short
+                    found.append(f"{path}:{number}: {error}")
+    return [*found[:5], f"{len(found) - 5} lines more of it"] if len(found) > 5 else found
+
+
+def _problems(look: Callable[[], object]) -> list[str]:
+    try:
+        look()
+    except EnvironmentProblem as problem:
+        return [str(problem)]
+    return []
 
 
 def choose(config: RunConfig, *, resume: bool) -> RunDir:
@@ -392,7 +579,11 @@ def _numbered(path: Path) -> Iterator[Path]:
 
 def config_differences(stored: RunConfig, config: RunConfig) -> list[tuple[str, Any, Any]]:
     """Keys, with both values, in which the configs differ and a resumed run may not."""
-    before, now = _flat(stored.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    return _differences(stored.model_dump(mode="json"), config.model_dump(mode="json"))
+
+
+def _differences(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    before, now = _flat(stored), _flat(config)
     return [
         (key, before.get(key), now.get(key))
         for key in sorted(before.keys() | now.keys())

@@ -16,15 +16,14 @@ from typing import ClassVar, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ttt.errors import EnvironmentProblem, UsageError
+from ttt.files import verify_tensors, write_tensors
 from ttt.reading import require_file
 from ttt_moshi import demo
 
-# The header's only key: with several, safetensors writes them in another order each time.
 _HEADER: Final = "ttt_moshi.DemoCodec"
 
 
@@ -139,7 +138,8 @@ class DemoCodec(nn.Module):
                 if _HEADER not in header or list(opened.keys()) != ["codebooks"]:
                     raise ValueError(f"its header has no {_HEADER}")
                 codec = cls(_settings_from_json(header[_HEADER]), opened.get_tensor("codebooks"))
-        except (OSError, SafetensorError, ValueError) as error:
+            verify_tensors(file)
+        except (OSError, SafetensorError, ValueError, EnvironmentProblem) as error:
             raise EnvironmentProblem(
                 f"{file}: cannot be read as the demo's codec: {error}; reinstall ttt-moshi, or make it anew with "
                 f"scripts/make_demo.py"
@@ -149,7 +149,7 @@ class DemoCodec(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write codebooks (as float16) and settings, the settings in the header."""
         header = {_HEADER: json.dumps(asdict(self.settings))}
-        Path(path).write_bytes(save({"codebooks": self.codebooks.half().contiguous().cpu()}, metadata=header))
+        write_tensors(Path(path), {"codebooks": self.codebooks.half()}, header)
 
     # --- Mimi's surface ---
 

@@ -379,6 +379,7 @@ def speech_windows(options: MoshiOptions, data: MoshiData, *, split: str, device
     codec: Codec
     tokenizer: Tokenizer
     if own:
+        demo.require_whole()
         codec, tokenizer = DemoCodec.load(device=device), load_tokenizer(demo.TOKENIZER)
     else:
         codec, tokenizer = _pretrained(options, device)

@@ -44,10 +44,12 @@ def demo_frames(split: Split, left: int = 0, width: int = demo.SIDE) -> Tensor:
 
 def demo_captions(split: Split, left: int = 0) -> tuple[str, ...]:
     """What is to be seen in each 3 s of a square."""
+    demo.require_whole()
     captions: dict[str, dict[str, list[str]]] = json.loads(demo.CAPTIONS.read_text(encoding="utf-8"))
     return tuple(captions[split][str(left)])
 
 
 @functools.cache
 def _pictures() -> tuple[Picture, ...]:
+    demo.require_whole()
     return tuple(read_every_frame(demo.CLIP, height=demo.SIDE, width=2 * demo.SIDE))

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ttt.errors import EnvironmentProblem, UsageError
-from ttt.files import write_tensors
+from ttt.files import verify_tensors, write_tensors
 from ttt.reading import require_file
 from ttt_videodit import demo
 from ttt_videodit.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
@@ -78,7 +78,8 @@ class DemoCodec(nn.Module):
                 if sorted(opened.keys()) != list(_NAMES):
                     raise ValueError(f"it does not hold {', '.join(_NAMES)}")
                 codec = cls(*(opened.get_tensor(name) for name in _NAMES))
-        except (OSError, SafetensorError, ValueError) as error:
+            verify_tensors(file)
+        except (OSError, SafetensorError, ValueError, EnvironmentProblem) as error:
             raise EnvironmentProblem(
                 f"{file}: cannot be read as the demo's codec: {error}; reinstall ttt-videodit, or make it anew with "
                 f"scripts/make_demo.py"

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ttt.errors import EnvironmentProblem, UsageError
+from ttt.files import verify_tensors
 from ttt.reading import require_file
 from ttt_videodit import demo
 from ttt_videodit.clip import CROPS, Split, demo_captions, demo_pictures
@@ -28,6 +29,7 @@ from ttt_videodit.geometry import (
     pixel_frames,
 )
 from ttt_videodit.index import (
+    NOT_LISTED,
     EncodedVideo,
     LineError,
     Wanted,
@@ -185,7 +187,7 @@ def latent_windows(
     if split == "eval" and data.eval_data is not None:
         field, source = "data.eval_data", data.eval_data
     if source is not None:
-        return _indexed_windows(Path(source), wanted, field)
+        return _indexed_windows(Path(source), wanted, field, verify=data.verify)
     missing = missing_data(options, data)
     if missing is not None:
         raise UsageError(f"{missing[0]}: {missing[1]}; {missing[2]}")
@@ -198,20 +200,40 @@ def latent_windows(
 
 
 class _IndexedVideo:
-    """A line of an index; tensors are read from its files, no more of them than is asked for."""
+    """A line of an index; tensors are read from its files, no more of them than is asked for.
 
-    def __init__(self, entry: EncodedVideo) -> None:
+    Args:
+        entry: the line.
+        unverified: files, of other lines too, with the checksums to compare before they are first read.
+    """
+
+    def __init__(self, entry: EncodedVideo, unverified: dict[Path, str | None]) -> None:
         self.name = Path(entry.video).name
         self.place = entry.place
         self.start_sec = entry.start_sec
         self.captions = tuple(segment.caption for segment in entry.segments)
         self._entry = entry
+        self._unverified = unverified
 
     def rows(self, name: str, first: int, stop: int) -> Tensor:
+        self._verify(self._entry.latents)
         return _read_rows(self._entry.latents, name, first, stop)
 
     def text(self, segment: int) -> Tensor:
+        self._verify(self._entry.segments[segment].text)
         return _read_rows(self._entry.segments[segment].text, "text", 0, self._entry.text_length)
+
+    def _verify(self, path: Path) -> None:
+        """Compare a file with its checksum, and with that in the index, when it is first read."""
+        if path not in self._unverified:
+            return
+        try:
+            found = verify_tensors(path)
+        except EnvironmentProblem as error:
+            raise LineError("damaged", f"{error}; delete it and run ttt precompute again") from None
+        if self._unverified[path] not in (None, found):
+            raise LineError("damaged", f"{path}: {NOT_LISTED}")
+        del self._unverified[path]
 
 
 def _read_rows(path: Path, name: str, first: int, stop: int) -> Tensor:
@@ -235,7 +257,7 @@ def _read_rows(path: Path, name: str, first: int, stop: int) -> Tensor:
     return rows
 
 
-def _indexed_windows(source: Path, wanted: Wanted, field: str) -> LatentWindows:
+def _indexed_windows(source: Path, wanted: Wanted, field: str, *, verify: bool) -> LatentWindows:
     if not source.exists():
         raise EnvironmentProblem(f"{field}: {source} does not exist; `ttt precompute` makes it from data.videos")
     files = index_files(source)
@@ -270,7 +292,10 @@ def _indexed_windows(source: Path, wanted: Wanted, field: str) -> LatentWindows:
             f"window of {seconds} and are not read"
         )
     notice = f"{source}: {'; '.join(told)}" if told else None
-    return LatentWindows([_IndexedVideo(video) for video in videos], wanted, field=field, notice=notice)
+    unverified: dict[Path, str | None] = {}
+    for video in videos if verify else ():
+        unverified |= video.checksums
+    return LatentWindows([_IndexedVideo(video, unverified) for video in videos], wanted, field=field, notice=notice)
 
 
 # --- the plugin's own ---

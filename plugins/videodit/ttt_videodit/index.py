@@ -4,22 +4,25 @@ A list has one video a line, `{"path": "a.mp4", "captions": ["…", "…"], "sta
 3 s from `start_sec` on (0 where it is left out). An index, which `ttt precompute` writes, has one encoded video a line:
 
     {"video": "a.mp4", "start_sec": 0, "latents": "latents/a-0f3c….safetensors", "frames": 37, "height": 480,
-     "width": 720, "text_length": 226, "segments": [{"caption": "…", "text": "latents/text-7b….safetensors"}, …]}
+     "width": 720, "text_length": 226, "segments": [{"caption": "…", "text": "latents/text-7b….safetensors",
+     "text_sha256": "…"}, …], "latents_sha256": "…", "crc32": "…"}
 
 `frames` are latent frames, `height` and `width` pixels. Paths are relative to the folder of the `.jsonl`. The latents
 file holds `mean` and `std` `[frames,16,height/8,width/8]`, and for each segment the latent frame that a video beginning
 with it would begin with, `start_mean` and `start_std` `[segments,16,height/8,width/8]`; a text file holds `text`
-`[text_length,E]`.
+`[text_length,E]`. `latents_sha256` and `text_sha256` are the checksums in those files' headers, `crc32` is that of
+the line (`ttt.checksums`); an index from before there were checksums lacks them and is read too.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from ttt import checksums
 from ttt.errors import EnvironmentProblem
 from ttt.files import Header, read_header
 from ttt.reading import MAX_JSON, other_kind, read_file, read_lines, require_file, unreadable, wrong_with
@@ -40,6 +43,8 @@ VIDEO_EXAMPLE: Final = '{"path": "a.mp4", "captions": ["waves", "a gull"]}'
 COGVIDEOX_TEXT_DIM: Final = 4096
 """Width of T5-XXL's hidden states."""
 
+NOT_LISTED: Final = "damaged, or not the file that was listed: its checksum is another; run ttt precompute again"
+"""Of a file whose checksum is not the one in the index."""
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
 
 
@@ -72,6 +77,8 @@ class EncodedSegment:
     caption: str
     text: Path
     """Where its embedding is."""
+    text_sha256: str | None = field(default=None, compare=False)
+    """That file's checksum, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,14 @@ class EncodedVideo:
     width: int
     text_length: int
     segments: tuple[EncodedSegment, ...]
+    latents_sha256: str | None = field(default=None, compare=False)
+    """The latents file's checksum, where it is known."""
+
+    @property
+    def checksums(self) -> dict[Path, str | None]:
+        """The files that it names, each with its checksum where that is known."""
+        texts = {segment.text: segment.text_sha256 for segment in self.segments}
+        return {self.latents: self.latents_sha256, **texts}
 
 
 @dataclass(frozen=True)
@@ -221,6 +236,10 @@ def parse_encoded(line: bytes, place: str, folder: Path) -> EncodedVideo:
         LineError: it is no such line.
     """
     entry = _object(line, "write the index with ttt precompute")
+    try:
+        checksums.parse_line(line)
+    except ValueError as error:
+        raise LineError("damaged", f"{error}; delete the line and run ttt precompute again") from None
     latents = folder / _text(entry, "latents")
     sizes = {}
     for key in ("frames", "height", "width", "text_length"):
@@ -239,8 +258,16 @@ def parse_encoded(line: bytes, place: str, folder: Path) -> EncodedVideo:
             raise LineError(
                 "segments", f'segment {number} of {len(written)} is no {{"caption": "…", "text": "….safetensors"}}'
             )
-        segments.append(EncodedSegment(caption, folder / text))
-    return EncodedVideo(place, _text(entry, "video"), _seconds(entry), latents, segments=tuple(segments), **sizes)
+        segments.append(EncodedSegment(caption, folder / text, _checksum(segment, "text_sha256")))
+    return EncodedVideo(
+        place,
+        _text(entry, "video"),
+        _seconds(entry),
+        latents,
+        segments=tuple(segments),
+        latents_sha256=_checksum(entry, "latents_sha256"),
+        **sizes,
+    )
 
 
 def line_of(video: EncodedVideo, folder: Path) -> str:
@@ -254,11 +281,16 @@ def line_of(video: EncodedVideo, folder: Path) -> str:
         "width": video.width,
         "text_length": video.text_length,
         "segments": [
-            {"caption": segment.caption, "text": segment.text.relative_to(folder).as_posix()}
+            {
+                "caption": segment.caption,
+                "text": segment.text.relative_to(folder).as_posix(),
+                **({} if segment.text_sha256 is None else {"text_sha256": segment.text_sha256}),
+            }
             for segment in video.segments
         ],
+        **({} if video.latents_sha256 is None else {"latents_sha256": video.latents_sha256}),
     }
-    return json.dumps(entry, ensure_ascii=False)
+    return checksums.sealed_line(entry)
 
 
 def _object(line: bytes, way_out: str) -> dict[str, Any]:
@@ -283,6 +315,13 @@ def _seconds(entry: Mapping[str, Any]) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
         raise LineError("line", f'"start_sec" is {_said(entry, "start_sec")}, not seconds from 0 on')
     return float(value)
+
+
+def _checksum(entry: Mapping[str, Any], key: str) -> str | None:
+    value = entry.get(key)
+    if value is not None and not isinstance(value, str):
+        raise LineError("line", f'"{key}" is {_said(entry, key)}, not a checksum')
+    return value
 
 
 def _said(entry: Mapping[str, Any], key: str) -> str:
@@ -338,9 +377,10 @@ def check_encoded(video: EncodedVideo, wanted: Wanted) -> None:
             "start_mean": (count, *picture),
             "start_std": (count, *picture),
         },
+        video.latents_sha256,
     )
-    for path in dict.fromkeys(segment.text for segment in video.segments):
-        _check_tensors(path, {"text": (video.text_length, wanted.text_dim)})
+    for path, checksum in {segment.text: segment.text_sha256 for segment in video.segments}.items():
+        _check_tensors(path, {"text": (video.text_length, wanted.text_dim)}, checksum)
     if count < wanted.window:
         raise LineError(
             "short",
@@ -348,12 +388,14 @@ def check_encoded(video: EncodedVideo, wanted: Wanted) -> None:
         )
 
 
-def _check_tensors(path: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> None:
+def _check_tensors(path: Path, shapes: Mapping[str, tuple[int | None, ...]], checksum: str | None) -> None:
     _require_file(path, "run ttt precompute again")
     try:
         header: Header = read_header(path)
     except EnvironmentProblem as error:
         raise LineError("damaged", f"{error}; delete it and run ttt precompute again") from None
+    if checksum is not None and header.checksum != checksum:
+        raise LineError("damaged", f"{path}: {NOT_LISTED}")
     for name, shape in shapes.items():
         facts = header.tensors.get(name)
         if facts is None or facts.dtype not in _FLOATS:

@@ -26,7 +26,7 @@ from ttt_videodit.adapter import BidirectionalTTT
 from ttt_videodit.geometry import LATENT_CHANNELS, PATCH_SIZE, Segments
 from ttt_videodit.layout import Layout
 from ttt_videodit.plugin import DEMO_TEXT_DIM, DEMO_TIME_DIM, PIXELS, VideoDiTOptions, sizes
-from ttt_videodit.pretrained import source_of
+from ttt_videodit.pretrained import source_of, verify_record
 
 DEMO_SEED = 20260101
 LAST_WITHOUT_EFFECT = frozenset({"backward_gate_text.gating_alpha"})
@@ -366,6 +366,8 @@ def _pretrained_model(options: VideoDiTOptions, *, device: torch.device | str, d
         raise EnvironmentProblem(
             f"backbone.pretrained: {source} holds no transformer/config.json; name a folder in diffusers' layout"
         )
+    if local.is_dir():
+        verify_record(local / (subfolder or ""), tensors=torch.device(device).type != "meta")
     try:
         if torch.device(device).type == "meta":
             config = VideoDiT.load_config(source, subfolder=subfolder, revision=options.revision)

@@ -143,6 +143,8 @@ class VideoDiTData(DataOptions):
     """What `ttt precompute` makes `train_data` of: lines of `{"path": "a.mp4", "captions": ["…"]}`, one each 3 s."""
     eval_videos: str | None = None
     """What it makes `eval_data` of, in the same format."""
+    verify: bool = True
+    """Compare each file of latents and texts with its checksum when it is first read, which reads all of it."""
 
     @field_validator("duration_sec")
     @classmethod

@@ -9,9 +9,11 @@ other, of the stages of a curriculum say, share their latents.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +29,17 @@ from torch import Tensor
 
 from ttt.config import RunConfig
 from ttt.errors import EnvironmentProblem, UsageError
-from ttt.files import TEMPORARY, lock, replaced_file, require_space, write_bytes, write_tensors, writing
+from ttt.files import (
+    TEMPORARY,
+    lock,
+    read_header,
+    replaced_file,
+    require_space,
+    verify_tensors,
+    write_bytes,
+    write_tensors,
+    writing,
+)
 from ttt.reading import open_file, other_kind
 from ttt.train.metrics import duration_in_words, say
 from ttt.train.setup import choose_device, threads
@@ -158,6 +170,8 @@ class _Job:
                 lock(file, name)
             except UsageError:
                 raise UsageError(f"{self.index}: another process is making it; wait for it") from None
+            for left in self.index.parent.glob(f"{TEMPORARY}????????-{glob.escape(self.index.name)}"):
+                left.unlink(missing_ok=True)
             self._read_index()
             yield
 
@@ -243,7 +257,7 @@ class _Job:
 
     def append(self, video: ListedVideo) -> None:
         """Put a video whose files are there into the index."""
-        entry = self.plan(video)
+        entry = _with_checksums(self.plan(video))
         with writing(self.index), self.index.open("ab") as file:
             file.write(f"{line_of(entry, self.index.parent)}\n".encode())
             file.flush()
@@ -275,11 +289,31 @@ def _beside_others(folder: Path) -> Iterator[None]:
     with replaced_file(folder / ".lock").open("a") as file:
         with contextlib.suppress(OSError):  # others are at work, or the file system has no locks
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in folder.glob(f"{TEMPORARY}*"):
-                left.unlink(missing_ok=True)
+            # safetensors names what it is writing `.tmp` and six letters; here only what is ours was written so
+            for left in (*folder.glob(f"{TEMPORARY}*"), *folder.glob(".tmp??????")):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_SH)
         yield
+
+
+def _with_checksums(entry: EncodedVideo) -> EncodedVideo:
+    """The line with the checksums of the files that it names."""
+    segments = tuple(replace(each, text_sha256=read_header(each.text).checksum) for each in entry.segments)
+    return replace(entry, segments=segments, latents_sha256=read_header(entry.latents).checksum)
+
+
+def _is_whole(path: Path, console: Console) -> bool:
+    """Whether a file is there and is what was written; one that is damaged is told and removed, to be made anew."""
+    if not path.is_file():
+        return False
+    try:
+        verify_tensors(path)
+    except EnvironmentProblem as problem:
+        say(console, f"{problem}: it is made anew")
+        path.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _digest(*origin: object) -> str:
@@ -351,10 +385,13 @@ def _encode_texts(
 ) -> None:
     """Make the embeddings that are missing, each once; the encoder is let go before the videos' is loaded."""
     places: dict[Path, tuple[str, str]] = {}
+    whole: set[Path] = set()
     for job in jobs:
         for video in job.to_do():
             for number, segment in enumerate(job.plan(video).segments, start=1):
-                if not segment.text.is_file():
+                if segment.text in whole or (segment.text not in places and _is_whole(segment.text, console)):
+                    whole.add(segment.text)
+                else:
                     places.setdefault(segment.text, (segment.caption, f"{video.place}, caption {number}"))
     if not places:
         return
@@ -391,7 +428,7 @@ def _encode_videos(
     with _Report(console, "frames", total=sum(_pixel_frames(video, job.wanted) for job, video in to_do)) as report:
         for number, (job, video) in enumerate(to_do, start=1):
             plan, count = job.plan(video), _pixel_frames(video, job.wanted)
-            if plan.latents.is_file():  # a run was killed before it came to the index
+            if _is_whole(plan.latents, console):  # a run was killed before it came to the index
                 report.advance(count)
             else:
                 encoder = encoder or load_video_encoder(options, device=device, dtype=dtype)

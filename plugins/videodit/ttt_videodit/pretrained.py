@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ttt.checksums import file_digest
 from ttt.errors import EnvironmentProblem, UsageError
+from ttt.files import read_header, read_json, verify_tensors, write_json
 from ttt.reading import MAX_JSON, other_kind
 from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions
 
@@ -12,6 +14,8 @@ VAE = "vae"
 """Folder of the VAE."""
 TEXT_PARTS = ("text_encoder", "tokenizer")
 """Folders of T5."""
+RECORD = "checksums.json"
+"""In a folder of weights that `ttt import-weights` wrote: the checksum of each file beside it."""
 _SMALL = (".json", ".txt", ".model")
 """What settings and tokenizers end in."""
 
@@ -73,3 +77,39 @@ def provenance(options: VideoDiTOptions) -> dict[str, str]:
     cached = try_to_load_from_cache(source, "transformer/config.json", revision=options.revision)
     commit = {"commit": Path(cached).parents[1].name} if isinstance(cached, str) else {}
     return {"repository": source, **commit}
+
+
+def write_record(folder: Path) -> None:
+    """Record the checksums of what is in a folder of weights."""
+    write_json(folder / RECORD, {"files": {file.name: _checksum(file) for file in sorted(folder.iterdir())}})
+
+
+def verify_record(folder: Path, *, tensors: bool) -> None:
+    """Compare a folder of weights with its record, where it has one.
+
+    Args:
+        folder: of the weights.
+        tensors: read those too; else what is small is compared.
+
+    Raises:
+        EnvironmentProblem: a file is not what was written; the message names it.
+    """
+    if not (folder / RECORD).is_file():
+        return
+    for name, digest in read_json(folder / RECORD, sealed=True)["files"].items():
+        file = folder / name
+        try:
+            found = _checksum(file)
+        except OSError as error:
+            raise EnvironmentProblem(f"{file}: cannot be read: {error.strerror or error}") from error
+        if found != digest:
+            raise EnvironmentProblem(
+                f"{file}: damaged: its checksum is not the one that was recorded; import the weights anew, or delete "
+                f"{folder / RECORD} if you have changed the file yourself"
+            )
+        if tensors and file.suffix == ".safetensors":
+            verify_tensors(file)
+
+
+def _checksum(file: Path) -> str | None:
+    return read_header(file).checksum if file.suffix == ".safetensors" else file_digest(file)

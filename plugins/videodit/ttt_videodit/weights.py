@@ -29,6 +29,7 @@ from ttt.printable import say
 from ttt_videodit.checkpoint import Checkpoint, open_checkpoint, some
 from ttt_videodit.model import VideoDiT, sites
 from ttt_videodit.plugin import ROTARY_UNIT, VideoDiTBackbone, VideoDiTOptions
+from ttt_videodit.pretrained import write_record
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,6 +123,7 @@ def import_weights(source: Path, out: Path, *, console: Console) -> list[Path]:
         _write_transformer(
             folder / TRANSFORMER, {name: tensor for name, tensor in tensors.items() if name not in adapters}
         )
+        write_record(folder / TRANSFORMER)
         save_adapter(
             folder / ADAPTER,
             injection,

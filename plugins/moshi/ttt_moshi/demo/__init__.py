@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Final
 
@@ -14,3 +15,26 @@ CODEC: Final = FOLDER / "codec.safetensors"
 """`ttt_moshi.codec.DemoCodec`'s codebooks and settings."""
 TOKENIZER: Final = FOLDER / "tokenizer.model"
 """A SentencePiece model with the special ids that Moshi needs: 0 unknown, 1 begin, 2 end, 3 padding."""
+
+SHA256: Final = {
+    "dialogue.flac": "16cd038cce965ebd18cab45c2e18e4a6ff30975d1c314839c8fe2604b1a6191a",
+    "dialogue.json": "1a7bcfbe4ddf4256ba63a9ecf1761893101194a0b63a00063a30ee7a9143d848",
+    "dialogue.jsonl": "49d6f18e9417254f0fa3d5047910583cab568c41b418edb5471fc511ac7e661f",
+    "dialogue_eval.flac": "23de402e8aa4746b53f374c2db73a66fcf12b65705ed0fb6febde48556dbb167",
+    "dialogue_eval.json": "58ebb700a43d05d8c2ebeabc40ed5cf8b0791b0bfebd9ca174f30e555a831670",
+    "dialogue_eval.jsonl": "80a9c13963c1aa9105f0e749732645d784436eee3a29a977c093b502b1e7c1f8",
+    "tokenizer.model": "efeac9b4bf99269572ff960a5b4bbddd55f030d76908226569f900ea9f860080",
+}
+"""Of the files that carry no checksum themselves; `sha256sum` tells that of one made anew."""
+
+
+@functools.cache
+def require_whole() -> None:
+    """See that the files are those that were shipped, once in a process.
+
+    Raises:
+        EnvironmentProblem: one is not; the message names it.
+    """
+    from ttt.files import require_digests
+
+    require_digests(FOLDER, SHA256, way_out="reinstall ttt-moshi")

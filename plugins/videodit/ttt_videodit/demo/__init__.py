@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Final
 
@@ -25,3 +26,21 @@ HELD_OUT_FRAMES: Final = 49
 """How many those are: a segment of 3 s."""
 FRAMES: Final = 145
 """Frames of a square, 9 s: 37 latent frames, 3 segments."""
+
+SHA256: Final = {
+    "city.mp4": "1411369991d55e6f836e24b381535a5cd95dc9f891f53fa7e889e87b2fcd5e1c",
+    "captions.json": "2cdf2564d065efa789f28aa22043de79edb360b6c367d3cbd975edf33e481510",
+}
+"""Of the files that carry no checksum themselves; `sha256sum` tells that of one made anew."""
+
+
+@functools.cache
+def require_whole() -> None:
+    """See that the files are those that were shipped, once in a process.
+
+    Raises:
+        EnvironmentProblem: one is not; the message names it.
+    """
+    from ttt.files import require_digests
+
+    require_digests(FOLDER, SHA256, way_out="reinstall ttt-videodit")
