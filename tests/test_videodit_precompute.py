@@ -28,8 +28,9 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from ttt.config import RunConfig, check_config
 from ttt.errors import EnvironmentProblem, TTTError, UsageError
-from ttt.files import read_header
+from ttt.files import read_header, write_tensors
 from ttt_videodit import demo
+from ttt_videodit import precompute as precompute_module
 from ttt_videodit.clip import demo_pictures
 from ttt_videodit.codec import DemoCodec
 from ttt_videodit.data import latent_windows
@@ -296,6 +297,7 @@ def test_progress_on_a_terminal(folder: Path) -> None:
 
 KILLED = """
 import sys
+import conftest
 from rich.console import Console
 from ttt.config import check_config
 from ttt_videodit.precompute import precompute
@@ -309,7 +311,7 @@ def test_a_killed_run_is_gone_on_with_and_no_video_is_redone_or_lost(folder: Pat
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, config_text(folder, pretrained, **short)],
         stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
     )
     try:
         deadline = time.monotonic() + 240
@@ -338,6 +340,36 @@ def test_a_killed_run_is_gone_on_with_and_no_video_is_redone_or_lost(folder: Pat
     assert index(other) == index(folder)
     contents = {name: digest for name, (_, digest) in files(other).items()}
     assert contents == {name: digest for name, (_, digest) in after.items()}, "as if it had never been killed"
+
+
+@pytest.mark.parametrize("written", [1, 4, 11])
+def test_a_run_that_ends_among_the_files_goes_on_to_the_same_bytes(
+    folder: Path, pretrained: Path, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight texts, four videos: what is left is computed in the shapes that an unbroken run computes it in."""
+    listed(folder, *(video(0.25 * number, segments=2) for number in range(4)))
+    other = folder / "other"
+    other.mkdir()
+    shutil.copy2(folder / "city.mp4", other / "city.mp4")
+    shutil.copy(folder / "videos.jsonl", other / "videos.jsonl")
+    short = {"attn_length": 2}  # segments of 9 frames
+    run(config(other, pretrained, **short))
+    with monkeypatch.context() as patch:
+        left = iter(range(written))
+
+        def write(*args: Any) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            write_tensors(*args)
+
+        patch.setattr(precompute_module, "write_tensors", write)
+        with pytest.raises(KeyboardInterrupt):
+            run(config(folder, pretrained, **short))
+    assert len(files(folder)) == written
+    run(config(folder, pretrained, **short))
+    digests = [{name: digest for name, (_, digest) in files(made).items()} for made in (folder, other)]
+    assert digests[0] == digests[1]
+    assert index(folder) == index(other)
 
 
 def test_a_run_again_writes_nothing(folder: Path) -> None:

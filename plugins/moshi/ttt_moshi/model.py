@@ -70,7 +70,7 @@ def build(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dty
 
 
 def _demo_model(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dtype) -> LMModel:
-    """A tiny `LMModel` of Moshi's structure, the same values on every machine."""
+    """A tiny `LMModel` of Moshi's structure, the same values every time; another CPU's differ in their last place."""
     kwargs = dict(loaders._lm_kwargs) | DEMO_KWARGS
     kwargs |= {name: getattr(options, name) or default for name, default in DEMO.items()}
     if torch.device(device).type == "meta":
