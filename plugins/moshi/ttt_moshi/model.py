@@ -163,6 +163,11 @@ class MoshiTTT(TTTAdapter, StreamingModule[TTTStreamingState]):
 
     _streaming_state: TTTStreamingState | None
 
+    @property
+    def streams(self) -> TTTState | None:
+        """Where the streams stand while streaming, with the tokens that they have skipped; None outside of it."""
+        return None if self._streaming_state is None else self._streaming_state.state
+
     def _init_streaming_state(self, batch_size: int) -> TTTStreamingState:
         device = self.gate.gating_alpha.device
         dtype = torch.promote_types(self.gate.gating_alpha.dtype, torch.float32)
