@@ -110,6 +110,15 @@ def files(folder: Path, name: str = "latents") -> dict[str, tuple[int, str]]:
     }
 
 
+def assert_same(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Means come from the same operations on the same shapes. Deviations are exponentials of a piece, or of the whole.
+
+    Each is within an ulp of the true one, and scaling it rounds once more: two are within 2 (1 + 1/2) eps.
+    """
+    rtol = {"mean": 0.0, "std": 3 * torch.finfo(torch.float32).eps}[name]
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=0)
+
+
 # --- the encoders ---
 
 
@@ -120,7 +129,7 @@ def test_pieces(frames: int, expected: list[int]) -> None:
 
 
 @pytest.mark.parametrize(("frames", "starts"), [(49, [0]), (145, [0, 48, 96]), (37, [0, 12, 24]), (45, [0])])
-def test_latents_are_the_vaes_on_the_whole_video_bit_for_bit(pretrained: Path, frames: int, starts: list[int]) -> None:
+def test_latents_are_the_vaes_on_the_whole_video(pretrained: Path, frames: int, starts: list[int]) -> None:
     vae = AutoencoderKLCogVideoX.from_pretrained(pretrained, subfolder="vae").eval()
     pictures = noisy(frames, height=16, width=24)
     tensors = encode_video(pictures, frames=frames, starts=starts, encoder=VAEEncoder(vae))
@@ -130,9 +139,9 @@ def test_latents_are_the_vaes_on_the_whole_video_bit_for_bit(pretrained: Path, f
         alone = [vae.encode(video[:, :, start:]).latent_dist for start in starts]
     scale = vae.config.scaling_factor
     for name in ("mean", "std"):
-        assert torch.equal(tensors[name], (getattr(whole, name) * scale)[0].transpose(0, 1))
+        assert_same(name, tensors[name], (getattr(whole, name) * scale)[0].transpose(0, 1))
         for row, posterior in zip(tensors[f"start_{name}"], alone, strict=True):
-            assert torch.equal(row, (getattr(posterior, name) * scale)[0, :, 0])
+            assert_same(name, row, (getattr(posterior, name) * scale)[0, :, 0])
     assert bool((tensors["std"] > 0).all())
 
 
@@ -219,8 +228,8 @@ def test_videos_and_captions_become_windows_to_train_on(folder: Path, pretrained
         sample, scale = windows[number], vae.config.scaling_factor
         for name in ("mean", "std"):
             latents = (getattr(whole, name) * scale)[0].transpose(0, 1)
-            assert torch.equal(sample[name][1:], latents[12 * segment + 1 : 12 * segment + 13])
-            assert torch.equal(sample[name][0], (getattr(alone, name) * scale)[0, :, 0])
+            assert_same(name, sample[name][1:], latents[12 * segment + 1 : 12 * segment + 13])
+            assert_same(name, sample[name][0], (getattr(alone, name) * scale)[0, :, 0])
         torch.testing.assert_close(sample["text"], embed(windows.captions(number)))
     header = read_header(folder / index(folder)[0]["latents"])
     assert json.loads(header.metadata["ttt_videodit.precompute"]) == {

@@ -105,9 +105,10 @@ class DemoVideoEncoder:
 class VAEEncoder:
     """CogVideoX's VAE, piece by piece, with no more of a video in memory than a piece.
 
-    Its convolutions are causal in time and are handed what they need of the piece before, so the latents are bit for
-    bit those of `AutoencoderKLCogVideoX.encode` on the whole video. TTT-Video's own encoder takes 16 frames at a time;
-    the group norms' statistics, over the frames of a piece, then differ.
+    Its convolutions are causal in time and are handed what they need of the piece before. The pieces are those that
+    `AutoencoderKLCogVideoX.encode` makes of the whole video, so the means are bit for bit its own, and the deviations,
+    exponentials of a piece here and of the whole there, but for their last place. TTT-Video's own encoder takes 16
+    frames at a time; the group norms' statistics, over the frames of a piece, then differ.
 
     Args:
         vae: in eval mode.
