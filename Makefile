@@ -6,10 +6,18 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 UV     := UV_FIND_LINKS="$(PIP_FIND_LINKS)" VIRTUAL_ENV="$(abspath $(VENV))" $(BIN)/uv
 
+# What asks for equal bits, or for bounds where shapes differ: quick, and of every kind.
+SHAPED := tests/test_layer.py tests/test_adapter_file.py tests/test_nonfinite_tokens.py tests/test_train_optim.py \
+  tests/test_videodit_codec.py::test_pieces_of_a_video_are_the_whole \
+  tests/test_videodit_codec.py::test_the_figures_of_the_notice_are_true \
+  tests/test_videodit_precompute.py::test_a_run_that_ends_among_the_files_goes_on_to_the_same_bytes \
+  tests/test_videodit_precompute.py::test_latents_are_the_vaes_on_the_whole_video \
+  tests/test_moshi_data.py::test_left_is_moshi_right_is_the_user
+
 export NO_TORCH_COMPILE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint types format clean constraints rules
+.PHONY: help setup demo test rounding bench lint types format clean constraints rules
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +37,10 @@ demo: $(STAMP) ## train TTT layers in a small Moshi on real speech, on this mach
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+rounding: $(STAMP) ## run what asks for equal bits under another instruction set and another maker's rounding
+	TTT_OTHER_ROUNDING=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
+	  $(BIN)/python -m pytest -q -n 2 --dist worksteal $(SHAPED)
 
 bench: $(STAMP) ## time and weigh the scan beside what is published, on this CPU: about an hour
 	$(BIN)/python benchmarks/scan.py

@@ -128,6 +128,25 @@ def test_streaming_keeps_addresses_and_leaves_nothing_behind():
     torch.testing.assert_close(MOSHI.stream(model, codes, pieces=[2, 4]), first, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pieces", [[1] * 6, [2, 4]])
+def test_a_token_that_is_not_finite_stays_out_of_its_stream(pieces):
+    """Frame by frame in place and several at a time; what it leaves is counted where streams can be seen."""
+    model, injection = tiny(mini_batch_size=4, skip_nonfinite_tokens=True)
+    adapter = injection.adapters["transformer.layers.1.ttt"]
+    x = torch.randn(2, 6, model.dim, generator=torch.Generator().manual_seed(6))
+    x[1, 2, 3] = torch.nan
+    assert adapter.streams is None
+    with torch.no_grad(), model.streaming(2):
+        found = torch.cat([adapter(piece) for piece in x.split(pieces, 1)], 1)
+        assert adapter.streams.skipped.tolist() == [0, 1]
+        assert all(tensor.isfinite().all() for tensor in adapter.streams.tensors().values())
+        model.reset_streaming(torch.tensor([False, True]))
+        assert adapter.streams.skipped.tolist() == [0, 0]
+    with torch.no_grad():
+        torch.testing.assert_close(found, adapter(x), rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert found.isfinite().all(-1).tolist() == [[True] * 6, [True, True, False, True, True, True]]
+
+
 def test_injection_after_streaming_is_found_by_streaming():
     """kyutai's modules remember their streaming children from the first use; ours must still be among them."""
     model = MOSHI.build(MOSHI.tiny(), device="cpu", dtype=torch.float32)

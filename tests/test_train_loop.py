@@ -498,6 +498,7 @@ def test_the_wrong_backbone_weights_are_noticed_on_resumption(tmp_path):
 SCRIPT = """
     import sys, time
     sys.path.insert(0, {tests!r})
+    import conftest
     from test_train_loop import config
     from toy import ToyBackbone
     from ttt.train import interrupt, loop, train

@@ -49,7 +49,11 @@ def test_pieces_of_a_video_are_the_whole(codec: DemoCodec) -> None:
     video = random_video(17)
     pieces = [codec.encode(video[:, :9]), codec.encode(video[:, 9:13], opening=False)]
     pieces.append(codec.encode(video[:, 13:], opening=False))
-    assert torch.equal(torch.cat(pieces, 1), codec.encode(video))
+    # Products of other shapes add up n = 768 terms in another order. Each sum is within λ√n u Σ|x b| of the true one
+    # but for a chance of 2 exp(−λ²/2) (Higham and Mary 2019; u = eps / 2), and Σ|x b| ≤ ‖x‖ ‖b‖ = ‖x‖. Two, λ = 6:
+    norm = (1 + codec.mean.abs().max()) * math.sqrt(BLOCK)
+    bound = 6 * math.sqrt(BLOCK) * torch.finfo(torch.float32).eps * norm / codec.scale.min()
+    assert (torch.cat(pieces, 1) - codec.encode(video)).abs().max() <= bound
 
 
 def test_what_decoding_makes_is_coded_as_it_was(codec: DemoCodec) -> None:
@@ -94,7 +98,9 @@ def test_the_figures_of_the_notice_are_true(codec: DemoCodec) -> None:
         frames = demo_frames(split, width=128)[None]
         decibels = peak_signal_to_noise(codec.decode(codec.encode(frames)), frames)
         line = next(line for line in notice.splitlines() if words in line and "dB" in line)
-        assert f"{decibels:.2f} dB" in line
+        # rounded to two places, and on another processor to the other side of an edge
+        (told,) = (float(part.split()[-1]) for part in line.split(" dB")[:1])
+        assert told == pytest.approx(decibels, abs=0.005 + 1e-4)
 
 
 def test_noise_and_signal_in_decibels() -> None:

@@ -46,7 +46,8 @@ def test_a_trained_model_reconstructs_its_clip_better(run: Path, tmp_path: Path)
     for clip in found:
         frames = demo_frames(clip.split)[None]
         latents = codec.encode(frames)[:, :13]
-        assert np.array_equal(clip.clip, to_pixels(codec.decode(latents)[0]))
+        # encoded in pieces there and whole here: a value may fall on the other side of an edge between two pixels
+        assert np.abs(clip.clip.astype(int) - to_pixels(codec.decode(latents)[0])).max() <= 1
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
         signal = make_scheduler().alphas_cumprod[600].sqrt()
         assert clip.signal == pytest.approx(float(signal))

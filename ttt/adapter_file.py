@@ -66,8 +66,8 @@ MAX_SITES = 10_000
 
 _SETTINGS = "adapter_config"
 """Key of the settings in the safetensors header, which holds text only."""
-_FREE_SETTINGS = frozenset({"preset", "layers", "num_heads", "scan_checkpoint_group_size"})
-"""Settings that need not agree: a name, memory alone, and two that the sites say exactly."""
+_FREE_SETTINGS = frozenset({"preset", "layers", "num_heads", "scan_checkpoint_group_size", "skip_nonfinite_tokens"})
+"""Settings that need not agree: a name, memory alone, two that the sites say exactly, what no finite token meets."""
 _FREE_AT_START = _FREE_SETTINGS | {"mini_batch_size", "base_lr", "initial_gating_alpha", "persistent_states"}
 """Settings that a run may change of what it starts from: no tensor hangs on them."""
 _SAMPLES = 16

@@ -29,6 +29,10 @@ class TTTLayer(nn.Module):
     `ℓ = ½ ‖LN_γβ(f_W(k)) − (v − k)‖²`. `forward` is pure: it writes to no parameter and no buffer, and its fast
     weights come in and go out as a `TTTState`. Parameters carry the names and shapes of the literature's code.
 
+    With `skip_nonfinite_tokens` a token of which any number is NaN or infinite takes its place in the mini-batch but
+    teaches nothing, as at an inner learning rate of zero; it is answered with zeros, so that a residual around the
+    layer hands it on as it is, and `TTTState.skipped` counts it.
+
     Fast weights, their gradients, norms and rotary run in float32 or wider, whatever the type of the tokens or of
     autocast; the projections run in the type of the tokens.
 
@@ -105,7 +109,8 @@ class TTTLayer(nn.Module):
     def initial_state(self, batch_size: int, *, dtype: torch.dtype = torch.float32) -> TTTState:
         """The state of B streams that have read nothing: the layer's own W and b, differentiable, not copied."""
         weights = (getattr(self, name) for name in self.weight_names)
-        return TTTState(tuple(w.to(dtype).expand(batch_size, *w.shape) for w in weights))
+        state = TTTState(tuple(w.to(dtype).expand(batch_size, *w.shape) for w in weights))
+        return state.counting() if self.config.skip_nonfinite_tokens else state
 
     def streaming_state(self, batch_size: int, *, dtype: torch.dtype = torch.float32) -> TTTState:
         """`initial_state` in memory of its own, open mini-batches written out: what `step_` writes to."""
@@ -141,7 +146,7 @@ class TTTLayer(nn.Module):
         group_size = self._group_size(x.shape[1])
         with no_autocast(x):  # around what is compiled: a compiled backward runs in the types of its forward
             y, stream = read(self, x, state, rotary, group_size)
-        return y, TTTState.of(stream)
+        return y, TTTState.of(stream, skipped=self._skipped(x, state))
 
     def step_(self, x: Tensor, state: TTTState, *, rows: Tensor | None = None, rotary: Rotary | None = None) -> Tensor:
         """Read one token of each stream and write where the streams stand to `state` itself.
@@ -172,13 +177,19 @@ class TTTLayer(nn.Module):
             raise RuntimeError("step_ writes to its state, and a gradient would be lost; call it under torch.no_grad()")
         if state.gradients is None and self.config.mini_batch_size > 1:
             raise ValueError("the state has no open mini-batch to write to; take one from streaming_state")
+        if state.skipped is None and self.config.skip_nonfinite_tokens:
+            raise ValueError("the state has no count of skipped tokens to write to; take one from streaming_state")
         for name, weight in zip(self.weight_names, state.weights, strict=True):
             own = getattr(self, name).untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
             if not own or not weight.is_contiguous():
                 raise ValueError("the state shares its memory; take one from streaming_state, which step_ may write to")
         with torch.no_grad(), no_autocast(x):
             tokens = self._tokens(x, state, rotary)
-            return self._answer(learn_one_(tokens, state.stream, self._inner(tokens.q.dtype), rows), x.dtype)
+            if state.skipped is not None and self.config.skip_nonfinite_tokens:
+                kept_out = _nonfinite(x).flatten()
+                state.skipped.add_(kept_out if rows is None else kept_out & rows)
+            z_BHTF = learn_one_(tokens, state.stream, self._inner(tokens.q.dtype), rows)
+            return self._answer(z_BHTF, x)
 
     def trace(self, x: Tensor, state: TTTState | None = None, *, rotary: Rotary | None = None) -> InnerTrace:
         """The inner loss before and after the step of each mini-batch, `[N]` each; arguments as in `forward`."""
@@ -206,7 +217,7 @@ class TTTLayer(nn.Module):
         """`forward` of what fits, outside of autocast: the part that can be compiled."""
         tokens = self._tokens(x, state, rotary)
         z_BHTF, stream = learn(tokens, state.stream, self._inner(tokens.q.dtype), group_size=group_size)
-        return self._answer(z_BHTF, x.dtype), stream
+        return self._answer(z_BHTF, x), stream
 
     def _checked(self, x: Tensor, state: TTTState | None, rotary: Rotary | None) -> TTTState:
         if x.dim() != 3 or x.shape[-1] != self.dim or x.shape[1] == 0:
@@ -249,6 +260,9 @@ class TTTLayer(nn.Module):
         """Queries, keys, targets and rates of the tokens."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         eps = self.config.ln_eps
+        kept_out = _nonfinite(x) if self.config.skip_nonfinite_tokens else None
+        if kept_out is not None:  # also for backward, where NaN times zero would be NaN
+            x = torch.where(kept_out, 0, x)
         wide = x.to(dtype)
         if self.config.input_norm == "rms":
             wide = rms_norm(wide, eps=eps)
@@ -273,6 +287,8 @@ class TTTLayer(nn.Module):
             wide, self.learnable_ttt_lr_weight.to(dtype).squeeze(1), self.learnable_ttt_lr_bias.to(dtype).squeeze(1)
         )
         rate_BHT1 = rate_BTH.sigmoid().transpose(1, 2).unsqueeze(-1) * (self.config.base_lr / self.head_width)
+        if kept_out is not None:
+            rate_BHT1 = torch.where(kept_out.unsqueeze(1), 0, rate_BHT1)
         return Tokens(q_BHTF, k_BHTF, target_BHTF, rate_BHT1)
 
     def _group_size(self, length: int) -> int:
@@ -284,12 +300,20 @@ class TTTLayer(nn.Module):
         steps = length // self.config.mini_batch_size
         return best_group_size(steps, carry=one.carry_bytes, activation=one.activation_bytes, running=one.running_bytes)
 
-    def _answer(self, z_BHTF: Tensor, dtype: torch.dtype) -> Tensor:
-        """`W_o · LN(z)`, heads concatenated."""
+    def _skipped(self, x: Tensor, state: TTTState) -> Tensor | None:
+        """How many tokens each stream has kept out after these."""
+        if not self.config.skip_nonfinite_tokens:
+            return state.skipped
+        before = state.no_tokens() if state.skipped is None else state.skipped
+        return before + _nonfinite(x).sum((1, 2))
+
+    def _answer(self, z_BHTF: Tensor, x: Tensor) -> Tensor:
+        """`W_o · LN(z)`, heads concatenated, in the type of `x`; nothing for tokens that are kept out."""
         z = z_BHTF.transpose(1, 2).flatten(2)
         norm = self.post_norm
         z = F.layer_norm(z, (self.dim,), norm.weight.to(z), norm.bias.to(z), eps=norm.eps)
-        return self._project("o_proj", z.to(dtype))
+        y = self._project("o_proj", z.to(x.dtype))
+        return torch.where(_nonfinite(x), 0, y) if self.config.skip_nonfinite_tokens else y
 
     def _minibatch_rotary(self, length: int, state: TTTState, dtype: torch.dtype) -> Rotary:
         positions = torch.arange(length, device=state.weights[0].device)
@@ -328,6 +352,11 @@ def check_head_width(dim: int, num_heads: int, config: TTTConfig) -> None:
             f"heads of odd width {dim // num_heads} have no pairs for rotary embedding; write ttt.rope: none or "
             f"another ttt.num_heads"
         )
+
+
+def _nonfinite(x: Tensor) -> Tensor:
+    """Which tokens of `[B,T,D]` hold a NaN or an infinity, `[B,T,1]`."""
+    return ~x.isfinite().all(dim=-1, keepdim=True)
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:

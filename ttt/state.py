@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,11 +32,14 @@ class TTTState:
     """Gradients summed over the tokens read of it, in the same shapes; None where every stream is at a boundary."""
     count: Tensor | None = None
     """How many tokens those are, `[B]` int64 in 0 … C−1; None with `gradients`."""
+    skipped: Tensor | None = None
+    """How many tokens each stream has kept out because they were not finite, `[B]` int64, since it started; None where
+    none are looked for (`ttt.skip_nonfinite_tokens`)."""
 
     @classmethod
-    def of(cls, stream: Stream) -> TTTState:
+    def of(cls, stream: Stream, *, skipped: Tensor | None = None) -> TTTState:
         """The same, from `ttt.ops`."""
-        return cls(*stream)
+        return cls(*stream, skipped)
 
     @property
     def stream(self) -> Stream:
@@ -52,8 +55,15 @@ class TTTState:
         """The same state with gradients and count written out, zero where streams are at a boundary."""
         if self.gradients is not None and self.count is not None:
             return self
-        count = torch.zeros(self.batch_size, dtype=torch.int64, device=self.weights[0].device)
-        return TTTState(self.weights, tuple(torch.zeros_like(w) for w in self.weights), count)
+        return TTTState(self.weights, tuple(torch.zeros_like(w) for w in self.weights), self.no_tokens(), self.skipped)
+
+    def no_tokens(self) -> Tensor:
+        """A count of none for each stream, `[B]` int64."""
+        return torch.zeros(self.batch_size, dtype=torch.int64, device=self.weights[0].device)
+
+    def counting(self) -> TTTState:
+        """The same state with `skipped` written out, zero where none were looked for."""
+        return self if self.skipped is not None else replace(self, skipped=self.no_tokens())
 
     def detach(self) -> TTTState:
         """The same state, cut from the graph that computed it."""
@@ -65,10 +75,12 @@ class TTTState:
 
     def where(self, rows: Tensor, other: TTTState) -> TTTState:
         """This state in the rows `[B]` that are true, `other` in the rest."""
-        if self.gradients is None and other.gradients is None:
-            mine, others = self.tensors(), other.tensors()
-        else:
-            mine, others = self.opened().tensors(), other.opened().tensors()
+        one, two = self, other
+        if one.gradients is not None or two.gradients is not None:
+            one, two = one.opened(), two.opened()
+        if one.skipped is not None or two.skipped is not None:
+            one, two = one.counting(), two.counting()
+        mine, others = one.tensors(), two.tensors()
         return self.from_tensors(
             {
                 name: torch.where(rows.view(-1, *[1] * (tensor.dim() - 1)), tensor, others[name])
@@ -77,13 +89,13 @@ class TTTState:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name: `W1`, `b1`, …; `W1_grad`, …, `count` where mini-batches are open."""
+        """By name: `W1`, `b1`, …; `W1_grad`, …, `count` where mini-batches are open; `skipped` where it is counted."""
         names = weight_names(len(self.weights))
         found = dict(zip(names, self.weights, strict=True))
         if self.gradients is not None and self.count is not None:
             found |= {f"{name}_grad": g for name, g in zip(names, self.gradients, strict=True)}
             found["count"] = self.count
-        return found
+        return found if self.skipped is None else found | {"skipped": self.skipped}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TTTState:
@@ -92,6 +104,8 @@ class TTTState:
         Raises:
             ValueError: a name is missing or unknown.
         """
+        skipped = tensors.get("skipped")
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "skipped"}
         open_names = [name for name in tensors if name == "count" or name.endswith("_grad")]
         names = weight_names(len(tensors) // 2 if open_names else len(tensors))
         expected = {*names, *(f"{name}_grad" for name in names), "count"} if open_names else set(names)
@@ -99,8 +113,8 @@ class TTTState:
             raise ValueError(f"these tensors are no TTT state: {', '.join(sorted(tensors)) or 'none'}")
         weights = tuple(tensors[name] for name in names)
         if not open_names:
-            return cls(weights)
-        return cls(weights, tuple(tensors[f"{name}_grad"] for name in names), tensors["count"])
+            return cls(weights, skipped=skipped)
+        return cls(weights, tuple(tensors[f"{name}_grad"] for name in names), tensors["count"], skipped)
 
     def save(self, path: str | Path) -> None:
         """Write the state to a safetensors file; the file appears whole or not at all.

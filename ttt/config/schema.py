@@ -218,6 +218,9 @@ class TTTConfig(Section):
     the number that needs the least memory, near √(N·S/(S+A))."""
     persistent_states: bool = False
     """Carry fast weights from window to window of a file while training; needs windows in order."""
+    skip_nonfinite_tokens: bool = False
+    """Keep tokens that hold NaN or infinity out of the fast weights, and count them; for inference. False lets them
+    spoil their stream, so that training stops where they come from."""
 
     @model_validator(mode="before")
     @classmethod

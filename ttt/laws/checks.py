@@ -305,6 +305,7 @@ FIELDS_SHOWN_ELSEWHERE = {
     "causal": "acts on what a token sees: law 3, and the ops' tests against the definition",
     "scan_checkpoint_group_size": "acts on memory alone, which the scan's tests measure",
     "persistent_states": "acts on the training loop, whose tests show it",
+    "skip_nonfinite_tokens": "acts on tokens that are not finite, which the layer's tests feed it",
 }
 
 

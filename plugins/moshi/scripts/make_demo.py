@@ -2,7 +2,8 @@
 
 SOURCE_DIR holds the recordings that ttt_moshi/demo/NOTICE.md names and their transcripts.json: a list of
 `{"file", "voice": "male" | "female", "segments": [{"start", "end", "text"}, …]}`. Everything is deterministic:
-the same recordings give the same files, byte for byte, with the same versions of torch, soundfile and sentencepiece.
+the same recordings give the same files, byte for byte, on one machine with the same versions of torch, soundfile and
+sentencepiece.
 """
 
 from __future__ import annotations

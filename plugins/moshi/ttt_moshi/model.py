@@ -72,7 +72,7 @@ def build(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dty
 
 
 def _demo_model(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dtype) -> LMModel:
-    """A tiny `LMModel` of Moshi's structure, the same values on every machine."""
+    """A tiny `LMModel` of Moshi's structure, the same values every time; another CPU's differ in their last place."""
     kwargs = dict(loaders._lm_kwargs) | DEMO_KWARGS
     kwargs |= {name: getattr(options, name) or default for name, default in DEMO.items()}
     if torch.device(device).type == "meta":
@@ -180,6 +180,11 @@ class MoshiTTT(TTTAdapter, StreamingModule[TTTStreamingState]):
     """The adapter in Moshi: `TTTAdapter`, whose state lives in kyutai's streaming state while streaming."""
 
     _streaming_state: TTTStreamingState | None
+
+    @property
+    def streams(self) -> TTTState | None:
+        """Where the streams stand while streaming, with the tokens that they have skipped; None outside of it."""
+        return None if self._streaming_state is None else self._streaming_state.state
 
     def _init_streaming_state(self, batch_size: int) -> TTTStreamingState:
         device = self.gate.gating_alpha.device

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 PIECE: Final = 8
 """Frames that an encoder is given at a time; the first piece of a video has those over that do not divide by it."""
 
-_TEXTS_AT_ONCE: Final = 8
-
 
 @dataclass(frozen=True)
 class Posterior:
@@ -107,9 +105,10 @@ class DemoVideoEncoder:
 class VAEEncoder:
     """CogVideoX's VAE, piece by piece, with no more of a video in memory than a piece.
 
-    Its convolutions are causal in time and are handed what they need of the piece before, so the latents are bit for
-    bit those of `AutoencoderKLCogVideoX.encode` on the whole video. TTT-Video's own encoder takes 16 frames at a time;
-    the group norms' statistics, over the frames of a piece, then differ.
+    Its convolutions are causal in time and are handed what they need of the piece before. The pieces are those that
+    `AutoencoderKLCogVideoX.encode` makes of the whole video, so the means are bit for bit its own, and the deviations,
+    exponentials of a piece here and of the whole there, but for their last place. TTT-Video's own encoder takes 16
+    frames at a time; the group norms' statistics, over the frames of a piece, then differ.
 
     Args:
         vae: in eval mode.
@@ -143,6 +142,9 @@ class VAEEncoder:
 class T5TextEncoder:
     """CogVideoX's text encoder: T5's last hidden states of all L tokens, padding included, as CogVideoX was trained.
 
+    Each text is read alone. Products round by their shapes, so in a batch a text's numbers would depend on how many
+    others are read with it, and a run that goes on after a kill has fewer left. L tokens keep a device busy anyway.
+
     Args:
         tokenizer: T5's.
         model: `T5EncoderModel`, in eval mode.
@@ -159,13 +161,9 @@ class T5TextEncoder:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Embeddings `[N,L,E]` of N texts, on the CPU in the model's dtype."""
         rows = []
-        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        for text in texts:
             tokens = self._tokenizer(
-                list(texts[start : start + _TEXTS_AT_ONCE]),
-                padding="max_length",
-                max_length=self.text_length,
-                truncation=True,
-                return_tensors="pt",
+                [text], padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
             )
             rows.append(self._model(tokens.input_ids.to(self._model.device))[0].cpu())
         return torch.cat(rows)

@@ -158,7 +158,8 @@ class RematFeedForward(FeedForward):
 class VideoDiT(CogVideoXTransformer3DModel):
     """CogVideoX's transformer for videos of any number of segments: same parameters, same names.
 
-    A video of one segment with one text is answered bit for bit as by diffusers' own class.
+    A video of one segment with one text is answered bit for bit as by diffusers' own class: the same operations on the
+    same shapes.
 
     Args: as `diffusers.CogVideoXTransformer3DModel`.
 
@@ -334,7 +335,7 @@ def build(options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.
 
 
 def _demo_model(options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.dtype) -> VideoDiT:
-    """A tiny `VideoDiT`, the same values on every machine."""
+    """A tiny `VideoDiT`, the same values every time; another CPU's may differ in their last place."""
     size = sizes(options)
     height, width = PIXELS["demo"]
     config = {

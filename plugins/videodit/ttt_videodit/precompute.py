@@ -72,7 +72,6 @@ _STORED: Final = {torch.float32: torch.float32, torch.bfloat16: torch.float16}
 _SOURCES: Final = (("videos", "train_data"), ("eval_videos", "eval_data"))
 _HEADER: Final = "ttt_videodit.precompute"
 _LENIENCY_SEC: Final = 0.1  # a header's length is rounded, or that of the sound
-_TEXTS_AT_ONCE: Final = 8
 
 
 def precompute(config: RunConfig, *, console: Console) -> None:
@@ -401,17 +400,14 @@ def _encode_texts(
     if cut:
         more = f" and {len(cut) - 3} more" if len(cut) > 3 else ""
         say(console, f"captions of more than {length} tokens, cut off there: {'; '.join(cut[:3])}{more}")
-    files = list(places)
-    with _Report(console, "texts", total=len(files)) as report:
-        for start in range(0, len(files), _TEXTS_AT_ONCE):
-            some = files[start : start + _TEXTS_AT_ONCE]
-            for file, text in zip(some, encoder([places[file][0] for file in some]), strict=True):
-                caption, place = places[file]
-                if not bool(text.isfinite().all()):
-                    raise EnvironmentProblem(f"{place}: T5 gave numbers that are not finite; check its weights")
-                header = {"caption": caption, "text_length": length, "encoder": jobs[0].encoders}
-                write_tensors(file, {"text": text}, {_HEADER: json.dumps(header)})
-                report.advance()
+    with _Report(console, "texts", total=len(places)) as report:
+        for file, (caption, place) in places.items():
+            (text,) = encoder([caption])
+            if not bool(text.isfinite().all()):
+                raise EnvironmentProblem(f"{place}: T5 gave numbers that are not finite; check its weights")
+            header = {"caption": caption, "text_length": length, "encoder": jobs[0].encoders}
+            write_tensors(file, {"text": text}, {_HEADER: json.dumps(header)})
+            report.advance()
 
 
 def _encode_videos(
