@@ -26,7 +26,7 @@ from ttt.backbone import Backbone, Batch, WindowDataset
 from ttt.config.schema import RunConfig
 from ttt.errors import InactiveLayerError, NonFiniteError, TTTError
 from ttt.evidence import observe
-from ttt.files import require_space
+from ttt.files import require_space, writing
 from ttt.state import TTTState
 from ttt.train import rundir
 from ttt.train.checkpoint import content_bytes, read_content, write_content
@@ -271,8 +271,9 @@ class Trainer:
                 contextlib.closing(MetricsFile(self.directory / rundir.METRICS, last_step=keep))
             )
             self.directory.write_config(self.config)
-            self.directory.remove_unfinished()
-            (self.directory / rundir.SUMMARY).unlink(missing_ok=True)  # of an end that is one no more
+            with writing(self.directory / rundir.SUMMARY):
+                self.directory.remove_unfinished()
+                (self.directory / rundir.SUMMARY).unlink(missing_ok=True)  # of an end that is one no more
             self.board = stack.enter_context(
                 contextlib.closing(TensorBoard(self.directory / "tensorboard", first_step=keep + 1))
             )
