@@ -302,7 +302,10 @@ def read_tensors(path: Path, *, device: Any = "cpu") -> dict[str, Tensor]:
     read_header(path)
     try:
         return load_file(path, device=str(device))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # PyTorch maps the file, and says what the system says of that as a RuntimeError; others are about memory
+        if isinstance(error, RuntimeError) and not str(error).startswith("unable to "):
+            raise
         raise EnvironmentProblem(f"{path}: cannot be read: {error}") from error
 
 
