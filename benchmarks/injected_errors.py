@@ -85,7 +85,9 @@ def one(task: tuple[str, int, int]) -> Outcome:
     fail = Fail(folder, kind, number, error)
     ended = disturbed.forked(folder, COMMAND, fail, names=names(kind))
     if not fail.place:
-        return Outcome(kind, "no such call", [], f"call {number}")
+        disturbed.forget(folder)
+        told = [] if ended.code == 0 else [f"exit {ended.code}: {(ended.err or ended.out).strip()[-400:]}"]
+        return Outcome(kind, "no such call", told, f"call {number}")
     problems = _spoken(ended, fail.place)
     damage = disturbed.newest_checkpoint(folder)
     if damage:

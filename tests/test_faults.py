@@ -20,8 +20,12 @@ import disturbed
 import injected_errors
 import pytest
 import signals
+import torch
 import tracing
 from disturbed import Ended
+
+from ttt.errors import EnvironmentProblem
+from ttt.files import read_tensors, write_tensors
 
 ROOT = Path(__file__).parent.parent
 UNTRACEABLE = tracing.obstacle()
@@ -157,6 +161,32 @@ def test_a_call_can_be_made_to_fail_and_a_process_be_killed_at_one(tmp_path: Pat
     tracer = tracing.Tracer(kills)
     assert tracer.run(lambda: os.mkdir(tmp_path / "folder")) == -signal.SIGKILL
     assert not (tmp_path / "folder").exists()
+
+
+@traced
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_tensors_that_cannot_be_opened_are_one_sentence(tmp_path: Path) -> None:
+    """PyTorch says it as a RuntimeError."""
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"x": torch.ones(3)}, {})
+    opened = []
+
+    def fails(call: tracing.Call) -> int | None:
+        if call.path == str(path):
+            opened.append(call.name)
+        return errno.EIO if call.path == str(path) and len(opened) > refused_from else None
+
+    def start() -> None:
+        try:
+            read_tensors(path)
+        except EnvironmentProblem as problem:
+            os._exit(3 if str(problem).startswith(f"{path}: cannot be read: ") else 4)
+        os._exit(0)
+
+    for refused_from in range(3):
+        opened.clear()
+        assert tracing.Tracer(fails, names=["open", "openat"]).run(start) == 3
+        assert len(opened) == refused_from + 1
 
 
 @traced

@@ -416,7 +416,10 @@ def read_tensors(path: Path, *, device: Any = "cpu", verify: bool = True) -> dic
         verify_tensors(path, header)
     try:
         return load_file(path, device=str(device))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # PyTorch maps the file, and says what the system says of that as a RuntimeError; others are about memory
+        if isinstance(error, RuntimeError) and not str(error).startswith("unable to "):
+            raise
         raise EnvironmentProblem(f"{path}: cannot be read: {error}") from error
 
 

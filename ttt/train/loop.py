@@ -27,7 +27,7 @@ from ttt.backbone import Backbone, Batch, LossOutput, WindowDataset
 from ttt.config.schema import RunConfig
 from ttt.errors import InactiveLayerError, NonFiniteError, TTTError
 from ttt.evidence import observe
-from ttt.files import require_space
+from ttt.files import require_space, writing
 from ttt.state import TTTState
 from ttt.train import rundir
 from ttt.train.checkpoint import content_bytes, read_content, write_content
@@ -282,8 +282,9 @@ class Trainer:
             for problem in self.metrics.dropped:
                 say(self.console, problem)
             self.directory.write_config(self.config)
-            self.directory.remove_unfinished()
-            (self.directory / rundir.SUMMARY).unlink(missing_ok=True)  # of an end that is one no more
+            with writing(self.directory / rundir.SUMMARY):
+                self.directory.remove_unfinished()
+                (self.directory / rundir.SUMMARY).unlink(missing_ok=True)  # of an end that is one no more
             self.board = stack.enter_context(
                 contextlib.closing(TensorBoard(self.directory / "tensorboard", first_step=keep + 1, warn=self._say))
             )

@@ -329,10 +329,11 @@ class RunDir:
 
     def _step_folders(self) -> list[Path]:
         """Folders named like checkpoints, in order of step, whatever is in them."""
-        root = self / CHECKPOINTS
-        if not root.is_dir():
+        try:  # newer Pythons' `is_dir` takes a disk that fails for a folder that is not there: a run would start over
+            entries = sorted((self / CHECKPOINTS).iterdir())
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        named = [(match, folder) for folder in root.iterdir() if (match := _STEP.fullmatch(folder.name))]
+        named = [(match, folder) for folder in entries if (match := _STEP.fullmatch(folder.name))]
         return [folder for match, folder in sorted(named, key=lambda pair: int(pair[0][1])) if folder.is_dir()]
 
     # --- the config ---
