@@ -35,7 +35,7 @@ from ttt.train.interrupt import Interrupt
 from ttt.train.metrics import Display, MetricsFile, TensorBoard, duration_in_words, finite, peak_memory_bytes, say
 from ttt.train.optim import Optimizer, choose_learnable
 from ttt.train.order import Reading
-from ttt.train.passes import load_batch, mixed_precision, reset_rows, seed_pass
+from ttt.train.passes import load_batch, mixed_precision, reset_rows, seed_pass, states_to_carry
 from ttt.train.pictures import draw_run
 from ttt.train.result import TrainResult, finished, write_summary
 from ttt.train.rundir import Checkpoint, RunDir
@@ -310,7 +310,7 @@ class Trainer:
                 raise NonFiniteError(self._not_finite("the loss", loss, [reading]))
             (output.loss / self.config.train.num_microbatches).backward()
             if carry is not None:
-                self.states = carry.states
+                self.states = states_to_carry(carry, self.injection, backbone=self.backbone.name)
         self.optimizer.collect()
         return loss, output.tokens, {name: float(value) for name, value in output.metrics.items()}
 
