@@ -125,9 +125,7 @@ class Injection:
             self._ejected = True
 
 
-def plan(
-    sites: Sequence[Site], config: TTTConfig, *, causal: bool = True, model: nn.Module | None = None
-) -> Plan:
+def plan(sites: Sequence[Site], config: TTTConfig, *, causal: bool = True, model: nn.Module | None = None) -> Plan:
     """Choose the sites that the config names and check everything that could fail.
 
     Args:
