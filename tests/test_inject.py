@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from toy import ToyBackbone
 
 from ttt import inject
@@ -162,3 +163,85 @@ def test_evidence_is_of_the_pass_that_was_watched():
     still = seen.layers()["layers.0.ttt"]
     assert still.movement == 0
     assert still.inner_loss_after == still.inner_loss_before
+
+
+# --- paths of sites ---
+
+
+def with_first_site(**changes):
+    """The toy's model, and its sites with the first one changed."""
+    plain = model()
+    first, *others = BACKBONE.sites(plain)
+    return plain, [dataclasses.replace(first, **changes), *others]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": "blocks.0"}, r"layer 0: its path 'blocks.0' names no module of the model; .* goes by 'layers.0'"),
+        ({"path": "layers.0."}, r"'layers.0.' names no module"),
+        ({"path": "module.layers.0"}, r"'module.layers.0' names no module"),
+        ({"path": "layers.1"}, r"'layers.1' leads to another module, a Block; its module, a Block, goes by 'layers.0'"),
+        ({"path": "layers.0.norm1"}, r"leads to another module, a LayerNorm"),
+        ({"path": ""}, r"its path '' leads to another module, a ToyModel"),
+        ({"attribute": "my.ttt"}, r"attribute 'my.ttt' is no name that a module can give a child"),
+        ({"attribute": ""}, r"attribute '' is no name"),
+        ({"attribute": "class"}, r"attribute 'class' is no name"),
+        ({"attribute": "ttt-layer"}, r"attribute 'ttt-layer' is no name"),
+        ({"layer": 2}, r"numbers the layers of its 2 sites 1, 2; they count from 0"),
+    ],
+)
+def test_a_site_must_say_where_its_module_is(changes, message):
+    plain, sites = with_first_site(**changes)
+    before = {name: type(module) for name, module in plain.named_modules()}
+    with pytest.raises(InjectionError, match=message):
+        inject.apply(plain, sites, CONFIG)
+    assert {name: type(module) for name, module in plain.named_modules()} == before
+
+
+def test_a_site_of_another_model_is_refused():
+    with pytest.raises(InjectionError, match=r"'layers.0'\): its Block is no module of the model"):
+        inject.apply(model(), BACKBONE.sites(model()), CONFIG)
+
+
+def test_a_module_of_two_names_goes_by_the_one_that_its_parameters_have():
+    plain = model()
+    plain.body = plain.layers
+    sites = BACKBONE.sites(plain)
+    with pytest.raises(InjectionError, match=r"'body.0' is a second name of its module; .* goes by 'layers.0'"):
+        inject.apply(plain, [dataclasses.replace(site, path=f"body.{site.layer}") for site in sites], CONFIG)
+    injection = inject.apply(plain, sites, CONFIG)
+    assert set(injection.state_dict()) <= dict(plain.named_parameters()).keys()
+
+
+def test_a_site_may_be_the_model_itself():
+    class Reading(nn.Linear):
+        def forward(self, x):
+            return self.ttt(super().forward(x))
+
+    plain = nn.Linear(16, 16)
+    site = inject.Site(layer=0, path="", module=plain, dim=16, num_heads=2, subclass=Reading)
+    injection = inject.apply(plain, [site], CONFIG)
+    assert list(injection.adapters) == ["ttt"]
+    assert set(injection.state_dict()) <= dict(plain.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("wrapped", ["model", "layer"])
+def test_a_path_need_not_know_of_wrappers(wrapped):
+    plain = outer = model()
+    sites = BACKBONE.sites(plain)
+    if wrapped == "model":
+        outer = nn.DataParallel(plain)
+    else:
+        plain.layers[0] = checkpoint_wrapper(plain.layers[0])
+    injection = inject.apply(outer, sites, CONFIG)
+    assert list(injection.adapters) == ["layers.0.ttt", "layers.1.ttt"]
+    assert injection.adapters["layers.0.ttt"] is sites[0].module.ttt
+
+
+def test_one_adapter_for_two_layers_is_refused():
+    plain = model()
+    shared = TTTAdapter(16, 2, CONFIG)
+    sites = [dataclasses.replace(site, adapter=lambda *_, **__: shared) for site in BACKBONE.sites(plain)]
+    with pytest.raises(InjectionError, match="share one adapter"):
+        inject.apply(plain, sites, CONFIG)

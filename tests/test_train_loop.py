@@ -38,13 +38,13 @@ from ttt.errors import (
 from ttt.inject import Site
 from ttt.train import interrupt, loop, train
 from ttt.train.checkpoint import OPTIMIZER
-from ttt.train.evaluation import Evaluation
+from ttt.train.evaluation import Evaluation, evaluate
 from ttt.train.interrupt import SIGNALS, Interrupt, interruptible
 from ttt.train.metrics import read_metrics
 from ttt.train.optim import Optimizer
 from ttt.train.passes import reset_rows
 from ttt.train.rundir import RunDir
-from ttt.train.setup import choose_device
+from ttt.train.setup import build, choose_device
 
 TINY = {"name": "toy", "num_layers": 2, "dim": 16, "num_heads": 2}
 TIMES = {"tokens_per_second", "peak_memory_bytes"}
@@ -880,6 +880,37 @@ def test_a_layer_that_does_nothing_fails_on_the_first_step(tmp_path, changes, me
     with pytest.raises(InactiveLayerError, match=message):
         run(config(tmp_path / "run"), sabotaged(**changes))
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+class BlockThatKeepsTheState(BlockWithTTT):
+    """Calls the adapter beside its forward, so that what `carried` hands out and takes in never meets it."""
+
+    def after_attention(self, x, cache):
+        return self.ttt.adapt(x)[0]
+
+
+def test_states_that_nobody_hands_on_are_an_error_in_the_first_step(tmp_path):
+    backbone = sabotaged(subclass=BlockThatKeepsTheState)
+    result, _ = run(config(tmp_path / "fresh"), backbone)
+    assert result.steps == 6
+    carried_on = config(tmp_path / "run", ttt={"persistent_states": True}, data={"shuffle": False})
+    with pytest.raises(InactiveLayerError, match=r"layers\.1\.ttt: ttt.persistent_states.* the backbone toy does not"):
+        run(carried_on, backbone)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_states_that_nobody_hands_on_are_an_error_in_an_evaluation_too():
+    class OnlyInTraining(BlockThatKeepsTheState):
+        def after_attention(self, x, cache):
+            return self.ttt(x) if self.training else super().after_attention(x, cache)
+
+    backbone = sabotaged(subclass=OnlyInTraining)
+    wanted = config("unused", ttt={"persistent_states": True}, data={"shuffle": False})
+    device = torch.device("cpu")
+    model, injection = build(wanted, backbone, device)
+    dataset = backbone.dataset(wanted, split="train", device=device)
+    with pytest.raises(InactiveLayerError, match=r"layers\.1\.ttt: ttt.persistent_states"):
+        evaluate(model, injection, backbone, wanted, dataset, split="train", device=device)
 
 
 def test_a_gate_at_zero_that_cannot_learn_is_refused(tmp_path):

@@ -9,6 +9,7 @@ found good, and a failure on the way undoes what was done.
 from __future__ import annotations
 
 import itertools
+import keyword
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ class Site:
     layer: int
     """Its number, as `ttt.layers` names it."""
     path: str
-    """Dotted path of `module` in the model."""
+    """Dotted path of `module` in the model: what `model.named_modules()` calls it. Adapter files name tensors by it."""
     module: nn.Module
     """What gets the adapter as a child."""
     dim: int
@@ -49,7 +50,7 @@ class Site:
     @property
     def name(self) -> str:
         """Dotted path of the adapter in the model."""
-        return f"{self.path}.{self.attribute}"
+        return f"{self.path}.{self.attribute}" if self.path else self.attribute
 
     def attach(self, adapter: nn.Module) -> None:
         """Make `module` call the adapter."""
@@ -124,21 +125,28 @@ class Injection:
             self._ejected = True
 
 
-def plan(sites: Sequence[Site], config: TTTConfig, *, causal: bool = True) -> Plan:
+def plan(sites: Sequence[Site], config: TTTConfig, *, causal: bool = True, model: nn.Module | None = None) -> Plan:
     """Choose the sites that the config names and check everything that could fail.
 
     Args:
         sites: what the backbone offers, one for each layer.
         config: the `ttt` section.
         causal: whether the backbone is.
+        model: what the sites are of, whose modules their paths must lead to; None leaves that unchecked.
 
     Raises:
         InjectionError: a layer that does not exist, heads that do not fit, a non-causal update on a causal backbone,
-            TTT that is already there, or a site that would change the backbone's own parameters.
+            TTT that is already there, a path that does not lead to its module, or a site that would change the
+            backbone's own parameters.
     """
     by_layer = {site.layer: site for site in sites}
     if len(by_layer) != len(sites):
         raise InjectionError("the backbone offers two sites for one layer")
+    if sorted(by_layer) != list(range(len(sites))):
+        numbers = ", ".join(map(str, sorted(by_layer)))
+        raise InjectionError(
+            f"the backbone numbers the layers of its {len(sites)} sites {numbers}; they count from 0 without a gap"
+        )
     if len({(id(site.module), site.attribute) for site in sites}) != len(sites):
         raise InjectionError("the backbone offers one module as the site of two layers, which can hold one adapter")
     try:
@@ -153,13 +161,66 @@ def plan(sites: Sequence[Site], config: TTTConfig, *, causal: bool = True) -> Pl
             "causal: true"
         )
     for site in chosen:
+        if not site.attribute.isidentifier() or keyword.iskeyword(site.attribute):
+            raise InjectionError(
+                f"the site of layer {site.layer}: its attribute {site.attribute!r} is no name that a module can give a "
+                f"child; write one such as 'ttt'"
+            )
         if hasattr(site.module, site.attribute):
             raise InjectionError(f"{site.name} is there already; eject the first injection before another")
         if not issubclass(site.subclass, type(site.module)):
             raise InjectionError(
                 f"{site.path} is a {type(site.module).__name__}, and {site.subclass.__name__} is no subclass of that"
             )
+    if model is not None:
+        _require_paths(model, chosen)
     return Plan(chosen, config)
+
+
+_WRAPPERS = frozenset({"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+"""What the wrappers of `torch.compile`, DDP, checkpointing and FSDP call what they wrap; a path may go without them."""
+
+
+def _require_paths(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Refuse a path that is not that of the site's module: its adapter could be trained, but not loaded again.
+
+    Raises:
+        InjectionError: naming what the path leads to, and where the module is.
+    """
+    modules = dict(model.named_modules())
+    paths = {id(module): path for path, module in modules.items()}
+    for site in sites:
+        at = paths.get(id(site.module))
+        if at is None:
+            raise InjectionError(
+                f"the site of layer {site.layer} ({site.path!r}): its {type(site.module).__name__} is no module of "
+                f"the model; offer the modules of the model that is injected into"
+            )
+        if site.path not in (at, _without_wrappers(at, modules)):
+            raise InjectionError(
+                f"the site of layer {site.layer}: its path {site.path!r} {_in_words(model, site)}; its module, a "
+                f"{type(site.module).__name__}, goes by {at!r} in the model: write that, so that its adapter can be "
+                f"loaded again"
+            )
+
+
+def _without_wrappers(path: str, modules: Mapping[str, nn.Module]) -> str:
+    parts = path.split(".")
+    above = [type(modules[".".join(parts[:index])]).__module__ for index in range(len(parts))]
+    return ".".join(
+        part for part, kind in zip(parts, above, strict=True) if part not in _WRAPPERS or not kind.startswith("torch.")
+    )
+
+
+def _in_words(model: nn.Module, site: Site) -> str:
+    """What the path of a site leads to instead of its module."""
+    try:
+        there = model.get_submodule(site.path)
+    except AttributeError:
+        return "names no module of the model"
+    if there is site.module:  # which is registered twice
+        return "is a second name of its module"
+    return f"leads to another module, a {type(there).__name__}"
 
 
 def apply(
@@ -186,8 +247,10 @@ def apply(
     Raises:
         InjectionError: see `plan`; the model is as it was.
     """
-    planned = plan(sites, config, causal=causal)
+    planned = plan(sites, config, causal=causal, model=model)
     adapters = [_make_adapter(model, site, config, seed) for site in planned.sites]
+    if len({id(adapter) for adapter in adapters}) != len(adapters):
+        raise InjectionError("the backbone's sites share one adapter; each layer needs an adapter of its own")
     originals = [type(site.module) for site in planned.sites]
     try:
         for site, adapter in zip(planned.sites, adapters, strict=True):

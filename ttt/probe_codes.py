@@ -39,8 +39,9 @@ LAW_EXPLANATIONS: dict[str, LawExplanation] = {
     "TTT902": LawExplanation(
         title="gradients that depend on rematerialisation",
         what=(
-            "With this config's checkpoints (the scan's groups, and the backbone's own around them) outputs or "
-            "gradients differ from those of the same model that recomputes nothing."
+            "In training mode, with this config's checkpoints (the scan's groups, and the backbone's own around them), "
+            "outputs or gradients differ from those of the same model that recomputes nothing. Or a TTT layer did not "
+            "run as often as the plugin's facts say: its checkpointing is switched on and recomputes nothing."
         ),
         why="The run would train on other gradients than the loss has, and no error would say so.",
         bad="scan(lambda carry, x: inner(carry, x, self.rate), ...)  # and forward changes self.rate",
@@ -50,7 +51,7 @@ LAW_EXPLANATIONS: dict[str, LawExplanation] = {
     ),
     "TTT903": LawExplanation(
         title="the future reaches the past",
-        what="On a causal backbone, changing token t changed an output before t.",
+        what="On a causal backbone, changing token t changed an output before t, in training mode or outside it.",
         why=(
             "The model reads in training what it must predict: the loss looks splendid, and at inference, where the "
             "future is not there, the model is garbage."
@@ -99,8 +100,10 @@ LAW_EXPLANATIONS: dict[str, LawExplanation] = {
     "TTT910": LawExplanation(
         title="a TTT layer that does nothing",
         what=(
-            "A layer that the config names was not reached by a forward pass, or its fast weights did not move, or one "
-            "of its parameters got no gradient."
+            "A layer that the config names was not reached by a forward pass, in training mode or outside it, or its "
+            "fast weights did not move; one of its parameters got no gradient, or what it reads carries none on; it "
+            "does not read the whole sequence; twice its gate has not twice the effect; or its parameters are not "
+            "float32."
         ),
         why="The run would train the plain backbone, or a part of the layer, and report success.",
         bad="def forward(self, x):\n    return self.attention(x)  # self.ttt is injected and never called",

@@ -1,10 +1,12 @@
 """The laws of TTT layers as functions: each takes a `Bench`, returns what it measured, raises `LawBrokenError`.
 
-`ttt.testing` runs them as a pytest suite over a backbone plugin, `ttt.probe` over one config.
+`ttt.testing` runs them as a pytest suite over a backbone plugin, `ttt.probe` over one config. Beside them, `CHECKS` are
+of what else a plugin's methods owe; they raise `MethodBrokenError`.
 """
 
-from ttt.laws import checks
+from ttt.laws import checks, plugin, run
 from ttt.laws.bench import Bench, LawBrokenError
+from ttt.laws.plugin import MethodBrokenError
 
 LAWS = {
     1: checks.purity,
@@ -20,4 +22,15 @@ LAWS = {
 }
 """The laws by number, each with settings that suit a small model."""
 
-__all__ = ["LAWS", "Bench", "LawBrokenError"]
+CHECKS = {
+    "imports": plugin.module_imports_no_torch,
+    "presets": plugin.presets_load,
+    "facts": plugin.facts_agree,
+    "model": plugin.model_and_batches,
+    "dataset": run.dataset_keeps_its_protocol,
+    "loss": run.loss_trains,
+    "run": run.demo_trains,
+}
+"""The checks of a plugin's other methods by name."""
+
+__all__ = ["CHECKS", "LAWS", "Bench", "LawBrokenError", "MethodBrokenError"]

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ttt import inject
 from ttt.backbone import Backbone, Batch
-from ttt.config import BackboneOptions, TTTConfig
+from ttt.config import BackboneOptions, RunConfig, TTTConfig, check_config
+from ttt.config.load import run_config_model
 from ttt.errors import NestedCheckpointWarning, TTTError, UsageError
 from ttt.inject import Injection
+from ttt.layer import TTTLayer
+from ttt.train.passes import seed_pass
 
 
 class LawBrokenError(TTTError):
@@ -38,6 +45,27 @@ def distance(a: Tensor, b: Tensor) -> float:
     difference, size = torch.linalg.vector_norm((a - b).double()).item(), torch.linalg.vector_norm(b.double()).item()
     found = difference / size if size else difference
     return found if found == found else float("inf")
+
+
+@contextlib.contextmanager
+def running(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The model in training or evaluation mode, every generator at one seed; afterwards both are as they were.
+
+    What is dropped at random is then the same in every pass, and passes can be compared.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        seed_pass(0, "law", 0)
+        model.train(training)
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -115,18 +143,22 @@ class Bench:
         """A random batch."""
         return self.backbone.example_batch(model, batch_size=self.batch_size, tokens=self.tokens, seed=seed)
 
-    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The model's outputs, without gradient."""
-        with torch.no_grad():
+    def outputs(self, model: nn.Module, batch: Batch, *, training: bool = False) -> Tensor:
+        """The model's outputs, without gradient, in evaluation mode or in training mode."""
+        with torch.no_grad(), running(model, training=training):
             return self.backbone.outputs(model, batch)
 
-    def gradients(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Outputs (as `outputs`) and the gradient of every parameter, of a sum that weighs every output differently."""
+    def gradients(self, model: nn.Module, batch: Batch, *, training: bool = True) -> dict[str, Tensor]:
+        """Outputs (as `outputs`) and the gradient of every parameter, of a sum that weighs every output differently.
+
+        In training mode, in which alone many models recompute anything.
+        """
         for parameter in model.parameters():
             parameter.grad = None
-        outputs = self.backbone.outputs(model, batch)
-        weights = torch.linspace(0.5, 1.5, outputs.numel(), device=outputs.device).view_as(outputs)
-        (outputs.float() * weights).square().mean().backward()
+        with running(model, training=training):
+            outputs = self.backbone.outputs(model, batch)
+            weights = torch.linspace(0.5, 1.5, outputs.numel(), device=outputs.device).view_as(outputs)
+            (outputs.float() * weights).square().mean().backward()
         found = {"outputs": outputs.detach()}
         found |= {
             name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
@@ -156,3 +188,44 @@ class Bench:
         except UsageError:
             return False
         return True
+
+    @contextlib.contextmanager
+    def counted(self, injection: Injection) -> Iterator[Counter[str]]:
+        """How often each adapter's TTT layer runs forward inside, by site name.
+
+        Once for each of its scans, and once more each time that a checkpoint around one runs it again.
+        """
+        counts: Counter[str] = Counter()
+
+        def hook(name: str) -> Callable[..., None]:
+            return lambda *_: counts.update([name])
+
+        handles = [
+            module.register_forward_pre_hook(hook(name))
+            for name, adapter in injection.adapters.items()
+            for module in adapter.modules()
+            if isinstance(module, TTTLayer)
+        ]
+        try:
+            yield counts
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run_config(self, **train: Any) -> RunConfig:
+        """A whole config of the bench's model, with these settings of the `train` section.
+
+        Raises:
+            ValueError: the plugin's `data` section has no defaults, and its demo gives none.
+        """
+        model = run_config_model(self.backbone)
+        sections = {"backbone": self.options or self.backbone.tiny(), "ttt": self.config(), "train": train}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NestedCheckpointWarning)
+            try:
+                return model.model_validate(sections)
+            except ValidationError:  # keys of the data that have no default
+                demo = check_config("demo", text=self.backbone.presets()["demo"], backbone=self.backbone).config
+                if demo is None:
+                    raise
+                return model.model_validate({**sections, "data": demo.data})

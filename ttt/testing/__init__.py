@@ -1,4 +1,4 @@
-"""The laws of TTT layers as a pytest suite for any backbone plugin.
+"""The laws of TTT layers, and what else a plugin owes, as a pytest suite for any backbone plugin.
 
 In a plugin's tests:
 
@@ -9,7 +9,7 @@ TestMyBackbone = laws("mybackbone")
 ```
 """
 
-from ttt.laws import Bench, LawBrokenError
+from ttt.laws import Bench, LawBrokenError, MethodBrokenError
 from ttt.testing.suite import laws
 
-__all__ = ["Bench", "LawBrokenError", "laws"]
+__all__ = ["Bench", "LawBrokenError", "MethodBrokenError", "laws"]

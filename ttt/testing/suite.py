@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ttt.backbone import Backbone
-from ttt.laws import LAWS, Bench
+from ttt.laws import CHECKS, LAWS, Bench, MethodBrokenError
 from ttt.plugins import get_backbone
 
 INNER_MODELS: dict[str, dict[str, Any]] = {
@@ -15,7 +15,9 @@ INNER_MODELS: dict[str, dict[str, Any]] = {
 
 
 def laws(backbone: Backbone | str, **settings: Any) -> type:
-    """Make a pytest class with a case for each law and inner model, to be bound to a name `Test…`.
+    """Make a pytest class with a case for each law and inner model, and for each check of the plugin's other methods.
+
+    To be bound to a name `Test…`.
 
     Args:
         backbone: the plugin, or its name.
@@ -34,6 +36,15 @@ def laws(backbone: Backbone | str, **settings: Any) -> type:
         def test_law(self, law: int, inner_model: str) -> None:
             bench = Bench(plugin, ttt={**INNER_MODELS[inner_model], **own}, **settings)
             LAWS[law](bench)
+
+        @pytest.mark.parametrize("check", CHECKS)
+        def test_plugin(self, check: str) -> None:
+            try:
+                CHECKS[check](Bench(plugin, ttt=own or None, **settings))
+            except MethodBrokenError as error:
+                if check != "presets" and error.method.endswith(".presets"):
+                    pytest.skip(f"needs the presets, which fail by themselves: {error}")
+                raise
 
     TestLaws.__doc__ = f"The laws for the backbone {plugin.name}."
     return TestLaws

@@ -17,7 +17,7 @@ from ttt.config.schema import STAND_IN_WINDOWS, RunConfig
 from ttt.inject import Injection
 from ttt.state import TTTState
 from ttt.train.order import once
-from ttt.train.passes import load_batch, mixed_precision, reset_rows, seed_pass
+from ttt.train.passes import load_batch, mixed_precision, reset_rows, seed_pass, states_to_carry
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def evaluate(
             ):
                 output = backbone.loss(model, batch, config)
             if carry is not None:
-                states = carry.states
+                states = states_to_carry(carry, injection, backbone=backbone.name)
             seed_pass(config.train.seed, "eval", number)
             with gates_closed(model), mixed_precision(config.train, device):
                 closed = backbone.loss(model, batch, config)

@@ -58,7 +58,7 @@ from ttt.train.metrics import (
 )
 from ttt.train.optim import Optimizer, choose_learnable
 from ttt.train.order import Reading
-from ttt.train.passes import describe, load_batch, mixed_precision, reset_rows, seed_pass
+from ttt.train.passes import describe, load_batch, mixed_precision, reset_rows, seed_pass, states_to_carry
 from ttt.train.pictures import draw_run, pictures_are_due
 from ttt.train.result import TrainResult, finished, write_summary
 from ttt.train.rundir import Checkpoint, RunDir
@@ -425,7 +425,7 @@ class Trainer:
                 raise StepNotFiniteError(message, of_gradient=False, number=number, batch=batch, states=states)
             (output.loss / self.config.train.num_microbatches).backward()
             if carry is not None:
-                self.states = carry.states
+                self.states = states_to_carry(carry, self.injection, backbone=self.backbone.name)
         self.optimizer.collect()
         return loss, output.tokens, {name: float(value) for name, value in output.metrics.items()}
 

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ttt.adapter import Carry
 from ttt.backbone import Batch, WindowDataset
 from ttt.config.schema import TrainConfig
+from ttt.errors import InactiveLayerError
 from ttt.inject import Injection
 from ttt.state import TTTState
 
@@ -82,3 +84,20 @@ def reset_rows(injection: Injection, states: Mapping[str, TTTState], starts: Seq
         mask = torch.tensor(starts, device=state.weights[0].device)
         reset[name] = injection.adapters[name].layer.reset(state, mask)  # type: ignore[union-attr, operator]
     return reset
+
+
+def states_to_carry(carry: Carry, injection: Injection, *, backbone: str) -> dict[str, TTTState]:
+    """The states that a forward pass under `carried` ended with, of every adapter.
+
+    Raises:
+        InactiveLayerError: an adapter handed none on, so that `persistent_states` would do nothing there.
+    """
+    states = carry.states
+    for name in injection.adapters:
+        if name not in states:
+            raise InactiveLayerError(
+                f"{name}: ttt.persistent_states: true, but the forward pass hands no state of this TTT layer on to the "
+                f"next window: the backbone {backbone} does not call the adapter there, or not by its forward, as "
+                f"self.ttt(x); write persistent_states: false, or tell who made the plugin"
+            )
+    return states

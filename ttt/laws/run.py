@@ -1,0 +1,297 @@
+"""What a plugin's data and loss owe to `ttt train`: checks as in `ttt.laws.plugin`, on the demo's own windows."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from ttt.adapter import TTTAdapter, carried, gates_closed
+from ttt.adapter_file import backbone_identity, load_adapter
+from ttt.backbone import Batch, LossOutput, WindowDataset
+from ttt.config import RunConfig
+from ttt.errors import NestedCheckpointWarning
+from ttt.inject import Injection
+from ttt.laws.bench import Bench, running
+from ttt.laws.parts import layers_of
+from ttt.laws.plugin import MethodBrokenError, demo_config, method_of, same, tensors_in
+from ttt.train.passes import load_batch, seed_pass, states_to_carry
+from ttt.train.setup import build, threads
+
+_ITEMS = 4
+"""Windows of the demo's data that are read."""
+_AGREES = 1e-3
+"""Largest relative difference of a loss and that of the same windows twice."""
+
+
+def dataset_keeps_its_protocol(bench: Bench) -> None:
+    """The demo's data: files cover the windows in order, windows are the same each time, and each can be told.
+
+    Raises:
+        MethodBrokenError: naming the method of `ttt.backbone.WindowDataset` that does not.
+    """
+    config = demo_config(bench)
+    with method_of(bench, "has_eval_data"):
+        splits = ("train", "eval") if bench.backbone.has_eval_data(config) else ("train",)
+    for split in splits:
+        with method_of(bench, "dataset") as method:
+            data = bench.backbone.dataset(config, split=split, device=bench.device)
+            method = f"{method}({split!r})"
+            _require_members(method, data)
+            _require_files(method, data)
+            picked = _picked(data)
+            _require_windows(method, data, picked)
+            if split == "train":
+                again = bench.backbone.dataset(config, split=split, device=bench.device)
+                if len(again) != len(data) or not same(again[picked[0]], data[picked[0]]):
+                    raise MethodBrokenError(method, "made a second time it holds other windows")
+
+
+def _require_members(method: str, data: WindowDataset) -> None:
+    for name in ("__len__", "__getitem__", "collate", "files", "describe", "notice"):
+        if not hasattr(data, name):
+            raise MethodBrokenError(method, f"the {type(data).__name__} has no `{name}`")
+    if data.notice is not None and not isinstance(data.notice, str):
+        raise MethodBrokenError(method, f"`notice` is {type(data.notice).__name__}, neither text nor None")
+    if len(data) < 1:
+        raise MethodBrokenError(method, "it has no windows")
+
+
+def _require_files(method: str, data: WindowDataset) -> None:
+    start = 0
+    for number, file in enumerate(data.files):
+        if not isinstance(file, range) or file.step != 1 or len(file) < 1:
+            raise MethodBrokenError(method, f"`files[{number}]` is {file!r}, not the range of a file's windows")
+        if file.start != start:
+            kind = "overlap" if file.start < start else "leave a gap"
+            raise MethodBrokenError(
+                method,
+                f"`files` {kind}: file {number} starts at window {file.start}, the one before ends before {start}",
+            )
+        start = file.stop
+    if start != len(data):
+        raise MethodBrokenError(method, f"`files` cover {start} windows of {len(data)}")
+
+
+def _picked(data: WindowDataset) -> list[int]:
+    """A few windows: the first, the last, and the first ones of files."""
+    starts = [file.start for file in data.files]
+    return list(dict.fromkeys([0, len(data) - 1, *starts[1 : _ITEMS - 1], min(1, len(data) - 1)]))[:_ITEMS]
+
+
+def _require_windows(method: str, data: WindowDataset, picked: Sequence[int]) -> None:
+    told: dict[str, int] = {}
+    samples = []
+    for window in picked:
+        seed_pass(window, "law", 0)
+        samples.append(data[window])
+        seed_pass(window, "law", 1)  # no generator may decide what a window holds
+        if not same(samples[-1], data[window]):
+            raise MethodBrokenError(method, f"window {window} is another one when it is read again")
+        text = data.describe(window)
+        if not isinstance(text, str) or not text.strip():
+            raise MethodBrokenError(method, f"`describe({window})` is {text!r}, not a window in the user's words")
+        if text in told:
+            raise MethodBrokenError(method, f"`describe` says {text!r} of windows {told[text]} and {window} alike")
+        told[text] = window
+    tensors = list(tensors_in(data.collate(samples)))
+    if not tensors:
+        raise MethodBrokenError(method, "`collate` makes a batch without a tensor")
+    if not same(data.collate(samples), data.collate(samples)):
+        raise MethodBrokenError(method, "`collate` makes another batch of the same windows")
+
+
+def loss_trains(bench: Bench) -> None:
+    """The loss of the demo's first windows: a differentiable scalar that TTT acts on, and facts about what it read.
+
+    Raises:
+        MethodBrokenError: naming what of `ttt.backbone.LossOutput` it does not keep.
+    """
+    config = demo_config(bench, "train.param_dtype=float32")
+    device = torch.device(bench.device)
+    with _quiet(config), method_of(bench, "loss") as method:
+        model, injection = build(config, bench.backbone, device)
+        data = bench.backbone.dataset(config, split="train", device=device)
+        windows = [window % len(data) for window in range(config.train.batch_size)]
+        batch = load_batch(data, windows, device)
+        before = _copied(batch)
+        with running(model, training=True), _lengths(injection) as lengths:
+            output = bench.backbone.loss(model, batch, config)
+            _require_loss(method, output)
+            output.loss.backward()
+        if not same(batch, before):
+            raise MethodBrokenError(method, "it writes to the batch that it is given")
+        _require_tokens(bench, config, output, lengths, rows=len(windows))
+        one, two = (load_batch(data, [0] * count, device) for count in (1, 2))
+        _require_effect(method, bench, model, one, config)
+        _require_mean(method, bench, model, once=one, twice=two, config=config)
+        _require_states(bench, injection, one, config)
+
+
+def _require_loss(method: str, output: LossOutput) -> None:
+    if not isinstance(output, LossOutput):
+        raise MethodBrokenError(method, f"it returned {type(output).__name__}, not ttt.backbone.LossOutput")
+    loss = output.loss
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
+        told = f"{list(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise MethodBrokenError(method, f"`loss` is {told}, not a floating-point scalar")
+    if not loss.requires_grad:
+        raise MethodBrokenError(method, "`loss` is detached: no gradient can go back from it")
+    if not math.isfinite(loss.item()):
+        raise MethodBrokenError(method, f"`loss` is {loss.item()} on the demo's first windows")
+    if isinstance(output.tokens, bool) or not isinstance(output.tokens, int) or output.tokens < 1:
+        raise MethodBrokenError(method, f"`tokens` is {output.tokens!r}, not the number of positions that were read")
+    for name, value in output.metrics.items():
+        if not isinstance(value, Tensor) or value.numel() != 1 or value.requires_grad:
+            raise MethodBrokenError(method, f"`metrics[{name!r}]` is no detached scalar")
+
+
+def _require_tokens(
+    bench: Bench, config: RunConfig, output: LossOutput, lengths: Mapping[str, set[int]], *, rows: int
+) -> None:
+    """What the loss and the TTT layers have read of a window is what the facts say of one."""
+    facts = bench.backbone.facts(config)
+    wanted = facts.tokens_per_window
+    if wanted is None:
+        return
+    method = f"{type(bench.backbone).__name__}.facts"
+    for name, found in lengths.items():
+        if found != {wanted}:
+            told = ", ".join(map(str, sorted(found)))
+            raise MethodBrokenError(
+                method, f"it says tokens_per_window {wanted}, but {name} reads {told} of a window of the demo"
+            )
+    if output.tokens != rows * wanted:
+        raise MethodBrokenError(
+            f"{type(bench.backbone).__name__}.loss",
+            f"`tokens` is {output.tokens} of {rows} windows, where facts say {wanted} tokens each",
+        )
+
+
+def _evaluated(bench: Bench, model: nn.Module, batch: Batch, config: RunConfig, *, seed: int = 0) -> float:
+    with running(model, training=False), torch.no_grad():
+        seed_pass(seed, "law", 0)
+        return float(bench.backbone.loss(model, batch, config).loss)
+
+
+def _require_effect(method: str, bench: Bench, model: nn.Module, batch: Batch, config: RunConfig) -> None:
+    open_gates = _evaluated(bench, model, batch, config)
+    with gates_closed(model):
+        closed = _evaluated(bench, model, batch, config)
+    if open_gates == closed:
+        raise MethodBrokenError(method, f"it is {closed:g} with open and with closed gates: TTT makes no difference")
+
+
+def _require_mean(method: str, bench: Bench, model: nn.Module, twice: Batch, once: Batch, config: RunConfig) -> None:
+    """Windows given twice have the loss of the windows given once, unless chance decides the loss."""
+    first, again = (_evaluated(bench, model, once, config, seed=seed) for seed in (0, 1))
+    if first != again:
+        return
+    doubled = _evaluated(bench, model, twice, config)
+    if abs(doubled - first) > _AGREES * abs(first):
+        raise MethodBrokenError(
+            method, f"`loss` is {first:.4g}, and {doubled:.4g} of the same windows twice: it is no mean over the batch"
+        )
+
+
+def _require_states(bench: Bench, injection: Injection, batch: Batch, config: RunConfig) -> None:
+    """Adapters that hand their states on in `outputs`, which law 8 asks for, do so in the loss too."""
+    if not all(isinstance(adapter, TTTAdapter) for adapter in injection.adapters.values()):
+        return
+    model = injection.model
+    with carried(injection) as of_outputs:
+        bench.outputs(model, bench.batch(model), training=True)
+    with carried(injection) as of_loss, running(model, training=True), torch.no_grad():
+        bench.backbone.loss(model, batch, config)
+    if of_outputs.states.keys() == injection.adapters.keys():
+        states_to_carry(of_loss, injection, backbone=bench.backbone.name)
+
+
+# --- a run ---
+
+
+def demo_trains(bench: Bench) -> None:
+    """The demo for two steps, as `ttt train` runs it: trained, evaluated beside its closed gates, saved, loaded again.
+
+    Raises:
+        MethodBrokenError: what the run ended with.
+    """
+    from ttt.train import train  # the loop draws pictures, and laws alone need none
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = demo_config(bench, "train.max_steps=2", "eval.max_batches=1", "train.num_microbatches=1")
+        config = config.model_copy(update={"run_dir": str(Path(folder) / "run")})
+        with method_of(bench, "loss and dataset, in a run of two steps of the demo") as method:
+            result = train(config, bench.backbone, console=Console(file=io.StringIO(), width=120))
+            evaluation = result.evaluation
+            if evaluation is None or not math.isfinite(evaluation.loss):
+                raise MethodBrokenError(method, "the run ended without a finite evaluation")
+            if evaluation.loss == evaluation.loss_gates_closed:
+                raise MethodBrokenError(method, "closing the gates changes nothing in the evaluation")
+        with method_of(bench, "sites") as method, _quiet(config):
+            model = bench.backbone.build(config.backbone, device=bench.device, dtype=torch.float32)
+            assert result.checkpoint is not None
+            injection = load_adapter(
+                result.checkpoint,
+                model,
+                sites=bench.backbone.sites(model),
+                backbone=backbone_identity(bench.backbone, config.backbone),
+                causal=bench.backbone.causal,
+            )
+            if list(injection.adapters) != [site.name for site in injection.sites]:
+                raise MethodBrokenError(method, "the adapter of a run is loaded into other layers")
+
+
+# --- what several checks need ---
+
+
+@contextlib.contextmanager
+def _quiet(config: RunConfig) -> Iterator[None]:
+    """The threads that the config asks for, and no word of what its checkpoints cost."""
+    with threads(config.train.cpu_threads), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NestedCheckpointWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _lengths(injection: Injection) -> Iterator[dict[str, set[int]]]:
+    """How many tokens the calls of each TTT layer read inside."""
+    found: dict[str, set[int]] = {}
+
+    def hook(name: str) -> Any:
+        def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
+            found.setdefault(name, set()).add((args[0] if args else kwargs["x"]).shape[1])
+
+        return keep
+
+    handles = [
+        layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers_of(injection).items()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copied(batch: Any) -> Any:
+    """The same nesting with tensors of its own."""
+    copies = iter([tensor.clone() for tensor in tensors_in(batch)])
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return next(copies)
+        if isinstance(value, Mapping):
+            return {key: copy(item) for key, item in value.items()}
+        return [copy(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+    return copy(batch)

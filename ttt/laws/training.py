@@ -1,0 +1,159 @@
+"""Laws 1 and 2: what a training step may not change, and what may not change a training step.
+
+Both run in training mode: most models recompute activations, and drop any, in no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ttt.backbone import Batch
+from ttt.config.estimate import enclosing_checkpoints
+from ttt.errors import PluginError
+from ttt.inject import Injection
+from ttt.laws.bench import Bench, LawBrokenError, Wrapper, non_reentrant, reentrant
+from ttt.laws.parts import tensors_of, worst_of
+
+GROUP_SIZES = (0, 1, 2, 16)
+NESTINGS: dict[str, tuple[Wrapper, ...]] = {
+    "no checkpoint": (),
+    "reentrant": (reentrant,),
+    "non-reentrant": (non_reentrant,),
+    "reentrant in non-reentrant": (non_reentrant, reentrant),
+    "non-reentrant twice": (non_reentrant, non_reentrant),
+}
+
+
+def purity(bench: Bench) -> Mapping[str, float]:
+    """Law 1: a forward and backward pass writes to no parameter or buffer, and a second one gives the same."""
+    injection = bench.injected()
+    model = injection.model
+    batch = bench.batch(model)
+    before = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
+    versions = {name: tensor._version for name, tensor in tensors_of(model).items()}
+    runs = [bench.gradients(model, batch)]
+    try:
+        runs.append(bench.gradients(model, batch))
+    except (RuntimeError, PluginError) as error:
+        # Fast weights kept with their graph: the second pass reaches into the first one's, which is gone.
+        first = str(error).strip().splitlines()[0]
+        raise LawBrokenError(1, f"a second pass over the same tokens fails where the first did not: {first}") from error
+    bench.outputs(model, batch)
+    written = [
+        name
+        for name, tensor in tensors_of(model).items()
+        if not torch.equal(tensor, before[name]) or tensor._version != versions[name]
+    ]
+    allowed = _written_without_ttt(bench) if written else frozenset()
+    for name in written:
+        if name not in allowed:
+            raise LawBrokenError(1, f"a forward pass wrote to {name}")
+    worst = worst_of(runs[1], runs[0])
+    if worst[1] > 0:
+        raise LawBrokenError(
+            1, f"a second pass over the same tokens gives another {worst[0]} ({worst[1]:.1e} away)", worst[1]
+        )
+    return {"difference of two passes": worst[1]}
+
+
+def _written_without_ttt(bench: Bench) -> frozenset[str]:
+    """Buffers that the plain backbone writes when it trains, as batch norm does its running means."""
+    model = bench.model()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    bench.gradients(model, bench.batch(model))
+    return frozenset(
+        f"buffer {name}" for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])
+    )
+
+
+def remat_invariance(
+    bench: Bench,
+    *,
+    group_sizes: Iterable[int] = GROUP_SIZES,
+    nestings: Mapping[str, Sequence[Wrapper]] = NESTINGS,
+    inside_own: Iterable[bool] = (False, True),
+) -> Mapping[str, float]:
+    """Law 2: outputs and gradients are the same for every group size and every nesting of checkpoints.
+
+    What the backbone's own checkpointing recomputes is counted: it must be what `Backbone.facts` says, or a law that
+    compared nothing with nothing would hold.
+
+    Args:
+        bench: what it is checked on.
+        group_sizes: to be compared with keeping everything.
+        nestings: what is wrapped around each adapter, by name.
+        inside_own: whether the backbone's own activation checkpointing surrounds that.
+    """
+    plain = replace(bench, options=bench.bare or bench.options).injected(scan_checkpoint_group_size=0)
+    bench.checkpointed(plain.model, False)
+    batch = bench.batch(plain.model)
+    expected = bench.gradients(plain.model, batch)
+    measured = {}
+    for group_size in group_sizes:
+        for nesting, wrappers in nestings.items():
+            for around in inside_own:
+                injection = bench.injected(scan_checkpoint_group_size=group_size)
+                # Reentrant checkpointing loses gradients inside another one of its kind or of none, in PyTorch
+                # itself, only where its inputs need none; ours always do.
+                if not bench.checkpointed(injection.model, around):
+                    continue
+                where = f"group size {group_size}, {nesting}" + " inside the backbone's own" * around
+                with bench.counted(injection) as counts:
+                    found = _gradients(bench, injection, wrappers, batch, where)
+                name, away = worst_of(found, expected)
+                if away > bench.tolerance:
+                    raise LawBrokenError(
+                        2, f"at {where}, {name} is {away:.1e} away from what no checkpoint gives", away
+                    )
+                if not wrappers:
+                    _require_recomputation(bench, injection, counts, around)
+                measured[where] = away
+    return measured
+
+
+def _gradients(
+    bench: Bench, injection: Injection, wrappers: Sequence[Wrapper], batch: Batch, where: str
+) -> dict[str, Tensor]:
+    try:
+        with bench.wrapped(injection, wrappers):
+            return bench.gradients(injection.model, batch)
+    except torch.utils.checkpoint.CheckpointError as error:
+        first = str(error).strip().splitlines()[0]
+        raise LawBrokenError(2, f"at {where} recomputation differs from the forward pass: {first}") from error
+
+
+def _require_recomputation(bench: Bench, injection: Injection, counts: Mapping[str, int], around: bool) -> None:
+    """Every TTT layer ran forward as often as `facts` says, with the backbone's own checkpointing on or off."""
+    levels = _levels(bench, around)
+    if levels is None:
+        return
+    for name in injection.adapters:
+        ran, expected = counts.get(name, 0), len(levels) + sum(levels)
+        if ran in (0, expected):  # a layer that is never reached is law 10's
+            continue
+        if around and ran <= len(levels):
+            told = f"set_gradient_checkpointing(True) makes no further forward of {name} in training mode, though"
+        else:
+            told = f"with gradient checkpointing {'on' if around else 'off'}, {name} runs forward {ran} times, and"
+        raise LawBrokenError(
+            2,
+            f"{told} the backbone's facts say that {len(levels)} {'scans' if len(levels) > 1 else 'scan'} of it and "
+            f"{sum(levels)} checkpoints around make it {expected} times in a training step (facts.scans)",
+            float(ran),
+        )
+
+
+def _levels(bench: Bench, around: bool) -> tuple[int, ...] | None:
+    """Checkpoints around each scan of a layer, by the facts; None where those cannot be had, which is another check's.
+
+    `ttt.laws.plugin.facts_agree` says so.
+    """
+    try:
+        config = bench.run_config(gradient_checkpointing=around)
+        return enclosing_checkpoints(config, bench.backbone.facts(config))
+    except Exception:  # a third party's facts may raise anything
+        return None
