@@ -350,6 +350,21 @@ def _parse_header(text: bytes) -> tuple[Header, int]:
     return Header(tensors, metadata, spans), end
 
 
+@contextlib.contextmanager
+def mapping_errors() -> Iterator[None]:
+    """Around safetensors' `safe_open`: PyTorch maps the file, and a disk that refuses is an OSError here as elsewhere.
+
+    Raises:
+        OSError: the file cannot be opened or mapped, which PyTorch says as a RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # others are about memory
+        if not str(error).startswith("unable to "):
+            raise
+        raise OSError(str(error)) from error
+
+
 def _whole(number: object) -> int:
     if type(number) is not int or not 0 <= number < _MAX_EXTENT:
         raise ValueError(number)
@@ -415,11 +430,9 @@ def read_tensors(path: Path, *, device: Any = "cpu", verify: bool = True) -> dic
     if verify:
         verify_tensors(path, header)
     try:
-        return load_file(path, device=str(device))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # PyTorch maps the file, and says what the system says of that as a RuntimeError; others are about memory
-        if isinstance(error, RuntimeError) and not str(error).startswith("unable to "):
-            raise
+        with mapping_errors():
+            return load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
         raise EnvironmentProblem(f"{path}: cannot be read: {error}") from error
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ttt.errors import EnvironmentProblem, UsageError
-from ttt.files import verify_tensors, write_tensors
+from ttt.files import mapping_errors, verify_tensors, write_tensors
 from ttt.reading import require_file
 from ttt_moshi import demo
 
@@ -133,7 +133,7 @@ class DemoCodec(nn.Module):
         file = Path(path) if path is not None else demo.CODEC
         try:
             require_file(file)
-            with safe_open(file, framework="pt") as opened:
+            with mapping_errors(), safe_open(file, framework="pt") as opened:
                 header = opened.metadata() or {}
                 if _HEADER not in header or list(opened.keys()) != ["codebooks"]:
                     raise ValueError(f"its header has no {_HEADER}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, cast
 
 from ttt.errors import EnvironmentProblem, UsageError
-from ttt.files import read_header, read_json
+from ttt.files import mapping_errors, read_header, read_json
 from ttt.reading import open_file, other_kind, unreadable
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ def _read_safetensors(files: Sequence[Path]) -> dict[str, Tensor]:
         if twice:
             raise UsageError(f"{file}: holds {some(twice)}, which another file of the checkpoint holds too")
         try:
-            with safe_open(file, framework="pt") as opened:
+            with mapping_errors(), safe_open(file, framework="pt") as opened:
                 tensors |= {name: opened.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise EnvironmentProblem(f"{file}: cannot be read: {error}") from error

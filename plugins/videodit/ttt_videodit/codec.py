@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ttt.errors import EnvironmentProblem, UsageError
-from ttt.files import verify_tensors, write_tensors
+from ttt.files import mapping_errors, verify_tensors, write_tensors
 from ttt.reading import require_file
 from ttt_videodit import demo
 from ttt_videodit.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
@@ -74,7 +74,7 @@ class DemoCodec(nn.Module):
         file = Path(path) if path is not None else demo.CODEC
         try:
             require_file(file)
-            with safe_open(file, framework="pt") as opened:
+            with mapping_errors(), safe_open(file, framework="pt") as opened:
                 if sorted(opened.keys()) != list(_NAMES):
                     raise ValueError(f"it does not hold {', '.join(_NAMES)}")
                 codec = cls(*(opened.get_tensor(name) for name in _NAMES))

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ttt.errors import EnvironmentProblem, UsageError
-from ttt.files import verify_tensors
+from ttt.files import mapping_errors, verify_tensors
 from ttt.reading import require_file
 from ttt_videodit import demo
 from ttt_videodit.clip import CROPS, Split, demo_captions, demo_pictures
@@ -239,7 +239,7 @@ class _IndexedVideo:
 def _read_rows(path: Path, name: str, first: int, stop: int) -> Tensor:
     try:
         require_file(path)
-        with safe_open(path, framework="pt") as opened:
+        with mapping_errors(), safe_open(path, framework="pt") as opened:
             rows: Tensor = opened.get_slice(name)[first:stop]
     except (OSError, SafetensorError) as error:
         raise LineError("damaged", f"{path}: cannot be read: {error}; run ttt precompute again") from None
