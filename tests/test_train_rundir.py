@@ -11,8 +11,9 @@ import pytest
 import torch
 from toy import ToyBackbone, ToyData, ToyOptions
 
+from ttt import files
 from ttt.config import TrainConfig, TTTConfig, run_config_model
-from ttt.errors import ConfigError, EnvironmentProblem, UsageError
+from ttt.errors import ConfigError, EnvironmentProblem, UnreadableError, UsageError
 from ttt.files import read_json, write_json, write_tensors
 from ttt.train import rundir
 from ttt.train.metrics import MetricsFile
@@ -110,6 +111,22 @@ def test_an_incomplete_checkpoint_is_never_taken_and_the_reason_told(run, damage
     assert checkpoint.step == 2
     assert len(passed_over) == 1
     assert reason in passed_over[0]
+
+
+def test_a_disk_that_does_not_give_the_newest_is_no_reason_to_take_an_older_one(run, monkeypatch):
+    """The steps of the newest are there: going on from an older one would lose them, and prune them in the end."""
+    save(run, 1)
+    save(run, 2)
+    read = files.read_file
+
+    def refuse(path, *, limit):
+        if "step_000002" in str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path, limit=limit)
+
+    monkeypatch.setattr(files, "read_file", refuse)
+    with pytest.raises(UnreadableError, match=r"step_000002/trainer_state.json: cannot be read: Input/output error"):
+        run.latest()
 
 
 def test_a_damaged_safetensors_file_is_noticed_by_its_header(run):

@@ -70,6 +70,10 @@ class EnvironmentProblem(TTTError):  # noqa: N818 - EnvironmentError is Python's
     exit_code = 3
 
 
+class UnreadableError(EnvironmentProblem):
+    """A file that is there and that the system does not give: what is in it may be whole."""
+
+
 class ConfigEnvironmentError(ConfigError, EnvironmentProblem):
     """A config that is right, but names what this machine does not have."""
 

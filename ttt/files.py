@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ttt import checksums
-from ttt.errors import EnvironmentProblem, UsageError
+from ttt.errors import EnvironmentProblem, UnreadableError, UsageError
 from ttt.reading import MAX_JSON, open_file, other_kind, read_file
 
 if TYPE_CHECKING:
@@ -317,7 +317,7 @@ def read_header(path: Path, *, most_bytes: int = _MAX_HEADER) -> Header:
     except FileNotFoundError:
         raise EnvironmentProblem(f"{path}: no such file") from None
     except OSError as error:
-        raise EnvironmentProblem(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise UnreadableError(f"{path}: cannot be read: {error.strerror or error}") from error
     try:
         header, end = _parse_header(text)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -399,7 +399,7 @@ def verify_tensors(path: Path, header: Header | None = None) -> str | None:
     try:
         pieces = checksums.digests_in_file(path, [header.spans[name] for name in header.tensors])
     except OSError as error:
-        raise EnvironmentProblem(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise UnreadableError(f"{path}: cannot be read: {error.strerror or error}") from error
     found = checksums.tensors_digest(
         header.metadata,
         [
@@ -432,7 +432,9 @@ def read_tensors(path: Path, *, device: Any = "cpu", verify: bool = True) -> dic
     try:
         with mapping_errors():
             return load_file(path, device=str(device))
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise UnreadableError(f"{path}: cannot be read: {error}") from error
+    except SafetensorError as error:
         raise EnvironmentProblem(f"{path}: cannot be read: {error}") from error
 
 
@@ -479,7 +481,7 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
     except FileNotFoundError:
         raise EnvironmentProblem(f"{path}: no such file") from None
     except OSError as error:
-        raise EnvironmentProblem(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise UnreadableError(f"{path}: cannot be read: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         raise EnvironmentProblem(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
     except (ValueError, RecursionError):  # no UTF-8, a number of too many digits, a key that stands twice

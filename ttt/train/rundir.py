@@ -40,7 +40,14 @@ from ttt import checksums
 from ttt.adapter_file import BACKBONE, MODEL, AdapterInfo, verify_adapter
 from ttt.backbone import Backbone
 from ttt.config.schema import RunConfig
-from ttt.errors import ConfigError, DamagedFileWarning, EnvironmentProblem, NestedCheckpointWarning, UsageError
+from ttt.errors import (
+    ConfigError,
+    DamagedFileWarning,
+    EnvironmentProblem,
+    NestedCheckpointWarning,
+    UnreadableError,
+    UsageError,
+)
 from ttt.files import (
     DAMAGED,
     TEMPORARY,
@@ -250,11 +257,16 @@ class RunDir:
         Args:
             verify: compare the content of its files too, which reads them; else what is small is compared.
             only: names of the files whose content is compared; None is all.
+
+        Raises:
+            UnreadableError: the disk does not give a file; an older checkpoint would lose steps that are there.
         """
         passed_over: list[str] = []
         for folder in reversed(self._step_folders()):
             try:
                 checkpoint = read_checkpoint(folder)
+            except UnreadableError:
+                raise
             except EnvironmentProblem as problem:
                 passed_over.append(str(problem))
                 continue
@@ -262,6 +274,8 @@ class RunDir:
                 if verify:
                     verify_checkpoint(checkpoint, only=only)
                 return checkpoint, passed_over
+            except UnreadableError:
+                raise
             except EnvironmentProblem as problem:
                 passed_over.append(str(problem))
                 self._damaged.add(folder)
@@ -459,7 +473,7 @@ def _require_file(file: Path, record: Mapping[str, Any]) -> None:
     try:
         found = found or _small_digest(file)
     except OSError as error:
-        raise EnvironmentProblem(f"{file}: cannot be read: {error.strerror or error}") from error
+        raise UnreadableError(f"{file}: cannot be read: {error.strerror or error}") from error
     if found != record[checksums.KEY]:
         raise EnvironmentProblem(f"{file}: damaged: its checksum is not the one that was recorded; {DAMAGED}")
 
@@ -555,7 +569,10 @@ def choose(config: RunConfig, *, resume: bool) -> RunDir:
 def _newest_run(label: str) -> RunDir | None:
     """The newest run of that label that can be resumed."""
     runs = [RunDir(path) for path in Path("runs").glob(f"{label}-*") if (path / CONFIG).is_file()]
-    able = [run for run in runs if run.latest()[0] is not None]
+    able = []
+    for run in runs:
+        with contextlib.suppress(UnreadableError):  # it is a hint only
+            able += [run] if run.latest()[0] is not None else []
     return max(able, key=lambda run: (run / CONFIG).stat().st_mtime, default=None)
 
 
