@@ -123,12 +123,14 @@ def test_a_config_gives_the_untrained_model_and_says_so(run: Path, capsys: pytes
 def test_damage_is_told_by_every_command_that_reads_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "run"]) == 0
     assert "its content is that" in said(capsys)[0]
-    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("seed: 0", "seed: 1", 1))
+    stored = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(stored.replace("seed: 0", "seed: 1", 1))
     changed = "warning: run/config.yaml was changed since the run wrote it (backbone.seed: 0 then, 1 now)"
     assert main(["info", "run"]) == 0
     assert "warning: run/config.yaml is not as the run wrote it" in said(capsys)[1]
     sampled("run", *ASKED, "--out", "a.txt")
     assert changed in said(capsys)[1]
+    (run / "config.yaml").write_text(stored)
     file = run / "checkpoints" / "step_000002" / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x77")
     assert main(["info", "run"]) == 3
@@ -141,7 +143,8 @@ def test_damage_is_told_by_every_command_that_reads_a_run(run: Path, capsys: pyt
     assert main(["train", "run", "--resume"]) == 2
     assert "optimizer.safetensors: damaged" in said(capsys)[1]
     model = file.with_name("adapter_model.safetensors")
-    model.write_bytes(model.read_bytes()[:-1] + b"\x77")
+    content = model.read_bytes()
+    model.write_bytes(content[:-4] + bytes([content[-4] ^ 1]) + content[-3:])
     for arguments in (["run"], ["c.yaml", "--adapter", "run"], ["c.yaml", "--set", "train.init_from=run"]):
         assert sampled(*arguments, *ASKED, "--out", "b.txt") in (2, 3)
         assert "adapter_model.safetensors: damaged" in said(capsys)[1]
