@@ -1,6 +1,7 @@
 """Law 9: an adapter file alone says what it belongs to, and goes into nothing else."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy import ToyBackbone, ToyOptions
 
-from ttt import inject
+from ttt import adapter_file, inject
 from ttt.adapter_file import (
     BACKBONE,
     CONFIG,
@@ -18,6 +19,7 @@ from ttt.adapter_file import (
     backbone_identity,
     load_adapter,
     read_info,
+    same_weights,
     save_adapter,
     weights_fingerprint,
 )
@@ -204,10 +206,47 @@ def test_the_fingerprint_sees_one_changed_matrix_and_no_adapter():
     assert weights_fingerprint(first) == weights_fingerprint(second)
     with torch.no_grad():
         second.model.layers[1].linear1.weight.mul_(1.5)
-    assert weights_fingerprint(first) != weights_fingerprint(second)
-    assert weights_fingerprint(first, without={"layers.1.linear1.weight"}) == weights_fingerprint(
-        second, without={"layers.1.linear1.weight"}
-    )
+    assert not same_weights(weights_fingerprint(first), second)
+    rest = {"layers.1.linear1.weight"}
+    assert same_weights(weights_fingerprint(first, without=rest), second, without=rest)
+    assert not same_weights(weights_fingerprint(first), second, without=rest)  # other parameters are no same weights
+
+
+def test_the_last_place_of_another_processor_is_no_other_backbone():
+    """Weights drawn at random have it; a hash of rounded values would now and then be another."""
+    first, second = injected(), injected()
+    known = weights_fingerprint(first)
+    with torch.no_grad():
+        for number, parameter in enumerate(second.model.parameters()):
+            other = -math.inf if number % 2 else math.inf
+            parameter.copy_(torch.nextafter(parameter, torch.full_like(parameter, other)))
+        boundary = torch.tensor(1.00390625)  # half way between two values of bfloat16
+        first.model.head.weight[0, 0], second.model.head.weight[0, 0] = (
+            boundary,
+            torch.nextafter(boundary, boundary + 1),
+        )
+    known = weights_fingerprint(first)
+    assert known != weights_fingerprint(second)
+    assert same_weights(known, second)
+    with torch.no_grad():
+        second.model.head.weight.mul_(1.01)
+    assert not same_weights(known, second)
+
+
+def test_a_fingerprint_of_format_1_is_still_known():
+    first = injected()
+    known = adapter_file._hash_of_weights(first, set())
+    assert known.startswith("sha256:")
+    assert same_weights(known, first)
+    assert not same_weights(known, injected_with_other_weights())
+    assert not same_weights("bf16:nonsense", first)
+
+
+def injected_with_other_weights():
+    other = injected()
+    with torch.no_grad():
+        other.model.layers[0].linear2.weight.mul_(1.5)
+    return other
 
 
 @pytest.mark.parametrize("damage", ["missing tensor", "extra tensor", "shape"])

@@ -7,6 +7,7 @@ else put there is not touched, and what a run with checkpoints left is never sta
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import os
 import re
@@ -29,6 +30,7 @@ LOSS = "loss.png"
 INNER_LOSS = "inner_loss.png"
 
 _MAX_CONFIG = 1 << 20
+_CHECKSUM = "# sha256 of the lines above, which tells a later change: "
 
 
 class Hold:
@@ -150,6 +152,21 @@ def keep_original(folder: Path) -> None:
         os.replace(config, next(folder / name for name in names if not os.path.lexists(folder / name)))
 
 
+def with_checksum(text: str) -> str:
+    """A resolved config and the line that tells whether it was changed."""
+    return f"{text}{_CHECKSUM}{_digest_of(text)}\n"
+
+
+def is_as_written(text: str) -> bool | None:
+    """Whether a config has the checksum that it was written with; None where it has none."""
+    content, found, digest = text.rpartition(_CHECKSUM)
+    return digest.strip() == _digest_of(content) if found else None
+
+
+def _digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+
 def _text(config: Path) -> str:
     with open(config, "rb") as file:
         return file.read(_MAX_CONFIG).decode("utf-8", errors="replace")
@@ -161,6 +178,9 @@ def _is_config(text: str) -> bool:
 
 
 def _is_resolved(text: str) -> bool:
-    """Whether a run wrote it: every section, in order, and no comment."""
+    """Whether a run wrote it: its checksum holds or, where it has none, every section, in order, and no comment."""
+    as_written = is_as_written(text)
+    if as_written is not None:
+        return as_written
     sections = re.findall(r"^(\w+):", text, re.MULTILINE)
     return sections == list(RunConfig.model_fields) and not re.search(r"(^|\s)#", text)

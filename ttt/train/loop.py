@@ -154,6 +154,8 @@ def _standing(
         say(console, note)
     if checkpoint is None:
         say(console, f"{run.path}: no checkpoint yet to resume from; the run starts")
+        if run.config_is_as_written() is False:
+            say(console, f"{run / rundir.CONFIG} was changed since a run wrote it; look at it, if that was not you")
     return checkpoint
 
 

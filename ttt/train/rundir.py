@@ -24,7 +24,6 @@ own number.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -73,7 +72,6 @@ TRAINER_STATE = "trainer_state.json"
 _FORMAT = "ttt-checkpoint"
 _VERSION = 2
 """Of `trainer_state.json`: 2 records checksums, 1 sizes alone."""
-_CONFIG_CHECKSUM = "# sha256 of the lines above, which tells a later change: "
 _STEP = re.compile(r"step_(\d{6,})")
 
 MAY_DIFFER = frozenset(
@@ -357,7 +355,7 @@ class RunDir:
         from ttt.config.load import dump_config
 
         text = dump_config(config.model_copy(update={"run_dir": str(self.path)}))
-        write_text(self / CONFIG, f"{text}{_CONFIG_CHECKSUM}{_digest_of(text)}\n")
+        write_text(self / CONFIG, claim.with_checksum(text))
 
     def config_change(self, checkpoint: Checkpoint, config: RunConfig) -> str | None:
         """What somebody, or a damaged disk, has changed in the stored config since the run wrote it, as a sentence.
@@ -383,8 +381,7 @@ class RunDir:
             text = (self / CONFIG).read_bytes().decode("utf-8", "replace")
         except OSError:
             return None
-        content, found, digest = text.rpartition(_CONFIG_CHECKSUM)
-        return digest.strip() == _digest_of(content) if found else None
+        return claim.is_as_written(text)
 
     def _require_idle(self) -> None:
         """Refuse a run that another process is at, before its files are looked at or replaced."""
@@ -422,10 +419,6 @@ class RunDir:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NestedCheckpointWarning)  # the config at hand is warned of already
             return load_config(self / CONFIG, backbone=backbone, resuming=True).config.model_dump(mode="json")
-
-
-def _digest_of(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
 def _record_of(file: Path) -> dict[str, Any]:
