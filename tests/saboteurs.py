@@ -391,12 +391,16 @@ SABOTEURS: dict[str, tuple[ToyBackbone, int | str, str]] = {
     "one seed": (OneSeed(), "model", "example_batch: another seed gives the same batch"),
     "perturbs in place": (PerturbsInPlace(), "model", "perturb: it writes to the batch"),
     "left in training": (LeftInTraining(), "model", "build: .* in training mode; end with model.eval"),
-    "files overlap": (toy(OtherData, data=Overlapping), "dataset", "`files` overlap: file 1 starts at window 4"),
+    "files overlap": (
+        toy(OtherData, data=Overlapping),
+        "dataset",
+        r"returned an Overlapping whose `files` has range\(4, 7\)",
+    ),
     "random crops": (toy(OtherData, data=RandomCrops), "dataset", "window 0 is another one when it is read again"),
-    "no files": (toy(OtherData, data=Unordered), "dataset", "the Unordered has no `files`"),
+    "no files": (toy(OtherData, data=Unordered), "dataset", "it returned an Unordered without `files`"),
     "nameless windows": (toy(OtherData, data=Nameless), "dataset", "says 'a stream' of windows 0 and"),
     "reads the beginning": (toy(TwoWayToy, adapter=ReadsTheBeginning), "loss", "tokens_per_window 24, but .* reads 8"),
-    "loss is a tensor": (TensorLoss(), "loss", "it returned Tensor, not ttt.backbone.LossOutput"),
+    "loss is a tensor": (TensorLoss(), "loss", "it returned a Tensor, not a LossOutput"),
     "loss is detached": (DetachedLoss(), "loss", "`loss` is detached"),
     "loss is a sum": (SummedLoss(), "loss", "it is no mean over the batch"),
     "loss counts rows": (CountsRows(), "loss", "`tokens` is 1 of 1 windows, where facts say 24"),
@@ -406,6 +410,6 @@ SABOTEURS: dict[str, tuple[ToyBackbone, int | str, str]] = {
     "loss that fails": (
         FailingLoss(),
         "loss",
-        r"FailingLoss.loss: fails with KeyError: 'tokens' \(.*saboteurs.py:",
+        r"FailingLoss.loss: the plugin toy .* failed in `loss`, .*saboteurs.py:\d+: KeyError: 'tokens'",
     ),
 }

@@ -271,7 +271,7 @@ def test_weights_of_another_program_are_imported_and_accounted_for(capsys: pytes
     save_file({"net.a": torch.ones(2)}, "theirs.safetensors")
     assert main(["import-weights", "theirs.safetensors", "--backbone", "toy", "--out", "ours"]) == 0
     out, _ = said(capsys)
-    assert out == "net.a -> a\nwrote ours/model.safetensors\n"
+    assert out == "reading theirs.safetensors\nnet.a -> a\nwrote ours/model.safetensors\n"
     assert load_file("ours/model.safetensors").keys() == {"a"}
     assert main(["import-weights", "theirs.safetensors", "--backbone", "toy", "--out", "ours"]) == 2
     assert "ours: is already there" in said(capsys)[1]

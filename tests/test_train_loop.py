@@ -22,7 +22,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from toy import Block, BlockWithTTT, ToyBackbone, ToyData, ToyOptions
 
-from ttt import inject
+from ttt import inject, interrupt
 from ttt.adapter import TTTAdapter, carried
 from ttt.adapter_file import MODEL, read_info
 from ttt.backbone import LossOutput
@@ -36,10 +36,10 @@ from ttt.errors import (
     UsageError,
 )
 from ttt.inject import Site
-from ttt.train import interrupt, loop, train
+from ttt.interrupt import SIGNALS, Interrupt, interruptible
+from ttt.train import loop, train
 from ttt.train.checkpoint import OPTIMIZER
 from ttt.train.evaluation import Evaluation, evaluate
-from ttt.train.interrupt import SIGNALS, Interrupt, interruptible
 from ttt.train.metrics import read_metrics
 from ttt.train.optim import Optimizer
 from ttt.train.passes import reset_rows
@@ -501,7 +501,8 @@ SCRIPT = """
     import conftest
     from test_train_loop import config
     from toy import ToyBackbone
-    from ttt.train import interrupt, loop, train
+    from ttt import interrupt
+from ttt.train import loop, train
 
     class Slow(ToyBackbone):
         def loss(self, model, batch, config):

@@ -287,8 +287,8 @@ def test_a_file_that_is_no_video_is_a_sentence(tmp_path: Path, content: bytes) -
 
 
 def test_sound_alone_is_no_video(tmp_path: Path) -> None:
-    path = tmp_path / "a.wav"
-    with av.open(str(path), "w", format="wav") as container:
+    path = tmp_path / "a.mov"
+    with av.open(str(path), "w", format="mov") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
         frame.sample_rate = 8000

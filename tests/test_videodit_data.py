@@ -233,7 +233,7 @@ def test_a_file_that_is_lost_during_the_run_is_a_sentence(folder: Folder) -> Non
     folder.write()
     windows = folder.windows()
     (folder.path / "a.safetensors").unlink()
-    with pytest.raises(EnvironmentProblem, match=r"train.jsonl:1: .*a.safetensors: cannot be read"):
+    with pytest.raises(EnvironmentProblem, match=r"train.jsonl:1: .*a.safetensors: no such file; run ttt pre"):
         windows[0]
 
 

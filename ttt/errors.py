@@ -23,9 +23,13 @@ class TTTError(Exception):
 
     def __init__(self, message: str = "", *, details: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.message = message
         self.details = tuple(details)
         """What is shown below the message, a line each: a line break inside the message is none of ours."""
+
+    @property
+    def message(self) -> str:
+        """The sentence."""
+        return str(self.args[0]) if self.args else ""
 
     def __str__(self) -> str:
         return "\n  ".join((self.message, *self.details))

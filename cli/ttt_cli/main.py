@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ttt.train.interrupt import INTERRUPTED, Interrupt  # alone: signals are handled before anything else is imported
+from ttt.interrupt import INTERRUPTED, Interrupt  # alone: signals are handled before anything else is imported
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from ttt.train.interrupt import INTERRUPTED
+from ttt.interrupt import INTERRUPTED
 from ttt_cli.terminal import show_error, show_findings, show_warning
 
 PIPE_CLOSED = 141  # as a shell reports a program that SIGPIPE ended

@@ -39,7 +39,7 @@ def train(
     ends with 130. Before the first step nothing is written; once all steps are done the pictures are finished. A second
     signal stops at once. Under nohup, SIGHUP is ignored.
     """
-    from ttt.train.interrupt import StopRequested, stop_if_asked
+    from ttt.interrupt import StopRequested, stop_if_asked
 
     try:
         loaded = _loaded(config, backbone, overrides or [], resume=resume)

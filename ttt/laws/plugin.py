@@ -28,7 +28,7 @@ from ttt.adapter_file import backbone_identity
 from ttt.backbone import Backbone, BackboneFacts
 from ttt.config import RunConfig, check_config
 from ttt.config.diagnostics import Finding, Severity, blames_environment
-from ttt.errors import EnvironmentProblem, TTTError
+from ttt.errors import EnvironmentProblem, PluginError, TTTError
 from ttt.inject import Site, plan
 from ttt.laws.bench import Bench
 
@@ -53,6 +53,8 @@ def method_of(bench: Bench, name: str) -> Iterator[str]:
         yield method
     except MethodBrokenError:
         raise
+    except PluginError as error:  # which says where
+        raise MethodBrokenError(method, str(error)) from error
     except Exception as error:  # a plugin's code: whatever it raises is its failure
         first = (str(error).strip().splitlines() or [""])[0]
         raise MethodBrokenError(

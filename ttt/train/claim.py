@@ -19,6 +19,7 @@ from ttt.config.rules.environment import why_unusable
 from ttt.config.schema import RunConfig
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import lock
+from ttt.reading import other_kind
 
 CONFIG = "config.yaml"
 ORIGINAL = "config.original.yaml"
@@ -86,13 +87,14 @@ def require_possible(folder: Path) -> None:
     """Refuse a path that no run's folder can have.
 
     Raises:
-        UsageError: it is a file.
+        UsageError: it is a file, or a device.
         EnvironmentProblem: it has too many levels, the system knows no such names, or it may not be written.
     """
     if os.path.isdir(folder):
         return
-    if os.path.isfile(folder):
-        raise UsageError(f"run_dir: {folder} is a file; name a folder")
+    kind = "a file" if os.path.isfile(folder) else other_kind(folder)
+    if kind:
+        raise UsageError(f"run_dir: {folder} is {kind}; name a folder")
     cause = why_unusable(str(folder))
     if cause:
         raise EnvironmentProblem(f"run_dir: {str(folder)[:300]!r} cannot hold the run: {cause}; name another folder")

@@ -28,6 +28,7 @@ from ttt.config.schema import RunConfig
 from ttt.errors import InactiveLayerError, NonFiniteError, TTTError
 from ttt.evidence import observe
 from ttt.files import require_space, writing
+from ttt.interrupt import FINISHING, STEPPING, Interrupt, StopRequested, interruptible, stop_if_asked
 from ttt.state import TTTState
 from ttt.train import rundir
 from ttt.train.checkpoint import content_bytes, read_content, write_content
@@ -44,7 +45,6 @@ from ttt.train.divergence import (
     way_on,
 )
 from ttt.train.evaluation import Evaluation, evaluate
-from ttt.train.interrupt import FINISHING, STEPPING, Interrupt, StopRequested, interruptible, stop_if_asked
 from ttt.train.metrics import (
     Display,
     MetricsFile,
@@ -88,7 +88,7 @@ def train(
 ) -> TrainResult:
     """Train TTT layers in a backbone.
 
-    In the main thread, signals that ask to stop (`ttt.train.interrupt`) are heeded: before the first step nothing is
+    In the main thread, signals that ask to stop (`ttt.interrupt`) are heeded: before the first step nothing is
     written, from then on the step is finished and saved, and the pictures are drawn. An output that is gone does not
     end a run.
 

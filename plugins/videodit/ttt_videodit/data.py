@@ -230,7 +230,8 @@ class _IndexedVideo:
         try:
             found = verify_tensors(path)
         except EnvironmentProblem as error:
-            raise LineError("damaged", f"{error}; delete it and run ttt precompute again") from None
+            gone = "run" if not path.exists() else "delete it and run"
+            raise LineError("damaged", f"{error}; {gone} ttt precompute again") from None
         if self._unverified[path] not in (None, found):
             raise LineError("damaged", f"{path}: {NOT_LISTED}")
         del self._unverified[path]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ttt.config.diagnostics import Finding, Severity
 from ttt.config.rules.rule import Context, rule
+from ttt.reading import other_kind
 
 
 @rule("run_dir")
@@ -48,7 +49,7 @@ def why_unusable(path: str) -> str | None:
             )
         nearest = next(folder for folder in (target, *target.parents) if folder.exists())
         if not nearest.is_dir():
-            return f"{nearest} is a file"
+            return f"{nearest} is {other_kind(nearest) or 'a file'}"
         return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} is not writable"
     except (OSError, ValueError) as error:  # a name that no folder can have
         return str(getattr(error, "strerror", None) or error)
