@@ -502,7 +502,7 @@ SCRIPT = """
     from test_train_loop import config
     from toy import ToyBackbone
     from ttt import interrupt
-from ttt.train import loop, train
+    from ttt.train import loop, train
 
     class Slow(ToyBackbone):
         def loss(self, model, batch, config):
