@@ -43,18 +43,16 @@ DRIVE = """
         ):
             print(json.dumps([name, [vars(outcome) for outcome in make(one, tasks)]]))
 """
-KILLS = [(0, "while it starts", 0), (1, "while it runs", 0), (2, "while it runs", 0), (3, "twice", 0)]
+KILLS = [(1, "while it runs", 0), (3, "twice", 0)]
 ERRORS = [
-    *zip(["writing"] * 4, (9, 31, 75, 140), (errno.EIO, errno.EDQUOT, errno.ENOSPC, errno.EACCES), strict=True),
+    *zip(["writing"] * 2, (31, 75), (errno.EDQUOT, errno.ENOSPC), strict=True),
     ("reading", 5, errno.EIO),
 ]
 SIGNALS = [
     (int(signal.SIGINT), "imports", 0, 0),
     (int(signal.SIGTERM), "pictures", 0, 0),
     (int(signal.SIGHUP), "evaluation", 0, 0),
-    (int(signal.SIGQUIT), "data", 0, 0),
     (int(signal.SIGUSR1), "checkpoint", 0, 0),
-    (int(signal.SIGUSR2), "step", 0, 0),
 ]
 
 
@@ -124,7 +122,7 @@ def test_an_error_of_the_disk_is_one_sentence_and_no_checkpoint_is_lost(
 ) -> None:
     assert _failed(outcomes["errors"]) == []
     assert all(outcome["result"] != "no such call" for outcome in outcomes["errors"])
-    assert sum(outcome["result"] == "exit 3" for outcome in outcomes["errors"]) >= 3, "most errors end a run"
+    assert sum(outcome["result"] == "exit 3" for outcome in outcomes["errors"]) >= 2, "most errors end a run"
 
 
 @traced

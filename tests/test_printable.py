@@ -126,11 +126,12 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return captured.out + captured.err
 
 
-@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
+@pytest.mark.parametrize("kind", ["a line break", "an escape sequence", "a command to a log", "bytes that are no text"])
 def test_names_of_files_and_words_of_the_command_line(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    name = NAMES[kind]
     config = f"{name}.yaml"
     Path(config).write_text("backbone: {name: moshi}\nttt: {laiers: [1]}\ntrain: {max_steps: 1}\n", encoding="utf-8")
     mended = Path(f"{name}2.yaml")
