@@ -125,6 +125,15 @@ class StartsFresh(TTTAdapter):
         return super().forward(x, rotary=rotary)
 
 
+class StartsFreshInTraining(TTTAdapter):
+    """Sure that states are for inference."""
+
+    def forward(self, x: Tensor, *, rotary: Any = None) -> Tensor:
+        if self.training and self.port is not None:
+            self.port.incoming = None
+        return super().forward(x, rotary=rotary)
+
+
 class GroupsOfSixteen(TTTAdapter):
     """Sure of the literature's group size."""
 
@@ -282,6 +291,13 @@ class Nameless(ToyDataset):
         return "a stream"
 
 
+class CollatesTheFirst(ToyDataset):
+    """Stacks one window as often as there are windows."""
+
+    def collate(self, samples):
+        return super().collate([samples[0]] * len(samples))
+
+
 class OtherData(ToyBackbone):
     data: ClassVar[type[ToyDataset]] = ToyDataset
 
@@ -340,6 +356,20 @@ class LossKeepsTheState(ToyBackbone):
                 layer.asked = False
 
 
+class LossInEvaluationMode(ToyBackbone):
+    """Left over from a notebook: nothing drops, and nothing that asks for training recomputes."""
+
+    def loss(self, model, batch, config):
+        return super().loss(model.eval(), batch, config)
+
+
+class LossInTrainingMode(ToyBackbone):
+    """Evaluations that drop."""
+
+    def loss(self, model, batch, config):
+        return super().loss(model.train(), batch, config)
+
+
 class MetricsWithGraph(ToyBackbone):
     def loss(self, model, batch, config):
         output = super().loss(model, batch, config)
@@ -379,6 +409,11 @@ SABOTEURS: dict[str, tuple[ToyBackbone, int | str, str]] = {
     "rows meet": (toy(adapter=AddsTheBatch), 5, "changing row 0 of a batch changes another row"),
     "state kept back": (toy(adapted=KeepsTheState), 8, "no state of it reaches `ttt.adapter.carried`"),
     "state not taken up": (toy(adapter=StartsFresh), 8, "the layer does not start from the state"),
+    "state not taken up in training": (
+        toy(adapter=StartsFreshInTraining),
+        8,
+        "in training mode the layer does not start from the state",
+    ),
     "group size not read": (toy(adapter=GroupsOfSixteen), 8, "scan_checkpoint_group_size: 1 changes nothing"),
     "causal not read": (toy(TwoWayToy, adapter=AlwaysCausal), 8, "ttt.causal: True changes nothing"),
     "only in evaluation": (toy(adapted=OnlyInEvaluation), 10, "never reached in training mode"),
@@ -397,6 +432,9 @@ SABOTEURS: dict[str, tuple[ToyBackbone, int | str, str]] = {
         r"returned an Overlapping whose `files` has range\(4, 7\)",
     ),
     "random crops": (toy(OtherData, data=RandomCrops), "dataset", "window 0 is another one when it is read again"),
+    "first window alone": (toy(OtherData, data=CollatesTheFirst), "dataset", "whatever its second window is"),
+    "loss in evaluation mode": (LossInEvaluationMode(), "loss", "it switches the model to evaluation mode"),
+    "loss in training mode": (LossInTrainingMode(), "loss", "it switches the model to training mode"),
     "no files": (toy(OtherData, data=Unordered), "dataset", "it returned an Unordered without `files`"),
     "nameless windows": (toy(OtherData, data=Nameless), "dataset", "says 'a stream' of windows 0 and"),
     "reads the beginning": (toy(TwoWayToy, adapter=ReadsTheBeginning), "loss", "tokens_per_window 24, but .* reads 8"),

@@ -153,6 +153,25 @@ ASKED = {
     "facts without config": ("def facts(self):\n        return None", "`facts`", "TypeError"),
     "a rule that raises": ("rules = (lambda config: 1 / 0,)", "its rule <lambda>", "ZeroDivisionError"),
     "a rule of texts": ("rules = (lambda config: ['bad'],)", "its rule <lambda>", "it returned str, not Finding"),
+    "a rule that panics": (
+        "def rule(config):\n        raise Toy.Panic\n    rules = (rule,)\n"
+        "    class Panic(BaseException):\n        def __str__(self):\n            raise SystemExit('no message')",
+        "its rule rule",
+        "Panic",
+    ),
+    "a finding of numbers": (
+        "def rule(config):\n        from ttt.config import Finding\n"
+        "        return [Finding(code='TOY1', severity='error', path='', message='m')]\n    rules = (rule,)",
+        "its rule rule",
+        "a Finding whose severity is of type str, not Severity",
+    ),
+    "a code of two lines": (
+        "def rule(config):\n        from ttt.config import Finding, Severity\n"
+        "        return [Finding(code='TOY1\\n::error::x', severity=Severity.NOTE, path='', message='m')]\n"
+        "    rules = (rule,)",
+        "its rule rule",
+        "a Finding whose code is 'TOY1",
+    ),
     "explanations": ("def explanations(self):\n        return {'TOY1': 'bad'}", "`explanations`", "not an Explanation"),
 }
 

@@ -366,3 +366,23 @@ def test_a_fix_that_cannot_be_written_leaves_the_file(capsys: pytest.CaptureFixt
         Path("folder").chmod(0o700)
     assert "folder/c.yaml" in capsys.readouterr().err
     assert Path("folder/c.yaml").read_text() == FIXABLE
+
+
+@pytest.mark.parametrize("output", ["text", "json", "sarif", "github"])
+def test_a_file_whose_name_is_no_text_is_checked_as_any_other(output: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name = os.fsdecode(b"\xff\x80.yaml")
+    Path(name).write_text(BAD, encoding="utf-8")
+    assert main(["check", "--format", output, name]) == 1
+    found = capsys.readouterr().out
+    if output == "sarif":
+        result = _validate_sarif(found)["results"][0]
+        assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "%FF%80.yaml"
+
+
+@pytest.mark.parametrize("key", ["train.run_dir=\udcff", "\udcff=1", "train.\udcff=1"])
+def test_an_override_that_is_no_text_is_told_as_one(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _write("c.yaml", DEMO)
+    assert main(["check", "--format", "sarif", "c.yaml", "--set", key]) == 1
+    (result,) = _validate_sarif(capsys.readouterr().out)["results"]
+    assert result["ruleId"] == "TTT108"
+    assert "this one is not UTF-8" in result["message"]["text"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ from fake_distributions import TOY, importable, install
 
 from ttt.errors import PluginError, UsageError
 from ttt.plugins import PluginInfo, discover, get_backbone
+from ttt_cli.main import main
 
 BROKEN = {
     "missing": ("import a_package_that_nobody_has\n", "No module named 'a_package_that_nobody_has'"),
     "typo": ("def (\n", "SyntaxError"),
+    "panics": ("class Panic(BaseException): ...\nraise Panic('in Rust')\n", "Panic: in Rust"),
     "exits": ("raise SystemExit('not on this machine')\n", "not on this machine"),
     "misspelt": (
         "from ttt.hookspecs import hookimpl\n@hookimpl\ndef ttt_bakbone():\n    pass\n",
@@ -100,3 +103,14 @@ def test_get_backbone_names_what_there_is(tmp_path: Path) -> None:
             get_backbone("tyo")
         with pytest.raises(PluginError, match=r"backbone 'missing' of ttt-missing 1\.2 is broken: ModuleNotFoundError"):
             get_backbone("missing")
+
+
+def test_what_a_plugin_prints_when_it_is_imported_is_not_among_the_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(tmp_path, "toy", "toy_plugin", TOY + "print('loading toy')\n")
+    with importable(tmp_path):
+        assert main(["plugins", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "toy" in [plugin["name"] for plugin in json.loads(printed.out)]
+    assert "loading toy" in printed.err

@@ -61,9 +61,9 @@ def asked(backbone: Backbone, what: str, called: Any = None) -> Iterator[None]:
     mark = _inside.set(_inside.get() + 1)
     try:
         yield
-    except (TTTError, BrokenPipeError):
+    except (TTTError, BrokenPipeError, KeyboardInterrupt, GeneratorExit):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # SystemExit, and what of others' is no Exception: a panic of Rust's for one
         if is_out_of_memory(error):
             raise
         place = place_in(error, packages_of(backbone)) or (None if called is None else definition(called))
@@ -201,7 +201,9 @@ def in_one_line(error: BaseException) -> str:
         return f"it returned {error}"
     try:
         told = str(error)
-    except Exception:  # an error whose own message fails
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # an error whose own message fails
         told = ""
     text = " ".join(f"{type(error).__name__}: {told}".split())
     shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text).rstrip(": ")

@@ -304,7 +304,7 @@ def read_header(path: Path, *, most_bytes: int = _MAX_HEADER) -> Header:
     try:
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
+            start = file.read(8) or b""  # None where the kernel has nothing to say as yet, as /proc/kmsg
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > size - 8:
                 raise EnvironmentProblem(f"{path}: no safetensors file, or cut short: {size} bytes hold no header")

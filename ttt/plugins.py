@@ -7,7 +7,9 @@ does nothing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 from dataclasses import dataclass, replace
 from importlib import metadata
 
@@ -126,8 +128,12 @@ def _load_all(name: str) -> tuple[PluginInfo, ...]:
     found = []
     for point in points:
         try:
-            found.append(PluginInfo(point, _load(point), None))
-        except (Exception, SystemExit) as exception:  # whatever a third party's import raises
+            # What an import prints would stand in the middle of JSON.
+            with contextlib.redirect_stdout(sys.stderr):
+                found.append(PluginInfo(point, _load(point), None))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exception:  # whatever a third party's import raises, a panic of Rust's for one
             found.append(PluginInfo(point, None, _cause(exception, point.value)))
     return tuple(found)
 

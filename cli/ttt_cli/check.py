@@ -8,6 +8,7 @@ import typer
 
 from ttt_cli.checking import Format, check_files
 from ttt_cli.options import BackboneName, Overrides
+from ttt_cli.terminal import show
 
 Codes = list[str] | None
 
@@ -79,7 +80,8 @@ def check(
     if explain is not None or list_codes:
         from ttt.config import explain as explanations
 
-        print(explanations.catalogue() if explain is None else explanations.explain(explain))
+        for line in (explanations.catalogue() if explain is None else explanations.explain(explain)).split("\n"):
+            show(line)
         return
     code = check_files(
         configs or [],

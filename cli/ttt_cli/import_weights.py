@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ttt_cli.terminal import show
 
 
 def import_weights(
@@ -36,7 +39,8 @@ def import_weights(
         raise UsageError(f"{target}: is already there; name a folder that is not")
 
     require_place(target)
-    print(f"reading {source}", flush=True)  # the libraries that it takes are seconds away
+    show(f"reading {source}")
+    sys.stdout.flush()  # the libraries that it takes are seconds away
     from rich.console import Console
 
     console = Console()

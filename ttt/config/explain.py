@@ -56,7 +56,7 @@ wheels have); `benchmarks/hostile_configs.py` measures it. So there are limits, 
 | findings of one code in one file that are shown | 100; the others are counted, and count for the exit code | |
 | a text in a finding | 1,000 characters; the middle of a longer one is left out | |
 | unknown keys whose meaning is guessed | those among the first 100 findings | |
-| `--fix` | 32 rounds of edits, 32 readings in each; the rest is left to you | |
+| `--fix`, which may take 5 seconds | 32 rounds of edits, 32 readings in each; the rest is left to you | |
 """
 
 

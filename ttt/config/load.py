@@ -31,6 +31,9 @@ _OF_TRAINING = re.compile("[A-Z]+[24567][0-9]{2}")
 _SECTIONS = tuple(name for name in RunConfig.model_fields if name != "run_dir")
 _OF_THE_INNER_MODEL = ("mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims", "base_lr")
 
+_CODE = re.compile(r"[A-Za-z0-9_-]{1,40}")
+"""What a plugin may call a finding: a word, for it is shown between others."""
+
 _MOST = {
     **{"dim": 1 << 24, "num_heads": 1 << 20, "num_layers": 1 << 16, "layers_per_checkpoint": 1 << 20, "gates": 1 << 10},
     **{"tokens_per_window": 1 << 50, "parameters": 1 << 60, "attention_parameters": 1 << 60},
@@ -364,7 +367,25 @@ def _answer_of(rule: Callable[[RunConfig], Sequence[Any]], backbone: Backbone, c
         strange = [type(finding).__name__ for finding in findings if not isinstance(finding, Finding)]
         if strange:
             raise WrongAnswer(f"{strange[0]}, not Finding")
+        for finding in findings:
+            _require_wellformed(finding)
     return findings
+
+
+def _require_wellformed(finding: Finding) -> None:
+    """Refuse a plugin's finding that could not be shown.
+
+    Raises:
+        WrongAnswer: a field of it is of another type, or its code is no word.
+    """
+    kinds = {"code": str, "severity": Severity, "path": str, "message": str, "fix": str, "of_environment": bool}
+    maybe = {"place": Place, "replacement": str, "moves_to": str}
+    for name, kind in (*kinds.items(), *maybe.items()):
+        value = getattr(finding, name)
+        if not isinstance(value, kind) and not (name in maybe and value is None):
+            raise WrongAnswer(f"a Finding whose {name} is of type {type(value).__name__}, not {kind.__name__}")
+    if not _CODE.fullmatch(finding.code):
+        raise WrongAnswer(f"a Finding whose code is {finding.code!r:.80}; write letters and digits, as TOY101")
 
 
 def _decides_facts(path: KeyPath, config: RunConfig) -> bool:

@@ -6,6 +6,7 @@ https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/sarif-v2.1.0-errata01
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ def _result(finding: Finding, rule_index: int) -> dict[str, Any]:
         "level": finding.severity.value,
         "message": {"text": text},
         "locations": [location] if location else [],
-        "partialFingerprints": {"codeFileAndKey/v1": hashlib.sha256(identity.encode()).hexdigest()[:32]},
+        "partialFingerprints": {
+            "codeFileAndKey/v1": hashlib.sha256(identity.encode(errors="surrogatepass")).hexdigest()[:32]
+        },
         "properties": {"value": finding.value},
     }
     if finding.replacement is not None and _marks_what_is_replaced(finding, place):
@@ -87,7 +90,7 @@ def _marks_what_is_replaced(finding: Finding, place: Place) -> bool:
 
 def _artifact(place: Place) -> dict[str, str]:
     path = Path(place.file)
-    return {"uri": path.as_uri() if path.is_absolute() else quote(path.as_posix())}
+    return {"uri": path.as_uri() if path.is_absolute() else quote(os.fsencode(path.as_posix()))}
 
 
 def _snippet(place: Place) -> dict[str, Any]:

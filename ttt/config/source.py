@@ -525,6 +525,9 @@ def _override(data: dict[str, Any], places: dict[KeyPath, Located], override: st
 
     key, equals, written = override.partition("=")
     key = key.strip()
+    if any("\ud800" <= letter <= "\udfff" for letter in override):  # bytes of the command line that are no text
+        key = ""
+        return refuse("an override is text, and this one is not UTF-8", "write it as UTF-8")
     if key.count(".") >= MAX_LEVELS:
         place = Place(f"--set {override[:_QUOTED]}…")
         levels, key = key.count(".") + 1, key[:_QUOTED]

@@ -163,18 +163,20 @@ def _persistent_states_act(bench: Bench) -> float | None:
                     8, f"ttt.persistent_states: the state that {name} hands on is not where its layer ended"
                 )
     states = carry.states
-    fresh = bench.outputs(model, second)
     measured = []
-    for name in states:
-        with carried(injection, {name: states[name]}), _states_read(injection) as seen:
-            away = distance(bench.outputs(model, second), fresh)
-        if away == 0 or not any(_same(state, states[name]) for state in seen.entered.get(name, [])):
-            raise LawBrokenError(
-                8,
-                f"ttt.persistent_states: true changes nothing at {name}: the layer does not start from the state that "
-                f"`ttt.adapter.carried` gives it",
-            )
-        measured.append(away)
+    for training in (True, False):
+        mode = "training" if training else "evaluation"
+        fresh = bench.outputs(model, second, training=training)
+        for name in states:
+            with carried(injection, {name: states[name]}), _states_read(injection) as seen:
+                away = distance(bench.outputs(model, second, training=training), fresh)
+            if away == 0 or not any(_same(state, states[name]) for state in seen.entered.get(name, [])):
+                raise LawBrokenError(
+                    8,
+                    f"ttt.persistent_states: true changes nothing at {name}: in {mode} mode the layer does not start "
+                    f"from the state that `ttt.adapter.carried` gives it",
+                )
+            measured.append(away)
     return min(measured, default=None)
 
 

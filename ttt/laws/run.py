@@ -106,6 +106,9 @@ def _require_windows(method: str, data: WindowDataset, picked: Sequence[int]) ->
     tensors = list(tensors_in(data.collate(samples)))
     if not tensors:
         raise MethodBrokenError(method, "`collate` makes a batch without a tensor")
+    others = len(samples) > 1 and not same(samples[0], samples[1])
+    if others and same(data.collate(samples[:2]), data.collate([samples[0], samples[0]])):
+        raise MethodBrokenError(method, "`collate` makes the same batch whatever its second window is")
     if not same(data.collate(samples), data.collate(samples)):
         raise MethodBrokenError(method, "`collate` makes another batch of the same windows")
 
@@ -127,6 +130,8 @@ def loss_trains(bench: Bench) -> None:
         with running(model, training=True), _lengths(injection) as lengths:
             output = bench.backbone.loss(model, batch, config)
             _require_loss(method, output)
+            if not all(module.training for module in model.modules()):
+                raise MethodBrokenError(method, "it switches the model to evaluation mode")
             output.loss.backward()
         if not same(batch, before):
             raise MethodBrokenError(method, "it writes to the batch that it is given")
@@ -180,7 +185,12 @@ def _require_tokens(
 def _evaluated(bench: Bench, model: nn.Module, batch: Batch, config: RunConfig, *, seed: int = 0) -> float:
     with running(model, training=False), torch.no_grad():
         seed_pass(seed, "law", 0)
-        return float(bench.backbone.loss(model, batch, config).loss)
+        loss = float(bench.backbone.loss(model, batch, config).loss)
+        if any(module.training for module in model.modules()):
+            raise MethodBrokenError(
+                f"{type(bench.backbone).__name__}.loss", "it switches the model to training mode, in evaluations too"
+            )
+        return loss
 
 
 def _require_effect(method: str, bench: Bench, model: nn.Module, batch: Batch, config: RunConfig) -> None:
