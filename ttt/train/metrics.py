@@ -81,13 +81,15 @@ class MetricsFile:
         """Keep the whole lines of steps up to `last_step`, each step once; return the last one's step."""
         with open(self._path, "rb") as file:
             content = file.read()
-        kept, found = b"", 0
+        lines, found = [], 0
         for line in _lines(content):
             for entry, raw in line.entries:
                 if found < entry["step"] <= last_step:
-                    kept, found = kept + raw + b"\n", entry["step"]
+                    lines.append(raw + b"\n")
+                    found = entry["step"]
             if line.problem and not line.cut_short and found < last_step:
                 self.dropped.append(f"{self._path}:{line.number}: {line.problem}; {line.outcome}")
+        kept = b"".join(lines)
         if content.startswith(kept):
             os.truncate(self._path, len(kept))
         else:
