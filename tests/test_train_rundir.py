@@ -249,6 +249,29 @@ def test_a_config_by_hand_is_put_aside_not_overwritten(tmp_path):
     assert "another" in (tmp_path / "config.original-2.yaml").read_text()
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_config_by_hand_is_in_its_place_until_the_resolved_one_is(tmp_path, monkeypatch, linked):
+    """Else a kill in between leaves a folder that the same command cannot start again."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine.yaml").write_text("# mine\nbackbone: toy\n")
+    config_file = tmp_path / "run" / "config.yaml"
+    if linked:
+        config_file.symlink_to(tmp_path / "mine.yaml")
+    else:
+        config_file.write_text((tmp_path / "mine.yaml").read_text())
+    for _ in range(2):  # killed twice
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(RunDir, "write_config", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+            RunDir(tmp_path / "run").create(config(tmp_path / "run"))
+        assert config_file.read_text() == "# mine\nbackbone: toy\n"
+    RunDir(tmp_path / "run").create(config(tmp_path / "run"))
+    assert "# mine" not in config_file.read_text()
+    assert (tmp_path / "mine.yaml").read_text() == "# mine\nbackbone: toy\n"
+    names = sorted(file.name for file in (tmp_path / "run").iterdir())
+    assert names == ["checkpoints", "config.original.yaml", "config.yaml"]
+    assert (tmp_path / "run" / "config.original.yaml").read_text() == "# mine\nbackbone: toy\n"
+
+
 def test_of_two_that_start_at_once_one_wins_and_the_other_writes_nothing(tmp_path):
     first, second = RunDir(tmp_path / "run"), RunDir(tmp_path / "run")
     with first.held(), second.held():  # neither is there yet

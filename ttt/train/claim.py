@@ -18,7 +18,7 @@ from types import TracebackType
 from ttt.config.rules.environment import why_unusable
 from ttt.config.schema import RunConfig
 from ttt.errors import EnvironmentProblem, UsageError
-from ttt.files import lock
+from ttt.files import lock, temporary_beside, write_bytes
 from ttt.reading import other_kind
 
 CONFIG = "config.yaml"
@@ -145,13 +145,26 @@ def require_startable(folder: Path) -> None:
 
 
 def keep_original(folder: Path) -> None:
-    """Put a config that somebody wrote by hand aside, so that the resolved one does not replace its comments."""
+    """Put a config that somebody wrote by hand aside, so that the resolved one does not replace its comments.
+
+    Its copy is made first and it stays until the resolved one replaces it: a kill leaves a config at any time.
+    """
     config = folder / CONFIG
-    if config.is_file() and not _is_resolved(_text(config)):
-        names = itertools.chain(
-            [ORIGINAL], (ORIGINAL.replace(".yaml", f"-{number}.yaml") for number in itertools.count(2))
-        )
-        os.replace(config, next(folder / name for name in names if not os.path.lexists(folder / name)))
+    if not config.is_file() or _is_resolved(_text(config)):
+        return
+    content = config.read_bytes()
+    for name in itertools.chain(
+        [ORIGINAL], (ORIGINAL.replace(".yaml", f"-{number}.yaml") for number in itertools.count(2))
+    ):
+        if not os.path.lexists(folder / name):
+            write_bytes(folder / name, content)
+            break
+        if other_kind(folder / name) is None and (folder / name).read_bytes() == content:
+            break  # a run that was killed has put it there
+    if config.is_symlink():  # what it leads to is not the run's to write to
+        temporary = temporary_beside(config)
+        write_bytes(temporary, content)
+        os.replace(temporary, config)
 
 
 def with_checksum(text: str) -> str:
