@@ -182,6 +182,10 @@ FOREIGN = {
     "metrics of something else": ({"metrics.jsonl": "{}"}, "holds a metrics.jsonl but no config.yaml"),
     "config of something else": ({"config.yaml": "model: {dim: 3}\n"}, "config.yaml that is no config of ttt"),
     "config of nothing": ({"config.yaml": ""}, "config.yaml that is no config of ttt"),
+    "metrics of something else beside a config": (
+        {"config.yaml": "backbone: toy\n", "metrics.jsonl": '{"step": 1}\n'},
+        "holds a metrics.jsonl that no run of ttt with its config.yaml left",
+    ),
     "a finished run without its checkpoints": (
         {"config.yaml": "backbone: toy\n", "metrics.jsonl": '{"step": 1}\n', "summary.json": "{}"},
         "holds the summary.json of a finished run, but none of its checkpoints",
@@ -393,6 +397,16 @@ def test_checkpoints_without_a_config_are_not_started_over(run):
     (run.path / "config.yaml").unlink()
     with pytest.raises(UsageError, match=r"holds checkpoints, but no config.yaml .* train.init_from: .*step_000004"):
         run.reopen(config(run.path), ToyBackbone())
+
+
+def test_a_lost_config_is_that_of_the_checkpoint(run):
+    state = {"config": config(run.path).model_dump(mode="json")}
+    run.save_checkpoint(4, state, lambda folder: (folder / "file").write_text("x"), keep=None)
+    (run.path / "config.yaml").unlink()
+    checkpoint, _ = run.reopen(config(run.path), ToyBackbone())
+    assert checkpoint.step == 4
+    with pytest.raises(ConfigError, match=r"train\.lr: 0\.0001 in the run, 0\.5 now"):
+        run.reopen(config(run.path, train={"lr": 0.5}), ToyBackbone())
 
 
 def test_tidying_removes_what_a_kill_left_and_no_more(run):

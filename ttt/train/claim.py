@@ -137,9 +137,17 @@ def require_startable(folder: Path) -> None:
         raise UsageError(
             f"run_dir: {folder} holds a {CONFIG} that is no config of ttt; move it away, or name another run_dir"
         )
-    if not config.is_file() and metrics.is_file() and metrics.stat().st_size:
+    if not metrics.is_file() or not metrics.stat().st_size:
+        return
+    if not config.is_file():
         raise UsageError(
             f"run_dir: {folder} holds a {METRICS} but no {CONFIG}, so no run of ttt left it; move it away, or name "
+            f"another run_dir"
+        )
+    text = _text(config)
+    if is_as_written(text) is None and not _is_resolved(text):
+        raise UsageError(
+            f"run_dir: {folder} holds a {METRICS} that no run of ttt with its {CONFIG} left; move it away, or name "
             f"another run_dir"
         )
 

@@ -212,7 +212,7 @@ class RunDir:
                 f"run_dir: {self.path} holds no complete checkpoint ({'; '.join(passed_over)}), so there is nothing to "
                 f"resume; put the files back, name another run_dir, or delete {self / CHECKPOINTS} to start anew there"
             )
-        if not (self / CONFIG).is_file():
+        if not isinstance(checkpoint.state.get("config"), dict) and not (self / CONFIG).is_file():
             raise UsageError(
                 f"run_dir: {self.path} holds checkpoints, but no {CONFIG} to compare with; put it back, or start a new "
                 f"run from its weights, with train.init_from: {checkpoint.path} and another run_dir"
@@ -365,10 +365,10 @@ class RunDir:
             config: what the stored config says now, overrides included.
 
         Returns:
-            None where the stored config is as it was written, or says the same in other words.
+            None where the stored config is as it was written, says the same in other words, or cannot tell.
         """
         recorded = checkpoint.state.get("config")
-        if self.config_is_as_written() or not isinstance(recorded, dict):
+        if self.config_is_as_written() is not False or not isinstance(recorded, dict):
             return None
         before, now = _flat(recorded), _flat(config.model_dump(mode="json"))
         differing = [key for key in before if key in now and before[key] != now[key] and key != "run_dir"]
