@@ -263,10 +263,15 @@ def test_a_config_by_hand_is_in_its_place_until_the_resolved_one_is(tmp_path, mo
         config_file.symlink_to(tmp_path / "mine.yaml")
     else:
         config_file.write_text((tmp_path / "mine.yaml").read_text())
-    for _ in range(2):  # killed twice
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(RunDir, "write_config", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
-            RunDir(tmp_path / "run").create(config(tmp_path / "run"))
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(RunDir, "write_config", killed)
+            with pytest.raises(KeyboardInterrupt):
+                RunDir(tmp_path / "run").create(config(tmp_path / "run"))
         assert config_file.read_text() == "# mine\nbackbone: toy\n"
     RunDir(tmp_path / "run").create(config(tmp_path / "run"))
     assert "# mine" not in config_file.read_text()
