@@ -496,13 +496,16 @@ def verify_files(info: AdapterInfo, path: Path) -> None:
 
     Args:
         info: of the adapter, from `path`.
-        path: its file, its folder, or a run's folder; then the run's own files are compared too.
+        path: its file, its folder, or a run's folder; then the run's own files are compared too, and checkpoints that
+            were passed over are named.
 
     Raises:
         EnvironmentProblem: files are not what was written; the message names each.
     """
     folder = info.path.parent
-    problems = _problems(lambda: verify_adapter(info))
+    is_run = path.is_dir() and folder.parent == path / CHECKPOINTS
+    problems = RunDir(path).latest()[1] if is_run else []
+    problems += _problems(lambda: verify_adapter(info))
     if (folder / TRAINER_STATE).is_file():
         others = _checkpoint_problems(folder)
         problems += [problem for problem in others if problem not in problems]
