@@ -383,6 +383,19 @@ def test_a_run_reopens_with_its_own_config(run):
     assert checkpoint.step == 4
 
 
+def test_comments_in_the_config_of_a_run_that_goes_on_are_put_aside(run):
+    text = (run.path / "config.yaml").read_text()
+    for content, kept in (
+        (text, False),
+        (text.replace("max_steps: 6", "max_steps: 7"), False),
+        (f"# why\n{text}", True),
+    ):
+        (run.path / "config.yaml").write_text(content)
+        run.keep_comments()
+        assert (run.path / "config.original.yaml").exists() == kept
+    assert (run.path / "config.original.yaml").read_text() == f"# why\n{text}"
+
+
 def test_what_is_no_run_yet_is_started_by_resuming(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("none", "empty"):

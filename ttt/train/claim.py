@@ -31,6 +31,7 @@ LOSS = "loss.png"
 INNER_LOSS = "inner_loss.png"
 
 _MAX_CONFIG = 1 << 20
+_COMMENT = re.compile(r"(^|\s)#", re.MULTILINE)
 _CHECKSUM = "# sha256 of the lines above, which tells a later change: "
 
 
@@ -144,8 +145,7 @@ def require_startable(folder: Path) -> None:
             f"run_dir: {folder} holds a {METRICS} but no {CONFIG}, so no run of ttt left it; move it away, or name "
             f"another run_dir"
         )
-    text = _text(config)
-    if is_as_written(text) is None and not _is_resolved(text):
+    if not is_of_a_run(config):
         raise UsageError(
             f"run_dir: {folder} holds a {METRICS} that no run of ttt with its {CONFIG} left; move it away, or name "
             f"another run_dir"
@@ -153,13 +153,22 @@ def require_startable(folder: Path) -> None:
 
 
 def keep_original(folder: Path) -> None:
-    """Put a config that somebody wrote by hand aside, so that the resolved one does not replace its comments.
+    """Put a config that somebody wrote by hand aside, so that the resolved one does not replace its comments."""
+    if (folder / CONFIG).is_file() and not _is_resolved(_text(folder / CONFIG)):
+        _put_aside(folder)
 
-    Its copy is made first and it stays until the resolved one replaces it: a kill leaves a config at any time.
-    """
+
+def keep_comments(folder: Path) -> None:
+    """Put the config of a run that goes on aside, if somebody wrote comments into it."""
+    if (folder / CONFIG).is_file():
+        content, found, rest = _text(folder / CONFIG).rpartition(_CHECKSUM)
+        if _COMMENT.search(content if found else rest):
+            _put_aside(folder)
+
+
+def _put_aside(folder: Path) -> None:
+    """Copy a config; it stays until the resolved one replaces it, so that a kill leaves a config at any time."""
     config = folder / CONFIG
-    if not config.is_file() or _is_resolved(_text(config)):
-        return
     content = config.read_bytes()
     for name in itertools.chain(
         [ORIGINAL], (ORIGINAL.replace(".yaml", f"-{number}.yaml") for number in itertools.count(2))
@@ -184,6 +193,12 @@ def is_as_written(text: str) -> bool | None:
     """Whether a config has the checksum that it was written with; None where it has none."""
     content, found, digest = text.rpartition(_CHECKSUM)
     return digest.strip() == _digest_of(content) if found else None
+
+
+def is_of_a_run(config: Path) -> bool:
+    """Whether a run wrote a config, be it changed since."""
+    text = _text(config)
+    return is_as_written(text) is not None or _is_resolved(text)
 
 
 def _digest_of(text: str) -> str:

@@ -292,6 +292,7 @@ class Trainer:
             )
             for problem in self.metrics.dropped:
                 say(self.console, problem)
+            self.directory.keep_comments()
             self.directory.write_config(self.config)
             with writing(self.directory / rundir.SUMMARY):
                 self.directory.remove_unfinished()

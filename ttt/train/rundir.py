@@ -2,7 +2,7 @@
 
     config.yaml           the resolved config; `ttt train RUN/config.yaml --resume` goes on from it. Its last line
                           is a checksum, so that a later change is told
-    config.original.yaml  where one written by hand lay in its place
+    config.original.yaml  where one written or commented by hand lay in its place
     metrics.jsonl         one line of JSON for each logged step
     loss.png, inner_loss.png
     tensorboard/          where TensorBoard is installed
@@ -356,6 +356,15 @@ class RunDir:
 
         text = dump_config(config.model_copy(update={"run_dir": str(self.path)}))
         write_text(self / CONFIG, claim.with_checksum(text))
+
+    def keep_comments(self) -> None:
+        """Put a stored config that somebody commented aside, before `write_config` replaces it.
+
+        Raises:
+            EnvironmentProblem: it cannot be written.
+        """
+        with writing(self.path):
+            claim.keep_comments(self.path)
 
     def config_change(self, checkpoint: Checkpoint, config: RunConfig) -> str | None:
         """What somebody, or a damaged disk, has changed in the stored config since the run wrote it, as a sentence.
