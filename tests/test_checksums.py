@@ -231,12 +231,30 @@ def test_what_starts_from_a_run_is_told_which_checkpoint_it_gets(copied):
         read_info(copied)
 
 
+def test_info_of_a_run_ends_with_3_where_its_newest_checkpoint_is_passed_over(copied, capsys):
+    from ttt_cli.main import main
+
+    assert main(["info", str(copied)]) == 0
+    state = step(copied, 3) / "trainer_state.json"
+    state.write_text(state.read_text().replace('"step": 3', '"step": 2'))
+    capsys.readouterr()
+    assert main(["info", str(copied)]) == 3
+    err = capsys.readouterr().err
+    assert f"error: {state}: damaged: its checksum is not that of its content" in err
+    assert main(["info", str(copied), "--no-verify"]) == 0
+    assert f"{step(copied, 2)} is taken instead" in capsys.readouterr().err
+
+
 def test_a_config_changed_behind_the_runs_back_is_told_by_key(copied):
     text = (copied / CONFIG).read_text()
     (copied / CONFIG).write_text(text.replace("max_steps: 3", "max_steps: 4"))
     _, told = run(config(copied, max_steps=4), resume=True)
     assert f"{copied / CONFIG} was changed since the run wrote it (train.max_steps: 3 then, 4 now)" in told
     _, told = run(config(copied, max_steps=5), resume=True)  # an override is no change of the file
+    assert "was changed" not in told
+    content, _, _ = text.rpartition("# sha256")  # as runs wrote it before there were checksums
+    (copied / CONFIG).write_text(content)
+    _, told = run(config(copied, max_steps=6), resume=True)
     assert "was changed" not in told
     (copied / CONFIG).write_text(text.replace("lr: 0.0001", "lr: 0.0003"))
     with pytest.raises(

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -402,6 +403,19 @@ def test_a_requeued_job_needs_one_command(words: list[str], capsys: pytest.Captu
         assert said in capsys.readouterr().out
     assert Path("run/summary.json").is_file()
     assert Path("run/config.original.yaml").exists() == (words != ["mine.yaml"])
+
+
+@pytest.mark.usefixtures("trainable")
+def test_a_folder_that_is_named_is_the_run_whatever_its_config_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--backbone", "toy", "--set", "run_dir=run", "--set", "train.max_steps=1"]) == 0
+    shutil.copytree("run", "copy")
+    shutil.rmtree("copy/checkpoints")
+    Path("copy/summary.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    assert main(["train", "copy", "--resume"]) == 0
+    assert "copy: no checkpoint yet to resume from" in capsys.readouterr().out
+    assert Path("copy/summary.json").is_file()
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
 
 
 @pytest.mark.usefixtures("trainable")

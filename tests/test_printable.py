@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from ttt.config.sarif import render_sarif
 from ttt.errors import EnvironmentProblem
 from ttt.printable import as_line, json_text, shell_word, shortened
 from ttt_cli.main import main
+from ttt_cli.terminal import show_warning
 
 NAMES = {
     "a line break": "a\n::error::forged",
@@ -53,6 +55,28 @@ def require_harmless(text: str, *, commands: bool = False) -> None:
         assert line.isprintable(), line.encode("unicode_escape")
         assert "##[" not in line
         assert commands or not line.lstrip().startswith("::")
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
+def test_a_warning_is_one_line_and_no_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    show_warning(f"{name}: passed over")
+    err = capsys.readouterr().err
+    require_harmless(err)
+    assert err.startswith("warning: ")
+    assert err.count("\n") == 1
+
+
+def test_a_warning_that_nobody_can_read_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            tried.append(text)
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("sys.stderr", Gone())
+    show_warning("passed over")
+    assert tried
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())

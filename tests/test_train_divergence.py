@@ -445,6 +445,21 @@ def test_resuming_a_finished_run_does_what_a_kill_left_undone(tmp_path, drawn):
     assert drawn == [folder]
 
 
+def test_pictures_that_cannot_be_drawn_hide_nothing(tmp_path, monkeypatch, held_out):
+    """Neither the way on of a run that is no number, nor that a run is done."""
+
+    def fails(run):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(loop, "draw_run", fails)
+    run(config(tmp_path / "done"))
+    _, text = run(config(tmp_path / "done"), resume=True)
+    assert "done already, 6 steps" in text
+    assert f"the pictures in {tmp_path / 'done'} cannot be drawn (RuntimeError: no font)" in text
+    message = failure(config(tmp_path / "run", data={"eval_data": held_out}), Unmeasurable())
+    assert "the evaluation is not finite" in message
+
+
 def test_a_place_taken_by_something_else_ends_before_training(tmp_path):
     (tmp_path / "run" / "summary.json").mkdir(parents=True)
     for resume in (False, True):

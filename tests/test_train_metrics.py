@@ -64,6 +64,18 @@ def test_lines_past_the_checkpoint_and_half_lines_are_taken_off(tmp_path):
     assert path.read_bytes().endswith(b"\n")
 
 
+def test_lines_that_are_gone_are_told(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for last_step, told in ((0, 0), (3, 1)):
+        file = MetricsFile(path, last_step=last_step)
+        assert len(file.dropped) == told
+        file.close()
+    assert file.dropped == [f"{path}: the lines of the steps up to 3 are gone; it begins anew"]
+    write(path, [1, 2, 4])
+    with contextlib.closing(MetricsFile(path, last_step=3)) as file:
+        assert file.dropped == []
+
+
 def test_damage_in_the_middle_costs_that_line_alone_and_is_told(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, [1, 2, 3, 4, 5])

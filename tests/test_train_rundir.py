@@ -182,6 +182,10 @@ FOREIGN = {
     "metrics of something else": ({"metrics.jsonl": "{}"}, "holds a metrics.jsonl but no config.yaml"),
     "config of something else": ({"config.yaml": "model: {dim: 3}\n"}, "config.yaml that is no config of ttt"),
     "config of nothing": ({"config.yaml": ""}, "config.yaml that is no config of ttt"),
+    "metrics of something else beside a config": (
+        {"config.yaml": "backbone: toy\n", "metrics.jsonl": '{"step": 1}\n'},
+        "holds a metrics.jsonl that no run of ttt with its config.yaml left",
+    ),
     "a finished run without its checkpoints": (
         {"config.yaml": "backbone: toy\n", "metrics.jsonl": '{"step": 1}\n', "summary.json": "{}"},
         "holds the summary.json of a finished run, but none of its checkpoints",
@@ -247,6 +251,34 @@ def test_a_config_by_hand_is_put_aside_not_overwritten(tmp_path):
     (tmp_path / "config.yaml").write_text("backbone: {name: toy}  # another\n")
     RunDir(tmp_path).create(config(tmp_path))
     assert "another" in (tmp_path / "config.original-2.yaml").read_text()
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_config_by_hand_is_in_its_place_until_the_resolved_one_is(tmp_path, monkeypatch, linked):
+    """Else a kill in between leaves a folder that the same command cannot start again."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine.yaml").write_text("# mine\nbackbone: toy\n")
+    config_file = tmp_path / "run" / "config.yaml"
+    if linked:
+        config_file.symlink_to(tmp_path / "mine.yaml")
+    else:
+        config_file.write_text((tmp_path / "mine.yaml").read_text())
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(RunDir, "write_config", killed)
+            with pytest.raises(KeyboardInterrupt):
+                RunDir(tmp_path / "run").create(config(tmp_path / "run"))
+        assert config_file.read_text() == "# mine\nbackbone: toy\n"
+    RunDir(tmp_path / "run").create(config(tmp_path / "run"))
+    assert "# mine" not in config_file.read_text()
+    assert (tmp_path / "mine.yaml").read_text() == "# mine\nbackbone: toy\n"
+    names = sorted(file.name for file in (tmp_path / "run").iterdir())
+    assert names == ["checkpoints", "config.original.yaml", "config.yaml"]
+    assert (tmp_path / "run" / "config.original.yaml").read_text() == "# mine\nbackbone: toy\n"
 
 
 def test_of_two_that_start_at_once_one_wins_and_the_other_writes_nothing(tmp_path):
@@ -351,6 +383,19 @@ def test_a_run_reopens_with_its_own_config(run):
     assert checkpoint.step == 4
 
 
+def test_comments_in_the_config_of_a_run_that_goes_on_are_put_aside(run):
+    text = (run.path / "config.yaml").read_text()
+    for content, kept in (
+        (text, False),
+        (text.replace("max_steps: 6", "max_steps: 7"), False),
+        (f"# why\n{text}", True),
+    ):
+        (run.path / "config.yaml").write_text(content)
+        run.keep_comments()
+        assert (run.path / "config.original.yaml").exists() == kept
+    assert (run.path / "config.original.yaml").read_text() == f"# why\n{text}"
+
+
 def test_what_is_no_run_yet_is_started_by_resuming(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("none", "empty"):
@@ -370,6 +415,16 @@ def test_checkpoints_without_a_config_are_not_started_over(run):
     (run.path / "config.yaml").unlink()
     with pytest.raises(UsageError, match=r"holds checkpoints, but no config.yaml .* train.init_from: .*step_000004"):
         run.reopen(config(run.path), ToyBackbone())
+
+
+def test_a_lost_config_is_that_of_the_checkpoint(run):
+    state = {"config": config(run.path).model_dump(mode="json")}
+    run.save_checkpoint(4, state, lambda folder: (folder / "file").write_text("x"), keep=None)
+    (run.path / "config.yaml").unlink()
+    checkpoint, _ = run.reopen(config(run.path), ToyBackbone())
+    assert checkpoint.step == 4
+    with pytest.raises(ConfigError, match=r"train\.lr: 0\.0001 in the run, 0\.5 now"):
+        run.reopen(config(run.path, train={"lr": 0.5}), ToyBackbone())
 
 
 def test_tidying_removes_what_a_kill_left_and_no_more(run):

@@ -27,7 +27,7 @@ from tiny_cogvideox import write_pretrained
 from transformers import AutoTokenizer, T5EncoderModel
 
 from ttt.config import RunConfig, check_config
-from ttt.errors import EnvironmentProblem, TTTError, UsageError
+from ttt.errors import EnvironmentProblem, TTTError, UnreadableError, UsageError
 from ttt.files import read_header, write_tensors
 from ttt_videodit import demo
 from ttt_videodit import precompute as precompute_module
@@ -544,6 +544,38 @@ def test_an_index_says_the_checksums_of_its_files_and_a_changed_line_is_refused(
     assert text != (folder / "train.jsonl").read_text()
     with pytest.raises(EnvironmentProblem, match=r"train\.jsonl:1: damaged: its checksum is not that of its content"):
         run(config(folder))
+
+
+def test_what_another_index_had_made_anew_is_listed_anew(folder: Path) -> None:
+    """Indexes share latents: the checksum of a file that was lost and made again on another machine may be another."""
+    listed(folder, video())
+    run(config(folder))
+    (line,) = index(folder)
+    latents = folder / line["latents"]
+    tensors = {name: tensor + 0.5 for name, tensor in load_file(latents).items()}
+    latents.unlink()
+    write_tensors(latents, tensors, {"made": "elsewhere"})
+    made = config(folder)
+    with pytest.raises(EnvironmentProblem, match=r"its checksum is another; run ttt precompute again"):
+        latent_windows(made.backbone, made.data, split="train", device="cpu")
+    run(made)
+    assert len(latent_windows(made.backbone, made.data, split="train", device="cpu")) == 1
+    assert index(folder)[0]["latents_sha256"] == read_header(latents).checksum
+
+
+def test_latents_that_the_disk_does_not_give_are_not_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed(folder, video())
+    run(config(folder))
+    before = files(folder)
+    (folder / "train.jsonl").unlink()
+
+    def fails(path: Path, *more: Any) -> None:
+        raise UnreadableError(f"{path}: cannot be read: Input/output error")
+
+    monkeypatch.setattr(precompute_module, "verify_tensors", fails)
+    with pytest.raises(UnreadableError, match="Input/output error"):
+        run(config(folder))
+    assert files(folder) == before
 
 
 # --- what can be wrong ---

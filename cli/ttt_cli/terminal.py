@@ -62,7 +62,8 @@ def show_error(error: TTTError | str) -> None:
 def show_warning(message: str) -> None:
     """Print what does not end the command, and has to be known."""
     label = "\x1b[1;33mwarning:\x1b[0m" if has_color(sys.stderr) else "warning:"
-    print(label, as_line(message), file=sys.stderr)
+    with _heard_or_not(sys.stderr):
+        print(label, as_line(message), file=sys.stderr)
 
 
 def show_note(message: str) -> None:

@@ -80,7 +80,7 @@ def _load(path: Path, backbone: str | None, overrides: list[str], *, resume: boo
 
     from ttt.config import load_config
     from ttt.errors import UsageError
-    from ttt.train.claim import CHECKPOINTS, CONFIG, require_places
+    from ttt.train.claim import CHECKPOINTS, CONFIG, is_of_a_run, require_places
 
     is_folder = os.path.isdir(path)
     if is_folder:
@@ -95,7 +95,7 @@ def _load(path: Path, backbone: str | None, overrides: list[str], *, resume: boo
             )
     loaded = load_config(path, backbone=backbone, overrides=overrides, resuming=resume)
     in_its_run = path.name == CONFIG and (path.parent / CHECKPOINTS).is_dir()
-    here = in_its_run or (is_folder and loaded.config.run_dir is None)
+    here = in_its_run or (is_folder and (loaded.config.run_dir is None or is_of_a_run(path)))
     if resume and here and not any(override.startswith("run_dir=") for override in overrides):
         loaded = replace(loaded, config=loaded.config.model_copy(update={"run_dir": str(path.parent)}))
     return loaded

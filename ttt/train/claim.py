@@ -18,7 +18,7 @@ from types import TracebackType
 from ttt.config.rules.environment import why_unusable
 from ttt.config.schema import RunConfig
 from ttt.errors import EnvironmentProblem, UsageError
-from ttt.files import lock
+from ttt.files import lock, temporary_beside, write_bytes
 from ttt.reading import other_kind
 
 CONFIG = "config.yaml"
@@ -31,6 +31,7 @@ LOSS = "loss.png"
 INNER_LOSS = "inner_loss.png"
 
 _MAX_CONFIG = 1 << 20
+_COMMENT = re.compile(r"(^|\s)#", re.MULTILINE)
 _CHECKSUM = "# sha256 of the lines above, which tells a later change: "
 
 
@@ -137,21 +138,50 @@ def require_startable(folder: Path) -> None:
         raise UsageError(
             f"run_dir: {folder} holds a {CONFIG} that is no config of ttt; move it away, or name another run_dir"
         )
-    if not config.is_file() and metrics.is_file() and metrics.stat().st_size:
+    if not metrics.is_file() or not metrics.stat().st_size:
+        return
+    if not config.is_file():
         raise UsageError(
             f"run_dir: {folder} holds a {METRICS} but no {CONFIG}, so no run of ttt left it; move it away, or name "
+            f"another run_dir"
+        )
+    if not is_of_a_run(config):
+        raise UsageError(
+            f"run_dir: {folder} holds a {METRICS} that no run of ttt with its {CONFIG} left; move it away, or name "
             f"another run_dir"
         )
 
 
 def keep_original(folder: Path) -> None:
     """Put a config that somebody wrote by hand aside, so that the resolved one does not replace its comments."""
+    if (folder / CONFIG).is_file() and not _is_resolved(_text(folder / CONFIG)):
+        _put_aside(folder)
+
+
+def keep_comments(folder: Path) -> None:
+    """Put the config of a run that goes on aside, if somebody wrote comments into it."""
+    if (folder / CONFIG).is_file():
+        content, found, rest = _text(folder / CONFIG).rpartition(_CHECKSUM)
+        if _COMMENT.search(content if found else rest):
+            _put_aside(folder)
+
+
+def _put_aside(folder: Path) -> None:
+    """Copy a config; it stays until the resolved one replaces it, so that a kill leaves a config at any time."""
     config = folder / CONFIG
-    if config.is_file() and not _is_resolved(_text(config)):
-        names = itertools.chain(
-            [ORIGINAL], (ORIGINAL.replace(".yaml", f"-{number}.yaml") for number in itertools.count(2))
-        )
-        os.replace(config, next(folder / name for name in names if not os.path.lexists(folder / name)))
+    content = config.read_bytes()
+    for name in itertools.chain(
+        [ORIGINAL], (ORIGINAL.replace(".yaml", f"-{number}.yaml") for number in itertools.count(2))
+    ):
+        if not os.path.lexists(folder / name):
+            write_bytes(folder / name, content)
+            break
+        if other_kind(folder / name) is None and (folder / name).read_bytes() == content:
+            break  # a run that was killed has put it there
+    if config.is_symlink():  # what it leads to is not the run's to write to
+        temporary = temporary_beside(config)
+        write_bytes(temporary, content)
+        os.replace(temporary, config)
 
 
 def with_checksum(text: str) -> str:
@@ -163,6 +193,12 @@ def is_as_written(text: str) -> bool | None:
     """Whether a config has the checksum that it was written with; None where it has none."""
     content, found, digest = text.rpartition(_CHECKSUM)
     return digest.strip() == _digest_of(content) if found else None
+
+
+def is_of_a_run(config: Path) -> bool:
+    """Whether a run wrote a config, be it changed since."""
+    text = _text(config)
+    return is_as_written(text) is not None or _is_resolved(text)
 
 
 def _digest_of(text: str) -> str:

@@ -13,6 +13,7 @@ import contextlib
 import math
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +174,17 @@ def _tidied(run: RunDir, ended: TrainResult, config: RunConfig, console: Console
     """Do what a process that was killed at the very end left undone, and say that the run is done."""
     run.tidy(config.train.ckpt_keep)
     if pictures_are_due(run.path):
-        draw_run(run.path)
+        _draw(run.path, lambda text: say(console, text))
     say(console, f"{run.path}: done already, {ended.steps} steps; raise train.max_steps to go on")
     return ended
+
+
+def _draw(run: Path, warn: Callable[[str], None]) -> list[Path]:
+    """A run's pictures; one that cannot be drawn is never the end of a run."""
+    made: list[Path] = []
+    with survived(f"the pictures in {run} cannot be drawn", warn):
+        made += draw_run(run)
+    return made
 
 
 def _not_begun(run: RunDir, checkpoint: Checkpoint | None, console: Console) -> TrainResult:
@@ -283,6 +292,7 @@ class Trainer:
             )
             for problem in self.metrics.dropped:
                 say(self.console, problem)
+            self.directory.keep_comments()
             self.directory.write_config(self.config)
             with writing(self.directory / rundir.SUMMARY):
                 self.directory.remove_unfinished()
@@ -540,7 +550,7 @@ class Trainer:
         """
         if evaluation.is_finite:
             return
-        draw_run(self.directory.path)
+        self._draw()
 
         def look() -> Diagnosis:
             batch = load_batch(self.eval_dataset, evaluation.first_not_finite, self.device)
@@ -688,11 +698,7 @@ class Trainer:
         say(self.console, text)
 
     def _draw(self) -> list[Path]:
-        """The run's pictures; one that cannot be drawn is never the end of a run."""
-        made: list[Path] = []
-        with survived(f"the pictures in {self.directory.path} cannot be drawn", self._say):
-            made += draw_run(self.directory.path)
-        return made
+        return _draw(self.directory.path, self._say)
 
     def _announce(self) -> None:
         config = self.config

@@ -66,7 +66,7 @@ class MetricsFile:
         self._path = path
         replaced_file(path)  # a FIFO there would keep the run waiting
         self.dropped: list[str] = []
-        """A sentence for each damaged line that was taken off."""
+        """A sentence for each damaged line that was taken off, or about lines that are gone."""
         with writing(path):
             self._file: IO[str] = open(path, "a+", encoding="utf-8", newline="\n")  # noqa: SIM115 - held for the run
         try:
@@ -81,13 +81,17 @@ class MetricsFile:
         """Keep the whole lines of steps up to `last_step`, each step once; return the last one's step."""
         with open(self._path, "rb") as file:
             content = file.read()
-        kept, found = b"", 0
+        lines, found = [], 0
         for line in _lines(content):
             for entry, raw in line.entries:
                 if found < entry["step"] <= last_step:
-                    kept, found = kept + raw + b"\n", entry["step"]
+                    lines.append(raw + b"\n")
+                    found = entry["step"]
             if line.problem and not line.cut_short and found < last_step:
                 self.dropped.append(f"{self._path}:{line.number}: {line.problem}; {line.outcome}")
+        if last_step and not found and not self.dropped:  # the first step is always logged
+            self.dropped.append(f"{self._path}: the lines of the steps up to {last_step} are gone; it begins anew")
+        kept = b"".join(lines)
         if content.startswith(kept):
             os.truncate(self._path, len(kept))
         else:

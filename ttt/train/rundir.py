@@ -2,7 +2,7 @@
 
     config.yaml           the resolved config; `ttt train RUN/config.yaml --resume` goes on from it. Its last line
                           is a checksum, so that a later change is told
-    config.original.yaml  where one written by hand lay in its place
+    config.original.yaml  where one written or commented by hand lay in its place
     metrics.jsonl         one line of JSON for each logged step
     loss.png, inner_loss.png
     tensorboard/          where TensorBoard is installed
@@ -212,7 +212,7 @@ class RunDir:
                 f"run_dir: {self.path} holds no complete checkpoint ({'; '.join(passed_over)}), so there is nothing to "
                 f"resume; put the files back, name another run_dir, or delete {self / CHECKPOINTS} to start anew there"
             )
-        if not (self / CONFIG).is_file():
+        if not isinstance(checkpoint.state.get("config"), dict) and not (self / CONFIG).is_file():
             raise UsageError(
                 f"run_dir: {self.path} holds checkpoints, but no {CONFIG} to compare with; put it back, or start a new "
                 f"run from its weights, with train.init_from: {checkpoint.path} and another run_dir"
@@ -357,6 +357,15 @@ class RunDir:
         text = dump_config(config.model_copy(update={"run_dir": str(self.path)}))
         write_text(self / CONFIG, claim.with_checksum(text))
 
+    def keep_comments(self) -> None:
+        """Put a stored config that somebody commented aside, before `write_config` replaces it.
+
+        Raises:
+            EnvironmentProblem: it cannot be written.
+        """
+        with writing(self.path):
+            claim.keep_comments(self.path)
+
     def config_change(self, checkpoint: Checkpoint, config: RunConfig) -> str | None:
         """What somebody, or a damaged disk, has changed in the stored config since the run wrote it, as a sentence.
 
@@ -365,10 +374,10 @@ class RunDir:
             config: what the stored config says now, overrides included.
 
         Returns:
-            None where the stored config is as it was written, or says the same in other words.
+            None where the stored config is as it was written, says the same in other words, or cannot tell.
         """
         recorded = checkpoint.state.get("config")
-        if self.config_is_as_written() or not isinstance(recorded, dict):
+        if self.config_is_as_written() is not False or not isinstance(recorded, dict):
             return None
         before, now = _flat(recorded), _flat(config.model_dump(mode="json"))
         differing = [key for key in before if key in now and before[key] != now[key] and key != "run_dir"]
@@ -496,13 +505,16 @@ def verify_files(info: AdapterInfo, path: Path) -> None:
 
     Args:
         info: of the adapter, from `path`.
-        path: its file, its folder, or a run's folder; then the run's own files are compared too.
+        path: its file, its folder, or a run's folder; then the run's own files are compared too, and checkpoints that
+            were passed over are named.
 
     Raises:
         EnvironmentProblem: files are not what was written; the message names each.
     """
     folder = info.path.parent
-    problems = _problems(lambda: verify_adapter(info))
+    is_run = path.is_dir() and folder.parent == path / CHECKPOINTS
+    problems = RunDir(path).latest()[1] if is_run else []
+    problems += _problems(lambda: verify_adapter(info))
     if (folder / TRAINER_STATE).is_file():
         others = _checkpoint_problems(folder)
         problems += [problem for problem in others if problem not in problems]

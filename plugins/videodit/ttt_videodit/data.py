@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ttt.errors import EnvironmentProblem, UsageError
+from ttt.errors import EnvironmentProblem, UnreadableError, UsageError
 from ttt.files import mapping_errors, verify_tensors
 from ttt.reading import require_file
 from ttt_videodit import demo
@@ -229,6 +229,8 @@ class _IndexedVideo:
             return
         try:
             found = verify_tensors(path)
+        except UnreadableError as error:  # what is in it may be whole
+            raise LineError("damaged", f"{error}; look at that file or disk") from None
         except EnvironmentProblem as error:
             gone = "run" if not path.exists() else "delete it and run"
             raise LineError("damaged", f"{error}; {gone} ttt precompute again") from None

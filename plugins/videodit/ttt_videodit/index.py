@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ttt import checksums
-from ttt.errors import EnvironmentProblem
+from ttt.errors import EnvironmentProblem, UnreadableError
 from ttt.files import Header, read_header
 from ttt.reading import MAX_JSON, other_kind, read_file, read_lines, require_file, unreadable, wrong_with
 from ttt_videodit import demo
@@ -392,6 +392,8 @@ def _check_tensors(path: Path, shapes: Mapping[str, tuple[int | None, ...]], che
     _require_file(path, "run ttt precompute again")
     try:
         header: Header = read_header(path)
+    except UnreadableError as error:  # what is in it may be whole
+        raise LineError("damaged", f"{error}; look at that file or disk") from None
     except EnvironmentProblem as error:
         raise LineError("damaged", f"{error}; delete it and run ttt precompute again") from None
     if checksum is not None and header.checksum != checksum:

@@ -28,7 +28,7 @@ from rich.table import Column
 from torch import Tensor
 
 from ttt.config import RunConfig
-from ttt.errors import EnvironmentProblem, UsageError
+from ttt.errors import EnvironmentProblem, UnreadableError, UsageError
 from ttt.files import (
     TEMPORARY,
     lock,
@@ -193,7 +193,7 @@ class _Job:
             video = planned.get((entry.video, entry.start_sec))
             if video is None:
                 self.others.append(entry)
-            elif replace(entry, place="") == self.plan(video) and not self._missing(entry):
+            elif replace(entry, place="") == self.plan(video) and self._as_listed(entry):
                 self.done[video] = entry
             else:
                 continue
@@ -273,8 +273,12 @@ class _Job:
             write_bytes(self.index, content)
 
     @staticmethod
-    def _missing(entry: EncodedVideo) -> bool:
-        return not all(path.is_file() for path in (entry.latents, *(segment.text for segment in entry.segments)))
+    def _as_listed(entry: EncodedVideo) -> bool:
+        """Whether the files that a line names are there, with the checksums that it says."""
+        return all(
+            path.is_file() and (checksum is None or _checksum_of(path) == checksum)
+            for path, checksum in entry.checksums.items()
+        )
 
 
 @contextlib.contextmanager
@@ -302,12 +306,24 @@ def _with_checksums(entry: EncodedVideo) -> EncodedVideo:
     return replace(entry, segments=segments, latents_sha256=read_header(entry.latents).checksum)
 
 
+def _checksum_of(path: Path) -> str | None:
+    """What a file's header says; None where it has none, or is damaged."""
+    try:
+        return read_header(path).checksum
+    except UnreadableError:
+        raise
+    except EnvironmentProblem:
+        return None
+
+
 def _is_whole(path: Path, console: Console) -> bool:
     """Whether a file is there and is what was written; one that is damaged is told and removed, to be made anew."""
     if not path.is_file():
         return False
     try:
         verify_tensors(path)
+    except UnreadableError:  # what is in it may be whole
+        raise
     except EnvironmentProblem as problem:
         say(console, f"{problem}: it is made anew")
         path.unlink(missing_ok=True)
