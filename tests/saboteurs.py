@@ -231,6 +231,13 @@ class PerturbsInPlace(ToyBackbone):
         return changed
 
 
+class IgnoresDtype(ToyBackbone):
+    """Builds in float32 whatever is asked: bfloat16 takes twice the memory that the check promised."""
+
+    def build(self, options, *, device, dtype):
+        return super().build(options, device=device, dtype=torch.float32)
+
+
 class LeftInTraining(ToyBackbone):
     """Builds a model that still drops."""
 
@@ -298,6 +305,18 @@ class CollatesTheFirst(ToyDataset):
         return super().collate([samples[0]] * len(samples))
 
 
+class OneBuffer(ToyDataset):
+    """Fills one buffer anew for each window, as in C."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        if not hasattr(self, "_buffer"):
+            self._buffer = {key: value.clone() for key, value in item.items()}
+        for key, value in item.items():
+            self._buffer[key].copy_(value)
+        return dict(self._buffer)
+
+
 class OtherData(ToyBackbone):
     data: ClassVar[type[ToyDataset]] = ToyDataset
 
@@ -326,6 +345,17 @@ class SummedLoss(ToyBackbone):
     def loss(self, model, batch, config):
         output = super().loss(model, batch, config)
         return LossOutput(output.loss * len(batch["inputs"]), output.tokens)
+
+
+class WarmsUp(ToyBackbone):
+    """Weighs its loss by how often it was asked, which a resumed run does not know."""
+
+    calls = 0
+
+    def loss(self, model, batch, config):
+        self.calls += 1
+        output = super().loss(model, batch, config)
+        return LossOutput(output.loss * min(1.0, self.calls / 100), output.tokens)
 
 
 class CountsRows(ToyBackbone):
@@ -426,6 +456,9 @@ SABOTEURS: dict[str, tuple[ToyBackbone, int | str, str]] = {
     "one seed": (OneSeed(), "model", "example_batch: another seed gives the same batch"),
     "perturbs in place": (PerturbsInPlace(), "model", "perturb: it writes to the batch"),
     "left in training": (LeftInTraining(), "model", "build: .* in training mode; end with model.eval"),
+    "dtype not read": (IgnoresDtype(), "model", "asked for dtype bfloat16, it makes no parameter of that type"),
+    "one buffer": (toy(OtherData, data=OneBuffer), "dataset", "reading a window changes one that was read before"),
+    "loss warms up": (WarmsUp(), "loss", "of one batch under one seed it is .*, then "),
     "files overlap": (
         toy(OtherData, data=Overlapping),
         "dataset",

@@ -159,7 +159,8 @@ def watch(event, arguments):
         package = os.path.dirname(getattr(module, "__file__", None) or "?")
         theirs = [f for f in frames if f.filename.startswith(package)]
         theirs = theirs or [f for f in frames if not f.filename.startswith(ours)] or frames
-        print(f"{theirs[-1].filename}:{theirs[-1].lineno}" if theirs else "an unknown place", flush=True)
+        place = f"{theirs[-1].filename}:{theirs[-1].lineno}" if theirs else "an unknown place"
+        print(place, file=sys.__stdout__, flush=True)  # what a plugin's import prints goes elsewhere
         os._exit(42)
 
 sys.addaudithook(watch)
@@ -255,7 +256,7 @@ def _facts_and_truth(
 
 
 def model_and_batches(bench: Bench) -> None:
-    """`build` gives the same model twice, in eval mode; batches are of their size and seed; `perturb` leaves its own.
+    """`build` gives the same model twice, in eval mode and the type asked for; batches are of their size and seed.
 
     Raises:
         MethodBrokenError: naming which does not.
@@ -268,6 +269,8 @@ def model_and_batches(bench: Bench) -> None:
             raise MethodBrokenError(method, f"{(modes or ['the model'])[0]} is in training mode; end with model.eval()")
         if not same(dict(model.state_dict()), dict(twin.state_dict())):
             raise MethodBrokenError(method, "the same options and seed give another model the second time")
+        if torch.bfloat16 not in {parameter.dtype for parameter in bench.model(torch.bfloat16).parameters()}:
+            raise MethodBrokenError(method, "asked for dtype bfloat16, it makes no parameter of that type")
     with method_of(bench, "example_batch") as method:
         batch, again, other = (bench.batch(model, seed=seed) for seed in (0, 0, 1))
         if not same(batch, again):

@@ -90,10 +90,11 @@ def _picked(data: WindowDataset) -> list[int]:
 
 def _require_windows(method: str, data: WindowDataset, picked: Sequence[int]) -> None:
     told: dict[str, int] = {}
-    samples = []
+    samples, kept = [], []
     for window in picked:
         seed_pass(window, "law", 0)
         samples.append(data[window])
+        kept.append(_copied(samples[-1]))
         seed_pass(window, "law", 1)  # no generator may decide what a window holds
         if not same(samples[-1], data[window]):
             raise MethodBrokenError(method, f"window {window} is another one when it is read again")
@@ -103,6 +104,10 @@ def _require_windows(method: str, data: WindowDataset, picked: Sequence[int]) ->
         if text in told:
             raise MethodBrokenError(method, f"`describe` says {text!r} of windows {told[text]} and {window} alike")
         told[text] = window
+    if not same(samples, kept):
+        raise MethodBrokenError(
+            method, "reading a window changes one that was read before: each needs memory of its own"
+        )
     tensors = list(tensors_in(data.collate(samples)))
     if not tensors:
         raise MethodBrokenError(method, "`collate` makes a batch without a tensor")
@@ -203,7 +208,11 @@ def _require_effect(method: str, bench: Bench, model: nn.Module, batch: Batch, c
 
 def _require_mean(method: str, bench: Bench, model: nn.Module, twice: Batch, once: Batch, config: RunConfig) -> None:
     """Windows given twice have the loss of the windows given once, unless chance decides the loss."""
-    first, again = (_evaluated(bench, model, once, config, seed=seed) for seed in (0, 1))
+    first, repeated, again = (_evaluated(bench, model, once, config, seed=seed) for seed in (0, 0, 1))
+    if first != repeated:
+        raise MethodBrokenError(
+            method, f"of one batch under one seed it is {first:g}, then {repeated:g}: a resumed run would be another"
+        )
     if first != again:
         return
     doubled = _evaluated(bench, model, twice, config)
