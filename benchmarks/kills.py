@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -84,6 +85,7 @@ def _videos() -> Path:
 
     folder = disturbed.fresh()
     shutil.copy(demo.CLIP, folder / "city.mp4")
+    os.utime(folder / "city.mp4", (1, 1))  # what is made of a video is named by its size and time too
     pieces = ({"path": "city.mp4", "captions": [f"the city, {start:g}"], "start_sec": start} for start in (0.0, 0.5, 1))
     (folder / "videos.jsonl").write_text("".join(f"{json.dumps(piece)}\n" for piece in pieces), encoding="utf-8")
     (folder / "p.yaml").write_text(
