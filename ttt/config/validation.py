@@ -149,13 +149,16 @@ def _misfits(error: ValidationError, data: Any) -> Iterator[_Misfit]:
                 yield _Misfit(first.path, "union", first.value, {"asked": asked}, first.message)
 
 
+def _is_position(part: str | int, data: Any) -> bool:
+    return isinstance(data, list) and isinstance(part, int) and 0 <= part < len(data)
+
+
 def _path_in(data: Any, loc: Sequence[str | int], *, missing: bool) -> tuple[KeyPath, KeyPath | None]:
     """The location that pydantic gives, less its names of union members, and the path of the first union on the way."""
     path: KeyPath = ()
     union: KeyPath | None = None
     for index, part in enumerate(loc):
-        inside = part in data if isinstance(data, Mapping) else isinstance(data, list) and part in range(len(data))
-        if inside:
+        if part in data if isinstance(data, Mapping) else _is_position(part, data):
             data = data[part]
         elif missing and index == len(loc) - 1:
             return (*path, part), union
