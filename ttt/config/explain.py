@@ -44,8 +44,9 @@ This page is made by `make rules`. Each pair of configs is run by the tests.
 
 ## Limits
 
-A check takes at most a second and 150 MB for any file of up to 1 MiB, whatever is in it (with libyaml, which PyYAML's
-wheels have); `benchmarks/hostile_configs.py` measures it. So there are limits, and each is told in one sentence:
+A check takes about a second at most, two with thousands of findings, and 150 MB, for any file of up to 1 MiB, whatever
+is in it (with libyaml, which PyYAML's wheels have); `benchmarks/hostile_configs.py` measures it. So there are limits,
+and each is told in one sentence:
 
 | what | at most | else |
 | --- | --- | --- |
