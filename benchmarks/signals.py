@@ -115,6 +115,8 @@ def main(words: list[str] | None = None) -> int:
         for name in options.signals.split(",")
         for repeat in range(options.runs)
     ]
+    if hasattr(signal, "SIGHUP"):  # tries inherit what this process ignores, as under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with disturbed.tries(options.jobs) as make:
         return disturbed.report(make(one, tasks), total=len(tasks), first="signal", file=options.json)
 
