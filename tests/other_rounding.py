@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 Kernel = Callable[..., Any]
-_LIBRARY = torch.library.Library("aten", "IMPL")
+_LIBRARY = library.Library("aten", "IMPL")
 _PRODUCTS = {
     # operator: places of the left factor and the right one
     (0, 1): ("mm", "bmm", "mv", "dot"),
@@ -62,7 +62,7 @@ def _replace(name: str, imitation: Callable[..., Any]) -> None:
     own = torch._C._dispatch_has_kernel_for_dispatch_key
     if not own(operator, "CPU") and not own(operator, "CompositeExplicitAutograd"):
         return  # composed of others, which are replaced
-    kernel = torch.library.get_kernel(operator, "CPU")
+    kernel = library.get_kernel(operator, "CPU")
 
     def run(keys: Any, *args: Any, **keywords: Any) -> Any:
         return imitation(functools.partial(kernel.call_boxed, keys), *args, **keywords)
