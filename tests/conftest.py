@@ -1,14 +1,20 @@
 """What every test needs before torch and moshi are imported."""
 
 import os
+import signal
 
 # On a CPU, kyutai's package would spend 20 s compiling its norm.
 os.environ.setdefault("NO_TORCH_COMPILE", "1")
 
+# Where Python may keep no bytecode, every process that a test starts would compile torch anew: 5 s and more.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 import torch
 
 # Tests run in processes side by side on small tensors: more threads would only wait for each other.
 torch.set_num_threads(1)
+
+# Under nohup SIGHUP is ignored, here and in every process that a test starts; a run means to hear it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Round as another maker's processor might: see `other_rounding.py`.
 if os.environ.get("TTT_OTHER_ROUNDING"):
