@@ -268,10 +268,8 @@ class _Texts:
         """Every text that is read for a video, with its place in the user's words."""
         of_it = f" of {request.out.name}" if self._several else ""
         found = [(f"prompt {number}{of_it}", text) for number, text in enumerate(self._prompts(request), start=1)]
-        if request.guidance_scale <= 1 or (self._options.text_dropout and not request.negative_prompts):
-            return found
-        negative = request.negative_prompts or ("",)
-        return found + [(f"negative prompt {number}{of_it}", text) for number, text in enumerate(negative, start=1)]
+        away = _led_away_from(request, self._options)
+        return found + [(f"negative prompt {number}{of_it}", text) for number, text in enumerate(away, start=1)]
 
     def _embed(self, texts: Sequence[str]) -> Tensor:
         return torch.stack([self._read[text] for text in texts])[None].to(self._device)
@@ -287,9 +285,15 @@ def _embeddings(
     text = embed(prompts)
     if request.guidance_scale <= 1:
         return text, None
-    if options.text_dropout and not request.negative_prompts:
-        return text, torch.zeros_like(text)
-    return text, embed(request.negative_prompts or ("",) * len(prompts))
+    away = _led_away_from(request, options)
+    return text, embed(away) if away else torch.zeros_like(text)
+
+
+def _led_away_from(request: SampleRequest, options: VideoDiTOptions) -> tuple[str, ...]:
+    """The texts that guidance leads away from, one for each segment; none without guidance, or if it is from zeros."""
+    if request.guidance_scale <= 1 or (options.text_dropout and not request.negative_prompts):
+        return ()
+    return request.negative_prompts or ("",) * len(request.prompts)
 
 
 def load_decoder(options: VideoDiTOptions, *, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Frames]:
