@@ -192,6 +192,7 @@ def _places(out: str, given: list[Prompts], loaded: LoadedConfig, *, seconds: fl
     Raises:
         UsageError: `--out` names no folder where one is needed, or a backbone makes one sample at a time.
     """
+    from ttt.backbone import Backbone
     from ttt.errors import UsageError
 
     if not out:
@@ -202,7 +203,8 @@ def _places(out: str, given: list[Prompts], loaded: LoadedConfig, *, seconds: fl
     if count == 1 and not (meant_as_folder and suffix):
         return [path], False
     if not suffix:
-        loaded.backbone.plan_sample(loaded.config, seconds=seconds, out=path)  # it may have no sampling at all
+        if type(loaded.backbone).plan_sample is Backbone.plan_sample:  # it has no sampling at all, and says so
+            loaded.backbone.plan_sample(loaded.config, seconds=seconds, out=path)
         raise UsageError(f"{_of(given)}, and the backbone {loaded.backbone.name} makes one sample at a time")
     if of_a_file and not meant_as_folder:
         raise UsageError(f"--out {path}: names one file, but {_of(given)}; name a folder: --out {path.with_suffix('')}")
