@@ -416,6 +416,25 @@ def test_between_its_own_methods_a_plugin_catches_what_it_raises() -> None:
     assert Trying().tiny().dim == 16
 
 
+def test_what_makes_many_samples_is_asked_too() -> None:
+    class Making(ToyBackbone):
+        def prepare_samples(self, *_: Any, **__: Any) -> Any:
+            return answers.pop()
+
+    def lost(request: Any) -> Any:
+        raise KeyError("out")
+
+    answers: list[Any] = [None, lambda request: "a.mp4", lost, lambda request: [Path("a.mp4")]]
+    made = Making().prepare_samples(None, [], None, console=None)  # type: ignore[arg-type]
+    assert made(None) == [Path("a.mp4")]  # type: ignore[arg-type]
+    for words in ("failed in what `prepare_samples` returned, .*KeyError", "it returned a str, not the files"):
+        make = Making().prepare_samples(None, [], None, console=None)  # type: ignore[arg-type]
+        with pytest.raises(PluginError, match=words):
+            make(None)  # type: ignore[arg-type]
+    with pytest.raises(PluginError, match="it returned None, not a function of a SampleRequest"):
+        Making().prepare_samples(None, [], None, console=None)  # type: ignore[arg-type]
+
+
 def test_every_method_is_guarded_and_nearly_every_answer_checked() -> None:
     class Own(ToyBackbone):
         def loss(self, *_: Any) -> Any:
