@@ -32,6 +32,8 @@ DECLARED = {
     "causal: a word": ("causal = 'yes'", "Toy.causal is 'yes', not True or False"),
     "name: missing": ("name = Nothing()", "Toy.name is missing"),
     "streaming without a stream": ("streaming = True", "Toy.streaming is True, but the class has no `stream`"),
+    "sample_suffix: no suffix": ("sample_suffix = 'mp4'", "Toy.sample_suffix is 'mp4', not what a file's name ends in"),
+    "sample_suffix: none": ("sample_suffix = None", "Toy.sample_suffix is None, not what a file's name ends in"),
     "options: none": ("options = None", "Toy.options is None, not a subclass of BackboneOptions"),
     "location_options: a text": ("location_options = 'weights'", "Toy.location_options is 'weights', not a set"),
     "location_options: unknown": ("location_options = {'wights'}", "names 'wights', which is no option of ToyOptions"),
@@ -414,6 +416,25 @@ def test_between_its_own_methods_a_plugin_catches_what_it_raises() -> None:
                 return super().tiny()
 
     assert Trying().tiny().dim == 16
+
+
+def test_what_makes_many_samples_is_asked_too() -> None:
+    class Making(ToyBackbone):
+        def prepare_samples(self, *_: Any, **__: Any) -> Any:
+            return answers.pop()
+
+    def lost(request: Any) -> Any:
+        raise KeyError("out")
+
+    answers: list[Any] = [None, lambda request: "a.mp4", lost, lambda request: [Path("a.mp4")]]
+    made = Making().prepare_samples(None, [], None, console=None)  # type: ignore[arg-type]
+    assert made(None) == [Path("a.mp4")]  # type: ignore[arg-type]
+    for words in ("failed in what `prepare_samples` returned, .*KeyError", "it returned a str, not the files"):
+        make = Making().prepare_samples(None, [], None, console=None)  # type: ignore[arg-type]
+        with pytest.raises(PluginError, match=words):
+            make(None)  # type: ignore[arg-type]
+    with pytest.raises(PluginError, match="it returned None, not a function of a SampleRequest"):
+        Making().prepare_samples(None, [], None, console=None)  # type: ignore[arg-type]
 
 
 def test_every_method_is_guarded_and_nearly_every_answer_checked() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from toy import MakingToy, ToyModel, ToyOptions
 
 from ttt.adapter_file import load_adapter
+from ttt.backbone import SampleRequest
+from ttt.errors import EnvironmentProblem, NonFiniteError
 from ttt.train import loop
 from ttt.train.passes import seed_pass
 from ttt_cli.main import main
@@ -249,6 +254,204 @@ def test_a_run_without_a_checkpoint_has_nothing_to_sample(run: Path, capsys: pyt
     _, err = said(capsys)
     assert "run: has no complete checkpoint" in err
     assert "name run/config.yaml to sample the model before training" in err
+
+
+# --- many samples ---
+
+THREE = ("c.yaml", "--prompts", "p.jsonl", "--seconds", "4", "--seed", "7", "--out", "many")
+
+
+@pytest.fixture
+def three(folder: Path) -> list[str]:
+    """A file with prompts for three samples, and the names of what they become."""
+    second = '["a bird", {"text": "a fish", "neg_text": "fog"}]'
+    (folder / "p.jsonl").write_text(f'["a cat", "a dog"]\n\n{second}\n["a cat"]\n')
+    return [f"{number}{end}" for number in ("000", "001", "002") for end in (".json", ".log", ".txt")]
+
+
+def contents() -> dict[str, bytes]:
+    return {name: Path("many", name).read_bytes() for name in sorted(os.listdir("many"))}
+
+
+def test_each_of_many_samples_is_what_it_is_alone(three: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert sampled(*THREE) == 0
+    out, _ = said(capsys)
+    assert "p.jsonl:4: one prompt for all 2 segments" in out
+    for number in range(3):
+        file = f"many/00{number}"
+        assert f"sample {number + 1} of 3: {file}.txt, seed {7 + number}\nwrote {file}.txt, {file}.log\n" in out
+    assert sorted(os.listdir("many")) == three
+    record = json.loads(Path("many/001.json").read_text())
+    assert record["made_from"]["prompts"] == ["a bird", "a fish"]
+    assert record["made_from"]["negative_prompts"] == ["", "fog"]
+    assert record["made_from"]["seed"] == 8
+    Path("p.json").write_text('["a bird", {"text": "a fish", "neg_text": "fog"}]')
+    assert sampled("c.yaml", "--prompts", "p.json", "--seconds", "4", "--seed", "8", "--out", "alone.txt") == 0
+    assert Path("alone.txt").read_bytes() == Path("many/001.txt").read_bytes() != Path("many/000.txt").read_bytes()
+    assert sampled("c.yaml", *ASKED, "--seed", "7", "--out", "new/folder/") == 0
+    assert Path("new/folder/000.txt").read_bytes() == Path("many/000.txt").read_bytes()
+
+
+def test_the_same_command_makes_what_is_missing(three: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert sampled(*THREE) == 0
+    before = contents()
+    Path("many/.writing-01234567-002").mkdir()  # as a killed one leaves it
+    Path("many/.writing-mine").touch()
+    for gone in (("001.txt",), ("000.txt", "000.json", "000.log"), ("002.log",)):
+        for name in gone:
+            Path("many", name).unlink()
+        times = {name: Path("many", name).stat().st_mtime_ns for name in before if Path("many", name).exists()}
+        said(capsys)
+        assert sampled(*THREE) == 0
+        assert "many: 2 of 3 samples are there already" in said(capsys)[0]
+        Path("many/.writing-mine").unlink(missing_ok=True)
+        assert contents().keys() == before.keys()
+        assert all(contents()[name] == before[name] for name in before if name.endswith(".txt"))
+        kept = [name for name in times if name[:3] != gone[0][:3]]
+        assert len(kept) == 6
+        assert all(Path("many", name).stat().st_mtime_ns == times[name] for name in kept)
+    assert sampled(*THREE) == 0
+    assert "many: 3 of 3 samples are there already" in said(capsys)[0]
+
+
+def test_what_was_made_otherwise_is_named(run: Path, three: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert sampled(*THREE) == 0
+    before = contents()
+    way_out = "name another --out, or make what differs anew with --overwrite"
+    for more, words in (
+        (["--seed", "8"], "many/000.txt: was made from something else (seed: 7 then, 8 now)"),
+        (["--guidance-scale", "2"], "(guidance_scale: 6.0 then, 2.0 now)"),
+        (["--adapter", "run"], "(adapter: none then, run/checkpoints/step_000002/adapter_model.safetensors now"),
+        (["--set", "ttt.base_lr=0.5"], "(ttt.base_lr: 1.0 then, 0.5 now)"),
+        (["--set", "train.seed=1"], "(train.seed: 0 then, 1 now)"),
+        (["--negative-prompt", "x"], "--negative-prompt and the neg_text in p.jsonl:3 both say"),
+    ):
+        assert sampled(*THREE, *more) == 2
+        _, err = said(capsys)
+        assert words in err
+        assert way_out in err or "both say" in err
+    Path("p.jsonl").write_text(Path("p.jsonl").read_text().replace("a bird", "a word"))
+    assert sampled(*THREE) == 2
+    _, err = said(capsys)
+    assert err.startswith("error: many/001.txt: was made from something else (prompts: [")
+    assert contents() == before
+    assert sampled(*THREE, "--overwrite") == 0
+    assert {name for name in before if contents()[name] != before[name]} - {"001.txt"} == {"001.json", "001.log"}
+
+
+def test_what_a_record_does_not_cover_is_left_alone(three: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("many").mkdir()
+    Path("many/001.txt").write_text("mine")
+    assert sampled(*THREE) == 2
+    assert "many/001.txt: is there, and no 001.json says what it was made from; name another --out" in said(capsys)[1]
+    assert os.listdir("many") == ["001.txt"]
+    assert sampled(*THREE, "--overwrite") == 0
+    before = contents()
+    Path("many/002.txt").write_text("changed")
+    assert sampled(*THREE) == 2
+    assert "many/002.txt: is not the file that was written there; name another --out" in said(capsys)[1]
+    assert sampled(*THREE, "--no-verify") == 0
+    assert sampled(*THREE, "--overwrite") == 0
+    record = Path("many/000.json")
+    record.write_text(record.read_text().replace("a dog", "a hog"))
+    assert sampled(*THREE) == 3
+    assert "many/000.json: damaged: its checksum is not that of its content" in said(capsys)[1]
+    assert sampled(*THREE, "--overwrite") == 0
+    changed = {name for name in before if contents()[name] != before[name]}
+    assert changed == {"000.log", "002.log", "000.json", "002.json"}
+
+
+def test_one_that_is_no_numbers_does_not_keep_the_others_from_being_made(
+    three: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = MakingToy.sample
+
+    def failing(self: MakingToy, model: ToyModel, request: SampleRequest, *rest: Any, **more: Any) -> Any:
+        files = usual(self, model, request, *rest, **more)
+        if request.seed == 8:
+            raise raised[-1]
+        return files
+
+    monkeypatch.setattr(MakingToy, "sample", failing)
+    raised: list[BaseException] = [NonFiniteError("no numbers")]
+    assert sampled(*THREE) == 4
+    out, err = said(capsys)
+    assert "many/001.txt: no numbers; the others are made all the same" in out
+    assert err == "error: many/001.txt: no numbers\n"
+    assert sorted(os.listdir("many")) == three[:3] + three[6:]
+    for error, code, words in (
+        (KeyboardInterrupt(), 130, "interrupted; samples that are made stay: the same command makes the others\n"),
+        (EnvironmentProblem("disk full"), 3, "error: disk full\n"),
+        (OSError(errno.ENOSPC, "No space left", "many/x"), 3, "many/x: cannot be used: No space left"),
+    ):
+        raised.append(error)
+        shutil.rmtree("many")
+        assert sampled(*THREE) == code
+        assert words in said(capsys)[1]
+        assert sorted(os.listdir("many")) == three[:3]
+    monkeypatch.setattr(MakingToy, "sample", usual)
+    assert sampled(*THREE) == 0
+    assert sorted(os.listdir("many")) == three
+
+
+def test_two_processes_do_not_share_a_folder(three: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    Path("many").mkdir()
+    handle = os.open("many", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        assert sampled(*THREE) == 2
+    finally:
+        os.close(handle)
+    assert "many: another process is sampling into it; wait for it, or name another --out" in said(capsys)[1]
+    assert os.listdir("many") == []
+
+
+def test_many_samples_are_looked_at_before_a_model_is_built(
+    three: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ttt.train.setup.build", None)
+    Path("q.json").write_text('[["a", "b"], ["c", {"text": "d", "requires_scene_transition": 1}]]')
+    Path("file").touch()
+    for arguments, code, words in (
+        (
+            [*THREE[:3], "--seconds", "6", "--out", "m"],
+            2,
+            "p.jsonl:1: 6 s are 3 segments, but there are 2 prompts",
+        ),
+        ([*THREE, "--prompts", "q.json"], 2, "q.json: sample 2: segment 2: `requires_scene_transition` must be true"),
+        (
+            [*THREE[:-1], "m.txt"],
+            2,
+            "--out m.txt: names one file, but there are prompts for 3 samples; name a folder",
+        ),
+        ([*THREE[:-1], "file"], 2, "--out file: is no folder, but there are prompts for 3 samples"),
+        ([*THREE[:-1], "file/new"], 3, "file is no folder; name another place"),
+        ([*THREE[:-1], ""], 2, "--out: is empty"),
+        ([*THREE, "--seed", str((1 << 63) - 2)], 2, "the last of 3 samples has no seed left; write a smaller one"),
+        ([*THREE, "--guidance-scale", "30"], 2, "guidance of 30 leads nowhere"),
+        ([*THREE, "--adapter", "nowhere"], 3, "nowhere: no such file"),
+    ):
+        assert sampled(*arguments) == code, words
+        assert words in " ".join(said(capsys)[1].split())
+    monkeypatch.setattr(MakingToy, "sample_suffix", "")
+    assert sampled(*THREE) == 2
+    assert "there are prompts for 3 samples, and the backbone toy makes one sample at a time" in said(capsys)[1]
+    assert not Path("many").exists()
+    assert not Path("m").exists()
+
+
+def test_nothing_that_is_asked_for_is_dropped_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("p.json").write_text(
+        json.dumps([{"text": each, "requires_scene_transition": True, "neg_text": "x"} for each in ("a", "b")])
+    )
+    files = ("--prompts", "p.json", "--seconds", "4", "--out", "a.txt", "--guidance-scale", "1")
+    assert sampled("c.yaml", *files) == 0
+    out, _ = said(capsys)
+    assert "requires_scene_transition: toy makes no transitions; they are left to the texts\n" in out
+    assert "requires_scene_transition of a first segment means nothing: no scene is before it\n" in out
+    assert "--guidance-scale 1 is without guidance: negative prompts are not read\n" in out
+    assert "new_scenes=(False, True)" in Path("a.log").read_text()
 
 
 # --- the others ---

@@ -294,6 +294,30 @@ def test_long_captions_are_cut_and_told(folder: Path) -> None:
     assert f"captions of more than 8 tokens, cut off there: {place}\n" in run(config(folder))
 
 
+def test_captions_with_scene_tokens_that_were_read_as_text_are_read_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any, **settings: Any) -> Any:
+        encoder = load_text_encoder(*args, **settings)
+        encoder.knows_scenes = False  # type: ignore[misc]
+        return encoder
+
+    listed(folder, {"path": "city.mp4", "captions": ["rain<end_scene>", "<start_scene>sun"]}, video(1.0))
+    with monkeypatch.context() as before:
+        before.setattr("ttt_videodit.precompute.names_scenes", lambda _: False)
+        run(config(folder))
+    first = files(folder)
+    with monkeypatch.context() as without:
+        without.setattr("ttt_videodit.precompute.load_text_encoder", load)
+        words = "captions: this text encoder has no embeddings for <start_scene> and <end_scene>: they are read as text"
+        assert words in run(config(folder))
+    second = files(folder)
+    assert {name: second[name] for name in first} == first
+    assert len(second) == len(first) + 2
+    run(config(folder))
+    assert files(folder) == second
+
+
 def test_progress_on_a_terminal(folder: Path) -> None:
     listed(folder, video(), video(1.0))
     told = io.StringIO()

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +29,22 @@ from ttt.backbone import SampleRequest
 from ttt.config import RunConfig
 from ttt.config.load import load_config, run_config_model
 from ttt.errors import EnvironmentProblem, NonFiniteError, UsageError
+from ttt_cli.main import main
 from ttt_videodit import model as videodit
 from ttt_videodit.diffusion import make_scheduler
 from ttt_videodit.encoders import load_text_encoder
 from ttt_videodit.plugin import VideoDiTOptions, ttt_backbone
 from ttt_videodit.request import check_request, plan_sample
-from ttt_videodit.sampling import decode_pieces, denoise, guidance_weight, sample, to_pixels
+from ttt_videodit.sampling import (
+    decode_pieces,
+    denoise,
+    guidance_weight,
+    load_decoder,
+    prepare_samples,
+    sample,
+    to_pixels,
+)
+from ttt_videodit.scenes import with_scene_tokens
 from ttt_videodit.video import write_contact_sheet, write_video
 
 OPTIONS = VideoDiTOptions(preset="demo", dim=32, num_heads=2, num_layers=2)
@@ -354,6 +369,163 @@ def test_progress_is_told(model: nn.Module, tmp_path: Path) -> None:
     assert "3/3" in terminal.file.getvalue()  # type: ignore[attr-defined]
 
 
+# --- many videos ---
+
+
+def test_many_videos_are_each_what_they_are_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The VAE and T5 are loaded once, T5 is gone before the first step; with no room for texts, T5 comes again."""
+    settings = pretrained_config(folder)
+    made = ttt_backbone().build(settings.backbone, device="cpu", dtype=torch.float32)
+    encoders: list[weakref.ref[Any]] = []
+    decoders: list[Any] = []  # loaded, and not used: decoding takes the time of everything else together
+    alive = []
+
+    def load_text(*args: Any, **settings: Any) -> Any:
+        encoder = load_text_encoder(*args, **settings)
+        encoders.append(weakref.ref(encoder))
+        return encoder
+
+    def load_vae(*args: Any, **settings: Any) -> Any:
+        decoders.append(load_decoder(*args, **settings))
+        return lambda latents: to_pixels(latents[0, :, :3].repeat_interleave(8, -1).repeat_interleave(8, -2))
+
+    def solve(*args: Any, **settings: Any) -> Tensor:
+        gc.collect()
+        alive.append(sum(encoder() is not None for encoder in encoders))
+        return denoise(*args, **settings)
+
+    for name, stand_in in {"load_text_encoder": load_text, "load_decoder": load_vae, "denoise": solve}.items():
+        monkeypatch.setattr(f"ttt_videodit.sampling.{name}", stand_in)
+    texts = ("towers at night", "cars drive")
+    asked = [
+        request(
+            tmp_path / f"{number}.mp4", seconds=3.0, prompts=(text,), steps=1, seed=number, negative_prompts=("fog",)
+        )
+        for number, text in enumerate(texts)
+    ]
+    contents = []
+    for most, loaded in ((1 << 30, 1), (0, 2)):
+        monkeypatch.setattr("ttt_videodit.sampling._MOST_TEXT_BYTES", most)
+        encoders.clear()
+        decoders.clear()
+        make = prepare_samples(made, asked, settings, console=quiet())
+        contents.append([make(each)[0].read_bytes() for each in asked])
+        assert (len(encoders), len(decoders)) == (loaded, 1)
+    alone = sample(made, asked[1], settings, console=quiet())[0].read_bytes()
+    assert contents[0] == contents[1] != [alone, alone]
+    assert contents[0][1] == alone
+    assert not any(alive)
+
+
+def test_three_videos_killed_in_the_second_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`kill -9` and the same command again: every file is that of the command left alone, and nothing else is there."""
+    monkeypatch.chdir(tmp_path)
+    threads = CONFIG + "train: {device: cpu, cpu_threads: 1}\n"
+    Path("c.yaml").write_text(threads)
+    videos = [["towers at night"], [{"text": "cars drive", "neg_text": "fog"}], ["clouds"]]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, videos)))
+    words = ["sample", "c.yaml", "--prompts", "p.jsonl", "--seconds", "3", "--steps", "1", "--seed", "5"]
+    assert main([*words, "--out", "whole"]) == 0
+    names = [f"{number}{end}" for number in ("000", "001", "002") for end in (".json", ".mp4", ".png")]
+    assert sorted(os.listdir("whole")) == names
+
+    command = [sys.executable, "-m", "ttt_cli", *words, "--out", "killed"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert any(line.startswith("sample 2 of 3: killed/001.mp4, seed 6") for line in process.stdout)
+        finally:
+            process.kill()
+    left = sorted(os.listdir("killed"))
+    assert [name for name in left if not name.startswith(".writing-")] == names[:3]
+    times = {name: os.stat(f"killed/{name}").st_mtime_ns for name in names[:3]}
+    assert main([*words, "--out", "killed"]) == 0
+    assert sorted(os.listdir("killed")) == names
+    assert {name: os.stat(f"killed/{name}").st_mtime_ns for name in names[:3]} == times
+    for name in names:
+        assert Path("killed", name).read_bytes() == Path("whole", name).read_bytes(), name
+
+
+def test_texts_that_are_cut_off_are_told_before_the_first_step(model: nn.Module, tmp_path: Path) -> None:
+    console = quiet()
+    short, long = "towers at night", " ".join(["word"] * 9)
+    changes = {"seconds": 6.0, "steps": 1}
+    asked = [
+        request(tmp_path / "a.mp4", prompts=(short, long), negative_prompts=("", f"{long} more"), **changes),
+        request(tmp_path / "b.mp4", prompts=(long, short), **changes),
+    ]
+    make = prepare_samples(model, asked, config(), console=console)
+    assert console.export_text().splitlines() == [
+        "prompt 2 of a.mp4 has 9 tokens; the first 8 are read",
+        "negative prompt 2 of a.mp4 has 10 tokens; the first 8 are read",
+    ]
+    del make
+    prepare_samples(model, [replace(asked[0], guidance_scale=1.0)], config(), console=console)
+    assert console.export_text().splitlines() == ["prompt 2 has 9 tokens; the first 8 are read"]
+
+
+def test_scenes_are_marked_as_ttt_video_marks_them(folder: Path, tmp_path: Path) -> None:
+    """Its tokens are added to T5's tokenizer, and take rows of T5's embedding that no token has: here 28, as T5's."""
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    copy = shutil.copytree(folder, tmp_path / "tiny")
+    t5 = T5EncoderModel.from_pretrained(copy / "text_encoder")
+    torch.manual_seed(5)
+    t5.resize_token_embeddings(t5.config.vocab_size + 28)
+    t5.save_pretrained(copy / "text_encoder")
+    scenes = ("towers at night", "cars drive", "clouds", "towers")
+    marked = ("towers at night", "cars drive<end_scene>", "<start_scene>clouds<end_scene>", "<start_scene>towers")
+    begins = (True, False, True, True)
+    assert with_scene_tokens(scenes, begins) == marked
+    assert with_scene_tokens(scenes, ()) == scenes
+
+    tokenizer = AutoTokenizer.from_pretrained(copy / "tokenizer")
+    before = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_scene>", "<start_scene>"]})
+    t5.resize_token_embeddings(len(tokenizer))  # to fewer rows: nothing is drawn at random
+    read = tokenizer(list(marked), padding="max_length", max_length=12, truncation=True, return_tensors="pt").input_ids
+    assert [(read == before + number).sum().item() for number in (0, 1)] == [2, 2]
+    with torch.no_grad():
+        expected = torch.cat([t5.eval()(row[None])[0] for row in read])
+    options = pretrained_config(copy).backbone
+    assert isinstance(options, VideoDiTOptions)
+    encode = load_text_encoder(options, text_length=12, device="cpu", dtype=torch.float32)
+    assert encode.knows_scenes
+    assert torch.equal(encode(marked), expected)
+    plain = load_text_encoder(options_of(folder), text_length=12, device="cpu", dtype=torch.float32)
+    assert torch.equal(encode(scenes), plain(scenes)), "texts without them are read as before"
+    assert not plain.knows_scenes, "an embedding without rows to spare"
+
+
+def test_a_text_encoder_without_scenes_is_told_and_reads_none(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def recorded(model: nn.Module, text: Tensor, *args: Any, **settings: Any) -> Tensor:
+        seen.append(text)
+        return denoise(model, text, *args, **settings)
+
+    monkeypatch.setattr("ttt_videodit.sampling.denoise", recorded)
+    settings = pretrained_config(folder)
+    made = ttt_backbone().build(settings.backbone, device="cpu", dtype=torch.float32)
+    asked = request(tmp_path / "clip.mp4", seconds=6.0, prompts=("towers", "cars"), steps=1, new_scenes=(False, True))
+    console = quiet()
+    sample(made, asked, settings, console=console)
+    line = "requires_scene_transition: this text encoder has no embeddings for <start_scene> and <end_scene>; "
+    assert console.export_text().splitlines()[0] == f"{line}transitions are left to the texts"
+    encode = load_text_encoder(options_of(folder), text_length=6, device="cpu", dtype=torch.float32)
+    assert torch.equal(seen[0], encode(asked.prompts)[None])
+
+
+def options_of(folder: Path) -> VideoDiTOptions:
+    options = pretrained_config(folder).backbone
+    assert isinstance(options, VideoDiTOptions)
+    return options
+
+
 # --- what is asked ---
 
 
@@ -388,6 +560,7 @@ def test_a_plan_says_how_many_prompts_and_which_files() -> None:
         ({"seconds": 3.0}, r"3 s are 1 segment of 3 s, .* but 3 were given"),
         ({"prompts": ("a", " \n", "c")}, r"the prompt of segment 2 of 3 is empty"),
         ({"negative_prompts": ("blur",)}, r"but 1 negative prompts were given; give one for each, or none"),
+        ({"new_scenes": (False,)}, r"but new_scenes has 1 entries; give one for each, or none"),
         ({"steps": 0}, r"--steps 0: write from 1 to 1000"),
         ({"steps": 1001}, r"--steps 1001: write from 1 to 1000"),
         ({"guidance_scale": 0.5}, r"--guidance-scale 0\.5: write 1 for none"),

@@ -413,6 +413,8 @@ class TwoWayToy(ToyBackbone):
 class MakingToy(ToyBackbone):
     """The toy that makes its data, samples, and reads weights of a program that calls the same things otherwise."""
 
+    sample_suffix: ClassVar[str] = ".txt"
+
     def plan_sample(self, config: RunConfig, *, seconds: float, out: Path) -> SamplePlan:
         if seconds % 2 or out.suffix != ".txt":
             raise UsageError("the toy samples segments of 2 s into a .txt")

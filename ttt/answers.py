@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttt.asking import AskedDataset, WrongAnswer
+from ttt.asking import AskedDataset, WrongAnswer, asked
 
 if TYPE_CHECKING:
     from ttt.backbone import Backbone
@@ -117,6 +117,8 @@ def _plan(backbone: Backbone, answer: Any) -> Any:
     _instance(lambda _: SamplePlan)(backbone, answer)
     _require_whole(answer, "prompts", least=0)
     _paths(backbone, answer.files)
+    if not isinstance(answer.scenes, bool):
+        raise WrongAnswer(f"a SamplePlan whose scenes is {answer.scenes!r:.80}, not True or False")
     return answer
 
 
@@ -125,6 +127,17 @@ def _paths(backbone: Backbone, answer: Any) -> Any:
     if not good or not answer:
         raise WrongAnswer(f"{_in_short(answer)}, not the files that it made, a sequence of Path")
     return answer
+
+
+def _sampler(backbone: Backbone, answer: Any) -> Any:
+    if not callable(answer):
+        raise WrongAnswer(f"{_named(answer)}, not a function of a SampleRequest")
+
+    def make(request: Any) -> Any:
+        with asked(backbone, "what `prepare_samples` returned", answer):
+            return _paths(backbone, answer(request))
+
+    return make
 
 
 def _in_short(value: Any) -> str:
@@ -275,6 +288,7 @@ ANSWERS: Mapping[str, Check] = {
     "loss": _loss,
     "is_attention": _truth,
     "sample": _paths,
+    "prepare_samples": _sampler,
     "import_weights": _paths,
     "tiny": _options,
     "tiny_like": _options,

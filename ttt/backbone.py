@@ -109,6 +109,8 @@ class SampleRequest:
     """Strength of classifier-free guidance; 1 is none."""
     seed: int
     """The same seed gives the same sample."""
+    new_scenes: tuple[bool, ...] = ()
+    """Whether each segment begins a scene of its own, the first never; no entries where none does."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ class SamplePlan:
     prompts: int
     """How many prompts: one for each segment."""
     files: tuple[Path, ...]
-    """What will be written; the command refuses to replace any of them unasked."""
+    """What will be written, all of it in the folder of `out`; the command refuses to replace any of it unasked."""
+    scenes: bool = False
+    """Whether `SampleRequest.new_scenes` is heeded; where it is not, the command says so."""
 
 
 class WindowDataset(Protocol):
@@ -177,6 +181,8 @@ class Backbone(ABC):
     """The `data` section."""
     ttt_defaults: ClassVar[Mapping[str, Any]] = {}
     """The `ttt` section where the user names no preset: `preset` and what differs from it for this backbone."""
+    sample_suffix: ClassVar[str] = ""
+    """What the names of its samples end in, `.mp4`; without it `ttt sample` makes one sample at a time."""
     rules: ClassVar[Sequence[Callable[[RunConfig], Sequence[Any]]]] = ()
     """Extra rules for `ttt check`: functions of the resolved config that return `ttt.config.Finding`s."""
 
@@ -318,6 +324,29 @@ class Backbone(ABC):
             ttt.errors.TTTError: weights are missing, or the disk is full.
         """
         self._has_no("sampling: it cannot make anything from prompts")
+
+    def prepare_samples(
+        self, model: nn.Module, requests: Sequence[SampleRequest], config: RunConfig, *, console: Console
+    ) -> Callable[[SampleRequest], Sequence[Path]]:
+        """What makes one sample after another with the adapted model, so that what all of them need is loaded once.
+
+        By default each is made by `sample`, alone.
+
+        Args:
+            model: as for `sample`.
+            requests: all that will be asked for, which `check_sample` has let pass.
+            config: resolved.
+            console: where to report.
+
+        Returns:
+            What is then called with each request in that order, but with an `out` of the same name in another folder,
+            and returns the files written, all of them in that folder. It answers to a request as `sample` does,
+            whatever came before it. Global generators are seeded from the request's seed before each call.
+
+        Raises:
+            ttt.errors.TTTError: weights are missing.
+        """
+        return lambda request: self.sample(model, request, config, console=console)
 
     def import_weights(self, source: Path, out: Path, *, console: Console) -> Sequence[Path]:
         """Turn another program's checkpoint into this project's files: `ttt import-weights`.

@@ -5,6 +5,7 @@ A default that is none would otherwise be found when a user leaves its key out, 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -47,6 +48,9 @@ def _problems(backbone: Backbone) -> Iterator[str]:
     for attribute in ("causal", "streaming"):
         if not isinstance(getattr(backbone, attribute, None), bool):
             yield f"{attribute} {_is(backbone, attribute)}, not True or False"
+    suffix: object = backbone.sample_suffix
+    if not isinstance(suffix, str) or (suffix and not re.fullmatch(r"\.\w+", suffix)):
+        yield f"sample_suffix is {suffix!r:.80}, not what a file's name ends in, as '.mp4'"
     yield from _methods(backbone)
     yield from _options(backbone)
     yield from _option_names(backbone)

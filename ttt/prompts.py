@@ -1,30 +1,32 @@
-"""What a sample is asked to show: a prompt for each of its segments, from the command line or from a JSON file.
+"""What samples are asked to show: a prompt for each of their segments, from the command line or from files.
 
-A file is a list with an entry for each segment: a text, or an object with `text` and, where it has something to avoid,
-`neg_text`. A list with one such list inside, as TTT-Video's prompt files have one for each video, is the same.
+A `.json` file is a list with an entry for each segment: a text, or an object with `text` and, where it has something to
+avoid, `neg_text`. A list of such lists has one for each sample; a `.jsonl` file has one on each line. Both are what
+TTT-Video reads, whose `requires_scene_transition` says that a segment begins a scene of its own.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ttt.errors import EnvironmentProblem, UsageError
-from ttt.reading import read_start, unreadable, wrong_with
+from ttt.reading import is_stream, read_start, unreadable, wrong_with
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 16 << 20
 """Of a prompt file."""
-_KEYS = ("text", "neg_text")
+_KEYS = ("text", "neg_text", "requires_scene_transition")
 _FORMAT = (
-    'a prompt file is a list such as ["a cat", {"text": "a dog", "neg_text": "blurred"}], one entry for each segment'
+    'a prompt file is a list such as ["a cat", {"text": "a dog", "neg_text": "blurred"}], one entry for each segment; '
+    "or a list of such lists, one for each sample, which in a .jsonl stand on a line each"
 )
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts in order of the segments."""
+    """Prompts of one sample, in order of its segments."""
 
     prompts: tuple[str, ...]
     """One for each segment, or one for all."""
@@ -32,6 +34,8 @@ class Prompts:
     """As many, or one for all, or none; an empty text for a segment without."""
     source: str
     """Who gave them, in the user's words."""
+    new_scenes: tuple[bool, ...] = ()
+    """Whether each of `prompts` begins a scene of its own; none where nothing was said of it."""
 
 
 def given_prompts(prompts: Sequence[str], negative: Sequence[str] = ()) -> Prompts:
@@ -48,24 +52,27 @@ def given_prompts(prompts: Sequence[str], negative: Sequence[str] = ()) -> Promp
     return Prompts(tuple(prompts), tuple(negative), "--prompt")
 
 
-def read_prompts(file: str) -> Prompts:
-    """Prompts of a JSON file.
+def read_prompts(file: str) -> tuple[Prompts, ...]:
+    """Prompts of a file, for each sample that it describes.
 
     Raises:
         EnvironmentProblem: there is no such file, or it cannot be read.
-        UsageError: it holds something else, or a segment has no text; the message names the place.
+        UsageError: it holds something else, or a segment has no text; the message names each place.
     """
     try:
         content = read_start(file, MAX_BYTES + 1)
     except OSError as error:
         raise EnvironmentProblem(f"{file}: the prompts cannot be read: {unreadable(error)}") from None
-    entries = _entries(content, file)
-    prompts, negative = [], []
-    for number, entry in enumerate(entries, 1):
-        text, avoided = _segment(entry, f"{file}: segment {number}", len(entries))
-        prompts.append(text)
-        negative.append(avoided)
-    return Prompts(tuple(prompts), tuple(negative) if any(negative) else (), file)
+    read: list[Prompts] = []
+    problems: list[str] = []
+    for place, entries in _samples(_text(content, file), file):
+        try:
+            read.append(_sample(entries, place))
+        except UsageError as error:
+            problems += error.details or (error.message,)
+    if problems:
+        raise UsageError.about(problems, "segments cannot be used", where="" if len(problems) == 1 else file)
+    return tuple(read)
 
 
 def for_segments(given: Prompts, *, count: int, seconds: float) -> tuple[Prompts, str | None]:
@@ -88,7 +95,9 @@ def for_segments(given: Prompts, *, count: int, seconds: float) -> tuple[Prompts
         raise UsageError(f"--negative-prompt: {_miscounted(len(given.negative), count, seconds, 'negative prompts')}")
     told = f"one prompt for all {count} segments" if len(given.prompts) < count else None
     prompts, negative = (texts * count if len(texts) == 1 else texts for texts in (given.prompts, given.negative))
-    return Prompts(prompts, negative, given.source), told
+    # what there is before the first segment is no scene, and one prompt for all is one scene
+    new_scenes = (False, *given.new_scenes[1:]) if any(given.new_scenes[1:]) else ()
+    return replace(given, prompts=prompts, negative=negative, new_scenes=new_scenes), told
 
 
 def _miscounted(given: int, count: int, seconds: float, what: str) -> str:
@@ -98,36 +107,131 @@ def _miscounted(given: int, count: int, seconds: float, what: str) -> str:
     return f"{segments}, but there are {given} {what}{missing}; {how}"
 
 
-def _entries(content: bytes, file: str) -> list[Any]:
-    """What the file says of each segment."""
+# --- what a file says ---
+
+
+def _text(content: bytes, file: str) -> str:
     if len(content) > MAX_BYTES:
         raise UsageError(f"{file}: larger than {MAX_BYTES >> 20} MiB; {_FORMAT}")
     try:
-        entries = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError:
-        raise UsageError(f"{file}: is no UTF-8 text; {_FORMAT}") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{file}:{error.lineno}:{error.colno}: is no JSON: {error.msg}; {_FORMAT}") from None
-    except (ValueError, RecursionError):
-        raise UsageError(f"{file}: is no JSON that can be read; {_FORMAT}") from None
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{file}:{line}: is no UTF-8 text; {_FORMAT}") from None
+
+
+def _samples(text: str, file: str) -> Iterator[tuple[str, list[Any]]]:
+    """For each sample its place, and what is said of its segments."""
+    if file.lower().endswith(".jsonl"):
+        yield from _lines(text, file)
+        return
+    try:
+        entries = _parsed(text, file)
+    except UsageError:
+        if not is_stream(file) or not _is_jsonl(text):  # a stream has no name that says which of the two it is
+            raise
+        yield from _lines(text, file)
+        return
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"{file}: has no prompts; {_FORMAT}")
-    videos = sum(isinstance(entry, list) for entry in entries)
-    if videos > 1:
-        raise UsageError(f"{file}: has prompts for {videos} videos; write those of one, and sample the others after it")
-    if videos and len(entries) == 1:
-        entries = entries[0]
-        if not entries:
-            raise UsageError(f"{file}: has no prompts; {_FORMAT}")
-    return list(entries)
+    lists = sum(isinstance(entry, list) for entry in entries)
+    if not lists:
+        yield file, entries
+    elif lists < len(entries):
+        strange = next(number for number, entry in enumerate(entries, 1) if not isinstance(entry, list))
+        raise UsageError(
+            f"{file}: entry {strange} is no list, though others are; write a list of segments for each sample"
+        )
+    else:
+        for number, entry in enumerate(entries, 1):
+            yield file if lists == 1 else f"{file}: sample {number}", entry
+
+
+def _lines(text: str, file: str) -> Iterator[tuple[str, list[Any]]]:
+    """For each line that is not blank its place, and what is said of its segments."""
+    empty = True
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            empty = False
+            entries = _parsed(line.strip(), file, line=number)
+            if isinstance(entries, list) and entries and all(isinstance(entry, list) for entry in entries):
+                raise UsageError(
+                    f"{file}:{number}: is a list of samples; in a .jsonl each has a line of its own, or name it .json"
+                )
+            yield f"{file}:{number}", entries if isinstance(entries, list) else [entries]
+    if empty:
+        raise UsageError(f"{file}: has no prompts; {_FORMAT}")
+
+
+def _is_jsonl(text: str) -> bool:
+    """Whether the first line that is not blank is JSON by itself."""
+    try:
+        json.loads(next(line for line in text.split("\n") if line.strip()))
+    except (ValueError, RecursionError, StopIteration):
+        return False
+    return True
+
+
+def _parsed(text: str, file: str, *, line: int | None = None) -> Any:
+    """The JSON of a file, or of a line of it."""
+    place = file if line is None else f"{file}:{line}"
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_twins)
+    except json.JSONDecodeError as error:
+        place = f"{file}:{line or error.lineno}:{error.colno}"
+        if line is None and error.msg == "Extra data":
+            raise UsageError(
+                f"{place}: is no JSON: something follows its end; a file with a sample on each line is a .jsonl"
+            ) from None
+        raise UsageError(f"{place}: is no JSON: {error.msg}; {_FORMAT}") from None
+    except _TwiceError as error:
+        raise UsageError(f"{place}: the key {error} stands twice in one segment; leave one out") from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"{place}: is no JSON that can be read; {_FORMAT}") from None
+
+
+class _TwiceError(ValueError):
+    """A key that stands twice, of which `json` would take the last."""
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _TwiceError(repr(key))
+        found[key] = value
+    return found
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(name)
 
 
-def _segment(entry: Any, place: str, count: int) -> tuple[str, str]:
-    """Text and negative text of a segment; empty where it has nothing to avoid."""
+# --- what it says of a segment ---
+
+
+def _sample(entries: list[Any], place: str) -> Prompts:
+    """Prompts of one sample.
+
+    Raises:
+        UsageError: with a line for each segment that is wrong.
+    """
+    if not entries:
+        raise UsageError(f"{place}: has no prompts; {_FORMAT}")
+    segments, problems = [], []
+    for number, entry in enumerate(entries, 1):
+        try:
+            segments.append(_segment(entry, f"{place}: segment {number}", len(entries)))
+        except UsageError as error:
+            problems.append(error.message)
+    if problems:
+        raise UsageError("", details=problems)
+    prompts, negative, new_scenes = zip(*segments, strict=True)
+    return Prompts(prompts, negative if any(negative) else (), place, new_scenes if any(new_scenes) else ())
+
+
+def _segment(entry: Any, place: str, count: int) -> tuple[str, str, bool]:
+    """Text and negative text of a segment, empty where it has nothing to avoid; and whether it begins a scene."""
     if isinstance(entry, str):
         entry = {"text": entry}
     if entry is None:
@@ -136,11 +240,15 @@ def _segment(entry: Any, place: str, count: int) -> tuple[str, str]:
         raise UsageError(f"{place} is {json.dumps(entry)[:40]}; {_FORMAT}")
     unknown = sorted(set(entry) - set(_KEYS))
     if unknown:
-        raise UsageError(f"{place}: unknown key {unknown[0]!r}; a segment has `text` and `neg_text`")
-    text, avoided = entry.get("text"), entry.get("neg_text")
+        raise UsageError(
+            f"{place}: unknown key {unknown[0]!r}; a segment has `text`, `neg_text` and `requires_scene_transition`"
+        )
+    text, avoided, new_scene = entry.get("text"), entry.get("neg_text"), entry.get(_KEYS[2], False)
     for key, value in (("text", text), ("neg_text", avoided)):
         if value is not None and not isinstance(value, str):
             raise UsageError(f"{place}: `{key}` must be text, not {json.dumps(value)[:40]}")
+    if not isinstance(new_scene, bool):
+        raise UsageError(f"{place}: `{_KEYS[2]}` must be true or false, not {json.dumps(new_scene)[:40]}")
     if text is None:
         raise UsageError(f"{place} has no `text`; write what it shows")
     wrong = wrong_with(text)
@@ -150,4 +258,4 @@ def _segment(entry: Any, place: str, count: int) -> tuple[str, str]:
     wrong = wrong_with(avoided) if avoided else None
     if wrong is not None:
         raise UsageError(f"{place}: its neg_text {wrong}; write what to avoid")
-    return text, avoided
+    return text, avoided, new_scene

@@ -1,17 +1,22 @@
-"""Making a sample: the model of a config, with what it has learned, and the backbone's own sampler."""
+"""Making samples: the model of a config, with what it has learned, and the backbone's own sampler."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from ttt.adapter_file import AdapterInfo, backbone_identity, config_differences, load_adapter, read_info
 from ttt.backbone import Backbone, SampleRequest
 from ttt.config.schema import RunConfig, select_layers
-from ttt.errors import AdapterMismatchError
+from ttt.errors import AdapterMismatchError, NonFiniteError, UsageError
 from ttt.files import require_place
+from ttt.printable import say
+from ttt.samples import SampleFolder, shared_origin
 from ttt.train.passes import seed_pass
 from ttt.train.setup import build, choose_device, memory_errors, narrowed, threads
 
@@ -45,14 +50,136 @@ def sample(
         EnvironmentProblem: something is missing: weights, a device, memory, disk space, a place that can be written.
     """
     console = console or Console()
-    backbone.check_sample(config, request)
-    require_place(request.out)
+    config, info = _looked_at(config, backbone, [request], adapter=adapter, verify=verify)
+    with _model(config, backbone, info, as_start=adapter is None) as model:
+        make = backbone.prepare_samples(model, [request], config, console=console)
+        seed_pass(request.seed, "sample", 0)
+        return list(make(request))
+
+
+def sample_many(
+    config: RunConfig,
+    backbone: Backbone,
+    requests: Sequence[SampleRequest],
+    *,
+    adapter: str | Path | None = None,
+    console: Console | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Make samples one after another in a folder, those that are not there yet.
+
+    Each comes with a record of what it was made from; see `ttt.samples`. A sample that ends in numbers that are not
+    finite leaves nothing, and the others are made all the same.
+
+    Args:
+        config: as for `sample`.
+        backbone: as for `sample`.
+        requests: what is asked for, each with an `out` of its own in one folder.
+        adapter: as for `sample`.
+        console: as for `sample`.
+        verify: compare what it has learned, and the samples that are there, with their checksums.
+        overwrite: make anew what is there and was made from something else.
+
+    Returns:
+        The files written; those that were there already are left out.
+
+    Raises:
+        UsageError: as for `sample`; or where a sample goes is something else.
+        AdapterMismatchError: as for `sample`.
+        EnvironmentProblem: as for `sample`; the samples made so far stay.
+        NonFiniteError: after all others were made, some could not be.
+    """
+    console = console or Console()
+    as_start = adapter is None
+    config, info = _looked_at(config, backbone, requests, adapter=adapter, verify=verify)
+    files = [backbone.plan_sample(config, seconds=each.seconds, out=each.out).files for each in requests]
+    _require_apart(requests, files)
+    origin = shared_origin(config, info, as_start=as_start)
+    folder = SampleFolder(requests, files, origin=origin, adapter=None if info is None else info.path)
+    with folder.held():
+        missing = folder.missing(overwrite=overwrite, verify=verify)
+        if len(missing) < len(requests):
+            say(console, f"{folder.path}: {len(requests) - len(missing)} of {len(requests)} samples are there already")
+        if not missing:
+            return []
+        with _model(config, backbone, info, as_start=as_start) as model:
+            return _made(model, config, backbone, requests, missing, folder, console)
+
+
+def _made(
+    model: nn.Module,
+    config: RunConfig,
+    backbone: Backbone,
+    requests: Sequence[SampleRequest],
+    missing: Sequence[SampleRequest],
+    folder: SampleFolder,
+    console: Console,
+) -> list[Path]:
+    make = backbone.prepare_samples(model, missing, config, console=console)
+    written: list[Path] = []
+    failed: list[str] = []
+    numbers = {request.out: number for number, request in enumerate(requests, 1)}
+    for request in missing:
+        say(console, f"sample {numbers[request.out]} of {len(requests)}: {request.out}, seed {request.seed}")
+        seed_pass(request.seed, "sample", 0)
+        try:
+            with folder.making(request) as moved:
+                files = [request.out.with_name(file.name) for file in make(moved)]
+        except NonFiniteError as error:
+            failed.append(f"{request.out}: {error}")
+            say(
+                console, f"{failed[-1]}; the others are made all the same" if request is not missing[-1] else failed[-1]
+            )
+            continue
+        written += files
+        say(console, f"wrote {', '.join(map(str, files))}")
+    if failed:
+        raise NonFiniteError.about(
+            failed,
+            f"of {len(requests)} samples could not be made; the others are whole, and the same command tries anew",
+        )
+    return written
+
+
+def _require_apart(requests: Sequence[SampleRequest], files: Sequence[Sequence[Path]]) -> None:
+    """Refuse what could not be told apart in one folder.
+
+    Raises:
+        UsageError: samples share a name, or a folder is not that of the others.
+    """
+    seen: set[Path] = set()
+    for request, several in zip(requests, files, strict=True):
+        for file in (*several, request.out.with_suffix(".json")):
+            if file in seen or file.parent != requests[0].out.parent:
+                raise UsageError(f"{file}: two files of these samples would be it, or it is in another folder")
+            seen.add(file)
+
+
+def _looked_at(
+    config: RunConfig,
+    backbone: Backbone,
+    requests: Sequence[SampleRequest],
+    *,
+    adapter: str | Path | None,
+    verify: bool,
+) -> tuple[RunConfig, AdapterInfo | None]:
+    """The config narrowed to the backbone's options, and what was learned; all that can be told before a model is."""
+    for request in requests:
+        backbone.check_sample(config, request)
+    require_place(requests[0].out)
     config = narrowed(config, backbone)
-    as_start = adapter is None  # only weights that training would start from may differ in settings
     path = config.train.init_from if adapter is None else adapter
     info = None if path is None else read_info(path, verify=verify)
     if info is not None:
-        _require_fit(info, config, backbone, as_start=as_start)  # before anything large is built
+        # only weights that training would start from may differ in settings
+        _require_fit(info, config, backbone, as_start=adapter is None)
+    return config, info
+
+
+@contextlib.contextmanager
+def _model(config: RunConfig, backbone: Backbone, info: AdapterInfo | None, *, as_start: bool) -> Iterator[nn.Module]:
+    """The model with what it has learned, in eval mode, and what is told of memory while it samples."""
     device = choose_device(config.train.device)
     ways = ["a shorter sample"] + ["train.param_dtype: bfloat16"] * (config.train.param_dtype == "float32")
     with memory_errors(ways), threads(config.train.cpu_threads), torch.no_grad():
@@ -62,8 +189,7 @@ def sample(
             load_adapter(
                 info.path, model, injection=injection, backbone=identity, as_start=as_start, verify=False
             )  # verified above
-        seed_pass(request.seed, "sample", 0)
-        return list(backbone.sample(model.eval(), request, config, console=console))
+        yield model.eval()
 
 
 def _require_fit(info: AdapterInfo, config: RunConfig, backbone: Backbone, *, as_start: bool) -> None:

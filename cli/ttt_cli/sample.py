@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,29 +12,41 @@ import typer
 
 from ttt.printable import shell_word
 from ttt_cli.options import Overrides, Verify, require_replaceable
+from ttt_cli.terminal import show_note
 
 if TYPE_CHECKING:
     from ttt.backbone import SamplePlan
-    from ttt.config import RunConfig
+    from ttt.config import LoadedConfig, RunConfig
     from ttt.prompts import Prompts
+
+_MOST_SEED = (1 << 63) - 1
 
 
 def sample(
     model: Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="A config file, or a run's folder.")],
     seconds: Annotated[float, typer.Option("--seconds", help="How long the sample is.", show_default=False)],
-    out: Annotated[str, typer.Option("--out", metavar="FILE", help="Where the sample goes.", show_default=False)],
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out",
+            metavar="FILE|FOLDER",
+            help="Where the sample goes; of several, the folder for 000, 001, …",
+            show_default=False,
+        ),
+    ],
     prompts: Annotated[
         list[str] | None,
         typer.Option(
             "--prompt", metavar="TEXT", help="What it shows: once for all, or once for each segment in order."
         ),
     ] = None,
-    prompt_file: Annotated[
-        str | None,
+    prompt_files: Annotated[
+        list[str] | None,
         typer.Option(
             "--prompts",
-            metavar="FILE.json",
-            help='Instead of --prompt: a list of texts, or of {"text": …, "neg_text": …}, one for each segment.',
+            metavar="FILE.json[l]",
+            help='Instead of --prompt: a list of texts, or of {"text": …, "neg_text": …}, one for each segment; or '
+            "many such lists, in a .jsonl one on each line, for as many samples. Can be repeated.",
         ),
     ] = None,
     negative_prompts: Annotated[
@@ -51,36 +65,51 @@ def sample(
     guidance_scale: Annotated[
         float, typer.Option("--guidance-scale", help="How strictly it follows the prompts; 1 is without guidance.")
     ] = 6.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=(1 << 63) - 1, help="Another seed, another sample.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed", min=0, max=_MOST_SEED, help="Another seed, another sample; of several, the first one's."
+        ),
+    ] = 0,
     overrides: Overrides = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace files that are there; of several samples, those made otherwise."),
+    ] = False,
     verify: Verify = True,
 ) -> None:
-    """Make a sample with what a run has learned.
+    """Make samples with what a run has learned.
 
     A run's folder gives its config and its last complete checkpoint. A config alone gives the model as training would
     start it.
+
+    Several samples go into a folder: FOLDER/000 with the seed that --seed says, 001 with the next one, and so on;
+    beside each, a .json says what it was made from. The same command, given once more, makes those that are missing.
     """
-    from ttt.backbone import SampleRequest
     from ttt.config import load_config
     from ttt.errors import UsageError
-    from ttt.prompts import for_segments
 
     if not (math.isfinite(seconds) and seconds > 0):
         raise UsageError(f"--seconds {seconds:g}: is no length; write one such as 9")
     if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
         raise UsageError(f"--guidance-scale {guidance_scale:g}: must be a number of 0 or more; 1 is without guidance")
-    given = _given(prompts or [], prompt_file, negative_prompts or [])
+    given = _given(prompts or [], prompt_files or [], negative_prompts or [])
+    if seed + len(given) - 1 > _MOST_SEED:
+        raise UsageError(f"--seed {seed}: the last of {len(given)} samples has no seed left; write a smaller one")
     config_file, learned, told = _find(Path(model), adapter, verify=verify)
     loaded = load_config(config_file, overrides=overrides or [], training=False)
     _warn_of_changes(Path(model), learned, loaded.config)
-    plan = loaded.backbone.plan_sample(loaded.config, seconds=seconds, out=Path(out))
-    chosen, spread = for_segments(given, count=plan.prompts, seconds=seconds)
-    _require_free(plan, overwrite=overwrite)
+    places, together = _places(out, given, loaded, seconds=seconds)
+    plans = [loaded.backbone.plan_sample(loaded.config, seconds=seconds, out=place) for place in places]
+    chosen, notes = _spread(given, plans, seconds=seconds)
+    if not together:
+        _require_free(plans[0], overwrite=overwrite)
 
     from rich.console import Console
 
+    from ttt.backbone import SampleRequest
     from ttt.sample import sample as make
+    from ttt.sample import sample_many
     from ttt.train.metrics import say
     from ttt.train.terminal import lasting
 
@@ -88,43 +117,139 @@ def sample(
     start = loaded.config.train.init_from
     if learned is None and start is not None:
         told = f"{model}: no adapter: it samples what training would start from, {start}"
-    say(console, told)
-    if spread is not None:
-        say(console, spread)
-    request = SampleRequest(
-        prompts=chosen.prompts,
-        negative_prompts=chosen.negative,
-        seconds=seconds,
-        out=Path(out),
-        steps=steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-    )
-    verify = verify and (adapter is not None or not Path(model).is_dir())  # that of a run is compared already
+    if guidance_scale <= 1 and any(each.negative for each in chosen):
+        notes.append(f"--guidance-scale {guidance_scale:g} is without guidance: negative prompts are not read")
+    if any(any(each.new_scenes) for each in chosen) and not plans[0].scenes:
+        notes.append(
+            f"requires_scene_transition: {loaded.backbone.name} makes no transitions; they are left to the texts"
+        )
+    for note in (told, *notes):
+        say(console, note)
+    requests = [
+        SampleRequest(
+            prompts=each.prompts,
+            negative_prompts=each.negative,
+            seconds=seconds,
+            out=place,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            seed=seed + number,
+            new_scenes=each.new_scenes,
+        )
+        for number, (each, place) in enumerate(zip(chosen, places, strict=True))
+    ]
+    verify_learned = verify and (adapter is not None or not Path(model).is_dir())  # that of a run is compared already
     with lasting(console):
-        written = make(loaded.config, loaded.backbone, request, adapter=learned, console=console, verify=verify)
-    say(console, f"wrote {', '.join(map(str, written))}")
+        if not together:
+            written = make(
+                loaded.config, loaded.backbone, requests[0], adapter=learned, console=console, verify=verify_learned
+            )
+            say(console, f"wrote {', '.join(map(str, written))}")
+            return
+        try:
+            sample_many(
+                loaded.config,
+                loaded.backbone,
+                requests,
+                adapter=learned,
+                console=console,
+                verify=verify,
+                overwrite=overwrite,
+            )
+        except KeyboardInterrupt:
+            show_note("interrupted; samples that are made stay: the same command makes the others")
+            raise
 
 
-def _given(prompts: list[str], prompt_file: str | None, negative: list[str]) -> Prompts:
-    """The prompts of the command line, or of the file.
+def _given(prompts: list[str], prompt_files: list[str], negative: list[str]) -> list[Prompts]:
+    """The prompts of each sample, of the command line or of the files.
 
     Raises:
         UsageError: there are none, or both.
     """
     from ttt.errors import UsageError
-    from ttt.prompts import Prompts, given_prompts, read_prompts
+    from ttt.prompts import given_prompts, read_prompts
 
-    if prompt_file is None:
+    if not prompt_files:
         if not prompts:
             raise UsageError("ttt sample: write what it shows: --prompt TEXT, or --prompts FILE.json")
-        return given_prompts(prompts, negative)
+        return [given_prompts(prompts, negative)]
     if prompts:
         raise UsageError("ttt sample: --prompt and --prompts both say what it shows; leave one out")
-    read = read_prompts(prompt_file)
-    if negative and read.negative:
-        raise UsageError(f"ttt sample: --negative-prompt and the neg_text in {prompt_file} both say what it avoids")
-    return Prompts(read.prompts, read.negative or given_prompts((), negative).negative, read.source)
+    read = [each for file in prompt_files for each in read_prompts(file)]
+    if not negative:
+        return read
+    for each in read:
+        if each.negative:
+            raise UsageError(f"ttt sample: --negative-prompt and the neg_text in {each.source} both say what it avoids")
+    avoided = given_prompts((), negative).negative
+    return [replace(each, negative=avoided) for each in read]
+
+
+def _places(out: str, given: list[Prompts], loaded: LoadedConfig, *, seconds: float) -> tuple[list[Path], bool]:
+    """Where each sample goes, and whether that is into a folder of samples.
+
+    Raises:
+        UsageError: `--out` names no folder where one is needed, or a backbone makes one sample at a time.
+    """
+    from ttt.backbone import Backbone
+    from ttt.errors import UsageError
+
+    if not out:
+        raise UsageError("--out: is empty; name a file, or a folder")
+    path, suffix, count = Path(out), loaded.backbone.sample_suffix, len(given)
+    of_a_file = bool(suffix) and path.suffix.lower() == suffix
+    meant_as_folder = out.endswith("/") or (path.is_dir() and not of_a_file)
+    if count == 1 and not (meant_as_folder and suffix):
+        return [path], False
+    if not suffix:
+        if type(loaded.backbone).plan_sample is Backbone.plan_sample:  # it has no sampling at all, and says so
+            loaded.backbone.plan_sample(loaded.config, seconds=seconds, out=path)
+        raise UsageError(f"{_of(given)}, and the backbone {loaded.backbone.name} makes one sample at a time")
+    if of_a_file and not meant_as_folder:
+        raise UsageError(f"--out {path}: names one file, but {_of(given)}; name a folder: --out {path.with_suffix('')}")
+    if os.path.lexists(path) and not path.is_dir():
+        raise UsageError(f"--out {path}: is no folder, but {_of(given)}; name a folder for them")
+    return [path / f"{number:03d}{suffix}" for number in range(count)], True
+
+
+def _of(given: list[Prompts]) -> str:
+    return f"there are prompts for {len(given)} samples"
+
+
+def _spread(given: list[Prompts], plans: list[SamplePlan], *, seconds: float) -> tuple[list[Prompts], list[str]]:
+    """A prompt for each segment of each sample, and what a user must know of how they came about.
+
+    Raises:
+        UsageError: some are neither as many as the segments nor one.
+    """
+    from ttt.errors import UsageError
+    from ttt.prompts import for_segments
+
+    chosen: list[Prompts] = []
+    problems: list[str] = []
+    notes: dict[str, list[str]] = {}
+    for each, plan in zip(given, plans, strict=True):
+        try:
+            prompts, told = for_segments(each, count=plan.prompts, seconds=seconds)
+        except UsageError as error:
+            problems.append(str(error))
+            continue
+        chosen.append(prompts)
+        if told is not None:
+            notes.setdefault(told, []).append(each.source)
+        if each.new_scenes[:1] == (True,):
+            first = "requires_scene_transition of a first segment means nothing: no scene is before it"
+            notes.setdefault(first, []).append(each.source)
+    if problems:
+        raise UsageError.about(problems, "samples do not have a prompt for each segment")
+    several = len(given) > 1
+    return chosen, [f"{_places_in_words(where)}: {note}" if several else note for note, where in notes.items()]
+
+
+def _places_in_words(places: list[str]) -> str:
+    more = f" and {len(places) - 2} more" if len(places) > 2 else ""
+    return f"{', '.join(places[:2])}{more}"
 
 
 def _warn_of_changes(model: Path, learned: Path | None, config: RunConfig) -> None:

@@ -18,6 +18,7 @@ from ttt_videodit.frames import Picture, to_tensor
 from ttt_videodit.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions
 from ttt_videodit.pretrained import TEXT_PARTS, VAE, source_of
+from ttt_videodit.scenes import add_scene_tokens
 from ttt_videodit.text import DemoTextEncoder
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class TextEncoder(Protocol):
     @property
     def text_length(self) -> int:
         """L, tokens of a text."""
+        ...
+
+    @property
+    def knows_scenes(self) -> bool:
+        """Whether it reads the tokens of `ttt_videodit.scenes` as such."""
         ...
 
     def __call__(self, texts: Sequence[str], /) -> Tensor:
@@ -154,6 +160,8 @@ class T5TextEncoder:
     def __init__(self, tokenizer: Any, model: Any, *, text_length: int) -> None:
         self.text_length = text_length
         """L, tokens of a text."""
+        self.knows_scenes = add_scene_tokens(tokenizer, model.get_input_embeddings().num_embeddings)
+        """Whether it reads the tokens of `ttt_videodit.scenes` as such."""
         self._tokenizer = tokenizer
         self._model = model
 

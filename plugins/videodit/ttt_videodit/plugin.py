@@ -180,6 +180,7 @@ class VideoDiTBackbone(Backbone):
     location_options: ClassVar[frozenset[str]] = frozenset({"pretrained", "revision", "text_dropout", *REMAT_OPTIONS})
     ttt_defaults: ClassVar[Mapping[str, Any]] = {"preset": "video", "layer_type": "mlp", "mini_batch_size": 64}
 
+    sample_suffix: ClassVar[str] = ".mp4"
     rules: ClassVar[Sequence[Callable[[RunConfig], Sequence[Any]]]] = (check_data,)
 
     def explanations(self) -> Mapping[str, Any]:
@@ -287,6 +288,14 @@ class VideoDiTBackbone(Backbone):
         from ttt_videodit.sampling import sample
 
         return sample(model, request, config, console=console)
+
+    def prepare_samples(
+        self, model: nn.Module, requests: Sequence[SampleRequest], config: RunConfig, *, console: Console
+    ) -> Callable[[SampleRequest], Sequence[Path]]:
+        """Many videos, for which the VAE and T5 are loaded once."""
+        from ttt_videodit.sampling import prepare_samples
+
+        return prepare_samples(model, requests, config, console=console)
 
     def loss(self, model: nn.Module, batch: Batch, config: RunConfig) -> LossOutput:
         """The error of the v-prediction, weighted as CogVideoX is trained."""

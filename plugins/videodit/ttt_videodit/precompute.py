@@ -65,6 +65,7 @@ from ttt_videodit.index import (
     parse_listed,
 )
 from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions
+from ttt_videodit.scenes import NO_SCENES, names_scenes
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Scaled, what the VAE says in bfloat16 is no bfloat16 any more; float16 is as small and rounds it less.
@@ -235,11 +236,16 @@ class _Job:
             tuple(
                 EncodedSegment(
                     caption,
-                    self.folder / f"text-{_digest(caption, wanted.text_length, self.encoders)}.safetensors",
+                    self.folder / f"text-{_digest(*self._text_origin(caption))}.safetensors",
                 )
                 for caption in video.captions
             ),
         )
+
+    def _text_origin(self, caption: str) -> tuple[object, ...]:
+        """What an embedding is made from; scene tokens, which were read as text once, say so."""
+        as_tokens = ("scene tokens",) if names_scenes(caption) else ()
+        return (caption, self.wanted.text_length, self.encoders, *as_tokens)
 
     def to_do(self) -> list[ListedVideo]:
         """The videos that are not in the index yet."""
@@ -412,6 +418,8 @@ def _encode_texts(
         return
     length = jobs[0].wanted.text_length
     encoder = load_text_encoder(options, text_length=length, device=device, dtype=dtype)
+    if not encoder.knows_scenes and any(names_scenes(caption) for caption, _ in places.values()):
+        say(console, f"captions: {NO_SCENES}: they are read as text")
     cut = [place for caption, place in places.values() if encoder.count(caption) > length]
     if cut:
         more = f" and {len(cut) - 3} more" if len(cut) > 3 else ""

@@ -32,7 +32,7 @@ def plan_sample(*, seconds: float, out: Path) -> SamplePlan:
         )
     if out.suffix.lower() != ".mp4":
         raise UsageError(f"--out {out}: a video is written as an mp4; write {out.with_suffix('.mp4')}")
-    return SamplePlan(prompts=round(seconds / SEGMENT_SEC), files=(out, contact_sheet_of(out)))
+    return SamplePlan(prompts=round(seconds / SEGMENT_SEC), files=(out, contact_sheet_of(out)), scenes=True)
 
 
 def contact_sheet_of(video: Path) -> Path:
@@ -63,6 +63,8 @@ def check_request(request: SampleRequest, options: VideoDiTOptions) -> None:
         raise UsageError(
             f"{length}, but {len(request.negative_prompts)} negative prompts were given; give one for each, or none"
         )
+    if len(request.new_scenes) not in (0, needed):
+        raise UsageError(f"{length}, but new_scenes has {len(request.new_scenes)} entries; give one for each, or none")
     if not 1 <= request.steps <= MAX_STEPS:
         raise UsageError(f"--steps {request.steps}: write from 1 to {MAX_STEPS}; CogVideoX is sampled with 50")
     if not (math.isfinite(request.guidance_scale) and request.guidance_scale >= 1):

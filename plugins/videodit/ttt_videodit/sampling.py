@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,69 +27,97 @@ from ttt_videodit.encoders import load_text_encoder, load_vae
 from ttt_videodit.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, segments_in
 from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions, pixels, text_length
 from ttt_videodit.request import contact_sheet_of
+from ttt_videodit.scenes import NO_SCENES, with_scene_tokens
 from ttt_videodit.video import Frames, write_contact_sheet, write_video
 
 if TYPE_CHECKING:
     from ttt.backbone import SampleRequest
     from ttt.config import RunConfig
 
+_MOST_TEXT_BYTES = 4 << 30
+"""Of embeddings that are kept on the CPU at a time: about a thousand texts of T5's."""
+_MOST_TOLD = 5
+
 
 def sample(model: nn.Module, request: SampleRequest, config: RunConfig, *, console: Console) -> list[Path]:
-    """Make a video from a prompt for each 3 s, and a contact sheet beside it.
+    """Make a video from a prompt for each 3 s, and a contact sheet beside it; see `prepare_samples`."""
+    return prepare_samples(model, [request], config, console=console)(request)
+
+
+def prepare_samples(
+    model: nn.Module, requests: Sequence[SampleRequest], config: RunConfig, *, console: Console
+) -> Callable[[SampleRequest], list[Path]]:
+    """What makes one video after another, each from a prompt for every 3 s, and a contact sheet beside it.
 
     What guidance leads away from is the embedding of the negative prompts. Where none is given, it is what the run
     trained with in place of dropped text, zeros; and for a run without `text_dropout` the embedding of empty texts.
 
+    The VAE is loaded once. T5, larger than the transformer, reads the texts of all videos and is gone before the first
+    step; only where their embeddings take more than some GB is it loaded again, for the next videos.
+
     Args:
         model: the adapted `VideoDiT`.
-        request: what is asked for, as `ttt_videodit.request.check_request` lets it pass.
+        requests: what will be asked for in that order, as `ttt_videodit.request.check_request` lets it pass.
         config: of the run.
         console: where to report.
 
     Returns:
-        The video and its contact sheet.
+        What makes a video of each request and returns the files, the video and its contact sheet. It raises
+        EnvironmentProblem if the disk is full, and NonFiniteError if the model's predictions are no numbers.
 
     Raises:
-        EnvironmentProblem: the VAE's or T5's weights are missing, or the disk is full.
-        NonFiniteError: the model's predictions are no numbers.
+        EnvironmentProblem: the VAE's or T5's weights are missing.
     """
     options, data = cast(VideoDiTOptions, config.backbone), cast(VideoDiTData, config.data)
     device = next(model.parameters()).device
     dtype = model.get_parameter("patch_embed.proj.weight").dtype
-    # A repository's missing part is missed before the first step. T5, larger than the transformer, is gone by then.
+    # A repository's missing part is missed before the first step.
     decode = load_decoder(options, device=device, dtype=dtype)
-    text, unconditional = _embeddings(request, options, data, console, device=device, dtype=dtype)
+    texts = _Texts(requests, options, data, console, device=device, dtype=dtype)
+    texts.read()
     height, width = (side // SPATIAL_COMPRESSION for side in pixels(options, data))
-    frames = options.segments.frames(segments_in(round(request.seconds)))
-    training = model.training
-    model.eval()
-    try:
-        with _progress(console, "sample", request.steps) as advance:
-            latents = denoise(
-                model,
-                text,
-                unconditional,
-                shape=(1, frames, LATENT_CHANNELS, height, width),
-                schedule=schedule_of(options),
-                steps=request.steps,
-                guidance_scale=request.guidance_scale,
-                seed=request.seed,
-                advance=advance,
+    told = False
+
+    def make(request: SampleRequest) -> list[Path]:
+        nonlocal told
+        text, unconditional = texts.of(request)
+        frames = options.segments.frames(segments_in(round(request.seconds)))
+        training = model.training
+        model.eval()
+        try:
+            with _progress(console, "sample", request.steps) as advance:
+                latents = denoise(
+                    model,
+                    text,
+                    unconditional,
+                    shape=(1, frames, LATENT_CHANNELS, height, width),
+                    schedule=schedule_of(options),
+                    steps=request.steps,
+                    guidance_scale=request.guidance_scale,
+                    seed=request.seed,
+                    advance=advance,
+                )
+        finally:
+            model.train(training)
+        if not bool(latents.isfinite().all()):
+            raise NonFiniteError(
+                "sampling ended in numbers that are not finite; if training was sound, sample with "
+                "--set train.param_dtype=float32"
             )
-    finally:
-        model.train(training)
-    if not bool(latents.isfinite().all()):
-        raise NonFiniteError(
-            "sampling ended in numbers that are not finite; if training was sound, sample with "
-            "--set train.param_dtype=float32"
-        )
-    video = decode(latents)
+        files = _write(request, decode(latents))
+        if options.preset == "demo" and not told:
+            told = True
+            say(console, DemoCodec.stand_in)
+        return files
+
+    return make
+
+
+def _write(request: SampleRequest, video: Frames) -> list[Path]:
     asked = {**asdict(request), "out": request.out.name, "ttt_version": __version__}
     write_video(request.out, video, comment=json.dumps(asked, ensure_ascii=False))
     sheet = contact_sheet_of(request.out)
     write_contact_sheet(sheet, video, request.prompts, title=_title(request))
-    if options.preset == "demo":
-        say(console, DemoCodec.stand_in)
     return [request.out, sheet]
 
 
@@ -172,27 +200,100 @@ def denoise(
 # --- between texts, latents and pixels ---
 
 
+class _Texts:
+    """The embeddings of what videos are to show, and of what they are led away from.
+
+    Args:
+        requests: the videos, in the order in which they will be made.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[SampleRequest],
+        options: VideoDiTOptions,
+        data: VideoDiTData,
+        console: Console,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._left = list(requests)
+        self._several = len(requests) > 1
+        self._options = options
+        self._length = text_length(options, data)
+        self._console = console
+        self._device = device
+        self._dtype = dtype
+        self._read: dict[str, Tensor] = {}
+        self._scenes = False
+
+    def of(self, request: SampleRequest) -> tuple[Tensor, Tensor | None]:
+        """Embeddings `[1,S,L,E]` of the next video's prompts and of what to lead away from, None without guidance."""
+        if not self._read.keys() >= {text for _, text in self._texts(request)}:
+            self.read()
+        self._left.pop(0)
+        return _embeddings(request, self._prompts(request), self._options, self._embed)
+
+    def read(self) -> None:
+        """Have T5 read the texts of the videos that are left, or of as many of them as there is room for.
+
+        Raises:
+            EnvironmentProblem: its weights are missing.
+        """
+        self._read = {}
+        encode = load_text_encoder(self._options, text_length=self._length, device=self._device, dtype=self._dtype)
+        self._scenes = encode.knows_scenes
+        if not self._scenes and any(any(request.new_scenes) for request in self._left):
+            say(self._console, f"requires_scene_transition: {NO_SCENES}; transitions are left to the texts")
+        size, cut = 0, []
+        for request in self._left:
+            for place, text in self._texts(request):
+                if text not in self._read:
+                    self._read[text] = encode([text])[0].cpu()
+                    size += self._read[text].nbytes
+                    tokens = encode.count(text)
+                    if tokens > self._length:
+                        cut.append(f"{place} has {tokens} tokens; the first {self._length} are read")
+            if size > _MOST_TEXT_BYTES:
+                break
+        for line in cut[:_MOST_TOLD]:
+            say(self._console, line)
+        if len(cut) > _MOST_TOLD:
+            say(self._console, f"{len(cut) - _MOST_TOLD} more texts have more than {self._length} tokens")
+
+    def _prompts(self, request: SampleRequest) -> tuple[str, ...]:
+        return with_scene_tokens(request.prompts, request.new_scenes if self._scenes else ())
+
+    def _texts(self, request: SampleRequest) -> list[tuple[str, str]]:
+        """Every text that is read for a video, with its place in the user's words."""
+        of_it = f" of {request.out.name}" if self._several else ""
+        found = [(f"prompt {number}{of_it}", text) for number, text in enumerate(self._prompts(request), start=1)]
+        away = _led_away_from(request, self._options)
+        return found + [(f"negative prompt {number}{of_it}", text) for number, text in enumerate(away, start=1)]
+
+    def _embed(self, texts: Sequence[str]) -> Tensor:
+        return torch.stack([self._read[text] for text in texts])[None].to(self._device)
+
+
 def _embeddings(
     request: SampleRequest,
+    prompts: Sequence[str],
     options: VideoDiTOptions,
-    data: VideoDiTData,
-    console: Console,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
+    embed: Callable[[Sequence[str]], Tensor],
 ) -> tuple[Tensor, Tensor | None]:
     """Text embeddings `[1,S,L,E]` of the prompts and of what to lead away from, None without guidance."""
-    encode = load_text_encoder(options, text_length=text_length(options, data), device=device, dtype=dtype)
-    for number, prompt in enumerate(request.prompts, start=1):
-        tokens = encode.count(prompt)
-        if tokens > encode.text_length:
-            say(console, f"prompt {number} has {tokens} tokens; the first {encode.text_length} are read")
-    text = encode(request.prompts)[None].to(device)
+    text = embed(prompts)
     if request.guidance_scale <= 1:
         return text, None
-    if options.text_dropout and not request.negative_prompts:
-        return text, torch.zeros_like(text)
-    return text, encode(request.negative_prompts or ("",) * len(request.prompts))[None].to(device)
+    away = _led_away_from(request, options)
+    return text, embed(away) if away else torch.zeros_like(text)
+
+
+def _led_away_from(request: SampleRequest, options: VideoDiTOptions) -> tuple[str, ...]:
+    """The texts that guidance leads away from, one for each segment; none without guidance, or if it is from zeros."""
+    if request.guidance_scale <= 1 or (options.text_dropout and not request.negative_prompts):
+        return ()
+    return request.negative_prompts or ("",) * len(request.prompts)
 
 
 def load_decoder(options: VideoDiTOptions, *, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Frames]:

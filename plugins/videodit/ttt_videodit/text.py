@@ -28,6 +28,8 @@ class DemoTextEncoder:
     def __init__(self, *, text_length: int) -> None:
         self.text_length = text_length
         """L, tokens of a text."""
+        self.knows_scenes = True
+        """The tokens of `ttt_videodit.scenes` are words like others, and were not in what the demo is trained on."""
         self.text_dim = demo.TEXT_DIM
         """E, width of a token."""
 

@@ -1,0 +1,50 @@
+"""Where a scene ends and another begins, as TTT-Video tells T5: by two tokens in the texts.
+
+TTT-Video adds `<end_scene>` and `<start_scene>` to T5's tokenizer, for the captions of training and for prompts, and
+resizes T5's embedding to the tokenizer's length. Nothing is drawn at random by that: T5's embedding has 32128 rows for
+the 32100 tokens of its tokenizer, so that the two get the rows 32100 and 32101 of the published weights, the same
+wherever T5 is loaded. An embedding without rows to spare has none for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+END_SCENE: Final = "<end_scene>"
+START_SCENE: Final = "<start_scene>"
+SCENE_TOKENS: Final = (END_SCENE, START_SCENE)
+"""In the order in which TTT-Video adds them."""
+
+NO_SCENES: Final = "this text encoder has no embeddings for <start_scene> and <end_scene>"
+
+
+def with_scene_tokens(prompts: Sequence[str], new_scenes: Sequence[bool]) -> tuple[str, ...]:
+    """Prompts with the tokens where a segment begins a new scene, and so ends that of the segment before.
+
+    Args:
+        prompts: one for each segment.
+        new_scenes: whether each begins a scene; empty where none does. Before the first there is no scene.
+    """
+    texts = list(prompts)
+    for number, begins in enumerate(new_scenes):
+        if begins and number:
+            texts[number - 1] += END_SCENE
+            texts[number] = START_SCENE + texts[number]
+    return tuple(texts)
+
+
+def add_scene_tokens(tokenizer: Any, rows: int) -> bool:
+    """Teach T5's tokenizer the tokens, if its model's embedding of so many rows has two to spare; says whether."""
+    from transformers import AddedToken
+
+    missing = [token for token in SCENE_TOKENS if token not in tokenizer.get_vocab()]
+    if len(tokenizer) + len(missing) > rows:
+        return False
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
+    return True
+
+
+def names_scenes(text: str) -> bool:
+    """Whether a text holds one of the tokens."""
+    return any(token in text for token in SCENE_TOKENS)

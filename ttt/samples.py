@@ -1,0 +1,265 @@
+"""Samples that share a folder: which of them are made, from what, and how each comes into it whole.
+
+Beside each sample, `003.mp4` say, lies a record, `003.json`: what it was made from, and the SHA-256 of its files. So a
+command that was killed knows what is left to make, and one that asks for something else never mixes it in. A sample is
+made in a folder of its own and moved when it is complete, its record first: a file is either under a record that says
+what it is, or was there before. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ttt import __version__
+from ttt.adapter_file import AdapterInfo
+from ttt.backbone import SampleRequest
+from ttt.checksums import file_digest
+from ttt.config.schema import DataOptions, RunConfig
+from ttt.errors import EnvironmentProblem, UnreadableError, UsageError
+from ttt.files import TEMPORARY, lock, read_json, replaced_file, sync, temporary_beside, write_json, writing
+from ttt.interrupt import interruptible
+from ttt.printable import shortened
+from ttt.reading import other_kind
+
+RECORD = ".json"
+"""What the name of a record ends in."""
+_NAMED = 3
+
+
+def shared_origin(config: RunConfig, learned: AdapterInfo | None, *, as_start: bool) -> dict[str, Any]:
+    """What all samples of a command are made from: the settings that decide what they show, and what was learned.
+
+    Args:
+        config: of the model, resolved.
+        learned: the adapter that is loaded, None where none is.
+        as_start: it is what training would start from, so that what it lacks is drawn from the run's seed.
+    """
+    settings = config.model_dump(mode="json")
+    data = {key: value for key, value in settings["data"].items() if key not in DataOptions.model_fields}
+    seed = {"train.seed": config.train.seed} if as_start else {}
+    return {
+        "adapter": None if learned is None else _content_of(learned),
+        **_flat({"backbone": settings["backbone"], "ttt": settings["ttt"], "data": data}),
+        "train.param_dtype": config.train.param_dtype,
+        **seed,
+        "ttt_version": __version__,
+    }
+
+
+def _content_of(learned: AdapterInfo) -> str:
+    """The checksum of an adapter; of its file, where it is from before there were any."""
+    return learned.checksum or file_digest(learned.path)
+
+
+class SampleFolder:
+    """A folder of samples, each with its record.
+
+    Args:
+        requests: the samples in order, all of one folder.
+        files: those of each, as `Backbone.plan_sample` names them.
+        origin: what they share, as `shared_origin` has it.
+        adapter: where what was learned lies, for the record.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[SampleRequest],
+        files: Sequence[Sequence[Path]],
+        *,
+        origin: Mapping[str, Any],
+        adapter: Path | None,
+    ) -> None:
+        self.path = requests[0].out.parent
+        self._requests = requests
+        self._files = {request.out: tuple(several) for request, several in zip(requests, files, strict=True)}
+        self._origin = origin
+        self._adapter = None if adapter is None else str(adapter)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder, keep other processes from it, and clear away what a killed one left half made.
+
+        Raises:
+            UsageError: another process is at it.
+            EnvironmentProblem: it cannot be made.
+        """
+        before = next(folder for folder in (self.path, *self.path.absolute().parents) if os.path.lexists(folder))
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            for left in self.path.glob(f"{TEMPORARY}*"):
+                if left.name[len(TEMPORARY) + 9 :] in {request.out.stem for request in self._requests}:
+                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            try:
+                yield
+            finally:
+                for folder in (self.path, *self.path.parents):  # what was made for nothing goes
+                    if folder.absolute() == before.absolute() or any(folder.iterdir()):
+                        break
+                    folder.rmdir()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            handle = os.open(self.path, os.O_RDONLY)
+        except PermissionError:  # Windows opens no folders
+            yield
+            return
+        try:
+            try:
+                lock(handle, self.path / RECORD)
+            except UsageError:
+                raise UsageError(
+                    f"{self.path}: another process is sampling into it; wait for it, or name another --out"
+                ) from None
+            yield
+        finally:
+            os.close(handle)
+
+    def missing(self, *, overwrite: bool, verify: bool) -> list[SampleRequest]:
+        """The samples that are still to be made.
+
+        Args:
+            overwrite: so are those whose place holds something else, instead of refusing.
+            verify: compare files with their checksums.
+
+        Raises:
+            UsageError: where a sample goes is something else; the message names what differs.
+            EnvironmentProblem: a record is damaged.
+        """
+        found: list[SampleRequest] = []
+        problems: list[str] = []
+        for request in self._requests:
+            for file in (*self._files[request.out], self._record(request)):
+                replaced_file(file)
+            try:
+                problem, complete = self._look_at(request, verify=verify)
+            except UnreadableError:
+                raise
+            except EnvironmentProblem as error:
+                if not overwrite:
+                    raise EnvironmentProblem(f"{error}; or make it anew with --overwrite") from None
+                problem, complete = str(error), False
+            if problem is not None and not overwrite:
+                problems.append(problem)
+            elif not complete:
+                found.append(request)
+        if problems:
+            raise _refusal(problems, self.path)
+        return found
+
+    def _look_at(self, request: SampleRequest, *, verify: bool) -> tuple[str | None, bool]:
+        """What stands in the way of a sample, and whether it is there already."""
+        record, files = self._record(request), self._files[request.out]
+        there = [file for file in files if file.exists()]
+        if not record.exists():
+            return (f"{there[0]}: is there, and no {record.name} says what it was made from" if there else None), False
+        said = read_json(record, sealed=True)
+        if not there:
+            return None, False
+        different = self._differences(said, request)
+        if different:
+            return f"{there[0]}: was made from something else ({different})", False
+        digests = said.get("files")
+        for file in there:
+            written = digests.get(file.name) if isinstance(digests, dict) else None
+            if verify and written != _digest(file):
+                return f"{file}: is not the file that was written there", False
+        return None, len(there) == len(files)
+
+    def _differences(self, record: Mapping[str, Any], request: SampleRequest) -> str:
+        """Settings of a record that are others now, in words; empty where all are the same."""
+        written: Any = record.get("made_from")
+        before = written if isinstance(written, dict) else {}
+        told = []
+        for key, now in self._made_from(request).items():
+            if key not in before or before[key] != now:
+                told.append(_difference(key, before.get(key), now, record.get("adapter"), self._adapter))
+        more = [f"and {len(told) - _NAMED} more"] if len(told) > _NAMED else []
+        return "; ".join([*told[:_NAMED], *more])
+
+    def _made_from(self, request: SampleRequest) -> dict[str, Any]:
+        asked = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(request).items()}
+        del asked["out"]
+        return {**asked, **self._origin}
+
+    def _record(self, request: SampleRequest) -> Path:
+        return request.out.with_suffix(RECORD)
+
+    @contextlib.contextmanager
+    def making(self, request: SampleRequest) -> Iterator[SampleRequest]:
+        """The request with a folder of its own to be made in, whose files come into this one when all went well.
+
+        Raises:
+            EnvironmentProblem: the disk is full or cannot be written.
+        """
+        staging = temporary_beside(request.out.with_suffix(""))
+        try:
+            with writing(staging):
+                staging.mkdir()
+            yield replace(request, out=staging / request.out.name)
+            self._move(staging, request)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _move(self, staging: Path, request: SampleRequest) -> None:
+        files = [file for file in self._files[request.out] if (staging / file.name).exists()]
+        record = self._record(request)
+        content = {
+            "made_from": self._made_from(request),
+            "adapter": self._adapter,
+            "files": {file.name: _digest(staging / file.name) for file in files},
+        }
+        write_json(staging / record.name, content)
+        with writing(request.out), interruptible() as interrupt, interrupt.held():
+            for file in (record, *files):
+                os.replace(staging / file.name, replaced_file(file))
+            sync(self.path)
+
+
+def _refusal(problems: Sequence[str], folder: Path) -> UsageError:
+    way_out = "name another --out, or make what differs anew with --overwrite"
+    if len(problems) == 1:
+        return UsageError(f"{problems[0]}; {way_out}")
+    more = [f"and {len(problems) - _NAMED} more"] if len(problems) > _NAMED else []
+    return UsageError(
+        f"{folder}: holds something else in {len(problems)} places; {way_out}:", details=[*problems[:_NAMED], *more]
+    )
+
+
+def _difference(key: str, before: Any, now: Any, adapter_before: Any, adapter_now: str | None) -> str:
+    if key == "adapter":
+        was, is_now = (path or "none" for path in (adapter_before, adapter_now))
+        return f"adapter: {was} then, {is_now} now" if was != is_now else f"adapter: {was} has changed since"
+    return f"{key}: {_in_words(before)} then, {_in_words(now)} now"
+
+
+def _in_words(value: Any) -> str:
+    import json
+
+    return shortened(json.dumps(value, ensure_ascii=False), 80)
+
+
+def _digest(file: Path) -> str:
+    kind = other_kind(file)
+    try:
+        if kind is not None:
+            raise OSError(f"{kind}, not a file")
+        return file_digest(file)
+    except OSError as error:
+        raise UnreadableError(f"{file}: cannot be read: {error.strerror or error}") from error
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Settings by their whole names, `ttt.mini_batch_size`."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{above}{key}"
+        found.update(_flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
+    return found
