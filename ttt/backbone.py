@@ -109,6 +109,9 @@ class SampleRequest:
     """Strength of classifier-free guidance; 1 is none."""
     seed: int
     """The same seed gives the same sample."""
+    imported_from: str | None = None
+    """The program whose weights are sampled, as `Backbone.import_weights` wrote it into the adapter's header under
+    `imported_from`; None where what was learned was learned here, and without an adapter. `ttt.sample` fills it in."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,8 +63,15 @@ def sample(
             load_adapter(
                 info.path, model, injection=injection, backbone=identity, as_start=as_start, verify=False
             )  # verified above
+        request = replace(request, imported_from=_imported_from(info))
         seed_pass(request.seed, "sample", 0)
         return list(backbone.sample(model.eval(), request, config, console=console))
+
+
+def _imported_from(info: AdapterInfo | None) -> str | None:
+    """The other program that an adapter was imported from, as its header says; a run's own checkpoints say nothing."""
+    told = None if info is None else info.training.get("imported_from")
+    return told if isinstance(told, str) else None
 
 
 def _require_fit(info: AdapterInfo, config: RunConfig, backbone: Backbone, *, as_start: bool) -> None:

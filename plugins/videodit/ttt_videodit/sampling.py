@@ -1,4 +1,4 @@
-"""Videos from prompts: diffusers' DPM-Solver++ with classifier-free guidance, one prompt for each segment."""
+"""Videos from prompts: DPM-Solver++ with classifier-free guidance, one prompt for each segment."""
 
 from __future__ import annotations
 
@@ -22,23 +22,28 @@ from ttt import __version__
 from ttt.errors import NonFiniteError
 from ttt.train.metrics import duration_in_words, say
 from ttt_videodit.codec import DemoCodec
-from ttt_videodit.diffusion import predict_v, schedule_of
+from ttt_videodit.diffusion import predict_v
 from ttt_videodit.encoders import load_text_encoder, load_vae
 from ttt_videodit.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, segments_in
 from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions, pixels, text_length
 from ttt_videodit.request import contact_sheet_of
+from ttt_videodit.schedules import sampler_of, sampling_schedule, trained_on_zeros
 from ttt_videodit.video import Frames, write_contact_sheet, write_video
 
 if TYPE_CHECKING:
     from ttt.backbone import SampleRequest
     from ttt.config import RunConfig
 
+NEGATIVE_PROMPTS, ZEROS, EMPTY_TEXTS = "the negative prompts", "zeros in place of text", "empty texts"
+"""What guidance can lead away from."""
+
 
 def sample(model: nn.Module, request: SampleRequest, config: RunConfig, *, console: Console) -> list[Path]:
     """Make a video from a prompt for each 3 s, and a contact sheet beside it.
 
     What guidance leads away from is the embedding of the negative prompts. Where none is given, it is what the run
-    trained with in place of dropped text, zeros; and for a run without `text_dropout` the embedding of empty texts.
+    trained with in place of dropped text, zeros; and for a run without `text_dropout`, and for weights imported from
+    TTT-Video, the embedding of empty texts, as there.
 
     Args:
         model: the adapted `VideoDiT`.
@@ -61,6 +66,8 @@ def sample(model: nn.Module, request: SampleRequest, config: RunConfig, *, conso
     text, unconditional = _embeddings(request, options, data, console, device=device, dtype=dtype)
     height, width = (side // SPATIAL_COMPRESSION for side in pixels(options, data))
     frames = options.segments.frames(segments_in(round(request.seconds)))
+    schedule, why = sampling_schedule(options, request.imported_from)
+    say(console, f"samples by the schedule {schedule} ({why}), {_guidance_in_words(request, options)}")
     training = model.training
     model.eval()
     try:
@@ -70,7 +77,7 @@ def sample(model: nn.Module, request: SampleRequest, config: RunConfig, *, conso
                 text,
                 unconditional,
                 shape=(1, frames, LATENT_CHANNELS, height, width),
-                schedule=schedule_of(options),
+                schedule=sampler_of(options, schedule),
                 steps=request.steps,
                 guidance_scale=request.guidance_scale,
                 seed=request.seed,
@@ -84,7 +91,8 @@ def sample(model: nn.Module, request: SampleRequest, config: RunConfig, *, conso
             "--set train.param_dtype=float32"
         )
     video = decode(latents)
-    asked = {**asdict(request), "out": request.out.name, "ttt_version": __version__}
+    asked = {**asdict(request), "out": request.out.name, "ttt_version": __version__, "sampling_schedule": schedule}
+    asked["guidance_leads_away_from"] = _led_away_from(request, options)
     write_video(request.out, video, comment=json.dumps(asked, ensure_ascii=False))
     sheet = contact_sheet_of(request.out)
     write_contact_sheet(sheet, video, request.prompts, title=_title(request))
@@ -96,6 +104,20 @@ def sample(model: nn.Module, request: SampleRequest, config: RunConfig, *, conso
 def _title(request: SampleRequest) -> str:
     guidance = f"guidance {request.guidance_scale:g}" if request.guidance_scale > 1 else "no guidance"
     return f"{request.out.name}: {request.seconds:g} s, {request.steps} steps, {guidance}, seed {request.seed}"
+
+
+def _guidance_in_words(request: SampleRequest, options: VideoDiTOptions) -> str:
+    away = _led_away_from(request, options)
+    return "without guidance" if away is None else f"guided away from {away}"
+
+
+def _led_away_from(request: SampleRequest, options: VideoDiTOptions) -> str | None:
+    """What guidance leads away from; None where there is none."""
+    if request.guidance_scale <= 1:
+        return None
+    if request.negative_prompts:
+        return NEGATIVE_PROMPTS
+    return ZEROS if trained_on_zeros(options, request.imported_from) else EMPTY_TEXTS
 
 
 def guidance_weight(scale: float, *, timestep: int, steps: int) -> float:
@@ -136,18 +158,18 @@ def denoise(
         text: `[B,S,L,E]`.
         unconditional: `[B,S,L,E]` to lead away from; None is no guidance.
         shape: of the latents, `B, Fr, C, h, w`.
-        schedule: of the noise.
+        schedule: of the noise, of the class whose steps are taken; see `ttt_videodit.schedules`.
         steps: of the solver.
         guidance_scale: see `guidance_weight`; 1 is no guidance.
         seed: of the noise.
         advance: called after each step.
 
     Returns:
-        Latents, float32: the last step's x₀. With a number of steps that divides the timesteps it is where the solver
-        ends; with others the solver would leave a little noise.
+        Latents, float32: the last step's x₀. With a number of steps that divides the timesteps it is where diffusers'
+        solver ends; with others it would leave a little noise. TTT-Video's always ends there.
     """
     device = text.device
-    solver = cast(CogVideoXDPMScheduler, CogVideoXDPMScheduler.from_config(schedule.config))
+    solver = cast(CogVideoXDPMScheduler, type(schedule).from_config(schedule.config))
     solver.set_timesteps(steps)
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(shape, generator=generator).to(device)
@@ -188,9 +210,10 @@ def _embeddings(
         if tokens > encode.text_length:
             say(console, f"prompt {number} has {tokens} tokens; the first {encode.text_length} are read")
     text = encode(request.prompts)[None].to(device)
-    if request.guidance_scale <= 1:
+    away = _led_away_from(request, options)
+    if away is None:
         return text, None
-    if options.text_dropout and not request.negative_prompts:
+    if away == ZEROS:
         return text, torch.zeros_like(text)
     return text, encode(request.negative_prompts or ("",) * len(request.prompts))[None].to(device)
 
