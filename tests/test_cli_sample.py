@@ -16,9 +16,11 @@ from fake_distributions import importable, install
 from safetensors.torch import load_file, save_file
 from toy import MakingToy, ToyModel, ToyOptions
 
-from ttt.adapter_file import load_adapter
+from ttt.adapter_file import backbone_identity, load_adapter, save_adapter
 from ttt.backbone import SampleRequest
+from ttt.config import TTTConfig
 from ttt.errors import EnvironmentProblem, NonFiniteError
+from ttt.inject import apply
 from ttt.train import loop
 from ttt.train.passes import seed_pass
 from ttt_cli.main import main
@@ -100,6 +102,26 @@ def test_a_run_is_sampled_with_what_it_learned(run: Path, capsys: pytest.Capture
                 read = [torch.cat([tokens, token], 1) for tokens in read]
             drawn.append(" ".join(map(str, read[0][0, -6:].tolist())))
     assert Path("a.txt").read_text().splitlines() == drawn
+
+
+def test_a_sampler_is_told_which_program_the_weights_are_from(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the header of an imported adapter says; a run's own checkpoint was learned here, whatever it started from."""
+    toy = MakingToy()
+    model = toy.build(ToyOptions(num_layers=2, dim=16, num_heads=2), device="cpu", dtype=torch.float32)
+    settings = TTTConfig(preset="lm", mini_batch_size=4)
+    injection = apply(model, toy.sites(model), settings, causal=True)
+    identity = backbone_identity(toy, ToyOptions(num_layers=2, dim=16, num_heads=2))
+    for folder, told in (("imported", "Elsewhere"), ("odd", ["a", "list"])):
+        save_adapter(folder, injection, backbone=identity, training={"imported_from": told})
+    for name, arguments, expected in (
+        ("run", ["run"], None),
+        ("imported", ["c.yaml", "--adapter", "imported"], "Elsewhere"),
+        ("start", ["c.yaml", "--set", "train.init_from=imported"], "Elsewhere"),
+        ("odd", ["c.yaml", "--adapter", "odd"], None),
+        ("untrained", ["c.yaml"], None),
+    ):
+        assert sampled(*arguments, *ASKED, "--out", f"{name}.txt") == 0, said(capsys)[1]
+        assert f"imported_from={expected!r}" in Path(f"{name}.log").read_text(), name
 
 
 def test_a_config_gives_the_untrained_model_and_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,7 @@ from ttt.errors import (
 )
 from ttt.inject import Site
 from ttt.interrupt import SIGNALS, Interrupt, interruptible
+from ttt.rows import rows_of_step
 from ttt.train import loop, train
 from ttt.train.checkpoint import OPTIMIZER
 from ttt.train.evaluation import Evaluation, evaluate
@@ -364,6 +365,35 @@ def test_both_losses_of_an_evaluation_see_the_same_random_numbers(tmp_path):
 
     result, _ = run(config(tmp_path, ttt={"layers": "none"}, train={"trainable": "all"}), Noisy())
     assert result.evaluation.loss == result.evaluation.loss_gates_closed
+
+
+def test_a_loss_can_ask_where_its_rows_stand_in_the_step(tmp_path):
+    """In training, in an evaluation with open and with closed gates, and outside of both."""
+
+    class Asking(ToyBackbone):
+        def loss(self, model, batch, config):
+            asked.append((model.training, rows_of_step(len(next(iter(batch.values()))))))
+            return super().loss(model, batch, config)
+
+    asked = []
+    settings = config(tmp_path / "run", train={"max_steps": 2, "batch_size": 2, "num_microbatches": 3})
+    result, _ = run(settings, Asking())
+    trained = [rows for training, rows in asked if training]
+    assert [(rows.first, rows.count, rows.total) for rows in trained] == [(0, 2, 6), (2, 2, 6), (4, 2, 6)] * 2
+    assert [len({rows.seed for rows in trained[i : i + 3]}) for i in (0, 3)] == [1, 1]
+    assert trained[0].seed != trained[3].seed
+    evaluated = [rows for training, rows in asked if not training]
+    assert evaluated[::2] == evaluated[1::2], "the same with open and with closed gates"
+    windows = result.evaluation.windows
+    assert {rows.total for rows in evaluated} == {windows}
+    assert {rows.seed for rows in evaluated}.isdisjoint({rows.seed for rows in trained})
+    assert len({rows.seed for rows in evaluated}) == 1
+    assert [i for rows in evaluated[::2] for i in range(windows)[rows.slice]] == list(range(windows))
+    assert rows_of_step(2).total == 2
+    asked.clear()
+    run(config(tmp_path / "run", train={"max_steps": 3, "batch_size": 2, "num_microbatches": 3}), Asking(), resume=True)
+    assert [rows.first for training, rows in asked if training] == [0, 2, 4]
+    assert asked[0][1].seed not in {rows.seed for rows in trained}
 
 
 # --- resumption ---

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from rich.console import Console
 from torch import Tensor, nn
 
+from ttt.config import load_config
+from ttt.config.schema import TrainConfig
 from ttt.errors import EnvironmentProblem
+from ttt.rows import StepRows, reading_rows, rows_of_step
+from ttt.train import train
+from ttt.train.passes import training_rows
 from ttt_videodit import model as videodit
 from ttt_videodit.diffusion import draw_timesteps, make_scheduler, schedule_of, training_loss, x0_of
-from ttt_videodit.plugin import VideoDiTOptions
+from ttt_videodit.plugin import VideoDiTOptions, ttt_backbone
 
 TINY = VideoDiTOptions(preset="demo", dim=32, num_heads=2, num_layers=1, attn_length=2)
 
@@ -63,7 +70,7 @@ def test_the_loss_is_the_error_of_x0_by_its_weight(rows: int) -> None:
     output = training_loss(model.eval(), batch, TINY)
     # the same draws, and x0 by its definition
     torch.manual_seed(5)
-    timesteps = draw_timesteps(rows, 1000)
+    timesteps = draw_timesteps(rows_of_step(rows), 1000)
     x0 = batch["mean"] + batch["std"] * torch.randn_like(batch["mean"])
     noise = torch.randn_like(x0)
     alpha = make_scheduler().alphas_cumprod[timesteps][:, None, None, None, None]
@@ -107,13 +114,13 @@ def test_latents_are_drawn_from_their_distribution() -> None:
     difference = read(batch, 1) - read(still, 1)
     # the two passes differ by std·ε alone
     torch.manual_seed(1)
-    draw_timesteps(1, 1000)
+    draw_timesteps(rows_of_step(1), 1000)
     torch.testing.assert_close(difference, batch["std"] * torch.randn_like(batch["mean"]), rtol=1e-9, atol=1e-9)
 
 
 def test_timesteps_are_uniform_one_in_each_part() -> None:
     torch.manual_seed(0)
-    drawn = torch.stack([draw_timesteps(7, 1000) for _ in range(3000)])
+    drawn = torch.stack([draw_timesteps(rows_of_step(7), 1000) for _ in range(3000)])
     assert drawn.min() == 0
     assert drawn.max() == 999
     part = (drawn.sort(dim=1).values * 7) // 1000
@@ -124,6 +131,99 @@ def test_timesteps_are_uniform_one_in_each_part() -> None:
     for row in drawn.T:
         counts = torch.histc(row.float(), bins=10, min=0, max=1000)
         assert (counts - 300).abs().max() < 5 * 16.4
+
+
+def timesteps_of_step(step: int, *, batch_size: int, passes: int) -> Tensor:
+    """What the passes of a training step draw, `[passes, batch_size]`, as `ttt train` tells them their rows."""
+    config = TrainConfig(batch_size=batch_size, num_microbatches=passes, seed=3)
+    drawn = []
+    for number in range(step * passes, (step + 1) * passes):
+        with reading_rows(training_rows(config, number)):
+            drawn.append(draw_timesteps(rows_of_step(batch_size), 1000))
+    return torch.stack(drawn)
+
+
+def test_a_step_varies_as_little_in_many_passes_as_in_one() -> None:
+    """The mean timestep of 64 rows, each uniform in its own 64th: sqrt((1000/64)²/12/64) = 0.56, with 64 draws 36."""
+    steps = 120
+    for batch_size, passes in ((1, 64), (8, 8), (64, 1)):
+        drawn = [timesteps_of_step(step, batch_size=batch_size, passes=passes) for step in range(steps)]
+        spread = torch.stack(drawn).double().mean((1, 2)).std().item()
+        assert spread == pytest.approx(0.564, rel=5 / (2 * steps) ** 0.5), (batch_size, passes)  # 5 standard errors
+        # and which pass has how much noise is no habit: the first pass's mean over the steps is that of all
+        first = torch.stack([step[0] for step in drawn]).double().mean().item()
+        assert abs(first - 499.5) < 5 * 289 / (steps * batch_size) ** 0.5
+    torch.manual_seed(0)
+    alone = torch.stack([draw_timesteps(rows_of_step(1), 1000) for _ in range(64 * steps)]).double()
+    spread = alone.view(steps, 64).mean(1).std().item()
+    assert spread == pytest.approx(36, rel=5 / (2 * steps) ** 0.5), "each pass for itself, the figure would show"
+
+
+@pytest.mark.parametrize(("batch_size", "passes"), [(1, 64), (8, 8), (64, 1), (3, 7)])
+def test_the_passes_of_a_step_share_its_parts(batch_size: int, passes: int) -> None:
+    rows = batch_size * passes
+    for step in (0, 1, 17):
+        drawn = timesteps_of_step(step, batch_size=batch_size, passes=passes)
+        edges = torch.arange(rows + 1) * 1000 / rows
+        in_order = drawn.flatten().sort().values
+        assert (in_order >= edges[:-1].floor()).all()
+        assert (in_order <= edges[1:]).all()
+        # cut otherwise, the same rows of the step draw the same
+        assert torch.equal(drawn.flatten(), timesteps_of_step(step, batch_size=rows, passes=1).flatten())
+    assert not torch.equal(drawn, timesteps_of_step(18, batch_size=batch_size, passes=passes))
+
+
+def test_a_batch_of_other_rows_than_the_pass_is_a_step_of_its_own() -> None:
+    with reading_rows(StepRows(first=4, count=2, total=8, seed=5)):
+        assert rows_of_step(2) == StepRows(4, 2, 8, 5)
+        torch.manual_seed(1)
+        other = rows_of_step(3)
+        assert (other.first, other.count, other.total) == (0, 3, 3)
+    torch.manual_seed(1)
+    assert rows_of_step(3) == other, "what torch's generator says"
+    assert rows_of_step(3) != other
+
+
+def test_the_loop_spreads_a_step_over_its_passes_and_an_evaluation_over_its_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through `ttt train`: what was drawn in each pass, in a whole run and in one that goes on after its first step."""
+    drawn: list[Tensor] = []
+
+    def recorded(step: StepRows, count: int) -> Tensor:
+        drawn.append(draw_timesteps(step, count))
+        return drawn[-1]
+
+    monkeypatch.setattr("ttt_videodit.diffusion.draw_timesteps", recorded)
+    monkeypatch.setattr("ttt.train.loop.draw_run", lambda run: [])  # pictures take longer than all of it
+    text = """
+        backbone: {name: videodit, preset: demo, dim: 16, num_heads: 1, num_layers: 1}
+        ttt: {mini_batch_size: 32}
+        train: {batch_size: 1, num_microbatches: 4, max_steps: 1, ckpt_freq: 1, param_dtype: float32, device: cpu}
+        eval: {max_batches: 4}
+    """
+
+    def trained(folder: str, steps: int, *, resume: bool = False) -> list[Tensor]:
+        backbone = ttt_backbone()
+        settings = [f"run_dir={tmp_path / folder}", f"train.max_steps={steps}"]
+        loaded = load_config("test.yaml", text=text, overrides=settings, backbone=backbone)
+        drawn.clear()
+        train(loaded.config, backbone, resume=resume, console=Console(file=io.StringIO()))
+        return list(drawn)
+
+    whole = trained("whole", 2)
+    for step in (whole[:4], whole[4:8]):
+        assert sorted((torch.cat(step) * 4 // 1000).tolist()) == [0, 1, 2, 3], "each part once"
+    evaluated, with_gates_closed = whole[8::2], whole[9::2]
+    assert len(evaluated) > 1
+    windows = torch.cat(evaluated).numel()
+    edges = torch.arange(windows + 1) * 1000 / windows
+    in_order = torch.cat(evaluated).sort().values
+    assert ((in_order >= edges[:-1].floor()) & (in_order <= edges[1:])).all()
+    assert torch.equal(torch.cat(evaluated), torch.cat(with_gates_closed))
+    trained("resumed", 1)
+    resumed = trained("resumed", 2, resume=True)
+    assert torch.equal(torch.cat(resumed), torch.cat(whole[4:]))
 
 
 def test_text_is_dropped_by_rows_and_only_in_training() -> None:

@@ -245,6 +245,8 @@ def test_prompts_become_a_video_and_its_contact_sheet(model: nn.Module, tmp_path
     assert frames.std() > 10
     told = json.loads(metadata["comment"])
     assert told.pop("ttt_version") == ttt.__version__
+    assert told.pop("sampling_schedule") == "diffusers"
+    assert told.pop("guidance_leads_away_from") == "the negative prompts"
     assert told == json.loads(json.dumps({**asdict(asked), "out": "clip.mp4"}))
     assert model.training, "as it was"
     model.eval()
@@ -260,7 +262,11 @@ def test_the_same_request_gives_the_same_files(model: nn.Module, tmp_path: Path)
 
 
 def test_what_guidance_leads_away_from(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative prompts; without any, zeros where training dropped texts, and else the embedding of nothing."""
+    """Negative prompts; without any, zeros where training dropped texts, and else the embedding of nothing.
+
+    Published weights never saw zeros, so for an adapter imported from TTT-Video it is nothing, as there, whatever the
+    config says of training here.
+    """
     seen: list[Tensor | None] = []
 
     def recorded(model: nn.Module, text: Tensor, unconditional: Tensor | None, **settings: Any) -> Tensor:
@@ -272,16 +278,48 @@ def test_what_guidance_leads_away_from(folder: Path, tmp_path: Path, monkeypatch
     made = ttt_backbone().build(settings.backbone, device="cpu", dtype=torch.float32)
     encode = load_text_encoder(settings.backbone, text_length=6, device="cpu", dtype=torch.float32)  # type: ignore[arg-type]
     asked = request(tmp_path / "clip.mp4", seconds=3.0, prompts=("towers at night",), steps=1)
-    for change, negatives, expected in (
-        ({}, (), torch.zeros(1, 1, 6, 32)),
-        ({"text_dropout": 0.0}, (), encode([""])[None]),
-        ({}, ("blurred",), encode(["blurred"])[None]),
+    for text_dropout, changes, expected, told in (
+        (0.1, {}, torch.zeros(1, 1, 6, 32), "zeros in place of text"),
+        (0.0, {}, encode([""])[None], "empty texts"),
+        (0.1, {"imported_from": "TTT-Video"}, encode([""])[None], "empty texts"),
+        (0.1, {"imported_from": "another"}, torch.zeros(1, 1, 6, 32), "zeros in place of text"),
+        (0.1, {"negative_prompts": ("blurred",)}, encode(["blurred"])[None], "the negative prompts"),
     ):
-        sample(made, replace(asked, negative_prompts=negatives), pretrained_config(folder, **change), console=quiet())
+        console = quiet()
+        wanted = pretrained_config(folder, text_dropout=text_dropout)
+        video, _ = sample(made, replace(asked, **changes), wanted, console=console)
         assert torch.equal(_tensor(seen[-1]), expected)
-    sample(made, replace(asked, guidance_scale=1.0), settings, console=quiet())
+        assert f"guided away from {told}\n" in console.export_text()
+        metadata = json.loads(read_video(video)[2]["comment"])
+        assert metadata["guidance_leads_away_from"] == told
+        assert metadata["imported_from"] == changes.get("imported_from")
+    console = quiet()
+    sample(made, replace(asked, guidance_scale=1.0), settings, console=console)
     assert seen[-1] is None
+    assert "without guidance" in console.export_text()
     assert encode([""]).abs().max() > 0
+
+
+def test_whose_steps_are_taken(model: nn.Module, tmp_path: Path) -> None:
+    """diffusers' schedule, or TTT-Video's where the config says so or the adapter comes from there: said, and taken."""
+    pictures = {}
+    for name, override, imported_from, expected in (
+        ("plain", "null", None, "diffusers (backbone.sampling_schedule is null)"),
+        ("imported", "null", "TTT-Video", "ttt-video (the adapter was imported from TTT-Video)"),
+        ("asked", "ttt-video", None, "ttt-video (as backbone.sampling_schedule says)"),
+        ("refused", "diffusers", "TTT-Video", "diffusers (as backbone.sampling_schedule says)"),
+    ):
+        change = f"backbone.sampling_schedule={override}"
+        settings = load_config("test.yaml", text=CONFIG, backbone=ttt_backbone(), overrides=[change]).config
+        asked = request(tmp_path / f"{name}.mp4", seconds=3.0, prompts=("towers at night",), negative_prompts=("fog",))
+        console = quiet()
+        video, _ = sample(model, replace(asked, imported_from=imported_from), settings, console=console)
+        assert f"samples by the schedule {expected}, guided away from the negative prompts\n" in console.export_text()
+        pictures[name], _, metadata, _ = read_video(video)
+        assert expected.startswith(json.loads(metadata["comment"])["sampling_schedule"])
+    assert np.array_equal(pictures["plain"], pictures["refused"])
+    assert np.array_equal(pictures["imported"], pictures["asked"])
+    assert not np.array_equal(pictures["plain"], pictures["imported"])
 
 
 def test_a_pretrained_folder_is_sampled_with_its_own_vae_and_t5(folder: Path, tmp_path: Path) -> None:
@@ -360,10 +398,10 @@ def test_progress_is_told(model: nn.Module, tmp_path: Path) -> None:
     console = quiet()
     sample(model, asked, config(), console=console)
     lines = console.export_text().splitlines()
-    assert lines[0].startswith("sample: step 1/12, ")
+    assert lines[1].startswith("sample: step 1/12, ")
     assert lines[-2] == "sample: step 12/12, 0 s left"
     assert lines[-1].startswith("Latents come from the demo's own small linear codec")
-    assert 11 <= len(lines) <= 12
+    assert 12 <= len(lines) <= 13
     terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
     sample(model, replace(asked, steps=3), config(), console=terminal)
     assert "3/3" in terminal.file.getvalue()  # type: ignore[attr-defined]

@@ -111,6 +111,9 @@ class SampleRequest:
     """The same seed gives the same sample."""
     new_scenes: tuple[bool, ...] = ()
     """Whether each segment begins a scene of its own, the first never; no entries where none does."""
+    imported_from: str | None = None
+    """The program whose weights are sampled, as `Backbone.import_weights` wrote it into the adapter's header under
+    `imported_from`; None where what was learned was learned here, and without an adapter. `ttt.sample` fills it in."""
 
 
 @dataclass(frozen=True)
@@ -275,7 +278,12 @@ class Backbone(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, config: RunConfig) -> LossOutput:
-        """The training loss of a batch on the model's device."""
+        """The training loss of a batch on the model's device.
+
+        What it draws comes from torch's global generators, which are seeded for each pass: so a resumed run draws what
+        the uninterrupted one would have drawn. What it draws for each row and would spread over all rows of a step, in
+        however many passes the step reads them, it draws by what `ttt.rows.rows_of_step` says.
+        """
 
     def set_gradient_checkpointing(self, model: nn.Module, enabled: bool) -> None:
         """Switch the backbone's own activation checkpointing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def sample(
         EnvironmentProblem: something is missing: weights, a device, memory, disk space, a place that can be written.
     """
     console = console or Console()
-    config, info = _looked_at(config, backbone, [request], adapter=adapter, verify=verify)
+    config, [request], info = _looked_at(config, backbone, [request], adapter=adapter, verify=verify)
     with _model(config, backbone, info, as_start=adapter is None) as model:
         make = backbone.prepare_samples(model, [request], config, console=console)
         seed_pass(request.seed, "sample", 0)
@@ -92,7 +93,7 @@ def sample_many(
     """
     console = console or Console()
     as_start = adapter is None
-    config, info = _looked_at(config, backbone, requests, adapter=adapter, verify=verify)
+    config, requests, info = _looked_at(config, backbone, requests, adapter=adapter, verify=verify)
     files = [backbone.plan_sample(config, seconds=each.seconds, out=each.out).files for each in requests]
     _require_apart(requests, files)
     origin = shared_origin(config, info, as_start=as_start)
@@ -163,8 +164,8 @@ def _looked_at(
     *,
     adapter: str | Path | None,
     verify: bool,
-) -> tuple[RunConfig, AdapterInfo | None]:
-    """The config narrowed to the backbone's options, and what was learned; all that can be told before a model is."""
+) -> tuple[RunConfig, list[SampleRequest], AdapterInfo | None]:
+    """The config narrowed to the backbone's options, the requests, and what was learned; no model is built for it."""
     for request in requests:
         backbone.check_sample(config, request)
     require_place(requests[0].out)
@@ -174,7 +175,7 @@ def _looked_at(
     if info is not None:
         # only weights that training would start from may differ in settings
         _require_fit(info, config, backbone, as_start=adapter is None)
-    return config, info
+    return config, [replace(request, imported_from=_imported_from(info)) for request in requests], info
 
 
 @contextlib.contextmanager
@@ -190,6 +191,12 @@ def _model(config: RunConfig, backbone: Backbone, info: AdapterInfo | None, *, a
                 info.path, model, injection=injection, backbone=identity, as_start=as_start, verify=False
             )  # verified above
         yield model.eval()
+
+
+def _imported_from(info: AdapterInfo | None) -> str | None:
+    """The other program that an adapter was imported from, as its header says; a run's own checkpoints say nothing."""
+    told = None if info is None else info.training.get("imported_from")
+    return told if isinstance(told, str) else None
 
 
 def _require_fit(info: AdapterInfo, config: RunConfig, backbone: Backbone, *, as_start: bool) -> None:

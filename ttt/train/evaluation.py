@@ -15,9 +15,10 @@ from ttt.adapter import carried, gates_closed
 from ttt.backbone import Backbone, WindowDataset
 from ttt.config.schema import STAND_IN_WINDOWS, RunConfig
 from ttt.inject import Injection
+from ttt.rows import StepRows, reading_rows
 from ttt.state import TTTState
 from ttt.train.order import once
-from ttt.train.passes import load_batch, mixed_precision, reset_rows, seed_pass, states_to_carry
+from ttt.train.passes import load_batch, mixed_precision, reset_rows, seed_pass, states_to_carry, step_seed
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Evaluation:
     """Windows that the data has."""
     first_not_finite: tuple[int, ...] = field(default=(), compare=False)
     """Windows of the first batch whose loss was not finite, with open or closed gates."""
+    not_finite_pass: tuple[int, StepRows] | None = field(default=None, compare=False)
+    """Number and rows of that batch's pass."""
 
     @property
     def is_finite(self) -> bool:
@@ -84,6 +87,8 @@ def evaluate(
 ) -> Evaluation | None:
     """Read the windows in order, each batch with open and with closed gates and the same random numbers.
 
+    For a loss that asks `ttt.rows.rows_of_step`, the evaluation is one step: its draws are spread over all windows.
+
     With `persistent_states`, fast weights are carried from window to window of a file, as in training.
 
     `tell` is called with the windows read and those to read, before each batch and at the end.
@@ -95,6 +100,7 @@ def evaluate(
     model.eval()
     sums, tokens, windows = [0.0, 0.0], 0, 0
     first_not_finite: tuple[int, ...] = ()
+    not_finite_pass: tuple[int, StepRows] | None = None
     states: dict[str, TTTState] = {}
     try:
         persistent = config.ttt.persistent_states
@@ -108,8 +114,10 @@ def evaluate(
             batch = load_batch(dataset, reading.windows, device)
             rows = len(reading.windows)
             states = reset_rows(injection, _first_rows(states, rows), reading.starts)
+            of_all = StepRows(windows, rows, total, step_seed(config.train.seed, "eval", 0))
             seed_pass(config.train.seed, "eval", number)
             with (
+                reading_rows(of_all),
                 carried(injection, states) if persistent else contextlib.nullcontext() as carry,
                 mixed_precision(config.train, device),
             ):
@@ -117,19 +125,20 @@ def evaluate(
             if carry is not None:
                 states = states_to_carry(carry, injection, backbone=backbone.name)
             seed_pass(config.train.seed, "eval", number)
-            with gates_closed(model), mixed_precision(config.train, device):
+            with reading_rows(of_all), gates_closed(model), mixed_precision(config.train, device):
                 closed = backbone.loss(model, batch, config)
             sums[0] += float(output.loss) * output.tokens
             sums[1] += float(closed.loss) * output.tokens
             if not first_not_finite and not math.isfinite(float(output.loss) + float(closed.loss)):
-                first_not_finite = reading.windows
+                first_not_finite, not_finite_pass = reading.windows, (number, of_all)
             tokens += output.tokens
             windows += rows
         tell(windows, total)
     finally:
         model.train(was_training)
     available = sum(len(reading.windows) for reading in every)
-    return Evaluation(split, windows, sums[0] / tokens, sums[1] / tokens, available, first_not_finite)
+    losses = sums[0] / tokens, sums[1] / tokens
+    return Evaluation(split, windows, *losses, available, first_not_finite, not_finite_pass)
 
 
 def _batches(config: RunConfig, split: str) -> int | None:

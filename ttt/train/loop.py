@@ -30,6 +30,7 @@ from ttt.errors import InactiveLayerError, NonFiniteError, TTTError
 from ttt.evidence import observe
 from ttt.files import require_space, writing
 from ttt.interrupt import FINISHING, STEPPING, Interrupt, StopRequested, interruptible, stop_if_asked
+from ttt.rows import StepRows, reading_rows
 from ttt.state import TTTState
 from ttt.train import rundir
 from ttt.train.checkpoint import content_bytes, read_content, write_content
@@ -59,7 +60,15 @@ from ttt.train.metrics import (
 )
 from ttt.train.optim import Optimizer, choose_learnable
 from ttt.train.order import Reading
-from ttt.train.passes import describe, load_batch, mixed_precision, reset_rows, seed_pass, states_to_carry
+from ttt.train.passes import (
+    describe,
+    load_batch,
+    mixed_precision,
+    reset_rows,
+    seed_pass,
+    states_to_carry,
+    training_rows,
+)
 from ttt.train.pictures import draw_run, pictures_are_due
 from ttt.train.result import TrainResult, finished, write_summary
 from ttt.train.rundir import Checkpoint, RunDir
@@ -426,7 +435,10 @@ class Trainer:
         persistent = self.config.ttt.persistent_states
         # states are an input of a recomputation too, so backward runs while they are there
         with carried(self.injection, states) if persistent else contextlib.nullcontext() as carry:
-            with mixed_precision(self.config.train, self.device):
+            with (
+                mixed_precision(self.config.train, self.device),
+                reading_rows(training_rows(self.config.train, number)),
+            ):
                 output = self.backbone.loss(self.model, batch, self.config)
             if evidence and self.done == 0:
                 self._require_reached(evidence)
@@ -448,7 +460,9 @@ class Trainer:
             f"optimiser step, weights unchanged"
         )
 
-    def _examination(self, purpose: str, number: int, batch: Batch, states: dict[str, TTTState]) -> Examination:
+    def _examination(
+        self, purpose: str, number: int, rows: StepRows, batch: Batch, states: dict[str, TTTState]
+    ) -> Examination:
         """A look for what makes a pass not finite."""
 
         def measure(read: Batch, closed: bool) -> float:
@@ -457,6 +471,7 @@ class Trainer:
             persistent = self.config.ttt.persistent_states
             with (
                 torch.no_grad(),
+                reading_rows(rows),
                 carry if persistent else contextlib.nullcontext(),
                 gates_closed(self.model) if closed else contextlib.nullcontext(),
                 mixed_precision(self.config.train, self.device),
@@ -480,7 +495,8 @@ class Trainer:
 
     def _diagnose(self, error: StepNotFiniteError) -> Diagnosis:
         traceback.clear_frames(error.__traceback__)  # the graph of the pass that failed holds most of the memory
-        examination = self._examination("train", error.number, error.batch, dict(error.states))
+        rows = training_rows(self.config.train, error.number)
+        examination = self._examination("train", error.number, rows, error.batch, dict(error.states))
         return (examination.of_gradient if error.of_gradient else examination.of_loss)()
 
     def _require_reached(self, evidence: observe) -> None:
@@ -553,8 +569,9 @@ class Trainer:
         self._draw()
 
         def look() -> Diagnosis:
+            assert evaluation.not_finite_pass is not None
             batch = load_batch(self.eval_dataset, evaluation.first_not_finite, self.device)
-            return self._examination("eval", 0, batch, {}).of_loss()
+            return self._examination("eval", *evaluation.not_finite_pass, batch, {}).of_loss()
 
         diagnosis = examined(look)
         assert self.saved is not None

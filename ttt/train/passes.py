@@ -16,6 +16,7 @@ from ttt.backbone import Batch, WindowDataset
 from ttt.config.schema import TrainConfig
 from ttt.errors import InactiveLayerError
 from ttt.inject import Injection
+from ttt.rows import StepRows
 from ttt.state import TTTState
 
 
@@ -25,10 +26,29 @@ def seed_pass(seed: int, purpose: str, number: int) -> None:
     The numbers that pass draws are then a function of the run's seed and the pass alone, so that there is no state
     of generators to save, and an evaluation in between changes nothing.
     """
-    words = np.random.SeedSequence([seed, *purpose.encode(), number]).generate_state(2, np.uint32)
-    torch.manual_seed(int(words[0]) << 32 | int(words[1]))
-    random.seed(int(words[0]) << 32 | int(words[1]))
-    np.random.seed(int(words[0]))
+    words = _words(seed, purpose, number)
+    torch.manual_seed(words[0] << 32 | words[1])
+    random.seed(words[0] << 32 | words[1])
+    np.random.seed(words[0])
+
+
+def _words(seed: int, purpose: str, number: int) -> tuple[int, int]:
+    """Two words of 32 bits, a function of a run's seed and what they are for."""
+    first, second = np.random.SeedSequence([seed, *purpose.encode(), number]).generate_state(2, np.uint32)
+    return int(first), int(second)
+
+
+def training_rows(config: TrainConfig, number: int) -> StepRows:
+    """Which rows of its step forward pass `number` (from 0) of training reads."""
+    step, within = divmod(number, config.num_microbatches)
+    size = config.batch_size
+    return StepRows(within * size, size, size * config.num_microbatches, step_seed(config.seed, "train", step))
+
+
+def step_seed(seed: int, purpose: str, step: int) -> int:
+    """What all passes of a step share; a function of the run's seed and the step alone."""
+    words = _words(seed, f"rows of {purpose}", step)
+    return words[0] << 31 | words[1] >> 1
 
 
 def mixed_precision(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[object]:

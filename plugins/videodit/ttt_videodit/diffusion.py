@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ttt.backbone import LossOutput
 from ttt.errors import EnvironmentProblem
+from ttt.rows import StepRows, rows_of_step
 from ttt_videodit.geometry import PATCH_SIZE
 from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions
 
@@ -82,15 +83,19 @@ def schedule_of(options: VideoDiTOptions) -> CogVideoXDPMScheduler:
     return make_scheduler(options.pretrained or DEFAULT_PRETRAINED, options.revision)
 
 
-def draw_timesteps(rows: int, count: int) -> Tensor:
-    """Timesteps `[rows]` on the CPU, each uniform over `0 … count-1`, one in each `rows`-th part of the range.
+def draw_timesteps(step: StepRows, count: int) -> Tensor:
+    """The timesteps of a pass's rows, `[step.count]` on the CPU, each uniform over `0 … count-1`.
 
-    A batch so sees every amount of noise, and its mean loss varies less than with independent draws. TTT-Video does
-    the same over its processes (`DiscreteSampler`); which row gets which part is drawn too, so that no window of data
-    is always read with little noise.
+    The rows of a whole step, over all of its passes, have one in each `step.total`-th part of the range. A step so
+    sees every amount of noise, and its mean loss varies less than with independent draws, however many passes it is
+    cut into. TTT-Video does the same over its processes (`DiscreteSampler`); which row gets which part is drawn too,
+    so that no window of data is always read with little noise.
     """
-    parts = torch.randperm(rows) + torch.rand(rows, dtype=torch.float64)
-    return (parts * count / rows).long().clamp_(max=count - 1)  # the last part may round up to `count`
+    generator = torch.Generator().manual_seed(step.seed)
+    parts = torch.randperm(step.total, generator=generator)
+    inside = torch.rand(step.total, dtype=torch.float64, generator=generator)
+    drawn = (parts + inside)[step.slice] * count / step.total
+    return drawn.long().clamp_(max=count - 1)  # the last part may round up to `count`
 
 
 def training_loss(model: nn.Module, batch: Mapping[str, Tensor], options: VideoDiTOptions) -> LossOutput:
@@ -114,7 +119,7 @@ def training_loss(model: nn.Module, batch: Mapping[str, Tensor], options: VideoD
     precision = torch.promote_types(batch["mean"].dtype, torch.float32)
     mean, std, text = batch["mean"].to(precision), batch["std"].to(precision), batch["text"]
     rows, frames, _, height, width = mean.shape
-    timesteps = draw_timesteps(rows, len(schedule)).to(mean.device)
+    timesteps = draw_timesteps(rows_of_step(rows), len(schedule)).to(mean.device)
     latents = mean + std * torch.randn_like(mean)
     noise = torch.randn_like(latents)
     if model.training and options.text_dropout:

@@ -127,6 +127,7 @@ def import_config(text: str, *, file: str) -> ImportedConfig | None:
     samples = any(section in data for section in ("eval", "guider", "denoiser", "discretization"))
     trains = not samples or any(section in data for section in ("training", "optimizer", "checkpoint"))
     moving.add("backbone.name", "videodit", "whose config it is")
+    moving.add("backbone.sampling_schedule", "ttt-video", "its sampler's steps, which are not diffusers'")
     _move_model(moving)
     for old, new in _SAME.items():
         moving.move(old, new)

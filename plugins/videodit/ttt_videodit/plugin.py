@@ -52,6 +52,8 @@ PIXELS = {"5b": (480, 720), "demo": (64, 64)}
 MOST_PIXELS = 16384
 """Height and width of a video at most: 16K."""
 TEXT_LENGTH = {"5b": 226, "demo": 8}
+DIFFUSERS, TTT_VIDEO = "diffusers", "ttt-video"
+"""Values of `sampling_schedule`."""
 ROTARY_UNIT = 16
 """A head is shared out 1/4 : 3/8 : 3/8 between time, height and width, each an even number of channels."""
 
@@ -93,6 +95,8 @@ class VideoDiTOptions(BackboneOptions):
     """The same for attention and TTT together, around their own."""
     text_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of videos that train without their text, for the sake of guidance in sampling."""
+    sampling_schedule: Literal["diffusers", "ttt-video"] | None = None
+    """Whose steps `ttt sample` takes; null is ttt-video for an adapter imported from there, and else diffusers."""
 
     @model_validator(mode="after")
     def _options_of_the_preset(self) -> VideoDiTOptions:
@@ -176,8 +180,10 @@ class VideoDiTBackbone(Backbone):
     causal: ClassVar[bool] = False
     options: ClassVar[type[BackboneOptions]] = VideoDiTOptions
     data_options: ClassVar[type[DataOptions]] = VideoDiTData
-    # What is rematerialised and how often a text is dropped in training is no part of which model it is.
-    location_options: ClassVar[frozenset[str]] = frozenset({"pretrained", "revision", "text_dropout", *REMAT_OPTIONS})
+    # What is rematerialised, how often a text is dropped and how is sampled is no part of which model it is.
+    location_options: ClassVar[frozenset[str]] = frozenset(
+        {"pretrained", "revision", "text_dropout", "sampling_schedule", *REMAT_OPTIONS}
+    )
     ttt_defaults: ClassVar[Mapping[str, Any]] = {"preset": "video", "layer_type": "mlp", "mini_batch_size": 64}
 
     sample_suffix: ClassVar[str] = ".mp4"

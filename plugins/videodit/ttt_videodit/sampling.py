@@ -1,4 +1,4 @@
-"""Videos from prompts: diffusers' DPM-Solver++ with classifier-free guidance, one prompt for each segment."""
+"""Videos from prompts: DPM-Solver++ with classifier-free guidance, one prompt for each segment."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from ttt import __version__
 from ttt.errors import NonFiniteError
 from ttt.train.metrics import duration_in_words, say
 from ttt_videodit.codec import DemoCodec
-from ttt_videodit.diffusion import predict_v, schedule_of
+from ttt_videodit.diffusion import predict_v
 from ttt_videodit.encoders import load_text_encoder, load_vae
 from ttt_videodit.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, segments_in
 from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions, pixels, text_length
 from ttt_videodit.request import contact_sheet_of
 from ttt_videodit.scenes import NO_SCENES, with_scene_tokens
+from ttt_videodit.schedules import sampler_of, sampling_schedule, trained_on_zeros
 from ttt_videodit.video import Frames, write_contact_sheet, write_video
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 _MOST_TEXT_BYTES = 4 << 30
 """Of embeddings that are kept on the CPU at a time: about a thousand texts of T5's."""
 _MOST_TOLD = 5
+NEGATIVE_PROMPTS, ZEROS, EMPTY_TEXTS = "the negative prompts", "zeros in place of text", "empty texts"
+"""What guidance can lead away from."""
 
 
 def sample(model: nn.Module, request: SampleRequest, config: RunConfig, *, console: Console) -> list[Path]:
@@ -50,7 +53,8 @@ def prepare_samples(
     """What makes one video after another, each from a prompt for every 3 s, and a contact sheet beside it.
 
     What guidance leads away from is the embedding of the negative prompts. Where none is given, it is what the run
-    trained with in place of dropped text, zeros; and for a run without `text_dropout` the embedding of empty texts.
+    trained with in place of dropped text, zeros; and for a run without `text_dropout`, and for weights imported from
+    TTT-Video, the embedding of empty texts, as there.
 
     The VAE is loaded once. T5, larger than the transformer, reads the texts of all videos and is gone before the first
     step; only where their embeddings take more than some GB is it loaded again, for the next videos.
@@ -76,6 +80,8 @@ def prepare_samples(
     texts = _Texts(requests, options, data, console, device=device, dtype=dtype)
     texts.read()
     height, width = (side // SPATIAL_COMPRESSION for side in pixels(options, data))
+    schedule, why = sampling_schedule(options, requests[0].imported_from)
+    say(console, f"samples by the schedule {schedule} ({why}), {_guidance_in_words(requests, options)}")
     told = False
 
     def make(request: SampleRequest) -> list[Path]:
@@ -91,7 +97,7 @@ def prepare_samples(
                     text,
                     unconditional,
                     shape=(1, frames, LATENT_CHANNELS, height, width),
-                    schedule=schedule_of(options),
+                    schedule=sampler_of(options, schedule),
                     steps=request.steps,
                     guidance_scale=request.guidance_scale,
                     seed=request.seed,
@@ -104,7 +110,7 @@ def prepare_samples(
                 "sampling ended in numbers that are not finite; if training was sound, sample with "
                 "--set train.param_dtype=float32"
             )
-        files = _write(request, decode(latents))
+        files = _write(request, decode(latents), options)
         if options.preset == "demo" and not told:
             told = True
             say(console, DemoCodec.stand_in)
@@ -113,8 +119,10 @@ def prepare_samples(
     return make
 
 
-def _write(request: SampleRequest, video: Frames) -> list[Path]:
-    asked = {**asdict(request), "out": request.out.name, "ttt_version": __version__}
+def _write(request: SampleRequest, video: Frames, options: VideoDiTOptions) -> list[Path]:
+    schedule, _ = sampling_schedule(options, request.imported_from)
+    asked = {**asdict(request), "out": request.out.name, "ttt_version": __version__, "sampling_schedule": schedule}
+    asked["guidance_leads_away_from"] = _led_away_from(request, options)
     write_video(request.out, video, comment=json.dumps(asked, ensure_ascii=False))
     sheet = contact_sheet_of(request.out)
     write_contact_sheet(sheet, video, request.prompts, title=_title(request))
@@ -124,6 +132,21 @@ def _write(request: SampleRequest, video: Frames) -> list[Path]:
 def _title(request: SampleRequest) -> str:
     guidance = f"guidance {request.guidance_scale:g}" if request.guidance_scale > 1 else "no guidance"
     return f"{request.out.name}: {request.seconds:g} s, {request.steps} steps, {guidance}, seed {request.seed}"
+
+
+def _guidance_in_words(requests: Sequence[SampleRequest], options: VideoDiTOptions) -> str:
+    away = dict.fromkeys(_led_away_from(request, options) for request in requests)
+    told = " or, without any, ".join(sorted(each for each in away if each is not None))
+    return f"guided away from {told}" if told else "without guidance"
+
+
+def _led_away_from(request: SampleRequest, options: VideoDiTOptions) -> str | None:
+    """What guidance leads away from; None where there is none."""
+    if request.guidance_scale <= 1:
+        return None
+    if request.negative_prompts:
+        return NEGATIVE_PROMPTS
+    return ZEROS if trained_on_zeros(options, request.imported_from) else EMPTY_TEXTS
 
 
 def guidance_weight(scale: float, *, timestep: int, steps: int) -> float:
@@ -164,18 +187,18 @@ def denoise(
         text: `[B,S,L,E]`.
         unconditional: `[B,S,L,E]` to lead away from; None is no guidance.
         shape: of the latents, `B, Fr, C, h, w`.
-        schedule: of the noise.
+        schedule: of the noise, of the class whose steps are taken; see `ttt_videodit.schedules`.
         steps: of the solver.
         guidance_scale: see `guidance_weight`; 1 is no guidance.
         seed: of the noise.
         advance: called after each step.
 
     Returns:
-        Latents, float32: the last step's x₀. With a number of steps that divides the timesteps it is where the solver
-        ends; with others the solver would leave a little noise.
+        Latents, float32: the last step's x₀. With a number of steps that divides the timesteps it is where diffusers'
+        solver ends; with others it would leave a little noise. TTT-Video's always ends there.
     """
     device = text.device
-    solver = cast(CogVideoXDPMScheduler, CogVideoXDPMScheduler.from_config(schedule.config))
+    solver = cast(CogVideoXDPMScheduler, type(schedule).from_config(schedule.config))
     solver.set_timesteps(steps)
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(shape, generator=generator).to(device)
@@ -268,7 +291,7 @@ class _Texts:
         """Every text that is read for a video, with its place in the user's words."""
         of_it = f" of {request.out.name}" if self._several else ""
         found = [(f"prompt {number}{of_it}", text) for number, text in enumerate(self._prompts(request), start=1)]
-        away = _led_away_from(request, self._options)
+        away = _negative_texts(request, self._options)
         return found + [(f"negative prompt {number}{of_it}", text) for number, text in enumerate(away, start=1)]
 
     def _embed(self, texts: Sequence[str]) -> Tensor:
@@ -283,15 +306,15 @@ def _embeddings(
 ) -> tuple[Tensor, Tensor | None]:
     """Text embeddings `[1,S,L,E]` of the prompts and of what to lead away from, None without guidance."""
     text = embed(prompts)
-    if request.guidance_scale <= 1:
-        return text, None
     away = _led_away_from(request, options)
-    return text, embed(away) if away else torch.zeros_like(text)
+    if away is None:
+        return text, None
+    return text, torch.zeros_like(text) if away == ZEROS else embed(_negative_texts(request, options))
 
 
-def _led_away_from(request: SampleRequest, options: VideoDiTOptions) -> tuple[str, ...]:
+def _negative_texts(request: SampleRequest, options: VideoDiTOptions) -> tuple[str, ...]:
     """The texts that guidance leads away from, one for each segment; none without guidance, or if it is from zeros."""
-    if request.guidance_scale <= 1 or (options.text_dropout and not request.negative_prompts):
+    if _led_away_from(request, options) in (None, ZEROS):
         return ()
     return request.negative_prompts or ("",) * len(request.prompts)
 
