@@ -113,6 +113,7 @@ OTHER_SETTINGS = {
     "rope_theta": 500.0,
     "learnable_token_idx": False,
     "ln_eps": 1e-5,
+    "target_eps": 1e-5,
     "input_norm": "rms",
     "initial_gating_alpha": 0.2,
     "persistent_states": True,
@@ -124,7 +125,8 @@ OTHER_SETTINGS = {
 @pytest.mark.parametrize("key", OTHER_SETTINGS)
 def test_another_setting_is_refused_by_name_and_changes_nothing(saved, key):
     folder, _ = saved
-    injection = injected({**SETTINGS, key: OTHER_SETTINGS[key]}, seed=1)
+    beside = {"normalize_target": True} if key == "target_eps" else {}
+    injection = injected({**SETTINGS, **beside, key: OTHER_SETTINGS[key]}, seed=1)
     before = {name: tensor.clone() for name, tensor in injection.model.state_dict().items()}
     with pytest.raises(AdapterMismatchError, match=key):
         load_adapter(folder, injection.model, injection=injection)
@@ -346,9 +348,9 @@ def rewrite_settings(folder, change):
 
 def test_a_newer_format_is_refused_with_what_to_install(saved):
     folder, _ = saved
-    rewrite_settings(folder, lambda settings: settings.update(version=3, ttt_version="9.1"))
+    rewrite_settings(folder, lambda settings: settings.update(version=4, ttt_version="9.1"))
     with pytest.raises(
-        AdapterFileError, match=r"adapter format 3, .* reads up to 2; install ttt-adapters 9\.1 or newer"
+        AdapterFileError, match=r"adapter format 4, .* reads up to 3; install ttt-adapters 9\.1 or newer"
     ):
         read_info(folder)
 
@@ -384,7 +386,7 @@ def test_a_changed_value_is_told_by_every_reader_unless_told_not_to_look(saved):
         with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: damaged: its checksum"):
             use()
     assert not any(".ttt." in key for key in model.state_dict())
-    assert read_info(folder).version == 2
+    assert read_info(folder).version == 3
     load_adapter(folder, model, sites=BACKEND.sites(model), verify=False)
 
 
@@ -397,7 +399,7 @@ def test_version_1_has_no_checksum_and_loads_and_version_2_must_have_one(saved):
     save_file(tensors, folder / MODEL, metadata=metadata)
     with pytest.raises(AdapterFileError, match="damaged: its checksum is gone"):
         read_info(folder, verify=True)
-    older = {**metadata, "adapter_config": metadata["adapter_config"].replace('"version": 2', '"version": 1')}
+    older = {**metadata, "adapter_config": metadata["adapter_config"].replace('"version": 3', '"version": 1')}
     save_file(tensors, folder / MODEL, metadata=older)
     assert (read_info(folder, verify=True).version, read_info(folder).checksum) == (1, None)
     model = build()

@@ -62,7 +62,7 @@ def by_the_design(layer, x, rotary=None):
     gamma, beta = layer.ttt_norm_weight, layer.ttt_norm_bias
     if c.normalize_target:
         target = gamma[:, None] * (target - target.mean(-1, keepdim=True))
-        target = target / ((v - k).std(-1, keepdim=True) + c.ln_eps) + beta[:, None]
+        target = target / ((v - k).std(-1, keepdim=True) + c.target_eps) + beta[:, None]
     rate = torch.stack(
         [
             c.base_lr * torch.sigmoid(x @ layer.learnable_ttt_lr_weight[h, 0] + layer.learnable_ttt_lr_bias[h]) / WIDTH

@@ -259,13 +259,12 @@ class TTTLayer(nn.Module):
     def _tokens(self, x: Tensor, state: TTTState, rotary: Rotary | None) -> Tokens:
         """Queries, keys, targets and rates of the tokens."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        eps = self.config.ln_eps
         kept_out = _nonfinite(x) if self.config.skip_nonfinite_tokens else None
         if kept_out is not None:  # also for backward, where NaN times zero would be NaN
             x = torch.where(kept_out, 0, x)
         wide = x.to(dtype)
         if self.config.input_norm == "rms":
-            wide = rms_norm(wide, eps=eps)
+            wide = rms_norm(wide, eps=self.config.ln_eps)
             x = wide.to(x.dtype)
 
         def heads(name: str) -> Tensor:
@@ -282,7 +281,7 @@ class TTTLayer(nn.Module):
         target_BHTF = v_BHTF - k_BHTF
         if self.config.normalize_target:
             gamma, beta = self._norm(dtype)
-            target_BHTF = normalize_target(target_BHTF, gamma, beta, eps=eps)
+            target_BHTF = normalize_target(target_BHTF, gamma, beta, eps=self.config.target_eps)
         rate_BTH = F.linear(
             wide, self.learnable_ttt_lr_weight.to(dtype).squeeze(1), self.learnable_ttt_lr_bias.to(dtype).squeeze(1)
         )
