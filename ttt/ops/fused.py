@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-from ttt.ops.norm import is_constant
+from ttt.ops.norm import is_constant, is_zero
 
 Weights = tuple[Tensor, ...]
 
@@ -672,7 +672,9 @@ def _backward_chunk(
     mean, inverse = kept.moments[:2]
     torch.sub(kept.output, mean, out=unit).mul_(inverse)
     torch.addcmul(block.anchor, constants.gamma_squared, unit, out=slope)
-    followed = inverse.masked_fill(is_constant(kept.output), 0)
+    constant = is_constant(kept.output)
+    followed = inverse.masked_fill(constant, 0)
+    teaching_at = inverse.masked_fill(constant & is_zero(kept.errors[-1]), 0).unbind(0)
     to_slopes = slope.mul_(unit).mean(-1, keepdim=True).mul_(followed).neg_().unbind(0)
     views.pair[..., 0, :], views.pair[..., 1, :] = unit, kept.errors[-1]
     share = followed * (-1 / width)
@@ -702,8 +704,8 @@ def _backward_chunk(
             d_error = views.d_errors_at[layer + 1][n]
             d_error.baddbmm_(views.d_pulled_rows[layer], views.later_weights[layer][n])
         # (20)
-        output, mean, inverse = views.output[n], views.means[n], views.inverses[n]
-        d_slope = through_norm(d_error, output, mean, inverse)
+        output, mean = views.output[n], views.means[n]
+        d_slope = through_norm(d_error, output, mean, teaching_at[n])
         views.d_slopes_at[n].copy_(d_slope)
         d_z = through_norm(d_slope * constants.gamma_squared, output, mean, followed_at[n])
         d_z.addcmul_(d_slope, to_slopes[n])

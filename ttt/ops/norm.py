@@ -75,9 +75,12 @@ def inner_loss_gradient(z: Tensor, target: Tensor, gamma: Tensor, beta: Tensor, 
     With `x̂ = (z − μ) / σ` and `g = (γ x̂ + β − target) γ`: `(g − mean(g) − x̂ mean(g x̂)) / σ`. It is what a token
     teaches, a number of the forward pass, so that a constant `z` too has the formula's, `1/σ = 1/√ε`. Its own derivative
     with respect to such a `z` is 0: the formula's, `γ²/ε`, times the rate makes a step of inner learning that no rate of
-    the literature keeps stable. It is linear in the target, and the derivative with respect to that is the formula's.
+    the literature keeps stable. It is linear in β and the target, so that their derivatives are the formula's, unless
+    such a `z` teaches nothing at all, as a token of zeros: then they are 0 too.
     """
-    z = _followed(z)
+    followed = _followed(z)
+    silent = is_constant(z) if followed is not z else None
+    z = followed
     centred = z - z.mean(dim=-1, keepdim=True)
     inverse_deviation = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)
     normalised = centred * inverse_deviation
@@ -85,7 +88,13 @@ def inner_loss_gradient(z: Tensor, target: Tensor, gamma: Tensor, beta: Tensor, 
     gradient = (
         gradient - gradient.mean(dim=-1, keepdim=True) - normalised * (gradient * normalised).mean(dim=-1, keepdim=True)
     )
-    return gradient * inverse_deviation
+    error = gradient * inverse_deviation
+    return error if silent is None else torch.where(silent & is_zero(error), 0, error)
+
+
+def is_zero(x: Tensor) -> Tensor:
+    """Which vectors are zero, `[…, F]` to `[…, 1]`."""
+    return (x == 0).all(dim=-1, keepdim=True)
 
 
 def normalize_target(target: Tensor, gamma: Tensor, beta: Tensor, *, eps: float) -> Tensor:
@@ -107,5 +116,5 @@ def normalize_target(target: Tensor, gamma: Tensor, beta: Tensor, *, eps: float)
 def rms_norm(x: Tensor, *, eps: float) -> Tensor:
     """`x / √(mean(x²) + ε)` over the last dimension, without parameters; a vector of zeros gets no gradient."""
     if x.requires_grad:
-        x = torch.where((x == 0).all(dim=-1, keepdim=True), x.detach(), x)
+        x = torch.where(is_zero(x), x.detach(), x)
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)

@@ -96,7 +96,9 @@ def reference(
             made = _inner_model(probe, k)
             normed = _with_a_direction(made)
             loss_H = 0.5 * ((_layer_norm(normed, gamma_HF, beta_HF, eps) - target) ** 2).sum(-1)
-            (error,) = torch.autograd.grad((rate * loss_H).sum(), normed, create_graph=True)
+            (error,) = torch.autograd.grad(loss_H.sum(), normed, create_graph=True)
+            silent = (made == made[..., :1]).all(-1) & (error == 0).all(-1)
+            error = torch.where(silent[:, None], 0, rate[:, None] * error)
             gradient = torch.autograd.grad(made, probe, error, create_graph=True)
             summed = tuple(s + g for s, g in zip(summed, gradient, strict=True))
             i += 1
