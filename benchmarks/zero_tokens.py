@@ -100,7 +100,9 @@ def measure(types: tuple[torch.dtype, ...] = TYPES) -> Iterator[Measured]:
                 of = {"layer_type": layer_type, **settings}
                 for stretch, zeros in STRETCHES.items():
                     without = 0.0 if stretch == "all" else gradient_norm(of, dtype, zeros, cut=True)
-                    yield Measured(preset, layer_type, dtype, stretch, gradient_norm(of, dtype, zeros, cut=False), without)
+                    yield Measured(
+                        preset, layer_type, dtype, stretch, gradient_norm(of, dtype, zeros, cut=False), without
+                    )
 
 
 def main() -> int:
@@ -111,7 +113,9 @@ def main() -> int:
         compared = ("", "") if row.stretch == "all" else (f"{row.without:.4g}", f"{row.away:.2%}")
         kind = str(row.dtype).removeprefix("torch.")
         mark = "" if row.holds else " ✗"
-        table.add_row(row.preset, row.layer_type, kind, row.stretch, f"{row.zeros:.4g}", *compared[:1], compared[1] + mark)
+        table.add_row(
+            row.preset, row.layer_type, kind, row.stretch, f"{row.zeros:.4g}", *compared[:1], compared[1] + mark
+        )
     Console().print(table)
     return 0 if all(row.holds for row in found) else 1
 

@@ -407,6 +407,33 @@ def test_version_1_has_no_checksum_and_loads_and_version_2_must_have_one(saved):
     assert torch.equal(outputs(model), expected)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("normalizes", [True, False])
+def test_a_file_from_before_the_targets_own_epsilon_computes_with_the_one_that_it_has(tmp_path, version, normalizes):
+    """As those versions wrote it: every setting but `target_eps`, for which `ln_eps` stood."""
+    settings = {**SETTINGS, "normalize_target": normalizes, "ln_eps": 0.25}
+    trained = injected({**settings, **({"target_eps": 0.25} if normalizes else {})}, seed=5)
+    save_adapter(tmp_path, trained, backbone=backbone_identity(BACKEND, OPTIONS))
+
+    def as_it_was(header):
+        header["version"] = version
+        del header["ttt"]["target_eps"]
+
+    rewrite_settings(tmp_path, as_it_was)
+    model = build()
+    injection = load_adapter(tmp_path, model, sites=BACKEND.sites(model))
+    assert torch.equal(outputs(model), outputs(trained.model))
+    assert injection.config.target_eps == (0.25 if normalizes else 1e-8)
+    # Into a config of today: only where the value acts does it differ.
+    other = injected(settings, seed=1)
+    if normalizes:
+        with pytest.raises(AdapterMismatchError, match=r"ttt\.target_eps: 0\.25 in the file, 1e-08 here"):
+            load_adapter(tmp_path, other.model, injection=other, as_start=True)
+    else:
+        load_adapter(tmp_path, other.model, injection=other)
+        assert torch.equal(outputs(other.model), outputs(trained.model))
+
+
 def test_a_key_without_a_value_counts_in_the_json_beside(saved):
     folder, _ = saved
     (folder / CONFIG).write_text((folder / CONFIG).read_text().replace("backbone_trained", "backbone_trainee"))
