@@ -1,10 +1,10 @@
 """What a stretch of zero tokens does to a layer's gradient: nothing.
 
-Padding and dropped text are tokens of zeros, and where biases are zero, as they are before the first step, such a token
-has no direction: every norm of the layer divides by what ε alone keeps from being 0. A layer at its start reads a
-sequence with a stretch of zeros, and the same sequence without it. The loss is of the tokens that are not zero. Whole
-mini-batches are zero, so that those of the others are the same. Of nothing but zeros the gradient is to be finite; there
-the loss is of them.
+Padding and dropped text are tokens of zeros, and where biases are zero, as they are before the first step, such a
+token has no direction: every norm of the layer divides by what ε alone keeps from being 0. A layer at its start reads
+a sequence with a stretch of zeros, and the same sequence without it. The loss is of the tokens that are not zero.
+Whole mini-batches are zero, so that those of the others are the same. Of nothing but zeros the gradient is to be
+finite; there the loss is of them.
 
     python benchmarks/zero_tokens.py
 """

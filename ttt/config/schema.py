@@ -36,8 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "input_norm": "none",
     },
     # TTT-Video: arXiv 2504.05298, its code's `ttt/models/ssm/ttt_layer.py`. The ε of the inner norms is that of the
-    # kernels by which it trains and samples (`kernels/ttt/ttt.cu` of ttt-tk, `ttt/models/ssm/kernels/linear_forward.py`);
-    # 1e-8 stands in its Python path (`ops/utils.py`), which nothing there takes.
+    # kernels by which it trains and samples (`kernels/ttt/ttt.cu` of ttt-tk, `ssm/kernels/linear_forward.py`); 1e-8
+    # stands in its Python path (`ssm/ops/utils.py`), which nothing there takes.
     "video": {
         "causal": False,
         "qkvo_bias": True,

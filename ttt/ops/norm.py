@@ -3,9 +3,9 @@
 A normalisation answers with a direction, and where there is none, at a vector of zeros or of one value throughout, it
 answers as its formula says, and its derivative is taken to be 0. The formula's own is `1/ε` or `1/√ε` there, between
 1e3 and 1e12: no property of the data, but of the number that keeps a division from being one by zero. Zero tokens
-(padding, dropped text) stand exactly there while biases are zero, and through a few mini-batches these factors multiply.
-Everywhere else derivatives are the formulas' own. `torch.where` in front of a formula does that: what it leaves out gets
-no gradient, be that finite or not.
+(padding, dropped text) stand exactly there while biases are zero, and through a few mini-batches these factors
+multiply. Everywhere else derivatives are the formulas' own. `torch.where` in front of a formula does that: what it
+leaves out gets no gradient, be that finite or not.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def inner_loss_gradient(z: Tensor, target: Tensor, gamma: Tensor, beta: Tensor, 
     """The gradient of `inner_loss` with respect to `z`, `[…, F]`, in closed form.
 
     With `x̂ = (z − μ) / σ` and `g = (γ x̂ + β − target) γ`: `(g − mean(g) − x̂ mean(g x̂)) / σ`. It is what a token
-    teaches, a number of the forward pass, so that a constant `z` too has the formula's, `1/σ = 1/√ε`. Its own derivative
-    with respect to such a `z` is 0: the formula's, `γ²/ε`, times the rate makes a step of inner learning that no rate of
-    the literature keeps stable. It is linear in β and the target, so that their derivatives are the formula's, unless
-    such a `z` teaches nothing at all, as a token of zeros: then they are 0 too.
+    teaches, a number of the forward pass, so that a constant `z` too has the formula's, `1/σ = 1/√ε`. Its own
+    derivative with respect to such a `z` is 0: the formula's, `γ²/ε`, is a curvature at which no rate of the
+    literature makes a stable step. It is linear in β and the target, so that their derivatives are the formula's,
+    unless such a `z` teaches nothing at all, as a token of zeros: then they are 0 too.
     """
     followed = _followed(z)
     silent = is_constant(z) if followed is not z else None

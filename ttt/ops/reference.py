@@ -1,9 +1,9 @@
 """The definition of a TTT layer's inner learning, token by token: slow, obvious, and what the rest is tested against.
 
 Nothing here is shared with the fast forms: inner gradients come from autograd, rows are processed one by one, and
-the weights of every token are really made. What the inner model makes of a token may be one value throughout, as it is of
-zeros where biases are zero: a layer norm of that answers with β, and is given the derivative 0 there by definition, in
-what a token teaches as in what it is answered (`ttt.ops.norm` says why).
+the weights of every token are really made. What the inner model makes of a token may be one value throughout, as it is
+of zeros where biases are zero: a layer norm of that answers with β, and is given the derivative 0 there by definition,
+in what a token teaches as in what it is answered (`ttt.ops.norm` says why).
 """
 
 from __future__ import annotations
