@@ -164,6 +164,19 @@ def test_another_inner_mlp_is_refused(tmp_path, settings, key):
         load_adapter(tmp_path, other.model, injection=other)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"target_eps": 1e-5}, "target_eps acts on the normalised target; write normalize_target: true"),
+        ({"target_eps": 1e-46, "normalize_target": True}, "greater than or equal to 1e-30"),
+        ({"ln_eps": 1e-46}, "greater than or equal to 1e-30"),  # 0 in float32, and NaN of a constant token
+    ],
+)
+def test_an_epsilon_that_would_do_nothing_or_divide_by_zero_is_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        TTTConfig(**settings)
+
+
 def test_every_difference_is_named_at_once(saved):
     folder, _ = saved
     model = build(num_layers=2, dim=32)
