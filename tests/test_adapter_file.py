@@ -168,8 +168,8 @@ def test_another_inner_mlp_is_refused(tmp_path, settings, key):
     ("settings", "words"),
     [
         ({"target_eps": 1e-5}, "target_eps acts on the normalised target; write normalize_target: true"),
-        ({"target_eps": 1e-46, "normalize_target": True}, "greater than or equal to 1e-30"),
-        ({"ln_eps": 1e-46}, "greater than or equal to 1e-30"),  # 0 in float32, and NaN of a constant token
+        ({"target_eps": 1e-46, "normalize_target": True}, "greater than or equal to"),
+        ({"ln_eps": 1e-46}, "greater than or equal to"),  # 0 in float32, and NaN of a constant token
     ],
 )
 def test_an_epsilon_that_would_do_nothing_or_divide_by_zero_is_refused(settings, words):
