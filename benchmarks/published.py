@@ -224,7 +224,7 @@ def projected(layer: TTTLayer, x: Tensor, start: int, rotary: Rotary | None) -> 
         angles = torch.complex(*rotary)
         q, k = _turned(q, angles), _turned(k, angles)
     if config.normalize_target:
-        v = _normed_target(v, k, *norms(layer), config.ln_eps)
+        v = _normed_target(v, k, *norms(layer), config.target_eps)
     rate = torch.einsum("btc,hdc->bhtd", x, layer.learnable_ttt_lr_weight)
     rate = torch.sigmoid(rate + layer.learnable_ttt_lr_bias[None, :, :, None])
     return q, k, v, config.base_lr * rate / width

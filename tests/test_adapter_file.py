@@ -113,6 +113,7 @@ OTHER_SETTINGS = {
     "rope_theta": 500.0,
     "learnable_token_idx": False,
     "ln_eps": 1e-5,
+    "target_eps": 1e-5,
     "input_norm": "rms",
     "initial_gating_alpha": 0.2,
     "persistent_states": True,
@@ -124,7 +125,8 @@ OTHER_SETTINGS = {
 @pytest.mark.parametrize("key", OTHER_SETTINGS)
 def test_another_setting_is_refused_by_name_and_changes_nothing(saved, key):
     folder, _ = saved
-    injection = injected({**SETTINGS, key: OTHER_SETTINGS[key]}, seed=1)
+    beside = {"normalize_target": True} if key == "target_eps" else {}
+    injection = injected({**SETTINGS, **beside, key: OTHER_SETTINGS[key]}, seed=1)
     before = {name: tensor.clone() for name, tensor in injection.model.state_dict().items()}
     with pytest.raises(AdapterMismatchError, match=key):
         load_adapter(folder, injection.model, injection=injection)
@@ -160,6 +162,19 @@ def test_another_inner_mlp_is_refused(tmp_path, settings, key):
     other = injected({**SETTINGS, "layer_type": "mlp", **settings})
     with pytest.raises(AdapterMismatchError, match=rf"ttt\.{key}: .* in the file, .* here.*W1: shape|ttt\.{key}"):
         load_adapter(tmp_path, other.model, injection=other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"target_eps": 1e-5}, "target_eps acts on the normalised target; write normalize_target: true"),
+        ({"target_eps": 1e-46, "normalize_target": True}, "greater than or equal to"),
+        ({"ln_eps": 1e-46}, "greater than or equal to"),  # 0 in float32, and NaN of a constant token
+    ],
+)
+def test_an_epsilon_that_would_do_nothing_or_divide_by_zero_is_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        TTTConfig(**settings)
 
 
 def test_every_difference_is_named_at_once(saved):
@@ -346,9 +361,9 @@ def rewrite_settings(folder, change):
 
 def test_a_newer_format_is_refused_with_what_to_install(saved):
     folder, _ = saved
-    rewrite_settings(folder, lambda settings: settings.update(version=3, ttt_version="9.1"))
+    rewrite_settings(folder, lambda settings: settings.update(version=4, ttt_version="9.1"))
     with pytest.raises(
-        AdapterFileError, match=r"adapter format 3, .* reads up to 2; install ttt-adapters 9\.1 or newer"
+        AdapterFileError, match=r"adapter format 4, .* reads up to 3; install ttt-adapters 9\.1 or newer"
     ):
         read_info(folder)
 
@@ -384,7 +399,7 @@ def test_a_changed_value_is_told_by_every_reader_unless_told_not_to_look(saved):
         with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: damaged: its checksum"):
             use()
     assert not any(".ttt." in key for key in model.state_dict())
-    assert read_info(folder).version == 2
+    assert read_info(folder).version == 3
     load_adapter(folder, model, sites=BACKEND.sites(model), verify=False)
 
 
@@ -397,12 +412,39 @@ def test_version_1_has_no_checksum_and_loads_and_version_2_must_have_one(saved):
     save_file(tensors, folder / MODEL, metadata=metadata)
     with pytest.raises(AdapterFileError, match="damaged: its checksum is gone"):
         read_info(folder, verify=True)
-    older = {**metadata, "adapter_config": metadata["adapter_config"].replace('"version": 2', '"version": 1')}
+    older = {**metadata, "adapter_config": metadata["adapter_config"].replace('"version": 3', '"version": 1')}
     save_file(tensors, folder / MODEL, metadata=older)
     assert (read_info(folder, verify=True).version, read_info(folder).checksum) == (1, None)
     model = build()
     load_adapter(folder, model, sites=BACKEND.sites(model))
     assert torch.equal(outputs(model), expected)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("normalizes", [True, False])
+def test_a_file_from_before_the_targets_own_epsilon_computes_with_the_one_that_it_has(tmp_path, version, normalizes):
+    """As those versions wrote it: every setting but `target_eps`, for which `ln_eps` stood."""
+    settings = {**SETTINGS, "normalize_target": normalizes, "ln_eps": 0.25}
+    trained = injected({**settings, **({"target_eps": 0.25} if normalizes else {})}, seed=5)
+    save_adapter(tmp_path, trained, backbone=backbone_identity(BACKEND, OPTIONS))
+
+    def as_it_was(header):
+        header["version"] = version
+        del header["ttt"]["target_eps"]
+
+    rewrite_settings(tmp_path, as_it_was)
+    model = build()
+    injection = load_adapter(tmp_path, model, sites=BACKEND.sites(model))
+    assert torch.equal(outputs(model), outputs(trained.model))
+    assert injection.config.target_eps == (0.25 if normalizes else 1e-8)
+    # Into a config of today: only where the value acts does it differ.
+    other = injected(settings, seed=1)
+    if normalizes:
+        with pytest.raises(AdapterMismatchError, match=r"ttt\.target_eps: 0\.25 in the file, 1e-08 here"):
+            load_adapter(tmp_path, other.model, injection=other, as_start=True)
+    else:
+        load_adapter(tmp_path, other.model, injection=other)
+        assert torch.equal(outputs(other.model), outputs(trained.model))
 
 
 def test_a_key_without_a_value_counts_in_the_json_beside(saved):

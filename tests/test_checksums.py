@@ -289,7 +289,7 @@ def test_a_run_from_before_there_were_checksums_is_resumed(copied):
         for file in folder.glob("*.safetensors"):
             metadata = read_header(file).metadata
             del metadata["sha256"]
-            metadata = {key: value.replace('"version": 2', '"version": 1') for key, value in metadata.items()}
+            metadata = {key: value.replace('"version": 3', '"version": 1') for key, value in metadata.items()}
             save_file(load_file(file), file, metadata=metadata)
         (folder / "adapter_config.json").unlink()
         state = read_json(folder / "trainer_state.json", sealed=True)

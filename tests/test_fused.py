@@ -113,6 +113,33 @@ def assert_same(
         torch.testing.assert_close(a, b, **how)
 
 
+@pytest.mark.parametrize("teaches", [False, True], ids=["zeros", "targets alone"])
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize(("hidden", "causal"), [((), True), ((8,), True), ((8,), False), ((7, 5), True)])
+def test_tokens_of_zeros_get_no_gradient_through_norms_in_every_implementation(
+    hidden: tuple[int, ...], causal: bool, opened: bool, teaches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Biases zero, as at the start: what the inner model makes of zeros is constant, where formulas divide by ε alone.
+
+    A mini-batch of nothing else begins the sequence, and one that has others too follows. Where targets stand beside
+    such keys they teach, at the formula's rate, and get the formula's gradient.
+    """
+    problem = Problem.draw(length=14, size=4, hidden=hidden, causal=causal, opened=opened, seed=3)
+    with torch.no_grad():
+        for x in (*problem.tokens[:2], *([] if teaches else [problem.tokens.target])):
+            x[:, :, [0, 1, 2, 3, 4, 9]] = 0
+        problem.tokens.rate.mul_(1e-3 if teaches else 1)  # 1/√ε is much to learn by
+        for biases in (problem.weights[1::2], problem.gradients[1::2]):
+            for bias in biases:
+                bias.zero_()
+        problem.beta.zero_()
+    expected = problem.learn(monkeypatch, "reference", 0)
+    for name in ("generic", "fused"):
+        assert_same(problem.learn(monkeypatch, name, 2), expected, rtol=1e-7, atol=1e-7)
+    # The formulas' own: 1e6 for each of four tokens of zeros, and again through each mini-batch of them.
+    assert all(gradient.abs().max() < 1e5 for gradient in expected[1])
+
+
 def chunked(size: int, most: int, keep: bool, in_place: bool) -> int:
     """Mini-batches of a chunk; one where weights are to move in place."""
     return 1 if in_place and not keep else min(size, most)

@@ -163,6 +163,13 @@ def test_evidence_is_of_the_pass_that_was_watched():
     still = seen.layers()["layers.0.ttt"]
     assert still.movement == 0
     assert still.inner_loss_after == still.inner_loss_before
+    with torch.no_grad():
+        for name, parameter in injection.adapters["layers.0.ttt"].named_parameters():
+            if name in ("layer.W1", "layer.b1"):
+                parameter.zero_()  # their norm is divided by
+    with observe(injection) as seen:
+        BACKBONE.outputs(plain, batch)
+    assert seen.layers()["layers.0.ttt"].movement == 0
 
 
 # --- paths of sites ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import zero_tokens
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,10 +40,17 @@ def angles(length=T):
     return torch.rand(length, WIDTH // 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 4
 
 
+def directed(x):
+    """`x`, whose vectors of one value get no gradient, and which those are."""
+    constant = (x == x[..., :1]).all(-1, keepdim=True)
+    return torch.where(constant, x.detach(), x), constant
+
+
 def by_the_design(layer, x, rotary=None):
     """Section 3 of the design with `ttt.ops.reference` for the inner learning; shares no code with the layer."""
     c = layer.config
     if c.input_norm == "rms":
+        x = directed(x)[0]
         x = x / (x.pow(2).mean(-1, keepdim=True) + c.ln_eps).sqrt()
 
     def heads(linear):
@@ -51,7 +59,10 @@ def by_the_design(layer, x, rotary=None):
 
     q, k, v = heads(layer.q_proj), heads(layer.k_proj), heads(layer.v_proj)
     if c.normalize_qk:
-        q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+        q, k = (
+            torch.where(none, 0, y / torch.where(none, 1, y).norm(dim=-1, keepdim=True))
+            for y, none in map(directed, (q, k))
+        )
     if c.rope == "mini_batch":
         position = torch.arange(x.shape[1], dtype=torch.float64) % C
         angle = position[:, None] * c.rope_theta ** (-2 * torch.arange(WIDTH // 2, dtype=torch.float64) / WIDTH)
@@ -61,8 +72,9 @@ def by_the_design(layer, x, rotary=None):
     target = v - k
     gamma, beta = layer.ttt_norm_weight, layer.ttt_norm_bias
     if c.normalize_target:
-        target = gamma[:, None] * (target - target.mean(-1, keepdim=True))
-        target = target / ((v - k).std(-1, keepdim=True) + c.ln_eps) + beta[:, None]
+        target, none = directed(target)
+        deviation = torch.where(none, 0, torch.where(none, torch.arange(WIDTH) * 1.0, target).std(-1, keepdim=True))
+        target = gamma[:, None] * (target - target.mean(-1, keepdim=True)) / (deviation + c.target_eps) + beta[:, None]
     rate = torch.stack(
         [
             c.base_lr * torch.sigmoid(x @ layer.learnable_ttt_lr_weight[h, 0] + layer.learnable_ttt_lr_bias[h]) / WIDTH
@@ -75,7 +87,8 @@ def by_the_design(layer, x, rotary=None):
         q, k, target, rate, weights, gamma, beta, mini_batch_size=C, causal=c.causal, eps=c.ln_eps,
         offset_C=layer.learnable_token_idx if c.learnable_token_idx else None,
     )  # fmt: skip
-    z = F.layer_norm(z.transpose(1, 2).reshape(x.shape), (D,), layer.post_norm.weight, layer.post_norm.bias, 1e-6)
+    z, _ = directed(z.transpose(1, 2).reshape(x.shape))
+    z = F.layer_norm(z, (D,), layer.post_norm.weight, layer.post_norm.bias, 1e-6)
     return z @ layer.o_proj.weight.T + (layer.o_proj.bias if c.qkvo_bias else 0)
 
 
@@ -89,6 +102,7 @@ OPTIONS = [
     {"rope": "backbone", "base_lr": 0.3},
     {"qkvo_bias": True, "normalize_qk": True, "normalize_target": True, "input_norm": "rms", "rope_theta": 50.0},
     {"layer_type": "mlp", "qkvo_bias": True, "normalize_target": True, "ln_eps": 1e-3, "input_norm": "rms"},
+    {"qkvo_bias": True, "normalize_target": True, "target_eps": 0.3},
 ]
 
 
@@ -106,6 +120,49 @@ def test_every_option_is_as_the_design_defines_it(settings):
     names = ["output", "x", *(name for name, _ in layer.named_parameters())]
     for name, a, b in zip(names, *results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+MOSHI = {
+    **{"qkvo_bias": True, "normalize_qk": True, "normalize_target": True},
+    **{"learnable_token_idx": False, "input_norm": "rms"},
+}
+
+
+@pytest.mark.parametrize("ops", ["generic", "fused"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"preset": "video", "layer_type": "mlp"}, {"layer_type": "mlp", **MOSHI}], ids=str
+)
+def test_zero_tokens_at_the_start_are_as_the_design_defines_them(settings, ops, monkeypatch):
+    """Biases zero: nowhere has such a token a direction."""
+    layer = TTTLayer(D, H, TTTConfig.model_validate({"mini_batch_size": C, **settings}), dtype=torch.float64)
+    layer.reset_parameters(torch.Generator().manual_seed(0))
+    x = tokens()
+    x[0, :6] = x[1, 3:5] = 0
+    x.requires_grad_()
+    rotary = (angles().cos(), angles().sin()) if layer.config.rope == "backbone" else None
+    weights = torch.linspace(0.5, 1.5, B * T * D, dtype=torch.float64).view(B, T, D)
+    monkeypatch.setenv("TTT_OPS", ops)
+    leaves = [x, *layer.parameters()]
+    results = []
+    for y in (layer(x, rotary=rotary)[0], by_the_design(layer, x, rotary)):
+        results.append([y, *torch.autograd.grad((y * weights).sum(), leaves)])
+    names = ["output", "x", *(name for name, _ in layer.named_parameters())]
+    for name, a, b in zip(names, *results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("preset", zero_tokens.PRESETS)
+@pytest.mark.parametrize("stretch", ["text", "all"])
+def test_a_stretch_of_zero_tokens_leaves_the_gradient_of_a_fresh_layer_as_it_is(preset, stretch, dtype, monkeypatch):
+    """`benchmarks/zero_tokens.py` has the table of all of them; with the formulas' derivatives these were infinite."""
+    monkeypatch.setattr(zero_tokens, "DIM", 16)
+    settings = {"layer_type": "mlp", **zero_tokens.PRESETS[preset]}
+    zeros = zero_tokens.STRETCHES[stretch]
+    found = zero_tokens.gradient_norm(settings, dtype, zeros, cut=False)
+    assert 0 < found < 100
+    if stretch != "all":
+        assert found == pytest.approx(zero_tokens.gradient_norm(settings, dtype, zeros, cut=True), rel=0.1)
 
 
 @pytest.mark.parametrize("layer_type", ["linear", "mlp"])

@@ -9,7 +9,15 @@ import torch
 
 from ttt.ops.minibatch import Inner, Stream, Tokens, learn, trace
 from ttt.ops.mlp import gelu, gelu_gradient
-from ttt.ops.norm import inner_loss, inner_loss_gradient, layer_norm, normalize_target
+from ttt.ops.norm import (
+    inner_loss,
+    inner_loss_gradient,
+    layer_norm,
+    normalize,
+    normalize_target,
+    outer_layer_norm,
+    rms_norm,
+)
 from ttt.ops.reference import reference
 from ttt.ops.rotary import apply_rotary, rotary_angles
 
@@ -229,9 +237,106 @@ def test_normalized_target_has_the_unbiased_deviation_with_eps_outside():
     gamma, beta = (torch.randn(5, generator=g, dtype=torch.float64) for _ in range(2))
     expected = gamma * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-3) + beta
     torch.testing.assert_close(normalize_target(x, gamma, beta, eps=1e-3), expected, rtol=1e-12, atol=1e-12)
-    constant = torch.ones(1, 5, dtype=torch.float64, requires_grad=True)
-    normalize_target(constant, gamma, beta, eps=1e-8).sum().backward()
-    assert constant.grad.isfinite().all()
+
+
+# --- vectors without a direction ---
+
+
+def numbers(*rows, dtype=torch.float64):
+    return torch.tensor(rows, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_normalize_is_pytorchs_bit_for_bit(dtype):
+    x = torch.randn(40, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sizes = torch.logspace(-20, 4, 40, dtype=torch.float64)[:, None]
+    x = torch.cat((x * sizes, torch.zeros(1, 7), torch.full((1, 7), torch.nan))).to(dtype).requires_grad_()
+    expected = torch.nn.functional.normalize(x, dim=-1)
+    torch.testing.assert_close(normalize(x), expected, rtol=0, atol=0, equal_nan=True)
+    long = x.detach().norm(dim=-1) >= 1e-12
+    assert 5 < (~long).sum() < 20
+    (found,), (theirs,) = (torch.autograd.grad((y * sizes[:7, 0]).sum(), x) for y in (normalize(x), expected))
+    torch.testing.assert_close(found[long], theirs[long], rtol=0, atol=0)
+    assert (found[:-1][~long[:-1]] == 0).all()
+    assert found[-1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_normalize_of_zeros_is_zero_in_half_precision(dtype):
+    x = numbers([0.0, 0.0], [3.0, 4.0], dtype=dtype)
+    y = normalize(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(
+        y.double(), torch.tensor([[0.0, 0.0], [0.6, 0.8]], dtype=torch.float64), rtol=0, atol=3e-3
+    )
+    (found,) = torch.autograd.grad(y.sum(), x)
+    assert found.isfinite().all()
+    assert (found[0] == 0).all()
+
+
+def test_second_derivatives_are_exact_and_at_zeros_zero():
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradgradcheck(normalize, x)
+    zeros = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(
+        (normalize(zeros) * torch.arange(4.0)).sum() + zeros.sum() ** 2, zeros, create_graph=True
+    )
+    (second,) = torch.autograd.grad(first.sum(), zeros)
+    assert (first == 0).all()
+    assert (second == 8).all()  # of the square alone
+
+
+NORMS = {
+    "layer_norm": lambda x: layer_norm(x, torch.ones(4), torch.zeros(4), eps=1e-8),
+    "outer_layer_norm": lambda x: outer_layer_norm(x, torch.ones(4).to(x), torch.zeros(4).to(x), eps=1e-6),
+    "inner_loss_gradient": lambda x: inner_loss_gradient(x, torch.zeros(4), torch.ones(4), torch.zeros(4), eps=1e-8),
+    "a lesson": lambda x: inner_loss_gradient(x, torch.arange(4.0), torch.ones(4), torch.zeros(4), eps=1e-8),
+    "normalize_target": lambda x: normalize_target(x, torch.ones(4), torch.zeros(4), eps=1e-8),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_constant_vector_gets_no_gradient_and_the_others_theirs(name):
+    weights = torch.tensor([0.3, -1.0, 2.0, 0.7])
+    one, other = [0.2, 0.1, -0.4, 0.3], [0.7, 0.7, 0.7, 0.7000001]
+    for dtype in (torch.float32, torch.float64):
+        x = numbers([0.0] * 4, [0.7] * 4, [-1e-30] * 4, one, other, dtype=dtype)
+        y = NORMS[name](x)
+        (found,) = torch.autograd.grad((y * weights).sum(), x)
+        alone = numbers(one, dtype=dtype)
+        (expected,) = torch.autograd.grad((NORMS[name](alone) * weights).sum(), alone)
+        assert (found[:3] == 0).all()
+        torch.testing.assert_close(found[3:4], expected)
+        assert expected.abs().max() > 0
+        # One last place of float32 is rounding there, and a direction in float64.
+        assert bool((found[4] == 0).all()) == (dtype == torch.float32)
+
+
+def test_what_a_constant_vector_teaches_and_its_share_of_the_target_stay_the_formulas():
+    z, target, beta = (
+        torch.zeros(1, 4, dtype=torch.float64, requires_grad=True),
+        numbers([1.0, 2.0, 4.0, 0.0]),
+        numbers([0.0] * 4),
+    )
+    gamma = torch.ones(4, dtype=torch.float64)
+    lesson = inner_loss_gradient(z, target, gamma, beta, eps=1e-6)
+    own = (target - target.mean()) * -1e3
+    torch.testing.assert_close(lesson, own)
+    weights = torch.arange(4, dtype=torch.float64)
+    for found, expected in zip(
+        torch.autograd.grad((lesson * weights).sum(), (target, beta)),
+        torch.autograd.grad((own * weights).sum(), target) * 2,
+        strict=True,
+    ):
+        torch.testing.assert_close(found.abs(), expected.abs())
+
+
+def test_rms_norm_of_zeros_gets_no_gradient():
+    x = numbers([0.0, 0.0], [0.7, 0.7])
+    (found,) = torch.autograd.grad(rms_norm(x, eps=1e-6).sum(), x)
+    assert (found[0] == 0).all()
+    (expected,) = torch.autograd.grad((x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt())[1].sum(), x)
+    torch.testing.assert_close(found[1], expected[1])
 
 
 def test_rotary_turns_adjacent_pairs():

@@ -26,7 +26,7 @@ from ttt import inject, interrupt
 from ttt.adapter import TTTAdapter, carried
 from ttt.adapter_file import MODEL, read_info
 from ttt.backbone import LossOutput
-from ttt.config import EvalConfig, RunConfig, TrainConfig, TTTConfig
+from ttt.config import EvalConfig, RunConfig, TrainConfig, TTTConfig, load_config
 from ttt.errors import (
     ConfigError,
     EnvironmentProblem,
@@ -35,6 +35,7 @@ from ttt.errors import (
     NonFiniteError,
     UsageError,
 )
+from ttt.files import read_header, write_tensors
 from ttt.inject import Site
 from ttt.interrupt import SIGNALS, Interrupt, interruptible
 from ttt.rows import rows_of_step
@@ -1111,3 +1112,44 @@ def test_pictures_that_cannot_be_drawn_are_warned_of(tmp_path, monkeypatch):
         "the run goes on",
     ]
     assert "pictures:" not in said.getvalue()
+
+
+def from_before_the_targets_own_epsilon(folder):
+    """A run as a ttt without `target_eps` wrote it: no file of it has the key, and the adapter's format is 2."""
+    text = (folder / "config.yaml").read_text()
+    old = "".join(line for line in text.splitlines(keepends=True) if "target_eps" not in line)
+    content, _, _ = old.rpartition("# sha256")
+    (folder / "config.yaml").write_text(content if content else old)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        file = checkpoint / "adapter_model.safetensors"
+        metadata = read_header(file).metadata
+        settings = json.loads(metadata["adapter_config"])
+        settings["version"] = 2
+        del settings["ttt"]["target_eps"]
+        write_tensors(file, load_file(file), {**metadata, "adapter_config": json.dumps(settings)})
+        (checkpoint / "adapter_config.json").write_text(json.dumps(settings))
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        del state["config"]["ttt"]["target_eps"]
+        del state["sha256"]
+        state["files"] = {name: (checkpoint / name).stat().st_size for name in state["files"]}
+        (checkpoint / "trainer_state.json").write_text(json.dumps({**state, "version": 1}))
+
+
+def test_a_run_from_before_the_targets_own_epsilon_goes_on_with_the_one_that_it_had(tmp_path):
+    ttt = {"normalize_target": True, "ln_eps": 0.25}
+    options = {"train": {"max_steps": 4, "ckpt_freq": 2, "ckpt_keep": None}}
+    whole, _ = run(config(tmp_path / "whole", ttt={**ttt, "target_eps": 0.25}, **options))
+    killed = tmp_path / "killed"
+    shutil.copytree(tmp_path / "whole", killed)
+    (killed / "summary.json").unlink()
+    shutil.rmtree(killed / "checkpoints" / "step_000004")
+    from_before_the_targets_own_epsilon(killed)
+
+    with pytest.raises(ConfigError, match=r"ttt\.target_eps: 0\.25 in the run, 1e-08 now\); take these back"):
+        run(config(killed, ttt=ttt, **options), resume=True)
+    stored = load_config(killed / "config.yaml", backbone=ToyBackbone(), resuming=True).config
+    assert stored.ttt.target_eps == 0.25
+    resumed, text = run(stored.model_copy(update={"run_dir": str(killed)}), resume=True)
+    assert "resumed after step 2 of 4" in text
+    assert_same_tensors(whole.checkpoint, resumed.checkpoint)
+    assert "target_eps: 0.25" in (killed / "config.yaml").read_text()

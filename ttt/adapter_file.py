@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from ttt import __version__
 from ttt.checksums import no_duplicates
-from ttt.config.schema import BackboneOptions, TTTConfig
+from ttt.config.schema import BackboneOptions, TTTConfig, with_its_target_eps
 from ttt.errors import (
     AdapterFileError,
     AdapterMismatchError,
@@ -59,8 +59,9 @@ CONFIG = "adapter_config.json"
 BACKBONE = "backbone_model.safetensors"
 
 FORMAT = "ttt-adapter"
-VERSION = 2
-"""Of the files' layout; a file with a greater one is refused. From 2 on each file carries a checksum."""
+VERSION = 3
+"""Of the files' layout; a file with a greater one is refused. From 2 on each file carries a checksum, and from 3 on the
+normalised target has an ε of its own (`with_its_target_eps`)."""
 MAX_HEADER = 8_000_000
 """Bytes of a header's JSON: settings, and some 60,000 tensors."""
 MAX_SITES = 10_000
@@ -455,7 +456,7 @@ def _parse(file: Path, text: str, header: Header) -> AdapterInfo:
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NestedCheckpointWarning)  # said when it was trained
-            config = TTTConfig.model_validate(settings["ttt"])
+            config = TTTConfig.model_validate(with_its_target_eps(settings["ttt"]))
         return AdapterInfo(
             path=file,
             version=version,

@@ -24,7 +24,8 @@ class LayerEvidence:
     inner_loss_after: float
     """The same tokens' inner loss after the mini-batch's step."""
     movement: float
-    """`‖W_T − W_0‖ / ‖W_0‖` over all fast weights, mean over streams; a step still open counts."""
+    """`‖W_T − W_0‖ / ‖W_0‖` over all fast weights, mean over streams; a step still open counts. Of weights that start
+    at zero it is `‖W_T‖`: a number, and more than 0 if they moved."""
     gate: float
     """Mean of `|tanh(α)|` over channels and gates."""
     gate_max: float
@@ -88,7 +89,8 @@ class observe:  # noqa: N801 - used as `with observe(injection) as evidence`
                     )
                 )
                 start = _norms(layer.initial_state(1, dtype=state.weights[0].dtype).weights)
-                self._measured[name] = (trace.before.mean(), trace.after.mean(), (moved / start).mean())
+                movement = (moved / torch.where(start > 0, start, 1)).mean()
+                self._measured[name] = (trace.before.mean(), trace.after.mean(), movement)
 
         return measure
 

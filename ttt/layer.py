@@ -14,7 +14,7 @@ from ttt.config import TTTConfig
 from ttt.config.estimate import best_group_size, scan_cost
 from ttt.config.schema import inner_widths
 from ttt.ops.minibatch import Inner, InnerTrace, Stream, Tokens, learn, learn_one_, trace
-from ttt.ops.norm import normalize_target, rms_norm
+from ttt.ops.norm import normalize, normalize_target, outer_layer_norm, rms_norm
 from ttt.ops.rotary import apply_rotary, rotary_angles
 from ttt.state import TTTState, weight_names
 
@@ -259,13 +259,12 @@ class TTTLayer(nn.Module):
     def _tokens(self, x: Tensor, state: TTTState, rotary: Rotary | None) -> Tokens:
         """Queries, keys, targets and rates of the tokens."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        eps = self.config.ln_eps
         kept_out = _nonfinite(x) if self.config.skip_nonfinite_tokens else None
         if kept_out is not None:  # also for backward, where NaN times zero would be NaN
             x = torch.where(kept_out, 0, x)
         wide = x.to(dtype)
         if self.config.input_norm == "rms":
-            wide = rms_norm(wide, eps=eps)
+            wide = rms_norm(wide, eps=self.config.ln_eps)
             x = wide.to(x.dtype)
 
         def heads(name: str) -> Tensor:
@@ -273,7 +272,7 @@ class TTTLayer(nn.Module):
 
         q_BHTF, k_BHTF, v_BHTF = heads("q_proj"), heads("k_proj"), heads("v_proj")
         if self.config.normalize_qk:
-            q_BHTF, k_BHTF = F.normalize(q_BHTF, dim=-1), F.normalize(k_BHTF, dim=-1)
+            q_BHTF, k_BHTF = normalize(q_BHTF), normalize(k_BHTF)
         if self.config.rope == "mini_batch":
             rotary = self._minibatch_rotary(x.shape[1], state, dtype)
         if rotary is not None:
@@ -282,7 +281,7 @@ class TTTLayer(nn.Module):
         target_BHTF = v_BHTF - k_BHTF
         if self.config.normalize_target:
             gamma, beta = self._norm(dtype)
-            target_BHTF = normalize_target(target_BHTF, gamma, beta, eps=eps)
+            target_BHTF = normalize_target(target_BHTF, gamma, beta, eps=self.config.target_eps)
         rate_BTH = F.linear(
             wide, self.learnable_ttt_lr_weight.to(dtype).squeeze(1), self.learnable_ttt_lr_bias.to(dtype).squeeze(1)
         )
@@ -311,7 +310,7 @@ class TTTLayer(nn.Module):
         """`W_o · LN(z)`, heads concatenated, in the type of `x`; nothing for tokens that are kept out."""
         z = z_BHTF.transpose(1, 2).flatten(2)
         norm = self.post_norm
-        z = F.layer_norm(z, (self.dim,), norm.weight.to(z), norm.bias.to(z), eps=norm.eps)
+        z = outer_layer_norm(z, norm.weight.to(z), norm.bias.to(z), eps=norm.eps)
         y = self._project("o_proj", z.to(x.dtype))
         return torch.where(_nonfinite(x), 0, y) if self.config.skip_nonfinite_tokens else y
 

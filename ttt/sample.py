@@ -204,4 +204,7 @@ def _require_fit(info: AdapterInfo, config: RunConfig, backbone: Backbone, *, as
     identity = backbone_identity(backbone, config.backbone)
     differences = config_differences(info, config.ttt, backbone=identity, layers=layers, as_start=as_start)
     if differences:
-        raise AdapterMismatchError(f"{info.path}: belongs to something else: {'; '.join(differences)}")
+        raise AdapterMismatchError(
+            f"{info.path}: belongs to something else: {'; '.join(differences)}; write these in the config as they are "
+            f"in the file"
+        )

@@ -18,7 +18,7 @@ from ttt.backbone import Backbone, BackboneFacts
 from ttt.config.diagnostics import Finding, Place, Severity, blames_environment, has_errors, render_text, summary
 from ttt.config.rules import run_rules
 from ttt.config.rules.rule import Context
-from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
+from ttt.config.schema import BackboneOptions, DataOptions, RunConfig, with_its_target_eps
 from ttt.config.source import BOOLEAN, FLOAT, INTEGER, NULL, KeyPath, Source, parse_source, path_of, read_source
 from ttt.config.spelling import nearest
 from ttt.config.validation import Validated, split_fix, validate
@@ -266,7 +266,7 @@ class _Check:
                 model = run_config_model(backbone)
                 ttt = data.get("ttt", {})
                 if isinstance(ttt, Mapping):
-                    data["ttt"] = with_defaults(ttt, backbone.ttt_defaults)
+                    data["ttt"] = with_defaults(with_its_target_eps(ttt), backbone.ttt_defaults)
                 return validate(
                     model, data, self.source, other_options=functools.cache(lambda: _other_options(backbone))
                 )

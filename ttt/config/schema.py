@@ -35,7 +35,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ln_eps": 1e-6,
         "input_norm": "none",
     },
-    # TTT-Video: arXiv 2504.05298, its code's `ttt/models/ssm/ttt_layer.py`.
+    # TTT-Video: arXiv 2504.05298, its code's `ttt/models/ssm/ttt_layer.py`. The ε of the inner norms is that of the
+    # kernels by which it trains and samples (`kernels/ttt/ttt.cu` of ttt-tk, `ssm/kernels/linear_forward.py`); 1e-8
+    # stands in its Python path (`ssm/ops/utils.py`), which nothing there takes.
     "video": {
         "causal": False,
         "qkvo_bias": True,
@@ -43,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalize_target": True,
         "rope": "backbone",
         "learnable_token_idx": False,
-        "ln_eps": 1e-8,
+        "ln_eps": 1e-6,
         "input_norm": "none",
     },
 }
@@ -162,6 +164,8 @@ Layers = Annotated[
     | Annotated[tuple[Annotated[int, Field(ge=0, lt=MOST_LAYERS)], ...], Field(max_length=MOST_LAYERS)],
     BeforeValidator(_parse_layers, json_schema_input_type=Literal["all", "middle", "none"] | str | int | list[int]),
 ]
+Epsilon = Annotated[float, Field(ge=1e-30, le=1)]
+"""What keeps a division from being one by zero, in float32 too, where 1e-46 is 0."""
 HiddenDims = Annotated[
     Annotated[tuple[Annotated[int, Field(ge=1, le=MOST_UNITS)], ...], Field(max_length=15)],
     BeforeValidator(_as_tuple, json_schema_input_type=list[int]),
@@ -207,8 +211,10 @@ class TTTConfig(Section):
     """Base of the rotary frequencies."""
     learnable_token_idx: bool = True
     """Learn the offset δ of the 1/i step sizes of a causal mini-batch (false: fixed at 0)."""
-    ln_eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
-    """ε of the inner layer norms."""
+    ln_eps: Epsilon = 1e-6
+    """ε of the inner layer norms, and of `input_norm`, inside the root."""
+    target_eps: Epsilon = 1e-8
+    """ε of the normalised target, beside its standard deviation. Only with `normalize_target: true`."""
     input_norm: Literal["none", "rms"] = "none"
     """Normalise the layer's input before the projections: not at all, or RMS without parameters."""
     initial_gating_alpha: Annotated[float, Field(ge=-100, le=100)] = 0.1
@@ -258,6 +264,10 @@ class TTTConfig(Section):
                 f"mlp_hidden_dims names {len(self.mlp_hidden_dims)} widths, but mlp_layers: {self.mlp_layers} "
                 f"has {self.mlp_layers - 1} between its matrices"
             )
+        if self.target_eps != TTTConfig.model_fields["target_eps"].default and not self.normalize_target:
+            raise ValueError(
+                "target_eps acts on the normalised target; write normalize_target: true, or leave target_eps out"
+            )
         if self.learnable_token_idx and not self.causal:
             raise ValueError(
                 "learnable_token_idx acts on the causal step sizes 1/i; write causal: true or "
@@ -271,6 +281,23 @@ class TTTConfig(Section):
             for message in group_size_warnings(self.scan_checkpoint_group_size, self.mini_batch_size):
                 warnings.warn(message, NestedCheckpointWarning, stacklevel=3)
         return self
+
+
+_WRITTEN_OUT = frozenset(
+    {"preset", "mlp_hidden_dims", "num_heads", "normalize_target", "rope_theta", "ln_eps", "input_norm"}
+)
+"""Fields that together stand in resolved settings alone: no config needs all of them."""
+
+
+def with_its_target_eps(ttt: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the ε that their target was trained with, where a ttt without `target_eps` wrote them out.
+
+    There one ε, `ln_eps`, was both. Adapters, records of checkpoints and the stored configs of runs hold every field,
+    so that one without `target_eps` is from then; what people write is left as it is.
+    """
+    if "target_eps" in ttt or not ttt.keys() >= _WRITTEN_OUT or ttt["normalize_target"] is not True:
+        return dict(ttt)
+    return {**ttt, "target_eps": ttt["ln_eps"]}
 
 
 Schedule = Literal["cosine", "linear", "constant"]

@@ -37,6 +37,7 @@ FIELD_CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "rope_theta": ({"rope": "mini_batch"}, 3.0),
     "learnable_token_idx": ({"learnable_token_idx": False}, True),
     "ln_eps": ({}, 0.5),
+    "target_eps": ({"normalize_target": True}, 0.5),
     "input_norm": ({"input_norm": "none"}, "rms"),
     "initial_gating_alpha": ({}, 0.5),
     "causal": ({"causal": False}, True),

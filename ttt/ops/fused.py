@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
+from ttt.ops.norm import is_constant, is_zero
+
 Weights = tuple[Tensor, ...]
 
 # GELU in its tanh form is x σ(2u) with 2u = x (SLOPE + CUBIC x²): one sigmoid, which is cheaper than one tanh.
@@ -632,7 +634,9 @@ def _backward_chunk(
     sums.beta += _sum_rows(d_answers)
     unit, slope = views.unit, views.slope
     sums.gamma += _sum_rows(torch.sub(kept.answer, mean, out=unit).mul_(inverse).mul_(d_answers))
-    d_y = through_norm(torch.mul(d_answers, gamma, out=slope), kept.answer, mean, inverse)
+    # A constant vector gets no gradient (`ttt.ops.norm`): with 1/σ = 0 nothing comes through its norm.
+    followed = inverse.masked_fill(is_constant(kept.answer), 0)
+    d_y = through_norm(torch.mul(d_answers, gamma, out=slope), kept.answer, mean, followed)
     views.d_answered[-1].copy_(d_y)
     d_y = d_y.flatten(0, 1)
     coefficient = views.coefficient
@@ -668,9 +672,13 @@ def _backward_chunk(
     mean, inverse = kept.moments[:2]
     torch.sub(kept.output, mean, out=unit).mul_(inverse)
     torch.addcmul(block.anchor, constants.gamma_squared, unit, out=slope)
-    to_slopes = slope.mul_(unit).mean(-1, keepdim=True).mul_(inverse).neg_().unbind(0)
+    constant = is_constant(kept.output)
+    followed = inverse.masked_fill(constant, 0)
+    teaching_at = inverse.masked_fill(constant & is_zero(kept.errors[-1]), 0).unbind(0)
+    to_slopes = slope.mul_(unit).mean(-1, keepdim=True).mul_(followed).neg_().unbind(0)
     views.pair[..., 0, :], views.pair[..., 1, :] = unit, kept.errors[-1]
-    share = inverse * (-1 / width)
+    share = followed * (-1 / width)
+    followed_at = followed.unbind(0)
     torch.mul(kept.errors[-1], share, out=views.turned_error)
     torch.mul(unit, share, out=views.turned_unit)
     for error, pushed in zip(kept.errors[1:], views.pushed_errors, strict=True):
@@ -696,10 +704,10 @@ def _backward_chunk(
             d_error = views.d_errors_at[layer + 1][n]
             d_error.baddbmm_(views.d_pulled_rows[layer], views.later_weights[layer][n])
         # (20)
-        output, mean, inverse = views.output[n], views.means[n], views.inverses[n]
-        d_slope = through_norm(d_error, output, mean, inverse)
+        output, mean = views.output[n], views.means[n]
+        d_slope = through_norm(d_error, output, mean, teaching_at[n])
         views.d_slopes_at[n].copy_(d_slope)
-        d_z = through_norm(d_slope * constants.gamma_squared, output, mean, inverse)
+        d_z = through_norm(d_slope * constants.gamma_squared, output, mean, followed_at[n])
         d_z.addcmul_(d_slope, to_slopes[n])
         torch.bmm(views.pairs[n], d_error.view(-1, width, 1), out=views.along[n])
         d_z.addcmul_(views.turned_errors[n], views.along_unit[n]).addcmul_(views.turned_units[n], views.along_error[n])

@@ -1,7 +1,9 @@
 """The definition of a TTT layer's inner learning, token by token: slow, obvious, and what the rest is tested against.
 
 Nothing here is shared with the fast forms: inner gradients come from autograd, rows are processed one by one, and
-the weights of every token are really made.
+the weights of every token are really made. What the inner model makes of a token may be one value throughout, as it is
+of zeros where biases are zero: a layer norm of that answers with β, and is given the derivative 0 there by definition,
+in what a token teaches as in what it is answered (`ttt.ops.norm` says why).
 """
 
 from __future__ import annotations
@@ -19,6 +21,11 @@ def _layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     return gamma * (x - mean) / torch.sqrt(variance + eps) + beta
 
 
+def _with_a_direction(x: Tensor) -> Tensor:
+    """`x`, whose vectors of one value get no gradient."""
+    return torch.where((x == x[..., :1]).all(-1, keepdim=True), x.detach(), x)
+
+
 def _inner_model(weights: Weights, x: Tensor) -> Tensor:
     """`x [H,F]` to `[H,F]` by the weights of one row, `W [H,in,out]`, `b [H,1,out]`."""
     for index in range(0, len(weights), 2):
@@ -26,6 +33,10 @@ def _inner_model(weights: Weights, x: Tensor) -> Tensor:
         if index + 2 < len(weights):
             x = F.gelu(x, approximate="tanh")
     return x
+
+
+def _answer(weights: Weights, query: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    return query + _layer_norm(_with_a_direction(_inner_model(weights, query)), gamma, beta, eps)
 
 
 def reference(
@@ -82,9 +93,13 @@ def reference(
             k, target, rate = k_BHTF[row, :, t], target_BHTF[row, :, t], rate_BHT[row, :, t]
             # One leaf for each use: the gradient is that of this token's loss at W alone.
             probe = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in w)
-            output = _layer_norm(_inner_model(probe, k), gamma_HF, beta_HF, eps)
-            loss_H = 0.5 * ((output - target) ** 2).sum(-1)
-            gradient = torch.autograd.grad((rate * loss_H).sum(), probe, create_graph=True)
+            made = _inner_model(probe, k)
+            normed = _with_a_direction(made)
+            loss_H = 0.5 * ((_layer_norm(normed, gamma_HF, beta_HF, eps) - target) ** 2).sum(-1)
+            (error,) = torch.autograd.grad(loss_H.sum(), normed, create_graph=True)
+            silent = (made == made[..., :1]).all(-1) & (error == 0).all(-1)
+            error = torch.where(silent[:, None], 0, rate[:, None] * error)
+            gradient = torch.autograd.grad(made, probe, error, create_graph=True)
             summed = tuple(s + g for s, g in zip(summed, gradient, strict=True))
             i += 1
             query = q_BHTF[row, :, t]
@@ -92,14 +107,14 @@ def reference(
                 offset = offset_C[i - 1] if offset_C is not None else 0.0
                 scale = torch.clamp_min(torch.as_tensor(1.0 / i + offset, dtype=k.dtype), 0.0)
                 own = tuple(x - scale * s for x, s in zip(w, summed, strict=True))
-                answers.append(query + _layer_norm(_inner_model(own, query), gamma_HF, beta_HF, eps))
+                answers.append(_answer(own, query, gamma_HF, beta_HF, eps))
                 closes = i == mini_batch_size
             else:
                 waiting.append(query)
                 own = tuple(x - s / mini_batch_size for x, s in zip(w, summed, strict=True))
                 closes = i == mini_batch_size or t == length - 1
                 if closes:
-                    answers += [q + _layer_norm(_inner_model(own, q), gamma_HF, beta_HF, eps) for q in waiting]
+                    answers += [_answer(own, q, gamma_HF, beta_HF, eps) for q in waiting]
                     waiting = []
             if closes:
                 w, summed, i = own, tuple(torch.zeros_like(x) for x in own), 0

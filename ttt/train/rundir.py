@@ -38,7 +38,7 @@ from typing import Any
 from ttt import checksums
 from ttt.adapter_file import BACKBONE, MODEL, AdapterInfo, verify_adapter
 from ttt.backbone import Backbone
-from ttt.config.schema import RunConfig
+from ttt.config.schema import RunConfig, with_its_target_eps
 from ttt.errors import (
     ConfigError,
     DamagedFileWarning,
@@ -424,7 +424,8 @@ class RunDir:
         checkpoint, _ = self.latest()
         recorded = checkpoint.state.get("config") if checkpoint is not None else None
         if isinstance(recorded, dict):
-            return recorded
+            ttt = recorded.get("ttt")
+            return {**recorded, "ttt": with_its_target_eps(ttt)} if isinstance(ttt, dict) else recorded
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NestedCheckpointWarning)  # the config at hand is warned of already
             return load_config(self / CONFIG, backbone=backbone, resuming=True).config.model_dump(mode="json")
