@@ -135,8 +135,8 @@ def _title(request: SampleRequest) -> str:
 
 
 def _guidance_in_words(requests: Sequence[SampleRequest], options: VideoDiTOptions) -> str:
-    away = dict.fromkeys(_led_away_from(request, options) for request in requests)
-    told = " or, without any, ".join(sorted(each for each in away if each is not None))
+    away = {_led_away_from(request, options) for request in requests}
+    told = " or, without any, ".join(each for each in (NEGATIVE_PROMPTS, ZEROS, EMPTY_TEXTS) if each in away)
     return f"guided away from {told}" if told else "without guidance"
 
 
