@@ -37,6 +37,7 @@ from ttt_videodit.geometry import (
     segments_in,
 )
 from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTData, VideoDiTOptions, pixels, text_length
+from ttt_videodit.published import told_line, told_start
 
 VIDEO_EXAMPLE: Final = '{"path": "a.mp4", "captions": ["waves", "a gull"]}'
 """A good line of a list."""
@@ -294,12 +295,18 @@ def line_of(video: EncodedVideo, folder: Path) -> str:
 
 
 def _object(line: bytes, way_out: str) -> dict[str, Any]:
+    told = told_start(line)
+    if told is not None:
+        raise LineError("line", told)
     try:
         entry = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise LineError("line", f"no JSON ({_short(str(error))}); {way_out}") from None
     if not isinstance(entry, dict):
         raise LineError("line", f"not an object; {way_out}")
+    told = told_line(entry)
+    if told is not None:
+        raise LineError("line", told)
     return entry
 
 
