@@ -291,7 +291,7 @@ def test_every_key_of_the_program_is_known_whatever_its_value(sections: dict[str
     [("mlp", 16, 64), ("mlp", 64, 64), ("linear", 16, 16), ("linear", 64, 64), ("mlp", 1, 64)],
 )
 def test_the_mini_batch_is_the_one_that_the_layer_computes_with(layer: str, written: int, expected: int) -> None:
-    """The kernel of ttt_mlp has 64 tokens of a mini-batch built in, whatever a file says; that of ttt_linear has not."""
+    """The kernel of ttt_mlp has 64 tokens built in, whatever a file says; that of ttt_linear has not."""
     job = sampling(9, layer)
     job["model"]["mini_batch_size"] = written
     assert resolved(toml(job))["ttt"]["mini_batch_size"] == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from ttt.printable import shell_word
 from ttt_cli.options import Overrides, Verify, require_replaceable
+from ttt_cli.terminal import show
 
 if TYPE_CHECKING:
     from ttt.backbone import SamplePlan
@@ -78,6 +80,13 @@ def sample(
     chosen, spread = for_segments(given, count=plan.prompts, seconds=seconds)
     _require_free(plan, overwrite=overwrite)
 
+    start = loaded.config.train.init_from
+    if learned is None and start is not None:
+        told = f"{model}: no adapter: it samples what training would start from, {start}"
+    show(told)
+    if spread is not None:
+        show(spread)
+    sys.stdout.flush()  # torch and the backbone's libraries are seconds away
     from rich.console import Console
 
     from ttt.sample import sample as make
@@ -85,12 +94,6 @@ def sample(
     from ttt.train.terminal import lasting
 
     console = Console()
-    start = loaded.config.train.init_from
-    if learned is None and start is not None:
-        told = f"{model}: no adapter: it samples what training would start from, {start}"
-    say(console, told)
-    if spread is not None:
-        say(console, spread)
     request = SampleRequest(
         prompts=chosen.prompts,
         negative_prompts=chosen.negative,

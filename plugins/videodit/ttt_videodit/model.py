@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import ttt_videodit.diffusers_alone  # noqa: F401
+
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.attention import FeedForward
