@@ -73,6 +73,41 @@ def test_its_index_ends_a_run_before_its_first_step(capsys: pytest.CaptureFixtur
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b"\xef\xbb\xbf" + b'{"path": "a.mp4", "captions": ["a"]}', None),
+        (b'{"path": "a.mp4", "captions": ["a"], "captions": ["b"]}', "a key stands twice"),
+    ],
+)
+def test_a_list_may_begin_with_a_mark_and_says_nothing_twice(line: bytes, told: str | None) -> None:
+    Path("a.mp4").write_bytes(b"video")
+    Path("videos.jsonl").write_bytes(line + b"\n")
+    found = check_config("c.yaml", text="backbone: {name: videodit}\ndata: {videos: videos.jsonl}\n").findings
+    assert [told in finding.message for finding in found if told and finding.code == "VDT509"] == [True] * bool(told)
+    assert told or not found
+
+
+SCRIPT = """\
+#!/bin/bash
+CONFIG_FILE="./configs/train/ttt-mlp/3s.toml"
+torchrun --nproc_per_node=8 train.py \\
+\t--job.config_file ${CONFIG_FILE} \\
+\t--job.exp_name="a" \\
+\t--training.global_batch_size=8
+# --checkpoint.init_state_dir=b
+"""
+
+
+def test_a_script_names_what_to_import_and_what_it_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("train.sh").write_text(SCRIPT)
+    assert main(["import-config", "train.sh"]) == 2
+    assert capsys.readouterr().err == (
+        "error: train.sh: is a script that starts TTT-Video; import the TOML that its --job.config_file names, with "
+        "what it changes written into it: job.exp_name, training.global_batch_size\n"
+    )
+
+
 # --- checkpoints ---
 
 

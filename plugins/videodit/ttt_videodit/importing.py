@@ -48,6 +48,7 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 """Strings and comments whole, words, spaces, and every other character."""
+_OVERRIDE = re.compile(r"--([a-z]+\.\w{1,60})")
 _SECTION_LINE = re.compile(r"\s*\[\s*([\w.\- ]+?)\s*\]")
 _KEY_LINE = re.compile(r"\s*([\w\-]+)\s*=")
 
@@ -125,8 +126,9 @@ def import_config(text: str, *, file: str) -> ImportedConfig | None:
     """The config of a TTT-Video job, or None where the file is none.
 
     Raises:
-        UsageError: the file calls itself TOML and is none.
+        UsageError: the file calls itself TOML and is none, or is a script that starts TTT-Video.
     """
+    _refuse_script(text, file)
     data = _read(text, file)
     model = data.get("model")
     if not isinstance(model, Mapping) or not (any(mark in model for mark in MARKS) or model.get("name") == "cogvideo"):
@@ -151,6 +153,18 @@ def import_config(text: str, *, file: str) -> ImportedConfig | None:
     for old, why in _NOT_HERE.items():
         moving.drop(old, why)
     return moving.done()
+
+
+def _refuse_script(text: str, file: str) -> None:
+    """Say of a script that starts TTT-Video which file to import, and what the script changes of it."""
+    lines = "\n".join(line for line in text[:MAX_BYTES].splitlines() if not line.lstrip().startswith("#"))
+    if not text.startswith("#!") or "--job.config_file" not in lines:
+        return
+    changed = [key for key in dict.fromkeys(_OVERRIDE.findall(lines)) if key != "job.config_file"]
+    told = f", with what it changes written into it: {', '.join(changed)}" if changed else ""
+    raise UsageError(
+        f"{file}: is a script that starts {FORMAT}; import the TOML that its --job.config_file names{told}"
+    )
 
 
 def _read(text: str, file: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ the line (`ttt.checksums`); an index from before there were checksums lacks them
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,7 +239,7 @@ def parse_encoded(line: bytes, place: str, folder: Path) -> EncodedVideo:
     """
     entry = _object(line, "write the index with ttt precompute")
     try:
-        checksums.parse_line(line)
+        checksums.parse_line(line.removeprefix(BOM_UTF8))
     except ValueError as error:
         raise LineError("damaged", f"{error}; delete the line and run ttt precompute again") from None
     latents = folder / _text(entry, "latents")
@@ -299,7 +300,7 @@ def _object(line: bytes, way_out: str) -> dict[str, Any]:
     if told is not None:
         raise LineError("line", told)
     try:
-        entry = json.loads(line.decode("utf-8"))
+        entry = json.loads(line.removeprefix(BOM_UTF8).decode("utf-8"), object_pairs_hook=checksums.no_duplicates)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise LineError("line", f"no JSON ({_short(str(error))}); {way_out}") from None
     if not isinstance(entry, dict):
