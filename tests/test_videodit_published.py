@@ -5,6 +5,7 @@ Its configs are in `test_videodit_import.py`, its checkpoints' tensors in `test_
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+import ttt_videodit
 from ttt.config import check_config
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt_cli.main import main
@@ -278,7 +280,7 @@ def test_bitsandbytes_is_not_imported_along(here: Path) -> None:
     (here / "noisy" / "bitsandbytes" / "__init__.py").write_text("print('noise')\n")
     program = """
 import sys
-import ttt_videodit.sampling, ttt_videodit.weights, ttt_videodit.precompute
+import ttt_videodit.model
 print(sorted({"bitsandbytes", "diffusers"} & set(sys.modules)))
 import bitsandbytes
 """
@@ -286,3 +288,27 @@ import bitsandbytes
     environment = {**os.environ, "PYTHONPATH": path}
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert result.stdout.splitlines() == ["['diffusers']", "noise"], result.stderr
+
+
+def test_whatever_imports_diffusers_imports_it_alone_first() -> None:
+    """No module of the plugin brings diffusers in by another door."""
+    package = Path(ttt_videodit.__file__).parent
+    importing = set()
+    for file in sorted(package.rglob("*.py")):
+        seen = [
+            name
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            for name in (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
+        ]
+        theirs = [name for name in seen if name.split(".")[0] == "diffusers"]
+        if theirs and file.name != "diffusers_alone.py":
+            importing.add(file.stem)
+            assert "ttt_videodit.diffusers_alone" in seen, file
+            assert seen.index("ttt_videodit.diffusers_alone") < seen.index(theirs[0]), file
+    assert {"model", "sampling", "encoders"} <= importing

@@ -548,7 +548,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         "`scan_checkpoint_group_size`, where gates start, how long windows are; and, where the config writes them, "
         "`mini_batch_size` and `base_lr`. A default does not change these two.",
         _MOSHI + _START.replace("layers: [1]", "layers: [1], layer_type: linear"),
-        _MOSHI + _START.replace("layers: [1]", "layers: [1], mini_batch_size: 8"),
+        _MOSHI + _START.replace("layers: [1]", "layers: [1], initial_gating_alpha: 0.2"),
         "`ttt.adapter_file`",
         files={"first.safetensors": _adapter()},
     ),
