@@ -27,7 +27,7 @@ from ttt.inject import Site
 from ttt_videodit.adapter import BidirectionalTTT
 from ttt_videodit.geometry import LATENT_CHANNELS, PATCH_SIZE, Segments
 from ttt_videodit.layout import Layout
-from ttt_videodit.plugin import DEMO_TEXT_DIM, DEMO_TIME_DIM, PIXELS, VideoDiTOptions, sizes
+from ttt_videodit.plugin import DEFAULT_PRETRAINED, DEMO_TEXT_DIM, DEMO_TIME_DIM, PIXELS, VideoDiTOptions, sizes
 from ttt_videodit.pretrained import source_of, verify_record
 from ttt_videodit.variants import WAY_OUT, wrong_source, wrong_variant
 
@@ -373,9 +373,11 @@ def _pretrained_model(options: VideoDiTOptions, *, device: torch.device | str, d
     if local.is_dir():
         verify_record(local / (subfolder or ""), tensors=torch.device(device).type != "meta")
     try:
-        config = VideoDiT.load_config(source, subfolder=subfolder, revision=options.revision)
-        _require_the_model(source, wrong_variant(config))  # before its weights are downloaded
-        if torch.device(device).type == "meta":
+        on_meta = torch.device(device).type == "meta"
+        if on_meta or source != DEFAULT_PRETRAINED:  # of which it is known
+            config = VideoDiT.load_config(source, subfolder=subfolder, revision=options.revision)
+            _require_the_model(source, wrong_variant(config))  # before its weights are downloaded
+        if on_meta:
             with torch.device("meta"), _default_dtype(dtype):
                 return cast(VideoDiT, VideoDiT.from_config(config))
         with _quiet_about_the_class():
