@@ -261,6 +261,23 @@ def test_an_adapter_of_something_else_is_refused_by_name(
     assert not Path("a.txt").exists()
 
 
+@pytest.mark.parametrize("named", [["--adapter", "run"], ["--set", "train.init_from=run"]])
+@pytest.mark.parametrize("key", ["mini_batch_size", "base_lr"])
+def test_a_sample_is_made_with_what_its_adapter_was_trained_with(
+    key: str, named: list[str], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a run may change where it starts, and says so, is no less another model: a sample of that is refused."""
+    theirs, ours = {"mini_batch_size": ("4", "8"), "base_lr": ("1.0", "0.5")}[key]
+    asked = ["c.yaml", *ASKED, "--out", "a.txt", *named]
+    assert sampled(*asked, "--set", f"ttt.{key}={ours}") == 2
+    err = said(capsys)[1]
+    assert f"ttt.{key}: {theirs} in the file, {ours} here" in err
+    assert f"give the config the file's: --set ttt.{key}={theirs}" in err
+    assert not Path("a.txt").exists()
+    assert sampled(*asked, "--set", f"ttt.{key}={theirs}") == 0
+    said(capsys)
+
+
 def test_a_run_is_sampled_where_its_data_are_not(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stored = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(stored.replace("train_data: null", "train_data: elsewhere.txt"))

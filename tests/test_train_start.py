@@ -257,6 +257,57 @@ def test_weights_of_something_else_are_refused_by_name_and_nothing_is_written(tm
     assert re.search(words, finding.message)
 
 
+START = """\
+backbone: {name: toy, num_layers: 2, dim: 16, num_heads: 2}
+ttt: {preset: lm, learnable_token_idx: false%s}
+train: {init_from: %s}
+"""
+
+
+@pytest.mark.parametrize(("key", "theirs", "ours"), [("mini_batch_size", 4, 8), ("base_lr", 0.5, 0.25)])
+def test_what_tensors_are_computed_with_changes_where_the_config_writes_it_and_is_told(tmp_path, key, theirs, ours):
+    run(config(tmp_path / "one", ttt={"base_lr": 0.5}))
+    same = ", mini_batch_size: 4, base_lr: 0.5"
+    text = START % (same, tmp_path / "one")
+    assert check_config("c.yaml", text=text, backbone=TOY).findings == ()
+    changed = text.replace(f"{key}: {theirs}", f"{key}: {ours}")
+    (finding,) = check_config("c.yaml", text=changed, backbone=TOY).findings
+    assert (finding.code, finding.path) == ("TTT511", f"ttt.{key}")
+    assert f"ttt.{key}: {theirs} in the file, {ours} here" in finding.message
+    assert f"give --set ttt.{key}={theirs} to go on as it was" in finding.fix
+    _, told = run(config(tmp_path / "two", start=tmp_path / "one", ttt={"base_lr": 0.5, key: ours}))
+    assert f"changed at its start: ttt.{key}: {theirs} in the file, {ours} here\n" in told
+    _, told = run(config(tmp_path / "three", start=tmp_path / "one", ttt={"base_lr": 0.5}))
+    assert "changed at its start" not in told
+
+
+def test_a_default_changes_nothing_of_what_a_run_starts_from(tmp_path):
+    """A config that leaves the mini-batch to its default is no word on what the weights were trained with."""
+    run(config(tmp_path / "one"))
+    base = read_info(tmp_path / "one").ttt.base_lr
+    for overrides, codes in (
+        ((), {"TTT510"}),
+        (("ttt.mini_batch_size=4",), set()),
+        (("ttt.mini_batch_size=16",), {"TTT511"}),  # the default, but written
+    ):
+        text = START % (f", base_lr: {base}", tmp_path / "one")
+        findings = check_config("c.yaml", text=text, backbone=TOY, overrides=overrides).findings
+        assert {finding.code for finding in findings} == codes, overrides
+        if codes == {"TTT510"}:
+            assert "ttt.mini_batch_size: 4 in the file, 16 here" in findings[0].message
+            assert "--set ttt.mini_batch_size=4" in findings[0].fix
+
+
+def test_an_adapter_that_is_loaded_by_hand_names_the_way(tmp_path):
+    run(config(tmp_path / "one"))
+    model = plain_model()
+    injection = inject.apply(model, TOY.sites(model), TTTConfig(**{**TTT, "mini_batch_size": 8}), causal=True)
+    with pytest.raises(AdapterMismatchError) as caught:
+        load_adapter(tmp_path / "one", model, injection=injection, check_weights=False)
+    assert "ttt.mini_batch_size: 4 in the file, 8 here" in str(caught.value)
+    assert "give the config the file's: --set ttt.mini_batch_size=4;" in str(caught.value)
+
+
 def test_a_size_that_a_tensor_hangs_on_cannot_change(tmp_path):
     run(config(tmp_path / "one", ttt={"learnable_token_idx": True}))
     settings = config(tmp_path / "two", start=tmp_path / "one", ttt={"learnable_token_idx": True, "mini_batch_size": 8})

@@ -558,4 +558,5 @@ def test_a_code_is_explained(code: str) -> None:
 
 
 def test_every_code_that_rules_give_is_explained() -> None:
-    assert {code for code, _ in BROKEN.values()} | {"VDT506", "VDT507", "VDT508", "VDT509"} == set(EXPLANATIONS)
+    others = {"VDT506", "VDT507", "VDT508", "VDT509", "VDT601"}
+    assert {code for code, _ in BROKEN.values()} | others == set(EXPLANATIONS)

@@ -105,11 +105,11 @@ def training(seconds: int, layer: str = "mlp") -> dict[str, dict[str, Any]]:
 
 
 def sampling(seconds: int, layer: str = "mlp") -> dict[str, dict[str, Any]]:
-    """The keys and values of the published `configs/eval/ttt-LAYER/SECONDSs.toml`."""
+    """The keys and values of the published `configs/eval/ttt-LAYER/SECONDSs.toml`, which all say 16 a mini-batch."""
     model = training(seconds, layer)["model"]
     return {
         "job": {"exp_name": f"cogvideo-{layer}-{seconds}s"},
-        "model": {**model, "scale_factor": 1.0},
+        "model": {**model, "mini_batch_size": 16, "scale_factor": 1.0},
         "eval": {
             "sampling_fps": 16,
             "sampling_num_frames": Segments().frames(segments_in(seconds)),
@@ -291,6 +291,30 @@ def test_every_key_of_the_program_is_known_whatever_its_value(sections: dict[str
     check_config("new.yaml", text=write_imported(found, origin="old.toml"))  # wrong values are its to find
 
 
+@pytest.mark.parametrize(
+    ("layer", "written", "expected"),
+    [("mlp", 16, 64), ("mlp", 64, 64), ("linear", 16, 16), ("linear", 64, 64), ("mlp", 1, 64)],
+)
+def test_the_mini_batch_is_the_one_that_the_layer_computes_with(layer: str, written: int, expected: int) -> None:
+    """The kernel of ttt_mlp has 64 tokens built in, whatever a file says; that of ttt_linear has not."""
+    job = sampling(9, layer)
+    job["model"]["mini_batch_size"] = written
+    assert resolved(toml(job))["ttt"]["mini_batch_size"] == expected
+    note = next(key.note for key in imported(toml(job)).keys if key.old == "model.mini_batch_size")
+    assert (f"--set ttt.mini_batch_size={written} " in note) == (written != expected)
+    del job["model"]["mini_batch_size"]
+    assert resolved(toml(job))["ttt"]["mini_batch_size"] == 64  # its default, whichever the layer
+
+
+@pytest.mark.parametrize("kind", [training, sampling])
+def test_imported_configs_drop_no_text_and_say_why(kind: Any) -> None:
+    found = imported(toml(kind(3)))
+    assert found.values["backbone.text_dropout"] == 0
+    (note,) = [key.note for key in found.keys if key.new == "backbone.text_dropout"]
+    assert "never reached" in note
+    assert "guidance leads away from empty texts" in note
+
+
 def test_a_key_of_nobody_is_told() -> None:
     found = imported(toml(training(3)) + "[model.more]\ncolour = 'red'\n[extra]\nx = 1979-05-27\n")
     unknown = [key.old for key in found.keys if "known here" in key.note]
@@ -299,7 +323,7 @@ def test_a_key_of_nobody_is_told() -> None:
 
 def test_what_a_file_leaves_out_is_what_the_program_trained_with() -> None:
     config = resolved("[model]\nname = 'cogvideo'\n")
-    assert (config["backbone"]["preset"], config["backbone"]["text_dropout"]) == ("5b", 0.1)
+    assert (config["backbone"]["preset"], config["backbone"]["text_dropout"]) == ("5b", 0)
     ttt, train = config["ttt"], config["train"]
     assert (ttt["layer_type"], ttt["base_lr"], ttt["mini_batch_size"]) == ("mlp", 0.1, 64)
     assert (ttt["layers"], ttt["rope"], ttt["causal"]) == ("all", "backbone", False)

@@ -630,6 +630,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "  dit.final_layer.linear.bias → proj_out.bias\n" in out
     assert "converted/transformer: 64 tensors, 52,464 parameters" in out
     assert "write scaling_factor: 1.0 into converted/vae/config.json" in out
+    assert "write backbone.text_dropout: 0, as `ttt import-config` does" in out
     assert_converted(Path("converted"), state)
     assert main(command) == 2
     assert "converted: is already there" in capsys.readouterr().err

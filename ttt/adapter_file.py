@@ -73,6 +73,8 @@ _FREE_SETTINGS = frozenset({"preset", "layers", "num_heads", "scan_checkpoint_gr
 """Settings that need not agree: a name, memory alone, two that the sites say exactly, what no finite token meets."""
 _FREE_AT_START = _FREE_SETTINGS | {"mini_batch_size", "base_lr", "initial_gating_alpha", "persistent_states"}
 """Settings that a run may change of what it starts from: no tensor hangs on them."""
+_COMPUTED_WITH = ("mini_batch_size", "base_lr")
+"""Those of them by which the same tensors compute something else."""
 _SAMPLES = 8
 """Values of each backbone parameter that an adapter file keeps, to know the backbone again."""
 
@@ -271,14 +273,14 @@ def load_adapter(
         free = _FREE_AT_START if as_start else _FREE_SETTINGS
         differences += _setting_differences(info.ttt, injection.config, free)
         differences += _site_differences(info.sites, _site_infos(injection.sites, injection.config))
-        _finish(info, model, injection, differences, check_weights=check_weights)
+        _finish(info, model, injection, differences, check_weights=check_weights, free=free)
         return injection
     assert sites is not None
     _require_fit(info, sites, causal, differences)  # before memory is taken that the settings alone ask for
     made = _inject(info, model, sites, causal, differences)
     try:
         differences += _site_differences(info.sites, _site_infos(made.sites, made.config))
-        _finish(info, model, made, differences, check_weights=check_weights)
+        _finish(info, model, made, differences, check_weights=check_weights, free=_FREE_SETTINGS)
     except BaseException:
         made.eject()
         raise
@@ -325,6 +327,40 @@ def config_differences(
         *_option_differences(info.backbone, backbone),
         *_setting_differences(info.ttt, ttt, _FREE_AT_START if as_start else _FREE_SETTINGS),
         *([] if before == here else [_difference("ttt.layers", before, here)]),
+    ]
+
+
+def way_to_fit(info: AdapterInfo, ttt: TTTConfig, *, as_start: bool = False) -> str:
+    """What to write so that a config's settings are those of an adapter; empty where they are."""
+    return _way_out(_differing(info.ttt, ttt, _FREE_AT_START if as_start else _FREE_SETTINGS))
+
+
+@dataclass(frozen=True)
+class ChangedSetting:
+    """A setting that may change at the start of a run, and by which the same tensors then compute something else."""
+
+    key: str
+    """In the config, dotted."""
+    theirs: Any
+    """In the adapter's file."""
+    ours: Any
+    """In the config."""
+
+    def __str__(self) -> str:
+        return _difference(self.key, self.theirs, self.ours)
+
+    @property
+    def way_out(self) -> str:
+        """What to give a command to compute as the file says."""
+        return f"--set {self.key}={json.dumps(self.theirs)}"
+
+
+def changed_at_start(info: AdapterInfo, ttt: TTTConfig) -> list[ChangedSetting]:
+    """What a run that starts from an adapter computes otherwise than the adapter's file says, its tensors unchanged."""
+    return [
+        ChangedSetting(f"ttt.{key}", getattr(info.ttt, key), getattr(ttt, key))
+        for key in _COMPUTED_WITH
+        if getattr(info.ttt, key) != getattr(ttt, key)
     ]
 
 
@@ -548,6 +584,7 @@ def _finish(
     differences: list[str],
     *,
     check_weights: bool,
+    free: frozenset[str],
 ) -> None:
     """Check what is left to check, and then copy everything."""
     import torch
@@ -562,7 +599,7 @@ def _finish(
     known = info.backbone_weights if check_weights and not differences else None
     if known and not same_weights(known, injection, without=set(trained)):
         differences.append("the backbone's weights: other values here than those that it was trained on")
-    _raise(info.path, differences)
+    _raise(info.path, differences, way_out=_way_out(_differing(info.ttt, injection.config, free)))
     try:
         tensors = read_tensors(info.path, verify=False)  # done, where it is asked for
         of_backbone = read_tensors(info.path.with_name(BACKBONE), verify=False) if trained else {}
@@ -574,11 +611,11 @@ def _finish(
             own[name].copy_(tensor)
 
 
-def _raise(path: Path, differences: Sequence[str]) -> None:
+def _raise(path: Path, differences: Sequence[str], *, way_out: str = "") -> None:
     if differences:
         raise AdapterMismatchError(
-            f"{path}: belongs to something else: {'; '.join(differences)}; `ttt info {shell_word(path)}` prints what "
-            f"it needs"
+            f"{path}: belongs to something else: {'; '.join(differences)}{way_out and f'; {way_out}'}; "
+            f"`ttt info {shell_word(path)}` prints what it needs"
         )
 
 
@@ -592,12 +629,20 @@ def _option_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> l
 
 
 def _setting_differences(theirs: TTTConfig, ours: TTTConfig, free: frozenset[str]) -> list[str]:
+    here = ours.model_dump(mode="json")
+    return [_difference(f"ttt.{key}", before, here[key]) for key, before in _differing(theirs, ours, free).items()]
+
+
+def _differing(theirs: TTTConfig, ours: TTTConfig, free: frozenset[str]) -> dict[str, Any]:
+    """The settings that differ, as the file has them."""
     before, here = theirs.model_dump(mode="json"), ours.model_dump(mode="json")
-    return [
-        _difference(f"ttt.{key}", before[key], here[key])
-        for key in before
-        if before[key] != here[key] and key not in free
-    ]
+    return {key: value for key, value in before.items() if value != here[key] and key not in free}
+
+
+def _way_out(settings: Mapping[str, Any]) -> str:
+    """What to write, or to give a command, so that a config's settings are those of a file."""
+    given = (f"--set {shell_word(f'ttt.{key}={json.dumps(value)}')}" for key, value in settings.items())
+    return f"give the config the file's: {' '.join(given)}" if settings else ""
 
 
 def _site_infos(sites: Sequence[Site], config: TTTConfig) -> list[SiteInfo]:

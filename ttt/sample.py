@@ -11,7 +11,15 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ttt.adapter_file import AdapterInfo, backbone_identity, config_differences, load_adapter, read_info
+from ttt.adapter_file import (
+    AdapterInfo,
+    backbone_identity,
+    changed_at_start,
+    config_differences,
+    load_adapter,
+    read_info,
+    way_to_fit,
+)
 from ttt.backbone import Backbone, SampleRequest
 from ttt.config.schema import RunConfig, select_layers
 from ttt.errors import AdapterMismatchError, NonFiniteError, UsageError
@@ -203,8 +211,14 @@ def _require_fit(info: AdapterInfo, config: RunConfig, backbone: Backbone, *, as
     layers = select_layers(config.ttt.layers, backbone.facts(config).num_layers)
     identity = backbone_identity(backbone, config.backbone)
     differences = config_differences(info, config.ttt, backbone=identity, layers=layers, as_start=as_start)
+    way_out = way_to_fit(info, config.ttt, as_start=as_start)
     if differences:
         raise AdapterMismatchError(
-            f"{info.path}: belongs to something else: {'; '.join(differences)}; write these in the config as they are "
-            f"in the file"
+            f"{info.path}: belongs to something else: {'; '.join(differences)}{way_out and f'; {way_out}'}"
+        )
+    changed = changed_at_start(info, config.ttt)
+    if changed:  # training may go on with others; a sample of it is made with those that it was trained with
+        raise AdapterMismatchError(
+            f"{info.path}: was trained with other settings than the config's: {'; '.join(map(str, changed))}; give "
+            f"the config the file's: {' '.join(setting.way_out for setting in changed)}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +13,7 @@ import typer
 
 from ttt.printable import shell_word
 from ttt_cli.options import Overrides, Verify, require_replaceable
-from ttt_cli.terminal import show_note
+from ttt_cli.terminal import show, show_note
 
 if TYPE_CHECKING:
     from ttt.backbone import SamplePlan
@@ -105,15 +106,6 @@ def sample(
     if not together:
         _require_free(plans[0], overwrite=overwrite)
 
-    from rich.console import Console
-
-    from ttt.backbone import SampleRequest
-    from ttt.sample import sample as make
-    from ttt.sample import sample_many
-    from ttt.train.metrics import say
-    from ttt.train.terminal import lasting
-
-    console = Console()
     start = loaded.config.train.init_from
     if learned is None and start is not None:
         told = f"{model}: no adapter: it samples what training would start from, {start}"
@@ -124,7 +116,18 @@ def sample(
             f"requires_scene_transition: {loaded.backbone.name} makes no transitions; they are left to the texts"
         )
     for note in (told, *notes):
-        say(console, note)
+        show(note)
+    sys.stdout.flush()  # torch and the backbone's libraries are seconds away
+
+    from rich.console import Console
+
+    from ttt.backbone import SampleRequest
+    from ttt.sample import sample as make
+    from ttt.sample import sample_many
+    from ttt.train.metrics import say
+    from ttt.train.terminal import lasting
+
+    console = Console()
     requests = [
         SampleRequest(
             prompts=each.prompts,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ttt_cli.options import BackboneName, Overrides, Verify
-from ttt_cli.terminal import show_findings, show_note
+from ttt_cli.terminal import show, show_findings, show_note
 
 if TYPE_CHECKING:
     from ttt.config import LoadedConfig
@@ -44,6 +44,9 @@ def train(
     try:
         loaded = _loaded(config, backbone, overrides or [], resume=resume)
         stop_if_asked()
+        if config is not None:  # of a demo something has been said
+            show(f"read {config}; loading {loaded.backbone.name}")
+        sys.stdout.flush()  # torch and the backbone's libraries are seconds away
         from ttt.train import train as run
 
         stop_if_asked()

@@ -69,6 +69,7 @@ CODES: dict[str, str] = {
     "TTT508": "recordings without what lies beside them",
     "TTT509": "weights to start from that are not there",
     "TTT510": "weights to start from that belong to something else",
+    "TTT511": "a run that goes on with other settings than what it starts from",
     "TTT601": "a run_dir that cannot be written",
     "TTT602": "one run in several processes",
     "TTT603": "an implementation of the scan that cannot be compiled",

@@ -545,9 +545,19 @@ EXPLANATIONS: dict[str, Explanation] = {
         "error",
         "`init_from` names weights of another backbone, other layers or another inner model.",
         "The tensors would not fit, or would mean something else. What changes no tensor may differ: "
-        "`mini_batch_size`, `base_lr`, `scan_checkpoint_group_size`, where gates start, how long windows are.",
+        "`scan_checkpoint_group_size`, where gates start, how long windows are; and, where the config writes them, "
+        "`mini_batch_size` and `base_lr`. A default does not change these two.",
         _MOSHI + _START.replace("layers: [1]", "layers: [1], layer_type: linear"),
+        _MOSHI + _START.replace("layers: [1]", "layers: [1], initial_gating_alpha: 0.2"),
+        "`ttt.adapter_file`",
+        files={"first.safetensors": _adapter()},
+    ),
+    "TTT511": Explanation(
+        "note",
+        "The run goes on with another `mini_batch_size` or `base_lr` than what it starts from was trained with.",
+        "No tensor hangs on them, but the same tensors compute something else. Where that is meant, training goes on.",
         _MOSHI + _START.replace("layers: [1]", "layers: [1], mini_batch_size: 8"),
+        _MOSHI + _START,
         "`ttt.adapter_file`",
         files={"first.safetensors": _adapter()},
     ),

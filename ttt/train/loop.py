@@ -22,7 +22,14 @@ from rich.console import Console
 from torch import Tensor
 
 from ttt.adapter import carried, gates_closed
-from ttt.adapter_file import AdapterInfo, backbone_identity, load_adapter, read_info, trained_backbone
+from ttt.adapter_file import (
+    AdapterInfo,
+    backbone_identity,
+    changed_at_start,
+    load_adapter,
+    read_info,
+    trained_backbone,
+)
 from ttt.asking import WrongAnswer, asked
 from ttt.backbone import Backbone, Batch, LossOutput, WindowDataset
 from ttt.config.schema import RunConfig
@@ -741,6 +748,8 @@ class Trainer:
                 f"starts from {self.start.path}"
                 + (f", {along:,} parameters of the backbone included" if along else ""),
             )
+            for setting in changed_at_start(self.start, config.ttt):
+                say(self.console, f"changed at its start: {setting}")
         if self.dataset.notice:
             say(self.console, self.dataset.notice)
 

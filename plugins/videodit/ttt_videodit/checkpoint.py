@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, cast
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import mapping_errors, read_header, read_json
 from ttt.reading import open_file, other_kind, unreadable
+from ttt_videodit import distributed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,12 +76,7 @@ def look_at(source: Path) -> list[Path]:
     """
     if not source.exists():
         raise EnvironmentProblem(f"{source}: no such file or folder")
-    if source.suffix == ".distcp" or (source.is_dir() and (source / ".metadata").exists()):
-        folder = source if source.is_dir() else source.parent
-        raise UsageError(
-            f"{folder}: is a distributed checkpoint of PyTorch; turn it into a file first, and import that: "
-            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} {folder.name}.pt"
-        )
+    distributed.refuse(source)
     files = _files(source)
     for file in files:
         if _safetensors(files):
@@ -112,7 +108,9 @@ def _files(source: Path) -> list[Path]:
     pickled = sorted(file for file in source.iterdir() if file.suffix in (".pt", ".pth", ".bin"))
     if len(pickled) != 1:
         found = f"{len(pickled)} .pt files" if pickled else "no .safetensors and no .pt file"
-        raise UsageError(f"{source}: holds {found}; name the checkpoint's file")
+        raise UsageError(
+            f"{source}: holds {found}; name the checkpoint's file, or its folder step-N where the trainer saved it so"
+        )
     return pickled
 
 

@@ -15,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
+import ttt_videodit.diffusers_alone  # noqa: F401
+
 import torch
 from diffusers import CogVideoXDPMScheduler
 from torch import Tensor, nn

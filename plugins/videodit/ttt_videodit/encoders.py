@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
+import ttt_videodit.diffusers_alone  # noqa: F401
+
 import torch
 from torch import Tensor
 

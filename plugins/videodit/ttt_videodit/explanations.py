@@ -10,6 +10,10 @@ from ttt.config.explanations import Explanation
 
 _DEMO = "backbone: {name: videodit}\n"
 _OWN_DATA = _DEMO + "data: {train_data: train.jsonl, eval_data: eval.jsonl}\n"
+_PRETRAINED = _OWN_DATA.replace("videodit", "videodit, preset: 5b, pretrained: .").replace(
+    "data: {", "data: {height: 64, width: 64, text_length: 8, "
+)
+_SMALL_2B = '{"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2}\n'
 _READER = "`ttt_videodit.index`"
 
 
@@ -123,5 +127,16 @@ def explanations() -> Mapping[str, Explanation]:
             _READER,
             {**files, "videos.jsonl": '{"path": "a.mp4", "captions": ["waves", ""]}\n', "a.mp4": "video\n"},
             title="videos that cannot be listed",
+        ),
+        "VDT601": Explanation(
+            "error",
+            "`backbone.pretrained` names another of CogVideoX's releases: 2b, 1.5, or one for images to video.",
+            "Their positions, patches or inputs are others than those of the model that segments are cut for, so that "
+            "they would not load, or mean something else. The folder's config.json says so, or the repository's name.",
+            _PRETRAINED,
+            _OWN_DATA,
+            "`ttt_videodit.variants`",
+            {**files, "config.json": _SMALL_2B},
+            title="weights of another CogVideoX",
         ),
     }

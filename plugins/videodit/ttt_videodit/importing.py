@@ -48,11 +48,20 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 """Strings and comments whole, words, spaces, and every other character."""
+_OVERRIDE = re.compile(r"--([a-z]+\.\w{1,60})")
 _SECTION_LINE = re.compile(r"\s*\[\s*([\w.\- ]+?)\s*\]")
 _KEY_LINE = re.compile(r"\s*([\w\-]+)\s*=")
 
+KERNEL_MINI_BATCH = 64
+"""Tokens of a mini-batch in the kernel of `ttt_mlp`, a constant of ttt-tk's `kernels/ttt/ttt.cu`; that of `ttt_linear`
+takes what the config says."""
+
+NO_DROPOUT = (
+    "its train.py drops no text: the branch that would is never reached; guidance leads away from empty texts, as there"
+)
+"""Why imported configs have no `text_dropout`: tensors are moved to the GPU in the branch before."""
+
 _SAME = {
-    "model.mini_batch_size": "ttt.mini_batch_size",
     "model.ttt_base_lr": "ttt.base_lr",
     "job.seed": "train.seed",
     "training.steps": "train.max_steps",
@@ -117,8 +126,9 @@ def import_config(text: str, *, file: str) -> ImportedConfig | None:
     """The config of a TTT-Video job, or None where the file is none.
 
     Raises:
-        UsageError: the file calls itself TOML and is none.
+        UsageError: the file calls itself TOML and is none, or is a script that starts TTT-Video.
     """
+    _refuse_script(text, file)
     data = _read(text, file)
     model = data.get("model")
     if not isinstance(model, Mapping) or not (any(mark in model for mark in MARKS) or model.get("name") == "cogvideo"):
@@ -144,6 +154,18 @@ def import_config(text: str, *, file: str) -> ImportedConfig | None:
     for old, why in _NOT_HERE.items():
         moving.drop(old, why)
     return moving.done()
+
+
+def _refuse_script(text: str, file: str) -> None:
+    """Say of a script that starts TTT-Video which file to import, and what the script changes of it."""
+    lines = "\n".join(line for line in text[:MAX_BYTES].splitlines() if not line.lstrip().startswith("#"))
+    if not text.startswith("#!") or "--job.config_file" not in lines:
+        return
+    changed = [key for key in dict.fromkeys(_OVERRIDE.findall(lines)) if key != "job.config_file"]
+    told = f", with what it changes written into it: {', '.join(changed)}" if changed else ""
+    raise UsageError(
+        f"{file}: is a script that starts {FORMAT}; import the TOML that its --job.config_file names{told}"
+    )
 
 
 def _read(text: str, file: str) -> dict[str, Any]:
@@ -239,6 +261,7 @@ def _move_model(moving: Import) -> None:
         moving.add("backbone.preset", "5b", "TTT-Video's default, which the file left to it")
 
     layer = moving.get("model.ssm_layer", "ttt_mlp")
+    _move_mini_batch(moving, layer)
     if layer == "none":
         moving.move("model.ssm_layer", "ttt.layers", value="none")
     else:
@@ -254,6 +277,26 @@ def _move_model(moving: Import) -> None:
         "model.scale_factor",
         "latents are multiplied by the VAE's own scaling_factor when they are precomputed; "
         f"there by {scale}, so write that as scaling_factor into vae/config.json to have the same",
+    )
+
+
+def _move_mini_batch(moving: Import, layer: Any) -> None:
+    """The mini-batch that the layer computes with, which for `ttt_mlp` is its kernel's and not the file's.
+
+    The published `configs/eval/ttt-mlp` say 16. There is no other path than the kernel's, forward or backward.
+    """
+    written = number(moving.get("model.mini_batch_size"), whole=True)
+    if layer != "ttt_mlp" or written is None or written < 1 or written == KERNEL_MINI_BATCH:
+        moving.move("model.mini_batch_size", "ttt.mini_batch_size")
+        return
+    moving.move(
+        "model.mini_batch_size",
+        "ttt.mini_batch_size",
+        value=KERNEL_MINI_BATCH,
+        note=(
+            f"{written} in the file, but ttt_mlp's kernel has {KERNEL_MINI_BATCH} built in, and its weights learned "
+            f"with that; if yours did not, write --set ttt.mini_batch_size={written} after `ttt train` or `ttt sample`"
+        ),
     )
 
 
@@ -338,16 +381,19 @@ def _move_what_learns(moving: Import) -> None:
         moving.add(
             "train.trainable", "ttt+attention", "without adapter_method TTT-Video does not train; this is its qkvo"
         )
-    moving.add("backbone.text_dropout", 0.1, "written into its train.py")
 
 
 def _move_data(moving: Import, trains: bool) -> None:
+    moving.add("backbone.text_dropout", 0, NO_DROPOUT)
     length = moving.get("model.video_length", "3sec")
     seconds = re.fullmatch(r"(\d{1,6})sec", length, re.ASCII) if isinstance(length, str) else None
     _say(moving, "model.video_length", "data.duration_sec", int(seconds[1]) if seconds else length)
     if trains:
         _move_run_dir(moving)
-        other = "TTT-Video's lists name .pt files; make an index with `ttt precompute` and name it here"
+        other = (
+            "TTT-Video's lists name .pt files; make an index of the videos and captions with `ttt precompute`, from "
+            "data.videos, and name it here"
+        )
         moving.move("training.jsonl_paths", "data.train_data", value=None, note=other)
         moving.drop("training.dataset_path", "the files of an index lie beside it")
         published = PUBLISHED_TEXT_LENGTH.get(int(seconds[1])) if seconds else None

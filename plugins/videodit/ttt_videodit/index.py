@@ -17,6 +17,7 @@ the line (`ttt.checksums`); an index from before there were checksums lacks them
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ from ttt_videodit.geometry import (
     segments_in,
 )
 from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTData, VideoDiTOptions, pixels, text_length
+from ttt_videodit.published import told_line, told_start
 
 VIDEO_EXAMPLE: Final = '{"path": "a.mp4", "captions": ["waves", "a gull"]}'
 """A good line of a list."""
@@ -237,7 +239,7 @@ def parse_encoded(line: bytes, place: str, folder: Path) -> EncodedVideo:
     """
     entry = _object(line, "write the index with ttt precompute")
     try:
-        checksums.parse_line(line)
+        checksums.parse_line(line.removeprefix(BOM_UTF8))
     except ValueError as error:
         raise LineError("damaged", f"{error}; delete the line and run ttt precompute again") from None
     latents = folder / _text(entry, "latents")
@@ -294,12 +296,18 @@ def line_of(video: EncodedVideo, folder: Path) -> str:
 
 
 def _object(line: bytes, way_out: str) -> dict[str, Any]:
+    told = told_start(line)
+    if told is not None:
+        raise LineError("line", told)
     try:
-        entry = json.loads(line.decode("utf-8"))
+        entry = json.loads(line.removeprefix(BOM_UTF8).decode("utf-8"), object_pairs_hook=checksums.no_duplicates)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise LineError("line", f"no JSON ({_short(str(error))}); {way_out}") from None
     if not isinstance(entry, dict):
         raise LineError("line", f"not an object; {way_out}")
+    told = told_line(entry)
+    if told is not None:
+        raise LineError("line", told)
     return entry
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import ttt_videodit.diffusers_alone  # noqa: F401
+
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.attention import FeedForward
@@ -25,8 +27,9 @@ from ttt.inject import Site
 from ttt_videodit.adapter import BidirectionalTTT
 from ttt_videodit.geometry import LATENT_CHANNELS, PATCH_SIZE, Segments
 from ttt_videodit.layout import Layout
-from ttt_videodit.plugin import DEMO_TEXT_DIM, DEMO_TIME_DIM, PIXELS, VideoDiTOptions, sizes
+from ttt_videodit.plugin import DEFAULT_PRETRAINED, DEMO_TEXT_DIM, DEMO_TIME_DIM, PIXELS, VideoDiTOptions, sizes
 from ttt_videodit.pretrained import source_of, verify_record
+from ttt_videodit.variants import WAY_OUT, wrong_source, wrong_variant
 
 DEMO_SEED = 20260101
 LAST_WITHOUT_EFFECT = frozenset({"backward_gate_text.gating_alpha"})
@@ -164,17 +167,16 @@ class VideoDiT(CogVideoXTransformer3DModel):
     Args: as `diffusers.CogVideoXTransformer3DModel`.
 
     Raises:
-        ValueError: a CogVideoX whose positions are not rotary, or whose patches span time (2b, 1.5).
+        ValueError: another of CogVideoX's releases (2b, 1.5, those for images); the message names it.
     """
 
     # The signature is what diffusers reads a model's config by.
     @functools.wraps(CogVideoXTransformer3DModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not self.config.use_rotary_positional_embeddings:
-            raise ValueError("its positions are learned or sinusoidal, not rotary (CogVideoX 2b); use CogVideoX-5b")
-        if self.config.patch_size_t is not None or self.config.ofs_embed_dim is not None:
-            raise ValueError("its patches span several frames (CogVideoX 1.5); use CogVideoX-5b")
+        wrong = wrong_variant({**self.config, "_class_name": None})
+        if wrong is not None:
+            raise ValueError(f"it {wrong}; {WAY_OUT}")
         self.segments = Segments()
         for block in self.transformer_blocks:
             block.attn1.__class__ = SegmentAttention
@@ -367,11 +369,15 @@ def _pretrained_model(options: VideoDiTOptions, *, device: torch.device | str, d
         raise EnvironmentProblem(
             f"backbone.pretrained: {source} holds no transformer/config.json; name a folder in diffusers' layout"
         )
+    _require_the_model(source, wrong_source(source))
     if local.is_dir():
         verify_record(local / (subfolder or ""), tensors=torch.device(device).type != "meta")
     try:
-        if torch.device(device).type == "meta":
+        on_meta = torch.device(device).type == "meta"
+        if on_meta or source != DEFAULT_PRETRAINED:  # of which it is known
             config = VideoDiT.load_config(source, subfolder=subfolder, revision=options.revision)
+            _require_the_model(source, wrong_variant(config))  # before its weights are downloaded
+        if on_meta:
             with torch.device("meta"), _default_dtype(dtype):
                 return cast(VideoDiT, VideoDiT.from_config(config))
         with _quiet_about_the_class():
@@ -387,6 +393,11 @@ def _pretrained_model(options: VideoDiTOptions, *, device: torch.device | str, d
             f"layout with backbone.pretrained, or try the demo preset"
         ) from error
     return cast(VideoDiT, model.to(device=device))
+
+
+def _require_the_model(source: str, wrong: str | None) -> None:
+    if wrong is not None:
+        raise EnvironmentProblem(f"backbone.pretrained: {source} {wrong}; {WAY_OUT}")
 
 
 @contextlib.contextmanager

@@ -167,7 +167,7 @@ class VideoDiTData(DataOptions):
 
 
 def check_data(config: RunConfig) -> Sequence[Any]:
-    """What `ttt check` finds in the data (VDT5xx)."""
+    """What `ttt check` finds in the data (VDT5xx) and the weights (VDT6xx)."""
     from ttt_videodit.rules import RULES
 
     return [finding for rule in RULES for finding in rule(config)]
@@ -190,7 +190,7 @@ class VideoDiTBackbone(Backbone):
     rules: ClassVar[Sequence[Callable[[RunConfig], Sequence[Any]]]] = (check_data,)
 
     def explanations(self) -> Mapping[str, Any]:
-        """What the codes VDT5xx mean."""
+        """What the codes VDT5xx and VDT6xx mean."""
         from ttt_videodit.explanations import explanations
 
         return explanations()

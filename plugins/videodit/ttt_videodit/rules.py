@@ -1,4 +1,4 @@
-"""What `ttt check` finds in Video-DiT's data, without torch or a decoder (codes VDT5xx)."""
+"""What `ttt check` finds in Video-DiT's data (VDT5xx) and weights (VDT6xx), without torch or a decoder."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ttt_videodit.index import (
     windows_in,
 )
 from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions
+from ttt_videodit.variants import WAY_OUT, wrong_source
 
 # A check is instant: what lies beyond is left to the run, which reads all of it before its first step.
 _MOST_BYTES: Final = 4 << 20
@@ -114,7 +115,25 @@ def _list_finding(key: str, what: str, count: int) -> Finding:
     )
 
 
-RULES = (data_is_there, videos_can_be_read, videos_can_be_listed)
+def weights_are_of_the_model(config: RunConfig) -> list[Finding]:
+    """What `backbone.pretrained` names is CogVideoX 5B, not another of its releases."""
+    source = cast(VideoDiTOptions, config.backbone).pretrained
+    wrong = None if source is None else wrong_source(source)
+    if wrong is None:
+        return []
+    return [
+        Finding(
+            code="VDT601",
+            severity=Severity.ERROR,
+            path="backbone.pretrained",
+            message=f"{source} {wrong}",
+            fix=WAY_OUT,
+            value=source,
+        )
+    ]
+
+
+RULES = (weights_are_of_the_model, data_is_there, videos_can_be_read, videos_can_be_listed)
 
 
 # --- the index ---

@@ -368,7 +368,10 @@ def _report(
         f"{out / TRANSFORMER}: {rest[0]} tensors, {rest[1]:,} parameters, in diffusers' layout",
         f"{out / ADAPTER}: {len(ttt)} tensors, {sum(map(Tensor.numel, ttt)):,} parameters of TTT and its gates",
         f"No tensor says how it was trained: the adapter has what {PROGRAM} published for ttt_{settings.layer_type} "
-        f"({published}).",
+        f"({published}). If yours learned with others, write them, as --set ttt.mini_batch_size=…, to train on "
+        f"from it.",
+        f"{PROGRAM} trained on every video's text and never without: write backbone.text_dropout: 0, as "
+        f"`ttt import-config` does, so that guidance leads away from empty texts.",
         f"A config names it with backbone.pretrained: {out} and train.init_from: {out / ADAPTER}; for sampling and "
         f"`ttt precompute`, put vae, text_encoder, tokenizer and scheduler of CogVideoX-5b beside {TRANSFORMER}.",
         f"{PROGRAM}'s configs leave latents as the VAE gives them (model.scale_factor: 1.0): unless yours did not, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ttt.config.diagnostics import Finding, Severity
 from ttt.config.recordings import Recordings
@@ -12,6 +13,10 @@ from ttt.config.rules.rule import FACTS, NEEDED, Context, rule
 from ttt.config.schema import select_layers
 from ttt.errors import EnvironmentProblem
 from ttt.reading import other_kind
+
+if TYPE_CHECKING:
+    from ttt.adapter_file import AdapterInfo, ChangedSetting
+    from ttt.config.schema import TTTConfig
 
 
 @rule("data.train_data", "data.eval_data")
@@ -185,21 +190,43 @@ def start_fits(context: Context) -> Iterator[Finding]:
     start = context.start
     if start is None or isinstance(start, EnvironmentProblem):
         return
-    from ttt.adapter_file import backbone_identity, config_differences
+    from ttt.adapter_file import backbone_identity, changed_at_start, config_differences
 
     config, backbone = context.config, context.backbone
     layers = select_layers(config.ttt.layers, context.facts.num_layers)
     identity = backbone_identity(backbone, config.backbone)
     differences = config_differences(start, config.ttt, backbone=identity, layers=layers, as_start=True)
+    changed = changed_at_start(start, config.ttt)
+    # What the user writes is meant to change; a default is not.
+    differences += [str(setting) for setting in changed if not context.is_written(setting.key)]
+    for setting in changed if not differences else ():
+        yield Finding(
+            code="TTT511",
+            severity=Severity.NOTE,
+            path=setting.key,
+            message=f"{setting}: the same tensors compute something else than where {config.train.init_from!r} learned",
+            fix=f"give {setting.way_out} to go on as it was, unless the change is meant",
+            value=setting.ours,
+        )
     if differences:
         yield Finding(
             code="TTT510",
             severity=Severity.ERROR,
             path="train.init_from",
             message=f"{config.train.init_from!r} belongs to something else: {'; '.join(differences)}",
-            fix="write these as they are in the file, or another init_from",
+            fix=_as_in_the_file(start, config.ttt, changed)
+            or "write these as they are in the file, or another init_from",
             value=len(differences),
         )
+
+
+def _as_in_the_file(start: AdapterInfo, ttt: TTTConfig, changed: Sequence[ChangedSetting]) -> str:
+    """The way out, where settings differ."""
+    from ttt.adapter_file import way_to_fit
+
+    given = " ".join(setting.way_out for setting in changed)
+    way_out = way_to_fit(start, ttt, as_start=True) or ("give the config the file's:" if changed else "")
+    return f"{way_out} {given}".strip() + (", or another init_from" if way_out else "")
 
 
 def _share(places: Sequence[str], lines: Recordings) -> str:

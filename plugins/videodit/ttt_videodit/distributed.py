@@ -1,0 +1,127 @@
+"""Distributed checkpoints of PyTorch, as TTT-Video's trainer saves them, told from what can be imported.
+
+One is a folder of `.distcp` files with a `.metadata` that is written last. The trainer's lie in
+`DUMP/EXPERIMENT/checkpoint/step-N`; users name any of these folders. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from ttt.errors import EnvironmentProblem, UsageError
+from ttt.printable import shell_word
+from ttt.reading import unreadable
+
+METADATA: Final = ".metadata"
+_SHARD: Final = ".distcp"
+_LEVELS: Final = 3
+_MOST_FOLDERS: Final = 2000
+_NAMED: Final = re.compile(r"step-\d{1,15}")
+_STEP: Final = re.compile(r".*?(\d{1,15})")
+
+
+def refuse(source: Path) -> None:
+    """Say what to do with a distributed checkpoint, or with a folder of some.
+
+    Raises:
+        UsageError: the source is one, or part of one, or has some beneath it and no tensors of its own.
+    """
+    if source.suffix == _SHARD or source.name == METADATA:
+        source = source.parent
+    if not source.is_dir():
+        return
+    if (source / METADATA).exists():
+        raise UsageError(f"{source}: is a distributed checkpoint of PyTorch; {_first(source)}")
+    if _is_cut_short(source):
+        raise UsageError(
+            f"{source}: is a distributed checkpoint whose saving was cut short: it has no {METADATA}{_other(source)}"
+        )
+    try:
+        if any(file.suffix in (".safetensors", ".pt", ".pth", ".bin") for file in source.iterdir()):
+            return
+    except OSError as error:
+        raise EnvironmentProblem(f"{source}: cannot be read: {unreadable(error)}") from None
+    whole, cut = _beneath(source)
+    if whole or cut:
+        raise UsageError(f"{source}: {_in_words(source, whole, cut)}")
+
+
+def _first(folder: Path) -> str:
+    name = f"{folder.name or folder.resolve().name or 'checkpoint'}.pt"
+    return (
+        "turn it into a file first, and import that: python -m torch.distributed.checkpoint.format_utils "
+        f"dcp_to_torch {shell_word(folder)} {shell_word(name)}"
+    )
+
+
+def _in_words(source: Path, whole: Sequence[Path], cut: Sequence[Path]) -> str:
+    """What lies beneath a folder, and which of it to take."""
+    passed_over = f" ({cut[-1].name} was cut short: it has no {METADATA})" if cut else ""
+    if not whole:
+        return f"holds no whole checkpoint{passed_over}; name an earlier one, or another run"
+    runs = {folder.parent: folder for folder in whole}  # the newest of each, which comes last
+    if len(runs) > 1:
+        newest = ", ".join(str(folder) for folder in list(runs.values())[:3])
+        more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
+        return f"holds the checkpoints of {len(runs)} runs; name one of them: {newest}{more} are their newest"
+    folder = whole[-1]
+    count = (
+        f"{len(whole)} distributed checkpoints of PyTorch, the newest"
+        if len(whole) > 1
+        else "the distributed checkpoint"
+    )
+    return f"holds {count} {folder.relative_to(source)}{passed_over}; {_first(folder)}"
+
+
+def _other(folder: Path) -> str:
+    """The newest whole checkpoint beside one."""
+    whole, _ = _beneath(folder.parent, levels=1)
+    return f"; name another, such as {whole[-1]}" if whole else "; name another"
+
+
+def _beneath(folder: Path, *, levels: int = _LEVELS) -> tuple[list[Path], list[Path]]:
+    """The checkpoints beneath a folder, whole and cut short, run by run, the newest of each last."""
+    found = list(_checkpoints(folder, levels))
+    ordered = sorted(found, key=lambda path: (str(path.parent), _step(path), path.name))
+    whole = [path for path in ordered if (path / METADATA).exists()]
+    return whole, [path for path in ordered if path not in whole]
+
+
+def _checkpoints(folder: Path, levels: int) -> Iterator[Path]:
+    level = [folder]
+    for _ in range(levels):
+        level = [inner for outer in level for inner in _folders(outer)][:_MOST_FOLDERS]
+        yield from (path for path in level if (path / METADATA).exists() or _is_cut_short(path))
+        level = [path for path in level if not (path / METADATA).exists()]
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder; none in one that cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+
+
+def _is_cut_short(folder: Path) -> bool:
+    """Whether it has a checkpoint's parts without the file that is written last, or its name and nothing at all."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return False
+    nothing = not names and _NAMED.fullmatch(folder.name) is not None
+    return METADATA not in names and (nothing or any(name.endswith(_SHARD) for name in names))
+
+
+def _step(folder: Path) -> tuple[int, float]:
+    """The step in a folder's name; by its age where there is none."""
+    found = _STEP.fullmatch(folder.name)
+    try:
+        return (int(found[1]) if found else -1, folder.stat().st_mtime)
+    except OSError:
+        return (-1, 0.0)
