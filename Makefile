@@ -57,7 +57,7 @@ format: $(STAMP) ## put the code in its form
 	$(BIN)/ruff format .
 
 rules: $(STAMP) ## write docs/rules.md anew from the rules' explanations
-	$(BIN)/python -m ttt.config.explain > $(VENV)/rules.md
+	$(BIN)/python -m ttt.check.explain > $(VENV)/rules.md
 	mv $(VENV)/rules.md docs/rules.md
 
 constraints: $(STAMP) ## pin anew what constraints.txt pins (then run the tests)

@@ -15,10 +15,10 @@ from published import norms, projected, published_layer, published_scan, step_si
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttt.check.doctor import forced
 from ttt.config import TTTConfig
-from ttt.config.estimate import ScanCost, scan_cost
 from ttt.config.schema import inner_widths
-from ttt.doctor import forced
+from ttt.costs import ScanCost, scan_cost
 from ttt.errors import NestedCheckpointWarning
 from ttt.layer import Rotary, TTTLayer
 from ttt.ops.minibatch import Inner, Stream, Tokens, learn

@@ -59,7 +59,7 @@ PLUGIN = '''\
 import os
 
 from toy import ToyBackbone, ToyDataset
-from ttt.hookspecs import hookimpl
+from ttt.plugins.hookspecs import hookimpl
 
 
 def tell(moment):

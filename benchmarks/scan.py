@@ -42,7 +42,7 @@ from scan_results import Decoding, GrowthPoint, Machine, Results, Row, ShapeResu
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttt.doctor import cores, devices, forced, versions
+from ttt.check.doctor import cores, devices, forced, versions
 from ttt.layer import TTTLayer
 
 RESULTS = Path(__file__).parent / "results"

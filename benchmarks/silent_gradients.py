@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from ttt import inject
 from ttt.adapter import TTTAdapter
-from ttt.backbone import Backbone
 from ttt.config import TTTConfig
 from ttt.inject import Site
 from ttt.laws.bench import Bench
 from ttt.laws.checks import NESTINGS
 from ttt.layer import Rotary
 from ttt.plugins import get_backbone
+from ttt.plugins.backbone import Backbone
 from ttt.state import TTTState
 
 

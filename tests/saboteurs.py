@@ -23,8 +23,8 @@ from toy import (
 )
 
 from ttt.adapter import TTTAdapter, gates_closed
-from ttt.backbone import Batch, LossOutput
 from ttt.inject import Site
+from ttt.plugins.backbone import Batch, LossOutput
 from ttt.state import TTTState
 
 # --- adapters and blocks ---

@@ -16,12 +16,12 @@ from rich.console import Console
 from torch import nn
 from toy import ToyBackbone, ToyDataset
 
-from ttt.answers import ANSWERS
-from ttt.asking import TRACEBACK, methods_of
-from ttt.backbone import Backbone, LossOutput
 from ttt.config import check_config
 from ttt.errors import EnvironmentProblem, InactiveLayerError, PluginError, UsageError
 from ttt.plugins import PluginInfo, discover, examined
+from ttt.plugins.answers import ANSWERS
+from ttt.plugins.asking import TRACEBACK, methods_of
+from ttt.plugins.backbone import Backbone, LossOutput
 from ttt.train import train
 from ttt_cli.main import main
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttt.config import TTTConfig
-from ttt.config.estimate import scan_cost
+from ttt.costs import scan_cost
 from ttt.layer import TTTLayer
 from ttt.ops.rotary import rotary_angles
 

@@ -21,15 +21,15 @@ from fake_distributions import TOY, importable, install
 from toy_config import DEMO
 
 from ttt import __version__
+from ttt.check.json_schema import EDITOR_LINE
 from ttt.config import load_config
-from ttt.config.json_schema import EDITOR_LINE
 from ttt_cli.app import COMMANDS
 from ttt_cli.main import main
 
 ROOT = Path(__file__).parent.parent
 TRAINABLE = """\
 from toy import ToyBackbone
-from ttt.hookspecs import hookimpl
+from ttt.plugins.hookspecs import hookimpl
 
 @hookimpl
 def ttt_backbone():
@@ -115,7 +115,7 @@ def test_an_interrupt_ends_with_130_and_a_bug_keeps_its_traceback(
         assert capsys.readouterr().err == ""
         assert main(["check", _write("b.yaml", "backbone: {name: buggy}")]) == 1
         assert re.search(r"broken: AssertionError: of the plugin \(.*buggy_plugin\.py:6\)", capsys.readouterr().out)
-    monkeypatch.setattr("ttt.config.load.run_rules", lambda *_: 1 / 0)  # of our own
+    monkeypatch.setattr("ttt.check.load.run_rules", lambda *_: 1 / 0)  # of our own
     with pytest.raises(ZeroDivisionError):
         main(["check", _write("c.yaml", "backbone: {name: toy}")])
 

@@ -17,17 +17,17 @@ from safetensors.torch import load_file, save_file
 from toy import MakingToy, ToyModel, ToyOptions
 
 from ttt.adapter_file import backbone_identity, load_adapter, save_adapter
-from ttt.backbone import SampleRequest
 from ttt.config import TTTConfig
 from ttt.errors import EnvironmentProblem, NonFiniteError
 from ttt.inject import apply
+from ttt.plugins.backbone import SampleRequest
 from ttt.train import loop
 from ttt.train.passes import seed_pass
 from ttt_cli.main import main
 
 PLUGIN = """\
 from toy import {toy}
-from ttt.hookspecs import hookimpl
+from ttt.plugins.hookspecs import hookimpl
 
 @hookimpl
 def ttt_backbone():

@@ -13,8 +13,8 @@ import yaml
 from fake_distributions import TOY, importable, install
 from toy_config import DEMO, ToyBackbone
 
+from ttt.check.json_schema import EDITOR_LINE, json_schema
 from ttt.config import RunConfig, check_config, dump_config, load_config, run_config_model
-from ttt.config.json_schema import EDITOR_LINE, json_schema
 from ttt.config.source import parse_source
 from ttt.plugins import get_backbone
 from ttt_cli.main import main

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from ttt.config.diagnostics import (
+from ttt.config.findings import (
     CODES,
     ENVIRONMENT_CODES,
     Finding,

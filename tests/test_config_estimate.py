@@ -18,9 +18,8 @@ import ttt.ops.minibatch
 import ttt.ops.select
 from ttt import inject
 from ttt.adapter import TTTAdapter
-from ttt.backbone import BackboneFacts
 from ttt.config import RunConfig, TTTConfig, check_config, load_config
-from ttt.config.estimate import (
+from ttt.costs import (
     BLOCK,
     SMALL,
     estimate,
@@ -37,6 +36,7 @@ from ttt.layer import TTTLayer
 from ttt.ops import fused
 from ttt.ops.rotary import rotary_angles
 from ttt.plugins import get_backbone
+from ttt.plugins.backbone import BackboneFacts
 from ttt.train.optim import Optimizer, choose_learnable
 
 MOSHI = get_backbone("moshi")

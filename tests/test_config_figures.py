@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from ttt.check.load import check_config, run_config_model
 from ttt.config import RunConfig
-from ttt.config.diagnostics import CODES, Severity
-from ttt.config.load import check_config, run_config_model
+from ttt.config.findings import CODES, Severity
 from ttt.config.spelling import nearest
 from ttt.plugins import get_backbone
 from ttt_cli.main import main

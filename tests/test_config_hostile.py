@@ -23,16 +23,16 @@ from hypothesis import strategies as st
 from toy_config import ToyBackbone
 from typer.testing import CliRunner
 
+from ttt.check.fixes import fix_text
+from ttt.check.importing import import_config as ask
+from ttt.check.importing import render_account, write_imported
+from ttt.check.load import dump_value, run_config_model
+from ttt.check.sarif import render_sarif
 from ttt.config import CheckedConfig, Finding, check_config, load_config, render_json, render_text
 from ttt.config import estimate as estimate_module
-from ttt.config.diagnostics import MOST_CHARACTERS, MOST_OF_A_KIND, Place, Severity, render_github, shown
-from ttt.config.estimate import best_group_size
-from ttt.config.fixes import fix_text
-from ttt.config.importing import import_config as ask
-from ttt.config.importing import render_account, write_imported
-from ttt.config.load import dump_value, run_config_model
-from ttt.config.sarif import render_sarif
+from ttt.config.findings import MOST_CHARACTERS, MOST_OF_A_KIND, Place, Severity, render_github, shown
 from ttt.config.source import MAX_IN_OVERRIDES, MAX_OVERRIDES, parse_source, resolve
+from ttt.costs import best_group_size
 from ttt.errors import ConfigError, UsageError
 from ttt.plugins import get_backbone
 from ttt_cli.app import app
@@ -552,7 +552,7 @@ def test_a_file_name_cannot_leave_the_comment_that_it_is_written_into(
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(st.text(alphabet=st.characters(exclude_characters="\0/"), max_size=30), st.text(max_size=30))
 def test_no_name_and_no_note_leaves_its_comment(name: str, note: str) -> None:
-    from ttt.config.importing import ImportedConfig, ImportedKey
+    from ttt.check.importing import ImportedConfig, ImportedKey
 
     imported = ImportedConfig(name, {"run_dir": "x", "train.lr": 1e-3}, [ImportedKey(name, "train.lr", note)])
     imported.keys.append(ImportedKey("", "run_dir", note))  # type: ignore[attr-defined]

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import pytest
 from toy_config import ToyBackbone
 
+from ttt.check.explanations import EXPLANATIONS
+from ttt.check.load import check_config
+from ttt.check.rules.memory import device_memory
 from ttt.config import Finding, TTTConfig, load_config
-from ttt.config.diagnostics import CODES, Severity
-from ttt.config.estimate import scan_cost, show_bytes
-from ttt.config.explanations import EXPLANATIONS
-from ttt.config.load import check_config
-from ttt.config.rules.memory import device_memory
+from ttt.config.findings import CODES, Severity
+from ttt.costs import scan_cost, show_bytes
 from ttt.errors import ConfigError, NestedCheckpointWarning
 
 

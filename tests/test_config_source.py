@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt.config import source as source_module
-from ttt.config.diagnostics import Severity
+from ttt.config.findings import Severity
 from ttt.config.source import MAX_BYTES, MAX_LEVELS, MAX_VALUES, parse_source, read_source, resolve
 from ttt.errors import EnvironmentProblem
 

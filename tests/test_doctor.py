@@ -12,10 +12,10 @@ import torch
 from fake_distributions import TOY, importable, install
 from torch import Tensor
 
-from ttt import doctor
+from ttt.check import doctor
+from ttt.check.doctor import SUPPORT, Problem, examine, forced, support_table
 from ttt.config import TTTConfig
-from ttt.config.diagnostics import Severity
-from ttt.doctor import SUPPORT, Problem, examine, forced, support_table
+from ttt.config.findings import Severity
 from ttt.errors import ConfigError
 from ttt.layer import TTTLayer
 from ttt.ops import minibatch, select

@@ -8,7 +8,7 @@ import pytest
 from toy import ToyBackbone, TwoWayToy
 
 from ttt.config import TTTConfig, check_config
-from ttt.config.estimate import enclosing_checkpoints, scan_cost
+from ttt.costs import enclosing_checkpoints, scan_cost
 from ttt.errors import NestedCheckpointWarning
 from ttt.laws import Bench
 from ttt.laws.checks import NESTINGS

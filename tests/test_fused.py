@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ttt.config import TTTConfig
-from ttt.config.estimate import scan_cost
+from ttt.costs import scan_cost
 from ttt.errors import NestedCheckpointWarning
 from ttt.layer import TTTLayer
 from ttt.ops import fused

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reading import KINDS
 
-from ttt.config.recordings import read_recordings
+from ttt.check.recordings import read_recordings
 from ttt.errors import EnvironmentProblem, TTTError, UsageError
 from ttt_videodit import checkpoint, demo
 from ttt_videodit.frames import UnreadableVideoError, inspect_video, read_frames

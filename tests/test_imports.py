@@ -113,8 +113,8 @@ def test_what_checks_a_config_imports_no_torch() -> None:
         ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for file in sorted((ROOT / "ttt" / "config").rglob("*.py"))
     ]
-    assert "ttt.config.load" in config
-    others = ["ttt.plugins", "ttt.backbone", "ttt.hookspecs", "ttt_cli.main", "ttt_cli.app"]
+    assert "ttt.check.load" in config
+    others = ["ttt.plugins", "ttt.plugins.backbone", "ttt.plugins.hookspecs", "ttt_cli.main", "ttt_cli.app"]
     assert _heavy_after(["ttt", *config, *others]) == "[]"
 
 
@@ -126,8 +126,15 @@ NOT_FOR_A_CHECK = {
     # backbones that the config does not name
     *PLUGIN_PACKAGES - {"ttt_moshi"},
     # other formats, fixes, explanations and the like
-    *("ttt.config.explain", "ttt.config.explanations", "ttt.config.fixes", "ttt.config.sarif", "ttt.config.diff"),
-    *("ttt.config.importing", "ttt.config.json_schema", "ttt.probe", "ttt.probe_codes", "ttt.train", "ttt.layer"),
+    *("ttt.check.explain", "ttt.check.explanations", "ttt.check.fixes", "ttt.check.sarif", "ttt.check.diff"),
+    *(
+        "ttt.check.importing",
+        "ttt.check.json_schema",
+        "ttt.check.probe",
+        "ttt.check.probe_codes",
+        "ttt.train",
+        "ttt.layer",
+    ),
     # of the standard library, what only the above want
     *("asyncio", "http.client", "ssl", "difflib", "traceback", "subprocess", "multiprocessing", "logging", "runpy"),
 }

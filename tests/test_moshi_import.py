@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from ttt.check.importing import ImportedConfig, render_account, write_imported
+from ttt.check.importing import import_config as ask
 from ttt.config import check_config, load_config
-from ttt.config.importing import ImportedConfig, render_account, write_imported
-from ttt.config.importing import import_config as ask
 from ttt.errors import ConfigError, PluginError, UsageError
 from ttt.plugins import get_backbone
 from ttt_cli.main import main

@@ -18,24 +18,24 @@ BROKEN = {
     "panics": ("class Panic(BaseException): ...\nraise Panic('in Rust')\n", "Panic: in Rust"),
     "exits": ("raise SystemExit('not on this machine')\n", "not on this machine"),
     "misspelt": (
-        "from ttt.hookspecs import hookimpl\n@hookimpl\ndef ttt_bakbone():\n    pass\n",
+        "from ttt.plugins.hookspecs import hookimpl\n@hookimpl\ndef ttt_bakbone():\n    pass\n",
         "ttt_bakbone",
     ),
     "argument": (
-        "from ttt.hookspecs import hookimpl\n@hookimpl\ndef ttt_backbone(torch):\n    pass\n",
+        "from ttt.plugins.hookspecs import hookimpl\n@hookimpl\ndef ttt_backbone(torch):\n    pass\n",
         "torch",
     ),
     "number": (
-        "from ttt.hookspecs import hookimpl\n@hookimpl\ndef ttt_backbone():\n    return 7\n",
+        "from ttt.plugins.hookspecs import hookimpl\n@hookimpl\ndef ttt_backbone():\n    return 7\n",
         "returned int, not a Backbone",
     ),
     "nothing": (
-        "from ttt.hookspecs import hookimpl\n@hookimpl\ndef ttt_backbone():\n    return None\n",
+        "from ttt.plugins.hookspecs import hookimpl\n@hookimpl\ndef ttt_backbone():\n    return None\n",
         "no hook `ttt_backbone`",
     ),
     "hookless": ("x = 1\n", "no hook `ttt_backbone`"),
     "raises": (
-        "from ttt.hookspecs import hookimpl\n@hookimpl\ndef ttt_backbone():\n    raise KeyError('weights')\n",
+        "from ttt.plugins.hookspecs import hookimpl\n@hookimpl\ndef ttt_backbone():\n    raise KeyError('weights')\n",
         "KeyError: 'weights'",
     ),
     "alias": (TOY, "the backbone calls itself 'toy', its entry point 'alias'"),
@@ -46,7 +46,7 @@ BROKEN = {
         "Other.options is <class 'dict'>, not a subclass of BackboneOptions",
     ),
     "abstract": (
-        "from ttt.backbone import Backbone\nfrom ttt.hookspecs import hookimpl\n"
+        "from ttt.plugins.backbone import Backbone\nfrom ttt.plugins.hookspecs import hookimpl\n"
         "class Half(Backbone):\n    name = 'abstract'\n"
         "@hookimpl\ndef ttt_backbone():\n    return Half()\n",
         "abstract",

@@ -16,12 +16,12 @@ from torch import Tensor
 from toy import BlockWithTTT, Cache, ToyBackbone, TwoWayAdapter, TwoWayBlockWithTTT, TwoWayToy
 
 from ttt.adapter import Gate, TTTAdapter
+from ttt.check.probe import cuts, narrow, place_layers, probe
+from ttt.check.probe_codes import LAW_EXPLANATIONS
 from ttt.config import CODES, load_config
 from ttt.layer import Rotary, TTTLayer
 from ttt.ops.minibatch import Tokens
 from ttt.plugins import get_backbone
-from ttt.probe import cuts, narrow, place_layers, probe
-from ttt.probe_codes import LAW_EXPLANATIONS
 from ttt.state import TTTState
 
 SMALL = ["ttt.mini_batch_size=4", "ttt.scan_checkpoint_group_size=2", "ttt.layers=all"]

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ttt.check.explain import catalogue, explain
+from ttt.check.explanations import Explanation
+from ttt.check.load import load_config
 from ttt.checksums import parse_line
 from ttt.config import Finding, check_config
-from ttt.config.explain import catalogue, explain
-from ttt.config.explanations import Explanation
-from ttt.config.load import load_config
 from ttt.errors import ConfigError, EnvironmentProblem, UsageError
 from ttt.files import read_header, write_tensors
 from ttt.plugins import get_backbone

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ttt.config import load_config
 from ttt.config.schema import TrainConfig
 from ttt.errors import EnvironmentProblem
-from ttt.rows import StepRows, reading_rows, rows_of_step
+from ttt.plugins.rows import StepRows, reading_rows, rows_of_step
 from ttt.train import train
 from ttt.train.passes import training_rows
 from ttt_videodit import model as videodit

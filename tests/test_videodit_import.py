@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from ttt.check.importing import ImportedConfig, render_account, write_imported
+from ttt.check.importing import import_config as ask
 from ttt.config import Severity, check_config
-from ttt.config.importing import ImportedConfig, render_account, write_imported
-from ttt.config.importing import import_config as ask
 from ttt.errors import UsageError
 from ttt.plugins import get_backbone
 from ttt_cli.main import main

@@ -16,7 +16,7 @@ from torch import Tensor
 from ttt import gates_closed, inject
 from ttt.adapter import Gate
 from ttt.config import RunConfig, TrainConfig, TTTConfig
-from ttt.config.estimate import estimate
+from ttt.costs import estimate
 from ttt.errors import EnvironmentProblem, InjectionError, UsageError
 from ttt.plugins import get_backbone
 from ttt.testing import laws

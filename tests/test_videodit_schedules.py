@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.config.schema import TrainConfig
-from ttt.rows import reading_rows
+from ttt.plugins.rows import reading_rows
 from ttt.train.passes import training_rows
 from ttt_videodit import model as videodit
 from ttt_videodit.diffusion import make_scheduler, training_loss

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import Field, model_validator
 
-from ttt.backbone import Backbone, BackboneFacts
 from ttt.config import BackboneOptions, DataOptions, RunConfig
-from ttt.hookspecs import hookimpl
+from ttt.plugins.backbone import Backbone, BackboneFacts
+from ttt.plugins.hookspecs import hookimpl
 
 DEMO = """\
 # A toy, to be trained in a moment.

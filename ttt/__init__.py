@@ -21,8 +21,8 @@ _EXPORTS = {
     "Site": "ttt.inject",
     "save_adapter": "ttt.adapter_file",
     "load_adapter": "ttt.adapter_file",
-    "Backbone": "ttt.backbone",
-    "hookimpl": "ttt.hookspecs",
+    "Backbone": "ttt.plugins.backbone",
+    "hookimpl": "ttt.plugins.hookspecs",
     "NestedCheckpointWarning": "ttt.errors",
 }
 
@@ -46,13 +46,13 @@ __all__ = [
 if TYPE_CHECKING:
     from ttt.adapter import Gate, TTTAdapter, gates_closed
     from ttt.adapter_file import load_adapter, save_adapter
-    from ttt.backbone import Backbone
     from ttt.config import TTTConfig
     from ttt.errors import NestedCheckpointWarning
-    from ttt.hookspecs import hookimpl
     from ttt.inject import Site
     from ttt.layer import TTTLayer
     from ttt.ops.scan import scan
+    from ttt.plugins.backbone import Backbone
+    from ttt.plugins.hookspecs import hookimpl
     from ttt.state import TTTState
 
 

@@ -51,8 +51,8 @@ from ttt.printable import json_text, shell_word
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ttt.backbone import Backbone
     from ttt.inject import Injection, Site
+    from ttt.plugins.backbone import Backbone
 
 MODEL = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

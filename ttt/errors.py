@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ttt.config.diagnostics import Finding
+    from ttt.config.findings import Finding
 
 _NAMED_PROBLEMS = 5
 

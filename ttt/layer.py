@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ttt.config import TTTConfig
-from ttt.config.estimate import best_group_size, scan_cost
 from ttt.config.schema import inner_widths
+from ttt.costs import best_group_size, scan_cost
 from ttt.ops.minibatch import Inner, InnerTrace, Stream, Tokens, learn, learn_one_, trace
 from ttt.ops.norm import normalize, normalize_target, outer_layer_norm, rms_norm
 from ttt.ops.rotary import apply_rotary, rotary_angles

@@ -20,10 +20,10 @@ from ttt.adapter_file import (
     read_info,
     way_to_fit,
 )
-from ttt.backbone import Backbone, SampleRequest
 from ttt.config.schema import RunConfig, select_layers
 from ttt.errors import AdapterMismatchError, NonFiniteError, UsageError
 from ttt.files import require_place
+from ttt.plugins.backbone import Backbone, SampleRequest
 from ttt.printable import say
 from ttt.samples import SampleFolder, shared_origin
 from ttt.train.passes import seed_pass

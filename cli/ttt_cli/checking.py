@@ -50,7 +50,7 @@ def check_files(
     Raises:
         UsageError: the arguments do not go together.
     """
-    from ttt.config.diagnostics import has_errors
+    from ttt.config.findings import has_errors
     from ttt.errors import TTTError, UsageError
     from ttt.reading import is_stream
 
@@ -106,7 +106,7 @@ def _read(name: str) -> bytes:
 def _print_data(output: Format, findings: Sequence[Finding], problems: Sequence[str]) -> None:
     if output is Format.SARIF:
         from ttt import __version__
-        from ttt.config.sarif import render_sarif
+        from ttt.check.sarif import render_sarif
 
         print(render_sarif(findings, version=__version__, problems=problems))
     elif output is Format.JSON:
@@ -114,7 +114,7 @@ def _print_data(output: Format, findings: Sequence[Finding], problems: Sequence[
 
         print(render_json(findings))
     elif findings:
-        from ttt.config.diagnostics import render_github
+        from ttt.config.findings import render_github
 
         print(render_github(findings))
 
@@ -145,7 +145,7 @@ def _prefixes(option: str, given: Iterable[str]) -> tuple[str, ...]:
     Raises:
         UsageError: one is none, so that it would silently do nothing.
     """
-    from ttt.config.diagnostics import CODES
+    from ttt.config.findings import CODES
     from ttt.errors import UsageError
 
     prefixes = [word.strip() for words in given for word in words.split(",")]
@@ -182,7 +182,7 @@ class _Checker:
 
     def fix(self, file: str, content: bytes, *, write: bool) -> Sequence[Finding]:
         """Show what can be fixed in a file, or fix it, and the findings of the file as it lies there afterwards."""
-        from ttt.config.fixes import fix_text, unified_diff
+        from ttt.check.fixes import fix_text, unified_diff
 
         before = self._check(file, content)
         if not before.source.complete:  # nothing in it has a place
@@ -214,8 +214,8 @@ def _probe(checked: CheckedConfig, *, show: bool) -> list[Finding]:
     Raises:
         TTTError: the model cannot be built, or hidden errors stand in the way.
     """
-    from ttt.config.diagnostics import blames_environment, has_errors
-    from ttt.config.load import with_place
+    from ttt.check.load import with_place
+    from ttt.config.findings import blames_environment, has_errors
     from ttt.errors import UsageError
 
     own = [finding for finding in checked.findings if not blames_environment(finding)]
@@ -226,7 +226,7 @@ def _probe(checked: CheckedConfig, *, show: bool) -> list[Finding]:
         return []
     from rich.console import Console
 
-    from ttt.probe import probe
+    from ttt.check.probe import probe
 
     console = Console(file=sys.stdout if show else sys.stderr, no_color=not has_color(sys.stdout), soft_wrap=False)
     broken = probe(checked.config, checked.backbone, console=console)
@@ -234,7 +234,7 @@ def _probe(checked: CheckedConfig, *, show: bool) -> list[Finding]:
 
 
 def _show(file: str, findings: Sequence[Finding], *, also: str = "") -> None:
-    from ttt.config.diagnostics import summary
+    from ttt.config.findings import summary
 
     show_findings(findings, stream=sys.stdout)
     show(f"{file}: {also}{summary(findings)}")

@@ -11,7 +11,7 @@ from ttt_cli.options import BackboneName
 from ttt_cli.terminal import show, show_error, show_findings, width_of
 
 if TYPE_CHECKING:
-    from ttt.config.diff import ConfigDiff
+    from ttt.check.diff import ConfigDiff
 
 
 def diff(
@@ -27,8 +27,8 @@ def diff(
 
     Exit codes: 0 no difference, 1 differences, 2 a config that means nothing, 3 a file that cannot be read.
     """
+    from ttt.check.diff import diff_configs, render_json
     from ttt.config import check_config
-    from ttt.config.diff import diff_configs, render_json
     from ttt.errors import UsageError
 
     checked = [check_config(name, backbone=backbone) for name in (left, right)]
@@ -48,7 +48,7 @@ def diff(
 
 
 def _show(compared: ConfigDiff) -> None:
-    from ttt.config.diff import render_values
+    from ttt.check.diff import render_values
 
     if not compared:
         show(f"{compared.left} and {compared.right} are the same run")

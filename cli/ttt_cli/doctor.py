@@ -12,7 +12,7 @@ from ttt_cli.options import BackboneName, Overrides
 from ttt_cli.terminal import show
 
 if TYPE_CHECKING:
-    from ttt.doctor import Report
+    from ttt.check.doctor import Report
 
 ENVIRONMENT = 3
 
@@ -39,7 +39,7 @@ def doctor(
     that run. Exit codes: 0 nothing that keeps a run from starting, 2 a config that is wrong anywhere, 3 an environment
     that is wrong.
     """
-    from ttt.doctor import examine
+    from ttt.check.doctor import examine
     from ttt.errors import UsageError
 
     if config is None and (backbone or overrides):
@@ -56,7 +56,7 @@ def doctor(
 def _facts(report: Report) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from ttt.doctor import SUPPORT
+    from ttt.check.doctor import SUPPORT
     from ttt_cli.plugins import facts_of_plugin
 
     return {
@@ -72,8 +72,8 @@ def _facts(report: Report) -> dict[str, Any]:
 
 
 def _print_report(report: Report) -> None:
-    from ttt.config.estimate import show_bytes
-    from ttt.doctor import SUPPORT
+    from ttt.check.doctor import SUPPORT
+    from ttt.costs import show_bytes
 
     print("versions")
     _print_rows([(name, "not installed" if value is None else value) for name, value in report.versions.items()])

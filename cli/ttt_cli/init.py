@@ -12,7 +12,7 @@ from ttt_cli.options import is_standard_output, require_replaceable
 from ttt_cli.terminal import show_note
 
 if TYPE_CHECKING:
-    from ttt.backbone import Backbone
+    from ttt.plugins.backbone import Backbone
 
 
 def init(
@@ -31,7 +31,7 @@ def init(
     Its first line lets editors complete and check it, once `ttt schema --out ttt.schema.json` has put the schema beside
     it.
     """
-    from ttt.config.json_schema import EDITOR_LINE, SCHEMA_FILE
+    from ttt.check.json_schema import EDITOR_LINE, SCHEMA_FILE
     from ttt.files import write_text
     from ttt.plugins import get_backbone
 

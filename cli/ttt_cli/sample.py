@@ -16,8 +16,8 @@ from ttt_cli.options import Overrides, Verify, require_replaceable
 from ttt_cli.terminal import show, show_note
 
 if TYPE_CHECKING:
-    from ttt.backbone import SamplePlan
     from ttt.config import LoadedConfig, RunConfig
+    from ttt.plugins.backbone import SamplePlan
     from ttt.prompts import Prompts
 
 _MOST_SEED = (1 << 63) - 1
@@ -121,7 +121,7 @@ def sample(
 
     from rich.console import Console
 
-    from ttt.backbone import SampleRequest
+    from ttt.plugins.backbone import SampleRequest
     from ttt.sample import sample as make
     from ttt.sample import sample_many
     from ttt.train.metrics import say
@@ -195,8 +195,8 @@ def _places(out: str, given: list[Prompts], loaded: LoadedConfig, *, seconds: fl
     Raises:
         UsageError: `--out` names no folder where one is needed, or a backbone makes one sample at a time.
     """
-    from ttt.backbone import Backbone
     from ttt.errors import UsageError
+    from ttt.plugins.backbone import Backbone
 
     if not out:
         raise UsageError("--out: is empty; name a file, or a folder")

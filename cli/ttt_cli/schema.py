@@ -12,7 +12,7 @@ from ttt_cli.options import is_standard_output, require_replaceable
 from ttt_cli.terminal import show_note
 
 if TYPE_CHECKING:
-    from ttt.backbone import Backbone
+    from ttt.plugins.backbone import Backbone
 
 
 def schema(
@@ -31,7 +31,7 @@ def schema(
     in their first line, as a file beside them: run `ttt schema --out ttt.schema.json` in the folder of your configs,
     and again when plugins come or go.
     """
-    from ttt.config.json_schema import json_schema
+    from ttt.check.json_schema import json_schema
     from ttt.files import write_text
     from ttt.plugins import get_backbone
     from ttt.printable import json_text
@@ -53,7 +53,7 @@ def _all_that_work() -> list[Backbone]:
     Raises:
         EnvironmentProblem: there is none.
     """
-    from ttt.config.json_schema import json_schema
+    from ttt.check.json_schema import json_schema
     from ttt.errors import EnvironmentProblem, PluginError
     from ttt.plugins import discover
 
@@ -73,7 +73,7 @@ def _all_that_work() -> list[Backbone]:
 
 def _refuse_other_files(target: Path) -> None:
     """Refuse to write over what is no schema of ours."""
-    from ttt.config.json_schema import COMMENT
+    from ttt.check.json_schema import COMMENT
     from ttt.errors import UsageError
     from ttt.reading import MAX_JSON, read_file
 

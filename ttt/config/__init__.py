@@ -18,8 +18,7 @@ from ttt.config.schema import (
 )
 
 if TYPE_CHECKING:
-    from ttt.config.diagnostics import CODES, Finding, Place, Severity, render_json, render_text
-    from ttt.config.load import (
+    from ttt.check.load import (
         CheckedConfig,
         LoadedConfig,
         check_config,
@@ -27,22 +26,23 @@ if TYPE_CHECKING:
         load_config,
         run_config_model,
     )
+    from ttt.config.findings import CODES, Finding, Place, Severity, render_json, render_text
     from ttt.config.source import Source
 
 _EXPORTS = {
-    "CODES": "ttt.config.diagnostics",
-    "Finding": "ttt.config.diagnostics",
-    "Place": "ttt.config.diagnostics",
-    "Severity": "ttt.config.diagnostics",
-    "render_json": "ttt.config.diagnostics",
-    "render_text": "ttt.config.diagnostics",
+    "CODES": "ttt.config.findings",
+    "Finding": "ttt.config.findings",
+    "Place": "ttt.config.findings",
+    "Severity": "ttt.config.findings",
+    "render_json": "ttt.config.findings",
+    "render_text": "ttt.config.findings",
     "Source": "ttt.config.source",
-    "CheckedConfig": "ttt.config.load",
-    "LoadedConfig": "ttt.config.load",
-    "check_config": "ttt.config.load",
-    "dump_config": "ttt.config.load",
-    "load_config": "ttt.config.load",
-    "run_config_model": "ttt.config.load",
+    "CheckedConfig": "ttt.check.load",
+    "LoadedConfig": "ttt.check.load",
+    "check_config": "ttt.check.load",
+    "dump_config": "ttt.check.load",
+    "load_config": "ttt.check.load",
+    "run_config_model": "ttt.check.load",
 }
 
 __all__ = [

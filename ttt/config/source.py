@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from ttt.config.diagnostics import Finding, Place, Severity
+from ttt.config.findings import Finding, Place, Severity
 from ttt.errors import EnvironmentProblem
 from ttt.reading import read_start, unreadable
 

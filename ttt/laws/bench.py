@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ttt import inject
-from ttt.backbone import Backbone, Batch
+from ttt.check.load import run_config_model
 from ttt.config import BackboneOptions, RunConfig, TTTConfig, check_config
-from ttt.config.load import run_config_model
 from ttt.errors import NestedCheckpointWarning, TTTError, UsageError
 from ttt.inject import Injection
 from ttt.layer import TTTLayer
+from ttt.plugins.backbone import Backbone, Batch
 from ttt.train.passes import seed_pass
 
 

@@ -1,6 +1,6 @@
 """What a plugin's methods owe to `ttt check` and `ttt train`: the checks beside the laws.
 
-The laws look at layers in a model. These look at the rest of `ttt.backbone.Backbone`, by what a user runs: every preset
+The laws look at layers in a model. These look at the rest of `ttt.plugins.Backbone`, by what a user runs: every preset
 is read, its facts are held against the model on `meta`, the demo's data and loss are used as training does, and a run
 of two steps is made, evaluated, and loaded again. Each check takes a `Bench` and raises `MethodBrokenError`.
 """
@@ -25,19 +25,19 @@ from torch import Tensor, nn
 from ttt import plugins
 from ttt.adapter import Gate
 from ttt.adapter_file import backbone_identity
-from ttt.backbone import Backbone, BackboneFacts
 from ttt.config import RunConfig, check_config
-from ttt.config.diagnostics import Finding, Severity, blames_environment
+from ttt.config.findings import Finding, Severity, blames_environment
 from ttt.errors import EnvironmentProblem, PluginError, TTTError
 from ttt.inject import Site, plan
 from ttt.laws.bench import Bench
+from ttt.plugins.backbone import Backbone, BackboneFacts
 
 _PLENTY = 1 << 60
 """Bytes of memory that a preset is checked for: whether it fits is no matter here."""
 
 
 class MethodBrokenError(TTTError):
-    """A method of a plugin does not do what `ttt.backbone.Backbone` says; the message begins with its name."""
+    """A method of a plugin does not do what `ttt.plugins.Backbone` says; the message begins with its name."""
 
     def __init__(self, method: str, message: str) -> None:
         super().__init__(f"{method}: {message}")
@@ -149,7 +149,7 @@ _IMPORTED = 42
 """How the process ends that sees torch imported."""
 _WITHOUT_TORCH = """
 import os, sys, traceback
-import ttt.plugins, ttt.config.load
+import ttt.plugins, ttt.check.load
 ours = os.path.dirname(ttt.plugins.__file__)
 
 def watch(event, arguments):
@@ -166,7 +166,7 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 backbone = ttt.plugins.get_backbone(sys.argv[1])
 for name, text in backbone.presets().items():
-    checked = ttt.config.load.check_config(f"preset {name}", text=text, backbone=backbone, memory=1 << 60)
+    checked = ttt.check.load.check_config(f"preset {name}", text=text, backbone=backbone, memory=1 << 60)
     if checked.config is not None:
         backbone.facts(checked.config), backbone.has_eval_data(checked.config)
 backbone.explanations(), backbone.tiny()

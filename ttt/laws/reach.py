@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.backbone import Batch
 from ttt.evidence import LayerEvidence, observe
 from ttt.inject import Injection
 from ttt.laws.bench import Bench, LawBrokenError, distance
 from ttt.laws.parts import gates_of, layers_of
+from ttt.plugins.backbone import Batch
 
 _HALF = 0.02
 """A gate at which the answer of a layer is a small change of the output, in proportion to the gate."""

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from ttt.adapter import TTTAdapter, carried, gates_closed
 from ttt.adapter_file import backbone_identity, load_adapter
-from ttt.backbone import Batch, LossOutput, WindowDataset
 from ttt.config import RunConfig
 from ttt.errors import NestedCheckpointWarning
 from ttt.inject import Injection
 from ttt.laws.bench import Bench, running
 from ttt.laws.parts import layers_of
 from ttt.laws.plugin import MethodBrokenError, demo_config, method_of, same, tensors_in
+from ttt.plugins.backbone import Batch, LossOutput, WindowDataset
 from ttt.train.passes import load_batch, seed_pass, states_to_carry
 from ttt.train.setup import build, threads
 
@@ -37,7 +37,7 @@ def dataset_keeps_its_protocol(bench: Bench) -> None:
     """The demo's data: files cover the windows in order, windows are the same each time, and each can be told.
 
     Raises:
-        MethodBrokenError: naming the method of `ttt.backbone.WindowDataset` that does not.
+        MethodBrokenError: naming the method of `ttt.plugins.backbone.WindowDataset` that does not.
     """
     config = demo_config(bench)
     with method_of(bench, "has_eval_data"):
@@ -122,7 +122,7 @@ def loss_trains(bench: Bench) -> None:
     """The loss of the demo's first windows: a differentiable scalar that TTT acts on, and facts about what it read.
 
     Raises:
-        MethodBrokenError: naming what of `ttt.backbone.LossOutput` it does not keep.
+        MethodBrokenError: naming what of `ttt.plugins.backbone.LossOutput` it does not keep.
     """
     config = demo_config(bench, "train.param_dtype=float32")
     device = torch.device(bench.device)
@@ -149,7 +149,7 @@ def loss_trains(bench: Bench) -> None:
 
 def _require_loss(method: str, output: LossOutput) -> None:
     if not isinstance(output, LossOutput):
-        raise MethodBrokenError(method, f"it returned {type(output).__name__}, not ttt.backbone.LossOutput")
+        raise MethodBrokenError(method, f"it returned {type(output).__name__}, not ttt.plugins.backbone.LossOutput")
     loss = output.loss
     if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
         told = f"{list(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ttt.backbone import Backbone
 from ttt.laws import CHECKS, LAWS, Bench, MethodBrokenError
 from ttt.plugins import get_backbone
+from ttt.plugins.backbone import Backbone
 
 INNER_MODELS: dict[str, dict[str, Any]] = {
     "linear": {"layer_type": "linear"},

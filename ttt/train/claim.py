@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from ttt.config.rules.environment import why_unusable
+from ttt.check.rules.environment import why_unusable
 from ttt.config.schema import RunConfig
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import lock, temporary_beside, write_bytes

@@ -22,7 +22,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ttt.config.rules.compiling import missing_compiler, wrong_implementation
+from ttt.check.rules.compiling import missing_compiler, wrong_implementation
 from ttt.errors import EnvironmentProblem, PluginError
 from ttt.inject import Injection
 from ttt.layer import Rotary, TTTLayer

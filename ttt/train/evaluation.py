@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from ttt.adapter import carried, gates_closed
-from ttt.backbone import Backbone, WindowDataset
 from ttt.config.schema import STAND_IN_WINDOWS, RunConfig
 from ttt.inject import Injection
-from ttt.rows import StepRows, reading_rows
+from ttt.plugins.backbone import Backbone, WindowDataset
+from ttt.plugins.rows import StepRows, reading_rows
 from ttt.state import TTTState
 from ttt.train.order import once
 from ttt.train.passes import load_batch, mixed_precision, reset_rows, seed_pass, states_to_carry, step_seed
@@ -87,7 +87,8 @@ def evaluate(
 ) -> Evaluation | None:
     """Read the windows in order, each batch with open and with closed gates and the same random numbers.
 
-    For a loss that asks `ttt.rows.rows_of_step`, the evaluation is one step: its draws are spread over all windows.
+    For a loss that asks `ttt.plugins.rows.rows_of_step`, the evaluation is one step: its draws are spread over all
+    windows.
 
     With `persistent_states`, fast weights are carried from window to window of a file, as in training.
 

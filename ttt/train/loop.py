@@ -30,14 +30,14 @@ from ttt.adapter_file import (
     read_info,
     trained_backbone,
 )
-from ttt.asking import WrongAnswer, asked
-from ttt.backbone import Backbone, Batch, LossOutput, WindowDataset
 from ttt.config.schema import RunConfig
 from ttt.errors import InactiveLayerError, NonFiniteError, TTTError
 from ttt.evidence import observe
 from ttt.files import require_space, writing
 from ttt.interrupt import FINISHING, STEPPING, Interrupt, StopRequested, interruptible, stop_if_asked
-from ttt.rows import StepRows, reading_rows
+from ttt.plugins.asking import WrongAnswer, asked
+from ttt.plugins.backbone import Backbone, Batch, LossOutput, WindowDataset
+from ttt.plugins.rows import StepRows, reading_rows
 from ttt.state import TTTState
 from ttt.train import rundir
 from ttt.train.checkpoint import content_bytes, read_content, write_content

@@ -29,9 +29,9 @@ from rich.table import Column
 from rich.text import Text
 
 from ttt import checksums
-from ttt.asking import in_one_line
 from ttt.errors import DamagedFileWarning, EnvironmentProblem
 from ttt.files import lock, replaced_file, size_in_words, sync, temporary_beside, writing
+from ttt.plugins.asking import in_one_line
 from ttt.printable import say
 from ttt.reading import open_file
 

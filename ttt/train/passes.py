@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ttt.adapter import Carry
-from ttt.backbone import Batch, WindowDataset
 from ttt.config.schema import TrainConfig
 from ttt.errors import InactiveLayerError
 from ttt.inject import Injection
-from ttt.rows import StepRows
+from ttt.plugins.backbone import Batch, WindowDataset
+from ttt.plugins.rows import StepRows
 from ttt.state import TTTState
 
 

@@ -37,7 +37,6 @@ from typing import Any
 
 from ttt import checksums
 from ttt.adapter_file import BACKBONE, MODEL, AdapterInfo, verify_adapter
-from ttt.backbone import Backbone
 from ttt.config.schema import RunConfig, with_its_target_eps
 from ttt.errors import (
     ConfigError,
@@ -60,6 +59,7 @@ from ttt.files import (
     write_text,
     writing,
 )
+from ttt.plugins.backbone import Backbone
 from ttt.printable import shell_word
 from ttt.reading import other_kind
 from ttt.train import claim
@@ -352,7 +352,7 @@ class RunDir:
 
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved config; of a run that goes on, only for who holds the metrics file."""
-        from ttt.config.load import dump_config
+        from ttt.check.load import dump_config
 
         text = dump_config(config.model_copy(update={"run_dir": str(self.path)}))
         write_text(self / CONFIG, claim.with_checksum(text))
@@ -419,7 +419,7 @@ class RunDir:
 
         The checkpoint's is covered by its checksum, while the file may be what is compared with.
         """
-        from ttt.config.load import load_config
+        from ttt.check.load import load_config
 
         checkpoint, _ = self.latest()
         recorded = checkpoint.state.get("config") if checkpoint is not None else None

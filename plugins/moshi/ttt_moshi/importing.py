@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ttt.config.importing import Import, ImportedConfig, number
+from ttt.check.importing import Import, ImportedConfig, number
 from ttt.config.schema import MOST_STEPS, TTTConfig
 from ttt.config.source import parse_source
 

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, model_validator
 
-from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, RecordingFormat, WindowDataset
 from ttt.config import BackboneOptions, DataOptions, RunConfig, TrainConfig
 from ttt.errors import EnvironmentProblem
 from ttt.files import read_json
-from ttt.hookspecs import hookimpl
+from ttt.plugins.backbone import Backbone, BackboneFacts, Batch, LossOutput, RecordingFormat, WindowDataset
+from ttt.plugins.hookspecs import hookimpl
 from ttt_moshi.interleave import frames_in
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ttt.config.importing import ImportedConfig
+    from ttt.check.importing import ImportedConfig
     from ttt.inject import Site
 
 FRAME_RATE = 12.5

@@ -21,9 +21,9 @@ import torch
 from diffusers import CogVideoXDPMScheduler
 from torch import Tensor, nn
 
-from ttt.backbone import LossOutput
 from ttt.errors import EnvironmentProblem
-from ttt.rows import StepRows, rows_of_step
+from ttt.plugins.backbone import LossOutput
+from ttt.plugins.rows import StepRows, rows_of_step
 from ttt_videodit.geometry import PATCH_SIZE
 from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from datetime import date, time
 from typing import Any
 
-from ttt.config.diagnostics import Place
-from ttt.config.importing import Import, ImportedConfig, number
+from ttt.check.importing import Import, ImportedConfig, number
+from ttt.config.findings import Place
 from ttt.config.schema import MOST_RATE
 from ttt.config.source import KeyPath, Located, Source
 from ttt.errors import UsageError

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, SamplePlan, SampleRequest, WindowDataset
 from ttt.config import BackboneOptions, DataOptions, RunConfig
 from ttt.errors import EnvironmentProblem
 from ttt.files import read_json
-from ttt.hookspecs import hookimpl
+from ttt.plugins.backbone import Backbone, BackboneFacts, Batch, LossOutput, SamplePlan, SampleRequest, WindowDataset
+from ttt.plugins.hookspecs import hookimpl
 from ttt_videodit.geometry import (
     LATENT_CHANNELS,
     PATCH_SIZE,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor, nn
 
-    from ttt.config.importing import ImportedConfig
+    from ttt.check.importing import ImportedConfig
     from ttt.inject import Site
 
 DEFAULT_PRETRAINED = "THUDM/CogVideoX-5b"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from ttt.backbone import SamplePlan, SampleRequest
 from ttt.errors import UsageError
+from ttt.plugins.backbone import SamplePlan, SampleRequest
 from ttt.reading import wrong_with
 from ttt_videodit.geometry import SEGMENT_SEC
 from ttt_videodit.plugin import VideoDiTOptions

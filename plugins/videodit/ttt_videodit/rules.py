@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, cast
 
 from ttt.config import RunConfig
-from ttt.config.diagnostics import Finding, Severity
+from ttt.config.findings import Finding, Severity
 from ttt.errors import EnvironmentProblem
 from ttt_videodit.index import (
     VIDEO_EXAMPLE,

@@ -34,8 +34,8 @@ from ttt_videodit.schedules import sampler_of, sampling_schedule, trained_on_zer
 from ttt_videodit.video import Frames, write_contact_sheet, write_video
 
 if TYPE_CHECKING:
-    from ttt.backbone import SampleRequest
     from ttt.config import RunConfig
+    from ttt.plugins.backbone import SampleRequest
 
 _MOST_TEXT_BYTES = 4 << 30
 """Of embeddings that are kept on the CPU at a time: about a thousand texts of T5's."""

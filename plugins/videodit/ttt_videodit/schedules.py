@@ -82,7 +82,7 @@ def sampling_schedule(options: VideoDiTOptions, imported_from: str | None) -> tu
 
     Args:
         options: of the backbone.
-        imported_from: the program that what was learned comes from; see `ttt.backbone.SampleRequest`.
+        imported_from: the program that what was learned comes from; see `ttt.plugins.backbone.SampleRequest`.
     """
     if options.sampling_schedule is not None:
         return options.sampling_schedule, "as backbone.sampling_schedule says"

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ttt.config.diagnostics import Finding, Severity
-from ttt.config.recordings import Recordings
-from ttt.config.rules.rule import FACTS, NEEDED, Context, rule
+from ttt.check.recordings import Recordings
+from ttt.check.rules.rule import FACTS, NEEDED, Context, rule
+from ttt.config.findings import Finding, Severity
 from ttt.config.schema import select_layers
 from ttt.errors import EnvironmentProblem
 from ttt.reading import other_kind
@@ -55,7 +55,7 @@ def files_exist(context: Context) -> Iterator[Finding]:
 
 def _way_to_make(context: Context) -> str:
     """The command that makes a backbone's data, where it has one."""
-    from ttt.backbone import Backbone
+    from ttt.plugins.backbone import Backbone
 
     backbone = context.known_backbone
     made = backbone is not None and type(backbone).precompute is not Backbone.precompute

@@ -1,6 +1,6 @@
-"""Codes explained: `ttt check --explain`, `--list`, and the page docs/rules.md, all from `ttt.config.explanations`.
+"""Codes explained: `ttt check --explain`, `--list`, and the page docs/rules.md, all from `ttt.check.explanations`.
 
-`python -m ttt.config.explain` prints that page.
+`python -m ttt.check.explain` prints that page.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import contextlib
 import textwrap
 from collections.abc import Iterator, Mapping
 
-from ttt.config.diagnostics import CODES
-from ttt.config.explanations import EXPLANATIONS, Explanation
+from ttt.check.explanations import EXPLANATIONS, Explanation
+from ttt.check.probe_codes import LAW_EXPLANATIONS
+from ttt.config.findings import CODES
 from ttt.config.spelling import nearest
 from ttt.errors import TTTError, UsageError
 from ttt.plugins import discover
-from ttt.probe_codes import LAW_EXPLANATIONS
 
 FAMILIES = {
     "TTT0": "File and syntax",

@@ -13,17 +13,17 @@ import yaml
 from pydantic import BaseModel, Field, create_model
 
 from ttt import plugins
-from ttt.asking import WAY_OUT, WrongAnswer, asked, in_one_line
-from ttt.backbone import Backbone, BackboneFacts
-from ttt.config.diagnostics import Finding, Place, Severity, blames_environment, has_errors, render_text, summary
-from ttt.config.rules import run_rules
-from ttt.config.rules.rule import Context
+from ttt.check.rules import run_rules
+from ttt.check.rules.rule import Context
+from ttt.check.validation import Validated, split_fix, validate
+from ttt.config.findings import Finding, Place, Severity, blames_environment, has_errors, render_text, summary
 from ttt.config.schema import BackboneOptions, DataOptions, RunConfig, with_its_target_eps
 from ttt.config.source import BOOLEAN, FLOAT, INTEGER, NULL, KeyPath, Source, parse_source, path_of, read_source
 from ttt.config.spelling import nearest
-from ttt.config.validation import Validated, split_fix, validate
-from ttt.declared import require_options
 from ttt.errors import ConfigEnvironmentError, ConfigError, EnvironmentProblem, PluginError, TTTError
+from ttt.plugins.asking import WAY_OUT, WrongAnswer, asked, in_one_line
+from ttt.plugins.backbone import Backbone, BackboneFacts
+from ttt.plugins.declared import require_options
 from ttt.printable import printable
 
 _OF_TRAINING = re.compile("[A-Z]+[24567][0-9]{2}")

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ttt.config.diagnostics import Finding, shown, to_dict
-from ttt.config.load import CheckedConfig
+from ttt.check.load import CheckedConfig
+from ttt.config.findings import Finding, shown, to_dict
 from ttt.config.schema import RunConfig
 from ttt.printable import json_text
 

@@ -1,7 +1,7 @@
 """What a backbone plugin provides: everything `ttt` knows about a model that TTT goes into.
 
 A plugin is a distribution with an entry point in the group `ttt.backbones`; the entry point names a module that
-implements the hook `ttt_backbone` (see `ttt.hookspecs`) and returns an instance of a `Backbone` subclass.
+implements the hook `ttt_backbone` (see `ttt.plugins.hookspecs`) and returns an instance of a `Backbone` subclass.
 
 The module must import without torch and without the backbone's own package: `ttt check` and `ttt plugins`
 import it to read options. Import them inside the methods that need them.
@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol
 
-from ttt.asking import guard
 from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
+from ttt.plugins.asking import guard
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
     from torch import Tensor, nn
 
-    from ttt.config.importing import ImportedConfig
+    from ttt.check.importing import ImportedConfig
     from ttt.inject import Site
 
 Batch = Any
@@ -162,7 +162,7 @@ class Backbone(ABC):
     """A backbone plugin. The class attributes and the first methods must work without torch.
 
     What a method raises that is no `ttt.errors.TTTError`, and an answer that is not what the method promises, reach
-    the caller as a `ttt.errors.PluginError` that names the plugin, the method and the line; see `ttt.asking`.
+    the caller as a `ttt.errors.PluginError` that names the plugin, the method and the line; see `ttt.plugins.asking`.
     """
 
     def __init_subclass__(cls, **more: Any) -> None:
@@ -192,7 +192,7 @@ class Backbone(ABC):
     # --- without torch ---
 
     def explanations(self) -> Mapping[str, Any]:
-        """What the codes of `rules` mean, a `ttt.config.explanations.Explanation` for each: `ttt check --explain`."""
+        """What the codes of `rules` mean, a `ttt.check.explanations.Explanation` for each: `ttt check --explain`."""
         return {}
 
     @abstractmethod
@@ -282,7 +282,7 @@ class Backbone(ABC):
 
         What it draws comes from torch's global generators, which are seeded for each pass: so a resumed run draws what
         the uninterrupted one would have drawn. What it draws for each row and would spread over all rows of a step, in
-        however many passes the step reads them, it draws by what `ttt.rows.rows_of_step` says.
+        however many passes the step reads them, it draws by what `ttt.plugins.rows.rows_of_step` says.
         """
 
     def set_gradient_checkpointing(self, model: nn.Module, enabled: bool) -> None:

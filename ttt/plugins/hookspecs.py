@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from ttt.backbone import Backbone
+    from ttt.plugins.backbone import Backbone
 
 hookspec = pluggy.HookspecMarker("ttt")
 hookimpl = pluggy.HookimplMarker("ttt")
-"""Marks an implementation: `from ttt.hookspecs import hookimpl`."""
+"""Marks an implementation: `from ttt.plugins.hookspecs import hookimpl`."""
 
 
 @hookspec

@@ -12,15 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ttt.config.diagnostics import summary
-from ttt.config.load import dump_value
+from ttt.check.load import dump_value
+from ttt.config.findings import summary
 from ttt.config.schema import RunConfig
 from ttt.config.source import KeyPath, Source, dotted, parse_source
 from ttt.errors import ConfigError, UsageError
 from ttt.printable import printable, shell_word
 
 if TYPE_CHECKING:
-    from ttt.backbone import Backbone
+    from ttt.plugins.backbone import Backbone
 
 _COMMENT = 500
 """Characters of somebody else's text in a comment, or in an account."""

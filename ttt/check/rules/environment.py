@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ttt.config.diagnostics import Finding, Severity
-from ttt.config.rules.rule import Context, rule
+from ttt.check.rules.rule import Context, rule
+from ttt.config.findings import Finding, Severity
 from ttt.reading import other_kind
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ttt.config.diagnostics import Finding, Severity
-from ttt.config.rules.rule import FACTS, Context, rule
+from ttt.check.rules.rule import FACTS, Context, rule
+from ttt.config.findings import Finding, Severity
 
 _FAR = 1 << 16
 """Numbers of heads that are tried beside the one that does not divide."""

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ttt.asking import WAY_OUT, owner
-from ttt.backbone import Backbone
-from ttt.config.diagnostics import Finding, Severity
-from ttt.config.estimate import scan_cost
+from ttt.check.probe_codes import LAW_EXPLANATIONS
+from ttt.config.findings import Finding, Severity
 from ttt.config.schema import RunConfig, TTTConfig, select_layers
+from ttt.costs import scan_cost
 from ttt.errors import NestedCheckpointWarning, PluginError, TTTError
 from ttt.inject import Site
 from ttt.laws import Bench, LawBrokenError, checks
+from ttt.plugins.asking import WAY_OUT, owner
+from ttt.plugins.backbone import Backbone
 from ttt.printable import say
-from ttt.probe_codes import LAW_EXPLANATIONS
 from ttt.train.setup import narrowed, threads
 
 _SHORTEST = 12

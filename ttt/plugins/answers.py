@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttt.asking import AskedDataset, WrongAnswer, asked
+from ttt.plugins.asking import AskedDataset, WrongAnswer, asked
 
 if TYPE_CHECKING:
-    from ttt.backbone import Backbone
+    from ttt.plugins.backbone import Backbone
 
 Check = Callable[["Backbone", Any], Any]
 
@@ -60,7 +60,7 @@ def _presets(backbone: Backbone, answer: Any) -> Any:
 
 
 def _explanations(backbone: Backbone, answer: Any) -> Any:
-    from ttt.config.explanations import Explanation
+    from ttt.check.explanations import Explanation
 
     if not isinstance(answer, Mapping):
         raise WrongAnswer(f"{_named(answer)}, not a mapping of codes to explanations")
@@ -71,7 +71,7 @@ def _explanations(backbone: Backbone, answer: Any) -> Any:
 
 
 def _facts(backbone: Backbone, answer: Any) -> Any:
-    from ttt.backbone import BackboneFacts
+    from ttt.plugins.backbone import BackboneFacts
 
     _instance(lambda _: BackboneFacts)(backbone, answer)
     for name in ("dim", "num_heads", "num_layers", "gates", "layers_per_checkpoint"):
@@ -104,7 +104,7 @@ def _truth(backbone: Backbone, answer: Any) -> Any:
 
 
 def _imported(backbone: Backbone, answer: Any) -> Any:
-    from ttt.config.importing import ImportedConfig
+    from ttt.check.importing import ImportedConfig
 
     if answer is not None and not isinstance(answer, ImportedConfig):
         raise WrongAnswer(f"{_named(answer)}, not an ImportedConfig, or None where it does not know the file")
@@ -112,7 +112,7 @@ def _imported(backbone: Backbone, answer: Any) -> Any:
 
 
 def _plan(backbone: Backbone, answer: Any) -> Any:
-    from ttt.backbone import SamplePlan
+    from ttt.plugins.backbone import SamplePlan
 
     _instance(lambda _: SamplePlan)(backbone, answer)
     _require_whole(answer, "prompts", least=0)
@@ -237,7 +237,7 @@ def _loss(backbone: Backbone, answer: Any) -> Any:
     import numpy as np
     from torch import Tensor
 
-    from ttt.backbone import LossOutput
+    from ttt.plugins.backbone import LossOutput
 
     _instance(lambda _: LossOutput)(backbone, answer)
     loss = answer.loss

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ttt.config.diagnostics import Finding, Severity
-from ttt.config.rules.rule import Context, rule
+from ttt.check.rules.rule import Context, rule
+from ttt.config.findings import Finding, Severity
 
 VARIABLE = "TTT_OPS"
 """`ttt.ops.select.VARIABLE`."""

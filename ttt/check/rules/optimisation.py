@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ttt.config.diagnostics import Finding, Severity
-from ttt.config.rules.rule import Context, rule
+from ttt.check.rules.rule import Context, rule
+from ttt.config.findings import Finding, Severity
 from ttt.config.schema import LITERATURE_BASE_LR
 
 _CLOSED = 0.01

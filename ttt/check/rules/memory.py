@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ttt.config.diagnostics import Finding, Severity
-from ttt.config.estimate import Estimate, bytes_of, estimate, show_bytes, show_flops
-from ttt.config.rules.rule import NEEDS, Context, rule
+from ttt.check.rules.rule import NEEDS, Context, rule
+from ttt.config.findings import Finding, Severity
 from ttt.config.schema import select_layers, times_in_words
+from ttt.costs import Estimate, bytes_of, estimate, show_bytes, show_flops
 from ttt.errors import EnvironmentProblem
 
 _NVIDIA = Path("/proc/driver/nvidia/version")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from ttt.config.diagnostics import Finding
-from ttt.config.rules import causality, checkpointing, compiling, data, environment, memory, optimisation, shape
-from ttt.config.rules.rule import FACTS, NEEDED, Context, Rule
+from ttt.check.rules import causality, checkpointing, compiling, data, environment, memory, optimisation, shape
+from ttt.check.rules.rule import FACTS, NEEDED, Context, Rule
+from ttt.config.findings import Finding
 from ttt.config.source import KeyPath
 
 RULES: tuple[Rule, ...] = (

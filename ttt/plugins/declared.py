@@ -17,7 +17,7 @@ from ttt.config.schema import BackboneOptions, DataOptions, TTTConfig
 from ttt.errors import NestedCheckpointWarning, PluginError
 
 if TYPE_CHECKING:
-    from ttt.backbone import Backbone
+    from ttt.plugins.backbone import Backbone
 
 
 def require_declared(backbone: Backbone) -> None:
@@ -73,8 +73,8 @@ def _name(backbone: Backbone) -> Iterator[str]:
 
 
 def _methods(backbone: Backbone) -> Iterator[str]:
-    from ttt.asking import methods_of
-    from ttt.backbone import Backbone as Base
+    from ttt.plugins.asking import methods_of
+    from ttt.plugins.backbone import Backbone as Base
 
     for name in methods_of(Base):
         if not callable(getattr(type(backbone), name)):

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from ttt import plugins
-from ttt.config.diagnostics import Severity, blames_environment
-from ttt.config.estimate import scan_cost, show_bytes
-from ttt.config.rules.memory import device_memory
+from ttt.check.rules.memory import device_memory
+from ttt.config.findings import Severity, blames_environment
 from ttt.config.schema import TTTConfig, inner_widths
+from ttt.costs import scan_cost, show_bytes
 from ttt.files import free_bytes
 from ttt.layer import TTTLayer
 from ttt.ops import select
@@ -157,8 +157,8 @@ def examine(path: str | Path | None = None, *, backbone: str | None = None, over
 
 
 def _readable(path: str | Path, backbone: str | None, overrides: Sequence[str]) -> CheckedConfig:
-    from ttt.config.diagnostics import blames_environment, render_text, summary
-    from ttt.config.load import check_config
+    from ttt.check.load import check_config
+    from ttt.config.findings import blames_environment, render_text, summary
     from ttt.errors import ConfigError
     from ttt.printable import printable
 

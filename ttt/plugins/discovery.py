@@ -15,11 +15,11 @@ from importlib import metadata
 
 import pluggy
 
-from ttt import hookspecs
-from ttt.asking import in_one_line, place_in, print_traceback, top_of
-from ttt.backbone import Backbone
-from ttt.declared import require_declared
 from ttt.errors import PluginError, TTTError, UsageError
+from ttt.plugins import hookspecs
+from ttt.plugins.asking import in_one_line, place_in, print_traceback, top_of
+from ttt.plugins.backbone import Backbone
+from ttt.plugins.declared import require_declared
 
 GROUP = "ttt.backbones"
 _MEMORY = "TTT4"
@@ -155,8 +155,8 @@ def _try_out(backbone: Backbone) -> None:
     Raises:
         TTTError: what is wrong.
     """
-    from ttt.config.diagnostics import Severity, blames_environment
-    from ttt.config.load import check_config
+    from ttt.check.load import check_config
+    from ttt.config.findings import Severity, blames_environment
 
     backbone.explanations()
     for name, text in backbone.presets().items():

@@ -15,7 +15,7 @@ _VIDEO = "TTT-Video (arXiv 2504.05298)"
 _YAML = "YAML 1.2.2"
 _READER = "`ttt.config.source`"
 _SCHEMA = "`ttt schema`"
-_ESTIMATE = "`ttt.config.estimate`, held against measurements in the tests"
+_ESTIMATE = "`ttt.costs`, held against measurements in the tests"
 _ADAMW = "AdamW (arXiv 1711.05101): a step moves a parameter by about its learning rate"
 _PLUGINS = "`ttt.plugins`"
 
@@ -51,7 +51,7 @@ class Explanation:
     needs: str = ""
     """What must be installed for it."""
     title: str = ""
-    """For a plugin's code: what it is, in a few words; those of the core are in `ttt.config.diagnostics.CODES`."""
+    """For a plugin's code: what it is, in a few words; those of the core are in `ttt.config.findings.CODES`."""
 
 
 def _lines(*lines: str) -> str:
@@ -457,7 +457,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         "inside activation checkpoints.",
         _MOSHI + "ttt: {layers: [1]}\n",
         _MOSHI + "ttt: {layers: [1]}\n",
-        "`ttt.config.estimate`, held against PyTorch's FlopCounterMode on the layer, and against measured memory",
+        "`ttt.costs`, held against PyTorch's FlopCounterMode on the layer, and against measured memory",
         options=("--cost",),
         good_options=(),
     ),

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from ttt.config.diagnostics import Finding, Place
-from ttt.config.load import CheckedConfig
+from ttt.check.load import CheckedConfig
+from ttt.config.findings import Finding, Place
 from ttt.config.source import LINE_BREAK, KeyPath, Source, parse_source, path_of, resolve
 from ttt.printable import printable
 

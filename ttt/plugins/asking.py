@@ -1,6 +1,6 @@
 """Asking a plugin: what it raises, or answers wrongly, is one sentence about the plugin.
 
-Every method that a subclass of `ttt.backbone.Backbone` brings is guarded when its class is made, so that no caller can
+Every method that a subclass of `ttt.plugins.Backbone` brings is guarded when its class is made, so that no caller can
 forget it. Errors of `ttt.errors`, which a plugin raises on purpose, pass through as they are, and so do an interrupt,
 a closed pipe and running out of memory. All else becomes a `PluginError` that names the plugin with its distribution
 and version, the method, the line in the plugin's own code, and what was raised; `__cause__` is the error itself, and
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ttt.errors import PluginError, TTTError
 
 if TYPE_CHECKING:
-    from ttt.backbone import Backbone, Batch, WindowDataset
+    from ttt.plugins.backbone import Backbone, Batch, WindowDataset
 
 TRACEBACK = "TTT_TRACEBACK"
 """The variable that, set to anything but 0, has tracebacks of plugins printed on standard error."""
@@ -98,7 +98,7 @@ def _guarded(name: str, written: Any) -> Callable[..., Any]:
         method = written.__get__(self, type(self)) if hasattr(type(written), "__get__") else written
         if _inside.get():
             return method(*args, **kwargs)
-        from ttt.answers import ANSWERS
+        from ttt.plugins.answers import ANSWERS
 
         with asked(self, f"`{name}`", written):
             answer = method(*args, **kwargs)

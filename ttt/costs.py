@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ttt.config.schema import RunConfig, TTTConfig, inner_widths, select_layers
 
 if TYPE_CHECKING:
-    from ttt.backbone import BackboneFacts
+    from ttt.plugins.backbone import BackboneFacts
 
 _WIDE = 4
 """Bytes of a number in float32: fast weights, TTT parameters, moments."""
