@@ -34,11 +34,10 @@ import torch
 from rich.console import Console
 
 from ttt.adapter_file import BACKBONE, MODEL, read_info
-from ttt.config import load_config
+from ttt.check import load_config
 from ttt.errors import DamagedFileWarning, TTTError
 from ttt.files import read_header, read_tensors, require_digests
-from ttt.plugins import get_backbone
-from ttt.plugins.backbone import Backbone
+from ttt.plugins import Backbone, get_backbone
 from ttt.state import TTTState
 from ttt.train import train
 from ttt.train.metrics import MetricsFile

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scan_results import Results
 
-from ttt.costs import show_bytes
+from ttt.amounts import show_bytes
 
 COLORS = {PUBLISHED: "#b3446c", "generic": "#888888", "fused": "#1f6fb4", ATTENTION: "#d79b00", "in place": "#17806d"}
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ttt.costs import show_bytes
+from ttt.amounts import show_bytes
 
 
 class _Record(BaseModel):

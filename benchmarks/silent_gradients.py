@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from ttt import inject
 from ttt.adapter import TTTAdapter
 from ttt.config import TTTConfig
-from ttt.inject import Site
 from ttt.laws.bench import Bench
 from ttt.laws.checks import NESTINGS
 from ttt.layer import Rotary
-from ttt.plugins import get_backbone
-from ttt.plugins.backbone import Backbone
+from ttt.plugins import Backbone, Site, get_backbone
 from ttt.state import TTTState
 
 

@@ -23,8 +23,7 @@ from toy import (
 )
 
 from ttt.adapter import TTTAdapter, gates_closed
-from ttt.inject import Site
-from ttt.plugins.backbone import Batch, LossOutput
+from ttt.plugins import Batch, LossOutput, Site
 from ttt.state import TTTState
 
 # --- adapters and blocks ---

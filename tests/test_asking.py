@@ -16,12 +16,13 @@ from rich.console import Console
 from torch import nn
 from toy import ToyBackbone, ToyDataset
 
-from ttt.config import check_config
+from ttt.check import check_config
+from ttt.check.examined import examined
 from ttt.errors import EnvironmentProblem, InactiveLayerError, PluginError, UsageError
-from ttt.plugins import PluginInfo, discover, examined
+from ttt.plugins import Backbone, LossOutput, PluginInfo, discover
 from ttt.plugins.answers import ANSWERS
-from ttt.plugins.asking import TRACEBACK, methods_of
-from ttt.plugins.backbone import Backbone, LossOutput
+from ttt.plugins.asking import TRACEBACK
+from ttt.plugins.guarding import methods_of
 from ttt.train import train
 from ttt_cli.main import main
 

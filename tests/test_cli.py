@@ -21,8 +21,8 @@ from fake_distributions import TOY, importable, install
 from toy_config import DEMO
 
 from ttt import __version__
+from ttt.check import load_config
 from ttt.check.json_schema import EDITOR_LINE
-from ttt.config import load_config
 from ttt_cli.app import COMMANDS
 from ttt_cli.main import main
 

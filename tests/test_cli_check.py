@@ -17,9 +17,9 @@ from fake_distributions import TOY, importable, install
 from toy_config import DEMO
 
 from ttt import __version__
+from ttt.check.render import render_github
 from ttt.check.sarif import SCHEMA, render_sarif
 from ttt.config import CODES, Finding, Place, Severity
-from ttt.config.findings import render_github
 from ttt_cli.main import main, names_files_only
 from ttt_cli.options import parse_bytes
 

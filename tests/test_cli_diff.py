@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from fake_distributions import TOY, importable, install
 
+from ttt.check import check_config
 from ttt.check.diff import diff_configs, render_values
-from ttt.config import check_config, dump_config
+from ttt.config import dump_config
 from ttt_cli.main import main
 
 OTHER = """\

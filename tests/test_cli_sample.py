@@ -20,7 +20,7 @@ from ttt.adapter_file import backbone_identity, load_adapter, save_adapter
 from ttt.config import TTTConfig
 from ttt.errors import EnvironmentProblem, NonFiniteError
 from ttt.inject import apply
-from ttt.plugins.backbone import SampleRequest
+from ttt.plugins import SampleRequest
 from ttt.train import loop
 from ttt.train.passes import seed_pass
 from ttt_cli.main import main

@@ -13,10 +13,11 @@ import yaml
 from fake_distributions import TOY, importable, install
 from toy_config import DEMO, ToyBackbone
 
+from ttt.check import check_config, load_config
 from ttt.check.json_schema import EDITOR_LINE, json_schema
-from ttt.config import RunConfig, check_config, dump_config, load_config, run_config_model
+from ttt.config import RunConfig, dump_config
 from ttt.config.source import parse_source
-from ttt.plugins import get_backbone
+from ttt.plugins import get_backbone, run_config_model
 from ttt_cli.main import main
 
 TOY_BACKBONE = ToyBackbone()

@@ -7,17 +7,8 @@ import re
 
 import pytest
 
-from ttt.config.findings import (
-    CODES,
-    ENVIRONMENT_CODES,
-    Finding,
-    Place,
-    Severity,
-    has_errors,
-    render_json,
-    render_text,
-    summary,
-)
+from ttt.check.render import render_json, render_text
+from ttt.config.findings import CODES, ENVIRONMENT_CODES, Finding, Place, Severity, has_errors, summary
 
 
 def _finding(**changes: object) -> Finding:

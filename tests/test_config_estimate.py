@@ -18,25 +18,17 @@ import ttt.ops.minibatch
 import ttt.ops.select
 from ttt import inject
 from ttt.adapter import TTTAdapter
-from ttt.config import RunConfig, TTTConfig, check_config, load_config
-from ttt.costs import (
-    BLOCK,
-    SMALL,
-    estimate,
-    layer_activation_bytes,
-    layer_flops,
-    layer_parameters,
-    parse_bytes,
-    scan_cost,
-    show_bytes,
-    show_flops,
-)
+from ttt.amounts import parse_bytes, show_bytes, show_flops
+from ttt.check import check_config, load_config
+from ttt.check.estimate import estimate
+from ttt.config import RunConfig, TTTConfig
+from ttt.costs import layer_activation_bytes, layer_flops, layer_parameters, scan_cost
 from ttt.errors import NestedCheckpointWarning
 from ttt.layer import TTTLayer
 from ttt.ops import fused
+from ttt.ops.choices import BLOCK, SMALL
 from ttt.ops.rotary import rotary_angles
-from ttt.plugins import get_backbone
-from ttt.plugins.backbone import BackboneFacts
+from ttt.plugins import BackboneFacts, get_backbone
 from ttt.train.optim import Optimizer, choose_learnable
 
 MOSHI = get_backbone("moshi")

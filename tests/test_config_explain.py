@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from fake_distributions import TOY, importable, install
 
+from ttt.amounts import parse_bytes
+from ttt.check import check_config
 from ttt.check.explain import FAMILIES, catalogue, explain, page
-from ttt.check.explanations import EXPLANATIONS, Explanation
-from ttt.check.load import check_config
+from ttt.check.explanations import EXPLANATIONS
 from ttt.check.probe_codes import LAW_EXPLANATIONS
 from ttt.config import Finding
-from ttt.config.findings import CODES
-from ttt.costs import parse_bytes
+from ttt.config.findings import CODES, Explanation
 from ttt.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +109,7 @@ def test_explain_says_what_why_how_and_who(code: str) -> None:
 
 _EXPLAINED = (
     "from toy_config import *\n"
-    "from ttt.check.explanations import Explanation\n"
+    "from ttt.config import Explanation\n"
     "class Explaining(ToyBackbone):\n"
     "    name = 'explaining'\n"
     "    def explanations(self):\n"

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_config import ToyBackbone
 
+from ttt.check import CheckedConfig, check_config
 from ttt.check.fixes import Fixed, fix_text, unified_diff
-from ttt.config import CheckedConfig, check_config
 from ttt.config.schema import EvalConfig, TrainConfig, TTTConfig
 from ttt.config.source import parse_source
 

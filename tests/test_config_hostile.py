@@ -23,18 +23,20 @@ from hypothesis import strategies as st
 from toy_config import ToyBackbone
 from typer.testing import CliRunner
 
+from ttt.check import CheckedConfig, check_config, load_config, render_json, render_text
+from ttt.check import estimate as estimate_module
 from ttt.check.fixes import fix_text
 from ttt.check.importing import import_config as ask
 from ttt.check.importing import render_account, write_imported
-from ttt.check.load import dump_value, run_config_model
+from ttt.check.render import MOST_CHARACTERS, MOST_OF_A_KIND, render_github, shown
 from ttt.check.sarif import render_sarif
-from ttt.config import CheckedConfig, Finding, check_config, load_config, render_json, render_text
-from ttt.config import estimate as estimate_module
-from ttt.config.findings import MOST_CHARACTERS, MOST_OF_A_KIND, Place, Severity, render_github, shown
+from ttt.config import Finding
+from ttt.config.dumping import dump_value
+from ttt.config.findings import Place, Severity
 from ttt.config.source import MAX_IN_OVERRIDES, MAX_OVERRIDES, parse_source, resolve
 from ttt.costs import best_group_size
 from ttt.errors import ConfigError, UsageError
-from ttt.plugins import get_backbone
+from ttt.plugins import get_backbone, run_config_model
 from ttt_cli.app import app
 from ttt_cli.main import main
 from ttt_videodit.importing import MAX_BYTES as MOST_TOML
@@ -252,7 +254,7 @@ def test_exit_codes_and_sums_know_of_all_findings(tmp_path: Path) -> None:
 
 
 def test_spelling_is_asked_no_oftener_than_findings_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ttt.config import validation
+    from ttt.check import validation
 
     asked = []
     monkeypatch.setattr(validation, "nearest", lambda word, known: asked.append(word))
@@ -305,7 +307,7 @@ def test_fixing_ends(text: str) -> None:
 
 def test_fixes_that_are_tried_in_vain_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no edit does what it says, halves of halves would be read again thousands of times."""
-    from ttt.config import fixes
+    from ttt.check import fixes
 
     tried = []
     monkeypatch.setattr(fixes, "_does_what_it_says", lambda *_: tried.append(1) is not None)
@@ -552,7 +554,8 @@ def test_a_file_name_cannot_leave_the_comment_that_it_is_written_into(
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(st.text(alphabet=st.characters(exclude_characters="\0/"), max_size=30), st.text(max_size=30))
 def test_no_name_and_no_note_leaves_its_comment(name: str, note: str) -> None:
-    from ttt.check.importing import ImportedConfig, ImportedKey
+    from ttt.plugins import ImportedConfig
+    from ttt.plugins.imported import ImportedKey
 
     imported = ImportedConfig(name, {"run_dir": "x", "train.lr": 1e-3}, [ImportedKey(name, "train.lr", note)])
     imported.keys.append(ImportedKey("", "run_dir", note))  # type: ignore[attr-defined]

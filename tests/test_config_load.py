@@ -18,22 +18,12 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from toy_config import DEMO, ToyBackbone, ToyOptions
 
-from ttt.config import (
-    BackboneOptions,
-    Finding,
-    RunConfig,
-    Severity,
-    TTTConfig,
-    check_config,
-    dump_config,
-    load_config,
-    render_text,
-    run_config_model,
-)
+from ttt.check import check_config, load_config, render_text
+from ttt.config import BackboneOptions, Finding, RunConfig, Severity, TTTConfig, dump_config
 from ttt.config.schema import MOST_RATE
 from ttt.config.spelling import nearest
 from ttt.errors import ConfigEnvironmentError, ConfigError, EnvironmentProblem, NestedCheckpointWarning
-from ttt.plugins import discover
+from ttt.plugins import discover, run_config_model
 
 TOY_BACKBONE = ToyBackbone()
 

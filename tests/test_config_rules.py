@@ -10,13 +10,14 @@ from typing import NamedTuple
 import pytest
 from toy_config import ToyBackbone
 
+from ttt.amounts import show_bytes
+from ttt.check import check_config, load_config
 from ttt.check.explanations import EXPLANATIONS
-from ttt.check.load import check_config
-from ttt.check.rules.memory import device_memory
-from ttt.config import Finding, TTTConfig, load_config
+from ttt.config import Finding, TTTConfig
 from ttt.config.findings import CODES, Severity
-from ttt.costs import scan_cost, show_bytes
+from ttt.costs import scan_cost
 from ttt.errors import ConfigError, NestedCheckpointWarning
+from ttt.machine import device_memory
 
 
 class Case(NamedTuple):

@@ -11,9 +11,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ttt.check.reading import read_source
 from ttt.config import source as source_module
 from ttt.config.findings import Severity
-from ttt.config.source import MAX_BYTES, MAX_LEVELS, MAX_VALUES, parse_source, read_source, resolve
+from ttt.config.source import MAX_BYTES, MAX_LEVELS, MAX_VALUES, parse_source, resolve
 from ttt.errors import EnvironmentProblem
 
 

@@ -7,9 +7,10 @@ import json
 import pytest
 from toy_config import ToyBackbone
 
+from ttt.check import check_config, load_config
 from ttt.check.json_schema import json_schema
-from ttt.check.load import dump_config
-from ttt.config import RunConfig, check_config, load_config
+from ttt.config import RunConfig
+from ttt.config.dumping import dump_config
 from ttt.config.schema import TrainConfig
 
 BACKBONE = ToyBackbone()

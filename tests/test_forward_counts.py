@@ -7,8 +7,10 @@ import warnings
 import pytest
 from toy import ToyBackbone, TwoWayToy
 
-from ttt.config import TTTConfig, check_config
-from ttt.costs import enclosing_checkpoints, scan_cost
+from ttt.check import check_config
+from ttt.check.estimate import enclosing_checkpoints
+from ttt.config import TTTConfig
+from ttt.costs import scan_cost
 from ttt.errors import NestedCheckpointWarning
 from ttt.laws import Bench
 from ttt.laws.checks import NESTINGS

@@ -253,7 +253,7 @@ def test_the_dialogues_words_tell_their_turns():
 def test_data_before_the_model_leaves_moshis_compiler_off():
     """Moshi reads the switch when it is first imported: whoever comes first has to have set it, on a CPU."""
     program = (
-        "import torch; from ttt.config import load_config; from ttt.plugins import get_backbone;"
+        "import torch; from ttt.check import load_config; from ttt.plugins import get_backbone;"
         "loaded = load_config(None, text=get_backbone('moshi').presets()['demo']);"
         "loaded.backbone.dataset(loaded.config, split='train', device='cpu');"
         "loaded.backbone.build(loaded.backbone.tiny(), device='cpu', dtype=torch.float32);"

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from ttt.check.importing import ImportedConfig, render_account, write_imported
+from ttt.check import check_config, load_config
 from ttt.check.importing import import_config as ask
-from ttt.config import check_config, load_config
+from ttt.check.importing import render_account, write_imported
 from ttt.errors import ConfigError, PluginError, UsageError
-from ttt.plugins import get_backbone
+from ttt.plugins import ImportedConfig, get_backbone
 from ttt_cli.main import main
 from ttt_moshi.importing import import_config
 

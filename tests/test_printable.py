@@ -17,9 +17,10 @@ from toy import ToyBackbone
 
 from ttt import inject
 from ttt.adapter_file import save_adapter
+from ttt.check.render import render_github, render_json, render_text
 from ttt.check.sarif import render_sarif
 from ttt.config import TTTConfig
-from ttt.config.findings import Finding, Place, Severity, render_github, render_json, render_text
+from ttt.config.findings import Finding, Place, Severity
 from ttt.errors import EnvironmentProblem
 from ttt.printable import as_line, json_text, shell_word, shortened
 from ttt_cli.main import main

@@ -16,9 +16,10 @@ from torch import Tensor
 from toy import BlockWithTTT, Cache, ToyBackbone, TwoWayAdapter, TwoWayBlockWithTTT, TwoWayToy
 
 from ttt.adapter import Gate, TTTAdapter
+from ttt.check import load_config
 from ttt.check.probe import cuts, narrow, place_layers, probe
 from ttt.check.probe_codes import LAW_EXPLANATIONS
-from ttt.config import CODES, load_config
+from ttt.config import CODES
 from ttt.layer import Rotary, TTTLayer
 from ttt.ops.minibatch import Tokens
 from ttt.plugins import get_backbone

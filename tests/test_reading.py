@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from ttt import files, reading
 from ttt.adapter_file import read_info
+from ttt.check import check_config
 from ttt.check.recordings import read_recordings
-from ttt.config import check_config, source
+from ttt.config import source
 from ttt.errors import EnvironmentProblem, TTTError, UsageError
 from ttt.prompts import given_prompts, read_prompts
 from ttt.train.metrics import MetricsFile, read_metrics

@@ -12,10 +12,10 @@ from test_train_loop import assert_same_tensors, config, lines, run
 from toy import ToyBackbone
 
 from ttt.adapter_file import MODEL
-from ttt.config import load_config
+from ttt.check import load_config
 from ttt.errors import EnvironmentProblem, NonFiniteError, UsageError
 from ttt.files import read_tensors
-from ttt.plugins.backbone import LossOutput
+from ttt.plugins import LossOutput
 from ttt.train import loop
 from ttt.train.divergence import lowered, not_finite, tensors_in, way_on
 from ttt.train.metrics import Display

@@ -25,7 +25,8 @@ from toy import Block, BlockWithTTT, ToyBackbone, ToyData, ToyOptions
 from ttt import inject, interrupt
 from ttt.adapter import TTTAdapter, carried
 from ttt.adapter_file import MODEL, read_info
-from ttt.config import EvalConfig, RunConfig, TrainConfig, TTTConfig, load_config
+from ttt.check import load_config
+from ttt.config import EvalConfig, RunConfig, TrainConfig, TTTConfig
 from ttt.errors import (
     ConfigError,
     EnvironmentProblem,
@@ -35,9 +36,8 @@ from ttt.errors import (
     UsageError,
 )
 from ttt.files import read_header, write_tensors
-from ttt.inject import Site
 from ttt.interrupt import SIGNALS, Interrupt, interruptible
-from ttt.plugins.backbone import LossOutput
+from ttt.plugins import LossOutput, Site
 from ttt.plugins.rows import rows_of_step
 from ttt.train import loop, train
 from ttt.train.checkpoint import OPTIMIZER

@@ -12,9 +12,10 @@ import torch
 from toy import ToyBackbone, ToyData, ToyOptions
 
 from ttt import files
-from ttt.config import TrainConfig, TTTConfig, run_config_model
+from ttt.config import TrainConfig, TTTConfig
 from ttt.errors import ConfigError, EnvironmentProblem, UnreadableError, UsageError
 from ttt.files import read_json, write_json, write_tensors
+from ttt.plugins import run_config_model
 from ttt.train import rundir
 from ttt.train.metrics import MetricsFile
 from ttt.train.rundir import RunDir, choose, config_differences, read_checkpoint

@@ -12,8 +12,8 @@ from toy import ToyBackbone, ToyData, ToyOptions
 
 from ttt import inject
 from ttt.adapter_file import BACKBONE, MODEL, load_adapter, read_info, save_adapter, trained_backbone
-from ttt.check.load import check_config
-from ttt.config import RunConfig, TrainConfig, TTTConfig, load_config
+from ttt.check import check_config, load_config
+from ttt.config import RunConfig, TrainConfig, TTTConfig
 from ttt.errors import AdapterFileError, AdapterMismatchError
 from ttt.train import loop, train
 from ttt.train.metrics import read_metrics

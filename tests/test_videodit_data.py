@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ttt.check import check_config, load_config
 from ttt.check.explain import catalogue, explain
-from ttt.check.explanations import Explanation
-from ttt.check.load import load_config
 from ttt.checksums import parse_line
-from ttt.config import Finding, check_config
+from ttt.config import Finding
+from ttt.config.findings import Explanation
 from ttt.errors import ConfigError, EnvironmentProblem, UsageError
 from ttt.files import read_header, write_tensors
 from ttt.plugins import get_backbone
@@ -461,7 +461,7 @@ def test_checking_data_needs_no_torch(folder: Folder) -> None:
     folder.write()
     (folder.path / "config.yaml").write_text(config(folder))
     program = (
-        "import sys; from ttt.config import check_config; "
+        "import sys; from ttt.check import check_config; "
         f"print([f.code for f in check_config({str(folder.path / 'config.yaml')!r}).findings if f.code[:3] == 'VDT']); "
         "print(sorted({'torch', 'numpy', 'av', 'diffusers', 'safetensors'} & set(sys.modules)))"
     )

@@ -12,7 +12,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from rich.console import Console
 from torch import Tensor, nn
 
-from ttt.config import load_config
+from ttt.check import load_config
 from ttt.config.schema import TrainConfig
 from ttt.errors import EnvironmentProblem
 from ttt.plugins.rows import StepRows, reading_rows, rows_of_step

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ttt.check.importing import ImportedConfig, render_account, write_imported
+from ttt.check import check_config
 from ttt.check.importing import import_config as ask
-from ttt.config import Severity, check_config
+from ttt.check.importing import render_account, write_imported
+from ttt.config import Severity
 from ttt.errors import UsageError
-from ttt.plugins import get_backbone
+from ttt.plugins import ImportedConfig, get_backbone
 from ttt_cli.main import main
 from ttt_videodit.geometry import Segments, segments_in
 from ttt_videodit.importing import import_config

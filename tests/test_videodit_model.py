@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ttt import gates_closed, inject
 from ttt.adapter import Gate
+from ttt.check.estimate import estimate
 from ttt.config import RunConfig, TrainConfig, TTTConfig
-from ttt.costs import estimate
 from ttt.errors import EnvironmentProblem, InjectionError, UsageError
 from ttt.plugins import get_backbone
 from ttt.testing import laws

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from ttt.check.load import load_config
+from ttt.check import load_config
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.train import train
 from ttt_videodit.clip import demo_frames

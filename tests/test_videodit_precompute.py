@@ -26,7 +26,8 @@ from small_videos import noisy, write_lossless
 from tiny_cogvideox import write_pretrained
 from transformers import AutoTokenizer, T5EncoderModel
 
-from ttt.config import RunConfig, check_config
+from ttt.check import check_config
+from ttt.config import RunConfig
 from ttt.errors import EnvironmentProblem, TTTError, UnreadableError, UsageError
 from ttt.files import read_header, write_tensors
 from ttt_videodit import demo

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import ttt_videodit
-from ttt.config import check_config
+from ttt.check import check_config
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt_cli.main import main
 from ttt_videodit.checkpoint import look_at

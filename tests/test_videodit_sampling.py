@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 import ttt
 from ttt import inject
-from ttt.check.load import load_config, run_config_model
+from ttt.check import load_config
 from ttt.config import RunConfig
 from ttt.errors import EnvironmentProblem, NonFiniteError, UsageError
-from ttt.plugins.backbone import SampleRequest
+from ttt.plugins import SampleRequest, run_config_model
 from ttt_cli.main import main
 from ttt_videodit import model as videodit
 from ttt_videodit.diffusion import make_scheduler

@@ -22,10 +22,9 @@ from ttt.adapter import Gate, TTTAdapter
 from ttt.config.schema import BackboneOptions, DataOptions, RunConfig, TTTConfig
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import read_tensors, write_tensors, write_text
-from ttt.inject import Site
 from ttt.layer import TTTLayer
 from ttt.ops.rotary import rotary_angles
-from ttt.plugins.backbone import Backbone, BackboneFacts, Batch, LossOutput, SamplePlan, SampleRequest
+from ttt.plugins import Backbone, BackboneFacts, Batch, LossOutput, SamplePlan, SampleRequest, Site
 from ttt.state import TTTState
 
 

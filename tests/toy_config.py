@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import Field, model_validator
 
 from ttt.config import BackboneOptions, DataOptions, RunConfig
-from ttt.plugins.backbone import Backbone, BackboneFacts
-from ttt.plugins.hookspecs import hookimpl
+from ttt.plugins import Backbone, BackboneFacts, hookimpl
 
 DEMO = """\
 # A toy, to be trained in a moment.

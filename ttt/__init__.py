@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ttt.version import __version__
 
 _EXPORTS = {
     "scan": "ttt.ops.scan",
@@ -18,11 +18,11 @@ _EXPORTS = {
     "TTTAdapter": "ttt.adapter",
     "Gate": "ttt.adapter",
     "gates_closed": "ttt.adapter",
-    "Site": "ttt.inject",
+    "Site": "ttt.plugins",
     "save_adapter": "ttt.adapter_file",
     "load_adapter": "ttt.adapter_file",
-    "Backbone": "ttt.plugins.backbone",
-    "hookimpl": "ttt.plugins.hookspecs",
+    "Backbone": "ttt.plugins",
+    "hookimpl": "ttt.plugins",
     "NestedCheckpointWarning": "ttt.errors",
 }
 
@@ -48,11 +48,9 @@ if TYPE_CHECKING:
     from ttt.adapter_file import load_adapter, save_adapter
     from ttt.config import TTTConfig
     from ttt.errors import NestedCheckpointWarning
-    from ttt.inject import Site
     from ttt.layer import TTTLayer
     from ttt.ops.scan import scan
-    from ttt.plugins.backbone import Backbone
-    from ttt.plugins.hookspecs import hookimpl
+    from ttt.plugins import Backbone, Site, hookimpl
     from ttt.state import TTTState
 
 

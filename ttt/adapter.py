@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,14 @@ from ttt.config import TTTConfig
 from ttt.layer import Rotary, TTTLayer
 from ttt.state import TTTState
 
-if TYPE_CHECKING:
-    from ttt.inject import Injection
+
+class Adapted(Protocol):
+    """A model with adapters in it, as far as states need it: a `ttt.inject.Injection`."""
+
+    @property
+    def adapters(self) -> Mapping[str, nn.Module]:
+        """The adapters by site name."""
+        ...
 
 
 class Gate(nn.Module):
@@ -133,7 +139,7 @@ class Carry:
 
 
 @contextlib.contextmanager
-def carried(injection: Injection, states: Mapping[str, TTTState] | None = None) -> Iterator[Carry]:
+def carried(injection: Adapted, states: Mapping[str, TTTState] | None = None) -> Iterator[Carry]:
     """Start forward passes from given states, and keep the states that they end with.
 
     The states are an input like any other: every forward pass inside starts from the same ones, so a recomputation

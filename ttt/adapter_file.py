@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from ttt import __version__
 from ttt.checksums import no_duplicates
 from ttt.config.schema import BackboneOptions, TTTConfig, with_its_target_eps
 from ttt.errors import (
@@ -47,12 +46,13 @@ from ttt.files import (
     writing,
 )
 from ttt.printable import json_text, shell_word
+from ttt.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ttt.inject import Injection, Site
-    from ttt.plugins.backbone import Backbone
+    from ttt.inject import Injection
+    from ttt.plugins import Backbone, Site
 
 MODEL = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

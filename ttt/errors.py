@@ -6,12 +6,10 @@ Messages are one sentence with the place and the way out; the command line print
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from ttt.config.findings import Finding
 
 _NAMED_PROBLEMS = 5
 
@@ -54,10 +52,11 @@ class UsageError(TTTError):
 class ConfigError(UsageError):
     """A config that cannot be honoured. `str(error)` holds every finding, each with its place."""
 
-    def __init__(self, message: str, findings: Sequence[Finding] = ()) -> None:
+    def __init__(self, message: str, findings: Sequence[Any] = ()) -> None:
         super().__init__(message)
         self.findings = tuple(findings)
-        """What was found, warnings and notes included; empty where the error is about more than one config."""
+        """What was found, warnings and notes included, each a `ttt.config.Finding` (no type says so: this module knows
+        nothing of configs); empty where the error is about more than one config."""
 
 
 class InjectionError(UsageError):

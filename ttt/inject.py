@@ -22,46 +22,7 @@ from ttt.config import TTTConfig
 from ttt.config.schema import select_layers
 from ttt.errors import InjectionError
 from ttt.layer import TTTLayer, check_head_width
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """A place where TTT can go. Subclass it where attaching needs more than a new class and a child."""
-
-    layer: int
-    """Its number, as `ttt.layers` names it."""
-    path: str
-    """Dotted path of `module` in the model: what `model.named_modules()` calls it. Adapter files name tensors by it."""
-    module: nn.Module
-    """What gets the adapter as a child."""
-    dim: int
-    """Width D of the tokens there."""
-    num_heads: int
-    """The backbone's heads there."""
-    subclass: type[nn.Module]
-    """What `module` becomes: a subclass of its class, with no parameters of its own, that calls `self.ttt`."""
-    adapter: type[nn.Module] = TTTAdapter
-    """Called as `adapter(dim, num_heads, config, device=…, dtype=…)`."""
-    attribute: str = "ttt"
-    """Name of the adapter as a child of `module`."""
-    without_effect: frozenset[str] = frozenset()
-    """Parameters of the adapter on which the backbone's output cannot depend there, and so get no gradient."""
-
-    @property
-    def name(self) -> str:
-        """Dotted path of the adapter in the model."""
-        return f"{self.path}.{self.attribute}" if self.path else self.attribute
-
-    def attach(self, adapter: nn.Module) -> None:
-        """Make `module` call the adapter."""
-        self.module.add_module(self.attribute, adapter)
-        self.module.__class__ = self.subclass
-
-    def detach(self, original: type[nn.Module]) -> None:
-        """Undo `attach`."""
-        self.module.__class__ = original
-        if self.attribute in self.module._modules:
-            delattr(self.module, self.attribute)
+from ttt.plugins.site import Site
 
 
 @dataclass(frozen=True)
@@ -265,7 +226,7 @@ def bare_adapter(
     site: Site, config: TTTConfig, *, device: torch.device | str = "meta", dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """A site's adapter by itself; on the device `meta` it has names and shapes, and takes no memory."""
-    return site.adapter(site.dim, site.num_heads, config, device=device, dtype=dtype)
+    return (site.adapter or TTTAdapter)(site.dim, site.num_heads, config, device=device, dtype=dtype)
 
 
 def _make_adapter(model: nn.Module, site: Site, config: TTTConfig, seed: int) -> nn.Module:

@@ -23,7 +23,7 @@ from ttt.adapter_file import (
 from ttt.config.schema import RunConfig, select_layers
 from ttt.errors import AdapterMismatchError, NonFiniteError, UsageError
 from ttt.files import require_place
-from ttt.plugins.backbone import Backbone, SampleRequest
+from ttt.plugins import Backbone, SampleRequest
 from ttt.printable import say
 from ttt.samples import SampleFolder, shared_origin
 from ttt.train.passes import seed_pass

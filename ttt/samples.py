@@ -16,16 +16,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ttt import __version__
 from ttt.adapter_file import AdapterInfo
 from ttt.checksums import file_digest
 from ttt.config.schema import DataOptions, RunConfig
 from ttt.errors import EnvironmentProblem, UnreadableError, UsageError
 from ttt.files import TEMPORARY, lock, read_json, replaced_file, sync, temporary_beside, write_json, writing
 from ttt.interrupt import interruptible
-from ttt.plugins.backbone import SampleRequest
+from ttt.plugins import SampleRequest
 from ttt.printable import shortened
 from ttt.reading import other_kind
+from ttt.version import __version__
 
 RECORD = ".json"
 """What the name of a record ends in."""

@@ -78,7 +78,7 @@ def check(
     model that cannot be built. With --fix they are about the files as they lie there afterwards.
     """
     if explain is not None or list_codes:
-        from ttt.config import explain as explanations
+        from ttt.check import explain as explanations
 
         for line in (explanations.catalogue() if explain is None else explanations.explain(explain)).split("\n"):
             show(line)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from ttt_cli.terminal import has_color, show, show_diff, show_error, show_findings, show_note
 
 if TYPE_CHECKING:
-    from ttt.config import CheckedConfig, Finding
+    from ttt.check import CheckedConfig
+    from ttt.config import Finding
 
 STANDARD_INPUT = "-"
 STANDARD_INPUT_NAME = "<stdin>"
@@ -98,7 +99,8 @@ def _memory(text: str) -> int:
 
 
 def _read(name: str) -> bytes:
-    from ttt.config.source import MAX_BYTES, read_bytes
+    from ttt.check.reading import read_bytes
+    from ttt.config.source import MAX_BYTES
 
     return sys.stdin.buffer.read(MAX_BYTES + 1) if name == STANDARD_INPUT else read_bytes(name)
 
@@ -110,11 +112,11 @@ def _print_data(output: Format, findings: Sequence[Finding], problems: Sequence[
 
         print(render_sarif(findings, version=__version__, problems=problems))
     elif output is Format.JSON:
-        from ttt.config import render_json
+        from ttt.check import render_json
 
         print(render_json(findings))
     elif findings:
-        from ttt.config.findings import render_github
+        from ttt.check.render import render_github
 
         print(render_github(findings))
 
@@ -200,7 +202,7 @@ class _Checker:
         return fixed.checked.findings if write else before.findings
 
     def _check(self, file: str, text: str | bytes) -> CheckedConfig:
-        from ttt.config import check_config
+        from ttt.check import check_config
 
         checked = check_config(
             file, text=text, backbone=self.backbone, overrides=self.overrides, memory=self.memory, cost=self.cost

@@ -27,8 +27,8 @@ def diff(
 
     Exit codes: 0 no difference, 1 differences, 2 a config that means nothing, 3 a file that cannot be read.
     """
+    from ttt.check import check_config
     from ttt.check.diff import diff_configs, render_json
-    from ttt.config import check_config
     from ttt.errors import UsageError
 
     checked = [check_config(name, backbone=backbone) for name in (left, right)]

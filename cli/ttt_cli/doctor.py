@@ -72,8 +72,8 @@ def _facts(report: Report) -> dict[str, Any]:
 
 
 def _print_report(report: Report) -> None:
+    from ttt.amounts import show_bytes
     from ttt.check.doctor import SUPPORT
-    from ttt.costs import show_bytes
 
     print("versions")
     _print_rows([(name, "not installed" if value is None else value) for name, value in report.versions.items()])

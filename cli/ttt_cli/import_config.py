@@ -12,7 +12,7 @@ from ttt_cli.options import BackboneName, is_standard_output, require_replaceabl
 from ttt_cli.terminal import show, show_findings, width_of
 
 if TYPE_CHECKING:
-    from ttt.plugins.backbone import Backbone
+    from ttt.plugins import Backbone
 
 
 def import_config(
@@ -32,10 +32,10 @@ def import_config(
     Exit codes: 0 imported, 1 imported, but the result has errors, 2 nothing that a backbone reads, 3 a file that cannot
     be read or written.
     """
+    from ttt.check import check_config
     from ttt.check.importing import import_config as read
     from ttt.check.importing import render_account, write_imported
     from ttt.check.json_schema import EDITOR_LINE
-    from ttt.config import check_config
     from ttt.config.findings import has_errors, summary
     from ttt.errors import UsageError
     from ttt.files import write_text
@@ -78,7 +78,8 @@ def _text(file: str) -> str:
         UsageError: it is no text, or too large for a config.
         EnvironmentProblem: it cannot be read.
     """
-    from ttt.config.source import MAX_BYTES, read_bytes
+    from ttt.check.reading import read_bytes
+    from ttt.config.source import MAX_BYTES
     from ttt.errors import UsageError
 
     content = read_bytes(file)

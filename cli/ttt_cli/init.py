@@ -12,7 +12,7 @@ from ttt_cli.options import is_standard_output, require_replaceable
 from ttt_cli.terminal import show_note
 
 if TYPE_CHECKING:
-    from ttt.plugins.backbone import Backbone
+    from ttt.plugins import Backbone
 
 
 def init(

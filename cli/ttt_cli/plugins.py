@@ -20,7 +20,8 @@ def plugins(
 
     Exit codes: 0 all work, 1 one is broken.
     """
-    from ttt.plugins import discover, examined
+    from ttt.check.examined import examined
+    from ttt.plugins import discover
 
     found = tuple(map(examined, discover()))
     if as_json:

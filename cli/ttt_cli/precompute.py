@@ -20,7 +20,7 @@ def precompute(
     """
     from rich.console import Console
 
-    from ttt.config import load_config
+    from ttt.check import load_config
     from ttt.train.terminal import lasting
 
     loaded = load_config(config, overrides=overrides or [], training=False)

@@ -16,8 +16,9 @@ from ttt_cli.options import Overrides, Verify, require_replaceable
 from ttt_cli.terminal import show, show_note
 
 if TYPE_CHECKING:
-    from ttt.config import LoadedConfig, RunConfig
-    from ttt.plugins.backbone import SamplePlan
+    from ttt.check import LoadedConfig
+    from ttt.config import RunConfig
+    from ttt.plugins import SamplePlan
     from ttt.prompts import Prompts
 
 _MOST_SEED = (1 << 63) - 1
@@ -87,7 +88,7 @@ def sample(
     Several samples go into a folder: FOLDER/000 with the seed that --seed says, 001 with the next one, and so on;
     beside each, a .json says what it was made from. The same command, given once more, makes those that are missing.
     """
-    from ttt.config import load_config
+    from ttt.check import load_config
     from ttt.errors import UsageError
 
     if not (math.isfinite(seconds) and seconds > 0):
@@ -121,7 +122,7 @@ def sample(
 
     from rich.console import Console
 
-    from ttt.plugins.backbone import SampleRequest
+    from ttt.plugins import SampleRequest
     from ttt.sample import sample as make
     from ttt.sample import sample_many
     from ttt.train.metrics import say
@@ -196,7 +197,7 @@ def _places(out: str, given: list[Prompts], loaded: LoadedConfig, *, seconds: fl
         UsageError: `--out` names no folder where one is needed, or a backbone makes one sample at a time.
     """
     from ttt.errors import UsageError
-    from ttt.plugins.backbone import Backbone
+    from ttt.plugins import Backbone
 
     if not out:
         raise UsageError("--out: is empty; name a file, or a folder")

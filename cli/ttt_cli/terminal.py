@@ -28,7 +28,7 @@ def width_of(stream: TextIO) -> int | None:
 
 def show_findings(findings: Sequence[Finding], *, stream: TextIO) -> None:
     """Print findings with their places, lines and fixes; nothing where there are none."""
-    from ttt.config import render_text
+    from ttt.check import render_text
 
     if findings:
         with _heard_or_not(stream):

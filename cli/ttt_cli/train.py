@@ -13,7 +13,7 @@ from ttt_cli.options import BackboneName, Overrides, Verify
 from ttt_cli.terminal import show, show_findings, show_note
 
 if TYPE_CHECKING:
-    from ttt.config import LoadedConfig
+    from ttt.check import LoadedConfig
 
 
 def train(
@@ -81,7 +81,7 @@ def _load(path: Path, backbone: str | None, overrides: list[str], *, resume: boo
     """The config in a file or, to resume, in a run's folder, wherever that folder lies now."""
     from dataclasses import replace
 
-    from ttt.config import load_config
+    from ttt.check import load_config
     from ttt.errors import UsageError
     from ttt.train.claim import CHECKPOINTS, CONFIG, is_of_a_run, require_places
 
@@ -105,7 +105,7 @@ def _load(path: Path, backbone: str | None, overrides: list[str], *, resume: boo
 
 
 def _load_demo(name: str, overrides: list[str]) -> LoadedConfig:
-    from ttt.config import load_config
+    from ttt.check import load_config
     from ttt.plugins import get_backbone
     from ttt_cli.init import preset_text
 

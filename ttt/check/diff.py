@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ttt.check.load import CheckedConfig
-from ttt.config.findings import Finding, shown, to_dict
+from ttt.check.render import shown, to_dict
+from ttt.config.findings import Finding
 from ttt.config.schema import RunConfig
 from ttt.printable import json_text
 

@@ -24,16 +24,17 @@ import torch
 from torch import Tensor
 
 from ttt import plugins
-from ttt.check.rules.memory import device_memory
+from ttt.amounts import show_bytes
 from ttt.config.findings import Severity, blames_environment
 from ttt.config.schema import TTTConfig, inner_widths
-from ttt.costs import scan_cost, show_bytes
+from ttt.costs import scan_cost
 from ttt.files import free_bytes
 from ttt.layer import TTTLayer
+from ttt.machine import device_memory
 from ttt.ops import select
 
 if TYPE_CHECKING:
-    from ttt.config import CheckedConfig
+    from ttt.check.load import CheckedConfig
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _LITTLE_DISK = 1 << 30
@@ -158,7 +159,8 @@ def examine(path: str | Path | None = None, *, backbone: str | None = None, over
 
 def _readable(path: str | Path, backbone: str | None, overrides: Sequence[str]) -> CheckedConfig:
     from ttt.check.load import check_config
-    from ttt.config.findings import blames_environment, render_text, summary
+    from ttt.check.render import render_text
+    from ttt.config.findings import blames_environment, summary
     from ttt.errors import ConfigError
     from ttt.printable import printable
 

@@ -6,8 +6,8 @@ The tests check each pair of configs: the bad one gives its code and nothing els
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from ttt.config.findings import Explanation
 
 _MOSHI = "backbone: {name: moshi}\n"
 _LM = "TTT-LM (arXiv 2407.04620)"
@@ -21,37 +21,6 @@ _PLUGINS = "`ttt.plugins`"
 
 
 _START = "ttt: {layers: [1]}\ntrain: {init_from: first.safetensors}\n"
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What a code means."""
-
-    severity: str
-    """error, warning or note."""
-    what: str
-    """What was found, and what will happen."""
-    why: str
-    """Why that costs a run."""
-    bad: str
-    """A whole config that triggers it."""
-    good: str
-    """One near it that triggers nothing."""
-    source: str
-    """Who says so."""
-    files: Mapping[str, str] = field(default_factory=dict)
-    """Files that the configs speak of, by name, beside them."""
-    options: tuple[str, ...] = ()
-    """Options of `ttt check` that the bad config needs; the good one too, unless `good_options` says others."""
-    good_options: tuple[str, ...] | None = None
-    environment: tuple[str, ...] = ()
-    """Variables of the process, `NAME=value`, with which the bad config is checked, and the good one without."""
-    bad_bytes: bytes | None = None
-    """The bad config itself, where `bad` can only describe it."""
-    needs: str = ""
-    """What must be installed for it."""
-    title: str = ""
-    """For a plugin's code: what it is, in a few words; those of the core are in `ttt.config.findings.CODES`."""
 
 
 def _lines(*lines: str) -> str:

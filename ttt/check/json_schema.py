@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
-from ttt.check.load import run_config_model, with_defaults
 from ttt.config.schema import RunConfig, TTTConfig
 from ttt.errors import PluginError
+from ttt.plugins import run_config_model
+from ttt.plugins.run_config import with_defaults
 
 if TYPE_CHECKING:
-    from ttt.plugins.backbone import Backbone
+    from ttt.plugins import Backbone
 
 SCHEMA_FILE = "ttt.schema.json"
 """The name under which configs look for the schema, beside themselves."""

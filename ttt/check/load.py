@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, Field, create_model
+from pydantic import BaseModel
 
 from ttt import plugins
+from ttt.check.reading import read_source
+from ttt.check.render import render_text
 from ttt.check.rules import run_rules
 from ttt.check.rules.rule import Context
 from ttt.check.validation import Validated, split_fix, validate
-from ttt.config.findings import Finding, Place, Severity, blames_environment, has_errors, render_text, summary
-from ttt.config.schema import BackboneOptions, DataOptions, RunConfig, with_its_target_eps
-from ttt.config.source import BOOLEAN, FLOAT, INTEGER, NULL, KeyPath, Source, parse_source, path_of, read_source
+from ttt.config.findings import Finding, Place, Severity, blames_environment, has_errors, summary
+from ttt.config.schema import RunConfig, with_its_target_eps
+from ttt.config.source import KeyPath, Source, parse_source, path_of
 from ttt.config.spelling import nearest
 from ttt.errors import ConfigEnvironmentError, ConfigError, EnvironmentProblem, PluginError, TTTError
+from ttt.plugins import Backbone, BackboneFacts
 from ttt.plugins.asking import WAY_OUT, WrongAnswer, asked, in_one_line
-from ttt.plugins.backbone import Backbone, BackboneFacts
-from ttt.plugins.declared import require_options
+from ttt.plugins.run_config import run_config_model, with_defaults
 from ttt.printable import printable
 
 _OF_TRAINING = re.compile("[A-Z]+[24567][0-9]{2}")
 """Codes about what a training run alone needs: recomputation, memory and disk, data, the machine, the optimiser."""
 _SECTIONS = tuple(name for name in RunConfig.model_fields if name != "run_dir")
-_OF_THE_INNER_MODEL = ("mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims", "base_lr")
 
 _CODE = re.compile(r"[A-Za-z0-9_-]{1,40}")
 """What a plugin may call a finding: a word, for it is shown between others."""
@@ -137,27 +137,6 @@ def load_config(
     assert checked.config is not None
     assert checked.backbone is not None
     return LoadedConfig(checked.config, checked.backbone, checked.findings, checked.source)
-
-
-@functools.cache
-def _narrowed(options: type[BackboneOptions], data_options: type[DataOptions], name: str) -> type[RunConfig]:
-    return create_model(
-        f"{name.title().replace('-', '')}RunConfig",
-        __base__=RunConfig,
-        __doc__=RunConfig.__doc__,
-        backbone=(options, ...),
-        data=(data_options, Field(default_factory=dict, validate_default=True)),
-    )
-
-
-def run_config_model(backbone: Backbone) -> type[RunConfig]:
-    """`RunConfig` with the sections `backbone` and `data` narrowed to a plugin's options; one class per backbone.
-
-    Raises:
-        PluginError: the plugin's options are none.
-    """
-    require_options(backbone)
-    return _narrowed(backbone.options, backbone.data_options, backbone.name)
 
 
 # --- loading ---
@@ -417,73 +396,3 @@ def _other_options(backbone: Backbone) -> dict[str, list[type[BaseModel]]]:
     """The options of the other installed backbones, by name."""
     others = (plugin.backbone for plugin in plugins.discover() if plugin.name != backbone.name)
     return {other.name: [other.options, other.data_options] for other in others if other is not None}
-
-
-def with_defaults(ttt: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The `ttt` section with the backbone's defaults under it, unless the user starts from a preset.
-
-    A default that belongs to another inner model than the user's is left out.
-    """
-    if "preset" in ttt:
-        return dict(ttt)
-    usual = dict(defaults)
-    if ttt.get("layer_type", usual.get("layer_type", "linear")) != usual.get("layer_type", "linear"):
-        usual = {key: value for key, value in usual.items() if key not in _OF_THE_INNER_MODEL}
-    return {**usual, **ttt}
-
-
-# --- writing ---
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML that reads back the same under YAML 1.2 and, where a text would be taken for a number, under 1.1 too."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """Write every value where it stands."""
-        return True
-
-
-def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
-    written = repr(value).replace("inf", ".inf").replace("nan", ".nan")
-    return dumper.represent_scalar("tag:yaml.org,2002:float", written)
-
-
-def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-    # double quotes alone keep line separators and the like as they are
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
-
-
-def _represent_list(dumper: yaml.SafeDumper, value: Iterable[Any]) -> yaml.Node:
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
-
-
-# Ours first: the first that matches decides what a scalar without quotes means.
-_Dumper.yaml_implicit_resolvers = {
-    first: [
-        ("tag:yaml.org,2002:null", NULL),
-        ("tag:yaml.org,2002:bool", BOOLEAN),
-        ("tag:yaml.org,2002:int", INTEGER),
-        ("tag:yaml.org,2002:float", FLOAT),
-        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
-    ]
-    for first in ["", *map(chr, range(33, 127))]
-}
-_Dumper.add_representer(float, _represent_float)
-_Dumper.add_representer(str, _represent_text)
-_Dumper.add_representer(list, _represent_list)
-
-
-def dump_value(value: Any) -> str:
-    """A value as it is written behind a key, in one line; it reads back equal."""
-    text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=1 << 30)
-    return text.removesuffix("\n").removesuffix("...").rstrip("\n")
-
-
-def dump_config(config: RunConfig) -> str:
-    """The resolved config as YAML, every key written out, sections in order; it loads back equal."""
-    content = config.model_dump(mode="json")
-    parts = [
-        yaml.dump({key: content[key]}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 30)
-        for key in RunConfig.model_fields
-    ]
-    return "\n".join(parts)

@@ -21,10 +21,9 @@ from ttt.config.findings import Finding, Severity
 from ttt.config.schema import RunConfig, TTTConfig, select_layers
 from ttt.costs import scan_cost
 from ttt.errors import NestedCheckpointWarning, PluginError, TTTError
-from ttt.inject import Site
 from ttt.laws import Bench, LawBrokenError, checks
+from ttt.plugins import Backbone, Site
 from ttt.plugins.asking import WAY_OUT, owner
-from ttt.plugins.backbone import Backbone
 from ttt.printable import say
 from ttt.train.setup import narrowed, threads
 
@@ -53,7 +52,7 @@ def probe(config: RunConfig, backbone: Backbone, *, console: Console | None = No
     closed gate is the plain backbone; every layer is reached, moves and gets gradients.
 
     Args:
-        config: what `ttt.config.load_config` returned, without errors.
+        config: what `ttt.check.load_config` returned, without errors.
         backbone: its plugin.
         console: where to; None is standard output.
 

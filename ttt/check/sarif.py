@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ttt.config.findings import CODES, MOST_CHARACTERS, Finding, Place, around, shown
+from ttt.check.render import MOST_CHARACTERS, around, shown
+from ttt.config.findings import CODES, Finding, Place
 from ttt.printable import json_text
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"

@@ -23,7 +23,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from ttt.config.findings import MOST_OF_A_KIND, Finding, Severity
+from ttt.check.render import MOST_OF_A_KIND
+from ttt.config.findings import Finding, Severity
 from ttt.config.schema import RunConfig, descriptions
 from ttt.config.source import KeyPath, Source, dotted, resolve
 from ttt.config.spelling import nearest

@@ -1,6 +1,7 @@
-"""What a run is, where each of its keys was written, and what is wrong with it. Imports no torch.
+"""What a run is: its sections, where each key was written, what can be found in it. Imports no torch.
 
-The models are here at once; what reads and checks files is imported when it is first asked for.
+It knows nothing of the rest of the library. The models are here at once; the others are imported when they are first
+asked for.
 """
 
 from __future__ import annotations
@@ -18,53 +19,34 @@ from ttt.config.schema import (
 )
 
 if TYPE_CHECKING:
-    from ttt.check.load import (
-        CheckedConfig,
-        LoadedConfig,
-        check_config,
-        dump_config,
-        load_config,
-        run_config_model,
-    )
-    from ttt.config.findings import CODES, Finding, Place, Severity, render_json, render_text
+    from ttt.config.dumping import dump_config
+    from ttt.config.findings import CODES, Explanation, Finding, Place, Severity
     from ttt.config.source import Source
 
 _EXPORTS = {
     "CODES": "ttt.config.findings",
+    "Explanation": "ttt.config.findings",
     "Finding": "ttt.config.findings",
     "Place": "ttt.config.findings",
     "Severity": "ttt.config.findings",
-    "render_json": "ttt.config.findings",
-    "render_text": "ttt.config.findings",
     "Source": "ttt.config.source",
-    "CheckedConfig": "ttt.check.load",
-    "LoadedConfig": "ttt.check.load",
-    "check_config": "ttt.check.load",
-    "dump_config": "ttt.check.load",
-    "load_config": "ttt.check.load",
-    "run_config_model": "ttt.check.load",
+    "dump_config": "ttt.config.dumping",
 }
 
 __all__ = [
     "CODES",
     "BackboneOptions",
-    "CheckedConfig",
     "DataOptions",
     "EvalConfig",
+    "Explanation",
     "Finding",
-    "LoadedConfig",
     "Place",
     "RunConfig",
     "Severity",
     "Source",
     "TTTConfig",
     "TrainConfig",
-    "check_config",
     "dump_config",
-    "load_config",
-    "render_json",
-    "render_text",
-    "run_config_model",
 ]
 
 

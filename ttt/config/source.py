@@ -12,14 +12,11 @@ import contextlib
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ttt.config.findings import Finding, Place, Severity
-from ttt.errors import EnvironmentProblem
-from ttt.reading import read_start, unreadable
 
 MAX_BYTES = 1 << 20
 MAX_LEVELS = 32
@@ -129,31 +126,6 @@ class Source:
             if problem:
                 findings.append(problem)
         return replace(self, data=data, places=places, findings=tuple(findings))
-
-
-def read_source(path: str | Path) -> Source:
-    """Read a config file.
-
-    Raises:
-        EnvironmentProblem: there is no such file, or it cannot be read.
-    """
-    return parse_source(read_bytes(path), file=str(path))
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """What is in a config file: all of it, or of one that is too large, enough for `parse_source` to say so.
-
-    Raises:
-        EnvironmentProblem: there is no such file, or it cannot be read.
-    """
-    try:
-        return read_start(path, MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise EnvironmentProblem(f"{path}: no such file; name a config, or write one with `ttt init`") from None
-    except IsADirectoryError:
-        raise EnvironmentProblem(f"{path}: a folder; name the config file in it") from None
-    except OSError as error:
-        raise EnvironmentProblem(f"{path}: cannot be read: {unreadable(error)}") from error
 
 
 def parse_source(content: str | bytes, *, file: str) -> Source:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ttt import inject
-from ttt.check.load import run_config_model
-from ttt.config import BackboneOptions, RunConfig, TTTConfig, check_config
+from ttt.check.load import check_config
+from ttt.config import BackboneOptions, RunConfig, TTTConfig
 from ttt.errors import NestedCheckpointWarning, TTTError, UsageError
 from ttt.inject import Injection
 from ttt.layer import TTTLayer
-from ttt.plugins.backbone import Backbone, Batch
+from ttt.plugins import Backbone, Batch, run_config_model
 from ttt.train.passes import seed_pass
 
 

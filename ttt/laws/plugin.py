@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from ttt import plugins
 from ttt.adapter import Gate
 from ttt.adapter_file import backbone_identity
-from ttt.config import RunConfig, check_config
+from ttt.check.load import check_config
+from ttt.config import RunConfig
 from ttt.config.findings import Finding, Severity, blames_environment
 from ttt.errors import EnvironmentProblem, PluginError, TTTError
-from ttt.inject import Site, plan
+from ttt.inject import bare_adapter, plan
 from ttt.laws.bench import Bench
-from ttt.plugins.backbone import Backbone, BackboneFacts
+from ttt.plugins import Backbone, BackboneFacts, Site
 
 _PLENTY = 1 << 60
 """Bytes of memory that a preset is checked for: whether it fits is no matter here."""
@@ -149,8 +150,8 @@ _IMPORTED = 42
 """How the process ends that sees torch imported."""
 _WITHOUT_TORCH = """
 import os, sys, traceback
-import ttt.plugins, ttt.check.load
-ours = os.path.dirname(ttt.plugins.__file__)
+import ttt.check.load, ttt.plugins
+ours = os.path.dirname(ttt.__file__)
 
 def watch(event, arguments):
     if event == "import" and arguments[0] == "torch" and "torch" not in sys.modules:
@@ -166,7 +167,7 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 backbone = ttt.plugins.get_backbone(sys.argv[1])
 for name, text in backbone.presets().items():
-    checked = ttt.check.load.check_config(f"preset {name}", text=text, backbone=backbone, memory=1 << 60)
+    checked = ttt.check.check_config(f"preset {name}", text=text, backbone=backbone, memory=1 << 60)
     if checked.config is not None:
         backbone.facts(checked.config), backbone.has_eval_data(checked.config)
 backbone.explanations(), backbone.tiny()
@@ -248,7 +249,7 @@ def _facts_and_truth(
         attention = [parameter.numel() for name, parameter in named.items() if bench.backbone.is_attention(name)]
         yield "attention_parameters (by is_attention)", facts.attention_parameters, sum(attention)
     if sites:
-        adapter = sites[0].adapter(sites[0].dim, sites[0].num_heads, bench.config(), device="meta", dtype=torch.float32)
+        adapter = bare_adapter(sites[0], bench.config())
         yield "gates", facts.gates, sum(isinstance(module, Gate) for module in adapter.modules())
     if facts.recordings is not None:
         line = json.loads(facts.recordings.example)

@@ -14,7 +14,7 @@ from ttt.evidence import LayerEvidence, observe
 from ttt.inject import Injection
 from ttt.laws.bench import Bench, LawBrokenError, distance
 from ttt.laws.parts import gates_of, layers_of
-from ttt.plugins.backbone import Batch
+from ttt.plugins import Batch
 
 _HALF = 0.02
 """A gate at which the answer of a layer is a small change of the output, in proportion to the gate."""

@@ -23,7 +23,7 @@ from ttt.inject import Injection
 from ttt.laws.bench import Bench, running
 from ttt.laws.parts import layers_of
 from ttt.laws.plugin import MethodBrokenError, demo_config, method_of, same, tensors_in
-from ttt.plugins.backbone import Batch, LossOutput, WindowDataset
+from ttt.plugins import Batch, LossOutput, WindowDataset
 from ttt.train.passes import load_batch, seed_pass, states_to_carry
 from ttt.train.setup import build, threads
 

@@ -11,12 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ttt.costs import enclosing_checkpoints
+from ttt.check.estimate import enclosing_checkpoints
 from ttt.errors import PluginError
 from ttt.inject import Injection
 from ttt.laws.bench import Bench, LawBrokenError, Wrapper, non_reentrant, reentrant
 from ttt.laws.parts import tensors_of, worst_of
-from ttt.plugins.backbone import Batch
+from ttt.plugins import Batch
 
 GROUP_SIZES = (0, 1, 2, 16)
 NESTINGS: dict[str, tuple[Wrapper, ...]] = {

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
+from ttt.ops.choices import BLOCK
 from ttt.ops.norm import is_constant, is_zero
 
 Weights = tuple[Tensor, ...]
@@ -33,8 +34,6 @@ Weights = tuple[Tensor, ...]
 # GELU in its tanh form is x σ(2u) with 2u = x (SLOPE + CUBIC x²): one sigmoid, which is cheaper than one tanh.
 _SLOPE = 2 * math.sqrt(2 / math.pi)
 _CUBIC = _SLOPE * 0.044715
-BLOCK = 16
-"""Mini-batches whose tokens are laid out at a time where no group says how many."""
 _CHUNK_NUMBERS = 1 << 20
 """Numbers of a chunk's keys where the inner model is widest, on a CPU."""
 _CHUNK_WEIGHTS = 1 << 20

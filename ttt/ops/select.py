@@ -8,12 +8,10 @@ from typing import Literal, get_args
 
 import torch
 
+from ttt.ops.choices import SMALL, VARIABLE
+
 Implementation = Literal["reference", "generic", "fused"]
-VARIABLE = "TTT_OPS"
-"""The environment variable that forces an implementation."""
 FUSED_DTYPES = (torch.float32, torch.float64)
-SMALL = 1 << 17
-"""Numbers of the widest tensor of one mini-batch below which, on a CPU, a call costs more than its arithmetic."""
 
 
 def forced_implementation() -> Implementation | None:

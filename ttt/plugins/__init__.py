@@ -9,46 +9,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ttt.plugins.backbone import (
-        Backbone,
-        BackboneFacts,
-        Batch,
-        LossOutput,
-        RecordingFormat,
-        SamplePlan,
-        SampleRequest,
-        WindowDataset,
-    )
-    from ttt.plugins.discovery import (
-        GROUP,
-        PluginInfo,
-        discover,
-        examined,
-        find,
-        forget,
-        get_backbone,
-        names,
-    )
+    from ttt.plugins.backbone import Backbone
+    from ttt.plugins.data import Batch, LossOutput, WindowDataset
+    from ttt.plugins.discovery import GROUP, PluginInfo, discover, find, forget, get_backbone, names
+    from ttt.plugins.facts import BackboneFacts, RecordingFormat
     from ttt.plugins.hookspecs import hookimpl
+    from ttt.plugins.imported import Import, ImportedConfig
+    from ttt.plugins.rows import StepRows, rows_of_step
+    from ttt.plugins.run_config import run_config_model
+    from ttt.plugins.sampling import SamplePlan, SampleRequest
+    from ttt.plugins.site import Site
 
 _EXPORTS = {
     "Backbone": "ttt.plugins.backbone",
-    "BackboneFacts": "ttt.plugins.backbone",
-    "Batch": "ttt.plugins.backbone",
+    "BackboneFacts": "ttt.plugins.facts",
+    "Batch": "ttt.plugins.data",
     "GROUP": "ttt.plugins.discovery",
-    "LossOutput": "ttt.plugins.backbone",
+    "Import": "ttt.plugins.imported",
+    "ImportedConfig": "ttt.plugins.imported",
+    "LossOutput": "ttt.plugins.data",
     "PluginInfo": "ttt.plugins.discovery",
-    "RecordingFormat": "ttt.plugins.backbone",
-    "SamplePlan": "ttt.plugins.backbone",
-    "SampleRequest": "ttt.plugins.backbone",
-    "WindowDataset": "ttt.plugins.backbone",
+    "RecordingFormat": "ttt.plugins.facts",
+    "SamplePlan": "ttt.plugins.sampling",
+    "SampleRequest": "ttt.plugins.sampling",
+    "Site": "ttt.plugins.site",
+    "StepRows": "ttt.plugins.rows",
+    "WindowDataset": "ttt.plugins.data",
     "discover": "ttt.plugins.discovery",
-    "examined": "ttt.plugins.discovery",
     "find": "ttt.plugins.discovery",
     "forget": "ttt.plugins.discovery",
     "get_backbone": "ttt.plugins.discovery",
     "hookimpl": "ttt.plugins.hookspecs",
     "names": "ttt.plugins.discovery",
+    "rows_of_step": "ttt.plugins.rows",
+    "run_config_model": "ttt.plugins.run_config",
 }
 
 __all__ = [
@@ -56,19 +50,24 @@ __all__ = [
     "Backbone",
     "BackboneFacts",
     "Batch",
+    "Import",
+    "ImportedConfig",
     "LossOutput",
     "PluginInfo",
     "RecordingFormat",
     "SamplePlan",
     "SampleRequest",
+    "Site",
+    "StepRows",
     "WindowDataset",
     "discover",
-    "examined",
     "find",
     "forget",
     "get_backbone",
     "hookimpl",
     "names",
+    "rows_of_step",
+    "run_config_model",
 ]
 
 

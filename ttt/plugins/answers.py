@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ttt.config.findings import Explanation
 from ttt.plugins.asking import AskedDataset, WrongAnswer, asked
+from ttt.plugins.data import LossOutput
+from ttt.plugins.facts import BackboneFacts
+from ttt.plugins.imported import ImportedConfig
+from ttt.plugins.sampling import SamplePlan
+from ttt.plugins.site import Site
 
-if TYPE_CHECKING:
-    from ttt.plugins.backbone import Backbone
-
-Check = Callable[["Backbone", Any], Any]
+Check = Callable[[Any, Any], Any]
 
 _OF_A_LINE = frozenset({"step", "loss", "layers", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes"})
 """Names in a line of `metrics.jsonl` that are not the backbone's to give."""
@@ -29,10 +32,10 @@ def _named(value: Any) -> str:
     return "None" if value is None else _a(type(value).__name__)
 
 
-def _instance(of: Callable[[Backbone], type], *, name: str = "") -> Check:
+def _instance(of: Callable[[Any], type], *, name: str = "") -> Check:
     """An instance of a class that is looked up when it is needed, so that nothing heavy is imported before."""
 
-    def check(backbone: Backbone, answer: Any) -> Any:
+    def check(backbone: Any, answer: Any) -> Any:
         kind = of(backbone)
         if not isinstance(answer, kind):
             raise WrongAnswer(f"{_named(answer)}, not {_a(name or kind.__name__)}")
@@ -48,7 +51,7 @@ def _is_whole(value: Any, *, least: int) -> bool:
 # --- without torch ---
 
 
-def _presets(backbone: Backbone, answer: Any) -> Any:
+def _presets(backbone: Any, answer: Any) -> Any:
     if not isinstance(answer, Mapping):
         raise WrongAnswer(f"{_named(answer)}, not a mapping of names to YAML texts")
     for name, text in answer.items():
@@ -59,9 +62,7 @@ def _presets(backbone: Backbone, answer: Any) -> Any:
     return answer
 
 
-def _explanations(backbone: Backbone, answer: Any) -> Any:
-    from ttt.check.explanations import Explanation
-
+def _explanations(backbone: Any, answer: Any) -> Any:
     if not isinstance(answer, Mapping):
         raise WrongAnswer(f"{_named(answer)}, not a mapping of codes to explanations")
     for code, entry in answer.items():
@@ -70,9 +71,7 @@ def _explanations(backbone: Backbone, answer: Any) -> Any:
     return answer
 
 
-def _facts(backbone: Backbone, answer: Any) -> Any:
-    from ttt.plugins.backbone import BackboneFacts
-
+def _facts(backbone: Any, answer: Any) -> Any:
     _instance(lambda _: BackboneFacts)(backbone, answer)
     for name in ("dim", "num_heads", "num_layers", "gates", "layers_per_checkpoint"):
         _require_whole(answer, name, least=1)
@@ -97,23 +96,19 @@ def _require_whole(answer: Any, name: str, *, least: int) -> None:
         raise WrongAnswer(f"{_a(type(answer).__name__)} whose {name} is {value!r}, no whole number of {least} or more")
 
 
-def _truth(backbone: Backbone, answer: Any) -> Any:
+def _truth(backbone: Any, answer: Any) -> Any:
     if not isinstance(answer, bool):
         raise WrongAnswer(f"{_named(answer)}, not True or False")
     return answer
 
 
-def _imported(backbone: Backbone, answer: Any) -> Any:
-    from ttt.check.importing import ImportedConfig
-
+def _imported(backbone: Any, answer: Any) -> Any:
     if answer is not None and not isinstance(answer, ImportedConfig):
         raise WrongAnswer(f"{_named(answer)}, not an ImportedConfig, or None where it does not know the file")
     return answer
 
 
-def _plan(backbone: Backbone, answer: Any) -> Any:
-    from ttt.plugins.backbone import SamplePlan
-
+def _plan(backbone: Any, answer: Any) -> Any:
     _instance(lambda _: SamplePlan)(backbone, answer)
     _require_whole(answer, "prompts", least=0)
     _paths(backbone, answer.files)
@@ -122,14 +117,14 @@ def _plan(backbone: Backbone, answer: Any) -> Any:
     return answer
 
 
-def _paths(backbone: Backbone, answer: Any) -> Any:
+def _paths(backbone: Any, answer: Any) -> Any:
     good = isinstance(answer, Sequence) and not isinstance(answer, str) and all(isinstance(p, Path) for p in answer)
     if not good or not answer:
         raise WrongAnswer(f"{_in_short(answer)}, not the files that it made, a sequence of Path")
     return answer
 
 
-def _sampler(backbone: Backbone, answer: Any) -> Any:
+def _sampler(backbone: Any, answer: Any) -> Any:
     if not callable(answer):
         raise WrongAnswer(f"{_named(answer)}, not a function of a SampleRequest")
 
@@ -144,13 +139,13 @@ def _in_short(value: Any) -> str:
     return "an empty sequence" if isinstance(value, Collection) and not value else _named(value)
 
 
-def _provenance(backbone: Backbone, answer: Any) -> Any:
+def _provenance(backbone: Any, answer: Any) -> Any:
     if not isinstance(answer, Mapping) or not all(isinstance(text, str) for pair in answer.items() for text in pair):
         raise WrongAnswer(f"{_named(answer)}, not a mapping of texts to texts")
     return answer
 
 
-def _options(backbone: Backbone, answer: Any) -> Any:
+def _options(backbone: Any, answer: Any) -> Any:
     if not isinstance(answer, backbone.options):
         raise WrongAnswer(f"{_named(answer)}, not the plugin's own {backbone.options.__name__}")
     return answer
@@ -159,15 +154,13 @@ def _options(backbone: Backbone, answer: Any) -> Any:
 # --- with torch ---
 
 
-def _module(backbone: Backbone, answer: Any) -> Any:
+def _module(backbone: Any, answer: Any) -> Any:
     from torch import nn
 
     return _instance(lambda _: nn.Module, name="model (torch.nn.Module)")(backbone, answer)
 
 
-def _sites(backbone: Backbone, answer: Any) -> Any:
-    from ttt.inject import Site
-
+def _sites(backbone: Any, answer: Any) -> Any:
     if not isinstance(answer, Sequence) or not answer:
         raise WrongAnswer(f"{_in_short(answer)}, not a sequence of Site, one for each layer that TTT can go into")
     for number, site in enumerate(answer):
@@ -198,13 +191,13 @@ def _wrong_in(site: Any) -> Iterable[str]:
         yield f"module is {_named(site.module)}, not a torch.nn.Module"
     if not (isinstance(site.subclass, type) and issubclass(site.subclass, nn.Module)):
         yield f"subclass is {site.subclass!r:.80}, not a subclass of torch.nn.Module"
-    if not callable(site.adapter):
+    if site.adapter is not None and not callable(site.adapter):
         yield f"adapter is {_named(site.adapter)}, nothing that can be called"
     if not (isinstance(site.attribute, str) and site.attribute.isidentifier()):
         yield f"attribute is {site.attribute!r}, no name of a child module"
 
 
-def _dataset(backbone: Backbone, answer: Any) -> Any:
+def _dataset(backbone: Any, answer: Any) -> Any:
     missing = [name for name in _OF_A_DATASET if not hasattr(type(answer), name) and not hasattr(answer, name)]
     if missing:
         raise WrongAnswer(f"{_named(answer)} without `{missing[0]}`, which a WindowDataset has")
@@ -233,11 +226,9 @@ def _require_files(dataset: Any) -> None:
         raise WrongAnswer(f"{_named(dataset)} of {len(dataset)} windows whose `files` cover {end}")
 
 
-def _loss(backbone: Backbone, answer: Any) -> Any:
+def _loss(backbone: Any, answer: Any) -> Any:
     import numpy as np
     from torch import Tensor
-
-    from ttt.plugins.backbone import LossOutput
 
     _instance(lambda _: LossOutput)(backbone, answer)
     loss = answer.loss
@@ -259,7 +250,7 @@ def _loss(backbone: Backbone, answer: Any) -> Any:
     return answer
 
 
-def _outputs(backbone: Backbone, answer: Any) -> Any:
+def _outputs(backbone: Any, answer: Any) -> Any:
     from torch import Tensor
 
     if not isinstance(answer, Tensor) or answer.dim() < 2 or not answer.is_floating_point():
@@ -268,7 +259,7 @@ def _outputs(backbone: Backbone, answer: Any) -> Any:
     return answer
 
 
-def _batch(backbone: Backbone, answer: Any) -> Any:
+def _batch(backbone: Any, answer: Any) -> Any:
     if answer is None:
         raise WrongAnswer("None, not a batch")
     return answer

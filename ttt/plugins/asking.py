@@ -1,10 +1,10 @@
 """Asking a plugin: what it raises, or answers wrongly, is one sentence about the plugin.
 
-Every method that a subclass of `ttt.plugins.Backbone` brings is guarded when its class is made, so that no caller can
-forget it. Errors of `ttt.errors`, which a plugin raises on purpose, pass through as they are, and so do an interrupt,
-a closed pipe and running out of memory. All else becomes a `PluginError` that names the plugin with its distribution
-and version, the method, the line in the plugin's own code, and what was raised; `__cause__` is the error itself, and
-`TTT_TRACEBACK=1` prints its traceback.
+Every method that a subclass of `ttt.plugins.Backbone` brings is asked so (`ttt.plugins.guarding`). Errors of
+`ttt.errors`, which a plugin raises on purpose, pass through as they are, and so do an interrupt, a closed pipe and
+running out of memory. All else becomes a `PluginError` that names the plugin with its distribution and version, the
+method, the line in the plugin's own code, and what was raised; `__cause__` is the error itself, and `TTT_TRACEBACK=1`
+prints its traceback.
 
 Between the methods of one plugin nothing is changed: what one raises, another can catch.
 """
@@ -12,19 +12,17 @@ Between the methods of one plugin nothing is changed: what one raises, another c
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ttt.errors import PluginError, TTTError
-
-if TYPE_CHECKING:
-    from ttt.plugins.backbone import Backbone, Batch, WindowDataset
+from ttt.plugins.data import Batch, WindowDataset
+from ttt.plugins.origin import distribution_of, origin_of, version_of
 
 TRACEBACK = "TTT_TRACEBACK"
 """The variable that, set to anything but 0, has tracebacks of plugins printed on standard error."""
@@ -42,11 +40,13 @@ class WrongAnswer(TypeError):  # noqa: N818 - it never leaves this module's guar
     """An answer that is not what the method promises; the message completes "it returned"."""
 
 
-# --- the guard ---
+def is_asked() -> bool:
+    """Whether a question to a plugin is open in this context: then what it asks of itself is between its methods."""
+    return _inside.get() > 0
 
 
 @contextlib.contextmanager
-def asked(backbone: Backbone, what: str, called: Any = None) -> Iterator[None]:
+def asked(backbone: object, what: str, called: Any = None) -> Iterator[None]:
     """Ask a plugin inside: what it raises becomes a sentence.
 
     Args:
@@ -75,44 +75,10 @@ def asked(backbone: Backbone, what: str, called: Any = None) -> Iterator[None]:
         _inside.reset(mark)
 
 
-def guard(cls: type, base: type) -> None:
-    """Guard every method of the base class that a class, or one that it inherits from, brings itself."""
-    for name in methods_of(base):
-        written = inspect.getattr_static(cls, name, None)
-        if written is not vars(base)[name] and _is_method(written) and not hasattr(written, "_ttt_guards"):
-            setattr(cls, name, _guarded(name, written))
-
-
-def methods_of(base: type) -> list[str]:
-    """The public methods that a class defines itself."""
-    return [name for name, value in vars(base).items() if inspect.isfunction(value) and not name.startswith("_")]
-
-
-def _is_method(written: Any) -> bool:
-    return callable(written) or isinstance(written, (staticmethod, classmethod))
-
-
-def _guarded(name: str, written: Any) -> Callable[..., Any]:
-    @functools.wraps(written)
-    def ask(self: Backbone, *args: Any, **kwargs: Any) -> Any:
-        method = written.__get__(self, type(self)) if hasattr(type(written), "__get__") else written
-        if _inside.get():
-            return method(*args, **kwargs)
-        from ttt.plugins.answers import ANSWERS
-
-        with asked(self, f"`{name}`", written):
-            answer = method(*args, **kwargs)
-            check = ANSWERS.get(name)
-            return answer if check is None else check(self, answer)
-
-    ask._ttt_guards = written  # type: ignore[attr-defined]
-    return ask
-
-
 class AskedDataset:
     """A plugin's dataset whose every method is asked; anything else that it has is its own."""
 
-    def __init__(self, backbone: Backbone, dataset: WindowDataset) -> None:
+    def __init__(self, backbone: object, dataset: WindowDataset) -> None:
         self._backbone = backbone
         self._dataset = dataset
 
@@ -159,26 +125,21 @@ class AskedDataset:
 # --- the sentence ---
 
 
-def owner(backbone: Backbone) -> str:
+def owner(backbone: object) -> str:
     """A plugin by name, with the distribution that brought it: `the plugin toy (ttt-toy 1.2)`."""
-    from ttt.plugins import find
-
     name = getattr(backbone, "name", type(backbone).__name__)
-    plugin = find(name) if isinstance(name, str) else None
-    if plugin is not None and plugin.backbone is backbone:
-        return f"the plugin {name} ({plugin.distribution} {plugin.version})"
+    origin = origin_of(backbone)
+    if origin is not None:
+        return f"the plugin {name} ({distribution_of(origin)} {version_of(origin)})"
     return f"the plugin {name} ({type(backbone).__module__})"
 
 
-def packages_of(backbone: Backbone) -> frozenset[str]:
+def packages_of(backbone: object) -> frozenset[str]:
     """Top-level packages that a plugin's own code is in."""
-    from ttt.plugins import find
-
     modules = [cls.__module__ for cls in type(backbone).__mro__]
-    name = getattr(backbone, "name", None)
-    plugin = find(name) if isinstance(name, str) else None
-    if plugin is not None and plugin.backbone is backbone:
-        modules.append(plugin.module)
+    origin = origin_of(backbone)
+    if origin is not None:
+        modules.append(origin.value)
     return frozenset(top_of(module) for module in modules) - {"ttt", "abc", "builtins", "typing"}
 
 

@@ -11,151 +11,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
-from ttt.plugins.asking import guard
+from ttt.errors import UsageError
+from ttt.plugins.data import Batch, LossOutput, WindowDataset
+from ttt.plugins.facts import BackboneFacts
+from ttt.plugins.guarding import guard
+from ttt.plugins.imported import ImportedConfig
+from ttt.plugins.sampling import SamplePlan, SampleRequest
+from ttt.plugins.site import Site
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
     from torch import Tensor, nn
-
-    from ttt.check.importing import ImportedConfig
-    from ttt.inject import Site
-
-Batch = Any
-"""A batch as the plugin's dataset collates it: any nesting of tuples, lists, dicts and tensors `[B, …]`."""
-
-
-@dataclass(frozen=True)
-class RecordingFormat:
-    """What the lines of a backbone's `.jsonl` data say, so that `ttt check` can read them without any decoder.
-
-    Every line is a JSON object whose key `path` names a file, relative to the folder of the `.jsonl`.
-    """
-
-    example: str
-    """A good line."""
-    window_sec: float
-    """Length of a window, seconds; each line's `duration` gives that of its file."""
-    beside: str | None = None
-    """Suffix of a file that must lie beside each one named, `.json`."""
-
-
-@dataclass(frozen=True)
-class BackboneFacts:
-    """What a config check must know without building the model."""
-
-    dim: int
-    """Model width D at the sites."""
-    num_heads: int
-    """Attention heads; a TTT layer has as many unless `ttt.num_heads` says otherwise."""
-    num_layers: int
-    """Layers that TTT can go into."""
-    tokens_per_window: int | None = None
-    """Tokens of one training window, where the options fix it."""
-    window: str = "a window"
-    """The window in the user's words, "15 s of audio"."""
-    parameters: int | None = None
-    """Parameters of the model, without TTT; with the next three, `ttt check` says whether a run fits in memory."""
-    attention_parameters: int | None = None
-    """Those of them that `Backbone.is_attention` names."""
-    layer_activation_bytes: int | None = None
-    """What autograd keeps of one token in one layer, in the config's `param_dtype`, when all of it is trained."""
-    head_activation_bytes: int | None = None
-    """What it keeps of one token outside the layers, with the config's `gradient_checkpointing`: heads, losses."""
-    recordings: RecordingFormat | None = None
-    """How `data.train_data` and `data.eval_data` are written, where they are `.jsonl` files or folders of them."""
-    scans: tuple[int, ...] | None = None
-    """One entry for each time that a layer's scan runs in a forward pass: how many of the backbone's activation
-    checkpoints around it recompute it, with this config. A layer that reads a sequence in both directions has two. None
-    is one scan, inside one checkpoint with `train.gradient_checkpointing` and none without."""
-    gates: int = 1
-    """Gates α of D channels in one adapter."""
-    layers_per_checkpoint: int = 1
-    """Layers that one checkpoint of `train.gradient_checkpointing` is around."""
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """What a batch became."""
-
-    loss: Tensor
-    """Scalar, differentiable: the mean over the batch."""
-    tokens: int
-    """Positions that the backbone read (B · T), for throughput."""
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Detached scalars worth a line in `metrics.jsonl`, as `text_loss`."""
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """What `Backbone.sample` is asked for."""
-
-    prompts: tuple[str, ...]
-    """One for each segment, as many as `Backbone.plan_sample` said."""
-    negative_prompts: tuple[str, ...]
-    """What each segment is guided away from, empty texts where nothing is; no entries where none was given at all."""
-    seconds: float
-    """Length of the sample."""
-    out: Path
-    """Where the sample goes; its folder may have to be made."""
-    steps: int
-    """Steps of the sampler."""
-    guidance_scale: float
-    """Strength of classifier-free guidance; 1 is none."""
-    seed: int
-    """The same seed gives the same sample."""
-    new_scenes: tuple[bool, ...] = ()
-    """Whether each segment begins a scene of its own, the first never; no entries where none does."""
-    imported_from: str | None = None
-    """The program whose weights are sampled, as `Backbone.import_weights` wrote it into the adapter's header under
-    `imported_from`; None where what was learned was learned here, and without an adapter. `ttt.sample` fills it in."""
-
-
-@dataclass(frozen=True)
-class SamplePlan:
-    """What a sample of some length takes and leaves, known before a model is built."""
-
-    prompts: int
-    """How many prompts: one for each segment."""
-    files: tuple[Path, ...]
-    """What will be written, all of it in the folder of `out`; the command refuses to replace any of it unasked."""
-    scenes: bool = False
-    """Whether `SampleRequest.new_scenes` is heeded; where it is not, the command says so."""
-
-
-class WindowDataset(Protocol):
-    """Windows of training data, addressed by number, the windows of a file in order of time."""
-
-    def __len__(self) -> int:
-        """Number of windows."""
-        ...
-
-    def __getitem__(self, index: int) -> Any:
-        """One window, as CPU tensors; the same index always gives the same window."""
-        ...
-
-    def collate(self, samples: Sequence[Any]) -> Batch:
-        """Windows to a batch."""
-        ...
-
-    @property
-    def files(self) -> Sequence[range]:
-        """The windows of each file: consecutive ranges that cover 0 … len-1."""
-        ...
-
-    def describe(self, index: int) -> str:
-        """A window in the user's words, "dialogue.flac, 15.0-30.0 s"."""
-        ...
-
-    @property
-    def notice(self) -> str | None:
-        """What a user must know about this data, said when a run starts: that a stand-in made it, say."""
-        ...
 
 
 class Backbone(ABC):
@@ -192,7 +63,7 @@ class Backbone(ABC):
     # --- without torch ---
 
     def explanations(self) -> Mapping[str, Any]:
-        """What the codes of `rules` mean, a `ttt.check.explanations.Explanation` for each: `ttt check --explain`."""
+        """What the codes of `rules` mean, a `ttt.config.Explanation` for each: `ttt check --explain`."""
         return {}
 
     @abstractmethod
@@ -243,8 +114,6 @@ class Backbone(ABC):
         """
         wanted = self.plan_sample(config, seconds=request.seconds, out=request.out).prompts
         if len(request.prompts) != wanted:
-            from ttt.errors import UsageError
-
             raise UsageError(f"{request.seconds:g} s take {wanted} prompts, but {len(request.prompts)} were given")
 
     # --- with torch ---
@@ -292,8 +161,6 @@ class Backbone(ABC):
             ttt.errors.UsageError: the backbone has none and `enabled` asks for it.
         """
         if enabled:
-            from ttt.errors import UsageError
-
             raise UsageError(
                 f"train.gradient_checkpointing: the backbone {self.name} has no activation checkpointing; write false"
             )
@@ -376,8 +243,6 @@ class Backbone(ABC):
         self._has_no("import of weights: it knows no other program's checkpoints")
 
     def _has_no(self, what: str) -> NoReturn:
-        from ttt.errors import UsageError
-
         raise UsageError(f"the backbone {self.name} has no {what}")
 
     # --- for the laws' suite and `ttt check --probe` ---

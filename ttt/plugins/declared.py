@@ -9,15 +9,14 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from ttt.config.schema import BackboneOptions, DataOptions, TTTConfig
 from ttt.errors import NestedCheckpointWarning, PluginError
-
-if TYPE_CHECKING:
-    from ttt.plugins.backbone import Backbone
+from ttt.plugins.backbone import Backbone
+from ttt.plugins.guarding import methods_of
 
 
 def require_declared(backbone: Backbone) -> None:
@@ -73,13 +72,11 @@ def _name(backbone: Backbone) -> Iterator[str]:
 
 
 def _methods(backbone: Backbone) -> Iterator[str]:
-    from ttt.plugins.asking import methods_of
-    from ttt.plugins.backbone import Backbone as Base
 
-    for name in methods_of(Base):
+    for name in methods_of(Backbone):
         if not callable(getattr(type(backbone), name)):
             yield f"{name} {_is(backbone, name)}, not a method"
-    if backbone.streaming and type(backbone).stream is Base.stream:
+    if backbone.streaming and type(backbone).stream is Backbone.stream:
         yield "streaming is True, but the class has no `stream`"
 
 

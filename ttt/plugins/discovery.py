@@ -10,20 +10,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 
 import pluggy
 
-from ttt.errors import PluginError, TTTError, UsageError
+from ttt.errors import PluginError, UsageError
 from ttt.plugins import hookspecs
 from ttt.plugins.asking import in_one_line, place_in, print_traceback, top_of
 from ttt.plugins.backbone import Backbone
 from ttt.plugins.declared import require_declared
+from ttt.plugins.origin import brought, distribution_of, version_of
 
 GROUP = "ttt.backbones"
-_MEMORY = "TTT4"
-"""Codes about the memory and the disk of this machine, for which no plugin can be blamed."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,12 @@ class PluginInfo:
     @functools.cached_property
     def distribution(self) -> str:
         """The distribution that declares it."""
-        return _distribution(self.entry_point)
+        return distribution_of(self.entry_point)
 
     @functools.cached_property
     def version(self) -> str:
         """That of the distribution."""
-        return self.entry_point.dist.version if self.entry_point.dist else "?"
-
-
-def _distribution(point: metadata.EntryPoint) -> str:
-    return point.dist.name if point.dist else "?"
+        return version_of(self.entry_point)
 
 
 def _cause(error: BaseException, module: str) -> str:
@@ -85,6 +80,7 @@ def _load(entry_point: metadata.EntryPoint) -> Backbone:
     if getattr(backbone, "name", entry_point.name) != entry_point.name:
         raise PluginError(f"the backbone calls itself {backbone.name!r}, its entry point {entry_point.name!r}")
     require_declared(backbone)
+    brought(backbone, entry_point)
     return backbone
 
 
@@ -110,7 +106,7 @@ def _claims(name: str) -> list[metadata.EntryPoint]:
         return points
     first: dict[str, metadata.EntryPoint] = {}
     for point in points:
-        first.setdefault(_distribution(point), point)
+        first.setdefault(distribution_of(point), point)
     return sorted(first.values(), key=lambda point: point.value)
 
 
@@ -122,7 +118,7 @@ def _load_all(name: str) -> tuple[PluginInfo, ...]:
     """
     points = _claims(name)
     if len(points) > 1:
-        owners = ", ".join(sorted({_distribution(other) for other in points}))
+        owners = ", ".join(sorted({distribution_of(other) for other in points}))
         error = f"the name {name!r} is claimed more than once: {owners}; uninstall all but one"
         return tuple(PluginInfo(point, None, error) for point in points)
     found = []
@@ -136,34 +132,6 @@ def _load_all(name: str) -> tuple[PluginInfo, ...]:
         except BaseException as exception:  # whatever a third party's import raises, a panic of Rust's for one
             found.append(PluginInfo(point, None, _cause(exception, point.value)))
     return tuple(found)
-
-
-def examined(plugin: PluginInfo) -> PluginInfo:
-    """The plugin, broken where its presets, explanations, facts or rules are: all that can be tried without torch."""
-    if plugin.backbone is None:
-        return plugin
-    try:
-        _try_out(plugin.backbone)
-    except TTTError as error:
-        return replace(plugin, backbone=None, error=str(error))
-    return plugin
-
-
-def _try_out(backbone: Backbone) -> None:
-    """Ask a backbone for what it has beside a model, and check its demo config.
-
-    Raises:
-        TTTError: what is wrong.
-    """
-    from ttt.check.load import check_config
-    from ttt.config.findings import Severity, blames_environment
-
-    backbone.explanations()
-    for name, text in backbone.presets().items():
-        for finding in check_config(f"preset {name}", text=text, backbone=backbone).findings:
-            of_the_demo = name == "demo" and finding.severity is Severity.ERROR and not blames_environment(finding)
-            if finding.code in ("TTT802", "TTT803") or (of_the_demo and not finding.code.startswith(_MEMORY)):
-                raise PluginError(f"{finding.place}: {finding.message}")
 
 
 def forget() -> None:

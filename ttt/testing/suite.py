@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ttt.laws import CHECKS, LAWS, Bench, MethodBrokenError
-from ttt.plugins import get_backbone
-from ttt.plugins.backbone import Backbone
+from ttt.plugins import Backbone, get_backbone
 
 INNER_MODELS: dict[str, dict[str, Any]] = {
     "linear": {"layer_type": "linear"},

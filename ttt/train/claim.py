@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from ttt.check.rules.environment import why_unusable
 from ttt.config.schema import RunConfig
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import lock, temporary_beside, write_bytes
+from ttt.machine import why_unusable
 from ttt.reading import other_kind
 
 CONFIG = "config.yaml"

@@ -22,10 +22,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ttt.check.rules.compiling import missing_compiler, wrong_implementation
 from ttt.errors import EnvironmentProblem, PluginError
 from ttt.inject import Injection
 from ttt.layer import Rotary, TTTLayer
+from ttt.machine import missing_compiler, wrong_implementation
 from ttt.ops.minibatch import Stream
 from ttt.state import TTTState
 

@@ -14,7 +14,7 @@ from torch import nn
 from ttt.adapter import carried, gates_closed
 from ttt.config.schema import STAND_IN_WINDOWS, RunConfig
 from ttt.inject import Injection
-from ttt.plugins.backbone import Backbone, WindowDataset
+from ttt.plugins import Backbone, WindowDataset
 from ttt.plugins.rows import StepRows, reading_rows
 from ttt.state import TTTState
 from ttt.train.order import once

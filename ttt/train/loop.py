@@ -35,8 +35,8 @@ from ttt.errors import InactiveLayerError, NonFiniteError, TTTError
 from ttt.evidence import observe
 from ttt.files import require_space, writing
 from ttt.interrupt import FINISHING, STEPPING, Interrupt, StopRequested, interruptible, stop_if_asked
+from ttt.plugins import Backbone, Batch, LossOutput, WindowDataset
 from ttt.plugins.asking import WrongAnswer, asked
-from ttt.plugins.backbone import Backbone, Batch, LossOutput, WindowDataset
 from ttt.plugins.rows import StepRows, reading_rows
 from ttt.state import TTTState
 from ttt.train import rundir

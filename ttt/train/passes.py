@@ -15,7 +15,7 @@ from ttt.adapter import Carry
 from ttt.config.schema import TrainConfig
 from ttt.errors import InactiveLayerError
 from ttt.inject import Injection
-from ttt.plugins.backbone import Batch, WindowDataset
+from ttt.plugins import Batch, WindowDataset
 from ttt.plugins.rows import StepRows
 from ttt.state import TTTState
 

@@ -59,7 +59,7 @@ from ttt.files import (
     write_text,
     writing,
 )
-from ttt.plugins.backbone import Backbone
+from ttt.plugins import Backbone
 from ttt.printable import shell_word
 from ttt.reading import other_kind
 from ttt.train import claim
@@ -352,7 +352,7 @@ class RunDir:
 
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved config; of a run that goes on, only for who holds the metrics file."""
-        from ttt.check.load import dump_config
+        from ttt.config.dumping import dump_config
 
         text = dump_config(config.model_copy(update={"run_dir": str(self.path)}))
         write_text(self / CONFIG, claim.with_checksum(text))

@@ -12,12 +12,12 @@ from torch import nn
 
 from ttt import inject
 from ttt.adapter import TTTAdapter
-from ttt.check.rules.environment import processes_launched
 from ttt.config.schema import RunConfig
 from ttt.errors import ConfigError, EnvironmentProblem, NestedCheckpointWarning
 from ttt.inject import Injection
+from ttt.machine import processes_launched
+from ttt.plugins import Backbone, WindowDataset
 from ttt.plugins.asking import asked, is_out_of_memory
-from ttt.plugins.backbone import Backbone, WindowDataset
 from ttt.train.order import LaneOrder, WindowOrder
 from ttt.train.passes import seed_pass
 
@@ -56,7 +56,7 @@ def require_one_process() -> None:
 
 def narrowed(config: RunConfig, backbone: Backbone) -> RunConfig:
     """The config as the class that knows the backbone's own options, so that none is lost where it is written."""
-    from ttt.check.load import run_config_model
+    from ttt.plugins import run_config_model
 
     model = run_config_model(backbone)
     if isinstance(config, model):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ttt.check.importing import Import, ImportedConfig, number
 from ttt.config.schema import MOST_STEPS, TTTConfig
 from ttt.config.source import parse_source
+from ttt.plugins import Import, ImportedConfig
+from ttt.plugins.imported import number
 
 FORMAT = "moshi-finetune"
 MARKS = ("moshi_paths", "first_codebook_weight_multiplier", "text_padding_weight", "full_finetuning", "lora")

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from ttt.adapter import TTTAdapter
 from ttt.errors import EnvironmentProblem, InjectionError, UsageError
-from ttt.inject import Site
 from ttt.layer import Rotary, TTTLayer
-from ttt.plugins.backbone import LossOutput
+from ttt.plugins import LossOutput, Site
 from ttt.reading import other_kind
 from ttt.state import TTTState
 from ttt_moshi.loss import moshi_loss

@@ -13,16 +13,14 @@ from pydantic import Field, model_validator
 from ttt.config import BackboneOptions, DataOptions, RunConfig, TrainConfig
 from ttt.errors import EnvironmentProblem
 from ttt.files import read_json
-from ttt.plugins.backbone import Backbone, BackboneFacts, Batch, LossOutput, RecordingFormat, WindowDataset
-from ttt.plugins.hookspecs import hookimpl
+from ttt.plugins import Backbone, BackboneFacts, Batch, LossOutput, RecordingFormat, WindowDataset, hookimpl
 from ttt_moshi.interleave import frames_in
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ttt.check.importing import ImportedConfig
-    from ttt.inject import Site
+    from ttt.plugins import ImportedConfig, Site
 
 FRAME_RATE = 12.5
 MOSHI_7B = {"dim": 4096, "num_heads": 32, "num_layers": 32}

@@ -22,7 +22,7 @@ from diffusers import CogVideoXDPMScheduler
 from torch import Tensor, nn
 
 from ttt.errors import EnvironmentProblem
-from ttt.plugins.backbone import LossOutput
+from ttt.plugins import LossOutput
 from ttt.plugins.rows import StepRows, rows_of_step
 from ttt_videodit.geometry import PATCH_SIZE
 from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions

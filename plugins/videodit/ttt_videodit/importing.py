@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from datetime import date, time
 from typing import Any
 
-from ttt.check.importing import Import, ImportedConfig, number
 from ttt.config.findings import Place
 from ttt.config.schema import MOST_RATE
 from ttt.config.source import KeyPath, Located, Source
 from ttt.errors import UsageError
+from ttt.plugins import Import, ImportedConfig
+from ttt.plugins.imported import number
 
 if sys.version_info >= (3, 11):
     import tomllib

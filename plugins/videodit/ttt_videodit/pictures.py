@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.adapter_file import backbone_identity, load_adapter
-from ttt.config import load_config
+from ttt.check import load_config
 from ttt.errors import UsageError
 from ttt.files import write_bytes
 from ttt.train.setup import build

@@ -12,8 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from ttt.config import BackboneOptions, DataOptions, RunConfig
 from ttt.errors import EnvironmentProblem
 from ttt.files import read_json
-from ttt.plugins.backbone import Backbone, BackboneFacts, Batch, LossOutput, SamplePlan, SampleRequest, WindowDataset
-from ttt.plugins.hookspecs import hookimpl
+from ttt.plugins import Backbone, BackboneFacts, Batch, LossOutput, SamplePlan, SampleRequest, WindowDataset, hookimpl
 from ttt_videodit.geometry import (
     LATENT_CHANNELS,
     PATCH_SIZE,
@@ -29,8 +28,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor, nn
 
-    from ttt.check.importing import ImportedConfig
-    from ttt.inject import Site
+    from ttt.plugins import ImportedConfig, Site
 
 DEFAULT_PRETRAINED = "THUDM/CogVideoX-5b"
 COGVIDEOX_5B = {"dim": 3072, "num_heads": 48, "num_layers": 42}

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from ttt.errors import UsageError
-from ttt.plugins.backbone import SamplePlan, SampleRequest
+from ttt.plugins import SamplePlan, SampleRequest
 from ttt.reading import wrong_with
 from ttt_videodit.geometry import SEGMENT_SEC
 from ttt_videodit.plugin import VideoDiTOptions

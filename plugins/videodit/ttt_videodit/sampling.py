@@ -35,7 +35,7 @@ from ttt_videodit.video import Frames, write_contact_sheet, write_video
 
 if TYPE_CHECKING:
     from ttt.config import RunConfig
-    from ttt.plugins.backbone import SampleRequest
+    from ttt.plugins import SampleRequest
 
 _MOST_TEXT_BYTES = 4 << 30
 """Of embeddings that are kept on the CPU at a time: about a thousand texts of T5's."""

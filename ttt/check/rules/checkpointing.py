@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from ttt.amounts import show_bytes
+from ttt.check.estimate import enclosing_checkpoints
 from ttt.check.rules.rule import NEEDS, Context, rule
 from ttt.check.validation import split_fix
 from ttt.config.findings import Finding, Severity
 from ttt.config.schema import TTTConfig, group_size_warnings, times_in_words
-from ttt.costs import ScanCost, enclosing_checkpoints, show_bytes
+from ttt.costs import ScanCost
 
 _FAR = 2.0
 """How many times the least memory a group size may need before it is worth a word."""

@@ -55,7 +55,7 @@ def files_exist(context: Context) -> Iterator[Finding]:
 
 def _way_to_make(context: Context) -> str:
     """The command that makes a backbone's data, where it has one."""
-    from ttt.plugins.backbone import Backbone
+    from ttt.plugins import Backbone
 
     backbone = context.known_backbone
     made = backbone is not None and type(backbone).precompute is not Backbone.precompute

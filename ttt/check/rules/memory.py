@@ -3,56 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ttt.amounts import show_bytes, show_flops
+from ttt.check.estimate import Estimate, estimate
 from ttt.check.rules.rule import NEEDS, Context, rule
 from ttt.config.findings import Finding, Severity
 from ttt.config.schema import select_layers, times_in_words
-from ttt.costs import Estimate, bytes_of, estimate, show_bytes, show_flops
+from ttt.costs import bytes_of
 from ttt.errors import EnvironmentProblem
-
-_NVIDIA = Path("/proc/driver/nvidia/version")
-
-
-def device_memory(device: str) -> int | None:
-    """Bytes of the device that `train.device` means on this machine; None where that is not known.
-
-    `auto` without a GPU is not this machine's memory: such a config is most likely checked here to run elsewhere.
-    """
-    if device == "cpu":
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, ValueError, OSError):  # no POSIX system
-            return None
-    return _cuda_memory() if _NVIDIA.exists() else None
-
-
-def _cuda_memory() -> int | None:
-    """Bytes of the first GPU that CUDA would see, from the driver's own library: neither torch nor a process is needed.
-
-    Source: NVIDIA's NVML API reference, `nvmlDeviceGetMemoryInfo`.
-    """
-    import ctypes
-
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    if not first.isdecimal():  # no device, or one by its name
-        return None
-    try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-        if library.nvmlInit_v2() != 0:
-            return None
-        try:
-            device, sizes = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # total, free, used
-            if library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(int(first)), ctypes.byref(device)) != 0:
-                return None
-            return int(sizes[0]) if library.nvmlDeviceGetMemoryInfo(device, ctypes.byref(sizes)) == 0 else None
-        finally:
-            library.nvmlShutdown()
-    except (OSError, AttributeError):  # no such library, or none of its functions
-        return None
+from ttt.machine import device_memory
 
 
 def _memory(context: Context) -> int | None:

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ttt.check.estimate import Estimate, estimate
 from ttt.check.recordings import Recordings, read_recordings
 from ttt.config.findings import Finding
 from ttt.config.schema import RunConfig
-from ttt.costs import Estimate, estimate
 from ttt.errors import EnvironmentProblem
 
 if TYPE_CHECKING:
     from ttt.adapter_file import AdapterInfo
-    from ttt.plugins.backbone import Backbone, BackboneFacts
+    from ttt.plugins import Backbone, BackboneFacts
 
 FACTS = "facts"
 """In `reads`: the rule asks `Context.facts`, which rest on the sections `backbone` and `data`."""

@@ -1,0 +1,146 @@
+"""What a run needs, in memory and on disk: the closed forms of `ttt.costs`, joined with a backbone's facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ttt.config.schema import RunConfig, select_layers
+
+if TYPE_CHECKING:
+    from ttt.plugins import BackboneFacts
+from ttt.amounts import show_bytes
+from ttt.costs import WIDE, ScanCost, bytes_of, layer_activation_bytes, layer_flops, layer_parameters, scan_cost
+
+# --- the run ---
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run needs."""
+
+    scan: ScanCost | None
+    """Of one TTT layer; None where windows have no known length, or there are no layers."""
+    scans: tuple[int, ...]
+    """Activation checkpoints around each scan of one layer, as `enclosing_checkpoints` gives them."""
+    parts: Mapping[str, int]
+    """Peak bytes by part, best guess; without `complete`, TTT's alone."""
+    low: int
+    """Bytes of device memory below which it will not run."""
+    high: int
+    """Bytes with which it will."""
+    complete: bool
+    """Whether the backbone said what it needs, so that `low` and `high` are about the whole run."""
+    adapter_bytes: int
+    """On disk."""
+    checkpoint_bytes: int
+    """One checkpoint on disk: the adapter, trained parameters of the backbone, the optimiser."""
+    forward_flops: int
+    """Of all TTT layers, in one forward pass over a batch; of one mini-batch where windows have no known length."""
+    training_flops: int
+    """The same with backward and all that runs again."""
+
+    def breakdown(self, count: int = 4) -> str:
+        """The largest parts, for a sentence."""
+        largest = sorted(self.parts.items(), key=lambda part: -part[1])[:count]
+        return ", ".join(f"{name} {show_bytes(size)}" for name, size in largest if size)
+
+
+def enclosing_checkpoints(config: RunConfig, facts: BackboneFacts) -> tuple[int, ...]:
+    """For each scan of a layer in a forward pass, how many activation checkpoints around it recompute it."""
+    return (int(config.train.gradient_checkpointing),) if facts.scans is None else facts.scans
+
+
+def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
+    """What a run needs, from its config and its backbone's facts.
+
+    The range: parameters, moments and the scan are counted, and in both ends. Of the backbone's activations, which hang
+    on kernels and on what is frozen, there is half in one end and one and a half in the other. Gradients and
+    activations need not be there at once, and what runs again does so when other things are gone; the upper end has it
+    all, and what backward and the optimiser hold for a moment.
+    """
+    ttt, train = config.ttt, config.train
+    layers = select_layers(ttt.layers, facts.num_layers)
+    tokens, batch, size = facts.tokens_per_window, train.batch_size, bytes_of(train.param_dtype)
+    shape = {"dim": facts.dim, "num_heads": facts.num_heads, "tokens": tokens or 0, "batch_size": batch}
+    scan = scan_cost(ttt, **shape) if layers and tokens else None
+    around = layer_activation_bytes(ttt, **shape) if scan else 0
+    scans = enclosing_checkpoints(config, facts)
+    flops = layer_flops(ttt, **{**shape, "tokens": tokens or ttt.mini_batch_size})
+
+    gates = len(layers) * facts.dim * facts.gates
+    own = len(layers) * (layer_parameters(ttt, dim=facts.dim, num_heads=facts.num_heads) - facts.dim) + gates
+    learning = (own - gates if train.weight_lr_multiplier else 0) + (gates if train.alpha_lr_multiplier else 0)
+    trained = _trained_in_backbone(config, facts)
+    optimizer = 2 * WIDE * (learning + (trained or 0)) + (WIDE * (trained or 0) if size < WIDE else 0)
+    gradients = WIDE * (learning + (trained or 0))
+
+    # Scans whose insides wait for backward: all of those that nothing recomputes, and of the others one checkpoint's.
+    lasting = len(layers) * scans.count(0)
+    together = facts.layers_per_checkpoint if train.gradient_checkpointing else 1
+    at_once = lasting + min(len(layers), together) * (len(scans) - scans.count(0))
+    carries = scan.carries_kept_bytes * at_once if scan else 0
+    inside = scan.kept_bytes - scan.carries_kept_bytes + around if scan else 0
+    waiting = inside * at_once
+    passing_scan = scan.passing_bytes if scan else 0
+    model = _backbone_activation_bytes(config, facts, layers)
+    state = scan.carry_bytes * len(layers) * 2 if scan and ttt.persistent_states else 0
+    parameters = (facts.parameters or 0) * size + own * WIDE
+
+    # Gradients of the scan's inputs and of one layer, the projections in the tokens' type, halves of the gradients
+    # before they are summed in float32, and what AdamW takes for all parameters at once.
+    passing = (around + scan.activation_bytes + scan.carry_bytes) if scan else 0
+    passing += 4 * facts.dim * facts.dim * size + gradients + (trained or 0) * size
+    always = parameters + optimizer + state
+    return Estimate(
+        scan=scan,
+        scans=scans,
+        parts={
+            "parameters": parameters,
+            "gradients": gradients,
+            "optimizer": optimizer,
+            "carries": carries,
+            "TTT activations": waiting + passing_scan,
+            "backbone activations": model or 0,
+            "state": state,
+        },
+        low=always + max(gradients, (scan.carries_kept_bytes + inside if scan else 0) * lasting + (model or 0) // 2),
+        high=always + gradients + carries + waiting + passing_scan + (model or 0) * 3 // 2 + passing,
+        complete=None not in (facts.parameters, trained, model),
+        adapter_bytes=own * WIDE,
+        checkpoint_bytes=own * WIDE + (trained or 0) * size + optimizer,
+        forward_flops=len(layers) * len(scans) * flops.forward,
+        training_flops=len(layers)
+        * sum(flops.training(scan.forwards(enclosing=level) if scan else 1, enclosing=level) for level in scans),
+    )
+
+
+def _trained_in_backbone(config: RunConfig, facts: BackboneFacts) -> int | None:
+    """Parameters of the backbone that learn; None where that is not known."""
+    if config.train.trainable == "ttt" or not config.train.backbone_lr_multiplier:
+        return 0
+    return facts.parameters if config.train.trainable == "all" else facts.attention_parameters
+
+
+def _backbone_activation_bytes(config: RunConfig, facts: BackboneFacts, layers: tuple[int, ...]) -> int | None:
+    """What autograd keeps of the backbone; None where that is not known."""
+    train, tokens = config.train, facts.tokens_per_window
+    if tokens is None or facts.layer_activation_bytes is None or facts.head_activation_bytes is None:
+        return None
+    # Below the first layer that learns there is nothing to go back to.
+    first = 0 if train.trainable != "ttt" and train.backbone_lr_multiplier else min(layers, default=0)
+    reached = facts.num_layers - first
+    if train.gradient_checkpointing:
+        together = min(facts.layers_per_checkpoint, reached)
+        inputs = -(-reached // max(together, 1)) * facts.dim * bytes_of(train.param_dtype)
+        per_token = inputs + together * facts.layer_activation_bytes
+    else:
+        per_token = reached * facts.layer_activation_bytes
+    casts = 0
+    if train.autocast not in ("none", train.param_dtype):
+        # Backward keeps the weights as they were cast: of all layers that it reaches, or of one at a time.
+        held = min(facts.layers_per_checkpoint, reached) if train.gradient_checkpointing else reached
+        share = held / max(facts.num_layers, 1)
+        casts = bytes_of(train.autocast) * round(share * (facts.parameters or 0))
+    return (per_token + facts.head_activation_bytes) * tokens * train.batch_size + casts

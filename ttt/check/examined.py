@@ -1,0 +1,39 @@
+"""Plugins tried out: all that can be, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ttt.check.load import check_config
+from ttt.config.findings import Severity, blames_environment
+from ttt.errors import PluginError, TTTError
+from ttt.plugins import Backbone
+from ttt.plugins.discovery import PluginInfo
+
+_MEMORY = "TTT4"
+"""Codes about the memory and the disk of this machine, for which no plugin can be blamed."""
+
+
+def examined(plugin: PluginInfo) -> PluginInfo:
+    """The plugin, broken where its presets, explanations, facts or rules are: all that can be tried without torch."""
+    if plugin.backbone is None:
+        return plugin
+    try:
+        _try_out(plugin.backbone)
+    except TTTError as error:
+        return replace(plugin, backbone=None, error=str(error))
+    return plugin
+
+
+def _try_out(backbone: Backbone) -> None:
+    """Ask a backbone for what it has beside a model, and check its demo config.
+
+    Raises:
+        TTTError: what is wrong.
+    """
+    backbone.explanations()
+    for name, text in backbone.presets().items():
+        for finding in check_config(f"preset {name}", text=text, backbone=backbone).findings:
+            of_the_demo = name == "demo" and finding.severity is Severity.ERROR and not blames_environment(finding)
+            if finding.code in ("TTT802", "TTT803") or (of_the_demo and not finding.code.startswith(_MEMORY)):
+                raise PluginError(f"{finding.place}: {finding.message}")

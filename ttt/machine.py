@@ -1,0 +1,139 @@
+"""What this machine has, found without torch: memory, compilers, places to write, how many processes were launched."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from ttt.ops.choices import VARIABLE
+from ttt.reading import other_kind
+
+_NVIDIA = Path("/proc/driver/nvidia/version")
+
+
+def device_memory(device: str) -> int | None:
+    """Bytes of the device that `train.device` means on this machine; None where that is not known.
+
+    `auto` without a GPU is not this machine's memory: such a config is most likely checked here to run elsewhere.
+    """
+    if device == "cpu":
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):  # no POSIX system
+            return None
+    return _cuda_memory() if _NVIDIA.exists() else None
+
+
+def _cuda_memory() -> int | None:
+    """Bytes of the first GPU that CUDA would see, from the driver's own library: neither torch nor a process is needed.
+
+    Source: NVIDIA's NVML API reference, `nvmlDeviceGetMemoryInfo`.
+    """
+    import ctypes
+
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if not first.isdecimal():  # no device, or one by its name
+        return None
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        if library.nvmlInit_v2() != 0:
+            return None
+        try:
+            device, sizes = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # total, free, used
+            if library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(int(first)), ctypes.byref(device)) != 0:
+                return None
+            return int(sizes[0]) if library.nvmlDeviceGetMemoryInfo(device, ctypes.byref(sizes)) == 0 else None
+        finally:
+            library.nvmlShutdown()
+    except (OSError, AttributeError):  # no such library, or none of its functions
+        return None
+
+
+class Obstacle(NamedTuple):
+    """Why nothing can be compiled."""
+
+    problem: str
+    """What is wrong, as the rest of a sentence."""
+    fix: str
+    """The way out."""
+
+
+def wrong_implementation() -> Obstacle | None:
+    """What `TTT_OPS` forces, where that is an implementation of the scan that cannot be compiled whole."""
+    forced = os.environ.get(VARIABLE)
+    if forced not in ("generic", "reference"):
+        return None
+    return Obstacle(
+        f"{VARIABLE}={forced} asks for an implementation of the scan that torch.compile cannot take whole",
+        f"unset {VARIABLE}, or write compile: false",
+    )
+
+
+def missing_compiler(device: str) -> Obstacle | None:
+    """What is missing to compile for `cpu` or `cuda`; None where everything is there, or for another device.
+
+    Source: PyTorch's `torch/_inductor/config.py`, `cpp.cxx`; Triton's `triton/runtime/build.py`, which builds what
+    launches its kernels in C.
+    """
+    if device == "cpu":
+        program = os.environ.get("CXX") or _CXX.get(sys.platform, "g++")
+        if shutil.which(program) is not None:
+            return None
+        return Obstacle(
+            f"torch.compile makes C++ for a CPU, and there is no {program}",
+            "install a C++ compiler (g++ on Linux), name one in the variable CXX, or write compile: false",
+        )
+    if device == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return Obstacle(
+                "torch.compile makes Triton kernels for a GPU, and triton is not installed",
+                "install triton, or write compile: false",
+            )
+        programs = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+        if sys.platform == "linux" and not any(map(shutil.which, programs)):
+            return Obstacle(
+                f"Triton needs a C compiler, and there is no {' or '.join(programs)}",
+                "install gcc, name a C compiler in the variable CC, or write compile: false",
+            )
+    return None
+
+
+_CXX = {"darwin": "clang++", "win32": "cl"}
+"""What PyTorch looks for where CXX names nothing, by system; g++ on the others."""
+
+
+_LEVELS = 100
+_BYTES = 3_800
+"""Of a path; Linux takes 4,096, and a checkpoint's unfinished files lie up to 200 further down."""
+
+
+def why_unusable(path: str) -> str | None:
+    """Why a folder cannot be made or written there, in words; None where it can."""
+    if "\0" in path:
+        return "a name with a null character"
+    try:
+        target = Path(path).absolute()
+        if len(target.parts) > _LEVELS or len(os.fsencode(target)) > _BYTES:
+            return (
+                f"{len(target.parts):,} levels and {len(os.fsencode(target)):,} bytes; a run's path has at most "
+                f"{_LEVELS} levels and {_BYTES:,} bytes"
+            )
+        nearest = next(folder for folder in (target, *target.parents) if folder.exists())
+        if not nearest.is_dir():
+            return f"{nearest} is {other_kind(nearest) or 'a file'}"
+        return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} is not writable"
+    except (OSError, ValueError) as error:  # a name that no folder can have
+        return str(getattr(error, "strerror", None) or error)
+
+
+def processes_launched() -> int:
+    """How many processes a distributed launcher started, of which this is one; 1 where none did.
+
+    Source: torchrun's documentation, "Environment Variables": `WORLD_SIZE`.
+    """
+    count = os.environ.get("WORLD_SIZE", "").strip()
+    return int(count) if count.isascii() and count.isdigit() and len(count) < 10 else 1

@@ -1,0 +1,56 @@
+"""What training reads, and what a batch becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Batch = Any
+"""A batch as the plugin's dataset collates it: any nesting of tuples, lists, dicts and tensors `[B, …]`."""
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a batch became."""
+
+    loss: Tensor
+    """Scalar, differentiable: the mean over the batch."""
+    tokens: int
+    """Positions that the backbone read (B · T), for throughput."""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Detached scalars worth a line in `metrics.jsonl`, as `text_loss`."""
+
+
+class WindowDataset(Protocol):
+    """Windows of training data, addressed by number, the windows of a file in order of time."""
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        ...
+
+    def __getitem__(self, index: int) -> Any:
+        """One window, as CPU tensors; the same index always gives the same window."""
+        ...
+
+    def collate(self, samples: Sequence[Any]) -> Batch:
+        """Windows to a batch."""
+        ...
+
+    @property
+    def files(self) -> Sequence[range]:
+        """The windows of each file: consecutive ranges that cover 0 … len-1."""
+        ...
+
+    def describe(self, index: int) -> str:
+        """A window in the user's words, "dialogue.flac, 15.0-30.0 s"."""
+        ...
+
+    @property
+    def notice(self) -> str | None:
+        """What a user must know about this data, said when a run starts: that a stand-in made it, say."""
+        ...

@@ -1,0 +1,29 @@
+"""Which entry point brought a backbone, so that a sentence about it can name its distribution."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+
+_BROUGHT: dict[int, tuple[object, EntryPoint]] = {}
+"""By the identity of a backbone, which is kept, so that nothing else gets its number."""
+
+
+def brought(backbone: object, point: EntryPoint) -> None:
+    """Record which entry point a backbone is of."""
+    _BROUGHT[id(backbone)] = backbone, point
+
+
+def origin_of(backbone: object) -> EntryPoint | None:
+    """The entry point that brought a backbone; None for one that was made otherwise."""
+    found = _BROUGHT.get(id(backbone))
+    return None if found is None else found[1]
+
+
+def distribution_of(point: EntryPoint) -> str:
+    """The name of the distribution that declares an entry point."""
+    return point.dist.name if point.dist else "?"
+
+
+def version_of(point: EntryPoint) -> str:
+    """The version of that distribution."""
+    return point.dist.version if point.dist else "?"

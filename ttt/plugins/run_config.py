@@ -1,0 +1,49 @@
+"""The config of a run with a plugin's own options and defaults in it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, create_model
+
+from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
+from ttt.plugins.backbone import Backbone
+from ttt.plugins.declared import require_options
+
+_OF_THE_INNER_MODEL = ("mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims", "base_lr")
+
+
+@functools.cache
+def _narrowed(options: type[BackboneOptions], data_options: type[DataOptions], name: str) -> type[RunConfig]:
+    return create_model(
+        f"{name.title().replace('-', '')}RunConfig",
+        __base__=RunConfig,
+        __doc__=RunConfig.__doc__,
+        backbone=(options, ...),
+        data=(data_options, Field(default_factory=dict, validate_default=True)),
+    )
+
+
+def run_config_model(backbone: Backbone) -> type[RunConfig]:
+    """`RunConfig` with the sections `backbone` and `data` narrowed to a plugin's options; one class per backbone.
+
+    Raises:
+        PluginError: the plugin's options are none.
+    """
+    require_options(backbone)
+    return _narrowed(backbone.options, backbone.data_options, backbone.name)
+
+
+def with_defaults(ttt: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The `ttt` section with the backbone's defaults under it, unless the user starts from a preset.
+
+    A default that belongs to another inner model than the user's is left out.
+    """
+    if "preset" in ttt:
+        return dict(ttt)
+    usual = dict(defaults)
+    if ttt.get("layer_type", usual.get("layer_type", "linear")) != usual.get("layer_type", "linear"):
+        usual = {key: value for key, value in usual.items() if key not in _OF_THE_INNER_MODEL}
+    return {**usual, **ttt}

@@ -1,0 +1,49 @@
+"""Where TTT can go in a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place where TTT can go. Subclass it where attaching needs more than a new class and a child."""
+
+    layer: int
+    """Its number, as `ttt.layers` names it."""
+    path: str
+    """Dotted path of `module` in the model: what `model.named_modules()` calls it. Adapter files name tensors by it."""
+    module: nn.Module
+    """What gets the adapter as a child."""
+    dim: int
+    """Width D of the tokens there."""
+    num_heads: int
+    """The backbone's heads there."""
+    subclass: type[nn.Module]
+    """What `module` becomes: a subclass of its class, with no parameters of its own, that calls `self.ttt`."""
+    adapter: type[nn.Module] | None = None
+    """Called as `adapter(dim, num_heads, config, device=…, dtype=…)`; None is `ttt.TTTAdapter`."""
+    attribute: str = "ttt"
+    """Name of the adapter as a child of `module`."""
+    without_effect: frozenset[str] = frozenset()
+    """Parameters of the adapter on which the backbone's output cannot depend there, and so get no gradient."""
+
+    @property
+    def name(self) -> str:
+        """Dotted path of the adapter in the model."""
+        return f"{self.path}.{self.attribute}" if self.path else self.attribute
+
+    def attach(self, adapter: nn.Module) -> None:
+        """Make `module` call the adapter."""
+        self.module.add_module(self.attribute, adapter)
+        self.module.__class__ = self.subclass
+
+    def detach(self, original: type[nn.Module]) -> None:
+        """Undo `attach`."""
+        self.module.__class__ = original
+        if self.attribute in self.module._modules:
+            delattr(self.module, self.attribute)
