@@ -50,6 +50,112 @@ def _imported(folder: Path, *, package_root: Path) -> dict[str, set[str]]:
     return {str(file.relative_to(ROOT)): {name for name, _ in _imports(file, package_root)} for file in files}
 
 
+ROOMS = (
+    # what knows nothing of the rest: errors, words, files, a process
+    *("ttt.errors", "ttt.version", "ttt.amounts", "ttt.printable", "ttt.checksums", "ttt.reading", "ttt.files"),
+    *("ttt.interrupt", "ttt.prompts"),
+    # the mathematics, this machine, what a run is and costs, what a plugin provides
+    *("ttt.ops", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins"),
+    # the layer, and putting it into a model
+    *("ttt.state", "ttt.layer", "ttt.adapter", "ttt.inject", "ttt.evidence", "ttt.adapter_file"),
+    # what is said about a run before it starts, the run, and what it learned in use
+    *("ttt.check", "ttt.train", "ttt.samples", "ttt.sample"),
+    # what all of it is held to
+    *("ttt.laws", "ttt.testing", "ttt.check.probe", "ttt.check.doctor"),
+    # the library by its public names
+    "ttt",
+)
+"""Every room of the library, a module or a package, lowest first. A file imports its own room and those before it.
+
+Of two rooms that hold a file the one with the longer name is meant.
+"""
+TORCHLESS = ("ttt.errors", "ttt.amounts", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins", "ttt.check")
+PACKAGES = {"ttt": ROOT / "ttt", "ttt_cli": ROOT / "cli" / "ttt_cli", **PLUGINS}
+KINDS = ("module", "type", "function")
+"""When an import is made: with its module, for a type checker alone, or once a function is called."""
+
+Arrows = dict[tuple[str, str], set[str]]
+"""Who imports whom, and of which kinds; both ends are files."""
+
+
+def _modules(folder: Path) -> dict[str, Path]:
+    """The modules of a package, by name."""
+    named = ((".".join((folder.name, *f.relative_to(folder).with_suffix("").parts)), f) for f in folder.rglob("*.py"))
+    return {name.removesuffix(".__init__"): file for name, file in sorted(named)}
+
+
+def _kinds_of_nodes(tree: ast.AST, kind: str = "module") -> Iterator[tuple[ast.AST, str]]:
+    """Every node of a file with the kind that an import there would be of."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for part, inner in ((node.body, "type"), (node.orelse, kind)):
+                yield from _kinds_of_nodes(ast.Module(part, []), inner)
+            continue
+        inside = "function" if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) else kind
+        yield node, kind
+        yield from _kinds_of_nodes(node, inside)
+
+
+def _arrows(modules: dict[str, Path]) -> Arrows:
+    """Who imports whom among the modules. Of `from a import b` the module `a.b` is meant, where there is one."""
+    arrows: Arrows = {}
+    for name, file in modules.items():
+        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+        for node, kind in _kinds_of_nodes(ast.parse(file.read_text(encoding="utf-8"), str(file))):
+            for target in _targets(node, package, modules):
+                if target != name:
+                    arrows.setdefault((name, target), set()).add(kind)
+    return arrows
+
+
+def _targets(node: ast.AST, package: str, modules: dict[str, Path]) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names if alias.name in modules)
+    elif isinstance(node, ast.ImportFrom):
+        parts = package.split(".")
+        outer = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
+        module = ".".join(filter(None, [outer, node.module]))
+        for alias in node.names:
+            yield from [name for name in (f"{module}.{alias.name}", module) if name in modules][:1]
+
+
+def _room(module: str, rooms: tuple[str, ...] = ROOMS) -> str | None:
+    """The room that a module is in; None where it is in none."""
+    holding = [room for room in rooms if module == room or (room != "ttt" and module.startswith(f"{room}."))]
+    return max(holding, key=len, default=None)
+
+
+def _upward(arrows: Arrows) -> list[str]:
+    """The arrows from a room to one that stands above it."""
+    return [
+        f"{source} imports {target} ({', '.join(sorted(kinds))}): {_room(target)} stands above {_room(source)}"
+        for (source, target), kinds in arrows.items()
+        if ROOMS.index(_room(target) or "") > ROOMS.index(_room(source) or "")
+    ]
+
+
+def _circles(arrows: Arrows) -> list[list[str]]:
+    """Files of which each reaches each other one by imports, of whatever kind, in groups."""
+    beyond: dict[str, set[str]] = {}
+    for source, target in arrows:
+        beyond.setdefault(source, set()).add(target)
+
+    def reached(start: str) -> set[str]:
+        found: set[str] = set()
+        ahead = [start]
+        while ahead:
+            new = beyond.get(ahead.pop(), set()) - found
+            found |= new
+            ahead += new
+        return found
+
+    reach = {name: reached(name) for name in beyond}
+    circles = {
+        frozenset(other for other in far if name in reach.get(other, ())) for name, far in reach.items() if name in far
+    }
+    return sorted(map(sorted, circles))
+
+
 def _inside(name: str, packages: set[str]) -> bool:
     return name.split(".")[0] in packages
 
@@ -67,6 +173,85 @@ def test_the_reader_of_imports_reads_them_all(tmp_path: Path) -> None:
         *("a.b", "c", "c.d", "ttt.ops", "ttt.ops.e", "ttt", "ttt.f", "ttt.g", "ttt.g.h", "i", "k")
     }
     assert [name for name, hidden in found if hidden] == ["j"]
+
+
+def test_every_file_is_in_a_room() -> None:
+    modules = _modules(PACKAGES["ttt"])
+    assert [name for name in modules if _room(name) is None] == []
+    assert [room for room in ROOMS if room not in modules] == []  # a room that is gone
+
+
+def test_no_room_imports_one_above_it() -> None:
+    arrows = _arrows(_modules(PACKAGES["ttt"]))
+    assert len(arrows) > 300
+    assert _upward(arrows) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_files_import_each_other_in_a_circle(package: str) -> None:
+    arrows = _arrows(_modules(PACKAGES[package]))
+    assert arrows
+    assert _circles(arrows) == []
+
+
+def _written(folder: Path, files: dict[str, str]) -> Arrows:
+    for name, text in files.items():
+        file = folder / "ttt" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    return _arrows(_modules(folder / "ttt"))
+
+
+HARMLESS = {
+    "__init__.py": "",
+    "errors.py": "",
+    "config/__init__.py": "from ttt.config.schema import Options\n",
+    "config/schema.py": "from .. import errors\n",
+    "check/__init__.py": "",
+    "check/load.py": "import ttt.config.schema\nfrom ttt.config import Options\n",
+    "check/probe.py": "from ttt.laws import checks\n",
+    "laws/__init__.py": "",
+    "laws/checks.py": "from ttt.check import load\n",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_arrow_up_of_each_kind_is_told(tmp_path: Path, kind: str) -> None:
+    assert _upward(_written(tmp_path, HARMLESS)) == []
+    wrong = {
+        "module": "try:\n    from ttt.check import load\nexcept ImportError:\n    pass\n",
+        "type": "if TYPE_CHECKING:\n    from ttt.check.load import Loaded\n",
+        "function": "class Options:\n    def late(self):\n        from ..check.load import Loaded\n",
+    }
+    arrows = _written(tmp_path, {"config/schema.py": wrong[kind]})
+    assert arrows["ttt.config.schema", "ttt.check.load"] == {kind}
+    told = f"ttt.config.schema imports ttt.check.load ({kind}): ttt.check stands above ttt.config"
+    assert _upward(arrows) == [told]
+
+
+def test_a_room_inside_another_has_its_own_height(tmp_path: Path) -> None:
+    arrows = _written(tmp_path, {**HARMLESS, "check/load.py": "def late():\n    from ttt.check.probe import probe\n"})
+    assert _upward(arrows) == [
+        "ttt.check.load imports ttt.check.probe (function): ttt.check.probe stands above ttt.check"
+    ]
+    arrows = _written(tmp_path, {"config/schema.py": "from ttt import Backbone\n"})
+    assert "ttt.config.schema imports ttt (module): ttt stands above ttt.config" in _upward(arrows)
+
+
+def test_a_circle_is_told_whatever_its_arrows_are_made_of(tmp_path: Path) -> None:
+    assert _circles(_written(tmp_path, HARMLESS)) == []
+    circle = {
+        "config/one.py": "from ttt.config import two\n",
+        "config/two.py": "if TYPE_CHECKING:\n    from ttt.config.three import Three\n",
+        "config/three.py": "def late():\n    from .one import One\n",
+        "config/four.py": "from ttt.config import one\n",
+    }
+    assert _circles(_written(tmp_path, circle)) == [["ttt.config.one", "ttt.config.three", "ttt.config.two"]]
+
+
+def test_a_file_in_no_room_is_told(tmp_path: Path) -> None:
+    _written(tmp_path, {**HARMLESS, "attic.py": ""})
+    assert [name for name in _modules(tmp_path / "ttt") if _room(name) is None] == ["ttt.attic"]
 
 
 def test_the_core_imports_no_plugin_and_no_command_line() -> None:
@@ -108,14 +293,13 @@ print(sorted({{"torch", "numpy", "moshi", "matplotlib", "safetensors", "sphn"}} 
     return result.stdout.strip()
 
 
+RUNS_MODELS = {"ttt.check.probe", "ttt.check.doctor"}
+
+
 def test_what_checks_a_config_imports_no_torch() -> None:
-    config = [
-        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for file in sorted((ROOT / "ttt" / "config").rglob("*.py"))
-    ]
-    assert "ttt.check.load" in config
-    others = ["ttt.plugins", "ttt.plugins.backbone", "ttt.plugins.hookspecs", "ttt_cli.main", "ttt_cli.app"]
-    assert _heavy_after(["ttt", *config, *others]) == "[]"
+    static = [module for module in _modules(PACKAGES["ttt"]) if _room(module, TORCHLESS) and module not in RUNS_MODELS]
+    assert {"ttt.config.schema", "ttt.plugins.backbone", "ttt.check.load", "ttt.check.rules.memory"} <= set(static)
+    assert _heavy_after(["ttt", *static, "ttt.ops.choices", "ttt_cli.main", "ttt_cli.app"]) == "[]"
 
 
 NOT_FOR_A_CHECK = {
@@ -161,9 +345,11 @@ def test_a_plugins_entry_point_imports_no_torch() -> None:
 
 def test_ttt_gives_what_it_lists() -> None:
     import ttt
+    import ttt.check
     import ttt.config
+    import ttt.plugins
 
-    for module in (ttt, ttt.config):
+    for module in (ttt, ttt.config, ttt.plugins, ttt.check):
         assert set(module.__all__) <= set(dir(module))
         for name in module.__all__:
             assert getattr(module, name) is not None
