@@ -26,7 +26,6 @@ from ttt.costs import layer_activation_bytes, layer_flops, layer_parameters, sca
 from ttt.errors import NestedCheckpointWarning
 from ttt.layer import TTTLayer
 from ttt.ops import fused
-from ttt.ops.choices import BLOCK, SMALL
 from ttt.ops.rotary import rotary_angles
 from ttt.plugins import BackboneFacts, get_backbone
 from ttt.train.optim import Optimizer, choose_learnable
@@ -184,8 +183,6 @@ def test_what_a_layer_keeps_around_its_scan() -> None:
 
 
 def test_what_a_mini_batch_left_open_keeps() -> None:
-    assert SMALL == ttt.ops.select.SMALL
-    assert BLOCK == fused.BLOCK
     config = _ttt(layer_type="mlp", scan_checkpoint_group_size=2, mini_batch_size=16)
     adapter = TTTAdapter(128, 4, config)
     totals = []

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from toy_config import ToyBackbone
 from typer.testing import CliRunner
 
+from ttt import costs as costs_module
 from ttt.check import CheckedConfig, check_config, load_config, render_json, render_text
-from ttt.check import estimate as estimate_module
 from ttt.check.fixes import fix_text
 from ttt.check.importing import import_config as ask
 from ttt.check.importing import render_account, write_imported
@@ -193,7 +193,7 @@ def test_the_best_group_of_a_scan_beyond_counting_is_found_by_its_formula(monkey
     def peak(size: int) -> int:
         return (-(-steps // size) - 1) * 1000 + size * 1400
 
-    monkeypatch.setattr(estimate_module, "COUNTED", 1 << 30)  # every size is tried
+    monkeypatch.setattr(costs_module, "COUNTED", 1 << 30)  # every size is tried
     least = peak(best_group_size(steps, **costs))
     assert least <= peak(size) <= least * 1.0001
 
