@@ -42,7 +42,8 @@ from scan_results import Decoding, GrowthPoint, Machine, Results, Row, ShapeResu
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttt.check.doctor import cores, devices, forced, versions
+from ttt.check.doctor import forced
+from ttt.devices import cores, devices, versions
 from ttt.layer import TTTLayer
 
 RESULTS = Path(__file__).parent / "results"

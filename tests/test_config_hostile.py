@@ -33,7 +33,8 @@ from ttt.check.sarif import render_sarif
 from ttt.config import Finding
 from ttt.config.dumping import dump_value
 from ttt.config.findings import Place, Severity
-from ttt.config.source import MAX_IN_OVERRIDES, MAX_OVERRIDES, parse_source, resolve
+from ttt.config.scalars import resolve
+from ttt.config.source import MAX_IN_OVERRIDES, MAX_OVERRIDES, parse_source
 from ttt.costs import best_group_size
 from ttt.errors import ConfigError, UsageError
 from ttt.plugins import get_backbone, run_config_model

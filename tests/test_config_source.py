@@ -12,16 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt.check.reading import read_source
-from ttt.config import source as source_module
+from ttt.config import nodes
 from ttt.config.findings import Severity
-from ttt.config.source import MAX_BYTES, MAX_LEVELS, MAX_VALUES, parse_source, resolve
+from ttt.config.nodes import MAX_BYTES, MAX_LEVELS, MAX_VALUES
+from ttt.config.scalars import resolve
+from ttt.config.source import parse_source
 from ttt.errors import EnvironmentProblem
 
 
 @pytest.fixture(params=["libyaml", "python"], autouse=True)
 def _both_parsers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "python":
-        monkeypatch.setattr(source_module, "_LOADER", yaml.SafeLoader)
+        monkeypatch.setattr(nodes, "_LOADER", yaml.SafeLoader)
     elif not yaml.__with_libyaml__:
         pytest.skip("PyYAML was built without libyaml")
 
@@ -233,7 +235,7 @@ def test_hostile_files_cost_little(content: str | bytes) -> None:
     elapsed = time.process_time() - start
     assert not source.complete
     assert len(source.findings) == 1
-    limit = 1.0 if source_module._LOADER is not yaml.SafeLoader else 10.0
+    limit = 1.0 if nodes._LOADER is not yaml.SafeLoader else 10.0
     assert elapsed < limit  # seconds, on a slow machine; without the bounds most take minutes or all memory
 
 

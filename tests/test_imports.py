@@ -55,7 +55,7 @@ ROOMS = (
     *("ttt.errors", "ttt.version", "ttt.amounts", "ttt.printable", "ttt.checksums", "ttt.reading", "ttt.files"),
     *("ttt.interrupt", "ttt.prompts"),
     # the mathematics, this machine, what a run is and costs, what a plugin provides
-    *("ttt.ops", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins"),
+    *("ttt.ops", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins", "ttt.devices"),
     # the layer, and putting it into a model
     *("ttt.state", "ttt.layer", "ttt.adapter", "ttt.inject", "ttt.evidence", "ttt.adapter_file"),
     # what is said about a run before it starts, the run, and what it learned in use
@@ -293,11 +293,12 @@ print(sorted({{"torch", "numpy", "moshi", "matplotlib", "safetensors", "sphn"}} 
     return result.stdout.strip()
 
 
-RUNS_MODELS = {"ttt.check.probe", "ttt.check.doctor"}
+RUNS_MODELS = ("ttt.check.probe", "ttt.check.doctor")
 
 
 def test_what_checks_a_config_imports_no_torch() -> None:
-    static = [module for module in _modules(PACKAGES["ttt"]) if _room(module, TORCHLESS) and module not in RUNS_MODELS]
+    modules = _modules(PACKAGES["ttt"])
+    static = [module for module in modules if _room(module, TORCHLESS) and not _room(module, RUNS_MODELS)]
     assert {"ttt.config.schema", "ttt.plugins.backbone", "ttt.check.load", "ttt.check.rules.memory"} <= set(static)
     assert _heavy_after(["ttt", *static, "ttt.ops.choices", "ttt_cli.main", "ttt_cli.app"]) == "[]"
 

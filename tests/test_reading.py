@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from ttt import files, reading
 from ttt.adapter_file import read_info
 from ttt.check import check_config
+from ttt.check.reading import read_source
 from ttt.check.recordings import read_recordings
-from ttt.config import source
 from ttt.errors import EnvironmentProblem, TTTError, UsageError
 from ttt.prompts import given_prompts, read_prompts
 from ttt.train.metrics import MetricsFile, read_metrics
@@ -85,7 +85,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 
 def read_config(path: Path) -> None:
-    found = source.read_source(path).findings
+    found = read_source(path).findings
     if found:
         raise EnvironmentProblem(found[0].message)
 

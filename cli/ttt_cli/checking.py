@@ -100,7 +100,7 @@ def _memory(text: str) -> int:
 
 def _read(name: str) -> bytes:
     from ttt.check.reading import read_bytes
-    from ttt.config.source import MAX_BYTES
+    from ttt.config.nodes import MAX_BYTES
 
     return sys.stdin.buffer.read(MAX_BYTES + 1) if name == STANDARD_INPUT else read_bytes(name)
 

@@ -79,7 +79,7 @@ def _text(file: str) -> str:
         EnvironmentProblem: it cannot be read.
     """
     from ttt.check.reading import read_bytes
-    from ttt.config.source import MAX_BYTES
+    from ttt.config.nodes import MAX_BYTES
     from ttt.errors import UsageError
 
     content = read_bytes(file)

@@ -10,13 +10,9 @@ import contextlib
 import copy
 import importlib.util
 import os
-import platform
-import re
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -28,9 +24,9 @@ from ttt.amounts import show_bytes
 from ttt.config.findings import Severity, blames_environment
 from ttt.config.schema import TTTConfig, inner_widths
 from ttt.costs import scan_cost
+from ttt.devices import Device, cores, devices, requirements_of, version_of, versions
 from ttt.files import free_bytes
 from ttt.layer import TTTLayer
-from ttt.machine import device_memory
 from ttt.ops import select
 
 if TYPE_CHECKING:
@@ -42,22 +38,6 @@ _ABOUT_THE_MACHINE = ("TTT401", "TTT402", "TTT404")
 """Codes of memory and disk that blame the config as much: too little of either is the machine's lack, too."""
 _TOLERANCE = 1e-4
 """How far, relative to the largest number, an implementation may be from the reference in float32."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """Something that tensors live on."""
-
-    name: str
-    """As PyTorch names it: `cpu`, `cuda:0`, `mps`."""
-    model: str
-    """As its maker names it."""
-    memory_bytes: int | None
-    """All that it has; None where the system does not say."""
-    free_bytes: int | None
-    """What is free of it now."""
-    detail: str
-    """Threads of a CPU, the compute capability of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -171,84 +151,6 @@ def _readable(path: str | Path, backbone: str | None, overrides: Sequence[str]) 
     return checked
 
 
-# --- what there is ---
-
-
-def versions() -> dict[str, str | None]:
-    """What is installed, by name: `Report.versions`."""
-    found: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "torch": torch.__version__,
-        "CUDA of torch": torch.version.cuda,
-        "triton": _version("triton"),
-        "ttt-adapters": _version("ttt-adapters"),
-    }
-    for plugin in plugins.discover():
-        found[plugin.distribution] = plugin.version
-        for name in _requirements(plugin.distribution):
-            found.setdefault(name, _version(name))
-    return found
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _requirements(distribution: str) -> list[str]:
-    """The distributions that one needs, without those that an extra or another system would need."""
-    try:
-        declared = metadata.requires(distribution) or []
-    except metadata.PackageNotFoundError:
-        return []
-    return [re.split(r"[\s\[(<>=!~;]", line, maxsplit=1)[0] for line in declared if ";" not in line]
-
-
-def devices() -> tuple[Device, ...]:
-    """The processor, and every accelerator that PyTorch can use."""
-    threads = f"{torch.get_num_threads()} threads on {cores()} cores"
-    found = [Device("cpu", processor(), device_memory("cpu"), _available_memory(), threads)]
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        properties = torch.cuda.get_device_properties(index)
-        free, total = torch.cuda.mem_get_info(index)
-        detail = f"compute capability {properties.major}.{properties.minor}"
-        found.append(Device(f"cuda:{index}", properties.name, total, free, detail))
-    if torch.backends.mps.is_available():
-        found.append(Device("mps", "Metal", None, None, "float32 only"))
-    return tuple(found)
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def processor() -> str:
-    """The processor as its maker names it, or its architecture where the system does not say."""
-    name = ""
-    if sys.platform == "linux":
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    elif sys.platform == "darwin":
-        asked = subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
-        )
-        name = asked.stdout.strip()
-    return name or platform.processor() or platform.machine()
-
-
-def _available_memory() -> int | None:
-    """Bytes that a process could still take; Linux alone says."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
 # --- the scan ---
 
 
@@ -359,7 +261,7 @@ def _problems_of_packages(found: Sequence[plugins.PluginInfo]) -> Iterator[Probl
     if not found:
         yield Problem(Severity.WARNING, "no backbone is installed", "install one, as `pip install ttt-moshi`")
     for plugin in found:
-        missing = [name for name in _requirements(plugin.distribution) if _version(name) is None]
+        missing = [name for name in requirements_of(plugin.distribution) if version_of(name) is None]
         if missing:
             yield Problem(
                 Severity.ERROR,

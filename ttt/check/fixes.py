@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 
 from ttt.check.load import CheckedConfig
 from ttt.config.findings import Finding, Place
-from ttt.config.source import LINE_BREAK, KeyPath, Source, parse_source, path_of, resolve
+from ttt.config.nodes import LINE_BREAK
+from ttt.config.places import KeyPath, path_of
+from ttt.config.scalars import resolve
+from ttt.config.source import Source, parse_source
 from ttt.printable import printable
 
 UNKNOWN_KEY = "TTT101"

@@ -18,8 +18,9 @@ from ttt.check.rules import run_rules
 from ttt.check.rules.rule import Context
 from ttt.check.validation import Validated, split_fix, validate
 from ttt.config.findings import Finding, Place, Severity, blames_environment, has_errors, summary
+from ttt.config.places import KeyPath, path_of
 from ttt.config.schema import RunConfig, with_its_target_eps
-from ttt.config.source import KeyPath, Source, parse_source, path_of
+from ttt.config.source import Source, parse_source
 from ttt.config.spelling import nearest
 from ttt.errors import ConfigEnvironmentError, ConfigError, EnvironmentProblem, PluginError, TTTError
 from ttt.plugins import Backbone, BackboneFacts

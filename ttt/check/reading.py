@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ttt.config.source import MAX_BYTES, Source, parse_source
+from ttt.config.nodes import MAX_BYTES
+from ttt.config.source import Source, parse_source
 from ttt.errors import EnvironmentProblem
 from ttt.reading import read_start, unreadable
 

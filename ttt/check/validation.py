@@ -25,8 +25,11 @@ from pydantic_core import PydanticUndefined
 
 from ttt.check.render import MOST_OF_A_KIND
 from ttt.config.findings import Finding, Severity
-from ttt.config.schema import RunConfig, descriptions
-from ttt.config.source import KeyPath, Source, dotted, resolve
+from ttt.config.places import KeyPath, dotted
+from ttt.config.scalars import resolve
+from ttt.config.schema import RunConfig
+from ttt.config.section import descriptions
+from ttt.config.source import Source
 from ttt.config.spelling import nearest
 from ttt.errors import NestedCheckpointWarning
 

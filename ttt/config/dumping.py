@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
+from ttt.config.scalars import BOOLEAN, FLOAT, INTEGER, NULL
 from ttt.config.schema import RunConfig
-from ttt.config.source import BOOLEAN, FLOAT, INTEGER, NULL
 
 # --- writing ---
 

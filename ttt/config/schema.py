@@ -6,22 +6,18 @@ docs. This module imports no torch, so that checking a config is instant.
 
 from __future__ import annotations
 
-import ast
-import functools
-import inspect
-import itertools
-import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from ttt.config.group_size import group_size_warnings
+from ttt.config.section import Section
 from ttt.errors import NestedCheckpointWarning
 
 if TYPE_CHECKING:
-    from pydantic import GetJsonSchemaHandler
-    from pydantic_core import CoreSchema
+    pass
 
 PRESETS: dict[str, dict[str, Any]] = {
     # TTT-LM: arXiv 2407.04620, its PyTorch code's `ttt.py`.
@@ -53,60 +49,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 LITERATURE_BASE_LR = {"linear": 1.0, "mlp": 0.1}
 """`base_lr` by inner model, as TTT-LM and TTT-Video trained."""
-
-
-class Section(BaseModel):
-    """Base of every config section: unknown keys are errors, types are strict, values do not change."""
-
-    # Validators are built when a config is first validated, and descriptions read when they are first asked for (not
-    # with `use_attribute_docstrings`, which parses every class when it is made): `ttt check` has little time.
-    model_config = ConfigDict(
-        strict=True,
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        defer_build=True,
-        protected_namespaces=(),
-    )
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """The JSON schema, with the fields' docstrings as descriptions."""
-        schema = handler(core_schema)
-        properties = handler.resolve_ref_schema(schema).get("properties", {})
-        for name, text in descriptions(cls).items():
-            if name in properties:
-                properties[name].setdefault("description", text)
-        return schema
-
-
-@functools.cache
-def descriptions(model: type[BaseModel]) -> dict[str, str]:
-    """What each field of a model is, by name: its own `description`, or the docstring below it in the source."""
-    found: dict[str, str] = {}
-    for parent in reversed(model.__mro__):
-        if issubclass(parent, BaseModel) and parent is not BaseModel:
-            found |= _attribute_docstrings(parent)
-    given = {name: info.description for name, info in model.model_fields.items() if info.description}
-    return {name: text for name, text in (found | given).items() if name in model.model_fields}
-
-
-def _attribute_docstrings(model: type[BaseModel]) -> dict[str, str]:
-    """The strings that stand below annotated names in a class's body; none where its source cannot be had."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(model)))
-    except (OSError, TypeError, SyntaxError):
-        return {}
-    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef))
-    return {
-        field.target.id: inspect.cleandoc(text.value.value)
-        for field, text in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-        and isinstance(text.value.value, str)
-    }
 
 
 def _whole_number(value: object) -> object:
@@ -456,65 +398,3 @@ def inner_widths(head_width: int, config: TTTConfig) -> tuple[int, ...]:
         return (head_width, head_width)
     hidden = config.mlp_hidden_dims or (round(head_width * config.mlp_expansion_factor),) * (config.mlp_layers - 1)
     return (head_width, *hidden, head_width)
-
-
-def scan_steps(tokens: int, mini_batch_size: int) -> int:
-    """`T // C`: the full mini-batches of a sequence; one that it leaves open is answered beside the scan."""
-    return tokens // mini_batch_size
-
-
-def checkpoint_groups(tokens: int, mini_batch_size: int, group_size: int) -> int:
-    """How many checkpoints the scan makes over a sequence: `ceil(N / g)`, none where it keeps everything."""
-    steps = scan_steps(tokens, mini_batch_size)
-    return 0 if group_size == 0 or group_size >= steps else -(-steps // group_size)
-
-
-def group_size_warnings(
-    group_size: int,
-    mini_batch_size: int,
-    *,
-    tokens: int | None = None,
-    window: str | None = None,
-    scans: Sequence[int] = (0,),
-) -> list[str]:
-    """Say what a group size costs, in this config's numbers; nothing where it costs nothing unusual.
-
-    Args:
-        group_size: `scan_checkpoint_group_size`, mini-batches per checkpoint.
-        mini_batch_size: `C`, tokens.
-        tokens: length of a sequence, where it is known; else 15 s of speech (188 tokens) stand as the example.
-        window: what that length is in the user's words, "15 s of audio".
-        scans: for each scan of a layer in a forward pass, how many activation checkpoints surround it.
-    """
-    example = tokens if tokens is not None else 188
-    name = window or (f"A sequence of {tokens} tokens" if tokens is not None else "15 s at 12.5 tokens a second")
-    steps = scan_steps(example, mini_batch_size)
-    messages = []
-    if group_size == 1 and steps > 1:
-        at_16 = checkpoint_groups(example, mini_batch_size, 16)
-        against = f"{at_16} at 16" if at_16 else "none at 16, which keeps everything"
-        messages.append(
-            f"scan_checkpoint_group_size: 1 makes one checkpoint per mini-batch: every carry is kept, as with 0, and "
-            f"every inner step still runs twice. {name} at mini_batch_size: {mini_batch_size} is {steps} of them, "
-            f"against {against}. Write 16, as the literature trained with, or 0 to keep everything and run every step "
-            f"once. (Memory and time are at stake; gradients are the same for every value.)"
-        )
-    if any(scans) and checkpoint_groups(example, mini_batch_size, group_size):
-        several = f" in a layer's {len(scans)} scans" if len(scans) > 1 else ""
-        messages.append(
-            f"activation checkpointing around scan_checkpoint_group_size: {group_size} nests checkpoints in "
-            f"checkpoints: every inner step runs forward {times_in_words([2 + level for level in scans])}{several}, "
-            f"once more for each level. Write scan_checkpoint_group_size: 0 if one layer's scan fits in memory (then "
-            f"it runs {times_in_words([1 + level for level in scans])}). (With pure layers no nesting can change a "
-            f"gradient.)"
-        )
-    return messages
-
-
-def times_in_words(counts: Sequence[int]) -> str:
-    """How often something is done: `once`, `twice`, `3 times`; `4 and 3 times` where there are several counts."""
-    distinct = list(counts[:1]) if len(set(counts)) == 1 else list(counts)
-    if len(distinct) == 1 and distinct[0] in (1, 2):
-        return "once" if distinct[0] == 1 else "twice"
-    *most, last = map(str, distinct)
-    return f"{', '.join(most)} and {last} times" if most else f"{last} times"

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ttt.config.source import KeyPath, Source, dotted
+from ttt.config.places import KeyPath, dotted
+from ttt.config.source import Source
 from ttt.errors import UsageError
 
 

@@ -13,8 +13,9 @@ from datetime import date, time
 from typing import Any
 
 from ttt.config.findings import Place
+from ttt.config.places import KeyPath, Located
 from ttt.config.schema import MOST_RATE
-from ttt.config.source import KeyPath, Located, Source
+from ttt.config.source import Source
 from ttt.errors import UsageError
 from ttt.plugins import Import, ImportedConfig
 from ttt.plugins.imported import number

@@ -7,7 +7,7 @@ from collections.abc import Set
 from ttt.check.rules import causality, checkpointing, compiling, data, environment, memory, optimisation, shape
 from ttt.check.rules.rule import FACTS, NEEDED, Context, Rule
 from ttt.config.findings import Finding
-from ttt.config.source import KeyPath
+from ttt.config.places import KeyPath
 
 RULES: tuple[Rule, ...] = (
     *shape.RULES,

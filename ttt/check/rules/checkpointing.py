@@ -10,7 +10,8 @@ from ttt.check.estimate import enclosing_checkpoints
 from ttt.check.rules.rule import NEEDS, Context, rule
 from ttt.check.validation import split_fix
 from ttt.config.findings import Finding, Severity
-from ttt.config.schema import TTTConfig, group_size_warnings, times_in_words
+from ttt.config.group_size import group_size_warnings, times_in_words
+from ttt.config.schema import TTTConfig
 from ttt.costs import ScanCost
 
 _FAR = 2.0

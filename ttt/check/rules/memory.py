@@ -11,7 +11,8 @@ from ttt.amounts import show_bytes, show_flops
 from ttt.check.estimate import Estimate, estimate
 from ttt.check.rules.rule import NEEDS, Context, rule
 from ttt.config.findings import Finding, Severity
-from ttt.config.schema import select_layers, times_in_words
+from ttt.config.group_size import times_in_words
+from ttt.config.schema import select_layers
 from ttt.costs import bytes_of
 from ttt.errors import EnvironmentProblem
 from ttt.machine import device_memory

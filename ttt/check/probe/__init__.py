@@ -1,0 +1,132 @@
+"""`ttt check --probe`: the laws proved on the config's own backbone, narrowed to what runs in seconds.
+
+What is narrowed is width and depth, to the plugin's `tiny()`. What could break a law stays the config's own: every
+setting of the `ttt` section, the mini-batch, the group, the nesting of checkpoints, the type of the parameters.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+import warnings
+
+import torch
+from rich.console import Console
+
+from ttt.check.probe.proofs import Proof, cuts, proofs
+from ttt.check.probe.setting import Setting, narrow, place_layers
+from ttt.check.probe_codes import LAW_EXPLANATIONS
+from ttt.config.findings import Finding, Severity
+from ttt.config.schema import RunConfig
+from ttt.errors import NestedCheckpointWarning, PluginError, TTTError
+from ttt.laws import LawBrokenError
+from ttt.plugins import Backbone
+from ttt.plugins.asking import WAY_OUT, owner
+from ttt.printable import say
+from ttt.train.setup import narrowed, threads
+
+
+def probe(config: RunConfig, backbone: Backbone, *, console: Console | None = None) -> list[Finding]:
+    """Prove the laws for a config on a narrowed model, on the CPU, and print each with its number.
+
+    Proved are laws 1 to 6 and 10: a pass writes nothing and a second one is the same; gradients are those of nothing
+    recomputed; the future changes nothing before it; one token at a time is the whole; rows are independent; the
+    closed gate is the plain backbone; every layer is reached, moves and gets gradients.
+
+    Args:
+        config: what `ttt.check.load_config` returned, without errors.
+        backbone: its plugin.
+        console: where to; None is standard output.
+
+    Returns:
+        A finding for each law that broke, `TTT901` … `TTT910` by the law's number, and `TTT803` where the plugin failed
+        while a law was tried. Their places are left out; the path is the key to blame.
+
+    Raises:
+        ttt.errors.TTTError: the model cannot be built, or takes no TTT with these settings.
+    """
+    console = console or Console()
+    config = narrowed(config, backbone)
+    started = time.monotonic()
+    findings: list[Finding] = []
+    # One thread: the matrices are small, and more would only wait for each other.
+    with threads(1), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NestedCheckpointWarning)  # what it costs was said by the check itself
+        setting = narrow(config, backbone)
+        say(console, f"probe: {setting.told[0]}")
+        for line in setting.told[1:]:
+            say(console, f"  {line}")
+        if not setting.layers:
+            say(console, "  ttt.layers names no layer: there is nothing to prove")
+            return []
+        for proof in proofs(setting):
+            if proof.compares_passes and any(finding.code == "TTT901" for finding in findings):
+                _row(console, proof, "--", "two passes cannot be compared")
+                continue
+            findings += _try(proof, setting, console)
+    broken = len({finding.code for finding in findings})
+    verdict = f"{broken} {'law' if broken == 1 else 'laws'} broken" if broken else "every law holds"
+    say(console, f"probe: {verdict}, {time.monotonic() - started:.1f} s")
+    return findings
+
+
+def _try(proof: Proof, setting: Setting, console: Console) -> list[Finding]:
+    """Try one, and print what came out."""
+    if proof.applies:
+        _row(console, proof, "--", proof.applies)
+        return []
+    try:
+        measured = proof.run()
+    except LawBrokenError as broken:
+        _row(console, proof, "BROKEN", "" if broken.measured is None else f"{broken.measured:.1e}")
+        return [_finding(broken, setting.bench.backbone)]
+    except PluginError as error:
+        _row(console, proof, "FAILED", type(error.__cause__ or error).__name__)
+        return [_failed(str(error).removesuffix(WAY_OUT), proof)]
+    except TTTError:
+        raise
+    except Exception as error:  # a plugin's code: whatever it raises is its failure, not ours
+        _row(console, proof, "FAILED", type(error).__name__)
+        return [_failure(error, proof, setting.bench.backbone)]
+    if proof.law == 10:
+        _row(console, proof, "ok", f"{min(measured.values()):.1e}")
+    else:
+        worst = max(measured.values(), default=0.0)
+        _row(console, proof, "ok", f"{worst:.1e}" if worst else "0")
+    return []
+
+
+def _finding(broken: LawBrokenError, backbone: Backbone) -> Finding:
+    code = f"TTT9{broken.law:02d}"
+    return Finding(
+        code=code,
+        severity=Severity.ERROR,
+        path="backbone.name",
+        message=f"{backbone.name} breaks law {broken.law}: {broken.what}",
+        fix=f"In the plugin {backbone.name}: {LAW_EXPLANATIONS[code].fix}",
+        value=broken.measured,
+    )
+
+
+def _failure(error: Exception, proof: Proof, backbone: Backbone) -> Finding:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    what = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return _failed(f"{owner(backbone)} failed, {where.filename}:{where.lineno}: {what}", proof)
+
+
+def _failed(what: str, proof: Proof) -> Finding:
+    return Finding(
+        code="TTT803",
+        severity=Severity.ERROR,
+        path="backbone.name",
+        message=f"law {proof.law} ({proof.claim}): {what}",
+        fix="ttt.testing.laws runs the same in pytest",
+    )
+
+
+def _row(console: Console, proof: Proof, verdict: str, number: str) -> None:
+    limit = f" ≤{proof.tolerance:.0e}" if proof.tolerance is not None and verdict in ("ok", "BROKEN") else ""
+    say(console, f"  law {proof.law:<2}  {verdict:<6}  {proof.claim:<36}  {number}{limit} {proof.kind}".rstrip())
+
+
+__all__ = ["cuts", "narrow", "place_layers", "probe"]

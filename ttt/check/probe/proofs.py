@@ -1,0 +1,149 @@
+"""The laws that a probe tries, in order, and how each is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from ttt.check.probe.setting import STREAMED, Setting, fewest, tokens_in
+from ttt.laws import Bench, checks
+
+_PIECES = 400
+"""Pieces that a stream is fed in at most."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A law, what it says, and how it is tried."""
+
+    law: int
+    claim: str
+    kind: str
+    """What numbers it was tried in."""
+    tolerance: float | None
+    """Largest number that passes; None where nothing but 0 does, or where the number must not be 0."""
+    run: Callable[[], Mapping[str, float]]
+    applies: str = ""
+    """Why it is not tried, where it is not."""
+    compares_passes: bool = False
+    """Whether it compares passes of one adapted model, which says nothing where a pass changes the next (law 1)."""
+
+
+def proofs(setting: Setting) -> list[Proof]:
+    """What is tried, in order."""
+    bench, exact, short, config = setting.bench, setting.exact, setting.short, setting.config
+    own = str(bench.dtype).removeprefix("torch.")
+    causal, size = bench.backbone.causal, config.mini_batch_size
+
+    def remat(of: Bench) -> Mapping[str, float]:
+        return checks.remat_invariance(
+            of,
+            group_sizes=(setting.group_size,),
+            nestings={"no other checkpoint": ()},
+            inside_own=(bench.gradient_checkpointing,),
+        )
+
+    def streams() -> Mapping[str, float]:
+        measured: dict[str, float] = {}
+        for layers, length in ((True, size), (False, min(size, STREAMED))):
+            of = replace(short, tokens=tokens_in(fewest(length), length))
+            pieces = cuts(of.tokens, length, unit=1 if config.causal else length, at_most=_PIECES)
+            measured |= checks.chunk_invariance(
+                of, mini_batch_sizes=(length,), cuts=pieces, layers=layers, model=not layers
+            )
+        return measured
+
+    pieces = "token by token" if config.causal else "in mini-batches"
+    streamed = f"a stream {pieces} is the whole" if bench.backbone.streaming else f"a layer {pieces} is the whole"
+    found = [
+        Proof(1, "a pass writes nothing, and repeats", own, None, lambda: checks.purity(bench)),
+        Proof(2, "recomputing changes no gradient", "float32", exact.tolerance, lambda: remat(exact)),
+    ]
+    if bench.dtype is not torch.float32:
+        found.append(Proof(2, "recomputing changes no gradient", own, bench.tolerance, lambda: remat(bench)))
+    return [
+        *found,
+        Proof(
+            3,
+            "no token changes an earlier output",
+            "float32",
+            exact.tolerance,
+            lambda: checks.causality(exact, tokens=_telling_tokens(exact.tokens, size, setting.group_size)),
+            "" if causal else f"{bench.backbone.name} is not causal",
+            compares_passes=True,
+        ),
+        Proof(
+            4,
+            streamed,
+            "float32",
+            short.tolerance,
+            streams,
+            compares_passes=True,
+        ),
+        Proof(
+            5,
+            "rows are independent",
+            "float32",
+            exact.tolerance,
+            lambda: checks.stream_independence(exact),
+            compares_passes=True,
+        ),
+        Proof(
+            6,
+            "gates closed, it is the plain model",
+            own,
+            None,
+            lambda: checks.identity(bench, dtypes=(bench.dtype,)),
+        ),
+        Proof(
+            10,
+            "every TTT layer is reached and moves",
+            own,
+            None,
+            lambda: checks.evidence(bench),
+            compares_passes=True,
+        ),
+    ]
+
+
+def cuts(tokens: int, size: int, *, unit: int, at_most: int) -> list[list[int]]:
+    """Ways to cut a sequence into pieces: as fine as `at_most` pieces allow, and unevenly.
+
+    Args:
+        tokens: length of the sequence.
+        size: of a mini-batch.
+        unit: length of the smallest piece: 1, or a mini-batch where they are not causal.
+        at_most: pieces. Where single units are more, they are fed one by one around every boundary of mini-batches and
+            in longer pieces between.
+    """
+    if unit > 1:
+        whole, rest = divmod(tokens, unit)
+        fine = [unit] * whole + [rest] * bool(rest)
+        return [fine, [unit * (whole // 2), tokens - unit * (whole // 2)]]
+    uneven = [1, size, tokens - 1 - size]
+    if tokens <= at_most:
+        return [[1] * tokens, uneven]
+    boundaries = range(0, tokens + 1, size)
+    around = max(1, at_most // (4 * len(boundaries)))
+    alone = {place for boundary in boundaries for place in range(boundary - around, boundary + around)}
+    longest = 4 * size // around + 1 if size // around > 64 else 64
+    fine = []
+    long = 0
+    for token in range(tokens):
+        if token in alone or long == longest:
+            fine += [long] * bool(long)
+            long = 0
+        if token in alone:
+            fine.append(1)
+        else:
+            long += 1
+    return [[*fine, *[long] * bool(long)], uneven]
+
+
+def _telling_tokens(tokens: int, size: int, group_size: int) -> list[int]:
+    """Places where a leak would show: inside a mini-batch, on its boundaries, on those of groups, at the end."""
+    places = {1, size // 2, size - 1, size, size + 1, size + size // 2, 2 * size - 1}
+    places |= {group_size * size - 1, group_size * size, group_size * size + 1, tokens - 1}
+    return sorted(place for place in places if 0 < place < tokens)

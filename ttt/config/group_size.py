@@ -1,0 +1,67 @@
+"""What a `scan_checkpoint_group_size` costs, in words and in a config's own numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def scan_steps(tokens: int, mini_batch_size: int) -> int:
+    """`T // C`: the full mini-batches of a sequence; one that it leaves open is answered beside the scan."""
+    return tokens // mini_batch_size
+
+
+def checkpoint_groups(tokens: int, mini_batch_size: int, group_size: int) -> int:
+    """How many checkpoints the scan makes over a sequence: `ceil(N / g)`, none where it keeps everything."""
+    steps = scan_steps(tokens, mini_batch_size)
+    return 0 if group_size == 0 or group_size >= steps else -(-steps // group_size)
+
+
+def group_size_warnings(
+    group_size: int,
+    mini_batch_size: int,
+    *,
+    tokens: int | None = None,
+    window: str | None = None,
+    scans: Sequence[int] = (0,),
+) -> list[str]:
+    """Say what a group size costs, in this config's numbers; nothing where it costs nothing unusual.
+
+    Args:
+        group_size: `scan_checkpoint_group_size`, mini-batches per checkpoint.
+        mini_batch_size: `C`, tokens.
+        tokens: length of a sequence, where it is known; else 15 s of speech (188 tokens) stand as the example.
+        window: what that length is in the user's words, "15 s of audio".
+        scans: for each scan of a layer in a forward pass, how many activation checkpoints surround it.
+    """
+    example = tokens if tokens is not None else 188
+    name = window or (f"A sequence of {tokens} tokens" if tokens is not None else "15 s at 12.5 tokens a second")
+    steps = scan_steps(example, mini_batch_size)
+    messages = []
+    if group_size == 1 and steps > 1:
+        at_16 = checkpoint_groups(example, mini_batch_size, 16)
+        against = f"{at_16} at 16" if at_16 else "none at 16, which keeps everything"
+        messages.append(
+            f"scan_checkpoint_group_size: 1 makes one checkpoint per mini-batch: every carry is kept, as with 0, and "
+            f"every inner step still runs twice. {name} at mini_batch_size: {mini_batch_size} is {steps} of them, "
+            f"against {against}. Write 16, as the literature trained with, or 0 to keep everything and run every step "
+            f"once. (Memory and time are at stake; gradients are the same for every value.)"
+        )
+    if any(scans) and checkpoint_groups(example, mini_batch_size, group_size):
+        several = f" in a layer's {len(scans)} scans" if len(scans) > 1 else ""
+        messages.append(
+            f"activation checkpointing around scan_checkpoint_group_size: {group_size} nests checkpoints in "
+            f"checkpoints: every inner step runs forward {times_in_words([2 + level for level in scans])}{several}, "
+            f"once more for each level. Write scan_checkpoint_group_size: 0 if one layer's scan fits in memory (then "
+            f"it runs {times_in_words([1 + level for level in scans])}). (With pure layers no nesting can change a "
+            f"gradient.)"
+        )
+    return messages
+
+
+def times_in_words(counts: Sequence[int]) -> str:
+    """How often something is done: `once`, `twice`, `3 times`; `4 and 3 times` where there are several counts."""
+    distinct = list(counts[:1]) if len(set(counts)) == 1 else list(counts)
+    if len(distinct) == 1 and distinct[0] in (1, 2):
+        return "once" if distinct[0] == 1 else "twice"
+    *most, last = map(str, distinct)
+    return f"{', '.join(most)} and {last} times" if most else f"{last} times"

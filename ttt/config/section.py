@@ -1,0 +1,73 @@
+"""What every section of a config is, and the one place where a field is described.
+
+A field's docstring is its description everywhere: in the JSON schema, in the comments of `ttt init`, in the docs.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import itertools
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from pydantic import GetJsonSchemaHandler
+    from pydantic_core import CoreSchema
+
+
+class Section(BaseModel):
+    """Base of every config section: unknown keys are errors, types are strict, values do not change."""
+
+    # Validators are built when a config is first validated, and descriptions read when they are first asked for (not
+    # with `use_attribute_docstrings`, which parses every class when it is made): `ttt check` has little time.
+    model_config = ConfigDict(
+        strict=True,
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        defer_build=True,
+        protected_namespaces=(),
+    )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The JSON schema, with the fields' docstrings as descriptions."""
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for name, text in descriptions(cls).items():
+            if name in properties:
+                properties[name].setdefault("description", text)
+        return schema
+
+
+@functools.cache
+def descriptions(model: type[BaseModel]) -> dict[str, str]:
+    """What each field of a model is, by name: its own `description`, or the docstring below it in the source."""
+    found: dict[str, str] = {}
+    for parent in reversed(model.__mro__):
+        if issubclass(parent, BaseModel) and parent is not BaseModel:
+            found |= _attribute_docstrings(parent)
+    given = {name: info.description for name, info in model.model_fields.items() if info.description}
+    return {name: text for name, text in (found | given).items() if name in model.model_fields}
+
+
+def _attribute_docstrings(model: type[BaseModel]) -> dict[str, str]:
+    """The strings that stand below annotated names in a class's body; none where its source cannot be had."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(model)))
+    except (OSError, TypeError, SyntaxError):
+        return {}
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef))
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
