@@ -565,9 +565,7 @@ def test_a_full_disk_leaves_the_old_files_and_nothing_else(saved, monkeypatch):
 
 
 def test_too_little_space_is_told_before_anything_is_written(tmp_path, monkeypatch):
-    from ttt import files
-
-    monkeypatch.setattr(files, "free_bytes", lambda path: 100)
+    monkeypatch.setattr("ttt.files.places.free_bytes", lambda path: 100)
     with pytest.raises(EnvironmentProblem, match=r"takes .* but only 100 bytes are free"):
         save_adapter(tmp_path, injected(), backbone={"name": "toy"})
     assert list(tmp_path.iterdir()) == []

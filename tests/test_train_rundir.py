@@ -11,10 +11,9 @@ import pytest
 import torch
 from toy import ToyBackbone, ToyData, ToyOptions
 
-from ttt import files
 from ttt.config import TrainConfig, TTTConfig
 from ttt.errors import ConfigError, EnvironmentProblem, UnreadableError, UsageError
-from ttt.files import read_json, write_json, write_tensors
+from ttt.files import json_objects, read_json, write_json, write_tensors
 from ttt.plugins import run_config_model
 from ttt.train import rundir
 from ttt.train.metrics import MetricsFile
@@ -118,14 +117,14 @@ def test_a_disk_that_does_not_give_the_newest_is_no_reason_to_take_an_older_one(
     """The steps of the newest are there: going on from an older one would lose them, and prune them in the end."""
     save(run, 1)
     save(run, 2)
-    read = files.read_file
+    read = json_objects.read_file
 
     def refuse(path, *, limit):
         if "step_000002" in str(path):
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return read(path, limit=limit)
 
-    monkeypatch.setattr(files, "read_file", refuse)
+    monkeypatch.setattr(json_objects, "read_file", refuse)
     with pytest.raises(UnreadableError, match=r"step_000002/trainer_state.json: cannot be read: Input/output error"):
         run.latest()
 

@@ -31,6 +31,8 @@ LINE_KEY: Final = "crc32"
 """Key of the checksum of a line of JSON."""
 PIECE: Final = 1 << 24
 """Bytes that are hashed by themselves, 16 MiB; part of the format."""
+DAMAGED: Final = "restore it from a copy, or write it anew"
+"""The way out where a file is not what was written."""
 
 _BUFFER: Final = 1 << 20
 _WORTH_THREADS: Final = 4 * PIECE

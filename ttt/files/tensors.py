@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and safetensors read with every damage told in one sentence.
+"""Safetensors files: written whole and with a checksum, read with every damage told in one sentence.
 
 This module imports no torch until tensors are read or written: a safetensors header is JSON behind its length.
 """
@@ -6,30 +6,25 @@ This module imports no torch until tensors are read or written: a safetensors he
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from ttt import checksums
-from ttt.errors import EnvironmentProblem, UnreadableError, UsageError
-from ttt.reading import MAX_JSON, open_file, other_kind, read_file
+from ttt.checksums import DAMAGED
+from ttt.errors import EnvironmentProblem, UnreadableError
+from ttt.files.atomic import sync, temporary_beside, writing
+from ttt.files.places import replaced_file, require_space, size_in_words
+from ttt.reading import open_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TEMPORARY = ".writing-"
-"""Start of the names that unfinished files and folders have."""
-DAMAGED = "restore it from a copy, or write it anew"
-"""The way out where a file is not what was written."""
-
-_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _MAX_HEADER = 16 << 20  # safetensors' own limit is 100 MB, which take gigabytes to parse; 20 GB of weights have 0.2 MB
 _MAX_EXTENT, _MAX_RANK = 1 << 63, 64
 _DTYPES = {
@@ -69,163 +64,6 @@ class Header:
     def checksum(self) -> str | None:
         """Of its content, as it was written; None in files of others, and in those from before there were any."""
         return self.metadata.get(checksums.KEY)
-
-
-def size_in_words(count: float) -> str:
-    """A number of bytes as people say it, `1.5 GB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-@contextlib.contextmanager
-def writing(what: Path) -> Iterator[None]:
-    """Turn what the system says while `what` is written into one sentence.
-
-    Raises:
-        EnvironmentProblem: the disk is full, or the place cannot be written.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) in _FULL or "(os error 28)" in str(error):
-            raise EnvironmentProblem(
-                f"{what}: no space left on the disk; nothing half written was left there. Free some space "
-                f"({_free_in_words(what)}) or choose another place"
-            ) from error
-        cause = getattr(error, "strerror", None) or str(error)
-        raise EnvironmentProblem(f"{what}: cannot be written: {cause}") from error
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above `path`, or itself, that is there."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-def free_bytes(path: Path) -> int | None:
-    """Bytes that are free where `path` is or will be; None where the system does not say."""
-    try:
-        return shutil.disk_usage(_existing(path)).free
-    except OSError:
-        return None
-
-
-def _free_in_words(path: Path) -> str:
-    free = free_bytes(path)
-    return "how much is free is not known" if free is None else f"{size_in_words(free)} are free"
-
-
-def require_space(path: Path, needed: int, *, what: str) -> None:
-    """Refuse to begin what cannot end.
-
-    Raises:
-        EnvironmentProblem: less than `needed` bytes are free where `path` is; `what` names what needs them.
-    """
-    free = free_bytes(path)
-    if free is not None and free < needed:
-        raise EnvironmentProblem(
-            f"{path}: {what} takes {size_in_words(needed)}, but only {size_in_words(free)} are free; free some "
-            f"space or choose another place"
-        )
-
-
-def require_place(path: Path) -> None:
-    """Refuse to begin what could not be written to `path` in the end; folders that are missing can be made.
-
-    Raises:
-        EnvironmentProblem: what should be its folder is a file, or may not be written.
-    """
-    above = next((folder for folder in path.absolute().parents if os.path.lexists(folder)), None)
-    if above is None:
-        return
-    if not above.is_dir():
-        raise EnvironmentProblem(f"{path}: cannot be written: {above} is no folder; name another place")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise EnvironmentProblem(f"{path}: cannot be written: no permission to write in {above}; name another place")
-
-
-def temporary_beside(path: Path) -> Path:
-    """A name in the same folder, and so on the same disk, that nobody else uses and that says what it is."""
-    return path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
-
-
-def sync(path: Path) -> None:
-    """Have the system put a file or folder on the disk, so that a rename after it cannot overtake it."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot
-            raise
-    finally:
-        os.close(handle)
-
-
-def lock(file: IO[Any] | int, path: Path) -> None:
-    """Hold an open file of a run, or the handle of its folder, until it is closed.
-
-    Raises:
-        UsageError: another process holds it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(
-            f"{path.parent}: another process is training in this run_dir; wait for it, or name another"
-        ) from None
-    except OSError:  # a file system without locks
-        return
-
-
-def replaced_file(path: Path) -> Path:
-    """What writing to `path` replaces: the file itself, one that is not there yet, or the one that a link leads to.
-
-    Raises:
-        EnvironmentProblem: something else is there, a device, say, whose node a rename would destroy.
-    """
-    target = Path(os.path.realpath(path)) if path.is_symlink() else path
-    if target.is_symlink():
-        raise EnvironmentProblem(f"{path}: cannot be written: it is a link that leads to itself; name another place")
-    kind = other_kind(target)
-    if kind is not None:
-        raise EnvironmentProblem(f"{path}: cannot be written: it is {kind}, not a file; name another place")
-    return target
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; where a link is, the file that it leads to.
-
-    Raises:
-        EnvironmentProblem: the disk is full, or the place cannot be written; what was there is still there.
-    """
-    target = replaced_file(path)
-    temporary = temporary_beside(target)
-    with writing(path):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file whole or not at all; see `write_bytes`."""
-    write_bytes(path, text.encode())
 
 
 def _of_its_own(tensor: Tensor) -> Tensor:
@@ -436,60 +274,3 @@ def read_tensors(path: Path, *, device: Any = "cpu", verify: bool = True) -> dic
         raise UnreadableError(f"{path}: cannot be read: {error}") from error
     except SafetensorError as error:
         raise EnvironmentProblem(f"{path}: cannot be read: {error}") from error
-
-
-def require_digests(folder: Path, digests: Mapping[str, str], *, way_out: str) -> None:
-    """Compare files whose SHA-256 is known, such as a package's own, with it.
-
-    Args:
-        folder: where they are.
-        digests: by file name, in hexadecimal.
-        way_out: ends the message.
-
-    Raises:
-        EnvironmentProblem: a file is missing, or is not the one that is meant; the message names it.
-    """
-    for name, digest in digests.items():
-        try:
-            found = checksums.file_digest(folder / name)
-        except OSError as error:
-            raise EnvironmentProblem(
-                f"{folder / name}: cannot be read: {error.strerror or error}; {way_out}"
-            ) from error
-        if found != digest:
-            raise EnvironmentProblem(f"{folder / name}: damaged: its SHA-256 is another; {way_out}")
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object with its checksum, whole or not at all; see `write_bytes`."""
-    write_text(path, json.dumps(checksums.sealed(content), indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Args:
-        path: of the file.
-        sealed: compare it with its checksum, where it has one, and leave that out.
-
-    Raises:
-        EnvironmentProblem: the file is missing, holds no JSON object, or not the one that was written.
-    """
-    try:
-        text = read_file(path, limit=MAX_JSON).decode("utf-8")
-        content = json.loads(text, object_pairs_hook=checksums.no_duplicates if sealed else None)
-    except FileNotFoundError:
-        raise EnvironmentProblem(f"{path}: no such file") from None
-    except OSError as error:
-        raise UnreadableError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except json.JSONDecodeError as error:
-        raise EnvironmentProblem(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
-    except (ValueError, RecursionError):  # no UTF-8, a number of too many digits, a key that stands twice
-        raise EnvironmentProblem(f"{path}: not JSON") from None
-    if not isinstance(content, dict):
-        raise EnvironmentProblem(f"{path}: not a JSON object")
-    if sealed:
-        if checksums.holds(content) is False:
-            raise EnvironmentProblem(f"{path}: damaged: its checksum is not that of its content; {DAMAGED}")
-        content.pop(checksums.KEY, None)
-    return content

@@ -1,0 +1,61 @@
+"""Files of ours: written whole or not at all, with a checksum, and read with every damage told in one sentence.
+
+    places.py         whether there is room, whether a file may go there, who else is at it
+    atomic.py         written under another name, then put into place in one rename
+    tensors.py        safetensors
+    json_objects.py   JSON objects
+    digests.py        files whose SHA-256 is known from elsewhere
+
+How files of others are read is in `ttt.reading`; what a checksum is over, in `ttt.checksums`. No torch is imported
+until tensors are read or written.
+"""
+
+from __future__ import annotations
+
+from ttt.checksums import DAMAGED
+from ttt.files.atomic import TEMPORARY, sync, temporary_beside, write_bytes, write_text, writing
+from ttt.files.digests import require_digests
+from ttt.files.json_objects import read_json, write_json
+from ttt.files.places import (
+    free_bytes,
+    lock,
+    replaced_file,
+    require_place,
+    require_space,
+    size_in_words,
+)
+from ttt.files.tensors import (
+    Header,
+    TensorFacts,
+    mapping_errors,
+    read_header,
+    read_tensors,
+    verify_tensors,
+    write_tensors,
+)
+
+__all__ = [
+    "DAMAGED",
+    "TEMPORARY",
+    "Header",
+    "TensorFacts",
+    "free_bytes",
+    "lock",
+    "mapping_errors",
+    "read_header",
+    "read_json",
+    "read_tensors",
+    "replaced_file",
+    "require_digests",
+    "require_place",
+    "require_space",
+    "size_in_words",
+    "sync",
+    "temporary_beside",
+    "verify_tensors",
+    "write_bytes",
+    "write_json",
+    "write_tensors",
+    "write_text",
+    "writing",
+]

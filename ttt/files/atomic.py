@@ -1,0 +1,83 @@
+"""Files that are written whole or not at all: under another name first, then put into place in one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from ttt.errors import EnvironmentProblem
+from ttt.files.places import free_in_words, replaced_file
+
+TEMPORARY = ".writing-"
+"""Start of the names that unfinished files and folders have."""
+
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Turn what the system says while `what` is written into one sentence.
+
+    Raises:
+        EnvironmentProblem: the disk is full, or the place cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in _FULL or "(os error 28)" in str(error):
+            raise EnvironmentProblem(
+                f"{what}: no space left on the disk; nothing half written was left there. Free some space "
+                f"({free_in_words(what)}) or choose another place"
+            ) from error
+        cause = getattr(error, "strerror", None) or str(error)
+        raise EnvironmentProblem(f"{what}: cannot be written: {cause}") from error
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name in the same folder, and so on the same disk, that nobody else uses and that says what it is."""
+    return path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+
+
+def sync(path: Path) -> None:
+    """Have the system put a file or folder on the disk, so that a rename after it cannot overtake it."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; where a link is, the file that it leads to.
+
+    Raises:
+        EnvironmentProblem: the disk is full, or the place cannot be written; what was there is still there.
+    """
+    target = replaced_file(path)
+    temporary = temporary_beside(target)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file whole or not at all; see `write_bytes`."""
+    write_bytes(path, text.encode())

@@ -1,0 +1,31 @@
+"""Files whose SHA-256 is known from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ttt import checksums
+from ttt.errors import EnvironmentProblem
+
+
+def require_digests(folder: Path, digests: Mapping[str, str], *, way_out: str) -> None:
+    """Compare files whose SHA-256 is known, such as a package's own, with it.
+
+    Args:
+        folder: where they are.
+        digests: by file name, in hexadecimal.
+        way_out: ends the message.
+
+    Raises:
+        EnvironmentProblem: a file is missing, or is not the one that is meant; the message names it.
+    """
+    for name, digest in digests.items():
+        try:
+            found = checksums.file_digest(folder / name)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{folder / name}: cannot be read: {error.strerror or error}; {way_out}"
+            ) from error
+        if found != digest:
+            raise EnvironmentProblem(f"{folder / name}: damaged: its SHA-256 is another; {way_out}")

@@ -1,0 +1,104 @@
+"""Places to write to: whether there is room, whether a file may go there, and who else is at it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+from ttt.errors import EnvironmentProblem, UsageError
+from ttt.reading import other_kind
+
+
+def size_in_words(count: float) -> str:
+    """A number of bytes as people say it, `1.5 GB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above `path`, or itself, that is there."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def free_bytes(path: Path) -> int | None:
+    """Bytes that are free where `path` is or will be; None where the system does not say."""
+    try:
+        return shutil.disk_usage(_existing(path)).free
+    except OSError:
+        return None
+
+
+def free_in_words(path: Path) -> str:
+    """How much is free where `path` is, as a clause."""
+    free = free_bytes(path)
+    return "how much is free is not known" if free is None else f"{size_in_words(free)} are free"
+
+
+def require_space(path: Path, needed: int, *, what: str) -> None:
+    """Refuse to begin what cannot end.
+
+    Raises:
+        EnvironmentProblem: less than `needed` bytes are free where `path` is; `what` names what needs them.
+    """
+    free = free_bytes(path)
+    if free is not None and free < needed:
+        raise EnvironmentProblem(
+            f"{path}: {what} takes {size_in_words(needed)}, but only {size_in_words(free)} are free; free some "
+            f"space or choose another place"
+        )
+
+
+def require_place(path: Path) -> None:
+    """Refuse to begin what could not be written to `path` in the end; folders that are missing can be made.
+
+    Raises:
+        EnvironmentProblem: what should be its folder is a file, or may not be written.
+    """
+    above = next((folder for folder in path.absolute().parents if os.path.lexists(folder)), None)
+    if above is None:
+        return
+    if not above.is_dir():
+        raise EnvironmentProblem(f"{path}: cannot be written: {above} is no folder; name another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise EnvironmentProblem(f"{path}: cannot be written: no permission to write in {above}; name another place")
+
+
+def lock(file: IO[Any] | int, path: Path) -> None:
+    """Hold an open file of a run, or the handle of its folder, until it is closed.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(
+            f"{path.parent}: another process is training in this run_dir; wait for it, or name another"
+        ) from None
+    except OSError:  # a file system without locks
+        return
+
+
+def replaced_file(path: Path) -> Path:
+    """What writing to `path` replaces: the file itself, one that is not there yet, or the one that a link leads to.
+
+    Raises:
+        EnvironmentProblem: something else is there, a device, say, whose node a rename would destroy.
+    """
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if target.is_symlink():
+        raise EnvironmentProblem(f"{path}: cannot be written: it is a link that leads to itself; name another place")
+    kind = other_kind(target)
+    if kind is not None:
+        raise EnvironmentProblem(f"{path}: cannot be written: it is {kind}, not a file; name another place")
+    return target
