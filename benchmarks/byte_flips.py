@@ -40,9 +40,12 @@ from ttt.files import read_header, read_tensors, require_digests
 from ttt.plugins import Backbone, get_backbone
 from ttt.state import TTTState
 from ttt.train import train
+from ttt.train.claim import METRICS, SUMMARY
 from ttt.train.metrics import MetricsFile
 from ttt.train.result import finished
-from ttt.train.rundir import CONFIG, METRICS, SUMMARY, RunDir, verify_files
+from ttt.train.rundir import RunDir
+from ttt.train.stored_config import CONFIG
+from ttt.train.verification import verify_files
 
 Read = Callable[[], Any]
 

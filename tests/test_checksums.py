@@ -18,8 +18,10 @@ from ttt.errors import ConfigError, DamagedFileWarning, EnvironmentProblem
 from ttt.files import read_header, read_json, read_tensors, verify_tensors, write_json, write_tensors
 from ttt.train import loop, train
 from ttt.train.checkpoint import CARRIED, OPTIMIZER
+from ttt.train.claim import SUMMARY
 from ttt.train.metrics import MetricsFile
-from ttt.train.rundir import CONFIG, SUMMARY, RunDir
+from ttt.train.rundir import RunDir
+from ttt.train.stored_config import CONFIG
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -323,8 +325,6 @@ def test_flips_in_what_the_demos_ship(tmp_path, capsys):
 
 def test_the_driver_finds_files_that_lie(copied, monkeypatch):
     """Without the comparison, changed tensors are silent: it is what catches them."""
-    import ttt.train.rundir
-
     subjects = [each for each in run_subjects(copied, ToyBackbone()) if each.kind == OPTIMIZER]
-    monkeypatch.setattr(ttt.train.rundir, "verify_tensors", lambda file: read_header(file).checksum)
+    monkeypatch.setattr("ttt.checkpoint_folder.verify_tensors", lambda file: read_header(file).checksum)
     assert any(outcome == "SILENT" for _, outcome, _ in flips(subjects, 12, seed=3))

@@ -53,7 +53,7 @@ def _imported(folder: Path, *, package_root: Path) -> dict[str, set[str]]:
 ROOMS = (
     # what knows nothing of the rest: errors, words, files, a process
     *("ttt.errors", "ttt.version", "ttt.amounts", "ttt.printable", "ttt.checksums", "ttt.reading", "ttt.files"),
-    *("ttt.interrupt", "ttt.prompts"),
+    *("ttt.checkpoint_folder", "ttt.dotted", "ttt.interrupt", "ttt.prompts"),
     # the mathematics, this machine, what a run is and costs, what a plugin provides
     *("ttt.ops", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins", "ttt.devices"),
     # the layer, and putting it into a model

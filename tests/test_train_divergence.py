@@ -392,7 +392,7 @@ def test_resuming_what_has_not_begun_begins_it(tmp_path, before):
     if before != "nothing":
         (tmp_path / "run").mkdir()
     if before == "a config alone":
-        RunDir(tmp_path / "run").write_config(settings)
+        RunDir(tmp_path / "run").stored_config.write(settings)
     result, text = run(settings, resume=True)
     assert result.steps == 1
     assert "taken over" not in text

@@ -11,13 +11,15 @@ import pytest
 import torch
 from toy import ToyBackbone, ToyData, ToyOptions
 
+from ttt.checkpoint_folder import read_checkpoint
 from ttt.config import TrainConfig, TTTConfig
 from ttt.errors import ConfigError, EnvironmentProblem, UnreadableError, UsageError
 from ttt.files import json_objects, read_json, write_json, write_tensors
 from ttt.plugins import run_config_model
 from ttt.train import rundir
 from ttt.train.metrics import MetricsFile
-from ttt.train.rundir import RunDir, choose, config_differences, read_checkpoint
+from ttt.train.rundir import RunDir, choose
+from ttt.train.stored_config import MAY_DIFFER, StoredConfig, config_differences
 
 
 def config(run_dir=None, **sections):
@@ -180,8 +182,8 @@ def test_a_run_that_ended_before_its_first_checkpoint_gives_its_folder_up(run):
 
 FOREIGN = {
     "metrics of something else": ({"metrics.jsonl": "{}"}, "holds a metrics.jsonl but no config.yaml"),
-    "config of something else": ({"config.yaml": "model: {dim: 3}\n"}, "config.yaml that is no config of ttt"),
-    "config of nothing": ({"config.yaml": ""}, "config.yaml that is no config of ttt"),
+    "config of something else": ({"config.yaml": "model: {dim: 3}\n"}, "config.yaml that is not a config of ttt"),
+    "config of nothing": ({"config.yaml": ""}, "config.yaml that is not a config of ttt"),
     "metrics of something else beside a config": (
         {"config.yaml": "backbone: toy\n", "metrics.jsonl": '{"step": 1}\n'},
         "holds a metrics.jsonl that no run of ttt with its config.yaml left",
@@ -228,7 +230,7 @@ def test_a_run_dir_that_is_a_fifo_does_not_hang(tmp_path):
 
 def test_checkpoints_that_are_a_file_are_told_before_training(tmp_path):
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(EnvironmentProblem, match="checkpoints: is no folder"):
+    with pytest.raises(EnvironmentProblem, match="checkpoints: is not a folder"):
         RunDir(tmp_path).require_unused()
 
 
@@ -269,7 +271,7 @@ def test_a_config_by_hand_is_in_its_place_until_the_resolved_one_is(tmp_path, mo
 
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr(RunDir, "write_config", killed)
+            patch.setattr(StoredConfig, "write", killed)
             with pytest.raises(KeyboardInterrupt):
                 RunDir(tmp_path / "run").create(config(tmp_path / "run"))
         assert config_file.read_text() == "# mine\nbackbone: toy\n"
@@ -391,7 +393,7 @@ def test_comments_in_the_config_of_a_run_that_goes_on_are_put_aside(run):
         (f"# why\n{text}", True),
     ):
         (run.path / "config.yaml").write_text(content)
-        run.keep_comments()
+        run.stored_config.keep_comments()
         assert (run.path / "config.original.yaml").exists() == kept
     assert (run.path / "config.original.yaml").read_text() == f"# why\n{text}"
 
@@ -469,7 +471,7 @@ def test_length_place_and_memory_may_change(run):
         train={"max_steps": 5, "log_freq": 7, "ckpt_freq": 3, "ckpt_keep": None, "device": "cpu", "evidence_freq": 2},
     )
     run.reopen(other, ToyBackbone())
-    run.write_config(other)
+    run.stored_config.write(other)
     assert "ckpt_freq: 3" in (run.path / "config.yaml").read_text()
 
 
@@ -479,14 +481,14 @@ def test_keys_that_may_differ_exist():
         for section in ("ttt", "train", "eval")
         for name in type(getattr(config(), section)).model_fields
     }
-    assert keys >= rundir.MAY_DIFFER - {"data.verify"}  # of plugins whose data carry checksums
+    assert keys >= MAY_DIFFER - {"data.verify"}  # of plugins whose data carry checksums
 
 
 def test_a_moved_run_is_the_same_run(tmp_path, run):
     save(run, 4)
     moved = RunDir(run.path.rename(tmp_path / "moved"))
     moved.reopen(config(moved.path), ToyBackbone())
-    moved.write_config(config(moved.path))
+    moved.stored_config.write(config(moved.path))
     assert str(moved.path) in (moved.path / "config.yaml").read_text()
 
 

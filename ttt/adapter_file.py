@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from ttt.checkpoint_folder import newest_checkpoint
 from ttt.checksums import no_duplicates
 from ttt.config.schema import BackboneOptions, TTTConfig, with_its_target_eps
+from ttt.dotted import dotted
 from ttt.errors import (
     AdapterFileError,
     AdapterMismatchError,
-    DamagedFileWarning,
     EnvironmentProblem,
     InjectionError,
     NestedCheckpointWarning,
@@ -462,19 +463,11 @@ def _find(path: Path, *, verify: bool) -> tuple[Path, bool]:
         return path, False
     if (path / MODEL).exists():
         return path / MODEL, False
-    from ttt.train.rundir import RunDir
-
-    checkpoint, passed_over = RunDir(path).latest(verify=verify, only=(MODEL, BACKBONE))
-    if checkpoint is None:
-        detail = f" ({'; '.join(passed_over)})" if passed_over else ""
-        raise AdapterFileError(f"{path}: holds no {MODEL}, and is no run with a complete checkpoint{detail}")
-    for problem in passed_over:
-        warnings.warn(
-            f"passed over a checkpoint that is not whole: {problem}; {checkpoint.path} is taken instead",
-            DamagedFileWarning,
-            stacklevel=3,
-        )
-    return checkpoint.path / MODEL, verify
+    newest = newest_checkpoint(path, verify=verify, only=(MODEL, BACKBONE))
+    if newest.checkpoint is None:
+        raise AdapterFileError(f"{path}: holds no {MODEL}, and is no run with a complete checkpoint{newest.why_none}")
+    newest.warn_of_passed_over(stacklevel=3)
+    return newest.checkpoint.path / MODEL, verify
 
 
 def _parse(file: Path, text: str, header: Header) -> AdapterInfo:
@@ -524,7 +517,7 @@ def _require_same_json(file: Path, text: str) -> None:
         return
     header, read = json.loads(text), read_json(beside)
     if json.dumps(header, sort_keys=True) != json.dumps(read, sort_keys=True):
-        here, there = _flat(header), _flat(read)
+        here, there = dotted(header), dotted(read)
         keys = here.keys() ^ there.keys() | {key for key in here.keys() & there.keys() if here[key] != there[key]}
         named = ", ".join(sorted(keys)[:5]) or "empty sections"
         raise AdapterFileError(
@@ -620,7 +613,7 @@ def _raise(path: Path, differences: Sequence[str], *, way_out: str = "") -> None
 
 
 def _option_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    before, here = _flat(theirs), _flat(ours)
+    before, here = dotted(theirs), dotted(ours)
     return [
         _difference(f"backbone.{key}", before.get(key), here.get(key))
         for key in sorted(before.keys() | here.keys(), key=lambda key: (key != "name", key))
@@ -680,13 +673,3 @@ def _tensor_differences(
 
 def _difference(what: str, theirs: Any, ours: Any) -> str:
     return f"{what}: {json.dumps(theirs)} in the file, {json.dumps(ours)} here"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + str(key)] = value
-    return flat

@@ -19,6 +19,7 @@ from typing import Any
 from ttt.adapter_file import AdapterInfo
 from ttt.checksums import file_digest
 from ttt.config.schema import DataOptions, RunConfig
+from ttt.dotted import dotted
 from ttt.errors import EnvironmentProblem, UnreadableError, UsageError
 from ttt.files import TEMPORARY, lock, read_json, replaced_file, sync, temporary_beside, write_json, writing
 from ttt.interrupt import interruptible
@@ -45,7 +46,7 @@ def shared_origin(config: RunConfig, learned: AdapterInfo | None, *, as_start: b
     seed = {"train.seed": config.train.seed} if as_start else {}
     return {
         "adapter": None if learned is None else _content_of(learned),
-        **_flat({"backbone": settings["backbone"], "ttt": settings["ttt"], "data": data}),
+        **dotted({"backbone": settings["backbone"], "ttt": settings["ttt"], "data": data}),
         "train.param_dtype": config.train.param_dtype,
         **seed,
         "ttt_version": __version__,
@@ -254,12 +255,3 @@ def _digest(file: Path) -> str:
         return file_digest(file)
     except OSError as error:
         raise UnreadableError(f"{file}: cannot be read: {error.strerror or error}") from error
-
-
-def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Settings by their whole names, `ttt.mini_batch_size`."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = f"{above}{key}"
-        found.update(_flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
-    return found

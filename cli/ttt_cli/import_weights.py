@@ -45,6 +45,6 @@ def import_weights(
 
     console = Console()
     written = plugin.import_weights(Path(source), target, console=console)
-    from ttt.train.metrics import say
+    from ttt.printable import say
 
     say(console, f"wrote {', '.join(map(str, written))}")

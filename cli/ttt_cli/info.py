@@ -31,7 +31,7 @@ def info(
 
     adapter = read_info(path)
     if verify:
-        from ttt.train.rundir import verify_files
+        from ttt.train.verification import verify_files
 
         verify_files(adapter, Path(path))
     facts = _facts(adapter, verified=verify)

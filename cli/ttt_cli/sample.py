@@ -123,9 +123,9 @@ def sample(
     from rich.console import Console
 
     from ttt.plugins import SampleRequest
+    from ttt.printable import say
     from ttt.sample import sample as make
     from ttt.sample import sample_many
-    from ttt.train.metrics import say
     from ttt.train.terminal import lasting
 
     console = Console()
@@ -260,11 +260,12 @@ def _warn_of_changes(model: Path, learned: Path | None, config: RunConfig) -> No
     """Say where a run's config is not the one that the run wrote."""
     import warnings
 
+    from ttt.checkpoint_folder import TRAINER_STATE, read_checkpoint
     from ttt.errors import DamagedFileWarning
-    from ttt.train.rundir import TRAINER_STATE, RunDir, read_checkpoint
+    from ttt.train.stored_config import StoredConfig
 
     if model.is_dir() and learned is not None and (learned / TRAINER_STATE).is_file():
-        changed = RunDir(model).config_change(read_checkpoint(learned), config)
+        changed = StoredConfig(model).change_since(read_checkpoint(learned), config)
         if changed:
             warnings.warn(changed, DamagedFileWarning, stacklevel=2)
 
@@ -275,11 +276,10 @@ def _find(path: Path, adapter: str | None, *, verify: bool) -> tuple[Path, Path 
     Raises:
         UsageError: a folder that is no run, or has nothing to sample yet.
     """
-    import warnings
-
     from ttt.adapter_file import BACKBONE, MODEL
-    from ttt.errors import DamagedFileWarning, UsageError
-    from ttt.train.rundir import CHECKPOINTS, CONFIG, RunDir
+    from ttt.checkpoint_folder import CHECKPOINTS, newest_checkpoint
+    from ttt.errors import UsageError
+    from ttt.train.stored_config import CONFIG
 
     file, learned = path, None
     if path.is_dir():
@@ -287,19 +287,14 @@ def _find(path: Path, adapter: str | None, *, verify: bool) -> tuple[Path, Path 
         if not file.is_file():
             raise UsageError(f"{path}: holds no run (no {CONFIG}); name a config or a run's folder")
         if adapter is None:
-            checkpoint, passed_over = RunDir(path).latest(verify=verify, only=(MODEL, BACKBONE))
-            if checkpoint is None:
-                detail = f" ({'; '.join(passed_over)})" if passed_over else ""
+            newest = newest_checkpoint(path, verify=verify, only=(MODEL, BACKBONE))
+            if newest.checkpoint is None:
                 raise UsageError(
-                    f"{path}: has no complete checkpoint{detail}; name {file} to sample the model before training"
+                    f"{path}: has no complete checkpoint{newest.why_none}; name {file} to sample the model before "
+                    f"training"
                 )
-            learned = checkpoint.path
-            for problem in passed_over:
-                warnings.warn(
-                    f"passed over a checkpoint that is not whole: {problem}; {learned} is taken instead",
-                    DamagedFileWarning,
-                    stacklevel=2,
-                )
+            learned = newest.checkpoint.path
+            newest.warn_of_passed_over(stacklevel=2)
     if adapter is not None:
         learned = Path(adapter)
     if learned is not None:

@@ -82,8 +82,10 @@ def _load(path: Path, backbone: str | None, overrides: list[str], *, resume: boo
     from dataclasses import replace
 
     from ttt.check import load_config
+    from ttt.checkpoint_folder import CHECKPOINTS
     from ttt.errors import UsageError
-    from ttt.train.claim import CHECKPOINTS, CONFIG, is_of_a_run, require_places
+    from ttt.train.claim import require_places
+    from ttt.train.stored_config import CONFIG, is_of_a_run
 
     is_folder = os.path.isdir(path)
     if is_folder:

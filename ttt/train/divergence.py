@@ -23,7 +23,8 @@ from ttt.evidence import observe
 from ttt.inject import Injection
 from ttt.printable import shell_word
 from ttt.state import TTTState
-from ttt.train.rundir import CONFIG, RunDir
+from ttt.train.rundir import RunDir
+from ttt.train.stored_config import CONFIG
 
 
 class StepNotFiniteError(NonFiniteError):

@@ -30,6 +30,7 @@ from ttt.adapter_file import (
     read_info,
     trained_backbone,
 )
+from ttt.checkpoint_folder import Checkpoint
 from ttt.config.schema import RunConfig
 from ttt.errors import InactiveLayerError, NonFiniteError, TTTError
 from ttt.evidence import observe
@@ -41,6 +42,7 @@ from ttt.plugins.rows import StepRows, reading_rows
 from ttt.state import TTTState
 from ttt.train import rundir
 from ttt.train.checkpoint import content_bytes, read_content, write_content
+from ttt.train.claim import METRICS, SUMMARY
 from ttt.train.compiling import compile_errors, compile_layers
 from ttt.train.divergence import (
     Diagnosis,
@@ -78,7 +80,7 @@ from ttt.train.passes import (
 )
 from ttt.train.pictures import draw_run, pictures_are_due
 from ttt.train.result import TrainResult, finished, write_summary
-from ttt.train.rundir import Checkpoint, RunDir
+from ttt.train.rundir import RunDir
 from ttt.train.setup import (
     build,
     choose_device,
@@ -89,6 +91,7 @@ from ttt.train.setup import (
     threads,
     ways_to_less_memory,
 )
+from ttt.train.stored_config import CONFIG
 from ttt.train.terminal import lasting
 
 _DRAW_SECONDS = 60.0
@@ -171,13 +174,13 @@ def _standing(
         say(console, note)
     if checkpoint is None:
         say(console, f"{run.path}: no checkpoint yet to resume from; the run starts")
-        if run.config_is_as_written() is False:
-            say(console, f"{run / rundir.CONFIG} was changed since a run wrote it; look at it, if that was not you")
+        if run.stored_config.is_as_written() is False:
+            say(console, f"{run / CONFIG} was changed since a run wrote it; look at it, if that was not you")
     return checkpoint
 
 
 def _say_taken_over(run: RunDir, console: Console) -> None:
-    lines = read_metrics(run / rundir.METRICS) if (run / rundir.METRICS).is_file() else []
+    lines = read_metrics(run / METRICS) if (run / METRICS).is_file() else []
     if lines:
         say(
             console,
@@ -304,15 +307,15 @@ class Trainer:
             # a run that lacks nothing but its closing evaluation writes its last line anew
             keep = self.done - 1 if self.done == total else self.done
             self.metrics = stack.enter_context(
-                contextlib.closing(MetricsFile(self.directory / rundir.METRICS, last_step=keep))
+                contextlib.closing(MetricsFile(self.directory / METRICS, last_step=keep))
             )
             for problem in self.metrics.dropped:
                 say(self.console, problem)
-            self.directory.keep_comments()
-            self.directory.write_config(self.config)
-            with writing(self.directory / rundir.SUMMARY):
+            self.directory.stored_config.keep_comments()
+            self.directory.stored_config.write(self.config)
+            with writing(self.directory / SUMMARY):
                 self.directory.remove_unfinished()
-                (self.directory / rundir.SUMMARY).unlink(missing_ok=True)  # of an end that is one no more
+                (self.directory / SUMMARY).unlink(missing_ok=True)  # of an end that is one no more
             self.board = stack.enter_context(
                 contextlib.closing(TensorBoard(self.directory / "tensorboard", first_step=keep + 1, warn=self._say))
             )

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ttt.checkpoint_folder import Checkpoint
 from ttt.config.schema import RunConfig
 from ttt.errors import ConfigError, DamagedFileWarning, EnvironmentProblem
 from ttt.files import read_json, write_json
+from ttt.train.claim import SUMMARY
 from ttt.train.evaluation import Evaluation
 from ttt.train.metrics import finite
-from ttt.train.rundir import SUMMARY, Checkpoint, RunDir
+from ttt.train.rundir import RunDir
 
 
 @dataclass(frozen=True)
