@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy import ToyBackbone, ToyOptions
 
-from ttt import adapter_file, inject
+from ttt import inject
 from ttt.adapter_file import (
     BACKBONE,
     CONFIG,
     MODEL,
     backbone_identity,
+    fingerprint,
     load_adapter,
     read_info,
     same_weights,
@@ -143,10 +144,10 @@ def test_a_non_causal_layer_is_refused(tmp_path):
 
 
 def test_every_setting_of_the_schema_is_compared_or_said_not_to_matter():
-    from ttt.adapter_file import _FREE_SETTINGS
+    from ttt.adapter_file.differences import free_settings
 
     mlp_only = {"mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims"}
-    assert set(TTTConfig.model_fields) == {*OTHER_SETTINGS, *_FREE_SETTINGS, *mlp_only, "causal"}
+    assert set(TTTConfig.model_fields) == {*OTHER_SETTINGS, *free_settings(as_start=False), *mlp_only, "causal"}
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,7 @@ def test_the_last_place_of_another_processor_is_no_other_backbone():
 
 def test_a_fingerprint_of_format_1_is_still_known():
     first = injected()
-    known = adapter_file._hash_of_weights(first, set())
+    known = fingerprint._hash_of_weights(first, set())
     assert known.startswith("sha256:")
     assert same_weights(known, first)
     assert not same_weights(known, injected_with_other_weights())

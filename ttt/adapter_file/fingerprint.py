@@ -1,0 +1,104 @@
+"""Knowing a backbone's weights again by a few values of each parameter."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import struct
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ttt.inject import Injection
+
+_SAMPLES = 8
+"""Values of each backbone parameter that an adapter file keeps, to know the backbone again."""
+
+
+def weights_fingerprint(injection: Injection, *, without: set[str] | frozenset[str] = frozenset()) -> str | None:
+    """Some values of each backbone parameter in bfloat16, the same from float32 and bfloat16, on every device.
+
+    It holds values and not a hash of them: a model that is drawn at random differs in the last place on another
+    processor, so that now and then a value rounds to its neighbour. `same_weights` compares.
+
+    Args:
+        injection: of the model; its adapters are left out.
+        without: names of parameters to leave out.
+
+    Returns:
+        `bf16:NAMES:VALUES`, a hash of names and shapes, and the values in base64; None if the model has no values
+        (device `meta`).
+    """
+    names, samples = hashlib.sha256(), []
+    for name, parameter in _backbone_parameters(injection, without):
+        if parameter.is_meta:
+            return None
+        names.update(f"{name} {list(parameter.shape)}\n".encode())
+        values = _sampled(parameter, _SAMPLES).tolist()
+        samples.append(struct.pack(f"<{len(values)}h", *values))
+    return f"bf16:{names.hexdigest()[:16]}:{base64.b64encode(b''.join(samples)).decode()}"
+
+
+def same_weights(fingerprint: str, injection: Injection, *, without: set[str] | frozenset[str] = frozenset()) -> bool:
+    """Whether a fingerprint is of this backbone's weights.
+
+    If values are drawn on another processor, about 1 in 14,000 rounds to the neighbour in bfloat16 (measured). If a
+    training moved them by a thousandth, about every fifth does. So 1 in 1,000 may be a neighbour, and 2 of a small
+    model.
+
+    Args:
+        fingerprint: as an adapter file has it; `sha256:…` is that of format 1, equal or not.
+        injection: of the model.
+        without: names of parameters to leave out.
+
+    Returns:
+        Whether it is; True, too, if either has no values.
+    """
+    if fingerprint.startswith("sha256:"):
+        here = _hash_of_weights(injection, without)
+        return here is None or here == fingerprint
+    here = weights_fingerprint(injection, without=without)
+    if here is None:
+        return True
+    head, _, values = here.rpartition(":")
+    other_head, _, other_values = fingerprint.rpartition(":")
+    one, other = _ranks(values), _ranks(other_values)
+    if head != other_head or len(one) != len(other):
+        return False
+    away = [abs(a - b) for a, b in zip(one, other, strict=True)]
+    return max(away, default=0) <= 1 and sum(away) <= max(2, len(away) // 1000)
+
+
+def _ranks(values: str) -> list[int]:
+    """Whole numbers in the order of the bfloat16 values, neighbours one apart; none where the text holds none."""
+    try:
+        content = base64.b64decode(values, validate=True)
+        bits = [number for (number,) in struct.iter_unpack("<h", content)]
+    except (ValueError, struct.error):
+        return []
+    return [-32768 - number if number < 0 else number for number in bits]
+
+
+def _backbone_parameters(
+    injection: Injection, without: set[str] | frozenset[str]
+) -> Iterator[tuple[str, nn.Parameter]]:
+    adapters = tuple(f"{name}." for name in injection.adapters)
+    for name, parameter in injection.model.named_parameters():
+        if name not in without and not name.startswith(adapters):
+            yield name, parameter
+
+
+def _sampled(parameter: Tensor, count: int) -> Tensor:
+    flat = parameter.detach().flatten()
+    return flat[:: max(1, flat.numel() // count)][:count].to(torch.bfloat16).view(torch.int16).cpu()
+
+
+def _hash_of_weights(injection: Injection, without: set[str] | frozenset[str]) -> str | None:
+    """The fingerprint of format 1."""
+    digest = hashlib.sha256()
+    for name, parameter in _backbone_parameters(injection, without):
+        if parameter.is_meta:
+            return None
+        digest.update(f"{name} {list(parameter.shape)} {_sampled(parameter, 16).tolist()}\n".encode())
+    return f"sha256:{digest.hexdigest()}"

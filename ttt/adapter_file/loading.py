@@ -1,0 +1,168 @@
+"""Loading adapter files into a model, wholly or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ttt import inject
+from ttt.adapter_file.differences import (
+    differing,
+    free_settings,
+    option_differences,
+    setting_differences,
+    shapes,
+    site_differences,
+    tensor_differences,
+    way_out,
+)
+from ttt.adapter_file.fingerprint import same_weights
+from ttt.adapter_file.format import BACKBONE, AdapterInfo, site_infos
+from ttt.adapter_file.reading import read_info, trained_backbone
+from ttt.errors import AdapterFileError, AdapterMismatchError, EnvironmentProblem, InjectionError
+from ttt.files import read_tensors
+from ttt.inject import Injection
+from ttt.plugins import Site
+from ttt.printable import shell_word
+
+
+def load_adapter(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    sites: Sequence[Site] | None = None,
+    injection: Injection | None = None,
+    backbone: Mapping[str, Any] | None = None,
+    causal: bool = True,
+    check_weights: bool = True,
+    as_start: bool = False,
+    verify: bool = True,
+) -> Injection:
+    """Load an adapter into a model: into its injection or, given the backbone's sites, by the file's own settings.
+
+    If the file came with trained backbone parameters, they are loaded too. Nothing is changed unless all fits.
+
+    Args:
+        path: the safetensors file, its folder, or a run's folder (then its last checkpoint).
+        model: the backbone, plain or injected.
+        sites: what the backbone offers, for a plain model.
+        injection: of an injected model, instead of `sites`.
+        backbone: name and options, as `backbone_identity` gives them; None leaves them unchecked.
+        causal: whether the backbone is, for a plain model.
+        check_weights: compare the backbone's weights with those that the adapter was trained on.
+        as_start: for a run that goes on from there: settings that change no tensor, such as `mini_batch_size` and
+            `base_lr`, may differ from those of the injection.
+        verify: compare the files with their checksums.
+
+    Returns:
+        The injection, given or made.
+
+    Raises:
+        AdapterFileError: the file is missing or damaged.
+        AdapterMismatchError: it belongs to something else; the message names each difference.
+    """
+    if (sites is None) == (injection is None):
+        raise TypeError("load_adapter takes either sites, for a plain model, or injection")
+    info = read_info(path, verify=verify)
+    differences = [] if backbone is None else option_differences(info.backbone, backbone)
+    if injection is not None:
+        free = free_settings(as_start=as_start)
+        differences += setting_differences(info.ttt, injection.config, free)
+        differences += site_differences(info.sites, site_infos(injection.sites, injection.config))
+        _check_and_copy(info, model, injection, differences, check_weights=check_weights, free=free)
+        return injection
+    assert sites is not None
+    _require_fit(info, sites, causal, differences)  # before memory is taken that the settings alone ask for
+    made = _inject(info, model, sites, causal, differences)
+    try:
+        differences += site_differences(info.sites, site_infos(made.sites, made.config))
+        _check_and_copy(info, model, made, differences, check_weights=check_weights, free=free_settings(as_start=False))
+    except BaseException:
+        made.eject()
+        raise
+    return made
+
+
+def _inject(
+    info: AdapterInfo, model: nn.Module, sites: Sequence[Site], causal: bool, differences: Sequence[str]
+) -> Injection:
+    try:
+        return inject.apply(model, sites, info.ttt, causal=causal)
+    except InjectionError as error:
+        _refuse(info.path, [*differences, str(error)])
+        raise
+
+
+def _require_fit(info: AdapterInfo, sites: Sequence[Site], causal: bool, differences: Sequence[str]) -> None:
+    """Compare the file's tensors with those that its settings would make here, without memory for any of them.
+
+    Raises:
+        AdapterMismatchError: they differ, or the settings ask for what no machine has.
+    """
+    found = list(differences)
+    try:
+        planned = inject.plan(sites, info.ttt, causal=causal)
+        found += site_differences(info.sites, site_infos(planned.sites, planned.config))
+        if not found:
+            with torch.device("meta"):
+                made = {
+                    f"{site.name}.{name}": tuple(tensor.shape)
+                    for site in planned.sites
+                    for name, tensor in inject.bare_adapter(site, info.ttt).state_dict().items()
+                }
+            found = tensor_differences(shapes(info.tensors), made, complete=True)
+    except InjectionError as error:
+        found.append(str(error))
+    except (RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:
+        found.append(f"its settings make no layer: {str(error).splitlines()[0] if str(error) else 'out of memory'}")
+    _refuse(info.path, found)
+
+
+def _check_and_copy(
+    info: AdapterInfo,
+    model: nn.Module,
+    injection: Injection,
+    differences: list[str],
+    *,
+    check_weights: bool,
+    free: frozenset[str],
+) -> None:
+    """Check what is left to check, then copy every tensor.
+
+    Raises:
+        AdapterMismatchError: something differs; nothing was copied.
+        AdapterFileError: the tensors cannot be read.
+    """
+    own = dict(model.named_parameters())
+    trained = trained_backbone(info)
+    here = {name: tuple(tensor.shape) for name, tensor in injection.state_dict().items()}
+    differences += tensor_differences(shapes(info.tensors), here, complete=True)
+    differences += tensor_differences(
+        shapes(trained), {name: tuple(tensor.shape) for name, tensor in own.items()}, complete=False
+    )
+    known = info.backbone_weights if check_weights and not differences else None
+    if known and not same_weights(known, injection, without=set(trained)):
+        differences.append("the backbone's weights: other values here than those that it was trained on")
+    _refuse(info.path, differences, way_out=way_out(differing(info.ttt, injection.config, free)))
+    try:
+        tensors = read_tensors(info.path, verify=False)  # done, if it is asked for
+        of_backbone = read_tensors(info.path.with_name(BACKBONE), verify=False) if trained else {}
+    except EnvironmentProblem as problem:
+        raise AdapterFileError(str(problem)) from None
+    injection.load_state_dict(tensors)
+    with torch.no_grad():
+        for name, tensor in of_backbone.items():
+            own[name].copy_(tensor)
+
+
+def _refuse(path: Path, differences: Sequence[str], *, way_out: str = "") -> None:
+    """Raise if there are differences."""
+    if differences:
+        raise AdapterMismatchError(
+            f"{path}: belongs to something else: {'; '.join(differences)}{way_out and f'; {way_out}'}; "
+            f"`ttt info {shell_word(path)}` prints what it needs"
+        )

@@ -1,0 +1,64 @@
+"""Writing adapter files."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ttt.adapter_file.fingerprint import weights_fingerprint
+from ttt.adapter_file.format import BACKBONE, CONFIG, FORMAT, MODEL, SETTINGS, VERSION, site_infos
+from ttt.files import write_tensors, write_text, writing
+from ttt.inject import Injection
+from ttt.printable import json_text
+from ttt.version import __version__
+
+
+def save_adapter(
+    folder: str | Path,
+    injection: Injection,
+    *,
+    backbone: Mapping[str, Any],
+    backbone_tensors: Mapping[str, Tensor] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an adapter's files into a folder, each whole or not at all.
+
+    Args:
+        folder: made if need be.
+        injection: what `ttt.inject.apply` returned.
+        backbone: name and options of the backbone, as `backbone_identity` gives them.
+        backbone_tensors: the backbone's parameters that were trained too, by name in the model.
+        training: anything worth knowing about how it was trained, as JSON.
+
+    Returns:
+        The safetensors file.
+
+    Raises:
+        EnvironmentProblem: the disk is full or cannot be written.
+    """
+    folder = Path(folder)
+    trained = set(backbone_tensors or ())
+    pair = uuid.uuid4().hex if trained else None
+    settings = {
+        "format": FORMAT,
+        "version": VERSION,
+        "ttt_version": __version__,
+        "backbone": dict(backbone),
+        "backbone_weights": weights_fingerprint(injection, without=trained),
+        "backbone_trained": pair,
+        "ttt": injection.config.model_dump(mode="json"),
+        "sites": [vars(site) for site in site_infos(injection.sites, injection.config)],
+        "training": dict(training or {}),
+    }
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if backbone_tensors:
+        write_tensors(folder / BACKBONE, backbone_tensors, {"format": "ttt-backbone", "pair": str(pair)})
+    write_tensors(folder / MODEL, injection.state_dict(), {"format": FORMAT, SETTINGS: json.dumps(settings)})
+    write_text(folder / CONFIG, json_text(settings) + "\n")
+    return folder / MODEL
