@@ -17,8 +17,8 @@ from ttt.errors import EnvironmentProblem, NonFiniteError, UsageError
 from ttt.files import read_tensors
 from ttt.plugins import LossOutput
 from ttt.train import loop
+from ttt.train.display import Display
 from ttt.train.divergence import lowered, not_finite, tensors_in, way_on
-from ttt.train.metrics import Display
 from ttt.train.optim import Optimizer
 from ttt.train.rundir import RunDir
 
@@ -349,7 +349,7 @@ def test_held_out_data_are_read_whole(tmp_path, monkeypatch, held_out):
 
 def test_an_evaluation_tells_how_far_it_is(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr("ttt.train.metrics.TELL_SECONDS", 0.0)
+    monkeypatch.setattr("ttt.train.display.TELL_SECONDS", 0.0)
     monkeypatch.setattr(
         Display, "evaluating", lambda self, *n, plain=Display.evaluating: (told.append(n), plain(self, *n))
     )

@@ -16,16 +16,11 @@ from rich.console import Console
 
 from ttt.errors import DamagedFileWarning, EnvironmentProblem, UsageError
 from ttt.files import size_in_words
-from ttt.train.metrics import (
-    Display,
-    MetricsFile,
-    TensorBoard,
-    duration_in_words,
-    metrics_lines,
-    peak_memory_bytes,
-    read_metrics,
-)
+from ttt.train.display import Display, duration_in_words
+from ttt.train.metrics import MetricsFile, metrics_lines, read_metrics
 from ttt.train.pictures import draw_run, inner_figure, loss_figure, smoothed
+from ttt.train.setup import peak_memory_bytes
+from ttt.train.tensorboard import TensorBoard
 
 
 def line(step, **more):
@@ -303,10 +298,10 @@ def test_elsewhere_plain_lines_come():
 
 
 def test_time_left_counts_from_where_the_run_resumed(monkeypatch):
-    from ttt.train import metrics
+    from ttt.train import display as shown
 
     now = iter([100.0, 110.0])
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(shown.time, "monotonic", lambda: next(now))
     text = io.StringIO()
     display = Display(Console(file=text, width=200), total=100, done=50, log_freq=1)
     display.step(line(60))

@@ -39,11 +39,13 @@ from ttt.interrupt import FINISHING, STEPPING, Interrupt, StopRequested, interru
 from ttt.plugins import Backbone, Batch, LossOutput, WindowDataset
 from ttt.plugins.asking import WrongAnswer, asked
 from ttt.plugins.rows import StepRows, reading_rows
+from ttt.printable import say
 from ttt.state import TTTState
 from ttt.train import rundir
 from ttt.train.checkpoint import content_bytes, read_content, write_content
 from ttt.train.claim import METRICS, SUMMARY
 from ttt.train.compiling import compile_errors, compile_layers
+from ttt.train.display import Display, duration_in_words
 from ttt.train.divergence import (
     Diagnosis,
     Examination,
@@ -56,17 +58,7 @@ from ttt.train.divergence import (
     way_on,
 )
 from ttt.train.evaluation import Evaluation, evaluate
-from ttt.train.metrics import (
-    Display,
-    MetricsFile,
-    TensorBoard,
-    duration_in_words,
-    finite,
-    peak_memory_bytes,
-    read_metrics,
-    say,
-    survived,
-)
+from ttt.train.metrics import MetricsFile, finite, read_metrics
 from ttt.train.optim import Optimizer, choose_learnable
 from ttt.train.order import Reading
 from ttt.train.passes import (
@@ -84,15 +76,18 @@ from ttt.train.rundir import RunDir
 from ttt.train.setup import (
     build,
     choose_device,
+    device_in_words,
     memory_errors,
     narrowed,
     order,
+    peak_memory_bytes,
     require_one_process,
     threads,
     ways_to_less_memory,
 )
 from ttt.train.stored_config import CONFIG
-from ttt.train.terminal import lasting
+from ttt.train.tensorboard import TensorBoard
+from ttt.train.terminal import lasting, survived
 
 _DRAW_SECONDS = 60.0
 """How old the pictures may be when a checkpoint is written."""
@@ -739,7 +734,7 @@ class Trainer:
             f"backbone {self.backbone.name}: {of_backbone:,} parameters ({config.train.param_dtype}); "
             f"TTT-{config.ttt.layer_type} in layers {layers}: {of_ttt:,}; learning: {learns:,}",
             f"data: {len(self.dataset)} windows in {files} {'file' if files == 1 else 'files'}; "
-            f"batches of {config.train.batch_size}{accumulated}; on {_device_in_words(self.device)}",
+            f"batches of {config.train.batch_size}{accumulated}; on {device_in_words(self.device)}",
             f"run: {self.directory.path}"
             + (f", resumed after step {self.done} of {config.train.max_steps}" if self.done else ""),
         ):
@@ -790,7 +785,7 @@ class Trainer:
                 "tokens": self.tokens,
                 "seconds": round(self.seconds, 3),
                 "peak_memory_bytes": peak_memory_bytes(self.device),
-                "device": _device_in_words(self.device),
+                "device": device_in_words(self.device),
             },
         )
         pictures = self._draw()
@@ -806,10 +801,3 @@ class Trainer:
         if pictures:
             say(self.console, f"pictures: {', '.join(map(str, pictures))}")
         return result
-
-
-def _device_in_words(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} {'thread' if threads == 1 else 'threads'}"

@@ -1,9 +1,9 @@
-"""What a run tells while it runs: `metrics.jsonl`, TensorBoard where installed, a live bar or plain lines.
+"""`metrics.jsonl`: written by one process at a time, read with every damage told.
 
-A line of `metrics.jsonl` is one step: `step` (from 1), `loss`, the backbone's own metrics, `lr`, `grad_norm`,
-`tokens_per_second`, `peak_memory_bytes`; where they were measured, `layers` (evidence by site) and
-`eval_loss`, `eval_loss_gates_closed`, `eval_split`, `eval_windows`, `eval_windows_available`. Its last key, `crc32`,
-is a checksum over the line before it (`ttt.checksums`).
+A line is one step: `step` (from 1), `loss`, the backbone's own metrics, `lr`, `grad_norm`, `tokens_per_second`,
+`peak_memory_bytes`; if they were measured, `layers` (evidence by site) and `eval_loss`, `eval_loss_gates_closed`,
+`eval_split`, `eval_windows`, `eval_windows_available`. Its last key, `crc32`, is a checksum over the line before it
+(`ttt.checksums`).
 """
 
 from __future__ import annotations
@@ -11,44 +11,16 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import socket
-import sys
-import time
-import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
-
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Column
-from rich.text import Text
 
 from ttt import checksums
 from ttt.errors import DamagedFileWarning, EnvironmentProblem
-from ttt.files import lock, replaced_file, size_in_words, sync, temporary_beside, writing
-from ttt.plugins.asking import in_one_line
-from ttt.printable import say
+from ttt.files import lock, replaced_file, sync, temporary_beside, writing
 from ttt.reading import open_file
-
-TELL_SECONDS = 10.0
-"""How long an evaluation may be silent where there is no bar, unless one batch takes longer."""
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory used so far: of PyTorch's allocator on CUDA, else of the process (0 where unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class MetricsFile:
@@ -209,222 +181,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: finite(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextlib.contextmanager
-def survived(what: str, warn: Callable[[str], None]) -> Iterator[None]:
-    """Warn of what fails inside and go on: for what a run tells beside its metrics, which is never its end.
-
-    Args:
-        what: cannot be done then, a clause.
-        warn: told so and why, in one sentence.
-    """
-    try:
-        yield
-    except Exception as error:  # of the disk, or of a library, its fonts and its settings
-        warn(f"warning: {what} ({getattr(error, 'strerror', None) or in_one_line(error)}); the run goes on")
-
-
-class TensorBoard:
-    """Scalars for TensorBoard; does nothing where it is not installed.
-
-    A logger is never the end of a run: whatever fails in it is warned of once, and the run goes on without it.
-
-    Args:
-        folder: where its files go.
-        first_step: the run's next step; what TensorBoard has of it and of later ones is of a run that was cut short.
-        warn: told why nothing more is written, in one sentence.
-    """
-
-    def __init__(self, folder: Path, *, first_step: int, warn: Callable[[str], None]) -> None:
-        self._folder = folder
-        self._warn = warn
-        self._events: _EventFile | None = None
-        with self._surviving():
-            self._events = _EventFile.open(folder, first_step)
-
-    @contextlib.contextmanager
-    def _surviving(self) -> Iterator[None]:
-        """Warn of what fails inside, and do without TensorBoard from there on."""
-        with survived(f"nothing more is written for TensorBoard in {self._folder}", self._warn):
-            try:
-                yield
-            except Exception:
-                events, self._events = self._events, None
-                with contextlib.suppress(Exception):
-                    if events is not None:
-                        events.close()
-                raise
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Add a metrics line: every number in it, `layers` by name."""
-        with self._surviving():
-            if self._events is not None:
-                self._events.write(int(line["step"]), dict(_numbers(line)))
-
-    def close(self) -> None:
-        """Let go of the file."""
-        with self._surviving():
-            if self._events is not None:
-                self._events.close()
-
-
-def _numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of a metrics line by TensorBoard's names."""
-    for name, value in line.items():
-        if name == "layers":
-            for site, evidence in value.items():
-                yield from ((f"{site}/{key}", number) for key, number in evidence.items() if number is not None)
-        elif name != "step" and isinstance(value, (int, float)):
-            yield name, value
-
-
-class _EventFile:
-    """One event file of TensorBoard, written where it is asked for.
-
-    PyTorch's `SummaryWriter` hands its events to a thread, which prints a traceback of its own when the disk is full,
-    and whose locks an interrupt can leave taken.
-    """
-
-    def __init__(self, file: IO[bytes], first_step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._records = RecordWriter(file)
-        self._add(file_version="brain.Event:2")
-        self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
-        self._records.flush()
-
-    @classmethod
-    def open(cls, folder: Path, first_step: int) -> _EventFile | None:
-        """A new file in the folder, named as TensorBoard looks for them; None where TensorBoard is not installed."""
-        try:
-            import tensorboard
-        except ModuleNotFoundError as error:
-            if error.name != "tensorboard":
-                raise
-            return None
-        del tensorboard
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-        file = open(folder / name, "xb")  # noqa: SIM115 - held for the run
-        try:
-            return cls(file, first_step)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                file.close()
-            raise
-
-    def _add(self, **event: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        self._records.write(Event(wall_time=time.time(), **event).SerializeToString())
-
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Add the numbers of a step."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        for name, number in numbers.items():
-            value = Summary.Value(tag=name, simple_value=number)
-            self._add(step=step, summary=Summary(value=[value]))
-        self._records.flush()
-
-    def close(self) -> None:
-        """Let go of it."""
-        self._records.close()
-
-
-class _Text(ProgressColumn):
-    """A column from a function of the task; rich draws it anew with every refresh."""
-
-    def __init__(self, text: Callable[[Task], str], style: str) -> None:
-        super().__init__(table_column=Column(no_wrap=True))
-        self._text, self._style = text, style
-
-    def render(self, task: Task) -> Text:
-        return Text(self._text(task), style=self._style)
-
-
-class Display:
-    """The live bar on a terminal, plain lines elsewhere.
-
-    Args:
-        console: where to.
-        total: optimiser steps of the run.
-        done: of which are done already.
-        log_freq: steps between plain lines.
-    """
-
-    def __init__(self, console: Console, *, total: int, done: int, log_freq: int) -> None:
-        self._console = console
-        self._total = total
-        self._first = done
-        self._log_freq = log_freq
-        self._started = self._evaluating = self._told = time.monotonic()
-        self._bar: Progress | None = None
-        if console.is_terminal and not console.is_dumb_terminal:
-            self._bar = Progress(
-                TextColumn("train"),
-                BarColumn(bar_width=None, table_column=Column(ratio=1)),  # takes what the numbers leave
-                MofNCompleteColumn(),
-                _Text(lambda task: task.fields["told"], "cyan"),
-                _Text(lambda task: f"{task.fields['left']} left" if task.fields["left"] else "", "green"),
-                console=console,
-                expand=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            self._task = self._bar.add_task("train", total=total, completed=done, told="", left="")
-
-    def __enter__(self) -> Display:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        say(self._console, text)
-
-    def evaluating(self, done: int, total: int) -> None:
-        """An evaluation has read `done` of `total` windows: told in the bar, or in a line every `TELL_SECONDS`."""
-        now = time.monotonic()
-        if done == 0:
-            self._evaluating = self._told = now
-        text = f"evaluating: {done} of {total} windows"
-        if self._bar is not None:
-            self._bar.update(self._task, told=text if done < total else "", left="")
-        elif 0 < done < total and now - self._told >= TELL_SECONDS:
-            left = duration_in_words((now - self._evaluating) / done * (total - done))
-            self.say(f"{text}, {left} left")
-            self._told = now
-
-    def step(self, line: Mapping[str, Any]) -> None:
-        """A step is done."""
-        step = line["step"]
-        seconds = time.monotonic() - self._started
-        left = duration_in_words(seconds / (step - self._first) * (self._total - step))
-        speed, memory = line["tokens_per_second"], size_in_words(line["peak_memory_bytes"])
-        if self._bar is not None:
-            told = f"loss {line['loss']:.4f}  {speed:,.0f} tok/s  {memory}"
-            self._bar.update(self._task, completed=step, told=told, left=left)
-        elif step % self._log_freq == 0 or step in (1, self._total):
-            self.say(
-                f"step {step:>{len(str(self._total))}}/{self._total}  loss {line['loss']:.4f}  "
-                f"lr {line['lr']:.2e}  {speed:,.0f} tokens/s  peak {memory}  {left} left"
-            )
-
-
-def duration_in_words(seconds: float) -> str:
-    """`42 s`, `3 min 20 s`, `2 h 05 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -38,6 +39,26 @@ def choose_device(wanted: str) -> torch.device:
             f"CUDA build of PyTorch and its driver"
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory used so far: of PyTorch's allocator on CUDA, else of the process (0 where unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_in_words(device: torch.device) -> str:
+    """The device, with the threads of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
 def require_one_process() -> None:

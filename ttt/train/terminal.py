@@ -1,12 +1,14 @@
-"""An output that a run outlives: a terminal that is gone, a pipe that nobody reads, a log on a full disk."""
+"""Outputs that a run outlives: a terminal that is gone, a pipe that nobody reads, a log on a full disk, a picture."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from rich.console import Console
+
+from ttt.plugins.asking import in_one_line
 
 
 class LastingStream:
@@ -39,3 +41,17 @@ def lasting(console: Console) -> Iterator[None]:
         yield
     finally:
         console.file = before
+
+
+@contextlib.contextmanager
+def survived(what: str, warn: Callable[[str], None]) -> Iterator[None]:
+    """Warn of what fails inside and go on: for what a run tells beside its metrics, which is never its end.
+
+    Args:
+        what: cannot be done then, a clause.
+        warn: told so and why, in one sentence.
+    """
+    try:
+        yield
+    except Exception as error:  # of the disk, or of a library, its fonts and its settings
+        warn(f"warning: {what} ({getattr(error, 'strerror', None) or in_one_line(error)}); the run goes on")

@@ -40,8 +40,9 @@ from ttt.files import (
     write_tensors,
     writing,
 )
+from ttt.printable import say
 from ttt.reading import open_file, other_kind
-from ttt.train.metrics import duration_in_words, say
+from ttt.train.display import duration_in_words
 from ttt.train.setup import choose_device, threads
 from ttt_videodit.encoders import VideoEncoder, encode_video, encoders_of, load_text_encoder, load_video_encoder
 from ttt_videodit.frames import Picture, UnreadableVideoError, inspect_video, read_frames

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from ttt import __version__
 from ttt.errors import NonFiniteError
-from ttt.train.metrics import duration_in_words, say
+from ttt.printable import say
+from ttt.train.display import duration_in_words
+from ttt.version import __version__
 from ttt_videodit.codec import DemoCodec
 from ttt_videodit.diffusion import predict_v
 from ttt_videodit.encoders import load_text_encoder, load_vae

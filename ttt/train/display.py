@@ -1,0 +1,115 @@
+"""What a run shows while it runs: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+from ttt.files import size_in_words
+from ttt.printable import say
+
+TELL_SECONDS = 10.0
+"""How long an evaluation may be silent if there is no bar, unless one batch takes longer."""
+
+
+class Display:
+    """The live bar on a terminal, plain lines elsewhere.
+
+    Args:
+        console: where to.
+        total: optimiser steps of the run.
+        done: of which are done already.
+        log_freq: steps between plain lines.
+    """
+
+    def __init__(self, console: Console, *, total: int, done: int, log_freq: int) -> None:
+        self._console = console
+        self._total = total
+        self._first = done
+        self._log_freq = log_freq
+        self._started = self._evaluating = self._told = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal and not console.is_dumb_terminal:
+            self._bar = Progress(
+                TextColumn("train"),
+                BarColumn(bar_width=None, table_column=Column(ratio=1)),  # takes what the numbers leave
+                MofNCompleteColumn(),
+                _Text(lambda task: task.fields["told"], "cyan"),
+                _Text(lambda task: f"{task.fields['left']} left" if task.fields["left"] else "", "green"),
+                console=console,
+                expand=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._task = self._bar.add_task("train", total=total, completed=done, told="", left="")
+
+    def __enter__(self) -> Display:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        say(self._console, text)
+
+    def evaluating(self, done: int, total: int) -> None:
+        """An evaluation has read `done` of `total` windows: told in the bar, or in a line every `TELL_SECONDS`."""
+        now = time.monotonic()
+        if done == 0:
+            self._evaluating = self._told = now
+        text = f"evaluating: {done} of {total} windows"
+        if self._bar is not None:
+            self._bar.update(self._task, told=text if done < total else "", left="")
+        elif 0 < done < total and now - self._told >= TELL_SECONDS:
+            left = duration_in_words((now - self._evaluating) / done * (total - done))
+            self.say(f"{text}, {left} left")
+            self._told = now
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        """A step is done."""
+        step = line["step"]
+        seconds = time.monotonic() - self._started
+        left = duration_in_words(seconds / (step - self._first) * (self._total - step))
+        speed, memory = line["tokens_per_second"], size_in_words(line["peak_memory_bytes"])
+        if self._bar is not None:
+            told = f"loss {line['loss']:.4f}  {speed:,.0f} tok/s  {memory}"
+            self._bar.update(self._task, completed=step, told=told, left=left)
+        elif step % self._log_freq == 0 or step in (1, self._total):
+            self.say(
+                f"step {step:>{len(str(self._total))}}/{self._total}  loss {line['loss']:.4f}  "
+                f"lr {line['lr']:.2e}  {speed:,.0f} tokens/s  peak {memory}  {left} left"
+            )
+
+
+class _Text(ProgressColumn):
+    """A column from a function of the task; rich draws it anew with every refresh."""
+
+    def __init__(self, text: Callable[[Task], str], style: str) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._text, self._style = text, style
+
+    def render(self, task: Task) -> Text:
+        return Text(self._text(task), style=self._style)
+
+
+def duration_in_words(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
