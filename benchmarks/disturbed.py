@@ -397,7 +397,7 @@ def _enter(folder: str, first: dict[str, int], whole_run: dict[str, Any] | None)
     ):
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
-    importlib.import_module("ttt.train.loop")
+    importlib.import_module("ttt.train.start")
     discover()
     _optimize_once()
     figure = Figure()

@@ -16,7 +16,7 @@ from ttt.adapter_file import MODEL, read_info
 from ttt.config import RunConfig, TrainConfig, TTTConfig
 from ttt.errors import ConfigError, DamagedFileWarning, EnvironmentProblem
 from ttt.files import read_header, read_json, read_tensors, verify_tensors, write_json, write_tensors
-from ttt.train import loop, train
+from ttt.train import pictures, train
 from ttt.train.checkpoint import CARRIED, OPTIMIZER
 from ttt.train.claim import SUMMARY
 from ttt.train.metrics import MetricsFile
@@ -180,7 +180,7 @@ def run(settings, *, resume=False, **more):
 def ended(tmp_path_factory):
     """A run of three steps with all its checkpoints; copy it before it is changed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "draw_run", lambda run: [])
+        patch.setattr(pictures, "draw_run", lambda run: [])
         folder = tmp_path_factory.mktemp("ended") / "run"
         run(config(folder))
     return folder
@@ -190,7 +190,7 @@ def ended(tmp_path_factory):
 def copied(ended, tmp_path, monkeypatch):
     import shutil
 
-    monkeypatch.setattr(loop, "draw_run", lambda run: [])
+    monkeypatch.setattr(pictures, "draw_run", lambda run: [])
     return shutil.copytree(ended, tmp_path / "run")
 
 
@@ -274,7 +274,7 @@ def test_a_damaged_summary_is_told_and_written_anew(copied):
 
 
 def test_lines_are_on_the_disk_before_the_checkpoint_that_follows_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "draw_run", lambda run: [])
+    monkeypatch.setattr(pictures, "draw_run", lambda run: [])
     calls = []
     sync, save = MetricsFile.sync, RunDir.save_checkpoint
     monkeypatch.setattr(MetricsFile, "sync", lambda self: (calls.append("lines"), sync(self))[1])

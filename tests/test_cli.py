@@ -20,9 +20,9 @@ import yaml
 from fake_distributions import TOY, importable, install
 from toy_config import DEMO
 
-from ttt import __version__
 from ttt.check import load_config
 from ttt.check.json_schema import EDITOR_LINE
+from ttt.version import __version__
 from ttt_cli.app import COMMANDS
 from ttt_cli.main import main
 
@@ -57,9 +57,9 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def trainable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The toy that has a model; runs draw no pictures, which would take longer than they do."""
-    from ttt.train import loop
+    from ttt.train import pictures
 
-    monkeypatch.setattr(loop, "draw_run", lambda run: [])
+    monkeypatch.setattr(pictures, "draw_run", lambda run: [])
     (tmp_path / "plugins" / "toy_plugin.py").write_text(TRAINABLE)
     with importable(tmp_path / "plugins"):
         yield

@@ -21,7 +21,7 @@ from ttt.config import TTTConfig
 from ttt.errors import EnvironmentProblem, NonFiniteError
 from ttt.inject import apply
 from ttt.plugins import SampleRequest
-from ttt.train import loop
+from ttt.train import pictures
 from ttt.train.passes import seed_pass
 from ttt_cli.main import main
 
@@ -48,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    monkeypatch.setattr(loop, "draw_run", lambda run: [])
+    monkeypatch.setattr(pictures, "draw_run", lambda run: [])
     (work / "c.yaml").write_text(CONFIG)
     with importable(tmp_path):
         yield work

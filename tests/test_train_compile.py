@@ -22,7 +22,7 @@ from toy import ToyBackbone, ToyData, ToyOptions
 from ttt.config import EvalConfig, RunConfig, TrainConfig, TTTConfig
 from ttt.errors import EnvironmentProblem
 from ttt.layer import TTTLayer
-from ttt.train import compiling, loop, train
+from ttt.train import compiling, pictures, train
 from ttt.train.compiling import MOST_VERSIONS, CompiledRead
 from ttt.train.metrics import read_metrics
 from ttt.train.result import TrainResult
@@ -37,7 +37,7 @@ TIMES = {"tokens_per_second", "peak_memory_bytes"}
 def _without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Traced and differentiated as for a compiler, and run by PyTorch's own operations, in a second."""
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
-    monkeypatch.setattr(loop, "draw_run", lambda run: [])
+    monkeypatch.setattr(pictures, "draw_run", lambda run: [])
     yield
     torch._dynamo.reset()
 

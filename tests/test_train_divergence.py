@@ -16,9 +16,9 @@ from ttt.check import load_config
 from ttt.errors import EnvironmentProblem, NonFiniteError, UsageError
 from ttt.files import read_tensors
 from ttt.plugins import LossOutput
-from ttt.train import loop
+from ttt.train import parts, pictures, start
 from ttt.train.display import Display
-from ttt.train.divergence import lowered, not_finite, tensors_in, way_on
+from ttt.train.divergence import Examination, lowered, not_finite, tensors_in, way_on
 from ttt.train.optim import Optimizer
 from ttt.train.rundir import RunDir
 
@@ -27,7 +27,7 @@ from ttt.train.rundir import RunDir
 def drawn(monkeypatch):
     """Runs whose pictures were drawn; drawing takes longer than they do."""
     folders = []
-    monkeypatch.setattr(loop, "draw_run", lambda run: folders.append(run) or [])
+    monkeypatch.setattr(pictures, "draw_run", lambda run: folders.append(run) or [])
     return folders
 
 
@@ -67,8 +67,8 @@ class Diverging(ToyBackbone):
 @pytest.fixture
 def diverging(monkeypatch):
     """Counts optimiser steps in the model itself, as weights do, so that a new run begins at none."""
-    step, restore = Optimizer.step, loop.Trainer.restore
-    build = loop.build
+    step, restore = Optimizer.step, start.restored
+    build = parts.build
 
     def built(*arguments):
         model, injection = build(*arguments)
@@ -83,13 +83,14 @@ def diverging(monkeypatch):
         counted[-1].layers[0].ttt.done += 1
         return rates
 
-    def restored(self, checkpoint):
-        restore(self, checkpoint)
-        self.model.layers[0].ttt.done = checkpoint.step
+    def restored(run, checkpoint):
+        progress = restore(run, checkpoint)
+        run.model.layers[0].ttt.done = checkpoint.step
+        return progress
 
-    monkeypatch.setattr(loop, "build", built)
+    monkeypatch.setattr(parts, "build", built)
     monkeypatch.setattr(Optimizer, "step", counting)
-    monkeypatch.setattr(loop.Trainer, "restore", restored)
+    monkeypatch.setattr(start, "restored", restored)
     return Diverging
 
 
@@ -214,7 +215,7 @@ def test_the_way_on_is_found_even_where_looking_for_the_cause_fails(tmp_path, mo
     def fails(self):
         raise MemoryError
 
-    monkeypatch.setattr(loop.Examination, "of_loss", fails)
+    monkeypatch.setattr(Examination, "of_loss", fails)
     settings = config(
         tmp_path / "run", data={"shuffle": False, "poisoned": (3,)}, train={"ckpt_freq": 1, "ckpt_keep": 2}
     )
@@ -451,7 +452,7 @@ def test_pictures_that_cannot_be_drawn_hide_nothing(tmp_path, monkeypatch, held_
     def fails(run):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr(loop, "draw_run", fails)
+    monkeypatch.setattr(pictures, "draw_run", fails)
     run(config(tmp_path / "done"))
     _, text = run(config(tmp_path / "done"), resume=True)
     assert "done already, 6 steps" in text

@@ -39,7 +39,7 @@ from ttt.files import read_header, write_tensors
 from ttt.interrupt import SIGNALS, Interrupt, interruptible
 from ttt.plugins import LossOutput, Site
 from ttt.plugins.rows import rows_of_step
-from ttt.train import loop, train
+from ttt.train import pictures, train
 from ttt.train.checkpoint import OPTIMIZER
 from ttt.train.evaluation import Evaluation, evaluate
 from ttt.train.metrics import read_metrics
@@ -56,7 +56,7 @@ TIMES = {"tokens_per_second", "peak_memory_bytes"}
 def undrawn(request, monkeypatch):
     """Drawing takes longer than these runs do, so only the tests that look for pictures draw any."""
     if request.function is not test_a_run_learns_and_leaves_everything_it_promises:
-        monkeypatch.setattr(loop, "draw_run", lambda run: [])
+        monkeypatch.setattr(pictures, "draw_run", lambda run: [])
 
 
 def config(run_dir, *, backbone=None, ttt=None, data=None, train=None, evaluate=None):
@@ -533,7 +533,7 @@ SCRIPT = """
     from test_train_loop import config
     from toy import ToyBackbone
     from ttt import interrupt
-    from ttt.train import loop, train
+    from ttt.train import train
 
     class Slow(ToyBackbone):
         def loss(self, model, batch, config):
@@ -731,7 +731,7 @@ def test_a_signal_while_pictures_are_drawn_lets_them_be_finished(tmp_path, monke
         (path / "loss.png").touch()
         return []
 
-    monkeypatch.setattr(loop, "draw_run", drawn)
+    monkeypatch.setattr(pictures, "draw_run", drawn)
     result, text = run(config(tmp_path / "run"))
     assert not result.interrupted
     assert "nothing is left to do" in text
@@ -1095,7 +1095,7 @@ def test_pictures_that_cannot_be_drawn_are_warned_of(tmp_path, monkeypatch):
     def fails(run):
         raise RuntimeError("Failed to find font DejaVu Sans")
 
-    monkeypatch.setattr(loop, "draw_run", fails)
+    monkeypatch.setattr(pictures, "draw_run", fails)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tensorboard").write_text("a file in its place")
     said = io.StringIO()

@@ -15,7 +15,7 @@ from ttt.adapter_file import BACKBONE, MODEL, load_adapter, read_info, save_adap
 from ttt.check import check_config, load_config
 from ttt.config import RunConfig, TrainConfig, TTTConfig
 from ttt.errors import AdapterFileError, AdapterMismatchError
-from ttt.train import loop, train
+from ttt.train import parts, pictures, train
 from ttt.train.metrics import read_metrics
 from ttt.train.rundir import RunDir
 from ttt.train.setup import narrowed
@@ -28,7 +28,7 @@ TTT = {"mini_batch_size": 4, "learnable_token_idx": False}
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
     """Drawing takes longer than these runs do."""
-    monkeypatch.setattr(loop, "draw_run", lambda run: [])
+    monkeypatch.setattr(pictures, "draw_run", lambda run: [])
 
 
 def config(run_dir, *, start=None, backbone=None, ttt=None, data=None, train=None):
@@ -68,13 +68,13 @@ def plain_model(dtype=torch.float32):
 def built(monkeypatch):
     """The injections that runs are made with, as they are made."""
     made = []
-    build = loop.build
+    build = parts.build
 
     def kept(*arguments):
         made.append(build(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(loop, "build", kept)
+    monkeypatch.setattr(parts, "build", kept)
     return made
 
 
@@ -139,7 +139,7 @@ def test_a_stage_begins_with_the_weights_of_the_last_and_a_new_optimiser(tmp_pat
         ),
         TOY,
     )
-    trainer = loop.Trainer(
+    begun = parts.build_parts(
         settings,
         TOY,
         torch.device("cpu"),
@@ -147,15 +147,15 @@ def test_a_stage_begins_with_the_weights_of_the_last_and_a_new_optimiser(tmp_pat
         Console(file=io.StringIO()),
         start=read_info(tmp_path / "one"),
     )
-    now = dict(trainer.model.named_parameters())
+    now = dict(begun.model.named_parameters())
     written = {**load_file(first.checkpoint / MODEL), **load_file(first.checkpoint / BACKBONE)}
     assert written.keys() == now.keys()
     assert all(torch.equal(now[name].detach(), value) for name, value in written.items())
-    masters = trainer.optimizer.tensors()
+    masters = begun.optimizer.tensors()
     assert {name.partition(".")[0] for name in masters} == {"master"}  # no moments, no step counts
     for name, master in masters.items():
         assert torch.equal(master.to(torch.bfloat16), now[name.removeprefix("master.")].detach())
-    assert {entry.name for entry in trainer.learnable if entry.role == "backbone"} == attention(written)
+    assert {entry.name for entry in begun.learnable if entry.role == "backbone"} == attention(written)
 
 
 def test_an_adapter_whose_backbone_was_frozen_leaves_it_out_of_the_files(tmp_path):
@@ -316,7 +316,7 @@ def test_a_size_that_a_tensor_hangs_on_cannot_change(tmp_path):
 
 
 def test_a_start_that_is_not_there_is_told_before_anything_is_built(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "build", None)
+    monkeypatch.setattr(parts, "build", None)
     with pytest.raises(AdapterFileError, match="no such file"):
         run(config(tmp_path / "two", start=tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()

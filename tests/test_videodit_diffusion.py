@@ -195,7 +195,7 @@ def test_the_loop_spreads_a_step_over_its_passes_and_an_evaluation_over_its_wind
         return drawn[-1]
 
     monkeypatch.setattr("ttt_videodit.diffusion.draw_timesteps", recorded)
-    monkeypatch.setattr("ttt.train.loop.draw_run", lambda run: [])  # pictures take longer than all of it
+    monkeypatch.setattr("ttt.train.pictures.draw_run", lambda run: [])  # pictures take longer than all of it
     text = """
         backbone: {name: videodit, preset: demo, dim: 16, num_heads: 1, num_layers: 1}
         ttt: {mini_batch_size: 32}

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["TrainResult", "train"]
 
 if TYPE_CHECKING:
-    from ttt.train.loop import train
     from ttt.train.result import TrainResult
+    from ttt.train.start import train
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from ttt.train import loop
+        from ttt.train import start
 
-        return getattr(loop, name)
+        return getattr(start, name)
     raise AttributeError(f"module 'ttt.train' has no attribute {name!r}")

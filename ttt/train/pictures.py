@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ import numpy as np
 from ttt.files import write_bytes
 from ttt.train.claim import INNER_LOSS, LOSS, METRICS
 from ttt.train.metrics import read_metrics
+from ttt.train.rundir import RunDir
+from ttt.train.terminal import survived
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +22,26 @@ if TYPE_CHECKING:
 
 _OPEN, _CLOSED, _FAINT = "#1668b8", "#c7511f", "#9cb8d4"
 _INK, _GRID = "#303030", "#e4e4e4"
+
+
+class Pictures:
+    """The pictures of a run. One that cannot be drawn is never the end of a run.
+
+    Args:
+        run: the run's folder.
+        warn: told, in one sentence, why they cannot be drawn.
+    """
+
+    def __init__(self, run: RunDir, warn: Callable[[str], None]) -> None:
+        self._run = run
+        self._warn = warn
+
+    def draw(self) -> list[Path]:
+        """Draw them anew; returns those that were made."""
+        made: list[Path] = []
+        with survived(f"the pictures in {self._run.path} cannot be drawn", self._warn):
+            made += draw_run(self._run.path)
+        return made
 
 
 def draw_run(run: Path) -> list[Path]:

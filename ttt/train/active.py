@@ -1,0 +1,63 @@
+"""On the first step every TTT layer must act: be reached, learn, and be learned. One that does not ends the run."""
+
+from __future__ import annotations
+
+from ttt.errors import InactiveLayerError
+from ttt.evidence import observe
+from ttt.plugins import Backbone, LossOutput
+from ttt.plugins.asking import WrongAnswer, asked
+from ttt.train.parts import Parts
+
+
+def require_reached(evidence: observe, parts: Parts) -> None:
+    """Require that the first forward pass called every adapter; backward would only say that there is no gradient.
+
+    Raises:
+        InactiveLayerError: one was not called.
+    """
+    for site in parts.injection.adapters:
+        if site not in evidence.reached:
+            raise InactiveLayerError(
+                f"{site}: the TTT layer was injected, but the backbone's forward pass never reached it; the site "
+                f"that the backbone {parts.backbone.name} offers there is not on its path"
+            )
+
+
+def require_gradient(output: LossOutput, backbone: Backbone) -> None:
+    """Require that backward has somewhere to go.
+
+    Raises:
+        PluginError: no gradient leads back from the loss.
+    """
+    if not output.loss.requires_grad:
+        with asked(backbone, "`loss`", type(backbone).loss):
+            raise WrongAnswer(
+                "a loss that no gradient leads back from to what learns; it was detached, or computed without "
+                "gradients, on the way"
+            )
+
+
+def require_active(evidence: observe, parts: Parts) -> None:
+    """Require that the fast weights of every adapter moved, and that a gradient arrived there.
+
+    Raises:
+        InactiveLayerError: they did not, or none arrived.
+    """
+    layers = evidence.layers()
+    touched: dict[str, bool] = {}
+    for name, gradient in parts.optimizer.gradients():
+        for site in parts.injection.adapters:
+            if name.startswith(f"{site}."):
+                arrived = gradient is not None and bool(gradient.count_nonzero())
+                touched[site] = touched.get(site, False) or arrived
+    for site in parts.injection.adapters:
+        if not layers[site].movement > 0:
+            raise InactiveLayerError(
+                f"{site}: the fast weights of the TTT layer did not move (‖W_T − W_0‖ / ‖W_0‖ = "
+                f"{layers[site].movement}) over a whole batch; its inner learning rate or its tokens are zero"
+            )
+        if not touched.get(site, True):
+            raise InactiveLayerError(
+                f"{site}: no gradient reaches the TTT layer or its gate, so neither could learn; with "
+                f"ttt.initial_gating_alpha: 0 the gate must learn first (train.alpha_lr_multiplier above 0)"
+            )

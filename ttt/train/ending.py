@@ -1,0 +1,78 @@
+"""How a run ends: interrupted, or finished and summed up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ttt.train.display import duration_in_words
+from ttt.train.evaluation import Evaluation
+from ttt.train.parts import Parts
+from ttt.train.pictures import Pictures
+from ttt.train.progress import Progress
+from ttt.train.rescue import Rescue
+from ttt.train.result import TrainResult, write_summary
+from ttt.train.saving import Saver
+from ttt.train.setup import device_in_words, peak_memory_bytes
+
+
+def tell_interrupted(parts: Parts, progress: Progress, saved: Path | None, pictures: Pictures) -> TrainResult:
+    """Say how to go on with a run that was asked to stop."""
+    result = _result(parts, progress, saved, None)
+    if result.checkpoint is None:
+        parts.say("interrupted before the first step was done; nothing to save: start it again as it was")
+        return result
+    pictures.draw()
+    parts.say(f"interrupted after step {progress.done} of {parts.config.train.max_steps}, saved")
+    parts.say(f"resume with: {result.resume_command}")
+    return result
+
+
+def finish(
+    parts: Parts, progress: Progress, saver: Saver, rescue: Rescue, pictures: Pictures, evaluation: Evaluation
+) -> TrainResult:
+    """Draw, sum up, and say how a run ended.
+
+    Raises:
+        NonFiniteError: the closing evaluation is not finite, so the run has not come to its end; the message names the
+            cause and the checkpoint.
+    """
+    if not evaluation.is_finite:
+        pictures.draw()
+        raise rescue.of_evaluation(evaluation)
+    saver.prove()
+    result = _result(parts, progress, saver.saved, evaluation)
+    layers = progress.line.get("layers", {})
+    write_summary(
+        result,
+        {
+            "layers": layers,
+            "tokens": progress.tokens,
+            "seconds": round(progress.seconds, 3),
+            "peak_memory_bytes": peak_memory_bytes(parts.device),
+            "device": device_in_words(parts.device),
+        },
+    )
+    drawn = pictures.draw()
+    for site, layer in layers.items():
+        parts.say(
+            f"{site}: inner loss {layer['inner_loss_before']:.4f} before its step, "
+            f"{layer['inner_loss_after']:.4f} after; fast weights moved {layer['movement']:.3g} of their norm; "
+            f"gate {layer['gate']:.4f}"
+        )
+    parts.say(evaluation.in_words())
+    parts.say(f"{progress.done} steps in {duration_in_words(progress.seconds)}; adapter: {result.checkpoint}")
+    if drawn:
+        parts.say(f"pictures: {', '.join(map(str, drawn))}")
+    return result
+
+
+def _result(parts: Parts, progress: Progress, saved: Path | None, evaluation: Evaluation | None) -> TrainResult:
+    return TrainResult(
+        run_dir=parts.directory.path,
+        steps=progress.done,
+        interrupted=evaluation is None,
+        loss=progress.line.get("loss"),
+        evaluation=evaluation,
+        checkpoint=saved,
+        resume_command=parts.directory.resume_command(),
+    )

@@ -1,0 +1,64 @@
+"""What a run writes about its steps while it runs: `metrics.jsonl`, TensorBoard, the display."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ttt.files import writing
+from ttt.train.claim import METRICS, SUMMARY
+from ttt.train.display import Display
+from ttt.train.metrics import MetricsFile
+from ttt.train.parts import Parts
+from ttt.train.progress import Progress
+from ttt.train.tensorboard import TensorBoard
+
+
+class RunLog:
+    """The open outputs of a run."""
+
+    def __init__(self, metrics: MetricsFile, board: TensorBoard, display: Display) -> None:
+        self.metrics = metrics
+        self.display = display
+        self._board = board
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Add the line of a step wherever lines are kept.
+
+        Raises:
+            EnvironmentProblem: the disk is full.
+        """
+        self.metrics.write(line)
+        self._board.write(line)
+
+
+@contextlib.contextmanager
+def opened_log(parts: Parts, progress: Progress) -> Iterator[RunLog]:
+    """The outputs of a run, open inside.
+
+    Once the metrics file is held, no other process is at the run: the resolved config is written, and what belongs to
+    an earlier end is removed.
+
+    Raises:
+        UsageError: another process is training there.
+        EnvironmentProblem: the disk is full or cannot be written.
+    """
+    directory, total = parts.directory, parts.config.train.max_steps
+    # a run that lacks nothing but its closing evaluation writes its last line anew
+    keep = progress.done - 1 if progress.done == total else progress.done
+    with contextlib.closing(MetricsFile(directory / METRICS, last_step=keep)) as metrics:
+        for problem in metrics.dropped:
+            parts.say(problem)
+        directory.stored_config.keep_comments()
+        directory.stored_config.write(parts.config)
+        with writing(directory / SUMMARY):
+            directory.remove_unfinished()
+            (directory / SUMMARY).unlink(missing_ok=True)  # stale: the run is no longer finished
+        with (
+            contextlib.closing(
+                TensorBoard(directory / "tensorboard", first_step=keep + 1, warn=parts.say),
+            ) as board,
+            Display(parts.console, total=total, done=progress.done, log_freq=parts.config.train.log_freq) as display,
+        ):
+            yield RunLog(metrics, board, display)

@@ -1,0 +1,119 @@
+"""What a run is made of, built once before its first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from ttt.adapter_file import AdapterInfo, backbone_identity, load_adapter, read_info, trained_backbone
+from ttt.checkpoint_folder import Checkpoint
+from ttt.config.schema import RunConfig
+from ttt.inject import Injection
+from ttt.interrupt import stop_if_asked
+from ttt.plugins import Backbone, WindowDataset
+from ttt.printable import say
+from ttt.train.compiling import compile_layers
+from ttt.train.optim import Learnable, Optimizer, choose_learnable
+from ttt.train.order import LaneOrder, WindowOrder
+from ttt.train.rundir import RunDir
+from ttt.train.setup import build, order
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of. None of it is replaced while the run lasts; how far the run is, `Progress` says."""
+
+    config: RunConfig
+    backbone: Backbone
+    device: torch.device
+    directory: RunDir
+    console: Console
+    dataset: WindowDataset
+    eval_dataset: WindowDataset
+    eval_split: str
+    """`eval`, or `train` if there is no held-out data."""
+    order: WindowOrder | LaneOrder
+    model: nn.Module
+    injection: Injection
+    learnable: list[Learnable]
+    optimizer: Optimizer
+    start: AdapterInfo | None
+    """The adapter that the run starts from; None if it starts with fresh weights, or is resumed."""
+    inherited: frozenset[str]
+    """Backbone parameters that learned before this run: its files hold them too, frozen or not."""
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        say(self.console, text)
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """Backbone parameters that are not what the backbone was built with, by name."""
+        learn = {entry.name for entry in self.learnable if entry.role == "backbone"}
+        return {name: value for name, value in self.model.named_parameters() if name in learn | self.inherited}
+
+
+def build_parts(
+    config: RunConfig,
+    backbone: Backbone,
+    device: torch.device,
+    directory: RunDir,
+    console: Console,
+    *,
+    start: AdapterInfo | None = None,
+    resumed: Checkpoint | None = None,
+) -> Parts:
+    """Build a run, with the weights that it starts from. Writes nothing.
+
+    Args:
+        config: the resolved config, as the class that knows the backbone's options.
+        backbone: the plugin.
+        device: where it trains.
+        directory: where its files go.
+        console: where it reports.
+        start: the adapter that it starts from.
+        resumed: the checkpoint that it goes on from; its tensors are not loaded here.
+
+    Raises:
+        StopRequested: somebody asked to stop between two stages.
+        AdapterMismatchError: `start` belongs to something else.
+    """
+    dataset = backbone.dataset(config, split="train", device=device)
+    eval_split = "eval" if backbone.has_eval_data(config) else "train"
+    eval_dataset = dataset if eval_split == "train" else backbone.dataset(config, split=eval_split, device=device)
+    reading_order = order(config, dataset)
+    stop_if_asked()
+    model, injection = build(config, backbone, device)
+    stop_if_asked()
+    if config.train.compile:
+        compile_layers(injection, device)
+    learnable = choose_learnable(model, injection.adapters, config.train, is_attention=backbone.is_attention)
+    if start is not None:  # before the optimiser, which copies parameters in half precision
+        load_adapter(
+            start.path,
+            model,
+            injection=injection,
+            backbone=backbone_identity(backbone, config.backbone),
+            as_start=True,
+            verify=False,  # done, or not asked for, when it was found
+        )
+    before = start if resumed is None else read_info(resumed.path)
+    return Parts(
+        config=config,
+        backbone=backbone,
+        device=device,
+        directory=directory,
+        console=console,
+        dataset=dataset,
+        eval_dataset=eval_dataset,
+        eval_split=eval_split,
+        order=reading_order,
+        model=model,
+        injection=injection,
+        learnable=learnable,
+        optimizer=Optimizer(learnable, config.train),
+        start=start,
+        inherited=frozenset(() if before is None else trained_backbone(before)),
+    )

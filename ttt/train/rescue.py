@@ -1,0 +1,134 @@
+"""When a step or the closing evaluation fails: what it suffers from, what is saved, and how to go on."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+
+import torch
+
+from ttt.adapter import carried, gates_closed
+from ttt.errors import NonFiniteError, TTTError
+from ttt.plugins import Batch
+from ttt.plugins.rows import StepRows, reading_rows
+from ttt.state import TTTState
+from ttt.train.divergence import Diagnosis, Examination, StepNotFiniteError, examined, way_on
+from ttt.train.evaluation import Evaluation
+from ttt.train.parts import Parts
+from ttt.train.passes import describe, load_batch, mixed_precision, seed_pass, training_rows
+from ttt.train.progress import Progress
+from ttt.train.saving import Saver
+
+
+class Rescue:
+    """Saves what is good when a run fails, and says in the error how to go on."""
+
+    def __init__(self, parts: Parts, progress: Progress, saver: Saver) -> None:
+        self._parts = parts
+        self._progress = progress
+        self._saver = saver
+
+    def of_step(self, error: Exception, *, updating: bool) -> None:
+        """Save the steps before one that failed, if their weights are good; add that, and the way on, to the error.
+
+        Args:
+            error: that the step raised.
+            updating: the weights may be half updated, and are not saved.
+        """
+        parts, done = self._parts, self._progress.done
+        notes = []
+        if isinstance(error, StepNotFiniteError):
+            diagnosis = examined(lambda: self._diagnose(error))
+            error.args = (f"{error}. {diagnosis.cause}",)
+            if diagnosis.sound:
+                notes += self._saved_in_words()
+            if diagnosis.changes:
+                before = done + 1 if diagnosis.sound else done
+                notes.append(way_on(parts.directory, parts.config, diagnosis.changes, before=before))
+            elif diagnosis.sound and self._saver.saved is not None:
+                notes.append(f"then go on with `{parts.directory.resume_command()}`")
+        elif not updating:
+            notes += self._saved_in_words()
+        if isinstance(error, TTTError):
+            error.args = ("; ".join([str(error), *notes]),)
+        else:
+            for note in notes:
+                parts.say(note)
+
+    def of_evaluation(self, evaluation: Evaluation) -> NonFiniteError:
+        """What to raise about a closing evaluation that is not finite: the cause, the checkpoint, the way on."""
+        parts, done = self._parts, self._progress.done
+
+        def look() -> Diagnosis:
+            assert evaluation.not_finite_pass is not None
+            batch = load_batch(parts.eval_dataset, evaluation.first_not_finite, parts.device)
+            return self._examination("eval", *evaluation.not_finite_pass, batch, {}).of_loss()
+
+        diagnosis = examined(look)
+        notes = [
+            f"{self.not_finite_in_words(evaluation)}. {diagnosis.cause}",
+            f"all steps are saved in {self._saver.saved}, and `{parts.directory.resume_command()}` evaluates them "
+            f"again",
+        ]
+        if not diagnosis.sound and diagnosis.changes:
+            notes.append(way_on(parts.directory, parts.config, diagnosis.changes, before=done))
+        return NonFiniteError("; ".join(notes))
+
+    def not_finite_in_words(self, evaluation: Evaluation) -> str:
+        """A sentence about an evaluation that is not finite, with where."""
+        where = describe(self._parts.eval_dataset, evaluation.first_not_finite)
+        return (
+            f"step {self._progress.done}: the evaluation is not finite (loss {evaluation.loss}, with the gates closed "
+            f"{evaluation.loss_gates_closed}), first on {where}"
+        )
+
+    def _saved_in_words(self) -> list[str]:
+        """Save the steps done; a sentence about it, unless there are none."""
+        done = self._progress.done
+        if done == 0:
+            return []
+        self._parts.optimizer.clear()
+        try:
+            self._saver.save(rescuing=True)
+        except TTTError as problem:
+            return [f"the steps before it could not be saved: {problem}"]
+        return [f"the {done} {'step' if done == 1 else 'steps'} before it are saved in {self._saver.saved}"]
+
+    def _diagnose(self, error: StepNotFiniteError) -> Diagnosis:
+        traceback.clear_frames(error.__traceback__)  # the graph of the pass that failed holds most of the memory
+        rows = training_rows(self._parts.config.train, error.number)
+        examination = self._examination("train", error.number, rows, error.batch, dict(error.states))
+        return (examination.of_gradient if error.of_gradient else examination.of_loss)()
+
+    def _examination(
+        self, purpose: str, number: int, rows: StepRows, batch: Batch, states: dict[str, TTTState]
+    ) -> Examination:
+        """A look for what makes a pass not finite."""
+        parts, progress, config = self._parts, self._progress, self._parts.config
+
+        def measure(read: Batch, closed: bool) -> float:
+            seed_pass(config.train.seed, purpose, number)
+            carry = carried(parts.injection, states if read is batch else {})
+            with (
+                torch.no_grad(),
+                reading_rows(rows),
+                carry if config.ttt.persistent_states else contextlib.nullcontext(),
+                gates_closed(parts.model) if closed else contextlib.nullcontext(),
+                mixed_precision(config.train, parts.device),
+            ):
+                return float(parts.backbone.loss(parts.model, read, config).loss)
+
+        def before() -> tuple[Batch, float | None]:
+            first = parts.order.at((progress.done - 1) * config.train.num_microbatches)
+            return load_batch(parts.dataset, first.windows, parts.device), progress.line.get("loss")
+
+        return Examination(
+            config,
+            parts.model,
+            parts.injection,
+            done=progress.done,
+            batch=batch,
+            states=states,
+            measure=measure,
+            before=before if progress.done else None,
+        )

@@ -1,0 +1,148 @@
+"""How a run starts, or goes on: its folder is looked at, what it is made of is built, and the loop is run.
+
+The adapter that a run ends with is the one of its last checkpoint; `summary.json` names it (see `ttt.train.rundir`).
+"""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from ttt.adapter_file import read_info
+from ttt.checkpoint_folder import Checkpoint
+from ttt.config.schema import RunConfig
+from ttt.interrupt import StopRequested, interruptible, stop_if_asked
+from ttt.plugins import Backbone
+from ttt.printable import say
+from ttt.train import loop, rundir
+from ttt.train.claim import METRICS
+from ttt.train.compiling import compile_errors
+from ttt.train.metrics import read_metrics
+from ttt.train.parts import build_parts
+from ttt.train.pictures import Pictures, pictures_are_due
+from ttt.train.progress import Progress
+from ttt.train.result import TrainResult, finished
+from ttt.train.rundir import RunDir
+from ttt.train.saving import require_space_for_one, restored
+from ttt.train.setup import (
+    choose_device,
+    memory_errors,
+    narrowed,
+    require_one_process,
+    threads,
+    ways_to_less_memory,
+)
+from ttt.train.terminal import lasting
+
+
+def train(
+    config: RunConfig,
+    backbone: Backbone,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    verify: bool = True,
+) -> TrainResult:
+    """Train TTT layers in a backbone.
+
+    In the main thread, signals that ask to stop (`ttt.interrupt`) are heeded: before the first step nothing is
+    written, from then on the step is finished and saved, and the pictures are drawn. An output that is gone does not
+    end a run.
+
+    Args:
+        config: the resolved config.
+        backbone: the plugin that `config.backbone` names.
+        resume: continue the run in `config.run_dir`; if it has no checkpoint yet, start it there.
+        console: where to report; standard output by default.
+        verify: compare what is resumed or started from with its checksums, which reads it once more.
+
+    Raises:
+        ConfigError: the config cannot be honoured with this data and backbone.
+        UsageError: the run directory is in use, or there is nothing to resume.
+        EnvironmentProblem: something is missing, a device, a file, memory, disk space; or this is one of several
+            processes of a distributed launch.
+        AdapterMismatchError: `train.init_from` belongs to something else; nothing was written.
+        NonFiniteError: a loss or gradient was not finite; the weights are those before that step.
+        InactiveLayerError: on the first step, a TTT layer was not reached, did not learn, or got no gradient.
+    """
+    require_one_process()
+    console = console or Console()
+    with interruptible(), lasting(console):
+        return _train(narrowed(config, backbone), backbone, resume=resume, console=console, verify=verify)
+
+
+def _train(config: RunConfig, backbone: Backbone, *, resume: bool, console: Console, verify: bool) -> TrainResult:
+    run = rundir.choose(config, resume=resume)
+    with run.held():
+        checkpoint = _standing(run, config, backbone, console, resume=resume, verify=verify)
+        ended = None if checkpoint is None else finished(run, checkpoint, config)
+        if ended is not None:
+            return _tidied(run, ended, config, console)
+        init_from = config.train.init_from if checkpoint is None else None
+        start = None if init_from is None else read_info(init_from, verify=verify)
+        device = choose_device(config.train.device)
+        with (
+            memory_errors(ways_to_less_memory(config)),
+            compile_errors(config.train.compile),
+            threads(config.train.cpu_threads),
+        ):
+            try:
+                parts = build_parts(config, backbone, device, run, console, start=start, resumed=checkpoint)
+                require_space_for_one(parts)
+                progress = Progress() if checkpoint is None else restored(parts, checkpoint)
+                stop_if_asked()
+            except StopRequested:
+                return _not_begun(run, checkpoint, console)
+            if checkpoint is None:
+                run.create(config)
+                _say_taken_over(run, console)
+            return loop.run(parts, progress, resumed=checkpoint)
+
+
+def _standing(
+    run: RunDir, config: RunConfig, backbone: Backbone, console: Console, *, resume: bool, verify: bool
+) -> Checkpoint | None:
+    """The checkpoint to go on from, or None if the run starts; says what is not as it was left."""
+    if not resume:
+        run.require_unused()
+        return None
+    checkpoint, notes = run.reopen(config, backbone, verify=verify)
+    for note in notes:
+        say(console, note)
+    if checkpoint is None:
+        say(console, f"{run.path}: no checkpoint yet to resume from; the run starts")
+        if run.stored_config.is_as_written() is False:
+            say(console, f"{run.stored_config.path} was changed since a run wrote it; look at it, if that was not you")
+    return checkpoint
+
+
+def _say_taken_over(run: RunDir, console: Console) -> None:
+    lines = read_metrics(run / METRICS) if (run / METRICS).is_file() else []
+    if lines:
+        say(
+            console,
+            f"{run.path}: a run ended there after step {lines[-1]['step']}, before its first checkpoint; its folder is "
+            f"taken over",
+        )
+
+
+def _tidied(run: RunDir, ended: TrainResult, config: RunConfig, console: Console) -> TrainResult:
+    """Do what a process that was killed at the very end left undone, and say that the run is done."""
+    run.tidy(config.train.ckpt_keep)
+    if pictures_are_due(run.path):
+        Pictures(run, lambda text: say(console, text)).draw()
+    say(console, f"{run.path}: done already, {ended.steps} steps; raise train.max_steps to go on")
+    return ended
+
+
+def _not_begun(run: RunDir, checkpoint: Checkpoint | None, console: Console) -> TrainResult:
+    """Say that a run was interrupted before it began, or went on."""
+    say(console, "interrupted before the run began; nothing was written: the same command starts it again")
+    return TrainResult(
+        run_dir=run.path,
+        steps=0 if checkpoint is None else checkpoint.step,
+        interrupted=True,
+        loss=None,
+        evaluation=None,
+        checkpoint=None if checkpoint is None else checkpoint.path,
+        resume_command=run.resume_command(),
+    )

@@ -1,0 +1,43 @@
+"""What a run says before its first step."""
+
+from __future__ import annotations
+
+import math
+
+from ttt.adapter_file import AdapterInfo, changed_at_start, trained_backbone
+from ttt.train.parts import Parts
+from ttt.train.progress import Progress
+from ttt.train.setup import device_in_words
+
+
+def announce(parts: Parts, progress: Progress) -> None:
+    """Say what is trained, on what data, where, and what it starts from."""
+    config, dataset = parts.config, parts.dataset
+    of_ttt = sum(tensor.numel() for tensor in parts.injection.state_dict().values())
+    of_backbone = sum(parameter.numel() for parameter in parts.model.parameters()) - of_ttt
+    layers = ", ".join(str(site.layer) for site in parts.injection.sites) or "none"
+    learns = sum(entry.parameter.numel() for entry in parts.learnable)
+    files = len(dataset.files)
+    accumulated = f" × {config.train.num_microbatches}" if config.train.num_microbatches > 1 else ""
+    resumed = f", resumed after step {progress.done} of {config.train.max_steps}" if progress.done else ""
+    parts.say(
+        f"backbone {parts.backbone.name}: {of_backbone:,} parameters ({config.train.param_dtype}); "
+        f"TTT-{config.ttt.layer_type} in layers {layers}: {of_ttt:,}; learning: {learns:,}"
+    )
+    parts.say(
+        f"data: {len(dataset)} windows in {files} {'file' if files == 1 else 'files'}; "
+        f"batches of {config.train.batch_size}{accumulated}; on {device_in_words(parts.device)}"
+    )
+    parts.say(f"run: {parts.directory.path}{resumed}")
+    if parts.start is not None:
+        _announce_start(parts, parts.start)
+    if dataset.notice:
+        parts.say(dataset.notice)
+
+
+def _announce_start(parts: Parts, start: AdapterInfo) -> None:
+    along = sum(math.prod(facts.shape) for facts in trained_backbone(start).values())
+    included = f", {along:,} parameters of the backbone included" if along else ""
+    parts.say(f"starts from {start.path}{included}")
+    for setting in changed_at_start(start, parts.config.ttt):
+        parts.say(f"changed at its start: {setting}")
