@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from ttt.adapter import carried, gates_closed
 from ttt.config.schema import STAND_IN_WINDOWS, RunConfig
 from ttt.inject import Injection
-from ttt.plugins import Backbone, WindowDataset
+from ttt.plugins import Backbone, Batch, LossOutput, WindowDataset
 from ttt.plugins.rows import StepRows, reading_rows
 from ttt.state import TTTState
 from ttt.train.order import once
@@ -26,7 +26,7 @@ class Evaluation:
     """Means over the positions of the windows read."""
 
     split: str
-    """`eval`, or `train` where there is no held-out data."""
+    """`eval`, or `train` if there is no held-out data."""
     windows: int
     loss: float
     loss_gates_closed: float
@@ -92,54 +92,103 @@ def evaluate(
 
     With `persistent_states`, fast weights are carried from window to window of a file, as in training.
 
-    `tell` is called with the windows read and those to read, before each batch and at the end.
+    Args:
+        model: injected.
+        injection: its adapters.
+        backbone: computes the loss.
+        config: of the run.
+        dataset: what is read.
+        split: `eval`, or `train` if there is no held-out data.
+        device: of the model.
+        stop: asked between two batches.
+        tell: called with the windows read and those to read, before each batch and at the end.
 
     Returns:
-        None where `stop` said so between two batches.
+        None if `stop` said so.
     """
-    was_training = model.training
-    model.eval()
-    sums, tokens, windows = [0.0, 0.0], 0, 0
-    first_not_finite: tuple[int, ...] = ()
-    not_finite_pass: tuple[int, StepRows] | None = None
+    every = once(dataset.files, batch_size=config.train.batch_size, lanes=config.ttt.persistent_states)
+    readings = every[: _batches(config, split)]
+    total = sum(len(reading.windows) for reading in readings)
+    seed = step_seed(config.train.seed, "eval", 0)
+    tally = _Tally()
     states: dict[str, TTTState] = {}
-    try:
-        persistent = config.ttt.persistent_states
-        every = once(dataset.files, batch_size=config.train.batch_size, lanes=persistent)
-        readings = every[: _batches(config, split)]
-        total = sum(len(reading.windows) for reading in readings)
+    with _eval_mode(model):
         for number, reading in enumerate(readings):
             if stop():
                 return None
-            tell(windows, total)
+            tell(tally.windows, total)
             batch = load_batch(dataset, reading.windows, device)
-            rows = len(reading.windows)
-            states = reset_rows(injection, _first_rows(states, rows), reading.starts)
-            of_all = StepRows(windows, rows, total, step_seed(config.train.seed, "eval", 0))
-            seed_pass(config.train.seed, "eval", number)
-            with (
-                reading_rows(of_all),
-                carried(injection, states) if persistent else contextlib.nullcontext() as carry,
-                mixed_precision(config.train, device),
-            ):
-                output = backbone.loss(model, batch, config)
-            if carry is not None:
-                states = states_to_carry(carry, injection, backbone=backbone.name)
-            seed_pass(config.train.seed, "eval", number)
-            with reading_rows(of_all), gates_closed(model), mixed_precision(config.train, device):
-                closed = backbone.loss(model, batch, config)
-            sums[0] += float(output.loss) * output.tokens
-            sums[1] += float(closed.loss) * output.tokens
-            if not first_not_finite and not math.isfinite(float(output.loss) + float(closed.loss)):
-                first_not_finite, not_finite_pass = reading.windows, (number, of_all)
-            tokens += output.tokens
-            windows += rows
-        tell(windows, total)
+            rows = StepRows(tally.windows, len(reading.windows), total, seed)
+            states = reset_rows(injection, _first_rows(states, rows.count), reading.starts)
+            losses, states = _both_losses(model, injection, backbone, config, batch, states, rows, number, device)
+            tally.add(*losses, reading.windows, (number, rows))
+        tell(tally.windows, total)
+    available = sum(len(reading.windows) for reading in every)
+    return Evaluation(split, tally.windows, *tally.means(), available, tally.first_not_finite, tally.not_finite_pass)
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    available = sum(len(reading.windows) for reading in every)
-    losses = sums[0] / tokens, sums[1] / tokens
-    return Evaluation(split, windows, *losses, available, first_not_finite, not_finite_pass)
+
+
+class _Tally:
+    """Sums over the windows read so far."""
+
+    def __init__(self) -> None:
+        self.windows = 0
+        self.first_not_finite: tuple[int, ...] = ()
+        self.not_finite_pass: tuple[int, StepRows] | None = None
+        self._tokens = 0
+        self._open = self._closed = 0.0
+
+    def add(
+        self, output: LossOutput, closed: LossOutput, windows: tuple[int, ...], of_pass: tuple[int, StepRows]
+    ) -> None:
+        """Add a batch: its loss with open and with closed gates, its windows, and its pass's number and rows."""
+        loss, control = float(output.loss), float(closed.loss)
+        self._open += loss * output.tokens
+        self._closed += control * output.tokens
+        if not self.first_not_finite and not math.isfinite(loss + control):
+            self.first_not_finite, self.not_finite_pass = windows, of_pass
+        self._tokens += output.tokens
+        self.windows += len(windows)
+
+    def means(self) -> tuple[float, float]:
+        """The mean loss of a position, with open and with closed gates."""
+        return self._open / self._tokens, self._closed / self._tokens
+
+
+def _both_losses(
+    model: nn.Module,
+    injection: Injection,
+    backbone: Backbone,
+    config: RunConfig,
+    batch: Batch,
+    states: dict[str, TTTState],
+    rows: StepRows,
+    number: int,
+    device: torch.device,
+) -> tuple[tuple[LossOutput, LossOutput], dict[str, TTTState]]:
+    """The loss of a batch with open and with closed gates, by the same random numbers; and the states carried on."""
+    seed_pass(config.train.seed, "eval", number)
+    with (
+        reading_rows(rows),
+        carried(injection, states) if config.ttt.persistent_states else contextlib.nullcontext() as carry,
+        mixed_precision(config.train, device),
+    ):
+        output = backbone.loss(model, batch, config)
+    if carry is not None:
+        states = states_to_carry(carry, injection, backbone=backbone.name)
+    seed_pass(config.train.seed, "eval", number)
+    with reading_rows(rows), gates_closed(model), mixed_precision(config.train, device):
+        closed = backbone.loss(model, batch, config)
+    return (output, closed), states
 
 
 def _batches(config: RunConfig, split: str) -> int | None:

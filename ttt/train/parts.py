@@ -91,14 +91,7 @@ def build_parts(
         compile_layers(injection, device)
     learnable = choose_learnable(model, injection.adapters, config.train, is_attention=backbone.is_attention)
     if start is not None:  # before the optimiser, which copies parameters in half precision
-        load_adapter(
-            start.path,
-            model,
-            injection=injection,
-            backbone=backbone_identity(backbone, config.backbone),
-            as_start=True,
-            verify=False,  # done, or not asked for, when it was found
-        )
+        _load_start(start, model, injection, backbone, config)
     before = start if resumed is None else read_info(resumed.path)
     return Parts(
         config=config,
@@ -116,4 +109,17 @@ def build_parts(
         optimizer=Optimizer(learnable, config.train),
         start=start,
         inherited=frozenset(() if before is None else trained_backbone(before)),
+    )
+
+
+def _load_start(
+    start: AdapterInfo, model: nn.Module, injection: Injection, backbone: Backbone, config: RunConfig
+) -> None:
+    load_adapter(
+        start.path,
+        model,
+        injection=injection,
+        backbone=backbone_identity(backbone, config.backbone),
+        as_start=True,
+        verify=False,  # done, or not asked for, when it was found
     )
