@@ -18,7 +18,7 @@ from ttt.errors import AdapterFileError, AdapterMismatchError
 from ttt.train import parts, pictures, train
 from ttt.train.metrics import read_metrics
 from ttt.train.rundir import RunDir
-from ttt.train.setup import narrowed
+from ttt.train.setup import with_backbone_options
 
 TOY = ToyBackbone()
 TIMES = {"tokens_per_second", "peak_memory_bytes"}
@@ -130,7 +130,7 @@ def test_three_stages_lose_nothing_and_the_last_file_alone_is_the_model(tmp_path
 
 def test_a_stage_begins_with_the_weights_of_the_last_and_a_new_optimiser(tmp_path):
     first, _ = run(config(tmp_path / "one", train={"trainable": "all", "param_dtype": "bfloat16"}))
-    settings = narrowed(
+    settings = with_backbone_options(
         config(
             tmp_path / "two",
             start=tmp_path / "one",

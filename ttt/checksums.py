@@ -32,7 +32,7 @@ LINE_KEY: Final = "crc32"
 PIECE: Final = 1 << 24
 """Bytes that are hashed by themselves, 16 MiB; part of the format."""
 DAMAGED: Final = "restore it from a copy, or write it anew"
-"""The way out where a file is not what was written."""
+"""The way out if a file is not what was written."""
 
 _BUFFER: Final = 1 << 20
 _WORTH_THREADS: Final = 4 * PIECE
@@ -48,7 +48,7 @@ _SEALED_PART: Final = re.compile(rb'\{"[^\n]*?, "crc32": "[0-9a-f]{8}"\}')
 def tensors_digest(
     metadata: Mapping[str, str], tensors: Iterable[tuple[str, str, Sequence[int], Sequence[str]]]
 ) -> str:
-    """The checksum of a safetensors file's content, whatever the order in which it lies there.
+    """The checksum of a safetensors file's content, whatever its order in the file.
 
     Args:
         metadata: of the header; its checksum is left out.
@@ -93,7 +93,7 @@ def _of_span(path: Path, start: int, stop: int) -> str:
 
 
 def _nested(pieces: Sequence[Sequence[Any]], digest: Callable[[Any], str], size: int) -> list[list[str]]:
-    """The digest of each piece, in the same order; in threads, which hashing leaves free to run, where it pays."""
+    """The digest of each piece, in the same order; in several threads if that pays; hashing lets them run."""
     flat = [piece for several in pieces for piece in several]
     if size < _WORTH_THREADS:
         found = iter([digest(piece) for piece in flat])
@@ -123,7 +123,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def holds(content: Mapping[str, Any]) -> bool | None:
-    """Whether a JSON object is the one that its checksum was taken of; None where it has none."""
+    """Whether a JSON object is the one that its checksum was taken of; None if it has none."""
     if KEY in content:
         return bool(content[KEY] == _of_object(content))
     return False if has_spoilt(content, KEY) else None
@@ -171,7 +171,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
     """The object in a line, its checksum compared and left out; a line that has none is taken as it is.
 
     Raises:
-        ValueError: it is no JSON object, or not what was written; the message says which.
+        ValueError: it is not a JSON object, or not what was written; the message says which.
     """
     line = line.strip()
     match = _SEALED_LINE.fullmatch(line)
@@ -194,7 +194,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 def whole_parts(line: bytes) -> list[tuple[dict[str, Any], bytes]]:
-    """Objects that stand whole, with the bytes that say them, in a line that is none: it lost the newline between."""
+    """Whole objects, with their bytes, in a line that is not one: the newline between them was lost."""
     found = []
     for part in _SEALED_PART.findall(line):
         with contextlib.suppress(ValueError):

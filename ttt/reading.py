@@ -36,12 +36,12 @@ _PIECE = 1 << 16
 
 
 def kind_in_words(mode: int) -> str | None:
-    """What `st_mode` is of, "a FIFO"; None for a file."""
+    """What has this `st_mode`, "a FIFO"; None for a file."""
     return None if stat.S_ISREG(mode) else next((words for is_it, words in _KINDS if is_it(mode)), "no file")
 
 
 def other_kind(path: str | Path) -> str | None:
-    """What there is under a name that is no file, "a FIFO", links followed; None for a file, and for nothing."""
+    """What is under a name, links followed, if it is not a file: "a FIFO"; None for a file, and for nothing."""
     try:
         return kind_in_words(os.stat(path).st_mode)
     except (OSError, ValueError):  # not there, or a name that no file can have
@@ -146,7 +146,7 @@ def unreadable(error: OSError) -> str:
 
 
 def wrong_with(text: str, *, most: int = MAX_TEXT) -> str | None:
-    """Why a text is none that an encoder can read, "is empty"; None where it is one."""
+    """Why an encoder cannot read a text, "is empty"; None if it can."""
     if not text.strip():
         return "is empty"
     if len(text) > most:

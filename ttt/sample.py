@@ -27,7 +27,7 @@ from ttt.plugins import Backbone, SampleRequest
 from ttt.printable import say
 from ttt.samples import SampleFolder, shared_origin
 from ttt.train.passes import seed_pass
-from ttt.train.setup import build, choose_device, memory_errors, narrowed, threads
+from ttt.train.setup import build, choose_device, memory_errors, threads, with_backbone_options
 
 
 def sample(
@@ -42,7 +42,7 @@ def sample(
     """Make a sample with a config's model.
 
     Args:
-        config: of the model; the resolved config of the run, where it samples what a run has learned.
+        config: of the model; the resolved config of the run, if it samples what a run has learned.
         backbone: the plugin that `config.backbone` names.
         request: what is asked for, with as many prompts as `backbone.plan_sample` says.
         adapter: what it has learned: an adapter's file or folder, or a run's folder (then its last checkpoint). None
@@ -94,7 +94,7 @@ def sample_many(
         The files written; those that were there already are left out.
 
     Raises:
-        UsageError: as for `sample`; or where a sample goes is something else.
+        UsageError: as for `sample`; or something else is in the place of a sample.
         AdapterMismatchError: as for `sample`.
         EnvironmentProblem: as for `sample`; the samples made so far stay.
         NonFiniteError: after all others were made, some could not be.
@@ -173,11 +173,11 @@ def _looked_at(
     adapter: str | Path | None,
     verify: bool,
 ) -> tuple[RunConfig, list[SampleRequest], AdapterInfo | None]:
-    """The config narrowed to the backbone's options, the requests, and what was learned; no model is built for it."""
+    """The config with the backbone's options, the requests, and what was learned; no model is built for it."""
     for request in requests:
         backbone.check_sample(config, request)
     require_place(requests[0].out)
-    config = narrowed(config, backbone)
+    config = with_backbone_options(config, backbone)
     path = config.train.init_from if adapter is None else adapter
     info = None if path is None else read_info(path, verify=verify)
     if info is not None:

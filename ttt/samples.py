@@ -1,14 +1,15 @@
-"""Samples that share a folder: which of them are made, from what, and how each comes into it whole.
+"""Samples that share a folder: which of them are made, from what, and how each gets there whole.
 
-Beside each sample, `003.mp4` say, lies a record, `003.json`: what it was made from, and the SHA-256 of its files. So a
+Beside each sample, `003.mp4` say, is a record, `003.json`: what it was made from, and the SHA-256 of its files. So a
 command that was killed knows what is left to make, and one that asks for something else never mixes it in. A sample is
-made in a folder of its own and moved when it is complete, its record first: a file is either under a record that says
+made in a folder of its own and moved when it is complete, its record first: so a file either has a record that says
 what it is, or was there before. This module imports no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ def shared_origin(config: RunConfig, learned: AdapterInfo | None, *, as_start: b
 
     Args:
         config: of the model, resolved.
-        learned: the adapter that is loaded, None where none is.
+        learned: the adapter that is loaded; None if none is.
         as_start: it is what training would start from, so that what it lacks is drawn from the run's seed.
     """
     settings = config.model_dump(mode="json")
@@ -54,7 +55,7 @@ def shared_origin(config: RunConfig, learned: AdapterInfo | None, *, as_start: b
 
 
 def _content_of(learned: AdapterInfo) -> str:
-    """The checksum of an adapter; of its file, where it is from before there were any."""
+    """The checksum of an adapter; that of its file, if it is from before there were checksums."""
     return learned.checksum or file_digest(learned.path)
 
 
@@ -65,7 +66,7 @@ class SampleFolder:
         requests: the samples in order, all of one folder.
         files: those of each, as `Backbone.plan_sample` names them.
         origin: what they share, as `shared_origin` has it.
-        adapter: where what was learned lies, for the record.
+        adapter: the file of what was learned, for the record.
     """
 
     def __init__(
@@ -127,11 +128,11 @@ class SampleFolder:
         """The samples that are still to be made.
 
         Args:
-            overwrite: so are those whose place holds something else, instead of refusing.
+            overwrite: if something else is in the place of a sample, make it anew instead of refusing.
             verify: compare files with their checksums.
 
         Raises:
-            UsageError: where a sample goes is something else; the message names what differs.
+            UsageError: something else is in the place of a sample; the message names what differs.
             EnvironmentProblem: a record is damaged.
         """
         found: list[SampleRequest] = []
@@ -175,7 +176,7 @@ class SampleFolder:
         return None, len(there) == len(files)
 
     def _differences(self, record: Mapping[str, Any], request: SampleRequest) -> str:
-        """Settings of a record that are others now, in words; empty where all are the same."""
+        """Settings that differ from those of a record, in words; empty if all are the same."""
         written: Any = record.get("made_from")
         before = written if isinstance(written, dict) else {}
         told = []
@@ -242,8 +243,6 @@ def _difference(key: str, before: Any, now: Any, adapter_before: Any, adapter_no
 
 
 def _in_words(value: Any) -> str:
-    import json
-
     return shortened(json.dumps(value, ensure_ascii=False), 80)
 
 

@@ -71,7 +71,7 @@ def same_weights(fingerprint: str, injection: Injection, *, without: set[str] | 
 
 
 def _ranks(values: str) -> list[int]:
-    """Whole numbers in the order of the bfloat16 values, neighbours one apart; none where the text holds none."""
+    """Whole numbers in the order of the bfloat16 values, neighbours one apart; empty if the text does not hold any."""
     try:
         content = base64.b64decode(values, validate=True)
         bits = [number for (number,) in struct.iter_unpack("<h", content)]

@@ -32,7 +32,7 @@ SETTINGS = "adapter_config"
 
 @dataclass(frozen=True)
 class SiteInfo:
-    """Where one adapter sits."""
+    """Where one adapter is."""
 
     layer: int
     name: str

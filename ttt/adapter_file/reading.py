@@ -33,14 +33,14 @@ from ttt.version import __version__
 def read_info(path: str | Path, *, verify: bool = False) -> AdapterInfo:
     """What an adapter file is, from its header; needs no torch.
 
-    Of a run's folder, checkpoints that are not whole are passed over with a `DamagedFileWarning`.
+    In a run's folder, checkpoints that are not whole are passed over with a `DamagedFileWarning`.
 
     Args:
         path: the safetensors file, its folder, or a run's folder (then its last checkpoint).
         verify: compare the files' content with their checksums, which reads them; else no tensor is read.
 
     Raises:
-        AdapterFileError: it is missing, damaged, from a newer version, or no adapter file; one sentence says which.
+        AdapterFileError: it is missing, damaged, from a newer version, or not an adapter file; one sentence says which.
     """
     try:
         file, verified = _find(Path(path), verify=verify)
@@ -59,7 +59,7 @@ def read_info(path: str | Path, *, verify: bool = False) -> AdapterInfo:
 
 
 def _find(path: Path, *, verify: bool) -> tuple[Path, bool]:
-    """The adapter's safetensors file of a file, an adapter folder or a run, and whether its checksum was compared."""
+    """The safetensors file of an adapter's file, folder or run, and whether its checksum was compared."""
     if not path.is_dir():
         return path, False
     if (path / MODEL).exists():
@@ -130,7 +130,7 @@ def _require_same_json(file: Path, text: str) -> None:
 def verify_adapter(info: AdapterInfo) -> None:
     """Compare an adapter's file, and that of the backbone parameters trained along, with their checksums.
 
-    Needs no torch. Files of version 1 carry none, and pass.
+    Needs no torch. Files of version 1 carry no checksum, and pass.
 
     Raises:
         AdapterFileError: a file is not what was written; the message names it.

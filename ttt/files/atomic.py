@@ -20,7 +20,7 @@ _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 @contextlib.contextmanager
 def writing(what: Path) -> Iterator[None]:
-    """Turn what the system says while `what` is written into one sentence.
+    """Turn an error of the system, while `what` is written, into one sentence.
 
     Raises:
         EnvironmentProblem: the disk is full, or the place cannot be written.
@@ -40,12 +40,12 @@ def writing(what: Path) -> Iterator[None]:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name in the same folder, and so on the same disk, that nobody else uses and that says what it is."""
+    """A name in the same folder, and so on the same disk, that nobody else uses and that tells an unfinished file."""
     return path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
 
 
 def sync(path: Path) -> None:
-    """Have the system put a file or folder on the disk, so that a rename after it cannot overtake it."""
+    """Make sure that a file or folder is on the disk, so that a later rename cannot get there before it."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:  # Windows opens no folders
@@ -60,7 +60,7 @@ def sync(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; where a link is, the file that it leads to.
+    """Write a file whole or not at all. If the path is a link, the file that it leads to is written.
 
     Raises:
         EnvironmentProblem: the disk is full, or the place cannot be written; what was there is still there.

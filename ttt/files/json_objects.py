@@ -24,10 +24,10 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
 
     Args:
         path: of the file.
-        sealed: compare it with its checksum, where it has one, and leave that out.
+        sealed: compare it with its checksum, if it has one, and leave that out.
 
     Raises:
-        EnvironmentProblem: the file is missing, holds no JSON object, or not the one that was written.
+        EnvironmentProblem: the file is missing, does not hold a JSON object, or not the one that was written.
     """
     try:
         text = read_file(path, limit=MAX_JSON).decode("utf-8")

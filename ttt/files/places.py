@@ -27,7 +27,7 @@ def _existing(path: Path) -> Path:
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes that are free where `path` is or will be; None where the system does not say."""
+    """Bytes that are free where `path` is or will be; None if the system does not say."""
     try:
         return shutil.disk_usage(_existing(path)).free
     except OSError:
@@ -41,7 +41,7 @@ def free_in_words(path: Path) -> str:
 
 
 def require_space(path: Path, needed: int, *, what: str) -> None:
-    """Refuse to begin what cannot end.
+    """Refuse to begin what does not fit on the disk.
 
     Raises:
         EnvironmentProblem: less than `needed` bytes are free where `path` is; `what` names what needs them.
@@ -55,7 +55,7 @@ def require_space(path: Path, needed: int, *, what: str) -> None:
 
 
 def require_place(path: Path) -> None:
-    """Refuse to begin what could not be written to `path` in the end; folders that are missing can be made.
+    """Refuse to begin what could not be written to `path` in the end. Folders that are missing can be made.
 
     Raises:
         EnvironmentProblem: what should be its folder is a file, or may not be written.
@@ -64,7 +64,7 @@ def require_place(path: Path) -> None:
     if above is None:
         return
     if not above.is_dir():
-        raise EnvironmentProblem(f"{path}: cannot be written: {above} is no folder; name another place")
+        raise EnvironmentProblem(f"{path}: cannot be written: {above} is not a folder; name another place")
     if not os.access(above, os.W_OK | os.X_OK):
         raise EnvironmentProblem(f"{path}: cannot be written: no permission to write in {above}; name another place")
 
@@ -90,7 +90,7 @@ def lock(file: IO[Any] | int, path: Path) -> None:
 
 
 def replaced_file(path: Path) -> Path:
-    """What writing to `path` replaces: the file itself, one that is not there yet, or the one that a link leads to.
+    """The file that writing to `path` replaces: that file, whether it is there or not, or the one that a link leads to.
 
     Raises:
         EnvironmentProblem: something else is there, a device, say, whose node a rename would destroy.

@@ -58,11 +58,11 @@ class Header:
     tensors: dict[str, TensorFacts]
     metadata: dict[str, str]
     spans: dict[str, tuple[int, int]]
-    """Where each tensor's bytes lie in the file: the first, and the one after the last."""
+    """Where each tensor's bytes are in the file: the first, and the one after the last."""
 
     @property
     def checksum(self) -> str | None:
-        """Of its content, as it was written; None in files of others, and in those from before there were any."""
+        """Of its content, as it was written; None in files of other programs, and in old ones of ours."""
         return self.metadata.get(checksums.KEY)
 
 
@@ -103,7 +103,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def _sort_metadata(path: Path) -> None:
-    """Have the same content be the same bytes: safetensors writes metadata in another order each time."""
+    """Sort the metadata, which safetensors writes in another order each time, so that equal content is equal bytes."""
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -137,12 +137,12 @@ def read_header(path: Path, *, most_bytes: int = _MAX_HEADER) -> Header:
         most_bytes: a longer header is refused unread.
 
     Raises:
-        EnvironmentProblem: the file is missing, cut short, or no safetensors file; one sentence says which.
+        EnvironmentProblem: the file is missing, cut short, or not a safetensors file; one sentence says which.
     """
     try:
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
-            start = file.read(8) or b""  # None where the kernel has nothing to say as yet, as /proc/kmsg
+            start = file.read(8) or b""  # None if there is nothing to read yet, as of /proc/kmsg
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > size - 8:
                 raise EnvironmentProblem(f"{path}: no safetensors file, or cut short: {size} bytes hold no header")
@@ -166,7 +166,7 @@ def read_header(path: Path, *, most_bytes: int = _MAX_HEADER) -> Header:
 
 
 def _parse_header(text: bytes) -> tuple[Header, int]:
-    """The header and the length that it gives the file; any of the usual exceptions where it is none."""
+    """The header and the length that it gives the file; any of the usual exceptions if it is not one."""
     content = json.loads(text.decode("utf-8"), object_pairs_hook=checksums.no_duplicates)
     metadata = content.pop("__metadata__", {})
     if not all(isinstance(value, str) for value in metadata.values()):
@@ -190,7 +190,7 @@ def _parse_header(text: bytes) -> tuple[Header, int]:
 
 @contextlib.contextmanager
 def mapping_errors() -> Iterator[None]:
-    """Around safetensors' `safe_open`: PyTorch maps the file, and a disk that refuses is an OSError here as elsewhere.
+    """For safetensors' `safe_open`: PyTorch maps the file, and an error of the disk is an OSError here as elsewhere.
 
     Raises:
         OSError: the file cannot be opened or mapped, which PyTorch says as a RuntimeError.
@@ -220,10 +220,10 @@ def verify_tensors(path: Path, header: Header | None = None) -> str | None:
 
     Args:
         path: of the file.
-        header: of it, where it was read already.
+        header: the file's, if it was read already.
 
     Returns:
-        The checksum; None where the file has none, as those of others do.
+        The checksum; None if the file has none, as files of other programs.
 
     Raises:
         EnvironmentProblem: the content is not what was written, or the file cannot be read.
@@ -255,11 +255,11 @@ def read_tensors(path: Path, *, device: Any = "cpu", verify: bool = True) -> dic
 
     Args:
         path: of the file.
-        device: where the tensors go.
-        verify: compare the content with its checksum, where it has one.
+        device: of the tensors.
+        verify: compare the content with its checksum, if it has one.
 
     Raises:
-        EnvironmentProblem: the file is missing, cut short, damaged, or no safetensors file; one sentence says which.
+        EnvironmentProblem: the file is missing, cut short, damaged, or not a safetensors file; one sentence says which.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

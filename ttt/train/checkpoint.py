@@ -38,7 +38,7 @@ def write_content(
         trained: backbone parameters, by name, that are not what the backbone was built with: those that learn, and
             those that learned before this run; they are written beside the adapter.
         optimizer: its state is written.
-        states: carried states by site, where the run carries any.
+        states: carried states by site, if the run carries any.
         backbone: name and options, for the adapter file.
         training: how it was trained, for the adapter file.
 
@@ -68,7 +68,7 @@ def read_content(
     device: torch.device,
     verify: bool = True,
 ) -> dict[str, TTTState]:
-    """Take everything over that `write_content` wrote; returns the carried states.
+    """Load everything that `write_content` wrote; returns the carried states.
 
     Args:
         folder: of the checkpoint.
@@ -76,8 +76,8 @@ def read_content(
         optimizer: takes its state.
         backbone: name and options.
         persistent: whether the run carries states.
-        device: where those go.
-        verify: compare the files with their checksums; false where that is done.
+        device: for those.
+        verify: compare the files with their checksums; false if that is done already.
 
     Raises:
         AdapterMismatchError: the backbone is not the one that the run was started with.

@@ -97,7 +97,7 @@ def compile_layers(injection: Injection, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def compile_errors(wanted: bool) -> Iterator[None]:
-    """Turn a compilation that fails, in forward or in backward, into a sentence; nothing where none is wanted."""
+    """Turn a compilation that fails, in forward or in backward, into a sentence; does nothing if none is wanted."""
     if not wanted:
         yield
         return

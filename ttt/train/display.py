@@ -23,9 +23,9 @@ class Display:
     """The live bar on a terminal, plain lines elsewhere.
 
     Args:
-        console: where to.
+        console: what it is shown on.
         total: optimiser steps of the run.
-        done: of which are done already.
+        done: how many of them are done already.
         log_freq: steps between plain lines.
     """
 

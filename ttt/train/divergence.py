@@ -1,8 +1,8 @@
 """Why a loss or a gradient is not finite, and how to go on from there.
 
-What is asked, in this order: does the batch itself hold values that are not finite, do the weights, do the carried
-fast weights; is the batch that the step before read still finite at these weights; is the loss finite with the gates
-closed. The first that answers is the cause that is told.
+These are asked in order, and the first that answers yes is the cause that is told: Do the weights hold values that are
+not finite? Does the batch? Do the carried fast weights? Is the loss of the batch that the step before read no longer
+finite at these weights? Is the loss finite with the gates closed?
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class StepNotFiniteError(NonFiniteError):
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a step that was not finite suffers from."""
+    """Why a pass was not finite."""
 
     cause: str
     """Sentences: what is at fault, and what to do about it."""
     sound: bool
     """Whether the weights before the step are worth going on from."""
     changes: dict[str, float] = field(default_factory=dict)
-    """Config keys that a new run should have other values of; none where the data is at fault."""
+    """Config keys with the values that a new run should have; none if the data is at fault."""
 
 
 def not_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -242,9 +242,9 @@ def listed(names: list[str]) -> str:
 
 
 def examined(look: Callable[[], Diagnosis]) -> Diagnosis:
-    """What a look finds; where it fails itself, for want of memory say, what can be said without one.
+    """What a look finds; if it fails itself, for want of memory say, what can be said without one.
 
-    Weights of which nothing is known are better saved than lost: no other checkpoint goes for them.
+    If nothing is known of the weights, they are better saved than lost; no other checkpoint is pruned for them.
     """
     try:
         return look()
@@ -256,8 +256,8 @@ def way_on(run: RunDir, config: RunConfig, changes: Mapping[str, float], *, befo
     """A sentence with the command that goes on, with other values, from the newest checkpoint of good weights.
 
     Args:
-        run: that failed.
-        config: it had.
+        run: the run that failed.
+        config: its config.
         changes: keys and the values that they should have.
         before: checkpoints of this step or a later one are not worth going on from.
     """

@@ -26,8 +26,8 @@ from ttt.reading import open_file
 class MetricsFile:
     """`metrics.jsonl`, held by one process at a time.
 
-    Lines past `last_step`, and a line that a crash cut short, are taken off when it is opened, so that a resumed
-    run has no step twice. So are damaged lines, which `dropped` names; every other line stays.
+    When it is opened, lines past `last_step` and a line that a crash cut short are removed, so that a resumed run has
+    no step twice. Damaged lines are removed too, and `dropped` names them; every other line stays.
 
     Raises:
         UsageError: another process is writing to it.
@@ -38,7 +38,7 @@ class MetricsFile:
         self._path = path
         replaced_file(path)  # a FIFO there would keep the run waiting
         self.dropped: list[str] = []
-        """A sentence for each damaged line that was taken off, or about lines that are gone."""
+        """A sentence for each damaged line that was removed, or about lines that are gone."""
         with writing(path):
             self._file: IO[str] = open(path, "a+", encoding="utf-8", newline="\n")  # noqa: SIM115 - held for the run
         try:
@@ -71,7 +71,7 @@ class MetricsFile:
         return found
 
     def _replace(self, content: bytes) -> None:
-        """Put other lines into the file's place at once, and hold that file instead."""
+        """Replace the file in one rename by one with other lines, and hold that one."""
         temporary = temporary_beside(self._path)
         file = open(temporary, "a+", encoding="utf-8", newline="\n")  # noqa: SIM115 - held for the run
         try:
@@ -99,7 +99,7 @@ class MetricsFile:
         self.last_step = int(line["step"])
 
     def sync(self) -> None:
-        """Have the lines so far on the disk."""
+        """Make sure that the lines so far are on the disk."""
         with writing(self._path):
             os.fsync(self._file.fileno())
             sync(self._path.parent)  # its name too
@@ -132,7 +132,7 @@ class MetricsLine:
     number: int
     """From 1."""
     entries: tuple[tuple[dict[str, Any], bytes], ...]
-    """The entry, with the bytes that say it; several where the newline between them is damaged, none where all is."""
+    """The entry and its bytes; several if the newline between them is damaged, none if everything is."""
     problem: str | None
     cut_short: bool
     """Whether it is the last and lacks its newline, as a crash leaves it."""
@@ -177,7 +177,7 @@ def _require_step(entry: Mapping[str, Any]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON cannot write."""
+    """The same value, with None for numbers that JSON cannot write."""
     if isinstance(value, Mapping):
         return {key: finite(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -153,7 +153,7 @@ class Optimizer:
             parameter.grad = None
 
     def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
-        """The gradient of each learnable parameter by name; None where backward did not reach it."""
+        """The gradient of each learnable parameter by name; None if backward did not reach it."""
         for name, target in self._targets.items():
             yield name, target.grad
 
@@ -165,7 +165,7 @@ class Optimizer:
         """Update the parameters at optimiser step `step` (from 0) and clear the gradients.
 
         Returns:
-            The learning rates before the multipliers of the groups: `lr`, and where the backbone learns by a schedule
+            The learning rates before the multipliers of the groups: `lr`, and if the backbone learns by a schedule
             of its own, `backbone_lr`.
         """
         peak = self._config.lr

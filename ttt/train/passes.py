@@ -23,7 +23,7 @@ from ttt.state import TTTState
 def seed_pass(seed: int, purpose: str, number: int) -> None:
     """Seed every global generator for one forward pass.
 
-    The numbers that pass draws are then a function of the run's seed and the pass alone, so that there is no state
+    The numbers that it draws are then a function of the run's seed and the pass alone, so that there is no state
     of generators to save, and an evaluation in between changes nothing.
     """
     words = _words(seed, purpose, number)
@@ -91,7 +91,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def reset_rows(injection: Injection, states: Mapping[str, TTTState], starts: Sequence[bool]) -> dict[str, TTTState]:
-    """The states with the rows that start a file fresh; no states where every row does.
+    """The states with the rows that start a file fresh; no states if every row does.
 
     The fresh rows are the layer's own initial weights, which the gradient reaches.
     """

@@ -29,13 +29,13 @@ class TrainResult:
     interrupted: bool
     """Whether it was asked to stop before its last step, or before its last evaluation was done."""
     loss: float | None
-    """Training loss of the last step; None where no step was done."""
+    """Training loss of the last step; None if no step was done."""
     evaluation: Evaluation | None
-    """The closing outer loss beside that with closed gates; None where the run was interrupted."""
+    """The closing outer loss, with open and with closed gates; None if the run was interrupted."""
     checkpoint: Path | None
     """The last checkpoint, with the adapter in it."""
     resume_command: str
-    """Continues the run where it was interrupted, or where `train.max_steps` is raised."""
+    """Continues the run if it was interrupted, or once `train.max_steps` is raised."""
 
 
 def write_summary(result: TrainResult, more: Mapping[str, Any]) -> None:
@@ -53,7 +53,7 @@ def write_summary(result: TrainResult, more: Mapping[str, Any]) -> None:
 
 
 def finished(run: RunDir, checkpoint: Checkpoint, config: RunConfig) -> TrainResult | None:
-    """How a run ended that has nothing left to do; None where it has.
+    """How a run ended, if it has nothing left to do; None if it has.
 
     Raises:
         ConfigError: it has done more steps than `train.max_steps`.

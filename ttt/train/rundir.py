@@ -92,7 +92,7 @@ class RunDir:
 
         Raises:
             UsageError: it holds a run, or is not a folder; the message says how to go on.
-            EnvironmentProblem: it cannot be written, or something else lies where a run's files go.
+            EnvironmentProblem: it cannot be written, or something else is where a run's files go.
         """
         claim.require_possible(self.path)
         if self._numbered:
@@ -148,7 +148,7 @@ class RunDir:
         Raises:
             UsageError: no checkpoint is complete, another process is training there, or the folder is not a run's.
             ConfigError: the config asks for another run; the message names every key.
-            EnvironmentProblem: something else lies where a run's files go.
+            EnvironmentProblem: something else is where a run's files go.
         """
         claim.require_possible(self.path)
         self._require_idle()
@@ -215,7 +215,7 @@ class RunDir:
         return found.checkpoint, list(found.passed_over)
 
     def complete(self) -> list[Checkpoint]:
-        """Every complete checkpoint, the newest first."""
+        """Every complete checkpoint, the newest first, without those that `latest` found damaged."""
         found = []
         for folder in reversed(step_folders(self.path)):
             with contextlib.suppress(EnvironmentProblem):
@@ -297,7 +297,7 @@ def choose(config: RunConfig, *, resume: bool) -> RunDir:
 
 
 def _newest_run(label: str) -> RunDir | None:
-    """The newest run of that label that can be resumed."""
+    """The newest run under `runs/` with a label that can be resumed."""
     runs = [RunDir(path) for path in Path("runs").glob(f"{label}-*") if (path / CONFIG).is_file()]
     able = []
     for run in runs:

@@ -17,7 +17,7 @@ from ttt.config.schema import RunConfig
 from ttt.errors import ConfigError, EnvironmentProblem, NestedCheckpointWarning
 from ttt.inject import Injection
 from ttt.machine import processes_launched
-from ttt.plugins import Backbone, WindowDataset
+from ttt.plugins import Backbone, WindowDataset, run_config_model
 from ttt.plugins.asking import asked, is_out_of_memory
 from ttt.train.order import LaneOrder, WindowOrder
 from ttt.train.passes import seed_pass
@@ -26,7 +26,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device of `train.device`: `auto` is CUDA where there is one.
+    """The device of `train.device`: `auto` is CUDA if there is a CUDA device.
 
     Raises:
         EnvironmentProblem: `cuda` is asked for and there is none.
@@ -42,7 +42,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory used so far: of PyTorch's allocator on CUDA, else of the process (0 where unknown)."""
+    """Most memory used so far: of PyTorch's allocator on CUDA, else of the process (0 if that is not known)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -62,7 +62,7 @@ def device_in_words(device: torch.device) -> str:
 
 
 def require_one_process() -> None:
-    """Refuse to be one of several: each would train the same, into the same folder.
+    """Refuse to be one of several processes: each would train the same run, into the same folder.
 
     Raises:
         EnvironmentProblem: a distributed launcher started this process.
@@ -75,10 +75,12 @@ def require_one_process() -> None:
         )
 
 
-def narrowed(config: RunConfig, backbone: Backbone) -> RunConfig:
-    """The config as the class that knows the backbone's own options, so that none is lost where it is written."""
-    from ttt.plugins import run_config_model
+def with_backbone_options(config: RunConfig, backbone: Backbone) -> RunConfig:
+    """The config as the class that knows the backbone's own options, so that none of them is lost when it is written.
 
+    Raises:
+        ConfigError: it does not fit the backbone.
+    """
     model = run_config_model(backbone)
     if isinstance(config, model):
         return config
@@ -135,7 +137,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def ways_to_less_memory(config: RunConfig) -> list[str]:
-    """What takes less memory in training than the config does."""
+    """What takes less memory in training than this config."""
     ways = ["a smaller train.batch_size (with more train.num_microbatches)", "shorter windows"]
     if not config.train.gradient_checkpointing:
         ways.append("train.gradient_checkpointing: true")

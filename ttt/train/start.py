@@ -26,10 +26,10 @@ from ttt.train.saving import require_space_for_one, restored
 from ttt.train.setup import (
     choose_device,
     memory_errors,
-    narrowed,
     require_one_process,
     threads,
     ways_to_less_memory,
+    with_backbone_options,
 )
 from ttt.train.terminal import lasting
 
@@ -67,7 +67,7 @@ def train(
     require_one_process()
     console = console or Console()
     with interruptible(), lasting(console):
-        return _train(narrowed(config, backbone), backbone, resume=resume, console=console, verify=verify)
+        return _train(with_backbone_options(config, backbone), backbone, resume=resume, console=console, verify=verify)
 
 
 def _train(config: RunConfig, backbone: Backbone, *, resume: bool, console: Console, verify: bool) -> TrainResult:

@@ -28,7 +28,7 @@ from ttt.reading import other_kind
 
 CONFIG = "config.yaml"
 ORIGINAL = "config.original.yaml"
-"""A config by hand that lay where the resolved one goes."""
+"""A config by hand that was in the place of the resolved one."""
 
 MAY_DIFFER = frozenset(
     {
@@ -61,7 +61,7 @@ class StoredConfig:
         self.path = run / CONFIG
 
     def write(self, config: RunConfig) -> None:
-        """Write the resolved config; of a run that goes on, only for who holds the metrics file.
+        """Write the resolved config. If the run goes on, call it only while the metrics file is held.
 
         Raises:
             EnvironmentProblem: it cannot be written.
@@ -92,7 +92,7 @@ class StoredConfig:
                     self._put_aside()
 
     def _put_aside(self) -> None:
-        """Copy the config; it stays until the resolved one replaces it, so that a kill leaves one at any time."""
+        """Copy the config. It stays until the resolved one replaces it, so that a kill always leaves one."""
         content = self.path.read_bytes()
         for name in itertools.chain(
             [ORIGINAL], (ORIGINAL.replace(".yaml", f"-{number}.yaml") for number in itertools.count(2))
@@ -186,7 +186,7 @@ def _in_words(value: Any) -> str:
 
 
 def is_of_a_run(config: Path) -> bool:
-    """Whether a run wrote a config, be it changed since."""
+    """Whether a run wrote a config, even if it was changed since."""
     text = _text(config)
     return _is_as_written(text) is not None or _is_resolved(text)
 
@@ -212,7 +212,7 @@ def _text(config: Path) -> str:
 
 
 def _is_resolved(text: str) -> bool:
-    """Whether a run wrote it: its checksum holds or, where it has none, every section, in order, and no comment."""
+    """Whether a run wrote it: its checksum holds; or, if it has none, it has every section in order and no comment."""
     as_written = _is_as_written(text)
     if as_written is not None:
         return as_written

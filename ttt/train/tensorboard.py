@@ -15,13 +15,14 @@ from ttt.train.terminal import survived
 
 
 class TensorBoard:
-    """Scalars for TensorBoard; does nothing where it is not installed.
+    """Scalars for TensorBoard; does nothing if it is not installed.
 
-    A logger is never the end of a run: whatever fails in it is warned of once, and the run goes on without it.
+    A logger never ends a run: whatever fails in it is warned of once, and the run goes on without it.
 
     Args:
         folder: where its files go.
-        first_step: the run's next step; what TensorBoard has of it and of later ones is of a run that was cut short.
+        first_step: the run's next step; TensorBoard drops what it has of this step and later ones, from a run that was
+            cut short.
         warn: told why nothing more is written, in one sentence.
     """
 
@@ -69,7 +70,7 @@ def _numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class _EventFile:
-    """One event file of TensorBoard, written where it is asked for.
+    """One event file of TensorBoard, written by this thread.
 
     PyTorch's `SummaryWriter` hands its events to a thread, which prints a traceback of its own when the disk is full,
     and whose locks an interrupt can leave taken.
@@ -86,7 +87,7 @@ class _EventFile:
 
     @classmethod
     def open(cls, folder: Path, first_step: int) -> _EventFile | None:
-        """A new file in the folder, named as TensorBoard looks for them; None where TensorBoard is not installed."""
+        """A new file in the folder, named as TensorBoard looks for them; None if TensorBoard is not installed."""
         try:
             import tensorboard
         except ModuleNotFoundError as error:

@@ -45,11 +45,11 @@ def lasting(console: Console) -> Iterator[None]:
 
 @contextlib.contextmanager
 def survived(what: str, warn: Callable[[str], None]) -> Iterator[None]:
-    """Warn of what fails inside and go on: for what a run tells beside its metrics, which is never its end.
+    """Warn of what fails inside, and go on. It is for what a run tells beside its metrics.
 
     Args:
-        what: cannot be done then, a clause.
-        warn: told so and why, in one sentence.
+        what: what cannot be done then, as a clause.
+        warn: called with one sentence that says so, and why.
     """
     try:
         yield

@@ -23,7 +23,7 @@ from ttt.laws import LawBrokenError
 from ttt.plugins import Backbone
 from ttt.plugins.asking import WAY_OUT, owner
 from ttt.printable import say
-from ttt.train.setup import narrowed, threads
+from ttt.train.setup import threads, with_backbone_options
 
 
 def probe(config: RunConfig, backbone: Backbone, *, console: Console | None = None) -> list[Finding]:
@@ -46,7 +46,7 @@ def probe(config: RunConfig, backbone: Backbone, *, console: Console | None = No
         ttt.errors.TTTError: the model cannot be built, or takes no TTT with these settings.
     """
     console = console or Console()
-    config = narrowed(config, backbone)
+    config = with_backbone_options(config, backbone)
     started = time.monotonic()
     findings: list[Finding] = []
     # One thread: the matrices are small, and more would only wait for each other.
