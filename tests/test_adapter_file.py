@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -24,8 +25,9 @@ from ttt.adapter_file import (
     save_adapter,
     weights_fingerprint,
 )
+from ttt.checkpoint_folder import step_folder, write_record
 from ttt.config import TTTConfig
-from ttt.errors import AdapterFileError, AdapterMismatchError, EnvironmentProblem
+from ttt.errors import AdapterFileError, AdapterMismatchError, DamagedFileWarning, EnvironmentProblem
 from ttt.files import write_tensors
 
 BACKEND = ToyBackbone()
@@ -101,6 +103,24 @@ def test_info_needs_no_torch(saved):
         "import sys; from ttt.adapter_file import read_info; read_info(sys.argv[1]); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
+
+
+def test_a_runs_adapter_is_read_and_compared_without_the_trainer(saved, tmp_path_factory):
+    folder, _ = saved
+    run = tmp_path_factory.mktemp("run")
+    for step in (3, 12):
+        shutil.copytree(folder, step_folder(run, step))
+        write_record(step_folder(run, step), step, {})
+    (step_folder(run, 12) / CONFIG).unlink()
+    code = (
+        "import sys, warnings; warnings.simplefilter('ignore'); from ttt.adapter_file import read_info; "
+        "info = read_info(sys.argv[1], verify=True); print(info.path); "
+        "print(sorted(name for name in sys.modules if name == 'torch' or name.startswith('ttt.train')))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(run)], check=True, capture_output=True, text=True)
+    assert result.stdout.splitlines() == [str(step_folder(run, 3) / MODEL), "[]"]
+    with pytest.warns(DamagedFileWarning, match=r"step_000012/adapter_config.json: missing; .*step_000003 is taken"):
+        read_info(run)
 
 
 OTHER_SETTINGS = {

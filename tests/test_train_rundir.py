@@ -208,14 +208,21 @@ def test_what_is_not_known_to_be_worthless_is_not_taken_over(tmp_path, case):
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "summary.json", "loss.png", "inner_loss.png"])
-@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda place: place.symlink_to("nowhere")])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (Path.mkdir, "a folder"),
+        (os.mkfifo, "a FIFO"),
+        (lambda place: place.symlink_to("nowhere"), "a link that leads nowhere"),
+    ],
+)
 @pytest.mark.parametrize("has_checkpoint", [False, True])
-def test_what_lies_where_a_file_goes_is_told_before_training(run, name, make, has_checkpoint):
+def test_what_lies_where_a_file_goes_is_told_before_training(run, name, make, kind, has_checkpoint):
     if has_checkpoint:
         save(run, 4)
     (run.path / name).unlink(missing_ok=True)
     make(run.path / name)
-    with pytest.raises(EnvironmentProblem, match=rf"{name}: is .*, and a run writes a file there; move it away"):
+    with pytest.raises(EnvironmentProblem, match=rf"{name}: is {kind}, and a run writes a file there; move it away"):
         run.reopen(config(run.path), ToyBackbone())
     with pytest.raises((EnvironmentProblem, UsageError), match=r"move it away|already holds"):
         run.require_unused()
