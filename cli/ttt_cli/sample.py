@@ -18,7 +18,7 @@ from ttt_cli.terminal import show, show_note
 if TYPE_CHECKING:
     from ttt.check import LoadedConfig
     from ttt.config import RunConfig
-    from ttt.plugins import SamplePlan
+    from ttt.plugins import SamplePlan, SampleRequest
     from ttt.prompts import Prompts
 
 _MOST_SEED = (1 << 63) - 1
@@ -91,10 +91,7 @@ def sample(
     from ttt.check import load_config
     from ttt.errors import UsageError
 
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise UsageError(f"--seconds {seconds:g}: is no length; write one such as 9")
-    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-        raise UsageError(f"--guidance-scale {guidance_scale:g}: must be a number of 0 or more; 1 is without guidance")
+    _require_sane(seconds, guidance_scale)
     given = _given(prompts or [], prompt_files or [], negative_prompts or [])
     if seed + len(given) - 1 > _MOST_SEED:
         raise UsageError(f"--seed {seed}: the last of {len(given)} samples has no seed left; write a smaller one")
@@ -110,25 +107,13 @@ def sample(
     start = loaded.config.train.init_from
     if learned is None and start is not None:
         told = f"{model}: no adapter: it samples what training would start from, {start}"
-    if guidance_scale <= 1 and any(each.negative for each in chosen):
-        notes.append(f"--guidance-scale {guidance_scale:g} is without guidance: negative prompts are not read")
-    if any(any(each.new_scenes) for each in chosen) and not plans[0].scenes:
-        notes.append(
-            f"requires_scene_transition: {loaded.backbone.name} makes no transitions; they are left to the texts"
-        )
+    notes += _unread(chosen, loaded, guidance_scale=guidance_scale, scenes=plans[0].scenes)
     for note in (told, *notes):
         show(note)
     sys.stdout.flush()  # torch and the backbone's libraries are seconds away
 
-    from rich.console import Console
-
     from ttt.plugins import SampleRequest
-    from ttt.printable import say
-    from ttt.sample import sample as make
-    from ttt.sample import sample_many
-    from ttt.train.terminal import lasting
 
-    console = Console()
     requests = [
         SampleRequest(
             prompts=each.prompts,
@@ -142,14 +127,61 @@ def sample(
         )
         for number, (each, place) in enumerate(zip(chosen, places, strict=True))
     ]
-    verify_learned = verify and (adapter is not None or not Path(model).is_dir())  # that of a run is compared already
+    if together:
+        _make_many(loaded, requests, learned, verify=verify, overwrite=overwrite)
+    else:  # what a run has learned is compared already
+        _make_one(loaded, requests[0], learned, verify=verify and (adapter is not None or not Path(model).is_dir()))
+
+
+def _require_sane(seconds: float, guidance_scale: float) -> None:
+    """Refuse numbers that mean nothing.
+
+    Raises:
+        UsageError: one does.
+    """
+    from ttt.errors import UsageError
+
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise UsageError(f"--seconds {seconds:g}: is no length; write one such as 9")
+    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise UsageError(f"--guidance-scale {guidance_scale:g}: must be a number of 0 or more; 1 is without guidance")
+
+
+def _unread(chosen: list[Prompts], loaded: LoadedConfig, *, guidance_scale: float, scenes: bool) -> list[str]:
+    """What is asked for and will not be read, a sentence each."""
+    notes = []
+    if guidance_scale <= 1 and any(each.negative for each in chosen):
+        notes.append(f"--guidance-scale {guidance_scale:g} is without guidance: negative prompts are not read")
+    if any(any(each.new_scenes) for each in chosen) and not scenes:
+        notes.append(
+            f"requires_scene_transition: {loaded.backbone.name} makes no transitions; they are left to the texts"
+        )
+    return notes
+
+
+def _make_one(loaded: LoadedConfig, request: SampleRequest, learned: Path | None, *, verify: bool) -> None:
+    from rich.console import Console
+
+    from ttt.printable import say
+    from ttt.sample import sample as make
+    from ttt.train.terminal import lasting
+
+    console = Console()
     with lasting(console):
-        if not together:
-            written = make(
-                loaded.config, loaded.backbone, requests[0], adapter=learned, console=console, verify=verify_learned
-            )
-            say(console, f"wrote {', '.join(map(str, written))}")
-            return
+        written = make(loaded.config, loaded.backbone, request, adapter=learned, console=console, verify=verify)
+        say(console, f"wrote {', '.join(map(str, written))}")
+
+
+def _make_many(
+    loaded: LoadedConfig, requests: list[SampleRequest], learned: Path | None, *, verify: bool, overwrite: bool
+) -> None:
+    from rich.console import Console
+
+    from ttt.sample import sample_many
+    from ttt.train.terminal import lasting
+
+    console = Console()
+    with lasting(console):
         try:
             sample_many(
                 loaded.config,
