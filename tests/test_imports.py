@@ -300,7 +300,7 @@ def test_what_checks_a_config_imports_no_torch() -> None:
     modules = _modules(PACKAGES["ttt"])
     static = [module for module in modules if _room(module, TORCHLESS) and not _room(module, RUNS_MODELS)]
     assert {"ttt.config.schema", "ttt.plugins.backbone", "ttt.check.load", "ttt.check.rules.memory"} <= set(static)
-    assert _heavy_after(["ttt", *static, "ttt.ops.choices", "ttt_cli.main", "ttt_cli.app"]) == "[]"
+    assert _heavy_after(["ttt", *static, "ttt.ops.constants", "ttt_cli.main", "ttt_cli.app"]) == "[]"
 
 
 NOT_FOR_A_CHECK = {
