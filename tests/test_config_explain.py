@@ -14,8 +14,8 @@ from ttt.check import check_config
 from ttt.check.explain import FAMILIES, catalogue, explain, page
 from ttt.check.explanations import EXPLANATIONS
 from ttt.check.probe_codes import LAW_EXPLANATIONS
-from ttt.config import Finding
-from ttt.config.findings import CODES, Explanation
+from ttt.config import Explanation, Finding
+from ttt.config.findings import CODES
 from ttt.errors import UsageError
 
 ROOT = Path(__file__).parent.parent

@@ -300,7 +300,7 @@ def test_what_checks_a_config_imports_no_torch() -> None:
     modules = _modules(PACKAGES["ttt"])
     static = [module for module in modules if _room(module, TORCHLESS) and not _room(module, RUNS_MODELS)]
     assert {"ttt.config.schema", "ttt.plugins.backbone", "ttt.check.load", "ttt.check.rules.memory"} <= set(static)
-    assert _heavy_after(["ttt", *static, "ttt.ops.choices", "ttt_cli.main", "ttt_cli.app"]) == "[]"
+    assert _heavy_after(["ttt", *static, "ttt.ops.constants", "ttt_cli.main", "ttt_cli.app"]) == "[]"
 
 
 NOT_FOR_A_CHECK = {
@@ -320,6 +320,9 @@ NOT_FOR_A_CHECK = {
         "ttt.train",
         "ttt.layer",
     ),
+    # what a plugin may bring, and this check does not ask for; what is said of a file that does not parse
+    *("ttt.plugins.imported", "ttt.plugins.sampling", "ttt.plugins.site", "ttt.plugins.rows"),
+    *("ttt.config.explanation", "ttt.config.complaints", "ttt.config.dumping", "ttt.devices"),
     # of the standard library, what only the above want
     *("asyncio", "http.client", "ssl", "difflib", "traceback", "subprocess", "multiprocessing", "logging", "runpy"),
 }

@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 from ttt.check import check_config, load_config
 from ttt.check.explain import catalogue, explain
 from ttt.checksums import parse_line
-from ttt.config import Finding
-from ttt.config.findings import Explanation
+from ttt.config import Explanation, Finding
 from ttt.errors import ConfigError, EnvironmentProblem, UsageError
 from ttt.files import read_header, write_tensors
 from ttt.plugins import get_backbone

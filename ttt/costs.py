@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ttt.config.schema import TTTConfig, inner_widths
-from ttt.ops.choices import BLOCK, SMALL
+from ttt.ops.constants import BLOCK, SMALL
 
 WIDE = 4
 """Bytes of a number in float32: fast weights, TTT parameters, moments."""

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from ttt.ops.choices import VARIABLE
+from ttt.ops.constants import VARIABLE
 from ttt.reading import other_kind
 
 _NVIDIA = Path("/proc/driver/nvidia/version")

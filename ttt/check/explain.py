@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 
 from ttt.check.explanations import EXPLANATIONS
 from ttt.check.probe_codes import LAW_EXPLANATIONS
-from ttt.config.findings import CODES, Explanation
+from ttt.config.explanation import Explanation
+from ttt.config.findings import CODES
 from ttt.config.spelling import nearest
 from ttt.errors import TTTError, UsageError
 from ttt.plugins import discover

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from ttt.config.findings import Explanation
+from ttt.config.explanation import Explanation
 
 _MOSHI = "backbone: {name: moshi}\n"
 _LM = "TTT-LM (arXiv 2407.04620)"

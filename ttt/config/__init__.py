@@ -20,12 +20,13 @@ from ttt.config.schema import (
 
 if TYPE_CHECKING:
     from ttt.config.dumping import dump_config
-    from ttt.config.findings import CODES, Explanation, Finding, Place, Severity
+    from ttt.config.explanation import Explanation
+    from ttt.config.findings import CODES, Finding, Place, Severity
     from ttt.config.source import Source
 
 _EXPORTS = {
     "CODES": "ttt.config.findings",
-    "Explanation": "ttt.config.findings",
+    "Explanation": "ttt.config.explanation",
     "Finding": "ttt.config.findings",
     "Place": "ttt.config.findings",
     "Severity": "ttt.config.findings",

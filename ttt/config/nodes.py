@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from ttt.config.complaints import explain_complaint
 from ttt.config.findings import Finding, Place, Severity
 from ttt.config.places import KeyPath, Located, dotted
 from ttt.config.scalars import resolve
@@ -297,6 +296,8 @@ class Reading:
         node.levels = max(node.levels, child.levels + 1)
 
     def _syntax(self, error: yaml.MarkedYAMLError) -> SourceError:
+        from ttt.config.complaints import explain_complaint
+
         mark, opened = error.problem_mark or error.context_mark, error.context_mark
         line, column = (mark.line, mark.column) if mark else (0, 0)
         problem = str(error.problem or "")

@@ -9,6 +9,6 @@ carry theirs as a suffix (`q_BHTF`). Fast weights are flat tuples `(W1, b1, W2, 
 - `ttt.ops.minibatch`: a sequence as mini-batches, open ones included
 - `ttt.ops.scan`: the scan over mini-batches with checkpoint groups, for any step
 - `ttt.ops.fused`: the same for linear and MLP inner models as one operation, its backward by hand
-- `ttt.ops.select`: which of these runs; `ttt.ops.choices`: the numbers that decide it, without torch
+- `ttt.ops.select`: which of these runs
 - `ttt.ops.norm`, `ttt.ops.rotary`: what they are made of
 """

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-from ttt.ops.choices import BLOCK
+from ttt.ops.constants import BLOCK
 from ttt.ops.norm import is_constant, is_zero
 
 Weights = tuple[Tensor, ...]

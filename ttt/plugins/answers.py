@@ -9,13 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ttt.config.findings import Explanation
 from ttt.plugins.asking import AskedDataset, WrongAnswer, asked
-from ttt.plugins.data import LossOutput
-from ttt.plugins.facts import BackboneFacts
-from ttt.plugins.imported import ImportedConfig
-from ttt.plugins.sampling import SamplePlan
-from ttt.plugins.site import Site
 
 Check = Callable[[Any, Any], Any]
 
@@ -63,6 +57,8 @@ def _presets(backbone: Any, answer: Any) -> Any:
 
 
 def _explanations(backbone: Any, answer: Any) -> Any:
+    from ttt.config.explanation import Explanation
+
     if not isinstance(answer, Mapping):
         raise WrongAnswer(f"{_named(answer)}, not a mapping of codes to explanations")
     for code, entry in answer.items():
@@ -72,6 +68,8 @@ def _explanations(backbone: Any, answer: Any) -> Any:
 
 
 def _facts(backbone: Any, answer: Any) -> Any:
+    from ttt.plugins.facts import BackboneFacts
+
     _instance(lambda _: BackboneFacts)(backbone, answer)
     for name in ("dim", "num_heads", "num_layers", "gates", "layers_per_checkpoint"):
         _require_whole(answer, name, least=1)
@@ -103,12 +101,16 @@ def _truth(backbone: Any, answer: Any) -> Any:
 
 
 def _imported(backbone: Any, answer: Any) -> Any:
+    from ttt.plugins.imported import ImportedConfig
+
     if answer is not None and not isinstance(answer, ImportedConfig):
         raise WrongAnswer(f"{_named(answer)}, not an ImportedConfig, or None where it does not know the file")
     return answer
 
 
 def _plan(backbone: Any, answer: Any) -> Any:
+    from ttt.plugins.sampling import SamplePlan
+
     _instance(lambda _: SamplePlan)(backbone, answer)
     _require_whole(answer, "prompts", least=0)
     _paths(backbone, answer.files)
@@ -161,6 +163,8 @@ def _module(backbone: Any, answer: Any) -> Any:
 
 
 def _sites(backbone: Any, answer: Any) -> Any:
+    from ttt.plugins.site import Site
+
     if not isinstance(answer, Sequence) or not answer:
         raise WrongAnswer(f"{_in_short(answer)}, not a sequence of Site, one for each layer that TTT can go into")
     for number, site in enumerate(answer):
@@ -229,6 +233,8 @@ def _require_files(dataset: Any) -> None:
 def _loss(backbone: Any, answer: Any) -> Any:
     import numpy as np
     from torch import Tensor
+
+    from ttt.plugins.data import LossOutput
 
     _instance(lambda _: LossOutput)(backbone, answer)
     loss = answer.loss

@@ -18,11 +18,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ttt.errors import PluginError, TTTError
-from ttt.plugins.data import Batch, WindowDataset
 from ttt.plugins.origin import distribution_of, origin_of, version_of
+
+if TYPE_CHECKING:
+    from ttt.plugins.data import Batch, WindowDataset
 
 TRACEBACK = "TTT_TRACEBACK"
 """The variable that, set to anything but 0, has tracebacks of plugins printed on standard error."""

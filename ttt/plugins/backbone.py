@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
 from ttt.errors import UsageError
-from ttt.plugins.data import Batch, LossOutput, WindowDataset
-from ttt.plugins.facts import BackboneFacts
 from ttt.plugins.guarding import guard
-from ttt.plugins.imported import ImportedConfig
-from ttt.plugins.sampling import SamplePlan, SampleRequest
-from ttt.plugins.site import Site
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
     from torch import Tensor, nn
+
+    from ttt.plugins.data import Batch, LossOutput, WindowDataset
+    from ttt.plugins.facts import BackboneFacts
+    from ttt.plugins.imported import ImportedConfig
+    from ttt.plugins.sampling import SamplePlan, SampleRequest
+    from ttt.plugins.site import Site
 
 
 class Backbone(ABC):

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 
-from ttt.config.findings import Explanation
+from ttt.config import Explanation
 
 _DEMO = "backbone: {name: videodit}\n"
 _OWN_DATA = _DEMO + "data: {train_data: train.jsonl, eval_data: eval.jsonl}\n"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ttt.check.rules.rule import Context, rule
 from ttt.config.findings import Finding, Severity
 from ttt.machine import missing_compiler, wrong_implementation
-from ttt.ops.choices import VARIABLE
+from ttt.ops.constants import VARIABLE
 
 
 @rule("train.compile", "ttt.layers")
