@@ -34,7 +34,7 @@ from ttt.config.estimate import (
 )
 from ttt.errors import NestedCheckpointWarning
 from ttt.layer import TTTLayer
-from ttt.ops import fused
+from ttt.ops.fused import operator as fused
 from ttt.ops.rotary import rotary_angles
 from ttt.plugins import get_backbone
 from ttt.train.optim import Optimizer, choose_learnable

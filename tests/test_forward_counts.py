@@ -12,7 +12,8 @@ from ttt.config.estimate import enclosing_checkpoints, scan_cost
 from ttt.errors import NestedCheckpointWarning
 from ttt.laws import Bench
 from ttt.laws.checks import NESTINGS
-from ttt.ops import fused, minibatch
+from ttt.ops import minibatch
+from ttt.ops.fused import operator as fused
 from ttt.plugins import get_backbone
 
 SIZE = 4

@@ -22,7 +22,7 @@ from ttt.config import TTTConfig
 from ttt.config.estimate import scan_cost
 from ttt.errors import NestedCheckpointWarning
 from ttt.layer import TTTLayer
-from ttt.ops import fused
+from ttt.ops.fused import operator as fused
 from ttt.ops.minibatch import Inner, Stream, Tokens, learn
 from ttt.ops.select import implementation
 from ttt.state import TTTState
