@@ -34,7 +34,7 @@ from ttt.config.estimate import (
 )
 from ttt.errors import NestedCheckpointWarning
 from ttt.layer import TTTLayer
-from ttt.ops.fused import operator as fused
+from ttt.ops.fused import layout, operator
 from ttt.ops.rotary import rotary_angles
 from ttt.plugins import get_backbone
 from ttt.train.optim import Optimizer, choose_learnable
@@ -172,9 +172,10 @@ def test_what_a_group_makes_room_for(
         return run
 
     with monkeypatch.context() as patch:
-        for name in ("_allocate", "_Scratch", "_BackwardScratch"):
-            patch.setattr(fused, name, noticed(getattr(fused, name)))
-        patch.setattr(fused._Block, "room", noticed(fused._Block.room))
+        for name in ("Scratch", "BackwardScratch"):
+            patch.setattr(operator, name, noticed(getattr(operator, name)))
+        for made_by in (layout.Block, layout.Kept):
+            patch.setattr(made_by, "room", noticed(made_by.room))
         out.square().sum().backward()
     cost = scan_cost(config, dim=128, num_heads=4, tokens=tokens, batch_size=batch)
     assert sum(x.nbytes for x in found.values()) == pytest.approx(cost.passing_bytes, rel=0.05)
@@ -193,7 +194,7 @@ def test_what_a_layer_keeps_around_its_scan() -> None:
 
 def test_what_a_mini_batch_left_open_keeps() -> None:
     assert SMALL == ttt.ops.select.SMALL
-    assert BLOCK == fused.BLOCK
+    assert BLOCK == operator.BLOCK
     config = _ttt(layer_type="mlp", scan_checkpoint_group_size=2, mini_batch_size=16)
     adapter = TTTAdapter(128, 4, config)
     totals = []
@@ -263,14 +264,14 @@ def test_how_often_every_inner_step_runs_forward(group: int, enclosing: int, mon
     for _ in range(enclosing):
         layer = _checkpointed(layer)
     runs = 0
-    chunk = fused._forward_chunk
+    chunk = operator.forward_chunk
 
-    def counted(dims: Any, constants: Any, views: Any, *others: Any, **keywords: Any) -> Any:
+    def counted(common: Any, views: Any, *others: Any, **keywords: Any) -> Any:
         nonlocal runs
         runs += views.steps
-        return chunk(dims, constants, views, *others, **keywords)
+        return chunk(common, views, *others, **keywords)
 
-    monkeypatch.setattr(fused, "_forward_chunk", counted)
+    monkeypatch.setattr(operator, "forward_chunk", counted)
     layer(torch.randn(1, 32, 16, requires_grad=True)).sum().backward()
     cost = scan_cost(config, dim=16, num_heads=2, tokens=32, batch_size=1)
     assert cost.steps == 8

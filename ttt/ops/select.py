@@ -1,4 +1,4 @@
-"""Which implementation of the inner learning runs: one function, so that nobody else needs to choose."""
+"""Which implementation of the inner learning runs: the one place that decides it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from typing import Literal, get_args
 
 import torch
 
+from ttt.ops.constants import SMALL, VARIABLE
+
 Implementation = Literal["reference", "generic", "fused"]
-VARIABLE = "TTT_OPS"
-"""The environment variable that forces an implementation."""
 FUSED_DTYPES = (torch.float32, torch.float64)
-SMALL = 1 << 17
-"""Numbers of the widest tensor of one mini-batch below which, on a CPU, a call costs more than its arithmetic."""
 
 
 def forced_implementation() -> Implementation | None:
-    """What the environment variable `TTT_OPS` asks for; None where it is not set or empty.
+    """What the environment variable `TTT_OPS` asks for; None if it is not set or empty.
 
     Raises:
         ValueError: it names no implementation.
@@ -36,7 +34,7 @@ def forced_implementation() -> Implementation | None:
 def implementation(
     *, device_type: str, dtypes: Iterable[torch.dtype], mini_batches: int | None = None, numbers: int = 0
 ) -> Implementation:
-    """The implementation that runs: what `TTT_OPS` forces, else the fastest of those that can.
+    """The implementation that runs: the one that `TTT_OPS` forces, else the fastest of those that can.
 
     | | what it is | types | second derivatives | chosen |
     | --- | --- | --- | --- | --- |
@@ -49,7 +47,7 @@ def implementation(
     Args:
         device_type: `cpu`, `cuda`, …
         dtypes: of tokens and fast weights.
-        mini_batches: of the scan; None for one that is open on either side, which runs beside it.
+        mini_batches: how many are scanned; None for one that is open on either side, which runs beside the scan.
         numbers: of the widest tensor of one mini-batch, `B · H · C · width`.
 
     Raises:
