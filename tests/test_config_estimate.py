@@ -25,7 +25,7 @@ from ttt.config import RunConfig, TTTConfig
 from ttt.costs import layer_activation_bytes, layer_flops, layer_parameters, scan_cost
 from ttt.errors import NestedCheckpointWarning
 from ttt.layer import TTTLayer
-from ttt.ops import fused
+from ttt.ops.fused import layout, operator
 from ttt.ops.rotary import rotary_angles
 from ttt.plugins import BackboneFacts, get_backbone
 from ttt.train.optim import Optimizer, choose_learnable
@@ -163,9 +163,10 @@ def test_what_a_group_makes_room_for(
         return run
 
     with monkeypatch.context() as patch:
-        for name in ("_allocate", "_Scratch", "_BackwardScratch"):
-            patch.setattr(fused, name, noticed(getattr(fused, name)))
-        patch.setattr(fused._Block, "room", noticed(fused._Block.room))
+        for name in ("Scratch", "BackwardScratch"):
+            patch.setattr(operator, name, noticed(getattr(operator, name)))
+        for made_by in (layout.Block, layout.Kept):
+            patch.setattr(made_by, "room", noticed(made_by.room))
         out.square().sum().backward()
     cost = scan_cost(config, dim=128, num_heads=4, tokens=tokens, batch_size=batch)
     assert sum(x.nbytes for x in found.values()) == pytest.approx(cost.passing_bytes, rel=0.05)
@@ -252,14 +253,14 @@ def test_how_often_every_inner_step_runs_forward(group: int, enclosing: int, mon
     for _ in range(enclosing):
         layer = _checkpointed(layer)
     runs = 0
-    chunk = fused._forward_chunk
+    chunk = operator.forward_chunk
 
-    def counted(dims: Any, constants: Any, views: Any, *others: Any, **keywords: Any) -> Any:
+    def counted(common: Any, views: Any, *others: Any, **keywords: Any) -> Any:
         nonlocal runs
         runs += views.steps
-        return chunk(dims, constants, views, *others, **keywords)
+        return chunk(common, views, *others, **keywords)
 
-    monkeypatch.setattr(fused, "_forward_chunk", counted)
+    monkeypatch.setattr(operator, "forward_chunk", counted)
     layer(torch.randn(1, 32, 16, requires_grad=True)).sum().backward()
     cost = scan_cost(config, dim=16, num_heads=2, tokens=32, batch_size=1)
     assert cost.steps == 8

@@ -14,7 +14,8 @@ from ttt.costs import scan_cost
 from ttt.errors import NestedCheckpointWarning
 from ttt.laws import Bench
 from ttt.laws.checks import NESTINGS
-from ttt.ops import fused, minibatch
+from ttt.ops import minibatch
+from ttt.ops.fused import operator
 from ttt.plugins import get_backbone
 
 SIZE = 4
@@ -27,21 +28,20 @@ def count_steps(monkeypatch, bench, *, group_size, inside_own, wrappers=()):
     bench.checkpointed(injection.model, inside_own)
     batch = bench.batch(injection.model)
     found = {"scan": 0, "beside": 0}
-    chunk = fused._forward_chunk
+    chunk = operator.forward_chunk
 
-    def counted_chunk(dims, constants, views, *others, closes, **keywords):
-        found["scan" if closes else "beside"] += views.steps
-        return chunk(dims, constants, views, *others, closes=closes, **keywords)
+    def counted_chunk(common, views, *others, **keywords):
+        found["scan" if common.closes else "beside"] += views.steps
+        return chunk(common, views, *others, **keywords)
 
-    monkeypatch.setattr(fused, "_forward_chunk", counted_chunk)
-    for name in ("linear_minibatch", "mlp_minibatch"):  # mini-batches that are open on either side, where small
-        original = getattr(minibatch, name)
+    monkeypatch.setattr(operator, "forward_chunk", counted_chunk)
+    original = minibatch.mlp_minibatch  # mini-batches that are open on either side, where small
 
-        def counted(*arguments, original=original, **keywords):
-            found["beside"] += 1
-            return original(*arguments, **keywords)
+    def counted(*arguments, **keywords):
+        found["beside"] += 1
+        return original(*arguments, **keywords)
 
-        monkeypatch.setattr(minibatch, name, counted)
+    monkeypatch.setattr(minibatch, "mlp_minibatch", counted)
     with bench.wrapped(injection, wrappers):
         bench.gradients(injection.model, batch)
     monkeypatch.undo()

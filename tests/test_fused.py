@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import itertools
 import random
+import re
+import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +28,7 @@ from ttt.costs import scan_cost
 from ttt.errors import NestedCheckpointWarning
 from ttt.layer import TTTLayer
 from ttt.ops import fused
+from ttt.ops.fused import layout, operator
 from ttt.ops.minibatch import Inner, Stream, Tokens, learn
 from ttt.ops.select import implementation
 from ttt.state import TTTState
@@ -191,8 +197,8 @@ def test_it_is_the_reference_and_the_generic_scan(
     """
     problem = Problem.draw(**shape)
     with monkeypatch.context() as patch:
-        patch.setattr(fused, "BLOCK", block)
-        patch.setattr(fused._Dims, "chunk", lambda dims, device, most, *, keep: chunked(chunk, most, keep, in_place))
+        patch.setattr(operator, "BLOCK", block)
+        patch.setattr(layout.Dims, "chunk", lambda dims, device, most, *, keep: chunked(chunk, most, keep, in_place))
         with deterministic():
             found = problem.learn(monkeypatch, "fused", group_size)
     assert_same(found, problem.learn(monkeypatch, "reference", 0), **EXACT)
@@ -377,6 +383,28 @@ def test_what_is_held_between_forward_and_backward(kind: str, group_size: int) -
     assert carries == pytest.approx(cost.carries_kept_bytes, rel=0.01)
 
 
+@pytest.mark.parametrize("group_size", [0, 2])
+def test_rooms_are_freed_at_once(group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when the garbage collector comes: a cycle would hold a group's memory while the next layer takes its own."""
+    rooms: list[weakref.ref[operator.Scratch]] = []
+
+    def noticed(*arguments: Any) -> operator.Scratch:
+        made = right(*arguments)
+        rooms.append(weakref.ref(made))
+        return made
+
+    right = operator.Scratch
+    monkeypatch.setattr(operator, "Scratch", noticed)
+    problem = Problem.draw(length=24, size=4, hidden=(10,))
+    gc.disable()
+    try:
+        problem.learn(monkeypatch, "fused", group_size)
+        assert len(rooms) == 2
+        assert not any(room() for room in rooms)
+    finally:
+        gc.enable()
+
+
 def test_nothing_is_held_without_grad() -> None:
     layer = layer_of()
     with storages_kept() as kept, torch.no_grad():
@@ -485,6 +513,41 @@ def test_the_implementation_is_chosen_and_can_be_forced(monkeypatch: pytest.Monk
         ValueError, match="TTT_OPS=fast is no implementation; write reference, generic, fused, or unset it"
     ):
         chosen(torch.float32)
+
+
+# --- what is written about it ---
+
+
+def test_the_table_of_symbols_names_what_the_code_has() -> None:
+    rows = re.findall(r"^\| (`.+?) \| ", fused.__doc__ or "", re.MULTILINE)
+    names = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert {"bends", "pushes", "turned_error"} <= names
+    folder = Path(fused.__file__).parent
+    code = "\n".join(file.read_text(encoding="utf-8") for file in folder.glob("[a-z]*.py"))
+    assert {name for name in names if not re.search(rf"\b{name}(_[A-Z][A-Z0-9]*)?\b", code)} == set()
+
+
+def test_the_calls_from_a_layer_to_its_arithmetic_are_those_that_are_written_down() -> None:
+    """The table of docs/ops.md, in its order, against the stack on which the arithmetic is called."""
+    page = (Path(__file__).parent.parent / "docs" / "ops.md").read_text(encoding="utf-8")
+    table = page.split("## From a layer to its arithmetic")[1].split("| --- | --- |")[1].split("\n\n")[0]
+    firsts = [re.findall(r"`([\w.:]+)`", row.split("|")[1])[0] for row in table.strip().splitlines()]
+    written = [name.split(".")[-1] for name in firsts]
+    assert written[:3] == ["forward", "_read", "learn"]
+    stack: list[str] = []
+    chunk = operator.forward_chunk
+    with pytest.MonkeyPatch.context() as patch:
+
+        def noticed(*arguments: Any, **keywords: Any) -> Tensor:
+            if not stack:
+                stack.extend(frame.name for frame in traceback.extract_stack())
+            return chunk(*arguments, **keywords)
+
+        patch.setattr(operator, "forward_chunk", noticed)
+        layer_of()(tokens_of(2, 16, 16))
+    calls = iter(stack)
+    ours = [name for name in written if name not in ("ttt::minibatches", "forward_chunk")]
+    assert all(name in calls for name in ours), (ours, stack)
 
 
 def test_forcing_reaches_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:

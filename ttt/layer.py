@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable
 
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from ttt.config import TTTConfig
 from ttt.config.schema import inner_widths
 from ttt.costs import best_group_size, scan_cost
+from ttt.ops.autocast import no_autocast
 from ttt.ops.minibatch import Inner, InnerTrace, Stream, Tokens, learn, learn_one_, trace
 from ttt.ops.norm import normalize, normalize_target, outer_layer_norm, rms_norm
 from ttt.ops.rotary import apply_rotary, rotary_angles
@@ -356,10 +356,3 @@ def check_head_width(dim: int, num_heads: int, config: TTTConfig) -> None:
 def _nonfinite(x: Tensor) -> Tensor:
     """Which tokens of `[B,T,D]` hold a NaN or an infinity, `[B,T,1]`."""
     return ~x.isfinite().all(dim=-1, keepdim=True)
-
-
-def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Autocast off for the device of `x`, where it could be on."""
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()

@@ -1,25 +1,23 @@
-"""A sequence as mini-batches: full ones through the scan, those that a piece leaves open or finds open beside it.
+"""A sequence as mini-batches: full ones go through the scan; those that a piece leaves or finds open run beside it.
 
-A stream's state is the weights that opened its current mini-batch, the gradients summed over the tokens read of it,
-and how many those are. Streams of a batch may stand at different places; nothing here waits for the device to know
-where.
+A stream's state is the weights that opened its current mini-batch, the gradients summed over the tokens it has read of
+that mini-batch, and how many those are. Streams of a batch may stand at different places. Nothing here waits for the
+device to know where they stand.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ttt.ops.fused import fused_minibatch, fused_scan
-from ttt.ops.linear import linear_minibatch, linear_model
-from ttt.ops.mlp import gelu, gelu_gradient, mlp_minibatch, mlp_model
-from ttt.ops.norm import inner_loss, inner_loss_gradient, layer_norm
+from ttt.ops.mlp import gelu, key_pass, mlp_minibatch, mlp_model, mlp_scan, move
+from ttt.ops.norm import inner_loss, layer_norm
 from ttt.ops.reference import reference
-from ttt.ops.scan import scan
 from ttt.ops.select import Implementation, forced_implementation, implementation
 
 Weights = tuple[Tensor, ...]
@@ -31,7 +29,7 @@ class Stream(NamedTuple):
     weights: Weights
     """What opened the current mini-batch: `W [B,H,in,out]`, `b [B,H,1,out]`, in turn."""
     gradients: Weights | None = None
-    """`Σ_j η_j ∇ℓ_j(W)` over the tokens read of it, in the same shapes; None where no stream has read any."""
+    """`Σ_j η_j ∇ℓ_j(W)` over the tokens read of it, in the same shapes; None if no stream has read any."""
     count_B: Tensor | None = None
     """How many tokens those are, int64, 0 … C−1; None with `gradients`."""
 
@@ -42,7 +40,7 @@ class Inner(NamedTuple):
     gamma_H1F: Tensor
     beta_H1F: Tensor
     scale_C: Tensor
-    """Step size by position in the mini-batch: `max(1/i + δ_i, 0)`, or 1/C everywhere where not causal."""
+    """Step size by position in the mini-batch: `max(1/i + δ_i, 0)` if the update is causal, else 1/C."""
     causal: bool
     eps: float
 
@@ -51,9 +49,14 @@ class Inner(NamedTuple):
         """`C`."""
         return self.scale_C.shape[0]
 
+    @property
+    def learned(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`γ`, `β` and `s`: the tensors, in the order in which a scan takes them."""
+        return self.gamma_H1F, self.beta_H1F, self.scale_C
+
 
 class Tokens(NamedTuple):
-    """What the tokens of a sequence bring, `[B,H,T,F]`, and their rates `[B,H,T,1]`."""
+    """Queries, keys, targets `v − k` `[B,H,T,F]` and rates `η` `[B,H,T,1]` of a sequence."""
 
     q: Tensor
     k: Tensor
@@ -61,12 +64,8 @@ class Tokens(NamedTuple):
     rate: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
-        """The function of each."""
+        """The function applied to each of the four."""
         return Tokens(*(function(x) for x in self))
-
-
-def _minibatch(weights: Weights) -> Callable[..., tuple[Tensor, Weights]]:
-    return linear_minibatch if len(weights) == 2 else mlp_minibatch
 
 
 def _chosen(weights: Weights, tokens: Tokens, mini_batches: int | None = None) -> Implementation:
@@ -83,60 +82,25 @@ def _chosen(weights: Weights, tokens: Tokens, mini_batches: int | None = None) -
 def _answer(
     weights: Weights, gradients: Weights | None, tokens: Tokens, inner: Inner, scale_BC: Tensor
 ) -> tuple[Tensor, Weights]:
-    """One mini-batch and the gradients that it sums, by step sizes `[B,C]` or `[1,C]`."""
+    """Answer one mini-batch that may be open, by step sizes `[B,C]` or `[1,C]`; also the gradients it has summed."""
     norms = inner.gamma_H1F, inner.beta_H1F
     if _chosen(weights, tokens) == "fused":
         return fused_minibatch(weights, gradients, *tokens, *norms, scale_BC, causal=inner.causal, eps=inner.eps)
-    minibatch = _minibatch(weights)
-    return minibatch(
+    return mlp_minibatch(
         weights, gradients, *tokens, *norms, scale_BC[:, None, :, None], causal=inner.causal, eps=inner.eps
     )
 
 
-def _move(weights: Weights, gradients: Weights, scale: Tensor, where: Tensor | None = None) -> Weights:
-    """The weights that open the next mini-batch, `W − s_C G`; only for rows `where [B]` is true."""
-    if where is not None:
-        scale = torch.where(where, scale, 0)[:, None, None, None]
-    return tuple(w - scale * g for w, g in zip(weights, gradients, strict=True))
-
-
-def _scan_full(
-    weights: Weights, cells: Tokens, inner: Inner, group_size: int, closed_NB: Tensor | None = None
-) -> tuple[Tensor, Weights]:
-    """Scan over mini-batches `[B,H,N,C,F]`; those rows that do not fill one leave it as it was (`closed_NB`)."""
-    eps, causal, scale_C = inner.eps, inner.causal, inner.scale_C
-    if _chosen(weights, cells, cells.q.shape[2]) == "fused":
-        last_NB = scale_C[-1:, None] if closed_NB is None else torch.where(closed_NB, scale_C[-1], 0)
-        norms = inner.gamma_H1F, inner.beta_H1F
-        z, weights = fused_scan(
-            weights, *cells, *norms, scale_C, last_NB, causal=causal, eps=eps, group_size=group_size
-        )
-        return z.flatten(2, 3), weights
-    minibatch = _minibatch(weights)
-
-    def step(carry: Weights, x: dict[str, Any], gamma: Tensor, beta: Tensor, scale_C: Tensor) -> tuple[Weights, Tensor]:
-        scale_C1 = scale_C[:, None]
-        z, gradients = minibatch(carry, None, *x["tokens"], gamma, beta, scale_C1, causal=causal, eps=eps)
-        return _move(carry, gradients, scale_C[-1], x.get("closed")), z
-
-    columns: dict[str, Any] = {"tokens": cells.map(lambda x: x.movedim(2, 0))}
-    if closed_NB is not None:
-        columns["closed"] = closed_NB
-    weights, z_NBHCF = scan(
-        step,
-        weights,
-        columns,
-        consts=(inner.gamma_H1F, inner.beta_H1F, inner.scale_C),
-        group_size=group_size,
-    )
-    return z_NBHCF.movedim(0, 2).flatten(2, 3), weights
+def _scan_for(weights: Weights, cells: Tokens) -> Callable[..., tuple[Tensor, Weights]]:
+    """The implementation that scans closed mini-batches, `[B,H,N,C,F]`."""
+    return fused_scan if _chosen(weights, cells, cells.q.shape[2]) == "fused" else mlp_scan
 
 
 def learn(tokens: Tokens, stream: Stream, inner: Inner, *, group_size: int) -> tuple[Tensor, Stream]:
     """Answer a sequence or a piece of one, learning from it on the way.
 
-    In pieces of any lengths the answers and the final state are those of the whole (causal). A non-causal mini-batch
-    closes where the sequence ends, as if tokens of zero rate filled it: its pieces are multiples of C.
+    If the update is causal, pieces of any lengths give the answers and the final state of the whole. A non-causal
+    mini-batch closes at the end of the sequence, as if tokens of zero rate filled it, so its pieces are multiples of C.
 
     Args:
         tokens: `[B,H,T,F]` and rates `[B,H,T,1]`, in the type that the fast weights have.
@@ -154,9 +118,7 @@ def learn(tokens: Tokens, stream: Stream, inner: Inner, *, group_size: int) -> t
         raise ValueError("a non-causal mini-batch is never left open; this state comes from a causal layer")
     if forced_implementation() == "reference":
         return _learn_by_definition(tokens, stream, inner)
-    if not inner.causal:
-        return _learn_from_boundary(tokens, stream.weights, inner, group_size)
-    if stream.gradients is None or stream.count_B is None:
+    if stream.gradients is None or stream.count_B is None or not inner.causal:
         return _learn_from_boundary(tokens, stream.weights, inner, group_size)
     if tokens.q.shape[2] == 1:
         return _learn_one(tokens, stream.weights, stream.gradients, stream.count_B, inner)
@@ -164,7 +126,7 @@ def learn(tokens: Tokens, stream: Stream, inner: Inner, *, group_size: int) -> t
 
 
 def _learn_by_definition(tokens: Tokens, stream: Stream, inner: Inner) -> tuple[Tensor, Stream]:
-    """Token by token, for whoever doubts the rest."""
+    """Token by token, by `ttt.ops.reference`."""
     if tokens.q.is_meta:
         raise ValueError("TTT_OPS=reference computes on real tensors, not on the device meta; unset it")
     offset_C = inner.scale_C - 1 / torch.arange(1, inner.mini_batch_size + 1).to(inner.scale_C)
@@ -190,14 +152,16 @@ def _learn_by_definition(tokens: Tokens, stream: Stream, inner: Inner) -> tuple[
 
 
 def _learn_from_boundary(tokens: Tokens, weights: Weights, inner: Inner, group_size: int) -> tuple[Tensor, Stream]:
-    """Every row opens a mini-batch with the first token."""
+    """The first token opens a mini-batch in every row."""
     length, size = tokens.q.shape[2], inner.mini_batch_size
     rest = length % size
     parts = []
     if length >= size:
         full = tokens.map(lambda x: x[:, :, : length - rest].unflatten(2, (-1, size)))
-        z, weights = _scan_full(weights, full, inner, group_size)
-        parts.append(z)
+        z, weights = _scan_for(weights, full)(
+            weights, *full, *inner.learned, causal=inner.causal, eps=inner.eps, group_size=group_size
+        )
+        parts.append(z.flatten(2, 3))
     if not rest:
         return parts[0], Stream(weights)
     z, gradients = _answer(
@@ -205,7 +169,7 @@ def _learn_from_boundary(tokens: Tokens, weights: Weights, inner: Inner, group_s
     )
     parts.append(z)
     if not inner.causal:
-        return torch.cat(parts, dim=2), Stream(_move(weights, gradients, inner.scale_C[-1]))
+        return torch.cat(parts, dim=2), Stream(move(weights, gradients, inner.scale_C[-1]))
     count = torch.full((z.shape[0],), rest, dtype=torch.int64, device=z.device)
     return torch.cat(parts, dim=2), Stream(weights, gradients, count)
 
@@ -213,12 +177,12 @@ def _learn_from_boundary(tokens: Tokens, weights: Weights, inner: Inner, group_s
 def _learn_one(
     tokens: Tokens, weights: Weights, gradients: Weights, count_B: Tensor, inner: Inner
 ) -> tuple[Tensor, Stream]:
-    """One token for each row, wherever it stands in its mini-batch."""
+    """One token for each row; rows may stand at different places of their mini-batches."""
     scale = inner.scale_C[count_B][:, None]
     z, gradients = _answer(weights, gradients, tokens, inner, scale)
     count_B = count_B + 1
     closed = count_B == inner.mini_batch_size
-    weights = _move(weights, gradients, inner.scale_C[-1], closed)
+    weights = move(weights, gradients, inner.scale_C[-1], closed)
     gradients = _zero_where(closed, gradients)
     return z, Stream(weights, gradients, torch.where(closed, 0, count_B))
 
@@ -227,72 +191,73 @@ def _learn_one(
 def learn_one_(tokens: Tokens, stream: Stream, inner: Inner, rows_B: Tensor | None = None) -> Tensor:
     """`learn` for one token of each row, written to the tensors of `stream`: streaming without growth.
 
-    The token's own gradient is summed before it is answered, so that the answer is `x (W − s_i G)` with nothing
+    The token's own gradient is summed before the token is answered. So the answer is `x (W − s_i G)` with nothing
     added, and every update is one pass over what it changes. No gradient flows through it.
 
     Args:
         tokens: `[B,H,1,F]` and rates `[B,H,1,1]`.
-        stream: every tensor with memory of its own; gradients and count may be missing where C is 1.
+        stream: every tensor has memory of its own; if C is 1, gradients and count may be None.
         inner: norms, step sizes, kind of update.
-        rows_B: rows that read their token; the others' state stays as it is, bit for bit. None is all of them.
+        rows_B: rows that read their token; the others' state stays the same bit for bit. None is all of them.
 
     Returns:
-        `z [B,H,1,F]`; what it holds in rows that read nothing is of no use.
+        `z [B,H,1,F]`; rows that read nothing hold no meaningful numbers.
     """
-    weights, summed = stream.weights, stream.gradients
+    weights, summed, count_B = stream.weights, stream.gradients, stream.count_B
     q, k, target, rate = tokens
-    depth = len(weights) // 2
-    read = None if rows_B is None else rows_B[:, None, None, None]
-    inputs, outputs = [k], []
-    for layer in range(depth):
-        outputs.append(inputs[layer] @ weights[2 * layer] + weights[2 * layer + 1])
-        if layer + 1 < depth:
-            inputs.append(gelu(outputs[layer]))
-    error = inner_loss_gradient(outputs[-1], target, inner.gamma_H1F, inner.beta_H1F, eps=inner.eps)
-    taught = [rate * error]
-    for layer in range(depth - 1, 0, -1):
-        error = error @ weights[2 * layer].mT * gelu_gradient(outputs[layer - 1])
-        taught.insert(0, rate * error)
-    if read is not None:  # both factors: a row that is paused may hold anything
+    norms = inner.gamma_H1F, inner.beta_H1F
+    inputs, errors = key_pass(weights, k, target, *norms, eps=inner.eps)
+    taught = [rate * error for error in errors]
+    if rows_B is not None:  # both factors: a row that is paused may hold anything
+        read = rows_B[:, None, None, None]
         inputs = [torch.where(read, x, 0) for x in inputs]
         taught = [torch.where(read, u, 0) for u in taught]
 
-    if summed is None or stream.count_B is None:
+    if summed is None or count_B is None:  # every token closes its mini-batch
         scale = inner.scale_C[-1]
-        for layer in range(depth):
-            weights[2 * layer].addcmul_(inputs[layer].mT, taught[layer] * -scale)
-            weights[2 * layer + 1].sub_(taught[layer] * scale)
-    else:
-        for layer in range(depth):
-            summed[2 * layer].addcmul_(inputs[layer].mT, taught[layer])
-            summed[2 * layer + 1].add_(taught[layer])
-        scale = inner.scale_C[stream.count_B][:, None, None, None]
-    x = q
-    for layer in range(depth):
-        y = x @ weights[2 * layer] + weights[2 * layer + 1]
-        if summed is not None:
-            y = y - scale * (x @ summed[2 * layer] + summed[2 * layer + 1])
-        x = gelu(y) if layer + 1 < depth else y
-    z = q + layer_norm(x, inner.gamma_H1F, inner.beta_H1F, eps=inner.eps)
+        for layer, (x, u) in enumerate(zip(inputs, taught, strict=True)):
+            weights[2 * layer].addcmul_(x.mT, u * -scale)
+            weights[2 * layer + 1].sub_(u * scale)
+        return q + layer_norm(mlp_model(weights, q), *norms, eps=inner.eps)
 
-    if summed is not None and stream.count_B is not None:
-        stream.count_B.add_(1 if rows_B is None else rows_B)
-        closed = stream.count_B == inner.mini_batch_size
-        taken = torch.where(closed, -inner.scale_C[-1], 0)[:, None, None, None]
-        for w, g in zip(weights, summed, strict=True):
-            w.addcmul_(g, taken)
-            g.masked_fill_(closed[:, None, None, None], 0)
-        stream.count_B.masked_fill_(closed, 0)
+    for layer, (x, u) in enumerate(zip(inputs, taught, strict=True)):
+        summed[2 * layer].addcmul_(x.mT, u)
+        summed[2 * layer + 1].add_(u)
+    scale = inner.scale_C[count_B][:, None, None, None]
+    z = q + layer_norm(_stepped_model(weights, summed, scale, q), *norms, eps=inner.eps)
+    count_B.add_(1 if rows_B is None else rows_B)
+    _close_(weights, summed, count_B, inner)
     return z
+
+
+def _stepped_model(weights: Weights, gradients: Weights, scale: Tensor, x: Tensor) -> Tensor:
+    """The inner model at `W − s G`, which is not written down."""
+    for index in range(0, len(weights), 2):
+        given = x
+        x = given @ weights[index] + weights[index + 1]
+        x = x - scale * (given @ gradients[index] + gradients[index + 1])
+        if index + 2 < len(weights):
+            x = gelu(x)
+    return x
+
+
+def _close_(weights: Weights, summed: Weights, count_B: Tensor, inner: Inner) -> None:
+    """In rows whose mini-batch is full: move the weights, and begin anew."""
+    closed = count_B == inner.mini_batch_size
+    taken = torch.where(closed, -inner.scale_C[-1], 0)[:, None, None, None]
+    for w, g in zip(weights, summed, strict=True):
+        w.addcmul_(g, taken)
+        g.masked_fill_(closed[:, None, None, None], 0)
+    count_B.masked_fill_(closed, 0)
 
 
 def _learn_from_anywhere(
     tokens: Tokens, weights: Weights, gradients: Weights, count_B: Tensor, inner: Inner, group_size: int
 ) -> tuple[Tensor, Stream]:
-    """Rows stand anywhere in their mini-batches: each is laid out from its own place.
+    """Rows stand at different places of their mini-batches: each is laid out from its own place.
 
-    Row b goes on with the mini-batch that it has open, then fills `full_B[b]` more, which go through the scan, and ends
-    inside one, its tail, whose gradients stay open. No part is wider than the piece, however large a mini-batch is.
+    Row b first continues the mini-batch that it has open. Then it fills `full_B[b]` more, which go through the scan. It
+    ends inside one, its tail, which stays open. No part is wider than the piece, however large a mini-batch is.
     """
     length, size = tokens.q.shape[2], inner.mini_batch_size
     width = min(length, size)
@@ -305,15 +270,17 @@ def _learn_from_anywhere(
     z, first_gradients = _answer(weights, gradients, first, inner, first_scale)
     parts = [z]
     closed_B = room_B <= length
-    weights = _move(weights, first_gradients, inner.scale_C[-1], closed_B)
+    weights = move(weights, first_gradients, inner.scale_C[-1], closed_B)
 
     cells = (length - 1) // size  # as many as a row with one slot left can fill
     if cells:
         places = room_B[:, None] + torch.arange(cells * size, device=count_B.device)
         grid = _gather_tokens(tokens, places).map(lambda x: x.unflatten(2, (cells, size)))
         full_NB = torch.arange(cells, device=count_B.device)[:, None] < full_B
-        z, weights = _scan_full(weights, grid, inner, group_size, full_NB)
-        parts.append(z)
+        z, weights = _scan_for(weights, grid)(
+            weights, *grid, *inner.learned, full_NB, causal=inner.causal, eps=inner.eps, group_size=group_size
+        )
+        parts.append(z.flatten(2, 3))
 
     tail_B = room_B + full_B * size
     tail = _gather_tokens(tokens, tail_B[:, None] + slots)
@@ -332,7 +299,7 @@ def _learn_from_anywhere(
 
 
 def _gather_tokens(tokens: Tokens, index_BT: Tensor) -> Tokens:
-    """Tokens by their place, `[B,T']`; a place outside the sequence gives some token at zero rate."""
+    """Tokens by their places `[B,T']`; a place outside the sequence gives some token at zero rate."""
     length = tokens.q.shape[2]
     inside = ((index_BT >= 0) & (index_BT < length))[:, None, :, None]
     index = index_BT.clamp(0, length - 1)[:, None, :, None]
@@ -359,22 +326,21 @@ class InnerTrace(NamedTuple):
 
 @torch.no_grad()
 def trace(tokens: Tokens, stream: Stream, inner: Inner) -> InnerTrace:
-    """The inner loss before and after the step of each mini-batch (of its share, where the sequence ends inside).
+    """The inner loss before and after the step of each mini-batch, or of its share if the sequence ends inside it.
 
-    Mini-batches are counted from the first token: an open one in `stream` is continued as if it opened here, with
+    Mini-batches are counted from the first token. If one is open in `stream`, it counts as if it opened here, with
     its weights. Arguments as in `learn`.
     """
     weights, size = stream.weights, inner.mini_batch_size
-    model = linear_model if len(weights) == 2 else mlp_model
     before: list[Tensor] = []
     after: list[Tensor] = []
     for start in range(0, tokens.q.shape[2], size):
         part = tokens.map(lambda x, start=start: x[:, :, start : start + size])  # type: ignore[misc]
         read = part.q.shape[2]
         _, gradients = _answer(weights, None, part, inner, inner.scale_C[None, :read])
-        moved = _move(weights, gradients, inner.scale_C[read - 1])
+        moved = move(weights, gradients, inner.scale_C[read - 1])
         for losses, at in ((before, weights), (after, moved)):
-            z = model(at, part.k)
+            z = mlp_model(at, part.k)
             losses.append(inner_loss(z, part.target, inner.gamma_H1F, inner.beta_H1F, eps=inner.eps).mean())
         weights = moved
     return InnerTrace(torch.stack(before), torch.stack(after))

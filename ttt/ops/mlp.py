@@ -1,14 +1,20 @@
-"""One mini-batch of TTT-MLP in dual form, for inner models of any number of layers."""
+"""Inner models in dual form, by autograd: MLPs of any number of layers, of which a linear model has one.
+
+Per-token weights are never materialised. `mlp_minibatch` is one mini-batch, `mlp_scan` many that close one after the
+other.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ttt.ops.norm import inner_loss_gradient, layer_norm
+from ttt.ops.scan import scan
 
 Weights = tuple[Tensor, ...]
 
@@ -37,6 +43,27 @@ def mlp_model(weights: Weights, x: Tensor) -> Tensor:
     return x
 
 
+def key_pass(
+    weights: Weights, k_BHCF: Tensor, target_BHCF: Tensor, gamma_H1F: Tensor, beta_H1F: Tensor, *, eps: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The keys forward through the inner model, and their errors back.
+
+    Returns:
+        For each layer what it is given, `X [B,H,C,in]`, and the gradient of the inner loss with respect to what it
+        gives before GELU, `E [B,H,C,out]`. The gradient of the layer's weights is `Xᵀ (η ⊙ E)`.
+    """
+    depth = len(weights) // 2
+    inputs, outputs = [k_BHCF], []
+    for layer in range(depth):
+        outputs.append(inputs[layer] @ weights[2 * layer] + weights[2 * layer + 1])
+        if layer + 1 < depth:
+            inputs.append(gelu(outputs[layer]))
+    errors = [inner_loss_gradient(outputs[-1], target_BHCF, gamma_H1F, beta_H1F, eps=eps)]
+    for layer in range(depth - 1, 0, -1):
+        errors.insert(0, errors[0] @ weights[2 * layer].mT * gelu_gradient(outputs[layer - 1]))
+    return inputs, errors
+
+
 def mlp_minibatch(
     weights: Weights,
     gradients: Weights | None,
@@ -51,14 +78,15 @@ def mlp_minibatch(
     causal: bool,
     eps: float,
 ) -> tuple[Tensor, Weights]:
-    """`ttt.ops.linear.linear_minibatch` for an MLP: the dual form applied layer by layer.
+    """Answer the queries of a mini-batch and sum its gradients, all taken at the weights that opened it.
 
-    Layer l of the per-token MLP maps `X̄_l` to `Z̄_l = X̄_l W_l + b_l − s ⊙ (((X̄_l X_lᵀ + 1) ⊙ mask ⊙ ηᵀ) g_l + …)`,
-    where `X_l` is what the keys give as its input and `g_l` the inner gradient at its output.
+    Token i answers with `W − s_i (G + Σ_{j≤i} η_j ∇ℓ_j(W))` if the update is causal, else with the sum over every j.
+    The dual form is applied layer by layer: what the queries give to layer l + 1 follows from their dual answer at
+    layer l.
 
     Args:
-        weights: `(W1, b1, W2, b2, …)`, each `W [B,H,in,out]` and `b [B,H,1,out]`.
-        gradients: what the mini-batch has summed before these tokens, in the shapes of `weights`; or None.
+        weights: `(W1, b1, W2, b2, …)`, which opened the mini-batch; `W [B,H,in,out]`, `b [B,H,1,out]`.
+        gradients: `G`, what the mini-batch has summed before these tokens, in the shapes of `weights`; or None.
         q_BHCF: queries.
         k_BHCF: keys.
         target_BHCF: `v − k`.
@@ -70,38 +98,94 @@ def mlp_minibatch(
         eps: of the layer norm.
 
     Returns:
-        `z [B,H,C,F]` and the summed gradients in the shapes of `weights`.
+        `z [B,H,C,F]`, `q + LN(Z̄)`, and the summed gradients `G + Σ_j η_j ∇ℓ_j(W)` in the shapes of `weights`.
 
     Source: TTT-LM (arXiv 2407.04620), appendix A; TTT-Video (arXiv 2504.05298), its `ops/ttt_mlp.py`.
     """
-    depth = len(weights) // 2
-    # What the keys give: the input of every layer, its output before GELU, then the gradients backwards.
-    inputs, outputs = [k_BHCF], []
-    for layer in range(depth):
-        outputs.append(inputs[layer] @ weights[2 * layer] + weights[2 * layer + 1])
-        if layer + 1 < depth:
-            inputs.append(gelu(outputs[layer]))
-    errors = [inner_loss_gradient(outputs[-1], target_BHCF, gamma_H1F, beta_H1F, eps=eps)]
-    for layer in range(depth - 1, 0, -1):
-        errors.insert(0, errors[0] @ weights[2 * layer].mT * gelu_gradient(outputs[layer - 1]))
-
+    inputs, errors = key_pass(weights, k_BHCF, target_BHCF, gamma_H1F, beta_H1F, eps=eps)
     x = q_BHCF
     summed: list[Tensor] = []
-    for layer in range(depth):
-        w, b = weights[2 * layer], weights[2 * layer + 1]
-        taught = rate_BHC1 * errors[layer]
-        attention_BHCC = x @ inputs[layer].mT + 1
-        if causal:
-            attention_BHCC = attention_BHCC.tril()
-        step = attention_BHCC @ taught
-        gradient_w = inputs[layer].mT @ taught
-        gradient_b = taught.sum(dim=-2, keepdim=True)
-        if gradients is not None:
-            step = step + x @ gradients[2 * layer] + gradients[2 * layer + 1]
-            gradient_w = gradient_w + gradients[2 * layer]
-            gradient_b = gradient_b + gradients[2 * layer + 1]
-        summed += [gradient_w, gradient_b]
+    for layer, (given, error) in enumerate(zip(inputs, errors, strict=True)):
+        pair = slice(2 * layer, 2 * layer + 2)
+        before = None if gradients is None else gradients[pair]
+        step, gradient = _dual_step(x, given, rate_BHC1 * error, before, causal=causal)
+        summed += gradient
+        w, b = weights[pair]
         x = x @ w + b - scale_C1 * step
-        if layer + 1 < depth:
+        if layer + 1 < len(inputs):
             x = gelu(x)
     return q_BHCF + layer_norm(x, gamma_H1F, beta_H1F, eps=eps), tuple(summed)
+
+
+def _dual_step(
+    x: Tensor, given: Tensor, taught: Tensor, gradients: Weights | None, *, causal: bool
+) -> tuple[Tensor, Weights]:
+    """What the update of one layer moves in its answers to the queries `x`, and its summed gradients."""
+    attention_BHCC = x @ given.mT + 1
+    if causal:
+        attention_BHCC = attention_BHCC.tril()
+    step = attention_BHCC @ taught
+    gradient_w = given.mT @ taught
+    gradient_b = taught.sum(dim=-2, keepdim=True)
+    if gradients is not None:
+        step = step + x @ gradients[0] + gradients[1]
+        gradient_w = gradient_w + gradients[0]
+        gradient_b = gradient_b + gradients[1]
+    return step, (gradient_w, gradient_b)
+
+
+def move(weights: Weights, gradients: Weights, scale: Tensor, where: Tensor | None = None) -> Weights:
+    """The weights that open the next mini-batch, `W − s_C G`; only those of rows for which `where [B]` is true."""
+    if where is not None:
+        scale = torch.where(where, scale, 0)[:, None, None, None]
+    return tuple(w - scale * g for w, g in zip(weights, gradients, strict=True))
+
+
+def mlp_scan(
+    weights: Weights,
+    q_BHNCF: Tensor,
+    k_BHNCF: Tensor,
+    target_BHNCF: Tensor,
+    rate_BHNC1: Tensor,
+    gamma_H1F: Tensor,
+    beta_H1F: Tensor,
+    scale_C: Tensor,
+    closed_NB: Tensor | None = None,
+    *,
+    causal: bool,
+    eps: float,
+    group_size: int,
+) -> tuple[Tensor, Weights]:
+    """Answer N closed mini-batches, each learning for the next: `W_{n+1} = W_n − s_C G_n`.
+
+    Args:
+        weights: `(W1, b1, …)` that open the first, `W [B,H,in,out]` and `b [B,H,1,out]`.
+        q_BHNCF: queries.
+        k_BHNCF: keys.
+        target_BHNCF: `v − k`.
+        rate_BHNC1: `η`, the inner learning rates.
+        gamma_H1F: scale of the inner layer norm.
+        beta_H1F: shift of the inner layer norm.
+        scale_C: `s`, step size by position.
+        closed_NB: which rows' mini-batches close; the others leave the weights as they were. None is all of them.
+        causal: whether a token learns only from those up to itself.
+        eps: of the layer norm.
+        group_size: mini-batches that backward recomputes at a time; 0, or at least N, keeps everything.
+
+    Returns:
+        `z [B,H,N,C,F]` and the weights after the last mini-batch.
+    """
+
+    def step(carry: Weights, x: dict[str, Any], gamma: Tensor, beta: Tensor, scale_C: Tensor) -> tuple[Weights, Tensor]:
+        q, k, target, rate = x["tokens"]
+        z, gradients = mlp_minibatch(
+            carry, None, q, k, target, rate, gamma, beta, scale_C[:, None], causal=causal, eps=eps
+        )
+        return move(carry, gradients, scale_C[-1], x.get("closed")), z
+
+    tokens = (q_BHNCF, k_BHNCF, target_BHNCF, rate_BHNC1)
+    columns: dict[str, Any] = {"tokens": tuple(x.movedim(2, 0) for x in tokens)}
+    if closed_NB is not None:
+        columns["closed"] = closed_NB
+    weights, z_NBHCF = scan(step, weights, columns, consts=(gamma_H1F, beta_H1F, scale_C), group_size=group_size)
+    return z_NBHCF.movedim(0, 2), weights

@@ -8,6 +8,8 @@ in what a token teaches as in what it is answered (`ttt.ops.norm` says why).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,8 +37,63 @@ def _inner_model(weights: Weights, x: Tensor) -> Tensor:
     return x
 
 
-def _answer(weights: Weights, query: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    return query + _layer_norm(_with_a_direction(_inner_model(weights, query)), gamma, beta, eps)
+class _Rule(NamedTuple):
+    """What the inner learning is made of, apart from the tokens and the state."""
+
+    gamma_HF: Tensor
+    beta_HF: Tensor
+    mini_batch_size: int
+    causal: bool
+    eps: float
+    offset_C: Tensor | None
+
+    def answer(self, weights: Weights, query_HF: Tensor) -> Tensor:
+        """`z [H,F]` of a token, by weights of its own."""
+        normed = _with_a_direction(_inner_model(weights, query_HF))
+        return query_HF + _layer_norm(normed, self.gamma_HF, self.beta_HF, self.eps)
+
+    def gradient(self, weights: Weights, k_HF: Tensor, target_HF: Tensor, rate_H: Tensor) -> Weights:
+        """`η ∇ℓ(W)` of one token."""
+        # One leaf for each use: the gradient is that of this token's loss at W alone.
+        probe = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in weights)
+        made = _inner_model(probe, k_HF)
+        normed = _with_a_direction(made)
+        loss_H = 0.5 * ((_layer_norm(normed, self.gamma_HF, self.beta_HF, self.eps) - target_HF) ** 2).sum(-1)
+        (error,) = torch.autograd.grad(loss_H.sum(), normed, create_graph=True)
+        silent = (made == made[..., :1]).all(-1) & (error == 0).all(-1)
+        error = torch.where(silent[:, None], 0, rate_H[:, None] * error)
+        return torch.autograd.grad(made, probe, error, create_graph=True)
+
+    def moved(self, weights: Weights, summed: Weights, i: int) -> Weights:
+        """The weights with which token i (from 1) of a mini-batch answers."""
+        if not self.causal:
+            return tuple(x - s / self.mini_batch_size for x, s in zip(weights, summed, strict=True))
+        offset = self.offset_C[i - 1] if self.offset_C is not None else 0.0
+        scale = torch.clamp_min(torch.as_tensor(1.0 / i + offset, dtype=weights[0].dtype), 0.0)
+        return tuple(x - scale * s for x, s in zip(weights, summed, strict=True))
+
+
+def _read_row(
+    rule: _Rule, tokens: list[Tensor], weights: Weights, summed: Weights, i: int
+) -> tuple[Tensor, Weights, Weights, int]:
+    """Answers of one stream `[H,T,F]`, and its state after the last token, from the state before the first."""
+    answers: list[Tensor] = []
+    waiting: list[Tensor] = []  # queries of a non-causal mini-batch, answered when it is complete
+    length = tokens[0].shape[1]
+    for t in range(length):
+        q_HF, k_HF, target_HF, rate_H = (x[:, t] for x in tokens)
+        gradient = rule.gradient(weights, k_HF, target_HF, rate_H)
+        summed = tuple(s + g for s, g in zip(summed, gradient, strict=True))
+        i += 1
+        own = rule.moved(weights, summed, i)
+        closes = i == rule.mini_batch_size or (not rule.causal and t == length - 1)
+        waiting.append(q_HF)
+        if rule.causal or closes:
+            answers += [rule.answer(own, query) for query in waiting]
+            waiting = []
+        if closes:
+            weights, summed, i = own, tuple(torch.zeros_like(x) for x in own), 0
+    return torch.stack(answers, dim=1), weights, summed, i
 
 
 def reference(
@@ -59,8 +116,8 @@ def reference(
 
     Every gradient of a mini-batch is taken at the weights `W` that opened it. Causal: its token i (from 1) answers
     with `W − s_i Σ_{j≤i} η_j ∇ℓ_j(W)`, `s_i = max(1/i + δ_i, 0)`, and the next one opens with the weights of
-    i = C. Non-causal: every token answers with `W − (1/C) Σ_j η_j ∇ℓ_j(W)`, and so does the next mini-batch open,
-    also where the sequence ends before C tokens.
+    i = C. Non-causal: every token answers with `W − (1/C) Σ_j η_j ∇ℓ_j(W)`, and the next mini-batch opens with the
+    same weights, even if the sequence ends before C tokens.
 
     Args:
         q_BHTF: queries; `k_BHTF` keys; `target_BHTF` `v − k`; `rate_BHT` `η`.
@@ -81,47 +138,14 @@ def reference(
     Returns:
         `z [B,H,T,F]`, and weights, gradients and counts after the last token.
     """
-    batch, _, length, _ = q_BHTF.shape
-    rows_z, rows_weights, rows_gradients, counts = [], [], [], []
-    for row in range(batch):
-        w = tuple(weight[row] for weight in weights)
-        summed = tuple(g[row] for g in gradients) if gradients else tuple(torch.zeros_like(x) for x in w)
-        i = count[row] if count else 0
-        answers: list[Tensor] = []
-        waiting: list[Tensor] = []  # queries of a non-causal mini-batch, answered when it is complete
-        for t in range(length):
-            k, target, rate = k_BHTF[row, :, t], target_BHTF[row, :, t], rate_BHT[row, :, t]
-            # One leaf for each use: the gradient is that of this token's loss at W alone.
-            probe = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in w)
-            made = _inner_model(probe, k)
-            normed = _with_a_direction(made)
-            loss_H = 0.5 * ((_layer_norm(normed, gamma_HF, beta_HF, eps) - target) ** 2).sum(-1)
-            (error,) = torch.autograd.grad(loss_H.sum(), normed, create_graph=True)
-            silent = (made == made[..., :1]).all(-1) & (error == 0).all(-1)
-            error = torch.where(silent[:, None], 0, rate[:, None] * error)
-            gradient = torch.autograd.grad(made, probe, error, create_graph=True)
-            summed = tuple(s + g for s, g in zip(summed, gradient, strict=True))
-            i += 1
-            query = q_BHTF[row, :, t]
-            if causal:
-                offset = offset_C[i - 1] if offset_C is not None else 0.0
-                scale = torch.clamp_min(torch.as_tensor(1.0 / i + offset, dtype=k.dtype), 0.0)
-                own = tuple(x - scale * s for x, s in zip(w, summed, strict=True))
-                answers.append(_answer(own, query, gamma_HF, beta_HF, eps))
-                closes = i == mini_batch_size
-            else:
-                waiting.append(query)
-                own = tuple(x - s / mini_batch_size for x, s in zip(w, summed, strict=True))
-                closes = i == mini_batch_size or t == length - 1
-                if closes:
-                    answers += [_answer(own, q, gamma_HF, beta_HF, eps) for q in waiting]
-                    waiting = []
-            if closes:
-                w, summed, i = own, tuple(torch.zeros_like(x) for x in own), 0
-        rows_z.append(torch.stack(answers, dim=1))
-        rows_weights.append(w)
-        rows_gradients.append(summed)
-        counts.append(i)
-    stacked_weights = tuple(torch.stack(parts) for parts in zip(*rows_weights, strict=True))
-    stacked_gradients = tuple(torch.stack(parts) for parts in zip(*rows_gradients, strict=True))
-    return torch.stack(rows_z), stacked_weights, stacked_gradients, counts
+    rule = _Rule(gamma_HF, beta_HF, mini_batch_size, causal, eps, offset_C)
+    gradients = gradients or tuple(torch.zeros_like(w) for w in weights)
+    rows = []
+    for row in range(q_BHTF.shape[0]):
+        tokens = [x[row] for x in (q_BHTF, k_BHTF, target_BHTF, rate_BHT)]
+        opened, summed = (tuple(x[row] for x in group) for group in (weights, gradients))
+        rows.append(_read_row(rule, tokens, opened, summed, count[row] if count else 0))
+    z, ends, sums, counts = zip(*rows, strict=True)
+    stacked_weights = tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
+    stacked_gradients = tuple(torch.stack(parts) for parts in zip(*sums, strict=True))
+    return torch.stack(z), stacked_weights, stacked_gradients, list(counts)

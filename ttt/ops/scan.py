@@ -7,14 +7,15 @@ recomputation, and the autocast state that held in forward holds when a group ru
 
 from __future__ import annotations
 
-import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from ttt.ops.autocast import AutocastState
 
 Carry = TypeVar("Carry")
 Flat = tuple[Any, ...]
@@ -32,15 +33,15 @@ def scan(
 
     Differentiable in `carry`, `xs` and `consts`. With `group_size` g it keeps the carry that opens every group of g
     steps, and in backward runs each group once more: memory between forward and backward is that of the inputs and
-    `ceil(N/g) − 1` carries, in backward one group's activations are added. With 0, or at least as many as there are
-    steps, it keeps everything and runs nothing twice. Where no gradient is asked for, nothing is kept. The result
-    does not depend on g.
+    `ceil(N/g) − 1` carries, and backward adds one group's activations. If g is 0 or at least the number of steps,
+    everything is kept and nothing runs twice. If no gradient is asked for, nothing is kept. The result does not
+    depend on g.
 
     Args:
         step: a pure function of its arguments: it must give the same result when it runs again, write to none of
             them, and reach every tensor that needs a gradient through them, not through a closure.
-        carry: a pytree of tensors; `step` returns one of the same structure, shapes and types. None may stand in any
-            pytree where there is nothing, as in `return carry, None`.
+        carry: a pytree of tensors; `step` returns one of the same structure, shapes and types. In any pytree None may
+            stand for nothing, as in `return carry, None`.
         xs: a pytree of tensors `[N, …]`, N ≥ 1.
         consts: pytrees of tensors that every step reads.
         group_size: g, from 0. N need not be a multiple of it.
@@ -51,9 +52,9 @@ def scan(
     Raises:
         ValueError: `xs` has no steps or its tensors disagree on how many, `group_size` is negative, `step` changes
             the structure, a shape or a type of the carry or of the `y`, or writes to an argument in place.
-        TypeError: a leaf of a pytree is no tensor, or `step` returns no pair.
-        RuntimeError: in backward, where `step` closes over a tensor that needs a gradient, which would be lost; and
-            where a gradient of a gradient is asked for (use `group_size=0` for that).
+        TypeError: a leaf of a pytree is not a tensor, or `step` does not return a pair.
+        RuntimeError: in backward, if `step` closes over a tensor that needs a gradient, which would be lost; and
+            if a gradient of a gradient is asked for (use `group_size=0` for that).
     """
     if not isinstance(consts, (tuple, list)):  # iterating a tensor would take it apart
         raise TypeError(f"scan: consts is a {type(consts).__name__}; write a tuple, as consts=(tensor,)")
@@ -74,7 +75,7 @@ def scan(
     if keeps_everything or not needs_gradient:
         final, stacked = program.run(carry_leaves, xs_leaves, const_leaves)
     else:
-        program.autocast = _AutocastState(next(leaf for leaf in leaves if leaf.requires_grad).device.type)
+        program.autocast = AutocastState(next(leaf for leaf in leaves if leaf.requires_grad).device.type)
         out = _GroupedScan.apply(program, len(carry_leaves), len(xs_leaves), *leaves)
         final, stacked = out[: len(carry_leaves)], out[len(carry_leaves) :]
     assert program.y_form is not None
@@ -105,30 +106,6 @@ def _flatten(tree: Any, what: str) -> tuple[Flat, _Form]:
     return tensors, _Form(spec, tuple(leaf is not None for leaf in leaves))
 
 
-class _AutocastState:
-    """The autocast settings of one moment, to be restored when a group runs again.
-
-    Without the cache of casts: what one run caches under `no_grad` must not be found by another that needs it
-    differentiable.
-    """
-
-    def __init__(self, device_type: str) -> None:
-        known = device_type != "cpu" and torch.amp.is_autocast_available(device_type)  # `meta` has none
-        self.device_types = (device_type, "cpu") if known else ("cpu",)
-        self.settings = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in self.device_types
-        ]
-
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for kind, enabled, dtype in self.settings:
-                # With autocast off, its constructor would still complain about a type it does not support.
-                keywords = {"dtype": dtype} if enabled else {}
-                stack.enter_context(torch.autocast(kind, enabled=enabled, cache_enabled=False, **keywords))
-            yield
-
-
 class _Program:
     """What a scan runs, apart from its tensors."""
 
@@ -149,10 +126,10 @@ class _Program:
         self.length = length
         self.y_form: _Form | None = None
         self.y_kinds: list[tuple[torch.Size, torch.dtype]] = []
-        self.autocast: _AutocastState | None = None
+        self.autocast: AutocastState | None = None
 
     def one_step(self, carry: Flat, x: Flat, consts: Any) -> tuple[Flat, Flat]:
-        """`step` on flat carries, checking that the carry and the `y` keep their form."""
+        """Call `step` on a flat carry, and check that the carry and the `y` keep their form."""
         pair = self.step(self.carry_form.unflatten(carry), self.xs_form.unflatten(x), *consts)
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise TypeError(f"scan: step returns a pair (carry, y), not a {type(pair).__name__}")
@@ -307,7 +284,7 @@ def _leaf(x: Tensor, wants_gradient: bool) -> Tensor:
 
 
 def _refuse_closures(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-    """Raise if the graph of a group ends in a leaf that is none of its inputs: that leaf's gradient would be lost."""
+    """Raise if the graph of a group ends in a leaf that is not one of its inputs: its gradient would be lost."""
     own = {id(x) for x in inputs}
     waiting = [out.grad_fn for out in outputs if out.grad_fn is not None]
     seen = set(waiting)

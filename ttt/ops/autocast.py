@@ -1,0 +1,42 @@
+"""Autocast around arithmetic that chooses its own types: switched off, or as it was when a pass was recorded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Autocast off for the device of `x`, if it is on there."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+class AutocastState:
+    """The autocast settings of one moment, to be restored when the same code runs again.
+
+    The cache of casts stays off: what one run caches under `no_grad` must not be found by another that needs it
+    differentiable.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        known = device_type != "cpu" and torch.amp.is_autocast_available(device_type)  # `meta` has none
+        self.device_types = (device_type, "cpu") if known else ("cpu",)
+        self.settings = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in self.device_types
+        ]
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """The settings, for as long as the context lasts."""
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self.settings:
+                # With autocast off, its constructor would still complain about a type it does not support.
+                keywords = {"dtype": dtype} if enabled else {}
+                stack.enter_context(torch.autocast(kind, enabled=enabled, cache_enabled=False, **keywords))
+            yield

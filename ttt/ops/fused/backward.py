@@ -1,0 +1,361 @@
+"""One chunk of mini-batches on its way back: the queries of all at once, then the keys from the last to the first.
+
+Shape letters and symbols: see `ttt.ops.fused`. Numbers in parentheses are the equations of `docs/backward.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ttt.ops.fused.forward import Scratch, add_outer, through_norm
+from ttt.ops.fused.layout import Block, Common, Dims, Kept, by_step
+from ttt.ops.norm import is_constant, is_zero
+
+
+class Sums:
+    """Gradients that add up over mini-batches."""
+
+    def __init__(self, common: Common, d_next_PJO: list[Tensor]) -> None:
+        dims = common.dims
+
+        def zeros(*shape: int) -> Tensor:
+            return d_next_PJO[0].new_zeros((dims.pairs, *shape))
+
+        self.next_PJO = d_next_PJO
+        """`dW̃'` of the weights that open the next mini-batch, or `dG̃'` of the sums that an open one hands on."""
+        self.first_next_POJ = d_next_PJO[0].mT
+        self.later_next_POI = [x[:, :-1].mT for x in d_next_PJO[1:]]
+        self.weights_PJO = d_next_PJO if common.closes else [torch.zeros_like(x) for x in d_next_PJO]
+        """`dW̃`. If mini-batches close, it is the same tensors: `W' = W − …` hands its gradient through (12)."""
+        self.gradients_PJO = [] if common.gradients_PJO is None else [x.clone() for x in d_next_PJO]
+        """`dG̃` of what an open mini-batch had summed before."""
+        self.gamma_P1F = zeros(1, dims.widths[0])
+        self.beta_P1F = zeros(1, dims.widths[0])
+        self.scale_PC1 = zeros(dims.size, 1)
+
+
+class TokenGradients(NamedTuple):
+    """Gradients of what a chunk's tokens bring; they lie in room that the next chunk uses again."""
+
+    q_MPCF: Tensor
+    k_MPCF: Tensor
+    target_MPCF: Tensor
+    rate_MPC1: Tensor
+    pushes_MP11: Tensor
+    """`dc`"""
+
+
+# --- room and views ---
+
+
+class BackwardScratch:
+    """Room that one chunk after the other uses on its way back: that of its way forward, and more.
+
+    A whole group goes forward before any of it goes back, and what goes back reads only what was kept.
+    """
+
+    def __init__(self, dims: Dims, chunk: int, forward: Scratch) -> None:
+        size, width, like = dims.size, dims.widths[0], forward.first_MPSO
+
+        def room(*shape: int) -> Tensor:
+            return like.new_empty((chunk, dims.pairs, *shape))
+
+        self.d_outputs_MPSO = [forward.first_MPSO, *(room(2 * size, fan_out) for fan_out in dims.widths[2:])]
+        """`(dZ_l; dy_l)`: rows of the keys and of the queries together, as what the layers are given is kept."""
+        self.d_errors_MPCO = [*forward.squared_MPCO, room(size, width)]
+        self.d_inputs_MPCI = [room(size, width), *forward.gates_MPCO]
+        """`dX_l`"""
+        self.seen_by_next_MPCO = [*forward.pulled_MPCO, room(size, width)]
+        """`ρ_l`"""
+        self.reached_MPCJ = room(size, width + 1)
+        """`V_0`"""
+        self.d_slope_MPCF = room(size, width)
+        """`dr`"""
+        self.pushed_errors_MPCO = [room(size, fan_out) for fan_out in dims.widths[2:]]
+        """`c η E_l` for l ≥ 1"""
+        self.pair_MPC2F, self.along_MPC2 = room(size, 2, width), room(size, 2)
+        """`(x̂; E)` of each token, and the products of the two with the token's dE."""
+        self.unit_MPCF, self.slope_MPCF = room(size, width), room(size, width)
+        """`x̂` and `r`"""
+        self.turned_error_MPCF, self.turned_unit_MPCF = room(size, width), room(size, width)
+        """`−ι E / F` and `−ι x̂ / F`: what `along` multiplies in (20), and its mean's divisor."""
+        self.d_stack_MPSF = room(2 * size, width)
+        """`(dZ_0; dy_0) W_0ᵀ`"""
+        # `dD_l` with a last column of zeros, where the bias of the next layer would be.
+        self.d_pulled_PCJ = [like.new_zeros((dims.pairs, size, hidden + 1)) for hidden in dims.widths[1:-1]]
+
+
+class BackwardViews:
+    """What a chunk of mini-batches reads and writes on its way back; made and named as `ForwardViews` are."""
+
+    def __init__(self, dims: Dims, block: Block, kept: Kept, scratch: BackwardScratch) -> None:
+        self.steps, self.block, self.kept = len(block.rate_MPC1), block, kept
+        self.stacks_MPSJ = [block.stacked_MPSJ, *kept.inputs_MPSJ]
+        self._view_chunk(dims.size, scratch)
+        self._view_steps(dims.size, scratch)
+
+    def _view_chunk(self, size: int, scratch: BackwardScratch) -> None:
+        kept, steps = self.kept, self.steps
+
+        def of_chunk(rooms: Iterable[Tensor]) -> list[Tensor]:
+            return [x[:steps] for x in rooms]
+
+        self.d_outputs_MPSO, self.d_errors_MPCO, self.d_inputs_MPCI = (
+            of_chunk(rooms) for rooms in (scratch.d_outputs_MPSO, scratch.d_errors_MPCO, scratch.d_inputs_MPCI)
+        )
+        self.seen_by_next_MPCO, self.pushed_errors_MPCO = (
+            of_chunk(rooms) for rooms in (scratch.seen_by_next_MPCO, scratch.pushed_errors_MPCO)
+        )
+        self.reached_MPCJ, self.d_slope_MPCF, self.pair_MPC2F, self.d_stack_MPSF = of_chunk(
+            (scratch.reached_MPCJ, scratch.d_slope_MPCF, scratch.pair_MPC2F, scratch.d_stack_MPSF)
+        )
+        self.unit_MPCF, self.slope_MPCF, self.turned_error_MPCF, self.turned_unit_MPCF = of_chunk(
+            (scratch.unit_MPCF, scratch.slope_MPCF, scratch.turned_error_MPCF, scratch.turned_unit_MPCF)
+        )
+        self.d_answered_MPCO = [x[:, :, size:] for x in self.d_outputs_MPSO]
+        self.queries_RCJ = [x[:, :, size:].flatten(0, 1) for x in self.stacks_MPSJ]
+        self.keys_RCI = [x[:, :, :size, :-1].flatten(0, 1) for x in self.stacks_MPSJ]
+        self.errors_RCO = [x.flatten(0, 1) for x in kept.errors_MPCO]
+        self.attention_RCC = [x.flatten(0, 1) for x in kept.attention_MPCC]
+        self.weights_ROI = [x[:, :, :-1].flatten(0, 1).mT for x in kept.weights_MPJO]
+        self.coefficient_RCC = self.block.coefficient_MPCC.flatten(0, 1)
+
+    def _view_steps(self, size: int, scratch: BackwardScratch) -> None:
+        kept = self.kept
+        later_MPIO = [x[:, :, :-1] for x in kept.weights_MPJO[1:]]
+        self.later_weights_PIO, self.later_weights_POI = by_step(later_MPIO), by_step([x.mT for x in later_MPIO])
+        self.keys_PCJ = by_step([x[:, :, :size] for x in self.stacks_MPSJ])
+        self.stacks_PJS = by_step([x.mT for x in self.stacks_MPSJ])
+        self.errors_PCO, self.slopes_PCO, self.bends_PCO = (
+            by_step(x) for x in (kept.errors_MPCO, kept.slopes_MPCO, kept.bends_MPCO)
+        )
+        self.d_errors_PCO, self.d_outputs_PSO = by_step(self.d_errors_MPCO), by_step(self.d_outputs_MPSO)
+        self.later_d_inputs_PCI = by_step(self.d_inputs_MPCI[1:])
+        self.d_keys_PCO = by_step([x[:, :, :size] for x in self.d_outputs_MPSO])
+        self.seen_by_next_PCO, self.pushed_errors_PCO = (
+            by_step(x) for x in (self.seen_by_next_MPCO, self.pushed_errors_MPCO)
+        )
+        self.reached_PCJ, self.d_slope_PCF, self.pushes_PC1 = by_step(
+            [self.reached_MPCJ, self.d_slope_MPCF, self.block.push_MPC1]
+        )
+        self.output_PCF, self.means_PC1 = by_step([kept.output_MPCF, kept.mean_MPC1])
+        # `(x̂; E)` of each token as a matrix of its own (`K = P·C` of them), and what each of the two has in common
+        # with the token's dE.
+        along_MPC2 = scratch.along_MPC2[: self.steps]
+        self.pair_K2F = self.pair_MPC2F.flatten(1, 2).unbind(0)
+        self.along_K21 = along_MPC2.unsqueeze(-1).flatten(1, 2).unbind(0)
+        self.along_unit_PC1, self.along_error_PC1 = by_step([along_MPC2[..., :1], along_MPC2[..., 1:]])
+        self.turned_error_PCF, self.turned_unit_PCF = by_step([self.turned_error_MPCF, self.turned_unit_MPCF])
+        self.d_pulled_PCI = [x[..., :-1] for x in scratch.d_pulled_PCJ]
+        self.d_pulled_PJC = [x.mT for x in scratch.d_pulled_PCJ]
+
+
+# --- arithmetic ---
+
+
+def backward_chunk(
+    common: Common, views: BackwardViews, pushes_MP11: Tensor, d_answers_MPCF: Tensor, sums: Sums
+) -> TokenGradients:
+    """Walk a chunk back.
+
+    Args:
+        common: what all chunks share.
+        views: the chunk's tokens, what forward left, and room.
+        pushes_MP11: `c` of the chunk's mini-batches.
+        d_answers_MPCF: of `q + LN(y)`.
+        sums: of what comes after the chunk; of the chunk and what comes after it when this returns.
+    """
+    d_y_MPCF = _answers_back(common, views, d_answers_MPCF, sums)
+    d_x_MPCF, d_coefficient_MPCC = _queries_back(common, views, d_y_MPCF, sums)
+    d_query_MPCF = d_x_MPCF.add_(d_answers_MPCF)
+    d_rate_MPC1 = _coefficient_back(common, views, d_coefficient_MPCC, sums)
+    terms = _error_terms(common, views)
+    for n in range(views.steps - 1, -1, -1):
+        _update_back(views, sums, n)
+        d_hidden_PCO = _errors_back(common, views, terms, n)
+        _keys_back(views, d_hidden_PCO, n)
+        _weights_back(views, sums, n)
+    return _tokens_back(common, views, pushes_MP11, d_query_MPCF, d_rate_MPC1, sums)
+
+
+def _answers_back(common: Common, views: BackwardViews, d_answers_MPCF: Tensor, sums: Sums) -> Tensor:
+    """The norm of the answers (13): adds to `dβ` and `dγ`, and returns `dy` of the last layer."""
+    kept, unit_MPCF = views.kept, views.unit_MPCF
+    mean, inverse = kept.query_mean_MPC1, kept.query_inverse_MPC1
+    sums.beta_P1F += _sum_rows(d_answers_MPCF)
+    torch.sub(kept.answer_MPCF, mean, out=unit_MPCF)
+    sums.gamma_P1F += _sum_rows(unit_MPCF.mul_(inverse).mul_(d_answers_MPCF))
+    # A constant vector gets no gradient (`ttt.ops.norm`): with 1/σ = 0 nothing comes through its norm.
+    followed = inverse.masked_fill(is_constant(kept.answer_MPCF), 0)
+    d_normed = torch.mul(d_answers_MPCF, common.constants.gamma_P1F, out=views.slope_MPCF)
+    d_y_MPCF = through_norm(d_normed, kept.answer_MPCF, mean, followed)
+    views.d_answered_MPCO[-1].copy_(d_y_MPCF)
+    return d_y_MPCF
+
+
+def _queries_back(common: Common, views: BackwardViews, d_y_MPCF: Tensor, sums: Sums) -> tuple[Tensor, Tensor]:
+    """The queries from the last layer to the first, which no carry touches: (14) to (17).
+
+    Writes what the keys get of it, `dE_l` and `dX_l`. Returns `dx_0`, but for `dy_0 W_0ᵀ`, and `dκ`.
+    """
+    neg_scale_PC1, coefficient_RCC = common.constants.neg_scale_PC1, views.coefficient_RCC
+    d_y_RCO = d_y_MPCF.flatten(0, 1)
+    d_coefficient_RCC = torch.zeros_like(coefficient_RCC)
+    for layer in range(common.dims.depth - 1, -1, -1):
+        x_RCJ, seen_RCC = views.queries_RCJ[layer], views.attention_RCC[layer]
+        d_seen_RCC = torch.bmm(d_y_RCO, views.errors_RCO[layer].mT)  # (14)
+        d_coefficient_RCC.addcmul_(d_seen_RCC, seen_RCC)
+        d_seen_RCC.mul_(coefficient_RCC)
+        d_error_MPCO, d_input_MPCI = views.d_errors_MPCO[layer], views.d_inputs_MPCI[layer]
+        torch.bmm((seen_RCC * coefficient_RCC).mT, d_y_RCO, out=d_error_MPCO.flatten(0, 1))  # (15)
+        torch.bmm(d_seen_RCC.mT, x_RCJ[..., :-1], out=d_input_MPCI.flatten(0, 1))  # (16)
+        d_x_RCI = torch.bmm(d_seen_RCC, views.keys_RCI[layer])
+        if common.gradients_PJO is not None:  # one mini-batch: y has − s x̃ G in addition
+            gradient_PJO = common.gradients_PJO[layer]
+            d_step_RCO = d_y_RCO * neg_scale_PC1
+            sums.scale_PC1 -= (d_y_RCO * torch.bmm(x_RCJ, gradient_PJO)).sum(-1, keepdim=True)
+            sums.gradients_PJO[layer].baddbmm_(x_RCJ.mT, d_step_RCO)
+            d_x_RCI.baddbmm_(d_step_RCO, gradient_PJO[:, :-1].mT)
+        if layer:
+            d_x_RCI.baddbmm_(d_y_RCO, views.weights_ROI[layer])
+            d_y_MPCO = views.d_answered_MPCO[layer - 1]
+            torch.mul(_by_chunk(views, d_x_RCI), views.kept.query_slopes_MPCO[layer - 1], out=d_y_MPCO)  # (17)
+            d_y_RCO = d_y_MPCO.flatten(0, 1)
+    return _by_chunk(views, d_x_RCI), _by_chunk(views, d_coefficient_RCC)
+
+
+def _coefficient_back(common: Common, views: BackwardViews, d_coefficient_MPCC: Tensor, sums: Sums) -> Tensor:
+    """`κ = −s ηᵀ ⊙ mask`: adds to `ds` and returns `dη` (14)."""
+    if common.causal:
+        d_coefficient_MPCC.tril_()
+    sums.scale_PC1 -= (d_coefficient_MPCC @ views.block.rate_MPC1).sum(0)
+    return d_coefficient_MPCC.mT @ common.constants.neg_scale_PC1
+
+
+class _ErrorTerms(NamedTuple):
+    """What the way back through `E` (20) needs of each mini-batch's norm, by mini-batch."""
+
+    teaching_PC1: tuple[Tensor, ...]
+    """`ι`, of which `dr` is made; 0 for a token whose `Z` is constant and which teaches nothing."""
+    followed_PC1: tuple[Tensor, ...]
+    """`ι`, of which the rest of `dZ` is made; 0 for every token whose `Z` is constant."""
+    to_slope_PC1: tuple[Tensor, ...]
+    """`−ι mean(r x̂)`"""
+
+
+def _error_terms(common: Common, views: BackwardViews) -> _ErrorTerms:
+    """What of (20) does not depend on the carry; writes `x̂`, `(x̂; E)` and both turned by `−ι / F`, and `c η E`."""
+    block, kept, unit_MPCF, slope_MPCF = views.block, views.kept, views.unit_MPCF, views.slope_MPCF
+    last_error_MPCF, inverse = kept.errors_MPCO[-1], kept.inverse_MPC1
+    torch.sub(kept.output_MPCF, kept.mean_MPC1, out=unit_MPCF).mul_(inverse)
+    torch.addcmul(block.anchor_MPCF, common.constants.gamma_squared_P1F, unit_MPCF, out=slope_MPCF)
+    constant = is_constant(kept.output_MPCF)
+    followed = inverse.masked_fill(constant, 0)
+    teaching = inverse.masked_fill(constant & is_zero(last_error_MPCF), 0)
+    to_slope = slope_MPCF.mul_(unit_MPCF).mean(-1, keepdim=True).mul_(followed).neg_()
+    views.pair_MPC2F[..., 0, :], views.pair_MPC2F[..., 1, :] = unit_MPCF, last_error_MPCF
+    share = followed * (-1 / common.dims.widths[-1])
+    torch.mul(last_error_MPCF, share, out=views.turned_error_MPCF)
+    torch.mul(unit_MPCF, share, out=views.turned_unit_MPCF)
+    for error, pushed in zip(kept.errors_MPCO[1:], views.pushed_errors_MPCO, strict=True):
+        torch.mul(error, block.push_MPC1, out=pushed)
+    return _ErrorTerms(teaching.unbind(0), followed.unbind(0), to_slope.unbind(0))
+
+
+def _update_back(views: BackwardViews, sums: Sums, n: int) -> None:
+    """What the update of a mini-batch gives back to its errors and inputs (18)."""
+    for layer, d_next_PJO in enumerate(sums.next_PJO):
+        seen_PCO = torch.bmm(views.keys_PCJ[layer][n], d_next_PJO, out=views.seen_by_next_PCO[layer][n])
+        views.d_errors_PCO[layer][n].addcmul_(seen_PCO, views.pushes_PC1[n])
+        if layer:
+            views.later_d_inputs_PCI[layer - 1][n].baddbmm_(
+                views.pushed_errors_PCO[layer - 1][n], sums.later_next_POI[layer - 1]
+            )
+        else:
+            torch.bmm(views.errors_PCO[0][n], sums.first_next_POJ, out=views.reached_PCJ[n])
+
+
+def _errors_back(common: Common, views: BackwardViews, terms: _ErrorTerms, n: int) -> list[Tensor]:
+    """The errors of a mini-batch from the first layer to the last (19), then through the inner loss (20).
+
+    Writes `dZ` of the last layer. Returns `dZ_l` of the hidden ones, as far as it came through `D_l`.
+    """
+    d_error = views.d_errors_PCO[0][n]
+    d_hidden_PCO: list[Tensor] = []
+    for layer in range(common.dims.depth - 1):
+        torch.mul(d_error, views.slopes_PCO[layer][n], out=views.d_pulled_PCI[layer])
+        d_hidden_PCO.append(d_error.mul_(views.bends_PCO[layer][n]))
+        d_error = views.d_errors_PCO[layer + 1][n]
+        d_error.baddbmm_(views.d_pulled_PCI[layer], views.later_weights_PIO[layer][n])
+    # (20)
+    output_PCF, mean = views.output_PCF[n], views.means_PC1[n]
+    d_slope_PCF = through_norm(d_error, output_PCF, mean, terms.teaching_PC1[n])
+    views.d_slope_PCF[n].copy_(d_slope_PCF)
+    scaled = d_slope_PCF * common.constants.gamma_squared_P1F
+    d_z_PCF = through_norm(scaled, output_PCF, mean, terms.followed_PC1[n])
+    d_z_PCF.addcmul_(d_slope_PCF, terms.to_slope_PC1[n])
+    torch.bmm(views.pair_K2F[n], d_error.view(-1, output_PCF.shape[-1], 1), out=views.along_K21[n])
+    d_z_PCF.addcmul_(views.turned_error_PCF[n], views.along_unit_PC1[n])
+    d_z_PCF.addcmul_(views.turned_unit_PCF[n], views.along_error_PC1[n])
+    views.d_keys_PCO[-1][n].copy_(d_z_PCF)
+    return d_hidden_PCO
+
+
+def _keys_back(views: BackwardViews, d_hidden_PCO: list[Tensor], n: int) -> None:
+    """The keys of a mini-batch from the last layer to the first (21)."""
+    for layer in range(len(d_hidden_PCO), 0, -1):
+        d_x_PCI = views.later_d_inputs_PCI[layer - 1][n]
+        d_x_PCI.baddbmm_(views.d_keys_PCO[layer][n], views.later_weights_POI[layer - 1][n])
+        torch.addcmul(
+            d_hidden_PCO[layer - 1], d_x_PCI, views.slopes_PCO[layer - 1][n], out=views.d_keys_PCO[layer - 1][n]
+        )
+
+
+def _weights_back(views: BackwardViews, sums: Sums, n: int) -> None:
+    """All that a mini-batch gives to the weights that opened it (22)."""
+    for layer, total_PJO in enumerate(sums.weights_PJO):
+        add_outer(total_PJO, views.stacks_PJS[layer][n], views.d_outputs_PSO[layer][n], total_PJO)
+        if layer:
+            add_outer(total_PJO, views.d_pulled_PJC[layer - 1], views.errors_PCO[layer][n], total_PJO)
+
+
+def _tokens_back(
+    common: Common,
+    views: BackwardViews,
+    pushes_MP11: Tensor,
+    d_query_MPCF: Tensor,
+    d_rate_MPC1: Tensor,
+    sums: Sums,
+) -> TokenGradients:
+    """What is left of the tokens, which no carry touches: (23) to (25)."""
+    block, size, gamma_P1F = views.block, common.dims.size, common.constants.gamma_P1F
+    d_stack_MPSF, reached_MPCJ = views.d_stack_MPSF, views.reached_MPCJ
+    torch.bmm(views.d_outputs_MPSO[0].flatten(0, 1), views.weights_ROI[0], out=d_stack_MPSF.flatten(0, 1))
+    d_query_MPCF += d_stack_MPSF[:, :, size:]
+    d_key_MPCF = views.d_inputs_MPCI[0].addcmul_(reached_MPCJ[..., :-1], block.push_MPC1)
+    d_key_MPCF.add_(d_stack_MPSF[:, :, :size])
+    d_push_MPC1 = reached_MPCJ.mul_(block.stacked_MPSJ[:, :, :size]).sum(-1, keepdim=True)  # (24)
+    for seen, error in zip(views.seen_by_next_MPCO[1:], views.kept.errors_MPCO[1:], strict=True):
+        d_push_MPC1 += (seen * error).sum(-1, keepdim=True)
+    d_rate_MPC1 += d_push_MPC1 * pushes_MP11
+    d_pushes_MP11 = (d_push_MPC1 * block.rate_MPC1).sum(-2, keepdim=True)
+    # (25), where r = γ² x̂ + γ (β − t)
+    r_by_gamma = views.unit_MPCF.mul_(2 * gamma_P1F).add_(block.offset_MPCF)
+    sums.gamma_P1F += _sum_rows(r_by_gamma.mul_(views.d_slope_MPCF))
+    d_target_MPCF = views.d_slope_MPCF.mul_(-gamma_P1F)
+    sums.beta_P1F -= _sum_rows(d_target_MPCF)
+    return TokenGradients(d_query_MPCF, d_key_MPCF, d_target_MPCF, d_rate_MPC1, d_pushes_MP11)
+
+
+def _sum_rows(x_MPCF: Tensor) -> Tensor:
+    """The sum over mini-batches and their rows, `[P,1,F]`."""
+    return x_MPCF.sum((0, 2)).unsqueeze(1)
+
+
+def _by_chunk(views: BackwardViews, x_RCO: Tensor) -> Tensor:
+    """`[M,P,C,…]` of a batch of R matrices."""
+    return x_RCO.unflatten(0, (views.steps, -1))

@@ -1,0 +1,270 @@
+"""One chunk of mini-batches forward: the keys one mini-batch after the other, then the queries of all at once.
+
+Shape letters and symbols: see `ttt.ops.fused`. Numbers in parentheses are the equations of `docs/backward.md`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ttt.ops.fused.layout import Block, Common, Dims, Kept, by_step
+
+# GELU in its tanh form is x σ(2u) with 2u = x (SLOPE + CUBIC x²): one sigmoid, which is cheaper than one tanh.
+_SLOPE = 2 * math.sqrt(2 / math.pi)
+_CUBIC = _SLOPE * 0.044715
+
+_layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+
+
+# --- elementwise, and what both directions use ---
+
+
+def _gelu(z: Tensor, value: Tensor, squared: Tensor, gate: Tensor) -> None:
+    """`φ(z) = z σ(2u)` into `value`; leaves `z²` and `σ(2u)` behind (2)."""
+    torch.mul(z, z, out=squared)
+    torch.mul(z, _SLOPE, out=gate)
+    gate.addcmul_(squared, z, value=_CUBIC).sigmoid_()
+    torch.mul(z, gate, out=value)
+
+
+def _gelu_slope(value: Tensor, squared: Tensor, gate: Tensor, slope: Tensor) -> None:
+    """`φ'(z) = σ + φ (1 − σ) p` into `slope`, with `p = (2u)'` left in place of `z²` (3)."""
+    squared.mul_(3 * _CUBIC).add_(_SLOPE)
+    torch.addcmul(value, value, gate, value=-1, out=slope)
+    slope.mul_(squared).add_(gate)
+
+
+def _gelu_bend(gate: Tensor, slope: Tensor, p: Tensor, bend: Tensor) -> None:
+    """`φ''(z) = σ (1 − σ) (4p − 2a) + (φ' − σ) p (1 − 2σ)` into `bend`, `a = p(0)` (4)."""
+    torch.mul(p, 4, out=bend)
+    bend.sub_(2 * _SLOPE)
+    spread = torch.addcmul(gate, gate, gate, value=-1)
+    bend.mul_(spread)
+    torch.sub(slope, gate, out=spread)
+    spread.mul_(p)
+    bend.add_(spread)
+    bend.addcmul_(spread, gate, value=-2)
+
+
+def add_outer(base: Tensor, columns: Tensor, rows: Tensor, out: Tensor) -> None:
+    """`base + columns rows`, `[P,a,C]` and `[P,C,b]`, into `out`, which may be `base`."""
+    count = rows.shape[-2]
+    if count == 1:  # bound by memory: one pass over the weights
+        torch.addcmul(base, columns, rows, out=out)
+    elif count == 2:
+        torch.addcmul(base, columns[..., :1], rows[:, :1], out=out)
+        out.addcmul_(columns[..., 1:], rows[:, 1:])
+    elif out is base:
+        base.baddbmm_(columns, rows)
+    else:
+        torch.baddbmm(base, columns, rows, out=out)
+
+
+def through_norm(d: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+    """`ι Π(d)`: a gradient on its way back through the normalisation of `x`, by its `μ` and `ι`."""
+    return _layer_norm_backward(d, x, (x.shape[-1],), mean, inverse, None, None, (True, False, False))[0]
+
+
+# --- room and views ---
+
+
+class Scratch:
+    """Room that one chunk of mini-batches after the other uses."""
+
+    def __init__(self, dims: Dims, chunk: int, like: Tensor) -> None:
+        hidden = dims.widths[1:-1]
+
+        def room(width: int, rows: int = dims.size) -> Tensor:
+            return like.new_empty((chunk, dims.pairs, rows, width))
+
+        self.first_MPSO = room(dims.widths[1], 2 * dims.size)
+        """What the first layer makes of keys and queries."""
+        self.outputs_MPCO = [room(width) for width in hidden[1:]]
+        """What the hidden layers after it make of the keys, then of the queries."""
+        self.squared_MPCO = [room(width) for width in hidden]
+        self.gates_MPCO = [room(width) for width in hidden]
+        self.pulled_MPCO = [room(width) for width in hidden]
+        """`D_l`"""
+
+
+class ForwardViews:
+    """What a chunk of mini-batches reads and writes on its way forward.
+
+    A view costs as much time as a small product. So they are made once for each place that chunks have in a group, and
+    the next group, laid out in the same room, finds them there. If every mini-batch has room of its own, each chunk
+    has its views.
+
+    A name ends in the shape of one tensor. `_PCO` and the like are lists by mini-batch, in lists by layer if layers
+    have one each; `_MPCO` is the whole chunk, and `_RCO` the same as one batch of R = M·P matrices.
+    """
+
+    def __init__(self, dims: Dims, block: Block, kept: Kept, scratch: Scratch) -> None:
+        self.steps = len(block.rate_MPC1)
+        self.kept = kept
+        self._view_steps(dims.size, block, kept, scratch)
+        self._view_chunk(dims.size, block, kept, scratch)
+
+    def _view_steps(self, size: int, block: Block, kept: Kept, scratch: Scratch) -> None:
+        """What the loop over mini-batches needs; `later` lists begin at the second layer."""
+        steps = self.steps
+        first_MPSO = scratch.first_MPSO[:steps]
+        self.stacked_PSJ, self.first_PSO = block.stacked_MPSJ.unbind(0), first_MPSO.unbind(0)
+        self.anchors_PCF, self.pushes_PC1 = block.anchor_MPCF.unbind(0), block.push_MPC1.unbind(0)
+        self.weights_PJO = by_step(kept.weights_MPJO)
+        self.later_weights_POI = by_step([x[:, :, :-1].mT for x in kept.weights_MPJO[1:]])
+        keys_MPCJ = [x[:, :, :size] for x in kept.inputs_MPSJ]
+        self.later_keys_PCJ = by_step(keys_MPCJ)
+        # The left side of (8): pushed keys, and what they give the layers after the first.
+        self.updates_PJC = by_step([x.mT for x in (block.pushed_keys_MPCJ, *keys_MPCJ)])
+        self.outputs_PCO = by_step([first_MPSO[:, :, :size], *(x[:steps] for x in scratch.outputs_MPCO)])
+        self.values_PCO = by_step([x[..., :-1] for x in keys_MPCJ])
+        self.squared_PCO, self.gates_PCO, self.pulled_PCO = (
+            by_step([x[:steps] for x in room])
+            for room in (scratch.squared_MPCO, scratch.gates_MPCO, scratch.pulled_MPCO)
+        )
+        self.slopes_PCO, self.errors_PCO = by_step(kept.slopes_MPCO), by_step(kept.errors_MPCO)
+        self.output_PCF, self.means_PC1, self.inverses_PC1 = by_step(
+            [kept.output_MPCF, kept.mean_MPC1, kept.inverse_MPC1]
+        )
+
+    def _view_chunk(self, size: int, block: Block, kept: Kept, scratch: Scratch) -> None:
+        """What GELU left behind of the whole chunk, and what its queries need."""
+        steps = self.steps
+        stacks_MPSJ = [block.stacked_MPSJ, *kept.inputs_MPSJ]
+        self.squared_MPCO, self.gates_MPCO, self.pulled_MPCO = (
+            [x[:steps] for x in room] for room in (scratch.squared_MPCO, scratch.gates_MPCO, scratch.pulled_MPCO)
+        )
+        self.query_values_MPCO = [x[:, :, size:, :-1] for x in kept.inputs_MPSJ]
+        # `y_l`. Products are fast only into rows that lie together, and the first layer's have the keys' between them:
+        # they are added up where `pulled` is read no more.
+        self.answered_MPCO = [
+            *(x[:steps] for x in (*scratch.pulled_MPCO[:1], *scratch.outputs_MPCO)), kept.answer_MPCF
+        ]  # fmt: skip
+        self.answered_RCO = [x.flatten(0, 1) for x in self.answered_MPCO]
+        self.queries_RCJ = [x[:, :, size:].flatten(0, 1) for x in stacks_MPSJ]
+        self.keys_RJC = [x[:, :, :size].flatten(0, 1).mT for x in stacks_MPSJ]
+        self.attention_RCC = [x.flatten(0, 1) for x in kept.attention_MPCC]
+        self.coefficient_RCC = block.coefficient_MPCC.flatten(0, 1)
+        self.first_queries_RCO = scratch.first_MPSO[:steps][:, :, size:].flatten(0, 1)
+        self.later_weights_RJO = [x.flatten(0, 1) for x in kept.weights_MPJO[1:]]
+        self.errors_RCO = [x.flatten(0, 1) for x in kept.errors_MPCO]
+
+
+# --- arithmetic ---
+
+
+def forward_chunk(common: Common, views: ForwardViews, following_PJO: list[Tensor] | None, *, keep: bool) -> Tensor:
+    """Answer the queries of a chunk whose first weights are in its room.
+
+    Args:
+        common: what all chunks share.
+        views: the chunk's tokens, and where it writes what backward needs.
+        following_PJO: where the weights after the chunk go, or the sums of a mini-batch that stays open; None if
+            nobody asks for them.
+        keep: whether what backward reads is written down.
+
+    Returns:
+        `LN(y) [M,P,C,F]`.
+    """
+    for n in range(views.steps):
+        _keys_forward(common, views, n)
+        _errors(common, views, n, keep=keep)
+        if n + 1 < views.steps:
+            _update(common, views, n, [w[n + 1] for w in views.weights_PJO])
+    if keep:
+        _bends(views)
+    normed_MPCF = _queries(common, views, keep=keep)
+    # After the queries: these weights may take the place of the chunk's first.
+    if following_PJO is not None:
+        _update(common, views, views.steps - 1, following_PJO)
+    return normed_MPCF
+
+
+def _keys_forward(common: Common, views: ForwardViews, n: int) -> None:
+    """The keys of a mini-batch through the inner model (1) to (3), its queries through the first product."""
+    weights_PJO, last = views.weights_PJO, common.dims.depth - 1
+    torch.bmm(views.stacked_PSJ[n], weights_PJO[0][n], out=views.first_PSO[n])  # (1), and the first part of (10)
+    for layer in range(last):
+        z, value, squared, gate = (
+            views.outputs_PCO[layer][n], views.values_PCO[layer][n], views.squared_PCO[layer][n],
+            views.gates_PCO[layer][n],
+        )  # fmt: skip
+        if layer:
+            torch.bmm(views.later_keys_PCJ[layer - 1][n], weights_PJO[layer][n], out=z)
+        _gelu(z, value, squared, gate)
+        _gelu_slope(value, squared, gate, views.slopes_PCO[layer][n])
+    if last:
+        torch.bmm(views.later_keys_PCJ[-1][n], weights_PJO[-1][n], out=views.output_PCF[n])
+    else:
+        views.output_PCF[n].copy_(views.outputs_PCO[0][n])
+
+
+def _errors(common: Common, views: ForwardViews, n: int, *, keep: bool) -> None:
+    """What the inner loss of a mini-batch gives back to every layer: `E`, from the last, (5) to (7)."""
+    constants, errors_PCO, z_PCF = common.constants, views.errors_PCO, views.output_PCF[n]
+    unit, mean, inverse = torch.native_layer_norm(z_PCF, (z_PCF.shape[-1],), None, None, common.eps)
+    # r = γ² x̂ + γ (β − t), and E its way back through the norm.
+    r_PCF = torch.addcmul(views.anchors_PCF[n], constants.gamma_squared_P1F, unit)
+    errors_PCO[-1][n].copy_(through_norm(r_PCF, z_PCF, mean, inverse))
+    if keep:
+        views.means_PC1[n].copy_(mean)
+        views.inverses_PC1[n].copy_(inverse)
+    for layer in range(common.dims.depth - 2, -1, -1):
+        pulled = views.pulled_PCO[layer][n]
+        torch.bmm(errors_PCO[layer + 1][n], views.later_weights_POI[layer][n], out=pulled)  # (7)
+        torch.mul(pulled, views.slopes_PCO[layer][n], out=errors_PCO[layer][n])
+
+
+def _update(common: Common, views: ForwardViews, n: int, targets_PJO: Sequence[Tensor]) -> None:
+    """What a mini-batch hands on (8): the weights that open the next, or the sums of one that stays open."""
+    for layer, target in enumerate(targets_PJO):
+        left, right = views.updates_PJC[layer][n], views.errors_PCO[layer][n]
+        if layer:
+            right = right * views.pushes_PC1[n]
+        if common.closes:
+            add_outer(views.weights_PJO[layer][n], left, right, target)
+        elif common.gradients_PJO is not None:
+            add_outer(common.gradients_PJO[layer], left, right, target)
+        else:
+            torch.bmm(left, right, out=target)
+
+
+def _bends(views: ForwardViews) -> None:
+    """`D_l ⊙ φ''(Z_l)` of all keys of a chunk, which backward reads (4)."""
+    kept = views.kept
+    for layer, bend in enumerate(kept.bends_MPCO):
+        _gelu_bend(views.gates_MPCO[layer], kept.slopes_MPCO[layer], views.squared_MPCO[layer], bend)
+        bend.mul_(views.pulled_MPCO[layer])
+
+
+def _queries(common: Common, views: ForwardViews, *, keep: bool) -> Tensor:
+    """What is left of the queries of all mini-batches of a chunk: (9), the rest of (10), (11). Returns `LN(y)`."""
+    constants, kept, depth = common.constants, views.kept, common.dims.depth
+    for layer in range(depth):
+        x, y = views.queries_RCJ[layer], views.answered_RCO[layer]
+        seen = torch.bmm(x, views.keys_RJC[layer], out=views.attention_RCC[layer])
+        seen = seen * views.coefficient_RCC
+        if layer:
+            torch.bmm(x, views.later_weights_RJO[layer - 1], out=y)
+            y.baddbmm_(seen, views.errors_RCO[layer])
+        else:
+            torch.baddbmm(views.first_queries_RCO, seen, views.errors_RCO[layer], out=y)
+        if common.gradients_PJO is not None:
+            y.addcmul_(torch.bmm(x, common.gradients_PJO[layer]), constants.neg_scale_PC1)
+        if layer + 1 < depth:
+            value, squared, gate = (
+                views.query_values_MPCO[layer], views.squared_MPCO[layer], views.gates_MPCO[layer]
+            )  # fmt: skip
+            _gelu(views.answered_MPCO[layer], value, squared, gate)
+            if keep:
+                _gelu_slope(value, squared, gate, kept.query_slopes_MPCO[layer])
+    answer_MPCF = kept.answer_MPCF
+    unit, mean, inverse = torch.native_layer_norm(answer_MPCF, (answer_MPCF.shape[-1],), None, None, common.eps)
+    if keep:
+        kept.query_mean_MPC1.copy_(mean)
+        kept.query_inverse_MPC1.copy_(inverse)
+    return unit.mul_(constants.gamma_P1F).add_(constants.beta_P1F)

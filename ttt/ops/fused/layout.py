@@ -1,0 +1,303 @@
+"""Where the numbers lie: what the operation is given, tokens laid out for the products, and what backward reads.
+
+Shape letters: see `ttt.ops.fused`. A list holds one tensor for each layer of the inner model, in order of layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_CHUNK_NUMBERS = 1 << 20
+"""On a CPU: how many numbers the keys of a chunk have at the widest layer of the inner model."""
+_CHUNK_WEIGHTS = 1 << 20
+"""On a CPU: how many numbers the weights of a chunk have, if they need not be kept."""
+
+
+class Dims(NamedTuple):
+    """The sizes of a problem."""
+
+    steps: int
+    """`N`"""
+    batch: int
+    """`B`"""
+    heads: int
+    """`H`"""
+    size: int
+    """`C`"""
+    widths: tuple[int, ...]
+    """Of what the layers of the inner model are given, then of what the last one gives: `F, …, F`."""
+
+    @property
+    def pairs(self) -> int:
+        """`P`, the heads of all rows."""
+        return self.batch * self.heads
+
+    @property
+    def depth(self) -> int:
+        """`L`, the layers of the inner model."""
+        return len(self.widths) - 1
+
+    def chunk(self, device: torch.device, most: int, *, keep: bool) -> int:
+        """How many mini-batches run the part that the carry does not touch at a time.
+
+        On a CPU they are so many that calls cost little beside their arithmetic, and no more. If weights need not be
+        kept, their size is bounded too; a chunk of one mini-batch moves them in place.
+        """
+        if device.type != "cpu":
+            return most
+        chunk = _CHUNK_NUMBERS // (self.pairs * self.size * max(self.widths))
+        if not keep:
+            weights = sum(a * b for a, b in itertools.pairwise(self.widths))
+            chunk = min(chunk, _CHUNK_WEIGHTS // (self.pairs * weights))
+        return max(1, min(most, chunk))
+
+
+class Problem(NamedTuple):
+    """What the operation is given, in the order of its schema."""
+
+    q_BHNCF: Tensor
+    k_BHNCF: Tensor
+    target_BHNCF: Tensor
+    rate_BHNC1: Tensor
+    gamma_H1F: Tensor
+    beta_H1F: Tensor
+    scale_BC: Tensor
+    """`s`, for each row or `[1,C]`."""
+    last_NB: Tensor | None
+    """`s_C` for each mini-batch and row, or `[1,1]`; None if the one mini-batch stays open."""
+    weights: list[Tensor]
+    """`W_0, b_0, W_1, …`, which open the first mini-batch: `W [B,H,I,O]` and `b [B,H,1,O]`."""
+    gradients: list[Tensor]
+    """`G`, what a mini-batch that was found open had summed before; empty if it opens here."""
+    causal: bool
+    eps: float
+    group_size: int
+    """Mini-batches that backward recomputes at a time; 0 keeps everything."""
+
+    @property
+    def dims(self) -> Dims:
+        """The sizes."""
+        batch, heads, steps, size, width = self.q_BHNCF.shape
+        return Dims(steps, batch, heads, size, (width, *(w.shape[-1] for w in self.weights[::2])))
+
+
+class Constants(NamedTuple):
+    """What every mini-batch reads."""
+
+    gamma_P1F: Tensor
+    beta_P1F: Tensor
+    gamma_squared_P1F: Tensor
+    neg_scale_PC1: Tensor
+    """`−s`"""
+    pushes_NP11: Tensor
+    """`c`, the factor of an update (8): `−s_C` if the mini-batch closes, 0 if it does not, 1 if it stays open."""
+
+
+class Common(NamedTuple):
+    """What all chunks of a problem have in common."""
+
+    dims: Dims
+    constants: Constants
+    gradients_PJO: list[Tensor] | None
+    """`G̃`, if the only mini-batch was found open."""
+    closes: bool
+    """Whether mini-batches close and their updates move the weights; else one stays open and hands on its sums."""
+    causal: bool
+    eps: float
+
+    @classmethod
+    def of(cls, problem: Problem) -> Common:
+        """Of a whole problem."""
+        dims = problem.dims
+        opened = joined(dims, problem.gradients) if problem.gradients else None
+        return cls(
+            dims, _constants(dims, problem), opened, problem.last_NB is not None, problem.causal, problem.eps
+        )  # fmt: skip
+
+
+def _constants(dims: Dims, problem: Problem) -> Constants:
+    def per_pair(x: Tensor) -> Tensor:
+        return x.expand(dims.batch, dims.heads, 1, dims.widths[0]).reshape(dims.pairs, 1, -1)
+
+    shape = dims.batch, dims.heads
+    last_NB = problem.last_NB
+    if last_NB is None:
+        pushes = problem.q_BHNCF.new_ones((dims.steps, dims.pairs, 1, 1))
+    else:
+        pushes = -last_NB[:, :, None].expand(dims.steps, *shape).reshape(dims.steps, dims.pairs, 1, 1)
+    gamma = per_pair(problem.gamma_H1F)
+    scale = problem.scale_BC[:, None].expand(*shape, dims.size).reshape(dims.pairs, dims.size, 1)
+    return Constants(gamma, per_pair(problem.beta_H1F), gamma.square(), scale.neg(), pushes)
+
+
+class Block(NamedTuple):
+    """Tokens of consecutive mini-batches, laid out for the products."""
+
+    stacked_MPSJ: Tensor
+    """`(K̃; Q̃)`"""
+    rate_MPC1: Tensor
+    """`η`"""
+    offset_MPCF: Tensor
+    """`β − t`"""
+    anchor_MPCF: Tensor
+    """`γ (β − t)`"""
+    push_MPC1: Tensor
+    """`c η`"""
+    pushed_keys_MPCJ: Tensor
+    """`c η K̃`"""
+    coefficient_MPCC: Tensor
+    """`κ = −s ηᵀ ⊙ mask`"""
+
+    @classmethod
+    def room(cls, dims: Dims, steps: int, like: Tensor) -> Block:
+        """Room for some mini-batches; the last column of keys and queries is 1."""
+        size, width = dims.size, dims.widths[0]
+
+        def room(rows: int, columns: int) -> Tensor:
+            return like.new_empty((steps, dims.pairs, rows, columns))
+
+        stacked = room(2 * size, width + 1)
+        stacked[..., width] = 1
+        narrow, column = (size, width), (size, 1)
+        return cls(
+            stacked, room(*column), room(*narrow), room(*narrow), room(*column), room(size, width + 1), room(size, size)
+        )
+
+    def part(self, start: int, stop: int) -> Block:
+        """Some of the mini-batches."""
+        return Block(*(x[start:stop] for x in self))
+
+    def lay_out(self, problem: Problem, common: Common, start: int) -> None:
+        """Write down the tokens of as many mini-batches, from `start` on, as there is room for."""
+        dims, constants = common.dims, common.constants
+        stop, size, width = start + len(self.rate_MPC1), dims.size, dims.widths[0]
+        q, k, target, rate = (x[:, :, start:stop].movedim(2, 0) for x in problem[:4])
+        by_head = Block(*(x.unflatten(1, (dims.batch, dims.heads)) for x in self))
+        by_head.stacked_MPSJ[..., :size, :width] = k
+        by_head.stacked_MPSJ[..., size:, :width] = q
+        by_head.rate_MPC1.copy_(rate)
+        torch.sub(constants.beta_P1F.unflatten(0, (dims.batch, dims.heads)), target, out=by_head.offset_MPCF)
+        torch.mul(self.offset_MPCF, constants.gamma_P1F, out=self.anchor_MPCF)
+        torch.mul(self.rate_MPC1, constants.pushes_NP11[start:stop], out=self.push_MPC1)
+        torch.mul(self.stacked_MPSJ[:, :, :size], self.push_MPC1, out=self.pushed_keys_MPCJ)
+        torch.mul(constants.neg_scale_PC1, self.rate_MPC1.mT, out=self.coefficient_MPCC)
+        if common.causal:
+            self.coefficient_MPCC.tril_()
+
+
+class Kept(NamedTuple):
+    """What backward needs of mini-batches besides their tokens."""
+
+    weights_MPJO: list[Tensor]
+    """`W̃_l`, which opened them."""
+    inputs_MPSJ: list[Tensor]
+    """`(X̃_l; x̃_l)` for l ≥ 1: what keys and queries give the layers after the first."""
+    slopes_MPCO: list[Tensor]
+    """`φ'(Z_l)` of hidden layers."""
+    bends_MPCO: list[Tensor]
+    """`D_l ⊙ φ''(Z_l)` of hidden layers."""
+    query_slopes_MPCO: list[Tensor]
+    """`φ'(y_l)` of hidden layers."""
+    errors_MPCO: list[Tensor]
+    """`E_l = ∂ℓ/∂Z_l`"""
+    attention_MPCC: list[Tensor]
+    """`A_l = x̃_l X̃_lᵀ`"""
+    output_MPCF: Tensor
+    """`Z` of the last layer."""
+    answer_MPCF: Tensor
+    """`y` of the last layer."""
+    mean_MPC1: Tensor
+    """Mean of `output`, and below its `ι = 1/σ`; then those of `answer`."""
+    inverse_MPC1: Tensor
+    query_mean_MPC1: Tensor
+    query_inverse_MPC1: Tensor
+
+    def flat(self) -> list[Tensor]:
+        """All tensors, in the order of the fields."""
+        return [
+            *self.weights_MPJO, *self.inputs_MPSJ, *self.slopes_MPCO, *self.bends_MPCO, *self.query_slopes_MPCO,
+            *self.errors_MPCO, *self.attention_MPCC, *self[7:],
+        ]  # fmt: skip
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], depth: int) -> Kept:
+        """The inverse of `flat`."""
+        found = iter(tensors)
+        hidden = depth - 1
+        counts = depth, hidden, hidden, hidden, hidden, depth, depth
+        return cls(*(list(itertools.islice(found, count)) for count in counts), *found)  # type: ignore[arg-type]
+
+    @classmethod
+    def room(cls, dims: Dims, steps: int, like: Tensor) -> Kept:
+        """Room for some mini-batches; the last column of what layers are given is 1."""
+        size, depth, hidden = dims.size, dims.depth, dims.widths[1:-1]
+
+        def room(rows: int, columns: int) -> Tensor:
+            return like.new_empty((steps, dims.pairs, rows, columns))
+
+        kept = cls(
+            weights_MPJO=[room(fan_in + 1, fan_out) for fan_in, fan_out in itertools.pairwise(dims.widths)],
+            inputs_MPSJ=[room(2 * size, width + 1) for width in hidden],
+            slopes_MPCO=[room(size, width) for width in hidden],
+            bends_MPCO=[room(size, width) for width in hidden],
+            query_slopes_MPCO=[room(size, width) for width in hidden],
+            errors_MPCO=[room(size, width) for width in dims.widths[1:]],
+            attention_MPCC=[room(size, size) for _ in range(depth)],
+            output_MPCF=room(size, dims.widths[-1]),
+            answer_MPCF=room(size, dims.widths[-1]),
+            mean_MPC1=room(size, 1),
+            inverse_MPC1=room(size, 1),
+            query_mean_MPC1=room(size, 1),
+            query_inverse_MPC1=room(size, 1),
+        )
+        for x in kept.inputs_MPSJ:
+            x[..., -1] = 1
+        return kept
+
+    def part(self, start: int, stop: int) -> Kept:
+        """Of some of the mini-batches."""
+        return Kept.of([x[start:stop] for x in self.flat()], len(self.weights_MPJO))
+
+
+def room_between_passes(dims: Dims, group_size: int, like: Tensor) -> list[Tensor]:
+    """Room for what the operation keeps: all of every mini-batch, or the weights that open groups after the first."""
+    if not group_size:
+        return Kept.room(dims, dims.steps, like).flat()
+    groups = -(-dims.steps // group_size)
+    return [
+        like.new_empty((groups - 1, dims.pairs, fan_in + 1, fan_out))
+        for fan_in, fan_out in itertools.pairwise(dims.widths)
+    ]
+
+
+def room_for_tokens(like: Tensor) -> Tensor:
+    """Room of the shape `[B,H,N,C,F]` in the order of a sequence, `[B,N,C,H,F]`."""
+    batch, heads, steps, size, width = like.shape
+    return like.new_empty((batch, steps, size, heads, width)).permute(0, 3, 1, 2, 4)
+
+
+def joined(dims: Dims, weights: Sequence[Tensor]) -> list[Tensor]:
+    """`W̃ [P,J,O]` of `W [B,H,I,O]` and `b [B,H,1,O]`."""
+    return [
+        torch.cat((weights[index], weights[index + 1]), -2).reshape(dims.pairs, -1, weights[index].shape[-1])
+        for index in range(0, len(weights), 2)
+    ]
+
+
+def parted(dims: Dims, weights_PJO: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of `joined`, each in memory of its own."""
+    found = []
+    for whole in weights_PJO:
+        whole = whole.view(dims.batch, dims.heads, *whole.shape[1:])
+        found += [part.clone(memory_format=torch.contiguous_format) for part in (whole[:, :, :-1], whole[:, :, -1:])]
+    return found
+
+
+def by_step(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Of every tensor `[M,…]`, its M mini-batches."""
+    return [x.unbind(0) for x in tensors]

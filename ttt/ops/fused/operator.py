@@ -1,0 +1,324 @@
+"""The operation `ttt::minibatches`: which mini-batches run when, its registration, and the functions that call it.
+
+Shape letters: see `ttt.ops.fused`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, library
+
+from ttt.ops.autocast import no_autocast
+from ttt.ops.constants import BLOCK
+from ttt.ops.fused.backward import BackwardScratch, BackwardViews, Sums, backward_chunk
+from ttt.ops.fused.forward import ForwardViews, Scratch, forward_chunk
+from ttt.ops.fused.layout import (
+    Block,
+    Common,
+    Kept,
+    Problem,
+    joined,
+    parted,
+    room_between_passes,
+    room_for_tokens,
+)
+
+Weights = tuple[Tensor, ...]
+Views = TypeVar("Views")
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor target, Tensor rate, Tensor gamma, Tensor beta, Tensor scale, Tensor? last, "
+    "Tensor[] weights, Tensor[] gradients"
+)
+_SETTINGS = "bool causal, float eps, int group_size"
+_SCHEMA = f"({_INPUTS}, {_SETTINGS}, bool keep) -> (Tensor, Tensor[], Tensor[])"
+_BACKWARD_SCHEMA = (
+    f"(Tensor d_answers, Tensor[] d_following, {_INPUTS}, Tensor[] kept, {_SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])"
+)
+Answered = tuple[Tensor, list[Tensor], list[Tensor]]
+"""`z [B,H,N,C,F]`, the weights after the last mini-batch (or the sums of one that stays open), and what is kept."""
+
+# Defined by its parts: `custom_op` would import the compiler, some seconds, at the first call.
+library.define("ttt::minibatches", _SCHEMA)
+library.define("ttt::minibatches_backward", _BACKWARD_SCHEMA)
+
+
+# --- forward ---
+
+
+@library.impl("ttt::minibatches", "default")
+def _run(*inputs: Any) -> Answered:
+    problem, keep = Problem(*inputs[:-1]), inputs[-1]
+    with no_autocast(problem.q_BHNCF):  # `learn` may be called with autocast on
+        return _run_forward(problem, keep=keep)
+
+
+@library.register_fake("ttt::minibatches")
+def _(*inputs: Any) -> Answered:
+    problem, keep = Problem(*inputs[:-1]), inputs[-1]
+    q = problem.q_BHNCF
+    kept = room_between_passes(problem.dims, problem.group_size, q) if keep else []
+    return room_for_tokens(q), [w.new_empty(w.shape) for w in problem.weights], kept
+
+
+def _run_forward(problem: Problem, *, keep: bool) -> Answered:
+    """Answer all mini-batches, a block of them laid out at a time, in chunks."""
+    q, group_size = problem.q_BHNCF, problem.group_size
+    common = Common.of(problem)
+    dims = common.dims
+    answers = room_for_tokens(q)
+    shown, queries = answers.permute(2, 0, 1, 3, 4), q.movedim(2, 0)
+    everything = keep and not group_size
+    saved = room_between_passes(dims, group_size, q) if keep else []
+    block_size = min(group_size or BLOCK, dims.steps)
+    chunk = dims.chunk(q.device, block_size, keep=everything)
+    scratch = Scratch(dims, chunk, q)
+    block = Block.room(dims, block_size, q)
+    kept = Kept.of(saved, dims.depth) if everything else Kept.room(dims, chunk, q)
+    carry = joined(dims, problem.weights)
+    following = [torch.empty_like(x) for x in carry]
+    _open(kept, carry)
+    views_of = _views(lambda block, kept: ForwardViews(dims, block, kept, scratch), block, kept, again=not everything)
+    for start in range(0, dims.steps, block_size):
+        stop = min(start + block_size, dims.steps)
+        if keep and group_size and start:
+            for x, w in zip(saved, kept.weights_MPJO, strict=True):
+                x[start // group_size - 1] = w[0]
+        block.part(0, stop - start).lay_out(problem, common, start)
+        for a, b in _chunks(start, stop, chunk):
+            views = views_of(a - start, b - start, a if everything else 0)
+            if not common.closes or b == dims.steps:
+                to = following
+            elif everything:
+                to = [w[b] for w in kept.weights_MPJO]
+            else:
+                to = [w[0] for w in views.weights_PJO]
+            normed = forward_chunk(common, views, to, keep=everything)
+            torch.add(queries[a:b], normed.unflatten(1, (dims.batch, dims.heads)), out=shown[a:b])
+    return answers, parted(dims, following), saved
+
+
+def _open(kept: Kept, weights_PJO: Sequence[Tensor]) -> None:
+    """Write the weights that open the first mini-batch there is room for."""
+    for x, w in zip(kept.weights_MPJO, weights_PJO, strict=True):
+        x[0] = w
+
+
+def _views(make: Callable[[Block, Kept], Views], block: Block, kept: Kept, *, again: bool) -> Callable[..., Views]:
+    """What makes the views of mini-batches `a … b` of the block, whose room in `kept` begins at `row`.
+
+    They are made once for each place, unless no place comes up again because everything is kept.
+    """
+
+    def at(a: int, b: int, row: int) -> Views:
+        return make(block.part(a, b), kept.part(row, row + b - a))
+
+    return functools.cache(at) if again else at
+
+
+def _chunks(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
+    return [(a, min(a + chunk, stop)) for a in range(start, stop, chunk)]
+
+
+# --- backward ---
+
+
+@library.impl("ttt::minibatches_backward", "default")
+def _run_backward(d_answers: Tensor, d_following: list[Tensor], *inputs: Any) -> tuple[Any, ...]:
+    problem, saved = _parted_inputs(inputs)
+    with no_autocast(problem.q_BHNCF):  # a backward pass may be called where autocast is on
+        return _Backward(problem, saved, d_following).run(d_answers)
+
+
+@library.register_fake("ttt::minibatches_backward")
+def _(d_answers: Tensor, d_following: list[Tensor], *inputs: Any) -> tuple[Any, ...]:
+    def like(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    problem, _ = _parted_inputs(inputs)
+    q, last = problem.q_BHNCF, problem.last_NB
+    return (
+        *(room_for_tokens(x) for x in problem[:4]),
+        *(like(x) for x in problem[4:7]),
+        q.new_empty((q.shape[2], q.shape[0])) if last is None else like(last),
+        [like(w) for w in problem.weights],
+        [like(g) for g in problem.gradients],
+    )
+
+
+def _parted_inputs(inputs: tuple[Any, ...]) -> tuple[Problem, list[Tensor]]:
+    """The problem, and what was kept of it: in the schema that stands between tensors and settings."""
+    return Problem(*inputs[:10], *inputs[11:]), inputs[10]
+
+
+class _Backward:
+    """One walk back over all mini-batches: the last block first, in each the last chunk first."""
+
+    def __init__(self, problem: Problem, saved: list[Tensor], d_following: list[Tensor]) -> None:
+        self.problem, self.saved = problem, saved
+        self.common = Common.of(problem)
+        dims, q = self.common.dims, problem.q_BHNCF
+        self.sums = Sums(self.common, joined(dims, d_following))
+        self.block_size = min(problem.group_size or BLOCK, dims.steps)
+        self.chunk = dims.chunk(q.device, self.block_size, keep=True)
+        self.block = Block.room(dims, self.block_size, q)
+        again = problem.group_size > 0
+        self.kept = Kept.room(dims, self.block_size, q) if again else Kept.of(saved, dims.depth)
+        # The views hold rooms, not this object: a cycle would keep the memory until the garbage collector comes.
+        scratch = Scratch(dims, self.chunk, q)
+        scratch_back = BackwardScratch(dims, self.chunk, scratch)
+        self.views_of = _views(
+            lambda block, kept: ForwardViews(dims, block, kept, scratch), self.block, self.kept, again=again
+        )
+        self.views_back_of = _views(
+            lambda block, kept: BackwardViews(dims, block, kept, scratch_back), self.block, self.kept, again=again
+        )
+
+    def run(self, d_answers: Tensor) -> tuple[Any, ...]:
+        """All gradients, in the order of the schema."""
+        problem, common, sums = self.problem, self.common, self.sums
+        dims, pushes_NP11 = common.dims, common.constants.pushes_NP11
+        shape = dims.batch, dims.heads
+        d_tokens = [room_for_tokens(x) for x in problem[:4]]
+        shown = [x.permute(2, 0, 1, 3, 4) for x in d_tokens]
+        d_pushes = torch.empty_like(pushes_NP11)
+        d_answers = d_answers.movedim(2, 0)
+        for start in range((dims.steps - 1) // self.block_size * self.block_size, -1, -self.block_size):
+            stop = min(start + self.block_size, dims.steps)
+            self.block.part(0, stop - start).lay_out(problem, common, start)
+            if problem.group_size:
+                self._recompute(start, stop)
+            for a, b in reversed(_chunks(start, stop, self.chunk)):
+                views = self.views_back_of(a - start, b - start, a - start if problem.group_size else a)
+                d_chunk = d_answers[a:b].reshape(b - a, dims.pairs, dims.size, -1)
+                found = backward_chunk(common, views, pushes_NP11[a:b], d_chunk, sums)
+                for whole, part in zip(shown, found[:4], strict=True):
+                    whole[a:b] = part.unflatten(1, shape)
+                d_pushes[a:b] = found.pushes_MP11
+        return (*d_tokens, *self._summed(d_pushes), parted(dims, sums.weights_PJO), parted(dims, sums.gradients_PJO))
+
+    def _recompute(self, start: int, stop: int) -> None:
+        """Run a group forward once more, from the weights that opened it."""
+        group = start // self.problem.group_size
+        opening = [x[group - 1] for x in self.saved] if start else joined(self.common.dims, self.problem.weights)
+        _open(self.kept, opening)
+        for a, b in _chunks(start, stop, self.chunk):
+            to = [w[b - start] for w in self.kept.weights_MPJO] if b < stop else None
+            forward_chunk(self.common, self.views_of(a - start, b - start, a - start), to, keep=True)
+
+    def _summed(self, d_pushes_NP11: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What all tokens share, in the shapes in which it came: `dγ`, `dβ`, `ds`, `ds_C`."""
+        problem, sums, dims = self.problem, self.sums, self.common.dims
+        shape = dims.batch, dims.heads
+        d_gamma, d_beta = (
+            x.view(*shape, 1, -1).sum_to_size(norm.shape)
+            for x, norm in ((sums.gamma_P1F, problem.gamma_H1F), (sums.beta_P1F, problem.beta_H1F))
+        )
+        d_scale = sums.scale_PC1.view(*shape, -1).sum(1).sum_to_size(problem.scale_BC.shape)
+        d_last = -d_pushes_NP11.view(dims.steps, *shape).sum(2)
+        if problem.last_NB is not None:
+            d_last = d_last.sum_to_size(problem.last_NB.shape)
+        return d_gamma, d_beta, d_scale, d_last
+
+
+# --- autograd ---
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Answered) -> None:
+    problem, kept = Problem(*inputs[:-1]), output[2]
+    weights, gradients = problem.weights, problem.gradients
+    ctx.save_for_backward(*problem[:8], *weights, *gradients, *kept)
+    ctx.counts = len(weights), len(gradients), len(kept)
+    ctx.settings = problem.causal, problem.eps, problem.group_size
+    # What is kept gets no gradient, and need not be filled with zeros to say so.
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_answers: Tensor | None, d_following: list[Tensor | None], _: Any) -> tuple[Any, ...]:
+    saved = iter(ctx.saved_tensors)  # asked for once: a checkpoint hands each out one time
+    tensors, weights, gradients, kept = (list(itertools.islice(saved, count)) for count in (8, *ctx.counts))
+    *d_inputs, d_last, d_weights, d_gradients = torch.ops.ttt.minibatches_backward(
+        torch.zeros_like(tensors[0]) if d_answers is None else d_answers,
+        [torch.zeros_like(w) if d is None else d for d, w in zip(d_following, weights, strict=True)],
+        *(*tensors, weights, gradients, kept, *ctx.settings),
+    )
+    return (*d_inputs, None if tensors[-1] is None else d_last, d_weights, d_gradients, None, None, None, None)
+
+
+def _no_second_derivative(ctx: Any, *gradients: Any) -> None:
+    raise RuntimeError(
+        "the fused scan has no second derivative; set TTT_OPS=generic and scan_checkpoint_group_size: 0 for one"
+    )
+
+
+library.register_autograd("ttt::minibatches", _backward, setup_context=_save)
+library.register_autograd("ttt::minibatches_backward", _no_second_derivative)
+
+
+# --- what calls it ---
+
+
+def fused_scan(
+    weights: Weights,
+    q_BHNCF: Tensor,
+    k_BHNCF: Tensor,
+    target_BHNCF: Tensor,
+    rate_BHNC1: Tensor,
+    gamma_H1F: Tensor,
+    beta_H1F: Tensor,
+    scale_C: Tensor,
+    closed_NB: Tensor | None = None,
+    *,
+    causal: bool,
+    eps: float,
+    group_size: int,
+) -> tuple[Tensor, Weights]:
+    """Answer N closed mini-batches, each learning for the next: `ttt.ops.mlp.mlp_scan`, fused.
+
+    Arguments and results are those of `mlp_scan`.
+
+    Raises:
+        RuntimeError: in backward, if a gradient of a gradient is asked for.
+    """
+    last_NB = scale_C[-1:, None] if closed_NB is None else torch.where(closed_NB, scale_C[-1], 0)
+    inputs = (q_BHNCF, k_BHNCF, target_BHNCF, rate_BHNC1, gamma_H1F, beta_H1F, scale_C[None], last_NB)
+    group_size = 0 if group_size >= q_BHNCF.shape[2] else group_size
+    keep = _wants_gradient(inputs, weights)
+    z, following, _ = torch.ops.ttt.minibatches(*inputs, list(weights), [], causal, eps, group_size, keep)
+    return z, tuple(following)
+
+
+def fused_minibatch(
+    weights: Weights,
+    gradients: Weights | None,
+    q_BHCF: Tensor,
+    k_BHCF: Tensor,
+    target_BHCF: Tensor,
+    rate_BHC1: Tensor,
+    gamma_H1F: Tensor,
+    beta_H1F: Tensor,
+    scale_BC: Tensor,
+    *,
+    causal: bool,
+    eps: float,
+) -> tuple[Tensor, Weights]:
+    """Answer the queries of one mini-batch that may be open on either side: `ttt.ops.mlp.mlp_minibatch`, fused.
+
+    Arguments and results are those of `mlp_minibatch`, but for the step sizes, `[B,C]` or `[1,C]`.
+    """
+    tokens = tuple(x.unsqueeze(2) for x in (q_BHCF, k_BHCF, target_BHCF, rate_BHC1))
+    inputs = (*tokens, gamma_H1F, beta_H1F, scale_BC)
+    before = list(gradients or ())
+    keep = _wants_gradient(inputs, (*weights, *before))
+    z, summed, _ = torch.ops.ttt.minibatches(*inputs, None, list(weights), before, causal, eps, 0, keep)
+    return z.squeeze(2), tuple(summed)
+
+
+def _wants_gradient(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *weights))
