@@ -15,6 +15,8 @@ SHAPED := tests/test_layer.py tests/test_adapter_file.py tests/test_nonfinite_to
   tests/test_moshi_data.py::test_left_is_moshi_right_is_the_user
 
 export NO_TORCH_COMPILE = 1
+# Without bytecode beside the packages every process of a test would compile torch anew: 5 s and more.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test rounding bench lint types format clean constraints rules

@@ -61,8 +61,11 @@ def one(task: tuple[int, str, int, int]) -> Outcome:
     number, moment, repeat, seed = task
     drawn = random.Random(f"{seed} {number} {moment} {repeat}")
     folder = disturbed.fresh()
-    occasion = drawn.randint(1, disturbed.world().last(moment))
-    delay = 0.0 if moment == "imports" else drawn.choice((0.0, drawn.uniform(0, 0.003)))
+    last = disturbed.world().last(moment)
+    occasion = drawn.randint(1, last)
+    delay = drawn.choice((0.0, drawn.uniform(0, 0.003)))
+    if moment == "imports" or (moment == "pictures" and occasion > last - 2):
+        delay = 0.0  # milliseconds after the last picture's last calls the run is over: too late to be heard
     at = At(folder / RUN, number, moment, occasion=occasion, delay=delay)
     run = disturbed.started if moment == "imports" else disturbed.forked
     watched = tracing.CHANGING | tracing.READING if moment != "imports" else None

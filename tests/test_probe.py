@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-import time
 from typing import Any, ClassVar
 
 import pytest
@@ -40,11 +39,9 @@ def probed(backbone, *overrides, preset="demo"):
 
 
 @pytest.mark.parametrize("preset", ["demo", "7b"])
-def test_the_shipped_configs_hold_every_law_within_the_time(preset):
-    started = time.monotonic()
+def test_the_shipped_configs_hold_every_law(preset):
     findings, printed = probed(get_backbone("moshi"), "data.train_data=null", preset=preset)
     assert findings == []
-    assert time.monotonic() - started < 60  # 30 on two idle cores; tests run beside one another
     laws = [int(number) for number in re.findall(r"^  law (\d+) +ok ", printed, re.MULTILINE)]
     assert sorted(set(laws)) == [1, 2, 3, 4, 5, 6, 10]
     assert "every law holds" in printed
