@@ -187,7 +187,7 @@ def test_no_room_imports_one_above_it() -> None:
     assert _upward(arrows) == []
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", ["ttt", "ttt_cli"])
 def test_no_files_import_each_other_in_a_circle(package: str) -> None:
     arrows = _arrows(_modules(PACKAGES[package]))
     assert arrows
