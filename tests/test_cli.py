@@ -151,7 +151,9 @@ for command, expected in {commands!r}.items():
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
-    _write("bad.yaml", "".join(f"{'x' * 100}{number}: 1\n" for number in range(1000)))
+    # A pipe holds 64 KiB: the hundred findings that are shown must be more, or all is written before the reader leaves.
+    _write("bad.yaml", "".join(f"{'x' * 900}{number}: 1\n" for number in range(1000)))
+    assert len(subprocess.run(_python("check", "bad.yaml"), capture_output=True).stdout) > 3 << 15
     process = subprocess.Popen(_python("check", "bad.yaml"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.read(10)

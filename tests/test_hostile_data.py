@@ -20,7 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reading import KINDS
 
+from ttt.check import check_config
 from ttt.check.recordings import read_recordings
+from ttt.config import Severity
 from ttt.errors import EnvironmentProblem, TTTError, UsageError
 from ttt_videodit import checkpoint, demo
 from ttt_videodit.frames import UnreadableVideoError, inspect_video, read_frames
@@ -168,6 +170,30 @@ def test_a_line_without_an_end_is_not_kept(tmp_path: Path, speech: Callable[[], 
         file.truncate(1 << 30)
     with pytest.raises(EnvironmentProblem, match=r"data\.jsonl: cannot be read: line 2 is longer than 1 MiB"):
         speech()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "name", "code", "words"),
+    [
+        ("moshi", "folder", "TTT501", "'folder' holds no line of data"),
+        ("moshi", "empty.jsonl", "TTT501", "'empty.jsonl' holds no line of data"),
+        ("moshi", "endless.jsonl", "TTT504", "1 of 1 (the first that were read) lines is no JSON object: "
+         "endless.jsonl: line 1 is longer than 1 MiB"),
+        ("videodit", "endless.jsonl", "VDT501", "endless.jsonl: cannot be read: line 1 is longer than 1 MiB"),
+        ("videodit", "folder", "VDT506", "it lists no video"),
+    ],
+)  # fmt: skip
+def test_a_check_tells_of_data_that_a_run_would_refuse(
+    backbone: str, name: str, code: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.jsonl").touch()
+    with (tmp_path / "endless.jsonl").open("wb") as file:
+        file.truncate(10 << 30)
+    text = f"backbone: {{name: {backbone}}}\ndata: {{train_data: {name}}}\n"
+    errors = [found for found in check_config("c.yaml", text=text).findings if found.severity is Severity.ERROR]
+    assert [found.code for found in errors] == [code]
+    assert words in errors[0].message
 
 
 TEXTS = st.text(st.characters(), max_size=8) | st.just("\ud800") | st.just("a.wav")

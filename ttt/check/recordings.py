@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ttt.reading import read_start
+from ttt.reading import read_lines, unreadable
 
 _MOST_LINES = 2000
 _MOST_BYTES = 4 << 20
@@ -38,7 +39,7 @@ class Recordings:
 
 
 def read_recordings(source: str | None, *, beside: str | None = None) -> Recordings | None:
-    """Read a `.jsonl` file, or a folder of them; None where there is nothing of the kind, or it cannot be read.
+    """Read a `.jsonl` file, or a folder of them; None if there is no such file or folder, or it cannot be read.
 
     Args:
         source: what the config names.
@@ -52,23 +53,28 @@ def read_recordings(source: str | None, *, beside: str | None = None) -> Recordi
 
 def _read(source: str, beside: str | None) -> Recordings | None:
     path = Path(source)
-    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path] if path.is_file() else []
+    if not path.is_dir() and not path.is_file():
+        return None
     lines = Recordings()
     budget = _MOST_BYTES
-    for file in files:
-        content = read_start(file, budget + 1)
-        if len(content) > budget:
-            content, lines.complete = content[: content.rfind(b"\n", 0, budget) + 1], False
-        budget -= len(content)
-        for number, line in enumerate(content.splitlines(), 1):
-            if not line.strip():
-                continue
-            if lines.count == _MOST_LINES:
-                lines.complete = False
-                return lines
+    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+        size = file.stat().st_size
+        try:
+            for number, line in read_lines(file, most=budget):
+                if lines.count == _MOST_LINES:
+                    lines.complete = False
+                    return lines
+                lines.count += 1
+                _sort_in(lines, line, f"{file.name}:{number}", file.parent, beside)
+        except OSError as error:
+            if error.errno != errno.EFBIG:
+                raise
             lines.count += 1
-            _sort_in(lines, line, f"{file.name}:{number}", file.parent, beside)
-    return lines if files else None
+            lines.unparsed.append(f"{file.name}: {unreadable(error)}")
+            size = budget + 1  # nothing was read behind it
+        lines.complete = lines.complete and size <= budget
+        budget = max(budget - size, 0)
+    return lines
 
 
 def _sort_in(lines: Recordings, line: bytes, place: str, folder: Path, beside: str | None) -> None:

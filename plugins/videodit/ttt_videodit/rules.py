@@ -150,7 +150,12 @@ def _read_index(source: str | None, wanted: Wanted) -> _Index | None:
         files = index_files(Path(source))
         for file in files:
             size = file.stat().st_size
-            lines = list(jsonl_lines(file, most_bytes=budget))
+            try:
+                lines = list(jsonl_lines(file, most_bytes=budget))
+            except EnvironmentProblem as error:
+                index.count += 1
+                index.problems.setdefault("line", []).append(str(error))
+                continue
             index.complete = index.complete and size <= budget
             budget = max(0, budget - size)
             for place, line in lines:
@@ -159,7 +164,7 @@ def _read_index(source: str | None, wanted: Wanted) -> _Index | None:
                     return index
                 index.count += 1
                 _sort_in(index, line, place, file.parent, wanted)
-    except (OSError, ValueError, EnvironmentProblem):  # gone, not readable, or a name that no file can have
+    except (OSError, ValueError):  # gone, not readable, or a name that no file can have
         return None
     return index
 

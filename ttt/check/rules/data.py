@@ -123,6 +123,15 @@ def lines_can_be_read(context: Context) -> Iterator[Finding]:
         lines = context.recordings(key)
         if lines is None:
             continue
+        if not lines.count:
+            source = getattr(context.config.data, key)
+            yield Finding(
+                code="TTT501",
+                severity=Severity.ERROR,
+                path=f"data.{key}",
+                message=f"{source!r} holds no line of data; the run stops before its first step",
+                fix=f"write a .jsonl with lines such as {form.example}",
+            )
         for code, kind, words, fix in _BROKEN:
             places = getattr(lines, kind)
             if places:
