@@ -25,7 +25,7 @@ from ttt.errors import EnvironmentProblem, TTTError, UsageError
 from ttt_videodit import checkpoint, demo
 from ttt_videodit.frames import UnreadableVideoError, inspect_video, read_frames
 from ttt_videodit.index import LineError, jsonl_lines, parse_encoded, parse_listed
-from ttt_videodit.plugin import VideoDiTOptions
+from ttt_videodit.options import VideoDiTOptions
 from ttt_videodit.pretrained import source_of
 
 

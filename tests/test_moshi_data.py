@@ -30,7 +30,7 @@ from ttt_moshi.audio import inspect_audio, read_audio, resample
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.data import SpeechWindows, load_tokenizer, speech_windows
 from ttt_moshi.interleave import Word, frames_in, read_alignments, text_stream, words_between
-from ttt_moshi.plugin import MoshiData, MoshiOptions
+from ttt_moshi.options import MoshiData, MoshiOptions
 
 MOSHI = get_backbone("moshi")
 PAD, END = 3, 0

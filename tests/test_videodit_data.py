@@ -24,7 +24,7 @@ from ttt_videodit.clip import CROPS, Split, demo_frames
 from ttt_videodit.codec import DemoCodec
 from ttt_videodit.data import LatentWindows, latent_windows
 from ttt_videodit.index import LineError, Wanted, line_of, parse_encoded, parse_listed
-from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions
+from ttt_videodit.options import VideoDiTData, VideoDiTOptions
 from ttt_videodit.text import DemoTextEncoder
 
 VIDEODIT = get_backbone("videodit")

@@ -20,7 +20,8 @@ from ttt.train import train
 from ttt.train.passes import training_rows
 from ttt_videodit import model as videodit
 from ttt_videodit.diffusion import draw_timesteps, make_scheduler, schedule_of, training_loss, x0_of
-from ttt_videodit.plugin import VideoDiTOptions, ttt_backbone
+from ttt_videodit.options import VideoDiTOptions
+from ttt_videodit.plugin import ttt_backbone
 
 TINY = VideoDiTOptions(preset="demo", dim=32, num_heads=2, num_layers=1, attn_length=2)
 

@@ -26,7 +26,8 @@ from ttt_videodit.encoders import encoders_of, load_text_encoder, load_vae
 from ttt_videodit.geometry import Segments
 from ttt_videodit.layout import Layout
 from ttt_videodit.model import Remat, VideoDiT, build, sites
-from ttt_videodit.plugin import VideoDiTBackbone, VideoDiTData, VideoDiTOptions
+from ttt_videodit.options import VideoDiTData, VideoDiTOptions
+from ttt_videodit.plugin import VideoDiTBackbone
 from ttt_videodit.pretrained import source_of
 
 TestVideoDiT = laws("videodit")

@@ -46,7 +46,7 @@ from ttt_videodit.encoders import (
     pieces,
 )
 from ttt_videodit.frames import read_frames, to_tensor
-from ttt_videodit.plugin import VideoDiTOptions
+from ttt_videodit.options import VideoDiTOptions
 from ttt_videodit.precompute import precompute
 from ttt_videodit.text import DemoTextEncoder
 

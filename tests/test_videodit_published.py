@@ -23,7 +23,7 @@ from ttt.errors import EnvironmentProblem, UsageError
 from ttt_cli.main import main
 from ttt_videodit.checkpoint import look_at
 from ttt_videodit.model import VideoDiT, build
-from ttt_videodit.plugin import VideoDiTOptions
+from ttt_videodit.options import VideoDiTOptions
 from ttt_videodit.variants import wrong_repository, wrong_variant
 
 

@@ -33,7 +33,8 @@ from ttt_cli.main import main
 from ttt_videodit import model as videodit
 from ttt_videodit.diffusion import make_scheduler
 from ttt_videodit.encoders import load_text_encoder
-from ttt_videodit.plugin import VideoDiTOptions, ttt_backbone
+from ttt_videodit.options import VideoDiTOptions
+from ttt_videodit.plugin import ttt_backbone
 from ttt_videodit.request import check_request, plan_sample
 from ttt_videodit.sampling import (
     decode_pieces,

@@ -16,7 +16,7 @@ from ttt.rows import reading_rows
 from ttt.train.passes import training_rows
 from ttt_videodit import model as videodit
 from ttt_videodit.diffusion import make_scheduler, training_loss
-from ttt_videodit.plugin import DIFFUSERS, TTT_VIDEO, VideoDiTOptions
+from ttt_videodit.options import DIFFUSERS, TTT_VIDEO, VideoDiTOptions
 from ttt_videodit.sampling import denoise
 from ttt_videodit.schedules import sampler_of, sampling_schedule, trained_on_zeros
 

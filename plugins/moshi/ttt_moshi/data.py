@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from sentencepiece import SentencePieceProcessor
@@ -27,9 +27,7 @@ from ttt_moshi import demo
 from ttt_moshi.audio import AudioInfo, UnreadableAudioError, inspect_audio, read_audio, resample
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.interleave import MAIN_SPEAKER, Word, frames_in, read_alignments, text_stream, words_between
-
-if TYPE_CHECKING:
-    from ttt_moshi.plugin import MoshiData, MoshiOptions
+from ttt_moshi.options import MoshiData, MoshiOptions
 
 TEXT_PADDING: Final = 3
 """`LMModel.text_padding_token_id`."""

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -24,10 +24,7 @@ from ttt.layer import Rotary, TTTLayer
 from ttt.reading import other_kind
 from ttt.state import TTTState
 from ttt_moshi.loss import moshi_loss
-from ttt_moshi.plugin import DEMO
-
-if TYPE_CHECKING:
-    from ttt_moshi.plugin import MoshiOptions
+from ttt_moshi.options import DEMO, MoshiOptions
 
 DEMO_SEED = 20260101
 # The structure of `moshi.models.loaders._lm_kwargs`, narrowed; the vocabularies are those of the demo codec and

@@ -11,7 +11,7 @@ from ttt.config import TTTConfig
 from ttt.errors import InjectionError
 from ttt.layer import TTTLayer
 from ttt_videodit.layout import Layout, ReadingOrder
-from ttt_videodit.plugin import ROTARY_UNIT
+from ttt_videodit.options import ROTARY_UNIT
 
 
 class BidirectionalTTT(nn.Module):

@@ -6,7 +6,7 @@ import functools
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,10 +41,8 @@ from ttt_videodit.index import (
     parse_encoded,
     windows_in,
 )
+from ttt_videodit.options import VideoDiTData, VideoDiTOptions
 from ttt_videodit.text import DemoTextEncoder
-
-if TYPE_CHECKING:
-    from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions
 
 _RANDOM_SEEDS: Final = {"train": 0, "eval": 1}
 _RANDOM_NOTICE: Final = (

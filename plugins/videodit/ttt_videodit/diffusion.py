@@ -25,7 +25,7 @@ from ttt.backbone import LossOutput
 from ttt.errors import EnvironmentProblem
 from ttt.rows import StepRows, rows_of_step
 from ttt_videodit.geometry import PATCH_SIZE
-from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions
+from ttt_videodit.options import DEFAULT_PRETRAINED, VideoDiTOptions
 
 SCHEDULER = "scheduler"
 """Folder of a model in diffusers' layout that says how its noise is scheduled."""

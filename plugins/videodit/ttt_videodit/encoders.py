@@ -18,7 +18,7 @@ from ttt_videodit import demo
 from ttt_videodit.codec import DemoCodec
 from ttt_videodit.frames import Picture, to_tensor
 from ttt_videodit.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
-from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions
+from ttt_videodit.options import DEFAULT_PRETRAINED, VideoDiTOptions
 from ttt_videodit.pretrained import TEXT_PARTS, VAE, source_of
 from ttt_videodit.scenes import add_scene_tokens
 from ttt_videodit.text import DemoTextEncoder

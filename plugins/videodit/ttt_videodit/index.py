@@ -37,7 +37,7 @@ from ttt_videodit.geometry import (
     Segments,
     segments_in,
 )
-from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTData, VideoDiTOptions, pixels, text_length
+from ttt_videodit.options import DEFAULT_PRETRAINED, VideoDiTData, VideoDiTOptions, pixels, text_length
 from ttt_videodit.published import told_line, told_start
 
 VIDEO_EXAMPLE: Final = '{"path": "a.mp4", "captions": ["waves", "a gull"]}'

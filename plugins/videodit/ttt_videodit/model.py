@@ -27,7 +27,7 @@ from ttt.inject import Site
 from ttt_videodit.adapter import BidirectionalTTT
 from ttt_videodit.geometry import LATENT_CHANNELS, PATCH_SIZE, Segments
 from ttt_videodit.layout import Layout
-from ttt_videodit.plugin import DEFAULT_PRETRAINED, DEMO_TEXT_DIM, DEMO_TIME_DIM, PIXELS, VideoDiTOptions, sizes
+from ttt_videodit.options import DEFAULT_PRETRAINED, DEMO_TEXT_DIM, DEMO_TIME_DIM, PIXELS, VideoDiTOptions, sizes
 from ttt_videodit.pretrained import source_of, verify_record
 from ttt_videodit.variants import WAY_OUT, wrong_source, wrong_variant
 

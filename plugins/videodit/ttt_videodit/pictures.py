@@ -19,7 +19,7 @@ from ttt.files import write_bytes
 from ttt.train.setup import build
 from ttt_videodit.diffusion import predict_v, schedule_of, x0_of
 from ttt_videodit.geometry import FRAMES_PER_SECOND
-from ttt_videodit.plugin import VideoDiTOptions
+from ttt_videodit.options import VideoDiTOptions
 from ttt_videodit.sampling import load_decoder
 from ttt_videodit.video import INK, Frames, draw_strip, new_figure
 

@@ -64,7 +64,7 @@ from ttt_videodit.index import (
     parse_encoded,
     parse_listed,
 )
-from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions
+from ttt_videodit.options import VideoDiTData, VideoDiTOptions
 from ttt_videodit.scenes import NO_SCENES, names_scenes
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}

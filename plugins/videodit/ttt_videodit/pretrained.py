@@ -8,7 +8,7 @@ from ttt.checksums import file_digest
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import read_header, read_json, verify_tensors, write_json
 from ttt.reading import MAX_JSON, other_kind
-from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions
+from ttt_videodit.options import DEFAULT_PRETRAINED, VideoDiTOptions
 
 VAE = "vae"
 """Folder of the VAE."""

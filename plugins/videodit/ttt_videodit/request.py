@@ -9,7 +9,7 @@ from ttt.backbone import SamplePlan, SampleRequest
 from ttt.errors import UsageError
 from ttt.reading import wrong_with
 from ttt_videodit.geometry import SEGMENT_SEC
-from ttt_videodit.plugin import VideoDiTOptions
+from ttt_videodit.options import VideoDiTOptions
 from ttt_videodit.pretrained import TEXT_PARTS, VAE, source_of
 
 MAX_STEPS = 1000

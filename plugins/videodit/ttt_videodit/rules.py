@@ -22,7 +22,7 @@ from ttt_videodit.index import (
     parse_listed,
     windows_in,
 )
-from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions
+from ttt_videodit.options import VideoDiTData, VideoDiTOptions
 from ttt_videodit.variants import WAY_OUT, wrong_source
 
 # A check is instant: what lies beyond is left to the run, which reads all of it before its first step.

@@ -27,7 +27,7 @@ from ttt_videodit.codec import DemoCodec
 from ttt_videodit.diffusion import predict_v
 from ttt_videodit.encoders import load_text_encoder, load_vae
 from ttt_videodit.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, segments_in
-from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions, pixels, text_length
+from ttt_videodit.options import VideoDiTData, VideoDiTOptions, pixels, text_length
 from ttt_videodit.request import contact_sheet_of
 from ttt_videodit.scenes import NO_SCENES, with_scene_tokens
 from ttt_videodit.schedules import sampler_of, sampling_schedule, trained_on_zeros

@@ -20,7 +20,7 @@ from diffusers.schedulers.scheduling_dpm_cogvideox import rescale_zero_terminal_
 from torch import Tensor
 
 from ttt_videodit.diffusion import schedule_of
-from ttt_videodit.plugin import DIFFUSERS, TTT_VIDEO, VideoDiTOptions
+from ttt_videodit.options import DIFFUSERS, TTT_VIDEO, VideoDiTOptions
 
 IMPORTED_FROM = "TTT-Video"
 """What the header of an adapter says that `ttt import-weights` made of published weights."""

@@ -28,11 +28,13 @@ from ttt.files import require_space, temporary_beside, write_tensors, write_text
 from ttt.printable import say
 from ttt_videodit.checkpoint import Checkpoint, open_checkpoint, some
 from ttt_videodit.model import VideoDiT, sites
-from ttt_videodit.plugin import ROTARY_UNIT, VideoDiTBackbone, VideoDiTOptions
+from ttt_videodit.options import ROTARY_UNIT, VideoDiTOptions
 from ttt_videodit.pretrained import write_record
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from ttt.backbone import Backbone
 
 PROGRAM = "TTT-Video"
 TRANSFORMER = "transformer"
@@ -92,12 +94,13 @@ _TABLES = re.compile(r"layers\.\d+\.seq_modeling_block\.(?:rotary\.freqs_(?:sin|
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def import_weights(source: Path, out: Path, *, console: Console) -> list[Path]:
+def import_weights(source: Path, out: Path, *, backbone: Backbone, console: Console) -> list[Path]:
     """Turn a checkpoint of TTT-Video into `OUT/transformer`, in diffusers' layout, and `OUT/adapter`.
 
     Args:
         source: `.safetensors`, in one file or a folder of several, or a `.pt`; no code in it is run.
         out: a folder that does not exist or is empty.
+        backbone: whose files they become.
         console: where each tensor is accounted for.
 
     Returns:
@@ -115,7 +118,8 @@ def import_weights(source: Path, out: Path, *, console: Console) -> list[Path]:
     tensors = {names[old]: tensor for old, tensor in checkpoint.tensors.items() if old in names}
     config = _transformer_config(source, tensors)
     settings = _ttt_settings(tensors)
-    injection = _fill(source, config, settings, tensors, {new: old for old, new in names.items()})
+    old_names = {new: old for old, new in names.items()}
+    injection = _fill(source, config, settings, tensors, old_names, causal=backbone.causal)
     adapters = injection.state_dict().keys()
     require_space(out, sum(tensor.nbytes for tensor in tensors.values()), what="the converted model")
     with _folder(out) as folder:
@@ -127,7 +131,7 @@ def import_weights(source: Path, out: Path, *, console: Console) -> list[Path]:
         save_adapter(
             folder / ADAPTER,
             injection,
-            backbone=backbone_identity(VideoDiTBackbone(), VideoDiTOptions(preset="5b")),
+            backbone=backbone_identity(backbone, VideoDiTOptions(preset="5b")),
             training={"imported_from": PROGRAM, "checkpoint": source.name},
         )
     _account(console, checkpoint, names, left_out)
@@ -251,6 +255,8 @@ def _fill(
     settings: TTTConfig,
     tensors: Mapping[str, Tensor],
     old_names: Mapping[str, str],
+    *,
+    causal: bool,
 ) -> inject.Injection:
     """The adapted model, made of the checkpoint's own tensors.
 
@@ -259,7 +265,7 @@ def _fill(
     """
     with torch.device("meta"):
         model = VideoDiT(**config)
-    injection = inject.apply(model, sites(model), settings, causal=VideoDiTBackbone.causal)
+    injection = inject.apply(model, sites(model), settings, causal=causal)
     own = model.state_dict()
     missing = [_old_name(name) for name in own if name not in tensors]
     if missing:
