@@ -47,6 +47,7 @@ from ttt.files import (
     writing,
 )
 from ttt.printable import json_text, shell_word
+from ttt.words import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -573,7 +574,7 @@ def _require_fit(info: AdapterInfo, sites: Sequence[Site], causal: bool, differe
     except InjectionError as error:
         found.append(str(error))
     except (RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:
-        found.append(f"its settings make no layer: {str(error).splitlines()[0] if str(error) else 'out of memory'}")
+        found.append(f"its settings make no layer: {first_line(error, otherwise='out of memory')}")
     _raise(info.path, found)
 
 

@@ -27,6 +27,7 @@ from ttt.laws import Bench, LawBrokenError, checks
 from ttt.printable import say
 from ttt.probe_codes import LAW_EXPLANATIONS
 from ttt.train.setup import narrowed, threads
+from ttt.words import first_line
 
 _SHORTEST = 12
 """Tokens that a probe reads at least."""
@@ -376,7 +377,7 @@ def _finding(broken: LawBrokenError, backbone: Backbone) -> Finding:
 
 def _failure(error: Exception, proof: Proof, backbone: Backbone) -> Finding:
     where = traceback.extract_tb(error.__traceback__)[-1]
-    what = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    what = f"{type(error).__name__}: {first_line(error, otherwise='')}"
     return _failed(f"{owner(backbone)} failed, {where.filename}:{where.lineno}: {what}", proof)
 
 

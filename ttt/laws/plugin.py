@@ -31,6 +31,7 @@ from ttt.config.diagnostics import Finding, Severity, blames_environment
 from ttt.errors import EnvironmentProblem, PluginError, TTTError
 from ttt.inject import Site, plan
 from ttt.laws.bench import Bench
+from ttt.words import first_line
 
 _PLENTY = 1 << 60
 """Bytes of memory that a preset is checked for: whether it fits is no matter here."""
@@ -56,10 +57,8 @@ def method_of(bench: Bench, name: str) -> Iterator[str]:
     except PluginError as error:  # which says where
         raise MethodBrokenError(method, str(error)) from error
     except Exception as error:  # a plugin's code: whatever it raises is its failure
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise MethodBrokenError(
-            method, f"fails with {type(error).__name__}: {first} ({_place(error, bench.backbone)})"
-        ) from error
+        told = f"{type(error).__name__}: {first_line(error, otherwise='')}"
+        raise MethodBrokenError(method, f"fails with {told} ({_place(error, bench.backbone)})") from error
 
 
 def _place(error: Exception, backbone: Backbone) -> str:

@@ -11,10 +11,10 @@ import json
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import torch
 from sentencepiece import SentencePieceProcessor
@@ -22,7 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ttt.errors import EnvironmentProblem, UsageError
-from ttt.reading import MAX_JSON, read_file, read_lines, unreadable
+from ttt.jsonl import Line, jsonl_files, number_in, parse_object, path_in, read_jsonl, value_in_words
+from ttt.printable import shortened
+from ttt.reading import MAX_JSON, read_file, unreadable
+from ttt.words import first_few, first_line
 from ttt_moshi import demo
 from ttt_moshi.audio import AudioInfo, UnreadableAudioError, inspect_audio, read_audio, resample
 from ttt_moshi.codec import DemoCodec
@@ -220,21 +223,20 @@ class SpeechWindows:
         problems: list[str] = []
         speakers: Counter[str] = Counter()
         for index in indexes:
-            for number, line in _lines(index):
-                place = f"{index}:{number}"
+            for line in read_jsonl(index):
                 try:
-                    recording = _read_line(line, place, index.parent, 1 / self._codec.frame_rate)
+                    recording = _read_line(line, 1 / self._codec.frame_rate)
                     speakers.update(word.speaker for word in _read_transcript(recording))
                 except (_BadLineError, _BrokenTranscriptError) as error:
-                    problems.append(f"{place}: {error}")
+                    problems.append(f"{line.place}: {error}")
                 else:
                     recordings.append(recording)
         if not recordings and not problems:
-            problems.append(f"{_listed(indexes)}: no recordings; write lines such as {_FORMAT}")
+            problems.append(f"{first_few(indexes)}: no recordings; write lines such as {_FORMAT}")
         if not problems and speakers and MAIN_SPEAKER not in speakers:
             problems.append(
-                f"{_listed(indexes)}: no word is Moshi's: the transcripts' speakers are {_listed(sorted(speakers))}; "
-                f"label the words of the left channel {MAIN_SPEAKER}"
+                f"{first_few(indexes)}: no word is Moshi's: the transcripts' speakers are "
+                f"{first_few(sorted(speakers))}; label the words of the left channel {MAIN_SPEAKER}"
             )
         if problems:
             raise EnvironmentProblem.about(problems, "recordings cannot be used", where=self._field)
@@ -256,7 +258,7 @@ def _index_files(source: Path, field: str) -> list[Path]:
         EnvironmentProblem: there are none.
     """
     if source.is_dir():
-        found = sorted(source.rglob("*.jsonl"))
+        found = jsonl_files(source)
         if not found:
             raise EnvironmentProblem(f"{field}: {source} holds no .jsonl file; write one with lines such as {_FORMAT}")
         return found
@@ -271,34 +273,24 @@ def _index_files(source: Path, field: str) -> list[Path]:
     return [source]
 
 
-def _lines(index: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers."""
-    try:
-        yield from read_lines(index)
-    except OSError as error:
-        raise EnvironmentProblem(f"{index}: cannot be read: {unreadable(error)}") from None
-
-
-def _read_line(line: bytes, place: str, folder: Path, frame_sec: float) -> _Recording:
+def _read_line(line: Line, frame_sec: float) -> _Recording:
     """Check one line of an index and the audio that it names."""
     try:
-        entry = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise _BadLineError(f"no JSON ({_short(str(error))}); write {_FORMAT}") from None
-    if not isinstance(entry, dict):
-        raise _BadLineError(f"not an object; write {_FORMAT}")
-    path, duration = entry.get("path"), entry.get("duration")
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise _BadLineError(f'"path" is {_said(entry, "path")}; write {_FORMAT}')
-    if isinstance(duration, bool) or not isinstance(duration, int | float) or not 0 < duration < 1e9:
-        raise _BadLineError(f'"duration" is {_said(entry, "duration")}, not seconds; write {_FORMAT}')
-    audio = folder / path
+        entry = parse_object(line.content)
+    except ValueError as error:
+        raise _BadLineError(f"{error}; write {_FORMAT}") from None
+    path, duration = path_in(entry, "path"), number_in(entry, "duration")
+    if path is None:
+        raise _BadLineError(f'"path" is {value_in_words(entry, "path")}; write {_FORMAT}')
+    if duration is None or not 0 < duration < 1e9:
+        raise _BadLineError(f'"duration" is {value_in_words(entry, "duration")}, not seconds; write {_FORMAT}')
+    audio = line.folder / path
     try:
         info = inspect_audio(audio)
     except FileNotFoundError:
         raise _BadLineError(f"no file {audio}; paths are relative to the folder of the .jsonl file") from None
     except OSError as error:
-        raise _BadLineError(f"{_short(str(audio))}: cannot be read: {unreadable(error)}") from None
+        raise _BadLineError(f"{shortened(str(audio), 120)}: cannot be read: {unreadable(error)}") from None
     except UnreadableAudioError as error:
         raise _BadLineError(f"{audio}: cannot be decoded: {error}") from None
     if info.channels != 2:
@@ -311,7 +303,7 @@ def _read_line(line: bytes, place: str, folder: Path, frame_sec: float) -> _Reco
             f'{audio}: "duration" is {duration:g}, but the audio lasts {info.seconds:.2f} s; correct the line, or '
             f"the file that it names"
         )
-    return _Recording(place, audio, info)
+    return _Recording(line.place, audio, info)
 
 
 def _read_transcript(recording: _Recording) -> list[Word]:
@@ -327,27 +319,13 @@ def _read_transcript(recording: _Recording) -> list[Word]:
     except OSError as error:
         raise _BrokenTranscriptError(f"{file}: cannot be read: {unreadable(error)}") from None
     except (ValueError, RecursionError) as error:
-        raise _BrokenTranscriptError(f"{file}: {_short(str(error))}") from None
+        raise _BrokenTranscriptError(f"{file}: {shortened(str(error), 120)}") from None
     if words and words[-1].start > recording.info.seconds + _TOLERANCE_SEC:
         raise _BrokenTranscriptError(
             f"{file}: {words[-1].text!r} starts at {words[-1].start:g} s, but the audio lasts "
             f"{recording.info.seconds:.2f} s; times are in seconds"
         )
     return words
-
-
-def _said(entry: dict[str, Any], key: str) -> str:
-    return _short(repr(entry[key])) if key in entry else "missing"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _listed(things: Sequence[object]) -> str:
-    """The first few, as one phrase."""
-    more = f" and {len(things) - 3} more" if len(things) > 3 else ""
-    return ", ".join(str(thing) for thing in things[:3]) + more
 
 
 # --- the plugin's datasets ---
@@ -412,6 +390,6 @@ def _pretrained(options: MoshiOptions, device: torch.device | str) -> tuple[Code
     try:
         mimi = info.get_mimi(device=device)
     except Exception as error:  # safetensors, torch and the file system each have errors of their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise EnvironmentProblem(f"{info.mimi_weights}: cannot be loaded as Mimi weights: {reason}") from error
     return mimi.requires_grad_(False).eval(), tokenizer

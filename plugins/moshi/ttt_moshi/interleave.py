@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
 
+from ttt.printable import shortened
 from ttt.reading import wrong_with
 
 MAIN_SPEAKER: Final = "SPEAKER_MAIN"
@@ -58,8 +59,7 @@ def _read_word(item: Any, number: int) -> Word:
                 raise ValueError(f"the word of alignment {number} {wrong}")
             if times_are_numbers and abs(start) < 1e9 and abs(end) < 1e9:  # neither NaN nor too large for a float
                 return Word(text, float(start), float(end), speaker)
-    shown = repr(item)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    shown = shortened(repr(item), 60)
     raise ValueError(f"alignment {number} is {shown}, not [word, [start, end], speaker] with times in seconds")
 
 

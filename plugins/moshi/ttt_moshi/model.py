@@ -23,6 +23,7 @@ from ttt.inject import Site
 from ttt.layer import Rotary, TTTLayer
 from ttt.reading import other_kind
 from ttt.state import TTTState
+from ttt.words import first_line
 from ttt_moshi.loss import moshi_loss
 from ttt_moshi.options import DEMO, MoshiOptions
 
@@ -64,7 +65,7 @@ def build(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dty
         return info.get_moshi(device=device, dtype=dtype)
     except (OSError, RuntimeError, ValueError) as error:
         raise EnvironmentProblem(
-            f"{info.moshi_weights}: cannot be loaded as Moshi weights: {_first_line(error)}"
+            f"{info.moshi_weights}: cannot be loaded as Moshi weights: {first_line(error)}"
         ) from error
 
 
@@ -111,7 +112,7 @@ def checkpoint_info(options: MoshiOptions) -> loaders.CheckpointInfo:
         )
     except Exception as error:  # the hub's client raises errors of many libraries
         raise EnvironmentProblem(
-            f"{repo} cannot be fetched from the Hugging Face hub ({_first_line(error)}); name local files with "
+            f"{repo} cannot be fetched from the Hugging Face hub ({first_line(error)}); name local files with "
             f"backbone.moshi_path, mimi_path, tokenizer_path and config_path, or try the demo preset"
         ) from error
 
@@ -131,10 +132,6 @@ def _lm_config(options: MoshiOptions) -> dict[str, Any]:
     paths = {key: Path("unused") for key in ("moshi_weights", "mimi_weights", "tokenizer")}
     info = loaders.CheckpointInfo.from_hf_repo("unused", **paths, config_path=options.config_path)
     return cast("dict[str, Any]", info.lm_config)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def set_gradient_checkpointing(model: nn.Module, enabled: bool) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, RecordingFormat, WindowDataset
 from ttt.config import BackboneOptions, DataOptions, RunConfig, TrainConfig
 from ttt.hookspecs import hookimpl
+from ttt.packaged import packaged_presets
 from ttt_moshi.interleave import frames_in
 from ttt_moshi.options import FRAME_RATE, MoshiData, MoshiOptions, sizes
 
@@ -44,8 +44,7 @@ class MoshiBackbone(Backbone):
 
     def presets(self) -> Mapping[str, str]:
         """The commented configs that ship: `demo` and `7b`."""
-        folder = resources.files("ttt_moshi") / "presets"
-        return {name: (folder / f"{name}.yaml").read_text(encoding="utf-8") for name in ("demo", "7b")}
+        return packaged_presets("ttt_moshi", ("demo", "7b"))
 
     def facts(self, config: RunConfig) -> BackboneFacts:
         """Widths by preset or config.json; tokens by `duration_sec`."""

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, cast
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import mapping_errors, read_header, read_json
 from ttt.reading import open_file, other_kind, unreadable
+from ttt.words import first_few, first_line
 from ttt_videodit import distributed
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
 MODEL_KEYS: Final = ("model", "state_dict", "module")
 """Where checkpoints that hold more than a model keep it."""
+TOLD: Final = 5
+"""How many names a message tells."""
 
-_TOLD: Final = 5
 _MOST_WRAPS: Final = 8
 _MAX_DIRECTORY: Final = 4 << 20  # bytes of a zip's directory, about 60 for each tensor
 _MAX_PICKLE: Final = 16 << 20  # bytes; the names and shapes of a thousand tensors take 0.2 MB
@@ -46,12 +48,6 @@ class Checkpoint:
     """By name in the file."""
     others: Sequence[str]
     """What else is in it: the optimiser's state, say."""
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of some names, and how many more there are."""
-    told = ", ".join(names[:_TOLD])
-    return told if len(names) <= _TOLD else f"{told} and {len(names) - _TOLD} more"
 
 
 def open_checkpoint(source: Path) -> Checkpoint:
@@ -155,7 +151,7 @@ def _look_at_torch(file: Path) -> None:
     except OSError as error:
         raise EnvironmentProblem(f"{file}: cannot be read: {unreadable(error)}") from error
     except (ValueError, IndexError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-        raise EnvironmentProblem(f"{file}: no file of torch.save, or a damaged one ({_first_line(error)})") from None
+        raise EnvironmentProblem(f"{file}: no file of torch.save, or a damaged one ({first_line(error)})") from None
 
 
 def _look_at_zip(opened: IO[bytes], file: Path) -> None:
@@ -169,8 +165,8 @@ def _look_at_zip(opened: IO[bytes], file: Path) -> None:
         packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
         if packed:
             raise UsageError(
-                f"{file}: {some(packed)} of its zip {'is' if len(packed) == 1 else 'are'} compressed, as torch.save "
-                f"never does; load and save it again"
+                f"{file}: {first_few(packed, TOLD)} of its zip {'is' if len(packed) == 1 else 'are'} compressed, as "
+                f"torch.save never does; load and save it again"
             )
         if sum(entry.file_size for entry in entries) > os.fstat(opened.fileno()).st_size:
             raise UsageError(f"{file}: its zip promises more than the file holds")
@@ -267,7 +263,7 @@ def _read_safetensors(files: Sequence[Path]) -> dict[str, Tensor]:
         names = read_header(file).tensors
         twice = sorted(tensors.keys() & names.keys())
         if twice:
-            raise UsageError(f"{file}: holds {some(twice)}, which another file of the checkpoint holds too")
+            raise UsageError(f"{file}: holds {first_few(twice, TOLD)}, which another file of the checkpoint holds too")
         try:
             with mapping_errors(), safe_open(file, framework="pt") as opened:
                 tensors |= {name: opened.get_tensor(name) for name in names}
@@ -289,7 +285,7 @@ def _read_torch(file: Path) -> Checkpoint:
         ) from None
     except Exception as error:  # what a damaged file makes torch.load raise is of many kinds
         raise EnvironmentProblem(
-            f"{file}: no file of torch.save, or a damaged one ({type(error).__name__}: {_first_line(error)})"
+            f"{file}: no file of torch.save, or a damaged one ({type(error).__name__}: {first_line(error)})"
         ) from None
     content, others = _state_dict(content, file)
     tensors = {
@@ -321,7 +317,3 @@ def _state_dict(content: Any, file: Path) -> tuple[Mapping[Any, Any], list[str]]
 
 def _named(key: object) -> str:
     return key if isinstance(key, str) else f"an entry under a {type(key).__name__}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ttt.errors import EnvironmentProblem, UnreadableError, UsageError
 from ttt.files import mapping_errors, verify_tensors
+from ttt.jsonl import jsonl_files, read_jsonl
 from ttt.reading import require_file
 from ttt_videodit import demo
 from ttt_videodit.clip import CROPS, Split, demo_captions, demo_pictures
@@ -35,8 +36,6 @@ from ttt_videodit.index import (
     Wanted,
     check_encoded,
     demo_segments,
-    index_files,
-    jsonl_lines,
     missing_data,
     parse_encoded,
     windows_in,
@@ -261,20 +260,19 @@ def _read_rows(path: Path, name: str, first: int, stop: int) -> Tensor:
 def _indexed_windows(source: Path, wanted: Wanted, field: str, *, verify: bool) -> LatentWindows:
     if not source.exists():
         raise EnvironmentProblem(f"{field}: {source} does not exist; `ttt precompute` makes it from data.videos")
-    files = index_files(source)
     videos: list[EncodedVideo] = []
     problems: list[str] = []
     short = 0
-    for file in files:
-        for place, line in jsonl_lines(file):
+    for file in jsonl_files(source):
+        for line in read_jsonl(file):
             try:
-                entry = parse_encoded(line, place, file.parent)
+                entry = parse_encoded(line.content, line.place, line.folder)
                 check_encoded(entry, wanted)
             except LineError as error:
                 if error.kind == "short":
                     short += 1
                 else:
-                    problems.append(f"{place}: {error}")
+                    problems.append(f"{line.place}: {error}")
             else:
                 videos.append(entry)
     if problems:

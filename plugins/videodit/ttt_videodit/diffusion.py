@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ttt.backbone import LossOutput
 from ttt.errors import EnvironmentProblem
 from ttt.rows import StepRows, rows_of_step
+from ttt.words import first_line
 from ttt_videodit.geometry import PATCH_SIZE
 from ttt_videodit.options import DEFAULT_PRETRAINED, VideoDiTOptions
 
@@ -65,9 +66,9 @@ def make_scheduler(pretrained: str | None = None, revision: str | None = None) -
         settings = CogVideoXDPMScheduler.load_config(pretrained, subfolder=SCHEDULER, revision=revision)
         scheduler = CogVideoXDPMScheduler.from_config(settings, timestep_spacing="trailing")
     except Exception as error:  # the hub's client raises errors of many libraries
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EnvironmentProblem(
-            f"backbone.pretrained: {pretrained}: its {SCHEDULER}/scheduler_config.json cannot be read: {first}"
+            f"backbone.pretrained: {pretrained}: its {SCHEDULER}/scheduler_config.json cannot be read: "
+            f"{first_line(error)}"
         ) from error
     if scheduler.config.prediction_type != "v_prediction":
         raise EnvironmentProblem(

@@ -15,6 +15,7 @@ from typing import Final
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.printable import shell_word
 from ttt.reading import unreadable
+from ttt.words import first_few
 
 METADATA: Final = ".metadata"
 _SHARD: Final = ".distcp"
@@ -65,9 +66,8 @@ def _in_words(source: Path, whole: Sequence[Path], cut: Sequence[Path]) -> str:
         return f"holds no whole checkpoint{passed_over}; name an earlier one, or another run"
     runs = {folder.parent: folder for folder in whole}  # the newest of each, which comes last
     if len(runs) > 1:
-        newest = ", ".join(str(folder) for folder in list(runs.values())[:3])
-        more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
-        return f"holds the checkpoints of {len(runs)} runs; name one of them: {newest}{more} are their newest"
+        newest = first_few(list(runs.values()))
+        return f"holds the checkpoints of {len(runs)} runs; name one of them: {newest} are their newest"
     folder = whole[-1]
     count = (
         f"{len(whole)} distributed checkpoints of PyTorch, the newest"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ttt.errors import EnvironmentProblem
+from ttt.words import first_line
 from ttt_videodit import demo
 from ttt_videodit.codec import DemoCodec
 from ttt_videodit.frames import Picture, to_tensor
@@ -273,10 +274,9 @@ def _in_our_words(source: str, what: str) -> Iterator[None]:
     except EnvironmentProblem:
         raise
     except Exception as error:  # diffusers, transformers, the hub's client and safetensors each have their own
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EnvironmentProblem(
-            f"{source}: cannot be loaded as {what} ({first}); name a local folder in diffusers' layout with "
-            f"backbone.pretrained, or try the demo preset"
+            f"{source}: cannot be loaded as {what} ({first_line(error)}); name a local folder in diffusers' layout "
+            f"with backbone.pretrained, or try the demo preset"
         ) from error
 
 

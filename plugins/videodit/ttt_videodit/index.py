@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from codecs import BOM_UTF8
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +26,9 @@ from typing import Any, Final
 from ttt import checksums
 from ttt.errors import EnvironmentProblem, UnreadableError
 from ttt.files import Header, read_header
-from ttt.reading import MAX_JSON, other_kind, read_file, read_lines, require_file, unreadable, wrong_with
+from ttt.jsonl import number_in, parse_object, path_in, value_in_words
+from ttt.printable import shortened
+from ttt.reading import MAX_JSON, other_kind, read_file, require_file, unreadable, wrong_with
 from ttt_videodit import demo
 from ttt_videodit.geometry import (
     FRAMES_PER_SECOND,
@@ -186,23 +188,6 @@ def missing_data(options: VideoDiTOptions, data: VideoDiTData) -> tuple[str, str
 # --- lines ---
 
 
-def jsonl_lines(file: Path, *, most_bytes: int | None = None) -> Iterator[tuple[str, bytes]]:
-    """Lines of a file that are not blank, each with its place, `file:line`.
-
-    Args:
-        file: the `.jsonl`.
-        most_bytes: where to stop reading; a line that lies across is left out.
-
-    Raises:
-        EnvironmentProblem: the file cannot be read.
-    """
-    try:
-        for number, line in read_lines(file, most=most_bytes):
-            yield f"{file}:{number}", line
-    except OSError as error:
-        raise EnvironmentProblem(f"{file}: cannot be read: {unreadable(error)}") from None
-
-
 def parse_listed(line: bytes, place: str, folder: Path) -> ListedVideo:
     """Read a line of a list; whether its file is video is left to whoever decodes it.
 
@@ -212,15 +197,18 @@ def parse_listed(line: bytes, place: str, folder: Path) -> ListedVideo:
     entry = _object(line, f"write {VIDEO_EXAMPLE}")
     unknown = sorted(set(entry) - {"path", "captions", "start_sec"})
     if unknown:
-        raise LineError("line", f'unknown key "{_short(unknown[0])}"; the keys are path, captions and start_sec')
-    name = _text(entry, "path")
+        raise LineError(
+            "line", f'unknown key "{shortened(unknown[0], 120)}"; the keys are path, captions and start_sec'
+        )
+    name = _path(entry, "path")
     captions = entry.get("captions")
     if not isinstance(captions, list) or not captions:
-        raise LineError("line", f'"captions" is {_said(entry, "captions")}, not a list with one for each 3 s')
+        raise LineError("line", f'"captions" is {value_in_words(entry, "captions")}, not a list with one for each 3 s')
     for number, caption in enumerate(captions, start=1):
         if not isinstance(caption, str) or not caption.strip():
             raise LineError(
-                "segments", f"caption {number} of {len(captions)} is {_short(repr(caption))}; each 3 s need a text"
+                "segments",
+                f"caption {number} of {len(captions)} is {shortened(repr(caption), 120)}; each 3 s need a text",
             )
         wrong = wrong_with(caption)
         if wrong is not None:
@@ -242,28 +230,30 @@ def parse_encoded(line: bytes, place: str, folder: Path) -> EncodedVideo:
         checksums.parse_line(line.removeprefix(BOM_UTF8))
     except ValueError as error:
         raise LineError("damaged", f"{error}; delete the line and run ttt precompute again") from None
-    latents = folder / _text(entry, "latents")
+    latents = folder / _path(entry, "latents")
     sizes = {}
     for key in ("frames", "height", "width", "text_length"):
         value = entry.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-            raise LineError("line", f'"{key}" is {_said(entry, key)}, not a whole number')
+            raise LineError("line", f'"{key}" is {value_in_words(entry, key)}, not a whole number')
         sizes[key] = value
     written = entry.get("segments")
     if not isinstance(written, list) or not written:
-        raise LineError("segments", f'"segments" is {_said(entry, "segments")}, not a list with one for each 3 s')
+        raise LineError(
+            "segments", f'"segments" is {value_in_words(entry, "segments")}, not a list with one for each 3 s'
+        )
     segments = []
     for number, segment in enumerate(written, start=1):
-        text = segment.get("text") if isinstance(segment, dict) else None
+        text = path_in(segment, "text") if isinstance(segment, dict) else None
         caption = segment.get("caption") if isinstance(segment, dict) else None
-        if not isinstance(text, str) or not text or "\0" in text or not isinstance(caption, str):
+        if text is None or not isinstance(caption, str):
             raise LineError(
                 "segments", f'segment {number} of {len(written)} is no {{"caption": "…", "text": "….safetensors"}}'
             )
         segments.append(EncodedSegment(caption, folder / text, _checksum(segment, "text_sha256")))
     return EncodedVideo(
         place,
-        _text(entry, "video"),
+        _path(entry, "video"),
         _seconds(entry),
         latents,
         segments=tuple(segments),
@@ -300,44 +290,34 @@ def _object(line: bytes, way_out: str) -> dict[str, Any]:
     if told is not None:
         raise LineError("line", told)
     try:
-        entry = json.loads(line.removeprefix(BOM_UTF8).decode("utf-8"), object_pairs_hook=checksums.no_duplicates)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise LineError("line", f"no JSON ({_short(str(error))}); {way_out}") from None
-    if not isinstance(entry, dict):
-        raise LineError("line", f"not an object; {way_out}")
+        entry = parse_object(line, unique_keys=True)
+    except ValueError as error:
+        raise LineError("line", f"{error}; {way_out}") from None
     told = told_line(entry)
     if told is not None:
         raise LineError("line", told)
     return entry
 
 
-def _text(entry: Mapping[str, Any], key: str) -> str:
-    value = entry.get(key)
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise LineError("line", f'"{key}" is {_said(entry, key)}, not a path')
-    return value
+def _path(entry: Mapping[str, Any], key: str) -> str:
+    path = path_in(entry, key)
+    if path is None:
+        raise LineError("line", f'"{key}" is {value_in_words(entry, key)}, not a path')
+    return path
 
 
 def _seconds(entry: Mapping[str, Any]) -> float:
-    value = entry.get("start_sec")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
-        raise LineError("line", f'"start_sec" is {_said(entry, "start_sec")}, not seconds from 0 on')
-    return float(value)
+    seconds = number_in(entry, "start_sec")
+    if seconds is None or not 0 <= seconds < 1e9:
+        raise LineError("line", f'"start_sec" is {value_in_words(entry, "start_sec")}, not seconds from 0 on')
+    return seconds
 
 
 def _checksum(entry: Mapping[str, Any], key: str) -> str | None:
     value = entry.get(key)
     if value is not None and not isinstance(value, str):
-        raise LineError("line", f'"{key}" is {_said(entry, key)}, not a checksum')
+        raise LineError("line", f'"{key}" is {value_in_words(entry, key)}, not a checksum')
     return value
-
-
-def _said(entry: Mapping[str, Any], key: str) -> str:
-    return _short(repr(entry[key])) if key in entry else "missing"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _require_file(path: Path, way_out: str) -> None:
@@ -345,7 +325,7 @@ def _require_file(path: Path, way_out: str) -> None:
         require_file(path)
     except OSError as error:
         kind = other_kind(path)
-        what = f"no file {_short(str(path))}" if kind is None else f"{path} is {unreadable(error)}"
+        what = f"no file {shortened(str(path), 120)}" if kind is None else f"{path} is {unreadable(error)}"
         raise LineError("missing", f"{what}; {way_out}") from None
 
 
@@ -422,8 +402,3 @@ def _check_tensors(path: Path, shapes: Mapping[str, tuple[int | None, ...]], che
 def windows_in(video: EncodedVideo, wanted: Wanted) -> int:
     """Whole windows of a video; what is left over at its end is not read."""
     return len(video.segments) // wanted.window
-
-
-def index_files(source: Path) -> list[Path]:
-    """The `.jsonl` files that a config's value means: the file itself, or those in the folder at any depth."""
-    return sorted(source.rglob("*.jsonl")) if source.is_dir() else [source]

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ttt.errors import EnvironmentProblem
 from ttt.inject import Site
+from ttt.words import first_line
 from ttt_videodit.adapter import BidirectionalTTT
 from ttt_videodit.geometry import LATENT_CHANNELS, PATCH_SIZE, Segments
 from ttt_videodit.layout import Layout
@@ -387,10 +388,9 @@ def _pretrained_model(options: VideoDiTOptions, *, device: torch.device | str, d
     except EnvironmentProblem:
         raise
     except Exception as error:  # the hub's client and diffusers raise errors of many libraries
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EnvironmentProblem(
-            f"{source}: cannot be loaded as CogVideoX's transformer ({first}); name a local folder in diffusers' "
-            f"layout with backbone.pretrained, or try the demo preset"
+            f"{source}: cannot be loaded as CogVideoX's transformer ({first_line(error)}); name a local folder in "
+            f"diffusers' layout with backbone.pretrained, or try the demo preset"
         ) from error
     return cast(VideoDiT, model.to(device=device))
 

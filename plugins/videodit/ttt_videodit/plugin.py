@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, SamplePlan, SampleRequest, WindowDataset
 from ttt.config import BackboneOptions, DataOptions, RunConfig
 from ttt.hookspecs import hookimpl
+from ttt.packaged import packaged_presets
 from ttt_videodit.geometry import LATENT_CHANNELS, PATCH_SIZE, segments_in, tokens_per_frame
 from ttt_videodit.options import (
     DEMO_TEXT_DIM,
@@ -63,8 +63,7 @@ class VideoDiTBackbone(Backbone):
 
     def presets(self) -> Mapping[str, str]:
         """The commented configs that ship: `demo`, and TTT-Video's curriculum, `3s` to `63s`."""
-        folder = resources.files("ttt_videodit") / "presets"
-        return {name: (folder / f"{name}.yaml").read_text(encoding="utf-8") for name in PRESETS}
+        return packaged_presets("ttt_videodit", PRESETS)
 
     def facts(self, config: RunConfig) -> BackboneFacts:
         """Widths by preset; tokens by seconds, pixels and text length."""

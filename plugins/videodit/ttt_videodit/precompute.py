@@ -15,16 +15,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Final, cast
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Column
 from torch import Tensor
 
 from ttt.config import RunConfig
@@ -40,11 +37,14 @@ from ttt.files import (
     write_tensors,
     writing,
 )
+from ttt.jsonl import read_jsonl
+from ttt.printable import say
+from ttt.progress import Steps
 from ttt.reading import open_file, other_kind
-from ttt.train.metrics import duration_in_words, say
 from ttt.train.setup import choose_device, threads
+from ttt.words import duration_in_words, first_few
 from ttt_videodit.encoders import VideoEncoder, encode_video, encoders_of, load_text_encoder, load_video_encoder
-from ttt_videodit.frames import Picture, UnreadableVideoError, inspect_video, read_frames
+from ttt_videodit.frames import UnreadableVideoError, inspect_video, read_frames
 from ttt_videodit.geometry import (
     FRAMES_PER_SECOND,
     LATENT_CHANNELS,
@@ -59,7 +59,6 @@ from ttt_videodit.index import (
     LineError,
     ListedVideo,
     Wanted,
-    jsonl_lines,
     line_of,
     parse_encoded,
     parse_listed,
@@ -180,16 +179,16 @@ class _Job:
         if not self.index.exists():
             return
         whole = self._ends_with_a_line()
-        lines = list(jsonl_lines(self.index))
+        lines = list(read_jsonl(self.index))
         planned = {(video.name, video.start_sec): video for video in self.videos}
         kept = []
-        for number, (place, line) in enumerate(lines, start=1):
+        for number, line in enumerate(lines, start=1):
             try:
-                entry = parse_encoded(line, place, self.index.parent)
+                entry = parse_encoded(line.content, line.place, line.folder)
             except LineError as error:
                 if number == len(lines) and not whole:  # a killed run wrote half of it
                     continue
-                raise EnvironmentProblem(f"{place}: {error}; or write a new index: name another file") from None
+                raise EnvironmentProblem(f"{line.place}: {error}; or write a new index: name another file") from None
             self._require_same_settings(entry)
             video = planned.get((entry.video, entry.start_sec))
             if video is None:
@@ -357,15 +356,15 @@ def _read_list(source: Path, wanted: Wanted, name: str) -> tuple[ListedVideo, ..
         raise EnvironmentProblem(f"{name}: {source} {what}; name a .jsonl with lines such as {VIDEO_EXAMPLE}")
     videos: dict[tuple[str, float], ListedVideo] = {}
     problems = []
-    for place, line in jsonl_lines(source):
+    for line in read_jsonl(source):
         try:
-            video = parse_listed(line, place, source.parent)
+            video = parse_listed(line.content, line.place, line.folder)
             twin = videos.setdefault((video.name, video.start_sec), video)
             if twin is not video:
                 raise LineError("line", f"the same video from the same start_sec as in {twin.place}; leave one out")
             _check_length(video, wanted)
         except LineError as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{line.place}: {error}")
     if problems:
         raise EnvironmentProblem.about(problems, "lines cannot be used", where=str(name))
     if not videos:
@@ -422,9 +421,8 @@ def _encode_texts(
         say(console, f"captions: {NO_SCENES}: they are read as text")
     cut = [place for caption, place in places.values() if encoder.count(caption) > length]
     if cut:
-        more = f" and {len(cut) - 3} more" if len(cut) > 3 else ""
-        say(console, f"captions of more than {length} tokens, cut off there: {'; '.join(cut[:3])}{more}")
-    with _Report(console, "texts", total=len(places)) as report:
+        say(console, f"captions of more than {length} tokens, cut off there: {first_few(cut, separator='; ')}")
+    with Steps(console, "texts", total=len(places)) as report:
         for file, (caption, place) in places.items():
             (text,) = encoder([caption])
             if not bool(text.isfinite().all()):
@@ -445,7 +443,7 @@ def _encode_videos(
     to_do = [(job, video) for job in jobs for video in job.to_do()]
     encoder: VideoEncoder | None = None
     failed = []
-    with _Report(console, "frames", total=sum(_pixel_frames(video, job.wanted) for job, video in to_do)) as report:
+    with Steps(console, "frames", total=sum(_pixel_frames(video, job.wanted) for job, video in to_do)) as report:
         for number, (job, video) in enumerate(to_do, start=1):
             plan, count = job.plan(video), _pixel_frames(video, job.wanted)
             if _is_whole(plan.latents, console):  # a run was killed before it came to the index
@@ -501,52 +499,3 @@ def _memory_errors() -> Iterator[None]:
             "out of memory while encoding: write train.param_dtype: bfloat16, train.device: cpu, or smaller "
             "data.height and data.width; what was encoded so far is kept"
         ) from error
-
-
-class _Report:
-    """A bar on a terminal; elsewhere a line for each video."""
-
-    def __init__(self, console: Console, what: str, *, total: int) -> None:
-        self.completed = 0
-        self._console = console
-        self._bar: Progress | None = None
-        if console.is_terminal and not console.is_dumb_terminal:
-            self._bar = Progress(
-                TextColumn(what),
-                BarColumn(bar_width=None, table_column=Column(ratio=1)),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=console,
-                expand=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            self._task: TaskID = self._bar.add_task(what, total=total)
-
-    def __enter__(self) -> _Report:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, count: int = 1) -> None:
-        """So much more is done."""
-        self.completed += count
-        if self._bar is not None:
-            self._bar.advance(self._task, count)
-
-    def counted(self, pictures: Iterable[Picture]) -> Iterator[Picture]:
-        """The pictures, each counted when it is taken."""
-        for picture in pictures:
-            yield picture
-            self.advance()
-
-    def line(self, text: str) -> None:
-        """Say that a video is done, where no bar does."""
-        if self._bar is None:
-            say(self._console, text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, cast
@@ -10,13 +10,13 @@ from typing import Final, cast
 from ttt.config import RunConfig
 from ttt.config.diagnostics import Finding, Severity
 from ttt.errors import EnvironmentProblem
+from ttt.jsonl import Line, read_excerpt, read_jsonl
+from ttt.words import first_few
 from ttt_videodit.index import (
     VIDEO_EXAMPLE,
     LineError,
     Wanted,
     check_encoded,
-    index_files,
-    jsonl_lines,
     missing_data,
     parse_encoded,
     parse_listed,
@@ -89,17 +89,17 @@ def videos_can_be_listed(config: RunConfig) -> list[Finding]:
         problems: list[str] = []
         count = 0
         try:
-            for place, line in jsonl_lines(path, most_bytes=_MOST_BYTES):
+            for line in read_jsonl(path, most_bytes=_MOST_BYTES):
                 count += 1
                 try:
-                    parse_listed(line, place, path.parent)
+                    parse_listed(line.content, line.place, line.folder)
                 except LineError as error:
-                    problems.append(f"{_short_place(place)} ({error})")
+                    problems.append(f"{line.short_place} ({error})")
         except (EnvironmentProblem, ValueError) as error:
             findings.append(_list_finding(key, str(error), 1))
             continue
         if problems or not count:
-            lines = f"{len(problems)} of {count} lines cannot be used: {_first_few(problems)}"
+            lines = f"{len(problems)} of {count} lines cannot be used: {first_few(problems)}"
             findings.append(_list_finding(key, lines if count else f"{source} lists no videos", len(problems)))
     return findings
 
@@ -141,38 +141,27 @@ RULES = (weights_are_of_the_model, data_is_there, videos_can_be_read, videos_can
 
 def _read_index(source: str | None, wanted: Wanted) -> _Index | None:
     """What lines there are; None where there is no such file, which the core's own rule tells."""
-    if source is None:
+    read = None if source is None else read_excerpt(source, most_lines=_MOST_LINES, most_bytes=_MOST_BYTES)
+    if read is None:
         return None
-    index, budget = _Index(), _MOST_BYTES
+    index = _Index(count=len(read.lines), complete=read.complete)
     try:
-        if not Path(source).exists():
-            return None
-        files = index_files(Path(source))
-        for file in files:
-            size = file.stat().st_size
-            lines = list(jsonl_lines(file, most_bytes=budget))
-            index.complete = index.complete and size <= budget
-            budget = max(0, budget - size)
-            for place, line in lines:
-                if index.count == _MOST_LINES:
-                    index.complete = False
-                    return index
-                index.count += 1
-                _sort_in(index, line, place, file.parent, wanted)
-    except (OSError, ValueError, EnvironmentProblem):  # gone, not readable, or a name that no file can have
+        for line in read.lines:
+            _sort_in(index, line, wanted)
+    except (OSError, ValueError, EnvironmentProblem):  # what a line names cannot be looked at
         return None
     return index
 
 
-def _sort_in(index: _Index, line: bytes, place: str, folder: Path, wanted: Wanted) -> None:
+def _sort_in(index: _Index, line: Line, wanted: Wanted) -> None:
     try:
-        video = parse_encoded(line, place, folder)
+        video = parse_encoded(line.content, line.place, line.folder)
         check_encoded(video, wanted)
     except LineError as error:
         if error.kind == "short":
-            index.short.append(_short_place(place))
+            index.short.append(line.short_place)
         else:
-            index.problems.setdefault(error.kind, []).append(f"{_short_place(place)} ({error})")
+            index.problems.setdefault(error.kind, []).append(f"{line.short_place} ({error})")
     else:
         index.good += 1
         index.left_over += len(video.segments) - wanted.window * windows_in(video, wanted)
@@ -189,7 +178,7 @@ def _findings(index: _Index, path: str, wanted: Wanted) -> Iterator[Finding]:
                 severity=Severity.ERROR,
                 path=path,
                 message=(
-                    f"{len(problems)} {among} videos cannot be used, {words}: {_first_few(problems)}; the run stops "
+                    f"{len(problems)} {among} videos cannot be used, {words}: {first_few(problems)}; the run stops "
                     f"before its first step"
                 ),
                 fix=fix,
@@ -214,7 +203,7 @@ def _findings(index: _Index, path: str, wanted: Wanted) -> Iterator[Finding]:
         if index.short:
             are = "is" if len(index.short) == 1 else "are"
             told.append(
-                f"{len(index.short)} {among} videos {are} shorter than a window of {seconds}: {_first_few(index.short)}"
+                f"{len(index.short)} {among} videos {are} shorter than a window of {seconds}: {first_few(index.short)}"
             )
         if index.left_over:
             told.append(f"{index.left_over} segments at the ends of videos fill no window of {seconds}")
@@ -226,11 +215,3 @@ def _findings(index: _Index, path: str, wanted: Wanted) -> Iterator[Finding]:
             fix="write a data.duration_sec that divides the videos, where they matter",
             value=len(index.short) + index.left_over,
         )
-
-
-def _short_place(place: str) -> str:
-    return place.replace("\\", "/").rpartition("/")[2]
-
-
-def _first_few(things: Sequence[str]) -> str:
-    return ", ".join(things[:3]) + (f" and {len(things) - 3} more" if len(things) > 3 else "")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -17,12 +15,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ttt import __version__
 from ttt.errors import NonFiniteError
-from ttt.train.metrics import duration_in_words, say
+from ttt.printable import say
+from ttt.progress import Steps
 from ttt_videodit.codec import DemoCodec
 from ttt_videodit.diffusion import predict_v
 from ttt_videodit.encoders import load_text_encoder, load_vae
@@ -93,7 +91,7 @@ def prepare_samples(
         training = model.training
         model.eval()
         try:
-            with _progress(console, "sample", request.steps) as advance:
+            with Steps(console, "sample", total=request.steps, tenths=True) as steps:
                 latents = denoise(
                     model,
                     text,
@@ -103,7 +101,7 @@ def prepare_samples(
                     steps=request.steps,
                     guidance_scale=request.guidance_scale,
                     seed=request.seed,
-                    advance=advance,
+                    advance=steps.advance,
                 )
         finally:
             model.train(training)
@@ -365,27 +363,3 @@ def to_pixels(frames: Tensor) -> Frames:
     """Frames `[F,3,H,W]` with values −1 … 1, rounded to 0 … 255, `[F,H,W,3]`; what lies outside is clipped."""
     levels = ((frames.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return cast(Frames, levels.permute(0, 2, 3, 1).cpu().numpy())
-
-
-# --- progress ---
-
-
-@contextmanager
-def _progress(console: Console, name: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, some plain lines elsewhere; what it yields is called after each step."""
-    if console.is_terminal and not console.is_dumb_terminal:
-        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task(name, total=total)
-            yield lambda: bar.advance(task)
-        return
-    started, done = time.monotonic(), 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        if done in (1, total) or done * 10 // total > (done - 1) * 10 // total:
-            left = duration_in_words((time.monotonic() - started) / done * (total - done))
-            say(console, f"{name}: step {done}/{total}, {left} left")
-
-    yield advance

@@ -26,7 +26,8 @@ from ttt.config import TTTConfig
 from ttt.errors import UsageError
 from ttt.files import require_space, temporary_beside, write_tensors, write_text, writing
 from ttt.printable import say
-from ttt_videodit.checkpoint import Checkpoint, open_checkpoint, some
+from ttt.words import first_few
+from ttt_videodit.checkpoint import TOLD, Checkpoint, open_checkpoint
 from ttt_videodit.model import VideoDiT, sites
 from ttt_videodit.options import ROTARY_UNIT, VideoDiTOptions
 from ttt_videodit.pretrained import write_record
@@ -161,9 +162,11 @@ def _rename(source: Path, tensors: Iterable[str]) -> tuple[dict[str, str], list[
         else:
             unknown.append(old)
     if not names:
-        raise UsageError(f"{source}: no checkpoint of {PROGRAM}: it holds {some(unknown) or 'no tensor'}")
+        raise UsageError(f"{source}: no checkpoint of {PROGRAM}: it holds {first_few(unknown, TOLD) or 'no tensor'}")
     if unknown:
-        raise UsageError(f"{source}: {some(unknown)} {_are(unknown)} no part of {PROGRAM}'s model that is known here")
+        raise UsageError(
+            f"{source}: {first_few(unknown, TOLD)} {_are(unknown)} no part of {PROGRAM}'s model that is known here"
+        )
     twice = sorted(new for new, count in Counter(names.values()).items() if count > 1)
     if twice:
         both = [old for old, new in names.items() if new == twice[0]]
@@ -269,11 +272,11 @@ def _fill(
     own = model.state_dict()
     missing = [_old_name(name) for name in own if name not in tensors]
     if missing:
-        raise UsageError(f"{source}: {some(missing)} {_are(missing)} missing")
+        raise UsageError(f"{source}: {first_few(missing, TOLD)} {_are(missing)} missing")
     others = [old_names[name] for name in tensors if name not in own]
     if others:
         raise UsageError(
-            f"{source}: {some(others)} {_are(others)} no part of the inner model of block 0, which is "
+            f"{source}: {first_few(others, TOLD)} {_are(others)} no part of the inner model of block 0, which is "
             f"{settings.layer_type}"
         )
     shapes = [
@@ -285,7 +288,7 @@ def _fill(
         f"{old_names[name]} is {tensor.dtype}" for name, tensor in tensors.items() if not tensor.is_floating_point()
     ]
     if shapes or types:
-        raise UsageError(f"{source}: does not fit together: {some([*shapes, *types])}")
+        raise UsageError(f"{source}: does not fit together: {first_few([*shapes, *types], TOLD)}")
     model.load_state_dict(dict(tensors), assign=True)
     return injection
 
@@ -359,9 +362,9 @@ def _account(console: Console, checkpoint: Checkpoint, names: Mapping[str, str],
     for (old, new), blocks in groups.items():
         say(console, f"  {old} → {new}" + (f"    N = {min(blocks)} … {max(blocks)}" if len(blocks) > 1 else ""))
     if tables:
-        say(console, f"  {some(tables)}: left out, rotary tables are computed")
+        say(console, f"  {first_few(tables, TOLD)}: left out, rotary tables are computed")
     if checkpoint.others:
-        say(console, f"  {some(checkpoint.others)}: left out, no part of the model")
+        say(console, f"  {first_few(checkpoint.others, TOLD)}: left out, no part of the model")
 
 
 def _report(
