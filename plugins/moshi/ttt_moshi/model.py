@@ -134,12 +134,11 @@ def _lm_config(options: MoshiOptions) -> dict[str, Any]:
     return cast("dict[str, Any]", info.lm_config)
 
 
-def set_gradient_checkpointing(model: nn.Module, enabled: bool) -> None:
+def set_gradient_checkpointing(model: LMModel, enabled: bool) -> None:
     """Switch kyutai's activation checkpointing, around every layer of the main transformer and the depformer."""
-    lm = cast(LMModel, model)
-    lm.transformer.checkpointing = enabled
-    if lm.depformer is not None:
-        lm.depformer.checkpointing = enabled
+    model.transformer.checkpointing = enabled
+    if model.depformer is not None:
+        model.depformer.checkpointing = enabled
 
 
 # --- where TTT goes ---
@@ -213,7 +212,7 @@ class AdaptedLayer(StreamingTransformerLayer):
 class MoshiSite(Site):
     """A layer of Moshi's main transformer."""
 
-    model: nn.Module | None = None
+    model: LMModel | None = None
 
     def attach(self, adapter: nn.Module) -> None:
         """Attach, and let kyutai's streaming find the new child."""
@@ -239,54 +238,51 @@ class MoshiSite(Site):
                 module._cached_children = None
 
 
-def sites(model: nn.Module) -> list[MoshiSite]:
+def sites(model: LMModel) -> list[MoshiSite]:
     """One site for each layer of the main transformer."""
-    lm = cast(LMModel, model)
     return [
         MoshiSite(
             layer=index,
             path=f"transformer.layers.{index}",
             module=layer,
-            dim=lm.dim,
+            dim=model.dim,
             num_heads=layer.self_attn.num_heads,
             subclass=AdaptedLayer,
             adapter=MoshiTTT,
             model=model,
         )
-        for index, layer in enumerate(lm.transformer.layers)
+        for index, layer in enumerate(model.transformer.layers)
     ]
 
 
 # --- running ---
 
 
-def loss(model: nn.Module, codes: Tensor, options: MoshiOptions) -> LossOutput:
+def loss(model: LMModel, codes: Tensor, options: MoshiOptions) -> LossOutput:
     """The loss of codes `[B,17,T]`: text cross-entropy plus audio cross-entropy over Moshi's own codebooks."""
-    lm = cast(LMModel, model)
-    output = lm(codes)
+    output = model(codes)
     total, parts = moshi_loss(
         output,
         codes,
-        dep_q=lm.dep_q,
+        dep_q=model.dep_q,
         text_padding_weight=options.text_padding_weight,
         first_codebook_weight_multiplier=options.first_codebook_weight_multiplier,
-        text_padding_ids={lm.text_padding_token_id, lm.end_of_text_padding_id},
+        text_padding_ids={model.text_padding_token_id, model.end_of_text_padding_id},
     )
     return LossOutput(total, tokens=codes.shape[0] * codes.shape[2], metrics=parts)
 
 
-def example_codes(model: nn.Module, *, batch_size: int, tokens: int, seed: int) -> Tensor:
+def example_codes(model: LMModel, *, batch_size: int, tokens: int, seed: int) -> Tensor:
     """Random codes `[B,17,T]` that the model knows."""
-    lm = cast(LMModel, model)
     generator = torch.Generator().manual_seed(seed)
-    text = torch.randint(4, lm.text_card, (batch_size, 1, tokens), generator=generator)
-    audio = torch.randint(0, lm.card, (batch_size, lm.n_q, tokens), generator=generator)
-    return torch.cat((text, audio), dim=1).to(lm.device)
+    text = torch.randint(4, model.text_card, (batch_size, 1, tokens), generator=generator)
+    audio = torch.randint(0, model.card, (batch_size, model.n_q, tokens), generator=generator)
+    return torch.cat((text, audio), dim=1).to(model.device)
 
 
-def outputs(model: nn.Module, codes: Tensor) -> Tensor:
+def outputs(model: LMModel, codes: Tensor) -> Tensor:
     """The main transformer's output and text logits for each frame of codes as it is read, `[B,T,D+text_card]`."""
-    hidden, text_logits = cast(LMModel, model).forward_text(codes)
+    hidden, text_logits = model.forward_text(codes)
     return torch.cat((hidden, text_logits[:, 0]), dim=-1)
 
 
@@ -299,10 +295,9 @@ def perturb(codes: Tensor, *, token: int, row: int | None) -> Tensor:
     return changed
 
 
-def stream(model: nn.Module, codes: Tensor, *, pieces: Sequence[int]) -> Tensor:
+def stream(model: LMModel, codes: Tensor, *, pieces: Sequence[int]) -> Tensor:
     """`outputs` of codes that are fed in pieces, through kyutai's streaming state."""
-    lm = cast(LMModel, model)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(lm.streaming(codes.shape[0]))
-        return torch.cat([outputs(lm, piece) for piece in codes.split(list(pieces), dim=2)], dim=1)
+        stack.enter_context(model.streaming(codes.shape[0]))
+        return torch.cat([outputs(model, piece) for piece in codes.split(list(pieces), dim=2)], dim=1)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
 from pydantic import Field, model_validator
 
-from ttt.config import BackboneOptions, DataOptions
+from ttt.config import BackboneOptions, DataOptions, RunConfig
 from ttt.errors import EnvironmentProblem
 from ttt.files import read_json
 
@@ -74,6 +74,10 @@ class MoshiData(DataOptions):
 
     duration_sec: Annotated[float, Field(ge=0.01, le=240)] = 15.0
     """Length of a training window in seconds; a file is cut into consecutive windows."""
+
+
+MoshiRun: TypeAlias = "RunConfig[MoshiOptions, MoshiData]"
+"""The config of a run of this backbone."""
 
 
 def sizes(options: MoshiOptions) -> dict[str, Any]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, RecordingFormat, WindowDataset
-from ttt.config import BackboneOptions, DataOptions, RunConfig, TrainConfig
+from ttt.config import BackboneOptions, DataOptions, TrainConfig
 from ttt.hookspecs import hookimpl
 from ttt.packaged import packaged_presets
 from ttt_moshi.interleave import frames_in
-from ttt_moshi.options import FRAME_RATE, MoshiData, MoshiOptions, sizes
+from ttt_moshi.options import FRAME_RATE, MoshiData, MoshiOptions, MoshiRun, sizes
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ttt.inject import Site
 
 
-class MoshiBackbone(Backbone):
+class MoshiBackbone(Backbone[MoshiOptions, MoshiData]):
     """Moshi: autoregressive over 12.5 frames a second of 17 streams (1 text, 8 own audio, 8 of the user)."""
 
     name: ClassVar[str] = "moshi"
@@ -46,9 +46,9 @@ class MoshiBackbone(Backbone):
         """The commented configs that ship: `demo` and `7b`."""
         return packaged_presets("ttt_moshi", ("demo", "7b"))
 
-    def facts(self, config: RunConfig) -> BackboneFacts:
+    def facts(self, config: MoshiRun) -> BackboneFacts:
         """Widths by preset or config.json; tokens by `duration_sec`."""
-        options, data = cast(MoshiOptions, config.backbone), cast(MoshiData, config.data)
+        options, data = config.backbone, config.data
         return BackboneFacts(
             **sizes(options),
             tokens_per_window=frames_in(data.duration_sec, FRAME_RATE),
@@ -57,10 +57,9 @@ class MoshiBackbone(Backbone):
             **_memory_facts(options, config.train, frames_in(data.duration_sec, FRAME_RATE)),
         )
 
-    def has_eval_data(self, config: RunConfig) -> bool:
-        """Where the config names data for it, or where the demo's own is used."""
-        options, data = cast(MoshiOptions, config.backbone), config.data
-        return data.eval_data is not None or (options.preset == "demo" and data.train_data is None)
+    def has_own_eval_data(self, options: MoshiOptions) -> bool:
+        """The demo's data have a held-out part."""
+        return options.preset == "demo"
 
     def import_config(self, text: str, *, file: str) -> ImportedConfig | None:
         """moshi-finetune's YAML, with or without a `ttt:` section."""
@@ -68,18 +67,18 @@ class MoshiBackbone(Backbone):
 
         return import_config(text, file=file)
 
-    def build(self, options: BackboneOptions, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    def build(self, options: MoshiOptions, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
         """Make kyutai's `LMModel`, in eval mode."""
         _before_moshi_is_imported(device)
         from ttt_moshi.model import build
 
-        return build(cast(MoshiOptions, options), device=device, dtype=dtype)
+        return build(options, device=device, dtype=dtype)
 
-    def provenance(self, options: BackboneOptions) -> Mapping[str, str]:
+    def provenance(self, options: MoshiOptions) -> Mapping[str, str]:
         """The repository, and the commit of it that the weights are of."""
         from ttt_moshi.model import provenance
 
-        return provenance(cast(MoshiOptions, options))
+        return provenance(options)
 
     def sites(self, model: nn.Module) -> Sequence[Site]:
         """One for each layer of the main transformer, after self-attention and before the feed-forward."""
@@ -87,20 +86,18 @@ class MoshiBackbone(Backbone):
 
         return sites(model)
 
-    def dataset(self, config: RunConfig, *, split: str, device: torch.device | str) -> WindowDataset:
+    def dataset(self, config: MoshiRun, *, split: str, device: torch.device | str) -> WindowDataset:
         """Windows of interleaved codes, `[17, T]` each."""
         _before_moshi_is_imported(device)
         from ttt_moshi.data import speech_windows
 
-        return speech_windows(
-            cast(MoshiOptions, config.backbone), cast(MoshiData, config.data), split=split, device=device
-        )
+        return speech_windows(config.backbone, config.data, split=split, device=device)
 
-    def loss(self, model: nn.Module, batch: Batch, config: RunConfig) -> LossOutput:
+    def loss(self, model: nn.Module, batch: Batch, config: MoshiRun) -> LossOutput:
         """Text and audio cross-entropy, weighted as moshi-finetune does."""
         from ttt_moshi.model import loss
 
-        return loss(model, batch, cast(MoshiOptions, config.backbone))
+        return loss(model, batch, config.backbone)
 
     def set_gradient_checkpointing(self, model: nn.Module, enabled: bool) -> None:
         """Switch kyutai's own, around every layer of both transformers."""
@@ -112,7 +109,7 @@ class MoshiBackbone(Backbone):
         """The main transformer's self-attention."""
         return parameter_name.startswith("transformer.") and ".self_attn." in parameter_name
 
-    def tiny(self) -> BackboneOptions:
+    def tiny(self) -> MoshiOptions:
         """The demo, smaller."""
         return MoshiOptions(preset="demo", dim=32, num_heads=2, num_layers=3)
 
@@ -161,8 +158,8 @@ def _memory_facts(options: MoshiOptions, train: TrainConfig, frames: int) -> dic
             "bfloat16": (254_047, 3_028_827, 349_529),
         }[dtype]
         head = head_checkpointing if checkpointing else head
-        sizes = {"parameters": 7_687_729_152, "attention_parameters": 2_147_483_648}
-        return {**sizes, "layer_activation_bytes": layer, "head_activation_bytes": head}
+        counts = {"parameters": 7_687_729_152, "attention_parameters": 2_147_483_648}
+        return {**counts, "layer_activation_bytes": layer, "head_activation_bytes": head}
     dim, layers = (sizes(options)[name] for name in ("dim", "num_layers"))
     size = {"float32": 4.0, "bfloat16": 2.8}[dtype]  # norms and the softmax of the losses stay float32
     return {

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
-from ttt.config import BackboneOptions, DataOptions
+from ttt.config import BackboneOptions, DataOptions, RunConfig
 from ttt.errors import EnvironmentProblem
 from ttt.files import read_json
 from ttt_videodit.geometry import PATCH_SIZE, SEGMENT_SEC, SPATIAL_COMPRESSION, Segments
@@ -144,6 +144,10 @@ class VideoDiTData(DataOptions):
         if value is not None and value % side:
             raise ValueError(f"a token stands for {side} × {side} pixels; write a multiple of {side}")
         return value
+
+
+VideoDiTRun: TypeAlias = "RunConfig[VideoDiTOptions, VideoDiTData]"
+"""The config of a run of this backbone."""
 
 
 def sizes(options: VideoDiTOptions) -> dict[str, int]:

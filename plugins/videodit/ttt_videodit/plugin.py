@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ttt.backbone import Backbone, BackboneFacts, Batch, LossOutput, SamplePlan, SampleRequest, WindowDataset
 from ttt.config import BackboneOptions, DataOptions, RunConfig
@@ -18,6 +18,7 @@ from ttt_videodit.options import (
     REMAT_OPTIONS,
     VideoDiTData,
     VideoDiTOptions,
+    VideoDiTRun,
     pixels,
     sizes,
     text_length,
@@ -32,14 +33,14 @@ if TYPE_CHECKING:
     from ttt.inject import Site
 
 
-def check_data(config: RunConfig) -> Sequence[Any]:
+def check_data(config: VideoDiTRun) -> Sequence[Any]:
     """What `ttt check` finds in the data (VDT5xx) and the weights (VDT6xx)."""
     from ttt_videodit.rules import RULES
 
     return [finding for rule in RULES for finding in rule(config)]
 
 
-class VideoDiTBackbone(Backbone):
+class VideoDiTBackbone(Backbone[VideoDiTOptions, VideoDiTData]):
     """CogVideoX's diffusion transformer over segments of video: bidirectional, from noise to v-prediction."""
 
     name: ClassVar[str] = "videodit"
@@ -65,9 +66,9 @@ class VideoDiTBackbone(Backbone):
         """The commented configs that ship: `demo`, and TTT-Video's curriculum, `3s` to `63s`."""
         return packaged_presets("ttt_videodit", PRESETS)
 
-    def facts(self, config: RunConfig) -> BackboneFacts:
+    def facts(self, config: VideoDiTRun) -> BackboneFacts:
         """Widths by preset; tokens by seconds, pixels and text length."""
-        options, data = cast(VideoDiTOptions, config.backbone), cast(VideoDiTData, config.data)
+        options, data = config.backbone, config.data
         size, segments = sizes(options), segments_in(data.duration_sec)
         height, width = pixels(options, data)
         frames = options.segments.frames(segments)
@@ -88,10 +89,9 @@ class VideoDiTBackbone(Backbone):
             head_activation_bytes=round(4.5 * _BYTES[config.train.param_dtype] * size["dim"]),
         )
 
-    def has_eval_data(self, config: RunConfig) -> bool:
-        """Where the config names data for it, or where the demo's own is used."""
-        options, data = cast(VideoDiTOptions, config.backbone), config.data
-        return data.eval_data is not None or (options.preset == "demo" and data.train_data is None)
+    def has_own_eval_data(self, options: VideoDiTOptions) -> bool:
+        """The demo's data have a held-out part."""
+        return options.preset == "demo"
 
     def import_config(self, text: str, *, file: str) -> ImportedConfig | None:
         """TTT-Video's TOML."""
@@ -99,29 +99,29 @@ class VideoDiTBackbone(Backbone):
 
         return import_config(text, file=file)
 
-    def plan_sample(self, config: RunConfig, *, seconds: float, out: Path) -> SamplePlan:
+    def plan_sample(self, config: VideoDiTRun, *, seconds: float, out: Path) -> SamplePlan:
         """A prompt for each segment of 3 s; an mp4, and its contact sheet beside it."""
         from ttt_videodit.request import plan_sample
 
         return plan_sample(seconds=seconds, out=out)
 
-    def check_sample(self, config: RunConfig, request: SampleRequest) -> None:
+    def check_sample(self, config: VideoDiTRun, request: SampleRequest) -> None:
         """Its prompts, steps and guidance; and that a local folder has the VAE and T5."""
         from ttt_videodit.request import check_request
 
-        check_request(request, cast(VideoDiTOptions, config.backbone))
+        check_request(request, config.backbone)
 
-    def build(self, options: BackboneOptions, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    def build(self, options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
         """Make the transformer, in eval mode."""
         from ttt_videodit.model import build
 
-        return build(cast(VideoDiTOptions, options), device=device, dtype=dtype)
+        return build(options, device=device, dtype=dtype)
 
-    def provenance(self, options: BackboneOptions) -> Mapping[str, str]:
+    def provenance(self, options: VideoDiTOptions) -> Mapping[str, str]:
         """The repository, and the commit of it that the weights are of."""
         from ttt_videodit.pretrained import provenance
 
-        return provenance(cast(VideoDiTOptions, options))
+        return provenance(options)
 
     def sites(self, model: nn.Module) -> Sequence[Site]:
         """One for each block: its attention, after which TTT reads the whole video."""
@@ -129,15 +129,13 @@ class VideoDiTBackbone(Backbone):
 
         return sites(model)
 
-    def dataset(self, config: RunConfig, *, split: str, device: torch.device | str) -> WindowDataset:
+    def dataset(self, config: VideoDiTRun, *, split: str, device: torch.device | str) -> WindowDataset:
         """Windows of latents and text embeddings."""
         from ttt_videodit.data import latent_windows
 
-        return latent_windows(
-            cast(VideoDiTOptions, config.backbone), cast(VideoDiTData, config.data), split=split, device=device
-        )
+        return latent_windows(config.backbone, config.data, split=split, device=device)
 
-    def precompute(self, config: RunConfig, *, console: Console) -> None:
+    def precompute(self, config: VideoDiTRun, *, console: Console) -> None:
         """Encode the videos of `data.videos` and `data.eval_videos` by CogVideoX's VAE and T5."""
         from ttt_videodit.precompute import precompute
 
@@ -153,7 +151,7 @@ class VideoDiTBackbone(Backbone):
         return import_weights(source, out, backbone=self, console=console)
 
     def sample(
-        self, model: nn.Module, request: SampleRequest, config: RunConfig, *, console: Console
+        self, model: nn.Module, request: SampleRequest, config: VideoDiTRun, *, console: Console
     ) -> Sequence[Path]:
         """A video from noise, by diffusers' scheduler with classifier-free guidance."""
         from ttt_videodit.sampling import sample
@@ -161,18 +159,18 @@ class VideoDiTBackbone(Backbone):
         return sample(model, request, config, console=console)
 
     def prepare_samples(
-        self, model: nn.Module, requests: Sequence[SampleRequest], config: RunConfig, *, console: Console
+        self, model: nn.Module, requests: Sequence[SampleRequest], config: VideoDiTRun, *, console: Console
     ) -> Callable[[SampleRequest], Sequence[Path]]:
         """Many videos, for which the VAE and T5 are loaded once."""
         from ttt_videodit.sampling import prepare_samples
 
         return prepare_samples(model, requests, config, console=console)
 
-    def loss(self, model: nn.Module, batch: Batch, config: RunConfig) -> LossOutput:
+    def loss(self, model: nn.Module, batch: Batch, config: VideoDiTRun) -> LossOutput:
         """The error of the v-prediction, weighted as CogVideoX is trained."""
         from ttt_videodit.diffusion import training_loss
 
-        return training_loss(model, batch, cast(VideoDiTOptions, config.backbone))
+        return training_loss(model, batch, config.backbone)
 
     def set_gradient_checkpointing(self, model: nn.Module, enabled: bool) -> None:
         """Switch activation checkpointing around groups of blocks."""
@@ -184,11 +182,11 @@ class VideoDiTBackbone(Backbone):
         """The q, k, v and o of the blocks' attention, and the norms of q and k."""
         return ".attn1." in parameter_name
 
-    def tiny(self) -> BackboneOptions:
+    def tiny(self) -> VideoDiTOptions:
         """The demo, smaller, with segments of three latent frames."""
         return VideoDiTOptions(preset="demo", dim=32, num_heads=2, num_layers=2, attn_length=2)
 
-    def tiny_like(self, options: BackboneOptions) -> BackboneOptions:
+    def tiny_like(self, options: VideoDiTOptions) -> VideoDiTOptions:
         """The same, rematerialising what the options do."""
         kept = {name: getattr(options, name) for name in REMAT_OPTIONS}
         return self.tiny().model_copy(update=kept)

@@ -18,13 +18,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from ttt.config import RunConfig
 from ttt.errors import EnvironmentProblem, UnreadableError, UsageError
 from ttt.files import (
     TEMPORARY,
@@ -63,7 +62,7 @@ from ttt_videodit.index import (
     parse_encoded,
     parse_listed,
 )
-from ttt_videodit.options import VideoDiTData, VideoDiTOptions
+from ttt_videodit.options import VideoDiTData, VideoDiTOptions, VideoDiTRun
 from ttt_videodit.scenes import NO_SCENES, names_scenes
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -74,7 +73,7 @@ _HEADER: Final = "ttt_videodit.precompute"
 _LENIENCY_SEC: Final = 0.1  # a header's length is rounded, or that of the sound
 
 
-def precompute(config: RunConfig, *, console: Console) -> None:
+def precompute(config: VideoDiTRun, *, console: Console) -> None:
     """Encode the videos that the config lists and write the indexes that it trains on.
 
     Videos that an earlier run has encoded are not encoded again, even if it was killed; nor is a text that another
@@ -90,7 +89,7 @@ def precompute(config: RunConfig, *, console: Console) -> None:
         EnvironmentProblem: a list is wrong, with its file and line, before anything is done; encoders cannot be had;
             the disk or the memory is full; or, after all the rest is done, videos could not be decoded.
     """
-    options, data = cast(VideoDiTOptions, config.backbone), cast(VideoDiTData, config.data)
+    options, data = config.backbone, config.data
     jobs = [_Job.of(options, data, source, target) for source, target in _SOURCES if getattr(data, source) is not None]
     if not jobs:
         raise UsageError(f"data.videos: null; name a .jsonl file with lines such as {VIDEO_EXAMPLE}")

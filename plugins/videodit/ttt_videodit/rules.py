@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
-from ttt.config import RunConfig
 from ttt.config.diagnostics import Finding, Severity
 from ttt.errors import EnvironmentProblem
 from ttt.jsonl import Line, read_excerpt, read_jsonl
@@ -22,7 +21,7 @@ from ttt_videodit.index import (
     parse_listed,
     windows_in,
 )
-from ttt_videodit.options import VideoDiTData, VideoDiTOptions
+from ttt_videodit.options import VideoDiTRun
 from ttt_videodit.variants import WAY_OUT, wrong_source
 
 # A check is instant: what lies beyond is left to the run, which reads all of it before its first step.
@@ -57,19 +56,19 @@ class _Index:
     """Videos that can be read."""
 
 
-def data_is_there(config: RunConfig) -> list[Finding]:
+def data_is_there(config: VideoDiTRun) -> list[Finding]:
     """A config that names no training data has a preset with some of that kind."""
-    missing = missing_data(cast(VideoDiTOptions, config.backbone), cast(VideoDiTData, config.data))
+    missing = missing_data(config.backbone, config.data)
     if missing is None:
         return []
     path, why, way_out = missing
     return [Finding(code="VDT508", severity=Severity.ERROR, path=path, message=why, fix=way_out)]
 
 
-def videos_can_be_read(config: RunConfig) -> list[Finding]:
+def videos_can_be_read(config: VideoDiTRun) -> list[Finding]:
     """Every line of an index is a video that training can read, and they fill windows."""
-    data = cast(VideoDiTData, config.data)
-    wanted = Wanted.of(cast(VideoDiTOptions, config.backbone), data)
+    data = config.data
+    wanted = Wanted.of(config.backbone, data)
     findings: list[Finding] = []
     for key in ("train_data", "eval_data"):
         index = _read_index(getattr(data, key), wanted)
@@ -78,11 +77,11 @@ def videos_can_be_read(config: RunConfig) -> list[Finding]:
     return findings
 
 
-def videos_can_be_listed(config: RunConfig) -> list[Finding]:
+def videos_can_be_listed(config: VideoDiTRun) -> list[Finding]:
     """Every line of a list is a video that `ttt precompute` can start with."""
     findings = []
     for key in ("videos", "eval_videos"):
-        source = getattr(cast(VideoDiTData, config.data), key)
+        source = getattr(config.data, key)
         if source is None:
             continue
         path = Path(source)
@@ -115,9 +114,9 @@ def _list_finding(key: str, what: str, count: int) -> Finding:
     )
 
 
-def weights_are_of_the_model(config: RunConfig) -> list[Finding]:
+def weights_are_of_the_model(config: VideoDiTRun) -> list[Finding]:
     """What `backbone.pretrained` names is CogVideoX 5B, not another of its releases."""
-    source = cast(VideoDiTOptions, config.backbone).pretrained
+    source = config.backbone.pretrained
     wrong = None if source is None else wrong_source(source)
     if wrong is None:
         return []

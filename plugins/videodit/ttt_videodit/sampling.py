@@ -25,7 +25,7 @@ from ttt_videodit.codec import DemoCodec
 from ttt_videodit.diffusion import predict_v
 from ttt_videodit.encoders import load_text_encoder, load_vae
 from ttt_videodit.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, segments_in
-from ttt_videodit.options import VideoDiTData, VideoDiTOptions, pixels, text_length
+from ttt_videodit.options import VideoDiTData, VideoDiTOptions, VideoDiTRun, pixels, text_length
 from ttt_videodit.request import contact_sheet_of
 from ttt_videodit.scenes import NO_SCENES, with_scene_tokens
 from ttt_videodit.schedules import sampler_of, sampling_schedule, trained_on_zeros
@@ -33,7 +33,6 @@ from ttt_videodit.video import Frames, write_contact_sheet, write_video
 
 if TYPE_CHECKING:
     from ttt.backbone import SampleRequest
-    from ttt.config import RunConfig
 
 _MOST_TEXT_BYTES = 4 << 30
 """Of embeddings that are kept on the CPU at a time: about a thousand texts of T5's."""
@@ -42,13 +41,13 @@ NEGATIVE_PROMPTS, ZEROS, EMPTY_TEXTS = "the negative prompts", "zeros in place o
 """What guidance can lead away from."""
 
 
-def sample(model: nn.Module, request: SampleRequest, config: RunConfig, *, console: Console) -> list[Path]:
+def sample(model: nn.Module, request: SampleRequest, config: VideoDiTRun, *, console: Console) -> list[Path]:
     """Make a video from a prompt for each 3 s, and a contact sheet beside it; see `prepare_samples`."""
     return prepare_samples(model, [request], config, console=console)(request)
 
 
 def prepare_samples(
-    model: nn.Module, requests: Sequence[SampleRequest], config: RunConfig, *, console: Console
+    model: nn.Module, requests: Sequence[SampleRequest], config: VideoDiTRun, *, console: Console
 ) -> Callable[[SampleRequest], list[Path]]:
     """What makes one video after another, each from a prompt for every 3 s, and a contact sheet beside it.
 
@@ -72,7 +71,7 @@ def prepare_samples(
     Raises:
         EnvironmentProblem: the VAE's or T5's weights are missing.
     """
-    options, data = cast(VideoDiTOptions, config.backbone), cast(VideoDiTData, config.data)
+    options, data = config.backbone, config.data
     device = next(model.parameters()).device
     dtype = model.get_parameter("patch_embed.proj.weight").dtype
     # A repository's missing part is missed before the first step.
