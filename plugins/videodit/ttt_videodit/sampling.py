@@ -71,51 +71,66 @@ def prepare_samples(
     Raises:
         EnvironmentProblem: the VAE's or T5's weights are missing.
     """
-    options, data = config.backbone, config.data
-    device = next(model.parameters()).device
-    dtype = model.get_parameter("patch_embed.proj.weight").dtype
-    # A repository's missing part is missed before the first step.
-    decode = load_decoder(options, device=device, dtype=dtype)
-    texts = _Texts(requests, options, data, console, device=device, dtype=dtype)
-    texts.read()
-    height, width = (side // SPATIAL_COMPRESSION for side in pixels(options, data))
-    schedule, why = sampling_schedule(options, requests[0].imported_from)
-    say(console, f"samples by the schedule {schedule} ({why}), {_guidance_in_words(requests, options)}")
-    told = False
+    return _Sampler(model, requests, config, console)
 
-    def make(request: SampleRequest) -> list[Path]:
-        nonlocal told
-        text, unconditional = texts.of(request)
-        frames = options.segments.frames(segments_in(round(request.seconds)))
-        training = model.training
-        model.eval()
+
+class _Sampler:
+    """Makes one video after another; the arguments are those of `prepare_samples`."""
+
+    def __init__(
+        self, model: nn.Module, requests: Sequence[SampleRequest], config: VideoDiTRun, console: Console
+    ) -> None:
+        options, data = config.backbone, config.data
+        device = next(model.parameters()).device
+        dtype = model.get_parameter("patch_embed.proj.weight").dtype
+        self._model = model
+        self._options = options
+        self._console = console
+        # A repository's missing part is missed before the first step.
+        self._decode = load_decoder(options, device=device, dtype=dtype)
+        self._texts = _Texts(requests, options, data, console, device=device, dtype=dtype)
+        self._texts.read()
+        self._height, self._width = (side // SPATIAL_COMPRESSION for side in pixels(options, data))
+        self._schedule, why = sampling_schedule(options, requests[0].imported_from)
+        self._told = False
+        guidance = _guidance_in_words(requests, options)
+        say(console, f"samples by the schedule {self._schedule} ({why}), {guidance}")
+
+    def __call__(self, request: SampleRequest) -> list[Path]:
+        """The video's file, and its contact sheet."""
+        latents = self._denoised(request)
+        if not bool(latents.isfinite().all()):
+            raise NonFiniteError(
+                "sampling ended in numbers that are not finite; if training was sound, sample with "
+                "--set train.param_dtype=float32"
+            )
+        files = _write(request, self._decode(latents), self._options)
+        if self._options.preset == "demo" and not self._told:
+            self._told = True
+            say(self._console, DemoCodec.stand_in)
+        return files
+
+    def _denoised(self, request: SampleRequest) -> Tensor:
+        """The video's latents, by the model in eval mode."""
+        text, unconditional = self._texts.of(request)
+        frames = self._options.segments.frames(segments_in(round(request.seconds)))
+        training = self._model.training
+        self._model.eval()
         try:
-            with Steps(console, "sample", total=request.steps, tenths=True) as steps:
-                latents = denoise(
-                    model,
+            with Steps(self._console, "sample", total=request.steps, tenths=True) as steps:
+                return denoise(
+                    self._model,
                     text,
                     unconditional,
-                    shape=(1, frames, LATENT_CHANNELS, height, width),
-                    schedule=sampler_of(options, schedule),
+                    shape=(1, frames, LATENT_CHANNELS, self._height, self._width),
+                    schedule=sampler_of(self._options, self._schedule),
                     steps=request.steps,
                     guidance_scale=request.guidance_scale,
                     seed=request.seed,
                     advance=steps.advance,
                 )
         finally:
-            model.train(training)
-        if not bool(latents.isfinite().all()):
-            raise NonFiniteError(
-                "sampling ended in numbers that are not finite; if training was sound, sample with "
-                "--set train.param_dtype=float32"
-            )
-        files = _write(request, decode(latents), options)
-        if options.preset == "demo" and not told:
-            told = True
-            say(console, DemoCodec.stand_in)
-        return files
-
-    return make
+            self._model.train(training)
 
 
 def _write(request: SampleRequest, video: Frames, options: VideoDiTOptions) -> list[Path]:
