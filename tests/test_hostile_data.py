@@ -181,16 +181,16 @@ LINES = st.binary(max_size=40) | ENTRIES.map(lambda entry: json.dumps(entry).enc
 @given(LINES)
 def test_no_line_raises_anything_but_a_sentence(tmp_path_factory: pytest.TempPathFactory, line: bytes) -> None:
     """What both plugins and the check make of a line."""
-    from ttt_moshi.data import _BadLineError, _read_line
+    from ttt_moshi.recordings import BadLineError, read_line
 
     folder = tmp_path_factory.getbasetemp()
     (folder / "a.wav").write_bytes(b"RIFF")
     for parse in (
-        lambda: _read_line(Line(folder / "data.jsonl", 1, line), 0.08),
+        lambda: read_line(Line(folder / "data.jsonl", 1, line), 0.08),
         lambda: parse_listed(line, "list.jsonl:1", folder),
         lambda: parse_encoded(line, "index.jsonl:1", folder),
     ):
-        with pytest.raises((_BadLineError, LineError)):
+        with pytest.raises((BadLineError, LineError)):
             parse()
     (folder / "fuzzed.jsonl").write_bytes(line)
     read_recordings(str(folder / "fuzzed.jsonl"))

@@ -304,7 +304,8 @@ def test_captions_with_scene_tokens_that_were_read_as_text_are_read_anew(
 
     listed(folder, {"path": "city.mp4", "captions": ["rain<end_scene>", "<start_scene>sun"]}, video(1.0))
     with monkeypatch.context() as before:
-        before.setattr("ttt_videodit.precompute.names_scenes", lambda _: False)
+        for module in ("jobs", "precompute"):
+            before.setattr(f"ttt_videodit.{module}.names_scenes", lambda _: False)
         run(config(folder))
     first = files(folder)
     with monkeypatch.context() as without:

@@ -31,6 +31,7 @@ from ttt.config.load import load_config, run_config_model
 from ttt.errors import EnvironmentProblem, NonFiniteError, UsageError
 from ttt_cli.main import main
 from ttt_videodit import model as videodit
+from ttt_videodit.building import build
 from ttt_videodit.diffusion import make_scheduler
 from ttt_videodit.encoders import load_text_encoder
 from ttt_videodit.options import VideoDiTOptions
@@ -62,7 +63,7 @@ def config() -> RunConfig:
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     """A tiny adapted transformer whose outputs depend on its text."""
-    made = videodit.build(OPTIONS, device="cpu", dtype=torch.float32)
+    made = build(OPTIONS, device="cpu", dtype=torch.float32)
     torch.manual_seed(2)
     for parameter in made.parameters():  # diffusers' last layers start near zero
         nn.init.normal_(parameter, std=0.15) if parameter.ndim > 1 else None
@@ -113,7 +114,7 @@ def _tensor(value: Tensor | None) -> Tensor:
 @pytest.mark.parametrize(("steps", "scale"), [(10, 6.0), (4, 1.0)])
 def test_one_segment_is_what_diffusers_own_pipeline_makes(steps: int, scale: float) -> None:
     """The same weights, prompts and seed, through `CogVideoXPipeline`."""
-    ours = videodit.build(OPTIONS, device="cpu", dtype=torch.float32)
+    ours = build(OPTIONS, device="cpu", dtype=torch.float32)
     torch.manual_seed(1)
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.15) if parameter.ndim > 1 else None
@@ -386,7 +387,7 @@ def test_a_missing_part_is_missed_before_the_first_step(folder: Path, tmp_path: 
 
 
 def test_predictions_that_are_no_numbers_leave_no_video(tmp_path: Path) -> None:
-    made = videodit.build(OPTIONS, device="cpu", dtype=torch.float32)
+    made = build(OPTIONS, device="cpu", dtype=torch.float32)
     with torch.no_grad():
         made.proj_out.weight[0, 0] = math.inf
     with pytest.raises(NonFiniteError, match="not finite"):

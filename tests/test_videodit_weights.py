@@ -27,8 +27,9 @@ from ttt.adapter_file import backbone_identity, load_adapter, read_info
 from ttt.errors import EnvironmentProblem, TTTError, UsageError
 from ttt_cli.main import main
 from ttt_videodit import weights
+from ttt_videodit.building import build
 from ttt_videodit.diffusion import training_loss
-from ttt_videodit.model import VideoDiT, build, sites
+from ttt_videodit.model import VideoDiT, sites
 from ttt_videodit.options import VideoDiTOptions
 from ttt_videodit.options import sizes as sizes_of
 from ttt_videodit.plugin import VideoDiTBackbone

@@ -7,12 +7,9 @@ left what Moshi says, right the user. Beside `a.wav` lies `a.json` with `alignme
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -22,15 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ttt.errors import EnvironmentProblem, UsageError
-from ttt.jsonl import Line, jsonl_files, number_in, parse_object, path_in, read_jsonl, value_in_words
-from ttt.printable import shortened
-from ttt.reading import MAX_JSON, read_file, unreadable
-from ttt.words import first_few, first_line
+from ttt.reading import read_file, unreadable
+from ttt.words import first_line
 from ttt_moshi import demo
-from ttt_moshi.audio import AudioInfo, UnreadableAudioError, inspect_audio, read_audio, resample
+from ttt_moshi.audio import UnreadableAudioError, read_audio, resample
 from ttt_moshi.codec import DemoCodec
-from ttt_moshi.interleave import MAIN_SPEAKER, Word, frames_in, read_alignments, text_stream, words_between
+from ttt_moshi.interleave import Word, frames_in, text_stream, words_between
 from ttt_moshi.options import MoshiData, MoshiOptions
+from ttt_moshi.recordings import BrokenTranscriptError, Recording, read_recordings, read_transcript
 
 TEXT_PADDING: Final = 3
 """`LMModel.text_padding_token_id`."""
@@ -39,8 +35,6 @@ END_OF_TEXT_PADDING: Final = 0
 NOTHING: Final = -1
 """`LMModel.zero_token_id`: no input, and no part of the loss."""
 
-_FORMAT: Final = '{"path": "a.wav", "duration": 61.2}'
-_TOLERANCE_SEC: Final = 0.5
 _MAX_TOKENIZER: Final = 64 << 20  # bytes; kyutai's has 0.5 MB
 
 
@@ -73,20 +67,6 @@ class Tokenizer(Protocol):
     def encode(self, text: str, /) -> list[int]:
         """A word's tokens."""
         ...
-
-
-@dataclass(frozen=True)
-class _Recording:
-    """One line of a `.jsonl` file, and what its audio's header says."""
-
-    place: str
-    """File and line that name it."""
-    audio: Path
-    info: AudioInfo
-
-    @property
-    def transcript(self) -> Path:
-        return self.audio.with_suffix(".json")
 
 
 class SpeechWindows:
@@ -136,7 +116,7 @@ class SpeechWindows:
         self._device = torch.device(device)
         self._duration = duration_sec
         self._field = field
-        self._recordings = self._check(_index_files(Path(source), field))
+        self._recordings = read_recordings(Path(source), frame_sec=1 / codec.frame_rate, field=field)
         ranges = []
         start = 0
         for recording in self._recordings:
@@ -179,7 +159,7 @@ class SpeechWindows:
 
     # --- a window ---
 
-    def _locate(self, index: int) -> tuple[_Recording, float, float]:
+    def _locate(self, index: int) -> tuple[Recording, float, float]:
         """The recording of a window, and the seconds there that it covers; the last may reach past the end."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
@@ -187,13 +167,13 @@ class SpeechWindows:
         recording, place = self._recordings[number], index - self._files[number].start
         return recording, place * self._duration, (place + 1) * self._duration
 
-    def _encode(self, recording: _Recording, start: float, end: float) -> Tensor:
+    def _encode(self, recording: Recording, start: float, end: float) -> Tensor:
         rate = recording.info.sample_rate
         begin, stop = round(start * rate), min(round(end * rate), recording.info.samples)
         try:
             sound = read_audio(recording.audio, recording.info, begin, stop)
             words = self._words(recording)
-        except (UnreadableAudioError, _BrokenTranscriptError) as error:
+        except (UnreadableAudioError, BrokenTranscriptError) as error:
             raise EnvironmentProblem(f"{self._field}: {recording.place}: {recording.audio}: {error}") from None
         sound = resample(sound, rate, self._codec.sample_rate).to(self._device)
         with torch.no_grad():
@@ -209,123 +189,11 @@ class SpeechWindows:
         codes = torch.cat([torch.tensor(text)[None], audio.flatten(0, 1)])
         return F.pad(codes, (0, self.frames - codes.shape[-1]), value=NOTHING)
 
-    def _words(self, recording: _Recording) -> list[Word]:
+    def _words(self, recording: Recording) -> list[Word]:
         """The transcript of a recording; windows of a file tend to be read one after another."""
         if self._transcript is None or self._transcript[0] != recording.transcript:
-            self._transcript = recording.transcript, _read_transcript(recording)
+            self._transcript = recording.transcript, read_transcript(recording)
         return self._transcript[1]
-
-    # --- checking ---
-
-    def _check(self, indexes: Sequence[Path]) -> list[_Recording]:
-        """Every recording of every index, or what is wrong with them."""
-        recordings: list[_Recording] = []
-        problems: list[str] = []
-        speakers: Counter[str] = Counter()
-        for index in indexes:
-            for line in read_jsonl(index):
-                try:
-                    recording = _read_line(line, 1 / self._codec.frame_rate)
-                    speakers.update(word.speaker for word in _read_transcript(recording))
-                except (_BadLineError, _BrokenTranscriptError) as error:
-                    problems.append(f"{line.place}: {error}")
-                else:
-                    recordings.append(recording)
-        if not recordings and not problems:
-            problems.append(f"{first_few(indexes)}: no recordings; write lines such as {_FORMAT}")
-        if not problems and speakers and MAIN_SPEAKER not in speakers:
-            problems.append(
-                f"{first_few(indexes)}: no word is Moshi's: the transcripts' speakers are "
-                f"{first_few(sorted(speakers))}; label the words of the left channel {MAIN_SPEAKER}"
-            )
-        if problems:
-            raise EnvironmentProblem.about(problems, "recordings cannot be used", where=self._field)
-        return recordings
-
-
-class _BadLineError(ValueError):
-    """A line of an index that cannot be used."""
-
-
-class _BrokenTranscriptError(ValueError):
-    """A recording's alignments cannot be read."""
-
-
-def _index_files(source: Path, field: str) -> list[Path]:
-    """The `.jsonl` files that a config's value means.
-
-    Raises:
-        EnvironmentProblem: there are none.
-    """
-    if source.is_dir():
-        found = jsonl_files(source)
-        if not found:
-            raise EnvironmentProblem(f"{field}: {source} holds no .jsonl file; write one with lines such as {_FORMAT}")
-        return found
-    if not source.exists():
-        written = str(source)
-        if "," in written or written.rpartition(":")[0].endswith("jsonl"):
-            raise EnvironmentProblem(
-                f"{field}: {written} is no file; lists of files and weights such as a.jsonl:2 are not supported: name "
-                f"one .jsonl file, or a folder of them"
-            )
-        raise EnvironmentProblem(f"{field}: {written} does not exist; name a .jsonl file or a folder of them")
-    return [source]
-
-
-def _read_line(line: Line, frame_sec: float) -> _Recording:
-    """Check one line of an index and the audio that it names."""
-    try:
-        entry = parse_object(line.content)
-    except ValueError as error:
-        raise _BadLineError(f"{error}; write {_FORMAT}") from None
-    path, duration = path_in(entry, "path"), number_in(entry, "duration")
-    if path is None:
-        raise _BadLineError(f'"path" is {value_in_words(entry, "path")}; write {_FORMAT}')
-    if duration is None or not 0 < duration < 1e9:
-        raise _BadLineError(f'"duration" is {value_in_words(entry, "duration")}, not seconds; write {_FORMAT}')
-    audio = line.folder / path
-    try:
-        info = inspect_audio(audio)
-    except FileNotFoundError:
-        raise _BadLineError(f"no file {audio}; paths are relative to the folder of the .jsonl file") from None
-    except OSError as error:
-        raise _BadLineError(f"{shortened(str(audio), 120)}: cannot be read: {unreadable(error)}") from None
-    except UnreadableAudioError as error:
-        raise _BadLineError(f"{audio}: cannot be decoded: {error}") from None
-    if info.channels != 2:
-        channels = "mono" if info.channels == 1 else f"{info.channels} channels"
-        raise _BadLineError(f"{audio}: {channels}; Moshi needs two channels: left its own voice, right the user's")
-    if info.seconds < frame_sec:
-        raise _BadLineError(f"{audio}: {info.seconds:.3f} s are less than one frame ({frame_sec:g} s); leave it out")
-    if abs(info.seconds - duration) > _TOLERANCE_SEC:
-        raise _BadLineError(
-            f'{audio}: "duration" is {duration:g}, but the audio lasts {info.seconds:.2f} s; correct the line, or '
-            f"the file that it names"
-        )
-    return _Recording(line.place, audio, info)
-
-
-def _read_transcript(recording: _Recording) -> list[Word]:
-    """The words of a recording in order of time."""
-    file = recording.transcript
-    try:
-        words = read_alignments(json.loads(read_file(file, limit=MAX_JSON).decode("utf-8-sig")))
-    except FileNotFoundError:
-        raise _BrokenTranscriptError(
-            f'no file {file}; write its words beside the audio as {{"alignments": [["hello", [0.5, 0.9], '
-            f'"{MAIN_SPEAKER}"]]}}, or as moshi-finetune\'s annotate.py does'
-        ) from None
-    except OSError as error:
-        raise _BrokenTranscriptError(f"{file}: cannot be read: {unreadable(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise _BrokenTranscriptError(f"{file}: {shortened(str(error), 120)}") from None
-    if words and words[-1].start > recording.info.seconds + _TOLERANCE_SEC:
-        raise _BrokenTranscriptError(
-            f"{file}: {words[-1].text!r} starts at {words[-1].start:g} s, but the audio lasts "
-            f"{recording.info.seconds:.2f} s; times are in seconds"
-        )
-    return words
 
 
 # --- the plugin's datasets ---

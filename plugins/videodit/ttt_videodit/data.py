@@ -29,19 +29,10 @@ from ttt_videodit.geometry import (
     Segments,
     pixel_frames,
 )
-from ttt_videodit.index import (
-    NOT_LISTED,
-    EncodedVideo,
-    LineError,
-    Wanted,
-    check_encoded,
-    demo_segments,
-    missing_data,
-    parse_encoded,
-    windows_in,
-)
+from ttt_videodit.index import NOT_LISTED, EncodedVideo, LineError, check_encoded, parse_encoded, windows_in
 from ttt_videodit.options import VideoDiTData, VideoDiTOptions
 from ttt_videodit.text import DemoTextEncoder
+from ttt_videodit.wanted import Wanted, demo_segments, missing_data
 
 _RANDOM_SEEDS: Final = {"train": 0, "eval": 1}
 _RANDOM_NOTICE: Final = (

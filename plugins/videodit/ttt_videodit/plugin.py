@@ -113,7 +113,7 @@ class VideoDiTBackbone(Backbone[VideoDiTOptions, VideoDiTData]):
 
     def build(self, options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
         """Make the transformer, in eval mode."""
-        from ttt_videodit.model import build
+        from ttt_videodit.building import build
 
         return build(options, device=device, dtype=dtype)
 

@@ -11,18 +11,10 @@ from ttt.config.diagnostics import Finding, Severity
 from ttt.errors import EnvironmentProblem
 from ttt.jsonl import Line, read_excerpt, read_jsonl
 from ttt.words import first_few
-from ttt_videodit.index import (
-    VIDEO_EXAMPLE,
-    LineError,
-    Wanted,
-    check_encoded,
-    missing_data,
-    parse_encoded,
-    parse_listed,
-    windows_in,
-)
+from ttt_videodit.index import VIDEO_EXAMPLE, LineError, check_encoded, parse_encoded, parse_listed, windows_in
 from ttt_videodit.options import VideoDiTRun
 from ttt_videodit.variants import WAY_OUT, wrong_source
+from ttt_videodit.wanted import Wanted, missing_data
 
 # A check is instant: what lies beyond is left to the run, which reads all of it before its first step.
 _MOST_BYTES: Final = 4 << 20
