@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,6 +88,81 @@ def test_a_plugin_imports_no_other_and_no_command_line(plugin: str) -> None:
     others = PLUGIN_PACKAGES - {plugin} | {"ttt_cli"}
     for file, names in _imported(folder, package_root=folder.parent).items():
         assert not {name for name in names if _inside(name, others)}, file
+
+
+def _public_modules() -> set[str]:
+    """What CONTRIBUTING says that a plugin may rely on."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## What a plugin may rely on\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}
+
+
+def _module_of(name: str) -> str:
+    """The module of ours in which an imported name is: `ttt.files` of `ttt.files.read_json`."""
+    path = ROOT.joinpath(*name.split("."))
+    there = path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+    return name if there else _module_of(name.rpartition(".")[0])
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_a_plugin_relies_on_public_modules_and_names_alone(plugin: str) -> None:
+    folder, public = PLUGINS[plugin], _public_modules()
+    assert {"ttt", "ttt.backbone", "ttt.testing"} <= public
+    assert {_module_of(name) for name in public} == public
+    for file, names in _imported(folder, package_root=folder.parent).items():
+        ours = {name for name in names if _inside(name, {"ttt"})}
+        assert {_module_of(name) for name in ours} <= public, file
+        assert not {name for name in ours if re.search(r"\._[a-z]", name)}, file
+
+
+def _arrows(folder: Path) -> dict[str, set[str]]:
+    """Which modules of a package each of its modules imports: at module level, in functions and for types alike."""
+    root = folder.parent
+    files = {
+        ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in sorted(folder.rglob("*.py"))
+    }
+    return {
+        name: {other for other, _ in _imports(file, root) if other in files and other != name}
+        for name, file in files.items()
+    }
+
+
+def _circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, the first again at the end; none if there is no circle."""
+    try:
+        graphlib.TopologicalSorter(arrows).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+@pytest.mark.parametrize(
+    "late", ["import p.b.c", "def f():\n    from p.b import c", "if TYPE_CHECKING:\n    from .b import c"]
+)
+def test_a_circle_of_any_kind_is_found(late: str, tmp_path: Path) -> None:
+    (tmp_path / "p" / "b").mkdir(parents=True)
+    for file, text in {
+        "__init__": "",
+        "a": late,
+        "b/__init__": "",
+        "b/c": "from p import d",
+        "d": "import p.a",
+    }.items():
+        (tmp_path / "p" / f"{file}.py").write_text(text)
+    assert set(_circle(_arrows(tmp_path / "p"))) == {"p.a", "p.b.c", "p.d"}
+    (tmp_path / "p" / "d.py").write_text("import os")
+    assert _circle(_arrows(tmp_path / "p")) == []
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_files_of_a_plugin_import_each_other_in_one_direction(plugin: str) -> None:
+    """And `plugin.py` is on top."""
+    arrows = _arrows(PLUGINS[plugin])
+    assert f"{plugin}.options" in arrows[f"{plugin}.plugin"]
+    assert not [name for name, below in arrows.items() if f"{plugin}.plugin" in below]
+    assert _circle(arrows) == []
 
 
 def test_the_mathematics_rests_on_torch_alone() -> None:
