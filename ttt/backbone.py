@@ -180,9 +180,9 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
     """Whether the model can be fed token by token; then `stream` is implemented."""
     options: ClassVar[type[BackboneOptions]]
     """The `backbone` section."""
-    location_options: ClassVar[frozenset[str]] = frozenset()
-    """Names of options that do not say which model it is, but where its weights lie, or what is recomputed: adapter
-    files leave them out."""
+    non_identity_options: ClassVar[frozenset[str]] = frozenset()
+    """Names of options that do not say which model it is: where its weights lie, what is recomputed, how it is trained
+    or sampled. `ttt.adapter_file.backbone_identity`, and so adapter files, leave them out."""
     data_options: ClassVar[type[DataOptions]] = DataOptions
     """The `data` section."""
     ttt_defaults: ClassVar[Mapping[str, Any]] = {}

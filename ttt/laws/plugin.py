@@ -181,10 +181,10 @@ def presets_load(bench: Bench) -> None:
     read_preset(bench, "demo")
     for name in bench.backbone.presets():
         read_preset(bench, name)
-    unknown = sorted(bench.backbone.location_options - set(bench.backbone.options.model_fields))
+    unknown = sorted(bench.backbone.non_identity_options - set(bench.backbone.options.model_fields))
     if unknown:
         raise MethodBrokenError(
-            f"{type(bench.backbone).__name__}.location_options", f"the options have no {unknown[0]!r}"
+            f"{type(bench.backbone).__name__}.non_identity_options", f"the options have no {unknown[0]!r}"
         )
 
 

@@ -29,7 +29,7 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData]):
     streaming: ClassVar[bool] = True
     options: ClassVar[type[BackboneOptions]] = MoshiOptions
     data_options: ClassVar[type[DataOptions]] = MoshiData
-    location_options: ClassVar[frozenset[str]] = frozenset(
+    non_identity_options: ClassVar[frozenset[str]] = frozenset(
         {"hf_repo", "revision", "moshi_path", "mimi_path", "tokenizer_path", "config_path"}
     )
     ttt_defaults: ClassVar[Mapping[str, Any]] = {

@@ -48,7 +48,7 @@ class VideoDiTBackbone(Backbone[VideoDiTOptions, VideoDiTData]):
     options: ClassVar[type[BackboneOptions]] = VideoDiTOptions
     data_options: ClassVar[type[DataOptions]] = VideoDiTData
     # What is rematerialised, how often a text is dropped and how is sampled is no part of which model it is.
-    location_options: ClassVar[frozenset[str]] = frozenset(
+    non_identity_options: ClassVar[frozenset[str]] = frozenset(
         {"pretrained", "revision", "text_dropout", "sampling_schedule", *REMAT_OPTIONS}
     )
     ttt_defaults: ClassVar[Mapping[str, Any]] = {"preset": "video", "layer_type": "mlp", "mini_batch_size": 64}
