@@ -98,7 +98,7 @@ class SampleRequest:
     prompts: tuple[str, ...]
     """One for each segment, as many as `Backbone.plan_sample` said."""
     negative_prompts: tuple[str, ...]
-    """What each segment is guided away from, empty texts where nothing is; no entries where none was given at all."""
+    """What each segment is guided away from, an empty text if from nothing; no entries if none was given at all."""
     seconds: float
     """Length of the sample."""
     out: Path
@@ -110,10 +110,10 @@ class SampleRequest:
     seed: int
     """The same seed gives the same sample."""
     new_scenes: tuple[bool, ...] = ()
-    """Whether each segment begins a scene of its own, the first never; no entries where none does."""
+    """Whether each segment begins a scene of its own, the first never; no entries if none does."""
     imported_from: str | None = None
     """The program whose weights are sampled, as `Backbone.import_weights` wrote it into the adapter's header under
-    `imported_from`; None where what was learned was learned here, and without an adapter. `ttt.sample` fills it in."""
+    `imported_from`; None if it was learned here, or there is no adapter. `ttt.sample` fills it in."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class SamplePlan:
     files: tuple[Path, ...]
     """What will be written, all of it in the folder of `out`; the command refuses to replace any of it unasked."""
     scenes: bool = False
-    """Whether `SampleRequest.new_scenes` is heeded; where it is not, the command says so."""
+    """Whether `SampleRequest.new_scenes` is heeded; if not, the command says so."""
 
 
 class WindowDataset(Protocol):
@@ -223,10 +223,10 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
             file: its name, whose ending may say what it is.
 
         Returns:
-            None where it is none that this backbone knows.
+            None if this backbone does not know it.
 
         Raises:
-            ttt.errors.UsageError: it can only be one, but is damaged; the message says where.
+            ttt.errors.UsageError: it is one, but damaged; the message says where.
         """
         return None
 
@@ -268,7 +268,7 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
     def provenance(self, options: OptionsT) -> Mapping[str, str]:
         """Where the weights that `build` loaded came from, as `repository` and `commit`: adapter files record it.
 
-        Nothing is downloaded; empty where there is nothing to say.
+        Nothing is downloaded; empty if there is nothing to say.
         """
         return {}
 
@@ -318,7 +318,7 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
             console: where to report.
 
         Raises:
-            ttt.errors.TTTError: sources are missing or broken; or the backbone reads its data as they are.
+            ttt.errors.TTTError: sources are missing or broken; or the backbone has no precomputation.
         """
         self._has_no("precomputation: it reads its data as they are")
 
@@ -383,7 +383,7 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
             The files and folders written.
 
         Raises:
-            ttt.errors.TTTError: it is no checkpoint that the backbone knows, a tensor is missing or does not fit;
+            ttt.errors.TTTError: the backbone does not know such checkpoints, a tensor is missing or does not fit;
                 nothing was written then.
         """
         self._has_no("import of weights: it knows no other program's checkpoints")

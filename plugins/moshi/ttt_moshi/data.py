@@ -75,7 +75,7 @@ class SpeechWindows:
     Windows follow one another from the recording's beginning. Each is encoded alone, when it is first asked for, and
     kept (4 bytes a code: an hour of Moshi is 3 MB). T is `ceil(duration_sec * frame_rate)` for every window; what a
     recording's last window lacks holds -1, which the model takes as no input and the loss leaves out. A rest shorter
-    than a frame is no window.
+    than a frame is left out.
 
     Everything that can be told without decoding all audio is checked at once: every line, every header, every
     transcript.
@@ -108,7 +108,7 @@ class SpeechWindows:
                 f"data.duration_sec: {duration_sec:g} s is shorter than a frame ({1 / codec.frame_rate:g} s)"
             )
         self.notice: str | None = getattr(codec, "stand_in", None)
-        """What a user has to know about these codes: where a stand-in made them, that it did."""
+        """What a user has to know about these codes: if a stand-in made them, that it did."""
         self.frames = frames_in(duration_sec, codec.frame_rate)
         """T, frames of a window."""
         self._codec = codec
@@ -202,9 +202,9 @@ class SpeechWindows:
 def speech_windows(options: MoshiOptions, data: MoshiData, *, split: str, device: torch.device | str) -> SpeechWindows:
     """The windows of a split, `train` or `eval`, coded for the model that the options build.
 
-    The preset `demo` has its own codec, tokenizer and, where the config names no data, dialogue, with a held-out part
-    for `eval`. So has `7b` with `random_weights` and no codec of its own: speed and memory do not depend on the codes.
-    Otherwise, where the config names no held-out data, `eval` is the training data.
+    The preset `demo` has its own codec and tokenizer, and its own dialogue, with a held-out part for `eval`, if the
+    config names no data. So has `7b` with `random_weights`, if no codec is named: speed and memory do not depend on the
+    codes. Otherwise `eval` is the training data if the config names no held-out data.
 
     Raises:
         EnvironmentProblem: data, codec or tokenizer cannot be had.
@@ -236,7 +236,7 @@ def load_tokenizer(path: str | Path) -> SentencePieceProcessor:
     """Read a SentencePiece model.
 
     Raises:
-        EnvironmentProblem: it is missing or something else.
+        EnvironmentProblem: it is missing, or is not a SentencePiece model.
     """
     try:
         return SentencePieceProcessor(model_proto=read_file(path, limit=_MAX_TOKENIZER))

@@ -46,7 +46,7 @@ DEMO_KWARGS: dict[str, Any] = {
 
 
 def build(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dtype) -> LMModel:
-    """The model that the options ask for, in eval mode; on `meta`, its structure alone.
+    """The model that the options ask for, in eval mode; on `meta`, only its structure.
 
     Raises:
         EnvironmentProblem: weights cannot be had.
@@ -83,7 +83,7 @@ def _demo_model(options: MoshiOptions, *, device: torch.device | str, dtype: tor
 
 @lru_cache(maxsize=1)
 def checkpoint_info(options: MoshiOptions) -> loaders.CheckpointInfo:
-    """Where kyutai's weights, codec and tokenizer are, fetched from the hub where the options name no local file.
+    """Where kyutai's weights, codec and tokenizer are, fetched from the hub if the options name no local file.
 
     Raises:
         EnvironmentProblem: a local file is missing, or the hub cannot be reached.
@@ -118,7 +118,7 @@ def checkpoint_info(options: MoshiOptions) -> loaders.CheckpointInfo:
 
 
 def provenance(options: MoshiOptions) -> dict[str, str]:
-    """The repository that the language model's weights are of, and its commit as far as the hub's cache tells it."""
+    """The repository of the language model's weights, and its commit if the hub's cache knows it."""
     if options.preset == "demo" or options.random_weights or options.moshi_path is not None:
         return {}
     repo = options.hf_repo or loaders.DEFAULT_REPO
@@ -149,7 +149,7 @@ class TTTStreamingState(State):
     """A TTT state in kyutai's streaming: one row for each stream, updated in place.
 
     Tensors keep their addresses, so that a CUDA graph recorded over them stays valid; a row that `exec_mask` pauses
-    is left as it is, and `reset` starts rows over.
+    does not change, and `reset` resets rows.
     """
 
     layer: TTTLayer
@@ -157,14 +157,14 @@ class TTTStreamingState(State):
 
     @torch.no_grad()
     def update(self, new: TTTState, rows: Tensor) -> None:
-        """Take the rows `[B]` that are true from `new`."""
+        """Replace the rows `[B]` that are true by those of `new`."""
         kept = new.where(rows, self.state).tensors()
         for name, buffer in self.state.tensors().items():
             buffer.copy_(kept[name])
 
     @torch.no_grad()
     def reset(self, reset_mask: Tensor) -> None:
-        """Start the rows `[B]` that are true over, from the layer's own weights."""
+        """Reset the rows `[B]` that are true to the layer's own weights."""
         super().reset(reset_mask)
         self.update(self.layer.reset(self.state, reset_mask), reset_mask)
 
@@ -176,7 +176,7 @@ class MoshiTTT(TTTAdapter, StreamingModule[TTTStreamingState]):
 
     @property
     def streams(self) -> TTTState | None:
-        """Where the streams stand while streaming, with the tokens that they have skipped; None outside of it."""
+        """The streams' state while streaming, with the tokens that they have skipped; None if not streaming."""
         return None if self._streaming_state is None else self._streaming_state.state
 
     def _init_streaming_state(self, batch_size: int) -> TTTStreamingState:
@@ -228,7 +228,7 @@ class MoshiSite(Site):
         """Drop the lists of streaming children that kyutai's modules cache at their first use.
 
         Raises:
-            InjectionError: the model is streaming, with states that know nothing of the change.
+            InjectionError: the model is streaming; its states would not fit the change.
         """
         assert self.model is not None
         for module in self.model.modules():

@@ -15,6 +15,8 @@ FRAME_RATE = 12.5
 MOSHI_7B = {"dim": 4096, "num_heads": 32, "num_layers": 32}
 LARGEST_SIZE = 1 << 20
 """The largest width, and number of heads and layers, that a config.json is believed."""
+RECORDING_EXAMPLE = '{"path": "a.wav", "duration": 61.2}'
+"""A good line of `train_data`."""
 DEMO = {"dim": 128, "num_heads": 4, "num_layers": 4}
 PRETRAINED_KEYS = ("hf_repo", "revision", "moshi_path", "mimi_path", "tokenizer_path", "config_path", "random_weights")
 

@@ -11,7 +11,7 @@ from ttt.config import BackboneOptions, DataOptions, TrainConfig
 from ttt.hookspecs import hookimpl
 from ttt.packaged import packaged_presets
 from ttt_moshi.interleave import frames_in
-from ttt_moshi.options import FRAME_RATE, MoshiData, MoshiOptions, MoshiRun, sizes
+from ttt_moshi.options import FRAME_RATE, RECORDING_EXAMPLE, MoshiData, MoshiOptions, MoshiRun, sizes
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData]):
             **sizes(options),
             tokens_per_window=frames_in(data.duration_sec, FRAME_RATE),
             window=f"{data.duration_sec:g} s of Moshi",
-            recordings=RecordingFormat('{"path": "a.wav", "duration": 61.2}', data.duration_sec, beside=".json"),
+            recordings=RecordingFormat(RECORDING_EXAMPLE, data.duration_sec, beside=".json"),
             **_memory_facts(options, config.train, frames_in(data.duration_sec, FRAME_RATE)),
         )
 
@@ -139,7 +139,7 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData]):
 
 
 def _before_moshi_is_imported(device: torch.device | str) -> None:
-    """Spare a CPU the 20 s and more that compiling moshi's norm costs and does not win back.
+    """Do not compile moshi's norm on a CPU: it takes 20 s or more, and is not faster afterwards.
 
     Moshi reads the variable when it is first imported, for the model or for Mimi.
     """
@@ -148,7 +148,7 @@ def _before_moshi_is_imported(device: torch.device | str) -> None:
 
 
 def _memory_facts(options: MoshiOptions, train: TrainConfig, frames: int) -> dict[str, Any]:
-    """Parameters, and bytes that autograd was measured to keep of one token, where the model is a known one."""
+    """Parameters, and measured bytes that autograd keeps of one token, if the model is a known one."""
     dtype, checkpointing = train.param_dtype, train.gradient_checkpointing
     if options.config_path is not None:
         return {}

@@ -19,8 +19,8 @@ from ttt.reading import MAX_JSON, read_file, unreadable
 from ttt.words import first_few
 from ttt_moshi.audio import AudioInfo, UnreadableAudioError, inspect_audio
 from ttt_moshi.interleave import MAIN_SPEAKER, Word, read_alignments
+from ttt_moshi.options import RECORDING_EXAMPLE
 
-_FORMAT: Final = '{"path": "a.wav", "duration": 61.2}'
 _TOLERANCE_SEC: Final = 0.5
 
 
@@ -48,7 +48,7 @@ class Recording:
 
 
 def read_recordings(source: Path, *, frame_sec: float, field: str) -> list[Recording]:
-    """The recordings of every index that a config's value means, each looked at as far as that goes without decoding.
+    """The recordings of every index that a config's value means, checked as far as possible without decoding.
 
     Args:
         source: a `.jsonl` file, or a folder with such files in it at any depth.
@@ -72,7 +72,7 @@ def read_recordings(source: Path, *, frame_sec: float, field: str) -> list[Recor
             else:
                 recordings.append(recording)
     if not recordings and not problems:
-        problems.append(f"{first_few(indexes)}: no recordings; write lines such as {_FORMAT}")
+        problems.append(f"{first_few(indexes)}: no recordings; write lines such as {RECORDING_EXAMPLE}")
     if not problems and speakers and MAIN_SPEAKER not in speakers:
         problems.append(
             f"{first_few(indexes)}: no word is Moshi's: the transcripts' speakers are "
@@ -92,7 +92,9 @@ def _index_files(source: Path, field: str) -> list[Path]:
     if source.is_dir():
         found = jsonl_files(source)
         if not found:
-            raise EnvironmentProblem(f"{field}: {source} holds no .jsonl file; write one with lines such as {_FORMAT}")
+            raise EnvironmentProblem(
+                f"{field}: {source} holds no .jsonl file; write one with lines such as {RECORDING_EXAMPLE}"
+            )
         return found
     if not source.exists():
         written = str(source)
@@ -110,12 +112,12 @@ def read_line(line: Line, frame_sec: float) -> Recording:
     try:
         entry = parse_object(line.content)
     except ValueError as error:
-        raise BadLineError(f"{error}; write {_FORMAT}") from None
+        raise BadLineError(f"{error}; write {RECORDING_EXAMPLE}") from None
     path, duration = path_in(entry, "path"), number_in(entry, "duration")
     if path is None:
-        raise BadLineError(f'"path" is {value_in_words(entry, "path")}; write {_FORMAT}')
+        raise BadLineError(f'"path" is {value_in_words(entry, "path")}; write {RECORDING_EXAMPLE}')
     if duration is None or not 0 < duration < 1e9:
-        raise BadLineError(f'"duration" is {value_in_words(entry, "duration")}, not seconds; write {_FORMAT}')
+        raise BadLineError(f'"duration" is {value_in_words(entry, "duration")}, not seconds; write {RECORDING_EXAMPLE}')
     audio = line.folder / path
     try:
         info = inspect_audio(audio)

@@ -25,7 +25,7 @@ class Remat:
     """Which parts of a block run again in backward instead of keeping their activations."""
 
     layer_group_size: int = 1
-    """Blocks in one checkpoint, where the model's gradient checkpointing is on."""
+    """Blocks in one checkpoint, if the model's gradient checkpointing is on."""
     attention: bool = False
     forward_ttt: bool = False
     reverse_ttt: bool = False
@@ -56,7 +56,7 @@ def rematerialised(function: Callable[..., Any], *args: Any, when: bool) -> Any:
 class SegmentAttention(Attention):
     """CogVideoX's attention on each segment alone: its text and its frames.
 
-    Where segments share a frame, their outputs are averaged. One segment is diffusers' attention and nothing else.
+    If segments share a frame, their outputs are averaged. With one segment this is diffusers' attention.
     """
 
     remat = Remat()
@@ -76,7 +76,7 @@ class SegmentAttention(Attention):
             hidden_states: the video's.
             encoder_hidden_states: the texts'.
             attention_mask: as diffusers' own, for one segment.
-            layout: how they lie.
+            layout: their order.
             attention_kwargs: `image_rotary_emb` of one segment, and what else the processor takes.
         """
         local = functools.partial(self._local, layout=layout, attention_mask=attention_mask, **attention_kwargs)
@@ -110,7 +110,7 @@ class SegmentAttention(Attention):
         return torch.cat([*videos, tail], dim=1), torch.cat(texts, dim=1)
 
     def _whole(self, video: Tensor, text: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """What follows over the whole video: nothing here, TTT where it is injected."""
+        """What follows over the whole video: nothing here; TTT if it is injected."""
         return video, text
 
 

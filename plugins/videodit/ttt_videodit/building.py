@@ -20,7 +20,7 @@ from ttt_videodit.pretrained import source_of, verify_record
 from ttt_videodit.variants import WAY_OUT, wrong_source, wrong_variant
 
 DEMO_SEED = 20260101
-# What `transformer/config.json` of THUDM/CogVideoX-5b says, where it differs from the class's defaults.
+# What `transformer/config.json` of THUDM/CogVideoX-5b says, if it differs from the class's defaults.
 COGVIDEOX_5B_CONFIG: dict[str, Any] = {
     "num_attention_heads": 48,
     "num_layers": 42,
@@ -30,7 +30,7 @@ COGVIDEOX_5B_CONFIG: dict[str, Any] = {
 
 
 def build(options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.dtype) -> VideoDiT:
-    """The model that the options ask for, in eval mode; on `meta`, its structure alone.
+    """The model that the options ask for, in eval mode; on `meta`, only its structure.
 
     Raises:
         EnvironmentProblem: weights cannot be had, or are those of another model.
@@ -85,7 +85,7 @@ def _pretrained_model(options: VideoDiTOptions, *, device: torch.device | str, d
         verify_record(local / (subfolder or ""), tensors=torch.device(device).type != "meta")
     try:
         on_meta = torch.device(device).type == "meta"
-        if on_meta or source != DEFAULT_PRETRAINED:  # of which it is known
+        if on_meta or source != DEFAULT_PRETRAINED:  # whose config is known
             config = VideoDiT.load_config(source, subfolder=subfolder, revision=options.revision)
             _require_the_model(source, wrong_variant(config))  # before its weights are downloaded
         if on_meta:

@@ -1,8 +1,8 @@
 """The tensors of another program's checkpoint, from files that are looked at before anything in them is believed.
 
-`look_at` tells without torch, and so at once, what is no checkpoint: something other than a file, a zip whose content
-is larger than the file, a pickle that no `torch.save` writes. What is left goes to `torch.load` with `weights_only`,
-which runs no code of a file.
+`look_at` refuses what is not a checkpoint without torch, and so at once: something other than a file, a zip whose
+content is larger than the file, a pickle that `torch.save` would not write. The rest goes to `torch.load` with
+`weights_only`, which runs no code of a file.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def open_checkpoint(source: Path) -> Checkpoint:
     """The tensors of a checkpoint, mapped from the disk.
 
     Raises:
-        UsageError: it is none that can be imported.
+        UsageError: it is not a checkpoint that can be imported.
         EnvironmentProblem: a file is missing or damaged.
     """
     files = look_at(source)
@@ -64,11 +64,11 @@ def open_checkpoint(source: Path) -> Checkpoint:
 
 
 def look_at(source: Path) -> list[Path]:
-    """The files that hold the tensors, seen to be safe to open; imports no torch.
+    """The files that hold the tensors, checked to be safe to open; imports no torch.
 
     Raises:
-        UsageError: they are none that can be imported.
-        EnvironmentProblem: one is missing or damaged.
+        UsageError: it is not a checkpoint that can be imported.
+        EnvironmentProblem: a file is missing or damaged.
     """
     if not source.exists():
         raise EnvironmentProblem(f"{source}: no such file or folder")
@@ -126,7 +126,7 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def _look_at_torch(file: Path) -> None:
-    """See that a file is one of `torch.save`, and no larger inside than outside.
+    """Check that a file is one of `torch.save`, and that its content is not larger than the file.
 
     Raises:
         UsageError: it is something else.
@@ -177,7 +177,7 @@ def _look_at_zip(opened: IO[bytes], file: Path) -> None:
 
 
 def _directory_size(opened: IO[bytes]) -> int:
-    """Bytes of a zip's directory, which `zipfile` reads at once, whatever it says."""
+    """Bytes of a zip's directory, all of which `zipfile` reads at once."""
     length = opened.seek(0, os.SEEK_END)
     begin = max(0, length - (1 << 16) - 98)
     opened.seek(begin)
@@ -193,7 +193,7 @@ def _directory_size(opened: IO[bytes]) -> int:
 
 
 class _Limited:
-    """What a pickle is read through, up to a size."""
+    """A file that gives no more than some bytes to whoever reads a pickle from it."""
 
     def __init__(self, opened: IO[bytes]) -> None:
         self._opened = opened
@@ -214,7 +214,7 @@ class _Limited:
 
 
 def _look_at_pickle(opened: IO[bytes], file: Path) -> None:
-    """Follow a pickle without making anything of it, and refuse one that would cost more than it is long."""
+    """Step through a pickle without loading it, and refuse one that would take far more time than its length."""
     stack: list[tuple[int, int]] = []  # of each object on the unpickler's stack, its parts and its levels
     marks: list[int] = []
     memo: dict[int, tuple[int, int]] = {}
@@ -278,7 +278,7 @@ def _read_torch(file: Path) -> Checkpoint:
 
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError:  # whose advice, `weights_only=False`, is none that we would give
+    except pickle.UnpicklingError:  # whose advice is weights_only=False, which would run code of the file
         raise UsageError(
             f"{file}: holds more than tensors, or is no file of torch.save; no code in it was run. Save the model's "
             f"state_dict alone, best as .safetensors"
@@ -298,7 +298,7 @@ def _read_torch(file: Path) -> Checkpoint:
 
 
 def _state_dict(content: Any, file: Path) -> tuple[Mapping[Any, Any], list[str]]:
-    """The mapping with the tensors, and the names of what lies beside it."""
+    """The mapping with the tensors, and the names of what is beside it."""
     from torch import Tensor
 
     if not isinstance(content, Mapping):

@@ -56,7 +56,7 @@ class Video(Protocol):
 
     @property
     def start_sec(self) -> float:
-        """Where in the file that it was made from it begins."""
+        """Its start in the file that it was made from."""
         ...
 
     @property
@@ -156,15 +156,15 @@ def latent_windows(
 ) -> LatentWindows:
     """The windows of a split, `train` or `eval`, for the model that the options build.
 
-    The preset `demo` has a clip of its own where the config names no data, its last 3 s held out, at the config's size
-    of 64 × 64 only; `5b` with `random_weights` has random latents. Otherwise, where the config names no held-out
-    data, `eval` is the training data.
+    If the config names no data, the preset `demo` has a clip of its own, of 64 × 64 pixels only, whose last 3 s are
+    held out, and `5b` with `random_weights` has random latents. Otherwise `eval` is the training data if the config
+    names no held-out data.
 
     Args:
         options: the section `backbone`.
         data: the section `data`.
         split: which one.
-        device: where the model is; windows lie on the CPU.
+        device: where the model is; windows are on the CPU.
 
     Raises:
         EnvironmentProblem: data are missing or broken; the message names file and line.
@@ -311,7 +311,7 @@ class _MemoryVideo:
 def _demo_windows(split: Split, wanted: Wanted, field: str) -> LatentWindows:
     """Windows of the clip, encoded as `ttt precompute` would; that takes about a second."""
     count = demo_segments(wanted.segments)
-    if split == "eval":  # once through what is held out, where a window is not longer than that
+    if split == "eval":  # once through what is held out, if a window is not longer
         once = demo_segments(wanted.segments, demo.HELD_OUT_FRAMES)
         count = once if once >= wanted.window else count
     return LatentWindows(

@@ -104,8 +104,8 @@ def draw_timesteps(step: StepRows, count: int) -> Tensor:
 def training_loss(model: nn.Module, batch: Mapping[str, Tensor], options: VideoDiTOptions) -> LossOutput:
     """The mean squared error of the x₀ that the model predicts, weighted with 1/(1−ᾱ).
 
-    That is the mean squared error of v, since `x̂₀ − x₀ = −√(1−ᾱ)·(v̂ − v)`, and is computed as such: no small
-    difference is divided by a small number where there is little noise. Latents are drawn anew for every pass,
+    That is the mean squared error of v, since `x̂₀ − x₀ = −√(1−ᾱ)·(v̂ − v)`, and is computed as such: so that with
+    little noise no small difference is divided by a small number. Latents are drawn anew for every pass,
     `x₀ = mean + std·ε′`. In training mode, `options.text_dropout` of the rows have all their text replaced by zeros.
 
     Args:

@@ -1,4 +1,4 @@
-"""Distributed checkpoints of PyTorch, as TTT-Video's trainer saves them, told from what can be imported.
+"""Distributed checkpoints of PyTorch, as TTT-Video's trainer saves them: recognised, and refused with the way out.
 
 One is a folder of `.distcp` files with a `.metadata` that is written last. The trainer's lie in
 `DUMP/EXPERIMENT/checkpoint/step-N`; users name any of these folders. Imports no torch.
@@ -26,10 +26,10 @@ _STEP: Final = re.compile(r".*?(\d{1,15})")
 
 
 def refuse(source: Path) -> None:
-    """Say what to do with a distributed checkpoint, or with a folder of some.
+    """Refuse a distributed checkpoint, or a folder with some in it, and say what to do with it.
 
     Raises:
-        UsageError: the source is one, or part of one, or has some beneath it and no tensors of its own.
+        UsageError: the source is one, or part of one, or a folder with some in it and no tensors of its own.
     """
     if source.suffix == _SHARD or source.name == METADATA:
         source = source.parent
@@ -109,7 +109,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _is_cut_short(folder: Path) -> bool:
-    """Whether it has a checkpoint's parts without the file that is written last, or its name and nothing at all."""
+    """Whether a folder has a checkpoint's parts without the file that is written last, or is empty with its name."""
     try:
         names = os.listdir(folder)
     except OSError:
@@ -119,7 +119,7 @@ def _is_cut_short(folder: Path) -> bool:
 
 
 def _step(folder: Path) -> tuple[int, float]:
-    """The step in a folder's name; by its age where there is none."""
+    """A sort key: the step in the folder's name, or its age if the name has none."""
     found = _STEP.fullmatch(folder.name)
     try:
         return (int(found[1]) if found else -1, folder.stat().st_mtime)

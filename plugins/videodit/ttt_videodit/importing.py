@@ -1,7 +1,7 @@
 """TTT-Video's TOML, for training and for sampling, in this project's terms.
 
 Keys and defaults are those of TTT-Video's `ttt/infra/config_manager.py` and `ttt/models/configs.py`; what a file leaves
-out is written down where this project's default is another.
+out is written down if this project's default differs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _TRAINING_DEFAULTS: dict[str, tuple[str, Any]] = {
     "training.warmup_steps": ("train.warmup_steps", 50),
     "optimizer.gradient_clipping_norm": ("train.max_norm", 0.1),
 }
-"""What a file that leaves a key out trained with, where this project's default differs."""
+"""What a file without the key trained with, if this project's default differs."""
 _NOT_HERE = {
     "job.config_file": "the file itself",
     "model.name": "TTT-Video has cogvideo alone",
@@ -93,10 +93,10 @@ _NOT_HERE = {
 
 
 def import_config(text: str, *, file: str) -> ImportedConfig | None:
-    """The config of a TTT-Video job, or None where the file is none.
+    """The config of a TTT-Video job, or None if the file is none.
 
     Raises:
-        UsageError: the file calls itself TOML and is none, or is a script that starts TTT-Video.
+        UsageError: the file is named .toml and is not TOML, or is a script that starts TTT-Video.
     """
     refuse_script(text, file)
     data = read_toml(text, file)

@@ -39,7 +39,7 @@ VIDEO_EXAMPLE: Final = '{"path": "a.mp4", "captions": ["waves", "a gull"]}'
 """A good line of a list."""
 
 NOT_LISTED: Final = "damaged, or not the file that was listed: its checksum is another; run ttt precompute again"
-"""Of a file whose checksum is not the one in the index."""
+"""Said of a file whose checksum is not the one in the index."""
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
 
 
@@ -73,7 +73,7 @@ class EncodedSegment:
     text: Path
     """Where its embedding is."""
     text_sha256: str | None = field(default=None, compare=False)
-    """That file's checksum, where it is known."""
+    """That file's checksum, if it is known."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ class EncodedVideo:
     text_length: int
     segments: tuple[EncodedSegment, ...]
     latents_sha256: str | None = field(default=None, compare=False)
-    """The latents file's checksum, where it is known."""
+    """The latents file's checksum, if it is known."""
 
     @property
     def checksums(self) -> dict[Path, str | None]:
-        """The files that it names, each with its checksum where that is known."""
+        """The files that it names, each with its checksum if that is known."""
         texts = {segment.text: segment.text_sha256 for segment in self.segments}
         return {self.latents: self.latents_sha256, **texts}
 
@@ -106,10 +106,10 @@ class EncodedVideo:
 
 
 def parse_listed(line: bytes, place: str, folder: Path) -> ListedVideo:
-    """Read a line of a list; whether its file is video is left to whoever decodes it.
+    """Read a line of a list. Whether its file is video is checked when it is decoded.
 
     Raises:
-        LineError: it is no such line, or its file is not there.
+        LineError: it is not such a line, or its file is missing.
     """
     entry = _object(line, f"write {VIDEO_EXAMPLE}")
     unknown = sorted(set(entry) - {"path", "captions", "start_sec"})
@@ -137,10 +137,10 @@ def parse_listed(line: bytes, place: str, folder: Path) -> ListedVideo:
 
 
 def parse_encoded(line: bytes, place: str, folder: Path) -> EncodedVideo:
-    """Read a line of an index; what it names is not looked at.
+    """Read a line of an index. The files that it names are not looked at.
 
     Raises:
-        LineError: it is no such line.
+        LineError: it is not such a line.
     """
     entry = _object(line, "write the index with ttt precompute")
     try:
@@ -180,7 +180,7 @@ def parse_encoded(line: bytes, place: str, folder: Path) -> EncodedVideo:
 
 
 def line_of(video: EncodedVideo, folder: Path) -> str:
-    """The line of an index in a folder that says this, without a newline."""
+    """A video's line in an index in that folder, without a newline."""
     entry = {
         "video": video.video,
         "start_sec": video.start_sec,
@@ -250,7 +250,7 @@ def _require_file(path: Path, way_out: str) -> None:
 
 
 def check_encoded(video: EncodedVideo, wanted: Wanted) -> None:
-    """See that an encoded video is what a config asks for, by the headers of its files; no tensor is read.
+    """Check that an encoded video is what a config asks for, by the headers of its files; no tensor is read.
 
     Raises:
         LineError: it is not, or a file is missing or damaged.

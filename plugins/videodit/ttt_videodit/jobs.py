@@ -76,7 +76,7 @@ class Job:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes from this index, and see what is done."""
+        """Keep other processes from this index, and find out what is done."""
         name = self.folder / f".{self.index.name}.lock"
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ class Job:
             yield
 
     def _read_index(self) -> None:
-        """Sort the lines of the index: done, of other lists, or made from what is no more and so to be made anew."""
+        """Sort the lines of the index: done, of other lists, or made from a file that has changed, to be made anew."""
         if not self.index.exists():
             return
         whole = self._ends_with_a_line()
@@ -206,7 +206,7 @@ class Job:
 
 @contextlib.contextmanager
 def _beside_others(folder: Path) -> Iterator[None]:
-    """Work in a folder, others too; where nobody does, first clear away what killed processes left half written."""
+    """Work in a folder, beside other processes; if there are none, first remove what killed ones left half written."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -230,7 +230,7 @@ def _with_checksums(entry: EncodedVideo) -> EncodedVideo:
 
 
 def _checksum_of(path: Path) -> str | None:
-    """What a file's header says; None where it has none, or is damaged."""
+    """What a file's header says; None if it has none, or is damaged."""
     try:
         return read_header(path).checksum
     except UnreadableError:
@@ -276,14 +276,14 @@ def _read_list(source: Path, wanted: Wanted, name: str) -> tuple[ListedVideo, ..
 
 
 def _check_length(video: ListedVideo, wanted: Wanted) -> None:
-    """Hold the captions against the length that the file's header says, where it says one.
+    """Compare the captions with the length in the file's header, if it gives one.
 
     Raises:
         LineError: there are too many.
     """
     try:
         seconds = inspect_video(video.path).seconds
-    except UnreadableVideoError:  # told with those that fail further on
+    except UnreadableVideoError:  # told later, with those that cannot be decoded
         return
     needed = frames_of(video, wanted) / FRAMES_PER_SECOND - 2 / FRAMES_PER_SECOND  # the last picture may be held
     if seconds is not None and video.start_sec + needed > seconds + _LENIENCY_SEC:

@@ -56,7 +56,7 @@ class VideoDiT(CogVideoXTransformer3DModel):
             block.attn1.remat = block.ff.remat = remat
 
     def layout(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Layout:
-        """How latents `[B,Fr,C,h,w]` and texts `[B,S,L,E]` lie as tokens.
+        """The layout of latents `[B,Fr,C,h,w]` and texts `[B,S,L,E]` as tokens.
 
         Raises:
             ValueError: the frames are no whole number of segments, or there is not one text for each.
@@ -251,7 +251,7 @@ def outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def perturb(batch: dict[str, Tensor], *, token: int, row: int | None) -> dict[str, Tensor]:
-    """A copy whose video differs from a token on, in raster order of its frames, and all of whose texts differ."""
+    """A copy with other texts, and another video from a token on, in raster order of its frames."""
     changed = {name: value.clone() for name, value in batch.items()}
     rows = slice(None) if row is None else slice(row, row + 1)
     mean = changed["mean"]

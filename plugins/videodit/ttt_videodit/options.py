@@ -151,10 +151,10 @@ VideoDiTRun: TypeAlias = "RunConfig[VideoDiTOptions, VideoDiTData]"
 
 
 def sizes(options: VideoDiTOptions) -> dict[str, int]:
-    """Width, heads and blocks that the options ask for; those of a local folder are what its config.json says.
+    """Width, heads and blocks that the options ask for; for a local folder, those of its config.json.
 
     Raises:
-        EnvironmentProblem: that file cannot be read, or is none of a transformer.
+        EnvironmentProblem: that file cannot be read, or is not a transformer's.
     """
     if options.preset == "demo":
         return {name: getattr(options, name) or default for name, default in DEMO.items()}

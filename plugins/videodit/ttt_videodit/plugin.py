@@ -47,7 +47,7 @@ class VideoDiTBackbone(Backbone[VideoDiTOptions, VideoDiTData]):
     causal: ClassVar[bool] = False
     options: ClassVar[type[BackboneOptions]] = VideoDiTOptions
     data_options: ClassVar[type[DataOptions]] = VideoDiTData
-    # What is rematerialised, how often a text is dropped and how is sampled is no part of which model it is.
+    # Which model it is does not depend on what is rematerialised, how often texts are dropped, or how it is sampled.
     non_identity_options: ClassVar[frozenset[str]] = frozenset(
         {"pretrained", "revision", "text_dropout", "sampling_schedule", *REMAT_OPTIONS}
     )
@@ -227,7 +227,7 @@ def _parameters(options: VideoDiTOptions, *, dim: int, num_heads: int, num_layer
 
 def _layer_activation_bytes(options: VideoDiTOptions, dtype: str, dim: int) -> int:
     """What autograd was measured to keep of one token in a block, on one segment: 23 numbers for each channel."""
-    widths = 8.0  # residuals, norms and modulation; next, attention and feed-forward, where they are kept
+    widths = 8.0  # residuals, norms and modulation; next, attention and feed-forward, if they are kept
     widths += 0 if options.remat_attention or options.remat_seq_modeling_block else 7.1
     widths += 0 if options.remat_mlp else 8.0
     return round(widths * dim * _BYTES[dtype])

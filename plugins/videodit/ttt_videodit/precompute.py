@@ -44,7 +44,7 @@ from ttt_videodit.options import VideoDiTOptions, VideoDiTRun
 from ttt_videodit.scenes import NO_SCENES, names_scenes
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Scaled, what the VAE says in bfloat16 is no bfloat16 any more; float16 is as small and rounds it less.
+# Scaled latents need more digits than bfloat16 has; float16 is as small and rounds them less.
 _STORED: Final = {torch.float32: torch.float32, torch.bfloat16: torch.float16}
 _SOURCES: Final = (("videos", "train_data"), ("eval_videos", "eval_data"))
 _HEADER: Final = "ttt_videodit.precompute"
@@ -54,7 +54,7 @@ def precompute(config: VideoDiTRun, *, console: Console) -> None:
     """Encode the videos that the config lists and write the indexes that it trains on.
 
     Videos that an earlier run has encoded are not encoded again, even if it was killed; nor is a text that another
-    segment has. A video that cannot be decoded is told at the end, and everything else is done.
+    segment has. If a video cannot be decoded, everything else is done, and it is told at the end.
 
     Args:
         config: resolved; `data.videos` and `data.eval_videos` say from what, `data.train_data` and `data.eval_data`
@@ -62,7 +62,7 @@ def precompute(config: VideoDiTRun, *, console: Console) -> None:
         console: where to report.
 
     Raises:
-        UsageError: the config names no list or no index, or another process is at it.
+        UsageError: the config names no list or no index, or another process is making the index.
         EnvironmentProblem: a list is wrong, with its file and line, before anything is done; encoders cannot be had;
             the disk or the memory is full; or, after all the rest is done, videos could not be decoded.
     """
@@ -100,7 +100,7 @@ def precompute(config: VideoDiTRun, *, console: Console) -> None:
 
 
 def _is_whole(path: Path, console: Console) -> bool:
-    """Whether a file is there and is what was written; one that is damaged is told and removed, to be made anew."""
+    """Whether a file is there and whole; if it is damaged, say so and remove it, to be made anew."""
     if not path.is_file():
         return False
     try:

@@ -49,7 +49,7 @@ class _Index:
 
 
 def data_is_there(config: VideoDiTRun) -> list[Finding]:
-    """A config that names no training data has a preset with some of that kind."""
+    """If a config names no training data, its preset has some of that kind."""
     missing = missing_data(config.backbone, config.data)
     if missing is None:
         return []
@@ -131,7 +131,7 @@ RULES = (weights_are_of_the_model, data_is_there, videos_can_be_read, videos_can
 
 
 def _read_index(source: str | None, wanted: Wanted) -> _Index | None:
-    """What lines there are; None where there is no such file, which the core's own rule tells."""
+    """What lines there are; None if there is no such file, which the core's own rule tells."""
     read = None if source is None else read_excerpt(source, most_lines=_MOST_LINES, most_bytes=_MOST_BYTES)
     if read is None:
         return None

@@ -86,7 +86,7 @@ class _Sampler:
         self._model = model
         self._options = options
         self._console = console
-        # A repository's missing part is missed before the first step.
+        # If a part of a repository is missing, that is told before the first step.
         self._decode = load_decoder(options, device=device, dtype=dtype)
         self._texts = _Texts(requests, options, data, console, device=device, dtype=dtype)
         self._texts.read()
@@ -155,7 +155,7 @@ def _guidance_in_words(requests: Sequence[SampleRequest], options: VideoDiTOptio
 
 
 def _led_away_from(request: SampleRequest, options: VideoDiTOptions) -> str | None:
-    """What guidance leads away from; None where there is none."""
+    """What guidance leads away from; None if there is none."""
     if request.guidance_scale <= 1:
         return None
     if request.negative_prompts:
@@ -168,8 +168,8 @@ def guidance_weight(scale: float, *, timestep: int, steps: int) -> float:
 
         w = 1 + scale·(1 − cos(π·((steps − t)/steps)⁵))/2,   between 1 and 1 + scale
 
-    It was meant to rise over the steps, but both published samplers put the timestep t (999 … 0) where the number of
-    the step belongs. So w jumps about between its bounds, and settles, towards 1, only where t is less than `steps`.
+    It was meant to rise over the steps, but both published samplers put the timestep t (999 … 0) in the place of the
+    step's number. So w jumps about between its bounds, and settles towards 1 only when t is less than `steps`.
     It is kept as it is because CogVideoX's and TTT-Video's videos are made with it.
 
     Sources: `use_dynamic_cfg` of diffusers' `pipeline_cogvideox.py`; `DynamicCFG` of TTT-Video's `cogvideo/utils.py`.
@@ -272,7 +272,7 @@ class _Texts:
         return _embeddings(request, self._prompts(request), self._options, self._embed)
 
     def read(self) -> None:
-        """Have T5 read the texts of the videos that are left, or of as many of them as there is room for.
+        """Have T5 read the texts of the videos that are left, or of as many as there is room for.
 
         Raises:
             EnvironmentProblem: its weights are missing.
@@ -327,7 +327,7 @@ def _embeddings(
 
 
 def _negative_texts(request: SampleRequest, options: VideoDiTOptions) -> tuple[str, ...]:
-    """The texts that guidance leads away from, one for each segment; none without guidance, or if it is from zeros."""
+    """The texts that guidance leads away from, one for each segment; none if there is no guidance, or zeros do."""
     if _led_away_from(request, options) in (None, ZEROS):
         return ()
     return request.negative_prompts or ("",) * len(request.prompts)

@@ -19,7 +19,7 @@ else:
 FORMAT = "TTT-Video"
 _LATER = "TODO"
 _UNQUOTED = re.compile(rf"^([^\S\n]*[\w.\-]+[^\S\n]*=[^\S\n]*){_LATER}([^\S\n]*(?:#.*)?)$", re.MULTILINE)
-"""What the published files have where a path is to be filled in, which is no TOML."""
+"""What the published files have in place of a path that is to be filled in, which is not TOML."""
 _TOML_PLACE = re.compile(r"\s*\(at (?:line (\d+), column (\d+)|end of document)\)")
 
 MAX_BYTES = 1 << 16
@@ -40,7 +40,7 @@ _KEY_LINE = re.compile(r"\s*([\w\-]+)\s*=")
 
 
 def refuse_script(text: str, file: str) -> None:
-    """Say of a script that starts TTT-Video which file to import, and what the script changes of it."""
+    """Refuse a script that starts TTT-Video, and say which file to import, and what the script changes of it."""
     lines = "\n".join(line for line in text[:MAX_BYTES].splitlines() if not line.lstrip().startswith("#"))
     if not text.startswith("#!") or "--job.config_file" not in lines:
         return
@@ -52,7 +52,7 @@ def refuse_script(text: str, file: str) -> None:
 
 
 def read_toml(text: str, file: str) -> dict[str, Any]:
-    """The file's data, null where a path is still to be filled in; empty where it is no TOML."""
+    """The file's data, null for a path that is still to be filled in; empty if it is not TOML."""
     named = file.casefold().endswith(".toml")
     excess = _excess(text)
     if excess is not None:
@@ -73,7 +73,7 @@ def read_toml(text: str, file: str) -> dict[str, Any]:
 
 
 def _excess(text: str) -> tuple[int, str] | None:
-    """What of a text is more than a config has, and in which line; a parser of TOML takes for ever with some of it."""
+    """In which line a text has more than any config, and of what; a TOML parser can take for ever with it."""
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         return 1, f"larger than {MAX_BYTES >> 10} KiB"
     line, depth, dots, values = 1, 0, 0, 0
@@ -99,7 +99,7 @@ def _excess(text: str) -> tuple[int, str] | None:
 
 
 def _plain(value: Any, *, levels: int) -> Any:
-    """A value of TOML as one of a config: times as text; where a path is still to be filled in, null."""
+    """A value of TOML as one of a config: times as text; null for a path that is still to be filled in."""
     if isinstance(value, dict):
         return {key: _plain(item, levels=levels - 1) for key, item in value.items()}
     if isinstance(value, list):
@@ -110,7 +110,7 @@ def _plain(value: Any, *, levels: int) -> Any:
 
 
 def places_in(text: str, file: str) -> dict[KeyPath, Located]:
-    """Where the keys of sections are written, as far as each has a line of its own; TOML's reader does not tell."""
+    """The places of keys, if each has a line of its own: TOML's reader does not give them."""
     section: KeyPath = ()
     found: dict[KeyPath, Located] = {}
     for line, written in enumerate(text.splitlines(), 1):

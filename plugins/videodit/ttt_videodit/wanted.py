@@ -31,7 +31,7 @@ class Wanted:
     text_length: int
     """L, tokens of a segment's text."""
     text_dim: int | None
-    """E, width of a text token, where it can be told without the model."""
+    """E, width of a text token, if it can be told without the model."""
 
     @classmethod
     def of(cls, options: VideoDiTOptions, data: VideoDiTData) -> Wanted:
@@ -71,7 +71,7 @@ def demo_segments(segments: Segments, frames: int = demo.FRAMES) -> int:
 
 
 def missing_data(options: VideoDiTOptions, data: VideoDiTData) -> tuple[str, str, str] | None:
-    """Where, why and what to write where a config names no training data, and the preset has none of that kind."""
+    """Key, reason and way out if a config names no training data and its preset has none of that kind; else None."""
     if data.train_data is not None or options.random_weights:
         return None
     if options.preset == "5b":

@@ -108,8 +108,8 @@ def import_weights(source: Path, out: Path, *, backbone: Backbone, console: Cons
         The two folders.
 
     Raises:
-        UsageError: the file is no such checkpoint, a tensor of it is missing, unknown or of another shape, or `out` is
-            in use; nothing was written then.
+        UsageError: the file is not such a checkpoint, a tensor of it is missing, unknown or of another shape, or `out`
+            is in use; nothing was written then.
         EnvironmentProblem: a file is missing or damaged, or the disk is full.
     """
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
@@ -239,7 +239,7 @@ def _transformer_config(source: Path, tensors: Mapping[str, Tensor]) -> dict[str
         # 480 × 720 pixels in latents, to whose grid TTT-Video's rotary tables belong (`ttt/models/configs.py`).
         "sample_height": 60,
         "sample_width": 90,
-        # `layer_norm_eps` of the same file, where THUDM's own config says 1e-5.
+        # `layer_norm_eps` of the same file; THUDM's own config says 1e-5.
         "norm_eps": 1e-6,
         "use_rotary_positional_embeddings": True,
         "use_learned_positional_embeddings": False,
@@ -309,7 +309,7 @@ def _old_name(new: str) -> str:
 
 @contextlib.contextmanager
 def _folder(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` when all of it is written, and goes away when not."""
+    """A folder that becomes `out` when all of it is written, and is removed if not all is."""
     folder = temporary_beside(out.absolute())
     try:
         with writing(out):
@@ -353,7 +353,7 @@ def _write_transformer(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _account(console: Console, checkpoint: Checkpoint, names: Mapping[str, str], tables: Sequence[str]) -> None:
-    """Where each tensor went; those that differ in the block's number alone stand in one line."""
+    """Say where each tensor went; those that differ only in the block's number share a line."""
     groups: dict[tuple[str, str], list[int]] = {}
     for old, new in names.items():
         numbered = re.match(r"transformer_blocks\.(\d+)\.", new)
