@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, cast
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -102,4 +102,4 @@ def sizes(options: MoshiOptions) -> dict[str, Any]:
                 f"backbone.config_path: {options.config_path} is no config of a Moshi model: {told}; write the path of "
                 f"a Moshi model's config.json, whose {', '.join(MOSHI_7B)} are whole numbers up to {LARGEST_SIZE:,}"
             )
-    return cast("dict[str, int]", found)
+    return found
