@@ -496,14 +496,19 @@ def test_texts_that_are_cut_off_are_told_before_the_first_step(model: nn.Module,
         request(tmp_path / "a.mp4", prompts=(short, long), negative_prompts=("", f"{long} more"), **changes),
         request(tmp_path / "b.mp4", prompts=(long, short), **changes),
     ]
+    by_the_schedule = "samples by the schedule diffusers (backbone.sampling_schedule is null)"
     make = prepare_samples(model, asked, config(), console=console)
     assert console.export_text().splitlines() == [
         "prompt 2 of a.mp4 has 9 tokens; the first 8 are read",
         "negative prompt 2 of a.mp4 has 10 tokens; the first 8 are read",
+        f"{by_the_schedule}, guided away from the negative prompts or, without any, zeros in place of text",
     ]
     del make
     prepare_samples(model, [replace(asked[0], guidance_scale=1.0)], config(), console=console)
-    assert console.export_text().splitlines() == ["prompt 2 has 9 tokens; the first 8 are read"]
+    assert console.export_text().splitlines() == [
+        "prompt 2 has 9 tokens; the first 8 are read",
+        f"{by_the_schedule}, without guidance",
+    ]
 
 
 def test_scenes_are_marked_as_ttt_video_marks_them(folder: Path, tmp_path: Path) -> None:

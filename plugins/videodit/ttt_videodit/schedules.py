@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import ttt_videodit.diffusers_alone  # noqa: F401
+
 import numpy as np
 import torch
 from diffusers import CogVideoXDPMScheduler
