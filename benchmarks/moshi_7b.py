@@ -25,7 +25,7 @@ from torch import nn
 from ttt import inject
 from ttt.config import RunConfig, TTTConfig
 from ttt.plugins import get_backbone
-from ttt_moshi.plugin import MoshiOptions
+from ttt_moshi.options import MoshiOptions
 
 MOSHI = get_backbone("moshi")
 FRAME_RATE = 12.5

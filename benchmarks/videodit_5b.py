@@ -25,9 +25,11 @@ import torch
 from ttt import inject
 from ttt.config import RunConfig, TTTConfig
 from ttt.plugins import get_backbone
+from ttt_videodit.attention import Remat
+from ttt_videodit.building import COGVIDEOX_5B_CONFIG, build
 from ttt_videodit.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, segments_in
-from ttt_videodit.model import COGVIDEOX_5B_CONFIG, Remat, VideoDiT, build
-from ttt_videodit.plugin import PIXELS, TEXT_LENGTH, VideoDiTOptions
+from ttt_videodit.model import VideoDiT
+from ttt_videodit.options import PIXELS, TEXT_LENGTH, VideoDiTOptions
 
 VIDEODIT = get_backbone("videodit")
 

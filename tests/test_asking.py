@@ -14,12 +14,13 @@ import toy
 from fake_distributions import importable, install
 from rich.console import Console
 from torch import nn
-from toy import ToyBackbone, ToyDataset
+from toy import ToyBackbone, ToyData, ToyDataset, ToyOptions
 
 from ttt.check import check_config
 from ttt.check.examined import examined
+from ttt.config import RunConfig
 from ttt.errors import EnvironmentProblem, InactiveLayerError, PluginError, UsageError
-from ttt.plugins import Backbone, LossOutput, PluginInfo, discover
+from ttt.plugins import Backbone, BackboneFacts, LossOutput, PluginInfo, discover, run_config_model
 from ttt.plugins.answers import ANSWERS
 from ttt.plugins.asking import TRACEBACK
 from ttt.plugins.guarding import methods_of
@@ -36,8 +37,15 @@ DECLARED = {
     "sample_suffix: no suffix": ("sample_suffix = 'mp4'", "Toy.sample_suffix is 'mp4', not what a file's name ends in"),
     "sample_suffix: none": ("sample_suffix = None", "Toy.sample_suffix is None, not what a file's name ends in"),
     "options: none": ("options = None", "Toy.options is None, not a subclass of BackboneOptions"),
-    "location_options: a text": ("location_options = 'weights'", "Toy.location_options is 'weights', not a set"),
-    "location_options: unknown": ("location_options = {'wights'}", "names 'wights', which is no option of ToyOptions"),
+    "location_options: the older name": ("location_options = {'width'}", "is what non_identity_options was called"),
+    "non_identity_options: a text": (
+        "non_identity_options = 'weights'",
+        "Toy.non_identity_options is 'weights', not a set",
+    ),
+    "non_identity_options: unknown": (
+        "non_identity_options = {'wights'}",
+        "names 'wights', which is no option of ToyOptions",
+    ),
     "ttt_defaults: unknown key": ("ttt_defaults = {'layrs': 1}", "Toy.ttt_defaults: layrs: Extra inputs"),
     "ttt_defaults: out of range": ("ttt_defaults = {'base_lr': -1.0}", "Toy.ttt_defaults: base_lr: Input should be"),
     "rules: one function": ("rules = len", "Toy.rules is <built-in function len>, not a sequence"),
@@ -318,12 +326,49 @@ TRAINED: dict[str, tuple[dict[str, Any], str, str]] = {
         "None, not",
     ),
     "has_eval_data: a path": ({"has_eval_data": lambda self, config: ""}, "`has_eval_data`", "a str, not True"),
+    "has_own_eval_data: a number": (
+        {"has_own_eval_data": lambda self, options: 1},
+        "`has_own_eval_data`",
+        "an int, not True",
+    ),
     "attaching raises": (
         {"sites": lambda self, model: [_attaching(s) for s in ToyBackbone.sites(self, model)]},
         "its sites",
         "KeyError",
     ),
 }
+
+
+class _Typed(ToyBackbone, Backbone[ToyOptions, ToyData]):
+    """A backbone that says what its options are."""
+
+    def has_own_eval_data(self, options: ToyOptions) -> bool:
+        return options.dim == 32
+
+    def facts(self, config: RunConfig[ToyOptions, ToyData]) -> BackboneFacts:
+        return super().facts({}[config.backbone.name])
+
+
+@pytest.mark.parametrize(
+    ("backbone", "data", "answer"),
+    [
+        ({"dim": 32}, {}, True),
+        ({"dim": 32}, {"train_data": "a"}, False),
+        ({"dim": 32}, {"train_data": "a", "eval_data": "b"}, True),
+        ({"dim": 64}, {}, False),
+        ({"dim": 64}, {"eval_data": "b"}, True),
+    ],
+)
+def test_where_a_run_is_evaluated(backbone: dict[str, Any], data: dict[str, Any], answer: bool) -> None:
+    config = run_config_model(_Typed()).model_validate({"backbone": {"name": "toy", **backbone}, "data": data})
+    assert _Typed().has_eval_data(config) is answer
+    assert ToyBackbone().has_eval_data(config) is ("eval_data" in data)
+
+
+def test_a_backbone_that_says_its_options_is_guarded_too() -> None:
+    config = run_config_model(_Typed()).model_validate({"backbone": {"name": "toy"}})
+    with pytest.raises(PluginError, match=r"the plugin toy .* failed in `facts`, .*test_asking\.py:\d+: KeyError"):
+        _Typed().facts(config)
 
 
 def _attaching(site: Any) -> _Attaching:

@@ -40,8 +40,8 @@ from ttt.errors import ConfigError, UsageError
 from ttt.plugins import get_backbone, run_config_model
 from ttt_cli.app import app
 from ttt_cli.main import main
-from ttt_videodit.importing import MAX_BYTES as MOST_TOML
 from ttt_videodit.importing import import_config as import_toml
+from ttt_videodit.toml_files import MAX_BYTES as MOST_TOML
 
 MOSHI, VIDEODIT = get_backbone("moshi"), get_backbone("videodit")
 PRESETS = ((MOSHI, "demo"), (VIDEODIT, "demo"), (VIDEODIT, "63s"))

@@ -24,10 +24,11 @@ from ttt.check import check_config
 from ttt.check.recordings import read_recordings
 from ttt.config import Severity
 from ttt.errors import EnvironmentProblem, TTTError, UsageError
+from ttt.jsonl import Line, read_jsonl
 from ttt_videodit import checkpoint, demo
 from ttt_videodit.frames import UnreadableVideoError, inspect_video, read_frames
-from ttt_videodit.index import LineError, jsonl_lines, parse_encoded, parse_listed
-from ttt_videodit.plugin import VideoDiTOptions
+from ttt_videodit.index import LineError, parse_encoded, parse_listed
+from ttt_videodit.options import VideoDiTOptions
 from ttt_videodit.pretrained import source_of
 
 
@@ -206,16 +207,16 @@ LINES = st.binary(max_size=40) | ENTRIES.map(lambda entry: json.dumps(entry).enc
 @given(LINES)
 def test_no_line_raises_anything_but_a_sentence(tmp_path_factory: pytest.TempPathFactory, line: bytes) -> None:
     """What both plugins and the check make of a line."""
-    from ttt_moshi.data import _BadLineError, _read_line
+    from ttt_moshi.recordings import BadLineError, read_line
 
     folder = tmp_path_factory.getbasetemp()
     (folder / "a.wav").write_bytes(b"RIFF")
     for parse in (
-        lambda: _read_line(line, "data.jsonl:1", folder, 0.08),
+        lambda: read_line(Line(folder / "data.jsonl", 1, line), 0.08),
         lambda: parse_listed(line, "list.jsonl:1", folder),
         lambda: parse_encoded(line, "index.jsonl:1", folder),
     ):
-        with pytest.raises((_BadLineError, LineError)):
+        with pytest.raises((BadLineError, LineError)):
             parse()
     (folder / "fuzzed.jsonl").write_bytes(line)
     read_recordings(str(folder / "fuzzed.jsonl"))
@@ -251,7 +252,7 @@ def test_video_from_what_is_no_file(kind: str, tmp_path: Path) -> None:
         with pytest.raises(LineError, match=f"x is {kind}, not a file"):
             parse_listed(b'{"path": "x", "captions": ["a"]}', "list.jsonl:1", tmp_path)
     with pytest.raises(EnvironmentProblem):
-        list(jsonl_lines(tmp_path / "x"))
+        list(read_jsonl(tmp_path / "x"))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,8 +53,9 @@ def _imported(folder: Path, *, package_root: Path) -> dict[str, set[str]]:
 
 ROOMS = (
     # what knows nothing of the rest: errors, words, files, a process
-    *("ttt.errors", "ttt.version", "ttt.amounts", "ttt.printable", "ttt.checksums", "ttt.reading", "ttt.files"),
-    *("ttt.checkpoint_folder", "ttt.dotted", "ttt.interrupt", "ttt.prompts"),
+    *("ttt.words", "ttt.errors", "ttt.version", "ttt.amounts", "ttt.printable", "ttt.progress", "ttt.checksums"),
+    *("ttt.reading", "ttt.jsonl", "ttt.files", "ttt.packaged", "ttt.checkpoint_folder", "ttt.dotted", "ttt.interrupt"),
+    "ttt.prompts",
     # the mathematics, this machine, what a run is and costs, what a plugin provides
     *("ttt.ops", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins", "ttt.devices"),
     # the layer, and putting it into a model
@@ -187,7 +189,7 @@ def test_no_room_imports_one_above_it() -> None:
     assert _upward(arrows) == []
 
 
-@pytest.mark.parametrize("package", ["ttt", "ttt_cli"])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_files_import_each_other_in_a_circle(package: str) -> None:
     arrows = _arrows(_modules(PACKAGES[package]))
     assert arrows
@@ -271,6 +273,39 @@ def test_a_plugin_imports_no_other_and_no_command_line(plugin: str) -> None:
     others = PLUGIN_PACKAGES - {plugin} | {"ttt_cli"}
     for file, names in _imported(folder, package_root=folder.parent).items():
         assert not {name for name in names if _inside(name, others)}, file
+
+
+def _public_modules() -> set[str]:
+    """What CONTRIBUTING says that a plugin may rely on."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## What a plugin may rely on\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}
+
+
+def _module_of(name: str) -> str:
+    """The module of ours in which an imported name is: `ttt.files` of `ttt.files.read_json`."""
+    path = ROOT.joinpath(*name.split("."))
+    there = path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+    return name if there else _module_of(name.rpartition(".")[0])
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_a_plugin_relies_on_public_modules_and_names_alone(plugin: str) -> None:
+    folder, public = PLUGINS[plugin], _public_modules()
+    assert {"ttt", "ttt.plugins", "ttt.testing"} <= public
+    assert {_module_of(name) for name in public} == public
+    for file, names in _imported(folder, package_root=folder.parent).items():
+        ours = {name for name in names if _inside(name, {"ttt"})}
+        assert {_module_of(name) for name in ours} <= public, file
+        assert not {name for name in ours if re.search(r"\._[a-z]", name)}, file
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_the_plugin_is_on_top_of_its_package(plugin: str) -> None:
+    arrows = _arrows(_modules(PLUGINS[plugin]))
+    assert (f"{plugin}.plugin", f"{plugin}.options") in arrows
+    assert [source for source, target in arrows if target == f"{plugin}.plugin"] == []
 
 
 def test_the_mathematics_rests_on_torch_alone() -> None:

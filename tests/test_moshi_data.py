@@ -30,7 +30,7 @@ from ttt_moshi.audio import inspect_audio, read_audio, resample
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.data import SpeechWindows, load_tokenizer, speech_windows
 from ttt_moshi.interleave import Word, frames_in, read_alignments, text_stream, words_between
-from ttt_moshi.plugin import MoshiData, MoshiOptions
+from ttt_moshi.options import MoshiData, MoshiOptions
 
 MOSHI = get_backbone("moshi")
 PAD, END = 3, 0
@@ -502,7 +502,7 @@ WRONG_LINES = [
     (lambda f: line(f, '{"path": "a.wav", "duration": -1}'), r'"duration" is -1, not seconds; write'),
     (lambda f: line(f, '{"path": "b.wav", "duration": 2}'), r"no file .*b.wav; paths are relative to the folder"),
     (lambda f: line(f, '{"path": ".", "duration": 2}'), r"jsonl:2: .*: cannot be read: a folder, not a file"),
-    (lambda f: line(f, f'{{"path": "{"x" * 5000}", "duration": 2}}'), r"x\.\.\.: cannot be read: File name too long"),
+    (lambda f: line(f, f'{{"path": "{"x" * 5000}", "duration": 2}}'), r"x…: cannot be read: File name too long"),
     (
         lambda f: line(f, '{"path": "a.wav", "duration": 3.5}'),
         r'"duration" is 3.5, but the audio lasts 2.00 s; correct the line',

@@ -15,7 +15,8 @@ from ttt.config import RunConfig, TTTConfig
 from ttt.errors import EnvironmentProblem, InjectionError, UsageError
 from ttt.plugins import get_backbone
 from ttt_moshi.model import checkpoint_info
-from ttt_moshi.plugin import MoshiBackbone, MoshiOptions
+from ttt_moshi.options import MoshiOptions
+from ttt_moshi.plugin import MoshiBackbone
 
 MOSHI = get_backbone("moshi")
 

@@ -22,9 +22,10 @@ from ttt.plugins import get_backbone
 from ttt_videodit.clip import CROPS, Split, demo_frames
 from ttt_videodit.codec import DemoCodec
 from ttt_videodit.data import LatentWindows, latent_windows
-from ttt_videodit.index import LineError, Wanted, line_of, parse_encoded, parse_listed
-from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions
+from ttt_videodit.index import LineError, line_of, parse_encoded, parse_listed
+from ttt_videodit.options import VideoDiTData, VideoDiTOptions
 from ttt_videodit.text import DemoTextEncoder
+from ttt_videodit.wanted import Wanted
 
 VIDEODIT = get_backbone("videodit")
 EXPLANATIONS: dict[str, Explanation] = dict(VIDEODIT.explanations())

@@ -18,9 +18,10 @@ from ttt.errors import EnvironmentProblem
 from ttt.plugins.rows import StepRows, reading_rows, rows_of_step
 from ttt.train import train
 from ttt.train.passes import training_rows
-from ttt_videodit import model as videodit
+from ttt_videodit.building import build
 from ttt_videodit.diffusion import draw_timesteps, make_scheduler, schedule_of, training_loss, x0_of
-from ttt_videodit.plugin import VideoDiTOptions, ttt_backbone
+from ttt_videodit.options import VideoDiTOptions
+from ttt_videodit.plugin import ttt_backbone
 
 TINY = VideoDiTOptions(preset="demo", dim=32, num_heads=2, num_layers=1, attn_length=2)
 
@@ -246,7 +247,7 @@ def test_the_real_model_learns_from_it_in_bfloat16_and_float32() -> None:
     batch = batch_of(2, dtype=torch.float32)
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
-        model = videodit.build(TINY, device="cpu", dtype=dtype)
+        model = build(TINY, device="cpu", dtype=dtype)
         torch.manual_seed(11)
         output = training_loss(model, batch, TINY)
         assert output.loss.dtype == torch.float32

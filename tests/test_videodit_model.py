@@ -21,12 +21,15 @@ from ttt.errors import EnvironmentProblem, InjectionError, UsageError
 from ttt.plugins import get_backbone
 from ttt.testing import laws
 from ttt_videodit.adapter import BidirectionalTTT
+from ttt_videodit.attention import Remat
+from ttt_videodit.building import build
 from ttt_videodit.diffusion import schedule_of
 from ttt_videodit.encoders import encoders_of, load_text_encoder, load_vae
 from ttt_videodit.geometry import Segments
 from ttt_videodit.layout import Layout
-from ttt_videodit.model import Remat, VideoDiT, build, sites
-from ttt_videodit.plugin import VideoDiTBackbone, VideoDiTData, VideoDiTOptions
+from ttt_videodit.model import VideoDiT, sites
+from ttt_videodit.options import VideoDiTData, VideoDiTOptions
+from ttt_videodit.plugin import VideoDiTBackbone
 from ttt_videodit.pretrained import source_of
 
 TestVideoDiT = laws("videodit")

@@ -47,7 +47,7 @@ from ttt_videodit.encoders import (
     pieces,
 )
 from ttt_videodit.frames import read_frames, to_tensor
-from ttt_videodit.plugin import VideoDiTOptions
+from ttt_videodit.options import VideoDiTOptions
 from ttt_videodit.precompute import precompute
 from ttt_videodit.text import DemoTextEncoder
 
@@ -305,7 +305,8 @@ def test_captions_with_scene_tokens_that_were_read_as_text_are_read_anew(
 
     listed(folder, {"path": "city.mp4", "captions": ["rain<end_scene>", "<start_scene>sun"]}, video(1.0))
     with monkeypatch.context() as before:
-        before.setattr("ttt_videodit.precompute.names_scenes", lambda _: False)
+        for module in ("jobs", "precompute"):
+            before.setattr(f"ttt_videodit.{module}.names_scenes", lambda _: False)
         run(config(folder))
     first = files(folder)
     with monkeypatch.context() as without:

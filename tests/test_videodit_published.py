@@ -21,9 +21,10 @@ import ttt_videodit
 from ttt.check import check_config
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt_cli.main import main
+from ttt_videodit.building import build
 from ttt_videodit.checkpoint import look_at
-from ttt_videodit.model import VideoDiT, build
-from ttt_videodit.plugin import VideoDiTOptions
+from ttt_videodit.model import VideoDiT
+from ttt_videodit.options import VideoDiTOptions
 from ttt_videodit.variants import wrong_repository, wrong_variant
 
 

@@ -31,9 +31,11 @@ from ttt.errors import EnvironmentProblem, NonFiniteError, UsageError
 from ttt.plugins import SampleRequest, run_config_model
 from ttt_cli.main import main
 from ttt_videodit import model as videodit
+from ttt_videodit.building import build
 from ttt_videodit.diffusion import make_scheduler
 from ttt_videodit.encoders import load_text_encoder
-from ttt_videodit.plugin import VideoDiTOptions, ttt_backbone
+from ttt_videodit.options import VideoDiTOptions
+from ttt_videodit.plugin import ttt_backbone
 from ttt_videodit.request import check_request, plan_sample
 from ttt_videodit.sampling import (
     decode_pieces,
@@ -61,7 +63,7 @@ def config() -> RunConfig:
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     """A tiny adapted transformer whose outputs depend on its text."""
-    made = videodit.build(OPTIONS, device="cpu", dtype=torch.float32)
+    made = build(OPTIONS, device="cpu", dtype=torch.float32)
     torch.manual_seed(2)
     for parameter in made.parameters():  # diffusers' last layers start near zero
         nn.init.normal_(parameter, std=0.15) if parameter.ndim > 1 else None
@@ -112,7 +114,7 @@ def _tensor(value: Tensor | None) -> Tensor:
 @pytest.mark.parametrize(("steps", "scale"), [(10, 6.0), (4, 1.0)])
 def test_one_segment_is_what_diffusers_own_pipeline_makes(steps: int, scale: float) -> None:
     """The same weights, prompts and seed, through `CogVideoXPipeline`."""
-    ours = videodit.build(OPTIONS, device="cpu", dtype=torch.float32)
+    ours = build(OPTIONS, device="cpu", dtype=torch.float32)
     torch.manual_seed(1)
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.15) if parameter.ndim > 1 else None
@@ -385,7 +387,7 @@ def test_a_missing_part_is_missed_before_the_first_step(folder: Path, tmp_path: 
 
 
 def test_predictions_that_are_no_numbers_leave_no_video(tmp_path: Path) -> None:
-    made = videodit.build(OPTIONS, device="cpu", dtype=torch.float32)
+    made = build(OPTIONS, device="cpu", dtype=torch.float32)
     with torch.no_grad():
         made.proj_out.weight[0, 0] = math.inf
     with pytest.raises(NonFiniteError, match="not finite"):
@@ -494,18 +496,19 @@ def test_texts_that_are_cut_off_are_told_before_the_first_step(model: nn.Module,
         request(tmp_path / "a.mp4", prompts=(short, long), negative_prompts=("", f"{long} more"), **changes),
         request(tmp_path / "b.mp4", prompts=(long, short), **changes),
     ]
+    by_the_schedule = "samples by the schedule diffusers (backbone.sampling_schedule is null)"
     make = prepare_samples(model, asked, config(), console=console)
-    assert _of_texts(console) == [
+    assert console.export_text().splitlines() == [
         "prompt 2 of a.mp4 has 9 tokens; the first 8 are read",
         "negative prompt 2 of a.mp4 has 10 tokens; the first 8 are read",
+        f"{by_the_schedule}, guided away from the negative prompts or, without any, zeros in place of text",
     ]
     del make
     prepare_samples(model, [replace(asked[0], guidance_scale=1.0)], config(), console=console)
-    assert _of_texts(console) == ["prompt 2 has 9 tokens; the first 8 are read"]
-
-
-def _of_texts(console: Console) -> list[str]:
-    return [line for line in console.export_text().splitlines() if not line.startswith("samples by the schedule ")]
+    assert console.export_text().splitlines() == [
+        "prompt 2 has 9 tokens; the first 8 are read",
+        f"{by_the_schedule}, without guidance",
+    ]
 
 
 def test_scenes_are_marked_as_ttt_video_marks_them(folder: Path, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ttt.config.schema import TrainConfig
 from ttt.plugins.rows import reading_rows
 from ttt.train.passes import training_rows
-from ttt_videodit import model as videodit
+from ttt_videodit.building import build
 from ttt_videodit.diffusion import make_scheduler, training_loss
-from ttt_videodit.plugin import DIFFUSERS, TTT_VIDEO, VideoDiTOptions
+from ttt_videodit.options import DIFFUSERS, TTT_VIDEO, VideoDiTOptions
 from ttt_videodit.sampling import denoise
 from ttt_videodit.schedules import sampler_of, sampling_schedule, trained_on_zeros
 
@@ -27,7 +27,7 @@ SHAPE = (1, OPTIONS.segments.frames(2), 16, 4, 4)
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     """A tiny transformer whose outputs depend on its text, about as large as what it is to predict."""
-    made = videodit.build(OPTIONS, device="cpu", dtype=torch.float32)
+    made = build(OPTIONS, device="cpu", dtype=torch.float32)
     torch.manual_seed(2)
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.1) if parameter.ndim > 1 else None

@@ -6,6 +6,7 @@ inner steps take their gradients from autograd.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -26,15 +27,17 @@ from ttt.adapter_file import backbone_identity, load_adapter, read_info
 from ttt.errors import EnvironmentProblem, TTTError, UsageError
 from ttt_cli.main import main
 from ttt_videodit import weights
+from ttt_videodit.building import build
 from ttt_videodit.diffusion import training_loss
-from ttt_videodit.model import VideoDiT, build, sites
-from ttt_videodit.plugin import VideoDiTBackbone, VideoDiTOptions
-from ttt_videodit.plugin import sizes as sizes_of
-from ttt_videodit.weights import import_weights
+from ttt_videodit.model import VideoDiT, sites
+from ttt_videodit.options import VideoDiTOptions
+from ttt_videodit.options import sizes as sizes_of
+from ttt_videodit.plugin import VideoDiTBackbone
 
 D, HEADS, BLOCKS, TEXT, CHANNELS, TIME = 32, 2, 2, 12, 16, 24
 WIDTH = D // HEADS
 State = dict[str, Tensor]
+import_weights = functools.partial(weights.import_weights, backbone=VideoDiTBackbone())
 
 
 # --- the published model ---

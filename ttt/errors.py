@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ttt.words import first_entries
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -38,9 +40,7 @@ class TTTError(Exception):
         place = f"{where}: " if where else ""
         if len(problems) == 1:
             return cls(f"{place}{problems[0]}")
-        more = len(problems) - _NAMED_PROBLEMS
-        details = [*problems[:_NAMED_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
-        return cls(f"{place}{len(problems)} {what}:", details=details)
+        return cls(f"{place}{len(problems)} {what}:", details=first_entries(problems, _NAMED_PROBLEMS))
 
 
 class UsageError(TTTError):

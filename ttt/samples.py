@@ -28,6 +28,7 @@ from ttt.plugins import SampleRequest
 from ttt.printable import shortened
 from ttt.reading import other_kind
 from ttt.version import __version__
+from ttt.words import first_entries
 
 RECORD = ".json"
 """What the name of a record ends in."""
@@ -183,8 +184,7 @@ class SampleFolder:
         for key, now in self._made_from(request).items():
             if key not in before or before[key] != now:
                 told.append(_difference(key, before.get(key), now, record.get("adapter"), self._adapter))
-        more = [f"and {len(told) - _NAMED} more"] if len(told) > _NAMED else []
-        return "; ".join([*told[:_NAMED], *more])
+        return "; ".join(first_entries(told, _NAMED))
 
     def _made_from(self, request: SampleRequest) -> dict[str, Any]:
         asked = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(request).items()}
@@ -229,10 +229,8 @@ def _refusal(problems: Sequence[str], folder: Path) -> UsageError:
     way_out = "name another --out, or make what differs anew with --overwrite"
     if len(problems) == 1:
         return UsageError(f"{problems[0]}; {way_out}")
-    more = [f"and {len(problems) - _NAMED} more"] if len(problems) > _NAMED else []
-    return UsageError(
-        f"{folder}: holds something else in {len(problems)} places; {way_out}:", details=[*problems[:_NAMED], *more]
-    )
+    told = f"{folder}: holds something else in {len(problems)} places; {way_out}:"
+    return UsageError(told, details=first_entries(problems, _NAMED))
 
 
 def _difference(key: str, before: Any, now: Any, adapter_before: Any, adapter_now: str | None) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ttt.printable import shell_word
+from ttt.words import first_few
 from ttt_cli.options import Overrides, Verify, require_replaceable
 from ttt_cli.terminal import show, show_note
 
@@ -280,12 +281,7 @@ def _spread(given: list[Prompts], plans: list[SamplePlan], *, seconds: float) ->
     if problems:
         raise UsageError.about(problems, "samples do not have a prompt for each segment")
     several = len(given) > 1
-    return chosen, [f"{_places_in_words(where)}: {note}" if several else note for note, where in notes.items()]
-
-
-def _places_in_words(places: list[str]) -> str:
-    more = f" and {len(places) - 2} more" if len(places) > 2 else ""
-    return f"{', '.join(places[:2])}{more}"
+    return chosen, [f"{first_few(where, 2)}: {note}" if several else note for note, where in notes.items()]
 
 
 def _warn_of_changes(model: Path, learned: Path | None, config: RunConfig) -> None:

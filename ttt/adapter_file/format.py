@@ -75,9 +75,9 @@ class AdapterInfo:
 
 
 def backbone_identity(backbone: Backbone, options: BackboneOptions) -> dict[str, Any]:
-    """Name and options of a backbone as an adapter file keeps them, without those that only say where weights are."""
+    """Name and options of a backbone as an adapter file keeps them: those that say which model it is."""
     kept = {
-        key: value for key, value in options.model_dump(mode="json").items() if key not in backbone.location_options
+        key: value for key, value in options.model_dump(mode="json").items() if key not in backbone.non_identity_options
     }
     return {**kept, "name": backbone.name}
 

@@ -28,6 +28,7 @@ from ttt.files import read_tensors
 from ttt.inject import Injection
 from ttt.plugins import Site
 from ttt.printable import shell_word
+from ttt.words import first_line
 
 
 def load_adapter(
@@ -118,7 +119,7 @@ def _require_fit(info: AdapterInfo, sites: Sequence[Site], causal: bool, differe
     except InjectionError as error:
         found.append(str(error))
     except (RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:
-        found.append(f"its settings make no layer: {str(error).splitlines()[0] if str(error) else 'out of memory'}")
+        found.append(f"its settings make no layer: {first_line(error, otherwise='out of memory')}")
     _refuse(info.path, found)
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import math
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from ttt.reading import read_lines, unreadable
+from ttt.jsonl import Line, number_in, parse_object, path_in, read_excerpt
 
 _MOST_LINES = 2000
 _MOST_BYTES = 4 << 20
@@ -45,56 +41,32 @@ def read_recordings(source: str | None, *, beside: str | None = None) -> Recordi
         source: what the config names.
         beside: suffix of the file that must lie beside each recording.
     """
-    try:
-        return _read(source, beside) if source is not None else None
-    except (OSError, ValueError):  # gone, not readable, or a name that no file can have
+    read = None if source is None else read_excerpt(source, most_lines=_MOST_LINES, most_bytes=_MOST_BYTES)
+    if read is None:
         return None
+    recordings = Recordings(count=len(read.lines) + len(read.broken_off), complete=read.complete)
+    recordings.unparsed.extend(f"{file.name}: {why}" for file, why in read.broken_off.items())
+    for line in read.lines:
+        _sort_in(recordings, line, beside)
+    return recordings
 
 
-def _read(source: str, beside: str | None) -> Recordings | None:
-    path = Path(source)
-    if not path.is_dir() and not path.is_file():
-        return None
-    lines = Recordings()
-    budget = _MOST_BYTES
-    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-        size = file.stat().st_size
-        try:
-            for number, line in read_lines(file, most=budget):
-                if lines.count == _MOST_LINES:
-                    lines.complete = False
-                    return lines
-                lines.count += 1
-                _sort_in(lines, line, f"{file.name}:{number}", file.parent, beside)
-        except OSError as error:
-            if error.errno != errno.EFBIG:
-                raise
-            lines.count += 1
-            lines.unparsed.append(f"{file.name}: {unreadable(error)}")
-            size = budget + 1  # nothing was read behind it
-        lines.complete = lines.complete and size <= budget
-        budget = max(budget - size, 0)
-    return lines
-
-
-def _sort_in(lines: Recordings, line: bytes, place: str, folder: Path, beside: str | None) -> None:
+def _sort_in(recordings: Recordings, line: Line, beside: str | None) -> None:
+    place = line.short_place
     try:
-        entry = json.loads(line.decode("utf-8"), parse_int=float)  # some whole numbers are too large to be one later
-    except (ValueError, RecursionError):
-        entry = None
-    if not isinstance(entry, dict):
-        lines.unparsed.append(place)
+        entry = parse_object(line.content)
+    except ValueError:
+        recordings.unparsed.append(place)
         return
-    path, duration = entry.get("path"), entry.get("duration")
-    seconds = float(duration) if isinstance(duration, int | float) and not isinstance(duration, bool) else math.nan
-    if not isinstance(path, str) or not path or "\0" in path or not 0 < seconds < math.inf:
-        lines.lacking.append(place)
+    path, seconds = path_in(entry, "path"), number_in(entry, "duration")
+    if path is None or seconds is None or seconds <= 0:
+        recordings.lacking.append(place)
         return
-    file = folder / path
+    file = line.folder / path
     if not os.path.isfile(file):
-        lines.missing.append(place)
+        recordings.missing.append(place)
     elif beside is not None and not os.path.isfile(file.with_suffix(beside)):
-        lines.alone.append(place)
+        recordings.alone.append(place)
     else:
-        lines.places.append(place)
-        lines.seconds.append(seconds)
+        recordings.places.append(place)
+        recordings.seconds.append(seconds)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -355,14 +355,20 @@ class DataOptions(Section):
     """Read windows in a random order, anew each epoch."""
 
 
-class RunConfig(Section):
+OptionsT = TypeVar("OptionsT", bound=BackboneOptions)
+"""A plugin's `backbone` section: to a type checker its runs are `RunConfig[MyOptions, MyData]`."""
+DataT = TypeVar("DataT", bound=DataOptions)
+"""Its `data` section."""
+
+
+class RunConfig(Section, Generic[OptionsT, DataT]):
     """A whole run. `run_config_model` narrows `backbone` and `data` to one plugin's options."""
 
-    backbone: BackboneOptions
+    backbone: OptionsT
     """The pretrained model."""
     ttt: TTTConfig = Field(default_factory=lambda: TTTConfig.model_validate({}))
     """The TTT layers."""
-    data: DataOptions = Field(default_factory=DataOptions)
+    data: DataT = Field(default_factory=dict, validate_default=True)
     """What it is trained on."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """How it is trained."""

@@ -32,6 +32,7 @@ from ttt.errors import EnvironmentProblem, PluginError, TTTError
 from ttt.inject import bare_adapter, plan
 from ttt.laws.bench import Bench
 from ttt.plugins import Backbone, BackboneFacts, Site
+from ttt.words import first_line
 
 _PLENTY = 1 << 60
 """Bytes of memory that a preset is checked for: whether it fits is no matter here."""
@@ -57,10 +58,8 @@ def method_of(bench: Bench, name: str) -> Iterator[str]:
     except PluginError as error:  # which says where
         raise MethodBrokenError(method, str(error)) from error
     except Exception as error:  # a plugin's code: whatever it raises is its failure
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise MethodBrokenError(
-            method, f"fails with {type(error).__name__}: {first} ({_place(error, bench.backbone)})"
-        ) from error
+        told = f"{type(error).__name__}: {first_line(error, otherwise='')}"
+        raise MethodBrokenError(method, f"fails with {told} ({_place(error, bench.backbone)})") from error
 
 
 def _place(error: Exception, backbone: Backbone) -> str:
@@ -183,10 +182,10 @@ def presets_load(bench: Bench) -> None:
     read_preset(bench, "demo")
     for name in bench.backbone.presets():
         read_preset(bench, name)
-    unknown = sorted(bench.backbone.location_options - set(bench.backbone.options.model_fields))
+    unknown = sorted(bench.backbone.non_identity_options - set(bench.backbone.options.model_fields))
     if unknown:
         raise MethodBrokenError(
-            f"{type(bench.backbone).__name__}.location_options", f"the options have no {unknown[0]!r}"
+            f"{type(bench.backbone).__name__}.non_identity_options", f"the options have no {unknown[0]!r}"
         )
 
 

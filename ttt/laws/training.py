@@ -17,6 +17,7 @@ from ttt.inject import Injection
 from ttt.laws.bench import Bench, LawBrokenError, Wrapper, non_reentrant, reentrant
 from ttt.laws.parts import tensors_of, worst_of
 from ttt.plugins import Batch
+from ttt.words import first_line
 
 GROUP_SIZES = (0, 1, 2, 16)
 NESTINGS: dict[str, tuple[Wrapper, ...]] = {
@@ -40,7 +41,7 @@ def purity(bench: Bench) -> Mapping[str, float]:
         runs.append(bench.gradients(model, batch))
     except (RuntimeError, PluginError) as error:
         # Fast weights kept with their graph: the second pass reaches into the first one's, which is gone.
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise LawBrokenError(1, f"a second pass over the same tokens fails where the first did not: {first}") from error
     bench.outputs(model, batch)
     written = [
@@ -122,7 +123,7 @@ def _gradients(
         with bench.wrapped(injection, wrappers):
             return bench.gradients(injection.model, batch)
     except torch.utils.checkpoint.CheckpointError as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise LawBrokenError(2, f"at {where} recomputation differs from the forward pass: {first}") from error
 
 

@@ -276,6 +276,7 @@ ANSWERS: Mapping[str, Check] = {
     "presets": _presets,
     "facts": _facts,
     "has_eval_data": _truth,
+    "has_own_eval_data": _truth,
     "import_config": _imported,
     "plan_sample": _plan,
     "build": _module,

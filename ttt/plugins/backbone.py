@@ -12,9 +12,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn
 
-from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
+from ttt.config.schema import BackboneOptions, DataOptions, DataT, OptionsT, RunConfig
 from ttt.errors import UsageError
 from ttt.plugins.guarding import guard
 
@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     from ttt.plugins.site import Site
 
 
-class Backbone(ABC):
+class Backbone(ABC, Generic[OptionsT, DataT]):
     """A backbone plugin. The class attributes and the first methods must work without torch.
+
+    `class MyBackbone(Backbone[MyOptions, MyData])` tells a type checker what `config.backbone` and `config.data` are in
+    its methods; `class MyBackbone(Backbone)` works as well.
 
     What a method raises that is no `ttt.errors.TTTError`, and an answer that is not what the method promises, reach
     the caller as a `ttt.errors.PluginError` that names the plugin, the method and the line; see `ttt.plugins.asking`.
@@ -49,9 +52,9 @@ class Backbone(ABC):
     """Whether the model can be fed token by token; then `stream` is implemented."""
     options: ClassVar[type[BackboneOptions]]
     """The `backbone` section."""
-    location_options: ClassVar[frozenset[str]] = frozenset()
-    """Names of options that do not say which model it is, but where its weights lie, or what is recomputed: adapter
-    files leave them out."""
+    non_identity_options: ClassVar[frozenset[str]] = frozenset()
+    """Names of options that do not say which model it is: where its weights lie, what is recomputed, how it is trained
+    or sampled. `ttt.adapter_file.backbone_identity`, and so adapter files, leave them out."""
     data_options: ClassVar[type[DataOptions]] = DataOptions
     """The `data` section."""
     ttt_defaults: ClassVar[Mapping[str, Any]] = {}
@@ -72,12 +75,17 @@ class Backbone(ABC):
         """Complete, commented configs as YAML text, by preset name; `demo` must run anywhere, unchanged."""
 
     @abstractmethod
-    def facts(self, config: RunConfig) -> BackboneFacts:
+    def facts(self, config: RunConfig[OptionsT, DataT]) -> BackboneFacts:
         """Widths and lengths of the model and windows that `config` asks for."""
 
-    def has_eval_data(self, config: RunConfig) -> bool:
+    def has_eval_data(self, config: RunConfig[OptionsT, DataT]) -> bool:
         """Whether the split `eval` holds data that training does not see; else the training data is evaluated."""
-        return config.data.eval_data is not None
+        data = config.data
+        return data.eval_data is not None or (data.train_data is None and self.has_own_eval_data(config.backbone))
+
+    def has_own_eval_data(self, options: OptionsT) -> bool:
+        """Whether the data that the plugin brings, read if the config names none, has a part for evaluation."""
+        return False
 
     def import_config(self, text: str, *, file: str) -> ImportedConfig | None:
         """A config of another program that this backbone's users have, in this project's terms.
@@ -87,14 +95,14 @@ class Backbone(ABC):
             file: its name, whose ending may say what it is.
 
         Returns:
-            None where it is none that this backbone knows.
+            None if this backbone does not know it.
 
         Raises:
-            ttt.errors.UsageError: it can only be one, but is damaged; the message says where.
+            ttt.errors.UsageError: it is one, but damaged; the message says where.
         """
         return None
 
-    def plan_sample(self, config: RunConfig, *, seconds: float, out: Path) -> SamplePlan:
+    def plan_sample(self, config: RunConfig[OptionsT, DataT], *, seconds: float, out: Path) -> SamplePlan:
         """What a sample of so many seconds takes and leaves, where the backbone has `sample`.
 
         Raises:
@@ -102,7 +110,7 @@ class Backbone(ABC):
         """
         self._has_no("sampling: it cannot make anything from prompts")
 
-    def check_sample(self, config: RunConfig, request: SampleRequest) -> None:
+    def check_sample(self, config: RunConfig[OptionsT, DataT], request: SampleRequest) -> None:
         """Refuse what `sample` could not honour, before anything large is built; all that can be told without it.
 
         Args:
@@ -120,17 +128,17 @@ class Backbone(ABC):
     # --- with torch ---
 
     @abstractmethod
-    def build(self, options: BackboneOptions, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    def build(self, options: OptionsT, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
         """The model, weights loaded, in eval mode; on the device `meta`, its structure alone.
 
         Raises:
             ttt.errors.EnvironmentProblem: weights or packages are missing.
         """
 
-    def provenance(self, options: BackboneOptions) -> Mapping[str, str]:
+    def provenance(self, options: OptionsT) -> Mapping[str, str]:
         """Where the weights that `build` loaded came from, as `repository` and `commit`: adapter files record it.
 
-        Nothing is downloaded; empty where there is nothing to say.
+        Nothing is downloaded; empty if there is nothing to say.
         """
         return {}
 
@@ -139,7 +147,7 @@ class Backbone(ABC):
         """Where TTT can go, one for each layer, in order. The model is not changed."""
 
     @abstractmethod
-    def dataset(self, config: RunConfig, *, split: str, device: torch.device | str) -> WindowDataset:
+    def dataset(self, config: RunConfig[OptionsT, DataT], *, split: str, device: torch.device | str) -> WindowDataset:
         """The windows of a split, `train` or `eval`.
 
         Raises:
@@ -147,7 +155,7 @@ class Backbone(ABC):
         """
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch, config: RunConfig) -> LossOutput:
+    def loss(self, model: nn.Module, batch: Batch, config: RunConfig[OptionsT, DataT]) -> LossOutput:
         """The training loss of a batch on the model's device.
 
         What it draws comes from torch's global generators, which are seeded for each pass: so a resumed run draws what
@@ -170,7 +178,7 @@ class Backbone(ABC):
         """Whether a backbone parameter belongs to its attention (for `trainable: ttt+attention`)."""
         return ".attn" in parameter_name or "attention" in parameter_name or ".self_attn" in parameter_name
 
-    def precompute(self, config: RunConfig, *, console: Console) -> None:
+    def precompute(self, config: RunConfig[OptionsT, DataT], *, console: Console) -> None:
         """Make the training data from what it is made of, resumable: `ttt precompute CONFIG`.
 
         Args:
@@ -178,12 +186,12 @@ class Backbone(ABC):
             console: where to report.
 
         Raises:
-            ttt.errors.TTTError: sources are missing or broken; or the backbone reads its data as they are.
+            ttt.errors.TTTError: sources are missing or broken; or the backbone has no precomputation.
         """
         self._has_no("precomputation: it reads its data as they are")
 
     def sample(
-        self, model: nn.Module, request: SampleRequest, config: RunConfig, *, console: Console
+        self, model: nn.Module, request: SampleRequest, config: RunConfig[OptionsT, DataT], *, console: Console
     ) -> Sequence[Path]:
         """Make a sample with the adapted model: `ttt sample`.
 
@@ -202,7 +210,12 @@ class Backbone(ABC):
         self._has_no("sampling: it cannot make anything from prompts")
 
     def prepare_samples(
-        self, model: nn.Module, requests: Sequence[SampleRequest], config: RunConfig, *, console: Console
+        self,
+        model: nn.Module,
+        requests: Sequence[SampleRequest],
+        config: RunConfig[OptionsT, DataT],
+        *,
+        console: Console,
     ) -> Callable[[SampleRequest], Sequence[Path]]:
         """What makes one sample after another with the adapted model, so that what all of them need is loaded once.
 
@@ -238,7 +251,7 @@ class Backbone(ABC):
             The files and folders written.
 
         Raises:
-            ttt.errors.TTTError: it is no checkpoint that the backbone knows, a tensor is missing or does not fit;
+            ttt.errors.TTTError: the backbone does not know such checkpoints, a tensor is missing or does not fit;
                 nothing was written then.
         """
         self._has_no("import of weights: it knows no other program's checkpoints")
@@ -249,10 +262,10 @@ class Backbone(ABC):
     # --- for the laws' suite and `ttt check --probe` ---
 
     @abstractmethod
-    def tiny(self) -> BackboneOptions:
+    def tiny(self) -> OptionsT:
         """Options of the smallest model of the same structure, which the laws are tested on."""
 
-    def tiny_like(self, options: BackboneOptions) -> BackboneOptions:
+    def tiny_like(self, options: OptionsT) -> OptionsT:
         """`tiny` with what of the options could break a law: what is recomputed, where attention ends.
 
         `ttt check --probe` proves the laws on it.

@@ -88,13 +88,15 @@ def _options(backbone: Backbone) -> Iterator[str]:
 
 
 def _option_names(backbone: Backbone) -> Iterator[str]:
-    given: Any = backbone.location_options
+    if hasattr(backbone, "location_options"):
+        yield "location_options is what non_identity_options was called; rename it"
+    given: Any = backbone.non_identity_options
     if not isinstance(given, AbstractSet):
-        yield f"location_options is {given!r:.80}, not a set of names of options"
+        yield f"non_identity_options is {given!r:.80}, not a set of names of options"
         return
     for name in sorted(map(str, given)):
         if name not in backbone.options.model_fields:
-            yield f"location_options names {name!r}, which is no option of {backbone.options.__name__}"
+            yield f"non_identity_options names {name!r}, which is no option of {backbone.options.__name__}"
 
 
 def _ttt_defaults(backbone: Backbone) -> Iterator[str]:

@@ -8,12 +8,14 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
 
 from ttt.files import size_in_words
 from ttt.printable import say
+from ttt.progress import live_bar
+from ttt.words import duration_in_words
 
 TELL_SECONDS = 10.0
 """How long an evaluation may be silent if there is no bar, unless one batch takes longer."""
@@ -35,19 +37,13 @@ class Display:
         self._first = done
         self._log_freq = log_freq
         self._started = self._evaluating = self._told = time.monotonic()
-        self._bar: Progress | None = None
-        if console.is_terminal and not console.is_dumb_terminal:
-            self._bar = Progress(
-                TextColumn("train"),
-                BarColumn(bar_width=None, table_column=Column(ratio=1)),  # takes what the numbers leave
-                MofNCompleteColumn(),
-                _Text(lambda task: task.fields["told"], "cyan"),
-                _Text(lambda task: f"{task.fields['left']} left" if task.fields["left"] else "", "green"),
-                console=console,
-                expand=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
+        self._bar = live_bar(
+            console,
+            "train",
+            _Text(lambda task: task.fields["told"], "cyan"),
+            _Text(lambda task: f"{task.fields['left']} left" if task.fields["left"] else "", "green"),
+        )
+        if self._bar is not None:
             self._task = self._bar.add_task("train", total=total, completed=done, told="", left="")
 
     def __enter__(self) -> Display:
@@ -103,13 +99,3 @@ class _Text(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(self._text(task), style=self._style)
-
-
-def duration_in_words(seconds: float) -> str:
-    """`42 s`, `3 min 20 s`, `2 h 05 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -25,6 +25,7 @@ from ttt.printable import shell_word
 from ttt.state import TTTState
 from ttt.train.rundir import RunDir
 from ttt.train.stored_config import CONFIG
+from ttt.words import first_few
 
 
 class StepNotFiniteError(NonFiniteError):
@@ -237,8 +238,7 @@ class Examination:
 
 def listed(names: list[str]) -> str:
     """The first two names, and how many more."""
-    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    return f"{', '.join(names[:2])}{more}"
+    return first_few(names, 2)
 
 
 def examined(look: Callable[[], Diagnosis]) -> Diagnosis:

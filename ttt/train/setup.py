@@ -21,6 +21,7 @@ from ttt.plugins import Backbone, WindowDataset, run_config_model
 from ttt.plugins.asking import asked, is_out_of_memory
 from ttt.train.order import LaneOrder, WindowOrder
 from ttt.train.passes import seed_pass
+from ttt.words import first_line
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -154,5 +155,4 @@ def memory_errors(ways: Sequence[str]) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EnvironmentProblem(f"out of memory: {first} What takes less: {', '.join(ways)}") from error
+        raise EnvironmentProblem(f"out of memory: {first_line(error)} What takes less: {', '.join(ways)}") from error

@@ -45,11 +45,11 @@ class AudioInfo:
 
 
 def inspect_audio(path: Path) -> AudioInfo:
-    """Read a file's header, and try its end, where a file that was cut short gives itself away.
+    """Read a file's header, and decode its end: a file that was cut short fails there.
 
     Raises:
         UnreadableAudioError: it is not sound, or not whole.
-        OSError: it is not there, not to be read, or no file.
+        OSError: it is missing, cannot be read, or is not a file.
     """
     reader = _open(path)
     rate = int(reader.sample_rate)
@@ -66,7 +66,7 @@ def read_audio(path: Path, info: AudioInfo, begin: int, end: int) -> Tensor:
     """Samples `begin` to `end` of each channel, `[channels, end - begin]` float32.
 
     Raises:
-        UnreadableAudioError: they cannot be decoded, or are no numbers.
+        UnreadableAudioError: they cannot be decoded, or are not finite.
     """
     try:
         reader = _open(path)
@@ -139,7 +139,7 @@ def _held_back() -> Iterator[list[bool]]:
     """Hold back what is written to standard error meanwhile, such as the backtrace of a panic in the decoder.
 
     Yields:
-        A list; what was held back is written afterwards, unless it was cleared.
+        A list. If it is not empty at the end, what was held back is written then.
     """
     wanted = [True]
     try:

@@ -128,7 +128,7 @@ class DemoCodec(nn.Module):
         """Read a codec's file; without a path, the one that the package ships.
 
         Raises:
-            EnvironmentProblem: the file is missing, cut short or something else.
+            EnvironmentProblem: the file is missing, cut short or not a codec's.
         """
         file = Path(path) if path is not None else demo.CODEC
         try:

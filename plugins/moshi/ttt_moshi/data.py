@@ -7,14 +7,11 @@ left what Moshi says, right the user. Beside `a.wav` lies `a.json` with `alignme
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Final, Protocol
 
 import torch
 from sentencepiece import SentencePieceProcessor
@@ -22,14 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ttt.errors import EnvironmentProblem, UsageError
-from ttt.reading import MAX_JSON, read_file, read_lines, unreadable
+from ttt.reading import read_file, unreadable
+from ttt.words import first_line
 from ttt_moshi import demo
-from ttt_moshi.audio import AudioInfo, UnreadableAudioError, inspect_audio, read_audio, resample
+from ttt_moshi.audio import UnreadableAudioError, read_audio, resample
 from ttt_moshi.codec import DemoCodec
-from ttt_moshi.interleave import MAIN_SPEAKER, Word, frames_in, read_alignments, text_stream, words_between
-
-if TYPE_CHECKING:
-    from ttt_moshi.plugin import MoshiData, MoshiOptions
+from ttt_moshi.interleave import Word, frames_in, text_stream, words_between
+from ttt_moshi.options import MoshiData, MoshiOptions
+from ttt_moshi.recordings import BrokenTranscriptError, Recording, read_recordings, read_transcript
 
 TEXT_PADDING: Final = 3
 """`LMModel.text_padding_token_id`."""
@@ -38,8 +35,6 @@ END_OF_TEXT_PADDING: Final = 0
 NOTHING: Final = -1
 """`LMModel.zero_token_id`: no input, and no part of the loss."""
 
-_FORMAT: Final = '{"path": "a.wav", "duration": 61.2}'
-_TOLERANCE_SEC: Final = 0.5
 _MAX_TOKENIZER: Final = 64 << 20  # bytes; kyutai's has 0.5 MB
 
 
@@ -74,27 +69,13 @@ class Tokenizer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Recording:
-    """One line of a `.jsonl` file, and what its audio's header says."""
-
-    place: str
-    """File and line that name it."""
-    audio: Path
-    info: AudioInfo
-
-    @property
-    def transcript(self) -> Path:
-        return self.audio.with_suffix(".json")
-
-
 class SpeechWindows:
     """Windows of `duration_sec` of each recording: codes `[1 + 2·codebooks, T]`, text, Moshi's audio, the user's.
 
     Windows follow one another from the recording's beginning. Each is encoded alone, when it is first asked for, and
     kept (4 bytes a code: an hour of Moshi is 3 MB). T is `ceil(duration_sec * frame_rate)` for every window; what a
     recording's last window lacks holds -1, which the model takes as no input and the loss leaves out. A rest shorter
-    than a frame is no window.
+    than a frame is left out.
 
     Everything that can be told without decoding all audio is checked at once: every line, every header, every
     transcript.
@@ -127,7 +108,7 @@ class SpeechWindows:
                 f"data.duration_sec: {duration_sec:g} s is shorter than a frame ({1 / codec.frame_rate:g} s)"
             )
         self.notice: str | None = getattr(codec, "stand_in", None)
-        """What a user has to know about these codes: where a stand-in made them, that it did."""
+        """What a user has to know about these codes: if a stand-in made them, that it did."""
         self.frames = frames_in(duration_sec, codec.frame_rate)
         """T, frames of a window."""
         self._codec = codec
@@ -135,7 +116,7 @@ class SpeechWindows:
         self._device = torch.device(device)
         self._duration = duration_sec
         self._field = field
-        self._recordings = self._check(_index_files(Path(source), field))
+        self._recordings = read_recordings(Path(source), frame_sec=1 / codec.frame_rate, field=field)
         ranges = []
         start = 0
         for recording in self._recordings:
@@ -178,7 +159,7 @@ class SpeechWindows:
 
     # --- a window ---
 
-    def _locate(self, index: int) -> tuple[_Recording, float, float]:
+    def _locate(self, index: int) -> tuple[Recording, float, float]:
         """The recording of a window, and the seconds there that it covers; the last may reach past the end."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
@@ -186,13 +167,13 @@ class SpeechWindows:
         recording, place = self._recordings[number], index - self._files[number].start
         return recording, place * self._duration, (place + 1) * self._duration
 
-    def _encode(self, recording: _Recording, start: float, end: float) -> Tensor:
+    def _encode(self, recording: Recording, start: float, end: float) -> Tensor:
         rate = recording.info.sample_rate
         begin, stop = round(start * rate), min(round(end * rate), recording.info.samples)
         try:
             sound = read_audio(recording.audio, recording.info, begin, stop)
             words = self._words(recording)
-        except (UnreadableAudioError, _BrokenTranscriptError) as error:
+        except (UnreadableAudioError, BrokenTranscriptError) as error:
             raise EnvironmentProblem(f"{self._field}: {recording.place}: {recording.audio}: {error}") from None
         sound = resample(sound, rate, self._codec.sample_rate).to(self._device)
         with torch.no_grad():
@@ -208,148 +189,11 @@ class SpeechWindows:
         codes = torch.cat([torch.tensor(text)[None], audio.flatten(0, 1)])
         return F.pad(codes, (0, self.frames - codes.shape[-1]), value=NOTHING)
 
-    def _words(self, recording: _Recording) -> list[Word]:
+    def _words(self, recording: Recording) -> list[Word]:
         """The transcript of a recording; windows of a file tend to be read one after another."""
         if self._transcript is None or self._transcript[0] != recording.transcript:
-            self._transcript = recording.transcript, _read_transcript(recording)
+            self._transcript = recording.transcript, read_transcript(recording)
         return self._transcript[1]
-
-    # --- checking ---
-
-    def _check(self, indexes: Sequence[Path]) -> list[_Recording]:
-        """Every recording of every index, or what is wrong with them."""
-        recordings: list[_Recording] = []
-        problems: list[str] = []
-        speakers: Counter[str] = Counter()
-        for index in indexes:
-            for number, line in _lines(index):
-                place = f"{index}:{number}"
-                try:
-                    recording = _read_line(line, place, index.parent, 1 / self._codec.frame_rate)
-                    speakers.update(word.speaker for word in _read_transcript(recording))
-                except (_BadLineError, _BrokenTranscriptError) as error:
-                    problems.append(f"{place}: {error}")
-                else:
-                    recordings.append(recording)
-        if not recordings and not problems:
-            problems.append(f"{_listed(indexes)}: no recordings; write lines such as {_FORMAT}")
-        if not problems and speakers and MAIN_SPEAKER not in speakers:
-            problems.append(
-                f"{_listed(indexes)}: no word is Moshi's: the transcripts' speakers are {_listed(sorted(speakers))}; "
-                f"label the words of the left channel {MAIN_SPEAKER}"
-            )
-        if problems:
-            raise EnvironmentProblem.about(problems, "recordings cannot be used", where=self._field)
-        return recordings
-
-
-class _BadLineError(ValueError):
-    """A line of an index that cannot be used."""
-
-
-class _BrokenTranscriptError(ValueError):
-    """A recording's alignments cannot be read."""
-
-
-def _index_files(source: Path, field: str) -> list[Path]:
-    """The `.jsonl` files that a config's value means.
-
-    Raises:
-        EnvironmentProblem: there are none.
-    """
-    if source.is_dir():
-        found = sorted(source.rglob("*.jsonl"))
-        if not found:
-            raise EnvironmentProblem(f"{field}: {source} holds no .jsonl file; write one with lines such as {_FORMAT}")
-        return found
-    if not source.exists():
-        written = str(source)
-        if "," in written or written.rpartition(":")[0].endswith("jsonl"):
-            raise EnvironmentProblem(
-                f"{field}: {written} is no file; lists of files and weights such as a.jsonl:2 are not supported: name "
-                f"one .jsonl file, or a folder of them"
-            )
-        raise EnvironmentProblem(f"{field}: {written} does not exist; name a .jsonl file or a folder of them")
-    return [source]
-
-
-def _lines(index: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers."""
-    try:
-        yield from read_lines(index)
-    except OSError as error:
-        raise EnvironmentProblem(f"{index}: cannot be read: {unreadable(error)}") from None
-
-
-def _read_line(line: bytes, place: str, folder: Path, frame_sec: float) -> _Recording:
-    """Check one line of an index and the audio that it names."""
-    try:
-        entry = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise _BadLineError(f"no JSON ({_short(str(error))}); write {_FORMAT}") from None
-    if not isinstance(entry, dict):
-        raise _BadLineError(f"not an object; write {_FORMAT}")
-    path, duration = entry.get("path"), entry.get("duration")
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise _BadLineError(f'"path" is {_said(entry, "path")}; write {_FORMAT}')
-    if isinstance(duration, bool) or not isinstance(duration, int | float) or not 0 < duration < 1e9:
-        raise _BadLineError(f'"duration" is {_said(entry, "duration")}, not seconds; write {_FORMAT}')
-    audio = folder / path
-    try:
-        info = inspect_audio(audio)
-    except FileNotFoundError:
-        raise _BadLineError(f"no file {audio}; paths are relative to the folder of the .jsonl file") from None
-    except OSError as error:
-        raise _BadLineError(f"{_short(str(audio))}: cannot be read: {unreadable(error)}") from None
-    except UnreadableAudioError as error:
-        raise _BadLineError(f"{audio}: cannot be decoded: {error}") from None
-    if info.channels != 2:
-        channels = "mono" if info.channels == 1 else f"{info.channels} channels"
-        raise _BadLineError(f"{audio}: {channels}; Moshi needs two channels: left its own voice, right the user's")
-    if info.seconds < frame_sec:
-        raise _BadLineError(f"{audio}: {info.seconds:.3f} s are less than one frame ({frame_sec:g} s); leave it out")
-    if abs(info.seconds - duration) > _TOLERANCE_SEC:
-        raise _BadLineError(
-            f'{audio}: "duration" is {duration:g}, but the audio lasts {info.seconds:.2f} s; correct the line, or '
-            f"the file that it names"
-        )
-    return _Recording(place, audio, info)
-
-
-def _read_transcript(recording: _Recording) -> list[Word]:
-    """The words of a recording in order of time."""
-    file = recording.transcript
-    try:
-        words = read_alignments(json.loads(read_file(file, limit=MAX_JSON).decode("utf-8-sig")))
-    except FileNotFoundError:
-        raise _BrokenTranscriptError(
-            f'no file {file}; write its words beside the audio as {{"alignments": [["hello", [0.5, 0.9], '
-            f'"{MAIN_SPEAKER}"]]}}, or as moshi-finetune\'s annotate.py does'
-        ) from None
-    except OSError as error:
-        raise _BrokenTranscriptError(f"{file}: cannot be read: {unreadable(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise _BrokenTranscriptError(f"{file}: {_short(str(error))}") from None
-    if words and words[-1].start > recording.info.seconds + _TOLERANCE_SEC:
-        raise _BrokenTranscriptError(
-            f"{file}: {words[-1].text!r} starts at {words[-1].start:g} s, but the audio lasts "
-            f"{recording.info.seconds:.2f} s; times are in seconds"
-        )
-    return words
-
-
-def _said(entry: dict[str, Any], key: str) -> str:
-    return _short(repr(entry[key])) if key in entry else "missing"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _listed(things: Sequence[object]) -> str:
-    """The first few, as one phrase."""
-    more = f" and {len(things) - 3} more" if len(things) > 3 else ""
-    return ", ".join(str(thing) for thing in things[:3]) + more
 
 
 # --- the plugin's datasets ---
@@ -358,9 +202,9 @@ def _listed(things: Sequence[object]) -> str:
 def speech_windows(options: MoshiOptions, data: MoshiData, *, split: str, device: torch.device | str) -> SpeechWindows:
     """The windows of a split, `train` or `eval`, coded for the model that the options build.
 
-    The preset `demo` has its own codec, tokenizer and, where the config names no data, dialogue, with a held-out part
-    for `eval`. So has `7b` with `random_weights` and no codec of its own: speed and memory do not depend on the codes.
-    Otherwise, where the config names no held-out data, `eval` is the training data.
+    The preset `demo` has its own codec and tokenizer, and its own dialogue, with a held-out part for `eval`, if the
+    config names no data. So has `7b` with `random_weights`, if no codec is named: speed and memory do not depend on the
+    codes. Otherwise `eval` is the training data if the config names no held-out data.
 
     Raises:
         EnvironmentProblem: data, codec or tokenizer cannot be had.
@@ -392,7 +236,7 @@ def load_tokenizer(path: str | Path) -> SentencePieceProcessor:
     """Read a SentencePiece model.
 
     Raises:
-        EnvironmentProblem: it is missing or something else.
+        EnvironmentProblem: it is missing, or is not a SentencePiece model.
     """
     try:
         return SentencePieceProcessor(model_proto=read_file(path, limit=_MAX_TOKENIZER))
@@ -414,6 +258,6 @@ def _pretrained(options: MoshiOptions, device: torch.device | str) -> tuple[Code
     try:
         mimi = info.get_mimi(device=device)
     except Exception as error:  # safetensors, torch and the file system each have errors of their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise EnvironmentProblem(f"{info.mimi_weights}: cannot be loaded as Mimi weights: {reason}") from error
     return mimi.requires_grad_(False).eval(), tokenizer

@@ -1,7 +1,7 @@
 """moshi-finetune's YAML in this project's terms, with or without the `ttt:` section that forks of it have.
 
-Keys and defaults are those of moshi-finetune's `finetune/args.py`; what a file leaves out is written down where this
-project's default is another.
+Keys and defaults are those of moshi-finetune's `finetune/args.py`; what a file leaves out is written down if this
+project's default differs.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _DEFAULTS: dict[str, tuple[str, Any]] = {
     "gradient_checkpointing": ("train.gradient_checkpointing", True),
     "param_dtype": ("train.param_dtype", "bfloat16"),
 }
-"""What a file that leaves a key out trained with, where this project's default differs."""
+"""What a file without the key trained with, if this project's default differs."""
 _NOT_HERE = {
     "lora": "TTT layers learn here, in place of LoRA",
     "wandb": "a run writes metrics.jsonl, pictures and, with the extra `tensorboard`, TensorBoard files",
@@ -69,7 +69,7 @@ _TRUE, _FALSE = ("yes", "on", "y"), ("no", "off", "n")
 
 
 def import_config(text: str, *, file: str) -> ImportedConfig | None:
-    """The config of a moshi-finetune run, or None where the file is none."""
+    """The config of a moshi-finetune run, or None if the file is none."""
     source = parse_source(text, file=file)
     if not any(mark in source.data for mark in MARKS):
         return None

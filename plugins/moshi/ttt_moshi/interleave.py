@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
 
+from ttt.printable import shortened
 from ttt.reading import wrong_with
 
 MAIN_SPEAKER: Final = "SPEAKER_MAIN"
-"""Whose words are Moshi's; nobody else's are written."""
+"""Label of Moshi's own words; the words of others are not written."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Word:
     start: float
     """Seconds from the beginning of the recording."""
     end: float
-    """Seconds; not after `start` where the transcript has no duration for it."""
+    """Seconds; not after `start` if the transcript has no duration for it."""
     speaker: str
 
 
@@ -38,10 +39,10 @@ def frames_in(duration_sec: float, frame_rate: float) -> int:
 def read_alignments(content: Any) -> list[Word]:
     """Words of a parsed alignment file, `{"alignments": [[word, [start, end], speaker], …]}`, in order of time.
 
-    Words that last no time are left out, as moshi-finetune leaves them out.
+    Words without duration are left out, as in moshi-finetune.
 
     Raises:
-        ValueError: something else is there; the message names the item, counted from 1.
+        ValueError: it holds something else; the message names the item, counted from 1.
     """
     if not isinstance(content, dict) or not isinstance(content.get("alignments"), list):
         raise ValueError('it is no object with a list "alignments"')
@@ -58,8 +59,7 @@ def _read_word(item: Any, number: int) -> Word:
                 raise ValueError(f"the word of alignment {number} {wrong}")
             if times_are_numbers and abs(start) < 1e9 and abs(end) < 1e9:  # neither NaN nor too large for a float
                 return Word(text, float(start), float(end), speaker)
-    shown = repr(item)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    shown = shortened(repr(item), 60)
     raise ValueError(f"alignment {number} is {shown}, not [word, [start, end], speaker] with times in seconds")
 
 
@@ -83,8 +83,8 @@ def text_stream(
 ) -> list[int]:
     """Text tokens of `frames` frames.
 
-    Where a word begins before the last one is spelt out, the last one is cut off: text keeps time with the sound. Of
-    words that begin in the same frame only the last is written. Tokens that would read as padding (kyutai's
+    If a word begins before the last one is spelt out, the last one is cut off: text keeps time with the sound. If
+    several words begin in the same frame, only the last is written. Tokens that would read as padding (kyutai's
     tokenizers have their unknown token at the end of padding's id) are dropped.
 
     Args:

@@ -21,7 +21,7 @@ def moshi_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Text cross-entropy plus audio cross-entropy, each `Σ w·ce / Σ w` over the positions that the masks let in.
 
-    A weight is 1, but `text_padding_weight` where the text to predict is padding, and
+    A weight is 1, except `text_padding_weight` if the text to predict is padding, and
     `first_codebook_weight_multiplier` for the first of Moshi's own codebooks. So padding that weighs less also
     counts less in the mean, and with a multiplier of 100 the first codebook is 100 of 107 parts of the audio loss.
 
@@ -56,8 +56,8 @@ def _precision(logits: Tensor) -> torch.dtype:
 def _weighted_mean(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Mean cross-entropy, `[B,K,T,card]` against `[B,K,T]`, by weights `[B,K,T]`.
 
-    Positions without weight are blanked before the cross-entropy, not after: kyutai's model fills those that delays
-    leave without a prediction with NaN, and the gradient of a NaN that is multiplied by zero is NaN.
+    Positions without weight are blanked before the cross-entropy, not after: if a delay leaves a position without a
+    prediction, kyutai's model fills it with NaN, and the gradient of a NaN times zero is NaN.
     """
     counts = weights > 0
     logits = torch.where(counts[..., None], logits.to(weights.dtype), 0.0)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -22,11 +22,9 @@ from ttt.layer import Rotary, TTTLayer
 from ttt.plugins import LossOutput, Site
 from ttt.reading import other_kind
 from ttt.state import TTTState
+from ttt.words import first_line
 from ttt_moshi.loss import moshi_loss
-from ttt_moshi.plugin import DEMO
-
-if TYPE_CHECKING:
-    from ttt_moshi.plugin import MoshiOptions
+from ttt_moshi.options import DEMO, MoshiOptions
 
 DEMO_SEED = 20260101
 # The structure of `moshi.models.loaders._lm_kwargs`, narrowed; the vocabularies are those of the demo codec and
@@ -47,7 +45,7 @@ DEMO_KWARGS: dict[str, Any] = {
 
 
 def build(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dtype) -> LMModel:
-    """The model that the options ask for, in eval mode; on `meta`, its structure alone.
+    """The model that the options ask for, in eval mode; on `meta`, only its structure.
 
     Raises:
         EnvironmentProblem: weights cannot be had.
@@ -66,7 +64,7 @@ def build(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dty
         return info.get_moshi(device=device, dtype=dtype)
     except (OSError, RuntimeError, ValueError) as error:
         raise EnvironmentProblem(
-            f"{info.moshi_weights}: cannot be loaded as Moshi weights: {_first_line(error)}"
+            f"{info.moshi_weights}: cannot be loaded as Moshi weights: {first_line(error)}"
         ) from error
 
 
@@ -84,7 +82,7 @@ def _demo_model(options: MoshiOptions, *, device: torch.device | str, dtype: tor
 
 @lru_cache(maxsize=1)
 def checkpoint_info(options: MoshiOptions) -> loaders.CheckpointInfo:
-    """Where kyutai's weights, codec and tokenizer are, fetched from the hub where the options name no local file.
+    """Where kyutai's weights, codec and tokenizer are, fetched from the hub if the options name no local file.
 
     Raises:
         EnvironmentProblem: a local file is missing, or the hub cannot be reached.
@@ -113,13 +111,13 @@ def checkpoint_info(options: MoshiOptions) -> loaders.CheckpointInfo:
         )
     except Exception as error:  # the hub's client raises errors of many libraries
         raise EnvironmentProblem(
-            f"{repo} cannot be fetched from the Hugging Face hub ({_first_line(error)}); name local files with "
+            f"{repo} cannot be fetched from the Hugging Face hub ({first_line(error)}); name local files with "
             f"backbone.moshi_path, mimi_path, tokenizer_path and config_path, or try the demo preset"
         ) from error
 
 
 def provenance(options: MoshiOptions) -> dict[str, str]:
-    """The repository that the language model's weights are of, and its commit as far as the hub's cache tells it."""
+    """The repository of the language model's weights, and its commit if the hub's cache knows it."""
     if options.preset == "demo" or options.random_weights or options.moshi_path is not None:
         return {}
     repo = options.hf_repo or loaders.DEFAULT_REPO
@@ -135,16 +133,11 @@ def _lm_config(options: MoshiOptions) -> dict[str, Any]:
     return cast("dict[str, Any]", info.lm_config)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def set_gradient_checkpointing(model: nn.Module, enabled: bool) -> None:
+def set_gradient_checkpointing(model: LMModel, enabled: bool) -> None:
     """Switch kyutai's activation checkpointing, around every layer of the main transformer and the depformer."""
-    lm = cast(LMModel, model)
-    lm.transformer.checkpointing = enabled
-    if lm.depformer is not None:
-        lm.depformer.checkpointing = enabled
+    model.transformer.checkpointing = enabled
+    if model.depformer is not None:
+        model.depformer.checkpointing = enabled
 
 
 # --- where TTT goes ---
@@ -155,7 +148,7 @@ class TTTStreamingState(State):
     """A TTT state in kyutai's streaming: one row for each stream, updated in place.
 
     Tensors keep their addresses, so that a CUDA graph recorded over them stays valid; a row that `exec_mask` pauses
-    is left as it is, and `reset` starts rows over.
+    does not change, and `reset` resets rows.
     """
 
     layer: TTTLayer
@@ -163,14 +156,14 @@ class TTTStreamingState(State):
 
     @torch.no_grad()
     def update(self, new: TTTState, rows: Tensor) -> None:
-        """Take the rows `[B]` that are true from `new`."""
+        """Replace the rows `[B]` that are true by those of `new`."""
         kept = new.where(rows, self.state).tensors()
         for name, buffer in self.state.tensors().items():
             buffer.copy_(kept[name])
 
     @torch.no_grad()
     def reset(self, reset_mask: Tensor) -> None:
-        """Start the rows `[B]` that are true over, from the layer's own weights."""
+        """Reset the rows `[B]` that are true to the layer's own weights."""
         super().reset(reset_mask)
         self.update(self.layer.reset(self.state, reset_mask), reset_mask)
 
@@ -182,7 +175,7 @@ class MoshiTTT(TTTAdapter, StreamingModule[TTTStreamingState]):
 
     @property
     def streams(self) -> TTTState | None:
-        """Where the streams stand while streaming, with the tokens that they have skipped; None outside of it."""
+        """The streams' state while streaming, with the tokens that they have skipped; None if not streaming."""
         return None if self._streaming_state is None else self._streaming_state.state
 
     def _init_streaming_state(self, batch_size: int) -> TTTStreamingState:
@@ -218,7 +211,7 @@ class AdaptedLayer(StreamingTransformerLayer):
 class MoshiSite(Site):
     """A layer of Moshi's main transformer."""
 
-    model: nn.Module | None = None
+    model: LMModel | None = None
 
     def attach(self, adapter: nn.Module) -> None:
         """Attach, and let kyutai's streaming find the new child."""
@@ -234,7 +227,7 @@ class MoshiSite(Site):
         """Drop the lists of streaming children that kyutai's modules cache at their first use.
 
         Raises:
-            InjectionError: the model is streaming, with states that know nothing of the change.
+            InjectionError: the model is streaming; its states would not fit the change.
         """
         assert self.model is not None
         for module in self.model.modules():
@@ -244,54 +237,51 @@ class MoshiSite(Site):
                 module._cached_children = None
 
 
-def sites(model: nn.Module) -> list[MoshiSite]:
+def sites(model: LMModel) -> list[MoshiSite]:
     """One site for each layer of the main transformer."""
-    lm = cast(LMModel, model)
     return [
         MoshiSite(
             layer=index,
             path=f"transformer.layers.{index}",
             module=layer,
-            dim=lm.dim,
+            dim=model.dim,
             num_heads=layer.self_attn.num_heads,
             subclass=AdaptedLayer,
             adapter=MoshiTTT,
             model=model,
         )
-        for index, layer in enumerate(lm.transformer.layers)
+        for index, layer in enumerate(model.transformer.layers)
     ]
 
 
 # --- running ---
 
 
-def loss(model: nn.Module, codes: Tensor, options: MoshiOptions) -> LossOutput:
+def loss(model: LMModel, codes: Tensor, options: MoshiOptions) -> LossOutput:
     """The loss of codes `[B,17,T]`: text cross-entropy plus audio cross-entropy over Moshi's own codebooks."""
-    lm = cast(LMModel, model)
-    output = lm(codes)
+    output = model(codes)
     total, parts = moshi_loss(
         output,
         codes,
-        dep_q=lm.dep_q,
+        dep_q=model.dep_q,
         text_padding_weight=options.text_padding_weight,
         first_codebook_weight_multiplier=options.first_codebook_weight_multiplier,
-        text_padding_ids={lm.text_padding_token_id, lm.end_of_text_padding_id},
+        text_padding_ids={model.text_padding_token_id, model.end_of_text_padding_id},
     )
     return LossOutput(total, tokens=codes.shape[0] * codes.shape[2], metrics=parts)
 
 
-def example_codes(model: nn.Module, *, batch_size: int, tokens: int, seed: int) -> Tensor:
+def example_codes(model: LMModel, *, batch_size: int, tokens: int, seed: int) -> Tensor:
     """Random codes `[B,17,T]` that the model knows."""
-    lm = cast(LMModel, model)
     generator = torch.Generator().manual_seed(seed)
-    text = torch.randint(4, lm.text_card, (batch_size, 1, tokens), generator=generator)
-    audio = torch.randint(0, lm.card, (batch_size, lm.n_q, tokens), generator=generator)
-    return torch.cat((text, audio), dim=1).to(lm.device)
+    text = torch.randint(4, model.text_card, (batch_size, 1, tokens), generator=generator)
+    audio = torch.randint(0, model.card, (batch_size, model.n_q, tokens), generator=generator)
+    return torch.cat((text, audio), dim=1).to(model.device)
 
 
-def outputs(model: nn.Module, codes: Tensor) -> Tensor:
+def outputs(model: LMModel, codes: Tensor) -> Tensor:
     """The main transformer's output and text logits for each frame of codes as it is read, `[B,T,D+text_card]`."""
-    hidden, text_logits = cast(LMModel, model).forward_text(codes)
+    hidden, text_logits = model.forward_text(codes)
     return torch.cat((hidden, text_logits[:, 0]), dim=-1)
 
 
@@ -304,10 +294,9 @@ def perturb(codes: Tensor, *, token: int, row: int | None) -> Tensor:
     return changed
 
 
-def stream(model: nn.Module, codes: Tensor, *, pieces: Sequence[int]) -> Tensor:
+def stream(model: LMModel, codes: Tensor, *, pieces: Sequence[int]) -> Tensor:
     """`outputs` of codes that are fed in pieces, through kyutai's streaming state."""
-    lm = cast(LMModel, model)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(lm.streaming(codes.shape[0]))
-        return torch.cat([outputs(lm, piece) for piece in codes.split(list(pieces), dim=2)], dim=1)
+        stack.enter_context(model.streaming(codes.shape[0]))
+        return torch.cat([outputs(model, piece) for piece in codes.split(list(pieces), dim=2)], dim=1)

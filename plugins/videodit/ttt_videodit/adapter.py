@@ -11,7 +11,7 @@ from ttt.config import TTTConfig
 from ttt.errors import InjectionError
 from ttt.layer import TTTLayer
 from ttt_videodit.layout import Layout, ReadingOrder
-from ttt_videodit.plugin import ROTARY_UNIT
+from ttt_videodit.options import ROTARY_UNIT
 
 
 class BidirectionalTTT(nn.Module):
@@ -64,8 +64,8 @@ class BidirectionalTTT(nn.Module):
         Args:
             video: its tokens `[B,V,D]`.
             text: those of its texts, `[B,S·L,D]`.
-            layout: how they lie.
-            remat_forward: run the forward direction again in backward instead of keeping its activations.
+            layout: their order.
+            remat_forward: rematerialise the forward direction instead of keeping its activations.
             remat_reverse: the same for the backward direction.
 
         Returns:

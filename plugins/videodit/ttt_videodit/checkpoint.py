@@ -1,8 +1,8 @@
 """The tensors of another program's checkpoint, from files that are looked at before anything in them is believed.
 
-`look_at` tells without torch, and so at once, what is no checkpoint: something other than a file, a zip whose content
-is larger than the file, a pickle that no `torch.save` writes. What is left goes to `torch.load` with `weights_only`,
-which runs no code of a file.
+`look_at` refuses what is not a checkpoint without torch, and so at once: something other than a file, a zip whose
+content is larger than the file, a pickle that `torch.save` would not write. The rest goes to `torch.load` with
+`weights_only`, which runs no code of a file.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, cast
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import mapping_errors, read_header, read_json
 from ttt.reading import open_file, other_kind, unreadable
+from ttt.words import first_few, first_line
 from ttt_videodit import distributed
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
 MODEL_KEYS: Final = ("model", "state_dict", "module")
 """Where checkpoints that hold more than a model keep it."""
+TOLD: Final = 5
+"""How many names a message tells."""
 
-_TOLD: Final = 5
 _MOST_WRAPS: Final = 8
 _MAX_DIRECTORY: Final = 4 << 20  # bytes of a zip's directory, about 60 for each tensor
 _MAX_PICKLE: Final = 16 << 20  # bytes; the names and shapes of a thousand tensors take 0.2 MB
@@ -48,17 +50,11 @@ class Checkpoint:
     """What else is in it: the optimiser's state, say."""
 
 
-def some(names: Sequence[str]) -> str:
-    """The first few of some names, and how many more there are."""
-    told = ", ".join(names[:_TOLD])
-    return told if len(names) <= _TOLD else f"{told} and {len(names) - _TOLD} more"
-
-
 def open_checkpoint(source: Path) -> Checkpoint:
     """The tensors of a checkpoint, mapped from the disk.
 
     Raises:
-        UsageError: it is none that can be imported.
+        UsageError: it is not a checkpoint that can be imported.
         EnvironmentProblem: a file is missing or damaged.
     """
     files = look_at(source)
@@ -68,11 +64,11 @@ def open_checkpoint(source: Path) -> Checkpoint:
 
 
 def look_at(source: Path) -> list[Path]:
-    """The files that hold the tensors, seen to be safe to open; imports no torch.
+    """The files that hold the tensors, checked to be safe to open; imports no torch.
 
     Raises:
-        UsageError: they are none that can be imported.
-        EnvironmentProblem: one is missing or damaged.
+        UsageError: it is not a checkpoint that can be imported.
+        EnvironmentProblem: a file is missing or damaged.
     """
     if not source.exists():
         raise EnvironmentProblem(f"{source}: no such file or folder")
@@ -130,7 +126,7 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def _look_at_torch(file: Path) -> None:
-    """See that a file is one of `torch.save`, and no larger inside than outside.
+    """Check that a file is one of `torch.save`, and that its content is not larger than the file.
 
     Raises:
         UsageError: it is something else.
@@ -155,7 +151,7 @@ def _look_at_torch(file: Path) -> None:
     except OSError as error:
         raise EnvironmentProblem(f"{file}: cannot be read: {unreadable(error)}") from error
     except (ValueError, IndexError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-        raise EnvironmentProblem(f"{file}: no file of torch.save, or a damaged one ({_first_line(error)})") from None
+        raise EnvironmentProblem(f"{file}: no file of torch.save, or a damaged one ({first_line(error)})") from None
 
 
 def _look_at_zip(opened: IO[bytes], file: Path) -> None:
@@ -169,8 +165,8 @@ def _look_at_zip(opened: IO[bytes], file: Path) -> None:
         packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
         if packed:
             raise UsageError(
-                f"{file}: {some(packed)} of its zip {'is' if len(packed) == 1 else 'are'} compressed, as torch.save "
-                f"never does; load and save it again"
+                f"{file}: {first_few(packed, TOLD)} of its zip {'is' if len(packed) == 1 else 'are'} compressed, as "
+                f"torch.save never does; load and save it again"
             )
         if sum(entry.file_size for entry in entries) > os.fstat(opened.fileno()).st_size:
             raise UsageError(f"{file}: its zip promises more than the file holds")
@@ -181,7 +177,7 @@ def _look_at_zip(opened: IO[bytes], file: Path) -> None:
 
 
 def _directory_size(opened: IO[bytes]) -> int:
-    """Bytes of a zip's directory, which `zipfile` reads at once, whatever it says."""
+    """Bytes of a zip's directory, all of which `zipfile` reads at once."""
     length = opened.seek(0, os.SEEK_END)
     begin = max(0, length - (1 << 16) - 98)
     opened.seek(begin)
@@ -197,7 +193,7 @@ def _directory_size(opened: IO[bytes]) -> int:
 
 
 class _Limited:
-    """What a pickle is read through, up to a size."""
+    """A file that gives no more than some bytes to whoever reads a pickle from it."""
 
     def __init__(self, opened: IO[bytes]) -> None:
         self._opened = opened
@@ -218,7 +214,7 @@ class _Limited:
 
 
 def _look_at_pickle(opened: IO[bytes], file: Path) -> None:
-    """Follow a pickle without making anything of it, and refuse one that would cost more than it is long."""
+    """Step through a pickle without loading it, and refuse one that would take far more time than its length."""
     stack: list[tuple[int, int]] = []  # of each object on the unpickler's stack, its parts and its levels
     marks: list[int] = []
     memo: dict[int, tuple[int, int]] = {}
@@ -267,7 +263,7 @@ def _read_safetensors(files: Sequence[Path]) -> dict[str, Tensor]:
         names = read_header(file).tensors
         twice = sorted(tensors.keys() & names.keys())
         if twice:
-            raise UsageError(f"{file}: holds {some(twice)}, which another file of the checkpoint holds too")
+            raise UsageError(f"{file}: holds {first_few(twice, TOLD)}, which another file of the checkpoint holds too")
         try:
             with mapping_errors(), safe_open(file, framework="pt") as opened:
                 tensors |= {name: opened.get_tensor(name) for name in names}
@@ -282,14 +278,14 @@ def _read_torch(file: Path) -> Checkpoint:
 
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError:  # whose advice, `weights_only=False`, is none that we would give
+    except pickle.UnpicklingError:  # whose advice is weights_only=False, which would run code of the file
         raise UsageError(
             f"{file}: holds more than tensors, or is no file of torch.save; no code in it was run. Save the model's "
             f"state_dict alone, best as .safetensors"
         ) from None
     except Exception as error:  # what a damaged file makes torch.load raise is of many kinds
         raise EnvironmentProblem(
-            f"{file}: no file of torch.save, or a damaged one ({type(error).__name__}: {_first_line(error)})"
+            f"{file}: no file of torch.save, or a damaged one ({type(error).__name__}: {first_line(error)})"
         ) from None
     content, others = _state_dict(content, file)
     tensors = {
@@ -302,7 +298,7 @@ def _read_torch(file: Path) -> Checkpoint:
 
 
 def _state_dict(content: Any, file: Path) -> tuple[Mapping[Any, Any], list[str]]:
-    """The mapping with the tensors, and the names of what lies beside it."""
+    """The mapping with the tensors, and the names of what is beside it."""
     from torch import Tensor
 
     if not isinstance(content, Mapping):
@@ -321,7 +317,3 @@ def _state_dict(content: Any, file: Path) -> tuple[Mapping[Any, Any], list[str]]
 
 def _named(key: object) -> str:
     return key if isinstance(key, str) else f"an entry under a {type(key).__name__}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,7 @@ import functools
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ttt.errors import EnvironmentProblem, UnreadableError, UsageError
 from ttt.files import mapping_errors, verify_tensors
+from ttt.jsonl import jsonl_files, read_jsonl
 from ttt.reading import require_file
 from ttt_videodit import demo
 from ttt_videodit.clip import CROPS, Split, demo_captions, demo_pictures
@@ -28,23 +29,10 @@ from ttt_videodit.geometry import (
     Segments,
     pixel_frames,
 )
-from ttt_videodit.index import (
-    NOT_LISTED,
-    EncodedVideo,
-    LineError,
-    Wanted,
-    check_encoded,
-    demo_segments,
-    index_files,
-    jsonl_lines,
-    missing_data,
-    parse_encoded,
-    windows_in,
-)
+from ttt_videodit.index import NOT_LISTED, EncodedVideo, LineError, check_encoded, parse_encoded, windows_in
+from ttt_videodit.options import VideoDiTData, VideoDiTOptions
 from ttt_videodit.text import DemoTextEncoder
-
-if TYPE_CHECKING:
-    from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions
+from ttt_videodit.wanted import Wanted, demo_segments, missing_data
 
 _RANDOM_SEEDS: Final = {"train": 0, "eval": 1}
 _RANDOM_NOTICE: Final = (
@@ -68,7 +56,7 @@ class Video(Protocol):
 
     @property
     def start_sec(self) -> float:
-        """Where in the file that it was made from it begins."""
+        """Its start in the file that it was made from."""
         ...
 
     @property
@@ -168,15 +156,15 @@ def latent_windows(
 ) -> LatentWindows:
     """The windows of a split, `train` or `eval`, for the model that the options build.
 
-    The preset `demo` has a clip of its own where the config names no data, its last 3 s held out, at the config's size
-    of 64 × 64 only; `5b` with `random_weights` has random latents. Otherwise, where the config names no held-out
-    data, `eval` is the training data.
+    If the config names no data, the preset `demo` has a clip of its own, of 64 × 64 pixels only, whose last 3 s are
+    held out, and `5b` with `random_weights` has random latents. Otherwise `eval` is the training data if the config
+    names no held-out data.
 
     Args:
         options: the section `backbone`.
         data: the section `data`.
         split: which one.
-        device: where the model is; windows lie on the CPU.
+        device: where the model is; windows are on the CPU.
 
     Raises:
         EnvironmentProblem: data are missing or broken; the message names file and line.
@@ -263,20 +251,19 @@ def _read_rows(path: Path, name: str, first: int, stop: int) -> Tensor:
 def _indexed_windows(source: Path, wanted: Wanted, field: str, *, verify: bool) -> LatentWindows:
     if not source.exists():
         raise EnvironmentProblem(f"{field}: {source} does not exist; `ttt precompute` makes it from data.videos")
-    files = index_files(source)
     videos: list[EncodedVideo] = []
     problems: list[str] = []
     short = 0
-    for file in files:
-        for place, line in jsonl_lines(file):
+    for file in jsonl_files(source):
+        for line in read_jsonl(file):
             try:
-                entry = parse_encoded(line, place, file.parent)
+                entry = parse_encoded(line.content, line.place, line.folder)
                 check_encoded(entry, wanted)
             except LineError as error:
                 if error.kind == "short":
                     short += 1
                 else:
-                    problems.append(f"{place}: {error}")
+                    problems.append(f"{line.place}: {error}")
             else:
                 videos.append(entry)
     if problems:
@@ -324,7 +311,7 @@ class _MemoryVideo:
 def _demo_windows(split: Split, wanted: Wanted, field: str) -> LatentWindows:
     """Windows of the clip, encoded as `ttt precompute` would; that takes about a second."""
     count = demo_segments(wanted.segments)
-    if split == "eval":  # once through what is held out, where a window is not longer than that
+    if split == "eval":  # once through what is held out, if a window is not longer
         once = demo_segments(wanted.segments, demo.HELD_OUT_FRAMES)
         count = once if once >= wanted.window else count
     return LatentWindows(

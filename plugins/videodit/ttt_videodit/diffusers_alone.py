@@ -18,7 +18,7 @@ def _import_alone() -> None:
     modules = cast("dict[str, Any]", sys.modules)
     if _KEPT_OUT in modules or "diffusers" in modules:
         return
-    modules[_KEPT_OUT] = None  # by which Python's import system says that a module is not to be had
+    modules[_KEPT_OUT] = None  # how Python's import system marks a module that cannot be imported
     try:
         import diffusers  # noqa: F401
     finally:

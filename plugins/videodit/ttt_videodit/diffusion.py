@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from ttt.errors import EnvironmentProblem
 from ttt.plugins import LossOutput
 from ttt.plugins.rows import StepRows, rows_of_step
+from ttt.words import first_line
 from ttt_videodit.geometry import PATCH_SIZE
-from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions
+from ttt_videodit.options import DEFAULT_PRETRAINED, VideoDiTOptions
 
 SCHEDULER = "scheduler"
 """Folder of a model in diffusers' layout that says how its noise is scheduled."""
@@ -65,9 +66,9 @@ def make_scheduler(pretrained: str | None = None, revision: str | None = None) -
         settings = CogVideoXDPMScheduler.load_config(pretrained, subfolder=SCHEDULER, revision=revision)
         scheduler = CogVideoXDPMScheduler.from_config(settings, timestep_spacing="trailing")
     except Exception as error:  # the hub's client raises errors of many libraries
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EnvironmentProblem(
-            f"backbone.pretrained: {pretrained}: its {SCHEDULER}/scheduler_config.json cannot be read: {first}"
+            f"backbone.pretrained: {pretrained}: its {SCHEDULER}/scheduler_config.json cannot be read: "
+            f"{first_line(error)}"
         ) from error
     if scheduler.config.prediction_type != "v_prediction":
         raise EnvironmentProblem(
@@ -103,8 +104,8 @@ def draw_timesteps(step: StepRows, count: int) -> Tensor:
 def training_loss(model: nn.Module, batch: Mapping[str, Tensor], options: VideoDiTOptions) -> LossOutput:
     """The mean squared error of the x₀ that the model predicts, weighted with 1/(1−ᾱ).
 
-    That is the mean squared error of v, since `x̂₀ − x₀ = −√(1−ᾱ)·(v̂ − v)`, and is computed as such: no small
-    difference is divided by a small number where there is little noise. Latents are drawn anew for every pass,
+    That is the mean squared error of v, since `x̂₀ − x₀ = −√(1−ᾱ)·(v̂ − v)`, and is computed as such: so that with
+    little noise no small difference is divided by a small number. Latents are drawn anew for every pass,
     `x₀ = mean + std·ε′`. In training mode, `options.text_dropout` of the rows have all their text replaced by zeros.
 
     Args:

@@ -1,4 +1,4 @@
-"""Distributed checkpoints of PyTorch, as TTT-Video's trainer saves them, told from what can be imported.
+"""Distributed checkpoints of PyTorch, as TTT-Video's trainer saves them: recognised, and refused with the way out.
 
 One is a folder of `.distcp` files with a `.metadata` that is written last. The trainer's lie in
 `DUMP/EXPERIMENT/checkpoint/step-N`; users name any of these folders. Imports no torch.
@@ -15,6 +15,7 @@ from typing import Final
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.printable import shell_word
 from ttt.reading import unreadable
+from ttt.words import first_few
 
 METADATA: Final = ".metadata"
 _SHARD: Final = ".distcp"
@@ -25,10 +26,10 @@ _STEP: Final = re.compile(r".*?(\d{1,15})")
 
 
 def refuse(source: Path) -> None:
-    """Say what to do with a distributed checkpoint, or with a folder of some.
+    """Refuse a distributed checkpoint, or a folder with some in it, and say what to do with it.
 
     Raises:
-        UsageError: the source is one, or part of one, or has some beneath it and no tensors of its own.
+        UsageError: the source is one, or part of one, or a folder with some in it and no tensors of its own.
     """
     if source.suffix == _SHARD or source.name == METADATA:
         source = source.parent
@@ -65,9 +66,8 @@ def _in_words(source: Path, whole: Sequence[Path], cut: Sequence[Path]) -> str:
         return f"holds no whole checkpoint{passed_over}; name an earlier one, or another run"
     runs = {folder.parent: folder for folder in whole}  # the newest of each, which comes last
     if len(runs) > 1:
-        newest = ", ".join(str(folder) for folder in list(runs.values())[:3])
-        more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
-        return f"holds the checkpoints of {len(runs)} runs; name one of them: {newest}{more} are their newest"
+        newest = first_few(list(runs.values()))
+        return f"holds the checkpoints of {len(runs)} runs; name one of them: {newest} are their newest"
     folder = whole[-1]
     count = (
         f"{len(whole)} distributed checkpoints of PyTorch, the newest"
@@ -109,7 +109,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _is_cut_short(folder: Path) -> bool:
-    """Whether it has a checkpoint's parts without the file that is written last, or its name and nothing at all."""
+    """Whether a folder has a checkpoint's parts without the file that is written last, or is empty with its name."""
     try:
         names = os.listdir(folder)
     except OSError:
@@ -119,7 +119,7 @@ def _is_cut_short(folder: Path) -> bool:
 
 
 def _step(folder: Path) -> tuple[int, float]:
-    """The step in a folder's name; by its age where there is none."""
+    """A sort key: the step in the folder's name, or its age if the name has none."""
     found = _STEP.fullmatch(folder.name)
     try:
         return (int(found[1]) if found else -1, folder.stat().st_mtime)

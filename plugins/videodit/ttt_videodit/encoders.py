@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ttt.errors import EnvironmentProblem
+from ttt.words import first_line
 from ttt_videodit import demo
 from ttt_videodit.codec import DemoCodec
 from ttt_videodit.frames import Picture, to_tensor
 from ttt_videodit.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
-from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions
+from ttt_videodit.options import DEFAULT_PRETRAINED, VideoDiTOptions
 from ttt_videodit.pretrained import TEXT_PARTS, VAE, source_of
 from ttt_videodit.scenes import add_scene_tokens
 from ttt_videodit.text import DemoTextEncoder
@@ -32,7 +33,7 @@ PIECE: Final = 8
 
 @dataclass(frozen=True)
 class Posterior:
-    """What an encoder knows of latents: `x₀ ~ N(mean, std²)`, both `[Fr,C,h,w]`, at the scale of the transformer."""
+    """An encoder's answer: `x₀ ~ N(mean, std²)`, both `[Fr,C,h,w]`, at the scale of the transformer."""
 
     mean: Tensor
     std: Tensor
@@ -55,7 +56,7 @@ class VideoEncoder(Protocol):
 
 
 class TextEncoder(Protocol):
-    """What needs texts needs this of a text encoder."""
+    """What sampling and `ttt precompute` need of a text encoder."""
 
     @property
     def text_length(self) -> int:
@@ -72,7 +73,7 @@ class TextEncoder(Protocol):
         ...
 
     def count(self, text: str, /) -> int:
-        """Tokens that a text has, were it not cut off after L."""
+        """Tokens of a text, before it is cut off after L."""
         ...
 
 
@@ -89,7 +90,7 @@ def pieces(frames: int) -> list[int]:
 
 
 class DemoVideoEncoder:
-    """The demo's linear codec: latents without any doubt about them (`std` 0)."""
+    """The demo's linear codec, whose latents are exact (`std` 0)."""
 
     def __init__(self, codec: DemoCodec) -> None:
         self._codec = codec
@@ -179,7 +180,7 @@ class T5TextEncoder:
         return torch.cat(rows)
 
     def count(self, text: str) -> int:
-        """Tokens that a text has, were it not cut off."""
+        """Tokens of a text, before it is cut off."""
         return len(self._tokenizer(text, verbose=False).input_ids)
 
 
@@ -267,16 +268,15 @@ def load_vae(options: VideoDiTOptions, *, device: torch.device | str, dtype: tor
 
 @contextlib.contextmanager
 def _in_our_words(source: str, what: str) -> Iterator[None]:
-    """Say in one sentence what the libraries and the hub's client say of weights that cannot be loaded."""
+    """Turn what the libraries and the hub's client raise for weights that cannot be loaded into one sentence."""
     try:
         yield
     except EnvironmentProblem:
         raise
     except Exception as error:  # diffusers, transformers, the hub's client and safetensors each have their own
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EnvironmentProblem(
-            f"{source}: cannot be loaded as {what} ({first}); name a local folder in diffusers' layout with "
-            f"backbone.pretrained, or try the demo preset"
+            f"{source}: cannot be loaded as {what} ({first_line(error)}); name a local folder in diffusers' layout "
+            f"with backbone.pretrained, or try the demo preset"
         ) from error
 
 
@@ -289,8 +289,8 @@ def encode_video(
     """What a video's latents file holds, `mean` and `std` `[Fr,C,h,w]`, `start_mean` and `start_std` `[S,C,h,w]`.
 
     Row i of the latter is the first latent frame of the video that begins with frame `starts[i]`: it stands for that
-    frame alone, while in the whole video the same latent frame stands for four, and the model never begins with such
-    a one when it samples.
+    frame alone. In the whole video the same latent frame stands for four, and the model never begins with such a one
+    when it samples.
 
     Args:
         pictures: of the video, `[H,W,3]` each, read one by one.

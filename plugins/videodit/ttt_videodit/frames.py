@@ -35,7 +35,7 @@ _SEEK_SEC: Final = 2  # nearer to the start, decoding up to there is as quick
 
 
 class UnreadableVideoError(ValueError):
-    """A file that is not video, not whole or too short; the message says why, and does not name the file."""
+    """A file that is not video, is damaged or too short; the message says why, and does not name the file."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class VideoInfo:
     """What a video file's header says."""
 
     seconds: float | None
-    """Length; None where the header does not say."""
+    """Length; None if the header does not say."""
 
 
 def inspect_video(path: Path) -> VideoInfo:

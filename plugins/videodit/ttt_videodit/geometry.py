@@ -58,11 +58,6 @@ class Segments:
             )
         return count
 
-    def frame_range(self, segment: int) -> range:
-        """The latent frames that a segment covers."""
-        start = self.attn_length * segment
-        return range(start, start + self.length)
-
 
 def segments_in(duration_sec: int) -> int:
     """Segments of a video of so many seconds."""

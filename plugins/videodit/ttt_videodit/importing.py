@@ -1,58 +1,27 @@
 """TTT-Video's TOML, for training and for sampling, in this project's terms.
 
 Keys and defaults are those of TTT-Video's `ttt/infra/config_manager.py` and `ttt/models/configs.py`; what a file leaves
-out is written down where this project's default is another.
+out is written down if this project's default differs.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
-from datetime import date, time
 from typing import Any
 
-from ttt.config.findings import Place
-from ttt.config.places import KeyPath, Located
 from ttt.config.schema import MOST_RATE
 from ttt.config.source import Source
-from ttt.errors import UsageError
 from ttt.plugins import Import, ImportedConfig
 from ttt.plugins.imported import number
+from ttt_videodit.toml_files import FORMAT, places_in, read_toml, refuse_script
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-FORMAT = "TTT-Video"
 MARKS = ("ssm_layer", "ttt_base_lr", "video_length")
 """Keys of `[model]` that no other program's config has."""
 PUBLISHED_TEXT_LENGTH = {3: 498, 9: 502, 18: 471, 30: 497, 63: 458}
 """Text tokens of a segment by seconds of video, from its `configs/eval`: with them sequences divide into 64s."""
 WEIGHT_DECAY = 1e-4
 """`ParameterGroupManager.WEIGHT_DECAY_VALUE` of its `ttt/infra/optimizers.py`."""
-
-_LATER = "TODO"
-_UNQUOTED = re.compile(rf"^([^\S\n]*[\w.\-]+[^\S\n]*=[^\S\n]*){_LATER}([^\S\n]*(?:#.*)?)$", re.MULTILINE)
-"""What the published files have where a path is to be filled in, which is no TOML."""
-_TOML_PLACE = re.compile(r"\s*\(at (?:line (\d+), column (\d+)|end of document)\)")
-
-MAX_BYTES = 1 << 16
-"""Of a file; those that TTT-Video publishes have 2 KiB."""
-MAX_LEVELS = 32
-MAX_VALUES = 10_000
-MAX_WORD = 400
-"""Characters of a key or number without quotes."""
-_TOKEN = re.compile(
-    r'''"""(?:\\.|[^\\])*?"""|\'{3}.*?\'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|#[^\n]*'''
-    r"|(?P<word>[\w+\-]+)|[^\S\n]+|.",
-    re.DOTALL,
-)
-"""Strings and comments whole, words, spaces, and every other character."""
-_OVERRIDE = re.compile(r"--([a-z]+\.\w{1,60})")
-_SECTION_LINE = re.compile(r"\s*\[\s*([\w.\- ]+?)\s*\]")
-_KEY_LINE = re.compile(r"\s*([\w\-]+)\s*=")
 
 KERNEL_MINI_BATCH = 64
 """Tokens of a mini-batch in the kernel of `ttt_mlp`, a constant of ttt-tk's `kernels/ttt/ttt.cu`; that of `ttt_linear`
@@ -90,7 +59,7 @@ _TRAINING_DEFAULTS: dict[str, tuple[str, Any]] = {
     "training.warmup_steps": ("train.warmup_steps", 50),
     "optimizer.gradient_clipping_norm": ("train.max_norm", 0.1),
 }
-"""What a file that leaves a key out trained with, where this project's default differs."""
+"""What a file without the key trained with, if this project's default differs."""
 _NOT_HERE = {
     "job.config_file": "the file itself",
     "model.name": "TTT-Video has cogvideo alone",
@@ -125,17 +94,17 @@ _NOT_HERE = {
 
 
 def import_config(text: str, *, file: str) -> ImportedConfig | None:
-    """The config of a TTT-Video job, or None where the file is none.
+    """The config of a TTT-Video job, or None if the file is none.
 
     Raises:
-        UsageError: the file calls itself TOML and is none, or is a script that starts TTT-Video.
+        UsageError: the file is named .toml and is not TOML, or is a script that starts TTT-Video.
     """
-    _refuse_script(text, file)
-    data = _read(text, file)
+    refuse_script(text, file)
+    data = read_toml(text, file)
     model = data.get("model")
     if not isinstance(model, Mapping) or not (any(mark in model for mark in MARKS) or model.get("name") == "cogvideo"):
         return None
-    moving = Import(Source(file, data, _places(text, file)), FORMAT)
+    moving = Import(Source(file, data, places_in(text, file)), FORMAT)
     samples = any(section in data for section in ("eval", "guider", "denoiser", "discretization"))
     trains = not samples or any(section in data for section in ("training", "optimizer", "checkpoint"))
     moving.add("backbone.name", "videodit", "whose config it is")
@@ -156,89 +125,6 @@ def import_config(text: str, *, file: str) -> ImportedConfig | None:
     for old, why in _NOT_HERE.items():
         moving.drop(old, why)
     return moving.done()
-
-
-def _refuse_script(text: str, file: str) -> None:
-    """Say of a script that starts TTT-Video which file to import, and what the script changes of it."""
-    lines = "\n".join(line for line in text[:MAX_BYTES].splitlines() if not line.lstrip().startswith("#"))
-    if not text.startswith("#!") or "--job.config_file" not in lines:
-        return
-    changed = [key for key in dict.fromkeys(_OVERRIDE.findall(lines)) if key != "job.config_file"]
-    told = f", with what it changes written into it: {', '.join(changed)}" if changed else ""
-    raise UsageError(
-        f"{file}: is a script that starts {FORMAT}; import the TOML that its --job.config_file names{told}"
-    )
-
-
-def _read(text: str, file: str) -> dict[str, Any]:
-    """The file's data, null where a path is still to be filled in; empty where it is no TOML."""
-    named = file.casefold().endswith(".toml")
-    excess = _excess(text)
-    if excess is not None:
-        if not named:
-            return {}
-        line, cause = excess
-        raise UsageError(f"{file}:{line}: not TOML: {cause}; no config is, so name one of TTT-Video's")
-    try:
-        data = tomllib.loads(_UNQUOTED.sub(rf'\1"{_LATER}"\2', text))
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or a number that Python does not read
-        if not named:
-            return {}
-        cause = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        found = _TOML_PLACE.search(cause)
-        place = f":{found[1]}:{found[2]}" if found and found[1] else ""
-        raise UsageError(f"{file}{place}: not TOML: {_TOML_PLACE.sub('', cause)}") from None
-    return {section: _plain(values, levels=1) for section, values in data.items()}
-
-
-def _excess(text: str) -> tuple[int, str] | None:
-    """What of a text is more than a config has, and in which line; a parser of TOML takes for ever with some of it."""
-    if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
-        return 1, f"larger than {MAX_BYTES >> 10} KiB"
-    line, depth, dots, values = 1, 0, 0, 0
-    for match in _TOKEN.finditer(text):
-        token = match[0]
-        if token == ".":
-            dots += 1
-        elif token in ("[", "{"):
-            depth, dots = depth + 1, 0
-        elif token in ("]", "}"):
-            depth = max(depth - 1, 0)
-        elif token in ("\n", ",", "="):
-            dots = 0
-        values += token in ("=", ",", "[")
-        if max(depth, dots) > MAX_LEVELS:
-            return line, f"nested more than {MAX_LEVELS} levels deep"
-        if values > MAX_VALUES:
-            return line, f"more than {MAX_VALUES:,} values"
-        if match["word"] and len(token) > MAX_WORD:
-            return line, f"a key or number of more than {MAX_WORD} characters"
-        line += token.count("\n")
-    return None
-
-
-def _plain(value: Any, *, levels: int) -> Any:
-    """A value of TOML as one of a config: times as text; where a path is still to be filled in, null."""
-    if isinstance(value, dict):
-        return {key: _plain(item, levels=levels - 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item, levels=-1) for item in value]
-    if isinstance(value, date | time):  # a datetime is a date
-        return value.isoformat()
-    return None if value == _LATER and levels == 0 else value
-
-
-def _places(text: str, file: str) -> dict[KeyPath, Located]:
-    """Where the keys of sections are written, as far as each has a line of its own; TOML's reader does not tell."""
-    section: KeyPath = ()
-    found: dict[KeyPath, Located] = {}
-    for line, written in enumerate(text.splitlines(), 1):
-        if match := _SECTION_LINE.match(written):
-            section = tuple(part.strip() for part in match[1].split("."))
-        elif match := _KEY_LINE.match(written):
-            key = Place(file, line, match.start(1) + 1, written, len(match[1]))
-            found.setdefault((*section, match[1]), Located(key, key))
-    return found
 
 
 def _number(value: Any) -> float | None:

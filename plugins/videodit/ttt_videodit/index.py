@@ -16,9 +16,8 @@ the line (`ttt.checksums`); an index from before there were checksums lacks them
 
 from __future__ import annotations
 
-import json
 from codecs import BOM_UTF8
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -26,27 +25,21 @@ from typing import Any, Final
 from ttt import checksums
 from ttt.errors import EnvironmentProblem, UnreadableError
 from ttt.files import Header, read_header
-from ttt.reading import MAX_JSON, other_kind, read_file, read_lines, require_file, unreadable, wrong_with
-from ttt_videodit import demo
+from ttt.jsonl import number_in, parse_object, path_in, value_in_words
+from ttt.printable import shortened
+from ttt.reading import other_kind, require_file, unreadable, wrong_with
 from ttt_videodit.geometry import (
-    FRAMES_PER_SECOND,
     LATENT_CHANNELS,
-    SEGMENT_SEC,
     SPATIAL_COMPRESSION,
-    TEMPORAL_COMPRESSION,
-    Segments,
-    segments_in,
 )
-from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTData, VideoDiTOptions, pixels, text_length
 from ttt_videodit.published import told_line, told_start
+from ttt_videodit.wanted import Wanted
 
 VIDEO_EXAMPLE: Final = '{"path": "a.mp4", "captions": ["waves", "a gull"]}'
 """A good line of a list."""
-COGVIDEOX_TEXT_DIM: Final = 4096
-"""Width of T5-XXL's hidden states."""
 
 NOT_LISTED: Final = "damaged, or not the file that was listed: its checksum is another; run ttt precompute again"
-"""Of a file whose checksum is not the one in the index."""
+"""Said of a file whose checksum is not the one in the index."""
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
 
 
@@ -80,7 +73,7 @@ class EncodedSegment:
     text: Path
     """Where its embedding is."""
     text_sha256: str | None = field(default=None, compare=False)
-    """That file's checksum, where it is known."""
+    """That file's checksum, if it is known."""
 
 
 @dataclass(frozen=True)
@@ -100,127 +93,39 @@ class EncodedVideo:
     text_length: int
     segments: tuple[EncodedSegment, ...]
     latents_sha256: str | None = field(default=None, compare=False)
-    """The latents file's checksum, where it is known."""
+    """The latents file's checksum, if it is known."""
 
     @property
     def checksums(self) -> dict[Path, str | None]:
-        """The files that it names, each with its checksum where that is known."""
+        """The files that it names, each with its checksum if that is known."""
         texts = {segment.text: segment.text_sha256 for segment in self.segments}
         return {self.latents: self.latents_sha256, **texts}
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a config asks of the videos that it trains on."""
-
-    segments: Segments
-    """How they are cut."""
-    window: int
-    """Segments of a window."""
-    height: int
-    """Pixels."""
-    width: int
-    """Pixels."""
-    text_length: int
-    """L, tokens of a segment's text."""
-    text_dim: int | None
-    """E, width of a text token, where it can be told without the model."""
-
-    @classmethod
-    def of(cls, options: VideoDiTOptions, data: VideoDiTData) -> Wanted:
-        """What the sections `backbone` and `data` ask for."""
-        height, width = pixels(options, data)
-        return cls(
-            options.segments,
-            segments_in(data.duration_sec),
-            height,
-            width,
-            text_length(options, data),
-            _text_dim(options),
-        )
-
-    @property
-    def segment_sec(self) -> float:
-        """Seconds from the start of a segment to that of the next; 3 with the usual `attn_length`."""
-        return self.segments.attn_length * TEMPORAL_COMPRESSION / FRAMES_PER_SECOND
-
-
-def _text_dim(options: VideoDiTOptions) -> int | None:
-    if options.preset == "demo":
-        return demo.TEXT_DIM
-    if options.pretrained in (None, DEFAULT_PRETRAINED):
-        return COGVIDEOX_TEXT_DIM
-    try:
-        config = json.loads(read_file(Path(options.pretrained or "") / "transformer" / "config.json", limit=MAX_JSON))
-        return int(config["text_embed_dim"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
-        return None
-
-
-def demo_segments(segments: Segments, frames: int = demo.FRAMES) -> int:
-    """Segments of the demo's clip, or of so many of its frames."""
-    latent_frames = (frames - 1) // TEMPORAL_COMPRESSION + 1
-    return max(0, (latent_frames - segments.prefix_temporal_length) // segments.attn_length)
-
-
-def missing_data(options: VideoDiTOptions, data: VideoDiTData) -> tuple[str, str, str] | None:
-    """Where, why and what to write where a config names no training data, and the preset has none of that kind."""
-    if data.train_data is not None or options.random_weights:
-        return None
-    if options.preset == "5b":
-        way_out = "name the index that `ttt precompute` writes"
-        return "data.train_data", "the preset 5b has no data of its own", way_out
-    wanted, side = Wanted.of(options, data), demo.SIDE
-    if (wanted.height, wanted.width) != (side, side):
-        key = "height" if wanted.height != side else "width"
-        why = f"the demo's clip is {side} × {side} pixels, not {wanted.width} wide and {wanted.height} high"
-        return f"data.{key}", why, "leave height and width out, or name data.train_data of that size"
-    count = demo_segments(options.segments)
-    if count < wanted.window:
-        why = f"the demo's clip has {count} segments, but a window of {wanted.window} is asked for"
-        seconds = f"write {count * SEGMENT_SEC} or less, or " if count else ""
-        return "data.duration_sec", why, f"{seconds}name data.train_data"
-    return None
 
 
 # --- lines ---
 
 
-def jsonl_lines(file: Path, *, most_bytes: int | None = None) -> Iterator[tuple[str, bytes]]:
-    """Lines of a file that are not blank, each with its place, `file:line`.
-
-    Args:
-        file: the `.jsonl`.
-        most_bytes: where to stop reading; a line that lies across is left out.
-
-    Raises:
-        EnvironmentProblem: the file cannot be read.
-    """
-    try:
-        for number, line in read_lines(file, most=most_bytes):
-            yield f"{file}:{number}", line
-    except OSError as error:
-        raise EnvironmentProblem(f"{file}: cannot be read: {unreadable(error)}") from None
-
-
 def parse_listed(line: bytes, place: str, folder: Path) -> ListedVideo:
-    """Read a line of a list; whether its file is video is left to whoever decodes it.
+    """Read a line of a list. Whether its file is video is checked when it is decoded.
 
     Raises:
-        LineError: it is no such line, or its file is not there.
+        LineError: it is not such a line, or its file is missing.
     """
     entry = _object(line, f"write {VIDEO_EXAMPLE}")
     unknown = sorted(set(entry) - {"path", "captions", "start_sec"})
     if unknown:
-        raise LineError("line", f'unknown key "{_short(unknown[0])}"; the keys are path, captions and start_sec')
-    name = _text(entry, "path")
+        raise LineError(
+            "line", f'unknown key "{shortened(unknown[0], 120)}"; the keys are path, captions and start_sec'
+        )
+    name = _path(entry, "path")
     captions = entry.get("captions")
     if not isinstance(captions, list) or not captions:
-        raise LineError("line", f'"captions" is {_said(entry, "captions")}, not a list with one for each 3 s')
+        raise LineError("line", f'"captions" is {value_in_words(entry, "captions")}, not a list with one for each 3 s')
     for number, caption in enumerate(captions, start=1):
         if not isinstance(caption, str) or not caption.strip():
             raise LineError(
-                "segments", f"caption {number} of {len(captions)} is {_short(repr(caption))}; each 3 s need a text"
+                "segments",
+                f"caption {number} of {len(captions)} is {shortened(repr(caption), 120)}; each 3 s need a text",
             )
         wrong = wrong_with(caption)
         if wrong is not None:
@@ -232,38 +137,40 @@ def parse_listed(line: bytes, place: str, folder: Path) -> ListedVideo:
 
 
 def parse_encoded(line: bytes, place: str, folder: Path) -> EncodedVideo:
-    """Read a line of an index; what it names is not looked at.
+    """Read a line of an index. The files that it names are not looked at.
 
     Raises:
-        LineError: it is no such line.
+        LineError: it is not such a line.
     """
     entry = _object(line, "write the index with ttt precompute")
     try:
         checksums.parse_line(line.removeprefix(BOM_UTF8))
     except ValueError as error:
         raise LineError("damaged", f"{error}; delete the line and run ttt precompute again") from None
-    latents = folder / _text(entry, "latents")
+    latents = folder / _path(entry, "latents")
     sizes = {}
     for key in ("frames", "height", "width", "text_length"):
         value = entry.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-            raise LineError("line", f'"{key}" is {_said(entry, key)}, not a whole number')
+            raise LineError("line", f'"{key}" is {value_in_words(entry, key)}, not a whole number')
         sizes[key] = value
     written = entry.get("segments")
     if not isinstance(written, list) or not written:
-        raise LineError("segments", f'"segments" is {_said(entry, "segments")}, not a list with one for each 3 s')
+        raise LineError(
+            "segments", f'"segments" is {value_in_words(entry, "segments")}, not a list with one for each 3 s'
+        )
     segments = []
     for number, segment in enumerate(written, start=1):
-        text = segment.get("text") if isinstance(segment, dict) else None
+        text = path_in(segment, "text") if isinstance(segment, dict) else None
         caption = segment.get("caption") if isinstance(segment, dict) else None
-        if not isinstance(text, str) or not text or "\0" in text or not isinstance(caption, str):
+        if text is None or not isinstance(caption, str):
             raise LineError(
                 "segments", f'segment {number} of {len(written)} is no {{"caption": "…", "text": "….safetensors"}}'
             )
         segments.append(EncodedSegment(caption, folder / text, _checksum(segment, "text_sha256")))
     return EncodedVideo(
         place,
-        _text(entry, "video"),
+        _path(entry, "video"),
         _seconds(entry),
         latents,
         segments=tuple(segments),
@@ -273,7 +180,7 @@ def parse_encoded(line: bytes, place: str, folder: Path) -> EncodedVideo:
 
 
 def line_of(video: EncodedVideo, folder: Path) -> str:
-    """The line of an index in a folder that says this, without a newline."""
+    """A video's line in an index in that folder, without a newline."""
     entry = {
         "video": video.video,
         "start_sec": video.start_sec,
@@ -300,44 +207,34 @@ def _object(line: bytes, way_out: str) -> dict[str, Any]:
     if told is not None:
         raise LineError("line", told)
     try:
-        entry = json.loads(line.removeprefix(BOM_UTF8).decode("utf-8"), object_pairs_hook=checksums.no_duplicates)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise LineError("line", f"no JSON ({_short(str(error))}); {way_out}") from None
-    if not isinstance(entry, dict):
-        raise LineError("line", f"not an object; {way_out}")
+        entry = parse_object(line, unique_keys=True)
+    except ValueError as error:
+        raise LineError("line", f"{error}; {way_out}") from None
     told = told_line(entry)
     if told is not None:
         raise LineError("line", told)
     return entry
 
 
-def _text(entry: Mapping[str, Any], key: str) -> str:
-    value = entry.get(key)
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise LineError("line", f'"{key}" is {_said(entry, key)}, not a path')
-    return value
+def _path(entry: Mapping[str, Any], key: str) -> str:
+    path = path_in(entry, key)
+    if path is None:
+        raise LineError("line", f'"{key}" is {value_in_words(entry, key)}, not a path')
+    return path
 
 
 def _seconds(entry: Mapping[str, Any]) -> float:
-    value = entry.get("start_sec")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
-        raise LineError("line", f'"start_sec" is {_said(entry, "start_sec")}, not seconds from 0 on')
-    return float(value)
+    seconds = number_in(entry, "start_sec")
+    if seconds is None or not 0 <= seconds < 1e9:
+        raise LineError("line", f'"start_sec" is {value_in_words(entry, "start_sec")}, not seconds from 0 on')
+    return seconds
 
 
 def _checksum(entry: Mapping[str, Any], key: str) -> str | None:
     value = entry.get(key)
     if value is not None and not isinstance(value, str):
-        raise LineError("line", f'"{key}" is {_said(entry, key)}, not a checksum')
+        raise LineError("line", f'"{key}" is {value_in_words(entry, key)}, not a checksum')
     return value
-
-
-def _said(entry: Mapping[str, Any], key: str) -> str:
-    return _short(repr(entry[key])) if key in entry else "missing"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _require_file(path: Path, way_out: str) -> None:
@@ -345,7 +242,7 @@ def _require_file(path: Path, way_out: str) -> None:
         require_file(path)
     except OSError as error:
         kind = other_kind(path)
-        what = f"no file {_short(str(path))}" if kind is None else f"{path} is {unreadable(error)}"
+        what = f"no file {shortened(str(path), 120)}" if kind is None else f"{path} is {unreadable(error)}"
         raise LineError("missing", f"{what}; {way_out}") from None
 
 
@@ -353,7 +250,7 @@ def _require_file(path: Path, way_out: str) -> None:
 
 
 def check_encoded(video: EncodedVideo, wanted: Wanted) -> None:
-    """See that an encoded video is what a config asks for, by the headers of its files; no tensor is read.
+    """Check that an encoded video is what a config asks for, by the headers of its files; no tensor is read.
 
     Raises:
         LineError: it is not, or a file is missing or damaged.
@@ -422,8 +319,3 @@ def _check_tensors(path: Path, shapes: Mapping[str, tuple[int | None, ...]], che
 def windows_in(video: EncodedVideo, wanted: Wanted) -> int:
     """Whole windows of a video; what is left over at its end is not read."""
     return len(video.segments) // wanted.window
-
-
-def index_files(source: Path) -> list[Path]:
-    """The `.jsonl` files that a config's value means: the file itself, or those in the folder at any depth."""
-    return sorted(source.rglob("*.jsonl")) if source.is_dir() else [source]

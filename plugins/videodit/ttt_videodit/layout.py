@@ -1,4 +1,4 @@
-"""In which order TTT reads the tokens of a video and its texts, forward and backward, and where each token lies.
+"""The order in which TTT reads the tokens of a video and its texts, forward and backward.
 
 A backbone holds the tokens of a video as `[text 0, text 1, …, frame 0, frame 1, …]`. TTT reads them interleaved:
 text 0, the frames of segment 0, text 1, the frames of segment 1, …. The segment that is read first has the frames
@@ -77,10 +77,10 @@ class Layout:
         return _reading_order(self, device, backward=True)
 
     def rotary(self, head_width: int, *, theta: float, device: torch.device, dtype: torch.dtype) -> Rotary:
-        """Cosine and sine `[T,F/2]` of the tokens as they are read, in either direction.
+        """Cosine and sine `[T,F/2]` of the tokens in reading order, the same in either direction.
 
-        A video token is turned by where it stands among the video tokens as they are read: F/4 channels by its time,
-        3F/8 by its height, 3F/8 by its width. A text token is not turned.
+        A video token is turned by its place among the video tokens in reading order: F/4 channels by its time, 3F/8 by
+        its height, 3F/8 by its width. A text token is not turned.
 
         Args:
             head_width: F, a multiple of 16.
@@ -98,16 +98,16 @@ class ReadingOrder:
     """A permutation of the tokens and its inverse, `[T]` each."""
 
     order: Tensor
-    """Where the i-th token that is read lies."""
+    """The storage place of the i-th token in reading order."""
     inverse: Tensor
-    """As which one the token that lies at i is read."""
+    """The place in reading order of the token stored at i."""
 
     def read(self, tokens: Tensor) -> Tensor:
-        """Tokens `[B,T,D]` as they lie, as they are read."""
+        """Tokens `[B,T,D]` from storage order to reading order."""
         return tokens.index_select(1, self.order)
 
     def restore(self, tokens: Tensor) -> Tensor:
-        """Tokens `[B,T,D]` as they are read, as they lie."""
+        """Tokens `[B,T,D]` from reading order to storage order."""
         return tokens.index_select(1, self.inverse)
 
 
@@ -136,6 +136,6 @@ def _rotary(layout: Layout, head_width: int, theta: float, device: torch.device,
         turned.append([x.view(shape).expand(*sides, -1) for x in angles])
     cos, sin = (torch.cat(parts, dim=-1).flatten(0, 2) for parts in zip(*turned, strict=True))
     text = cos.new_ones(layout.text_tokens, head_width // 2)
-    # Video tokens are turned by their place among those that are read, which is the same in either direction.
+    # Video tokens are turned by their place in reading order, so that both directions share one table.
     order = layout.reading_order(device).order
     return torch.cat((text, cos))[order], torch.cat((torch.zeros_like(text), sin))[order]

@@ -1,161 +1,28 @@
-"""CogVideoX's transformer as a backbone: attention by segments, where TTT goes, and what is rematerialised."""
+"""CogVideoX's transformer for videos of any number of segments, where TTT goes, and what the laws ask of it."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, cast
 
 import ttt_videodit.diffusers_alone  # noqa: F401
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
-from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ttt.errors import EnvironmentProblem
 from ttt.plugins import Site
 from ttt_videodit.adapter import BidirectionalTTT
+from ttt_videodit.attention import AdaptedAttention, Remat, RematFeedForward, SegmentAttention, rematerialised
 from ttt_videodit.geometry import LATENT_CHANNELS, PATCH_SIZE, Segments
 from ttt_videodit.layout import Layout
-from ttt_videodit.plugin import DEFAULT_PRETRAINED, DEMO_TEXT_DIM, DEMO_TIME_DIM, PIXELS, VideoDiTOptions, sizes
-from ttt_videodit.pretrained import source_of, verify_record
-from ttt_videodit.variants import WAY_OUT, wrong_source, wrong_variant
+from ttt_videodit.variants import WAY_OUT, wrong_variant
 
-DEMO_SEED = 20260101
 LAST_WITHOUT_EFFECT = frozenset({"backward_gate_text.gating_alpha"})
-# What `transformer/config.json` of THUDM/CogVideoX-5b says, where it differs from the class's defaults.
-COGVIDEOX_5B_CONFIG: dict[str, Any] = {
-    "num_attention_heads": 48,
-    "num_layers": 42,
-    "attention_head_dim": 64,
-    "use_rotary_positional_embeddings": True,
-}
-
-
-@dataclass(frozen=True)
-class Remat:
-    """Which parts of a block run again in backward instead of keeping their activations."""
-
-    layer_group_size: int = 1
-    """Blocks in one checkpoint, where the model's gradient checkpointing is on."""
-    attention: bool = False
-    forward_ttt: bool = False
-    reverse_ttt: bool = False
-    mlp: bool = False
-    seq_modeling_block: bool = False
-    """Attention and TTT together."""
-
-    @classmethod
-    def of(cls, options: VideoDiTOptions) -> Remat:
-        """What a `backbone` section asks for."""
-        return cls(
-            options.transformer_checkpoint_layer_group_size,
-            options.remat_attention,
-            options.remat_forward_ttt,
-            options.remat_reverse_ttt,
-            options.remat_mlp,
-            options.remat_seq_modeling_block,
-        )
-
-
-def _run(function: Callable[..., Any], *args: Any, again: bool) -> Any:
-    """Call the function; where it is to run again in backward, keep its inputs alone."""
-    if again and torch.is_grad_enabled():
-        return checkpoint(function, *args, use_reentrant=False)
-    return function(*args)
-
-
-class SegmentAttention(Attention):
-    """CogVideoX's attention on each segment alone: its text and its frames.
-
-    Where segments share a frame, their outputs are averaged. One segment is diffusers' attention and nothing else.
-    """
-
-    remat = Remat()
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        layout: Layout,
-        **attention_kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens of the video `[B,V,D]` and of its texts `[B,S·L,D]` to the same.
-
-        Args:
-            hidden_states: the video's.
-            encoder_hidden_states: the texts'.
-            attention_mask: as diffusers' own, for one segment.
-            layout: how they lie.
-            attention_kwargs: `image_rotary_emb` of one segment, and what else the processor takes.
-        """
-        local = functools.partial(self._local, layout=layout, attention_mask=attention_mask, **attention_kwargs)
-
-        def mix(video: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-            video, text = _run(local, video, text, again=self.remat.attention)
-            return self._whole(video, text, layout)
-
-        mixed = _run(mix, hidden_states, encoder_hidden_states, again=self.remat.seq_modeling_block)
-        return cast("tuple[Tensor, Tensor]", mixed)
-
-    def _local(self, video: Tensor, text: Tensor, *, layout: Layout, **attention_kwargs: Any) -> tuple[Tensor, Tensor]:
-        attend = functools.partial(super().forward, **attention_kwargs)
-        if layout.count == 1:
-            return cast("tuple[Tensor, Tensor]", attend(video, text))
-        shared = layout.segments.prefix_temporal_length * layout.frame_tokens
-        step = layout.segments.attn_length * layout.frame_tokens
-        videos: list[Tensor] = []
-        texts: list[Tensor] = []
-        tail: Tensor | None = None
-        for index in range(layout.count):
-            segment, caption = attend(
-                video[:, index * step : index * step + step + shared],
-                text[:, index * layout.text_length : (index + 1) * layout.text_length],
-            )
-            head = segment[:, :shared]
-            videos += [head if tail is None else (tail + head) / 2, segment[:, shared:step]]
-            texts.append(caption)
-            tail = segment[:, step:]
-        assert tail is not None
-        return torch.cat([*videos, tail], dim=1), torch.cat(texts, dim=1)
-
-    def _whole(self, video: Tensor, text: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """What follows over the whole video: nothing here, TTT where it is injected."""
-        return video, text
-
-
-class AdaptedAttention(SegmentAttention):
-    """Attention on each segment, then TTT over the whole video."""
-
-    ttt: BidirectionalTTT
-
-    def _whole(self, video: Tensor, text: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        remat = self.remat
-        return cast("tuple[Tensor, Tensor]", self.ttt(video, text, layout, remat.forward_ttt, remat.reverse_ttt))
-
-
-class RematFeedForward(FeedForward):
-    """A block's feed-forward, which can run again in backward."""
-
-    remat = Remat()
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Tokens `[B,T,D]` to tokens."""
-        return cast(
-            Tensor, _run(functools.partial(super().forward, **kwargs), hidden_states, *args, again=self.remat.mlp)
-        )
 
 
 class VideoDiT(CogVideoXTransformer3DModel):
@@ -189,7 +56,7 @@ class VideoDiT(CogVideoXTransformer3DModel):
             block.attn1.remat = block.ff.remat = remat
 
     def layout(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Layout:
-        """How latents `[B,Fr,C,h,w]` and texts `[B,S,L,E]` lie as tokens.
+        """The layout of latents `[B,Fr,C,h,w]` and texts `[B,S,L,E]` as tokens.
 
         Raises:
             ValueError: the frames are no whole number of segments, or there is not one text for each.
@@ -245,11 +112,11 @@ class VideoDiT(CogVideoXTransformer3DModel):
         tokens = self.embedding_dropout(self.patch_embed(encoder_hidden_states.flatten(1, 2), hidden_states))
         text, video = tokens[:, : layout.text_tokens], tokens[:, layout.text_tokens :]
         for group in self._groups():
-            video, text = _run(
+            video, text = rematerialised(
                 functools.partial(_through, group, embedded_time, image_rotary_emb, kwargs),
                 video,
                 text,
-                again=self.gradient_checkpointing,
+                when=self.gradient_checkpointing,
             )
         video = self.proj_out(self.norm_out(self.norm_final(video), temb=embedded_time))
         side = self.config.patch_size
@@ -313,115 +180,6 @@ def _local_rotary(
             embed_dim=head_width, crops_coords=region, grid_size=grid, temporal_size=frames, device=device
         ),
     )
-
-
-# --- building ---
-
-
-def build(options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.dtype) -> VideoDiT:
-    """The model that the options ask for, in eval mode; on `meta`, its structure alone.
-
-    Raises:
-        EnvironmentProblem: weights cannot be had, or are those of another model.
-    """
-    on_meta = torch.device(device).type == "meta"
-    if options.preset == "demo":
-        model = _demo_model(options, device=device, dtype=dtype)
-    elif options.random_weights or (on_meta and options.pretrained is None):
-        with torch.device(device), _default_dtype(dtype):
-            model = VideoDiT(**COGVIDEOX_5B_CONFIG)
-    else:
-        model = _pretrained_model(options, device=device, dtype=dtype)
-    model.arrange(options.segments, Remat.of(options))
-    return model.eval()
-
-
-def _demo_model(options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.dtype) -> VideoDiT:
-    """A tiny `VideoDiT`, the same values every time; another CPU's may differ in their last place."""
-    size = sizes(options)
-    height, width = PIXELS["demo"]
-    config = {
-        "num_attention_heads": size["num_heads"],
-        "attention_head_dim": size["dim"] // size["num_heads"],
-        "num_layers": size["num_layers"],
-        "time_embed_dim": DEMO_TIME_DIM,
-        "text_embed_dim": DEMO_TEXT_DIM,
-        "sample_height": height // 8,
-        "sample_width": width // 8,
-        "use_rotary_positional_embeddings": True,
-    }
-    if torch.device(device).type == "meta":
-        with torch.device("meta"), _default_dtype(dtype):
-            return VideoDiT(**config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(DEMO_SEED)
-        model = VideoDiT(**config)
-    # Not `model.to`, in which diffusers warns of types that it would keep for models of its own.
-    return cast(VideoDiT, nn.Module.to(model, device=device, dtype=dtype))
-
-
-def _pretrained_model(options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.dtype) -> VideoDiT:
-    """CogVideoX's own weights, from a folder in diffusers' layout or from the hub."""
-    source = source_of(options)
-    local = Path(source)
-    subfolder = None if (local / "config.json").is_file() else "transformer"
-    if local.is_dir() and subfolder and not (local / subfolder / "config.json").is_file():
-        raise EnvironmentProblem(
-            f"backbone.pretrained: {source} holds no transformer/config.json; name a folder in diffusers' layout"
-        )
-    _require_the_model(source, wrong_source(source))
-    if local.is_dir():
-        verify_record(local / (subfolder or ""), tensors=torch.device(device).type != "meta")
-    try:
-        on_meta = torch.device(device).type == "meta"
-        if on_meta or source != DEFAULT_PRETRAINED:  # of which it is known
-            config = VideoDiT.load_config(source, subfolder=subfolder, revision=options.revision)
-            _require_the_model(source, wrong_variant(config))  # before its weights are downloaded
-        if on_meta:
-            with torch.device("meta"), _default_dtype(dtype):
-                return cast(VideoDiT, VideoDiT.from_config(config))
-        with _quiet_about_the_class():
-            model = VideoDiT.from_pretrained(
-                source, subfolder=subfolder, revision=options.revision, torch_dtype=dtype, use_safetensors=True
-            )
-    except EnvironmentProblem:
-        raise
-    except Exception as error:  # the hub's client and diffusers raise errors of many libraries
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise EnvironmentProblem(
-            f"{source}: cannot be loaded as CogVideoX's transformer ({first}); name a local folder in diffusers' "
-            f"layout with backbone.pretrained, or try the demo preset"
-        ) from error
-    return cast(VideoDiT, model.to(device=device))
-
-
-def _require_the_model(source: str, wrong: str | None) -> None:
-    if wrong is not None:
-        raise EnvironmentProblem(f"backbone.pretrained: {source} {wrong}; {WAY_OUT}")
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def _quiet_about_the_class() -> Iterator[None]:
-    """Keep diffusers from warning that a config names its own class, of which `VideoDiT` is a subclass."""
-    loggers = [logging.getLogger(f"diffusers.{name}") for name in ("configuration_utils", "models.modeling_utils")]
-    before = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
 
 
 # --- where TTT goes, and what is rematerialised ---
@@ -493,7 +251,7 @@ def outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def perturb(batch: dict[str, Tensor], *, token: int, row: int | None) -> dict[str, Tensor]:
-    """A copy whose video differs from a token on, in raster order of its frames, and all of whose texts differ."""
+    """A copy with other texts, and another video from a token on, in raster order of its frames."""
     changed = {name: value.clone() for name, value in batch.items()}
     rows = slice(None) if row is None else slice(row, row + 1)
     mean = changed["mean"]

@@ -1,4 +1,4 @@
-"""What a run learned, to look at: a noised clip, and what the model made of it before and after training."""
+"""A picture of what a run learned: a noised clip, and what the model made of it before and after training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ttt.files import write_bytes
 from ttt.train.setup import build
 from ttt_videodit.diffusion import predict_v, schedule_of, x0_of
 from ttt_videodit.geometry import FRAMES_PER_SECOND
-from ttt_videodit.plugin import VideoDiTOptions
+from ttt_videodit.options import VideoDiTOptions
 from ttt_videodit.sampling import load_decoder
 from ttt_videodit.video import INK, Frames, draw_strip, new_figure
 
@@ -52,7 +52,7 @@ class Reconstruction:
     signal: float
     """√ᾱ: how much of a latent is left."""
     clip: Frames
-    """As its latents show it: what no model could be nearer to."""
+    """Decoded from its own latents: the best that a model could reach."""
     noised: Frames
     untrained: Frames
     trained: Frames
@@ -64,8 +64,8 @@ class Reconstruction:
 def reconstruct(run: Path, *, timestep: int = 600, window: int = 0) -> list[Reconstruction]:
     """Noise a window of each split of a run's data, and let the model denoise it in a single step.
 
-    The estimate is the x₀ that the model's v-prediction implies, so it is the mean of what the model holds possible,
-    and blurred where it is unsure. The untrained model is the run's own at its first step.
+    The estimate is the x₀ that the model's v-prediction implies: the mean of what the model holds possible, blurred
+    where it is unsure. The untrained model is the run's own at its first step.
 
     Args:
         run: the run's folder.

@@ -9,78 +9,52 @@ other, of the stages of a curriculum say, share their latents.
 from __future__ import annotations
 
 import contextlib
-import glob
-import hashlib
 import json
-import os
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Final, cast
+from typing import Final
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Column
 from torch import Tensor
 
-from ttt.config import RunConfig
 from ttt.errors import EnvironmentProblem, UnreadableError, UsageError
 from ttt.files import (
-    TEMPORARY,
-    lock,
-    read_header,
-    replaced_file,
     require_space,
     verify_tensors,
-    write_bytes,
     write_tensors,
-    writing,
 )
 from ttt.printable import say
-from ttt.reading import open_file, other_kind
-from ttt.train.display import duration_in_words
+from ttt.progress import Steps
 from ttt.train.setup import choose_device, threads
-from ttt_videodit.encoders import VideoEncoder, encode_video, encoders_of, load_text_encoder, load_video_encoder
-from ttt_videodit.frames import Picture, UnreadableVideoError, inspect_video, read_frames
+from ttt.words import duration_in_words, first_few
+from ttt_videodit.encoders import VideoEncoder, encode_video, load_text_encoder, load_video_encoder
+from ttt_videodit.frames import UnreadableVideoError, read_frames
 from ttt_videodit.geometry import (
     FRAMES_PER_SECOND,
-    LATENT_CHANNELS,
-    SPATIAL_COMPRESSION,
     TEMPORAL_COMPRESSION,
-    pixel_frames,
 )
 from ttt_videodit.index import (
     VIDEO_EXAMPLE,
-    EncodedSegment,
     EncodedVideo,
-    LineError,
-    ListedVideo,
-    Wanted,
-    jsonl_lines,
-    line_of,
-    parse_encoded,
-    parse_listed,
 )
-from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions
+from ttt_videodit.jobs import Job, frames_of
+from ttt_videodit.options import VideoDiTOptions, VideoDiTRun
 from ttt_videodit.scenes import NO_SCENES, names_scenes
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Scaled, what the VAE says in bfloat16 is no bfloat16 any more; float16 is as small and rounds it less.
+# Scaled latents need more digits than bfloat16 has; float16 is as small and rounds them less.
 _STORED: Final = {torch.float32: torch.float32, torch.bfloat16: torch.float16}
 _SOURCES: Final = (("videos", "train_data"), ("eval_videos", "eval_data"))
 _HEADER: Final = "ttt_videodit.precompute"
-_LENIENCY_SEC: Final = 0.1  # a header's length is rounded, or that of the sound
 
 
-def precompute(config: RunConfig, *, console: Console) -> None:
+def precompute(config: VideoDiTRun, *, console: Console) -> None:
     """Encode the videos that the config lists and write the indexes that it trains on.
 
     Videos that an earlier run has encoded are not encoded again, even if it was killed; nor is a text that another
-    segment has. A video that cannot be decoded is told at the end, and everything else is done.
+    segment has. If a video cannot be decoded, everything else is done, and it is told at the end.
 
     Args:
         config: resolved; `data.videos` and `data.eval_videos` say from what, `data.train_data` and `data.eval_data`
@@ -88,12 +62,12 @@ def precompute(config: RunConfig, *, console: Console) -> None:
         console: where to report.
 
     Raises:
-        UsageError: the config names no list or no index, or another process is at it.
+        UsageError: the config names no list or no index, or another process is making the index.
         EnvironmentProblem: a list is wrong, with its file and line, before anything is done; encoders cannot be had;
             the disk or the memory is full; or, after all the rest is done, videos could not be decoded.
     """
-    options, data = cast(VideoDiTOptions, config.backbone), cast(VideoDiTData, config.data)
-    jobs = [_Job.of(options, data, source, target) for source, target in _SOURCES if getattr(data, source) is not None]
+    options, data = config.backbone, config.data
+    jobs = [Job.of(options, data, source, target) for source, target in _SOURCES if getattr(data, source) is not None]
     if not jobs:
         raise UsageError(f"data.videos: null; name a .jsonl file with lines such as {VIDEO_EXAMPLE}")
     if len({job.index.resolve() for job in jobs}) < len(jobs):
@@ -106,7 +80,11 @@ def precompute(config: RunConfig, *, console: Console) -> None:
         stack.enter_context(threads(config.train.cpu_threads))
         failed: list[str] = []
         if any(job.to_do() for job in jobs):
-            require_space(jobs[0].folder, sum(job.bytes_to_write(dtype) for job in jobs), what="what the videos become")
+            require_space(
+                jobs[0].folder,
+                _STORED[dtype].itemsize * sum(job.numbers_to_write() for job in jobs),
+                what="what the videos become",
+            )
             with _memory_errors():
                 _encode_texts(jobs, options, console, device=device, dtype=dtype)
                 failed = _encode_videos(jobs, options, console, device=device, dtype=dtype)
@@ -121,210 +99,8 @@ def precompute(config: RunConfig, *, console: Console) -> None:
         )
 
 
-@dataclass
-class _Job:
-    """A list of videos on its way to an index."""
-
-    videos: tuple[ListedVideo, ...]
-    index: Path
-    wanted: Wanted
-    encoders: str
-    others: list[EncodedVideo] = field(default_factory=list)
-    """Videos of the index that the list does not name; they stay."""
-    done: dict[ListedVideo, EncodedVideo] = field(default_factory=dict)
-    """Those of the list that are in the index."""
-
-    @classmethod
-    def of(cls, options: VideoDiTOptions, data: VideoDiTData, source: str, target: str) -> _Job:
-        """Read a list.
-
-        Raises:
-            UsageError: there is no index to write.
-            EnvironmentProblem: the list is wrong, with file and line.
-        """
-        written = getattr(data, target)
-        if written is None or not written.endswith(".jsonl"):
-            raise UsageError(
-                f"data.{target}: {'null' if written is None else written}; name the .jsonl index that data.{source} is "
-                f"to become"
-            )
-        replaced_file(Path(written))
-        wanted = Wanted.of(options, data)
-        videos = _read_list(Path(getattr(data, source)), wanted, f"data.{source}")
-        return cls(videos, Path(written), wanted, encoders_of(options))
-
-    @property
-    def folder(self) -> Path:
-        """Where its files go."""
-        return self.index.parent / "latents"
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other processes from this index, and see what is done."""
-        name = self.folder / f".{self.index.name}.lock"
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            replaced_file(name)
-            file = name.open("a")
-        with file, _beside_others(self.folder):
-            try:
-                lock(file, name)
-            except UsageError:
-                raise UsageError(f"{self.index}: another process is making it; wait for it") from None
-            for left in self.index.parent.glob(f"{TEMPORARY}????????-{glob.escape(self.index.name)}"):
-                left.unlink(missing_ok=True)
-            self._read_index()
-            yield
-
-    def _read_index(self) -> None:
-        """Sort the lines of the index: done, of other lists, or made from what is no more and so to be made anew."""
-        if not self.index.exists():
-            return
-        whole = self._ends_with_a_line()
-        lines = list(jsonl_lines(self.index))
-        planned = {(video.name, video.start_sec): video for video in self.videos}
-        kept = []
-        for number, (place, line) in enumerate(lines, start=1):
-            try:
-                entry = parse_encoded(line, place, self.index.parent)
-            except LineError as error:
-                if number == len(lines) and not whole:  # a killed run wrote half of it
-                    continue
-                raise EnvironmentProblem(f"{place}: {error}; or write a new index: name another file") from None
-            self._require_same_settings(entry)
-            video = planned.get((entry.video, entry.start_sec))
-            if video is None:
-                self.others.append(entry)
-            elif replace(entry, place="") == self.plan(video) and self._as_listed(entry):
-                self.done[video] = entry
-            else:
-                continue
-            kept.append(entry)
-        if len(kept) < len(lines) or not whole:
-            self._write(kept)
-
-    def _ends_with_a_line(self) -> bool:
-        with open_file(self.index) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 1))
-            return file.read() == b"\n"
-
-    def _require_same_settings(self, entry: EncodedVideo) -> None:
-        wanted = self.wanted
-        found = (entry.height, entry.width, entry.text_length, entry.frames)
-        asked = (wanted.height, wanted.width, wanted.text_length, wanted.segments.frames(len(entry.segments)))
-        for name, before, now in zip(("height", "width", "text_length", "latent frames"), found, asked, strict=True):
-            if before != now:
-                raise UsageError(
-                    f"{entry.place}: {entry.video} was encoded with {name} {before}, but the config asks for {now}; "
-                    f"name another index, or write the settings of the one that is there"
-                )
-
-    def plan(self, video: ListedVideo) -> EncodedVideo:
-        """The line that a video will have, place aside; its files are named after what they are made from."""
-        wanted = self.wanted
-        file = video.path.stat()
-        origin = [video.name, file.st_size, file.st_mtime_ns, video.start_sec, len(video.captions)]
-        settings = [wanted.segments.attn_length, wanted.segments.prefix_temporal_length, wanted.height, wanted.width]
-        return EncodedVideo(
-            "",
-            video.name,
-            video.start_sec,
-            self.folder / f"{video.path.stem}-{_digest(*origin, *settings, self.encoders)}.safetensors",
-            wanted.segments.frames(len(video.captions)),
-            wanted.height,
-            wanted.width,
-            wanted.text_length,
-            tuple(
-                EncodedSegment(
-                    caption,
-                    self.folder / f"text-{_digest(*self._text_origin(caption))}.safetensors",
-                )
-                for caption in video.captions
-            ),
-        )
-
-    def _text_origin(self, caption: str) -> tuple[object, ...]:
-        """What an embedding is made from; scene tokens, which were read as text once, say so."""
-        as_tokens = ("scene tokens",) if names_scenes(caption) else ()
-        return (caption, self.wanted.text_length, self.encoders, *as_tokens)
-
-    def to_do(self) -> list[ListedVideo]:
-        """The videos that are not in the index yet."""
-        return [video for video in self.videos if video not in self.done]
-
-    def bytes_to_write(self, dtype: torch.dtype) -> int:
-        """Size of the latents that are missing."""
-        wanted = self.wanted
-        pixels = wanted.height * wanted.width // SPATIAL_COMPRESSION**2
-        rows = sum(
-            2 * (plan.frames + len(plan.segments)) for plan in map(self.plan, self.to_do()) if not plan.latents.exists()
-        )
-        return rows * LATENT_CHANNELS * pixels * _STORED[dtype].itemsize
-
-    def append(self, video: ListedVideo) -> None:
-        """Put a video whose files are there into the index."""
-        entry = _with_checksums(self.plan(video))
-        with writing(self.index), self.index.open("ab") as file:
-            file.write(f"{line_of(entry, self.index.parent)}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
-        self.done[video] = entry
-
-    def finish(self) -> None:
-        """Bring the index into the order of the list, after the videos of others."""
-        self._write([*self.others, *(self.done[video] for video in self.videos if video in self.done)])
-
-    def _write(self, entries: Sequence[EncodedVideo]) -> None:
-        content = "".join(f"{line_of(entry, self.index.parent)}\n" for entry in entries).encode()
-        if not self.index.exists() or self.index.stat().st_size != len(content) or self.index.read_bytes() != content:
-            write_bytes(self.index, content)
-
-    @staticmethod
-    def _as_listed(entry: EncodedVideo) -> bool:
-        """Whether the files that a line names are there, with the checksums that it says."""
-        return all(
-            path.is_file() and (checksum is None or _checksum_of(path) == checksum)
-            for path, checksum in entry.checksums.items()
-        )
-
-
-@contextlib.contextmanager
-def _beside_others(folder: Path) -> Iterator[None]:
-    """Work in a folder, others too; where nobody does, first clear away what killed processes left half written."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with replaced_file(folder / ".lock").open("a") as file:
-        with contextlib.suppress(OSError):  # others are at work, or the file system has no locks
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # safetensors names what it is writing `.tmp` and six letters; here only what is ours was written so
-            for left in (*folder.glob(f"{TEMPORARY}*"), *folder.glob(".tmp??????")):
-                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_SH)
-        yield
-
-
-def _with_checksums(entry: EncodedVideo) -> EncodedVideo:
-    """The line with the checksums of the files that it names."""
-    segments = tuple(replace(each, text_sha256=read_header(each.text).checksum) for each in entry.segments)
-    return replace(entry, segments=segments, latents_sha256=read_header(entry.latents).checksum)
-
-
-def _checksum_of(path: Path) -> str | None:
-    """What a file's header says; None where it has none, or is damaged."""
-    try:
-        return read_header(path).checksum
-    except UnreadableError:
-        raise
-    except EnvironmentProblem:
-        return None
-
-
 def _is_whole(path: Path, console: Console) -> bool:
-    """Whether a file is there and is what was written; one that is damaged is told and removed, to be made anew."""
+    """Whether a file is there and whole; if it is damaged, say so and remove it, to be made anew."""
     if not path.is_file():
         return False
     try:
@@ -338,72 +114,11 @@ def _is_whole(path: Path, console: Console) -> bool:
     return True
 
 
-def _digest(*origin: object) -> str:
-    """A short name for what a file is made from."""
-    return hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
-
-
-# --- the list ---
-
-
-def _read_list(source: Path, wanted: Wanted, name: str) -> tuple[ListedVideo, ...]:
-    """The videos of a list.
-
-    Raises:
-        EnvironmentProblem: a line is wrong, or there is none.
-    """
-    kind = other_kind(source)
-    if kind is not None or not source.is_file():
-        what = f"is {kind}, not a file" if kind else "is no file"
-        raise EnvironmentProblem(f"{name}: {source} {what}; name a .jsonl with lines such as {VIDEO_EXAMPLE}")
-    videos: dict[tuple[str, float], ListedVideo] = {}
-    problems = []
-    for place, line in jsonl_lines(source):
-        try:
-            video = parse_listed(line, place, source.parent)
-            twin = videos.setdefault((video.name, video.start_sec), video)
-            if twin is not video:
-                raise LineError("line", f"the same video from the same start_sec as in {twin.place}; leave one out")
-            _check_length(video, wanted)
-        except LineError as error:
-            problems.append(f"{place}: {error}")
-    if problems:
-        raise EnvironmentProblem.about(problems, "lines cannot be used", where=str(name))
-    if not videos:
-        raise EnvironmentProblem(f"{name}: {source}: no videos; write lines such as {VIDEO_EXAMPLE}")
-    return tuple(videos.values())
-
-
-def _check_length(video: ListedVideo, wanted: Wanted) -> None:
-    """Hold the captions against the length that the file's header says, where it says one.
-
-    Raises:
-        LineError: there are too many.
-    """
-    try:
-        seconds = inspect_video(video.path).seconds
-    except UnreadableVideoError:  # told with those that fail further on
-        return
-    needed = _pixel_frames(video, wanted) / FRAMES_PER_SECOND - 2 / FRAMES_PER_SECOND  # the last picture may be held
-    if seconds is not None and video.start_sec + needed > seconds + _LENIENCY_SEC:
-        count, length = len(video.captions), wanted.segment_sec
-        room = max(0, int((seconds - video.start_sec + _LENIENCY_SEC) / length))
-        raise LineError(
-            "short",
-            f"{count} {'caption' if count == 1 else 'captions'} for {length:g} s each from {video.start_sec:g} s on, "
-            f"but {video.path} lasts {seconds:.2f} s; " + (f"write {room}" if room else "leave it out"),
-        )
-
-
-def _pixel_frames(video: ListedVideo, wanted: Wanted) -> int:
-    return pixel_frames(wanted.segments.frames(len(video.captions)))
-
-
 # --- the work ---
 
 
 def _encode_texts(
-    jobs: Sequence[_Job], options: VideoDiTOptions, console: Console, *, device: torch.device, dtype: torch.dtype
+    jobs: Sequence[Job], options: VideoDiTOptions, console: Console, *, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Make the embeddings that are missing, each once; the encoder is let go before the videos' is loaded."""
     places: dict[Path, tuple[str, str]] = {}
@@ -423,9 +138,8 @@ def _encode_texts(
         say(console, f"captions: {NO_SCENES}: they are read as text")
     cut = [place for caption, place in places.values() if encoder.count(caption) > length]
     if cut:
-        more = f" and {len(cut) - 3} more" if len(cut) > 3 else ""
-        say(console, f"captions of more than {length} tokens, cut off there: {'; '.join(cut[:3])}{more}")
-    with _Report(console, "texts", total=len(places)) as report:
+        say(console, f"captions of more than {length} tokens, cut off there: {first_few(cut, separator='; ')}")
+    with Steps(console, "texts", total=len(places)) as report:
         for file, (caption, place) in places.items():
             (text,) = encoder([caption])
             if not bool(text.isfinite().all()):
@@ -436,7 +150,7 @@ def _encode_texts(
 
 
 def _encode_videos(
-    jobs: Sequence[_Job], options: VideoDiTOptions, console: Console, *, device: torch.device, dtype: torch.dtype
+    jobs: Sequence[Job], options: VideoDiTOptions, console: Console, *, device: torch.device, dtype: torch.dtype
 ) -> list[str]:
     """Make the latents that are missing, and put each video into its index as soon as its files are there.
 
@@ -446,9 +160,9 @@ def _encode_videos(
     to_do = [(job, video) for job in jobs for video in job.to_do()]
     encoder: VideoEncoder | None = None
     failed = []
-    with _Report(console, "frames", total=sum(_pixel_frames(video, job.wanted) for job, video in to_do)) as report:
+    with Steps(console, "frames", total=sum(frames_of(video, job.wanted) for job, video in to_do)) as report:
         for number, (job, video) in enumerate(to_do, start=1):
-            plan, count = job.plan(video), _pixel_frames(video, job.wanted)
+            plan, count = job.plan(video), frames_of(video, job.wanted)
             if _is_whole(plan.latents, console):  # a run was killed before it came to the index
                 report.advance(count)
             else:
@@ -502,52 +216,3 @@ def _memory_errors() -> Iterator[None]:
             "out of memory while encoding: write train.param_dtype: bfloat16, train.device: cpu, or smaller "
             "data.height and data.width; what was encoded so far is kept"
         ) from error
-
-
-class _Report:
-    """A bar on a terminal; elsewhere a line for each video."""
-
-    def __init__(self, console: Console, what: str, *, total: int) -> None:
-        self.completed = 0
-        self._console = console
-        self._bar: Progress | None = None
-        if console.is_terminal and not console.is_dumb_terminal:
-            self._bar = Progress(
-                TextColumn(what),
-                BarColumn(bar_width=None, table_column=Column(ratio=1)),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=console,
-                expand=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            self._task: TaskID = self._bar.add_task(what, total=total)
-
-    def __enter__(self) -> _Report:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, count: int = 1) -> None:
-        """So much more is done."""
-        self.completed += count
-        if self._bar is not None:
-            self._bar.advance(self._task, count)
-
-    def counted(self, pictures: Iterable[Picture]) -> Iterator[Picture]:
-        """The pictures, each counted when it is taken."""
-        for picture in pictures:
-            yield picture
-            self.advance()
-
-    def line(self, text: str) -> None:
-        """Say that a video is done, where no bar does."""
-        if self._bar is None:
-            say(self._console, text)

@@ -8,7 +8,7 @@ from ttt.checksums import file_digest
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import read_header, read_json, verify_tensors, write_json
 from ttt.reading import MAX_JSON, other_kind
-from ttt_videodit.plugin import DEFAULT_PRETRAINED, VideoDiTOptions
+from ttt_videodit.options import DEFAULT_PRETRAINED, VideoDiTOptions
 
 VAE = "vae"
 """Folder of the VAE."""
@@ -21,7 +21,7 @@ _SMALL = (".json", ".txt", ".model")
 
 
 def source_of(options: VideoDiTOptions, *parts: str) -> str:
-    """The folder or the repository that the options name, the folder seen to hold its parts.
+    """The folder or the repository that the options name; a folder is checked to hold its parts.
 
     Args:
         options: of the backbone, preset 5b.
@@ -52,10 +52,10 @@ def source_of(options: VideoDiTOptions, *parts: str) -> str:
 
 
 def require_files(folder: Path) -> None:
-    """Refuse a folder of weights with something in it that libraries could hang on, or read till memory ends.
+    """Refuse a folder of weights if something in it would keep a library waiting, or fill the memory.
 
     Raises:
-        EnvironmentProblem: an entry is a FIFO, a socket or a device; or one that is no weights is too large.
+        EnvironmentProblem: an entry is a FIFO, a socket or a device, or a file of settings is too large.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         kind = other_kind(path)
@@ -68,7 +68,7 @@ def require_files(folder: Path) -> None:
 
 
 def provenance(options: VideoDiTOptions) -> dict[str, str]:
-    """The repository that the transformer's weights are of, and its commit as far as the hub's cache tells it."""
+    """The repository of the transformer's weights, and its commit if the hub's cache knows it."""
     source = options.pretrained or DEFAULT_PRETRAINED
     if options.preset == "demo" or options.random_weights or Path(source).is_dir():
         return {}
@@ -85,11 +85,11 @@ def write_record(folder: Path) -> None:
 
 
 def verify_record(folder: Path, *, tensors: bool) -> None:
-    """Compare a folder of weights with its record, where it has one.
+    """Compare a folder of weights with its record, if it has one.
 
     Args:
         folder: of the weights.
-        tensors: read those too; else what is small is compared.
+        tensors: read the weights too; if not, only the small files are compared.
 
     Raises:
         EnvironmentProblem: a file is not what was written; the message names it.

@@ -1,4 +1,4 @@
-"""Lines of TTT-Video's data files, told where this project's are wanted, and what to do with them.
+"""Lines of TTT-Video's data files, recognised if they are given in place of this project's, and the way out.
 
 Its index names `.pt` files: `vid_emb`, mean and log variance of the latents, and `text_chunk_emb`, a text for each 3 s.
 They are not read. Beside them an index here has, for every segment, the latent frame that a video beginning there would
@@ -17,7 +17,7 @@ LISTED: Final = '{"path": "a.mp4", "captions": ["…", "…"]}, a caption for ea
 
 
 def told_line(entry: Mapping[str, Any]) -> str | None:
-    """What a line of another kind of TTT-Video's is, and the way from it to this project's; None where it is none."""
+    """What a line of another kind of TTT-Video's is, and the way from it to this project's; None if it is none."""
     if "vid_emb" in entry or "text_chunk_emb" in entry:
         return (
             "a line of TTT-Video's index, whose .pt files lack what windows inside a video begin with; list the videos "
@@ -35,7 +35,7 @@ def told_line(entry: Mapping[str, Any]) -> str | None:
 
 
 def told_start(line: bytes) -> str | None:
-    """The same of a line that is none of text."""
+    """The same for a line that is not text."""
     if line.startswith(_TORCH):
         return "a file of torch.save, such as TTT-Video's latents and texts, and no list; name a .jsonl"
     return None

@@ -9,7 +9,7 @@ from ttt.errors import UsageError
 from ttt.plugins import SamplePlan, SampleRequest
 from ttt.reading import wrong_with
 from ttt_videodit.geometry import SEGMENT_SEC
-from ttt_videodit.plugin import VideoDiTOptions
+from ttt_videodit.options import VideoDiTOptions
 from ttt_videodit.pretrained import TEXT_PARTS, VAE, source_of
 
 MAX_STEPS = 1000
@@ -20,7 +20,7 @@ def plan_sample(*, seconds: float, out: Path) -> SamplePlan:
     """How many prompts a video of so many seconds takes, one for each segment of 3 s, and the files that it leaves.
 
     Raises:
-        UsageError: no whole number of segments is that long, or the file is no mp4.
+        UsageError: the length is not a whole number of segments, or the file is not an mp4.
     """
     if not math.isfinite(seconds) or seconds <= 0 or seconds % SEGMENT_SEC:
         ways = str(SEGMENT_SEC)
@@ -36,7 +36,7 @@ def plan_sample(*, seconds: float, out: Path) -> SamplePlan:
 
 
 def contact_sheet_of(video: Path) -> Path:
-    """Where the contact sheet of a video lies: beside it."""
+    """The contact sheet of a video, which is beside it."""
     return video.with_suffix(".png")
 
 

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
-from ttt.config import RunConfig
 from ttt.config.findings import Finding, Severity
 from ttt.errors import EnvironmentProblem
-from ttt_videodit.index import (
-    VIDEO_EXAMPLE,
-    LineError,
-    Wanted,
-    check_encoded,
-    index_files,
-    jsonl_lines,
-    missing_data,
-    parse_encoded,
-    parse_listed,
-    windows_in,
-)
-from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions
+from ttt.jsonl import Line, read_excerpt, read_jsonl
+from ttt.words import first_few
+from ttt_videodit.index import VIDEO_EXAMPLE, LineError, check_encoded, parse_encoded, parse_listed, windows_in
+from ttt_videodit.options import VideoDiTRun
 from ttt_videodit.variants import WAY_OUT, wrong_source
+from ttt_videodit.wanted import Wanted, missing_data
 
 # A check is instant: what lies beyond is left to the run, which reads all of it before its first step.
 _MOST_BYTES: Final = 4 << 20
@@ -57,19 +48,19 @@ class _Index:
     """Videos that can be read."""
 
 
-def data_is_there(config: RunConfig) -> list[Finding]:
-    """A config that names no training data has a preset with some of that kind."""
-    missing = missing_data(cast(VideoDiTOptions, config.backbone), cast(VideoDiTData, config.data))
+def data_is_there(config: VideoDiTRun) -> list[Finding]:
+    """If a config names no training data, its preset has some of that kind."""
+    missing = missing_data(config.backbone, config.data)
     if missing is None:
         return []
     path, why, way_out = missing
     return [Finding(code="VDT508", severity=Severity.ERROR, path=path, message=why, fix=way_out)]
 
 
-def videos_can_be_read(config: RunConfig) -> list[Finding]:
+def videos_can_be_read(config: VideoDiTRun) -> list[Finding]:
     """Every line of an index is a video that training can read, and they fill windows."""
-    data = cast(VideoDiTData, config.data)
-    wanted = Wanted.of(cast(VideoDiTOptions, config.backbone), data)
+    data = config.data
+    wanted = Wanted.of(config.backbone, data)
     findings: list[Finding] = []
     for key in ("train_data", "eval_data"):
         index = _read_index(getattr(data, key), wanted)
@@ -78,28 +69,28 @@ def videos_can_be_read(config: RunConfig) -> list[Finding]:
     return findings
 
 
-def videos_can_be_listed(config: RunConfig) -> list[Finding]:
+def videos_can_be_listed(config: VideoDiTRun) -> list[Finding]:
     """Every line of a list is a video that `ttt precompute` can start with."""
     findings = []
     for key in ("videos", "eval_videos"):
-        source = getattr(cast(VideoDiTData, config.data), key)
+        source = getattr(config.data, key)
         if source is None:
             continue
         path = Path(source)
         problems: list[str] = []
         count = 0
         try:
-            for place, line in jsonl_lines(path, most_bytes=_MOST_BYTES):
+            for line in read_jsonl(path, most_bytes=_MOST_BYTES):
                 count += 1
                 try:
-                    parse_listed(line, place, path.parent)
+                    parse_listed(line.content, line.place, line.folder)
                 except LineError as error:
-                    problems.append(f"{_short_place(place)} ({error})")
+                    problems.append(f"{line.short_place} ({error})")
         except (EnvironmentProblem, ValueError) as error:
             findings.append(_list_finding(key, str(error), 1))
             continue
         if problems or not count:
-            lines = f"{len(problems)} of {count} lines cannot be used: {_first_few(problems)}"
+            lines = f"{len(problems)} of {count} lines cannot be used: {first_few(problems)}"
             findings.append(_list_finding(key, lines if count else f"{source} lists no videos", len(problems)))
     return findings
 
@@ -115,9 +106,9 @@ def _list_finding(key: str, what: str, count: int) -> Finding:
     )
 
 
-def weights_are_of_the_model(config: RunConfig) -> list[Finding]:
+def weights_are_of_the_model(config: VideoDiTRun) -> list[Finding]:
     """What `backbone.pretrained` names is CogVideoX 5B, not another of its releases."""
-    source = cast(VideoDiTOptions, config.backbone).pretrained
+    source = config.backbone.pretrained
     wrong = None if source is None else wrong_source(source)
     if wrong is None:
         return []
@@ -140,44 +131,30 @@ RULES = (weights_are_of_the_model, data_is_there, videos_can_be_read, videos_can
 
 
 def _read_index(source: str | None, wanted: Wanted) -> _Index | None:
-    """What lines there are; None where there is no such file, which the core's own rule tells."""
-    if source is None:
+    """What lines there are; None if there is no such file, which the core's own rule tells."""
+    read = None if source is None else read_excerpt(source, most_lines=_MOST_LINES, most_bytes=_MOST_BYTES)
+    if read is None:
         return None
-    index, budget = _Index(), _MOST_BYTES
+    index = _Index(count=len(read.lines) + len(read.broken_off), complete=read.complete)
+    if read.broken_off:
+        index.problems["line"] = [f"{file}: cannot be read: {why}" for file, why in read.broken_off.items()]
     try:
-        if not Path(source).exists():
-            return None
-        files = index_files(Path(source))
-        for file in files:
-            size = file.stat().st_size
-            try:
-                lines = list(jsonl_lines(file, most_bytes=budget))
-            except EnvironmentProblem as error:
-                index.count += 1
-                index.problems.setdefault("line", []).append(str(error))
-                continue
-            index.complete = index.complete and size <= budget
-            budget = max(0, budget - size)
-            for place, line in lines:
-                if index.count == _MOST_LINES:
-                    index.complete = False
-                    return index
-                index.count += 1
-                _sort_in(index, line, place, file.parent, wanted)
-    except (OSError, ValueError):  # gone, not readable, or a name that no file can have
+        for line in read.lines:
+            _sort_in(index, line, wanted)
+    except (OSError, ValueError, EnvironmentProblem):  # what a line names cannot be looked at
         return None
     return index
 
 
-def _sort_in(index: _Index, line: bytes, place: str, folder: Path, wanted: Wanted) -> None:
+def _sort_in(index: _Index, line: Line, wanted: Wanted) -> None:
     try:
-        video = parse_encoded(line, place, folder)
+        video = parse_encoded(line.content, line.place, line.folder)
         check_encoded(video, wanted)
     except LineError as error:
         if error.kind == "short":
-            index.short.append(_short_place(place))
+            index.short.append(line.short_place)
         else:
-            index.problems.setdefault(error.kind, []).append(f"{_short_place(place)} ({error})")
+            index.problems.setdefault(error.kind, []).append(f"{line.short_place} ({error})")
     else:
         index.good += 1
         index.left_over += len(video.segments) - wanted.window * windows_in(video, wanted)
@@ -194,7 +171,7 @@ def _findings(index: _Index, path: str, wanted: Wanted) -> Iterator[Finding]:
                 severity=Severity.ERROR,
                 path=path,
                 message=(
-                    f"{len(problems)} {among} videos cannot be used, {words}: {_first_few(problems)}; the run stops "
+                    f"{len(problems)} {among} videos cannot be used, {words}: {first_few(problems)}; the run stops "
                     f"before its first step"
                 ),
                 fix=fix,
@@ -219,7 +196,7 @@ def _findings(index: _Index, path: str, wanted: Wanted) -> Iterator[Finding]:
         if index.short:
             are = "is" if len(index.short) == 1 else "are"
             told.append(
-                f"{len(index.short)} {among} videos {are} shorter than a window of {seconds}: {_first_few(index.short)}"
+                f"{len(index.short)} {among} videos {are} shorter than a window of {seconds}: {first_few(index.short)}"
             )
         if index.left_over:
             told.append(f"{index.left_over} segments at the ends of videos fill no window of {seconds}")
@@ -231,11 +208,3 @@ def _findings(index: _Index, path: str, wanted: Wanted) -> Iterator[Finding]:
             fix="write a data.duration_sec that divides the videos, where they matter",
             value=len(index.short) + index.left_over,
         )
-
-
-def _short_place(place: str) -> str:
-    return place.replace("\\", "/").rpartition("/")[2]
-
-
-def _first_few(things: Sequence[str]) -> str:
-    return ", ".join(things[:3]) + (f" and {len(things) - 3} more" if len(things) > 3 else "")

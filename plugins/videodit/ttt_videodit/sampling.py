@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -17,25 +15,23 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from ttt import __version__
 from ttt.errors import NonFiniteError
 from ttt.printable import say
-from ttt.train.display import duration_in_words
-from ttt.version import __version__
+from ttt.progress import Steps
 from ttt_videodit.codec import DemoCodec
 from ttt_videodit.diffusion import predict_v
 from ttt_videodit.encoders import load_text_encoder, load_vae
 from ttt_videodit.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, segments_in
-from ttt_videodit.plugin import VideoDiTData, VideoDiTOptions, pixels, text_length
+from ttt_videodit.options import VideoDiTData, VideoDiTOptions, VideoDiTRun, pixels, text_length
 from ttt_videodit.request import contact_sheet_of
 from ttt_videodit.scenes import NO_SCENES, with_scene_tokens
 from ttt_videodit.schedules import sampler_of, sampling_schedule, trained_on_zeros
 from ttt_videodit.video import Frames, write_contact_sheet, write_video
 
 if TYPE_CHECKING:
-    from ttt.config import RunConfig
     from ttt.plugins import SampleRequest
 
 _MOST_TEXT_BYTES = 4 << 30
@@ -45,13 +41,13 @@ NEGATIVE_PROMPTS, ZEROS, EMPTY_TEXTS = "the negative prompts", "zeros in place o
 """What guidance can lead away from."""
 
 
-def sample(model: nn.Module, request: SampleRequest, config: RunConfig, *, console: Console) -> list[Path]:
+def sample(model: nn.Module, request: SampleRequest, config: VideoDiTRun, *, console: Console) -> list[Path]:
     """Make a video from a prompt for each 3 s, and a contact sheet beside it; see `prepare_samples`."""
     return prepare_samples(model, [request], config, console=console)(request)
 
 
 def prepare_samples(
-    model: nn.Module, requests: Sequence[SampleRequest], config: RunConfig, *, console: Console
+    model: nn.Module, requests: Sequence[SampleRequest], config: VideoDiTRun, *, console: Console
 ) -> Callable[[SampleRequest], list[Path]]:
     """What makes one video after another, each from a prompt for every 3 s, and a contact sheet beside it.
 
@@ -75,51 +71,66 @@ def prepare_samples(
     Raises:
         EnvironmentProblem: the VAE's or T5's weights are missing.
     """
-    options, data = cast(VideoDiTOptions, config.backbone), cast(VideoDiTData, config.data)
-    device = next(model.parameters()).device
-    dtype = model.get_parameter("patch_embed.proj.weight").dtype
-    # A repository's missing part is missed before the first step.
-    decode = load_decoder(options, device=device, dtype=dtype)
-    texts = _Texts(requests, options, data, console, device=device, dtype=dtype)
-    texts.read()
-    height, width = (side // SPATIAL_COMPRESSION for side in pixels(options, data))
-    schedule, why = sampling_schedule(options, requests[0].imported_from)
-    say(console, f"samples by the schedule {schedule} ({why}), {_guidance_in_words(requests, options)}")
-    told = False
+    return _Sampler(model, requests, config, console)
 
-    def make(request: SampleRequest) -> list[Path]:
-        nonlocal told
-        text, unconditional = texts.of(request)
-        frames = options.segments.frames(segments_in(round(request.seconds)))
-        training = model.training
-        model.eval()
-        try:
-            with _progress(console, "sample", request.steps) as advance:
-                latents = denoise(
-                    model,
-                    text,
-                    unconditional,
-                    shape=(1, frames, LATENT_CHANNELS, height, width),
-                    schedule=sampler_of(options, schedule),
-                    steps=request.steps,
-                    guidance_scale=request.guidance_scale,
-                    seed=request.seed,
-                    advance=advance,
-                )
-        finally:
-            model.train(training)
+
+class _Sampler:
+    """Makes one video after another; the arguments are those of `prepare_samples`."""
+
+    def __init__(
+        self, model: nn.Module, requests: Sequence[SampleRequest], config: VideoDiTRun, console: Console
+    ) -> None:
+        options, data = config.backbone, config.data
+        device = next(model.parameters()).device
+        dtype = model.get_parameter("patch_embed.proj.weight").dtype
+        self._model = model
+        self._options = options
+        self._console = console
+        # If a part of a repository is missing, that is told before the first step.
+        self._decode = load_decoder(options, device=device, dtype=dtype)
+        self._texts = _Texts(requests, options, data, console, device=device, dtype=dtype)
+        self._texts.read()
+        self._height, self._width = (side // SPATIAL_COMPRESSION for side in pixels(options, data))
+        self._schedule, why = sampling_schedule(options, requests[0].imported_from)
+        self._told = False
+        guidance = _guidance_in_words(requests, options)
+        say(console, f"samples by the schedule {self._schedule} ({why}), {guidance}")
+
+    def __call__(self, request: SampleRequest) -> list[Path]:
+        """The video's file, and its contact sheet."""
+        latents = self._denoised(request)
         if not bool(latents.isfinite().all()):
             raise NonFiniteError(
                 "sampling ended in numbers that are not finite; if training was sound, sample with "
                 "--set train.param_dtype=float32"
             )
-        files = _write(request, decode(latents), options)
-        if options.preset == "demo" and not told:
-            told = True
-            say(console, DemoCodec.stand_in)
+        files = _write(request, self._decode(latents), self._options)
+        if self._options.preset == "demo" and not self._told:
+            self._told = True
+            say(self._console, DemoCodec.stand_in)
         return files
 
-    return make
+    def _denoised(self, request: SampleRequest) -> Tensor:
+        """The video's latents, by the model in eval mode."""
+        text, unconditional = self._texts.of(request)
+        frames = self._options.segments.frames(segments_in(round(request.seconds)))
+        training = self._model.training
+        self._model.eval()
+        try:
+            with Steps(self._console, "sample", total=request.steps, tenths=True) as steps:
+                return denoise(
+                    self._model,
+                    text,
+                    unconditional,
+                    shape=(1, frames, LATENT_CHANNELS, self._height, self._width),
+                    schedule=sampler_of(self._options, self._schedule),
+                    steps=request.steps,
+                    guidance_scale=request.guidance_scale,
+                    seed=request.seed,
+                    advance=steps.advance,
+                )
+        finally:
+            self._model.train(training)
 
 
 def _write(request: SampleRequest, video: Frames, options: VideoDiTOptions) -> list[Path]:
@@ -144,7 +155,7 @@ def _guidance_in_words(requests: Sequence[SampleRequest], options: VideoDiTOptio
 
 
 def _led_away_from(request: SampleRequest, options: VideoDiTOptions) -> str | None:
-    """What guidance leads away from; None where there is none."""
+    """What guidance leads away from; None if there is none."""
     if request.guidance_scale <= 1:
         return None
     if request.negative_prompts:
@@ -157,8 +168,8 @@ def guidance_weight(scale: float, *, timestep: int, steps: int) -> float:
 
         w = 1 + scale·(1 − cos(π·((steps − t)/steps)⁵))/2,   between 1 and 1 + scale
 
-    It was meant to rise over the steps, but both published samplers put the timestep t (999 … 0) where the number of
-    the step belongs. So w jumps about between its bounds, and settles, towards 1, only where t is less than `steps`.
+    It was meant to rise over the steps, but both published samplers put the timestep t (999 … 0) in the place of the
+    step's number. So w jumps about between its bounds, and settles towards 1 only when t is less than `steps`.
     It is kept as it is because CogVideoX's and TTT-Video's videos are made with it.
 
     Sources: `use_dynamic_cfg` of diffusers' `pipeline_cogvideox.py`; `DynamicCFG` of TTT-Video's `cogvideo/utils.py`.
@@ -261,7 +272,7 @@ class _Texts:
         return _embeddings(request, self._prompts(request), self._options, self._embed)
 
     def read(self) -> None:
-        """Have T5 read the texts of the videos that are left, or of as many of them as there is room for.
+        """Have T5 read the texts of the videos that are left, or of as many as there is room for.
 
         Raises:
             EnvironmentProblem: its weights are missing.
@@ -316,7 +327,7 @@ def _embeddings(
 
 
 def _negative_texts(request: SampleRequest, options: VideoDiTOptions) -> tuple[str, ...]:
-    """The texts that guidance leads away from, one for each segment; none without guidance, or if it is from zeros."""
+    """The texts that guidance leads away from, one for each segment; none if there is no guidance, or zeros do."""
     if _led_away_from(request, options) in (None, ZEROS):
         return ()
     return request.negative_prompts or ("",) * len(request.prompts)
@@ -366,27 +377,3 @@ def to_pixels(frames: Tensor) -> Frames:
     """Frames `[F,3,H,W]` with values −1 … 1, rounded to 0 … 255, `[F,H,W,3]`; what lies outside is clipped."""
     levels = ((frames.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return cast(Frames, levels.permute(0, 2, 3, 1).cpu().numpy())
-
-
-# --- progress ---
-
-
-@contextmanager
-def _progress(console: Console, name: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, some plain lines elsewhere; what it yields is called after each step."""
-    if console.is_terminal and not console.is_dumb_terminal:
-        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task(name, total=total)
-            yield lambda: bar.advance(task)
-        return
-    started, done = time.monotonic(), 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        if done in (1, total) or done * 10 // total > (done - 1) * 10 // total:
-            left = duration_in_words((time.monotonic() - started) / done * (total - done))
-            say(console, f"{name}: step {done}/{total}, {left} left")
-
-    yield advance

@@ -1,4 +1,4 @@
-"""Where a scene ends and another begins, as TTT-Video tells T5: by two tokens in the texts.
+"""The two tokens in texts by which TTT-Video tells T5 that a scene ends and another begins.
 
 TTT-Video adds `<end_scene>` and `<start_scene>` to T5's tokenizer, for the captions of training and for prompts, and
 resizes T5's embedding to the tokenizer's length. Nothing is drawn at random by that: T5's embedding has 32128 rows for
@@ -20,11 +20,11 @@ NO_SCENES: Final = "this text encoder has no embeddings for <start_scene> and <e
 
 
 def with_scene_tokens(prompts: Sequence[str], new_scenes: Sequence[bool]) -> tuple[str, ...]:
-    """Prompts with the tokens where a segment begins a new scene, and so ends that of the segment before.
+    """Prompts with the tokens: if a segment begins a scene, the segment before ends one.
 
     Args:
         prompts: one for each segment.
-        new_scenes: whether each begins a scene; empty where none does. Before the first there is no scene.
+        new_scenes: whether each begins a scene; empty if none does. The first ends none.
     """
     texts = list(prompts)
     for number, begins in enumerate(new_scenes):
@@ -35,7 +35,7 @@ def with_scene_tokens(prompts: Sequence[str], new_scenes: Sequence[bool]) -> tup
 
 
 def add_scene_tokens(tokenizer: Any, rows: int) -> bool:
-    """Teach T5's tokenizer the tokens, if its model's embedding of so many rows has two to spare; says whether."""
+    """Add the tokens to T5's tokenizer if its model's embedding has two rows to spare; returns whether it has."""
     from transformers import AddedToken
 
     missing = [token for token in SCENE_TOKENS if token not in tokenizer.get_vocab()]

@@ -22,14 +22,14 @@ from diffusers.schedulers.scheduling_dpm_cogvideox import rescale_zero_terminal_
 from torch import Tensor
 
 from ttt_videodit.diffusion import schedule_of
-from ttt_videodit.plugin import DIFFUSERS, TTT_VIDEO, VideoDiTOptions
+from ttt_videodit.options import DIFFUSERS, TTT_VIDEO, VideoDiTOptions
 
 IMPORTED_FROM = "TTT-Video"
 """What the header of an adapter says that `ttt import-weights` made of published weights."""
 
 
 class TTTVideoScheduler(CogVideoXDPMScheduler):
-    """TTT-Video's sampler, for whatever diffusers' scheduler of CogVideoX can be used for.
+    """TTT-Video's sampler with the methods of diffusers' scheduler of CogVideoX.
 
     The solver is diffusers' own, over a table of as many timesteps as there are steps. The clean latents that a
     prediction implies are taken at the entry of the whole table that is nearest to the step's noise, as published.
@@ -73,14 +73,14 @@ class TTTVideoScheduler(CogVideoXDPMScheduler):
 
 
 def _scaled(alphas_cumprod: Tensor) -> Tensor:
-    """ᾱ of the chosen timesteps, in rising order, with none left at the last; one timestep alone has none."""
+    """ᾱ of the chosen timesteps, in rising order, with none left at the last; a single timestep has none."""
     if len(alphas_cumprod) == 1:
         return torch.zeros_like(alphas_cumprod)
     return cast(Tensor, rescale_zero_terminal_snr(alphas_cumprod))
 
 
 def sampling_schedule(options: VideoDiTOptions, imported_from: str | None) -> tuple[str, str]:
-    """By which schedule is sampled, and why.
+    """The schedule of a sample, and why it is that one.
 
     Args:
         options: of the backbone.
@@ -100,9 +100,9 @@ def sampler_of(options: VideoDiTOptions, name: str) -> CogVideoXDPMScheduler:
 
 
 def trained_on_zeros(options: VideoDiTOptions, imported_from: str | None) -> bool:
-    """Whether what is sampled has learned from zeros in place of text.
+    """Whether the sampled model was trained with zeros in place of text.
 
-    Published weights of TTT-Video have not, whatever the config says of training here: the dropout of texts that its
-    `train.py` has is never reached, since texts are tensors and its branch is for what is none.
+    Published weights of TTT-Video were not, whatever `options` say: the dropout of texts in its `train.py` is never
+    reached, because its branch is for texts that are not tensors, and all are.
     """
     return options.text_dropout > 0 and imported_from != IMPORTED_FROM

@@ -43,7 +43,7 @@ class DemoTextEncoder:
         return embeddings
 
     def count(self, text: str) -> int:
-        """Tokens that a text has, were it not cut off."""
+        """Tokens of a text, before it is cut off."""
         return len(_words(text))
 
 

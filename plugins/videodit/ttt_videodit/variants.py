@@ -1,4 +1,4 @@
-"""CogVideoX's other releases, told by a config.json or a repository's name before any weight is read; no torch."""
+"""CogVideoX's other releases, recognised by config.json or repository before any weight is read; imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ttt_videodit.geometry import LATENT_CHANNELS, PATCH_SIZE
 WAY_OUT: Final = "name the text-to-video model CogVideoX-5b (THUDM/CogVideoX-5b), or weights trained from it"
 
 _OWNERS: Final = frozenset({"thudm", "zai-org", "zhipuai", "alibaba-pai"})
-"""Who publishes CogVideoX, on the hub, and variants of it under names that tell them."""
+"""Owners on the hub that publish CogVideoX and its variants, under names that say which is which."""
 _NAMES: Final = (
     (re.compile(r"cogvideox-?1\.5.*i2v"), "CogVideoX 1.5 for images to video, whose patches span several frames"),
     (re.compile(r"cogvideox.*-fun\b"), "CogVideoX-Fun, which reads a second video beside the noise"),
@@ -27,7 +27,7 @@ _CLASSES: Final = (None, "CogVideoXTransformer3DModel", "VideoDiT")
 
 
 def wrong_variant(config: Mapping[str, Any]) -> str | None:
-    """What keeps a transformer's `config.json` from being used, by the name of who it is; None where nothing does.
+    """Why a transformer's `config.json` cannot be used, and which release it is of; None if it can.
 
     Keys that are left out have the defaults of diffusers' class.
     """
@@ -60,7 +60,7 @@ def wrong_variant(config: Mapping[str, Any]) -> str | None:
 
 
 def wrong_repository(name: str) -> str | None:
-    """The same, by the name of a repository on the hub; None too where the name says nothing."""
+    """The same, by the name of a repository on the hub; None too if the name says nothing."""
     owner, _, repository = name.casefold().partition("/")
     if owner not in _OWNERS:
         return None
@@ -70,7 +70,7 @@ def wrong_repository(name: str) -> str | None:
 def wrong_source(source: str) -> str | None:
     """The same, of what `backbone.pretrained` names: a folder by its config.json, else a repository by its name.
 
-    Of a folder without one, or with one that cannot be read, nothing is said here.
+    A folder without one, or with one that cannot be read, is None.
     """
     try:
         folder = Path(source)

@@ -77,7 +77,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         with writing(path):
             yield
-    except av.FFmpegError as error:  # where it is no OSError, of which `writing` tells
+    except av.FFmpegError as error:  # those that are OSErrors are told by `writing`
         raise EnvironmentProblem(f"{path}: cannot be written: {error}") from error
 
 
@@ -133,7 +133,7 @@ def contact_sheet(
 
 
 def draw_strip(axes: Axes, frames: Frames, heading: str) -> list[float]:
-    """Draw frames side by side under a heading; where their middles are on the x axis."""
+    """Draw frames side by side under a heading; returns the x of their middles."""
     count, height, width = frames.shape[:3]
     step = width + max(1, width // 40)
     strip = np.full((height, count * step - (step - width), 3), 255, dtype=np.uint8)
@@ -149,14 +149,14 @@ def draw_strip(axes: Axes, frames: Frames, heading: str) -> list[float]:
 
 
 def _heading(number: int, prompt: str) -> str:
-    """A segment's prompt on as many lines as it needs, up to a few; a `$` is no mathematics."""
+    """A segment's prompt on as many lines as it needs, up to a few; a `$` does not begin mathematics."""
     text = f"segment {number}: {' '.join(prompt.split())}"
     lines = textwrap.wrap(text, 150, max_lines=_MOST_LINES, placeholder=" …")
     return "\n".join(lines).replace("$", r"\$")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of its own, inches: no window, and no state that other users of matplotlib could see."""
+    """A figure of so many inches, without a window and without global state of matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

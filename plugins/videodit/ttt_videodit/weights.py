@@ -26,13 +26,16 @@ from ttt.config import TTTConfig
 from ttt.errors import UsageError
 from ttt.files import require_space, temporary_beside, write_tensors, write_text, writing
 from ttt.printable import say
-from ttt_videodit.checkpoint import Checkpoint, open_checkpoint, some
+from ttt.words import first_few
+from ttt_videodit.checkpoint import TOLD, Checkpoint, open_checkpoint
 from ttt_videodit.model import VideoDiT, sites
-from ttt_videodit.plugin import ROTARY_UNIT, VideoDiTBackbone, VideoDiTOptions
+from ttt_videodit.options import ROTARY_UNIT, VideoDiTOptions
 from ttt_videodit.pretrained import write_record
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from ttt.plugins import Backbone
 
 PROGRAM = "TTT-Video"
 TRANSFORMER = "transformer"
@@ -92,20 +95,21 @@ _TABLES = re.compile(r"layers\.\d+\.seq_modeling_block\.(?:rotary\.freqs_(?:sin|
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def import_weights(source: Path, out: Path, *, console: Console) -> list[Path]:
+def import_weights(source: Path, out: Path, *, backbone: Backbone, console: Console) -> list[Path]:
     """Turn a checkpoint of TTT-Video into `OUT/transformer`, in diffusers' layout, and `OUT/adapter`.
 
     Args:
         source: `.safetensors`, in one file or a folder of several, or a `.pt`; no code in it is run.
         out: a folder that does not exist or is empty.
+        backbone: whose files they become.
         console: where each tensor is accounted for.
 
     Returns:
         The two folders.
 
     Raises:
-        UsageError: the file is no such checkpoint, a tensor of it is missing, unknown or of another shape, or `out` is
-            in use; nothing was written then.
+        UsageError: the file is not such a checkpoint, a tensor of it is missing, unknown or of another shape, or `out`
+            is in use; nothing was written then.
         EnvironmentProblem: a file is missing or damaged, or the disk is full.
     """
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
@@ -115,7 +119,8 @@ def import_weights(source: Path, out: Path, *, console: Console) -> list[Path]:
     tensors = {names[old]: tensor for old, tensor in checkpoint.tensors.items() if old in names}
     config = _transformer_config(source, tensors)
     settings = _ttt_settings(tensors)
-    injection = _fill(source, config, settings, tensors, {new: old for old, new in names.items()})
+    old_names = {new: old for old, new in names.items()}
+    injection = _fill(source, config, settings, tensors, old_names, causal=backbone.causal)
     adapters = injection.state_dict().keys()
     require_space(out, sum(tensor.nbytes for tensor in tensors.values()), what="the converted model")
     with _folder(out) as folder:
@@ -127,7 +132,7 @@ def import_weights(source: Path, out: Path, *, console: Console) -> list[Path]:
         save_adapter(
             folder / ADAPTER,
             injection,
-            backbone=backbone_identity(VideoDiTBackbone(), VideoDiTOptions(preset="5b")),
+            backbone=backbone_identity(backbone, VideoDiTOptions(preset="5b")),
             training={"imported_from": PROGRAM, "checkpoint": source.name},
         )
     _account(console, checkpoint, names, left_out)
@@ -157,9 +162,11 @@ def _rename(source: Path, tensors: Iterable[str]) -> tuple[dict[str, str], list[
         else:
             unknown.append(old)
     if not names:
-        raise UsageError(f"{source}: no checkpoint of {PROGRAM}: it holds {some(unknown) or 'no tensor'}")
+        raise UsageError(f"{source}: no checkpoint of {PROGRAM}: it holds {first_few(unknown, TOLD) or 'no tensor'}")
     if unknown:
-        raise UsageError(f"{source}: {some(unknown)} {_are(unknown)} no part of {PROGRAM}'s model that is known here")
+        raise UsageError(
+            f"{source}: {first_few(unknown, TOLD)} {_are(unknown)} no part of {PROGRAM}'s model that is known here"
+        )
     twice = sorted(new for new, count in Counter(names.values()).items() if count > 1)
     if twice:
         both = [old for old, new in names.items() if new == twice[0]]
@@ -232,7 +239,7 @@ def _transformer_config(source: Path, tensors: Mapping[str, Tensor]) -> dict[str
         # 480 × 720 pixels in latents, to whose grid TTT-Video's rotary tables belong (`ttt/models/configs.py`).
         "sample_height": 60,
         "sample_width": 90,
-        # `layer_norm_eps` of the same file, where THUDM's own config says 1e-5.
+        # `layer_norm_eps` of the same file; THUDM's own config says 1e-5.
         "norm_eps": 1e-6,
         "use_rotary_positional_embeddings": True,
         "use_learned_positional_embeddings": False,
@@ -251,6 +258,8 @@ def _fill(
     settings: TTTConfig,
     tensors: Mapping[str, Tensor],
     old_names: Mapping[str, str],
+    *,
+    causal: bool,
 ) -> inject.Injection:
     """The adapted model, made of the checkpoint's own tensors.
 
@@ -259,15 +268,15 @@ def _fill(
     """
     with torch.device("meta"):
         model = VideoDiT(**config)
-    injection = inject.apply(model, sites(model), settings, causal=VideoDiTBackbone.causal)
+    injection = inject.apply(model, sites(model), settings, causal=causal)
     own = model.state_dict()
     missing = [_old_name(name) for name in own if name not in tensors]
     if missing:
-        raise UsageError(f"{source}: {some(missing)} {_are(missing)} missing")
+        raise UsageError(f"{source}: {first_few(missing, TOLD)} {_are(missing)} missing")
     others = [old_names[name] for name in tensors if name not in own]
     if others:
         raise UsageError(
-            f"{source}: {some(others)} {_are(others)} no part of the inner model of block 0, which is "
+            f"{source}: {first_few(others, TOLD)} {_are(others)} no part of the inner model of block 0, which is "
             f"{settings.layer_type}"
         )
     shapes = [
@@ -279,7 +288,7 @@ def _fill(
         f"{old_names[name]} is {tensor.dtype}" for name, tensor in tensors.items() if not tensor.is_floating_point()
     ]
     if shapes or types:
-        raise UsageError(f"{source}: does not fit together: {some([*shapes, *types])}")
+        raise UsageError(f"{source}: does not fit together: {first_few([*shapes, *types], TOLD)}")
     model.load_state_dict(dict(tensors), assign=True)
     return injection
 
@@ -300,7 +309,7 @@ def _old_name(new: str) -> str:
 
 @contextlib.contextmanager
 def _folder(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` when all of it is written, and goes away when not."""
+    """A folder that becomes `out` when all of it is written, and is removed if not all is."""
     folder = temporary_beside(out.absolute())
     try:
         with writing(out):
@@ -344,7 +353,7 @@ def _write_transformer(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _account(console: Console, checkpoint: Checkpoint, names: Mapping[str, str], tables: Sequence[str]) -> None:
-    """Where each tensor went; those that differ in the block's number alone stand in one line."""
+    """Say where each tensor went; those that differ only in the block's number share a line."""
     groups: dict[tuple[str, str], list[int]] = {}
     for old, new in names.items():
         numbered = re.match(r"transformer_blocks\.(\d+)\.", new)
@@ -353,9 +362,9 @@ def _account(console: Console, checkpoint: Checkpoint, names: Mapping[str, str],
     for (old, new), blocks in groups.items():
         say(console, f"  {old} → {new}" + (f"    N = {min(blocks)} … {max(blocks)}" if len(blocks) > 1 else ""))
     if tables:
-        say(console, f"  {some(tables)}: left out, rotary tables are computed")
+        say(console, f"  {first_few(tables, TOLD)}: left out, rotary tables are computed")
     if checkpoint.others:
-        say(console, f"  {some(checkpoint.others)}: left out, no part of the model")
+        say(console, f"  {first_few(checkpoint.others, TOLD)}: left out, no part of the model")
 
 
 def _report(

@@ -24,6 +24,7 @@ from ttt.plugins import Backbone
 from ttt.plugins.asking import WAY_OUT, owner
 from ttt.printable import say
 from ttt.train.setup import threads, with_backbone_options
+from ttt.words import first_line
 
 
 def probe(config: RunConfig, backbone: Backbone, *, console: Console | None = None) -> list[Finding]:
@@ -110,7 +111,7 @@ def _finding(broken: LawBrokenError, backbone: Backbone) -> Finding:
 
 def _failure(error: Exception, proof: Proof, backbone: Backbone) -> Finding:
     where = traceback.extract_tb(error.__traceback__)[-1]
-    what = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    what = f"{type(error).__name__}: {first_line(error, otherwise='')}"
     return _failed(f"{owner(backbone)} failed, {where.filename}:{where.lineno}: {what}", proof)
 
 

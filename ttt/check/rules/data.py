@@ -13,6 +13,7 @@ from ttt.config.findings import Finding, Severity
 from ttt.config.schema import select_layers
 from ttt.errors import EnvironmentProblem
 from ttt.reading import other_kind
+from ttt.words import first_few
 
 if TYPE_CHECKING:
     from ttt.adapter_file import AdapterInfo, ChangedSetting
@@ -140,7 +141,7 @@ def lines_can_be_read(context: Context) -> Iterator[Finding]:
                     severity=Severity.ERROR,
                     path=f"data.{key}",
                     message=(
-                        f"{_share(places, lines)} {words.format(beside=form.beside)}: {_first_few(places)}; the run "
+                        f"{_share(places, lines)} {words.format(beside=form.beside)}: {first_few(places)}; the run "
                         f"stops before its first step"
                     ),
                     fix=fix.replace("{example}", form.example).replace("{beside}", form.beside or ""),
@@ -167,7 +168,7 @@ def recordings_fill_windows(context: Context) -> Iterator[Finding]:
                 severity=Severity.NOTE,
                 path=f"data.{key}",
                 message=(
-                    f"{_share(short, lines)} shorter than {context.facts.window}: {_first_few(short)}; {padding:.0%} "
+                    f"{_share(short, lines)} shorter than {context.facts.window}: {first_few(short)}; {padding:.0%} "
                     f"of what is computed is padding"
                 ),
                 fix="write a window as long as most recordings, or join short ones",
@@ -241,10 +242,6 @@ def _as_in_the_file(start: AdapterInfo, ttt: TTTConfig, changed: Sequence[Change
 def _share(places: Sequence[str], lines: Recordings) -> str:
     count = f"{len(places)} of {lines.count}" + ("" if lines.complete else " (the first that were read)")
     return f"{count} lines {'is' if len(places) == 1 else 'are'}"
-
-
-def _first_few(places: Sequence[str]) -> str:
-    return ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
 
 
 RULES = (

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Final
+
+from ttt.packaged import PackagedFiles
 
 FOLDER: Final = Path(__file__).parent
 TRAIN_DATA: Final = FOLDER / "dialogue.jsonl"
@@ -27,14 +28,5 @@ SHA256: Final = {
 }
 """Of the files that carry no checksum themselves; `sha256sum` tells that of one made anew."""
 
-
-@functools.cache
-def require_whole() -> None:
-    """See that the files are those that were shipped, once in a process.
-
-    Raises:
-        EnvironmentProblem: one is not; the message names it.
-    """
-    from ttt.files import require_digests
-
-    require_digests(FOLDER, SHA256, way_out="reinstall ttt-moshi")
+require_whole: Final = PackagedFiles(FOLDER, SHA256, distribution="ttt-moshi").require_whole
+"""See that these files are those that were shipped, once in a process."""

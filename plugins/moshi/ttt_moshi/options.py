@@ -1,0 +1,105 @@
+"""Moshi's options and data in a config, and the sizes that they ask for; imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, model_validator
+
+from ttt.config import BackboneOptions, DataOptions, RunConfig
+from ttt.errors import EnvironmentProblem
+from ttt.files import read_json
+
+FRAME_RATE = 12.5
+MOSHI_7B = {"dim": 4096, "num_heads": 32, "num_layers": 32}
+LARGEST_SIZE = 1 << 20
+"""The largest width, and number of heads and layers, that a config.json is believed."""
+RECORDING_EXAMPLE = '{"path": "a.wav", "duration": 61.2}'
+"""A good line of `train_data`."""
+DEMO = {"dim": 128, "num_heads": 4, "num_layers": 4}
+PRETRAINED_KEYS = ("hf_repo", "revision", "moshi_path", "mimi_path", "tokenizer_path", "config_path", "random_weights")
+
+
+class MoshiOptions(BackboneOptions):
+    """The `backbone` section for Moshi."""
+
+    name: Literal["moshi"] = "moshi"
+    """The backbone's name."""
+    preset: Literal["7b", "demo"] = "demo"
+    """Moshi itself, or a tiny model of the same structure (17 streams, random weights) that runs anywhere."""
+    hf_repo: str | None = None
+    """7b: repository on the Hugging Face hub; null is kyutai/moshiko-pytorch-bf16."""
+    revision: str | None = None
+    """7b: branch, tag or commit of the repository; null is its newest. A commit pins what is downloaded."""
+    moshi_path: str | None = None
+    """7b: local weights of the language model (.safetensors), instead of the repository's."""
+    mimi_path: str | None = None
+    """7b: local weights of the Mimi codec (.safetensors)."""
+    tokenizer_path: str | None = None
+    """7b: local text tokenizer (SentencePiece .model)."""
+    config_path: str | None = None
+    """7b: local config.json of the model; with the three paths above and none here, the published 7B's."""
+    random_weights: bool = False
+    """7b: leave the language model's weights random, to measure speed and memory without a download."""
+    dim: Annotated[int, Field(ge=8, le=1024)] | None = None
+    """demo: width; null is 128."""
+    num_heads: Annotated[int, Field(ge=1, le=64)] | None = None
+    """demo: heads; null is 4."""
+    num_layers: Annotated[int, Field(ge=1, le=64)] | None = None
+    """demo: layers; null is 4."""
+    text_padding_weight: Annotated[float, Field(ge=0, le=1e6)] = 0.5
+    """Weight of padding in the text loss."""
+    first_codebook_weight_multiplier: Annotated[float, Field(gt=0, le=1e6)] = 100.0
+    """Weight of the first (semantic) codebook in the audio loss."""
+
+    @model_validator(mode="after")
+    def _options_of_the_preset(self) -> MoshiOptions:
+        """Refuse an option that the preset would not read."""
+        others = ("dim", "num_heads", "num_layers") if self.preset == "7b" else PRETRAINED_KEYS
+        given = [name for name in others if getattr(self, name) not in (None, False)]
+        if given:
+            other = "demo" if self.preset == "7b" else "7b"
+            raise ValueError(f"{given[0]} belongs to preset: {other}; preset: {self.preset} does not read it")
+        dim, heads = self.dim or DEMO["dim"], self.num_heads or DEMO["num_heads"]
+        if self.preset == "demo" and (dim % heads or (dim // heads) % 2):
+            raise ValueError(f"a demo model of width {dim} does not divide into {heads} heads of even width")
+        return self
+
+
+class MoshiData(DataOptions):
+    """The `data` section for Moshi: moshi-finetune's format.
+
+    A `.jsonl` file of `{"path": …, "duration": …}` names stereo audio (left Moshi, right the user); beside each file
+    lies a `.json` with `alignments: [[word, [start, end], "SPEAKER_MAIN"], …]`.
+    """
+
+    duration_sec: Annotated[float, Field(ge=0.01, le=240)] = 15.0
+    """Length of a training window in seconds; a file is cut into consecutive windows."""
+
+
+MoshiRun: TypeAlias = "RunConfig[MoshiOptions, MoshiData]"
+"""The config of a run of this backbone."""
+
+
+def sizes(options: MoshiOptions) -> dict[str, Any]:
+    """Width, heads and layers that the options ask for."""
+    if options.preset == "demo":
+        return {name: getattr(options, name) or default for name, default in DEMO.items()}
+    if options.config_path is None:
+        return MOSHI_7B
+    try:
+        written = read_json(Path(options.config_path))
+    except (EnvironmentProblem, ValueError) as error:  # the latter of a name that no file can have
+        raise EnvironmentProblem(
+            f"backbone.config_path: {error}; write the path of a Moshi model's config.json"
+        ) from None
+    found = {name: written.get(name) for name in MOSHI_7B}
+    for name, value in found.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
+            told = f"its {name} is {value!r:.40}" if name in written else f"it has no {name}"
+            raise EnvironmentProblem(
+                f"backbone.config_path: {options.config_path} is no config of a Moshi model: {told}; write the path of "
+                f"a Moshi model's config.json, whose {', '.join(MOSHI_7B)} are whole numbers up to {LARGEST_SIZE:,}"
+            )
+    return found

@@ -1,0 +1,301 @@
+"""A list of videos on its way to an index of what was encoded, which other processes are kept from meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from ttt.errors import EnvironmentProblem, UnreadableError, UsageError
+from ttt.files import TEMPORARY, lock, read_header, replaced_file, write_bytes, writing
+from ttt.jsonl import read_jsonl
+from ttt.reading import open_file, other_kind
+from ttt_videodit.encoders import encoders_of
+from ttt_videodit.frames import UnreadableVideoError, inspect_video
+from ttt_videodit.geometry import FRAMES_PER_SECOND, LATENT_CHANNELS, SPATIAL_COMPRESSION, pixel_frames
+from ttt_videodit.index import (
+    VIDEO_EXAMPLE,
+    EncodedSegment,
+    EncodedVideo,
+    LineError,
+    ListedVideo,
+    line_of,
+    parse_encoded,
+    parse_listed,
+)
+from ttt_videodit.options import VideoDiTData, VideoDiTOptions
+from ttt_videodit.scenes import names_scenes
+from ttt_videodit.wanted import Wanted
+
+_LENIENCY_SEC: Final = 0.1  # a header's length is rounded, or that of the sound
+
+
+@dataclass
+class Job:
+    """A list of videos on its way to an index."""
+
+    videos: tuple[ListedVideo, ...]
+    index: Path
+    wanted: Wanted
+    encoders: str
+    others: list[EncodedVideo] = field(default_factory=list)
+    """Videos of the index that the list does not name; they stay."""
+    done: dict[ListedVideo, EncodedVideo] = field(default_factory=dict)
+    """Those of the list that are in the index."""
+
+    @classmethod
+    def of(cls, options: VideoDiTOptions, data: VideoDiTData, source: str, target: str) -> Job:
+        """Read a list.
+
+        Raises:
+            UsageError: there is no index to write.
+            EnvironmentProblem: the list is wrong, with file and line.
+        """
+        written = getattr(data, target)
+        if written is None or not written.endswith(".jsonl"):
+            raise UsageError(
+                f"data.{target}: {'null' if written is None else written}; name the .jsonl index that data.{source} is "
+                f"to become"
+            )
+        replaced_file(Path(written))
+        wanted = Wanted.of(options, data)
+        videos = _read_list(Path(getattr(data, source)), wanted, f"data.{source}")
+        return cls(videos, Path(written), wanted, encoders_of(options))
+
+    @property
+    def folder(self) -> Path:
+        """Where its files go."""
+        return self.index.parent / "latents"
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from this index, and find out what is done."""
+        name = self.folder / f".{self.index.name}.lock"
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            replaced_file(name)
+            file = name.open("a")
+        with file, _beside_others(self.folder):
+            try:
+                lock(file, name)
+            except UsageError:
+                raise UsageError(f"{self.index}: another process is making it; wait for it") from None
+            for left in self.index.parent.glob(f"{TEMPORARY}????????-{glob.escape(self.index.name)}"):
+                left.unlink(missing_ok=True)
+            self._read_index()
+            yield
+
+    def _read_index(self) -> None:
+        """Sort the lines of the index: done, of other lists, or made from a file that has changed, to be made anew."""
+        if not self.index.exists():
+            return
+        whole = self._ends_with_a_line()
+        lines = list(read_jsonl(self.index))
+        planned = {(video.name, video.start_sec): video for video in self.videos}
+        kept = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = parse_encoded(line.content, line.place, line.folder)
+            except LineError as error:
+                if number == len(lines) and not whole:  # a killed run wrote half of it
+                    continue
+                raise EnvironmentProblem(f"{line.place}: {error}; or write a new index: name another file") from None
+            self._require_same_settings(entry)
+            video = planned.get((entry.video, entry.start_sec))
+            if video is None:
+                self.others.append(entry)
+            elif replace(entry, place="") == self.plan(video) and self._as_listed(entry):
+                self.done[video] = entry
+            else:
+                continue
+            kept.append(entry)
+        if len(kept) < len(lines) or not whole:
+            self._write(kept)
+
+    def _ends_with_a_line(self) -> bool:
+        with open_file(self.index) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 1))
+            return file.read() == b"\n"
+
+    def _require_same_settings(self, entry: EncodedVideo) -> None:
+        wanted = self.wanted
+        found = (entry.height, entry.width, entry.text_length, entry.frames)
+        asked = (wanted.height, wanted.width, wanted.text_length, wanted.segments.frames(len(entry.segments)))
+        for name, before, now in zip(("height", "width", "text_length", "latent frames"), found, asked, strict=True):
+            if before != now:
+                raise UsageError(
+                    f"{entry.place}: {entry.video} was encoded with {name} {before}, but the config asks for {now}; "
+                    f"name another index, or write the settings of the one that is there"
+                )
+
+    def plan(self, video: ListedVideo) -> EncodedVideo:
+        """The line that a video will have, place aside; its files are named after what they are made from."""
+        wanted = self.wanted
+        file = video.path.stat()
+        origin = [video.name, file.st_size, file.st_mtime_ns, video.start_sec, len(video.captions)]
+        settings = [wanted.segments.attn_length, wanted.segments.prefix_temporal_length, wanted.height, wanted.width]
+        return EncodedVideo(
+            "",
+            video.name,
+            video.start_sec,
+            self.folder / f"{video.path.stem}-{_digest(*origin, *settings, self.encoders)}.safetensors",
+            wanted.segments.frames(len(video.captions)),
+            wanted.height,
+            wanted.width,
+            wanted.text_length,
+            tuple(
+                EncodedSegment(
+                    caption,
+                    self.folder / f"text-{_digest(*self._text_origin(caption))}.safetensors",
+                )
+                for caption in video.captions
+            ),
+        )
+
+    def _text_origin(self, caption: str) -> tuple[object, ...]:
+        """What an embedding is made from; scene tokens, which were read as text once, say so."""
+        as_tokens = ("scene tokens",) if names_scenes(caption) else ()
+        return (caption, self.wanted.text_length, self.encoders, *as_tokens)
+
+    def to_do(self) -> list[ListedVideo]:
+        """The videos that are not in the index yet."""
+        return [video for video in self.videos if video not in self.done]
+
+    def numbers_to_write(self) -> int:
+        """How many numbers the latents that are missing have."""
+        wanted = self.wanted
+        pixels = wanted.height * wanted.width // SPATIAL_COMPRESSION**2
+        rows = sum(
+            2 * (plan.frames + len(plan.segments)) for plan in map(self.plan, self.to_do()) if not plan.latents.exists()
+        )
+        return rows * LATENT_CHANNELS * pixels
+
+    def append(self, video: ListedVideo) -> None:
+        """Put a video whose files are there into the index."""
+        entry = _with_checksums(self.plan(video))
+        with writing(self.index), self.index.open("ab") as file:
+            file.write(f"{line_of(entry, self.index.parent)}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.done[video] = entry
+
+    def finish(self) -> None:
+        """Bring the index into the order of the list, after the videos of others."""
+        self._write([*self.others, *(self.done[video] for video in self.videos if video in self.done)])
+
+    def _write(self, entries: Sequence[EncodedVideo]) -> None:
+        content = "".join(f"{line_of(entry, self.index.parent)}\n" for entry in entries).encode()
+        if not self.index.exists() or self.index.stat().st_size != len(content) or self.index.read_bytes() != content:
+            write_bytes(self.index, content)
+
+    @staticmethod
+    def _as_listed(entry: EncodedVideo) -> bool:
+        """Whether the files that a line names are there, with the checksums that it says."""
+        return all(
+            path.is_file() and (checksum is None or _checksum_of(path) == checksum)
+            for path, checksum in entry.checksums.items()
+        )
+
+
+@contextlib.contextmanager
+def _beside_others(folder: Path) -> Iterator[None]:
+    """Work in a folder, beside other processes; if there are none, first remove what killed ones left half written."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with replaced_file(folder / ".lock").open("a") as file:
+        with contextlib.suppress(OSError):  # others are at work, or the file system has no locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # safetensors names what it is writing `.tmp` and six letters; here only what is ours was written so
+            for left in (*folder.glob(f"{TEMPORARY}*"), *folder.glob(".tmp??????")):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def _with_checksums(entry: EncodedVideo) -> EncodedVideo:
+    """The line with the checksums of the files that it names."""
+    segments = tuple(replace(each, text_sha256=read_header(each.text).checksum) for each in entry.segments)
+    return replace(entry, segments=segments, latents_sha256=read_header(entry.latents).checksum)
+
+
+def _checksum_of(path: Path) -> str | None:
+    """What a file's header says; None if it has none, or is damaged."""
+    try:
+        return read_header(path).checksum
+    except UnreadableError:
+        raise
+    except EnvironmentProblem:
+        return None
+
+
+def _digest(*origin: object) -> str:
+    """A short name for what a file is made from."""
+    return hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
+
+
+# --- the list ---
+
+
+def _read_list(source: Path, wanted: Wanted, name: str) -> tuple[ListedVideo, ...]:
+    """The videos of a list.
+
+    Raises:
+        EnvironmentProblem: a line is wrong, or there is none.
+    """
+    kind = other_kind(source)
+    if kind is not None or not source.is_file():
+        what = f"is {kind}, not a file" if kind else "is no file"
+        raise EnvironmentProblem(f"{name}: {source} {what}; name a .jsonl with lines such as {VIDEO_EXAMPLE}")
+    videos: dict[tuple[str, float], ListedVideo] = {}
+    problems = []
+    for line in read_jsonl(source):
+        try:
+            video = parse_listed(line.content, line.place, line.folder)
+            twin = videos.setdefault((video.name, video.start_sec), video)
+            if twin is not video:
+                raise LineError("line", f"the same video from the same start_sec as in {twin.place}; leave one out")
+            _check_length(video, wanted)
+        except LineError as error:
+            problems.append(f"{line.place}: {error}")
+    if problems:
+        raise EnvironmentProblem.about(problems, "lines cannot be used", where=str(name))
+    if not videos:
+        raise EnvironmentProblem(f"{name}: {source}: no videos; write lines such as {VIDEO_EXAMPLE}")
+    return tuple(videos.values())
+
+
+def _check_length(video: ListedVideo, wanted: Wanted) -> None:
+    """Compare the captions with the length in the file's header, if it gives one.
+
+    Raises:
+        LineError: there are too many.
+    """
+    try:
+        seconds = inspect_video(video.path).seconds
+    except UnreadableVideoError:  # told later, with those that cannot be decoded
+        return
+    needed = frames_of(video, wanted) / FRAMES_PER_SECOND - 2 / FRAMES_PER_SECOND  # the last picture may be held
+    if seconds is not None and video.start_sec + needed > seconds + _LENIENCY_SEC:
+        count, length = len(video.captions), wanted.segment_sec
+        room = max(0, int((seconds - video.start_sec + _LENIENCY_SEC) / length))
+        raise LineError(
+            "short",
+            f"{count} {'caption' if count == 1 else 'captions'} for {length:g} s each from {video.start_sec:g} s on, "
+            f"but {video.path} lasts {seconds:.2f} s; " + (f"write {room}" if room else "leave it out"),
+        )
+
+
+def frames_of(video: ListedVideo, wanted: Wanted) -> int:
+    """Frames of video that a line's captions stand for."""
+    return pixel_frames(wanted.segments.frames(len(video.captions)))
