@@ -334,7 +334,7 @@ KILLED = """
 import sys
 import conftest
 from rich.console import Console
-from ttt.config import check_config
+from ttt.check import check_config
 from ttt_videodit.precompute import precompute
 precompute(check_config("config.yaml", text=sys.argv[1]).config, console=Console())
 """
