@@ -47,6 +47,9 @@ def explanations_of(backbone: Backbone) -> Mapping[str, Explanation]:
     """
     told = dict(backbone.explanations())
     declared = {code.number: code for rule in backbone.rules if isinstance(rule, Rule) for code in rule.codes}
+    for number in declared:
+        if number.startswith(PREFIX):
+            raise PluginError(f"{owner(backbone)} declares the code {number}, which is the core's{WAY_OUT}")
     try:
         told |= read_explanations(declared.values())
     except ValueError as error:
