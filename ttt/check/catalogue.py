@@ -20,9 +20,7 @@ PREFIX = "TTT"
 """What the core's codes begin with; a plugin's begin with letters of its own."""
 
 _ALL = (
-    *nodes.CODES,
-    *codes.CODES,
-    source.TTT108,
+    *(each for module in (nodes, source, codes) for each in vars(module).values() if isinstance(each, Code)),
     *(code for rule in RULES for code in rule.codes),
     *LAWS.values(),
 )

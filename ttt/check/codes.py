@@ -28,5 +28,4 @@ TTT801 = _plugins("TTT801", "unknown backbone")
 TTT802 = _plugins("TTT802", "a broken plugin", blames=Blame.PLUGIN)
 TTT803 = _plugins("TTT803", "a plugin that failed while it was asked", blames=Blame.PLUGIN)
 
-CODES = (TTT101, TTT102, TTT103, TTT104, TTT105, TTT106, TTT107, TTT605, TTT801, TTT802, TTT803)
-BY_NUMBER = {code.number: code for code in CODES}
+BY_NUMBER = {code.number: code for code in list(globals().values()) if isinstance(code, Code)}

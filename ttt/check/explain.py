@@ -1,6 +1,6 @@
 """Codes explained: `ttt check --explain`, `--list`, and the page docs/rules.md, all from `ttt.check.catalogue`.
 
-`python -m ttt.check.explain` prints that page.
+`python -m ttt.check.explain` prints that page, which begins with `explain.md`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import textwrap
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from ttt.check.catalogue import DECLARED, explanations, explanations_of
 from ttt.config.explanation import Explanation
@@ -17,34 +18,6 @@ from ttt.errors import TTTError, UsageError
 from ttt.plugins import discover
 
 _WIDTH = 80
-_INTRODUCTION = """\
-# Rules
-
-What `ttt check` can find, by code. Codes are stable: a code that goes is never given to anything else. The same text is
-in the command: `ttt check --explain TTT201`, `ttt check --list`.
-
-An **error** means that the run cannot start, or would not be what the config says; a **warning** that it starts and
-most likely should not; a **note** is worth knowing. Plugins have rules of their own, with codes of their own prefix.
-
-This page is made by `make rules`. Each pair of configs is run by the tests.
-
-## Limits
-
-A check takes about a second at most, two with thousands of findings, and 150 MB, for any file of up to 1 MiB, whatever
-is in it (with libyaml, which PyYAML's wheels have); `benchmarks/hostile_configs.py` measures it. So there are limits,
-and each is told in one sentence:
-
-| what | at most | else |
-| --- | --- | --- |
-| a config | 1 MiB, 32 levels, 10,000 values with aliases expanded | TTT005, TTT006, TTT007 |
-| a number written out | 400 digits; a longer one is text | TTT102 |
-| `--set` | 256 of them, 128 Ki characters together, 32 levels | TTT108 |
-| a config for `import-config` | the same; TTT-Video's TOML 64 KiB, 400 characters in a key or number | exit code 2 |
-| findings of one code in one file that are shown | 100; the others are counted, and count for the exit code | |
-| a text in a finding | 1,000 characters; the middle of a longer one is left out | |
-| unknown keys whose meaning is guessed | those among the first 100 findings | |
-| `--fix`, which may take 5 seconds | 32 rounds of edits, 32 readings in each; the rest is left to you | |
-"""
 
 
 def explain(code: str) -> str:
@@ -87,7 +60,7 @@ def _of_plugins() -> dict[str, Mapping[str, Explanation]]:
 
 def page() -> str:
     """docs/rules.md."""
-    parts = [_INTRODUCTION]
+    parts = [Path(__file__).with_suffix(".md").read_text(encoding="utf-8")]
     for family in Family:
         parts.append(f"## {family.prefix}xx: {family.title}\n")
         parts += [_markdown(code, explanations()[code.number]) for code in DECLARED.values() if code.family is family]

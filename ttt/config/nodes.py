@@ -34,7 +34,6 @@ TTT010 = _code("TTT010", "a YAML tag")
 TTT011 = _code("TTT011", "a key that is not a word")
 TTT012 = _code("TTT012", "more than one document")
 TTT013 = _code("TTT013", "an anchor inside itself, or an alias without an anchor")
-CODES = (TTT001, TTT002, TTT003, TTT004, TTT005, TTT006, TTT007, TTT008, TTT009, TTT010, TTT011, TTT012, TTT013)
 
 MAX_BYTES = 1 << 20
 MAX_LEVELS = 32

@@ -11,17 +11,11 @@ from ttt.config.findings import Finding
 from ttt.config.places import KeyPath
 from ttt.plugins.rules import Rule
 
-RULES: tuple[Rule[Context], ...] = (
-    *shape.RULES,
-    *checkpointing.RULES,
-    *causality.RULES,
-    *memory.RULES,
-    *data.RULES,
-    *environment.RULES,
-    *compiling.RULES,
-    *optimisation.RULES,
+_MODULES = (shape, checkpointing, causality, memory, data, environment, compiling, optimisation)
+RULES: tuple[Rule[Context], ...] = tuple(
+    each for module in _MODULES for each in vars(module).values() if isinstance(each, Rule)
 )
-"""Every rule of the core."""
+"""Every rule of the core, in the order that they are asked in."""
 
 
 def run_rules(context: Context, untrusted: Set[KeyPath]) -> list[Finding]:

@@ -24,7 +24,7 @@ _WASTE = 0.25
 def leaks_the_future(context: Context) -> Iterator[Finding]:
     """In a causal backbone a token learns only from those before it."""
     ttt = context.config.ttt
-    if context.backbone.causal and not ttt.causal and ttt.mini_batch_size > 1 and ttt.layers not in ("none", ()):
+    if context.backbone.causal and not ttt.causal and ttt.mini_batch_size > 1 and context.has_layers:
         yield TTT301.at(
             context.first_written("ttt.causal", "ttt.preset"),
             message=(
@@ -56,7 +56,7 @@ def never_a_second_mini_batch(context: Context) -> Iterator[Finding]:
     """A window holds at least one whole mini-batch."""
     ttt, facts = context.config.ttt, context.facts
     tokens = facts.tokens_per_window
-    if tokens is None or tokens >= ttt.mini_batch_size or ttt.persistent_states or ttt.layers in ("none", ()):
+    if tokens is None or tokens >= ttt.mini_batch_size or ttt.persistent_states or not context.has_layers:
         return
     yield TTT303.at(
         "ttt.mini_batch_size",
@@ -73,7 +73,7 @@ def never_a_second_mini_batch(context: Context) -> Iterator[Finding]:
 def carries_across_a_file(context: Context) -> Iterator[Finding]:
     """Carried states have files to be carried through, and boundaries to start over at."""
     ttt, facts, data = context.config.ttt, context.facts, context.config.data
-    if not ttt.persistent_states or data.shuffle or facts.recordings is None or ttt.layers in ("none", ()):
+    if not ttt.persistent_states or data.shuffle or facts.recordings is None or not context.has_layers:
         return
     lines = context.recordings("train_data")
     if lines is None or not lines.complete or not lines.seconds:
@@ -106,7 +106,7 @@ def windows_divide(context: Context) -> Iterator[Finding]:
     ttt, tokens = context.config.ttt, context.facts.tokens_per_window
     if tokens is None or not (ttt.persistent_states and ttt.causal) or not tokens % ttt.mini_batch_size:
         return
-    if ttt.layers in ("none", ()):
+    if not context.has_layers:
         return
     width = min(tokens, ttt.mini_batch_size)
     slots = 2 * width + (tokens - 1) // ttt.mini_batch_size * ttt.mini_batch_size
@@ -123,12 +123,3 @@ def windows_divide(context: Context) -> Iterator[Finding]:
             fix=f"write mini_batch_size: {below}, which divides {tokens}, or windows that the mini-batch divides",
             value=slots - tokens,
         )
-
-
-RULES = (
-    leaks_the_future,
-    carries_between_strangers,
-    never_a_second_mini_batch,
-    carries_across_a_file,
-    windows_divide,
-)

@@ -173,6 +173,3 @@ def _compared(context: Context, scan: ScanCost) -> str:
         f"{kept}, every inner step runs forward {forwards(scan)} and the scan of a layer needs "
         f"{show_bytes(scan.peak_bytes)}, where {against}"
     )
-
-
-RULES = (one_checkpoint_per_mini_batch, nested_checkpoints, far_from_the_best_group, group_larger_than_the_sequence)

@@ -44,6 +44,3 @@ def compiler_is_there(context: Context) -> Iterator[Finding]:
             fix=missing[0].fix,
             value=train.device,
         )
-
-
-RULES = (scan_can_be_compiled, compiler_is_there)

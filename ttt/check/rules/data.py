@@ -240,14 +240,3 @@ def _share(places: Sequence[str], lines: Recordings) -> str:
 
 def _first_few(places: Sequence[str]) -> str:
     return ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
-
-
-RULES = (
-    files_exist,
-    measures_unseen_data,
-    evaluates,
-    lines_can_be_read,
-    recordings_fill_windows,
-    start_can_be_read,
-    start_fits,
-)

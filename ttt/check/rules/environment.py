@@ -46,6 +46,3 @@ def one_process(context: Context) -> Iterator[Finding]:
             fix="start ttt by itself, without torchrun or mpirun; num_microbatches makes larger batches",
             value=count,
         )
-
-
-RULES = (run_dir_can_be_made, one_process)

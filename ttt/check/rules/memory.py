@@ -209,6 +209,3 @@ def what_it_costs(context: Context) -> Iterator[Finding]:
             "checkpoint_bytes": needs.checkpoint_bytes,
         },
     )
-
-
-RULES = (fits_in_memory, checkpoints_fit_on_the_disk, what_it_costs)

@@ -40,7 +40,7 @@ def warms_up_in_time(context: Context) -> Iterator[Finding]:
 @rule(TTT702, reads=("ttt.layers", "train.trainable"))
 def something_learns(context: Context) -> Iterator[Finding]:
     """There is something to train."""
-    if context.config.ttt.layers in ("none", ()) and context.config.train.trainable == "ttt":
+    if not context.has_layers and context.config.train.trainable == "ttt":
         yield TTT702.at(
             context.first_written("ttt.layers", "train.trainable"),
             message="nothing learns: trainable: ttt trains TTT layers, and the config has none",
@@ -61,7 +61,7 @@ def _reach(context: Context) -> float:
 def gates_open(context: Context) -> Iterator[Finding]:
     """A gate that starts closed can open within the run."""
     alpha, train = context.config.ttt.initial_gating_alpha, context.config.train
-    if context.config.ttt.layers in ("none", ()) or train.init_from is not None:  # then they start where it ended
+    if not context.has_layers or train.init_from is not None:  # then they start where it ended
         return
     if alpha == 0 and train.alpha_lr_multiplier == 0:
         yield TTT703.at(
@@ -93,7 +93,7 @@ def inner_rate_as_in_the_literature(context: Context) -> Iterator[Finding]:
     """The inner learning rate is within ten times of what was trained with."""
     ttt = context.config.ttt
     usual = LITERATURE_BASE_LR[ttt.layer_type]
-    if ttt.layers in ("none", ()) or usual / 10 <= ttt.base_lr <= usual * 10:
+    if not context.has_layers or usual / 10 <= ttt.base_lr <= usual * 10:
         return
     yield TTT705.at(
         "ttt.base_lr",
@@ -122,12 +122,3 @@ def autocast_has_something_to_cast(context: Context) -> Iterator[Finding]:
             value=train.autocast,
             replacement="none",
         )
-
-
-RULES = (
-    warms_up_in_time,
-    something_learns,
-    gates_open,
-    inner_rate_as_in_the_literature,
-    autocast_has_something_to_cast,
-)

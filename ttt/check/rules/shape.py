@@ -38,7 +38,7 @@ def layers_exist(context: Context) -> Iterator[Finding]:
 def width_divides(context: Context) -> Iterator[Finding]:
     """The model's width divides into heads."""
     dim, heads = context.facts.dim, context.config.ttt.num_heads or context.facts.num_heads
-    if dim % heads and not _no_layers(context):
+    if dim % heads and context.has_layers:
         below, above = _divisors_around(dim, heads)
         yield TTT112.at(
             "ttt.num_heads",
@@ -53,7 +53,7 @@ def rotary_pairs(context: Context) -> Iterator[Finding]:
     """Rotary embedding turns pairs, so it needs heads of even width."""
     ttt, dim = context.config.ttt, context.facts.dim
     heads = ttt.num_heads or context.facts.num_heads
-    if dim % heads == 0 and (dim // heads) % 2 and ttt.rope != "none" and not _no_layers(context):
+    if dim % heads == 0 and (dim // heads) % 2 and ttt.rope != "none" and context.has_layers:
         yield TTT113.at(
             context.first_written("ttt.rope", "ttt.num_heads"),
             message=(
@@ -70,7 +70,7 @@ def hidden_units(context: Context) -> Iterator[Finding]:
     """The inner MLP has at least one hidden unit."""
     ttt, dim = context.config.ttt, context.facts.dim
     heads = ttt.num_heads or context.facts.num_heads
-    if ttt.layer_type != "mlp" or ttt.mlp_hidden_dims is not None or dim % heads or _no_layers(context):
+    if ttt.layer_type != "mlp" or ttt.mlp_hidden_dims is not None or dim % heads or not context.has_layers:
         return
     hidden = dim // heads * ttt.mlp_expansion_factor
     if round(hidden) < 1:
@@ -82,10 +82,6 @@ def hidden_units(context: Context) -> Iterator[Finding]:
         )
 
 
-def _no_layers(context: Context) -> bool:
-    return context.config.ttt.layers in ("none", ())
-
-
 def _divisors_around(number: int, near: int) -> tuple[int, int | None]:
     """The nearest divisors of a number below and above another; 1 and none where they are far from it."""
     near = min(near, number)
@@ -93,6 +89,3 @@ def _divisors_around(number: int, near: int) -> tuple[int, int | None]:
     last = min(near + _FAR, number)
     above = next((divisor for divisor in range(near + 1, last + 1) if number % divisor == 0), None)
     return below, above
-
-
-RULES = (layers_exist, width_divides, rotary_pairs, hidden_units)
