@@ -17,9 +17,11 @@ from fake_distributions import TOY, importable, install
 from toy_config import DEMO
 
 from ttt import __version__
+from ttt.check import CODES
+from ttt.check.codes import TTT102
 from ttt.check.render import render_github
 from ttt.check.sarif import SCHEMA, render_sarif
-from ttt.config import CODES, Finding, Place, Severity
+from ttt.config import Finding, Place, Severity
 from ttt_cli.main import main, names_files_only
 from ttt_cli.options import parse_bytes
 
@@ -273,9 +275,7 @@ def test_sarif_offers_no_fix_where_the_value_is_not_where_the_finding_is_shown(
 
 def test_github_annotations_survive_every_character() -> None:
     place = Place("a,b:c%.yaml", 3, 5, "  a: b", 2)
-    finding = Finding(
-        code="TTT102", severity=Severity.NOTE, path="a", message="100 %\nlost: all, ::x", fix="y", place=place
-    )
+    finding = TTT102.at("a", "100 %\nlost: all, ::x", "y", severity=Severity.NOTE, place=place)
     assert render_github([finding]) == (
         "::notice file=a%2Cb%3Ac%25.yaml,line=3,col=5,endColumn=7,title=TTT102 wrong type"
         "::100 %25%0Alost: all, ::x%0Afix: y"

@@ -7,13 +7,26 @@ import re
 
 import pytest
 
+from ttt.check.catalogue import CODES, DECLARED, PREFIX
+from ttt.check.codes import TTT101
 from ttt.check.render import render_json, render_text
-from ttt.config.findings import CODES, ENVIRONMENT_CODES, Finding, Place, Severity, has_errors, summary
+from ttt.config.findings import (
+    Blame,
+    Code,
+    Family,
+    Finding,
+    Place,
+    Severity,
+    blames_environment,
+    has_errors,
+    summary,
+)
 
 
 def _finding(**changes: object) -> Finding:
     fields = {
         "code": "TTT101",
+        "declared": TTT101,
         "severity": Severity.ERROR,
         "path": "ttt.layrs",
         "message": "unknown key `layrs` in `ttt`",
@@ -118,4 +131,46 @@ def test_summary_counts_by_severity() -> None:
 def test_codes_are_stable_in_form() -> None:
     assert all(re.fullmatch(r"TTT\d{3}", code) and title for code, title in CODES.items())
     assert len(set(CODES.values())) == len(CODES)
-    assert set(CODES) >= ENVIRONMENT_CODES
+    assert {code.number for code in DECLARED.values()} == set(CODES)
+    assert all(code.number.startswith(code.family.prefix) for code in DECLARED.values() if code.family)
+    assert all(code.family is not None and code.number.startswith(PREFIX) for code in DECLARED.values())
+    assert {code.family for code in DECLARED.values()} == set(Family)
+
+
+def test_which_codes_blame_the_machine_and_which_training_alone_minds() -> None:
+    def numbers(*blames: Blame) -> set[str]:
+        return {number for number, code in DECLARED.items() if code.blames in blames and code.family is not Family.LAWS}
+
+    assert numbers(Blame.MACHINE) == {
+        *("TTT403", "TTT501", "TTT504", "TTT505", "TTT506", "TTT508", "TTT509"),
+        *("TTT601", "TTT602", "TTT603", "TTT604", "TTT605"),
+    }
+    assert numbers(Blame.EITHER) == {"TTT401", "TTT402", "TTT404"}
+    assert numbers(Blame.PLUGIN) == {"TTT802", "TTT803"}
+    of_training = {code.family for code in DECLARED.values() if code.of_training}
+    assert of_training == {*(Family.CHECKPOINTING, Family.MEMORY, Family.DATA, Family.ENVIRONMENT, Family.OPTIMISATION)}
+    assert all(code.of_training == (code.family in of_training) for code in DECLARED.values())
+
+
+def test_a_finding_has_what_its_code_says() -> None:
+    code = Code("TOY101", "a toy", Severity.WARNING, blames=Blame.MACHINE, of_training=True)
+    finding = code.at("train.lr", "it is toyish", "write 1", value=2, replacement="1")
+    assert (finding.code, finding.severity, finding.path, finding.fix) == (
+        "TOY101",
+        Severity.WARNING,
+        "train.lr",
+        "write 1",
+    )
+    assert (finding.title, finding.blames, finding.only_for_training) == ("a toy", Blame.MACHINE, True)
+    assert blames_environment(finding)
+    assert code.at("", "worse", severity=Severity.ERROR).severity is Severity.ERROR
+    plain = Finding(code="TOY101", severity=Severity.NOTE, path="", message="m")
+    assert (plain.title, plain.blames, plain.only_for_training) == ("", Blame.CONFIG, False)
+    said = Finding(code="TOY1", severity=Severity.NOTE, path="", message="m", of_environment=True, of_training=True)
+    assert (said.blames, said.only_for_training) == (Blame.MACHINE, True)
+
+
+@pytest.mark.parametrize(("number", "title"), [("TOY 1", "a"), ("", "a"), ("TOY1", ""), ("É1", "a"), ("T" * 41, "a")])
+def test_a_code_that_cannot_be_shown_is_refused(number: str, title: str) -> None:
+    with pytest.raises(ValueError, match=r"is no code|has no title"):
+        Code(number, title, Severity.NOTE)

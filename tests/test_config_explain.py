@@ -11,14 +11,15 @@ from fake_distributions import TOY, importable, install
 
 from ttt.amounts import parse_bytes
 from ttt.check import check_config
-from ttt.check.explain import FAMILIES, catalogue, explain, page
-from ttt.check.explanations import EXPLANATIONS
-from ttt.check.probe_codes import LAW_EXPLANATIONS
+from ttt.check.catalogue import CODES, DECLARED, explanations
+from ttt.check.explain import catalogue, explain, page
 from ttt.config import Explanation, Finding
-from ttt.config.findings import CODES
+from ttt.config.findings import Family
 from ttt.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
+EXPLANATIONS = {code: entry for code, entry in explanations().items() if DECLARED[code].family is not Family.LAWS}
+"""All but those of the laws, whose pairs are no configs."""
 FAILING = (
     "from toy_config import *\n"
     "class Failing(ToyBackbone):\n"
@@ -64,9 +65,8 @@ def _write(entry: Explanation) -> None:
 
 
 def test_every_code_is_explained_once() -> None:
-    assert set(EXPLANATIONS) | set(LAW_EXPLANATIONS) == set(CODES)
-    assert not set(EXPLANATIONS) & set(LAW_EXPLANATIONS)
-    assert {code[:4] for code in CODES} == set(FAMILIES)
+    assert list(explanations()) == list(CODES)
+    assert all(bool(entry.fix) == (code not in EXPLANATIONS) for code, entry in explanations().items())
     assert {code for code, entry in EXPLANATIONS.items() if entry.needs} == set(PLUGINS)
 
 
@@ -80,6 +80,7 @@ def test_the_bad_config_triggers_its_code_alone(code: str, tmp_path: Path, monke
         findings = _findings(entry.bad_bytes or entry.bad.encode(), entry.options)
     assert [(finding.code, finding.severity.value) for finding in findings] == [(code, entry.severity)]
     (finding,) = findings
+    assert finding.declared is DECLARED[code]
     assert finding.place is not None
     assert not finding.message.endswith(".")
     assert finding.fix or code in ("TTT106", "TTT405")
@@ -96,7 +97,7 @@ def test_the_good_config_triggers_nothing(code: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", CODES)
 def test_explain_says_what_why_how_and_who(code: str) -> None:
     text = explain(code.lower())
-    entry = EXPLANATIONS.get(code) or LAW_EXPLANATIONS[code]
+    entry = explanations()[code]
     assert text.splitlines()[0].startswith(f"{code}  ")
     assert CODES[code] in text.splitlines()[0]
     unwrapped = " ".join(text.split())

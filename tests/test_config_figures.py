@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from ttt.check import check_config
+from ttt.check import CODES, check_config
 from ttt.config import RunConfig
-from ttt.config.findings import CODES, Severity
+from ttt.config.findings import Severity
 from ttt.config.spelling import nearest
 from ttt.plugins import get_backbone, run_config_model
 from ttt_cli.main import main

@@ -346,7 +346,7 @@ NOT_FOR_A_CHECK = {
     # backbones that the config does not name
     *PLUGIN_PACKAGES - {"ttt_moshi"},
     # other formats, fixes, explanations and the like
-    *("ttt.check.explain", "ttt.check.explanations", "ttt.check.fixes", "ttt.check.sarif", "ttt.check.diff"),
+    *("ttt.check.explain", "ttt.check.catalogue", "ttt.check.fixes", "ttt.check.sarif", "ttt.check.diff"),
     *(
         "ttt.check.importing",
         "ttt.check.json_schema",

@@ -16,9 +16,11 @@ from toy import BlockWithTTT, Cache, ToyBackbone, TwoWayAdapter, TwoWayBlockWith
 
 from ttt.adapter import Gate, TTTAdapter
 from ttt.check import load_config
+from ttt.check.catalogue import DECLARED
 from ttt.check.probe import cuts, narrow, place_layers, probe
-from ttt.check.probe_codes import LAW_EXPLANATIONS
-from ttt.config import CODES
+from ttt.check.probe_codes import LAWS
+from ttt.config.explanation import read_explanations
+from ttt.config.findings import Family
 from ttt.layer import Rotary, TTTLayer
 from ttt.ops.minibatch import Tokens
 from ttt.plugins import get_backbone
@@ -360,7 +362,9 @@ def test_a_closed_gate_is_opened_and_said():
 
 
 def test_every_code_of_the_probe_is_registered_and_explained():
-    assert {code for code in CODES if code.startswith("TTT9")} == set(LAW_EXPLANATIONS)
-    assert {code: explanation.title for code, explanation in LAW_EXPLANATIONS.items()} == {
-        code: CODES[code] for code in LAW_EXPLANATIONS
-    }
+    of_laws = [code for code in DECLARED.values() if code.family is Family.LAWS]
+    assert of_laws == list(LAWS.values())
+    assert all(code.number == f"TTT9{law:02}" for law, code in LAWS.items())
+    explained = read_explanations(of_laws)
+    assert {number: entry.title for number, entry in explained.items()} == {code.number: code.title for code in of_laws}
+    assert all(entry.fix for entry in explained.values())

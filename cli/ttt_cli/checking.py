@@ -147,13 +147,15 @@ def _prefixes(option: str, given: Iterable[str]) -> tuple[str, ...]:
     Raises:
         UsageError: one is none, so that it would silently do nothing.
     """
-    from ttt.config.findings import CODES
+    prefixes = [word.strip() for words in given for word in words.split(",")]
+    if not prefixes:
+        return ()
+    from ttt.check.catalogue import CODES, PREFIX
     from ttt.errors import UsageError
 
-    prefixes = [word.strip() for words in given for word in words.split(",")]
     for prefix in prefixes:
         known = any(code.startswith(prefix) for code in CODES)
-        of_a_plugin = not prefix.startswith("TTT")  # a plugin's codes are known only once it finds something
+        of_a_plugin = not prefix.startswith(PREFIX)  # a plugin's codes are known only once it finds something
         if not re.fullmatch(r"[A-Z]+[0-9]*", prefix) or not (known or of_a_plugin):
             raise UsageError(
                 f"ttt check: {option} {prefix}: no code begins so; codes are TTT101, or families like TTT2"

@@ -10,10 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ttt.check.catalogue import CODES
     from ttt.check.load import CheckedConfig, LoadedConfig, check_config, load_config
     from ttt.check.render import render_json, render_text
 
 _EXPORTS = {
+    "CODES": "ttt.check.catalogue",
     "CheckedConfig": "ttt.check.load",
     "LoadedConfig": "ttt.check.load",
     "check_config": "ttt.check.load",
@@ -23,6 +25,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "CODES",
     "CheckedConfig",
     "LoadedConfig",
     "check_config",

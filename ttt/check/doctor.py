@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ttt import plugins
 from ttt.amounts import show_bytes
-from ttt.config.findings import Severity, blames_environment
+from ttt.config.findings import Blame, Severity
 from ttt.config.schema import TTTConfig, inner_widths
 from ttt.costs import scan_cost
 from ttt.devices import Device, cores, devices, requirements_of, version_of, versions
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _LITTLE_DISK = 1 << 30
-_ABOUT_THE_MACHINE = ("TTT401", "TTT402", "TTT404")
-"""Codes of memory and disk that blame the config as much: too little of either is the machine's lack, too."""
 _TOLERANCE = 1e-4
 """How far, relative to the largest number, an implementation may be from the reference in float32."""
 
@@ -340,7 +338,7 @@ def _problems_of_disk(folder: Path) -> Iterator[Problem]:
 def _problems_of_config(checked: CheckedConfig) -> Iterator[Problem]:
     """What `ttt check` finds wrong with this machine, for this config."""
     for finding in checked.findings:
-        if blames_environment(finding) or finding.code in _ABOUT_THE_MACHINE:
+        if finding.blames is not Blame.CONFIG:  # too little memory or disk is the machine's lack, too
             place = f"{finding.place}: " if finding.place else ""
             yield Problem(finding.severity, f"{place}{finding.message} ({finding.code})", finding.fix)
 

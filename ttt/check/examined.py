@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ttt.check.catalogue import explanations_of
 from ttt.check.load import check_config
-from ttt.config.findings import Severity, blames_environment
+from ttt.config.findings import Blame, Severity
 from ttt.errors import PluginError, TTTError
 from ttt.plugins import Backbone
 from ttt.plugins.discovery import PluginInfo
-
-_MEMORY = "TTT4"
-"""Codes about the memory and the disk of this machine, for which no plugin can be blamed."""
 
 
 def examined(plugin: PluginInfo) -> PluginInfo:
@@ -31,9 +29,9 @@ def _try_out(backbone: Backbone) -> None:
     Raises:
         TTTError: what is wrong.
     """
-    backbone.explanations()
+    explanations_of(backbone)
     for name, text in backbone.presets().items():
         for finding in check_config(f"preset {name}", text=text, backbone=backbone).findings:
-            of_the_demo = name == "demo" and finding.severity is Severity.ERROR and not blames_environment(finding)
-            if finding.code in ("TTT802", "TTT803") or (of_the_demo and not finding.code.startswith(_MEMORY)):
+            wrong_demo = name == "demo" and finding.severity is Severity.ERROR and finding.blames is Blame.CONFIG
+            if finding.blames is Blame.PLUGIN or wrong_demo:
                 raise PluginError(f"{finding.place}: {finding.message}")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from ttt.check.codes import TTT101
 from ttt.check.load import CheckedConfig
 from ttt.config.findings import Finding, Place
 from ttt.config.nodes import LINE_BREAK
@@ -20,9 +21,6 @@ from ttt.config.places import KeyPath, path_of
 from ttt.config.scalars import resolve
 from ttt.config.source import Source, parse_source
 from ttt.printable import printable
-
-UNKNOWN_KEY = "TTT101"
-"""The code whose replacement is the key's; every other's is the value's."""
 
 MOST_TRIALS = 32
 """Readings of an edited text, and rounds of edits, that are spent on a file; what is left then is the user's to fix."""
@@ -65,7 +63,7 @@ class _Edit:
     @property
     def renames(self) -> bool:
         """Whether the key at `path` gets another name; else its value is another."""
-        return self.finding.code == UNKNOWN_KEY
+        return self.finding.code == TTT101.number  # whose replacement is the key's; every other's is the value's
 
     @property
     def new_path(self) -> KeyPath:

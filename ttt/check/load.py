@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,28 +11,25 @@ from typing import Any
 from pydantic import BaseModel
 
 from ttt import plugins
+from ttt.check.codes import TTT102, TTT103, TTT104, TTT106, TTT605, TTT801, TTT802, TTT803
 from ttt.check.reading import read_source
 from ttt.check.render import render_text
-from ttt.check.rules import run_rules
+from ttt.check.rules import reliable, run_rules
+from ttt.check.rules.of_plugins import as_rule, found_by
 from ttt.check.rules.rule import Context
 from ttt.check.validation import Validated, split_fix, validate
-from ttt.config.findings import Finding, Place, Severity, blames_environment, has_errors, summary
+from ttt.config.findings import Code, Finding, Place, Severity, blames_environment, has_errors, summary
 from ttt.config.places import KeyPath, path_of
 from ttt.config.schema import RunConfig, with_its_target_eps
 from ttt.config.source import Source, parse_source
 from ttt.config.spelling import nearest
 from ttt.errors import ConfigEnvironmentError, ConfigError, EnvironmentProblem, PluginError, TTTError
 from ttt.plugins import Backbone, BackboneFacts
-from ttt.plugins.asking import WAY_OUT, WrongAnswer, asked, in_one_line
+from ttt.plugins.asking import WAY_OUT, asked, in_one_line
 from ttt.plugins.run_config import run_config_model, with_defaults
 from ttt.printable import printable
 
-_OF_TRAINING = re.compile("[A-Z]+[24567][0-9]{2}")
-"""Codes about what a training run alone needs: recomputation, memory and disk, data, the machine, the optimiser."""
 _SECTIONS = tuple(name for name in RunConfig.model_fields if name != "run_dir")
-
-_CODE = re.compile(r"[A-Za-z0-9_-]{1,40}")
-"""What a plugin may call a finding: a word, for it is shown between others."""
 
 _MOST = {
     **{"dim": 1 << 24, "num_heads": 1 << 20, "num_layers": 1 << 16, "layers_per_checkpoint": 1 << 20, "gates": 1 << 10},
@@ -127,7 +123,7 @@ def load_config(
     """
     checked = check_config(path, text=text, backbone=backbone, overrides=overrides, memory=memory, resuming=resuming)
     if not training:
-        kept = tuple(finding for finding in checked.findings if not _OF_TRAINING.fullmatch(finding.code))
+        kept = tuple(finding for finding in checked.findings if not finding.only_for_training)
         checked = replace(checked, findings=kept)
     errors = [finding for finding in checked.findings if finding.severity is Severity.ERROR]
     if errors:
@@ -174,8 +170,8 @@ class _Check:
         placed = [with_place(finding, self.source) for finding in (*self.source.findings, *self.findings)]
         return tuple(sorted(placed, key=_order))
 
-    def _add(self, code: str, path: str, message: str, fix: str, **more: Any) -> None:
-        self.findings.append(Finding(code=code, severity=Severity.ERROR, path=path, message=message, fix=fix, **more))
+    def _add(self, code: Code, path: str, message: str, fix: str, **more: Any) -> None:
+        self.findings.append(code.at(path, message, fix, **more))
 
     # --- the backbone ---
 
@@ -185,24 +181,24 @@ class _Check:
         section = data.get("backbone", {})
         if not isinstance(section, Mapping):
             fix = f"write `backbone: {{name: {section}}}`" if isinstance(section, str) else "write its keys below it"
-            self._add("TTT102", "backbone", "`backbone` must be a section of `key: value`", fix)
+            self._add(TTT102, "backbone", "`backbone` must be a section of `key: value`", fix)
             data["backbone"] = {}
             return None
         name = section.get("name", asked_name)
         if name is None:
             self._add(
-                "TTT104",
+                TTT104,
                 "backbone" if "backbone" in data else "",
                 "the config names no backbone" if asked_name is None else "`backbone.name` is null",
                 f"write `backbone: {{name: …}}`; installed: {_installed()}",
             )
             return None
         if not isinstance(name, str):
-            self._add("TTT102", "backbone.name", "`backbone.name` must be text", f"write one of {_installed()}")
+            self._add(TTT102, "backbone.name", "`backbone.name` must be text", f"write one of {_installed()}")
             return None
         if asked_name is not None and name != asked_name:
             self._add(
-                "TTT106",
+                TTT106,
                 "backbone.name",
                 f"the config is for {name}, but {asked_name} was asked for",
                 "leave one of the two out",
@@ -217,7 +213,7 @@ class _Check:
         if plugin is None:
             close = nearest(name, plugins.names())
             self._add(
-                "TTT801",
+                TTT801,
                 "backbone.name",
                 f"no backbone {name!r} is installed",
                 f"write `{close}`" if close else f"install its plugin, or write one of those installed: {_installed()}",
@@ -228,7 +224,7 @@ class _Check:
             return None
         if plugin.backbone is None:
             self._add(
-                "TTT802",
+                TTT802,
                 "backbone.name",
                 f"the backbone {name!r} of {plugin.distribution} {plugin.version} is broken: {plugin.error}",
                 "reinstall it, or tell who made it",
@@ -258,7 +254,7 @@ class _Check:
         """Validate what does not hang on the backbone, where that is not known."""
         result = validate(RunConfig, {**data, "backbone": {"name": "unknown"}, "data": {}}, self.source)
         # How the keys of `ttt` fit together hangs on the plugin's defaults.
-        result.findings = [finding for finding in result.findings if finding.code != "TTT106"]
+        result.findings = [finding for finding in result.findings if finding.code != TTT106.number]
         result.untrusted |= {("backbone",), ("data",), ("ttt",)}
         return result
 
@@ -281,8 +277,8 @@ class _Check:
             tells_cost=self.cost,
         )
         self.findings.extend(run_rules(context, untrusted))
-        if backbone is not None and not untrusted:
-            self._run_plugin_rules(backbone, config)
+        if backbone is not None:
+            self._run_plugin_rules(backbone, config, untrusted)
 
     def _facts(self, backbone: Backbone, config: RunConfig) -> BackboneFacts | None:
         try:
@@ -297,7 +293,7 @@ class _Check:
             size = getattr(facts, name, None)
             if isinstance(size, int) and size > most:
                 self._add(
-                    "TTT103",
+                    TTT103,
                     "backbone",
                     f"these options make a model whose {name} is more than {most:,}: nothing is that large",
                     "write smaller numbers in `backbone` and `data`, or name another model's files",
@@ -305,10 +301,10 @@ class _Check:
                 return None
         return facts
 
-    def _run_plugin_rules(self, backbone: Backbone, config: RunConfig) -> None:
-        for rule in backbone.rules:
+    def _run_plugin_rules(self, backbone: Backbone, config: RunConfig, untrusted: Set[KeyPath]) -> None:
+        for rule in reliable(map(as_rule, backbone.rules), untrusted):
             try:
-                self.findings.extend(_answer_of(rule, backbone, config))
+                self.findings.extend(found_by(rule, backbone, config))
             except Exception as error:
                 self._add_failed(backbone, error)
 
@@ -319,7 +315,7 @@ class _Check:
             return
         told = str(error) if isinstance(error, PluginError) else f"the plugin {backbone.name}: {in_one_line(error)}"
         self._add(
-            "TTT803",
+            TTT803,
             "backbone.name",
             told.removesuffix(WAY_OUT),
             WAY_OUT.removeprefix("; "),
@@ -332,40 +328,8 @@ class _Check:
         section, _, name = key.partition(".")
         path = key if section in _SECTIONS and rest and name.isidentifier() else "backbone"
         message, fix = split_fix(str(error))
-        code = "TTT605" if isinstance(error, EnvironmentProblem) else "TTT106"
+        code = TTT605 if isinstance(error, EnvironmentProblem) else TTT106
         self._add(code, path, message, fix)
-
-
-def _answer_of(rule: Callable[[RunConfig], Sequence[Any]], backbone: Backbone, config: RunConfig) -> list[Finding]:
-    """What a plugin's rule finds.
-
-    Raises:
-        PluginError: it failed.
-    """
-    with asked(backbone, f"its rule {getattr(rule, '__name__', repr(rule))}", rule):
-        findings = list(rule(config))
-        strange = [type(finding).__name__ for finding in findings if not isinstance(finding, Finding)]
-        if strange:
-            raise WrongAnswer(f"{strange[0]}, not Finding")
-        for finding in findings:
-            _require_wellformed(finding)
-    return findings
-
-
-def _require_wellformed(finding: Finding) -> None:
-    """Refuse a plugin's finding that could not be shown.
-
-    Raises:
-        WrongAnswer: a field of it is of another type, or its code is no word.
-    """
-    kinds = {"code": str, "severity": Severity, "path": str, "message": str, "fix": str, "of_environment": bool}
-    maybe = {"place": Place, "replacement": str, "moves_to": str}
-    for name, kind in (*kinds.items(), *maybe.items()):
-        value = getattr(finding, name)
-        if not isinstance(value, kind) and not (name in maybe and value is None):
-            raise WrongAnswer(f"a Finding whose {name} is of type {type(value).__name__}, not {kind.__name__}")
-    if not _CODE.fullmatch(finding.code):
-        raise WrongAnswer(f"a Finding whose code is {finding.code!r:.80}; write letters and digits, as TOY101")
 
 
 def _decides_facts(path: KeyPath, config: RunConfig) -> bool:

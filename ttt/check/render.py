@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ttt.config.findings import CODES, Finding, Place, Severity
+from ttt.config.findings import Finding, Place, Severity
 from ttt.printable import as_line, json_text, printable
 
 # --- what is shown ---
@@ -52,6 +52,8 @@ def _and_more(code: str, file: str, findings: Sequence[Finding]) -> Finding:
         value=len(findings),
         place=Place(file or (findings[0].place.file.partition("=")[0] if findings[0].place else "")),
         of_environment=findings[0].of_environment,
+        of_training=findings[0].of_training,
+        declared=findings[0].declared,
     )
 
 
@@ -174,7 +176,7 @@ def to_dict(finding: Finding) -> dict[str, Any]:
     place = finding.place or Place("")
     return {
         "code": finding.code,
-        "title": CODES.get(finding.code, ""),
+        "title": finding.title,
         "severity": finding.severity.value,
         "file": place.file,
         "line": place.line,
@@ -203,7 +205,7 @@ def render_github(findings: Iterable[Finding]) -> str:
 
 def _workflow_command(finding: Finding) -> str:
     place = finding.place or Place("")
-    title = f"{finding.code} {CODES.get(finding.code, finding.path)}".strip()
+    title = f"{finding.code} {finding.title or finding.path}".strip()
     properties: dict[str, object] = {"title": title}
     if place.line is not None and place.column is not None:
         end = place.column + max(place.width, 1)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ttt.check.codes import TTT101
 from ttt.check.render import MOST_CHARACTERS, around, shown
-from ttt.config.findings import CODES, Finding, Place
+from ttt.config.findings import Finding, Place
 from ttt.printable import json_text
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -28,9 +29,12 @@ def render_sarif(findings: Sequence[Finding], *, version: str, problems: Sequenc
         problems: why files could not be checked, a sentence each.
     """
     findings = shown(findings)
-    codes = sorted({finding.code for finding in findings})
+    titles = {finding.code: finding.title for finding in findings}
+    codes = sorted(titles)
     run = {
-        "tool": {"driver": {"name": "ttt check", "version": version, "rules": [_rule(code) for code in codes]}},
+        "tool": {
+            "driver": {"name": "ttt check", "version": version, "rules": [_rule(code, titles[code]) for code in codes]}
+        },
         "columnKind": "unicodeCodePoints",
         "invocations": [
             {
@@ -43,8 +47,7 @@ def render_sarif(findings: Sequence[Finding], *, version: str, problems: Sequenc
     return json_text({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]})
 
 
-def _rule(code: str) -> dict[str, Any]:
-    title = CODES.get(code)
+def _rule(code: str, title: str) -> dict[str, Any]:
     return {"id": code} | ({"shortDescription": {"text": title}} if title else {})
 
 
@@ -86,7 +89,7 @@ def _marks_what_is_replaced(finding: Finding, place: Place) -> bool:
         return False
     marked = place.text[place.column - 1 : place.column - 1 + place.width].strip("\"'")
     is_key = marked == finding.path.rpartition(".")[2]
-    return is_key == (finding.code == "TTT101")
+    return is_key == (finding.code == TTT101.number)
 
 
 def _artifact(place: Place) -> dict[str, str]:

@@ -23,8 +23,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from ttt.check.codes import BY_NUMBER
 from ttt.check.render import MOST_OF_A_KIND
-from ttt.config.findings import Finding, Severity
+from ttt.config.findings import Finding
 from ttt.config.places import KeyPath, dotted
 from ttt.config.scalars import resolve
 from ttt.config.schema import RunConfig
@@ -255,12 +256,10 @@ def _report(
         code, message = "TTT803", f"the plugin's own defaults do not fit: {message}"
         fix = "write the key yourself, and tell who made the plugin"
     result.findings.append(
-        Finding(
-            code=code,
-            severity=Severity.ERROR,
-            path=dotted(path),
-            message=message,
-            fix=fix,
+        BY_NUMBER[code].at(
+            dotted(path),
+            message,
+            fix,
             value=misfit.value if isinstance(misfit.value, str | int | float | None) else None,
             place=source.place(path),
             replacement=replacement if source.written(path) else None,
@@ -392,12 +391,10 @@ def _unknown_key(
             fix = f"write `{far[-1]}`, and {_in_section(far[:-1])}"
         else:
             fix = f"remove it; the keys {here} are {_listed(known)}"
-    finding = Finding(
-        code=code,
-        severity=Severity.ERROR,
-        path=dotted(misfit.path),
-        message=message,
-        fix=fix,
+    finding = BY_NUMBER[code].at(
+        dotted(misfit.path),
+        message,
+        fix,
         value=str(key),
         place=source.place(misfit.path, key=True),
         replacement=close,

@@ -21,11 +21,12 @@ from ttt.config.schema import (
 if TYPE_CHECKING:
     from ttt.config.dumping import dump_config
     from ttt.config.explanation import Explanation
-    from ttt.config.findings import CODES, Finding, Place, Severity
+    from ttt.config.findings import Blame, Code, Finding, Place, Severity
     from ttt.config.source import Source
 
 _EXPORTS = {
-    "CODES": "ttt.config.findings",
+    "Blame": "ttt.config.findings",
+    "Code": "ttt.config.findings",
     "Explanation": "ttt.config.explanation",
     "Finding": "ttt.config.findings",
     "Place": "ttt.config.findings",
@@ -35,8 +36,9 @@ _EXPORTS = {
 }
 
 __all__ = [
-    "CODES",
     "BackboneOptions",
+    "Blame",
+    "Code",
     "DataOptions",
     "EvalConfig",
     "Explanation",

@@ -1,9 +1,35 @@
-"""What a code means, told at length: `ttt check --explain`."""
+"""What a code means, told at length: `ttt check --explain`. It is data, in a file beside the module of the rules.
+
+`rules.yaml` beside `rules.py` explains each code that `rules.py` declares with `home=__name__`:
+
+```yaml
+ABC101:
+  what: A batch has one row.
+  why: Its gradient is noisy, so that the run needs a smaller learning rate.
+  bad: |
+    train: {batch_size: 1}
+  good: |
+    train: {batch_size: 8}
+  source: somebody's paper
+```
+
+The keys are the fields of `Explanation`, but for severity and title, which the code has. Text that cannot be written as
+a file has another form: `files` may hold `safetensors: {…}`, the header of a file without tensors, and `bad_bytes` is
+text whose letters are bytes, or a list of pieces, where `{"#": 1000}` is a piece so many times.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ttt.config.findings import Code
 
 
 @dataclass(frozen=True)
@@ -34,4 +60,87 @@ class Explanation:
     needs: str = ""
     """What must be installed for it."""
     title: str = ""
-    """For a plugin's code: what it is, in a few words; those of the core are in `ttt.config.CODES`."""
+    """What is found, in a few words."""
+    fix: str = ""
+    """For a law, whose `bad` and `good` are code of a model and no configs: the way out in one clause."""
+
+
+def read_explanations(codes: Iterable[Code]) -> dict[str, Explanation]:
+    """What codes mean, by number, from the files beside the modules that declare them.
+
+    Args:
+        codes: every code that those modules declare; one without a home is left out.
+
+    Raises:
+        ValueError: a file is missing or damaged, lacks one of the codes, or explains one that is not given; the message
+            names file and code.
+    """
+    by_home: dict[str, dict[str, Code]] = {}
+    for code in codes:
+        if code.home:
+            by_home.setdefault(code.home, {})[code.number] = code
+    return {
+        number: explanation
+        for home, declared in by_home.items()
+        for number, explanation in _read(_beside(home), declared).items()
+    }
+
+
+def _beside(home: str) -> Path:
+    """The file that explains the codes of a module, which is imported, for it has declared them."""
+    file = getattr(sys.modules.get(home), "__file__", None)
+    if file is None:
+        raise ValueError(f"the home {home!r} of a code is no module; write home=__name__")
+    return Path(file).with_suffix(".yaml")
+
+
+def _read(file: Path, codes: Mapping[str, Code]) -> dict[str, Explanation]:
+    try:
+        entries = yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ValueError(f"{file}: it must hold a section for each code")
+    for number in sorted(codes.keys() - entries.keys()):
+        raise ValueError(f"{file}: {number} is not explained")
+    for number in sorted(map(str, entries.keys() - codes.keys())):
+        raise ValueError(f"{file}: {number} is explained, and no rule declares it")
+    return {number: _explanation(file, code, entries[number]) for number, code in codes.items()}
+
+
+def _explanation(file: Path, code: Code, entry: Mapping[str, Any]) -> Explanation:
+    known = {each.name for each in fields(Explanation)} - {"severity", "title"}
+    for key in sorted(map(str, entry.keys() - known)):
+        raise ValueError(f"{file}: {code.number}: no explanation has {key!r}")
+    for key in ("what", "why", "bad", "good", "source"):
+        if not isinstance(entry.get(key), str):
+            raise ValueError(f"{file}: {code.number}: {key} must be text")
+    read = dict(entry)
+    for key in ("options", "good_options", "environment"):
+        if key in read:
+            read[key] = tuple(map(str, read[key]))
+    if "files" in read:
+        read["files"] = {name: _file(content) for name, content in read["files"].items()}
+    if "bad_bytes" in read:
+        read["bad_bytes"] = _bytes(read["bad_bytes"])
+    return Explanation(severity=code.severity.value, title=code.title, **read)
+
+
+def _file(content: str | Mapping[str, Any]) -> str:
+    """A file's text: as it is written, or of a safetensors file without tensors, from what its header says."""
+    if isinstance(content, str):
+        return content
+    said = {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in content["safetensors"].items()
+    }
+    header = json.dumps({"__metadata__": said})
+    header += " " * (-len(header) % 256)  # a length whose bytes are letters of ASCII, so that the file is a text
+    return len(header).to_bytes(8, "little").decode("ascii") + header
+
+
+def _bytes(pieces: str | list[str | dict[str, int]]) -> bytes:
+    """Bytes, written as letters of Latin-1."""
+    if isinstance(pieces, str):
+        return pieces.encode("latin-1")
+    repeated = ({piece: 1} if isinstance(piece, str) else piece for piece in pieces)
+    return b"".join(text.encode("latin-1") * times for piece in repeated for text, times in piece.items())

@@ -1,9 +1,7 @@
-"""A finding: what is wrong with a config, where, what will happen and what to write instead.
+"""A finding: what is wrong with a config, where, what will happen and what to write instead; and its code.
 
-Codes are stable and come in families: TTT0xx file and syntax, TTT1xx schema and shape, TTT2xx checkpointing,
-TTT3xx causality and state, TTT4xx memory and disk, TTT5xx data and evaluation, TTT6xx environment, TTT7xx optimisation,
-TTT8xx plugins, TTT9xx a law that the probe found broken, by its number.
-A plugin's rules use a prefix of their own.
+A code is declared once, beside what finds it: its number, title and severity, and what follows from it. Numbers are
+stable: one that goes is never given to anything else. A plugin's codes use a prefix of their own.
 """
 
 from __future__ import annotations
@@ -12,91 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
-
-CODES: dict[str, str] = {
-    "TTT001": "not valid YAML",
-    "TTT002": "a key is written twice",
-    "TTT003": "the file is empty",
-    "TTT004": "the file is no mapping of sections",
-    "TTT005": "the file is too large",
-    "TTT006": "nested too deeply",
-    "TTT007": "too many values",
-    "TTT008": "not UTF-8 text",
-    "TTT009": "a character that text does not have",
-    "TTT010": "a YAML tag",
-    "TTT011": "a key that is not a word",
-    "TTT012": "more than one document",
-    "TTT013": "an anchor inside itself, or an alias without an anchor",
-    "TTT101": "unknown key",
-    "TTT102": "wrong type",
-    "TTT103": "a value that is not allowed",
-    "TTT104": "a required key is missing",
-    "TTT105": "a key in the wrong section",
-    "TTT106": "keys that do not fit together",
-    "TTT107": "an option of another backbone",
-    "TTT108": "an override that cannot be applied",
-    "TTT111": "a layer that the backbone does not have",
-    "TTT112": "a width that does not divide into heads",
-    "TTT113": "rotary embedding on heads of odd width",
-    "TTT114": "an inner model without hidden units",
-    "TTT201": "one checkpoint per mini-batch",
-    "TTT202": "checkpoints nested in checkpoints",
-    "TTT203": "a group size far from the best",
-    "TTT204": "a group larger than the sequence",
-    "TTT205": "no rematerialisation where memory will not do",
-    "TTT301": "a non-causal update in a causal backbone",
-    "TTT302": "carried state with shuffled data",
-    "TTT303": "a window shorter than one mini-batch",
-    "TTT304": "carried state without a boundary",
-    "TTT305": "carried state with nothing to carry",
-    "TTT306": "windows that do not divide into mini-batches",
-    "TTT401": "a run that does not fit in memory",
-    "TTT402": "a run that may not fit in memory",
-    "TTT403": "a checkpoint larger than the disk's free space",
-    "TTT404": "checkpoints larger than the disk's free space",
-    "TTT405": "what a run costs",
-    "TTT501": "data that is not there",
-    "TTT502": "evaluation on the training data",
-    "TTT503": "an evaluation that never comes",
-    "TTT504": "lines of data that are no JSON",
-    "TTT505": "lines of data without their keys",
-    "TTT506": "recordings that are not there",
-    "TTT507": "recordings shorter than a window",
-    "TTT508": "recordings without what lies beside them",
-    "TTT509": "weights to start from that are not there",
-    "TTT510": "weights to start from that belong to something else",
-    "TTT511": "a run that goes on with other settings than what it starts from",
-    "TTT601": "a run_dir that cannot be written",
-    "TTT602": "one run in several processes",
-    "TTT603": "an implementation of the scan that cannot be compiled",
-    "TTT604": "compiling without a compiler",
-    "TTT605": "a file of the backbone that cannot be read",
-    "TTT701": "a warm-up longer than the run",
-    "TTT702": "nothing that learns",
-    "TTT703": "gates that can never open",
-    "TTT704": "gates that hardly open within the run",
-    "TTT705": "an inner learning rate outside the literature",
-    "TTT706": "autocast on parameters that need none",
-    "TTT801": "unknown backbone",
-    "TTT802": "a broken plugin",
-    "TTT803": "a plugin that failed while it was asked",
-    "TTT901": "a forward pass that writes",
-    "TTT902": "gradients that depend on rematerialisation",
-    "TTT903": "the future reaches the past",
-    "TTT904": "a stream in pieces is not the whole",
-    "TTT905": "rows of a batch that see each other",
-    "TTT906": "a closed gate that is not the plain backbone",
-    "TTT910": "a TTT layer that does nothing",
-}
-"""Every code of the core, with its title."""
-
-ENVIRONMENT_CODES = frozenset(
-    {
-        *("TTT403", "TTT501", "TTT504", "TTT505", "TTT506", "TTT508", "TTT509"),
-        *("TTT601", "TTT602", "TTT603", "TTT604", "TTT605", "TTT802", "TTT803"),
-    }
-)
-"""Codes that blame the machine that the config was read on, not the config."""
 
 
 class Severity(str, Enum):
@@ -111,6 +24,39 @@ class Severity(str, Enum):
 
     def __str__(self) -> str:
         return self.value
+
+
+class Blame(Enum):
+    """Who is to blame for a finding, and so where it is mended."""
+
+    CONFIG = "config"
+    """The config, which its author changes."""
+    MACHINE = "machine"
+    """The machine that the config was read on: another one may have the file, the disk or the compiler."""
+    EITHER = "either"
+    """The config asks for more than this machine has; a smaller run or a larger machine mends it."""
+    PLUGIN = "plugin"
+    """The plugin, which its author changes."""
+
+
+class Family(Enum):
+    """The families of the core's codes, in the order that they are listed in."""
+
+    SYNTAX = ("TTT0", "File and syntax")
+    SCHEMA = ("TTT1", "Schema and shape")
+    CHECKPOINTING = ("TTT2", "Checkpointing")
+    CAUSALITY = ("TTT3", "Causality and state")
+    MEMORY = ("TTT4", "Memory and disk")
+    DATA = ("TTT5", "Data and evaluation")
+    ENVIRONMENT = ("TTT6", "Environment")
+    OPTIMISATION = ("TTT7", "Optimisation")
+    PLUGINS = ("TTT8", "Plugins")
+    LAWS = ("TTT9", "Laws, broken")
+
+    def __init__(self, prefix: str, title: str) -> None:
+        self.prefix = prefix
+        """What its codes begin with, as people say it; nothing is decided by it."""
+        self.title = title
 
 
 @dataclass(frozen=True)
@@ -132,12 +78,79 @@ class Place:
         return self.file if self.line is None else f"{self.file}:{self.line}:{self.column}"
 
 
+@dataclass(frozen=True)
+class Code:
+    """A kind of finding, declared once beside the rule that finds it.
+
+    ```python
+    ABC101 = Code("ABC101", "a batch of one", Severity.WARNING, home=__name__)
+
+
+    @ttt.plugins.rule(ABC101, reads=("train.batch_size",))
+    def batches_are_batches(config: RunConfig) -> Iterator[Finding]:
+        if config.train.batch_size == 1:
+            yield ABC101.at("train.batch_size", "a batch of one is noisy", "write batch_size: 8")
+    ```
+
+    Raises:
+        ValueError: the number is no word, or the title is empty.
+    """
+
+    number: str
+    """As users see it: letters, then digits."""
+    title: str
+    """What is found, in a few words."""
+    severity: Severity
+    """How bad it is, where a finding does not say otherwise."""
+    blames: Blame = Blame.CONFIG
+    """Who is to blame."""
+    of_training: bool = False
+    """Whether only training minds: then it is not found where a config is only sampled from, or its data are made."""
+    home: str = ""
+    """`__name__` of the module that declares it. It is explained in a YAML file beside that module, of the same name;
+    see `ttt.config.explanation`."""
+    family: Family | None = None
+    """For the core's own codes."""
+
+    def __post_init__(self) -> None:
+        if not is_code(self.number):
+            raise ValueError(f"{self.number!r:.80} is no code; write letters and digits, as TOY101")
+        if not isinstance(self.title, str) or not self.title:
+            raise ValueError(f"the code {self.number} has no title; say in a few words what is found")
+
+    def at(
+        self,
+        path: str,
+        message: str,
+        fix: str = "",
+        *,
+        value: Any = None,
+        severity: Severity | None = None,
+        place: Place | None = None,
+        replacement: str | None = None,
+        moves_to: str | None = None,
+    ) -> Finding:
+        """A finding of this code; the arguments are the fields of `Finding`."""
+        return Finding(
+            code=self.number,
+            severity=self.severity if severity is None else severity,
+            path=path,
+            message=message,
+            fix=fix,
+            value=value,
+            place=place,
+            replacement=replacement,
+            moves_to=moves_to,
+            declared=self,
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that a check found."""
+    """One thing that a check found. Make it with `Code.at`, which knows the code and the severity."""
 
     code: str
-    """As in `CODES`, or of a plugin's own prefix."""
+    """The number of its code."""
     severity: Severity
     path: str
     """The key, dotted: `ttt.layers.2`; empty for the file as a whole."""
@@ -154,12 +167,41 @@ class Finding:
     moves_to: str | None = None
     """The section that `--fix` moves the key to, where there is one alone; empty is the top level."""
     of_environment: bool = False
-    """For a plugin's code: whether it blames the machine that the config was read on, as `ENVIRONMENT_CODES` do."""
+    """Whether it blames the machine, where its code does not say so: `Blame.MACHINE`."""
+    of_training: bool = False
+    """Whether only training minds, where its code does not say so: `Code.of_training`."""
+    declared: Code | None = None
+    """What its code was declared as; None for a plugin's that is not declared."""
+
+    @property
+    def title(self) -> str:
+        """The title of its code; empty where the code is not declared."""
+        return "" if self.declared is None else self.declared.title
+
+    @property
+    def blames(self) -> Blame:
+        """Who is to blame for it."""
+        if self.of_environment:
+            return Blame.MACHINE
+        return Blame.CONFIG if self.declared is None else self.declared.blames
+
+    @property
+    def only_for_training(self) -> bool:
+        """Whether it is nothing to a config that is not trained."""
+        return self.of_training or (self.declared is not None and self.declared.of_training)
+
+
+def is_code(text: object) -> bool:
+    """Whether something may be a code: one short word, for it is shown between others."""
+    if not isinstance(text, str) or len(text) > 40:
+        return False
+    letters = text.replace("-", "").replace("_", "")
+    return text != "" and text.isascii() and (letters == "" or letters.isalnum())
 
 
 def blames_environment(finding: Finding) -> bool:
-    """Whether a finding is about the machine that the config was read on, not about the config."""
-    return finding.of_environment or finding.code in ENVIRONMENT_CODES
+    """Whether a finding is about what is installed or lies on this machine, so that the config may be right."""
+    return finding.blames in (Blame.MACHINE, Blame.PLUGIN)
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:

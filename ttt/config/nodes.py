@@ -11,13 +11,29 @@ import contextlib
 import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import yaml
 
-from ttt.config.findings import Finding, Place, Severity
+from ttt.config.findings import Code, Family, Finding, Place, Severity
 from ttt.config.places import KeyPath, Located, dotted
 from ttt.config.scalars import resolve
+
+_code = partial(Code, severity=Severity.ERROR, family=Family.SYNTAX, home=__name__)
+TTT001 = _code("TTT001", "not valid YAML")
+TTT002 = _code("TTT002", "a key is written twice")
+TTT003 = _code("TTT003", "the file is empty")
+TTT004 = _code("TTT004", "the file is no mapping of sections")
+TTT005 = _code("TTT005", "the file is too large")
+TTT006 = _code("TTT006", "nested too deeply")
+TTT007 = _code("TTT007", "too many values")
+TTT008 = _code("TTT008", "not UTF-8 text")
+TTT009 = _code("TTT009", "a character that text does not have")
+TTT010 = _code("TTT010", "a YAML tag")
+TTT011 = _code("TTT011", "a key that is not a word")
+TTT012 = _code("TTT012", "more than one document")
+TTT013 = _code("TTT013", "an anchor inside itself, or an alias without an anchor")
 
 MAX_BYTES = 1 << 20
 MAX_LEVELS = 32
@@ -38,11 +54,9 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # both give the same ev
 class SourceError(Exception):
     """The reading ends here."""
 
-    def __init__(self, code: str, place: Place, message: str, fix: str, value: Any = None) -> None:
+    def __init__(self, code: Code, place: Place, message: str, fix: str, value: Any = None) -> None:
         super().__init__(message)
-        self.finding = Finding(
-            code=code, severity=Severity.ERROR, path="", message=message, fix=fix, value=value, place=place
-        )
+        self.finding = code.at("", message, fix, value=value, place=place)
 
 
 def _lines(text: str) -> list[str]:
@@ -65,21 +79,21 @@ def decode(content: str | bytes, file: str) -> str:
         content = content.encode("utf-8", "surrogatepass")
     if len(content) > MAX_BYTES:
         raise SourceError(
-            "TTT005",
+            TTT005,
             Place(file, 1, 1),
             f"the file is larger than {MAX_BYTES >> 20} MiB",
             "name a config; they are short",
         )
     for mark, encoding in _BYTE_ORDER_MARKS.items():
         if content.startswith(mark):
-            raise SourceError("TTT008", Place(file, 1, 1), f"the file is {encoding}, not UTF-8", "save it as UTF-8")
+            raise SourceError(TTT008, Place(file, 1, 1), f"the file is {encoding}, not UTF-8", "save it as UTF-8")
     content = content.removeprefix(codecs.BOM_UTF8)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         place = _place_at(file, content.decode("utf-8", "replace"), len(content[: error.start].decode("utf-8")))
         raise SourceError(
-            "TTT008",
+            TTT008,
             place,
             f"the byte 0x{content[error.start]:02x} is not UTF-8: this is another encoding, or no text at all",
             "save the file as UTF-8",
@@ -89,7 +103,7 @@ def decode(content: str | bytes, file: str) -> str:
     if offset >= 0:
         character = text[offset]
         raise SourceError(
-            "TTT009",
+            TTT009,
             _place_at(file, text, offset),
             f"the character U+{ord(character):04X} is not text" + (": a NUL" if character == "\0" else ""),
             "remove it; if the file is binary, name another",
@@ -134,7 +148,7 @@ class Reading:
         root = self.document()
         if root is None or root.value is None:
             raise SourceError(
-                "TTT003",
+                TTT003,
                 Place(self.file, 1, 1),
                 "the file is empty",
                 "write a config; `ttt init --backbone NAME` makes one",
@@ -142,7 +156,7 @@ class Reading:
         if not isinstance(root.value, dict):
             kind = "list" if isinstance(root.value, list) else "text"
             raise SourceError(
-                "TTT004",
+                TTT004,
                 root.place,
                 f"a config is sections of `key: value`, but this is a {kind}",
                 "write `backbone:` and the other sections at the left margin, with a space after each colon",
@@ -160,7 +174,7 @@ class Reading:
                     if isinstance(event, yaml.DocumentStartEvent):
                         if root is not None:
                             raise SourceError(
-                                "TTT012",
+                                TTT012,
                                 self._place(event),
                                 "a second document begins here; a config is one",
                                 "remove the line `---` and what belongs to the other run",
@@ -171,7 +185,7 @@ class Reading:
                 raise self._syntax(error) from None
             except yaml.YAMLError as error:
                 raise SourceError(
-                    "TTT001", Place(self.file, 1, 1), f"not YAML: {error}", "write `key: value` lines"
+                    TTT001, Place(self.file, 1, 1), f"not YAML: {error}", "write `key: value` lines"
                 ) from None
 
     def _place(self, event: Any) -> Place:
@@ -186,7 +200,7 @@ class Reading:
         self.values += size
         if self.values > MAX_VALUES:
             raise SourceError(
-                "TTT007",
+                TTT007,
                 place,
                 f"more than {MAX_VALUES:,} values, aliases expanded: no config, or one that is meant to exhaust memory",
                 "write the values out where they are needed",
@@ -200,7 +214,7 @@ class Reading:
         """
         if levels > MAX_LEVELS:
             raise SourceError(
-                "TTT006",
+                TTT006,
                 place or Place(self.file),
                 *_TOO_DEEP,
             )
@@ -213,7 +227,7 @@ class Reading:
         self._count(1, place)
         if event.tag is not None:
             raise SourceError(
-                "TTT010",
+                TTT010,
                 place,
                 f"the tag {_short_tag(event.tag)}: a config holds plain values only, and nothing in it is run",
                 "remove the tag",
@@ -235,7 +249,7 @@ class Reading:
         if target is None:
             inside = anchor in self.anchors
             raise SourceError(
-                "TTT013",
+                TTT013,
                 place,
                 f"`*{anchor}` stands inside what `&{anchor}` names, without end"
                 if inside
@@ -266,12 +280,10 @@ class Reading:
             if key in written:
                 first = written[key]
                 self.findings.append(
-                    Finding(
-                        code="TTT002",
-                        severity=Severity.ERROR,
-                        path=dotted((*path, key)),
-                        message=f"`{key}` is written twice: first in line {first.line}, and again here",
-                        fix="keep one of the two",
+                    TTT002.at(
+                        dotted((*path, key)),
+                        f"`{key}` is written twice: first in line {first.line}, and again here",
+                        "keep one of the two",
                         place=key_place,
                     )
                 )
@@ -284,10 +296,10 @@ class Reading:
         place = self._place(event)
         if isinstance(event, yaml.ScalarEvent) and event.tag is None:
             if event.value == "<<" and event.implicit[0]:
-                raise SourceError("TTT011", place, "`<<` merges mappings in old YAML only", "write the keys out")
+                raise SourceError(TTT011, place, "`<<` merges mappings in old YAML only", "write the keys out")
             return event.value, place
         raise SourceError(
-            "TTT011", place, "a key is a word, not a list, a mapping, an alias or a tag", "write `key: value`"
+            TTT011, place, "a key is a word, not a list, a mapping, an alias or a tag", "write `key: value`"
         )
 
     def _add(self, node: Node, key: str | int, key_place: Place, child: Node) -> None:
@@ -303,14 +315,14 @@ class Reading:
         problem = str(error.problem or "")
         if "nesting depth" in problem:  # libyaml's own limit, met where it looks ahead
             place = Place(self.file, line + 1, column + 1, self._line(line))
-            return SourceError("TTT006", place, *_TOO_DEEP)
+            return SourceError(TTT006, place, *_TOO_DEEP)
         message, fix, at_opening = explain_complaint(problem, str(error.context or ""), self._line(line), column)
         if at_opening and opened is not None:
             line, column = opened.line, opened.column
         while line > 0 and line >= len(self.lines) - 1 and not self._line(line).strip():  # past the end
             line -= 1
             column = max(len(self._line(line)) - 1, 0)
-        return SourceError("TTT001", Place(self.file, line + 1, column + 1, self._line(line)), message, fix)
+        return SourceError(TTT001, Place(self.file, line + 1, column + 1, self._line(line)), message, fix)
 
 
 def flatten(node: Node, path: KeyPath, places: dict[KeyPath, Located]) -> Any:

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ttt.config.findings import Finding, Place, Severity
+from ttt.config.findings import Code, Family, Finding, Place, Severity
 from ttt.config.nodes import MAX_LEVELS, Node, Reading, SourceError, decode, flatten
 from ttt.config.places import KeyPath, Located, dotted
+
+TTT108 = Code("TTT108", "an override that cannot be applied", Severity.ERROR, family=Family.SCHEMA, home=__name__)
 
 MAX_OVERRIDES = 256
 MAX_IN_OVERRIDES = 1 << 17  # characters, of all together; Linux passes no more in one argument
@@ -83,9 +85,7 @@ def _too_many(overrides: Sequence[str]) -> Finding | None:
         message = f"overrides of {length:,} characters are longer than {MAX_IN_OVERRIDES:,}, so none is read"
     else:
         return None
-    return Finding(
-        code="TTT108", severity=Severity.ERROR, path="", message=message, fix="write a config", place=Place("--set")
-    )
+    return TTT108.at("", message, "write a config", place=Place("--set"))
 
 
 def _copy(value: Any) -> Any:
@@ -99,7 +99,7 @@ def _override(data: dict[str, Any], places: dict[KeyPath, Located], override: st
     place = Place(f"--set {override}")
 
     def refuse(message: str, fix: str) -> Finding:
-        return Finding(code="TTT108", severity=Severity.ERROR, path=key, message=message, fix=fix, place=place)
+        return TTT108.at(key, message, fix, place=place)
 
     key, equals, written = override.partition("=")
     key = key.strip()

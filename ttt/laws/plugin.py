@@ -149,7 +149,7 @@ _IMPORTED = 42
 """How the process ends that sees torch imported."""
 _WITHOUT_TORCH = """
 import os, sys, traceback
-import ttt.check.load, ttt.plugins
+import ttt.check.catalogue, ttt.check.load, ttt.plugins
 ours = os.path.dirname(ttt.__file__)
 
 def watch(event, arguments):
@@ -169,7 +169,7 @@ for name, text in backbone.presets().items():
     checked = ttt.check.check_config(f"preset {name}", text=text, backbone=backbone, memory=1 << 60)
     if checked.config is not None:
         backbone.facts(checked.config), backbone.has_eval_data(checked.config)
-backbone.explanations(), backbone.tiny()
+ttt.check.catalogue.explanations_of(backbone), backbone.tiny()
 """
 
 

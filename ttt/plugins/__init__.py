@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ttt.plugins.hookspecs import hookimpl
     from ttt.plugins.imported import Import, ImportedConfig
     from ttt.plugins.rows import StepRows, rows_of_step
+    from ttt.plugins.rules import Rule, rule
     from ttt.plugins.run_config import run_config_model
     from ttt.plugins.sampling import SamplePlan, SampleRequest
     from ttt.plugins.site import Site
@@ -30,6 +31,7 @@ _EXPORTS = {
     "LossOutput": "ttt.plugins.data",
     "PluginInfo": "ttt.plugins.discovery",
     "RecordingFormat": "ttt.plugins.facts",
+    "Rule": "ttt.plugins.rules",
     "SamplePlan": "ttt.plugins.sampling",
     "SampleRequest": "ttt.plugins.sampling",
     "Site": "ttt.plugins.site",
@@ -42,6 +44,7 @@ _EXPORTS = {
     "hookimpl": "ttt.plugins.hookspecs",
     "names": "ttt.plugins.discovery",
     "rows_of_step": "ttt.plugins.rows",
+    "rule": "ttt.plugins.rules",
     "run_config_model": "ttt.plugins.run_config",
 }
 
@@ -55,6 +58,7 @@ __all__ = [
     "LossOutput",
     "PluginInfo",
     "RecordingFormat",
+    "Rule",
     "SamplePlan",
     "SampleRequest",
     "Site",
@@ -67,6 +71,7 @@ __all__ = [
     "hookimpl",
     "names",
     "rows_of_step",
+    "rule",
     "run_config_model",
 ]
 

@@ -10,7 +10,7 @@ import it to read options. Import them inside the methods that need them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn
 
@@ -61,13 +61,17 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
     """The `ttt` section where the user names no preset: `preset` and what differs from it for this backbone."""
     sample_suffix: ClassVar[str] = ""
     """What the names of its samples end in, `.mp4`; without it `ttt sample` makes one sample at a time."""
-    rules: ClassVar[Sequence[Callable[[RunConfig], Sequence[Any]]]] = ()
-    """Extra rules for `ttt check`: functions of the resolved config that return `ttt.config.Finding`s."""
+    rules: ClassVar[Sequence[Callable[[RunConfig], Iterable[Any]]]] = ()
+    """Extra rules for `ttt check`, made by the decorator `ttt.plugins.rule`: each declares its codes. A plain function
+    of the resolved config that returns `ttt.config.Finding`s works as well."""
 
     # --- without torch ---
 
     def explanations(self) -> Mapping[str, Any]:
-        """What the codes of `rules` mean, a `ttt.config.Explanation` for each: `ttt check --explain`."""
+        """What the codes of `rules` mean, a `ttt.config.Explanation` for each: `ttt check --explain`.
+
+        Those whose `Code.home` names their module are explained in the file beside it, and left out here.
+        """
         return {}
 
     @abstractmethod

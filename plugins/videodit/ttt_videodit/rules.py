@@ -54,7 +54,7 @@ def data_is_there(config: VideoDiTRun) -> list[Finding]:
     if missing is None:
         return []
     path, why, way_out = missing
-    return [Finding(code="VDT508", severity=Severity.ERROR, path=path, message=why, fix=way_out)]
+    return [Finding(code="VDT508", severity=Severity.ERROR, path=path, message=why, fix=way_out, of_training=True)]
 
 
 def videos_can_be_read(config: VideoDiTRun) -> list[Finding]:
@@ -103,6 +103,7 @@ def _list_finding(key: str, what: str, count: int) -> Finding:
         message=f"{what}; ttt precompute stops before it begins",
         fix=f"write lines such as {VIDEO_EXAMPLE}",
         value=count,
+        of_training=True,
     )
 
 
@@ -120,6 +121,7 @@ def weights_are_of_the_model(config: VideoDiTRun) -> list[Finding]:
             message=f"{source} {wrong}",
             fix=WAY_OUT,
             value=source,
+            of_training=True,  # building the model tells the same
         )
     ]
 
@@ -177,6 +179,7 @@ def _findings(index: _Index, path: str, wanted: Wanted) -> Iterator[Finding]:
                 fix=fix,
                 value=len(problems),
                 of_environment=True,
+                of_training=True,
             )
     if not index.count or (index.short and not index.good and not index.problems):
         what = (
@@ -190,6 +193,7 @@ def _findings(index: _Index, path: str, wanted: Wanted) -> Iterator[Finding]:
             fix="write a smaller data.duration_sec, or encode longer videos" if index.count else "run ttt precompute",
             value=len(index.short),
             of_environment=True,
+            of_training=True,
         )
     elif index.short or index.left_over:
         told = []
@@ -207,4 +211,5 @@ def _findings(index: _Index, path: str, wanted: Wanted) -> Iterator[Finding]:
             message=f"{'; '.join(told)}; they are not read",
             fix="write a data.duration_sec that divides the videos, where they matter",
             value=len(index.short) + index.left_over,
+            of_training=True,
         )

@@ -13,10 +13,12 @@ import warnings
 import torch
 from rich.console import Console
 
+from ttt.check.codes import TTT803
 from ttt.check.probe.proofs import Proof, cuts, proofs
 from ttt.check.probe.setting import Setting, narrow, place_layers
-from ttt.check.probe_codes import LAW_EXPLANATIONS
-from ttt.config.findings import Finding, Severity
+from ttt.check.probe_codes import LAWS
+from ttt.config.explanation import read_explanations
+from ttt.config.findings import Finding
 from ttt.config.schema import RunConfig
 from ttt.errors import NestedCheckpointWarning, PluginError, TTTError
 from ttt.laws import LawBrokenError
@@ -61,7 +63,7 @@ def probe(config: RunConfig, backbone: Backbone, *, console: Console | None = No
             say(console, "  ttt.layers names no layer: there is nothing to prove")
             return []
         for proof in proofs(setting):
-            if proof.compares_passes and any(finding.code == "TTT901" for finding in findings):
+            if proof.compares_passes and any(finding.declared is LAWS[1] for finding in findings):
                 _row(console, proof, "--", "two passes cannot be compared")
                 continue
             findings += _try(proof, setting, console)
@@ -98,13 +100,12 @@ def _try(proof: Proof, setting: Setting, console: Console) -> list[Finding]:
 
 
 def _finding(broken: LawBrokenError, backbone: Backbone) -> Finding:
-    code = f"TTT9{broken.law:02d}"
-    return Finding(
-        code=code,
-        severity=Severity.ERROR,
-        path="backbone.name",
+    code = LAWS[broken.law]
+    explained = read_explanations(LAWS.values())[code.number]
+    return code.at(
+        "backbone.name",
         message=f"{backbone.name} breaks law {broken.law}: {broken.what}",
-        fix=f"In the plugin {backbone.name}: {LAW_EXPLANATIONS[code].fix}",
+        fix=f"In the plugin {backbone.name}: {explained.fix}",
         value=broken.measured,
     )
 
@@ -116,10 +117,8 @@ def _failure(error: Exception, proof: Proof, backbone: Backbone) -> Finding:
 
 
 def _failed(what: str, proof: Proof) -> Finding:
-    return Finding(
-        code="TTT803",
-        severity=Severity.ERROR,
-        path="backbone.name",
+    return TTT803.at(
+        "backbone.name",
         message=f"law {proof.law} ({proof.claim}): {what}",
         fix="ttt.testing.laws runs the same in pytest",
     )

@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Iterator, Set
+from typing import Any
 
 from ttt.check.rules import causality, checkpointing, compiling, data, environment, memory, optimisation, shape
-from ttt.check.rules.rule import FACTS, NEEDED, Context, Rule
+from ttt.check.rules.rule import FACTS, NEEDED, Context
 from ttt.config.findings import Finding
 from ttt.config.places import KeyPath
+from ttt.plugins.rules import Rule
 
-RULES: tuple[Rule, ...] = (
-    *shape.RULES,
-    *checkpointing.RULES,
-    *causality.RULES,
-    *memory.RULES,
-    *data.RULES,
-    *environment.RULES,
-    *compiling.RULES,
-    *optimisation.RULES,
+_MODULES = (shape, checkpointing, causality, memory, data, environment, compiling, optimisation)
+RULES: tuple[Rule[Context], ...] = tuple(
+    each for module in _MODULES for each in vars(module).values() if isinstance(each, Rule)
 )
-"""Every rule of the core."""
+"""Every rule of the core, in the order that they are asked in."""
 
 
 def run_rules(context: Context, untrusted: Set[KeyPath]) -> list[Finding]:
     """What the rules find in a config, without those that rest on keys which are not what the user meant."""
-    doubtful = {path[:depth] for path in untrusted for depth in range(1, len(path) + 1)}
-    reliable = [rule for rule in RULES if not any(_touches(key, untrusted, doubtful) for key in rule.reads)]
     return [
         finding
-        for rule in reliable
-        if context.known_facts is not None or FACTS not in rule.reads
-        if NEEDED not in rule.reads or context.can_be_built
-        for finding in rule.check(context)
+        for rule in reliable(RULES, untrusted)
+        if context.known_facts is not None or not _asks(rule, FACTS)
+        if not _asks(rule, NEEDED) or context.can_be_built
+        for finding in rule(context)
     ]
+
+
+def reliable(rules: Iterable[Rule[Any]], untrusted: Set[KeyPath]) -> Iterator[Rule[Any]]:
+    """Those of the rules that rest on no key which is not what the user meant."""
+    above = {path[:depth] for path in untrusted for depth in range(1, len(path) + 1)}
+    for rule in rules:
+        doubtful = untrusted if rule.reads is None else [key for key in rule.reads if _touches(key, untrusted, above)]
+        if not doubtful:
+            yield rule
+
+
+def _asks(rule: Rule[Any], what: str) -> bool:
+    """Whether a rule asks for what rests on many keys: `FACTS` or `NEEDED`."""
+    return rule.reads is not None and what in rule.reads
 
 
 def _touches(key: str, untrusted: Set[KeyPath], above: Set[KeyPath]) -> bool:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from ttt.check.rules.rule import FACTS, Context, rule
-from ttt.config.findings import Finding, Severity
+from ttt.config.findings import Code, Family, Finding, Severity
+
+_code = partial(Code, family=Family.CAUSALITY, home=__name__)
+TTT301 = _code("TTT301", "a non-causal update in a causal backbone", Severity.ERROR)
+TTT302 = _code("TTT302", "carried state with shuffled data", Severity.ERROR)
+TTT303 = _code("TTT303", "a window shorter than one mini-batch", Severity.WARNING)
+TTT304 = _code("TTT304", "carried state without a boundary", Severity.WARNING)
+TTT305 = _code("TTT305", "carried state with nothing to carry", Severity.WARNING)
+TTT306 = _code("TTT306", "windows that do not divide into mini-batches", Severity.NOTE)
 
 _WASTE = 0.25
 """Share of padding from which it is worth a word."""
 
 
-@rule("backbone.name", "ttt.preset", "ttt.layers", "ttt.causal", "ttt.mini_batch_size")
+@rule(TTT301, reads=("backbone.name", "ttt.preset", "ttt.layers", "ttt.causal", "ttt.mini_batch_size"))
 def leaks_the_future(context: Context) -> Iterator[Finding]:
     """In a causal backbone a token learns only from those before it."""
     ttt = context.config.ttt
-    if context.backbone.causal and not ttt.causal and ttt.mini_batch_size > 1 and ttt.layers not in ("none", ()):
-        yield Finding(
-            code="TTT301",
-            severity=Severity.ERROR,
-            path=context.first_written("ttt.causal", "ttt.preset"),
+    if context.backbone.causal and not ttt.causal and ttt.mini_batch_size > 1 and context.has_layers:
+        yield TTT301.at(
+            context.first_written("ttt.causal", "ttt.preset"),
             message=(
                 f"causal: false lets every token learn from up to {ttt.mini_batch_size - 1} tokens after it, but "
                 f"{context.backbone.name} predicts them: training looks good and generation fails"
@@ -29,15 +36,13 @@ def leaks_the_future(context: Context) -> Iterator[Finding]:
         )
 
 
-@rule("ttt.persistent_states", "ttt.layers", "data.shuffle")
+@rule(TTT302, reads=("ttt.persistent_states", "ttt.layers", "data.shuffle"))
 def carries_between_strangers(context: Context) -> Iterator[Finding]:
     """Fast weights are carried only to the window that follows."""
     if context.config.ttt.persistent_states and context.config.data.shuffle:
         written = context.is_written("data.shuffle")
-        yield Finding(
-            code="TTT302",
-            severity=Severity.ERROR,
-            path="data.shuffle" if written else "ttt.persistent_states",
+        yield TTT302.at(
+            "data.shuffle" if written else "ttt.persistent_states",
             message=(
                 "persistent_states: true starts a window with what the window before it taught, but "
                 f"data.shuffle: true{'' if written else ', the default,'} reads windows in random order"
@@ -46,17 +51,15 @@ def carries_between_strangers(context: Context) -> Iterator[Finding]:
         )
 
 
-@rule("ttt.layers", "ttt.mini_batch_size", "ttt.persistent_states", FACTS)
+@rule(TTT303, reads=("ttt.layers", "ttt.mini_batch_size", "ttt.persistent_states", FACTS))
 def never_a_second_mini_batch(context: Context) -> Iterator[Finding]:
     """A window holds at least one whole mini-batch."""
     ttt, facts = context.config.ttt, context.facts
     tokens = facts.tokens_per_window
-    if tokens is None or tokens >= ttt.mini_batch_size or ttt.persistent_states or ttt.layers in ("none", ()):
+    if tokens is None or tokens >= ttt.mini_batch_size or ttt.persistent_states or not context.has_layers:
         return
-    yield Finding(
-        code="TTT303",
-        severity=Severity.WARNING,
-        path="ttt.mini_batch_size",
+    yield TTT303.at(
+        "ttt.mini_batch_size",
         message=(
             f"{facts.window} is {tokens} tokens, fewer than one mini-batch of {ttt.mini_batch_size}: the fast weights "
             f"never move on to a second mini-batch"
@@ -66,20 +69,18 @@ def never_a_second_mini_batch(context: Context) -> Iterator[Finding]:
     )
 
 
-@rule("ttt", "data", "train.batch_size", FACTS)
+@rule(TTT304, TTT305, reads=("ttt", "data", "train.batch_size", FACTS))
 def carries_across_a_file(context: Context) -> Iterator[Finding]:
     """Carried states have files to be carried through, and boundaries to start over at."""
     ttt, facts, data = context.config.ttt, context.facts, context.config.data
-    if not ttt.persistent_states or data.shuffle or facts.recordings is None or ttt.layers in ("none", ()):
+    if not ttt.persistent_states or data.shuffle or facts.recordings is None or not context.has_layers:
         return
     lines = context.recordings("train_data")
     if lines is None or not lines.complete or not lines.seconds:
         return
     if len(lines.seconds) == 1 and context.config.train.batch_size == 1:
-        yield Finding(
-            code="TTT304",
-            severity=Severity.WARNING,
-            path="ttt.persistent_states",
+        yield TTT304.at(
+            "ttt.persistent_states",
             message=(
                 f"{data.train_data} is one recording of {lines.seconds[0]:g} s: carried states have no file boundary "
                 f"to start over at, so nothing in the run shows the layers a beginning but the first window"
@@ -88,10 +89,8 @@ def carries_across_a_file(context: Context) -> Iterator[Finding]:
             value=1,
         )
     elif max(lines.seconds) <= facts.recordings.window_sec:
-        yield Finding(
-            code="TTT305",
-            severity=Severity.WARNING,
-            path="ttt.persistent_states",
+        yield TTT305.at(
+            "ttt.persistent_states",
             message=(
                 f"none of the {len(lines.seconds)} recordings is longer than {facts.window}: each is one window, so "
                 f"persistent_states: true carries nothing"
@@ -101,23 +100,21 @@ def carries_across_a_file(context: Context) -> Iterator[Finding]:
         )
 
 
-@rule("ttt", FACTS)
+@rule(TTT306, reads=("ttt", FACTS))
 def windows_divide(context: Context) -> Iterator[Finding]:
     """Windows that do not divide into mini-batches leave each row at another place, which costs padding."""
     ttt, tokens = context.config.ttt, context.facts.tokens_per_window
     if tokens is None or not (ttt.persistent_states and ttt.causal) or not tokens % ttt.mini_batch_size:
         return
-    if ttt.layers in ("none", ()):
+    if not context.has_layers:
         return
     width = min(tokens, ttt.mini_batch_size)
     slots = 2 * width + (tokens - 1) // ttt.mini_batch_size * ttt.mini_batch_size
     waste = 1 - tokens / slots
     if waste >= _WASTE:
         below = next(size for size in range(ttt.mini_batch_size - 1, 0, -1) if tokens % size == 0)
-        yield Finding(
-            code="TTT306",
-            severity=Severity.NOTE,
-            path="ttt.mini_batch_size",
+        yield TTT306.at(
+            "ttt.mini_batch_size",
             message=(
                 f"{context.facts.window} is {tokens} tokens, which mini-batches of {ttt.mini_batch_size} do not "
                 f"divide, so a window that is carried into begins inside one: {waste:.0%} of the {slots} slots "
@@ -126,12 +123,3 @@ def windows_divide(context: Context) -> Iterator[Finding]:
             fix=f"write mini_batch_size: {below}, which divides {tokens}, or windows that the mini-batch divides",
             value=slots - tokens,
         )
-
-
-RULES = (
-    leaks_the_future,
-    carries_between_strangers,
-    never_a_second_mini_batch,
-    carries_across_a_file,
-    windows_divide,
-)

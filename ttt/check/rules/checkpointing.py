@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from ttt.amounts import show_bytes
 from ttt.check.estimate import enclosing_checkpoints
 from ttt.check.rules.rule import NEEDS, Context, rule
 from ttt.check.validation import split_fix
-from ttt.config.findings import Finding, Severity
+from ttt.config.findings import Code, Family, Finding, Severity
 from ttt.config.group_size import group_size_warnings, times_in_words
 from ttt.config.schema import TTTConfig
 from ttt.costs import ScanCost
+
+_code = partial(Code, family=Family.CHECKPOINTING, of_training=True, home=__name__)
+TTT201 = _code("TTT201", "one checkpoint per mini-batch", Severity.WARNING)
+TTT202 = _code("TTT202", "checkpoints nested in checkpoints", Severity.NOTE)
+TTT203 = _code("TTT203", "a group size far from the best", Severity.NOTE)
+TTT204 = _code("TTT204", "a group larger than the sequence", Severity.NOTE)
 
 _FAR = 2.0
 """How many times the least memory a group size may need before it is worth a word."""
@@ -21,12 +28,10 @@ _WORTH_BYTES = 64 << 20
 _LITERATURE = TTTConfig.model_fields["scan_checkpoint_group_size"].default
 
 
-def _finding(context: Context, text: str, more: str = "", *, code: str, severity: Severity, path: str) -> Finding:
+def _finding(context: Context, text: str, more: str = "", *, code: Code, path: str) -> Finding:
     message, fix = split_fix(text)
     scan = context.needs.scan
-    return Finding(
-        code=code, severity=severity, path=path, message=message + more, fix=fix, value=scan.groups if scan else None
-    )
+    return code.at(path, message + more, fix, value=scan.groups if scan else None)
 
 
 def _costs(context: Context, scans: Sequence[int]) -> list[str]:
@@ -46,16 +51,14 @@ def _costs(context: Context, scans: Sequence[int]) -> list[str]:
     )
 
 
-@rule(*NEEDS)
+@rule(TTT201, reads=NEEDS)
 def one_checkpoint_per_mini_batch(context: Context) -> Iterator[Finding]:
     """A group of one keeps every carry and recomputes every step; whether that is least or most hangs on S and A."""
     if not context.has_layers or context.config.ttt.scan_checkpoint_group_size == "auto":
         return
     scan = context.needs.scan
     for text in _costs(context, (0,)):
-        finding = _finding(
-            context, text, code="TTT201", severity=Severity.WARNING, path="ttt.scan_checkpoint_group_size"
-        )
+        finding = _finding(context, text, code=TTT201, path="ttt.scan_checkpoint_group_size")
         yield finding if scan is None or scan.groups < 2 else _by_the_numbers(finding, context, scan)
 
 
@@ -86,7 +89,7 @@ def _by_the_numbers(finding: Finding, context: Context, scan: ScanCost) -> Findi
     )
 
 
-@rule(*NEEDS)
+@rule(TTT202, reads=NEEDS)
 def nested_checkpoints(context: Context) -> Iterator[Finding]:
     """Activation checkpointing around the scan runs every inner step once more for each level."""
     scan = context.needs.scan
@@ -104,10 +107,10 @@ def nested_checkpoints(context: Context) -> Iterator[Finding]:
     alone = _costs(context, (0,))
     for text in _costs(context, enclosing_checkpoints(context.config, context.facts)):
         if text not in alone:
-            yield _finding(context, text, more, code="TTT202", severity=Severity.NOTE, path=path)
+            yield _finding(context, text, more, code=TTT202, path=path)
 
 
-@rule(*NEEDS)
+@rule(TTT203, reads=NEEDS)
 def far_from_the_best_group(context: Context) -> Iterator[Finding]:
     """A group size that recomputes all the same, but needs far more memory than another."""
     scan = context.needs.scan
@@ -116,10 +119,8 @@ def far_from_the_best_group(context: Context) -> Iterator[Finding]:
     best = scan.best_group_size()
     least = scan.with_group_size(best).peak_bytes
     if scan.peak_bytes >= _FAR * least and scan.peak_bytes - least >= _WORTH_BYTES:
-        yield Finding(
-            code="TTT203",
-            severity=Severity.NOTE,
-            path="ttt.scan_checkpoint_group_size",
+        yield TTT203.at(
+            "ttt.scan_checkpoint_group_size",
             message=(
                 f"scan_checkpoint_group_size: {scan.group_size} is far from the group that needs least memory: "
                 f"{scan.steps} mini-batches are {scan.groups} groups, and {_compared(context, scan)}"
@@ -129,7 +130,7 @@ def far_from_the_best_group(context: Context) -> Iterator[Finding]:
         )
 
 
-@rule(*NEEDS)
+@rule(TTT204, reads=NEEDS)
 def group_larger_than_the_sequence(context: Context) -> Iterator[Finding]:
     """A group that no window fills is no group."""
     scan, size = context.needs.scan, context.config.ttt.scan_checkpoint_group_size
@@ -137,10 +138,8 @@ def group_larger_than_the_sequence(context: Context) -> Iterator[Finding]:
         return
     if not context.is_written("ttt.scan_checkpoint_group_size"):
         return
-    yield Finding(
-        code="TTT204",
-        severity=Severity.NOTE,
-        path="ttt.scan_checkpoint_group_size",
+    yield TTT204.at(
+        "ttt.scan_checkpoint_group_size",
         message=(
             f"{context.facts.window} gives the scan {scan.steps} mini-batches, so groups of {size} never split it: "
             f"everything is kept ({show_bytes(scan.kept_bytes)} in each layer's scan) and no group runs again"
@@ -174,6 +173,3 @@ def _compared(context: Context, scan: ScanCost) -> str:
         f"{kept}, every inner step runs forward {forwards(scan)} and the scan of a layer needs "
         f"{show_bytes(scan.peak_bytes)}, where {against}"
     )
-
-
-RULES = (one_checkpoint_per_mini_batch, nested_checkpoints, far_from_the_best_group, group_larger_than_the_sequence)

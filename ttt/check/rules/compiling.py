@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 
 from ttt.check.rules.rule import Context, rule
-from ttt.config.findings import Finding, Severity
+from ttt.config.findings import Blame, Code, Family, Finding, Severity
 from ttt.machine import missing_compiler, wrong_implementation
 from ttt.ops.constants import VARIABLE
 
+_code = partial(Code, family=Family.ENVIRONMENT, blames=Blame.MACHINE, of_training=True, home=__name__)
+TTT603 = _code("TTT603", "an implementation of the scan that cannot be compiled", Severity.ERROR)
+TTT604 = _code("TTT604", "compiling without a compiler", Severity.ERROR)
 
-@rule("train.compile", "ttt.layers")
+
+@rule(TTT603, reads=("train.compile", "ttt.layers"))
 def scan_can_be_compiled(context: Context) -> Iterator[Finding]:
     """`TTT_OPS` leaves the scan that compiles."""
     refused = wrong_implementation()
     if context.config.train.compile and context.has_layers and refused is not None:
-        yield Finding(
-            code="TTT603",
-            severity=Severity.ERROR,
-            path="train.compile",
+        yield TTT603.at(
+            "train.compile",
             message=refused.problem,
             fix=refused.fix,
             value=os.environ[VARIABLE],
         )
 
 
-@rule("train.compile", "train.device", "ttt.layers")
+@rule(TTT604, reads=("train.compile", "train.device", "ttt.layers"))
 def compiler_is_there(context: Context) -> Iterator[Finding]:
     """There is a compiler for the run's device; where that is still to be chosen, for one of those that it may be."""
     train = context.config.train
@@ -35,14 +38,9 @@ def compiler_is_there(context: Context) -> Iterator[Finding]:
     found = [missing_compiler(kind) for kind in (("cpu", "cuda") if train.device == "auto" else (train.device,))]
     missing = [obstacle for obstacle in found if obstacle is not None]
     if len(missing) == len(found):
-        yield Finding(
-            code="TTT604",
-            severity=Severity.ERROR,
-            path="train.compile",
+        yield TTT604.at(
+            "train.compile",
             message="; ".join(obstacle.problem for obstacle in missing),
             fix=missing[0].fix,
             value=train.device,
         )
-
-
-RULES = (scan_can_be_compiled, compiler_is_there)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ttt.check.recordings import Recordings
 from ttt.check.rules.rule import FACTS, NEEDED, Context, rule
-from ttt.config.findings import Finding, Severity
+from ttt.config.findings import Blame, Code, Family, Finding, Severity
 from ttt.config.schema import select_layers
 from ttt.errors import EnvironmentProblem
 from ttt.reading import other_kind
@@ -20,7 +21,21 @@ if TYPE_CHECKING:
     from ttt.config.schema import TTTConfig
 
 
-@rule("data.train_data", "data.eval_data")
+_code = partial(Code, family=Family.DATA, of_training=True, home=__name__)
+TTT501 = _code("TTT501", "data that is not there", Severity.ERROR, blames=Blame.MACHINE)
+TTT502 = _code("TTT502", "evaluation on the training data", Severity.NOTE)
+TTT503 = _code("TTT503", "an evaluation that never comes", Severity.WARNING)
+TTT504 = _code("TTT504", "lines of data that are no JSON", Severity.ERROR, blames=Blame.MACHINE)
+TTT505 = _code("TTT505", "lines of data without their keys", Severity.ERROR, blames=Blame.MACHINE)
+TTT506 = _code("TTT506", "recordings that are not there", Severity.ERROR, blames=Blame.MACHINE)
+TTT507 = _code("TTT507", "recordings shorter than a window", Severity.NOTE)
+TTT508 = _code("TTT508", "recordings without what lies beside them", Severity.ERROR, blames=Blame.MACHINE)
+TTT509 = _code("TTT509", "weights to start from that are not there", Severity.ERROR, blames=Blame.MACHINE)
+TTT510 = _code("TTT510", "weights to start from that belong to something else", Severity.ERROR)
+TTT511 = _code("TTT511", "a run that goes on with other settings than what it starts from", Severity.NOTE)
+
+
+@rule(TTT501, reads=("data.train_data", "data.eval_data"))
 def files_exist(context: Context) -> Iterator[Finding]:
     """The data that a config names is there."""
     for key in ("train_data", "eval_data"):
@@ -29,10 +44,8 @@ def files_exist(context: Context) -> Iterator[Finding]:
             continue
         kind = other_kind(written)
         if kind not in (None, "a folder"):
-            yield Finding(
-                code="TTT501",
-                severity=Severity.ERROR,
-                path=f"data.{key}",
+            yield TTT501.at(
+                f"data.{key}",
                 message=f"{written!r} is {kind}, not a file; data are read more than once",
                 fix="write the path of a file or of a folder of them",
                 value=written,
@@ -41,10 +54,8 @@ def files_exist(context: Context) -> Iterator[Finding]:
             continue
         where = "" if Path(written).is_absolute() else f" in {Path.cwd()}, from where relative paths are read"
         home = "; ~ is not expanded" if written.startswith("~") else ""
-        yield Finding(
-            code="TTT501",
-            severity=Severity.ERROR,
-            path=f"data.{key}",
+        yield TTT501.at(
+            f"data.{key}",
             message=f"{written!r} does not exist{where}{home}",
             fix=(
                 f"write the path of the data{_way_to_make(context)}, or null"
@@ -70,30 +81,26 @@ def _exists(path: str) -> bool:
         return False
 
 
-@rule("data.train_data", "data.eval_data")
+@rule(TTT502, reads=("data.train_data", "data.eval_data"))
 def measures_unseen_data(context: Context) -> Iterator[Finding]:
     """Own training data comes with own held-out data."""
     data = context.config.data
     same = data.eval_data is not None and data.eval_data == data.train_data
     if data.train_data is not None and _exists(data.train_data) and (data.eval_data is None or same):
-        yield Finding(
-            code="TTT502",
-            severity=Severity.NOTE,
-            path="data.eval_data" if same else "data.train_data",
+        yield TTT502.at(
+            "data.eval_data" if same else "data.train_data",
             message="the evaluation reads the training data, so it does not tell learning from memorising",
             fix="write data.eval_data with data that is held out",
         )
 
 
-@rule("eval.eval_freq", "train.max_steps")
+@rule(TTT503, reads=("eval.eval_freq", "train.max_steps"))
 def evaluates(context: Context) -> Iterator[Finding]:
     """An evaluation that is asked for comes before the run ends."""
     freq, steps = context.config.eval.eval_freq, context.config.train.max_steps
     if freq > steps:
-        yield Finding(
-            code="TTT503",
-            severity=Severity.WARNING,
-            path="eval.eval_freq",
+        yield TTT503.at(
+            "eval.eval_freq",
             message=f"an evaluation every {freq} steps never comes in a run of {steps}; only the one at the end does",
             fix=f"write eval_freq: 0 for the end alone, or at most {steps}",
             value=freq,
@@ -101,11 +108,11 @@ def evaluates(context: Context) -> Iterator[Finding]:
 
 
 _BROKEN = (
-    ("TTT504", "unparsed", "no JSON object", "write one JSON object on each line, such as {example}"),
-    ("TTT505", "lacking", "without a path or a duration", "write lines such as {example}"),
-    ("TTT506", "missing", "of a file that is not there", "correct the paths; they start at the folder of the .jsonl"),
+    (TTT504, "unparsed", "no JSON object", "write one JSON object on each line, such as {example}"),
+    (TTT505, "lacking", "without a path or a duration", "write lines such as {example}"),
+    (TTT506, "missing", "of a file that is not there", "correct the paths; they start at the folder of the .jsonl"),
     (
-        "TTT508",
+        TTT508,
         "alone",
         "of a file without its {beside} beside it",
         "write the {beside} of each, or leave the line out",
@@ -114,7 +121,7 @@ _BROKEN = (
 """Code, what `Recordings` calls it, what it says of a line, and the way out."""
 
 
-@rule("data", FACTS)
+@rule(TTT501, TTT504, TTT505, TTT506, TTT508, reads=("data", FACTS))
 def lines_can_be_read(context: Context) -> Iterator[Finding]:
     """Every line of the data names a recording that training can open."""
     form = context.facts.recordings
@@ -126,20 +133,16 @@ def lines_can_be_read(context: Context) -> Iterator[Finding]:
             continue
         if not lines.count:
             source = getattr(context.config.data, key)
-            yield Finding(
-                code="TTT501",
-                severity=Severity.ERROR,
-                path=f"data.{key}",
+            yield TTT501.at(
+                f"data.{key}",
                 message=f"{source!r} holds no line of data; the run stops before its first step",
                 fix=f"write a .jsonl with lines such as {form.example}",
             )
         for code, kind, words, fix in _BROKEN:
             places = getattr(lines, kind)
             if places:
-                yield Finding(
-                    code=code,
-                    severity=Severity.ERROR,
-                    path=f"data.{key}",
+                yield code.at(
+                    f"data.{key}",
                     message=(
                         f"{_share(places, lines)} {words.format(beside=form.beside)}: {first_few(places)}; the run "
                         f"stops before its first step"
@@ -149,7 +152,7 @@ def lines_can_be_read(context: Context) -> Iterator[Finding]:
                 )
 
 
-@rule("data", FACTS)
+@rule(TTT507, reads=("data", FACTS))
 def recordings_fill_windows(context: Context) -> Iterator[Finding]:
     """Most of the recordings are as long as a window."""
     form = context.facts.recordings
@@ -163,10 +166,8 @@ def recordings_fill_windows(context: Context) -> Iterator[Finding]:
         windows = sum(math.ceil(seconds / form.window_sec) for seconds in lines.seconds)
         padding = 1 - sum(lines.seconds) / (windows * form.window_sec)
         if len(short) * 2 >= len(lines.seconds):
-            yield Finding(
-                code="TTT507",
-                severity=Severity.NOTE,
-                path=f"data.{key}",
+            yield TTT507.at(
+                f"data.{key}",
                 message=(
                     f"{_share(short, lines)} shorter than {context.facts.window}: {first_few(short)}; {padding:.0%} "
                     f"of what is computed is padding"
@@ -176,7 +177,7 @@ def recordings_fill_windows(context: Context) -> Iterator[Finding]:
             )
 
 
-@rule("train.init_from")
+@rule(TTT509, reads=("train.init_from",))
 def start_can_be_read(context: Context) -> Iterator[Finding]:
     """What a run starts from is there, complete, and an adapter."""
     start, written = context.start, context.config.train.init_from
@@ -184,17 +185,15 @@ def start_can_be_read(context: Context) -> Iterator[Finding]:
         return
     there = _exists(written)
     where = "" if there or Path(written).is_absolute() else f" (relative paths are read from {Path.cwd()})"
-    yield Finding(
-        code="TTT509",
-        severity=Severity.ERROR,
-        path="train.init_from",
+    yield TTT509.at(
+        "train.init_from",
         message=f"nothing can be started from {written!r}: {start}{where}",
         fix="write the folder of a run with a complete checkpoint, or of an adapter; or null to start anew",
         value=written,
     )
 
 
-@rule("train.init_from", "backbone", "ttt", FACTS, NEEDED)
+@rule(TTT510, TTT511, reads=("train.init_from", "backbone", "ttt", FACTS, NEEDED))
 def start_fits(context: Context) -> Iterator[Finding]:
     """What a run starts from belongs to the same backbone and layers."""
     start = context.start
@@ -210,19 +209,15 @@ def start_fits(context: Context) -> Iterator[Finding]:
     # What the user writes is meant to change; a default is not.
     differences += [str(setting) for setting in changed if not context.is_written(setting.key)]
     for setting in changed if not differences else ():
-        yield Finding(
-            code="TTT511",
-            severity=Severity.NOTE,
-            path=setting.key,
+        yield TTT511.at(
+            setting.key,
             message=f"{setting}: the same tensors compute something else than where {config.train.init_from!r} learned",
             fix=f"give {setting.way_out} to go on as it was, unless the change is meant",
             value=setting.ours,
         )
     if differences:
-        yield Finding(
-            code="TTT510",
-            severity=Severity.ERROR,
-            path="train.init_from",
+        yield TTT510.at(
+            "train.init_from",
             message=f"{config.train.init_from!r} belongs to something else: {'; '.join(differences)}",
             fix=_as_in_the_file(start, config.ttt, changed)
             or "write these as they are in the file, or another init_from",
@@ -242,14 +237,3 @@ def _as_in_the_file(start: AdapterInfo, ttt: TTTConfig, changed: Sequence[Change
 def _share(places: Sequence[str], lines: Recordings) -> str:
     count = f"{len(places)} of {lines.count}" + ("" if lines.complete else " (the first that were read)")
     return f"{count} lines {'is' if len(places) == 1 else 'are'}"
-
-
-RULES = (
-    files_exist,
-    measures_unseen_data,
-    evaluates,
-    lines_can_be_read,
-    recordings_fill_windows,
-    start_can_be_read,
-    start_fits,
-)

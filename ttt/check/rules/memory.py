@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ttt.amounts import show_bytes, show_flops
 from ttt.check.estimate import Estimate, estimate
 from ttt.check.rules.rule import NEEDS, Context, rule
-from ttt.config.findings import Finding, Severity
+from ttt.config.findings import Blame, Code, Family, Finding, Severity
 from ttt.config.group_size import times_in_words
 from ttt.config.schema import select_layers
 from ttt.costs import bytes_of
 from ttt.errors import EnvironmentProblem
 from ttt.machine import device_memory
+
+_code = partial(Code, family=Family.MEMORY, of_training=True, home=__name__)
+TTT401 = _code("TTT401", "a run that does not fit in memory", Severity.ERROR, blames=Blame.EITHER)
+TTT402 = _code("TTT402", "a run that may not fit in memory", Severity.WARNING, blames=Blame.EITHER)
+TTT403 = _code("TTT403", "a checkpoint larger than the disk's free space", Severity.ERROR, blames=Blame.MACHINE)
+TTT404 = _code("TTT404", "checkpoints larger than the disk's free space", Severity.WARNING, blames=Blame.EITHER)
+TTT405 = _code("TTT405", "what a run costs", Severity.NOTE)
+TTT205 = _code("TTT205", "no rematerialisation where memory will not do", Severity.WARNING, family=Family.CHECKPOINTING)
 
 
 def _memory(context: Context) -> int | None:
@@ -38,7 +46,7 @@ def _with_groups(context: Context) -> tuple[int, Estimate] | None:
     return best, estimate(context.config.model_copy(update={"ttt": ttt}), context.facts)
 
 
-@rule(*NEEDS)
+@rule(TTT205, TTT401, TTT402, reads=NEEDS)
 def fits_in_memory(context: Context) -> Iterator[Finding]:
     """The device holds what the run needs at its peak."""
     needs, memory = context.needs, _memory(context)
@@ -49,10 +57,8 @@ def fits_in_memory(context: Context) -> Iterator[Finding]:
         yield _rematerialise(needs, memory, *grouped)
     elif memory < needs.low:
         about = "the run" if needs.complete else "TTT alone"
-        yield Finding(
-            code="TTT401",
-            severity=Severity.ERROR,
-            path=context.first_written("train.batch_size", "train"),
+        yield TTT401.at(
+            context.first_written("train.batch_size", "train"),
             message=(
                 f"{about} does not fit: it needs at least {show_bytes(needs.low)} of device memory, and there are "
                 f"{show_bytes(memory)} ({needs.breakdown()})"
@@ -61,10 +67,8 @@ def fits_in_memory(context: Context) -> Iterator[Finding]:
             value=needs.low,
         )
     else:
-        yield Finding(
-            code="TTT402",
-            severity=Severity.WARNING,
-            path=context.first_written("train.batch_size", "train"),
+        yield TTT402.at(
+            context.first_written("train.batch_size", "train"),
             message=(
                 f"the run may not fit: it needs {show_bytes(needs.low)} to {show_bytes(needs.high)} of device memory, "
                 f"and there are {show_bytes(memory)} ({needs.breakdown()})"
@@ -75,10 +79,8 @@ def fits_in_memory(context: Context) -> Iterator[Finding]:
 
 
 def _rematerialise(needs: Estimate, memory: int, group: int, grouped: Estimate) -> Finding:
-    return Finding(
-        code="TTT205",
-        severity=Severity.ERROR if memory < needs.low else Severity.WARNING,
-        path="ttt.scan_checkpoint_group_size",
+    return TTT205.at(
+        "ttt.scan_checkpoint_group_size",
         message=(
             f"without rematerialisation the scan keeps everything, and the run needs {show_bytes(needs.low)} to "
             f"{show_bytes(needs.high)} of device memory, of which there are {show_bytes(memory)}"
@@ -88,6 +90,7 @@ def _rematerialise(needs: Estimate, memory: int, group: int, grouped: Estimate) 
             f"{show_bytes(grouped.high)} and runs every inner step forward once more"
         ),
         value=needs.high,
+        severity=Severity.ERROR if memory < needs.low else None,
     )
 
 
@@ -112,7 +115,7 @@ def _way_out(context: Context, memory: int) -> str:
     return f"write {', or '.join(ways[:3])}"
 
 
-@rule(*NEEDS, "run_dir", "backbone.name")
+@rule(TTT403, TTT404, reads=(*NEEDS, "run_dir", "backbone.name"))
 def checkpoints_fit_on_the_disk(context: Context) -> Iterator[Finding]:
     """The disk holds the checkpoints that are kept."""
     needs, train, free = context.needs, context.config.train, _free(context.config.run_dir)
@@ -127,17 +130,9 @@ def checkpoints_fit_on_the_disk(context: Context) -> Iterator[Finding]:
         return
     one = checkpoint > free
     number = "one checkpoint takes" if one else f"{kept} checkpoints take"
-    more: dict[str, Any] = (
-        {"code": "TTT403", "severity": Severity.ERROR, "path": context.first_written("run_dir", "train.trainable")}
-        if one
-        else {
-            "code": "TTT404",
-            "severity": Severity.WARNING,
-            "path": context.first_written("train.ckpt_keep", "train.ckpt_freq"),
-        }
-    )
-    yield Finding(
-        **more,
+    code, keys = (TTT403, ("run_dir", "train.trainable")) if one else (TTT404, ("train.ckpt_keep", "train.ckpt_freq"))
+    yield code.at(
+        context.first_written(*keys),
         message=(
             f"{number} {show_bytes(checkpoint if one else all_of_them)} on disk (the adapter alone "
             f"{show_bytes(needs.adapter_bytes)}), and {show_bytes(free)} are free where run_dir is: the run will stop "
@@ -177,7 +172,7 @@ def _free(run_dir: str | None) -> int | None:
         return None
 
 
-@rule(*NEEDS)
+@rule(TTT405, reads=NEEDS)
 def what_it_costs(context: Context) -> Iterator[Finding]:
     """Arithmetic, memory and disk, for who asks."""
     if not context.tells_cost:
@@ -198,10 +193,8 @@ def what_it_costs(context: Context) -> Iterator[Finding]:
             arithmetic += f"; scan_checkpoint_group_size: auto is {needs.scan.group_size} here"
     about = "the run needs" if needs.complete else "TTT alone needs at least"
     memory = f"{show_bytes(needs.low)}" + (f" to {show_bytes(needs.high)}" if needs.complete else "")
-    yield Finding(
-        code="TTT405",
-        severity=Severity.NOTE,
-        path=context.first_written("ttt.layers", "ttt"),
+    yield TTT405.at(
+        context.first_written("ttt.layers", "ttt"),
         message=(
             f"{arithmetic}; {about} {memory} of device memory ({needs.breakdown()}); an adapter takes "
             f"{show_bytes(needs.adapter_bytes)} on disk, and a checkpoint {show_bytes(needs.checkpoint_bytes)}"
@@ -216,6 +209,3 @@ def what_it_costs(context: Context) -> Iterator[Finding]:
             "checkpoint_bytes": needs.checkpoint_bytes,
         },
     )
-
-
-RULES = (fits_in_memory, checkpoints_fit_on_the_disk, what_it_costs)

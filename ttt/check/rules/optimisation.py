@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from ttt.check.rules.rule import Context, rule
-from ttt.config.findings import Finding, Severity
+from ttt.config.findings import Code, Family, Finding, Severity
 from ttt.config.schema import LITERATURE_BASE_LR
+
+_code = partial(Code, family=Family.OPTIMISATION, of_training=True, home=__name__)
+TTT701 = _code("TTT701", "a warm-up longer than the run", Severity.WARNING)
+TTT702 = _code("TTT702", "nothing that learns", Severity.ERROR)
+TTT703 = _code("TTT703", "gates that can never open", Severity.ERROR)
+TTT704 = _code("TTT704", "gates that hardly open within the run", Severity.WARNING)
+TTT705 = _code("TTT705", "an inner learning rate outside the literature", Severity.WARNING)
+TTT706 = _code("TTT706", "autocast on parameters that need none", Severity.WARNING)
 
 _CLOSED = 0.01
 """Below this α a gate lets next to nothing through: tanh(α) is α there."""
 
 
-@rule("train.warmup_steps", "train.max_steps")
+@rule(TTT701, reads=("train.warmup_steps", "train.max_steps"))
 def warms_up_in_time(context: Context) -> Iterator[Finding]:
     """The learning rate reaches its peak before the run ends."""
     warmup, steps = context.config.train.warmup_steps, context.config.train.max_steps
     if warmup > steps:
-        yield Finding(
-            code="TTT701",
-            severity=Severity.WARNING,
-            path="train.warmup_steps",
+        yield TTT701.at(
+            "train.warmup_steps",
             message=(
                 f"the run ends after {steps} steps, in the middle of a warm-up of {warmup}: the learning rate only "
                 f"reaches {steps / warmup:.0%} of train.lr"
@@ -30,14 +37,12 @@ def warms_up_in_time(context: Context) -> Iterator[Finding]:
         )
 
 
-@rule("ttt.layers", "train.trainable")
+@rule(TTT702, reads=("ttt.layers", "train.trainable"))
 def something_learns(context: Context) -> Iterator[Finding]:
     """There is something to train."""
-    if context.config.ttt.layers in ("none", ()) and context.config.train.trainable == "ttt":
-        yield Finding(
-            code="TTT702",
-            severity=Severity.ERROR,
-            path=context.first_written("ttt.layers", "train.trainable"),
+    if not context.has_layers and context.config.train.trainable == "ttt":
+        yield TTT702.at(
+            context.first_written("ttt.layers", "train.trainable"),
             message="nothing learns: trainable: ttt trains TTT layers, and the config has none",
             fix="name layers in ttt.layers, or write train.trainable: all for a run without TTT",
         )
@@ -52,17 +57,15 @@ def _reach(context: Context) -> float:
     return steps * train.lr * train.alpha_lr_multiplier
 
 
-@rule("ttt.layers", "ttt.initial_gating_alpha", "train")
+@rule(TTT703, TTT704, reads=("ttt.layers", "ttt.initial_gating_alpha", "train"))
 def gates_open(context: Context) -> Iterator[Finding]:
     """A gate that starts closed can open within the run."""
     alpha, train = context.config.ttt.initial_gating_alpha, context.config.train
-    if context.config.ttt.layers in ("none", ()) or train.init_from is not None:  # then they start where it ended
+    if not context.has_layers or train.init_from is not None:  # then they start where it ended
         return
     if alpha == 0 and train.alpha_lr_multiplier == 0:
-        yield Finding(
-            code="TTT703",
-            severity=Severity.ERROR,
-            path=context.first_written("ttt.initial_gating_alpha", "train.alpha_lr_multiplier"),
+        yield TTT703.at(
+            context.first_written("ttt.initial_gating_alpha", "train.alpha_lr_multiplier"),
             message=(
                 "the gates start at initial_gating_alpha: 0 and alpha_lr_multiplier: 0 never moves them: TTT adds "
                 "nothing to the backbone and gets no gradient"
@@ -73,10 +76,8 @@ def gates_open(context: Context) -> Iterator[Finding]:
     elif abs(alpha) < _CLOSED and abs(alpha) + _reach(context) < _CLOSED:
         reach, needed = _reach(context), _CLOSED / max(_reach(context), 1e-300)
         longer = f"alpha_lr_multiplier: {train.alpha_lr_multiplier * needed:.2g}" if train.alpha_lr_multiplier else ""
-        yield Finding(
-            code="TTT704",
-            severity=Severity.WARNING,
-            path=context.first_written("train.alpha_lr_multiplier", "ttt.initial_gating_alpha"),
+        yield TTT704.at(
+            context.first_written("train.alpha_lr_multiplier", "ttt.initial_gating_alpha"),
             message=(
                 f"the gates start at α = {alpha:g}, and {train.max_steps} steps at a peak rate of "
                 f"{train.lr * train.alpha_lr_multiplier:.2g} can move them by {reach:.2g} at most: TTT stays below "
@@ -87,17 +88,15 @@ def gates_open(context: Context) -> Iterator[Finding]:
         )
 
 
-@rule("ttt")
+@rule(TTT705, reads=("ttt",))
 def inner_rate_as_in_the_literature(context: Context) -> Iterator[Finding]:
     """The inner learning rate is within ten times of what was trained with."""
     ttt = context.config.ttt
     usual = LITERATURE_BASE_LR[ttt.layer_type]
-    if ttt.layers in ("none", ()) or usual / 10 <= ttt.base_lr <= usual * 10:
+    if not context.has_layers or usual / 10 <= ttt.base_lr <= usual * 10:
         return
-    yield Finding(
-        code="TTT705",
-        severity=Severity.WARNING,
-        path="ttt.base_lr",
+    yield TTT705.at(
+        "ttt.base_lr",
         message=(
             f"base_lr: {ttt.base_lr:g} is {ttt.base_lr / usual:.2g} times what the literature trained layer_type: "
             f"{ttt.layer_type} with: "
@@ -108,15 +107,13 @@ def inner_rate_as_in_the_literature(context: Context) -> Iterator[Finding]:
     )
 
 
-@rule("train.autocast", "train.param_dtype")
+@rule(TTT706, reads=("train.autocast", "train.param_dtype"))
 def autocast_has_something_to_cast(context: Context) -> Iterator[Finding]:
     """Autocast is for parameters in float32."""
     train = context.config.train
     if train.autocast != "none" and train.param_dtype == train.autocast:
-        yield Finding(
-            code="TTT706",
-            severity=Severity.WARNING,
-            path="train.autocast",
+        yield TTT706.at(
+            "train.autocast",
             message=(
                 f"autocast: {train.autocast} on parameters in {train.param_dtype} spares nothing: all that is left to "
                 f"cast is what the backbone computes in float32 on purpose"
@@ -125,12 +122,3 @@ def autocast_has_something_to_cast(context: Context) -> Iterator[Finding]:
             value=train.autocast,
             replacement="none",
         )
-
-
-RULES = (
-    warms_up_in_time,
-    something_learns,
-    gates_open,
-    inner_rate_as_in_the_literature,
-    autocast_has_something_to_cast,
-)

@@ -1,17 +1,17 @@
-"""What a rule is: a function of a resolved config that yields findings, and the keys that it rests on."""
+"""What a rule of the core looks at; what a rule is, `ttt.plugins.rules` says."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ttt.check.estimate import Estimate, estimate
 from ttt.check.recordings import Recordings, read_recordings
-from ttt.config.findings import Finding
 from ttt.config.schema import RunConfig
 from ttt.errors import EnvironmentProblem
+from ttt.plugins.rules import rule
 
 if TYPE_CHECKING:
     from ttt.adapter_file import AdapterInfo
@@ -25,6 +25,8 @@ NEEDED = "needs"
 """In `reads`: the rule asks `Context.needs`, so it is left out where the layers cannot exist in the backbone."""
 NEEDS = (FACTS, NEEDED, "ttt", "train")
 """Everything that `Context.needs` rests on."""
+
+__all__ = ["FACTS", "NEEDED", "NEEDS", "Context", "rule"]
 
 
 @dataclass(frozen=True)
@@ -101,17 +103,3 @@ class Context:
     def first_written(self, *keys: str) -> str:
         """The first of the keys that the user wrote, to put a finding at; the first of all where none is."""
         return next(filter(self.is_written, keys), keys[0])
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A check of a resolved config."""
-
-    check: Callable[[Context], Iterator[Finding]]
-    reads: tuple[str, ...]
-    """The keys, dotted, that must be as the user meant them for the rule to say anything."""
-
-
-def rule(*reads: str) -> Callable[[Callable[[Context], Iterator[Finding]]], Rule]:
-    """Make a rule of a function; it is asked only where every key of `reads` fits the schema."""
-    return lambda check: Rule(check, reads)

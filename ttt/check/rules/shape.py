@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from ttt.check.rules.rule import FACTS, Context, rule
-from ttt.config.findings import Finding, Severity
+from ttt.config.findings import Code, Family, Finding, Severity
+
+_code = partial(Code, family=Family.SCHEMA, home=__name__)
+TTT111 = _code("TTT111", "a layer that the backbone does not have", Severity.ERROR)
+TTT112 = _code("TTT112", "a width that does not divide into heads", Severity.ERROR)
+TTT113 = _code("TTT113", "rotary embedding on heads of odd width", Severity.ERROR)
+TTT114 = _code("TTT114", "an inner model without hidden units", Severity.ERROR)
 
 _FAR = 1 << 16
 """Numbers of heads that are tried beside the one that does not divide."""
 
 
-@rule("ttt.layers", FACTS)
+@rule(TTT111, reads=("ttt.layers", FACTS))
 def layers_exist(context: Context) -> Iterator[Finding]:
     """Every layer number is one of the backbone's."""
     layers, count = context.config.ttt.layers, context.facts.num_layers
@@ -19,42 +26,36 @@ def layers_exist(context: Context) -> Iterator[Finding]:
         return
     for index, layer in enumerate(layers):
         if layer >= count:
-            yield Finding(
-                code="TTT111",
-                severity=Severity.ERROR,
-                path=f"ttt.layers.{index}",
+            yield TTT111.at(
+                f"ttt.layers.{index}",
                 message=f"layer {layer} does not exist: the backbone has {count}, numbered 0 to {count - 1}",
                 fix=f"write numbers from 0 to {count - 1}",
                 value=layer,
             )
 
 
-@rule("ttt.layers", "ttt.num_heads", FACTS)
+@rule(TTT112, reads=("ttt.layers", "ttt.num_heads", FACTS))
 def width_divides(context: Context) -> Iterator[Finding]:
     """The model's width divides into heads."""
     dim, heads = context.facts.dim, context.config.ttt.num_heads or context.facts.num_heads
-    if dim % heads and not _no_layers(context):
+    if dim % heads and context.has_layers:
         below, above = _divisors_around(dim, heads)
-        yield Finding(
-            code="TTT112",
-            severity=Severity.ERROR,
-            path="ttt.num_heads",
+        yield TTT112.at(
+            "ttt.num_heads",
             message=f"the backbone's width {dim} does not divide into {heads} heads",
             fix=f"write num_heads: {below}" + (f" or {above}" if above else ""),
             value=dim / heads,
         )
 
 
-@rule("ttt.layers", "ttt.num_heads", "ttt.rope", FACTS)
+@rule(TTT113, reads=("ttt.layers", "ttt.num_heads", "ttt.rope", FACTS))
 def rotary_pairs(context: Context) -> Iterator[Finding]:
     """Rotary embedding turns pairs, so it needs heads of even width."""
     ttt, dim = context.config.ttt, context.facts.dim
     heads = ttt.num_heads or context.facts.num_heads
-    if dim % heads == 0 and (dim // heads) % 2 and ttt.rope != "none" and not _no_layers(context):
-        yield Finding(
-            code="TTT113",
-            severity=Severity.ERROR,
-            path=context.first_written("ttt.rope", "ttt.num_heads"),
+    if dim % heads == 0 and (dim // heads) % 2 and ttt.rope != "none" and context.has_layers:
+        yield TTT113.at(
+            context.first_written("ttt.rope", "ttt.num_heads"),
             message=(
                 f"rope: {ttt.rope} turns pairs of channels, but {heads} heads of the width {dim} are "
                 f"{dim // heads} wide, an odd number"
@@ -64,27 +65,21 @@ def rotary_pairs(context: Context) -> Iterator[Finding]:
         )
 
 
-@rule("ttt", FACTS)
+@rule(TTT114, reads=("ttt", FACTS))
 def hidden_units(context: Context) -> Iterator[Finding]:
     """The inner MLP has at least one hidden unit."""
     ttt, dim = context.config.ttt, context.facts.dim
     heads = ttt.num_heads or context.facts.num_heads
-    if ttt.layer_type != "mlp" or ttt.mlp_hidden_dims is not None or dim % heads or _no_layers(context):
+    if ttt.layer_type != "mlp" or ttt.mlp_hidden_dims is not None or dim % heads or not context.has_layers:
         return
     hidden = dim // heads * ttt.mlp_expansion_factor
     if round(hidden) < 1:
-        yield Finding(
-            code="TTT114",
-            severity=Severity.ERROR,
-            path="ttt.mlp_expansion_factor",
+        yield TTT114.at(
+            "ttt.mlp_expansion_factor",
             message=f"{ttt.mlp_expansion_factor:g} times the head width {dim // heads} leaves no hidden unit",
             fix=f"write mlp_expansion_factor: {1 / (dim // heads):g} or more; the literature has 4",
             value=hidden,
         )
-
-
-def _no_layers(context: Context) -> bool:
-    return context.config.ttt.layers in ("none", ())
 
 
 def _divisors_around(number: int, near: int) -> tuple[int, int | None]:
@@ -94,6 +89,3 @@ def _divisors_around(number: int, near: int) -> tuple[int, int | None]:
     last = min(near + _FAR, number)
     above = next((divisor for divisor in range(near + 1, last + 1) if number % divisor == 0), None)
     return below, above
-
-
-RULES = (layers_exist, width_divides, rotary_pairs, hidden_units)
