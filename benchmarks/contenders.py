@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -19,7 +18,6 @@ from ttt.check.doctor import forced
 from ttt.config import TTTConfig
 from ttt.config.schema import inner_widths
 from ttt.costs import ScanCost, scan_cost
-from ttt.errors import NestedCheckpointWarning
 from ttt.layer import Rotary, TTTLayer
 from ttt.ops.minibatch import Inner, Stream, Tokens, learn
 from ttt.ops.rotary import rotary_angles
@@ -67,14 +65,14 @@ class Shape:
 
     def config(self, group_size: int | Literal["auto"]) -> TTTConfig:
         """TTT-LM's settings where it is causal, TTT-Video's where not."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NestedCheckpointWarning)  # what small groups cost is measured here
-            return TTTConfig(
-                preset="lm" if self.causal else "video",
-                layer_type=self.layer_type,
-                mini_batch_size=self.mini_batch_size,
-                scan_checkpoint_group_size=group_size,
-            )
+        return TTTConfig.model_validate(
+            {
+                "preset": "lm" if self.causal else "video",
+                "layer_type": self.layer_type,
+                "mini_batch_size": self.mini_batch_size,
+                "scan_checkpoint_group_size": group_size,
+            }
+        )
 
     def cost(self, group_size: int | Literal["auto"] = 0) -> ScanCost:
         """What `ttt check` says of it."""

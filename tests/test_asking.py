@@ -235,7 +235,7 @@ def test_the_traceback_is_there_for_who_asks(
 def test_what_a_plugin_refuses_is_the_users_to_mend() -> None:
     class Refusing(ToyBackbone):
         def facts(self, config: Any) -> Any:
-            raise EnvironmentProblem("backbone.dim: 3: no such width; write 4")
+            raise EnvironmentProblem("3: no such width", key="backbone.dim", fix="write 4")
 
     checked = check_config("c.yaml", text="backbone:\n  name: toy\n  dim: 32\n", backbone=Refusing())
     (finding,) = checked.findings

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import Field, model_validator
 
-from ttt.config import BackboneOptions, DataOptions, RunConfig
+from ttt.config import BackboneOptions, DataOptions, Misfit, RunConfig
 from ttt.plugins import Backbone, BackboneFacts, hookimpl
 
 DEMO = """\
@@ -36,7 +36,9 @@ class ToyOptions(BackboneOptions):
     @model_validator(mode="after")
     def _fits(self) -> ToyOptions:
         if self.flavour == "sour" and self.weights is None:
-            raise ValueError("flavour: sour has no weights of its own; write weights: FILE")
+            raise Misfit(
+                "flavour: sour has no weights of its own", keys=("flavour", "weights"), fix="write weights: FILE"
+            )
         return self
 
 

@@ -21,15 +21,34 @@ class TTTError(Exception):
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, message: str = "", *, details: Sequence[str] = ()) -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str = "", *, details: Sequence[str] = (), key: str | None = None, fix: str = ""
+    ) -> None:
+        """Make the sentence `key: message; fix` of its parts.
+
+        Args:
+            message: what is wrong.
+            details: lines to show below it.
+            key: the config's key that is to blame, dotted, as `backbone.config_path`: `ttt check` places what a plugin
+                raises at it.
+            fix: the way out, as `write a path`. It may be a part of the message instead; then it is shown with it.
+        """
+        self._complaint = message if key is None else f"{key}: {message}"
+        super().__init__("; ".join(filter(None, (self._complaint, fix))))
         self.details = tuple(details)
         """What is shown below the message, a line each: a line break inside the message is none of ours."""
+        self.key = key
+        self.fix = fix
 
     @property
     def message(self) -> str:
         """The sentence."""
         return str(self.args[0]) if self.args else ""
+
+    @property
+    def told(self) -> str:
+        """`str(error)` without the way out, which is `fix`."""
+        return "\n  ".join((self._complaint, *self.details))
 
     def __str__(self) -> str:
         return "\n  ".join((self.message, *self.details))

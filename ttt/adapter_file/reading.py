@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from ttt.checkpoint_folder import newest_checkpoint
 from ttt.checksums import no_duplicates
 from ttt.config.schema import TTTConfig, with_its_target_eps
 from ttt.dotted import dotted
-from ttt.errors import AdapterFileError, EnvironmentProblem, NestedCheckpointWarning
+from ttt.errors import AdapterFileError, EnvironmentProblem
 from ttt.files import DAMAGED, Header, TensorFacts, read_header, read_json, verify_tensors
 from ttt.version import __version__
 
@@ -84,9 +83,7 @@ def _parse(file: Path, text: str, header: Header) -> AdapterInfo:
                 f"{file}: adapter format {version}, but this ttt ({__version__}) reads up to {VERSION}; install "
                 f"ttt-adapters {settings.get('ttt_version', '')} or newer".replace("  ", " ")
             )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NestedCheckpointWarning)  # said when it was trained
-            config = TTTConfig.model_validate(with_its_target_eps(settings["ttt"]))
+        config = TTTConfig.model_validate(with_its_target_eps(settings["ttt"]))
         return AdapterInfo(
             path=file,
             version=version,

@@ -27,5 +27,3 @@ _plugins = partial(_code, family=Family.PLUGINS)
 TTT801 = _plugins("TTT801", "unknown backbone")
 TTT802 = _plugins("TTT802", "a broken plugin", blames=Blame.PLUGIN)
 TTT803 = _plugins("TTT803", "a plugin that failed while it was asked", blames=Blame.PLUGIN)
-
-BY_NUMBER = {code.number: code for code in list(globals().values()) if isinstance(code, Code)}

@@ -17,7 +17,7 @@ from ttt.check.render import render_text
 from ttt.check.rules import reliable, run_rules
 from ttt.check.rules.of_plugins import as_rule, found_by
 from ttt.check.rules.rule import Context
-from ttt.check.validation import Validated, split_fix, validate
+from ttt.check.validation import Validated, validate
 from ttt.config.findings import Code, Finding, Place, Severity, blames_environment, has_errors, summary
 from ttt.config.places import KeyPath, path_of
 from ttt.config.schema import RunConfig, with_its_target_eps
@@ -313,23 +313,14 @@ class _Check:
         if isinstance(error, TTTError) and not isinstance(error, PluginError):
             self._add_refused(error)
             return
-        told = str(error) if isinstance(error, PluginError) else f"the plugin {backbone.name}: {in_one_line(error)}"
-        self._add(
-            TTT803,
-            "backbone.name",
-            told.removesuffix(WAY_OUT),
-            WAY_OUT.removeprefix("; "),
-            value=backbone.name,
-        )
+        told = error.told if isinstance(error, PluginError) else f"the plugin {backbone.name}: {in_one_line(error)}"
+        self._add(TTT803, "backbone.name", told, WAY_OUT, value=backbone.name)
 
     def _add_refused(self, error: TTTError) -> None:
-        """What a plugin says of the user's keys; its sentence begins with the key, or is about the whole section."""
-        key, _, rest = str(error).partition(": ")
-        section, _, name = key.partition(".")
-        path = key if section in _SECTIONS and rest and name.isidentifier() else "backbone"
-        message, fix = split_fix(str(error))
+        """What a plugin says of the user's key, or of its whole section."""
+        path = error.key if error.key is not None and error.key.split(".")[0] in _SECTIONS else "backbone"
         code = TTT605 if isinstance(error, EnvironmentProblem) else TTT106
-        self._add(code, path, message, fix)
+        self._add(code, path, error.told, error.fix)
 
 
 def _decides_facts(path: KeyPath, config: RunConfig) -> bool:

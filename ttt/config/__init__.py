@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ttt.config.misfit import Misfit
 from ttt.config.schema import (
     BackboneOptions,
     DataOptions,
@@ -43,6 +44,7 @@ __all__ = [
     "EvalConfig",
     "Explanation",
     "Finding",
+    "Misfit",
     "Place",
     "RunConfig",
     "Severity",

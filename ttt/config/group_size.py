@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
+
+_EXAMPLE_TOKENS = 188
 
 
 def scan_steps(tokens: int, mini_batch_size: int) -> int:
@@ -16,46 +19,68 @@ def checkpoint_groups(tokens: int, mini_batch_size: int, group_size: int) -> int
     return 0 if group_size == 0 or group_size >= steps else -(-steps // group_size)
 
 
-def group_size_warnings(
-    group_size: int,
-    mini_batch_size: int,
-    *,
-    tokens: int | None = None,
-    window: str | None = None,
-    scans: Sequence[int] = (0,),
-) -> list[str]:
-    """Say what a group size costs, in this config's numbers; nothing where it costs nothing unusual.
+class GroupSizeCost(NamedTuple):
+    """What a group size costs beyond the usual, and the way out."""
+
+    message: str
+    """What happens, in this config's numbers."""
+    fix: str
+    """What to write instead, as `write 16`; why no gradient is at stake stands after it."""
+
+    def __str__(self) -> str:
+        """Both, as sentences."""
+        return f"{self.message}. {self.fix[:1].upper()}{self.fix[1:]}"
+
+
+def cost_of_groups_of_one(
+    group_size: int, mini_batch_size: int, *, tokens: int | None = None, window: str | None = None
+) -> GroupSizeCost | None:
+    """What one checkpoint per mini-batch costs; None for other groups, and where there is one mini-batch alone.
 
     Args:
         group_size: `scan_checkpoint_group_size`, mini-batches per checkpoint.
         mini_batch_size: `C`, tokens.
         tokens: length of a sequence, where it is known; else 15 s of speech (188 tokens) stand as the example.
         window: what that length is in the user's words, "15 s of audio".
-        scans: for each scan of a layer in a forward pass, how many activation checkpoints surround it.
     """
-    example = tokens if tokens is not None else 188
-    name = window or (f"A sequence of {tokens} tokens" if tokens is not None else "15 s at 12.5 tokens a second")
+    example = tokens if tokens is not None else _EXAMPLE_TOKENS
     steps = scan_steps(example, mini_batch_size)
-    messages = []
-    if group_size == 1 and steps > 1:
-        at_16 = checkpoint_groups(example, mini_batch_size, 16)
-        against = f"{at_16} at 16" if at_16 else "none at 16, which keeps everything"
-        messages.append(
-            f"scan_checkpoint_group_size: 1 makes one checkpoint per mini-batch: every carry is kept, as with 0, and "
-            f"every inner step still runs twice. {name} at mini_batch_size: {mini_batch_size} is {steps} of them, "
-            f"against {against}. Write 16, as the literature trained with, or 0 to keep everything and run every step "
-            f"once. (Memory and time are at stake; gradients are the same for every value.)"
-        )
-    if any(scans) and checkpoint_groups(example, mini_batch_size, group_size):
-        several = f" in a layer's {len(scans)} scans" if len(scans) > 1 else ""
-        messages.append(
-            f"activation checkpointing around scan_checkpoint_group_size: {group_size} nests checkpoints in "
-            f"checkpoints: every inner step runs forward {times_in_words([2 + level for level in scans])}{several}, "
-            f"once more for each level. Write scan_checkpoint_group_size: 0 if one layer's scan fits in memory (then "
-            f"it runs {times_in_words([1 + level for level in scans])}). (With pure layers no nesting can change a "
-            f"gradient.)"
-        )
-    return messages
+    if group_size != 1 or steps < 2:
+        return None
+    name = window or (f"A sequence of {tokens} tokens" if tokens is not None else "15 s at 12.5 tokens a second")
+    at_16 = checkpoint_groups(example, mini_batch_size, 16)
+    against = f"{at_16} at 16" if at_16 else "none at 16, which keeps everything"
+    return GroupSizeCost(
+        f"scan_checkpoint_group_size: 1 makes one checkpoint per mini-batch: every carry is kept, as with 0, and "
+        f"every inner step still runs twice. {name} at mini_batch_size: {mini_batch_size} is {steps} of them, "
+        f"against {against}",
+        "write 16, as the literature trained with, or 0 to keep everything and run every step once. (Memory and time "
+        "are at stake; gradients are the same for every value.)",
+    )
+
+
+def cost_of_nesting(
+    group_size: int, mini_batch_size: int, *, scans: Sequence[int], tokens: int | None = None
+) -> GroupSizeCost | None:
+    """What checkpoints of the scan inside others cost; None where there is no such nesting.
+
+    Args:
+        group_size: `scan_checkpoint_group_size`, mini-batches per checkpoint.
+        mini_batch_size: `C`, tokens.
+        scans: for each scan of a layer in a forward pass, how many activation checkpoints surround it.
+        tokens: length of a sequence, where it is known; else 15 s of speech (188 tokens) stand as the example.
+    """
+    example = tokens if tokens is not None else _EXAMPLE_TOKENS
+    if not (any(scans) and checkpoint_groups(example, mini_batch_size, group_size)):
+        return None
+    several = f" in a layer's {len(scans)} scans" if len(scans) > 1 else ""
+    return GroupSizeCost(
+        f"activation checkpointing around scan_checkpoint_group_size: {group_size} nests checkpoints in "
+        f"checkpoints: every inner step runs forward {times_in_words([2 + level for level in scans])}{several}, "
+        f"once more for each level",
+        f"write scan_checkpoint_group_size: 0 if one layer's scan fits in memory (then it runs "
+        f"{times_in_words([1 + level for level in scans])}). (With pure layers no nesting can change a gradient.)",
+    )
 
 
 def times_in_words(counts: Sequence[int]) -> str:

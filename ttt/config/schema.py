@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from ttt.config.group_size import group_size_warnings
+from ttt.config.group_size import cost_of_groups_of_one
+from ttt.config.misfit import Misfit
 from ttt.config.section import Section
 from ttt.errors import NestedCheckpointWarning
-
-if TYPE_CHECKING:
-    pass
 
 PRESETS: dict[str, dict[str, Any]] = {
     # TTT-LM: arXiv 2407.04620, its PyTorch code's `ttt.py`.
@@ -79,24 +77,27 @@ def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+_LAYERS = 'write "all", "middle", "none", a list of layer numbers, or "29,30,31"'
+
+
 def _parse_layers(value: object) -> object:
     """Turn `"29,30,31"` and lists into a tuple; leave words to the type."""
     if isinstance(value, str) and value not in {"all", "middle", "none"}:
         parts = [part.strip() for part in value.split(",")]
         if not all(part.isascii() and part.isdigit() for part in parts):
-            raise ValueError('write "all", "middle", "none", a list of layer numbers, or "29,30,31"')
+            raise Misfit(fix=_LAYERS)
         long = next((part for part in parts if len(part.lstrip("0")) > _DIGITS), None)
         if long is not None:
-            raise ValueError(f"no backbone has a layer {long[:40]}; write numbers from 0 to {MOST_LAYERS - 1}")
+            raise Misfit(f"no backbone has a layer {long[:40]}", fix=f"write numbers from 0 to {MOST_LAYERS - 1}")
         value = tuple(int(part) for part in parts)
     if isinstance(value, bool):
-        raise ValueError('write "all", "middle", "none", a list of layer numbers, or "29,30,31"')
+        raise Misfit(fix=_LAYERS)
     if isinstance(value, int):
         value = (value,)
     value = _as_tuple(value)
     numbers = [layer for layer in value if isinstance(layer, int)] if isinstance(value, tuple) else []
     if len(set(numbers)) != len(numbers):
-        raise ValueError("a layer is named twice")
+        raise Misfit("a layer is named twice")
     return value
 
 
@@ -189,40 +190,68 @@ class TTTConfig(Section):
     @model_validator(mode="after")
     def _fields_fit(self) -> TTTConfig:
         """Refuse settings that no layer could honour together."""
-        if self.layer_type == "linear":
-            given = [
-                name
-                for name in ("mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims")
-                if getattr(self, name) != TTTConfig.model_fields[name].default
-            ]
-            if given:
-                raise ValueError(f"{given[0]} needs layer_type: mlp; a linear inner model has no hidden layer")
-        if self.mlp_hidden_dims is not None and (
-            self.mlp_expansion_factor != TTTConfig.model_fields["mlp_expansion_factor"].default
-        ):
-            raise ValueError("mlp_hidden_dims and mlp_expansion_factor both give the hidden widths; write one of them")
-        if self.mlp_hidden_dims is not None and len(self.mlp_hidden_dims) != self.mlp_layers - 1:
-            raise ValueError(
-                f"mlp_hidden_dims names {len(self.mlp_hidden_dims)} widths, but mlp_layers: {self.mlp_layers} "
-                f"has {self.mlp_layers - 1} between its matrices"
-            )
+        self._hidden_widths_fit()
         if self.target_eps != TTTConfig.model_fields["target_eps"].default and not self.normalize_target:
-            raise ValueError(
-                "target_eps acts on the normalised target; write normalize_target: true, or leave target_eps out"
+            raise Misfit(
+                "target_eps acts on the normalised target",
+                keys=("target_eps", "normalize_target"),
+                fix="write normalize_target: true, or leave target_eps out",
             )
         if self.learnable_token_idx and not self.causal:
-            raise ValueError(
-                "learnable_token_idx acts on the causal step sizes 1/i; write causal: true or "
-                "learnable_token_idx: false"
+            raise Misfit(
+                "learnable_token_idx acts on the causal step sizes 1/i",
+                keys=("learnable_token_idx", "causal"),
+                fix="write causal: true or learnable_token_idx: false",
             )
         if self.rope == "mini_batch" and not self.causal:
-            raise ValueError(
-                "rope: mini_batch counts tokens of a causal stream; a non-causal layer takes rope: backbone or none"
+            raise Misfit(
+                "rope: mini_batch counts tokens of a causal stream; a non-causal layer takes rope: backbone or none",
+                keys=("rope", "causal"),
             )
-        if self.scan_checkpoint_group_size != "auto":
-            for message in group_size_warnings(self.scan_checkpoint_group_size, self.mini_batch_size):
-                warnings.warn(message, NestedCheckpointWarning, stacklevel=3)
         return self
+
+    def _hidden_widths_fit(self) -> None:
+        """Refuse hidden widths that the inner model does not have, or that are given twice."""
+        defaults = {
+            name: TTTConfig.model_fields[name].default
+            for name in ("mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims")
+        }
+        given = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if self.layer_type == "linear" and given:
+            raise Misfit(
+                f"{given[0]} needs layer_type: mlp; a linear inner model has no hidden layer",
+                keys=(given[0], "layer_type"),
+            )
+        if self.mlp_hidden_dims is None:
+            return
+        if "mlp_expansion_factor" in given:
+            raise Misfit(
+                "mlp_hidden_dims and mlp_expansion_factor both give the hidden widths",
+                keys=("mlp_hidden_dims", "mlp_expansion_factor"),
+                fix="write one of them",
+            )
+        if len(self.mlp_hidden_dims) != self.mlp_layers - 1:
+            raise Misfit(
+                f"mlp_hidden_dims names {len(self.mlp_hidden_dims)} widths, but mlp_layers: {self.mlp_layers} "
+                f"has {self.mlp_layers - 1} between its matrices",
+                keys=("mlp_hidden_dims", "mlp_layers"),
+            )
+
+    if not TYPE_CHECKING:  # type checkers know the fields as arguments
+
+        def __init__(self, **settings: Any) -> None:
+            """Make the settings, and warn of what they cost (`NestedCheckpointWarning`).
+
+            Only who writes `TTTConfig(...)` is warned. Settings that are read, from a file, a plugin or an adapter, go
+            through `model_validate`; what they cost is a finding of `ttt check`.
+            """
+            super().__init__(**settings)
+            size = self.scan_checkpoint_group_size
+            cost = None if size == "auto" else cost_of_groups_of_one(size, self.mini_batch_size)
+            if cost is not None:
+                warnings.warn(str(cost), NestedCheckpointWarning, stacklevel=2)
+
+        __init__.__pydantic_base_init__ = True  # else `model_validate` would call it too
 
 
 _WRITTEN_OUT = frozenset(
@@ -317,9 +346,10 @@ class TrainConfig(Section):
     def _schedule_has_parameters(self) -> TrainConfig:
         """Refuse a schedule for what does not learn."""
         if self.backbone_lr_schedule is not None and self.trainable == "ttt":
-            raise ValueError(
-                "backbone_lr_schedule acts on an unfrozen backbone, and trainable: ttt freezes it; write "
-                "backbone_lr_schedule: null, or trainable: ttt+attention or all"
+            raise Misfit(
+                "backbone_lr_schedule acts on an unfrozen backbone, and trainable: ttt freezes it",
+                keys=("backbone_lr_schedule", "trainable"),
+                fix="write backbone_lr_schedule: null, or trainable: ttt+attention or all",
             )
         return self
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ttt import inject
 from ttt.check.load import check_config
 from ttt.config import BackboneOptions, RunConfig, TTTConfig
-from ttt.errors import NestedCheckpointWarning, TTTError, UsageError
+from ttt.errors import TTTError, UsageError
 from ttt.inject import Injection
 from ttt.layer import TTTLayer
 from ttt.plugins import Backbone, Batch, run_config_model
@@ -114,9 +113,7 @@ class Bench:
     def config(self, **changes: Any) -> TTTConfig:
         """The `ttt` section with changes."""
         own = {} if "preset" in changes or "preset" in (self.ttt or {}) else dict(self.backbone.ttt_defaults)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NestedCheckpointWarning)  # costs are no matter here
-            return TTTConfig.model_validate({**own, "mini_batch_size": 4, **(self.ttt or {}), **changes})
+        return TTTConfig.model_validate({**own, "mini_batch_size": 4, **(self.ttt or {}), **changes})
 
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The plain tiny model, the same values at every call."""
@@ -220,12 +217,10 @@ class Bench:
         """
         model = run_config_model(self.backbone)
         sections = {"backbone": self.options or self.backbone.tiny(), "ttt": self.config(), "train": train}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NestedCheckpointWarning)
-            try:
-                return model.model_validate(sections)
-            except ValidationError:  # keys of the data that have no default
-                demo = check_config("demo", text=self.backbone.presets()["demo"], backbone=self.backbone).config
-                if demo is None:
-                    raise
-                return model.model_validate({**sections, "data": demo.data})
+        try:
+            return model.model_validate(sections)
+        except ValidationError:  # keys of the data that have no default
+            demo = check_config("demo", text=self.backbone.presets()["demo"], backbone=self.backbone).config
+            if demo is None:
+                raise
+            return model.model_validate({**sections, "data": demo.data})

@@ -6,7 +6,6 @@ import contextlib
 import io
 import math
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from ttt.adapter import TTTAdapter, carried, gates_closed
 from ttt.adapter_file import backbone_identity, load_adapter
 from ttt.config import RunConfig
-from ttt.errors import NestedCheckpointWarning
 from ttt.inject import Injection
 from ttt.laws.bench import Bench, running
 from ttt.laws.parts import layers_of
@@ -126,7 +124,7 @@ def loss_trains(bench: Bench) -> None:
     """
     config = demo_config(bench, "train.param_dtype=float32")
     device = torch.device(bench.device)
-    with _quiet(config), method_of(bench, "loss") as method:
+    with threads(config.train.cpu_threads), method_of(bench, "loss") as method:
         model, injection = build(config, bench.backbone, device)
         data = bench.backbone.dataset(config, split="train", device=device)
         windows = [window % len(data) for window in range(config.train.batch_size)]
@@ -256,7 +254,7 @@ def demo_trains(bench: Bench) -> None:
                 raise MethodBrokenError(method, "the run ended without a finite evaluation")
             if evaluation.loss == evaluation.loss_gates_closed:
                 raise MethodBrokenError(method, "closing the gates changes nothing in the evaluation")
-        with method_of(bench, "sites") as method, _quiet(config):
+        with method_of(bench, "sites") as method, threads(config.train.cpu_threads):
             model = bench.backbone.build(config.backbone, device=bench.device, dtype=torch.float32)
             assert result.checkpoint is not None
             injection = load_adapter(
@@ -271,14 +269,6 @@ def demo_trains(bench: Bench) -> None:
 
 
 # --- what several checks need ---
-
-
-@contextlib.contextmanager
-def _quiet(config: RunConfig) -> Iterator[None]:
-    """The threads that the config asks for, and no word of what its checkpoints cost."""
-    with threads(config.train.cpu_threads), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NestedCheckpointWarning)
-        yield
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 TRACEBACK = "TTT_TRACEBACK"
 """The variable that, set to anything but 0, has tracebacks of plugins printed on standard error."""
 
-WAY_OUT = f"; tell who made it ({TRACEBACK}=1 shows all of it)"
+WAY_OUT = f"tell who made it ({TRACEBACK}=1 shows all of it)"
 """How the sentence about a plugin that failed ends."""
 
 _LONGEST = 400
@@ -72,7 +72,8 @@ def asked(backbone: object, what: str, called: Any = None) -> Iterator[None]:
         if place is None:
             raise
         print_traceback(error)
-        raise PluginError(f"{owner(backbone)} failed in {what}, {place}: {in_one_line(error)}{WAY_OUT}") from error
+        told = f"{owner(backbone)} failed in {what}, {place}: {in_one_line(error)}"
+        raise PluginError(told, fix=WAY_OUT) from error
     finally:
         _inside.reset(mark)
 

@@ -6,7 +6,6 @@ A default that is none would otherwise be found when a user leaves its key out, 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ttt.config.schema import BackboneOptions, DataOptions, TTTConfig
-from ttt.errors import NestedCheckpointWarning, PluginError
+from ttt.errors import PluginError
 from ttt.plugins.backbone import Backbone
 from ttt.plugins.guarding import methods_of
 
@@ -105,9 +104,7 @@ def _ttt_defaults(backbone: Backbone) -> Iterator[str]:
         yield f"ttt_defaults is {given!r:.80}, not a mapping"
         return
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NestedCheckpointWarning)
-            TTTConfig.model_validate(dict(given))
+        TTTConfig.model_validate(dict(given))
     except ValidationError as error:
         yield f"ttt_defaults: {_in_words(error)}"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from ttt import inject
 from ttt.adapter import TTTAdapter
 from ttt.config.schema import RunConfig
-from ttt.errors import ConfigError, EnvironmentProblem, NestedCheckpointWarning
+from ttt.errors import ConfigError, EnvironmentProblem
 from ttt.inject import Injection
 from ttt.machine import processes_launched
 from ttt.plugins import Backbone, WindowDataset, run_config_model
@@ -86,9 +85,7 @@ def with_backbone_options(config: RunConfig, backbone: Backbone) -> RunConfig:
     if isinstance(config, model):
         return config
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NestedCheckpointWarning)  # said when the config was made
-            return model.model_validate({name: getattr(config, name) for name in RunConfig.model_fields})
+        return model.model_validate({name: getattr(config, name) for name in RunConfig.model_fields})
     except ValidationError as error:
         raise ConfigError(f"the config does not fit the backbone {backbone.name}: {error.errors()[0]['msg']}") from None
 

@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from ttt.checkpoint_folder import Checkpoint
 from ttt.config.dumping import dump_config
 from ttt.config.schema import RunConfig, with_its_target_eps
 from ttt.dotted import dotted
-from ttt.errors import ConfigError, NestedCheckpointWarning
+from ttt.errors import ConfigError
 from ttt.files import temporary_beside, write_bytes, write_text, writing
 from ttt.plugins import Backbone
 from ttt.reading import other_kind
@@ -162,9 +161,7 @@ class StoredConfig:
         if isinstance(recorded, dict):
             ttt = recorded.get("ttt")
             return {**recorded, "ttt": with_its_target_eps(ttt)} if isinstance(ttt, dict) else recorded
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NestedCheckpointWarning)  # the config at hand is warned of already
-            return load_config(self.path, backbone=backbone, resuming=True).config.model_dump(mode="json")
+        return load_config(self.path, backbone=backbone, resuming=True).config.model_dump(mode="json")
 
 
 def config_differences(stored: RunConfig, config: RunConfig) -> list[tuple[str, Any, Any]]:

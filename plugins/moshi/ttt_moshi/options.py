@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from ttt.config import BackboneOptions, DataOptions, RunConfig
+from ttt.config import BackboneOptions, DataOptions, Misfit, RunConfig
 from ttt.errors import EnvironmentProblem
 from ttt.files import read_json
 
@@ -60,10 +60,16 @@ class MoshiOptions(BackboneOptions):
         given = [name for name in others if getattr(self, name) not in (None, False)]
         if given:
             other = "demo" if self.preset == "7b" else "7b"
-            raise ValueError(f"{given[0]} belongs to preset: {other}; preset: {self.preset} does not read it")
+            raise Misfit(
+                f"{given[0]} belongs to preset: {other}; preset: {self.preset} does not read it",
+                keys=(given[0], "preset"),
+            )
         dim, heads = self.dim or DEMO["dim"], self.num_heads or DEMO["num_heads"]
         if self.preset == "demo" and (dim % heads or (dim // heads) % 2):
-            raise ValueError(f"a demo model of width {dim} does not divide into {heads} heads of even width")
+            raise Misfit(
+                f"a demo model of width {dim} does not divide into {heads} heads of even width",
+                keys=("dim", "num_heads"),
+            )
         return self
 
 
@@ -92,14 +98,16 @@ def sizes(options: MoshiOptions) -> dict[str, Any]:
         written = read_json(Path(options.config_path))
     except (EnvironmentProblem, ValueError) as error:  # the latter of a name that no file can have
         raise EnvironmentProblem(
-            f"backbone.config_path: {error}; write the path of a Moshi model's config.json"
+            str(error), key="backbone.config_path", fix="write the path of a Moshi model's config.json"
         ) from None
     found = {name: written.get(name) for name in MOSHI_7B}
     for name, value in found.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
             told = f"its {name} is {value!r:.40}" if name in written else f"it has no {name}"
             raise EnvironmentProblem(
-                f"backbone.config_path: {options.config_path} is no config of a Moshi model: {told}; write the path of "
-                f"a Moshi model's config.json, whose {', '.join(MOSHI_7B)} are whole numbers up to {LARGEST_SIZE:,}"
+                f"{options.config_path} is no config of a Moshi model: {told}",
+                key="backbone.config_path",
+                fix=f"write the path of a Moshi model's config.json, whose {', '.join(MOSHI_7B)} are whole numbers up "
+                f"to {LARGEST_SIZE:,}",
             )
     return found

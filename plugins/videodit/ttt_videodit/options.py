@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
-from ttt.config import BackboneOptions, DataOptions, RunConfig
+from ttt.config import BackboneOptions, DataOptions, Misfit, RunConfig
 from ttt.errors import EnvironmentProblem
 from ttt.files import read_json
 from ttt_videodit.geometry import PATCH_SIZE, SEGMENT_SEC, SPATIAL_COMPRESSION, Segments
@@ -87,19 +87,28 @@ class VideoDiTOptions(BackboneOptions):
         given = [name for name in others if getattr(self, name) not in (None, False)]
         if given:
             other = "demo" if self.preset == "5b" else "5b"
-            raise ValueError(f"{given[0]} belongs to preset: {other}; preset: {self.preset} does not read it")
+            raise Misfit(
+                f"{given[0]} belongs to preset: {other}; preset: {self.preset} does not read it",
+                keys=(given[0], "preset"),
+            )
         if self.random_weights and self.pretrained is not None:
-            raise ValueError("random_weights: true does not read pretrained; write one of them")
+            raise Misfit(
+                "random_weights: true does not read pretrained",
+                keys=("random_weights", "pretrained"),
+                fix="write one of them",
+            )
         dim, heads = self.dim or DEMO["dim"], self.num_heads or DEMO["num_heads"]
         if self.preset == "demo" and (dim % heads or (dim // heads) % ROTARY_UNIT):
-            raise ValueError(
+            raise Misfit(
                 f"a demo model of width {dim} does not divide into {heads} heads whose width is a multiple of "
-                f"{ROTARY_UNIT}, as rotary embedding in three dimensions needs"
+                f"{ROTARY_UNIT}, as rotary embedding in three dimensions needs",
+                keys=("dim", "num_heads"),
             )
         if self.prefix_temporal_length > self.attn_length:
-            raise ValueError(
+            raise Misfit(
                 f"prefix_temporal_length: {self.prefix_temporal_length} is more than attn_length: {self.attn_length}; "
-                f"a segment cannot share more frames than it has"
+                f"a segment cannot share more frames than it has",
+                keys=("prefix_temporal_length", "attn_length"),
             )
         return self
 
@@ -134,7 +143,7 @@ class VideoDiTData(DataOptions):
     @classmethod
     def _whole_segments(cls, value: int) -> int:
         if value % SEGMENT_SEC:
-            raise ValueError(f"a window is a whole number of segments of {SEGMENT_SEC} s; write a multiple of 3")
+            raise Misfit(f"a window is a whole number of segments of {SEGMENT_SEC} s", fix="write a multiple of 3")
         return value
 
     @field_validator("height", "width")
@@ -142,7 +151,7 @@ class VideoDiTData(DataOptions):
     def _whole_tokens(cls, value: int | None) -> int | None:
         side = SPATIAL_COMPRESSION * PATCH_SIZE
         if value is not None and value % side:
-            raise ValueError(f"a token stands for {side} × {side} pixels; write a multiple of {side}")
+            raise Misfit(f"a token stands for {side} × {side} pixels", fix=f"write a multiple of {side}")
         return value
 
 
@@ -166,7 +175,8 @@ def sizes(options: VideoDiTOptions) -> dict[str, int]:
     try:
         written = read_json(file)
     except EnvironmentProblem as error:
-        raise EnvironmentProblem(f"backbone.pretrained: {error}; name a folder with CogVideoX's transformer") from None
+        fix = "name a folder with CogVideoX's transformer"
+        raise EnvironmentProblem(str(error), key="backbone.pretrained", fix=fix) from None
     heads, width, layers = (
         written.get(name, default)  # as diffusers fills in what a config.json leaves out
         for name, default in (("num_attention_heads", 30), ("attention_head_dim", 64), ("num_layers", 30))
@@ -176,8 +186,10 @@ def sizes(options: VideoDiTOptions) -> dict[str, int]:
         for size in (heads, width, layers)
     ):
         raise EnvironmentProblem(
-            f"backbone.pretrained: {file}: its num_attention_heads, attention_head_dim and num_layers are "
-            f"{heads!r:.40}, {width!r:.40} and {layers!r:.40}; name a folder with CogVideoX's transformer"
+            f"{file}: its num_attention_heads, attention_head_dim and num_layers are "
+            f"{heads!r:.40}, {width!r:.40} and {layers!r:.40}",
+            key="backbone.pretrained",
+            fix="name a folder with CogVideoX's transformer",
         )
     return {"dim": heads * width, "num_heads": heads, "num_layers": layers}
 

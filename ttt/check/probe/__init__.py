@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 import traceback
-import warnings
 
 import torch
 from rich.console import Console
@@ -20,10 +19,10 @@ from ttt.check.probe_codes import LAWS
 from ttt.config.explanation import read_explanations
 from ttt.config.findings import Finding
 from ttt.config.schema import RunConfig
-from ttt.errors import NestedCheckpointWarning, PluginError, TTTError
+from ttt.errors import PluginError, TTTError
 from ttt.laws import LawBrokenError
 from ttt.plugins import Backbone
-from ttt.plugins.asking import WAY_OUT, owner
+from ttt.plugins.asking import owner
 from ttt.printable import say
 from ttt.train.setup import threads, with_backbone_options
 from ttt.words import first_line
@@ -53,8 +52,7 @@ def probe(config: RunConfig, backbone: Backbone, *, console: Console | None = No
     started = time.monotonic()
     findings: list[Finding] = []
     # One thread: the matrices are small, and more would only wait for each other.
-    with threads(1), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NestedCheckpointWarning)  # what it costs was said by the check itself
+    with threads(1), torch.random.fork_rng(devices=[]):
         setting = narrow(config, backbone)
         say(console, f"probe: {setting.told[0]}")
         for line in setting.told[1:]:
@@ -85,7 +83,7 @@ def _try(proof: Proof, setting: Setting, console: Console) -> list[Finding]:
         return [_finding(broken, setting.bench.backbone)]
     except PluginError as error:
         _row(console, proof, "FAILED", type(error.__cause__ or error).__name__)
-        return [_failed(str(error).removesuffix(WAY_OUT), proof)]
+        return [_failed(error.told, proof)]
     except TTTError:
         raise
     except Exception as error:  # a plugin's code: whatever it raises is its failure, not ours

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
 from ttt.amounts import show_bytes
 from ttt.check.estimate import enclosing_checkpoints
 from ttt.check.rules.rule import NEEDS, Context, rule
-from ttt.check.validation import split_fix
 from ttt.config.findings import Code, Family, Finding, Severity
-from ttt.config.group_size import group_size_warnings, times_in_words
+from ttt.config.group_size import GroupSizeCost, cost_of_groups_of_one, cost_of_nesting, times_in_words
 from ttt.config.schema import TTTConfig
 from ttt.costs import ScanCost
 
@@ -28,37 +27,31 @@ _WORTH_BYTES = 64 << 20
 _LITERATURE = TTTConfig.model_fields["scan_checkpoint_group_size"].default
 
 
-def _finding(context: Context, text: str, more: str = "", *, code: Code, path: str) -> Finding:
-    message, fix = split_fix(text)
+def _finding(context: Context, cost: GroupSizeCost, more: str = "", *, code: Code, path: str) -> Finding:
     scan = context.needs.scan
-    return code.at(path, message + more, fix, value=scan.groups if scan else None)
+    return code.at(path, cost.message + more, cost.fix, value=scan.groups if scan else None)
 
 
-def _costs(context: Context, scans: Sequence[int]) -> list[str]:
-    """The schema's own words for what the group size costs, in this config's numbers, inside so many checkpoints."""
-    ttt, facts, scan = context.config.ttt, context.facts, context.needs.scan
-    wanted = ttt.scan_checkpoint_group_size
+def _group_size(context: Context) -> int | None:
+    """Mini-batches in a group; None where `auto` hangs on the length of a window that nobody knows."""
+    wanted, scan = context.config.ttt.scan_checkpoint_group_size, context.needs.scan
     if wanted == "auto":
-        if scan is None:  # it hangs on the length of a window
-            return []
-        wanted = scan.group_size
-    return group_size_warnings(
-        wanted,
-        ttt.mini_batch_size,
-        tokens=facts.tokens_per_window,
-        window=facts.window[:1].upper() + facts.window[1:] if facts.tokens_per_window is not None else None,
-        scans=scans,
-    )
+        return None if scan is None else scan.group_size
+    return wanted
 
 
 @rule(TTT201, reads=NEEDS)
 def one_checkpoint_per_mini_batch(context: Context) -> Iterator[Finding]:
     """A group of one keeps every carry and recomputes every step; whether that is least or most hangs on S and A."""
-    if not context.has_layers or context.config.ttt.scan_checkpoint_group_size == "auto":
+    ttt, facts, scan = context.config.ttt, context.facts, context.needs.scan
+    if not context.has_layers or ttt.scan_checkpoint_group_size == "auto":
         return
-    scan = context.needs.scan
-    for text in _costs(context, (0,)):
-        finding = _finding(context, text, code=TTT201, path="ttt.scan_checkpoint_group_size")
+    window = facts.window[:1].upper() + facts.window[1:] if facts.tokens_per_window is not None else None
+    cost = cost_of_groups_of_one(
+        ttt.scan_checkpoint_group_size, ttt.mini_batch_size, tokens=facts.tokens_per_window, window=window
+    )
+    if cost is not None:
+        finding = _finding(context, cost, code=TTT201, path="ttt.scan_checkpoint_group_size")
         yield finding if scan is None or scan.groups < 2 else _by_the_numbers(finding, context, scan)
 
 
@@ -92,8 +85,8 @@ def _by_the_numbers(finding: Finding, context: Context, scan: ScanCost) -> Findi
 @rule(TTT202, reads=NEEDS)
 def nested_checkpoints(context: Context) -> Iterator[Finding]:
     """Activation checkpointing around the scan runs every inner step once more for each level."""
-    scan = context.needs.scan
-    if not context.has_layers or (scan is not None and scan.keeps_everything):
+    scan, size = context.needs.scan, _group_size(context)
+    if not context.has_layers or size is None or (scan is not None and scan.keeps_everything):
         return
     more = ""
     if scan is not None:
@@ -104,10 +97,14 @@ def nested_checkpoints(context: Context) -> Iterator[Finding]:
         )
     own = context.config.train.gradient_checkpointing  # else options of the backbone ask for it
     path = "train.gradient_checkpointing" if own else "ttt.scan_checkpoint_group_size"
-    alone = _costs(context, (0,))
-    for text in _costs(context, enclosing_checkpoints(context.config, context.facts)):
-        if text not in alone:
-            yield _finding(context, text, more, code=TTT202, path=path)
+    cost = cost_of_nesting(
+        size,
+        context.config.ttt.mini_batch_size,
+        scans=enclosing_checkpoints(context.config, context.facts),
+        tokens=context.facts.tokens_per_window,
+    )
+    if cost is not None:
+        yield _finding(context, cost, more, code=TTT202, path=path)
 
 
 @rule(TTT203, reads=NEEDS)
