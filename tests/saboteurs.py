@@ -20,6 +20,7 @@ from toy import (
     ToyModel,
     TwoWayAdapter,
     TwoWayToy,
+    WholeToy,
 )
 
 from ttt.adapter import TTTAdapter, gates_closed
@@ -413,18 +414,18 @@ class FailingLoss(ToyBackbone):
 # --- all of them ---
 
 
-def toy(base: type[ToyBackbone] = ToyBackbone, **parts: Any) -> ToyBackbone:
+def toy(base: type[WholeToy] = ToyBackbone, **parts: Any) -> WholeToy:
     """The toy with another part: `model`, `adapted` (the block with TTT), `adapter`, `data`."""
     return type("Saboteur", (base,), parts)()
 
 
-def with_block(plain: type[Block]) -> ToyBackbone:
+def with_block(plain: type[Block]) -> WholeToy:
     """The toy with other blocks, before and after injection."""
     adapted = type("Adapted", (BlockWithTTT, plain), {})
     return toy(model=type("Model", (ToyModel,), {"block": plain}), adapted=adapted)
 
 
-SABOTEURS: dict[str, tuple[ToyBackbone, int | str, str]] = {
+SABOTEURS: dict[str, tuple[WholeToy, int | str, str]] = {
     # name: (plugin, the law or check that catches it, what it says)
     "fast weights on the layer": (
         FastWeightsOnTheLayer(),

@@ -20,9 +20,24 @@ from ttt.check import check_config
 from ttt.check.examined import examined
 from ttt.config import RunConfig
 from ttt.errors import EnvironmentProblem, InactiveLayerError, PluginError, UsageError
-from ttt.plugins import Backbone, BackboneFacts, LossOutput, PluginInfo, discover, run_config_model
+from ttt.plugins import (
+    Backbone,
+    BackboneFacts,
+    Capability,
+    LossOutput,
+    PluginInfo,
+    Precomputing,
+    Sampling,
+    Streaming,
+    WeightImport,
+    capability,
+    discover,
+    has_capability,
+    run_config_model,
+)
 from ttt.plugins.answers import ANSWERS
 from ttt.plugins.asking import TRACEBACK
+from ttt.plugins.capabilities import CAPABILITIES, kinds_of, members_of
 from ttt.plugins.guarding import methods_of
 from ttt.train import train
 from ttt_cli.main import main
@@ -33,9 +48,10 @@ DECLARED = {
     "causal: missing": ("causal = Nothing()", "Toy.causal is missing, not True or False"),
     "causal: a word": ("causal = 'yes'", "Toy.causal is 'yes', not True or False"),
     "name: missing": ("name = Nothing()", "Toy.name is missing"),
-    "streaming without a stream": ("streaming = True", "Toy.streaming is True, but the class has no `stream`"),
-    "sample_suffix: no suffix": ("sample_suffix = 'mp4'", "Toy.sample_suffix is 'mp4', not what a file's name ends in"),
-    "sample_suffix: none": ("sample_suffix = None", "Toy.sample_suffix is None, not what a file's name ends in"),
+    "streaming: as once": (
+        "streaming = True",
+        "Toy.streaming is True, but the class is no ttt.plugins.Streaming; inherit",
+    ),
     "options: none": ("options = None", "Toy.options is None, not a subclass of BackboneOptions"),
     "location_options: the older name": ("location_options = {'width'}", "is what non_identity_options was called"),
     "non_identity_options: a text": (
@@ -128,6 +144,45 @@ def test_what_is_declared_wrongly_is_a_broken_plugin(tmp_path: Path, wrong: str)
     assert found.backbone is None
     assert cause in str(found.error)
     assert "\n" not in str(found.error)
+
+
+MEMBERS = [(kind, name) for kind in CAPABILITIES for name in members_of(kind)]
+"""Everything that comes with a capability."""
+
+
+@pytest.mark.parametrize(("kind", "member"), MEMBERS, ids=[name for _, name in MEMBERS])
+def test_a_part_of_a_capability_that_is_not_inherited_is_told(
+    tmp_path: Path, kind: type[Capability], member: str
+) -> None:
+    written = "def {}(self, *_, **__):\n        return None" if callable(getattr(kind, member)) else "{} = '.txt'"
+    install(tmp_path, "toy", "wrong_plugin", _declaring(written.format(member)))
+    told = f"Toy.{member}: the class has `{member}`, but is no ttt.plugins.{kind.__name__}; inherit it"
+    assert _found(tmp_path).error == told
+
+
+_ABLE = "from ttt.plugins import {0}\n" + _DECLARING.replace("class Toy(ToyBackbone):", "class Toy(ToyBackbone, {0}):")
+_SAMPLES = "plan_sample = sample = lambda *_, **__: None"
+_STREAMS = "stream = lambda *_, **__: None"
+ABLE = {
+    # name: (the capability, what the class has of it, what is told)
+    "all that it needs": ("Streaming", (_STREAMS,), None),
+    "all that it needs, and no suffix": ("Sampling", (_SAMPLES,), None),
+    "a suffix that is none": ("Sampling", (_SAMPLES, "sample_suffix = 'mp4'"), "sample_suffix is 'mp4', not what a"),
+    "a suffix of no letters": ("Sampling", (_SAMPLES, "sample_suffix = None"), "sample_suffix is None, not what a"),
+    "no method": ("Streaming", ("stream = 7",), "Toy.stream is 7, not a method"),
+    "an optional one is no method": ("Sampling", (_SAMPLES, "check_sample = {}"), "check_sample is {}, not a method"),
+    "nothing of it": ("WeightImport", ("pass",), "Can't instantiate abstract class Toy"),
+    "half of it": ("Sampling", ("sample = lambda *_, **__: None",), "Can't instantiate abstract class Toy"),
+    "streaming: as once": ("Streaming", (_STREAMS, "streaming = False"), "but the class is a ttt.plugins.Streaming"),
+}
+
+
+@pytest.mark.parametrize("case", ABLE)
+def test_what_a_capability_asks_for_is_held_when_it_is_loaded(tmp_path: Path, case: str) -> None:
+    kind, lines, cause = ABLE[case]
+    install(tmp_path, "toy", "wrong_plugin", _ABLE.replace("{0}", kind).replace("LINE", "\n    ".join(lines)))
+    found = _found(tmp_path)
+    assert found.error is None if cause is None else cause in str(found.error)
 
 
 def test_what_is_declared_rightly_is_not(tmp_path: Path) -> None:
@@ -465,7 +520,9 @@ def test_between_its_own_methods_a_plugin_catches_what_it_raises() -> None:
 
 
 def test_what_makes_many_samples_is_asked_too() -> None:
-    class Making(ToyBackbone):
+    class Making(ToyBackbone, Sampling):
+        plan_sample = sample = None  # type: ignore[assignment]
+
         def prepare_samples(self, *_: Any, **__: Any) -> Any:
             return answers.pop()
 
@@ -490,11 +547,63 @@ def test_every_method_is_guarded_and_nearly_every_answer_checked() -> None:
 
         stream = staticmethod(lambda *_, **__: 1 / 0)  # type: ignore[assignment]
 
-    assert set(ANSWERS) | {"check_sample", "precompute", "set_gradient_checkpointing"} == set(methods_of(Backbone))
+    methods = {name for base in (Backbone, *CAPABILITIES) for name in methods_of(base)}
+    assert set(ANSWERS) | {"check_sample", "precompute", "set_gradient_checkpointing"} == methods
     with pytest.raises(PluginError, match="ZeroDivisionError"):
         Own().stream(None, None, pieces=[])
     assert inspect.signature(ToyBackbone.facts).parameters.keys() == {"self", "config"}
     assert ToyBackbone.facts.__doc__ == inspect.unwrap(ToyBackbone.facts).__doc__
+
+
+METHODS = [(kind, name) for kind, name in MEMBERS if callable(getattr(kind, name))]
+
+
+@pytest.mark.parametrize(("kind", "member"), METHODS, ids=[name for _, name in METHODS])
+def test_every_method_of_a_capability_is_guarded_however_it_came(kind: type[Capability], member: str) -> None:
+    def fails(self: Any, *_: Any, **__: Any) -> Any:
+        raise KeyError("lost")
+
+    methods = dict.fromkeys(kind.__abstractmethods__, fails) | {member: fails}
+    own = type("Own", (ToyBackbone, kind), methods)
+    mixed = type("Mixed", (type("Part", (), methods), ToyBackbone, kind), {})
+    of_a_kind = type("Later", (type("Part", (kind,), methods), ToyBackbone), {})
+    for cls in (own, mixed, of_a_kind, type("Heir", (own,), {})):
+        with pytest.raises(PluginError, match=rf"the plugin toy .* failed in `{member}`, .*KeyError: 'lost'"):
+            getattr(cls(), member)()
+
+
+def test_a_capability_is_asked_for_and_who_lacks_it_learns_who_has_it(tmp_path: Path) -> None:
+    plain, able = toy.TwoWayToy(), toy.MakingToy()
+    for kind in CAPABILITIES:
+        assert capability(able, kind) is able
+        assert has_capability(able, kind)
+        assert not has_capability(plain, kind)
+        assert not has_capability(None, kind)
+    assert kinds_of(type(able)) == [Streaming, Sampling, Precomputing, WeightImport]
+    with importable(tmp_path), pytest.raises(UsageError) as caught:
+        capability(plain, Streaming)
+    told = "the backbone twoway has no streaming: it reads sequences whole; of the installed backbones moshi has it"
+    assert str(caught.value) == told
+    source = "from toy import MakingToy\nfrom ttt.plugins import hookimpl\n@hookimpl\ndef ttt_backbone():\n    return "
+    install(tmp_path, "toy", "making_plugin", source + "MakingToy()\n")
+    install(tmp_path, "lost", "lost_plugin", "import nothing_of_that_name\n")  # a broken one has none, and stops nobody
+    with importable(tmp_path), pytest.raises(UsageError, match=r"; of the installed backbones toy, videodit have it$"):
+        capability(plain, Sampling)
+
+
+def test_a_capability_of_a_third_partys_own_is_guarded_and_asked_for_alike() -> None:
+    class Voting(Capability):
+        def vote(self) -> int:
+            return 1
+
+    class Voter(ToyBackbone, Voting):
+        def vote(self) -> int:
+            raise KeyError("urn")
+
+    with pytest.raises(PluginError, match=r"failed in `vote`, .*KeyError: 'urn'"):
+        capability(Voter(), Voting).vote()
+    with pytest.raises(UsageError, match="the backbone toy has no Voting; no installed backbone has it"):
+        capability(ToyBackbone(), Voting)
 
 
 def test_an_error_is_told_in_one_line_of_letters() -> None:

@@ -220,6 +220,9 @@ def test_plugins_lists_the_good_and_the_broken(capsys: pytest.CaptureFixture[str
     toy, broken = (next(line for line in lines if line.startswith(name)) for name in ("toy", "broken"))
     assert toy.split() == ["toy", "1.2", "ttt-toy", "(toy_plugin)"]
     assert broken.endswith("BROKEN")
+    moshi, videodit = (next(line for line in lines if line.startswith(name)) for name in ("moshi", "videodit"))
+    assert moshi.endswith("ttt-moshi (ttt_moshi.plugin)  can stream")
+    assert videodit.endswith("ttt-videodit (ttt_videodit.plugin)  can sample, precompute, import-weights")
     assert "No module named 'a_package_that_nobody_has'" in lines[lines.index(broken) + 1]
 
 
@@ -233,7 +236,10 @@ def test_plugins_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         "module": "toy_plugin",
         "works": True,
         "error": None,
+        "capabilities": [],
     }
+    assert found["moshi"]["capabilities"] == ["stream"]
+    assert found["videodit"]["capabilities"] == ["sample", "precompute", "import-weights"]
     assert not found["broken"]["works"]
     assert "ModuleNotFoundError" in found["broken"]["error"]
 

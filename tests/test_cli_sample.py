@@ -525,14 +525,23 @@ def test_weights_of_another_program_are_imported_and_accounted_for(capsys: pytes
     assert not Path("new").exists()
 
 
-def test_a_backbone_without_them_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_backbone_without_them_says_so_and_who_has_them(capsys: pytest.CaptureFixture[str]) -> None:
     Path("theirs").touch()
+    Path("p.jsonl").write_text('["a"]\n["b"]\n')
+    Path("m.yaml").write_text("backbone: {name: moshi}\n")
+    many = ("--seconds", "4", "--prompts", "p.jsonl", "--out", "many/")
     for arguments, words in (
-        (["sample", "m.yaml", *ASKED, "--out", "a.mp4"], "the backbone moshi has no sampling"),
-        (["precompute", "m.yaml"], "the backbone moshi has no precomputation"),
-        (["import-weights", "theirs", "--backbone", "moshi", "--out", "ours"], "the backbone moshi has no import of"),
+        (["sample", "m.yaml", *ASKED, "--out", "a.mp4"], "sampling: it cannot make anything from prompts"),
+        (["sample", "m.yaml", *many], "sampling: it cannot make anything from prompts"),
+        (["precompute", "m.yaml"], "precomputation: it reads its data as they are"),
+        (
+            ["import-weights", "theirs", "--backbone", "moshi", "--out", "ours"],
+            "import of weights: it knows no other program's checkpoints",
+        ),
     ):
-        Path("m.yaml").write_text("backbone: {name: moshi}\n")
         assert main(arguments) == 2
-        assert words in said(capsys)[1]
+        out, err = said(capsys)
+        told = f"the backbone moshi has no {words}; of the installed backbones toy, videodit have it"
+        assert told in " ".join(err.split())
+        assert out == ""
     assert not Path("ours").exists()

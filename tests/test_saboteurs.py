@@ -9,10 +9,11 @@ import pytest
 import torch
 from fake_distributions import importable, install
 from saboteurs import SABOTEURS, PathToNowhere, with_block
-from toy import Block, ToyBackbone
+from toy import Block, ToyBackbone, WholeToy
 
 from ttt.errors import InjectionError
 from ttt.laws import CHECKS, LAWS, Bench, LawBrokenError, MethodBrokenError
+from ttt.laws.checks import chunk_invariance
 from ttt.laws.plugin import facts_agree, module_imports_no_torch, presets_load
 from ttt.laws.training import remat_invariance
 from ttt.plugins import get_backbone
@@ -105,6 +106,12 @@ def test_torch_in_a_plugins_module_is_found_with_its_line(tmp_path, parts, line)
             return
         with pytest.raises(MethodBrokenError, match=rf"mine_plugin: torch is imported at .*mine_plugin.py:{line},"):
             module_imports_no_torch(bench)
+
+
+def test_law_4_feeds_the_whole_model_in_pieces_if_it_can_stream():
+    for backbone, fed in ((ToyBackbone(), {"layers", "model"}), (WholeToy(), {"layers"})):
+        measured = chunk_invariance(Bench(backbone), mini_batch_sizes=(4,), cuts=[[5, 9]])
+        assert {name.partition(".")[0].partition(",")[0] for name in measured} == fed
 
 
 # --- honest plugins that training mode makes look odd ---

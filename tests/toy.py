@@ -24,7 +24,19 @@ from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import read_tensors, write_tensors, write_text
 from ttt.layer import TTTLayer
 from ttt.ops.rotary import rotary_angles
-from ttt.plugins import Backbone, BackboneFacts, Batch, LossOutput, SamplePlan, SampleRequest, Site
+from ttt.plugins import (
+    Backbone,
+    BackboneFacts,
+    Batch,
+    LossOutput,
+    Precomputing,
+    SamplePlan,
+    SampleRequest,
+    Sampling,
+    Site,
+    Streaming,
+    WeightImport,
+)
 from ttt.state import TTTState
 
 
@@ -188,12 +200,11 @@ class ToyDataset:
         return f"stream {number}, tokens {start}-{start + self._window}"
 
 
-class ToyBackbone(Backbone):
-    """The toy as a plugin would bring it."""
+class WholeToy(Backbone):
+    """The toy as a plugin would bring it, as far as both directions share it: it reads sequences whole."""
 
     name: ClassVar[str] = "toy"
     causal: ClassVar[bool] = True
-    streaming: ClassVar[bool] = True
     options: ClassVar[type[BackboneOptions]] = ToyOptions
     data_options: ClassVar[type[DataOptions]] = ToyData
     ttt_defaults: ClassVar[dict[str, Any]] = {"preset": "lm", "mini_batch_size": 4}
@@ -289,6 +300,10 @@ class ToyBackbone(Backbone):
         inputs[rows, token:] = (inputs[rows, token:] + 1) % 2  # both are in every vocabulary, and never the same
         return {**batch, "inputs": inputs}
 
+
+class ToyBackbone(WholeToy, Streaming):
+    """The toy with a cache for each layer, which reads token by token as well."""
+
     def stream(self, model: nn.Module, batch: Batch, *, pieces: Sequence[int]) -> Tensor:
         assert isinstance(model, ToyModel)
         caches = [Cache() for _ in model.layers]
@@ -382,12 +397,11 @@ class TwoWayModel(ToyModel):
     block: ClassVar[type[Block]] = TwoWayBlock
 
 
-class TwoWayToy(ToyBackbone):
+class TwoWayToy(WholeToy):
     """The toy as a bidirectional backbone: no streaming, its own positions, two scans and two gates in each layer."""
 
     name: ClassVar[str] = "twoway"
     causal: ClassVar[bool] = False
-    streaming: ClassVar[bool] = False
     options: ClassVar[type[BackboneOptions]] = TwoWayOptions
     ttt_defaults: ClassVar[dict[str, Any]] = {"preset": "video", "mini_batch_size": 4}
     model: ClassVar[type[ToyModel]] = TwoWayModel
@@ -409,7 +423,7 @@ class TwoWayToy(ToyBackbone):
 # --- the same with everything that a plugin may have ---
 
 
-class MakingToy(ToyBackbone):
+class MakingToy(ToyBackbone, Sampling, Precomputing, WeightImport):
     """The toy that makes its data, samples, and reads weights of a program that calls the same things otherwise."""
 
     sample_suffix: ClassVar[str] = ".txt"

@@ -23,7 +23,7 @@ from ttt.adapter_file import (
 from ttt.config.schema import RunConfig, select_layers
 from ttt.errors import AdapterMismatchError, NonFiniteError, UsageError
 from ttt.files import require_place
-from ttt.plugins import Backbone, SampleRequest
+from ttt.plugins import Backbone, SampleRequest, Sampling, capability
 from ttt.printable import say
 from ttt.samples import SampleFolder, shared_origin
 from ttt.train.passes import seed_pass
@@ -44,7 +44,7 @@ def sample(
     Args:
         config: of the model; the resolved config of the run, if it samples what a run has learned.
         backbone: the plugin that `config.backbone` names.
-        request: what is asked for, with as many prompts as `backbone.plan_sample` says.
+        request: what is asked for, with as many prompts as its `plan_sample` says.
         adapter: what it has learned: an adapter's file or folder, or a run's folder (then its last checkpoint). None
             samples the model as training would start it.
         console: where to report; standard output by default.
@@ -59,9 +59,10 @@ def sample(
         EnvironmentProblem: something is missing: weights, a device, memory, disk space, a place that can be written.
     """
     console = console or Console()
+    sampler = capability(backbone, Sampling)
     config, [request], info = _looked_at(config, backbone, [request], adapter=adapter, verify=verify)
     with _model(config, backbone, info, as_start=adapter is None) as model:
-        make = backbone.prepare_samples(model, [request], config, console=console)
+        make = sampler.prepare_samples(model, [request], config, console=console)
         seed_pass(request.seed, "sample", 0)
         return list(make(request))
 
@@ -102,7 +103,8 @@ def sample_many(
     console = console or Console()
     as_start = adapter is None
     config, requests, info = _looked_at(config, backbone, requests, adapter=adapter, verify=verify)
-    files = [backbone.plan_sample(config, seconds=each.seconds, out=each.out).files for each in requests]
+    sampler = capability(backbone, Sampling)
+    files = [sampler.plan_sample(config, seconds=each.seconds, out=each.out).files for each in requests]
     _require_apart(requests, files)
     origin = shared_origin(config, info, as_start=as_start)
     folder = SampleFolder(requests, files, origin=origin, adapter=None if info is None else info.path)
@@ -113,19 +115,19 @@ def sample_many(
         if not missing:
             return []
         with _model(config, backbone, info, as_start=as_start) as model:
-            return _made(model, config, backbone, requests, missing, folder, console)
+            return _made(model, config, sampler, requests, missing, folder, console)
 
 
 def _made(
     model: nn.Module,
     config: RunConfig,
-    backbone: Backbone,
+    sampler: Sampling,
     requests: Sequence[SampleRequest],
     missing: Sequence[SampleRequest],
     folder: SampleFolder,
     console: Console,
 ) -> list[Path]:
-    make = backbone.prepare_samples(model, missing, config, console=console)
+    make = sampler.prepare_samples(model, missing, config, console=console)
     written: list[Path] = []
     failed: list[str] = []
     numbers = {request.out: number for number, request in enumerate(requests, 1)}
@@ -174,8 +176,9 @@ def _looked_at(
     verify: bool,
 ) -> tuple[RunConfig, list[SampleRequest], AdapterInfo | None]:
     """The config with the backbone's options, the requests, and what was learned; no model is built for it."""
+    sampler = capability(backbone, Sampling)
     for request in requests:
-        backbone.check_sample(config, request)
+        sampler.check_sample(config, request)
     require_place(requests[0].out)
     config = with_backbone_options(config, backbone)
     path = config.train.init_from if adapter is None else adapter

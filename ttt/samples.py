@@ -65,7 +65,7 @@ class SampleFolder:
 
     Args:
         requests: the samples in order, all of one folder.
-        files: those of each, as `Backbone.plan_sample` names them.
+        files: those of each, as `Sampling.plan_sample` names them.
         origin: what they share, as `shared_origin` has it.
         adapter: the file of what was learned, for the record.
     """

@@ -25,10 +25,10 @@ def import_weights(
     """
     from ttt.errors import EnvironmentProblem, UsageError
     from ttt.files import require_place
-    from ttt.plugins import get_backbone
+    from ttt.plugins import WeightImport, capability, get_backbone
     from ttt.reading import other_kind
 
-    plugin = get_backbone(backbone)
+    importer = capability(get_backbone(backbone), WeightImport)
     kind = other_kind(source)
     if kind not in (None, "a folder"):
         raise UsageError(f"{source}: is {kind}; name a checkpoint's file or folder")
@@ -44,7 +44,7 @@ def import_weights(
     from rich.console import Console
 
     console = Console()
-    written = plugin.import_weights(Path(source), target, console=console)
+    written = importer.import_weights(Path(source), target, console=console)
     from ttt.printable import say
 
     say(console, f"wrote {', '.join(map(str, written))}")

@@ -18,6 +18,8 @@ def plugins(
 ) -> None:
     """List installed backbones, working or broken: their presets, facts and rules are tried, without torch.
 
+    Of one that works it says what it can do beside being trained, as `sample` or `stream`.
+
     Exit codes: 0 all work, 1 one is broken.
     """
     from ttt.check.examined import examined
@@ -43,17 +45,32 @@ def facts_of_plugin(plugin: PluginInfo) -> dict[str, Any]:
         "module": plugin.module,
         "works": plugin.backbone is not None,
         "error": plugin.error,
+        "capabilities": _abilities(plugin),
     }
+
+
+def _abilities(plugin: PluginInfo) -> list[str]:
+    """What a working backbone can do beside being trained."""
+    from ttt.plugins.capabilities import CAPABILITIES, has_capability
+
+    return [words.verb for kind, words in CAPABILITIES.items() if has_capability(plugin.backbone, kind)]
 
 
 def _print_table(found: tuple[PluginInfo, ...]) -> None:
     rows = [("NAME", "VERSION", "FROM"), *((plugin.name, plugin.version, _origin(plugin)) for plugin in found)]
     name_width, version_width = (max(len(row[column]) for row in rows) for column in (0, 1))
-    errors = ["", *(plugin.error or "" for plugin in found)]
-    for (name, version, origin), error in zip(rows, errors, strict=True):
-        show(f"{name:{name_width}}  {version:{version_width}}  {origin}{'  BROKEN' if error else ''}")
-        if error:
-            show(f"  {error}")
+    for (name, version, origin), plugin in zip(rows, (None, *found), strict=True):
+        show(f"{name:{name_width}}  {version:{version_width}}  {origin}{_state(plugin)}")
+        if plugin is not None and plugin.error:
+            show(f"  {plugin.error}")
+
+
+def _state(plugin: PluginInfo | None) -> str:
+    """What stands behind a row."""
+    if plugin is None:
+        return ""
+    able = ", ".join(_abilities(plugin))
+    return "  BROKEN" if plugin.error else f"  can {able}" if able else ""
 
 
 def _origin(plugin: PluginInfo) -> str:

@@ -21,13 +21,15 @@ def precompute(
     from rich.console import Console
 
     from ttt.check import load_config
+    from ttt.plugins import Precomputing, capability
     from ttt.train.terminal import lasting
 
     loaded = load_config(config, overrides=overrides or [], training=False)
+    maker = capability(loaded.backbone, Precomputing)
     console = Console()
     try:
         with lasting(console):
-            loaded.backbone.precompute(loaded.config, console=console)
+            maker.precompute(loaded.config, console=console)
     except KeyboardInterrupt:
         show_note("interrupted; what is done stays: the same command goes on")
         raise

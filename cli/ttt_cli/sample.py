@@ -91,6 +91,7 @@ def sample(
     """
     from ttt.check import load_config
     from ttt.errors import UsageError
+    from ttt.plugins import Sampling, capability
 
     _require_sane(seconds, guidance_scale)
     given = _given(prompts or [], prompt_files or [], negative_prompts or [])
@@ -98,9 +99,10 @@ def sample(
         raise UsageError(f"--seed {seed}: the last of {len(given)} samples has no seed left; write a smaller one")
     config_file, learned, told = _find(Path(model), adapter, verify=verify)
     loaded = load_config(config_file, overrides=overrides or [], training=False)
+    sampler = capability(loaded.backbone, Sampling)
     _warn_of_changes(Path(model), learned, loaded.config)
-    places, together = _places(out, given, loaded, seconds=seconds)
-    plans = [loaded.backbone.plan_sample(loaded.config, seconds=seconds, out=place) for place in places]
+    places, together = _places(out, given, suffix=sampler.sample_suffix, backbone=loaded.backbone.name)
+    plans = [sampler.plan_sample(loaded.config, seconds=seconds, out=place) for place in places]
     chosen, notes = _spread(given, plans, seconds=seconds)
     if not together:
         _require_free(plans[0], overwrite=overwrite)
@@ -223,26 +225,23 @@ def _given(prompts: list[str], prompt_files: list[str], negative: list[str]) -> 
     return [replace(each, negative=avoided) for each in read]
 
 
-def _places(out: str, given: list[Prompts], loaded: LoadedConfig, *, seconds: float) -> tuple[list[Path], bool]:
+def _places(out: str, given: list[Prompts], *, suffix: str, backbone: str) -> tuple[list[Path], bool]:
     """Where each sample goes, and whether that is into a folder of samples.
 
     Raises:
         UsageError: `--out` names no folder where one is needed, or a backbone makes one sample at a time.
     """
     from ttt.errors import UsageError
-    from ttt.plugins import Backbone
 
     if not out:
         raise UsageError("--out: is empty; name a file, or a folder")
-    path, suffix, count = Path(out), loaded.backbone.sample_suffix, len(given)
+    path, count = Path(out), len(given)
     of_a_file = bool(suffix) and path.suffix.lower() == suffix
     meant_as_folder = out.endswith("/") or (path.is_dir() and not of_a_file)
     if count == 1 and not (meant_as_folder and suffix):
         return [path], False
     if not suffix:
-        if type(loaded.backbone).plan_sample is Backbone.plan_sample:  # it has no sampling at all, and says so
-            loaded.backbone.plan_sample(loaded.config, seconds=seconds, out=path)
-        raise UsageError(f"{_of(given)}, and the backbone {loaded.backbone.name} makes one sample at a time")
+        raise UsageError(f"{_of(given)}, and the backbone {backbone} makes one sample at a time")
     if of_a_file and not meant_as_folder:
         raise UsageError(f"--out {path}: names one file, but {_of(given)}; name a folder: --out {path.with_suffix('')}")
     if os.path.lexists(path) and not path.is_dir():

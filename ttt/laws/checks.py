@@ -24,6 +24,7 @@ from ttt.laws.parts import gates_of, layers_of, random_tokens, rotary_of
 from ttt.laws.reach import evidence
 from ttt.laws.training import NESTINGS, purity, remat_invariance
 from ttt.layer import TTTLayer
+from ttt.plugins import Streaming, has_capability
 
 __all__ = [
     "NESTINGS",
@@ -104,7 +105,7 @@ def chunk_invariance(
                 if away > bench.tolerance:
                     raise LawBrokenError(4, f"with {where}, {name} is {away:.1e} away from the whole", away)
                 measured[f"{name}, {where}"] = away
-            if model and bench.backbone.streaming:
+            if model and has_capability(bench.backbone, Streaming):
                 with torch.no_grad():
                     streamed = bench.backbone.stream(injection.model, batch, pieces=pieces)
                 away = distance(streamed, bench.outputs(injection.model, batch))

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from ttt.config.schema import BackboneOptions, DataOptions, DataT, OptionsT, RunConfig
 from ttt.errors import UsageError
@@ -20,13 +19,11 @@ from ttt.plugins.guarding import guard
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
     from torch import Tensor, nn
 
     from ttt.plugins.data import Batch, LossOutput, WindowDataset
     from ttt.plugins.facts import BackboneFacts
     from ttt.plugins.imported import ImportedConfig
-    from ttt.plugins.sampling import SamplePlan, SampleRequest
     from ttt.plugins.site import Site
 
 
@@ -34,7 +31,8 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
     """A backbone plugin. The class attributes and the first methods must work without torch.
 
     `class MyBackbone(Backbone[MyOptions, MyData])` tells a type checker what `config.backbone` and `config.data` are in
-    its methods; `class MyBackbone(Backbone)` works as well.
+    its methods; `class MyBackbone(Backbone)` works as well. What it can do beside being trained, sampling for one, it
+    inherits too: `ttt.plugins.capabilities`.
 
     What a method raises that is no `ttt.errors.TTTError`, and an answer that is not what the method promises, reach
     the caller as a `ttt.errors.PluginError` that names the plugin, the method and the line; see `ttt.plugins.asking`.
@@ -48,8 +46,6 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
     """As in `--backbone NAME` and `backbone: {name: NAME}`."""
     causal: ClassVar[bool]
     """Whether a token may only see those before it; then TTT must be causal too."""
-    streaming: ClassVar[bool] = False
-    """Whether the model can be fed token by token; then `stream` is implemented."""
     options: ClassVar[type[BackboneOptions]]
     """The `backbone` section."""
     non_identity_options: ClassVar[frozenset[str]] = frozenset()
@@ -59,8 +55,6 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
     """The `data` section."""
     ttt_defaults: ClassVar[Mapping[str, Any]] = {}
     """The `ttt` section where the user names no preset: `preset` and what differs from it for this backbone."""
-    sample_suffix: ClassVar[str] = ""
-    """What the names of its samples end in, `.mp4`; without it `ttt sample` makes one sample at a time."""
     rules: ClassVar[Sequence[Callable[[RunConfig], Iterable[Any]]]] = ()
     """Extra rules for `ttt check`, made by the decorator `ttt.plugins.rule`: each declares its codes. A plain function
     of the resolved config that returns `ttt.config.Finding`s works as well."""
@@ -105,29 +99,6 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
             ttt.errors.UsageError: it is one, but damaged; the message says where.
         """
         return None
-
-    def plan_sample(self, config: RunConfig[OptionsT, DataT], *, seconds: float, out: Path) -> SamplePlan:
-        """What a sample of so many seconds takes and leaves, where the backbone has `sample`.
-
-        Raises:
-            ttt.errors.UsageError: the backbone cannot sample, not that long, or not into such a file.
-        """
-        self._has_no("sampling: it cannot make anything from prompts")
-
-    def check_sample(self, config: RunConfig[OptionsT, DataT], request: SampleRequest) -> None:
-        """Refuse what `sample` could not honour, before anything large is built; all that can be told without it.
-
-        Args:
-            config: resolved.
-            request: what is asked for.
-
-        Raises:
-            ttt.errors.UsageError: a number is out of its range, or prompts are missing; the message names which.
-            ttt.errors.EnvironmentProblem: a file that sampling reads is missing.
-        """
-        wanted = self.plan_sample(config, seconds=request.seconds, out=request.out).prompts
-        if len(request.prompts) != wanted:
-            raise UsageError(f"{request.seconds:g} s take {wanted} prompts, but {len(request.prompts)} were given")
 
     # --- with torch ---
 
@@ -182,87 +153,6 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
         """Whether a backbone parameter belongs to its attention (for `trainable: ttt+attention`)."""
         return ".attn" in parameter_name or "attention" in parameter_name or ".self_attn" in parameter_name
 
-    def precompute(self, config: RunConfig[OptionsT, DataT], *, console: Console) -> None:
-        """Make the training data from what it is made of, resumable: `ttt precompute CONFIG`.
-
-        Args:
-            config: resolved; its `data` section says from what, and where to.
-            console: where to report.
-
-        Raises:
-            ttt.errors.TTTError: sources are missing or broken; or the backbone has no precomputation.
-        """
-        self._has_no("precomputation: it reads its data as they are")
-
-    def sample(
-        self, model: nn.Module, request: SampleRequest, config: RunConfig[OptionsT, DataT], *, console: Console
-    ) -> Sequence[Path]:
-        """Make a sample with the adapted model: `ttt sample`.
-
-        Args:
-            model: what `build` made, injected, weights loaded, in eval mode.
-            request: what is asked for, which `check_sample` has let pass.
-            config: resolved.
-            console: where to report.
-
-        Returns:
-            The files written, the sample first.
-
-        Raises:
-            ttt.errors.TTTError: weights are missing, or the disk is full.
-        """
-        self._has_no("sampling: it cannot make anything from prompts")
-
-    def prepare_samples(
-        self,
-        model: nn.Module,
-        requests: Sequence[SampleRequest],
-        config: RunConfig[OptionsT, DataT],
-        *,
-        console: Console,
-    ) -> Callable[[SampleRequest], Sequence[Path]]:
-        """What makes one sample after another with the adapted model, so that what all of them need is loaded once.
-
-        By default each is made by `sample`, alone.
-
-        Args:
-            model: as for `sample`.
-            requests: all that will be asked for, which `check_sample` has let pass.
-            config: resolved.
-            console: where to report.
-
-        Returns:
-            What is then called with each request in that order, but with an `out` of the same name in another folder,
-            and returns the files written, all of them in that folder. It answers to a request as `sample` does,
-            whatever came before it. Global generators are seeded from the request's seed before each call.
-
-        Raises:
-            ttt.errors.TTTError: weights are missing.
-        """
-        return lambda request: self.sample(model, request, config, console=console)
-
-    def import_weights(self, source: Path, out: Path, *, console: Console) -> Sequence[Path]:
-        """Turn another program's checkpoint into this project's files: `ttt import-weights`.
-
-        Each tensor is accounted for on the console: where it went, or why it was left out.
-
-        Args:
-            source: the checkpoint, a file or a folder.
-            out: folder for the files, made if need be; holds nothing yet.
-            console: where to report.
-
-        Returns:
-            The files and folders written.
-
-        Raises:
-            ttt.errors.TTTError: the backbone does not know such checkpoints, a tensor is missing or does not fit;
-                nothing was written then.
-        """
-        self._has_no("import of weights: it knows no other program's checkpoints")
-
-    def _has_no(self, what: str) -> NoReturn:
-        raise UsageError(f"the backbone {self.name} has no {what}")
-
     # --- for the laws' suite and `ttt check --probe` ---
 
     @abstractmethod
@@ -293,7 +183,3 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
     @abstractmethod
     def perturb(self, batch: Batch, *, token: int, row: int | None = None) -> Batch:
         """A copy of the batch whose inputs differ from position `token` on, in every row or in one."""
-
-    def stream(self, model: nn.Module, batch: Batch, *, pieces: Sequence[int]) -> Tensor:
-        """What `outputs` gives, computed by feeding the model pieces of the given lengths (streaming backbones)."""
-        raise NotImplementedError(f"{type(self).__name__} streams, and has no `stream`")

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from ttt.config.schema import BackboneOptions, DataOptions, TTTConfig
 from ttt.errors import PluginError
 from ttt.plugins.backbone import Backbone
+from ttt.plugins.capabilities import CAPABILITIES, Streaming, has_capability, kinds_of, members_of
 from ttt.plugins.guarding import methods_of
 
 
@@ -43,12 +44,9 @@ def require_options(backbone: Backbone) -> None:
 def _problems(backbone: Backbone) -> Iterator[str]:
     """What is wrong, each as `attribute is …`; a check may rest on those before it."""
     yield from _name(backbone)
-    for attribute in ("causal", "streaming"):
-        if not isinstance(getattr(backbone, attribute, None), bool):
-            yield f"{attribute} {_is(backbone, attribute)}, not True or False"
-    suffix: object = backbone.sample_suffix
-    if not isinstance(suffix, str) or (suffix and not re.fullmatch(r"\.\w+", suffix)):
-        yield f"sample_suffix is {suffix!r:.80}, not what a file's name ends in, as '.mp4'"
+    if not isinstance(getattr(backbone, "causal", None), bool):
+        yield f"causal {_is(backbone, 'causal')}, not True or False"
+    yield from _capabilities(backbone)
     yield from _methods(backbone)
     yield from _options(backbone)
     yield from _option_names(backbone)
@@ -70,13 +68,28 @@ def _name(backbone: Backbone) -> Iterator[str]:
         yield f"name {_is(backbone, 'name')}, not the name that its entry point has"
 
 
-def _methods(backbone: Backbone) -> Iterator[str]:
+def _capabilities(backbone: Backbone) -> Iterator[str]:
+    """What of a capability is there although the class does not inherit it; and what it says of those that it does."""
+    for kind in CAPABILITIES:
+        name = next((name for name in members_of(kind) if hasattr(type(backbone), name)), None)
+        if name is not None and not has_capability(backbone, kind):
+            yield f"{name}: the class has `{name}`, but is no ttt.plugins.{kind.__name__}; inherit it"
+    streams, said = has_capability(backbone, Streaming), getattr(backbone, "streaming", None)  # what said so once
+    if said is True and not streams:
+        yield "streaming is True, but the class is no ttt.plugins.Streaming; inherit it"
+    if said is False and streams:
+        yield "streaming is False, but the class is a ttt.plugins.Streaming; leave it out"
+    suffix: object = getattr(backbone, "sample_suffix", "")
+    if not isinstance(suffix, str) or (suffix and not re.fullmatch(r"\.\w+", suffix)):
+        yield f"sample_suffix is {suffix!r:.80}, not what a file's name ends in, as '.mp4'"
 
-    for name in methods_of(Backbone):
-        if not callable(getattr(type(backbone), name)):
-            yield f"{name} {_is(backbone, name)}, not a method"
-    if backbone.streaming and type(backbone).stream is Backbone.stream:
-        yield "streaming is True, but the class has no `stream`"
+
+def _methods(backbone: Backbone) -> Iterator[str]:
+    bases: list[type] = [Backbone, *kinds_of(type(backbone))]
+    for base in bases:
+        for name in methods_of(base):
+            if not callable(getattr(type(backbone), name)):
+                yield f"{name} {_is(backbone, name)}, not a method"
 
 
 def _options(backbone: Backbone) -> Iterator[str]:

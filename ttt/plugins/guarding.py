@@ -1,4 +1,4 @@
-"""The guard: every method that a subclass of `Backbone` brings is asked, and held to what it may answer.
+"""The guard: every method that a plugin brings to `Backbone` or a capability is asked, and held to what it may answer.
 
 It is put on when the class is made, so that no caller can forget it.
 """

@@ -8,10 +8,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What `Backbone.sample` is asked for."""
+    """What `Sampling.sample` is asked for."""
 
     prompts: tuple[str, ...]
-    """One for each segment, as many as `Backbone.plan_sample` said."""
+    """One for each segment, as many as `Sampling.plan_sample` said."""
     negative_prompts: tuple[str, ...]
     """What each segment is guided away from, empty texts where nothing is; no entries where none was given at all."""
     seconds: float
@@ -27,7 +27,7 @@ class SampleRequest:
     new_scenes: tuple[bool, ...] = ()
     """Whether each segment begins a scene of its own, the first never; no entries where none does."""
     imported_from: str | None = None
-    """The program whose weights are sampled, as `Backbone.import_weights` wrote it into the adapter's header under
+    """The program whose weights are sampled, as `WeightImport.import_weights` wrote it into the adapter's header under
     `imported_from`; None where what was learned was learned here, and without an adapter. `ttt.sample` fills it in."""
 
 

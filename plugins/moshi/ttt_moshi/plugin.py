@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ttt.config import BackboneOptions, DataOptions, TrainConfig
 from ttt.packaged import packaged_presets
-from ttt.plugins import Backbone, BackboneFacts, Batch, LossOutput, RecordingFormat, WindowDataset, hookimpl
+from ttt.plugins import Backbone, BackboneFacts, Batch, LossOutput, RecordingFormat, Streaming, WindowDataset, hookimpl
 from ttt_moshi.interleave import frames_in
 from ttt_moshi.options import FRAME_RATE, RECORDING_EXAMPLE, MoshiData, MoshiOptions, MoshiRun, sizes
 
@@ -19,12 +19,11 @@ if TYPE_CHECKING:
     from ttt.plugins import ImportedConfig, Site
 
 
-class MoshiBackbone(Backbone[MoshiOptions, MoshiData]):
+class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming):
     """Moshi: autoregressive over 12.5 frames a second of 17 streams (1 text, 8 own audio, 8 of the user)."""
 
     name: ClassVar[str] = "moshi"
     causal: ClassVar[bool] = True
-    streaming: ClassVar[bool] = True
     options: ClassVar[type[BackboneOptions]] = MoshiOptions
     data_options: ClassVar[type[DataOptions]] = MoshiData
     non_identity_options: ClassVar[frozenset[str]] = frozenset(

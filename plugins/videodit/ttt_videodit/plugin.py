@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ttt.config import BackboneOptions, DataOptions, RunConfig
 from ttt.packaged import packaged_presets
-from ttt.plugins import Backbone, BackboneFacts, Batch, LossOutput, SamplePlan, SampleRequest, WindowDataset, hookimpl
+from ttt.plugins import (
+    Backbone,
+    BackboneFacts,
+    Batch,
+    LossOutput,
+    Precomputing,
+    SamplePlan,
+    SampleRequest,
+    Sampling,
+    WeightImport,
+    WindowDataset,
+    hookimpl,
+)
 from ttt_videodit.geometry import LATENT_CHANNELS, PATCH_SIZE, segments_in, tokens_per_frame
 from ttt_videodit.options import (
     DEMO_TEXT_DIM,
@@ -38,7 +50,12 @@ def check_data(config: VideoDiTRun) -> Sequence[Any]:
     return [finding for rule in RULES for finding in rule(config)]
 
 
-class VideoDiTBackbone(Backbone[VideoDiTOptions, VideoDiTData]):
+class VideoDiTBackbone(
+    Backbone[VideoDiTOptions, VideoDiTData],
+    Sampling[VideoDiTOptions, VideoDiTData],
+    Precomputing[VideoDiTOptions, VideoDiTData],
+    WeightImport,
+):
     """CogVideoX's diffusion transformer over segments of video: bidirectional, from noise to v-prediction."""
 
     name: ClassVar[str] = "videodit"

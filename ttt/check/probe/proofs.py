@@ -9,6 +9,7 @@ import torch
 
 from ttt.check.probe.setting import STREAMED, Setting, fewest, tokens_in
 from ttt.laws import Bench, checks
+from ttt.plugins import Streaming, has_capability
 
 _PIECES = 400
 """Pieces that a stream is fed in at most."""
@@ -56,7 +57,8 @@ def proofs(setting: Setting) -> list[Proof]:
         return measured
 
     pieces = "token by token" if config.causal else "in mini-batches"
-    streamed = f"a stream {pieces} is the whole" if bench.backbone.streaming else f"a layer {pieces} is the whole"
+    fed = "stream" if has_capability(bench.backbone, Streaming) else "layer"
+    streamed = f"a {fed} {pieces} is the whole"
     found = [
         Proof(1, "a pass writes nothing, and repeats", own, None, lambda: checks.purity(bench)),
         Proof(2, "recomputing changes no gradient", "float32", exact.tolerance, lambda: remat(exact)),

@@ -10,7 +10,7 @@ import torch
 from ttt.config.schema import RunConfig, TTTConfig, select_layers
 from ttt.costs import scan_cost
 from ttt.laws import Bench
-from ttt.plugins import Backbone, Site
+from ttt.plugins import Backbone, Site, Streaming, has_capability
 
 _SHORTEST = 12
 """Tokens that a probe reads at least."""
@@ -78,7 +78,7 @@ def narrow(config: RunConfig, backbone: Backbone) -> Setting:
     if size < ttt.mini_batch_size:
         changes["mini_batch_size"] = size
         told.append(f"mini-batches of {size}, not {ttt.mini_batch_size}: three of those would take too long")
-    if backbone.streaming and size > STREAMED:
+    if has_capability(backbone, Streaming) and size > STREAMED:
         told.append(f"the whole model streams in mini-batches of {STREAMED}, each layer in those of {size}")
     wanted = ttt.scan_checkpoint_group_size
     if wanted == "auto":  # what it comes to in this config

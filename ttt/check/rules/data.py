@@ -67,11 +67,9 @@ def files_exist(context: Context) -> Iterator[Finding]:
 
 def _way_to_make(context: Context) -> str:
     """The command that makes a backbone's data, where it has one."""
-    from ttt.plugins import Backbone
+    from ttt.plugins import Precomputing, has_capability
 
-    backbone = context.known_backbone
-    made = backbone is not None and type(backbone).precompute is not Backbone.precompute
-    return ", make it with `ttt precompute`" if made else ""
+    return ", make it with `ttt precompute`" if has_capability(context.known_backbone, Precomputing) else ""
 
 
 def _exists(path: str) -> bool:
