@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ttt.config.group_size import group_size_warnings
 from ttt.config.section import Section
+from ttt.config.tasks import Tasks
 from ttt.errors import NestedCheckpointWarning
 
 if TYPE_CHECKING:
@@ -335,6 +336,8 @@ class EvalConfig(Section):
     """Steps between evaluations; 0 evaluates at the end only."""
     max_batches: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
     """How many batches an evaluation reads; null reads all held-out data, or 64 windows of training data instead."""
+    tasks: Tasks = ()
+    """Evaluation tasks of plugins, each `{name: …}` with its own options: measured at every evaluation."""
 
 
 class BackboneOptions(Section):

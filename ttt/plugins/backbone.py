@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from ttt.plugins.data import Batch, LossOutput, WindowDataset
     from ttt.plugins.facts import BackboneFacts
-    from ttt.plugins.imported import ImportedConfig
     from ttt.plugins.sampling import SamplePlan, SampleRequest
     from ttt.plugins.site import Site
 
@@ -86,21 +85,6 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
     def has_own_eval_data(self, options: OptionsT) -> bool:
         """Whether the data that the plugin brings, read if the config names none, has a part for evaluation."""
         return False
-
-    def import_config(self, text: str, *, file: str) -> ImportedConfig | None:
-        """A config of another program that this backbone's users have, in this project's terms.
-
-        Args:
-            text: the other program's config.
-            file: its name, whose ending may say what it is.
-
-        Returns:
-            None if this backbone does not know it.
-
-        Raises:
-            ttt.errors.UsageError: it is one, but damaged; the message says where.
-        """
-        return None
 
     def plan_sample(self, config: RunConfig[OptionsT, DataT], *, seconds: float, out: Path) -> SamplePlan:
         """What a sample of so many seconds takes and leaves, where the backbone has `sample`.

@@ -72,7 +72,11 @@ def _name(backbone: Backbone) -> Iterator[str]:
 
 
 def _methods(backbone: Backbone) -> Iterator[str]:
-
+    if hasattr(backbone, "import_config"):
+        yield (
+            "import_config is a hook of its own now; write `ttt_import_config(text, file)` beside `ttt_backbone`, and "
+            "an entry point for it in the group ttt.config_imports"
+        )
     for name in methods_of(Backbone):
         if not callable(getattr(type(backbone), name)):
             yield f"{name} {_is(backbone, name)}, not a method"
