@@ -33,7 +33,8 @@ def _try_out(backbone: Backbone) -> None:
     """
     backbone.explanations()
     for name, text in backbone.presets().items():
-        for finding in check_config(f"preset {name}", text=text, backbone=backbone).findings:
+        checked = check_config(f"preset {name}", text=text, backbone=backbone, training=False)
+        for finding in checked.findings:
             of_the_demo = name == "demo" and finding.severity is Severity.ERROR and not blames_environment(finding)
             if finding.code in ("TTT802", "TTT803") or (of_the_demo and not finding.code.startswith(_MEMORY)):
                 raise PluginError(f"{finding.place}: {finding.message}")

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 
 from ttt.check.explanations import EXPLANATIONS
+from ttt.check.plugin_rules import house_explanations
 from ttt.check.probe_codes import LAW_EXPLANATIONS
 from ttt.config.explanation import Explanation
 from ttt.config.findings import CODES
@@ -93,11 +94,13 @@ def catalogue() -> str:
 
 def _of_plugins() -> dict[str, Mapping[str, Explanation]]:
     """What the codes of installed plugins mean, by plugin; one that fails when it is asked explains nothing."""
-    found = {}
+    found: dict[str, Mapping[str, Explanation]] = {}
     for plugin in discover():
         if plugin.backbone is not None:
             with contextlib.suppress(TTTError):  # `ttt plugins` says what is wrong
                 found[plugin.name] = plugin.backbone.explanations()
+    for name, explanations in house_explanations().items():
+        found[name] = {**found.get(name, {}), **explanations}
     return {name: explanations for name, explanations in found.items() if explanations}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ttt import plugins
+from ttt.check.plugin_rules import found_by, house_rules
 from ttt.check.reading import read_source
 from ttt.check.render import render_text
 from ttt.check.rules import run_rules
@@ -24,16 +25,14 @@ from ttt.config.source import Source, parse_source
 from ttt.config.spelling import nearest
 from ttt.errors import ConfigEnvironmentError, ConfigError, EnvironmentProblem, PluginError, TTTError
 from ttt.plugins import Backbone, BackboneFacts
-from ttt.plugins.asking import WAY_OUT, WrongAnswer, asked, in_one_line
+from ttt.plugins.asking import WAY_OUT, asked, in_one_line
+from ttt.plugins.registry import Plugin
 from ttt.plugins.run_config import run_config_model, with_defaults
 from ttt.printable import printable
 
 _OF_TRAINING = re.compile("[A-Z]+[24567][0-9]{2}")
 """Codes about what a training run alone needs: recomputation, memory and disk, data, the machine, the optimiser."""
 _SECTIONS = tuple(name for name in RunConfig.model_fields if name != "run_dir")
-
-_CODE = re.compile(r"[A-Za-z0-9_-]{1,40}")
-"""What a plugin may call a finding: a word, for it is shown between others."""
 
 _MOST = {
     **{"dim": 1 << 24, "num_heads": 1 << 20, "num_layers": 1 << 16, "layers_per_checkpoint": 1 << 20, "gates": 1 << 10},
@@ -79,6 +78,7 @@ def check_config(
     memory: int | None = None,
     cost: bool = False,
     resuming: bool = False,
+    training: bool = True,
 ) -> CheckedConfig:
     """Read, resolve and check a config. No torch is imported, and no model built.
 
@@ -90,6 +90,7 @@ def check_config(
         memory: bytes of the device that the run is for; None asks the machine where the config names a device of it.
         cost: also say what the run costs, as a note.
         resuming: whether a run goes on, which has its weights and no need of what it once started from.
+        training: whether it is to be trained; else its evaluation tasks and house rules are not asked for.
 
     Raises:
         EnvironmentProblem: the file is missing or cannot be read.
@@ -101,7 +102,7 @@ def check_config(
         source = read_source(path)
     else:
         raise ValueError("a config is read from a path or a text")
-    return _Check(source, overrides, memory, resuming, cost).checked(backbone)
+    return _Check(source, overrides, memory, resuming, cost, training).checked(backbone)
 
 
 def load_config(
@@ -116,7 +117,8 @@ def load_config(
 ) -> LoadedConfig:
     """`check_config` for a config that is to be run; the other arguments are the same.
 
-    Where it is not to be trained (`training` false), nothing is found about its data, memory, disk and optimiser.
+    Where it is not to be trained (`training` false), nothing is found about its data, memory, disk and optimiser,
+    and neither its evaluation tasks nor house rules are asked for.
 
     Raises:
         ConfigError: it cannot be run; the message lists every finding, each with its place, and `findings` has them.
@@ -125,7 +127,15 @@ def load_config(
         EnvironmentProblem: the file is missing or cannot be read.
         ValueError: neither `path` nor `text` is given.
     """
-    checked = check_config(path, text=text, backbone=backbone, overrides=overrides, memory=memory, resuming=resuming)
+    checked = check_config(
+        path,
+        text=text,
+        backbone=backbone,
+        overrides=overrides,
+        memory=memory,
+        resuming=resuming,
+        training=training,
+    )
     if not training:
         kept = tuple(finding for finding in checked.findings if not _OF_TRAINING.fullmatch(finding.code))
         checked = replace(checked, findings=kept)
@@ -147,12 +157,19 @@ class _Check:
     """One config on its way through the steps, and what was found so far."""
 
     def __init__(
-        self, source: Source, overrides: Sequence[str], memory: int | None, resuming: bool, cost: bool
+        self,
+        source: Source,
+        overrides: Sequence[str],
+        memory: int | None,
+        resuming: bool,
+        cost: bool,
+        training: bool,
     ) -> None:
         self.findings: list[Finding] = []
         self.memory = memory
         self.resuming = resuming
         self.cost = cost
+        self.training = training
         self.source = source.with_overrides(overrides) if source.complete else source
 
     def checked(self, asked: Backbone | str | None) -> CheckedConfig:
@@ -164,6 +181,10 @@ class _Check:
                 data[section] = {}
         backbone = self._find_backbone(data, asked)
         result = self._validate(data, backbone)
+        if self.training and result.config is not None and result.config.eval.tasks:
+            from ttt.check.tasks import resolve_tasks  # a config that names none has no need of it
+
+            resolve_tasks(result, self.source)
         self.findings.extend(result.findings)
         as_meant = backbone is not None and not result.findings and not has_errors(self.source.findings)
         if result.config is not None:
@@ -283,6 +304,8 @@ class _Check:
         self.findings.extend(run_rules(context, untrusted))
         if backbone is not None and not untrusted:
             self._run_plugin_rules(backbone, config)
+            if self.training:
+                self._run_house_rules(backbone, config)
 
     def _facts(self, backbone: Backbone, config: RunConfig) -> BackboneFacts | None:
         try:
@@ -308,23 +331,29 @@ class _Check:
     def _run_plugin_rules(self, backbone: Backbone, config: RunConfig) -> None:
         for rule in backbone.rules:
             try:
-                self.findings.extend(_answer_of(rule, backbone, config))
+                self.findings.extend(found_by(rule, backbone, config))
             except Exception as error:
                 self._add_failed(backbone, error)
 
-    def _add_failed(self, backbone: Backbone, error: Exception) -> None:
+    def _run_house_rules(self, backbone: Backbone, config: RunConfig) -> None:
+        answers = house_rules(backbone.name)
+        for failure in answers.failures:
+            fix = "reinstall it, or tell who made it" if failure.broken else WAY_OUT.removeprefix("; ")
+            self._add("TTT802" if failure.broken else "TTT803", "", failure.told, fix, value=failure.plugin)
+        for answer in answers.given:
+            for rule in answer.value:
+                try:
+                    self.findings.extend(found_by(rule.check, answer.plugin, config))
+                except Exception as error:
+                    self._add_failed(answer.plugin, error, path="")
+
+    def _add_failed(self, plugin: Backbone | Plugin, error: Exception, *, path: str = "backbone.name") -> None:
         """Blame the plugin for what it failed in, and the user's key for what it refused."""
         if isinstance(error, TTTError) and not isinstance(error, PluginError):
             self._add_refused(error)
             return
-        told = str(error) if isinstance(error, PluginError) else f"the plugin {backbone.name}: {in_one_line(error)}"
-        self._add(
-            "TTT803",
-            "backbone.name",
-            told.removesuffix(WAY_OUT),
-            WAY_OUT.removeprefix("; "),
-            value=backbone.name,
-        )
+        told = str(error) if isinstance(error, PluginError) else f"the plugin {plugin.name}: {in_one_line(error)}"
+        self._add("TTT803", path, told.removesuffix(WAY_OUT), WAY_OUT.removeprefix("; "), value=plugin.name)
 
     def _add_refused(self, error: TTTError) -> None:
         """What a plugin says of the user's keys; its sentence begins with the key, or is about the whole section."""
@@ -334,38 +363,6 @@ class _Check:
         message, fix = split_fix(str(error))
         code = "TTT605" if isinstance(error, EnvironmentProblem) else "TTT106"
         self._add(code, path, message, fix)
-
-
-def _answer_of(rule: Callable[[RunConfig], Sequence[Any]], backbone: Backbone, config: RunConfig) -> list[Finding]:
-    """What a plugin's rule finds.
-
-    Raises:
-        PluginError: it failed.
-    """
-    with asked(backbone, f"its rule {getattr(rule, '__name__', repr(rule))}", rule):
-        findings = list(rule(config))
-        strange = [type(finding).__name__ for finding in findings if not isinstance(finding, Finding)]
-        if strange:
-            raise WrongAnswer(f"{strange[0]}, not Finding")
-        for finding in findings:
-            _require_wellformed(finding)
-    return findings
-
-
-def _require_wellformed(finding: Finding) -> None:
-    """Refuse a plugin's finding that could not be shown.
-
-    Raises:
-        WrongAnswer: a field of it is of another type, or its code is no word.
-    """
-    kinds = {"code": str, "severity": Severity, "path": str, "message": str, "fix": str, "of_environment": bool}
-    maybe = {"place": Place, "replacement": str, "moves_to": str}
-    for name, kind in (*kinds.items(), *maybe.items()):
-        value = getattr(finding, name)
-        if not isinstance(value, kind) and not (name in maybe and value is None):
-            raise WrongAnswer(f"a Finding whose {name} is of type {type(value).__name__}, not {kind.__name__}")
-    if not _CODE.fullmatch(finding.code):
-        raise WrongAnswer(f"a Finding whose code is {finding.code!r:.80}; write letters and digits, as TOY101")
 
 
 def _decides_facts(path: KeyPath, config: RunConfig) -> bool:

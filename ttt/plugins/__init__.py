@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from ttt.plugins.backbone import Backbone
     from ttt.plugins.data import Batch, LossOutput, WindowDataset
     from ttt.plugins.discovery import GROUP, PluginInfo, discover, find, forget, get_backbone, names
+    from ttt.plugins.eval_tasks import EvalContext, EvalTask
     from ttt.plugins.facts import BackboneFacts, RecordingFormat
     from ttt.plugins.hookspecs import hookimpl
+    from ttt.plugins.house_rules import HouseRule
     from ttt.plugins.imported import Import, ImportedConfig
+    from ttt.plugins.loggers import Logger
     from ttt.plugins.rows import StepRows, rows_of_step
     from ttt.plugins.run_config import run_config_model
     from ttt.plugins.sampling import SamplePlan, SampleRequest
@@ -24,9 +27,13 @@ _EXPORTS = {
     "Backbone": "ttt.plugins.backbone",
     "BackboneFacts": "ttt.plugins.facts",
     "Batch": "ttt.plugins.data",
+    "EvalContext": "ttt.plugins.eval_tasks",
+    "EvalTask": "ttt.plugins.eval_tasks",
     "GROUP": "ttt.plugins.discovery",
+    "HouseRule": "ttt.plugins.house_rules",
     "Import": "ttt.plugins.imported",
     "ImportedConfig": "ttt.plugins.imported",
+    "Logger": "ttt.plugins.loggers",
     "LossOutput": "ttt.plugins.data",
     "PluginInfo": "ttt.plugins.discovery",
     "RecordingFormat": "ttt.plugins.facts",
@@ -50,8 +57,12 @@ __all__ = [
     "Backbone",
     "BackboneFacts",
     "Batch",
+    "EvalContext",
+    "EvalTask",
+    "HouseRule",
     "Import",
     "ImportedConfig",
+    "Logger",
     "LossOutput",
     "PluginInfo",
     "RecordingFormat",

@@ -25,7 +25,7 @@ from ttt.plugins import hookspecs
 from ttt.plugins.asking import WAY_OUT, asked, in_one_line, owner, place_in, print_traceback, top_of
 from ttt.plugins.hook_answers import HOOK_ANSWERS
 from ttt.plugins.hookspecs import KINDS, Kind
-from ttt.plugins.origin import brought, distribution_of, version_of
+from ttt.plugins.origin import brought, distribution_of, origin_of, version_of
 
 _BY_HOOK = {kind.hook: kind for kind in KINDS}
 
@@ -246,18 +246,22 @@ def _guarded(plugin: Plugin, kind: Kind, written: Callable[..., Any]) -> Callabl
                 value = written(*arguments)
                 if value is not None:
                     HOOK_ANSWERS[kind.hook](value)
-        except PluginError as error:
-            call.failures.append(Failure(plugin.name, False, str(error).removesuffix(WAY_OUT), error))
-            return None
-        except Exception as error:  # what is refused on purpose, and a lack of memory
-            if kind.first and isinstance(error, TTTError):
-                raise  # the user's to mend
-            told = error if isinstance(error, TTTError) else in_one_line(error)
-            call.failures.append(Failure(plugin.name, False, f"{owner(plugin)}: {told}", error))
+        except Exception as error:
+            if kind.first and isinstance(error, TTTError) and not isinstance(error, PluginError):
+                raise  # it refuses what is the user's to mend
+            call.failures.append(Failure(plugin.name, False, in_its_name(plugin, error), error))
             return None
         return None if value is None or not call.accepts(value) else Answer(plugin, value)
 
     return ask
+
+
+def in_its_name(plugin: Plugin, error: Exception) -> str:
+    """What a plugin raised when it was asked, as one sentence that names it, unless it is the library itself."""
+    if isinstance(error, PluginError):
+        return str(error).removesuffix(WAY_OUT)
+    told = str(error) if isinstance(error, TTTError) else in_one_line(error)
+    return told if origin_of(plugin) is None else f"{owner(plugin)}: {told}"
 
 
 def cause_in_words(error: BaseException, module: str) -> str:
