@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,14 +14,22 @@ TOY = "from toy_config import ttt_backbone  # noqa: F401\n"
 """The module of a plugin that works."""
 
 
-def install(folder: Path, name: str, module: str, source: str, *, distribution: str | None = None) -> None:
-    """Install version 1.2 of a distribution whose entry point `name` points to a module of the given source."""
+def install(
+    folder: Path,
+    name: str,
+    module: str,
+    source: str,
+    *,
+    distribution: str | None = None,
+    groups: Sequence[str] = (plugins.GROUP,),
+) -> None:
+    """Install version 1.2 of a distribution whose entry point `name`, in each group, is a module of that source."""
     (folder / f"{module}.py").write_text(source, encoding="utf-8")
     distribution = distribution or f"ttt-{name}"
     metadata = folder / f"{distribution.replace('-', '_')}-1.2.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
-    (metadata / "entry_points.txt").write_text(f"[{plugins.GROUP}]\n{name} = {module}\n")
+    (metadata / "entry_points.txt").write_text("".join(f"[{group}]\n{name} = {module}\n" for group in groups))
 
 
 @contextmanager

@@ -54,6 +54,10 @@ DECLARED = {
     ),
     "options: none": ("options = None", "Toy.options is None, not a subclass of BackboneOptions"),
     "location_options: the older name": ("location_options = {'width'}", "is what non_identity_options was called"),
+    "import_config: a hook now": (
+        "def import_config(self, text, *, file): ...",
+        "Toy.import_config is a hook of its own now; write `ttt_import_config(text, file)`",
+    ),
     "non_identity_options: a text": (
         "non_identity_options = 'weights'",
         "Toy.non_identity_options is 'weights', not a set",

@@ -12,8 +12,8 @@ import yaml
 from ttt.check import check_config, load_config
 from ttt.check.importing import import_config as ask
 from ttt.check.importing import render_account, write_imported
-from ttt.errors import ConfigError, PluginError, UsageError
-from ttt.plugins import ImportedConfig, get_backbone
+from ttt.errors import ConfigError, UsageError
+from ttt.plugins import ImportedConfig
 from ttt_cli.main import main
 from ttt_moshi.importing import import_config
 
@@ -216,7 +216,7 @@ def test_a_result_with_errors_ends_with_1(capsys: pytest.CaptureFixture[str]) ->
             "video.toml",
             "[model]\nname = 'another'\n[remat]\n",
             2,
-            "no installed backbone reads this file (asked: ",
+            "no installed plugin reads this file (asked: ",
         ),
         ("mine.yaml", "backbone: {name: moshi}\n", 2, "`ttt check mine.yaml`"),
         ("twice.yaml", "seed: 1\nseed: 2\nlora:\n", 2, "error TTT002"),
@@ -238,20 +238,12 @@ def test_files_that_cannot_be_imported(
     assert not Path("new.yaml").exists()
 
 
-def test_a_backbone_that_fails_is_named() -> None:
-    moshi = get_backbone("moshi")
-
-    class Failing(type(moshi)):  # type: ignore[misc]
-        def import_config(self, text: str, *, file: str) -> None:
-            raise RuntimeError("a bug")
-
-    with pytest.raises(PluginError, match=r"the plugin moshi .* failed in `import_config`, .*RuntimeError: a bug"):
-        ask(PLAIN, file="old.yaml", backbones=[Failing()])
+def test_what_is_no_config_of_another_program_is_told() -> None:
     with pytest.raises(ConfigError):
-        ask("lora: [", file="old.yaml", backbones=[moshi])
+        ask("lora: [", file="old.yaml")
     with pytest.raises(UsageError):
-        ask("backbone: {name: moshi}", file="old.yaml", backbones=[moshi])
-    assert ask("x: 1", file="old.yaml", backbones=[moshi]) is None
+        ask("backbone: {name: moshi}", file="old.yaml")
+    assert ask("x: 1", file="old.yaml") is None
 
 
 # --- numbers that are none ---
@@ -270,7 +262,7 @@ def test_a_backbone_that_fails_is_named() -> None:
 )
 def test_a_number_that_is_none_is_told_with_its_place(line: str, told: str) -> None:
     with pytest.raises(UsageError) as caught:
-        ask(f"moshi_paths: {{}}\n{line}\n", file="f.yaml", backbones=[get_backbone("moshi")])
+        ask(f"moshi_paths: {{}}\n{line}\n", file="f.yaml")
     assert str(caught.value).startswith(told)
     assert caught.value.exit_code == 2
 
@@ -279,9 +271,9 @@ def test_a_number_that_is_none_is_told_with_its_place(line: str, told: str) -> N
     "line", ["max_steps: true", "max_steps: '12'", "optim: {pct_start: [1]}", "ttt: [1]", "optim: 3"]
 )
 def test_what_is_no_number_is_left_to_the_check_of_the_new_config(line: str) -> None:
-    answer = ask(f"moshi_paths: {{}}\n{line}\n", file="f.yaml", backbones=[get_backbone("moshi")])
+    answer = ask(f"moshi_paths: {{}}\n{line}\n", file="f.yaml")
     assert answer is not None
-    assert not isinstance(answer[1].values.get("train.warmup_steps"), bool)
+    assert not isinstance(answer.values.get("train.warmup_steps"), bool)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from ttt.config import RunConfig
 from ttt.errors import DamagedFileWarning, EnvironmentProblem, UsageError
 from ttt.files import size_in_words
 from ttt.train.display import Display, duration_in_words
+from ttt.train.loggers import Loggers
 from ttt.train.metrics import MetricsFile, metrics_lines, read_metrics
 from ttt.train.pictures import draw_run, inner_figure, loss_figure, smoothed
 from ttt.train.setup import peak_memory_bytes
@@ -167,11 +169,13 @@ def test_metrics_that_cannot_be_read_are_told(tmp_path):
 
 # --- TensorBoard ---
 
+RUN = RunConfig.model_validate({"backbone": {"name": "toy"}, "data": {}})
+
 
 def test_tensorboard_gets_every_number(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    board = TensorBoard(tmp_path, first_step=1, warn=pytest.fail)
-    board.write(line(1, layers={"layers.0.ttt": {"movement": 0.5}}, eval_split="train"))
+    board = TensorBoard(tmp_path, first_step=1)
+    board.log(line(1, layers={"layers.0.ttt": {"movement": 0.5}}, eval_split="train"))
     board.close()
     events = event_accumulator.EventAccumulator(str(tmp_path))
     events.Reload()
@@ -182,18 +186,18 @@ def test_tensorboard_gets_every_number(tmp_path):
 
 def test_without_tensorboard_nothing_happens(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    board = TensorBoard(tmp_path / "board", first_step=1, warn=pytest.fail)
-    board.write(line(1))
-    board.close()
+    loggers = Loggers(RUN, tmp_path, first_step=1, warn=pytest.fail)
+    loggers.log(line(1))
+    loggers.close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_cut_run_wrote_is_purged_by_its_resumption(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for first, steps in ((1, (1, 2, 3)), (3, (3,))):
-        board = TensorBoard(tmp_path, first_step=first, warn=pytest.fail)
+        board = TensorBoard(tmp_path, first_step=first)
         for step in steps:
-            board.write(line(step, loss=float(first)))
+            board.log(line(step, loss=float(first)))
         board.close()
         (file,) = [file for file in tmp_path.iterdir() if not file.name.endswith("of_run")]
         file.rename(tmp_path / f"events.out.tfevents.{first:010}.of_run")  # files are read in order of their names
@@ -234,9 +238,9 @@ def test_a_board_that_cannot_be_opened_is_warned_of_once(tmp_path, monkeypatch, 
     folder.parent.mkdir()
     spoil(folder, monkeypatch)
     warnings = []
-    board = TensorBoard(folder, first_step=1, warn=warnings.append)
-    board.write(line(1))
-    board.close()
+    loggers = Loggers(RUN, folder.parent, first_step=1, warn=warnings.append)
+    loggers.log(line(1))
+    loggers.close()
     (warning,) = warnings
     assert warning.startswith(f"warning: nothing more is written for TensorBoard in {folder} ({told}")
     assert warning.endswith("; the run goes on")
@@ -246,18 +250,19 @@ def test_a_board_that_cannot_be_opened_is_warned_of_once(tmp_path, monkeypatch, 
 def test_a_board_on_a_disk_that_fills_up_is_warned_of_once(tmp_path, capfd):
     pytest.importorskip("tensorboard")
     warnings = []
-    board = TensorBoard(tmp_path, first_step=1, warn=warnings.append)
-    board.write(line(1))
-    (file,) = tmp_path.iterdir()
+    loggers = Loggers(RUN, tmp_path, first_step=1, warn=warnings.append)
+    loggers.log(line(1))
+    (file,) = (tmp_path / "tensorboard").iterdir()
     (held,) = [fd for fd in os.listdir("/proc/self/fd") if _points_to(fd, file)]
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, int(held))
     os.close(full)
     for step in (2, 3):
-        board.write(line(step))
-    board.close()
+        loggers.log(line(step))
+    loggers.close()
     assert warnings == [
-        f"warning: nothing more is written for TensorBoard in {tmp_path} (No space left on device); the run goes on"
+        f"warning: nothing more is written for TensorBoard in {tmp_path / 'tensorboard'} (No space left on device); "
+        "the run goes on"
     ]
     assert capfd.readouterr() == ("", "")  # no thread has a traceback of its own
 

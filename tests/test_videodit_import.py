@@ -17,7 +17,7 @@ from ttt.check.importing import import_config as ask
 from ttt.check.importing import render_account, write_imported
 from ttt.config import Severity
 from ttt.errors import UsageError
-from ttt.plugins import ImportedConfig, get_backbone
+from ttt.plugins import ImportedConfig
 from ttt_cli.main import main
 from ttt_videodit.geometry import Segments, segments_in
 from ttt_videodit.importing import import_config
@@ -415,7 +415,7 @@ def test_files_of_others_are_left_to_others() -> None:
 )
 def test_a_broken_file_is_told_with_its_place(text: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        ask(text, file="old.toml", backbones=[get_backbone("videodit")])
+        ask(text, file="old.toml")
     assert import_config(text, file="old.cfg") is None
 
 
@@ -465,7 +465,7 @@ def test_the_account_wraps_at_a_terminal() -> None:
 )
 def test_a_number_that_is_none_is_told_with_its_place(lines: str, told: str) -> None:
     with pytest.raises(UsageError) as caught:
-        get_backbone("videodit").import_config(f'[model]\nssm_layer = "ttt_mlp"\n{lines}\n', file="f.toml")
+        ask(f'[model]\nssm_layer = "ttt_mlp"\n{lines}\n', file="f.toml")
     assert str(caught.value).startswith(told)
 
 
@@ -480,4 +480,4 @@ def test_a_number_that_is_none_is_told_with_its_place(lines: str, told: str) -> 
 )
 def test_odd_numbers_end_in_no_traceback(lines: str) -> None:
     model = f'[model]\nssm_layer = "ttt_mlp"\nvideo_length = "{"9" * 5000}sec"\n'
-    assert get_backbone("videodit").import_config(f"{model}{lines}\n", file="f.toml") is not None
+    assert ask(f"{model}{lines}\n", file="f.toml") is not None

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ttt_cli.options import BackboneName, is_standard_output, require_replaceable
-from ttt_cli.terminal import show, show_findings, width_of
-
-if TYPE_CHECKING:
-    from ttt.plugins import Backbone
+from ttt_cli.terminal import show, show_findings, show_note, width_of
 
 
 def import_config(
@@ -27,31 +24,32 @@ def import_config(
     """Turn a config of another program into one of this project.
 
     Says for each key where it went or why it has no counterpart, and checks the result. What can be read is the
-    backbones' to say: ttt-moshi reads moshi-finetune's YAML, ttt-videodit TTT-Video's TOML.
+    plugins' to say: ttt-moshi reads moshi-finetune's YAML, ttt-videodit TTT-Video's TOML.
 
-    Exit codes: 0 imported, 1 imported, but the result has errors, 2 nothing that a backbone reads, 3 a file that cannot
+    Exit codes: 0 imported, 1 imported, but the result has errors, 2 nothing that a plugin reads, 3 a file that cannot
     be read or written.
     """
     from ttt.check import check_config
     from ttt.check.importing import import_config as read
-    from ttt.check.importing import render_account, write_imported
+    from ttt.check.importing import readers, render_account, write_imported
     from ttt.check.json_schema import EDITOR_LINE
     from ttt.config.findings import has_errors, summary
     from ttt.errors import UsageError
     from ttt.files import write_text
+    from ttt.plugins import get_backbone
 
     target = None if out is None or is_standard_output(out) else Path(out)
     if target is not None:
         require_replaceable(target, force=force)
-    backbones = _backbones(backbone)
-    answer = read(_text(old), file=old, backbones=backbones)
-    if answer is None:
-        asked = ", ".join(each.name for each in backbones) or "none"
+    if backbone is not None:
+        get_backbone(backbone)
+    imported = read(_text(old), file=old, backbone=backbone, tell=lambda told: show_note(f"note: {told}"))
+    if imported is None:
+        wanted = "" if backbone is None else f" as a config for {backbone}"
         raise UsageError(
-            f"{old}: no installed backbone reads this file (asked: {asked}). ttt-moshi reads moshi-finetune's YAML, "
-            f"ttt-videodit TTT-Video's TOML"
+            f"{old}: no installed plugin reads this file{wanted} (asked: {', '.join(readers()) or 'none'}). ttt-moshi "
+            f"reads moshi-finetune's YAML, ttt-videodit TTT-Video's TOML"
         )
-    chosen, imported = answer
     text = EDITOR_LINE + write_imported(imported, origin=old)
     stream = sys.stderr if target is None else sys.stdout
     if target is None:
@@ -63,7 +61,7 @@ def import_config(
     print(file=stream)
     for line in render_account(imported, width=width_of(stream)).split("\n"):
         show(line, stream=stream)
-    checked = check_config(name, text=text, backbone=chosen)
+    checked = check_config(name, text=text)
     print(file=stream)
     show_findings(checked.findings, stream=stream)
     show(f"{name}: {summary(checked.findings)}", stream=stream)
@@ -89,11 +87,3 @@ def _text(file: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError(f"{file}: is no UTF-8 text; name a config") from None
-
-
-def _backbones(name: str | None) -> list[Backbone]:
-    from ttt.plugins import discover, get_backbone
-
-    if name is not None:
-        return [get_backbone(name)]
-    return [plugin.backbone for plugin in discover() if plugin.backbone is not None]

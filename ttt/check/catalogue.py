@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ttt.check import codes
 from ttt.check.probe_codes import LAWS
 from ttt.check.rules import RULES
+from ttt.check.rules.of_plugins import house_rules
 from ttt.config import nodes, source
 from ttt.config.explanation import Explanation, read_explanations
-from ttt.config.findings import Code
+from ttt.config.findings import PREFIX, Code
+from ttt.config.schema import RunConfig
 from ttt.errors import PluginError
 from ttt.plugins import Backbone
 from ttt.plugins.asking import WAY_OUT, owner
 from ttt.plugins.rules import Rule
-
-PREFIX = "TTT"
-"""What the core's codes begin with; a plugin's begin with letters of its own."""
 
 _ALL = (
     *(each for module in (nodes, source, codes) for each in vars(module).values() if isinstance(each, Code)),
@@ -38,20 +38,40 @@ def explanations() -> Mapping[str, Explanation]:
 
 
 def explanations_of(backbone: Backbone) -> Mapping[str, Explanation]:
-    """What the codes of a plugin mean: those of its `explanations`, and those that its rules declare.
+    """What the codes of a backbone's plugin mean: those of its `explanations`, and those that its rules declare.
 
     Raises:
         PluginError: it fails when it is asked, or a rule declares a code that nothing explains.
     """
-    told = dict(backbone.explanations())
-    declared = {code.number: code for rule in backbone.rules if isinstance(rule, Rule) for code in rule.codes}
+    rules = [rule for rule in backbone.rules if isinstance(rule, Rule)]
+    return _explained(backbone, rules, backbone.explanations())
+
+
+def house_explanations() -> dict[str, Mapping[str, Explanation]]:
+    """What the codes of house rules mean, by plugin; one that fails when it is asked explains nothing."""
+    found: dict[str, Mapping[str, Explanation]] = {}
+    for answer in house_rules(None).given:
+        with contextlib.suppress(PluginError):  # `ttt plugins` says what is wrong
+            found[answer.plugin.name] = _explained(answer.plugin, answer.value, {})
+    return found
+
+
+def _explained(
+    plugin: object, rules: Iterable[Rule[RunConfig]], told: Mapping[str, Explanation]
+) -> Mapping[str, Explanation]:
+    """What is told of codes, and of those that a plugin's rules declare.
+
+    Raises:
+        PluginError: a rule declares a code that nothing explains, or one of the core's.
+    """
+    declared = {code.number: code for rule in rules for code in rule.codes}
     for number in declared:
         if number.startswith(PREFIX):
-            raise PluginError(f"{owner(backbone)} declares the code {number}, which is the core's{WAY_OUT}")
+            raise PluginError(f"{owner(plugin)} declares the code {number}, which is the core's", fix=WAY_OUT)
     try:
-        told |= read_explanations(declared.values())
+        told = {**told, **read_explanations(declared.values())}
     except ValueError as error:
-        raise PluginError(f"{owner(backbone)} does not explain its codes: {error}{WAY_OUT}") from error
+        raise PluginError(f"{owner(plugin)} does not explain its codes: {error}", fix=WAY_OUT) from error
     for number in sorted(declared.keys() - told.keys()):
-        raise PluginError(f"{owner(backbone)} does not explain its code {number}{WAY_OUT}")
+        raise PluginError(f"{owner(plugin)} does not explain its code {number}", fix=WAY_OUT)
     return told

@@ -6,6 +6,9 @@ from functools import partial
 
 from ttt.config.findings import Blame, Code, Family, Severity
 
+REINSTALL = "reinstall it, or tell who made it"
+"""The way out of a broken plugin."""
+
 _code = partial(Code, severity=Severity.ERROR, home=__name__)
 _schema = partial(_code, family=Family.SCHEMA)
 TTT101 = _schema("TTT101", "unknown key")

@@ -31,7 +31,8 @@ def _try_out(backbone: Backbone) -> None:
     """
     explanations_of(backbone)
     for name, text in backbone.presets().items():
-        for finding in check_config(f"preset {name}", text=text, backbone=backbone).findings:
+        checked = check_config(f"preset {name}", text=text, backbone=backbone, training=False)
+        for finding in checked.findings:
             wrong_demo = name == "demo" and finding.severity is Severity.ERROR and finding.blames is Blame.CONFIG
             if finding.blames is Blame.PLUGIN or wrong_demo:
                 raise PluginError(f"{finding.place}: {finding.message}")

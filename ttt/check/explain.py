@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ttt.check.catalogue import DECLARED, explanations, explanations_of
+from ttt.check.catalogue import DECLARED, explanations, explanations_of, house_explanations
 from ttt.config.explanation import Explanation
 from ttt.config.findings import Code, Family
 from ttt.config.spelling import nearest
@@ -50,11 +50,13 @@ def catalogue() -> str:
 
 def _of_plugins() -> dict[str, Mapping[str, Explanation]]:
     """What the codes of installed plugins mean, by plugin; one that fails when it is asked explains nothing."""
-    found = {}
+    found: dict[str, Mapping[str, Explanation]] = {}
     for plugin in discover():
         if plugin.backbone is not None:
             with contextlib.suppress(TTTError):  # `ttt plugins` says what is wrong
                 found[plugin.name] = explanations_of(plugin.backbone)
+    for name, told in house_explanations().items():
+        found[name] = {**found.get(name, {}), **told}
     return {name: told for name, told in found.items() if told}
 
 

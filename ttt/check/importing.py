@@ -1,22 +1,24 @@
 """Configs of other programs in this project's terms: where each key went, or why it has no counterpart.
 
-The formats themselves are known to the backbones whose users have such files (`Backbone.import_config`); here is what
-every importer needs: a record in which no key of the old file is lost, and the writing of the new one.
+The formats themselves are known to plugins, which implement the hook `ttt_import_config`; here they are asked, and the
+new config is written, with an account in which no key of the old file is lost.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from ttt.config.dumping import dump_value
 from ttt.config.findings import summary
 from ttt.config.schema import RunConfig
 from ttt.config.source import parse_source
-from ttt.errors import ConfigError, UsageError
-from ttt.plugins.backbone import Backbone
+from ttt.errors import ConfigError, PluginError, UsageError
+from ttt.plugins.asking import WAY_OUT
+from ttt.plugins.hookspecs import CONFIG_IMPORTS
 from ttt.plugins.imported import ImportedConfig, ImportedKey
+from ttt.plugins.registry import ask, entry_points
 from ttt.printable import printable, shell_word
 
 _COMMENT = 500
@@ -25,29 +27,42 @@ MOST_LISTED = 200
 """Keys of a kind that an account lists; the others are counted."""
 
 
-def import_config(text: str, *, file: str, backbones: Sequence[Backbone]) -> tuple[Backbone, ImportedConfig] | None:
-    """Ask the backbones, one by one, to read a foreign config; None where it is none that they know.
+def import_config(
+    text: str, *, file: str, backbone: str | None = None, tell: Callable[[str], None] = lambda sentence: None
+) -> ImportedConfig | None:
+    """Ask the plugins, one by one, to read a foreign config; None where it is none that they know.
 
     Args:
         text: the old file.
         file: its name.
-        backbones: in the order to be asked.
+        backbone: the only one whose configs are wanted; None takes any.
+        tell: called with a sentence for each plugin that is broken or failed, if another one read the file.
 
     Raises:
         ConfigError: the file is meant to be YAML, and is none, or says a key twice.
-        PluginError: a backbone failed when it was asked.
-        UsageError: it is a config of this project already, or a backbone's that is damaged.
+        PluginError: a plugin is broken or failed, and no other reads the file.
+        UsageError: it is a config of this project already, or one that a plugin knows and that is damaged.
     """
     source = parse_source(text, file=file)
     if file.casefold().endswith((".yaml", ".yml")) and source.findings:
         raise ConfigError(f"{file}: {summary(source.findings)}", source.findings)
     if isinstance(source.data.get("backbone"), Mapping):
         raise UsageError(f"{file}: is a config of this project already; check it with `ttt check {shell_word(file)}`")
-    for backbone in backbones:
-        imported = backbone.import_config(text, file=file)
-        if imported is not None:
-            return backbone, imported
-    return None
+    answers = ask(CONFIG_IMPORTS, accepts=lambda found: _is_for(found, backbone), text=text, file=file)
+    if not answers.given and answers.failures:
+        raise PluginError("; ".join(failure.told for failure in answers.failures), fix=WAY_OUT)
+    for failure in answers.failures:
+        tell(failure.told)
+    return answers.given[0].value if answers.given else None
+
+
+def _is_for(imported: ImportedConfig, backbone: str | None) -> bool:
+    return backbone is None or imported.values.get("backbone.name") == backbone
+
+
+def readers() -> tuple[str, ...]:
+    """The plugins that read other programs' configs, working or broken; none is loaded."""
+    return tuple(dict.fromkeys(point.name for point in entry_points(CONFIG_IMPORTS)))
 
 
 # --- the new file, and the account of it ---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from ttt import plugins
-from ttt.check.codes import TTT102, TTT103, TTT104, TTT106, TTT605, TTT801, TTT802, TTT803
+from ttt.check.codes import REINSTALL, TTT102, TTT103, TTT104, TTT106, TTT605, TTT801, TTT802, TTT803
 from ttt.check.reading import read_source
 from ttt.check.render import render_text
 from ttt.check.rules import reliable, run_rules
-from ttt.check.rules.of_plugins import as_rule, found_by
+from ttt.check.rules.of_plugins import as_rule, found_by, house_rules
 from ttt.check.rules.rule import Context
 from ttt.check.validation import Validated, validate
 from ttt.config.findings import Code, Finding, Place, Severity, blames_environment, has_errors, summary
@@ -26,6 +26,8 @@ from ttt.config.spelling import nearest
 from ttt.errors import ConfigEnvironmentError, ConfigError, EnvironmentProblem, PluginError, TTTError
 from ttt.plugins import Backbone, BackboneFacts
 from ttt.plugins.asking import WAY_OUT, asked, in_one_line
+from ttt.plugins.registry import Plugin
+from ttt.plugins.rules import Rule
 from ttt.plugins.run_config import run_config_model, with_defaults
 from ttt.printable import printable
 
@@ -75,6 +77,7 @@ def check_config(
     memory: int | None = None,
     cost: bool = False,
     resuming: bool = False,
+    training: bool = True,
 ) -> CheckedConfig:
     """Read, resolve and check a config. No torch is imported, and no model built.
 
@@ -86,6 +89,7 @@ def check_config(
         memory: bytes of the device that the run is for; None asks the machine where the config names a device of it.
         cost: also say what the run costs, as a note.
         resuming: whether a run goes on, which has its weights and no need of what it once started from.
+        training: whether it is to be trained; else its evaluation tasks and house rules are not asked for.
 
     Raises:
         EnvironmentProblem: the file is missing or cannot be read.
@@ -97,7 +101,7 @@ def check_config(
         source = read_source(path)
     else:
         raise ValueError("a config is read from a path or a text")
-    return _Check(source, overrides, memory, resuming, cost).checked(backbone)
+    return _Check(source, overrides, memory, resuming, cost, training).checked(backbone)
 
 
 def load_config(
@@ -112,7 +116,8 @@ def load_config(
 ) -> LoadedConfig:
     """`check_config` for a config that is to be run; the other arguments are the same.
 
-    Where it is not to be trained (`training` false), nothing is found about its data, memory, disk and optimiser.
+    Where it is not to be trained (`training` false), nothing is found about its data, memory, disk and optimiser,
+    and neither its evaluation tasks nor house rules are asked for.
 
     Raises:
         ConfigError: it cannot be run; the message lists every finding, each with its place, and `findings` has them.
@@ -121,7 +126,15 @@ def load_config(
         EnvironmentProblem: the file is missing or cannot be read.
         ValueError: neither `path` nor `text` is given.
     """
-    checked = check_config(path, text=text, backbone=backbone, overrides=overrides, memory=memory, resuming=resuming)
+    checked = check_config(
+        path,
+        text=text,
+        backbone=backbone,
+        overrides=overrides,
+        memory=memory,
+        resuming=resuming,
+        training=training,
+    )
     if not training:
         kept = tuple(finding for finding in checked.findings if not finding.only_for_training)
         checked = replace(checked, findings=kept)
@@ -143,12 +156,19 @@ class _Check:
     """One config on its way through the steps, and what was found so far."""
 
     def __init__(
-        self, source: Source, overrides: Sequence[str], memory: int | None, resuming: bool, cost: bool
+        self,
+        source: Source,
+        overrides: Sequence[str],
+        memory: int | None,
+        resuming: bool,
+        cost: bool,
+        training: bool,
     ) -> None:
         self.findings: list[Finding] = []
         self.memory = memory
         self.resuming = resuming
         self.cost = cost
+        self.training = training
         self.source = source.with_overrides(overrides) if source.complete else source
 
     def checked(self, asked: Backbone | str | None) -> CheckedConfig:
@@ -160,6 +180,10 @@ class _Check:
                 data[section] = {}
         backbone = self._find_backbone(data, asked)
         result = self._validate(data, backbone)
+        if self.training and result.config is not None and result.config.eval.tasks:
+            from ttt.check.tasks import resolve_tasks  # a config that names none has no need of it
+
+            resolve_tasks(result, self.source)
         self.findings.extend(result.findings)
         as_meant = backbone is not None and not result.findings and not has_errors(self.source.findings)
         if result.config is not None:
@@ -227,7 +251,7 @@ class _Check:
                 TTT802,
                 "backbone.name",
                 f"the backbone {name!r} of {plugin.distribution} {plugin.version} is broken: {plugin.error}",
-                "reinstall it, or tell who made it",
+                REINSTALL,
                 value=name,
             )
         return plugin.backbone
@@ -278,7 +302,9 @@ class _Check:
         )
         self.findings.extend(run_rules(context, untrusted))
         if backbone is not None:
-            self._run_plugin_rules(backbone, config, untrusted)
+            self._run_plugin_rules(backbone, map(as_rule, backbone.rules), config, untrusted)
+            if self.training:
+                self._run_house_rules(backbone, config, untrusted)
 
     def _facts(self, backbone: Backbone, config: RunConfig) -> BackboneFacts | None:
         try:
@@ -301,20 +327,36 @@ class _Check:
                 return None
         return facts
 
-    def _run_plugin_rules(self, backbone: Backbone, config: RunConfig, untrusted: Set[KeyPath]) -> None:
-        for rule in reliable(map(as_rule, backbone.rules), untrusted):
+    def _run_plugin_rules(
+        self,
+        plugin: Backbone | Plugin,
+        rules: Iterable[Rule[RunConfig]],
+        config: RunConfig,
+        untrusted: Set[KeyPath],
+        *,
+        path: str = "backbone.name",
+    ) -> None:
+        for rule in reliable(rules, untrusted):
             try:
-                self.findings.extend(found_by(rule, backbone, config))
+                self.findings.extend(found_by(rule, plugin, config))
             except Exception as error:
-                self._add_failed(backbone, error)
+                self._add_failed(plugin, error, path=path)
 
-    def _add_failed(self, backbone: Backbone, error: Exception) -> None:
+    def _run_house_rules(self, backbone: Backbone, config: RunConfig, untrusted: Set[KeyPath]) -> None:
+        answers = house_rules(backbone.name)
+        for failure in answers.failures:
+            fix = REINSTALL if failure.broken else WAY_OUT
+            self._add(TTT802 if failure.broken else TTT803, "", failure.told, fix, value=failure.plugin)
+        for answer in answers.given:
+            self._run_plugin_rules(answer.plugin, answer.value, config, untrusted, path="")
+
+    def _add_failed(self, plugin: Backbone | Plugin, error: Exception, *, path: str = "backbone.name") -> None:
         """Blame the plugin for what it failed in, and the user's key for what it refused."""
         if isinstance(error, TTTError) and not isinstance(error, PluginError):
             self._add_refused(error)
             return
-        told = error.told if isinstance(error, PluginError) else f"the plugin {backbone.name}: {in_one_line(error)}"
-        self._add(TTT803, "backbone.name", told, WAY_OUT, value=backbone.name)
+        told = error.told if isinstance(error, PluginError) else f"the plugin {plugin.name}: {in_one_line(error)}"
+        self._add(TTT803, path, told, WAY_OUT, value=plugin.name)
 
     def _add_refused(self, error: TTTError) -> None:
         """What a plugin says of the user's key, or of its whole section."""

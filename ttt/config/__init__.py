@@ -18,6 +18,7 @@ from ttt.config.schema import (
     TrainConfig,
     TTTConfig,
 )
+from ttt.config.tasks import TaskOptions
 
 if TYPE_CHECKING:
     from ttt.config.dumping import dump_config
@@ -50,6 +51,7 @@ __all__ = [
     "Severity",
     "Source",
     "TTTConfig",
+    "TaskOptions",
     "TrainConfig",
     "dump_config",
 ]

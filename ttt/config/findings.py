@@ -191,6 +191,10 @@ class Finding:
         return self.of_training or (self.declared is not None and self.declared.of_training)
 
 
+PREFIX = "TTT"
+"""What the core's codes begin with; a plugin's begin with letters of its own."""
+
+
 def is_code(text: object) -> bool:
     """Whether something may be a code: one short word, for it is shown between others."""
     if not isinstance(text, str) or len(text) > 40:

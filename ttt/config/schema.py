@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from ttt.config.group_size import cost_of_groups_of_one
 from ttt.config.misfit import Misfit
 from ttt.config.section import Section
+from ttt.config.tasks import Tasks
 from ttt.errors import NestedCheckpointWarning
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -365,6 +366,8 @@ class EvalConfig(Section):
     """Steps between evaluations; 0 evaluates at the end only."""
     max_batches: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
     """How many batches an evaluation reads; null reads all held-out data, or 64 windows of training data instead."""
+    tasks: Tasks = ()
+    """Evaluation tasks of plugins, each `{name: …}` with its own options: measured at every evaluation."""
 
 
 class BackboneOptions(Section):

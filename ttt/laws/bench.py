@@ -220,7 +220,8 @@ class Bench:
         try:
             return model.model_validate(sections)
         except ValidationError:  # keys of the data that have no default
-            demo = check_config("demo", text=self.backbone.presets()["demo"], backbone=self.backbone).config
+            text = self.backbone.presets()["demo"]
+            demo = check_config("demo", text=text, backbone=self.backbone, training=False).config
             if demo is None:
                 raise
             return model.model_validate({**sections, "data": demo.data})

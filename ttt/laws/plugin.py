@@ -94,7 +94,12 @@ def read_preset(bench: Bench, name: str, overrides: Sequence[str] = ()) -> RunCo
         if name not in presets:
             raise MethodBrokenError(method, f"there is no preset {name!r}, which `ttt train` and `ttt init` start from")
         checked = check_config(
-            f"preset {name}", text=presets[name], backbone=bench.backbone, overrides=overrides, memory=_PLENTY
+            f"preset {name}",
+            text=presets[name],
+            backbone=bench.backbone,
+            overrides=overrides,
+            memory=_PLENTY,
+            training=False,
         )
         errors = [finding for finding in checked.findings if finding.severity is Severity.ERROR]
         if name != "demo":

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from ttt.plugins.capable import capability
     from ttt.plugins.data import Batch, LossOutput, WindowDataset
     from ttt.plugins.discovery import GROUP, PluginInfo, discover, find, forget, get_backbone, names
+    from ttt.plugins.eval_tasks import EvalContext, EvalTask
     from ttt.plugins.facts import BackboneFacts, RecordingFormat
     from ttt.plugins.hookspecs import hookimpl
     from ttt.plugins.imported import Import, ImportedConfig
+    from ttt.plugins.loggers import Logger
     from ttt.plugins.rows import StepRows, rows_of_step
     from ttt.plugins.rules import Rule, rule
     from ttt.plugins.run_config import run_config_model
@@ -28,9 +30,12 @@ _EXPORTS = {
     "BackboneFacts": "ttt.plugins.facts",
     "Batch": "ttt.plugins.data",
     "Capability": "ttt.plugins.capabilities",
+    "EvalContext": "ttt.plugins.eval_tasks",
+    "EvalTask": "ttt.plugins.eval_tasks",
     "GROUP": "ttt.plugins.discovery",
     "Import": "ttt.plugins.imported",
     "ImportedConfig": "ttt.plugins.imported",
+    "Logger": "ttt.plugins.loggers",
     "LossOutput": "ttt.plugins.data",
     "PluginInfo": "ttt.plugins.discovery",
     "Precomputing": "ttt.plugins.capabilities",
@@ -63,8 +68,11 @@ __all__ = [
     "BackboneFacts",
     "Batch",
     "Capability",
+    "EvalContext",
+    "EvalTask",
     "Import",
     "ImportedConfig",
+    "Logger",
     "LossOutput",
     "PluginInfo",
     "Precomputing",

@@ -10,20 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ttt.plugins.asking import AskedDataset, WrongAnswer, asked
+from ttt.plugins.asking import with_article as _a
+from ttt.plugins.asking import with_its_type as _named
 
 Check = Callable[[Any, Any], Any]
 
 _OF_A_LINE = frozenset({"step", "loss", "layers", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes"})
 """Names in a line of `metrics.jsonl` that are not the backbone's to give."""
 _OF_A_DATASET = ("__len__", "__getitem__", "collate", "files", "describe", "notice")
-
-
-def _a(kind: str) -> str:
-    return f"{'an' if kind[:1] in 'aeiouAEIOU' else 'a'} {kind}"
-
-
-def _named(value: Any) -> str:
-    return "None" if value is None else _a(type(value).__name__)
 
 
 def _instance(of: Callable[[Any], type], *, name: str = "") -> Check:
@@ -97,14 +91,6 @@ def _require_whole(answer: Any, name: str, *, least: int) -> None:
 def _truth(backbone: Any, answer: Any) -> Any:
     if not isinstance(answer, bool):
         raise WrongAnswer(f"{_named(answer)}, not True or False")
-    return answer
-
-
-def _imported(backbone: Any, answer: Any) -> Any:
-    from ttt.plugins.imported import ImportedConfig
-
-    if answer is not None and not isinstance(answer, ImportedConfig):
-        raise WrongAnswer(f"{_named(answer)}, not an ImportedConfig, or None where it does not know the file")
     return answer
 
 
@@ -277,7 +263,6 @@ ANSWERS: Mapping[str, Check] = {
     "facts": _facts,
     "has_eval_data": _truth,
     "has_own_eval_data": _truth,
-    "import_config": _imported,
     "plan_sample": _plan,
     "build": _module,
     "provenance": _provenance,

@@ -128,6 +128,16 @@ class AskedDataset:
 # --- the sentence ---
 
 
+def with_article(kind: str) -> str:
+    """A noun behind its article."""
+    return f"{'an' if kind[:1] in 'aeiouAEIOU' else 'a'} {kind}"
+
+
+def with_its_type(value: Any) -> str:
+    """What a wrong answer is: `None`, `a list`."""
+    return "None" if value is None else with_article(type(value).__name__)
+
+
 def owner(backbone: object) -> str:
     """A plugin by name, with the distribution that brought it: `the plugin toy (ttt-toy 1.2)`."""
     name = getattr(backbone, "name", type(backbone).__name__)

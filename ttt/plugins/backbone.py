@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from ttt.plugins.data import Batch, LossOutput, WindowDataset
     from ttt.plugins.facts import BackboneFacts
-    from ttt.plugins.imported import ImportedConfig
     from ttt.plugins.site import Site
 
 
@@ -84,21 +83,6 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
     def has_own_eval_data(self, options: OptionsT) -> bool:
         """Whether the data that the plugin brings, read if the config names none, has a part for evaluation."""
         return False
-
-    def import_config(self, text: str, *, file: str) -> ImportedConfig | None:
-        """A config of another program that this backbone's users have, in this project's terms.
-
-        Args:
-            text: the other program's config.
-            file: its name, whose ending may say what it is.
-
-        Returns:
-            None if this backbone does not know it.
-
-        Raises:
-            ttt.errors.UsageError: it is one, but damaged; the message says where.
-        """
-        return None
 
     # --- with torch ---
 

@@ -85,6 +85,11 @@ def _capabilities(backbone: Backbone) -> Iterator[str]:
 
 
 def _methods(backbone: Backbone) -> Iterator[str]:
+    if hasattr(backbone, "import_config"):
+        yield (
+            "import_config is a hook of its own now; write `ttt_import_config(text, file)` beside `ttt_backbone`, and "
+            "an entry point for it in the group ttt.config_imports"
+        )
     bases: list[type] = [Backbone, *kinds_of(type(backbone))]
     for base in bases:
         for name in methods_of(base):

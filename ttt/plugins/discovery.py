@@ -1,28 +1,25 @@
 """Finding backbone plugins. A broken one is listed with its cause and never stops the others.
 
-Discovery reads the entry points of the group `ttt.backbones`. Each is loaded when it is first asked for, registered on
-its own, and checked against the hook specifications at once, so that a misspelt hook is an error and not a plugin that
-does nothing.
+A backbone's entry point is in the group `ttt.backbones`; its module is loaded when its name is first asked for
+(`ttt.plugins.registry`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import sys
 from dataclasses import dataclass
 from importlib import metadata
-
-import pluggy
+from typing import Any
 
 from ttt.errors import PluginError, UsageError
-from ttt.plugins import hookspecs
-from ttt.plugins.asking import in_one_line, place_in, print_traceback, top_of
+from ttt.plugins import registry
 from ttt.plugins.backbone import Backbone
 from ttt.plugins.declared import require_declared
+from ttt.plugins.hookspecs import BACKBONES
 from ttt.plugins.origin import brought, distribution_of, version_of
+from ttt.plugins.registry import cause_in_words, entry_points
 
-GROUP = "ttt.backbones"
+GROUP = BACKBONES.group
 
 
 @dataclass(frozen=True)
@@ -56,58 +53,36 @@ class PluginInfo:
         return version_of(self.entry_point)
 
 
-def _cause(error: BaseException, module: str) -> str:
-    """Why a plugin cannot be loaded, in one line; the place is the last one in its own package."""
-    if isinstance(error, PluginError):
-        return str(error)
-    print_traceback(error)
-    place = place_in(error, frozenset({top_of(module)}))
-    return in_one_line(error) + (f" ({place})" if place else "")
+def _found(point: metadata.EntryPoint) -> PluginInfo:
+    """What became of an entry point."""
+    loaded = registry.load(point)
+    if loaded.plugin is None:
+        return PluginInfo(point, None, loaded.error)
+    answers = registry.ask(BACKBONES, only=[point], name=point.name)
+    try:
+        for failure in answers.failures:
+            assert failure.error is not None
+            raise failure.error.__cause__ or failure.error
+        return PluginInfo(point, _backbone(point, *(answer.value for answer in answers.given)), None)
+    except BaseException as error:  # a panic of Rust's, say; an interrupt is no failure
+        return PluginInfo(point, None, cause_in_words(error, point.value))
 
 
-def _load(entry_point: metadata.EntryPoint) -> Backbone:
-    """Load and register one entry point on a manager of its own, and ask it for its backbone."""
-    manager = pluggy.PluginManager("ttt")
-    manager.add_hookspecs(hookspecs)
-    manager.register(entry_point.load(), name=entry_point.name)
-    manager.check_pending()
-    answers = manager.hook.ttt_backbone()
-    if len(answers) != 1:
-        raise PluginError(f"{entry_point.value} implements no hook `ttt_backbone` that returns a backbone")
-    backbone = answers[0]
-    if not isinstance(backbone, Backbone):
-        raise PluginError(f"`ttt_backbone` of {entry_point.value} returned {type(backbone).__name__}, not a Backbone")
-    if getattr(backbone, "name", entry_point.name) != entry_point.name:
-        raise PluginError(f"the backbone calls itself {backbone.name!r}, its entry point {entry_point.name!r}")
-    require_declared(backbone)
-    brought(backbone, entry_point)
-    return backbone
+def _backbone(point: metadata.EntryPoint, backbone: Any = None) -> Backbone:
+    """The backbone that an entry point brings, looked at.
 
-
-@functools.cache
-def _entry_points() -> tuple[metadata.EntryPoint, ...]:
-    """The entry points of our group, in the order in which imports find their distributions.
-
-    `metadata.entry_points(group=GROUP)` gives the same, but parses the metadata of everything that is installed.
+    Raises:
+        PluginError: it is none, is called something else, or declares what cannot be.
     """
-    return tuple(
-        point
-        for distribution in metadata.distributions()
-        if GROUP in (distribution.read_text("entry_points.txt") or "")
-        for point in distribution.entry_points
-        if point.group == GROUP
-    )
-
-
-def _claims(name: str) -> list[metadata.EntryPoint]:
-    """The entry points of a name, of a distribution that is installed twice those that imports would find."""
-    points = [point for point in _entry_points() if point.name == name]
-    if len(points) < 2:
-        return points
-    first: dict[str, metadata.EntryPoint] = {}
-    for point in points:
-        first.setdefault(distribution_of(point), point)
-    return sorted(first.values(), key=lambda point: point.value)
+    if backbone is None:
+        raise PluginError(f"{point.value} implements no hook `{BACKBONES.hook}` that returns a backbone")
+    if not isinstance(backbone, Backbone):
+        raise PluginError(f"`{BACKBONES.hook}` of {point.value} returned {type(backbone).__name__}, not a Backbone")
+    if getattr(backbone, "name", point.name) != point.name:
+        raise PluginError(f"the backbone calls itself {backbone.name!r}, its entry point {point.name!r}")
+    require_declared(backbone)
+    brought(backbone, point)
+    return backbone
 
 
 @functools.cache
@@ -116,33 +91,23 @@ def _load_all(name: str) -> tuple[PluginInfo, ...]:
 
     Two plugins that claim one name are both broken: neither may win by the order of a directory.
     """
-    points = _claims(name)
+    points = [point for point in entry_points(BACKBONES) if point.name == name]
     if len(points) > 1:
         owners = ", ".join(sorted({distribution_of(other) for other in points}))
         error = f"the name {name!r} is claimed more than once: {owners}; uninstall all but one"
         return tuple(PluginInfo(point, None, error) for point in points)
-    found = []
-    for point in points:
-        try:
-            # What an import prints would stand in the middle of JSON.
-            with contextlib.redirect_stdout(sys.stderr):
-                found.append(PluginInfo(point, _load(point), None))
-        except KeyboardInterrupt:
-            raise
-        except BaseException as exception:  # whatever a third party's import raises, a panic of Rust's for one
-            found.append(PluginInfo(point, None, _cause(exception, point.value)))
-    return tuple(found)
+    return tuple(_found(point) for point in points)
 
 
 def forget() -> None:
     """Discover anew when next asked: what is installed has changed within the process."""
-    _entry_points.cache_clear()
+    registry.forget()
     _load_all.cache_clear()
 
 
 def names() -> tuple[str, ...]:
     """What the installed backbone plugins are called, working or broken; none is loaded."""
-    return tuple(sorted({point.name for point in _entry_points()}))
+    return tuple(dict.fromkeys(point.name for point in entry_points(BACKBONES)))
 
 
 def find(name: str) -> PluginInfo | None:

@@ -1,19 +1,104 @@
-"""The hooks of pluggy that a plugin may implement, all in the project `ttt`."""
+"""The hooks of pluggy that a plugin may implement, all in the project `ttt`.
+
+A distribution brings any of them, with a backbone or without. For each kind of thing that it brings, it declares the
+module in an entry point of that kind's group:
+
+    [project.entry-points."ttt.rules"]
+    house = "lab_rules.plugin"
+
+An implementation takes those parameters of its hook that it needs, by name and without a default. It is called by
+`ttt.plugins.registry`: what it raises, or answers wrongly, is told in one sentence, and the other plugins go on.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pluggy
 
 if TYPE_CHECKING:
+    from ttt.config.schema import RunConfig
     from ttt.plugins.backbone import Backbone
+    from ttt.plugins.eval_tasks import EvalTask
+    from ttt.plugins.imported import ImportedConfig
+    from ttt.plugins.loggers import Logger
+    from ttt.plugins.rules import Rule
 
 hookspec = pluggy.HookspecMarker("ttt")
 hookimpl = pluggy.HookimplMarker("ttt")
-"""Marks an implementation: `from ttt.plugins.hookspecs import hookimpl`."""
+"""Marks an implementation: `from ttt.plugins import hookimpl`."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of thing that a plugin brings."""
+
+    hook: str
+    """The hook that gives it."""
+    group: str
+    """The group of entry points that declares it."""
+    words: str
+    """What it is, for `ttt plugins`."""
+    first: bool = False
+    """Whether one answer is wanted, the first that is not None, and not those of all plugins."""
+
+
+BACKBONES = Kind("ttt_backbone", "ttt.backbones", "backbone", first=True)
+RULES = Kind("ttt_rules", "ttt.rules", "rules")
+CONFIG_IMPORTS = Kind("ttt_import_config", "ttt.config_imports", "import of configs", first=True)
+LOGGERS = Kind("ttt_loggers", "ttt.loggers", "logger")
+EVAL_TASKS = Kind("ttt_eval_tasks", "ttt.eval_tasks", "evaluation tasks")
+KINDS = (BACKBONES, RULES, CONFIG_IMPORTS, LOGGERS, EVAL_TASKS)
+
+
+@hookspec(firstresult=BACKBONES.first)
+def ttt_backbone(name: str) -> Backbone:  # type: ignore[empty-body]
+    """Return the backbone of that name, one instance for the process.
+
+    Args:
+        name: that of the entry point. A module that brings one backbone has no need of it.
+    """
 
 
 @hookspec
-def ttt_backbone() -> Backbone:  # type: ignore[empty-body]
-    """Return the backbone that this plugin brings, one instance for the process."""
+def ttt_rules(backbone: str | None) -> Sequence[Rule[RunConfig]]:  # type: ignore[empty-body]
+    """Return rules for `ttt check`, made by `ttt.plugins.rule`. Must work without torch.
+
+    Args:
+        backbone: whose config is checked; None asks for all rules, to explain their codes.
+    """
+
+
+@hookspec(firstresult=CONFIG_IMPORTS.first)
+def ttt_import_config(text: str, file: str) -> ImportedConfig | None:
+    """Read a config of another program in this project's terms; return None if it is none that you know.
+
+    Args:
+        text: the other program's config.
+        file: its name, whose ending may say what it is.
+
+    Raises:
+        ttt.errors.UsageError: it is one, but damaged; the message says where.
+    """
+
+
+@hookspec
+def ttt_loggers(config: RunConfig, run_dir: Path, first_step: int) -> Logger | None:
+    """Return what keeps the metrics of this run; None if this run needs none.
+
+    It is called once, when the first step is about to be done.
+
+    Args:
+        config: resolved, of the run.
+        run_dir: its folder.
+        first_step: the step that comes next, 1 in a new run. What a logger has of this step and later ones is of a run
+            that was cut short: those steps come again.
+    """
+
+
+@hookspec
+def ttt_eval_tasks() -> Sequence[EvalTask]:  # type: ignore[empty-body]
+    """Return evaluation tasks, which a config names under `eval.tasks`. Must work without torch."""

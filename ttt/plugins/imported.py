@@ -1,7 +1,7 @@
 """A config of another program in this project's terms: where each key went, or why it has no counterpart.
 
-The formats themselves are known to the backbones whose users have such files (`Backbone.import_config`); here is the
-record in which no key of the old file is lost.
+The formats themselves are known to plugins, which implement the hook `ttt_import_config`; here is the record in which
+no key of the old file is lost.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def number(value: Any, *, whole: bool = False) -> Any:
 
 @dataclass
 class Import:
-    """An import under way: a backbone moves and drops the old keys one by one, and `done` tells of those it forgot."""
+    """An import under way: a plugin moves and drops the old keys one by one, and `done` tells of those it forgot."""
 
     source: Source
     """The old file, where that is YAML; of other formats, its data and no places."""

@@ -74,6 +74,11 @@ class Display:
             self.say(f"{text}, {left} left")
             self._told = now
 
+    def measuring(self, task: str | None) -> None:
+        """A task is measured, or none any more: told in the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, told=f"evaluating: {task}" if task else "", left="")
+
     def step(self, line: Mapping[str, Any]) -> None:
         """A step is done."""
         step = line["step"]

@@ -59,7 +59,8 @@ def finish(
             f"{layer['inner_loss_after']:.4f} after; fast weights moved {layer['movement']:.3g} of their norm; "
             f"gate {layer['gate']:.4f}"
         )
-    parts.say(evaluation.in_words())
+    for told in (evaluation.in_words(), *evaluation.tasks_in_words()):
+        parts.say(told)
     parts.say(f"{progress.done} steps in {duration_in_words(progress.seconds)}; adapter: {result.checkpoint}")
     if drawn:
         parts.say(f"pictures: {', '.join(map(str, drawn))}")

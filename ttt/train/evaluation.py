@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,8 @@ class Evaluation:
     """Windows of the first batch whose loss was not finite, with open or closed gates."""
     not_finite_pass: tuple[int, StepRows] | None = field(default=None, compare=False)
     """Number and rows of that batch's pass."""
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    """What the tasks of `eval.tasks` measured, by `task/metric`; without those of a task that failed."""
 
     @property
     def is_finite(self) -> bool:
@@ -50,7 +52,16 @@ class Evaluation:
             "eval_windows_available": self.available,
             "eval_loss": self.loss,
             "eval_loss_gates_closed": self.loss_gates_closed,
+            **self.tasks,
         }
+
+    def tasks_in_words(self) -> list[str]:
+        """A line for each task, with its numbers."""
+        by_task: dict[str, list[str]] = {}
+        for key, number in self.tasks.items():
+            task, _, metric = key.partition("/")
+            by_task.setdefault(task, []).append(f"{metric} {number:.5g}")
+        return [f"{task}: {', '.join(numbers)}" for task, numbers in by_task.items()]
 
     def in_words(self) -> str:
         """A sentence with both losses."""
@@ -112,7 +123,7 @@ def evaluate(
     seed = step_seed(config.train.seed, "eval", 0)
     tally = _Tally()
     states: dict[str, TTTState] = {}
-    with _eval_mode(model):
+    with eval_mode(model):
         for number, reading in enumerate(readings):
             if stop():
                 return None
@@ -128,7 +139,8 @@ def evaluate(
 
 
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode."""
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""What a run writes about its steps while it runs: `metrics.jsonl`, TensorBoard, the display."""
+"""What a run writes about its steps while it runs: `metrics.jsonl`, loggers, the display."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from ttt.files import writing
 from ttt.train.claim import METRICS, SUMMARY
 from ttt.train.display import Display
+from ttt.train.loggers import Loggers
 from ttt.train.metrics import MetricsFile
 from ttt.train.parts import Parts
 from ttt.train.progress import Progress
-from ttt.train.tensorboard import TensorBoard
 
 
 class RunLog:
     """The open outputs of a run."""
 
-    def __init__(self, metrics: MetricsFile, board: TensorBoard, display: Display) -> None:
+    def __init__(self, metrics: MetricsFile, loggers: Loggers, display: Display) -> None:
         self.metrics = metrics
         self.display = display
-        self._board = board
+        self._loggers = loggers
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add the line of a step wherever lines are kept.
@@ -30,7 +30,7 @@ class RunLog:
             EnvironmentProblem: the disk is full.
         """
         self.metrics.write(line)
-        self._board.write(line)
+        self._loggers.log(line)
 
 
 @contextlib.contextmanager
@@ -57,8 +57,8 @@ def opened_log(parts: Parts, progress: Progress) -> Iterator[RunLog]:
             (directory / SUMMARY).unlink(missing_ok=True)  # stale: the run is no longer finished
         with (
             contextlib.closing(
-                TensorBoard(directory / "tensorboard", first_step=keep + 1, warn=parts.say),
-            ) as board,
+                Loggers(parts.config, directory.path, first_step=keep + 1, warn=parts.say),
+            ) as loggers,
             Display(parts.console, total=total, done=progress.done, log_freq=parts.config.train.log_freq) as display,
         ):
-            yield RunLog(metrics, board, display)
+            yield RunLog(metrics, loggers, display)

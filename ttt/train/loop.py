@@ -7,6 +7,8 @@ is in the checkpoint, so a resumed run goes on as if it had not stopped.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ttt.checkpoint_folder import Checkpoint
 from ttt.interrupt import FINISHING, STEPPING, Interrupt, interruptible
 from ttt.train.ending import finish, tell_interrupted
@@ -19,6 +21,7 @@ from ttt.train.rescue import Rescue
 from ttt.train.result import TrainResult
 from ttt.train.saving import Saver
 from ttt.train.step import Stepper
+from ttt.train.tasks import measure
 from ttt.train.telling import announce
 
 
@@ -111,9 +114,9 @@ class Loop:
         return evaluation
 
     def _evaluate(self) -> Evaluation | None:
-        """The outer loss with open and closed gates; None if somebody asked to stop."""
+        """The outer loss with open and closed gates, and the tasks; None if somebody asked to stop."""
         parts = self._parts
-        return evaluate(
+        evaluation = evaluate(
             parts.model,
             parts.injection,
             parts.backbone,
@@ -124,10 +127,17 @@ class Loop:
             stop=lambda: self._interrupt.requested,
             tell=self._log.display.evaluating,
         )
+        if evaluation is None:
+            return None
+        measured = measure(
+            parts, self._progress.done, stop=lambda: self._interrupt.requested, display=self._log.display
+        )
+        return None if measured is None else replace(evaluation, tasks=measured)
 
     def _tell(self, evaluation: Evaluation) -> None:
         display = self._log.display
-        display.say(f"step {self._progress.done}: {evaluation.in_words()}")
+        for told in (evaluation.in_words(), *evaluation.tasks_in_words()):
+            display.say(f"step {self._progress.done}: {told}")
         if not evaluation.is_finite:
             display.say(f"WARNING: {self._rescue.not_finite_in_words(evaluation)}; training goes on")
 

@@ -2,8 +2,8 @@
 
 A line is one step: `step` (from 1), `loss`, the backbone's own metrics, `lr`, `grad_norm`, `tokens_per_second`,
 `peak_memory_bytes`; if they were measured, `layers` (evidence by site) and `eval_loss`, `eval_loss_gates_closed`,
-`eval_split`, `eval_windows`, `eval_windows_available`. Its last key, `crc32`, is a checksum over the line before it
-(`ttt.checksums`).
+`eval_split`, `eval_windows`, `eval_windows_available` and the numbers of `eval.tasks`, each as `task/metric`. Its last
+key, `crc32`, is a checksum over the line before it (`ttt.checksums`).
 """
 
 from __future__ import annotations

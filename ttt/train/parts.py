@@ -14,6 +14,7 @@ from ttt.config.schema import RunConfig
 from ttt.inject import Injection
 from ttt.interrupt import stop_if_asked
 from ttt.plugins import Backbone, WindowDataset
+from ttt.plugins.installed_tasks import ChosenTask, chosen_tasks
 from ttt.printable import say
 from ttt.train.compiling import compile_layers
 from ttt.train.optim import Learnable, Optimizer, choose_learnable
@@ -44,6 +45,8 @@ class Parts:
     """The adapter that the run starts from; None if it starts with fresh weights, or is resumed."""
     inherited: frozenset[str]
     """Backbone parameters that learned before this run: its files hold them too, frozen or not."""
+    tasks: tuple[ChosenTask, ...] = ()
+    """What is measured at each evaluation beside the outer loss."""
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -79,7 +82,9 @@ def build_parts(
     Raises:
         StopRequested: somebody asked to stop between two stages.
         AdapterMismatchError: `start` belongs to something else.
+        ConfigError: `eval.tasks` names a task that is not installed.
     """
+    tasks = chosen_tasks(config)
     dataset = backbone.dataset(config, split="train", device=device)
     eval_split = "eval" if backbone.has_eval_data(config) else "train"
     eval_dataset = dataset if eval_split == "train" else backbone.dataset(config, split=eval_split, device=device)
@@ -109,6 +114,7 @@ def build_parts(
         optimizer=Optimizer(learnable, config.train),
         start=start,
         inherited=frozenset(() if before is None else trained_backbone(before)),
+        tasks=tasks,
     )
 
 

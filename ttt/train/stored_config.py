@@ -33,6 +33,7 @@ MAY_DIFFER = frozenset(
     {
         "run_dir",
         "eval.eval_freq",
+        "eval.tasks",
         "train.max_steps",
         "train.device",
         "train.cpu_threads",
@@ -45,7 +46,8 @@ MAY_DIFFER = frozenset(
         "data.verify",  # of plugins whose data carry checksums
     }
 )
-"""Keys that may change when a run is resumed: they decide how long, where and how often, not what is computed."""
+"""Keys that may change when a run is resumed: they decide how long, where and how often, not what is
+computed; what tasks measure is no part of training."""
 
 _MAX_CONFIG = 1 << 20
 _COMMENT = re.compile(r"(^|\s)#", re.MULTILINE)

@@ -1,62 +1,74 @@
-"""Scalars for TensorBoard, if it is installed."""
+"""Scalars for TensorBoard, if it is installed: a logger by the same hook as any plugin's."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from ttt.train.terminal import survived
+from ttt.errors import EnvironmentProblem
+from ttt.plugins import hookimpl
+from ttt.train.terminal import cause
 
 
 class TensorBoard:
-    """Scalars for TensorBoard; does nothing if it is not installed.
-
-    A logger never ends a run: whatever fails in it is warned of once, and the run goes on without it.
+    """A logger (`ttt.plugins.loggers.Logger`) of scalars.
 
     Args:
         folder: where its files go.
         first_step: the run's next step; TensorBoard drops what it has of this step and later ones, from a run that was
             cut short.
-        warn: told why nothing more is written, in one sentence.
+
+    Raises:
+        EnvironmentProblem: they cannot be written, or the package is broken; so do its methods.
     """
 
-    def __init__(self, folder: Path, *, first_step: int, warn: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, *, first_step: int) -> None:
         self._folder = folder
-        self._warn = warn
-        self._events: _EventFile | None = None
-        with self._surviving():
+        with self._telling():
             self._events = _EventFile.open(folder, first_step)
 
     @contextlib.contextmanager
-    def _surviving(self) -> Iterator[None]:
-        """Warn of what fails inside, and do without TensorBoard from there on."""
-        with survived(f"nothing more is written for TensorBoard in {self._folder}", self._warn):
-            try:
-                yield
-            except Exception:
-                events, self._events = self._events, None
-                with contextlib.suppress(Exception):
-                    if events is not None:
-                        events.close()
-                raise
+    def _telling(self) -> Iterator[None]:
+        """Say of what fails inside what is lost by it."""
+        try:
+            yield
+        except Exception as error:
+            lost = f"nothing more is written for TensorBoard in {self._folder}"
+            raise EnvironmentProblem(f"{lost} ({cause(error)})") from error
 
-    def write(self, line: Mapping[str, Any]) -> None:
+    def log(self, line: Mapping[str, Any]) -> None:
         """Add a metrics line: every number in it, `layers` by name."""
-        with self._surviving():
-            if self._events is not None:
-                self._events.write(int(line["step"]), dict(_numbers(line)))
+        with self._telling():
+            self._events.write(int(line["step"]), dict(_numbers(line)))
 
     def close(self) -> None:
         """Let go of the file."""
-        with self._surviving():
-            if self._events is not None:
-                self._events.close()
+        with self._telling():
+            self._events.close()
+
+
+def _is_installed() -> bool:
+    try:
+        importlib.import_module("tensorboard")
+    except ModuleNotFoundError as error:
+        if error.name == "tensorboard":
+            return False
+    except Exception:
+        return True  # it is broken, which is told when it is used
+    return True
+
+
+@hookimpl
+def ttt_loggers(run_dir: Path, first_step: int) -> TensorBoard | None:
+    """The hook: scalars in the run's folder, if TensorBoard is installed."""
+    return TensorBoard(run_dir / "tensorboard", first_step=first_step) if _is_installed() else None
 
 
 def _numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -86,15 +98,8 @@ class _EventFile:
         self._records.flush()
 
     @classmethod
-    def open(cls, folder: Path, first_step: int) -> _EventFile | None:
-        """A new file in the folder, named as TensorBoard looks for them; None if TensorBoard is not installed."""
-        try:
-            import tensorboard
-        except ModuleNotFoundError as error:
-            if error.name != "tensorboard":
-                raise
-            return None
-        del tensorboard
+    def open(cls, folder: Path, first_step: int) -> _EventFile:
+        """A new file in the folder, named as TensorBoard looks for them."""
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         file = open(folder / name, "xb")  # noqa: SIM115 - held for the run

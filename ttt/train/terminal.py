@@ -54,4 +54,9 @@ def survived(what: str, warn: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of the disk, or of a library, its fonts and its settings
-        warn(f"warning: {what} ({getattr(error, 'strerror', None) or in_one_line(error)}); the run goes on")
+        warn(f"warning: {what} ({cause(error)}); the run goes on")
+
+
+def cause(error: BaseException) -> str:
+    """Why something failed: the system's word for it, or else the error's own."""
+    return getattr(error, "strerror", None) or in_one_line(error)

@@ -58,12 +58,6 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming):
         """The demo's data have a held-out part."""
         return options.preset == "demo"
 
-    def import_config(self, text: str, *, file: str) -> ImportedConfig | None:
-        """moshi-finetune's YAML, with or without a `ttt:` section."""
-        from ttt_moshi.importing import import_config
-
-        return import_config(text, file=file)
-
     def build(self, options: MoshiOptions, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
         """Make kyutai's `LMModel`, in eval mode."""
         _before_moshi_is_imported(device)
@@ -174,3 +168,11 @@ _BACKBONE = MoshiBackbone()
 def ttt_backbone() -> Backbone:
     """The hook: this plugin's backbone."""
     return _BACKBONE
+
+
+@hookimpl
+def ttt_import_config(text: str, file: str) -> ImportedConfig | None:
+    """The hook: moshi-finetune's YAML, with or without a `ttt:` section."""
+    from ttt_moshi.importing import import_config
+
+    return import_config(text, file=file)

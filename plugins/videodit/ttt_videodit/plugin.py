@@ -108,12 +108,6 @@ class VideoDiTBackbone(
         """The demo's data have a held-out part."""
         return options.preset == "demo"
 
-    def import_config(self, text: str, *, file: str) -> ImportedConfig | None:
-        """TTT-Video's TOML."""
-        from ttt_videodit.importing import import_config
-
-        return import_config(text, file=file)
-
     def plan_sample(self, config: VideoDiTRun, *, seconds: float, out: Path) -> SamplePlan:
         """A prompt for each segment of 3 s; an mp4, and its contact sheet beside it."""
         from ttt_videodit.request import plan_sample
@@ -261,3 +255,11 @@ _BACKBONE = VideoDiTBackbone()
 def ttt_backbone() -> Backbone:
     """The hook: this plugin's backbone."""
     return _BACKBONE
+
+
+@hookimpl
+def ttt_import_config(text: str, file: str) -> ImportedConfig | None:
+    """The hook: TTT-Video's TOML."""
+    from ttt_videodit.importing import import_config
+
+    return import_config(text, file=file)

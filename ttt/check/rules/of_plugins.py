@@ -8,8 +8,9 @@ from typing import Any
 
 from ttt.config.findings import Code, Finding, Place, Severity, is_code
 from ttt.config.schema import RunConfig
-from ttt.plugins import Backbone
 from ttt.plugins.asking import WrongAnswer, asked
+from ttt.plugins.hookspecs import RULES
+from ttt.plugins.registry import Answers, ask
 from ttt.plugins.rules import Rule
 
 _KINDS = {
@@ -25,13 +26,18 @@ def as_rule(brought: Callable[[RunConfig], Iterable[Any]]) -> Rule[RunConfig]:
     return brought if isinstance(brought, Rule) else Rule(brought, codes=())
 
 
-def found_by(rule: Rule[RunConfig], backbone: Backbone, config: RunConfig) -> list[Finding]:
+def house_rules(backbone: str | None) -> Answers:
+    """What plugins answer to `ttt_rules`, which need bring no backbone; None asks for the rules of every backbone."""
+    return ask(RULES, backbone=backbone)
+
+
+def found_by(rule: Rule[RunConfig], plugin: object, config: RunConfig) -> list[Finding]:
     """What a plugin's rule finds.
 
     Raises:
         PluginError: it failed, or found what it does not declare.
     """
-    with asked(backbone, f"its rule {rule.name}", rule.check):
+    with asked(plugin, f"its rule {rule.name}", rule.check):
         findings: list[Any] = list(rule(config))
         strange = [type(finding).__name__ for finding in findings if not isinstance(finding, Finding)]
         if strange:

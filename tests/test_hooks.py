@@ -1,0 +1,579 @@
+"""What a plugin brings beside a backbone: rules, loggers, evaluation tasks, the import of another program's config.
+
+Each is really installed and acts through the real commands. Wrong ones are told, and nothing else suffers from them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_distributions import importable, install
+
+from ttt import plugins
+from ttt.check import check_config, load_config
+from ttt.config import EvalConfig, RunConfig, dump_config
+from ttt.errors import ConfigError, PluginError
+from ttt.plugins.hookspecs import BACKBONES, EVAL_TASKS, LOGGERS, RULES, Kind
+from ttt.plugins.installed_tasks import chosen_tasks
+from ttt.train.loggers import Loggers
+from ttt.train.metrics import read_metrics
+from ttt_cli.main import main
+
+TOY = """\
+from toy import ToyBackbone
+
+import ttt
+
+@ttt.hookimpl
+def ttt_backbone():
+    return ToyBackbone()
+"""
+HOUSE_RULE = """\
+from ttt.config import Code, Severity
+from ttt.plugins import hookimpl, rule
+
+LAB101 = Code("LAB101", "a batch too large for this lab", Severity.ERROR, home=__name__)
+
+@rule(LAB101, reads=("train.batch_size",))
+def small_batches(config):
+    if config.train.batch_size > 2:
+        yield LAB101.at("train.batch_size", "batches of more than 2 windows are too large for this lab", "write 2")
+
+@hookimpl
+def ttt_rules(backbone):
+    return [small_batches] if backbone != "videodit" else []
+"""
+HOUSE_RULE_EXPLAINED = """\
+LAB101:
+  what: "`train.batch_size` is above 2."
+  why: The lab's GPUs are small.
+  bad: |
+    train: {batch_size: 3}
+  good: |
+    train: {batch_size: 2}
+  source: the lab
+"""
+LOGGER = """\
+import json
+from ttt.plugins import hookimpl
+
+class Lines:
+    def __init__(self, file, first_step):
+        self.file = open(file, "a")
+        self.file.write(f"from {first_step}\\n")
+
+    def log(self, line):
+        self.file.write(json.dumps(line) + "\\n")
+        line.clear()  # it is the logger's own copy
+        line["layers"] = None
+
+    def close(self):
+        self.file.write("closed\\n")
+        self.file.close()
+
+@hookimpl
+def ttt_loggers(run_dir, first_step, config):
+    return Lines(run_dir / f"{config.backbone.name}.log", first_step)
+"""
+TASK = """\
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from ttt.adapter import gates_closed
+from ttt.config import TaskOptions
+from ttt.plugins import EvalTask, hookimpl
+
+class WordsOptions(TaskOptions):
+    windows: Annotated[int, Field(ge=1)] = 1
+
+class Words(EvalTask):
+    name = "words"
+    options = WordsOptions
+
+    def run(self, context, options):
+        assert not context.model.training and not torch.is_grad_enabled()
+        samples = [context.dataset[index] for index in range(options.windows)]
+        batch = context.dataset.collate(samples)
+        loss = context.backbone.loss(context.model, batch, context.config).loss
+        with gates_closed(context.model):
+            closed = context.backbone.loss(context.model, batch, context.config).loss
+        context.model.train()  # the run puts it back
+        return {"loss": loss, "gain,none": float(closed - loss), "step": context.step, "drawn": torch.rand(())}
+
+@hookimpl
+def ttt_eval_tasks():
+    return [Words()]
+"""
+IMPORT = """\
+from ttt.config.source import parse_source
+from ttt.plugins import Import, hookimpl
+
+@hookimpl
+def ttt_import_config(file, text):
+    source = parse_source(text, file=file)
+    if "toynet" not in source.data:
+        return None
+    moving = Import(source, "toynet")
+    moving.add("backbone.name", "moshi", "whose config it is")
+    moving.move("rate", "train.lr")
+    moving.drop("toynet", "its mark")
+    return moving.done()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where distributions are installed; the working folder is another one, and empty."""
+    installed, work = tmp_path / "installed", tmp_path / "work"
+    installed.mkdir()
+    work.mkdir()
+    monkeypatch.chdir(work)
+    with importable(installed):
+        yield installed
+
+
+def bring(folder: Path, kind: Kind, source: str, *, name: str = "lab", **more: Any) -> None:
+    """Install a distribution, lab-… 1.2, that brings one kind of thing."""
+    install(folder, name, f"{name}_plugin", source, distribution=f"lab-{name}", groups=[kind.group], **more)
+    plugins.forget()
+
+
+def moshi(text: str = "") -> str:
+    Path("c.yaml").write_text(f"backbone: {{name: moshi}}\nttt: {{layers: [1]}}\n{text}")
+    return "c.yaml"
+
+
+def run_toy(folder: Path, text: str = "", *options: str, steps: int = 2) -> tuple[int, Path]:
+    """`ttt train` of the toy: the exit code and the run's folder."""
+    if not (folder / "toy_plugin.py").exists():
+        bring(folder, BACKBONES, TOY, name="toy")
+    Path("toy.yaml").write_text(
+        f"backbone: {{name: toy}}\nttt: {{layers: [1]}}\ntrain: {{max_steps: {steps}, device: cpu}}\n"
+        f"run_dir: run\n{text or 'eval: {max_batches: 1}'}\n"
+    )
+    return main(["train", "toy.yaml", *options]), Path("run")
+
+
+# --- rules ---
+
+
+def test_a_plugin_of_a_rule_alone_acts_in_a_check(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bring(folder, RULES, HOUSE_RULE)
+    assert main(["check", moshi("train:\n  batch_size: 4\n")]) == 1
+    out = capsys.readouterr().out
+    assert "c.yaml:4:15  error LAB101  batches of more than 2 windows are too large for this lab" in out
+    assert main(["check", moshi("train:\n  batch_size: 2\n")]) == 0
+    assert main(["check", moshi("train:\n  batch_size: 4\n"), "--ignore", "LAB"]) == 0
+    Path("v.yaml").write_text("backbone: {name: videodit, preset: demo}\ntrain: {batch_size: 4}\n")
+    assert "LAB101" not in {finding.code for finding in check_config("v.yaml").findings}  # it is not for this backbone
+
+
+def test_the_codes_of_house_rules_are_explained_and_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bring(folder, RULES, HOUSE_RULE)
+    bring(folder, RULES, HOUSE_RULE.replace("LAB", "LBA"), name="untold")
+    (folder / "lab_plugin.yaml").write_text(HOUSE_RULE_EXPLAINED)
+    assert main(["check", "--explain", "LAB101"]) == 0
+    assert "LAB101  error  a batch too large for this lab\n\n`train.batch_size` is above 2." in capsys.readouterr().out
+    assert main(["check", "--list"]) == 0
+    assert "The plugin lab\n  LAB101  error    a batch too large for this lab" in capsys.readouterr().out
+
+
+def test_a_house_rule_stops_a_run_and_no_examination_of_a_backbone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bring(folder, RULES, HOUSE_RULE.replace("> 2", "> 0"))
+    assert run_toy(folder)[0] == 2
+    assert "error LAB101" in capsys.readouterr().err
+    assert main(["plugins"]) == 0  # presets are the backbone's, not the lab's
+
+
+WRONG_RULES = {
+    "raises at import": ("import nobody_has_this\n", "TTT802", "is broken: ModuleNotFoundError: No module named"),
+    "misspelt": (
+        HOUSE_RULE.replace("def ttt_rules", "def ttt_rule"),
+        "TTT802",
+        r"unknown hook 'ttt_rule'; did you mean `ttt_rules`\?",
+    ),
+    "unmarked": (HOUSE_RULE.replace("@hookimpl", ""), "TTT802", "mark the function with @ttt.hookimpl"),
+    "a parameter that is none": (
+        HOUSE_RULE.replace("def ttt_rules(backbone)", "def ttt_rules(config, backbone)"),
+        "TTT802",
+        "{'config'} are declared in the hookimpl but can not be found in the hookspec",
+    ),
+    "a parameter with a default": (
+        HOUSE_RULE.replace("def ttt_rules(backbone)", "def ttt_rules(backbone=None)"),
+        "TTT802",
+        "`ttt_rules` would never get its `backbone`; write it as a parameter without a default",
+    ),
+    "a wrapper": (HOUSE_RULE.replace("@hookimpl", "@hookimpl(wrapper=True)"), "TTT802", "wraps what other plugins"),
+    "raises": (
+        HOUSE_RULE.replace("return [", "return 1 / 0 or ["),
+        "TTT803",
+        r"failed in `ttt_rules`, \S*wrong_plugin\.py:\d+: ZeroDivisionError",
+    ),
+    "one rule": (
+        HOUSE_RULE.replace("return [small_batches]", "return small_batches"),
+        "TTT803",
+        r"failed in `ttt_rules`, \S*wrong_plugin\.py:\d+: it returned a Rule, not a sequence of Rule",
+    ),
+    "functions": (
+        HOUSE_RULE.replace("return [small_batches]", "return [small_batches.check]"),
+        "TTT803",
+        "it returned a function as number 0, not of type Rule",
+    ),
+    "a rule without a code": (
+        HOUSE_RULE.replace("return [small_batches]", "return [type(small_batches)(small_batches.check, ())]"),
+        "TTT803",
+        "it returned the rule small_batches without a code; make it with ttt.plugins.rule",
+    ),
+    "a code of the core": (
+        HOUSE_RULE.replace('"LAB101"', '"TTT101"'),
+        "TTT803",
+        "it returned the rule small_batches with the core's code TTT101; write letters of its own, as LAB101",
+    ),
+    "a code that it does not declare": (
+        HOUSE_RULE.replace("yield LAB101", 'yield Code("LAB102", "x", Severity.NOTE)'),
+        "TTT803",
+        "its rule small_batches, .*: it returned a Finding of the code LAB102, and declares LAB101 alone",
+    ),
+    "a rule that raises": (
+        HOUSE_RULE.replace("> 2", "> config.train.none"),
+        "TTT803",
+        r"failed in its rule small_batches, \S*wrong_plugin\.py:\d+: AttributeError",
+    ),
+    "a rule of texts": (
+        HOUSE_RULE.replace("yield LAB101.at", "yield dict(a=1) or"),
+        "TTT803",
+        "its rule small_batches, .*: it returned dict, not Finding",
+    ),
+    "a rule that exits": (
+        HOUSE_RULE.replace("if config.train.batch_size > 2:", "raise SystemExit(0)\n    if True:"),
+        "TTT803",
+        r"failed in its rule small_batches, \S*wrong_plugin\.py:\d+: SystemExit: 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_RULES)
+def test_wrong_rules_are_a_finding_and_the_others_are_asked(folder: Path, wrong: str) -> None:
+    source, code, told = WRONG_RULES[wrong]
+    bring(folder, RULES, HOUSE_RULE, name="good")
+    bring(folder, RULES, source, name="wrong")
+    findings = check_config("c.yaml", text="backbone: {name: moshi}\ntrain: {batch_size: 4}\n").findings
+    by_code = {finding.code: finding for finding in findings}
+    assert {"LAB101", code} <= set(by_code)
+    message = by_code[code].message
+    assert message.startswith("the plugin wrong (lab-wrong 1.2) ")
+    assert re.search(told, message), message
+    assert "\n" not in message
+    assert str(by_code[code].place).startswith("c.yaml")
+
+
+# --- loggers ---
+
+
+def test_a_plugin_of_a_logger_alone_gets_every_line(folder: Path) -> None:
+    bring(folder, LOGGERS, LOGGER)
+    code, run = run_toy(folder)
+    assert code == 0
+    first, *lines, last = (run / "toy.log").read_text().splitlines()
+    assert (first, last) == ("from 1", "closed")
+    assert [json.loads(line) for line in lines] == read_metrics(run / "metrics.jsonl")
+    assert "layers" in json.loads((run / "summary.json").read_text())  # what a logger does to its line is its own
+    assert run_toy(folder, "", "--resume", steps=3)[0] == 0
+    assert (run / "toy.log").read_text().splitlines()[len(lines) + 2] == "from 3"
+
+
+WRONG_LOGGERS = {
+    "raises at import": ("import nobody_has_this\n", r"is broken: ModuleNotFoundError"),
+    "misspelt": (LOGGER.replace("def ttt_loggers", "def ttt_loger"), "is broken: unknown hook 'ttt_loger'; did you"),
+    "raises": (LOGGER.replace("return Lines(", "raise KeyError("), r"failed in `ttt_loggers`, \S*:\d+: KeyError"),
+    "no logger": (
+        LOGGER.replace("return Lines(run_dir", "return str(run_dir").replace('log", first_step)', 'log")'),
+        "failed in .*: it returned a str, not a Logger",
+    ),
+    "a class": (
+        LOGGER.split("    return Lines(")[0] + "    return Lines\n",
+        r"it returned the class Lines, not a Logger, which has `log\(line\)` and `close\(\)`",
+    ),
+    "refuses": (
+        LOGGER.replace(
+            "    return Lines(", "    raise __import__('ttt').errors.UsageError('log in first')\n    return Lines("
+        ),
+        r"^warning: the plugin wrong \(lab-wrong 1\.2\): log in first; the run goes on$",
+    ),
+    "fails in a line": (
+        LOGGER.replace("self.file.write(json", "1 / 0 or self.file.write(json"),
+        r"failed in `log` of its logger, \S*wrong_plugin\.py:\d+: ZeroDivisionError: division by zero; the run goes",
+    ),
+    "exits in a line": (
+        LOGGER.replace("self.file.write(json", "exit(3) or self.file.write(json"),
+        r"failed in `log` of its logger, \S*wrong_plugin\.py:\d+: SystemExit: 3; the run goes",
+    ),
+    "takes no line": (
+        LOGGER.replace("def log(self, line)", "def log(self)"),
+        r"failed in `log` of its logger, \S*wrong_plugin\.py:\d+: TypeError",
+    ),
+    "fails at the end": (
+        LOGGER.replace("self.file.close()", "self.file.close()\n        raise OSError(28, 'No space left on device')"),
+        r"failed in `close` of its logger, \S*wrong_plugin\.py:\d+: OSError",
+    ),
+}
+
+
+RUN = RunConfig.model_validate({"backbone": {"name": "toy"}, "data": {}})
+
+
+@pytest.mark.parametrize("wrong", WRONG_LOGGERS)
+def test_a_wrong_logger_is_told_once_and_the_others_go_on(folder: Path, wrong: str) -> None:
+    source, told = WRONG_LOGGERS[wrong]
+    bring(folder, LOGGERS, LOGGER.replace('.log"', '.good"'), name="good")
+    bring(folder, LOGGERS, source, name="wrong")
+    warnings: list[str] = []
+    with contextlib.closing(Loggers(RUN, Path(), first_step=1, warn=warnings.append)) as loggers:
+        for step in (1, 2):
+            loggers.log({"step": step, "loss": 2.0})
+    assert Path("toy.good").read_text().splitlines() == [
+        "from 1", *(json.dumps({"step": step, "loss": 2.0}) for step in (1, 2)), "closed",
+    ]  # fmt: skip
+    (warning,) = warnings
+    assert warning.startswith("warning: the plugin wrong (lab-wrong 1.2)")
+    assert re.search(told, warning), warning
+    assert "\n" not in warning
+
+
+def test_a_run_goes_on_without_its_loggers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, wrong in enumerate(("raises at import", "raises", "fails in a line")):
+        bring(folder, LOGGERS, WRONG_LOGGERS[wrong][0], name=f"wrong{number}")
+    code, run = run_toy(folder)
+    assert code == 0
+    assert len(read_metrics(run / "metrics.jsonl")) == 2
+    out = capsys.readouterr().out
+    assert [re.findall(r"^warning: the plugin (\w+)", out, re.MULTILINE)] == [["wrong0", "wrong1", "wrong2"]]
+
+
+# --- evaluation tasks ---
+
+CHOSEN = "eval: {max_batches: 1, eval_freq: 1, tasks: [{name: words, windows: 2}]}"
+
+
+def test_a_plugin_of_a_task_alone_is_measured_at_each_evaluation(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    bring(folder, EVAL_TASKS, TASK)
+    bring(folder, LOGGERS, LOGGER, name="lines")
+    code, run = run_toy(folder, CHOSEN)
+    assert code == 0
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["words/step"] for line in lines] == [1, 2]
+    keys = {"words/loss", "words/gain,none", "words/step", "words/drawn"}
+    assert all(keys <= set(line) for line in lines)
+    assert lines[0]["words/drawn"] == lines[1]["words/drawn"]  # seeded by the run and the task alone
+    assert lines[0]["words/loss"] != lines[1]["words/loss"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert {key: summary[key] for key in keys} == {key: lines[-1][key] for key in keys}
+    assert '"words/loss": ' in (run / "toy.log").read_text()
+    events = event_accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert keys <= set(events.Tags()["scalars"])
+    out = capsys.readouterr().out
+    assert re.search(r"^step 1: words: loss [\d.]+, gain,none \S+, step 1, drawn", out, re.MULTILINE)
+    assert re.search(r"^words: loss [\d.]+, gain,none \S+, step 2, drawn", out, re.MULTILINE)
+    assert "tasks: [{name: words, windows: 2}]" in (run / "config.yaml").read_text()
+    assert run_toy(folder, "eval: {max_batches: 1, tasks: []}", "--resume", steps=3)[0] == 0  # it may go
+    assert "words/loss" not in read_metrics(run / "metrics.jsonl")[-1]
+
+
+def test_a_task_changes_nothing_of_the_training(folder: Path) -> None:
+    bring(folder, EVAL_TASKS, TASK)
+    losses = []
+    for name, evaluated in (("with", CHOSEN), ("without", "eval: {max_batches: 1}")):
+        code, _ = run_toy(folder, evaluated, "--set", f"run_dir={name}", steps=3)
+        assert code == 0
+        losses.append([line["loss"] for line in read_metrics(Path(name) / "metrics.jsonl")])
+    assert losses[0] == losses[1]
+
+
+MISTAKEN = {
+    "unknown": (
+        "{name: wrods}",
+        ("TTT103", "eval.tasks.0.name", "no installed plugin brings a task 'wrods'", "write `words`"),
+        "c.yaml:3:23",
+    ),
+    "unknown, and like none": (
+        "{name: stories}",
+        ("TTT103", "eval.tasks.0.name", "no installed plugin brings a task 'stories'",
+         "install its plugin, or write one of those installed: `words`"),
+        "c.yaml:3:23",
+    ),
+    "an unknown option": (
+        "{name: words, window: 3}",
+        ("TTT101", "eval.tasks.0.window", "unknown key `window` in `eval.tasks.0`", "write `windows`"),
+        "c.yaml:3:30",
+    ),
+    "an option of the wrong type": (
+        "{name: words, windows: many}",
+        ("TTT102", "eval.tasks.0.windows", "`eval.tasks.0.windows` must be a whole number, not 'many'", ""),
+        "c.yaml:3:39",
+    ),
+    "an option out of its range": (
+        "{name: words, windows: 0}",
+        ("TTT103", "eval.tasks.0.windows", "`eval.tasks.0.windows` must be at least 1, not 0", ""),
+        "c.yaml:3:39",
+    ),
+    "twice": (
+        "{name: words}, {name: words}",
+        ("TTT106", "eval.tasks.1.name", "the task `words` stands in `eval.tasks` already", "leave one of them out"),
+        "c.yaml:3:38",
+    ),
+    "a word": ("words", ("TTT102", "eval.tasks.0", "`eval.tasks.0` must be a section", ""), "c.yaml:3:16"),
+    "without a name": (
+        "{windows: 2}", ("TTT104", "eval.tasks.0.name", "`eval.tasks.0.name` is missing", "write `name: …`"),
+        "c.yaml:3:16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKEN)
+def test_the_options_of_a_task_are_checked_with_their_places(folder: Path, mistake: str) -> None:
+    bring(folder, EVAL_TASKS, TASK)
+    written, (code, path, message, fix), place = MISTAKEN[mistake]
+    text = f"backbone: {{name: moshi}}\ntrain: {{max_steps: 3}}\neval: {{tasks: [{written}]}}\n"
+    findings = check_config("c.yaml", text=text).findings
+    (finding,) = [found for found in findings if found.path.startswith("eval.tasks")]
+    assert (finding.code, finding.path) == (code, path)
+    assert finding.message.startswith(message)
+    assert fix in finding.fix
+    assert str(finding.place) == place
+
+
+def test_a_misspelt_task_can_be_fixed_and_a_sample_needs_no_task(folder: Path) -> None:
+    bring(folder, EVAL_TASKS, TASK)
+    config = moshi("eval:\n  tasks: [{name: wrods}]\n")
+    assert main(["check", config, "--fix", "--write"]) == 0
+    assert "tasks: [{name: words}]" in Path(config).read_text()
+    loaded = load_config(config).config
+    assert type(loaded.eval.tasks[0]).__name__ == "WordsOptions"
+    assert loaded.model_dump()["eval"]["tasks"] == ({"name": "words", "windows": 1},)
+    assert load_config("c.yaml", text=dump_config(loaded)).config == loaded
+    plugins.forget()
+    (folder / "lab_plugin.py").unlink()
+    sys.modules.pop("lab_plugin")
+    assert load_config(config, training=False).config.eval.tasks[0].name == "words"
+    with pytest.raises(ConfigError, match="TTT802"):
+        load_config(config)
+
+
+def test_tasks_of_a_config_made_in_python_are_looked_up_too(folder: Path) -> None:
+    bring(folder, EVAL_TASKS, TASK)
+
+    def chosen(*tasks: dict[str, Any]) -> Any:
+        return chosen_tasks(RUN.model_copy(update={"eval": EvalConfig.model_validate({"tasks": list(tasks)})}))
+
+    (task,) = chosen({"name": "words", "windows": 3})
+    assert (task.task.name, task.options.windows) == ("words", 3)
+    with pytest.raises(ConfigError, match=r"eval\.tasks\.words\.windows: Input should be"):
+        chosen({"name": "words", "windows": 0})
+    with pytest.raises(ConfigError, match=r"no installed plugin brings a task 'stories'; .*: `words`"):
+        chosen({"name": "stories"})
+    bring(folder, EVAL_TASKS, "import nobody_has_this\n", name="broken")
+    with pytest.raises(PluginError, match=r"the plugin broken \(lab-broken 1\.2\) is broken: ModuleNotFoundError"):
+        chosen({"name": "stories"})
+    assert chosen({"name": "words"})  # the broken one is none of this config's
+
+
+WRONG_TASKS = {
+    "raises at import": ("import nobody_has_this\n", "TTT802", "is broken: ModuleNotFoundError"),
+    "misspelt": (TASK.replace("def ttt_eval_tasks", "def ttt_evaltasks"), "TTT802", "did you mean `ttt_eval_tasks`"),
+    "raises": (
+        TASK.replace("return [Words()]", "raise KeyError(1)"),
+        "TTT803",
+        r"`ttt_eval_tasks`, \S*:\d+: KeyError",
+    ),
+    "one task": (TASK.replace("return [Words()]", "return Words()"), "TTT803", "returned a Words, not a sequence of"),
+    "a class": (TASK.replace("return [Words()]", "return [Words]"), "TTT803", "as number 0, not of type EvalTask"),
+    "a name with a slash": (TASK.replace('"words"', '"words/all"'), "TTT803", "a task whose name is 'words/all'"),
+    "options of another kind": (TASK.replace("options = W", "options = dict  # W"), "TTT803", "not a subclass of Task"),
+    "options that fail": (
+        TASK.replace("class Words(", "WordsOptions = None\n\nclass Words(").replace("options = Wo", "options = O  # "),
+        "TTT802",
+        "NameError: name 'O' is not defined",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_TASKS)
+def test_a_wrong_plugin_of_tasks_is_a_finding_where_a_task_is_missing(folder: Path, wrong: str) -> None:
+    source, code, told = WRONG_TASKS[wrong]
+    bring(folder, EVAL_TASKS, TASK.replace('"words"', '"good"'), name="good")
+    bring(folder, EVAL_TASKS, source, name="wrong")
+    text = "backbone: {{name: moshi}}\neval: {{tasks: [{{name: {}}}]}}\n"
+    (finding,) = [f for f in check_config("c.yaml", text=text.format("words")).findings if f.path.startswith("eval.t")]
+    assert finding.code == code
+    assert re.search(rf"^the plugin wrong \(lab-wrong 1\.2\) .*{told}", finding.message), finding.message
+    assert not {"TTT802", "TTT803"} & {
+        found.code for found in check_config("c.yaml", text=text.format("good")).findings
+    }
+
+
+def test_a_task_of_two_plugins_is_nobodys(folder: Path) -> None:
+    bring(folder, EVAL_TASKS, TASK)
+    bring(folder, EVAL_TASKS, TASK, name="other")
+    findings = check_config("c.yaml", text="backbone: {name: moshi}\neval: {tasks: [{name: words}]}\n").findings
+    (told,) = [finding.message for finding in findings if finding.code == "TTT802"]
+    assert told == "the task 'words' is claimed more than once: lab-lab, lab-other; uninstall all but one"
+
+
+MEASURED_WRONGLY = {
+    "raises": (
+        "raise RuntimeError('no words')",
+        r"`run` of its task raises, \S*wrong_plugin\.py:\d+: RuntimeError: no",
+    ),
+    "refuses": (
+        "raise EnvironmentProblem('words.csv: no such file')",
+        r"\(lab-wrong 1\.2\): words\.csv: no such file",
+    ),
+    "no_memory": ("raise MemoryError", "MemoryError"),
+    "exits": ("raise SystemExit(0)", "SystemExit: 0"),
+    "one_number": ("return 0.5", "it returned a float, not a mapping of names to numbers"),
+    "a_tensor": ("return {'acc': context.model}", r"it returned for acc a \w+, not one number"),
+    "a_flag": ("return {'acc': True}", "it returned for acc a bool, not one number"),
+    "a_path": ("return {'words/acc': 1.0}", "it returned a number called 'words/acc'"),
+    "changes": (
+        "next(context.model.parameters()).add_(1)",
+        "",
+    ),
+}
+
+
+def test_a_task_that_fails_is_told_and_the_others_are_measured(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = {name: entry for name, entry in MEASURED_WRONGLY.items() if name != "changes"}
+    source = "from ttt.errors import EnvironmentProblem\nfrom ttt.plugins import EvalTask, hookimpl\n"
+    for name, (line, _) in wrong.items():
+        source += (
+            f"class {name}(EvalTask):\n    name = '{name}'\n    def run(self, context, options):\n        {line}\n"
+        )
+    source += f"@hookimpl\ndef ttt_eval_tasks():\n    return [{', '.join(f'{name}()' for name in wrong)}]\n"
+    bring(folder, EVAL_TASKS, source, name="wrong")
+    bring(folder, EVAL_TASKS, TASK)
+    chosen = ", ".join(f"{{name: {name}}}" for name in (*wrong, "words"))
+    code, run = run_toy(folder, f"eval: {{max_batches: 1, tasks: [{chosen}]}}", steps=1)
+    assert code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for name, (_, told) in wrong.items():
+        (warning,) = re.findall(rf"warning: step 1: the task {name} has no numbers \((.*?)\); the run goes on", out)
+        assert "the plugin wrong (lab-wrong 1.2)" in warning
+        assert re.search(told, warning), warning
+    (line,) = read_metrics(run / "metrics.jsonl")
+    assert {key.split("/")[0] for key in line if "/" in key} == {"words"}

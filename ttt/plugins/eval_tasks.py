@@ -1,0 +1,73 @@
+"""Evaluation tasks: what a config names under `eval.tasks`, measured at each evaluation of a run.
+
+    eval:
+      eval_freq: 500
+      tasks: [{name: wordlist, data: words.csv}]
+
+Each number of a task stands in `metrics.jsonl`, `summary.json` and every logger as `task/metric`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ttt.config.schema import RunConfig
+from ttt.config.tasks import TaskOptions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ttt.plugins.backbone import Backbone
+    from ttt.plugins.data import WindowDataset
+
+
+@dataclass(frozen=True)
+class EvalContext:
+    """What a task measures, and by what. Later versions may add to it."""
+
+    model: nn.Module
+    """Injected, in eval mode; inside `ttt.adapter.gates_closed` it is the plain backbone. A task changes no weight."""
+    backbone: Backbone
+    """Whose model it is. Ask it for what it can do, not for its name."""
+    config: RunConfig
+    """Resolved, of the run."""
+    dataset: WindowDataset
+    """What the run's own evaluation reads."""
+    device: torch.device
+    """Of the model."""
+    step: int
+    """Optimiser steps done."""
+    stop: Callable[[], bool]
+    """Whether somebody asks the run to stop; a task that takes long asks between two items, and returns early. Its
+    numbers are dropped then: the resumed run measures anew."""
+
+
+class EvalTask(ABC):
+    """One task. The class attributes must work without torch."""
+
+    name: ClassVar[str]
+    """As in `eval.tasks: [{name: NAME}]`: letters, digits, `_`, `-` and `.`."""
+    options: ClassVar[type[TaskOptions]] = TaskOptions
+    """Its options: a subclass of `ttt.config.TaskOptions`. `ttt check` checks a config by it."""
+
+    @abstractmethod
+    def run(self, context: EvalContext, options: Any) -> Mapping[str, float]:
+        """Measure the model.
+
+        It is called without gradients, in the run's mixed precision, and with every global generator seeded by the
+        run's seed and the task's name.
+
+        Args:
+            context: the model, and what it is measured by.
+            options: those of the config, an instance of `options`.
+
+        Returns:
+            Numbers by name, as `{"acc": 0.61}`.
+
+        Raises:
+            Exception: anything. It is told, the numbers are missing from this evaluation, and the run goes on.
+        """

@@ -1,0 +1,78 @@
+"""What the hooks promise to return: a wrong answer is told as such, not where it does harm later.
+
+Each check takes what a plugin returned, and raises `WrongAnswer` if it is something else. What `ttt_backbone` returned,
+`ttt.plugins.discovery` checks, which knows its entry point.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ttt.plugins.asking import WrongAnswer, with_its_type
+
+_TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def _require_sequence(answer: Any, of: str) -> None:
+    if not isinstance(answer, Sequence) or isinstance(answer, str | bytes):
+        raise WrongAnswer(f"{with_its_type(answer)}, not a sequence of {of}")
+
+
+def _require_all(answer: Any, kind: type) -> None:
+    _require_sequence(answer, kind.__name__)
+    for number, entry in enumerate(answer):
+        if not isinstance(entry, kind):
+            raise WrongAnswer(f"{with_its_type(entry)} as number {number}, not of type {kind.__name__}")
+
+
+def _rules(answer: Any) -> None:
+    from ttt.config.findings import PREFIX
+    from ttt.plugins.rules import Rule
+
+    _require_all(answer, Rule)
+    for rule in answer:
+        if not rule.codes:
+            raise WrongAnswer(f"the rule {rule.name} without a code; make it with ttt.plugins.rule")
+        for number in (code.number for code in rule.codes if code.number.startswith(PREFIX)):
+            raise WrongAnswer(
+                f"the rule {rule.name} with the core's code {number}; write letters of its own, as LAB101"
+            )
+
+
+def _imported(answer: Any) -> None:
+    from ttt.plugins.imported import ImportedConfig
+
+    if not isinstance(answer, ImportedConfig):
+        raise WrongAnswer(f"{with_its_type(answer)}, not an ImportedConfig, or None where it does not know the file")
+
+
+def _logger(answer: Any) -> None:
+    for method in ("log", "close"):
+        if not callable(getattr(answer, method, None)) or isinstance(answer, type):
+            told = f"the class {answer.__name__}" if isinstance(answer, type) else with_its_type(answer)
+            raise WrongAnswer(f"{told}, not a Logger, which has `log(line)` and `close()`")
+
+
+def _tasks(answer: Any) -> None:
+    from ttt.config.tasks import TaskOptions
+    from ttt.plugins.eval_tasks import EvalTask
+
+    _require_all(answer, EvalTask)
+    for task in answer:
+        name, options = getattr(task, "name", None), task.options
+        if not isinstance(name, str) or not _TASK.fullmatch(name):
+            raise WrongAnswer(f"a task whose name is {name!r:.80}; write letters, digits, `_`, `-` and `.`")
+        if not (isinstance(options, type) and issubclass(options, TaskOptions)):
+            raise WrongAnswer(f"the task {name} whose options are {options!r:.80}, not a subclass of TaskOptions")
+
+
+HOOK_ANSWERS: Mapping[str, Callable[[Any], None]] = {
+    "ttt_backbone": lambda answer: None,
+    "ttt_rules": _rules,
+    "ttt_import_config": _imported,
+    "ttt_loggers": _logger,
+    "ttt_eval_tasks": _tasks,
+}
+"""The check of each hook's answer; none is asked about None, which is no answer."""

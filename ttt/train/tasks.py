@@ -1,0 +1,88 @@
+"""The tasks of `eval.tasks`, measured at an evaluation.
+
+One that fails is told, and its numbers are missing from that evaluation; the run goes on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ttt.plugins.asking import WrongAnswer, asked, with_its_type
+from ttt.plugins.eval_tasks import EvalContext
+from ttt.plugins.installed_tasks import ChosenTask
+from ttt.plugins.registry import in_its_name
+from ttt.train.display import Display
+from ttt.train.evaluation import eval_mode
+from ttt.train.parts import Parts
+from ttt.train.passes import mixed_precision, seed_pass
+
+_METRIC = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,@%+-]{0,79}")
+
+
+@torch.no_grad()
+def measure(parts: Parts, step: int, *, stop: Callable[[], bool], display: Display) -> dict[str, float] | None:
+    """Measure every task of a run.
+
+    Args:
+        parts: of the run.
+        step: optimiser steps done.
+        stop: whether somebody asks the run to stop.
+        display: told which task is measured, and which failed.
+
+    Returns:
+        Numbers by `task/metric`; None if `stop` said so.
+    """
+    numbers: dict[str, float] = {}
+    context = EvalContext(
+        parts.model, parts.backbone, parts.config, parts.eval_dataset, parts.device, step=step, stop=stop
+    )
+    for chosen in parts.tasks:
+        display.measuring(chosen.task.name)
+        try:
+            numbers |= _measured(chosen, context)
+        except Exception as error:  # of its code, and what that raises on purpose; a lack of memory
+            told = in_its_name(chosen.plugin, error)
+            display.say(f"warning: step {step}: the task {chosen.task.name} has no numbers ({told}); the run goes on")
+        if stop():
+            return None
+    display.measuring(None)
+    return numbers
+
+
+def _measured(chosen: ChosenTask, context: EvalContext) -> dict[str, float]:
+    """The numbers of one task, by `task/metric`.
+
+    Raises:
+        Exception: it failed.
+    """
+    task, train = chosen.task, context.config.train
+    seed_pass(train.seed, f"task {task.name}", 0)
+    with (
+        eval_mode(context.model),
+        mixed_precision(train, context.device),
+        asked(chosen.plugin, f"`run` of its task {task.name}", type(task).run),
+    ):
+        return {f"{task.name}/{name}": value for name, value in _numbers(task.run(context, chosen.options))}
+
+
+def _numbers(answer: Any) -> list[tuple[str, float]]:
+    """What a task returned, as numbers.
+
+    Raises:
+        WrongAnswer: it is something else.
+    """
+    if not isinstance(answer, Mapping):
+        raise WrongAnswer(f"{with_its_type(answer)}, not a mapping of names to numbers")
+    for name, value in answer.items():
+        if not isinstance(name, str) or not _METRIC.fullmatch(name):
+            raise WrongAnswer(f"a number called {name!r:.80}; write a word, as 'acc'")
+        whole = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+        if not whole and not (isinstance(value, Tensor) and value.numel() == 1):
+            raise WrongAnswer(f"for {name} {with_its_type(value)}, not one number")
+    return [(name, float(value)) for name, value in answer.items()]
