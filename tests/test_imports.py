@@ -15,7 +15,7 @@ import pytest
 from ttt.plugins import GROUP, discover
 
 ROOT = Path(__file__).parent.parent
-PLUGINS = {folder.name: folder for folder in sorted((ROOT / "plugins").glob("*/ttt_*"))}
+PLUGINS = {file.parent.name: file.parent for file in sorted((ROOT / "plugins").glob("*/ttt_*/plugin.py"))}
 """The packages of the plugins in this repository."""
 PLUGIN_PACKAGES = {folder.name for folder in PLUGINS.values()}
 NOT_INSTALLED = {"ttt_example"}
