@@ -33,7 +33,7 @@ def copied(folder: Path) -> Path:
 
 
 def installed(source: Path, site: Path) -> Path:
-    """Install a distribution into a folder, from a wheel that setuptools builds, which torch has brought here."""
+    """Install a distribution into a folder, from a wheel that setuptools builds."""
     uv = [str(Path(sys.executable).with_name("uv")), "pip", "install", "--offline", "--no-config", "--no-cache"]
     into = ["--python", sys.executable, "--no-deps", "--no-build-isolation", "--target", str(site)]
     done = subprocess.run([*uv, *into, str(source)], capture_output=True, text=True, timeout=300)

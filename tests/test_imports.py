@@ -358,7 +358,7 @@ NOT_FOR_A_CHECK = {
         "ttt.layer",
     ),
     # what a plugin may bring, and this check does not ask for; what is said of a file that does not parse
-    *("ttt.plugins.imported", "ttt.plugins.sampling", "ttt.plugins.site", "ttt.plugins.rows"),
+    *("ttt.plugins.imported", "ttt.plugins.sampling", "ttt.plugins.capable", "ttt.plugins.site", "ttt.plugins.rows"),
     *("ttt.config.explanation", "ttt.config.complaints", "ttt.config.dumping", "ttt.devices"),
     # of the standard library, what only the above want
     *("asyncio", "http.client", "ssl", "difflib", "traceback", "subprocess", "multiprocessing", "logging", "runpy"),

@@ -94,7 +94,14 @@ def sites(model: nn.Module) -> list[Site]:
     """One for each layer."""
     found = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, Layer)]
     return [
-        Site(number, path, layer, layer.attention_out.in_features, layer.num_heads, subclass=LayerWithTTT)
+        Site(
+            layer=number,
+            path=path,
+            module=layer,
+            dim=layer.attention_out.in_features,
+            num_heads=layer.num_heads,
+            subclass=LayerWithTTT,
+        )
         for number, (path, layer) in enumerate(found)
     ]
 
