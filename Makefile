@@ -18,6 +18,7 @@ export NO_TORCH_COMPILE = 1
 # Without bytecode beside the packages every process of a test would compile torch anew: 5 s and more.
 unexport PYTHONDONTWRITEBYTECODE
 
+# plugins/example is not installed: tests/test_example.py builds it and installs it into a folder of its own.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test rounding bench lint types format clean constraints rules
 

@@ -37,7 +37,7 @@ from ttt.adapter_file import BACKBONE, MODEL, read_info
 from ttt.check import load_config
 from ttt.errors import DamagedFileWarning, TTTError
 from ttt.files import read_header, read_tensors, require_digests
-from ttt.plugins import Backbone, get_backbone
+from ttt.plugins import Backbone, Precomputing, capability, get_backbone
 from ttt.state import TTTState
 from ttt.train import train
 from ttt.train.claim import METRICS, SUMMARY
@@ -135,7 +135,7 @@ def make_latents(folder: Path) -> list[Subject]:
     config = load_config(
         "videodit demo", text=backbone.presets()["demo"], backbone=backbone, overrides=overrides, training=False
     ).config
-    backbone.precompute(config, console=_silent())
+    capability(backbone, Precomputing).precompute(config, console=_silent())
 
     def dataset() -> Any:
         options: Any = config.backbone

@@ -39,6 +39,7 @@ from ttt.plugins.answers import ANSWERS
 from ttt.plugins.asking import TRACEBACK
 from ttt.plugins.capabilities import CAPABILITIES, kinds_of, members_of
 from ttt.plugins.guarding import methods_of
+from ttt.sample import sample, sample_many
 from ttt.train import train
 from ttt_cli.main import main
 
@@ -593,6 +594,9 @@ def test_a_capability_is_asked_for_and_who_lacks_it_learns_who_has_it(tmp_path: 
     install(tmp_path, "lost", "lost_plugin", "import nothing_of_that_name\n")  # a broken one has none, and stops nobody
     with importable(tmp_path), pytest.raises(UsageError, match=r"; of the installed backbones toy, videodit have it$"):
         capability(plain, Sampling)
+    for make, asked in ((sample, None), (sample_many, [])):
+        with pytest.raises(UsageError, match="the backbone twoway has no sampling"):
+            make(None, plain, asked)  # type: ignore[operator]
 
 
 def test_a_capability_of_a_third_partys_own_is_guarded_and_asked_for_alike() -> None:

@@ -499,7 +499,14 @@ def test_nothing_that_is_asked_for_is_dropped_in_silence(capsys: pytest.CaptureF
 def test_precompute_makes_the_data_that_training_reads(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["c.yaml", "--set", "data.train_data=made.txt"]
     assert main(["check", *arguments]) == 1  # it is not there yet
-    assert "TTT501" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "TTT501" in out
+    assert "make it with `ttt precompute`" in out
+    Path("m.yaml").write_text("backbone: {name: moshi}\ndata: {train_data: made.jsonl}\n")
+    assert main(["check", "m.yaml"]) == 1
+    out = capsys.readouterr().out
+    assert "TTT501" in out
+    assert "ttt precompute" not in out  # which Moshi has no use for
     assert main(["precompute", *arguments]) == 0
     assert said(capsys)[0] == "4 streams\n"
     assert main(["train", *arguments, "--set", "run_dir=run"]) == 0

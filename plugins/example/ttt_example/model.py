@@ -1,0 +1,112 @@
+"""A transformer over bytes, and where TTT goes in it: between a layer's attention and its feed-forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from ttt import Site, TTTAdapter, TTTState
+from ttt_example.options import ExampleOptions
+
+
+class Memory:
+    """What one layer keeps of a stream that comes in pieces."""
+
+    keys_values: Tensor | None = None
+    """Of all bytes so far, `[2, B, heads, T, head width]`."""
+    ttt: TTTState | None = None
+    """Where TTT stands."""
+
+
+class Layer(nn.Module):
+    """Causal attention, then a feed-forward, each as a residual."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention_in, self.attention_out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        """Tokens `[B,T,D]`, after those that the memory holds, to tokens."""
+        x = self.after_attention(x + self.attend(self.norm1(x), memory), memory)
+        return x + self.feed_forward(self.norm2(x))
+
+    def attend(self, x: Tensor, memory: Memory | None) -> Tensor:
+        """Let each token look at itself and at all before it; what is before what, the mask alone tells."""
+        q, *keys_values = self.attention_in(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        known = torch.stack(keys_values)
+        if memory is not None:
+            known = known if memory.keys_values is None else torch.cat([memory.keys_values, known], 3)
+            memory.keys_values = known
+        earlier = known.shape[3] - q.shape[2]
+        seen = torch.ones(q.shape[2], known.shape[3], dtype=torch.bool, device=x.device).tril(earlier)
+        y = scaled_dot_product_attention(q, known[0], known[1], attn_mask=seen)
+        return self.attention_out(y.transpose(1, 2).flatten(2))
+
+    def after_attention(self, x: Tensor, memory: Memory | None) -> Tensor:
+        """Where TTT goes; without it, nothing is done."""
+        return x
+
+
+class LayerWithTTT(Layer):
+    """What a layer becomes: its parameters keep their names, and `ttt` is a child beside them."""
+
+    ttt: TTTAdapter
+
+    def after_attention(self, x: Tensor, memory: Memory | None) -> Tensor:
+        """TTT over the sequence, or over the next piece of a stream."""
+        if memory is None:
+            return self.ttt(x)
+        x, memory.ttt = self.ttt.adapt(x, memory.ttt)
+        return x
+
+
+class ByteTransformer(nn.Module):
+    """Bytes `[B,T]` to logits of each next byte, `[B,T,256]`."""
+
+    def __init__(self, options: ExampleOptions) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, options.dim)
+        self.layers = nn.ModuleList(Layer(options.dim, options.num_heads) for _ in range(options.num_layers))
+        self.head = nn.Sequential(nn.LayerNorm(options.dim), nn.Linear(options.dim, 256))
+
+    def forward(self, tokens: Tensor, memories: Sequence[Memory] | None = None) -> Tensor:
+        """Whole sequences, or the next piece of the streams whose memories are given, one for each layer."""
+        x = self.embedding(tokens)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, None if memories is None else memories[number])
+        return self.head(x)
+
+
+def build(options: ExampleOptions) -> ByteTransformer:
+    """A random model, the same for the same seed; no other generator is disturbed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        return ByteTransformer(options)
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """One for each layer."""
+    found = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, Layer)]
+    return [
+        Site(
+            layer=number,
+            path=path,
+            module=layer,
+            dim=layer.attention_out.in_features,
+            num_heads=layer.num_heads,
+            subclass=LayerWithTTT,
+        )
+        for number, (path, layer) in enumerate(found)
+    ]
+
+
+def stream(model: nn.Module, tokens: Tensor, pieces: Sequence[int]) -> Tensor:
+    """The logits of tokens that come in pieces of the given lengths."""
+    memories = [Memory() for _ in sites(model)]
+    return torch.cat([model(piece, memories) for piece in tokens.split(list(pieces), 1)], 1)
