@@ -255,10 +255,10 @@ def test_exit_codes_and_sums_know_of_all_findings(tmp_path: Path) -> None:
 
 
 def test_spelling_is_asked_no_oftener_than_findings_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ttt.check import validation
+    from ttt.check import unknown_key
 
     asked = []
-    monkeypatch.setattr(validation, "nearest", lambda word, known: asked.append(word))
+    monkeypatch.setattr(unknown_key, "nearest", lambda word, known: asked.append(word))
     assert len(check_config("c.yaml", text=MANY, backbone=MOSHI).findings) == 9000
     assert len(asked) <= 2 * MOST_OF_A_KIND
 
