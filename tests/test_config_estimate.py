@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -23,7 +22,6 @@ from ttt.check import check_config, load_config
 from ttt.check.estimate import estimate
 from ttt.config import RunConfig, TTTConfig
 from ttt.costs import layer_activation_bytes, layer_flops, layer_parameters, scan_cost
-from ttt.errors import NestedCheckpointWarning
 from ttt.layer import TTTLayer
 from ttt.ops.fused import layout, operator
 from ttt.ops.rotary import rotary_angles
@@ -34,9 +32,7 @@ MOSHI = get_backbone("moshi")
 
 
 def _ttt(**settings: Any) -> TTTConfig:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NestedCheckpointWarning)
-        return TTTConfig.model_validate({**MOSHI.ttt_defaults, **settings})
+    return TTTConfig.model_validate({**MOSHI.ttt_defaults, **settings})
 
 
 def _config(**sections: dict[str, Any]) -> RunConfig:
@@ -401,9 +397,7 @@ PEAKS = [
 @pytest.mark.parametrize("settings", PEAKS, ids=str)
 def test_a_training_step_stays_in_the_printed_range(settings: dict[str, Any]) -> None:
     text = MOSHI.presets()["demo"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NestedCheckpointWarning)
-        config = load_config(None, text=text, overrides=[f"{key}={value}" for key, value in settings.items()]).config
+    config = load_config(None, text=text, overrides=[f"{key}={value}" for key, value in settings.items()]).config
     facts = MOSHI.facts(config)
     needs = estimate(config, facts)
     dtype = getattr(torch, config.train.param_dtype)

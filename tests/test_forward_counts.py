@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 from toy import ToyBackbone, TwoWayToy
 
@@ -11,7 +9,6 @@ from ttt.check import check_config
 from ttt.check.estimate import enclosing_checkpoints
 from ttt.config import TTTConfig
 from ttt.costs import scan_cost
-from ttt.errors import NestedCheckpointWarning
 from ttt.laws import Bench
 from ttt.laws.checks import NESTINGS
 from ttt.ops import minibatch
@@ -50,9 +47,7 @@ def count_steps(monkeypatch, bench, *, group_size, inside_own, wrappers=()):
 
 def runs(group_size, levels):
     """The closed form for 16 tokens: 1, 1 for every checkpoint around, 1 where groups are checkpointed inside."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NestedCheckpointWarning)
-        config = TTTConfig(mini_batch_size=SIZE, scan_checkpoint_group_size=group_size)
+    config = TTTConfig.model_validate({"mini_batch_size": SIZE, "scan_checkpoint_group_size": group_size})
     cost = scan_cost(config, dim=16, num_heads=2, tokens=16, batch_size=3)
     assert cost.steps == 4
     return cost.forwards(enclosing=levels)

@@ -9,7 +9,6 @@ import itertools
 import random
 import re
 import traceback
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ttt.config import TTTConfig
 from ttt.costs import scan_cost
-from ttt.errors import NestedCheckpointWarning
 from ttt.layer import TTTLayer
 from ttt.ops import fused
 from ttt.ops.fused import layout, operator
@@ -224,9 +222,7 @@ def test_float32(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def layer_of(seed: int = 0, dtype: torch.dtype = torch.float64, dim: int = 16, **options: Any) -> TTTLayer:
     """A layer every parameter of which acts, those that start at zero too."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NestedCheckpointWarning)
-        config = TTTConfig.model_validate({"mini_batch_size": 4, "layer_type": "mlp", "base_lr": 0.5, **options})
+    config = TTTConfig.model_validate({"mini_batch_size": 4, "layer_type": "mlp", "base_lr": 0.5, **options})
     layer = TTTLayer(dim, 2, config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     layer.reset_parameters(generator)

@@ -166,7 +166,6 @@ def test_injection_after_streaming_is_found_by_streaming():
 SETTINGS = list(itertools.product([0, 1, 16, 188], [False, True]))
 
 
-@pytest.mark.filterwarnings("ignore::ttt.errors.NestedCheckpointWarning")
 @pytest.mark.parametrize("mini_batch_size", [1, 16])
 def test_training_is_the_same_at_every_checkpoint_setting(mini_batch_size):
     """Five steps on 15 s windows, 188 frames: where the field's run died, or would have learned something else."""

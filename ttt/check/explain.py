@@ -27,9 +27,9 @@ def explain(code: str) -> str:
         UsageError: there is no such code.
     """
     code = code.strip().upper()
-    for told in [explanations()] if code in DECLARED else _of_plugins().values():
-        if code in told:
-            return "\n".join(_sections(code, told[code]))
+    for explained in [explanations()] if code in DECLARED else _of_plugins().values():
+        if code in explained:
+            return "\n".join(_sections(code, explained[code]))
     close = nearest(code, DECLARED)
     hint = f"did you mean {close}? " if close else ""
     raise UsageError(f"no rule has the code {code!r}; {hint}`ttt check --list` lists them")

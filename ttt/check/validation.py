@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from ttt.check.codes import TTT101, TTT102, TTT103, TTT104, TTT106, TTT803
 from ttt.check.expected import expected, instead, listed, meant, show
 from ttt.check.misfits import Problem, blamed, problems_of
-from ttt.check.model_keys import described, section_at
+from ttt.check.model_keys import described, field_at, section_at
 from ttt.check.render import MOST_OF_A_KIND
 from ttt.check.unknown_key import OtherOptions, unknown_key
 from ttt.config.findings import Code, Finding
@@ -107,9 +107,7 @@ class _Validation:
         """Turn a problem into a finding, unless it follows from another, and mark its keys as not to be relied on."""
         keys = blamed(problem, self.model)
         between = keys != [problem.path] or self._of_a_section(problem)
-        follows = (between or problem.kind == "missing") and any(
-            key[: len(doubtful)] == doubtful for key in keys for doubtful in self.result.untrusted
-        )
+        follows = (between or problem.kind == "missing") and any(map(self._is_doubtful, keys))
         self.result.untrusted.update(keys)
         if follows:
             return
@@ -131,6 +129,13 @@ class _Validation:
                 place=self.source.place(path),
                 replacement=replacement if self.source.written(path) else None,
             )
+        )
+
+    def _is_doubtful(self, key: KeyPath) -> bool:
+        """Whether a key, or a key inside it, is not to be relied on."""
+        return any(
+            key[: len(doubtful)] == doubtful or (doubtful[: len(key)] == key and field_at(self.model, doubtful))
+            for doubtful in self.result.untrusted
         )
 
     def _of_a_section(self, problem: Problem) -> bool:
