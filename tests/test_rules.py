@@ -6,6 +6,7 @@ import ast
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -361,9 +362,10 @@ def test_a_plugin_that_does_not_explain_its_codes_is_broken(tmp_path: Path, more
 
 
 def test_a_code_without_a_home_is_explained_by_the_backbone() -> None:
-    entry = Explanation("warning", "It is.", "It costs.", "a: 1", "a: 2", "somebody", title="a lonely batch")
-    told = _with(lonely, explanations=lambda self: {"XYZ401": entry})
-    assert explanations_of(told) == {"XYZ401": entry}
+    entry = Explanation("note", "It is.", "It costs.", "a: 1", "a: 2", "somebody", title="another title")
+    told = explanations_of(_with(lonely, explanations=lambda self: {"XYZ401": entry, "XYZ1": entry}))
+    assert told["XYZ401"] == replace(entry, severity="warning", title="a lonely batch")  # the code's own
+    assert told["XYZ1"] == entry
     with pytest.raises(PluginError, match="does not explain its code XYZ401"):
         explanations_of(_with(lonely))
     assert explanations_of(_with(lambda config: [])) == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ttt.check import codes
 from ttt.check.probe_codes import LAWS
@@ -52,6 +53,8 @@ def explanations_of(backbone: Backbone) -> Mapping[str, Explanation]:
         told |= read_explanations(declared.values())
     except ValueError as error:
         raise PluginError(f"{owner(backbone)} does not explain its codes: {error}{WAY_OUT}") from error
-    for number in sorted(declared.keys() - told.keys()):
-        raise PluginError(f"{owner(backbone)} does not explain its code {number}{WAY_OUT}")
+    for number, code in declared.items():
+        if number not in told:
+            raise PluginError(f"{owner(backbone)} does not explain its code {number}{WAY_OUT}")
+        told[number] = replace(told[number], severity=code.severity.value, title=code.title)
     return told
