@@ -44,13 +44,12 @@ def explanations_of(backbone: Backbone) -> Mapping[str, Explanation]:
     Raises:
         PluginError: it fails when it is asked, or a rule declares a code that nothing explains.
     """
-    told = dict(backbone.explanations())
     declared = {code.number: code for rule in backbone.rules if isinstance(rule, Rule) for code in rule.codes}
     for number in declared:
         if number.startswith(PREFIX):
             raise PluginError(f"{owner(backbone)} declares the code {number}, which is the core's{WAY_OUT}")
     try:
-        told |= read_explanations(declared.values())
+        told = {**backbone.explanations(), **read_explanations(declared.values())}
     except ValueError as error:
         raise PluginError(f"{owner(backbone)} does not explain its codes: {error}{WAY_OUT}") from error
     for number, code in declared.items():
