@@ -6,6 +6,7 @@ import ast
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ from ttt.check.rules import RULES
 from ttt.config import Blame, Code, Finding, RunConfig, Severity
 from ttt.config.explanation import Explanation, read_explanations
 from ttt.errors import ConfigError, PluginError
-from ttt.plugins import Rule, find, rule
+from ttt.plugins import Rule, find, rule, run_config_model
 from ttt_cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +87,7 @@ def test_every_key_that_a_rule_reads_is_one_of_a_config() -> None:
     for each in RULES:
         assert each.reads is not None
         for key in set(each.reads) - {"facts", "needs"}:
-            model: Any = RunConfig
+            model: Any = run_config_model(ToyBackbone())
             for part in key.split("."):
                 assert part in model.model_fields, f"{each.name}: {key}"
                 model = model.model_fields[part].annotation
@@ -188,7 +189,8 @@ def test_severity_and_title_of_an_explanation_are_those_of_its_code() -> None:
 def test_what_no_text_can_hold_is_written_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (
         f"TOY1: {_ENTRY[:-1]}, options: [--set, 1], bad_bytes: [{{'#': 3}}, \"\\xfc\\0\"],"
-        " files: {a.safetensors: {safetensors: {format: toy, config: {layers: [1]}}}}}\n"
+        " files: {a.safetensors: {safetensors: {metadata: {format: toy, config: {layers: [1]}}, zeros: {w: [2, 3]}}},"
+        " b.safetensors: {safetensors: {zeros: {w: [2]}}, cut: 20}}}\n"
     )
     (entry,) = read_explanations(
         [Code("TOY1", "a toy", Severity.NOTE, home=_home(tmp_path, monkeypatch, text))]
@@ -197,8 +199,11 @@ def test_what_no_text_can_hold_is_written_otherwise(tmp_path: Path, monkeypatch:
     assert entry.options == ("--set", "1")
     written = entry.files["a.safetensors"]
     size = int.from_bytes(written[:8].encode("ascii"), "little")
-    assert len(written) == 8 + size
-    said = json.loads(written[8:])["__metadata__"]
+    assert len(written) == 8 + size + 12
+    header = json.loads(written[8 : 8 + size])
+    assert header["w"] == {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}
+    assert len(entry.files["b.safetensors"]) == 20
+    said = header["__metadata__"]
     assert (said["format"], json.loads(said["config"])) == ("toy", {"layers": [1]})
 
 
@@ -362,9 +367,10 @@ def test_a_plugin_that_does_not_explain_its_codes_is_broken(tmp_path: Path, more
 
 
 def test_a_code_without_a_home_is_explained_by_the_backbone() -> None:
-    entry = Explanation("warning", "It is.", "It costs.", "a: 1", "a: 2", "somebody", title="a lonely batch")
-    told = _with(lonely, explanations=lambda self: {"XYZ401": entry})
-    assert explanations_of(told) == {"XYZ401": entry}
+    entry = Explanation("note", "It is.", "It costs.", "a: 1", "a: 2", "somebody", title="another title")
+    told = explanations_of(_with(lonely, explanations=lambda self: {"XYZ401": entry, "XYZ1": entry}))
+    assert told["XYZ401"] == replace(entry, severity="warning", title="a lonely batch")  # the code's own
+    assert told["XYZ1"] == entry
     with pytest.raises(PluginError, match="does not explain its code XYZ401"):
         explanations_of(_with(lonely))
     assert explanations_of(_with(lambda config: [])) == {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from ttt.check import codes
 from ttt.check.probe_codes import LAWS
@@ -44,7 +45,7 @@ def explanations_of(backbone: Backbone) -> Mapping[str, Explanation]:
         PluginError: it fails when it is asked, or a rule declares a code that nothing explains.
     """
     rules = [rule for rule in backbone.rules if isinstance(rule, Rule)]
-    return _explained(backbone, rules, backbone.explanations())
+    return _explained(backbone, rules, backbone.explanations)
 
 
 def house_explanations() -> dict[str, Mapping[str, Explanation]]:
@@ -52,14 +53,14 @@ def house_explanations() -> dict[str, Mapping[str, Explanation]]:
     found: dict[str, Mapping[str, Explanation]] = {}
     for answer in house_rules(None).given:
         with contextlib.suppress(PluginError):  # `ttt plugins` says what is wrong
-            found[answer.plugin.name] = _explained(answer.plugin, answer.value, {})
+            found[answer.plugin.name] = _explained(answer.plugin, answer.value, dict)
     return found
 
 
 def _explained(
-    plugin: object, rules: Iterable[Rule[RunConfig]], told: Mapping[str, Explanation]
+    plugin: object, rules: Iterable[Rule[RunConfig]], own: Callable[[], Mapping[str, Explanation]]
 ) -> Mapping[str, Explanation]:
-    """What is told of codes, and of those that a plugin's rules declare.
+    """What a plugin tells of codes of its own accord, and what its rules' files tell of those that they declare.
 
     Raises:
         PluginError: a rule declares a code that nothing explains, or one of the core's.
@@ -69,9 +70,11 @@ def _explained(
         if number.startswith(PREFIX):
             raise PluginError(f"{owner(plugin)} declares the code {number}, which is the core's", fix=WAY_OUT)
     try:
-        told = {**told, **read_explanations(declared.values())}
+        told = {**own(), **read_explanations(declared.values())}
     except ValueError as error:
         raise PluginError(f"{owner(plugin)} does not explain its codes: {error}", fix=WAY_OUT) from error
-    for number in sorted(declared.keys() - told.keys()):
-        raise PluginError(f"{owner(plugin)} does not explain its code {number}", fix=WAY_OUT)
+    for number, code in declared.items():
+        if number not in told:
+            raise PluginError(f"{owner(plugin)} does not explain its code {number}", fix=WAY_OUT)
+        told[number] = replace(told[number], severity=code.severity.value, title=code.title)
     return told

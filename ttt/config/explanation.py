@@ -13,14 +13,16 @@ ABC101:
   source: somebody's paper
 ```
 
-The keys are the fields of `Explanation`, but for severity and title, which the code has. Text that cannot be written as
-a file has another form: `files` may hold `safetensors: {…}`, the header of a file without tensors, and `bad_bytes` is
-text whose letters are bytes, or a list of pieces, where `{"#": 1000}` is a piece so many times.
+The keys are the fields of `Explanation`, but for severity and title, which the code has. What is hard to write as text
+has another form: `files` may hold `safetensors: {metadata: {…}, zeros: {name: [2, 3]}}`, a file of zeros in float16,
+with `cut: 100` beside it only so many letters of it; and `bad_bytes` is text whose letters are bytes, or a list of
+pieces, where `{"#": 1000}` is a piece so many times.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -127,15 +129,20 @@ def _explanation(file: Path, code: Code, entry: Mapping[str, Any]) -> Explanatio
 
 
 def _file(content: str | Mapping[str, Any]) -> str:
-    """A file's text: as it is written, or of a safetensors file without tensors, from what its header says."""
+    """A file's text: as it is written, or of a safetensors file of zeros, from what is said of it."""
     if isinstance(content, str):
         return content
-    said = {
-        key: value if isinstance(value, str) else json.dumps(value) for key, value in content["safetensors"].items()
-    }
-    header = json.dumps({"__metadata__": said})
-    header += " " * (-len(header) % 256)  # a length whose bytes are letters of ASCII, so that the file is a text
-    return len(header).to_bytes(8, "little").decode("ascii") + header
+    said, end = content["safetensors"], 0
+    header: dict[str, Any] = {}
+    if "metadata" in said:
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said["metadata"].items()}
+        header["__metadata__"] = texts
+    for name, shape in said.get("zeros", {}).items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header)
+    text += " " * (-len(text) % 256)  # a length whose bytes are letters of ASCII, so that the file is a text
+    return (len(text).to_bytes(8, "little").decode("ascii") + text + "\0" * end)[: content.get("cut")]
 
 
 def _bytes(pieces: str | list[str | dict[str, int]]) -> bytes:

@@ -63,9 +63,15 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
     def explanations(self) -> Mapping[str, Any]:
         """What the codes of `rules` mean, a `ttt.config.Explanation` for each: `ttt check --explain`.
 
-        Those whose `Code.home` names their module are explained in the file beside it, and left out here.
+        By default what the files beside the modules of the rules say; see `ttt.config.explanation`.
+
+        Raises:
+            ValueError: such a file is missing or damaged, or explains other codes than its module declares.
         """
-        return {}
+        from ttt.config.explanation import read_explanations
+        from ttt.plugins.rules import Rule
+
+        return read_explanations(code for rule in self.rules if isinstance(rule, Rule) for code in rule.codes)
 
     @abstractmethod
     def presets(self) -> Mapping[str, str]:

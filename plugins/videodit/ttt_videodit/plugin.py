@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,6 +34,7 @@ from ttt_videodit.options import (
     sizes,
     text_length,
 )
+from ttt_videodit.rules import RULES
 
 if TYPE_CHECKING:
     import torch
@@ -41,13 +42,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ttt.plugins import ImportedConfig, Site
-
-
-def check_data(config: VideoDiTRun) -> Sequence[Any]:
-    """What `ttt check` finds in the data (VDT5xx) and the weights (VDT6xx)."""
-    from ttt_videodit.rules import RULES
-
-    return [finding for rule in RULES for finding in rule(config)]
 
 
 class VideoDiTBackbone(
@@ -69,13 +63,7 @@ class VideoDiTBackbone(
     ttt_defaults: ClassVar[Mapping[str, Any]] = {"preset": "video", "layer_type": "mlp", "mini_batch_size": 64}
 
     sample_suffix: ClassVar[str] = ".mp4"
-    rules: ClassVar[Sequence[Callable[[RunConfig], Sequence[Any]]]] = (check_data,)
-
-    def explanations(self) -> Mapping[str, Any]:
-        """What the codes VDT5xx and VDT6xx mean."""
-        from ttt_videodit.explanations import explanations
-
-        return explanations()
+    rules: ClassVar[Sequence[Callable[[RunConfig], Iterable[Any]]]] = RULES
 
     def presets(self) -> Mapping[str, str]:
         """The commented configs that ship: `demo`, and TTT-Video's curriculum, `3s` to `63s`."""

@@ -4,28 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from ttt.config.findings import Finding, Severity
+from ttt.config import Blame, Code, Finding, Severity
 from ttt.errors import EnvironmentProblem
 from ttt.jsonl import Line, read_excerpt, read_jsonl
+from ttt.plugins import rule
 from ttt.words import first_few
 from ttt_videodit.index import VIDEO_EXAMPLE, LineError, check_encoded, parse_encoded, parse_listed, windows_in
 from ttt_videodit.options import VideoDiTRun
 from ttt_videodit.variants import WAY_OUT, wrong_source
 from ttt_videodit.wanted import Wanted, missing_data
 
+_code = partial(Code, of_training=True, home=__name__)
+_data = partial(_code, blames=Blame.MACHINE)
+VDT501 = _data("VDT501", "lines that are not of an index", Severity.ERROR)
+VDT502 = _data("VDT502", "latents or texts that are not there", Severity.ERROR)
+VDT503 = _data("VDT503", "damaged latents or texts", Severity.ERROR)
+VDT504 = _data("VDT504", "latents of another size", Severity.ERROR)
+VDT505 = _data("VDT505", "a segment without a text", Severity.ERROR)
+VDT506 = _data("VDT506", "no video as long as a window", Severity.ERROR)
+VDT507 = _code("VDT507", "videos shorter than a window", Severity.NOTE)
+VDT508 = _code("VDT508", "no data for the run", Severity.ERROR)
+VDT509 = _code("VDT509", "videos that cannot be listed", Severity.WARNING)
+# Not told where nothing is trained: building the model tells the same.
+VDT601 = _code("VDT601", "weights of another CogVideoX", Severity.ERROR)
+
 # A check is instant: what lies beyond is left to the run, which reads all of it before its first step.
 _MOST_BYTES: Final = 4 << 20
 _MOST_LINES: Final = 200
 
 _PROBLEMS: Final = {
-    "line": ("VDT501", "the line is none of an index", "write the index with ttt precompute"),
-    "missing": ("VDT502", "a file is missing", "run ttt precompute again; it makes what is missing"),
-    "damaged": ("VDT503", "a file is damaged or something else", "delete it and run ttt precompute again"),
-    "shape": ("VDT504", "their size is not the config's", "write the config that they were encoded with"),
-    "segments": ("VDT505", "a segment has no text", "write a caption for every 3 s and run ttt precompute"),
+    "line": (VDT501, "the line is none of an index", "write the index with ttt precompute"),
+    "missing": (VDT502, "a file is missing", "run ttt precompute again; it makes what is missing"),
+    "damaged": (VDT503, "a file is damaged or something else", "delete it and run ttt precompute again"),
+    "shape": (VDT504, "their size is not the config's", "write the config that they were encoded with"),
+    "segments": (VDT505, "a segment has no text", "write a caption for every 3 s and run ttt precompute"),
 }
 """For each kind of `LineError`: the code, why videos cannot be used, and the way out."""
 
@@ -48,15 +64,17 @@ class _Index:
     """Videos that can be read."""
 
 
+@rule(VDT508)
 def data_is_there(config: VideoDiTRun) -> list[Finding]:
     """If a config names no training data, its preset has some of that kind."""
     missing = missing_data(config.backbone, config.data)
     if missing is None:
         return []
     path, why, way_out = missing
-    return [Finding(code="VDT508", severity=Severity.ERROR, path=path, message=why, fix=way_out, of_training=True)]
+    return [VDT508.at(path, why, way_out)]
 
 
+@rule(VDT501, VDT502, VDT503, VDT504, VDT505, VDT506, VDT507)
 def videos_can_be_read(config: VideoDiTRun) -> list[Finding]:
     """Every line of an index is a video that training can read, and they fill windows."""
     data = config.data
@@ -69,6 +87,7 @@ def videos_can_be_read(config: VideoDiTRun) -> list[Finding]:
     return findings
 
 
+@rule(VDT509)
 def videos_can_be_listed(config: VideoDiTRun) -> list[Finding]:
     """Every line of a list is a video that `ttt precompute` can start with."""
     findings = []
@@ -96,34 +115,18 @@ def videos_can_be_listed(config: VideoDiTRun) -> list[Finding]:
 
 
 def _list_finding(key: str, what: str, count: int) -> Finding:
-    return Finding(
-        code="VDT509",
-        severity=Severity.WARNING,
-        path=f"data.{key}",
-        message=f"{what}; ttt precompute stops before it begins",
-        fix=f"write lines such as {VIDEO_EXAMPLE}",
-        value=count,
-        of_training=True,
-    )
+    message = f"{what}; ttt precompute stops before it begins"
+    return VDT509.at(f"data.{key}", message, f"write lines such as {VIDEO_EXAMPLE}", value=count)
 
 
+@rule(VDT601)
 def weights_are_of_the_model(config: VideoDiTRun) -> list[Finding]:
     """What `backbone.pretrained` names is CogVideoX 5B, not another of its releases."""
     source = config.backbone.pretrained
     wrong = None if source is None else wrong_source(source)
     if wrong is None:
         return []
-    return [
-        Finding(
-            code="VDT601",
-            severity=Severity.ERROR,
-            path="backbone.pretrained",
-            message=f"{source} {wrong}",
-            fix=WAY_OUT,
-            value=source,
-            of_training=True,  # building the model tells the same
-        )
-    ]
+    return [VDT601.at("backbone.pretrained", f"{source} {wrong}", WAY_OUT, value=source)]
 
 
 RULES = (weights_are_of_the_model, data_is_there, videos_can_be_read, videos_can_be_listed)
@@ -168,32 +171,24 @@ def _findings(index: _Index, path: str, wanted: Wanted) -> Iterator[Finding]:
     for kind, (code, words, fix) in _PROBLEMS.items():
         problems = index.problems.get(kind)
         if problems:
-            yield Finding(
-                code=code,
-                severity=Severity.ERROR,
-                path=path,
+            yield code.at(
+                path,
                 message=(
                     f"{len(problems)} {among} videos cannot be used, {words}: {first_few(problems)}; the run stops "
                     f"before its first step"
                 ),
                 fix=fix,
                 value=len(problems),
-                of_environment=True,
-                of_training=True,
             )
     if not index.count or (index.short and not index.good and not index.problems):
         what = (
             f"all {index.count} videos are shorter than a window of {seconds}" if index.count else "it lists no video"
         )
-        yield Finding(
-            code="VDT506",
-            severity=Severity.ERROR,
-            path=path,
+        yield VDT506.at(
+            path,
             message=f"{what}, so there is nothing to read; the run stops before its first step",
             fix="write a smaller data.duration_sec, or encode longer videos" if index.count else "run ttt precompute",
             value=len(index.short),
-            of_environment=True,
-            of_training=True,
         )
     elif index.short or index.left_over:
         told = []
@@ -204,12 +199,9 @@ def _findings(index: _Index, path: str, wanted: Wanted) -> Iterator[Finding]:
             )
         if index.left_over:
             told.append(f"{index.left_over} segments at the ends of videos fill no window of {seconds}")
-        yield Finding(
-            code="VDT507",
-            severity=Severity.NOTE,
-            path=path,
+        yield VDT507.at(
+            path,
             message=f"{'; '.join(told)}; they are not read",
             fix="write a data.duration_sec that divides the videos, where they matter",
             value=len(index.short) + index.left_over,
-            of_training=True,
         )
