@@ -535,17 +535,13 @@ MEASURED_WRONGLY = {
     "a_tensor": ("return {'acc': context.model}", r"it returned for acc a \w+, not one number"),
     "a_flag": ("return {'acc': True}", "it returned for acc a bool, not one number"),
     "a_path": ("return {'words/acc': 1.0}", "it returned a number called 'words/acc'"),
-    "changes": (
-        "next(context.model.parameters()).add_(1)",
-        "",
-    ),
 }
 
 
 def test_a_task_that_fails_is_told_and_the_others_are_measured(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = {name: entry for name, entry in MEASURED_WRONGLY.items() if name != "changes"}
+    wrong = MEASURED_WRONGLY
     source = "from ttt.errors import EnvironmentProblem\nfrom ttt.plugins import EvalTask, hookimpl\n"
     for name, (line, _) in wrong.items():
         source += (
@@ -564,6 +560,32 @@ def test_a_task_that_fails_is_told_and_the_others_are_measured(
         assert re.search(told, warning), warning
     (line,) = read_metrics(run / "metrics.jsonl")
     assert {key.split("/")[0] for key in line if "/" in key} == {"words"}
+
+
+def test_a_run_stopped_within_a_task_measures_anew_when_it_goes_on(folder: Path) -> None:
+    stopping = "import os, signal, pathlib\n        if not pathlib.Path('stopped').exists():\n            "
+    stopping += "pathlib.Path('stopped').touch()\n            os.kill(os.getpid(), signal.SIGTERM)\n"
+    stopping += "            assert context.stop()\n            return {}\n        samples = "
+    bring(folder, EVAL_TASKS, TASK.replace("samples = ", stopping))
+    code, run = run_toy(folder, CHOSEN)
+    assert code == 130
+    assert read_metrics(run / "metrics.jsonl") == []
+    assert main(["train", "run/config.yaml", "--resume"]) == 0
+    assert [line["words/step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_task_that_changes_a_weight_ends_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bring(
+        folder, EVAL_TASKS, TASK.replace("samples = ", "next(context.model.parameters()).add_(1)\n        samples = ")
+    )
+    assert run_toy(folder, "eval: {max_batches: 1, tasks: [{name: words}]}", steps=1)[0] == 3
+    told = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"the task words of the plugin lab \(lab-lab 1\.2\) changed the weight \S+, so the run", told)
+    assert "go on from the last checkpoint with `ttt train run/config.yaml --resume`" in told
+    bring(folder, EVAL_TASKS, TASK, name="sound")
+    (folder / "lab_lab-1.2.dist-info" / "entry_points.txt").unlink()
+    plugins.forget()
+    assert main(["train", "run/config.yaml", "--resume"]) == 0
 
 
 # --- the import of another program's config ---
