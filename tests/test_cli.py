@@ -216,13 +216,13 @@ def test_a_terminal_gets_colours_and_wrapped_lines_and_nothing_else_does() -> No
 def test_plugins_lists_the_good_and_the_broken(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plugins"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["NAME", "VERSION", "FROM"]
+    assert lines[0].split() == ["NAME", "VERSION", "FROM", "BRINGS"]
     toy, broken = (next(line for line in lines if line.startswith(name)) for name in ("toy", "broken"))
-    assert toy.split() == ["toy", "1.2", "ttt-toy", "(toy_plugin)"]
+    assert toy.split() == ["toy", "1.2", "ttt-toy", "(toy_plugin)", "backbone"]
     assert broken.endswith("BROKEN")
     moshi, videodit = (next(line for line in lines if line.startswith(name)) for name in ("moshi", "videodit"))
-    assert moshi.endswith("ttt-moshi (ttt_moshi.plugin)  can stream")
-    assert videodit.endswith("ttt-videodit (ttt_videodit.plugin)  can sample, precompute, import-weights")
+    assert moshi.split(maxsplit=4)[-1] == "backbone (can stream), import of configs"
+    assert videodit.endswith("  backbone (can sample, precompute, import-weights), import of configs")
     assert "No module named 'a_package_that_nobody_has'" in lines[lines.index(broken) + 1]
 
 
@@ -234,6 +234,7 @@ def test_plugins_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         "distribution": "ttt-toy",
         "version": "1.2",
         "module": "toy_plugin",
+        "brings": ["ttt.backbones"],
         "works": True,
         "error": None,
         "capabilities": [],

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +20,11 @@ from fake_distributions import importable, install
 
 from ttt import plugins
 from ttt.check import check_config, load_config
+from ttt.check.doctor import examine
 from ttt.config import EvalConfig, RunConfig, dump_config
 from ttt.errors import ConfigError, PluginError
-from ttt.plugins.hookspecs import BACKBONES, EVAL_TASKS, LOGGERS, RULES, Kind
+from ttt.plugins import registry
+from ttt.plugins.hookspecs import BACKBONES, CONFIG_IMPORTS, EVAL_TASKS, KINDS, LOGGERS, RULES, Kind
 from ttt.plugins.installed_tasks import chosen_tasks
 from ttt.train.loggers import Loggers
 from ttt.train.metrics import read_metrics
@@ -143,6 +147,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def bring(folder: Path, kind: Kind, source: str, *, name: str = "lab", **more: Any) -> None:
     """Install a distribution, lab-… 1.2, that brings one kind of thing."""
     install(folder, name, f"{name}_plugin", source, distribution=f"lab-{name}", groups=[kind.group], **more)
+    if 'Code("LAB101"' in source:
+        (folder / f"{name}_plugin.yaml").write_text(HOUSE_RULE_EXPLAINED)
     plugins.forget()
 
 
@@ -179,7 +185,6 @@ def test_a_plugin_of_a_rule_alone_acts_in_a_check(folder: Path, capsys: pytest.C
 def test_the_codes_of_house_rules_are_explained_and_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bring(folder, RULES, HOUSE_RULE)
     bring(folder, RULES, HOUSE_RULE.replace("LAB", "LBA"), name="untold")
-    (folder / "lab_plugin.yaml").write_text(HOUSE_RULE_EXPLAINED)
     assert main(["check", "--explain", "LAB101"]) == 0
     assert "LAB101  error  a batch too large for this lab\n\n`train.batch_size` is above 2." in capsys.readouterr().out
     assert main(["check", "--list"]) == 0
@@ -548,17 +553,13 @@ MEASURED_WRONGLY = {
     "a_tensor": ("return {'acc': context.model}", r"it returned for acc a \w+, not one number"),
     "a_flag": ("return {'acc': True}", "it returned for acc a bool, not one number"),
     "a_path": ("return {'words/acc': 1.0}", "it returned a number called 'words/acc'"),
-    "changes": (
-        "next(context.model.parameters()).add_(1)",
-        "",
-    ),
 }
 
 
 def test_a_task_that_fails_is_told_and_the_others_are_measured(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = {name: entry for name, entry in MEASURED_WRONGLY.items() if name != "changes"}
+    wrong = MEASURED_WRONGLY
     source = "from ttt.errors import EnvironmentProblem\nfrom ttt.plugins import EvalTask, hookimpl\n"
     for name, (line, _) in wrong.items():
         source += (
@@ -577,3 +578,203 @@ def test_a_task_that_fails_is_told_and_the_others_are_measured(
         assert re.search(told, warning), warning
     (line,) = read_metrics(run / "metrics.jsonl")
     assert {key.split("/")[0] for key in line if "/" in key} == {"words"}
+
+
+def test_a_run_stopped_within_a_task_measures_anew_when_it_goes_on(folder: Path) -> None:
+    stopping = "import os, signal, pathlib\n        if not pathlib.Path('stopped').exists():\n            "
+    stopping += "pathlib.Path('stopped').touch()\n            os.kill(os.getpid(), signal.SIGTERM)\n"
+    stopping += "            assert context.stop()\n            return {}\n        samples = "
+    bring(folder, EVAL_TASKS, TASK.replace("samples = ", stopping))
+    code, run = run_toy(folder, CHOSEN)
+    assert code == 130
+    assert read_metrics(run / "metrics.jsonl") == []
+    assert main(["train", "run/config.yaml", "--resume"]) == 0
+    assert [line["words/step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_task_that_changes_a_weight_ends_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bring(
+        folder, EVAL_TASKS, TASK.replace("samples = ", "next(context.model.parameters()).add_(1)\n        samples = ")
+    )
+    assert run_toy(folder, "eval: {max_batches: 1, tasks: [{name: words}]}", steps=1)[0] == 3
+    told = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"the task words of the plugin lab \(lab-lab 1\.2\) changed the weight \S+, so the run", told)
+    assert "go on from the last checkpoint with `ttt train run/config.yaml --resume`" in told
+    bring(folder, EVAL_TASKS, TASK, name="sound")
+    (folder / "lab_lab-1.2.dist-info" / "entry_points.txt").unlink()
+    plugins.forget()
+    assert main(["train", "run/config.yaml", "--resume"]) == 0
+
+
+# --- the import of another program's config ---
+
+
+def test_a_plugin_of_an_import_alone_reads_its_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bring(folder, CONFIG_IMPORTS, IMPORT)
+    Path("old.yaml").write_text("toynet: 1\nrate: 0.5\nother: 2\n")
+    assert main(["import-config", "old.yaml", "--out", "new.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("old.yaml (toynet)  →  new.yaml\n")
+    assert re.search(r"^  rate → train\.lr: 0\.5$", out, re.MULTILINE)
+    assert "no key of toynet that is known here" in out
+    assert load_config("new.yaml").config.train.lr == 0.5
+    assert main(["import-config", "old.yaml", "--backbone", "videodit"]) == 2
+    told = capsys.readouterr().err
+    assert "no installed plugin reads this file as a config for videodit (asked: lab, moshi, videodit)" in told
+    assert main(["import-config", "old.yaml", "--backbone", "moshi"]) == 0
+
+
+WRONG_IMPORTS = {
+    "raises at import": ("import nobody_has_this\n", "is broken: ModuleNotFoundError"),
+    "misspelt": (IMPORT.replace("def ttt_import_config", "def ttt_config_import"), "unknown hook 'ttt_config_import'"),
+    "undeclared": (
+        IMPORT + "@hookimpl\ndef ttt_loggers():\n    return None\n",
+        "implements the hook `ttt_loggers`, but no entry point in the group ttt.loggers declares it; add one",
+    ),
+    "raises": (IMPORT.replace("source = ", "1 / 0; source = "), r"`ttt_import_config`, \S*:\d+: ZeroDivisionError"),
+    "a dict": (
+        IMPORT.replace("source = ", "return {}\n    source = "),
+        "it returned a dict, not an ImportedConfig, or None where it does not know the file",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_IMPORTS)
+def test_a_wrong_import_is_told_and_the_others_are_asked(
+    folder: Path, wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, told = WRONG_IMPORTS[wrong]
+    bring(folder, CONFIG_IMPORTS, source, name="wrong")
+    Path("old.yaml").write_text("moshi_paths: {}\n")
+    load_config("c.yaml", text="backbone: {name: moshi}")  # moshi is asked last: the newest plugin is asked first
+    assert main(["import-config", "old.yaml", "--out", "new.yaml"]) == 0
+    note = " ".join(capsys.readouterr().err.split())
+    assert re.search(rf"^note: the plugin wrong \(lab-wrong 1\.2\) .*{told}", note), note
+    Path("other.yaml").write_text("what: is this\n")
+    assert main(["import-config", "other.yaml"]) == 3
+    assert re.search(rf"the plugin wrong \(lab-wrong 1\.2\) .*{told}", " ".join(capsys.readouterr().err.split()))
+
+
+# --- one manager ---
+
+EVERYTHING = "\n".join(
+    [
+        "import toy\nCOUNT = getattr(toy, 'COUNT', 0) + 1\ntoy.COUNT = COUNT",
+        *(TOY, HOUSE_RULE, LOGGER, TASK, IMPORT),
+    ]
+)
+
+
+def test_a_module_in_many_groups_is_registered_once(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import toy
+
+    monkeypatch.setattr(toy, "COUNT", 0, raising=False)
+    install(folder, "toy", "toy_plugin", EVERYTHING, groups=[kind.group for kind in KINDS])
+    (folder / "toy_plugin.yaml").write_text(HOUSE_RULE_EXPLAINED)
+    plugins.forget()
+    for kind, arguments in (
+        (RULES, {"backbone": None}),
+        (LOGGERS, {"config": RUN, "run_dir": Path(), "first_step": 1}),
+        (EVAL_TASKS, {}),
+        (CONFIG_IMPORTS, {"text": "toynet: 1", "file": "f.yaml"}),
+    ):
+        answers = registry.ask(kind, **arguments)
+        (mine,) = [answer for answer in answers.given if answer.plugin.name == "toy"]
+        if kind is LOGGERS:
+            mine.value.close()
+    assert plugins.get_backbone("toy").name == "toy"
+    assert toy.COUNT == 1  # type: ignore[attr-defined]
+    assert main(["plugins"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("toy ")]
+    assert line.endswith("backbone (can stream), rules, import of configs, logger, evaluation tasks")
+
+
+TWO = """\
+from toy import ToyBackbone, ToyOptions
+
+import ttt
+
+class LeftOptions(ToyOptions):
+    name: str = "left"
+
+class Left(ToyBackbone):
+    name = "left"
+    options = LeftOptions
+
+@ttt.hookimpl
+def ttt_backbone(name):
+    return {"left": Left, "toy": ToyBackbone}[name]()
+"""
+
+
+def test_one_module_can_bring_two_backbones(folder: Path) -> None:
+    install(folder, "left", "two_plugin", TWO, distribution="two")
+    points = folder / "two-1.2.dist-info" / "entry_points.txt"
+    points.write_text(points.read_text() + "toy = two_plugin\n")
+    plugins.forget()
+    assert [plugins.get_backbone(name).name for name in ("toy", "left")] == ["toy", "left"]
+
+
+def test_what_is_declared_and_not_there_is_broken_in_every_group(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(folder, "toy", "toy_plugin", TOY, groups=[BACKBONES.group, RULES.group])
+    plugins.forget()
+    assert main(["plugins", "--json"]) == 1
+    (found,) = [each for each in json.loads(capsys.readouterr().out) if each["name"] == "toy"]
+    assert found["brings"] == ["ttt.backbones", "ttt.rules"]
+    assert found["error"].startswith("toy_plugin implements no hook `ttt_rules`, which its entry point in the group")
+    with pytest.raises(PluginError, match="no hook `ttt_rules`"):
+        plugins.get_backbone("toy")
+
+
+def test_every_kind_of_plugin_is_listed_working_or_broken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind, source in ((RULES, HOUSE_RULE), (LOGGERS, LOGGER), (EVAL_TASKS, TASK), (CONFIG_IMPORTS, IMPORT)):
+        bring(folder, kind, source, name=f"good{KINDS.index(kind)}")
+    assert main(["plugins"]) == 0
+    out = capsys.readouterr().out
+    for kind in KINDS[1:]:
+        number = KINDS.index(kind)
+        assert re.search(
+            rf"^good{number} +1\.2 +lab-good{number} \(good{number}_plugin\) +{kind.words}$", out, re.MULTILINE
+        )
+    assert re.search(r"^moshi .*  backbone \(can stream\), import of configs$", out, re.MULTILINE)
+    wrong = (
+        (RULES, WRONG_RULES["raises"][0]),
+        (LOGGERS, WRONG_LOGGERS["misspelt"][0]),
+        (EVAL_TASKS, WRONG_TASKS["raises"][0]),
+        (CONFIG_IMPORTS, WRONG_IMPORTS["raises at import"][0]),
+    )
+    for kind, source in wrong:
+        bring(folder, kind, source, name=f"wrong{KINDS.index(kind)}")
+    bring(folder, EVAL_TASKS, TASK, name="twin")
+    bring(folder, RULES, HOUSE_RULE.replace("LAB", "LBA"), name="untold")
+    assert main(["plugins", "--json"]) == 1
+    found = {plugin["name"]: plugin for plugin in json.loads(capsys.readouterr().out)}
+    broken = {name for name, plugin in found.items() if not plugin["works"]}
+    assert broken == {"wrong1", "wrong2", "wrong3", "wrong4", "twin", "untold", f"good{KINDS.index(EVAL_TASKS)}"}
+    assert "does not explain its codes: " in found["untold"]["error"]
+    told = [problem.message for problem in examine().problems if " is broken: " in problem.message]
+    assert {message.split()[2] for message in told} == {"wrong2", "wrong3"}  # those that cannot be loaded
+
+
+def test_a_check_loads_what_its_config_needs_and_no_more(folder: Path) -> None:
+    for kind, source in ((RULES, HOUSE_RULE), (LOGGERS, LOGGER), (EVAL_TASKS, TASK), (CONFIG_IMPORTS, IMPORT)):
+        bring(folder, kind, source, name=kind.group.removeprefix("ttt."))
+    loaded = []
+    for text in ("", "eval: {tasks: [{name: words}]}\n"):
+        program = (
+            "import sys\nfrom ttt_cli.main import main\n"
+            f"assert main(['check', {moshi(text)!r}]) in (0, 1)\n"
+            "print(*(name for name in sys.modules if name.endswith('_plugin') or name in ('torch', 'ttt_videodit')))"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+        )
+        loaded.append(set(done.stdout.splitlines()[-1].split()))
+    assert loaded[0] == {"rules_plugin"}
+    assert {"rules_plugin", "eval_tasks_plugin"} <= loaded[1]
+    assert not {"loggers_plugin", "config_imports_plugin", "ttt_videodit"} & loaded[1]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ttt import plugins
 from ttt.machine import device_memory
+from ttt.plugins.listing import installed_plugins
 
 if TYPE_CHECKING:
     pass
@@ -47,7 +47,7 @@ def versions() -> dict[str, str | None]:
         "triton": version_of("triton"),
         "ttt-adapters": version_of("ttt-adapters"),
     }
-    for plugin in plugins.discover():
+    for plugin in installed_plugins():
         found[plugin.distribution] = plugin.version
         for name in requirements_of(plugin.distribution):
             found.setdefault(name, version_of(name))

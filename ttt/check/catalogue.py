@@ -45,7 +45,7 @@ def explanations_of(backbone: Backbone) -> Mapping[str, Explanation]:
         PluginError: it fails when it is asked, or a rule declares a code that nothing explains.
     """
     rules = [rule for rule in backbone.rules if isinstance(rule, Rule)]
-    return _explained(backbone, rules, backbone.explanations)
+    return explanations_of_rules(backbone, rules, backbone.explanations)
 
 
 def house_explanations() -> dict[str, Mapping[str, Explanation]]:
@@ -53,12 +53,12 @@ def house_explanations() -> dict[str, Mapping[str, Explanation]]:
     found: dict[str, Mapping[str, Explanation]] = {}
     for answer in house_rules(None).given:
         with contextlib.suppress(PluginError):  # `ttt plugins` says what is wrong
-            found[answer.plugin.name] = _explained(answer.plugin, answer.value, dict)
+            found[answer.plugin.name] = explanations_of_rules(answer.plugin, answer.value)
     return found
 
 
-def _explained(
-    plugin: object, rules: Iterable[Rule[RunConfig]], own: Callable[[], Mapping[str, Explanation]]
+def explanations_of_rules(
+    plugin: object, rules: Iterable[Rule[RunConfig]], own: Callable[[], Mapping[str, Explanation]] = dict
 ) -> Mapping[str, Explanation]:
     """What a plugin tells of codes of its own accord, and what its rules' files tell of those that they declare.
 

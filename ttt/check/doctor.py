@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import Tensor
 
-from ttt import plugins
 from ttt.amounts import show_bytes
 from ttt.config.findings import Blame, Severity
 from ttt.config.schema import TTTConfig, inner_widths
@@ -28,6 +27,7 @@ from ttt.devices import Device, cores, devices, requirements_of, version_of, ver
 from ttt.files import free_bytes
 from ttt.layer import TTTLayer
 from ttt.ops import select
+from ttt.plugins.listing import InstalledPlugin, installed_plugins, without_backbones
 
 if TYPE_CHECKING:
     from ttt.check.load import CheckedConfig
@@ -94,7 +94,7 @@ class Report:
     """By name, of Python, PyTorch and what it brings, of this library, plugins and what they need; None where it is not
     installed."""
     devices: tuple[Device, ...]
-    plugins: tuple[plugins.PluginInfo, ...]
+    plugins: tuple[InstalledPlugin, ...]
     scan: ScanChoice
     trials: tuple[Trial, ...]
     problems: tuple[Problem, ...]
@@ -118,7 +118,7 @@ def examine(path: str | Path | None = None, *, backbone: str | None = None, over
         EnvironmentProblem: the config cannot be read.
     """
     checked = None if path is None else _readable(path, backbone, overrides)
-    found = plugins.discover()
+    found = installed_plugins()
     scan, unknown = _choice(checked)
     trials = () if unknown else tuple(_trials())
     problems = [
@@ -255,10 +255,10 @@ def _problems_of_trials(trials: Sequence[Trial]) -> Iterator[Problem]:
 # --- what is wrong ---
 
 
-def _problems_of_packages(found: Sequence[plugins.PluginInfo]) -> Iterator[Problem]:
-    if not found:
+def _problems_of_packages(found: tuple[InstalledPlugin, ...]) -> Iterator[Problem]:
+    if without_backbones(found):
         yield Problem(Severity.WARNING, "no backbone is installed", "install one, as `pip install ttt-moshi`")
-    for plugin in found:
+    for plugin in {plugin.distribution: plugin for plugin in found}.values():
         missing = [name for name in requirements_of(plugin.distribution) if version_of(name) is None]
         if missing:
             yield Problem(
@@ -266,6 +266,7 @@ def _problems_of_packages(found: Sequence[plugins.PluginInfo]) -> Iterator[Probl
                 f"{plugin.distribution} {plugin.version} needs {', '.join(missing)}, not installed",
                 f"run `pip install {' '.join(missing)}`",
             )
+    for plugin in found:
         if plugin.error is not None:
             yield Problem(
                 Severity.ERROR,

@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from ttt.check.catalogue import explanations_of
+from ttt.check.catalogue import explanations_of, explanations_of_rules
 from ttt.check.load import check_config
 from ttt.config.findings import Blame, Severity
 from ttt.errors import PluginError, TTTError
 from ttt.plugins import Backbone
-from ttt.plugins.discovery import PluginInfo
+from ttt.plugins.discovery import PluginInfo, find
+from ttt.plugins.hookspecs import BACKBONES, EVAL_TASKS, RULES
+from ttt.plugins.installed_tasks import installed_tasks
+from ttt.plugins.listing import InstalledPlugin, installed_plugins
+from ttt.plugins.registry import ask
+
+
+def examined_plugins() -> tuple[InstalledPlugin, ...]:
+    """Every installed plugin, broken where what it brings is: all that can be tried without torch and without a run."""
+    return tuple(plugin if plugin.error else replace(plugin, error=_wrong_in(plugin)) for plugin in installed_plugins())
+
+
+def _wrong_in(plugin: InstalledPlugin) -> str | None:
+    """What is wrong with what a plugin brings."""
+    found = find(plugin.name) if BACKBONES in plugin.brings else None
+    if found is not None and examined(found).error:
+        return examined(found).error
+    for kind, point in zip(plugin.brings, plugin.points, strict=True):
+        if kind in (RULES, EVAL_TASKS):
+            arguments: dict[str, Any] = {"backbone": None} if kind is RULES else {}
+            answers = ask(kind, only=[point], **arguments)
+            for failure in answers.failures:
+                return failure.told
+            for answer in answers.given if kind is RULES else ():
+                try:
+                    explanations_of_rules(answer.plugin, answer.value)
+                except PluginError as error:
+                    return error.told
+    if EVAL_TASKS in plugin.brings:
+        return next((told.told for told in installed_tasks().failures if plugin.distribution in told.claimed_by), None)
+    return None
 
 
 def examined(plugin: PluginInfo) -> PluginInfo:

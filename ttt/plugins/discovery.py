@@ -64,7 +64,9 @@ def _found(point: metadata.EntryPoint) -> PluginInfo:
             assert failure.error is not None
             raise failure.error.__cause__ or failure.error
         return PluginInfo(point, _backbone(point, *(answer.value for answer in answers.given)), None)
-    except BaseException as error:  # a panic of Rust's, say; an interrupt is no failure
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of Rust's, say
         return PluginInfo(point, None, cause_in_words(error, point.value))
 
 

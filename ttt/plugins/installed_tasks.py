@@ -64,9 +64,9 @@ def installed_tasks() -> InstalledTasks:
 
 def _claimed(name: str, found: list[InstalledTask]) -> Failure:
     points = [origin_of(each.plugin) for each in found]
-    owners = ", ".join(sorted({distribution_of(point) for point in points if point is not None}))
-    told = f"the task {name!r} is claimed more than once: {owners}; uninstall all but one"
-    return Failure(name, True, told)
+    owners = tuple(sorted({distribution_of(point) for point in points if point is not None}))
+    told = f"the task {name!r} is claimed more than once: {', '.join(owners)}; uninstall all but one"
+    return Failure(name, True, told, claimed_by=owners)
 
 
 def chosen_tasks(config: RunConfig) -> tuple[ChosenTask, ...]:

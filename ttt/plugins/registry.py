@@ -68,6 +68,8 @@ class Failure:
     """One sentence about it, without the way out."""
     error: Exception | None = field(default=None, compare=False)
     """What failed when it was asked."""
+    claimed_by: tuple[str, ...] = ()
+    """The distributions that claim one name, where that is what is wrong."""
 
 
 @dataclass(frozen=True)

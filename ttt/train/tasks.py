@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ttt.plugins.asking import WrongAnswer, asked, with_its_type
+from ttt.errors import PluginError
+from ttt.plugins.asking import WrongAnswer, asked, owner, with_its_type
 from ttt.plugins.eval_tasks import EvalContext
 from ttt.plugins.installed_tasks import ChosenTask
 from ttt.plugins.registry import in_its_name
@@ -37,11 +38,15 @@ def measure(parts: Parts, step: int, *, stop: Callable[[], bool], display: Displ
 
     Returns:
         Numbers by `task/metric`; None if `stop` said so.
+
+    Raises:
+        PluginError: a task changed a weight, so that the run would go on with another model.
     """
     numbers: dict[str, float] = {}
     context = EvalContext(
         parts.model, parts.backbone, parts.config, parts.eval_dataset, parts.device, step=step, stop=stop
     )
+    versions = _versions(parts.model)
     for chosen in parts.tasks:
         display.measuring(chosen.task.name)
         try:
@@ -49,10 +54,30 @@ def measure(parts: Parts, step: int, *, stop: Callable[[], bool], display: Displ
         except Exception as error:  # of its code, and what that raises on purpose; a lack of memory
             told = in_its_name(chosen.plugin, error)
             display.say(f"warning: step {step}: the task {chosen.task.name} has no numbers ({told}); the run goes on")
+        _require_unchanged(parts, versions, chosen)
         if stop():
             return None
     display.measuring(None)
     return numbers
+
+
+def _versions(model: nn.Module) -> dict[str, int]:
+    """How often each weight was written to, as PyTorch counts it."""
+    return {name: parameter._version for name, parameter in model.named_parameters()}
+
+
+def _require_unchanged(parts: Parts, versions: Mapping[str, int], chosen: ChosenTask) -> None:
+    """Refuse to go on with weights that a task has changed.
+
+    Raises:
+        PluginError: it has.
+    """
+    changed = next((name for name, version in _versions(parts.model).items() if versions.get(name) != version), None)
+    if changed is not None:
+        raise PluginError(
+            f"the task {chosen.task.name} of {owner(chosen.plugin)} changed the weight {changed}, so the run ends; "
+            f"take it out of eval.tasks, and go on from the last checkpoint with `{parts.directory.resume_command()}`"
+        )
 
 
 def _measured(chosen: ChosenTask, context: EvalContext) -> dict[str, float]:

@@ -1,0 +1,61 @@
+"""Every installed plugin with what it brings, working or broken: for `ttt plugins` and `ttt doctor`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+
+from ttt.plugins import registry
+from ttt.plugins.backbone import Backbone
+from ttt.plugins.discovery import PluginInfo, discover
+from ttt.plugins.hookspecs import BACKBONES, KINDS, Kind
+from ttt.plugins.origin import distribution_of, version_of
+
+
+@dataclass(frozen=True)
+class InstalledPlugin:
+    """A module that a distribution declares under one name, in however many groups."""
+
+    name: str
+    module: str
+    distribution: str
+    version: str
+    brings: tuple[Kind, ...]
+    """What its entry points declare."""
+    points: tuple[metadata.EntryPoint, ...]
+    """They themselves, one for each kind."""
+    error: str | None
+    """Why it is broken, in one line; None where it can be loaded."""
+
+    backbone: Backbone | None = None
+    """The one that it brings; None where it brings none, or is broken."""
+
+
+def installed_plugins() -> tuple[InstalledPlugin, ...]:
+    """Every plugin, loaded, in order of name."""
+    found: dict[tuple[str, str, str], list[tuple[Kind, metadata.EntryPoint]]] = {}
+    for kind in KINDS:
+        for point in registry.entry_points(kind):
+            found.setdefault((point.name, distribution_of(point), point.value), []).append((kind, point))
+    backbones = {(plugin.name, plugin.distribution, plugin.module): plugin for plugin in discover()}
+    return tuple(_listed(*key, found[key], backbones.get(key)) for key in sorted(found))
+
+
+def _listed(
+    name: str,
+    distribution: str,
+    module: str,
+    declared: list[tuple[Kind, metadata.EntryPoint]],
+    found: PluginInfo | None,
+) -> InstalledPlugin:
+    kinds, points = zip(*declared, strict=True)
+    error = next(filter(None, (registry.load(point).error for point in points)), None)
+    backbone = None
+    if found is not None:
+        error, backbone = found.error or error, found.backbone
+    return InstalledPlugin(name, module, distribution, version_of(points[0]), kinds, points, error, backbone)
+
+
+def without_backbones(found: tuple[InstalledPlugin, ...]) -> bool:
+    """Whether none of the plugins is to bring a backbone."""
+    return not any(BACKBONES in plugin.brings for plugin in found)
