@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ttt.amounts import show_bytes
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.reading import is_stream, read_start, unreadable, wrong_with
 
@@ -112,7 +113,7 @@ def _miscounted(given: int, count: int, seconds: float, what: str) -> str:
 
 def _text(content: bytes, file: str) -> str:
     if len(content) > MAX_BYTES:
-        raise UsageError(f"{file}: larger than {MAX_BYTES >> 20} MiB; {_FORMAT}")
+        raise UsageError(f"{file}: larger than {show_bytes(MAX_BYTES)}; {_FORMAT}")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -70,7 +70,7 @@ def check_files(
         raise UsageError("ttt check: --fix and --probe are two steps; fix first")
     if fix and output is not Format.TEXT:
         raise UsageError(f"ttt check: --fix shows a diff, which goes with no --format {output.value}")
-    size = None if memory is None else _memory(memory)
+    size = None if memory is None else parse_memory(memory)
     checker = _Checker(backbone, list(overrides), size, cost, _Filter.of(select, ignore), probe)
 
     everything: list[Finding] = []
@@ -92,10 +92,19 @@ def check_files(
     return problems[-1].exit_code if problems else int(failed)
 
 
-def _memory(text: str) -> int:
-    from ttt_cli.options import parse_bytes
+def parse_memory(text: str) -> int:
+    """`--memory` in bytes.
 
-    return parse_bytes(text)
+    Raises:
+        UsageError: it is not a size.
+    """
+    from ttt.amounts import parse_bytes
+    from ttt.errors import UsageError
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise UsageError(f"--memory: {error}") from None
 
 
 def _read(name: str) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -20,24 +19,6 @@ Verify = Annotated[
     bool,
     typer.Option("--verify/--no-verify", help="Compare files with their checksums, which reads them once more."),
 ]
-
-
-_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
-_AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt])(i?)b\s*", re.IGNORECASE)
-
-
-def parse_bytes(text: str) -> int:
-    """An amount of memory as people write it: `80GiB`, `24 GB`, `512MiB`.
-
-    Raises:
-        ttt.errors.UsageError: it is none.
-    """
-    match = _AMOUNT.fullmatch(text)
-    if match is None or not float(match[1]):
-        from ttt.errors import UsageError
-
-        raise UsageError(f"--memory {text}: is no amount of memory; write it as 80GiB or 24GB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].casefold()])
 
 
 def is_standard_output(out: str) -> bool:

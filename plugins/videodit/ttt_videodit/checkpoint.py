@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, cast
 
+from ttt.amounts import show_bytes
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import mapping_errors, read_header, read_json
 from ttt.reading import open_file, other_kind, unreadable
@@ -201,7 +202,7 @@ class _Limited:
 
     def read(self, count: int) -> bytes:
         if count > self._left:
-            raise ValueError(f"a pickle of more than {_MAX_PICKLE >> 20} MiB")
+            raise ValueError(f"a pickle of more than {show_bytes(_MAX_PICKLE)}")
         self._left -= count
         return self._opened.read(count)
 
@@ -209,7 +210,7 @@ class _Limited:
         line = self._opened.readline(self._left + 1)
         self._left -= len(line)
         if self._left < 0:
-            raise ValueError(f"a pickle of more than {_MAX_PICKLE >> 20} MiB")
+            raise ValueError(f"a pickle of more than {show_bytes(_MAX_PICKLE)}")
         return line
 
 
