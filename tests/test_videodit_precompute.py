@@ -727,7 +727,5 @@ def test_a_full_disk_is_told_before_the_work(folder: Path, monkeypatch: pytest.M
     usage: Sequence[int] = (10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": usage[2]})())
     listed(folder, video())
-    with pytest.raises(
-        EnvironmentProblem, match=r"what the videos become takes .* but only 1000 bytes are free"
-    ):
+    with pytest.raises(EnvironmentProblem, match=r"what the videos become takes .* but only 1000 bytes are free"):
         run(config(folder))

@@ -13,7 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ttt.amounts import show_bytes
+from ttt.checksums import DuplicateKeyError, no_duplicates
 from ttt.errors import EnvironmentProblem, UsageError
+from ttt.jsonl import numbered_lines
+from ttt.printable import shortened
 from ttt.reading import is_stream, read_start, unreadable, wrong_with
 
 MAX_BYTES = 16 << 20
@@ -151,15 +154,14 @@ def _samples(text: str, file: str) -> Iterator[tuple[str, list[Any]]]:
 def _lines(text: str, file: str) -> Iterator[tuple[str, list[Any]]]:
     """For each line that is not blank its place, and what is said of its segments."""
     empty = True
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            empty = False
-            entries = _parsed(line.strip(), file, line=number)
-            if isinstance(entries, list) and entries and all(isinstance(entry, list) for entry in entries):
-                raise UsageError(
-                    f"{file}:{number}: is a list of samples; in a .jsonl each has a line of its own, or name it .json"
-                )
-            yield f"{file}:{number}", entries if isinstance(entries, list) else [entries]
+    for number, line in numbered_lines(text):
+        empty = False
+        entries = _parsed(line, file, line=number)
+        if isinstance(entries, list) and entries and all(isinstance(entry, list) for entry in entries):
+            raise UsageError(
+                f"{file}:{number}: is a list of samples; in a .jsonl each has a line of its own, or name it .json"
+            )
+        yield f"{file}:{number}", entries if isinstance(entries, list) else [entries]
     if empty:
         raise UsageError(f"{file}: has no prompts; {_FORMAT}")
 
@@ -167,7 +169,7 @@ def _lines(text: str, file: str) -> Iterator[tuple[str, list[Any]]]:
 def _is_jsonl(text: str) -> bool:
     """Whether the first line that is not blank is JSON by itself."""
     try:
-        json.loads(next(line for line in text.split("\n") if line.strip()))
+        json.loads(next(line for _, line in numbered_lines(text)))
     except (ValueError, RecursionError, StopIteration):
         return False
     return True
@@ -177,7 +179,7 @@ def _parsed(text: str, file: str, *, line: int | None = None) -> Any:
     """The JSON of a file, or of a line of it."""
     place = file if line is None else f"{file}:{line}"
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_twins)
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=no_duplicates)
     except json.JSONDecodeError as error:
         place = f"{file}:{line or error.lineno}:{error.colno}"
         if line is None and error.msg == "Extra data":
@@ -185,23 +187,10 @@ def _parsed(text: str, file: str, *, line: int | None = None) -> Any:
                 f"{place}: is no JSON: something follows its end; a file with a sample on each line is a .jsonl"
             ) from None
         raise UsageError(f"{place}: is no JSON: {error.msg}; {_FORMAT}") from None
-    except _TwiceError as error:
-        raise UsageError(f"{place}: the key {error} stands twice in one segment; leave one out") from None
+    except DuplicateKeyError as error:
+        raise UsageError(f"{place}: the key {error.key!r} stands twice in one segment; leave one out") from None
     except (ValueError, RecursionError):
         raise UsageError(f"{place}: is no JSON that can be read; {_FORMAT}") from None
-
-
-class _TwiceError(ValueError):
-    """A key that stands twice, of which `json` would take the last."""
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _TwiceError(repr(key))
-        found[key] = value
-    return found
 
 
 def _refuse_constant(name: str) -> Any:
@@ -238,7 +227,7 @@ def _segment(entry: Any, place: str, count: int) -> tuple[str, str, bool]:
     if entry is None:
         raise UsageError(f"{place} of {count} is missing; write a prompt for each segment")
     if not isinstance(entry, dict):
-        raise UsageError(f"{place} is {json.dumps(entry)[:40]}; {_FORMAT}")
+        raise UsageError(f"{place} is {shortened(json.dumps(entry), 40)}; {_FORMAT}")
     unknown = sorted(set(entry) - set(_KEYS))
     if unknown:
         raise UsageError(
@@ -247,9 +236,9 @@ def _segment(entry: Any, place: str, count: int) -> tuple[str, str, bool]:
     text, avoided, new_scene = entry.get("text"), entry.get("neg_text"), entry.get(_KEYS[2], False)
     for key, value in (("text", text), ("neg_text", avoided)):
         if value is not None and not isinstance(value, str):
-            raise UsageError(f"{place}: `{key}` must be text, not {json.dumps(value)[:40]}")
+            raise UsageError(f"{place}: `{key}` must be text, not {shortened(json.dumps(value), 40)}")
     if not isinstance(new_scene, bool):
-        raise UsageError(f"{place}: `{_KEYS[2]}` must be true or false, not {json.dumps(new_scene)[:40]}")
+        raise UsageError(f"{place}: `{_KEYS[2]}` must be true or false, not {shortened(json.dumps(new_scene), 40)}")
     if text is None:
         raise UsageError(f"{place} has no `text`; write what it shows")
     wrong = wrong_with(text)
