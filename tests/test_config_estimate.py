@@ -29,7 +29,7 @@ from ttt.ops.fused import layout, operator
 from ttt.ops.rotary import rotary_angles
 from ttt.plugins import BackboneFacts, get_backbone
 from ttt.train.optim import Optimizer, choose_learnable
-from ttt_cli.checking import parse_memory
+from ttt_cli.check_files import parse_memory
 
 MOSHI = get_backbone("moshi")
 
@@ -238,7 +238,7 @@ def test_a_layer_that_scans_twice_keeps_both(group: int) -> None:
     with _kept(*layer.parameters(), *rotary) as kept:
         forward = layer(x, rotary=rotary)[0]
         layer(forward.flip(1), rotary=(rotary[0].flip(0), rotary[1].flip(0)))
-    facts = BackboneFacts(dim=128, num_heads=4, num_layers=3, tokens_per_window=96, scans=(0, 0))
+    facts = BackboneFacts(dim=128, num_heads=4, num_layers=3, tokens_per_window=96, checkpoints_around_scans=(0, 0))
     config = _config(train={"batch_size": 2}).model_copy(update={"ttt": ttt})
     one = estimate(config, facts).parts
     passing = scan_cost(ttt, dim=128, num_heads=4, tokens=96, batch_size=2).passing_bytes
@@ -251,7 +251,9 @@ def test_checkpoints_around_a_scan_decide_how_many_layers_insides_wait() -> None
 
     def waiting(*scans: int, gradient_checkpointing: bool = False) -> tuple[int, int]:
         train = config.train.model_copy(update={"gradient_checkpointing": gradient_checkpointing})
-        facts = BackboneFacts(dim=64, num_heads=4, num_layers=5, tokens_per_window=96, scans=scans or None)
+        facts = BackboneFacts(
+            dim=64, num_heads=4, num_layers=5, tokens_per_window=96, checkpoints_around_scans=scans or None
+        )
         needs = estimate(config.model_copy(update={"train": train}), facts)
         assert needs.scans == (scans or (int(gradient_checkpointing),))
         assert needs.scan is not None
@@ -534,7 +536,7 @@ def test_a_run_multiplies_in_every_layer_and_scan() -> None:
     facts = BackboneFacts(128, 4, 4, 188)
     needs = estimate(config, facts)
     assert (needs.forward_flops, needs.training_flops) == (2 * one.forward, 2 * one.training(2))
-    twice = estimate(config, replace(facts, scans=(0, 1)))
+    twice = estimate(config, replace(facts, checkpoints_around_scans=(0, 1)))
     assert twice.forward_flops == 4 * one.forward
     assert twice.training_flops == 2 * (one.training(2) + one.training(3, enclosing=1))
     unknown = estimate(config, replace(facts, tokens_per_window=None))

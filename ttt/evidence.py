@@ -32,8 +32,8 @@ class LayerEvidence:
     """The largest of them."""
 
 
-class observe:  # noqa: N801 - used as `with observe(injection) as evidence`
-    """Watch a forward pass: `with observe(injection) as evidence: loss = …`, then `evidence.layers()`.
+class Observation:
+    """Watches a forward pass: `with Observation(injection) as evidence: loss = …`, then `evidence.layers()`.
 
     Each adapter's first call inside is measured, by forward hooks and without gradient; outputs and gradients are
     those of a pass that is not watched. It costs about one more forward pass of the TTT layers.
@@ -44,7 +44,7 @@ class observe:  # noqa: N801 - used as `with observe(injection) as evidence`
         self._handles: list[Any] = []
         self._measured: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def __enter__(self) -> observe:
+    def __enter__(self) -> Observation:
         for name, adapter in self._adapters.items():
             for module in adapter.modules():
                 if isinstance(module, TTTLayer):

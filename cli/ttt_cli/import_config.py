@@ -75,7 +75,7 @@ def _text(file: str) -> str:
     """The old file's text.
 
     Raises:
-        UsageError: it is no text, or too large for a config.
+        UsageError: it is not text, or too large for a config.
         EnvironmentProblem: it cannot be read.
     """
     from ttt.amounts import show_bytes
@@ -89,7 +89,7 @@ def _text(file: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UsageError(f"{file}: is no UTF-8 text; name a config") from None
+        raise UsageError(f"{file}: is not UTF-8 text; name a config") from None
 
 
 def _backbones(name: str | None) -> list[Backbone]:

@@ -65,7 +65,7 @@ def _run(words: list[str]) -> int:
     from ttt_cli.outcome import exit_code_of
 
     if names_files_only(words):
-        from ttt_cli.checking import check_files
+        from ttt_cli.check_files import check_files
 
         return exit_code_of(lambda: check_files(words[1:]))
     from ttt_cli.app import app

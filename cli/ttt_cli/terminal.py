@@ -22,12 +22,12 @@ def has_color(stream: TextIO) -> bool:
 
 
 def width_of(stream: TextIO) -> int | None:
-    """Columns to wrap at; None where nobody reads along, so that a message stays on one line."""
+    """Columns to wrap at; None if nobody reads along, so that a message stays on one line."""
     return shutil.get_terminal_size().columns if stream.isatty() else None
 
 
 def show_findings(findings: Sequence[Finding], *, stream: TextIO) -> None:
-    """Print findings with their places, lines and fixes; nothing where there are none."""
+    """Print findings with their places, lines and fixes; nothing if there are none."""
     from ttt.check import render_text
 
     if findings:

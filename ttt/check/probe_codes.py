@@ -109,7 +109,7 @@ LAW_EXPLANATIONS: dict[str, LawExplanation] = {
         bad="def forward(self, x):\n    return self.attention(x)  # self.ttt is injected and never called",
         good="def forward(self, x):\n    return self.ttt(self.attention(x))",
         fix="call the adapter in every layer that sites() offers, keep its graph, and let base_lr move its weights",
-        source="ttt.evidence.observe",
+        source="ttt.evidence.Observation",
     ),
 }
 """By code; the number after 9 is the law's."""

@@ -30,7 +30,7 @@ def leaks_the_future(context: Context) -> Iterator[Finding]:
 
 
 @rule("ttt.persistent_states", "ttt.layers", "data.shuffle")
-def carries_between_strangers(context: Context) -> Iterator[Finding]:
+def persistent_states_with_shuffle(context: Context) -> Iterator[Finding]:
     """Fast weights are carried only to the window that follows."""
     if context.config.ttt.persistent_states and context.config.data.shuffle:
         written = context.is_written("data.shuffle")
@@ -130,7 +130,7 @@ def windows_divide(context: Context) -> Iterator[Finding]:
 
 RULES = (
     leaks_the_future,
-    carries_between_strangers,
+    persistent_states_with_shuffle,
     never_a_second_mini_batch,
     carries_across_a_file,
     windows_divide,

@@ -52,24 +52,9 @@ def check_files(
         UsageError: the arguments do not go together.
     """
     from ttt.config.findings import has_errors
-    from ttt.errors import TTTError, UsageError
-    from ttt.reading import is_stream
+    from ttt.errors import TTTError
 
-    if not names:
-        raise UsageError("ttt check: name a config, or - for standard input")
-    if names.count(STANDARD_INPUT) > 1:
-        raise UsageError("ttt check: standard input can be read once only")
-    if write and not fix:
-        raise UsageError("ttt check: --write writes what --fix shows; write both")
-    if write and STANDARD_INPUT in names:
-        raise UsageError("ttt check: standard input cannot be written to; leave --write out, or name a file")
-    stream = next((name for name in names if write and is_stream(name)), None)
-    if stream is not None:
-        raise UsageError(f"ttt check: {stream} is a stream, which cannot be written to; leave --write out")
-    if fix and probe:
-        raise UsageError("ttt check: --fix and --probe are two steps; fix first")
-    if fix and output is not Format.TEXT:
-        raise UsageError(f"ttt check: --fix shows a diff, which goes with no --format {output.value}")
+    _require_consistent(names, output=output, probe=probe, fix=fix, write=write)
     size = None if memory is None else parse_memory(memory)
     checker = _Checker(backbone, list(overrides), size, cost, _Filter.of(select, ignore), probe)
 
@@ -90,6 +75,32 @@ def check_files(
         _print_data(output, everything, [str(problem) for problem in problems])
     failed = has_errors(everything) or (strict and any(finding.severity.value == "warning" for finding in everything))
     return problems[-1].exit_code if problems else int(failed)
+
+
+def _require_consistent(names: Sequence[str], *, output: Format, probe: bool, fix: bool, write: bool) -> None:
+    """Refuse arguments that do not go together.
+
+    Raises:
+        UsageError: the message says which, and what to write instead.
+    """
+    from ttt.errors import UsageError
+    from ttt.reading import is_stream
+
+    if not names:
+        raise UsageError("ttt check: name a config, or - for standard input")
+    if names.count(STANDARD_INPUT) > 1:
+        raise UsageError("ttt check: standard input can be read once only")
+    if write and not fix:
+        raise UsageError("ttt check: --write writes what --fix shows; write both")
+    if write and STANDARD_INPUT in names:
+        raise UsageError("ttt check: standard input cannot be written to; leave --write out, or name a file")
+    stream = next((name for name in names if write and is_stream(name)), None)
+    if stream is not None:
+        raise UsageError(f"ttt check: {stream} is a stream, which cannot be written to; leave --write out")
+    if fix and probe:
+        raise UsageError("ttt check: --fix and --probe are two steps; fix first")
+    if fix and output is not Format.TEXT:
+        raise UsageError(f"ttt check: --fix shows a diff; leave --format {output.value} out")
 
 
 def parse_memory(text: str) -> int:
@@ -192,7 +203,7 @@ class _Checker:
         return findings
 
     def fix(self, file: str, content: bytes, *, write: bool) -> Sequence[Finding]:
-        """Show what can be fixed in a file, or fix it, and the findings of the file as it lies there afterwards."""
+        """Show what can be fixed in a file, or fix it, and the findings of the file as it is afterwards."""
         from ttt.check.fixes import fix_text, unified_diff
 
         before = self._check(file, content)
