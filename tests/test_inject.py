@@ -137,7 +137,7 @@ def test_carried_states_join_windows_and_a_recomputation_starts_where_the_pass_d
     for name, value in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], value, rtol=1e-6, atol=1e-9)
     with (
-        pytest.raises(ValueError, match="states for nowhere, where nothing is injected"),
+        pytest.raises(ValueError, match="states for nowhere, but nothing is injected there"),
         carried(injection, {"nowhere": carry.states["layers.0.ttt"]}),
     ):
         pass

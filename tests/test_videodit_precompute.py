@@ -666,7 +666,7 @@ def test_a_wrong_list_stops_everything_before_anything_is_done(folder: Path) -> 
             {"eval_videos": "videos.jsonl", "eval_data": "train.jsonl"},
             r"data.eval_data: .*train.jsonl is data.train_data",
         ),
-        ({"videos": "none.jsonl"}, r"data.videos: .*none.jsonl is no file; name a .jsonl with lines such as"),
+        ({"videos": "none.jsonl"}, r"data.videos: .*none.jsonl is not a file; name a .jsonl with lines such as"),
         ({"videos": "empty.jsonl"}, r"data.videos: .*empty.jsonl: no videos; write lines such as"),
     ],
 )

@@ -123,7 +123,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def holds(content: Mapping[str, Any]) -> bool | None:
-    """Whether a JSON object is the one that its checksum was taken of; None if it has none."""
+    """Whether a JSON object fits its checksum; None if it has none."""
     if KEY in content:
         return bool(content[KEY] == _of_object(content))
     return False if has_spoilt(content, KEY) else None

@@ -107,7 +107,7 @@ class ScanCost:
 def best_group_size(steps: int, *, carry: int, activation: int, running: int) -> int:
     """The group of least peak memory for N mini-batches; see `ScanCost`.
 
-    In plain numbers and one short loop, which `torch.compile` can follow where a layer asks while it runs. The loop is
+    In plain numbers and one short loop, which `torch.compile` can follow if a layer asks while it runs. The loop is
     short for any N: of more than `COUNTED` mini-batches, which nothing runs, it tries the sizes around the formula's.
     """
     best, least = 0, steps * (carry + activation) + min(steps, BLOCK) * running

@@ -17,14 +17,14 @@ _NAMED_PROBLEMS = 5
 
 
 class TTTError(Exception):
-    """Anything foreseeable that ends the work; `exit_code` is the process's (1 where nothing says otherwise)."""
+    """Anything foreseeable that ends the work; `exit_code` is the process's (1 if nothing says otherwise)."""
 
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str = "", *, details: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.details = tuple(details)
-        """What is shown below the message, a line each: a line break inside the message is none of ours."""
+        """What is shown below the message, a line each; line breaks inside the message come from elsewhere."""
 
     @property
     def message(self) -> str:
@@ -56,7 +56,7 @@ class ConfigError(UsageError):
         super().__init__(message)
         self.findings = tuple(findings)
         """What was found, warnings and notes included, each a `ttt.config.Finding` (no type says so: this module knows
-        nothing of configs); empty where the error is about more than one config."""
+        nothing of configs); empty if the error is about more than one config."""
 
 
 class InjectionError(UsageError):

@@ -24,8 +24,8 @@ class LayerEvidence:
     inner_loss_after: float
     """The same tokens' inner loss after the mini-batch's step."""
     movement: float
-    """`‖W_T − W_0‖ / ‖W_0‖` over all fast weights, mean over streams; a step still open counts. Of weights that start
-    at zero it is `‖W_T‖`: a number, and more than 0 if they moved."""
+    """`‖W_T − W_0‖ / ‖W_0‖` over all fast weights, mean over streams; a step still open counts. If the weights start
+    at zero, it is `‖W_T‖`: a number, and more than 0 if they moved."""
     gate: float
     """Mean of `|tanh(α)|` over channels and gates."""
     gate_max: float

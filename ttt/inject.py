@@ -3,7 +3,7 @@
 A site is a module of the backbone that becomes an instance of a subclass of its own class, which calls the adapter
 where TTT goes; the adapter is its new child. So every parameter keeps its name, wrappers that look for the original
 class still find it, and ejection restores the class and removes the child. Nothing changes until the whole plan is
-found good, and a failure on the way undoes what was done.
+found good, and if something fails, what was done is undone.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def plan(sites: Sequence[Site], config: TTTConfig, *, causal: bool = True, model
     for site in chosen:
         if not site.attribute.isidentifier() or keyword.iskeyword(site.attribute):
             raise InjectionError(
-                f"the site of layer {site.layer}: its attribute {site.attribute!r} is not a name that a module can give "
-                f"a child; write one such as 'ttt'"
+                f"the site of layer {site.layer}: its attribute {site.attribute!r} is not a name that a module can "
+                f"give a child; write one such as 'ttt'"
             )
         if hasattr(site.module, site.attribute):
             raise InjectionError(f"{site.name} is there already; eject the first injection before another")

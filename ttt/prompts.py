@@ -1,6 +1,6 @@
 """What samples are asked to show: a prompt for each of their segments, from the command line or from files.
 
-A `.json` file is a list with an entry for each segment: a text, or an object with `text` and, where it has something to
+A `.json` file is a list with an entry for each segment: a text, or an object with `text` and, if it has something to
 avoid, `neg_text`. A list of such lists has one for each sample; a `.jsonl` file has one on each line. Both are what
 TTT-Video reads, whose `requires_scene_transition` says that a segment begins a scene of its own.
 """
@@ -20,7 +20,7 @@ from ttt.printable import shortened
 from ttt.reading import is_stream, read_start, unreadable, wrong_with
 
 MAX_BYTES = 16 << 20
-"""Of a prompt file."""
+"""Most bytes of a prompt file."""
 _KEYS = ("text", "neg_text", "requires_scene_transition")
 _FORMAT = (
     'a prompt file is a list such as ["a cat", {"text": "a dog", "neg_text": "blurred"}], one entry for each segment; '
@@ -39,7 +39,7 @@ class Prompts:
     source: str
     """Who gave them, in the user's words."""
     new_scenes: tuple[bool, ...] = ()
-    """Whether each of `prompts` begins a scene of its own; none where nothing was said of it."""
+    """Whether each of `prompts` begins a scene of its own; empty if the prompts do not say."""
 
 
 def given_prompts(prompts: Sequence[str], negative: Sequence[str] = ()) -> Prompts:
@@ -99,7 +99,7 @@ def for_segments(given: Prompts, *, count: int, seconds: float) -> tuple[Prompts
         raise UsageError(f"--negative-prompt: {_miscounted(len(given.negative), count, seconds, 'negative prompts')}")
     told = f"one prompt for all {count} segments" if len(given.prompts) < count else None
     prompts, negative = (texts * count if len(texts) == 1 else texts for texts in (given.prompts, given.negative))
-    # what there is before the first segment is no scene, and one prompt for all is one scene
+    # nothing precedes the first segment, so it changes no scene; one prompt for all is one scene
     new_scenes = (False, *given.new_scenes[1:]) if any(given.new_scenes[1:]) else ()
     return replace(given, prompts=prompts, negative=negative, new_scenes=new_scenes), told
 
@@ -121,7 +121,7 @@ def _text(content: bytes, file: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{file}:{line}: is no UTF-8 text; {_FORMAT}") from None
+        raise UsageError(f"{file}:{line}: is not UTF-8 text; {_FORMAT}") from None
 
 
 def _samples(text: str, file: str) -> Iterator[tuple[str, list[Any]]]:
@@ -144,7 +144,7 @@ def _samples(text: str, file: str) -> Iterator[tuple[str, list[Any]]]:
     elif lists < len(entries):
         strange = next(number for number, entry in enumerate(entries, 1) if not isinstance(entry, list))
         raise UsageError(
-            f"{file}: entry {strange} is no list, though others are; write a list of segments for each sample"
+            f"{file}: entry {strange} is not a list, though others are; write a list of segments for each sample"
         )
     else:
         for number, entry in enumerate(entries, 1):
@@ -184,13 +184,13 @@ def _parsed(text: str, file: str, *, line: int | None = None) -> Any:
         place = f"{file}:{line or error.lineno}:{error.colno}"
         if line is None and error.msg == "Extra data":
             raise UsageError(
-                f"{place}: is no JSON: something follows its end; a file with a sample on each line is a .jsonl"
+                f"{place}: is not JSON: something follows its end; a file with a sample on each line is a .jsonl"
             ) from None
-        raise UsageError(f"{place}: is no JSON: {error.msg}; {_FORMAT}") from None
+        raise UsageError(f"{place}: is not JSON: {error.msg}; {_FORMAT}") from None
     except DuplicateKeyError as error:
         raise UsageError(f"{place}: the key {error.key!r} stands twice in one segment; leave one out") from None
     except (ValueError, RecursionError):
-        raise UsageError(f"{place}: is no JSON that can be read; {_FORMAT}") from None
+        raise UsageError(f"{place}: is not JSON that can be read; {_FORMAT}") from None
 
 
 def _refuse_constant(name: str) -> Any:
@@ -221,7 +221,7 @@ def _sample(entries: list[Any], place: str) -> Prompts:
 
 
 def _segment(entry: Any, place: str, count: int) -> tuple[str, str, bool]:
-    """Text and negative text of a segment, empty where it has nothing to avoid; and whether it begins a scene."""
+    """Text and negative text of a segment, empty if it has nothing to avoid; and whether it begins a scene."""
     if isinstance(entry, str):
         entry = {"text": entry}
     if entry is None:

@@ -157,7 +157,7 @@ def wrong_with(text: str, *, most: int = MAX_TEXT) -> str | None:
     if half is not None:
         return f"holds U+{ord(half):04X}, half a character; write it as UTF-8"
     if "\0" in text:
-        return "holds U+0000, which is no letter"
+        return "holds U+0000, which is not a letter"
     return None
 
 
@@ -170,7 +170,7 @@ def _refuse(facts: os.stat_result, path: str | Path) -> None:
 
 
 def _read(file: BinaryIO, count: int) -> bytes:
-    """At most so many bytes, piece by piece: no more memory than there is content."""
+    """At most `count` bytes, piece by piece, so that memory is used for content alone."""
     pieces = []
     try:
         while count > 0 and (piece := file.read(min(count, _PIECE))):

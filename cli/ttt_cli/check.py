@@ -39,13 +39,13 @@ def check(
             "--ignore", metavar="CODES", help="No findings whose codes begin so; wins over --select. Can be repeated."
         ),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 where there are warnings, too.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if there are warnings, too.")] = False,
     memory: Annotated[
         str | None,
         typer.Option(
             "--memory",
             metavar="80GiB",
-            help="Memory of the device that the run is for. [default: this machine's, where the config asks for it]",
+            help="Memory of the device that the run is for. [default: this machine's, if the config asks for it]",
             show_default=False,
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""What `ttt check` does, without the parsing of its options: no typer, and nothing that a plain check needs not."""
+"""What `ttt check` does, without parsing its options: no typer, and nothing that a plain check does not need."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _print_data(output: Format, findings: Sequence[Finding], problems: Sequence[
 
 @dataclass(frozen=True)
 class _Filter:
-    """Which codes a user wants to hear of."""
+    """The codes that a user selects and ignores."""
 
     select: tuple[str, ...]
     ignore: tuple[str, ...]
@@ -153,7 +153,7 @@ class _Filter:
         return cls(_prefixes("--select", select), _prefixes("--ignore", ignore))
 
     def __call__(self, findings: Iterable[Finding]) -> tuple[Finding, ...]:
-        """Those of the findings."""
+        """The findings that are selected and not ignored."""
         return tuple(
             finding
             for finding in findings
@@ -162,10 +162,10 @@ class _Filter:
 
 
 def _prefixes(option: str, given: Iterable[str]) -> tuple[str, ...]:
-    """The beginnings of codes that an option names.
+    """The prefixes of codes that an option names.
 
     Raises:
-        UsageError: one is none, so that it would silently do nothing.
+        UsageError: no code begins so; without an error it would silently do nothing.
     """
     from ttt.config.findings import CODES
     from ttt.errors import UsageError

@@ -27,7 +27,7 @@ def is_standard_output(out: str) -> bool:
 
 
 def require_replaceable(target: Path, *, force: bool) -> None:
-    """Refuse to write where something is: without `force` to a file, and at all to what is not a file.
+    """Refuse to overwrite: a file, unless `force` is given; anything else always.
 
     Raises:
         UsageError: the message says what is there, and how to go on.

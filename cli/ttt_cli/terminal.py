@@ -67,14 +67,14 @@ def show_warning(message: str) -> None:
 
 
 def show_note(message: str) -> None:
-    """Print something by the way, where it does not mix with the output."""
+    """Print a note on standard error, so that it does not mix with the output."""
     with _heard_or_not(sys.stderr):
         show(message, stream=sys.stderr)
 
 
 @contextlib.contextmanager
 def _heard_or_not(stream: TextIO) -> Iterator[None]:
-    """A terminal that is gone is no reason to fail; that the output itself cannot be written is."""
+    """Ignore a terminal that is gone; an output that cannot be written is an error."""
     try:
         yield
     except OSError:

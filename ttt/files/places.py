@@ -82,10 +82,10 @@ def lock(file: IO[Any] | int, path: Path) -> None:
 
 
 def replaced_file(path: Path) -> Path:
-    """The file that writing to `path` replaces: that file, whether it is there or not, or the one that a link leads to.
+    """The file that writing to `path` replaces: `path` itself, whether it exists or not, or what a link leads to.
 
     Raises:
-        EnvironmentProblem: something else is there, a device, say, whose node a rename would destroy.
+        EnvironmentProblem: something else is there, such as a device, whose node a rename would destroy.
     """
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     if target.is_symlink():

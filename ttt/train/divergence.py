@@ -242,7 +242,7 @@ def listed(names: list[str]) -> str:
 
 
 def examined(look: Callable[[], Diagnosis]) -> Diagnosis:
-    """What a look finds; if it fails itself, for want of memory say, what can be said without one.
+    """What an inspection finds; if the inspection itself fails, from lack of memory for instance, what is known.
 
     If nothing is known of the weights, they are better saved than lost; no other checkpoint is pruned for them.
     """

@@ -99,7 +99,7 @@ def sizes(options: MoshiOptions) -> dict[str, Any]:
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
             told = f"its {name} is {value!r:.40}" if name in written else f"it has no {name}"
             raise EnvironmentProblem(
-                f"backbone.config_path: {options.config_path} is no config of a Moshi model: {told}; write the path of "
-                f"a Moshi model's config.json, whose {', '.join(MOSHI_7B)} are whole numbers up to {LARGEST_SIZE:,}"
+                f"backbone.config_path: {options.config_path} is not a config of a Moshi model: {told}; write the path "
+                f"of a Moshi model's config.json, whose {', '.join(MOSHI_7B)} are whole numbers up to {LARGEST_SIZE:,}"
             )
     return found

@@ -60,7 +60,7 @@ def explanations() -> Mapping[str, Explanation]:
     return {
         "VDT501": own_data(
             "lines that are not of an index",
-            "A line of the data is no JSON object with the keys of an index of encoded videos.",
+            "A line of the data is not JSON object with the keys of an index of encoded videos.",
             "The run reads every line before its first step, and stops.",
             '{"path": "a.mp4", "captions": ["waves"]}\n',
         ),

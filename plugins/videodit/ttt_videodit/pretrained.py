@@ -16,7 +16,7 @@ VAE = "vae"
 TEXT_PARTS = ("text_encoder", "tokenizer")
 """Folders of T5."""
 RECORD = "checksums.json"
-"""In a folder of weights that `ttt import-weights` wrote: the checksum of each file beside it."""
+"""The file with the checksums of the files beside it, in a folder that `ttt import-weights` wrote."""
 _SMALL = (".json", ".txt", ".model")
 """What settings and tokenizers end in."""
 
