@@ -230,7 +230,7 @@ def _outcome(subject: Subject, expected: Any) -> tuple[str, str]:
             if _read(other, subject.file)[0] is None:
                 return "SILENT", f"{other.__name__} does not tell, though {first.__name__} does: {told}"
         return "caught", told
-    except Exception as error:  # whatever it is, it is no sentence
+    except Exception as error:  # whatever it is, it is not a sentence
         return "ERROR", f"{type(error).__name__}: {error}"
 
 
@@ -269,7 +269,7 @@ def _silent() -> Console:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Flip, and print the table; 1 where something was silent or an error."""
+    """Flip, and print the table; 1 if something was silent or an error."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)

@@ -64,7 +64,7 @@ class Shape:
         return {size: count for size, count in ((self.mini_batch_size, steps), (rest, 1)) if size and count}
 
     def config(self, group_size: int | Literal["auto"]) -> TTTConfig:
-        """TTT-LM's settings where it is causal, TTT-Video's where not."""
+        """TTT-LM's settings if it is causal, else TTT-Video's."""
         return TTTConfig.model_validate(
             {
                 "preset": "lm" if self.causal else "video",
@@ -108,7 +108,7 @@ class Contender(NamedTuple):
 
     name: str
     group_size: int | None
-    """Mini-batches that backward recomputes at a time; None where it has no groups."""
+    """Mini-batches that backward recomputes at a time; None if it has no groups."""
     auto: bool
     """Whether the group size is the one of least memory."""
     forward: Callable[[], object]

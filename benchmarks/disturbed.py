@@ -36,7 +36,7 @@ RUN, CONFIG, DATA = "run", "c.yaml", "tokens.txt"
 COMMAND = ["train", CONFIG, "--resume"]
 """The one command of a run: it starts it, and it goes on with it."""
 MOMENTS = ("imports", "data", "step", "evaluation", "checkpoint", "pictures")
-"""Of a run, in their order."""
+"""The moments of a run, in order."""
 
 TEXT = f"""\
 backbone: {{name: toy, num_layers: 2, dim: 8, num_heads: 2}}
@@ -279,7 +279,7 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """What is wrong with the newest checkpoint of a run; None where it is whole, or there is none yet."""
+    """What is wrong with the newest checkpoint of a run; None if it is whole, or there is none yet."""
     from ttt.errors import TTTError
     from ttt.train.rundir import RunDir
 
@@ -423,7 +423,7 @@ def _optimize_once() -> None:
 
 
 def _program(folder: str) -> tuple[dict[str, int], dict[str, Any]]:
-    """Of a program of its own: the numbers of the first calls of its moments, and what it leaves."""
+    """For a program of its own: the numbers of the first calls of its moments, and what it leaves."""
     path = prepare(Path(folder) / "program")
     counts = Counts(path / RUN)
     ended = started(path, COMMAND, counts)

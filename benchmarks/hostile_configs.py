@@ -2,7 +2,7 @@
 
     python benchmarks/hostile_configs.py [--only WORDS] [--seconds 1.0] [--megabytes 150] [--timeout 30]
 
-Each case is a process of its own under a limit of address space and of time. Exits with 1 where one takes more CPU time
+Each case is a process of its own under a limit of address space and of time. Exits with 1 if one takes more CPU time
 or memory than the docs promise for files of up to 1 MiB, ends by a signal, or shows a traceback.
 """
 

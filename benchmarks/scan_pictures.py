@@ -31,7 +31,7 @@ def draw(results: Results, path: Path) -> None:
 
 
 def _bars(axes: Axes, results: Results, field: str, title: str) -> None:
-    """One group of bars for each shape, at the default group size of 16 where that is smaller than the scan."""
+    """One group of bars for each shape, at the default group size of 16 if that is smaller than the scan."""
     width = 0.8 / 4
     for place, name in enumerate((PUBLISHED, "generic", "fused", ATTENTION)):
         for index, shape in enumerate(results.shapes):

@@ -34,7 +34,7 @@ class Row(_Record):
     part: Literal["layer", "scan"]
     contender: str
     group_size: int | None
-    """Mini-batches that backward recomputes at a time, 0 for none; None where there are no groups."""
+    """Mini-batches that backward recomputes at a time, 0 for none; None if there are no groups."""
     auto: bool
     """Whether the group size is `auto`'s."""
     forward_seconds: float = Field(gt=0)

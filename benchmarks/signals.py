@@ -38,7 +38,7 @@ class At:
         self.place = ""
 
     def __call__(self, tracer: tracing.Tracer, call: tracing.Call) -> None:
-        """Count the call where it marks the moment; send the signal where its turn has come."""
+        """Count the call if it marks the moment; send the signal if its turn has come."""
         if self.place or not self._marks(call):
             return
         self._count += 1

@@ -118,12 +118,12 @@ class Call:
 
     @property
     def name(self) -> str:
-        """`openat`, say; the number where it has no name here."""
+        """`openat`, say; the number if it has no name here."""
         return _BY_NUMBER.get(self.number, str(self.number))
 
     @functools.cached_property
     def path(self) -> str | None:
-        """The file that it is about, as an absolute path; None where there is none."""
+        """The file that it is about, as an absolute path; None if there is none."""
         name = self.name
         if name in _BY_FILE:
             return self._link(f"fd/{ctypes.c_int(self.arguments[_BY_FILE[name]]).value}")
@@ -163,7 +163,7 @@ class Call:
 
 
 def obstacle() -> str | None:
-    """Why nothing can be traced here; None where it can."""
+    """Why nothing can be traced here; None if it can."""
     if not sys.platform.startswith("linux") or not _AUDIT:
         return f"system calls are traced on Linux (x86-64 and ARM64) only, not on {sys.platform} {platform.machine()}"
     seen: list[str] = []

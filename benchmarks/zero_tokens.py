@@ -106,7 +106,7 @@ def measure(types: tuple[torch.dtype, ...] = TYPES) -> Iterator[Measured]:
 
 
 def main() -> int:
-    """Print the table; 1 where a row does not hold."""
+    """Print the table; 1 if a row does not hold."""
     table = Table("preset", "inner model", "tokens", "zeros", "norm with them", "without", "away", box=None)
     found = list(measure())
     for row in found:

@@ -131,7 +131,7 @@ def test_a_header_of_a_hundred_megabytes_is_not_read_where_none_is_that_long(tmp
     with open(tmp_path / MODEL, "wb") as file:
         file.write((90_000_000).to_bytes(8, "little"))
         file.truncate(90_000_008)
-    with pytest.raises(EnvironmentProblem, match=r"its header takes 90\.0 MB, and no file of its kind needs more"):
+    with pytest.raises(EnvironmentProblem, match=r"its header takes 85\.8 MiB, and no file of its kind needs more"):
         read_info(tmp_path)
 
 

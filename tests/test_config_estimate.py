@@ -22,11 +22,13 @@ from ttt.check import check_config, load_config
 from ttt.check.estimate import estimate
 from ttt.config import RunConfig, TTTConfig
 from ttt.costs import layer_activation_bytes, layer_flops, layer_parameters, scan_cost
+from ttt.errors import UsageError
 from ttt.layer import TTTLayer
 from ttt.ops.fused import layout, operator
 from ttt.ops.rotary import rotary_angles
 from ttt.plugins import BackboneFacts, get_backbone
 from ttt.train.optim import Optimizer, choose_learnable
+from ttt_cli.check_files import parse_memory
 
 MOSHI = get_backbone("moshi")
 
@@ -44,21 +46,42 @@ def _config(**sections: dict[str, Any]) -> RunConfig:
 # --- amounts ---
 
 
-def test_amounts_of_memory_as_people_write_them() -> None:
-    assert parse_bytes("80GiB") == parse_bytes("80 gib") == parse_bytes("80G") == 80 * 2**30
-    assert parse_bytes("24GB") == 24 * 10**9
-    assert parse_bytes("1.5 MiB") == 3 * 2**19
-    assert parse_bytes("512") == 512
-    for text in ("", "GiB", "-1GiB", "0", "80 GiBs", "80;", "1e9", "nan", "all"):
-        with pytest.raises(ValueError, match="no amount of memory"):
-            parse_bytes(text)
-    assert [show_bytes(n) for n in (0, 999, 2**20, 80 * 2**30, 1.5 * 2**40)] == [
-        "0 bytes",
-        "999 bytes",
-        "1 MiB",
-        "80 GiB",
-        "1.5 TiB",
-    ]
+SIZES = {
+    **dict.fromkeys(("80GiB", "80 gib", "80G", " 80g "), 80 << 30),
+    **dict.fromkeys(("24GB", "24 GB", "24gb"), 24 * 10**9),
+    **dict.fromkeys(("0.5gib", "512MiB", "512M"), 1 << 29),
+    **{"1.5 MiB": 3 << 19, "1.5TB": 15 * 10**11, "512B": 512, "2KiB": 2048, "3P": 3 << 50},
+}
+NO_SIZES = ("", "GiB", "-1GiB", "0", "0GiB", "0.1B", "80", "80 GiBs", "80;", "1e9", "1e9B", "nan", "all", "８G")
+
+
+@pytest.mark.parametrize("text", SIZES)
+def test_sizes_as_people_write_them(text: str) -> None:
+    """The same in Python and on the command line."""
+    assert parse_bytes(text) == parse_memory(text) == SIZES[text]
+
+
+@pytest.mark.parametrize("text", [*NO_SIZES, f"{'9' * 400}GiB", f"1.{'0' * 5000}GiB"], ids=lambda text: text[:9])
+def test_what_is_not_a_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^`.*` is not a size; write 80GiB$") as refused:
+        parse_bytes(text)
+    assert len(str(refused.value)) < 100
+    with pytest.raises(UsageError, match=r"^--memory: `.*` is not a size; write 80GiB$"):
+        parse_memory(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        *((0, "0 bytes"), (1, "1 byte"), (1023, "1023 bytes"), (1024, "1 KiB"), (1536, "1.5 KiB"), (1 << 20, "1 MiB")),
+        *((24e9, "22.4 GiB"), (80 << 30, "80 GiB"), (1023 << 20, "0.999 GiB"), (1.5 * 2**40, "1.5 TiB")),
+        *((5 << 60, "5 EiB"), (1 << 80, "1 YiB"), (1 << 90, "more than 10^12 TiB")),
+    ],
+)
+def test_sizes_are_shown_in_binary_units(count: float, words: str) -> None:
+    assert show_bytes(count) == words
+    if count and "than" not in words:  # it can be read again
+        assert parse_bytes(words.replace("bytes", "B").replace("byte", "B")) == pytest.approx(count, rel=5e-3)
 
 
 # --- measuring ---
@@ -212,7 +235,7 @@ def test_a_layer_that_scans_twice_keeps_both(group: int) -> None:
     with _kept(*layer.parameters(), *rotary) as kept:
         forward = layer(x, rotary=rotary)[0]
         layer(forward.flip(1), rotary=(rotary[0].flip(0), rotary[1].flip(0)))
-    facts = BackboneFacts(dim=128, num_heads=4, num_layers=3, tokens_per_window=96, scans=(0, 0))
+    facts = BackboneFacts(dim=128, num_heads=4, num_layers=3, tokens_per_window=96, checkpoints_around_scans=(0, 0))
     config = _config(train={"batch_size": 2}).model_copy(update={"ttt": ttt})
     one = estimate(config, facts).parts
     passing = scan_cost(ttt, dim=128, num_heads=4, tokens=96, batch_size=2).passing_bytes
@@ -225,7 +248,9 @@ def test_checkpoints_around_a_scan_decide_how_many_layers_insides_wait() -> None
 
     def waiting(*scans: int, gradient_checkpointing: bool = False) -> tuple[int, int]:
         train = config.train.model_copy(update={"gradient_checkpointing": gradient_checkpointing})
-        facts = BackboneFacts(dim=64, num_heads=4, num_layers=5, tokens_per_window=96, scans=scans or None)
+        facts = BackboneFacts(
+            dim=64, num_heads=4, num_layers=5, tokens_per_window=96, checkpoints_around_scans=scans or None
+        )
         needs = estimate(config.model_copy(update={"train": train}), facts)
         assert needs.scans == (scans or (int(gradient_checkpointing),))
         assert needs.scan is not None
@@ -506,7 +531,7 @@ def test_a_run_multiplies_in_every_layer_and_scan() -> None:
     facts = BackboneFacts(128, 4, 4, 188)
     needs = estimate(config, facts)
     assert (needs.forward_flops, needs.training_flops) == (2 * one.forward, 2 * one.training(2))
-    twice = estimate(config, replace(facts, scans=(0, 1)))
+    twice = estimate(config, replace(facts, checkpoints_around_scans=(0, 1)))
     assert twice.forward_flops == 4 * one.forward
     assert twice.training_flops == 2 * (one.training(2) + one.training(3, enclosing=1))
     unknown = estimate(config, replace(facts, tokens_per_window=None))

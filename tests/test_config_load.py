@@ -97,7 +97,7 @@ def test_evaluation_numbers_are_whole_numbers() -> None:
     assert _load("ttt: {scan_checkpoint_group_size: 1e6}").ttt.scan_checkpoint_group_size == 1_000_000
 
 
-def test_the_narrowed_model_is_one_class_and_describes_its_sections() -> None:
+def test_the_run_config_of_a_backbone_is_one_class_and_describes_its_sections() -> None:
     model = run_config_model(TOY_BACKBONE)
     assert model is run_config_model(ToyBackbone())
     assert issubclass(model, RunConfig)

@@ -263,7 +263,7 @@ def test_video_from_what_is_no_file(kind: str, tmp_path: Path) -> None:
 def test_a_video_that_leads_elsewhere_or_is_none(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "clip.mp4").write_bytes(demo.CLIP.read_bytes())
     (tmp_path / "a.mp4").write_bytes(content)
-    with pytest.raises(UnreadableVideoError, match="it is no video, or a damaged one"):
+    with pytest.raises(UnreadableVideoError, match="it is not a video, or a damaged one"):
         inspect_video(tmp_path / "a.mp4")
 
 
@@ -423,7 +423,7 @@ def test_a_tensor_of_more_numbers_than_the_file_has(tmp_path: Path) -> None:
     import torch
 
     torch.save({"a": torch.zeros(1).expand(10**9)}, tmp_path / "x.pt")
-    with pytest.raises(UsageError, match="a is no tensor of which each number is in the file"):
+    with pytest.raises(UsageError, match="a is a tensor whose numbers are not all in the file"):
         checkpoint.open_checkpoint(tmp_path / "x.pt")
     for older_format in (False, True):
         torch.save({"a": torch.ones(3)}, tmp_path / "x.pt", _use_new_zipfile_serialization=not older_format)

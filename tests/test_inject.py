@@ -14,7 +14,7 @@ from ttt import inject
 from ttt.adapter import TTTAdapter, carried
 from ttt.config import TTTConfig
 from ttt.errors import InjectionError
-from ttt.evidence import observe
+from ttt.evidence import Observation
 
 BACKBONE = ToyBackbone()
 CONFIG = TTTConfig(mini_batch_size=4)
@@ -60,7 +60,7 @@ def test_layers_are_the_ones_named(layers, expected):
 def test_sites_that_would_change_the_backbone_are_refused():
     plain = model()
     sites = BACKBONE.sites(plain)
-    with pytest.raises(InjectionError, match="Linear is no subclass"):
+    with pytest.raises(InjectionError, match="Linear is not a subclass"):
         inject.apply(
             plain, [dataclasses.replace(sites[0], subclass=nn.Linear)], TTTConfig(layers=(0,), mini_batch_size=4)
         )
@@ -137,7 +137,7 @@ def test_carried_states_join_windows_and_a_recomputation_starts_where_the_pass_d
     for name, value in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], value, rtol=1e-6, atol=1e-9)
     with (
-        pytest.raises(ValueError, match="states for nowhere, where nothing is injected"),
+        pytest.raises(ValueError, match="states for nowhere, but nothing is injected there"),
         carried(injection, {"nowhere": carry.states["layers.0.ttt"]}),
     ):
         pass
@@ -147,7 +147,7 @@ def test_evidence_is_of_the_pass_that_was_watched():
     plain = model()
     injection = inject.apply(plain, BACKBONE.sites(plain), CONFIG)
     batch = BACKBONE.example_batch(plain, batch_size=2, tokens=9, seed=0)
-    with observe(injection) as seen:
+    with Observation(injection) as seen:
         assert seen.reached == frozenset()
         BACKBONE.outputs(plain, batch)
     assert seen.reached == {"layers.0.ttt", "layers.1.ttt"}
@@ -158,7 +158,7 @@ def test_evidence_is_of_the_pass_that_was_watched():
     with torch.no_grad():
         for adapter in injection.adapters.values():
             adapter.layer.learnable_ttt_lr_bias.fill_(-1e9)  # rates of zero: nothing is learned
-    with observe(injection) as seen:
+    with Observation(injection) as seen:
         BACKBONE.outputs(plain, batch)
     still = seen.layers()["layers.0.ttt"]
     assert still.movement == 0
@@ -167,7 +167,7 @@ def test_evidence_is_of_the_pass_that_was_watched():
         for name, parameter in injection.adapters["layers.0.ttt"].named_parameters():
             if name in ("layer.W1", "layer.b1"):
                 parameter.zero_()  # their norm is divided by
-    with observe(injection) as seen:
+    with Observation(injection) as seen:
         BACKBONE.outputs(plain, batch)
     assert seen.layers()["layers.0.ttt"].movement == 0
 
@@ -191,10 +191,10 @@ def with_first_site(**changes):
         ({"path": "layers.1"}, r"'layers.1' leads to another module, a Block; its module, a Block, goes by 'layers.0'"),
         ({"path": "layers.0.norm1"}, r"leads to another module, a LayerNorm"),
         ({"path": ""}, r"its path '' leads to another module, a ToyModel"),
-        ({"attribute": "my.ttt"}, r"attribute 'my.ttt' is no name that a module can give a child"),
-        ({"attribute": ""}, r"attribute '' is no name"),
-        ({"attribute": "class"}, r"attribute 'class' is no name"),
-        ({"attribute": "ttt-layer"}, r"attribute 'ttt-layer' is no name"),
+        ({"attribute": "my.ttt"}, r"attribute 'my.ttt' is not a name that a module can give a child"),
+        ({"attribute": ""}, r"attribute '' is not a name"),
+        ({"attribute": "class"}, r"attribute 'class' is not a name"),
+        ({"attribute": "ttt-layer"}, r"attribute 'ttt-layer' is not a name"),
         ({"layer": 2}, r"numbers the layers of its 2 sites 1, 2; they count from 0"),
     ],
 )
@@ -207,7 +207,7 @@ def test_a_site_must_say_where_its_module_is(changes, message):
 
 
 def test_a_site_of_another_model_is_refused():
-    with pytest.raises(InjectionError, match=r"'layers.0'\): its Block is no module of the model"):
+    with pytest.raises(InjectionError, match=r"'layers.0'\): its Block is not a module of the model"):
         inject.apply(model(), BACKBONE.sites(model()), CONFIG)
 
 

@@ -178,7 +178,10 @@ GOOD = json.dumps(vars(CodecSettings()))
         (lambda path: _rewritten(path, "[]"), "settings are not sample_rate, "),
         (lambda path: _rewritten(path, GOOD.replace('"mels"', '"bands"')), "settings are not sample_rate, "),
         (lambda path: _rewritten(path, GOOD.replace('"mels": 40', '"mels": "40"')), "setting mels is '40'"),
-        (lambda path: _rewritten(path, GOOD.replace('"hop_size": 160', '"hop_size": 170')), "no multiple of hop_size"),
+        (
+            lambda path: _rewritten(path, GOOD.replace('"hop_size": 160', '"hop_size": 170')),
+            "not a multiple of hop_size",
+        ),
         (lambda path: _rewritten(path, GOOD, codebooks=torch.zeros(2, 4, 8)), r"\[codebooks, cardinality, 320\], not"),
         (lambda path: _rewritten(path, GOOD, codebooks=torch.full((2, 4, 320), torch.nan)), "not finite"),
     ],

@@ -521,8 +521,8 @@ WRONG_TRANSCRIPTS = [
     (lambda f: transcript(f, ""), r"b.json: Expecting value"),
     (lambda f: transcript(f, b"\xff\xfe"), r"b.json: 'utf-8' codec"),
     (lambda f: transcript(f, "[" * 100000), r"b.json: "),
-    (lambda f: transcript(f, "[]"), r"b.json: it is no object with a list \"alignments\""),
-    (lambda f: transcript(f, '{"alignments": 1}'), r"b.json: it is no object with a list"),
+    (lambda f: transcript(f, "[]"), r"b.json: it is not an object with a list \"alignments\""),
+    (lambda f: transcript(f, '{"alignments": 1}'), r"b.json: it is not an object with a list"),
     (
         lambda f: transcript(f, '{"alignments": [["a", [0, 1], "A"], ["b", 1, 2, "A"]]}'),
         r"b.json: alignment 2 is \['b', 1, 2, 'A'\], not \[word, \[start, end\], speaker\] with times in seconds",

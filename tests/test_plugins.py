@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from fake_distributions import TOY, importable, install
 
 from ttt.errors import PluginError, UsageError
-from ttt.plugins import PluginInfo, discover, get_backbone
+from ttt.plugins import BackboneFacts, PluginInfo, discover, get_backbone
 from ttt_cli.main import main
 
 BROKEN = {
@@ -114,3 +115,10 @@ def test_what_a_plugin_prints_when_it_is_imported_is_not_among_the_output(
     printed = capsys.readouterr()
     assert "toy" in [plugin["name"] for plugin in json.loads(printed.out)]
     assert "loading toy" in printed.err
+
+
+def test_the_former_name_of_a_fact_is_refused_with_the_one_it_has_now() -> None:
+    facts = BackboneFacts(dim=64, num_heads=4, num_layers=2, checkpoints_around_scans=(1, 0))
+    assert dataclasses.replace(facts, gates=2).checkpoints_around_scans == (1, 0)
+    with pytest.raises(TypeError, match=r"BackboneFacts\.scans is now called checkpoints_around_scans"):
+        BackboneFacts(dim=64, num_heads=4, num_layers=2, scans=(1, 0))  # type: ignore[arg-type]

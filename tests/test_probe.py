@@ -17,7 +17,7 @@ from toy import BlockWithTTT, Cache, ToyBackbone, TwoWayAdapter, TwoWayBlockWith
 from ttt.adapter import Gate, TTTAdapter
 from ttt.check import load_config
 from ttt.check.catalogue import DECLARED
-from ttt.check.probe import cuts, narrow, place_layers, probe
+from ttt.check.probe import cuts, place_layers, probe, small_setting
 from ttt.check.probe_codes import LAWS
 from ttt.config.explanation import read_explanations
 from ttt.config.findings import Family
@@ -287,7 +287,7 @@ def test_the_probe_leaves_pytorch_as_it_was():
     assert (torch.get_num_threads(), torch.is_grad_enabled()) == before[1:]
 
 
-# --- how it is narrowed ---
+# --- how it is made small ---
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_sequences_cross_three_mini_batches_and_a_group_where_they_can(overrides
     backbone = ToyBackbone()
     text = backbone.presets()["demo"] + "data:\n  window: 9000\n"
     config = load_config(None, text=text, backbone=backbone, overrides=overrides).config
-    setting = narrow(config, backbone)
+    setting = small_setting(config, backbone)
     assert (setting.exact.tokens, setting.group_size) == (tokens, full_group)
     size = setting.config.mini_batch_size
     assert tokens // size >= 3
@@ -356,7 +356,7 @@ def test_a_closed_gate_is_opened_and_said():
     config = load_config(
         None, text=backbone.presets()["demo"], backbone=backbone, overrides=["ttt.initial_gating_alpha=0.0"]
     ).config
-    setting = narrow(config, backbone)
+    setting = small_setting(config, backbone)
     assert setting.config.initial_gating_alpha == 0.1
     assert "gates start at 0.1, not 0, which would hide what TTT does" in setting.told
 

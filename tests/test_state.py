@@ -11,7 +11,7 @@ from toy import ToyBackbone
 from ttt import TTTConfig, TTTLayer, TTTState, inject
 from ttt.adapter import carried
 from ttt.errors import EnvironmentProblem, InjectionError
-from ttt.evidence import observe
+from ttt.evidence import Observation
 
 DIM = 16
 
@@ -120,7 +120,7 @@ def test_carrying_inside_carrying_gives_the_outer_states_back():
 def test_evidence_outlives_the_injection():
     model, injection = adapted()
     names = set(injection.adapters)
-    with observe(injection) as evidence:
+    with Observation(injection) as evidence:
         model(torch.randint(16, (2, 9)))
     injection.eject()
     assert set(evidence.layers()) == names

@@ -14,9 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from ttt.amounts import show_bytes
 from ttt.config import RunConfig
 from ttt.errors import DamagedFileWarning, EnvironmentProblem, UsageError
-from ttt.files import size_in_words
 from ttt.train.display import Display, duration_in_words
 from ttt.train.loggers import Loggers
 from ttt.train.metrics import MetricsFile, metrics_lines, read_metrics
@@ -290,7 +290,7 @@ def shown(*, terminal, log_freq=1, steps=(1, 2, 3)):
 
 def test_a_terminal_gets_a_bar_with_loss_speed_memory_and_time_left():
     text = shown(terminal=True, steps=(1, 2))
-    for part in ("2/3", "loss 1.5000", "1,234 tok/s", "2.5 GB", "s left"):
+    for part in ("2/3", "loss 1.5000", "1,234 tok/s", "2.33 GiB", "s left"):
         assert part in text
     assert "step 1/3" not in text
 
@@ -299,7 +299,7 @@ def test_elsewhere_plain_lines_come():
     text = shown(terminal=False, log_freq=2)
     assert [entry.split("  ")[0] for entry in text.splitlines()] == ["step 1/3", "step 2/3", "step 3/3"]
     assert "\x1b" not in text
-    assert "loss 1.5000  lr 1.00e-04  1,234 tokens/s  peak 2.5 GB  0 s left" in text
+    assert "loss 1.5000  lr 1.00e-04  1,234 tokens/s  peak 2.33 GiB  0 s left" in text
 
 
 def test_time_left_counts_from_where_the_run_resumed(monkeypatch):
@@ -321,10 +321,11 @@ def test_durations_in_words(seconds, words):
 
 
 @pytest.mark.parametrize(
-    ("count", "words"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (3e12, "3.0 TB")]
+    ("count", "words"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.46 KiB"), (2.5e9, "2.33 GiB"), (3e12, "2.73 TiB")],
 )
 def test_sizes_in_words(count, words):
-    assert size_in_words(count) == words
+    assert show_bytes(count) == words
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no other source to compare with")

@@ -320,7 +320,7 @@ def test_a_start_that_is_not_there_is_told_before_anything_is_built(tmp_path, mo
     with pytest.raises(AdapterFileError, match="no such file"):
         run(config(tmp_path / "two", start=tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(AdapterFileError, match="is no run with a complete checkpoint"):
+    with pytest.raises(AdapterFileError, match="is not a run with a complete checkpoint"):
         run(config(tmp_path / "two", start=tmp_path / "empty"))
     assert not (tmp_path / "two").exists()
 

@@ -359,13 +359,16 @@ BROKEN = {
     "tensor": ("VDT503", r"c.safetensors: no mean of floating point: it holds none; run ttt precompute again"),
     "integers": ("VDT503", r"no mean of floating point: it is of I32"),
     "segment": ("VDT505", r"37 latent frames are 3 segments, but 2 have texts"),
-    "caption": ("VDT505", r'segment 2 of 3 is no \{"caption": "…", "text": "….safetensors"\}'),
+    "caption": ("VDT505", r'segment 2 of 3 is not \{"caption": "…", "text": "….safetensors"\}'),
     "size": (
         "VDT504",
         r"was encoded with height 480, but the config asks for 64; encode it anew, or write data.height",
     ),
     "length": ("VDT504", r"was encoded with text_length 226, but the config asks for 8"),
-    "frames": ("VDT504", r"36 latent frames are no whole number of segments: 1, 2 and 3 segments have 13, 25 and 37"),
+    "frames": (
+        "VDT504",
+        r"36 latent frames are not a whole number of segments: 1, 2 and 3 segments have 13, 25 and 37",
+    ),
     "no frames": ("VDT501", r""""frames" is '37', not a whole number"""),
     "no latents": ("VDT501", r'"latents" is missing, not a path'),
     "missing": ("VDT502", r"no file .*c.safetensors; run ttt precompute again"),

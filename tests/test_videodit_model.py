@@ -409,9 +409,9 @@ def test_blocks_are_checkpointed_in_groups() -> None:
 @pytest.mark.parametrize(
     ("frames", "texts", "said"),
     [
-        (4, 1, "4 latent frames are no whole number of segments: 1, 2 and 3 segments have 3, 5 and 7"),
+        (4, 1, "4 latent frames are not a whole number of segments: 1, 2 and 3 segments have 3, 5 and 7"),
         (5, 1, "5 latent frames are 2 segments, which need a text each; 1 were given"),
-        (1, 1, "1 latent frames are no whole number of segments"),
+        (1, 1, "1 latent frames are not a whole number of segments"),
     ],
 )
 def test_a_video_that_does_not_fit_is_refused(frames: int, texts: int, said: str) -> None:

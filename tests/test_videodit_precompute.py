@@ -666,7 +666,7 @@ def test_a_wrong_list_stops_everything_before_anything_is_done(folder: Path) -> 
             {"eval_videos": "videos.jsonl", "eval_data": "train.jsonl"},
             r"data.eval_data: .*train.jsonl is data.train_data",
         ),
-        ({"videos": "none.jsonl"}, r"data.videos: .*none.jsonl is no file; name a .jsonl with lines such as"),
+        ({"videos": "none.jsonl"}, r"data.videos: .*none.jsonl is not a file; name a .jsonl with lines such as"),
         ({"videos": "empty.jsonl"}, r"data.videos: .*empty.jsonl: no videos; write lines such as"),
     ],
 )
@@ -727,5 +727,6 @@ def test_a_full_disk_is_told_before_the_work(folder: Path, monkeypatch: pytest.M
     usage: Sequence[int] = (10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": usage[2]})())
     listed(folder, video())
-    with pytest.raises(EnvironmentProblem, match=r"latents: what the videos become takes .* but only 1.0 kB are free"):
+    told = r"latents: what the videos become takes .* but only 1000 bytes are free"
+    with pytest.raises(EnvironmentProblem, match=told):
         run(config(folder))

@@ -412,7 +412,7 @@ class TwoWayToy(WholeToy):
         options, around = config.backbone, int(config.train.gradient_checkpointing)
         assert isinstance(options, TwoWayOptions)
         scans = (around + options.recompute_forward, around + options.recompute_reverse)
-        return replace(super().facts(config), scans=scans, gates=2)
+        return replace(super().facts(config), checkpoints_around_scans=scans, gates=2)
 
     def tiny_like(self, options: BackboneOptions) -> BackboneOptions:
         assert isinstance(options, TwoWayOptions)

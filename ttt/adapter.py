@@ -98,7 +98,7 @@ class TTTAdapter(nn.Module):
     def adapt(
         self, x: Tensor, state: TTTState | None = None, *, rotary: Rotary | None = None
     ) -> tuple[Tensor, TTTState]:
-        """Tokens `[B,T,D]` and where the streams stand, to tokens and where they stand then."""
+        """Tokens `[B,T,D]` and the state of the streams, to tokens and the state after them."""
         y, state = self.layer(x, state, rotary=rotary)
         return self.gate(x, y), state
 
@@ -155,7 +155,7 @@ def carried(injection: Adapted, states: Mapping[str, TTTState] | None = None) ->
     states = states or {}
     unknown = sorted(set(states) - set(injection.adapters))
     if unknown:
-        raise ValueError(f"states for {', '.join(unknown)}, where nothing is injected")
+        raise ValueError(f"states for {', '.join(unknown)}, but nothing is injected there")
     adapters: dict[str, TTTAdapter] = {}
     for name, adapter in injection.adapters.items():
         if not isinstance(adapter, TTTAdapter):

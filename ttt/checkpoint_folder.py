@@ -3,7 +3,7 @@
     RUN/checkpoints/step_000100/trainer_state.json     names each file beside it, with its size and checksum
 
 A folder is complete if each file that its record names is there as it was recorded. This module imports no torch and
-knows nothing of training, so an adapter can be read from a run's folder without the trainer.
+knows nothing about training, so an adapter can be read from a run's folder without the trainer.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def holds(content: Mapping[str, Any]) -> bool | None:
-    """Whether a JSON object is the one that its checksum was taken of; None if it has none."""
+    """Whether a JSON object fits its checksum; None if it has none."""
     if KEY in content:
         return bool(content[KEY] == _of_object(content))
     return False if has_spoilt(content, KEY) else None
@@ -134,11 +134,25 @@ def has_spoilt(keys: Iterable[str], key: str) -> bool:
     return any(len(k) == len(key) and sum(a != b for a, b in zip(k, key, strict=True)) == 1 for k in keys)
 
 
+class DuplicateKeyError(ValueError):
+    """A key stands twice in one JSON object."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__("a key stands twice")
+        self.key = key
+
+
 def no_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads` as `object_pairs_hook`: a key that stands twice is a `ValueError`, not the last one's."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice")
+    """For `json.loads` as `object_pairs_hook`.
+
+    Raises:
+        DuplicateKeyError: a key stands twice; `json` alone would take the last.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise DuplicateKeyError(key)
+        found[key] = value
     return found
 
 

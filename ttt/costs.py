@@ -54,7 +54,7 @@ class ScanCost:
 
     @property
     def groups(self) -> int:
-        """`ceil(N / g)` checkpoints; 0 where everything is kept."""
+        """`ceil(N / g)` checkpoints; 0 if everything is kept."""
         return 0 if self.keeps_everything else -(-self.steps // self.group_size)
 
     def forwards(self, *, enclosing: int = 0) -> int:
@@ -98,7 +98,7 @@ class ScanCost:
         return replace(self, group_size=group_size)
 
     def best_group_size(self) -> int:
-        """The g of least memory, about `√(N S / (S + A + R))`; the smallest of those, 0 where keeping everything is."""
+        """The g of least memory, about `√(N S / (S + A + R))`; the smallest of those, 0 if keeping everything is."""
         return best_group_size(
             self.steps, carry=self.carry_bytes, activation=self.activation_bytes, running=self.running_bytes
         )
@@ -107,7 +107,7 @@ class ScanCost:
 def best_group_size(steps: int, *, carry: int, activation: int, running: int) -> int:
     """The group of least peak memory for N mini-batches; see `ScanCost`.
 
-    In plain numbers and one short loop, which `torch.compile` can follow where a layer asks while it runs. The loop is
+    In plain numbers and one short loop, which `torch.compile` can follow if a layer asks while it runs. The loop is
     short for any N: of more than `COUNTED` mini-batches, which nothing runs, it tries the sizes around the formula's.
     """
     best, least = 0, steps * (carry + activation) + min(steps, BLOCK) * running
@@ -198,7 +198,7 @@ def _running_numbers(widths: tuple[int, ...], count: int) -> int:
 
 
 def _generic_numbers(widths: tuple[int, ...], count: int, batch_size: int, heads: int, *, learned: bool) -> int:
-    """What autograd keeps of a mini-batch of `count` tokens beside the scan, where it is small, in numbers.
+    """What autograd keeps of a mini-batch of `count` tokens beside the scan, if it is small, in numbers.
 
     Of width F: 5 in the inner gradient, 1 error, 1 taught, 2 in the layer norm of the answer. Of each hidden width: 2
     of the keys, 7 in the derivative of GELU, 2 in its product, 1 error, 1 taught, 2 of the queries. Both one more where
@@ -226,12 +226,12 @@ def layer_activation_bytes(config: TTTConfig, *, dim: int, num_heads: int, token
     """What autograd keeps of a layer and its gate around the scan, the scan's inputs included.
 
     Of width D for each token: the input, q, k and the target, what goes into and comes out of the output's norm, and
-    the answer; 2 more where q and k are normalised, 3 where the target is, 1 where the input is.
+    the answer; 2 more if q and k are normalised, 3 if the target is, 1 if the input is.
     """
     widths = 7 + 2 * config.normalize_qk + 3 * config.normalize_target + (config.input_norm == "rms")
     heads = config.num_heads or num_heads
-    narrow = heads * (3 + 4 * config.normalize_qk + 2 * config.normalize_target)
-    return WIDE * batch_size * tokens * (widths * dim + narrow)
+    per_head = heads * (3 + 4 * config.normalize_qk + 2 * config.normalize_target)
+    return WIDE * batch_size * tokens * (widths * dim + per_head)
 
 
 # --- arithmetic ---

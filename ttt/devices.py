@@ -30,7 +30,7 @@ class Device:
     model: str
     """As its maker names it."""
     memory_bytes: int | None
-    """All that it has; None where the system does not say."""
+    """All of its memory; None if the system does not say."""
     free_bytes: int | None
     """What is free of it now."""
     detail: str
@@ -55,7 +55,7 @@ def versions() -> dict[str, str | None]:
 
 
 def version_of(distribution: str) -> str | None:
-    """The version of an installed distribution; None where it is not."""
+    """The version of a distribution; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -91,7 +91,7 @@ def cores() -> int:
 
 
 def processor() -> str:
-    """The processor as its maker names it, or its architecture where the system does not say."""
+    """The processor as its maker names it, or its architecture if the system does not say."""
     name = ""
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

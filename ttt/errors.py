@@ -17,7 +17,7 @@ _NAMED_PROBLEMS = 5
 
 
 class TTTError(Exception):
-    """Anything foreseeable that ends the work; `exit_code` is the process's (1 where nothing says otherwise)."""
+    """Anything foreseeable that ends the work; `exit_code` is the process's (1 if nothing says otherwise)."""
 
     exit_code: ClassVar[int] = 1
 
@@ -36,7 +36,7 @@ class TTTError(Exception):
         self._complaint = message if key is None else f"{key}: {message}"
         super().__init__("; ".join(filter(None, (self._complaint, fix))))
         self.details = tuple(details)
-        """What is shown below the message, a line each: a line break inside the message is none of ours."""
+        """What is shown below the message, a line each; line breaks inside the message come from elsewhere."""
         self.key = key
         self.fix = fix
 
@@ -75,7 +75,7 @@ class ConfigError(UsageError):
         super().__init__(message)
         self.findings = tuple(findings)
         """What was found, warnings and notes included, each a `ttt.config.Finding` (no type says so: this module knows
-        nothing of configs); empty where the error is about more than one config."""
+        nothing of configs); empty if the error is about more than one config."""
 
 
 class InjectionError(UsageError):

@@ -24,16 +24,16 @@ class LayerEvidence:
     inner_loss_after: float
     """The same tokens' inner loss after the mini-batch's step."""
     movement: float
-    """`‖W_T − W_0‖ / ‖W_0‖` over all fast weights, mean over streams; a step still open counts. Of weights that start
-    at zero it is `‖W_T‖`: a number, and more than 0 if they moved."""
+    """`‖W_T − W_0‖ / ‖W_0‖` over all fast weights, mean over streams; a step still open counts. If the weights start
+    at zero, it is `‖W_T‖`: a number, and more than 0 if they moved."""
     gate: float
     """Mean of `|tanh(α)|` over channels and gates."""
     gate_max: float
     """The largest of them."""
 
 
-class observe:  # noqa: N801 - used as `with observe(injection) as evidence`
-    """Watch a forward pass: `with observe(injection) as evidence: loss = …`, then `evidence.layers()`.
+class Observation:
+    """Watches a forward pass: `with Observation(injection) as evidence: loss = …`, then `evidence.layers()`.
 
     Each adapter's first call inside is measured, by forward hooks and without gradient; outputs and gradients are
     those of a pass that is not watched. It costs about one more forward pass of the TTT layers.
@@ -44,7 +44,7 @@ class observe:  # noqa: N801 - used as `with observe(injection) as evidence`
         self._handles: list[Any] = []
         self._measured: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def __enter__(self) -> observe:
+    def __enter__(self) -> Observation:
         for name, adapter in self._adapters.items():
             for module in adapter.modules():
                 if isinstance(module, TTTLayer):

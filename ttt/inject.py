@@ -3,7 +3,7 @@
 A site is a module of the backbone that becomes an instance of a subclass of its own class, which calls the adapter
 where TTT goes; the adapter is its new child. So every parameter keeps its name, wrappers that look for the original
 class still find it, and ejection restores the class and removes the child. Nothing changes until the whole plan is
-found good, and a failure on the way undoes what was done.
+found good, and if something fails, what was done is undone.
 """
 
 from __future__ import annotations
@@ -124,14 +124,14 @@ def plan(sites: Sequence[Site], config: TTTConfig, *, causal: bool = True, model
     for site in chosen:
         if not site.attribute.isidentifier() or keyword.iskeyword(site.attribute):
             raise InjectionError(
-                f"the site of layer {site.layer}: its attribute {site.attribute!r} is no name that a module can give a "
-                f"child; write one such as 'ttt'"
+                f"the site of layer {site.layer}: its attribute {site.attribute!r} is not a name that a module can "
+                f"give a child; write one such as 'ttt'"
             )
         if hasattr(site.module, site.attribute):
             raise InjectionError(f"{site.name} is there already; eject the first injection before another")
         if not issubclass(site.subclass, type(site.module)):
             raise InjectionError(
-                f"{site.path} is a {type(site.module).__name__}, and {site.subclass.__name__} is no subclass of that"
+                f"{site.path} is a {type(site.module).__name__}, and {site.subclass.__name__} is not a subclass of that"
             )
     if model is not None:
         _require_paths(model, chosen)
@@ -154,7 +154,7 @@ def _require_paths(model: nn.Module, sites: Sequence[Site]) -> None:
         at = paths.get(id(site.module))
         if at is None:
             raise InjectionError(
-                f"the site of layer {site.layer} ({site.path!r}): its {type(site.module).__name__} is no module of "
+                f"the site of layer {site.layer} ({site.path!r}): its {type(site.module).__name__} is not a module of "
                 f"the model; offer the modules of the model that is injected into"
             )
         if site.path not in (at, _without_wrappers(at, modules)):

@@ -2,7 +2,7 @@ r"""Signals as a request to stop after the step, and a second one as an order to
 
     SIGINT      Ctrl-C
     SIGTERM     batch systems, `kill`, `timeout`
-    SIGHUP      the terminal was closed; left alone where it is ignored, as under nohup
+    SIGHUP      the terminal was closed; left alone if it is ignored, as under nohup
     SIGQUIT     Ctrl-\
     SIGUSR1, SIGUSR2      batch systems, some time before the end of a job (`sbatch --signal=USR1@120`)
 
@@ -47,7 +47,7 @@ class Interrupt:
     """Inside, the first signal sets `requested`; the second raises KeyboardInterrupt.
 
     In a library's process, a handler for SIGHUP, SIGQUIT, SIGUSR1 or SIGUSR2 that somebody else installed stays.
-    Outside the main thread, where Python handles no signals, nothing is caught. Processes forked inside leave signals
+    Outside the main thread Python handles no signals, so nothing is caught. Processes forked inside leave signals
     to their parent, but for SIGTERM, which ends them.
 
     Args:

@@ -86,6 +86,15 @@ def _lines(file: Path, most_bytes: int | None) -> Iterator[Line]:
         yield Line(file, number, content)
 
 
+def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
+    r"""The lines of a text that was read already, if not blank, with their numbers from 1 and no spaces around.
+
+    A line ends with `\n` alone: other characters that `str.splitlines` splits at may stand in JSON.
+    """
+    stripped = ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1))
+    return ((number, line) for number, line in stripped if line)
+
+
 def read_excerpt(source: str | Path, *, most_lines: int, most_bytes: int) -> Excerpt | None:
     """The first lines of the lists that a config's value means; None if there is no such file, or it cannot be read.
 

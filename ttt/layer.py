@@ -29,7 +29,7 @@ class TTTLayer(nn.Module):
     `ℓ = ½ ‖LN_γβ(f_W(k)) − (v − k)‖²`. `forward` is pure: it writes to no parameter and no buffer, and its fast
     weights come in and go out as a `TTTState`. Parameters carry the names and shapes of the literature's code.
 
-    With `skip_nonfinite_tokens` a token of which any number is NaN or infinite takes its place in the mini-batch but
+    With `skip_nonfinite_tokens` a token with any number that is NaN or infinite takes its place in the mini-batch but
     teaches nothing, as at an inner learning rate of zero; it is answered with zeros, so that a residual around the
     layer hands it on as it is, and `TTTState.skipped` counts it.
 

@@ -16,7 +16,7 @@ _NVIDIA = Path("/proc/driver/nvidia/version")
 
 
 def device_memory(device: str) -> int | None:
-    """Bytes of the device that `train.device` means on this machine; None where that is not known.
+    """Bytes of the device that `train.device` means on this machine; None if that is not known.
 
     `auto` without a GPU is not this machine's memory: such a config is most likely checked here to run elsewhere.
     """
@@ -63,7 +63,7 @@ class Obstacle(NamedTuple):
 
 
 def wrong_implementation() -> Obstacle | None:
-    """What `TTT_OPS` forces, where that is an implementation of the scan that cannot be compiled whole."""
+    """The obstacle if `TTT_OPS` forces an implementation of the scan that cannot be compiled whole."""
     forced = os.environ.get(VARIABLE)
     if forced not in ("generic", "reference"):
         return None
@@ -74,7 +74,7 @@ def wrong_implementation() -> Obstacle | None:
 
 
 def missing_compiler(device: str) -> Obstacle | None:
-    """What is missing to compile for `cpu` or `cuda`; None where everything is there, or for another device.
+    """What is missing to compile for `cpu` or `cuda`; None if everything is there, or for another device.
 
     Source: PyTorch's `torch/_inductor/config.py`, `cpp.cxx`; Triton's `triton/runtime/build.py`, which builds what
     launches its kernels in C.
@@ -108,11 +108,11 @@ _CXX = {"darwin": "clang++", "win32": "cl"}
 
 _LEVELS = 100
 _BYTES = 3_800
-"""Of a path; Linux takes 4,096, and a checkpoint's unfinished files lie up to 200 further down."""
+"""Most bytes of a path; Linux takes 4,096, and a checkpoint's unfinished files lie up to 200 further down."""
 
 
 def why_unusable(path: str) -> str | None:
-    """Why a folder cannot be made or written there, in words; None where it can."""
+    """Why a folder cannot be made or written there, in words; None if it can."""
     if "\0" in path:
         return "a name with a null character"
     try:
@@ -131,7 +131,7 @@ def why_unusable(path: str) -> str | None:
 
 
 def processes_launched() -> int:
-    """How many processes a distributed launcher started, of which this is one; 1 where none did.
+    """How many processes a distributed launcher started, of which this is one; 1 if none did.
 
     Source: torchrun's documentation, "Environment Variables": `WORLD_SIZE`.
     """

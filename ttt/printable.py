@@ -62,7 +62,7 @@ def _json_escaped(character: str) -> str:
 
 
 def shell_word(path: str | os.PathLike[str]) -> str:
-    """A path as one word of a command line, to be shown and pasted: `$'…'` where it holds what cannot be shown."""
+    """A path as one word of a command line, to be shown and pasted: `$'…'` if a character cannot be shown."""
     text = os.fspath(path)
     text = f"./{text}" if text.startswith("-") else text  # or it would be an option
     if text.isprintable() and "##[" not in text:
@@ -76,6 +76,6 @@ def _shell_escaped(character: str) -> str:
         return _ESCAPES[character]
     if character.isprintable():
         return character
-    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file's name that is no UTF-8
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file's name that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return f"\\x{code:02x}" if code < 0x80 else f"\\U{code:08x}"

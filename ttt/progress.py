@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def live_bar(console: Console, what: str, *columns: ProgressColumn) -> Progress | None:
-    """A bar as wide as the terminal, not started yet; None if the console is no terminal that can redraw a line.
+    """A bar as wide as the terminal, not started yet; None if the console is not a terminal that can redraw a line.
 
     Args:
         console: where to.

@@ -1,6 +1,6 @@
 """What samples are asked to show: a prompt for each of their segments, from the command line or from files.
 
-A `.json` file is a list with an entry for each segment: a text, or an object with `text` and, where it has something to
+A `.json` file is a list with an entry for each segment: a text, or an object with `text` and, if it has something to
 avoid, `neg_text`. A list of such lists has one for each sample; a `.jsonl` file has one on each line. Both are what
 TTT-Video reads, whose `requires_scene_transition` says that a segment begins a scene of its own.
 """
@@ -12,11 +12,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ttt.amounts import show_bytes
+from ttt.checksums import DuplicateKeyError, no_duplicates
 from ttt.errors import EnvironmentProblem, UsageError
+from ttt.jsonl import numbered_lines
+from ttt.printable import shortened
 from ttt.reading import is_stream, read_start, unreadable, wrong_with
 
 MAX_BYTES = 16 << 20
-"""Of a prompt file."""
+"""Most bytes of a prompt file."""
 _KEYS = ("text", "neg_text", "requires_scene_transition")
 _FORMAT = (
     'a prompt file is a list such as ["a cat", {"text": "a dog", "neg_text": "blurred"}], one entry for each segment; '
@@ -35,7 +39,7 @@ class Prompts:
     source: str
     """Who gave them, in the user's words."""
     new_scenes: tuple[bool, ...] = ()
-    """Whether each of `prompts` begins a scene of its own; none where nothing was said of it."""
+    """Whether each of `prompts` begins a scene of its own; empty if the prompts do not say."""
 
 
 def given_prompts(prompts: Sequence[str], negative: Sequence[str] = ()) -> Prompts:
@@ -95,7 +99,7 @@ def for_segments(given: Prompts, *, count: int, seconds: float) -> tuple[Prompts
         raise UsageError(f"--negative-prompt: {_miscounted(len(given.negative), count, seconds, 'negative prompts')}")
     told = f"one prompt for all {count} segments" if len(given.prompts) < count else None
     prompts, negative = (texts * count if len(texts) == 1 else texts for texts in (given.prompts, given.negative))
-    # what there is before the first segment is no scene, and one prompt for all is one scene
+    # nothing precedes the first segment, so it changes no scene; one prompt for all is one scene
     new_scenes = (False, *given.new_scenes[1:]) if any(given.new_scenes[1:]) else ()
     return replace(given, prompts=prompts, negative=negative, new_scenes=new_scenes), told
 
@@ -112,12 +116,12 @@ def _miscounted(given: int, count: int, seconds: float, what: str) -> str:
 
 def _text(content: bytes, file: str) -> str:
     if len(content) > MAX_BYTES:
-        raise UsageError(f"{file}: larger than {MAX_BYTES >> 20} MiB; {_FORMAT}")
+        raise UsageError(f"{file}: larger than {show_bytes(MAX_BYTES)}; {_FORMAT}")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{file}:{line}: is no UTF-8 text; {_FORMAT}") from None
+        raise UsageError(f"{file}:{line}: is not UTF-8 text; {_FORMAT}") from None
 
 
 def _samples(text: str, file: str) -> Iterator[tuple[str, list[Any]]]:
@@ -140,7 +144,7 @@ def _samples(text: str, file: str) -> Iterator[tuple[str, list[Any]]]:
     elif lists < len(entries):
         strange = next(number for number, entry in enumerate(entries, 1) if not isinstance(entry, list))
         raise UsageError(
-            f"{file}: entry {strange} is no list, though others are; write a list of segments for each sample"
+            f"{file}: entry {strange} is not a list, though others are; write a list of segments for each sample"
         )
     else:
         for number, entry in enumerate(entries, 1):
@@ -150,15 +154,14 @@ def _samples(text: str, file: str) -> Iterator[tuple[str, list[Any]]]:
 def _lines(text: str, file: str) -> Iterator[tuple[str, list[Any]]]:
     """For each line that is not blank its place, and what is said of its segments."""
     empty = True
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            empty = False
-            entries = _parsed(line.strip(), file, line=number)
-            if isinstance(entries, list) and entries and all(isinstance(entry, list) for entry in entries):
-                raise UsageError(
-                    f"{file}:{number}: is a list of samples; in a .jsonl each has a line of its own, or name it .json"
-                )
-            yield f"{file}:{number}", entries if isinstance(entries, list) else [entries]
+    for number, line in numbered_lines(text):
+        empty = False
+        entries = _parsed(line, file, line=number)
+        if isinstance(entries, list) and entries and all(isinstance(entry, list) for entry in entries):
+            raise UsageError(
+                f"{file}:{number}: is a list of samples; in a .jsonl each has a line of its own, or name it .json"
+            )
+        yield f"{file}:{number}", entries if isinstance(entries, list) else [entries]
     if empty:
         raise UsageError(f"{file}: has no prompts; {_FORMAT}")
 
@@ -166,7 +169,7 @@ def _lines(text: str, file: str) -> Iterator[tuple[str, list[Any]]]:
 def _is_jsonl(text: str) -> bool:
     """Whether the first line that is not blank is JSON by itself."""
     try:
-        json.loads(next(line for line in text.split("\n") if line.strip()))
+        json.loads(next(line for _, line in numbered_lines(text)))
     except (ValueError, RecursionError, StopIteration):
         return False
     return True
@@ -176,31 +179,18 @@ def _parsed(text: str, file: str, *, line: int | None = None) -> Any:
     """The JSON of a file, or of a line of it."""
     place = file if line is None else f"{file}:{line}"
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_twins)
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=no_duplicates)
     except json.JSONDecodeError as error:
         place = f"{file}:{line or error.lineno}:{error.colno}"
         if line is None and error.msg == "Extra data":
             raise UsageError(
-                f"{place}: is no JSON: something follows its end; a file with a sample on each line is a .jsonl"
+                f"{place}: is not JSON: something follows its end; a file with a sample on each line is a .jsonl"
             ) from None
-        raise UsageError(f"{place}: is no JSON: {error.msg}; {_FORMAT}") from None
-    except _TwiceError as error:
-        raise UsageError(f"{place}: the key {error} stands twice in one segment; leave one out") from None
+        raise UsageError(f"{place}: is not JSON: {error.msg}; {_FORMAT}") from None
+    except DuplicateKeyError as error:
+        raise UsageError(f"{place}: the key {error.key!r} stands twice in one segment; leave one out") from None
     except (ValueError, RecursionError):
-        raise UsageError(f"{place}: is no JSON that can be read; {_FORMAT}") from None
-
-
-class _TwiceError(ValueError):
-    """A key that stands twice, of which `json` would take the last."""
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _TwiceError(repr(key))
-        found[key] = value
-    return found
+        raise UsageError(f"{place}: is not JSON that can be read; {_FORMAT}") from None
 
 
 def _refuse_constant(name: str) -> Any:
@@ -231,13 +221,13 @@ def _sample(entries: list[Any], place: str) -> Prompts:
 
 
 def _segment(entry: Any, place: str, count: int) -> tuple[str, str, bool]:
-    """Text and negative text of a segment, empty where it has nothing to avoid; and whether it begins a scene."""
+    """Text and negative text of a segment, empty if it has nothing to avoid; and whether it begins a scene."""
     if isinstance(entry, str):
         entry = {"text": entry}
     if entry is None:
         raise UsageError(f"{place} of {count} is missing; write a prompt for each segment")
     if not isinstance(entry, dict):
-        raise UsageError(f"{place} is {json.dumps(entry)[:40]}; {_FORMAT}")
+        raise UsageError(f"{place} is {shortened(json.dumps(entry), 40)}; {_FORMAT}")
     unknown = sorted(set(entry) - set(_KEYS))
     if unknown:
         raise UsageError(
@@ -246,9 +236,9 @@ def _segment(entry: Any, place: str, count: int) -> tuple[str, str, bool]:
     text, avoided, new_scene = entry.get("text"), entry.get("neg_text"), entry.get(_KEYS[2], False)
     for key, value in (("text", text), ("neg_text", avoided)):
         if value is not None and not isinstance(value, str):
-            raise UsageError(f"{place}: `{key}` must be text, not {json.dumps(value)[:40]}")
+            raise UsageError(f"{place}: `{key}` must be text, not {shortened(json.dumps(value), 40)}")
     if not isinstance(new_scene, bool):
-        raise UsageError(f"{place}: `{_KEYS[2]}` must be true or false, not {json.dumps(new_scene)[:40]}")
+        raise UsageError(f"{place}: `{_KEYS[2]}` must be true or false, not {shortened(json.dumps(new_scene), 40)}")
     if text is None:
         raise UsageError(f"{place} has no `text`; write what it shows")
     wrong = wrong_with(text)

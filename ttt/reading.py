@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from ttt.amounts import show_bytes
+
 MAX_JSON = 64 << 20
 """Bytes of a JSON file: settings, a transcript, an index of shards."""
 MAX_LINE = 1 << 20
@@ -88,7 +90,7 @@ def read_file(path: str | Path, *, limit: int) -> bytes:
         promised = os.fstat(file.fileno()).st_size
         content = _read(file, limit + 1) if promised <= limit else b""
     if max(promised, len(content)) > limit:
-        raise OSError(errno.EFBIG, f"larger than {_mebibytes(limit)}", str(path))
+        raise OSError(errno.EFBIG, f"larger than {show_bytes(limit)}", str(path))
     return content
 
 
@@ -135,7 +137,7 @@ def read_lines(path: str | Path, *, limit: int = MAX_LINE, most: int | None = No
                 left -= len(line)
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if len(line.rstrip(b"\r\n")) > limit:
-                raise OSError(errno.EFBIG, f"line {number} is longer than {_mebibytes(limit)}", str(path))
+                raise OSError(errno.EFBIG, f"line {number} is longer than {show_bytes(limit)}", str(path))
             if line.strip():
                 yield number, line.rstrip(b"\r\n")
 
@@ -155,7 +157,7 @@ def wrong_with(text: str, *, most: int = MAX_TEXT) -> str | None:
     if half is not None:
         return f"holds U+{ord(half):04X}, half a character; write it as UTF-8"
     if "\0" in text:
-        return "holds U+0000, which is no letter"
+        return "holds U+0000, which is not a letter"
     return None
 
 
@@ -168,7 +170,7 @@ def _refuse(facts: os.stat_result, path: str | Path) -> None:
 
 
 def _read(file: BinaryIO, count: int) -> bytes:
-    """At most so many bytes, piece by piece: no more memory than there is content."""
+    """At most `count` bytes, piece by piece, so that memory is used for content alone."""
     pieces = []
     try:
         while count > 0 and (piece := file.read(min(count, _PIECE))):
@@ -178,7 +180,3 @@ def _read(file: BinaryIO, count: int) -> bytes:
     except MemoryError:
         pieces.clear()
         raise OSError(errno.ENOMEM, "larger than the memory that is left") from None
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count >> 20} MiB" if count >= 1 << 20 else f"{count} bytes"

@@ -1,6 +1,6 @@
 """Samples that share a folder: which of them are made, from what, and how each gets there whole.
 
-Beside each sample, `003.mp4` say, is a record, `003.json`: what it was made from, and the SHA-256 of its files. So a
+Each sample, such as `003.mp4`, has a record beside it, `003.json`: its inputs, and the SHA-256 of its files. So a
 command that was killed knows what is left to make, and one that asks for something else never mixes it in. A sample is
 made in a folder of its own and moved when it is complete, its record first: so a file either has a record that says
 what it is, or was there before. This module imports no torch.

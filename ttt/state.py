@@ -23,13 +23,13 @@ def weight_names(count: int) -> tuple[str, ...]:
 class TTTState:
     """Fast weights of B streams and their open mini-batches.
 
-    Values do not change, a step gives a new state; `TTTLayer.step_` alone writes to the one that it is given.
+    States are not changed: a step returns a new one. Only `TTTLayer.step_` writes to the state that it is given.
     """
 
     weights: Weights
     """What opened each stream's current mini-batch: `W1 [B,H,in,out]`, `b1 [B,H,1,out]`, `W2`, …"""
     gradients: Weights | None = None
-    """Gradients summed over the tokens read of it, in the same shapes; None where every stream is at a boundary."""
+    """Gradients summed over the tokens read of it, in the same shapes; None if every stream is at a boundary."""
     count: Tensor | None = None
     """How many tokens those are, `[B]` int64 in 0 … C−1; None with `gradients`."""
     skipped: Tensor | None = None
@@ -110,7 +110,7 @@ class TTTState:
         names = weight_names(len(tensors) // 2 if open_names else len(tensors))
         expected = {*names, *(f"{name}_grad" for name in names), "count"} if open_names else set(names)
         if not names or set(tensors) != expected:
-            raise ValueError(f"these tensors are no TTT state: {', '.join(sorted(tensors)) or 'none'}")
+            raise ValueError(f"these tensors are not a TTT state: {', '.join(sorted(tensors)) or 'none'}")
         weights = tuple(tensors[name] for name in names)
         if not open_names:
             return cls(weights, skipped=skipped)

@@ -1,4 +1,4 @@
-"""`ttt check`: its options. What it does is in `ttt_cli.checking`."""
+"""`ttt check`: its options. What it does is in `ttt_cli.check_files`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ttt_cli.checking import Format, check_files
+from ttt_cli.check_files import Format, check_files
 from ttt_cli.options import BackboneName, Overrides
 from ttt_cli.terminal import show
 
@@ -39,13 +39,13 @@ def check(
             "--ignore", metavar="CODES", help="No findings whose codes begin so; wins over --select. Can be repeated."
         ),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 where there are warnings, too.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if there are warnings, too.")] = False,
     memory: Annotated[
         str | None,
         typer.Option(
             "--memory",
             metavar="80GiB",
-            help="Memory of the device that the run is for. [default: this machine's, where the config asks for it]",
+            help="Memory of the device that the run is for. [default: this machine's, if the config asks for it]",
             show_default=False,
         ),
     ] = None,
@@ -56,7 +56,7 @@ def check(
         bool,
         typer.Option(
             "--probe",
-            help="Also build the backbone, narrowed to what runs in seconds, and prove the laws on it. Needs torch.",
+            help="Also build the backbone, so small that it runs in seconds, and prove the laws on it. Needs torch.",
         ),
     ] = False,
     explain: Annotated[
@@ -75,7 +75,7 @@ def check(
     """Say what is wrong with a config before it costs a run.
 
     Exit codes: 0 no errors, 1 errors (with --strict also warnings), 2 wrong usage, 3 a file that cannot be read or a
-    model that cannot be built. With --fix they are about the files as they lie there afterwards.
+    model that cannot be built. With --fix they are about the files as they are afterwards.
     """
     if explain is not None or list_codes:
         from ttt.check import explain as explanations

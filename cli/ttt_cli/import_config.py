@@ -73,17 +73,18 @@ def _text(file: str) -> str:
     """The old file's text.
 
     Raises:
-        UsageError: it is no text, or too large for a config.
+        UsageError: it is not text, or too large for a config.
         EnvironmentProblem: it cannot be read.
     """
+    from ttt.amounts import show_bytes
     from ttt.check.reading import read_bytes
     from ttt.config.nodes import MAX_BYTES
     from ttt.errors import UsageError
 
     content = read_bytes(file)
     if len(content) > MAX_BYTES:
-        raise UsageError(f"{file}: larger than {MAX_BYTES >> 20} MiB; name a config, they are short")
+        raise UsageError(f"{file}: larger than {show_bytes(MAX_BYTES)}; name a config, they are short")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UsageError(f"{file}: is no UTF-8 text; name a config") from None
+        raise UsageError(f"{file}: is not UTF-8 text; name a config") from None

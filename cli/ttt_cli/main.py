@@ -40,7 +40,7 @@ def _main(words: list[str], *, own_process: bool) -> int:
     if own_process:
         _open_closed_streams()
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to fail
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter must not stop the command
     short = own_process and names_files_only(words)
     if short:
         gc.disable()  # it is over before a collection, of modules mostly, could pay
@@ -65,7 +65,7 @@ def _run(words: list[str]) -> int:
     from ttt_cli.outcome import exit_code_of
 
     if names_files_only(words):
-        from ttt_cli.checking import check_files
+        from ttt_cli.check_files import check_files
 
         return exit_code_of(lambda: check_files(words[1:]))
     from ttt_cli.app import app

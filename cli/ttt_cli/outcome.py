@@ -23,7 +23,7 @@ _MACHINE = frozenset(
     )
     if hasattr(errno, name)
 )  # fmt: skip
-"""What the system says of files and disks, where nobody has said it better."""
+"""What the system says about files and disks, if no better message was raised before."""
 
 
 def exit_code_of(command: Callable[[], int | None]) -> int:

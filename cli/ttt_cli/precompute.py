@@ -16,7 +16,7 @@ def precompute(
 ) -> None:
     """Make a backbone's training data, as latents from videos.
 
-    It goes on where it was stopped: what is done stays, and is not done again.
+    It continues after an interruption: finished files stay, and are not made again.
     """
     from rich.console import Console
 

@@ -145,7 +145,7 @@ def _require_sane(seconds: float, guidance_scale: float) -> None:
     from ttt.errors import UsageError
 
     if not (math.isfinite(seconds) and seconds > 0):
-        raise UsageError(f"--seconds {seconds:g}: is no length; write one such as 9")
+        raise UsageError(f"--seconds {seconds:g}: is not a length; write 9")
     if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
         raise UsageError(f"--guidance-scale {guidance_scale:g}: must be a number of 0 or more; 1 is without guidance")
 
@@ -245,7 +245,7 @@ def _places(out: str, given: list[Prompts], *, suffix: str, backbone: str) -> tu
     if of_a_file and not meant_as_folder:
         raise UsageError(f"--out {path}: names one file, but {_of(given)}; name a folder: --out {path.with_suffix('')}")
     if os.path.lexists(path) and not path.is_dir():
-        raise UsageError(f"--out {path}: is no folder, but {_of(given)}; name a folder for them")
+        raise UsageError(f"--out {path}: is not a folder, but {_of(given)}; name a folder for them")
     return [path / f"{number:03d}{suffix}" for number in range(count)], True
 
 
@@ -301,7 +301,7 @@ def _find(path: Path, adapter: str | None, *, verify: bool) -> tuple[Path, Path 
     """The config of a model, what it has learned, and that in words.
 
     Raises:
-        UsageError: a folder that is no run, or has nothing to sample yet.
+        UsageError: a folder that is not a run, or has nothing to sample yet.
     """
     from ttt.adapter_file import BACKBONE, MODEL
     from ttt.checkpoint_folder import CHECKPOINTS, newest_checkpoint

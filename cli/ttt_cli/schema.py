@@ -72,7 +72,7 @@ def _all_that_work() -> list[Backbone]:
 
 
 def _refuse_other_files(target: Path) -> None:
-    """Refuse to write over what is no schema of ours."""
+    """Refuse to overwrite a file that `ttt schema` did not write."""
     from ttt.check.json_schema import COMMENT
     from ttt.errors import UsageError
     from ttt.reading import MAX_JSON, read_file
@@ -83,4 +83,4 @@ def _refuse_other_files(target: Path) -> None:
     except (OSError, ValueError, AttributeError, RecursionError):
         ours = False
     if not ours:
-        raise UsageError(f"{target}: is already there, and is no schema of `ttt schema`; name another file")
+        raise UsageError(f"{target}: is already there, and is not a schema of `ttt schema`; name another file")

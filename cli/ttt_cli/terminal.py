@@ -22,12 +22,12 @@ def has_color(stream: TextIO) -> bool:
 
 
 def width_of(stream: TextIO) -> int | None:
-    """Columns to wrap at; None where nobody reads along, so that a message stays on one line."""
+    """Columns to wrap at; None if nobody reads along, so that a message stays on one line."""
     return shutil.get_terminal_size().columns if stream.isatty() else None
 
 
 def show_findings(findings: Sequence[Finding], *, stream: TextIO) -> None:
-    """Print findings with their places, lines and fixes; nothing where there are none."""
+    """Print findings with their places, lines and fixes; nothing if there are none."""
     from ttt.check import render_text
 
     if findings:
@@ -67,14 +67,14 @@ def show_warning(message: str) -> None:
 
 
 def show_note(message: str) -> None:
-    """Print something by the way, where it does not mix with the output."""
+    """Print a note on standard error, so that it does not mix with the output."""
     with _heard_or_not(sys.stderr):
         show(message, stream=sys.stderr)
 
 
 @contextlib.contextmanager
 def _heard_or_not(stream: TextIO) -> Iterator[None]:
-    """A terminal that is gone is no reason to fail; that the output itself cannot be written is."""
+    """Ignore a terminal that is gone; an output that cannot be written is an error."""
     try:
         yield
     except OSError:

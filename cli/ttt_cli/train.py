@@ -29,7 +29,7 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue the run from its last checkpoint; start it where it has none yet."),
+        typer.Option("--resume", help="Continue the run from its last checkpoint; start it if it has none yet."),
     ] = False,
     verify: Verify = True,
 ) -> None:

@@ -65,7 +65,9 @@ def _find(path: Path, *, verify: bool) -> tuple[Path, bool]:
         return path / MODEL, False
     newest = newest_checkpoint(path, verify=verify, only=(MODEL, BACKBONE))
     if newest.checkpoint is None:
-        raise AdapterFileError(f"{path}: holds no {MODEL}, and is no run with a complete checkpoint{newest.why_none}")
+        raise AdapterFileError(
+            f"{path}: holds no {MODEL}, and is not a run with a complete checkpoint{newest.why_none}"
+        )
     newest.warn_of_passed_over(stacklevel=3)
     return newest.checkpoint.path / MODEL, verify
 

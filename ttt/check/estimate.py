@@ -49,7 +49,8 @@ class Estimate:
 
 def enclosing_checkpoints(config: RunConfig, facts: BackboneFacts) -> tuple[int, ...]:
     """For each scan of a layer in a forward pass, how many activation checkpoints around it recompute it."""
-    return (int(config.train.gradient_checkpointing),) if facts.scans is None else facts.scans
+    stated = facts.checkpoints_around_scans
+    return (int(config.train.gradient_checkpointing),) if stated is None else stated
 
 
 def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:

@@ -341,7 +341,7 @@ DataT = TypeVar("DataT", bound=DataOptions)
 
 
 class RunConfig(Section, Generic[OptionsT, DataT]):
-    """A whole run. `run_config_model` narrows `backbone` and `data` to one plugin's options."""
+    """A whole run. `run_config_model` gives `backbone` and `data` one plugin's options."""
 
     backbone: OptionsT
     """The pretrained model."""

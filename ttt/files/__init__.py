@@ -22,7 +22,6 @@ from ttt.files.places import (
     replaced_file,
     require_place,
     require_space,
-    size_in_words,
 )
 from ttt.files.tensors import (
     Header,
@@ -49,7 +48,6 @@ __all__ = [
     "require_digests",
     "require_place",
     "require_space",
-    "size_in_words",
     "sync",
     "temporary_beside",
     "verify_tensors",

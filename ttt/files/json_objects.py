@@ -27,7 +27,7 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
         sealed: compare it with its checksum, if it has one, and leave that out.
 
     Raises:
-        EnvironmentProblem: the file is missing, does not hold a JSON object, or not the one that was written.
+        EnvironmentProblem: the file is missing, holds no JSON object, or another one than was written.
     """
     try:
         text = read_file(path, limit=MAX_JSON).decode("utf-8")

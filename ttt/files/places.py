@@ -7,17 +7,9 @@ import shutil
 from pathlib import Path
 from typing import IO, Any
 
+from ttt.amounts import show_bytes
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.reading import other_kind
-
-
-def size_in_words(count: float) -> str:
-    """A number of bytes as people say it, `1.5 GB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def _existing(path: Path) -> Path:
@@ -37,7 +29,7 @@ def free_bytes(path: Path) -> int | None:
 def free_in_words(path: Path) -> str:
     """How much is free where `path` is, as a clause."""
     free = free_bytes(path)
-    return "how much is free is not known" if free is None else f"{size_in_words(free)} are free"
+    return "how much is free is not known" if free is None else f"{show_bytes(free)} are free"
 
 
 def require_space(path: Path, needed: int, *, what: str) -> None:
@@ -49,7 +41,7 @@ def require_space(path: Path, needed: int, *, what: str) -> None:
     free = free_bytes(path)
     if free is not None and free < needed:
         raise EnvironmentProblem(
-            f"{path}: {what} takes {size_in_words(needed)}, but only {size_in_words(free)} are free; free some "
+            f"{path}: {what} takes {show_bytes(needed)}, but only {show_bytes(free)} are free; free some "
             f"space or choose another place"
         )
 
@@ -90,10 +82,10 @@ def lock(file: IO[Any] | int, path: Path) -> None:
 
 
 def replaced_file(path: Path) -> Path:
-    """The file that writing to `path` replaces: that file, whether it is there or not, or the one that a link leads to.
+    """The file that writing to `path` replaces: `path` itself, whether it exists or not, or what a link leads to.
 
     Raises:
-        EnvironmentProblem: something else is there, a device, say, whose node a rename would destroy.
+        EnvironmentProblem: something else is there, such as a device, whose node a rename would destroy.
     """
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     if target.is_symlink():

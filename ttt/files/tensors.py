@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttt import checksums
+from ttt.amounts import show_bytes
 from ttt.checksums import DAMAGED
 from ttt.errors import EnvironmentProblem, UnreadableError
 from ttt.files.atomic import sync, temporary_beside, writing
-from ttt.files.places import replaced_file, require_space, size_in_words
+from ttt.files.places import replaced_file, require_space
 from ttt.reading import open_file
 
 if TYPE_CHECKING:
@@ -148,8 +149,8 @@ def read_header(path: Path, *, most_bytes: int = _MAX_HEADER) -> Header:
                 raise EnvironmentProblem(f"{path}: no safetensors file, or cut short: {size} bytes hold no header")
             if length > most_bytes:
                 raise EnvironmentProblem(
-                    f"{path}: its header takes {size_in_words(length)}, and no file of its kind needs more than "
-                    f"{size_in_words(most_bytes)}; it is damaged or made to do harm"
+                    f"{path}: its header takes {show_bytes(length)}, and no file of its kind needs more than "
+                    f"{show_bytes(most_bytes)}; it is damaged or made to do harm"
                 )
             text = file.read(length)
     except FileNotFoundError:

@@ -34,11 +34,11 @@ class LawBrokenError(TTTError):
         self.what = message
         """The message without the law's number."""
         self.measured = measured
-        """The number that breaks it, where there is one."""
+        """The number that breaks it, if there is one."""
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """`‖a − b‖ / ‖b‖`, or `‖a − b‖` where b is zero; infinite where a or b is not finite."""
+    """`‖a − b‖ / ‖b‖`, or `‖a − b‖` if b is zero; infinite if a or b is not finite."""
     if a.shape != b.shape:
         return float("inf")
     difference, size = torch.linalg.vector_norm((a - b).double()).item(), torch.linalg.vector_norm(b.double()).item()
@@ -94,8 +94,8 @@ class Bench:
         device: where it runs.
         tolerance: largest `distance` of two results that a law says are equal. Backbones that compute in float32
             whatever their type, as Moshi's norms do, decide it.
-        dtype: of the backbone's parameters, where a law does not choose its own.
-        gradient_checkpointing: whether the backbone's own activation checkpointing is on, where a law does not choose.
+        dtype: of the backbone's parameters, if a law does not choose its own.
+        gradient_checkpointing: whether the backbone's own activation checkpointing is on, if a law does not choose.
         bare: options of the same model with nothing recomputed, where `options` recompute something.
     """
 
@@ -179,7 +179,7 @@ class Bench:
                 adapter.__dict__.pop("forward", None)
 
     def checkpointed(self, model: nn.Module, enabled: bool = True) -> bool:
-        """Switch the backbone's own activation checkpointing; False where it has none to be switched on."""
+        """Switch the backbone's own activation checkpointing; False if it has none to be switched on."""
         try:
             self.backbone.set_gradient_checkpointing(model, enabled)
         except UsageError:

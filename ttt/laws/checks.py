@@ -85,12 +85,12 @@ def chunk_invariance(
     """Law 4: a stream fed in pieces gives the outputs and the final state of feeding it whole.
 
     Args:
-        bench: what it is checked on; each of its layers, and the model where it streams.
+        bench: what it is checked on; each of its layers, and the model if it streams.
         mini_batch_sizes: each with its own model.
         cuts: lengths of the pieces, one list for each way to cut the sequence; None cuts it into single tokens
-            (whole mini-batches where they are not causal) and in two uneven ways.
+            (whole mini-batches if they are not causal) and in two uneven ways.
         layers: whether each TTT layer is fed in pieces.
-        model: whether the whole model is, where it streams.
+        model: whether the whole model is, if it streams.
     """
     measured = {}
     for size in mini_batch_sizes:
@@ -319,7 +319,7 @@ def _pieces_of_layer(layer: TTTLayer, pieces: Sequence[int], bench: Bench) -> fl
 
 
 def _rows_alone(layer: TTTLayer, bench: Bench) -> float:
-    """How far rows are from their own course: the last one alone; each when row 1 is reset, or paused, on the way."""
+    """How far rows are from their own course: the last row alone; each row if row 1 is reset, or paused, in between."""
     x, angles = random_tokens(layer, bench)
     half = 2 * layer.config.mini_batch_size if not layer.config.causal else bench.tokens // 2
     first, second = slice(0, half), slice(half, bench.tokens)

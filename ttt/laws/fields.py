@@ -77,7 +77,7 @@ def _may_change(bench: Bench, field: str) -> bool:
 
 
 def _change(bench: Bench, field: str) -> float:
-    """How far another value of a field changes the outputs; infinite where it changes the parameters."""
+    """How far another value of a field changes the outputs; infinite if it changes the parameters."""
     beside, value = FIELD_CHANGES[field]
     if field == "preset":
         beside = {**beside, "causal": bench.config().causal}
@@ -119,7 +119,7 @@ def _group_size_acts(bench: Bench) -> float | None:
 
 
 def _kept_for_backward(bench: Bench, injection: Injection) -> int | None:
-    """Bytes that autograd keeps of a pass that recomputes nothing beside the scan's groups; None where none is run."""
+    """Bytes that autograd keeps of a pass that recomputes nothing beside the scan's groups; None if none is run."""
     bench.checkpointed(injection.model, False)
     batch = bench.batch(injection.model)
     kept = 0

@@ -58,7 +58,7 @@ def worst_of(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tup
 
 
 def random_tokens(layer: TTTLayer, bench: Bench) -> tuple[Tensor, Tensor | None]:
-    """Tokens for a layer alone, and angles `[T,F/2]` of their rotation where the backbone gives them."""
+    """Tokens for a layer alone, and angles `[T,F/2]` of their rotation if the backbone gives them."""
     generator = torch.Generator().manual_seed(3)
     shape = (bench.batch_size, bench.tokens, layer.dim)
     x = torch.randn(shape, generator=generator).to(layer.ttt_norm_weight.device)

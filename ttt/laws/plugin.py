@@ -35,7 +35,7 @@ from ttt.plugins import Backbone, BackboneFacts, Site
 from ttt.words import first_line
 
 _PLENTY = 1 << 60
-"""Bytes of memory that a preset is checked for: whether it fits is no matter here."""
+"""Bytes of memory that a preset is checked for: here it does not matter whether it fits."""
 
 
 class MethodBrokenError(TTTError):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.evidence import LayerEvidence, observe
+from ttt.evidence import LayerEvidence, Observation
 from ttt.inject import Injection
 from ttt.laws.bench import Bench, LawBrokenError, distance
 from ttt.laws.parts import gates_of, layers_of
@@ -44,7 +44,7 @@ def _watched(bench: Bench, injection: Injection, batch: Batch, *, training: bool
     """What the evidence says of every layer, each of which must act."""
     mode = " in training mode" * training
     unseen = bench.outputs(injection.model, batch, training=training)
-    with observe(injection) as seen:
+    with Observation(injection) as seen:
         watched = bench.outputs(injection.model, batch, training=training)
     if not torch.equal(watched, unseen):
         raise LawBrokenError(10, f"watching the model changes its outputs{mode}")
@@ -80,7 +80,7 @@ def _require_gradients(bench: Bench, injection: Injection, batch: Batch) -> None
         for key, _ in adapter.named_parameters():
             name = f"{site}.{key}"
             if name not in named:
-                raise LawBrokenError(10, f"{name} is no parameter of the model by that name: is it shared?")
+                raise LawBrokenError(10, f"{name} is not a parameter of the model by that name: is it shared?")
             if found[name].abs().max() == 0 and name not in without_effect:
                 raise LawBrokenError(10, f"{name} gets no gradient")
     if all(parameter.requires_grad for parameter in injection.model.parameters()):

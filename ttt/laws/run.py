@@ -120,7 +120,7 @@ def loss_trains(bench: Bench) -> None:
     """The loss of the demo's first windows: a differentiable scalar that TTT acts on, and facts about what it read.
 
     Raises:
-        MethodBrokenError: naming what of `ttt.plugins.backbone.LossOutput` it does not keep.
+        MethodBrokenError: it breaks what `ttt.plugins.backbone.LossOutput` promises; the message says what.
     """
     config = demo_config(bench, "train.param_dtype=float32")
     device = torch.device(bench.device)
@@ -160,7 +160,7 @@ def _require_loss(method: str, output: LossOutput) -> None:
         raise MethodBrokenError(method, f"`tokens` is {output.tokens!r}, not the number of positions that were read")
     for name, value in output.metrics.items():
         if not isinstance(value, Tensor) or value.numel() != 1 or value.requires_grad:
-            raise MethodBrokenError(method, f"`metrics[{name!r}]` is no detached scalar")
+            raise MethodBrokenError(method, f"`metrics[{name!r}]` is not a detached scalar")
 
 
 def _require_tokens(
@@ -181,7 +181,7 @@ def _require_tokens(
     if output.tokens != rows * wanted:
         raise MethodBrokenError(
             f"{type(bench.backbone).__name__}.loss",
-            f"`tokens` is {output.tokens} of {rows} windows, where facts say {wanted} tokens each",
+            f"`tokens` is {output.tokens} of {rows} windows, but the facts say {wanted} tokens each",
         )
 
 
@@ -216,7 +216,8 @@ def _require_mean(method: str, bench: Bench, model: nn.Module, twice: Batch, onc
     doubled = _evaluated(bench, model, twice, config)
     if abs(doubled - first) > _AGREES * abs(first):
         raise MethodBrokenError(
-            method, f"`loss` is {first:.4g}, and {doubled:.4g} of the same windows twice: it is no mean over the batch"
+            method,
+            f"`loss` is {first:.4g}, and {doubled:.4g} for the same windows twice: it is not a mean over the batch",
         )
 
 

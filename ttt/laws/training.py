@@ -143,13 +143,14 @@ def _require_recomputation(bench: Bench, injection: Injection, counts: Mapping[s
         raise LawBrokenError(
             2,
             f"{told} the backbone's facts say that {len(levels)} {'scans' if len(levels) > 1 else 'scan'} of it and "
-            f"{sum(levels)} checkpoints around make it {expected} times in a training step (facts.scans)",
+            f"{sum(levels)} checkpoints around make it {expected} times in a training step "
+            f"(facts.checkpoints_around_scans)",
             float(ran),
         )
 
 
 def _levels(bench: Bench, around: bool) -> tuple[int, ...] | None:
-    """Checkpoints around each scan of a layer, by the facts; None where those cannot be had, which is another check's.
+    """Checkpoints around each scan of a layer, by the facts; None if those cannot be had, which is another check's.
 
     `ttt.laws.plugin.facts_agree` says so.
     """

@@ -1,6 +1,6 @@
 """Normalisations and the gradient of the inner loss.
 
-A normalisation answers with a direction, and where there is none, at a vector of zeros or of one value throughout, it
+A normalisation answers with a direction, and if there is none, at a vector of zeros or of one value throughout, it
 answers as its formula says, and its derivative is taken to be 0. The formula's own is `1/ε` or `1/√ε` there, between
 1e3 and 1e12: no property of the data, but of the number that keeps a division from being one by zero. Zero tokens
 (padding, dropped text) stand exactly there while biases are zero, and through a few mini-batches these factors
@@ -19,7 +19,7 @@ NORMALIZE_EPS = 1e-12
 
 
 def normalize(x: Tensor) -> Tensor:
-    """`x / max(‖x‖, ε)` over the last dimension: `torch.nn.functional.normalize`, with derivative 0 where ‖x‖ < ε.
+    """`x / max(‖x‖, ε)` over the last dimension: `torch.nn.functional.normalize`, with derivative 0 if ‖x‖ < ε.
 
     Numbers are the same bit for bit, in float32 and float64; narrower types are computed in float32, where ε is not 0.
     """

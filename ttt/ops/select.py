@@ -27,7 +27,7 @@ def forced_implementation() -> Implementation | None:
         if name == known:
             return known
     raise ValueError(
-        f"{VARIABLE}={name} is no implementation; write {', '.join(get_args(Implementation))}, or unset it"
+        f"{VARIABLE}={name} is not an implementation; write {', '.join(get_args(Implementation))}, or unset it"
     )
 
 

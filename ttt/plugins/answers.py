@@ -76,9 +76,9 @@ def _facts(backbone: Any, answer: Any) -> Any:
             raise WrongAnswer(f"facts whose {name} is {value!r}, no number of bytes")
     if not isinstance(answer.window, str):
         raise WrongAnswer(f"facts whose window is {_named(answer.window)}, not text")
-    scans = answer.scans
+    scans = answer.checkpoints_around_scans
     if scans is not None and not (isinstance(scans, tuple) and scans and all(_is_whole(n, least=0) for n in scans)):
-        raise WrongAnswer(f"facts whose scans are {scans!r}, not a tuple of counts of checkpoints, one for each scan")
+        raise WrongAnswer(f"facts whose checkpoints_around_scans are {scans!r}, not a count for each scan")
     return answer
 
 

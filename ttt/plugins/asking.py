@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ttt.errors import PluginError, TTTError
 from ttt.plugins.origin import distribution_of, origin_of, version_of
+from ttt.printable import printable, shortened
 
 if TYPE_CHECKING:
     from ttt.plugins.data import Batch, WindowDataset
@@ -180,8 +181,7 @@ def in_one_line(error: BaseException) -> str:
     except BaseException:  # an error whose own message fails
         told = ""
     text = " ".join(f"{type(error).__name__}: {told}".split())
-    shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text).rstrip(": ")
-    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 1]}…"
+    return shortened(printable(text).rstrip(": "), _LONGEST)
 
 
 def print_traceback(error: BaseException) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from ttt.config.spelling import nearest
 from ttt.errors import PluginError, UsageError
 from ttt.plugins import registry
 from ttt.plugins.backbone import Backbone
@@ -135,9 +136,7 @@ def get_backbone(name: str) -> Backbone:
             raise PluginError(f"backbone {name!r} of {plugin.distribution} {plugin.version} is broken: {plugin.error}")
         return plugin.backbone
     working = [plugin.name for plugin in discover() if plugin.backbone is not None]
-    import difflib
-
-    close = difflib.get_close_matches(name, working, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    close = nearest(name, working)
+    hint = f" (did you mean {close!r}?)" if close else ""
     listed = ", ".join(working) if working else "none (install one, as `pip install ttt-moshi`)"
     raise UsageError(f"unknown backbone {name!r}{hint}; installed: {listed}")

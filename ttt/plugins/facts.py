@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,17 @@ class BackboneFacts:
     """What it keeps of one token outside the layers, with the config's `gradient_checkpointing`: heads, losses."""
     recordings: RecordingFormat | None = None
     """How `data.train_data` and `data.eval_data` are written, where they are `.jsonl` files or folders of them."""
-    scans: tuple[int, ...] | None = None
+    checkpoints_around_scans: tuple[int, ...] | None = None
     """One entry for each time that a layer's scan runs in a forward pass: how many of the backbone's activation
-    checkpoints around it recompute it, with this config. A layer that reads a sequence in both directions has two. None
-    is one scan, inside one checkpoint with `train.gradient_checkpointing` and none without."""
+    checkpoints around it recompute it, with this config. A layer that reads a sequence in both directions has two
+    entries. None means one scan, with one checkpoint around it if `train.gradient_checkpointing`, else with none."""
     gates: int = 1
     """Gates α of D channels in one adapter."""
     layers_per_checkpoint: int = 1
     """Layers that one checkpoint of `train.gradient_checkpointing` is around."""
+    scans: InitVar[None] = None
+    """The name that `checkpoints_around_scans` once had; giving it is a `TypeError` that says so."""
+
+    def __post_init__(self, scans: None) -> None:
+        if scans is not None:
+            raise TypeError("BackboneFacts.scans is now called checkpoints_around_scans; rename it")

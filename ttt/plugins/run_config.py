@@ -16,7 +16,7 @@ _OF_THE_INNER_MODEL = ("mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims", 
 
 
 @functools.cache
-def _narrowed(options: type[BackboneOptions], data_options: type[DataOptions], name: str) -> type[RunConfig]:
+def _with_options(options: type[BackboneOptions], data_options: type[DataOptions], name: str) -> type[RunConfig]:
     return create_model(
         f"{name.title().replace('-', '')}RunConfig",
         __base__=RunConfig,
@@ -27,13 +27,13 @@ def _narrowed(options: type[BackboneOptions], data_options: type[DataOptions], n
 
 
 def run_config_model(backbone: Backbone) -> type[RunConfig]:
-    """`RunConfig` with the sections `backbone` and `data` narrowed to a plugin's options; one class per backbone.
+    """`RunConfig` whose sections `backbone` and `data` have a plugin's options; one class per backbone.
 
     Raises:
-        PluginError: the plugin's options are none.
+        PluginError: the plugin's options are not pydantic models of the kind asked for.
     """
     require_options(backbone)
-    return _narrowed(backbone.options, backbone.data_options, backbone.name)
+    return _with_options(backbone.options, backbone.data_options, backbone.name)
 
 
 def with_defaults(ttt: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from ttt.errors import InactiveLayerError
-from ttt.evidence import observe
+from ttt.evidence import Observation
 from ttt.plugins import Backbone, LossOutput
 from ttt.plugins.asking import WrongAnswer, asked
 from ttt.train.parts import Parts
 
 
-def require_reached(evidence: observe, parts: Parts) -> None:
+def require_reached(evidence: Observation, parts: Parts) -> None:
     """Require that the first forward pass called every adapter; backward would only say that there is no gradient.
 
     Raises:
@@ -37,7 +37,7 @@ def require_gradient(output: LossOutput, backbone: Backbone) -> None:
             )
 
 
-def require_active(evidence: observe, parts: Parts) -> None:
+def require_active(evidence: Observation, parts: Parts) -> None:
     """Require that the fast weights of every adapter moved, and that a gradient arrived there.
 
     Raises:

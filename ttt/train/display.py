@@ -12,7 +12,7 @@ from rich.progress import ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
 
-from ttt.files import size_in_words
+from ttt.amounts import show_bytes
 from ttt.printable import say
 from ttt.progress import live_bar
 from ttt.words import duration_in_words
@@ -84,7 +84,7 @@ class Display:
         step = line["step"]
         seconds = time.monotonic() - self._started
         left = duration_in_words(seconds / (step - self._first) * (self._total - step))
-        speed, memory = line["tokens_per_second"], size_in_words(line["peak_memory_bytes"])
+        speed, memory = line["tokens_per_second"], show_bytes(line["peak_memory_bytes"])
         if self._bar is not None:
             told = f"loss {line['loss']:.4f}  {speed:,.0f} tok/s  {memory}"
             self._bar.update(self._task, completed=step, told=told, left=left)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ttt.config.schema import LITERATURE_BASE_LR, RunConfig, TrainConfig
 from ttt.errors import NonFiniteError
-from ttt.evidence import observe
+from ttt.evidence import Observation
 from ttt.inject import Injection
 from ttt.printable import shell_word
 from ttt.state import TTTState
@@ -203,7 +203,7 @@ class Examination:
         """Whether it is the TTT layers, or the backbone without them."""
         closed = self._measure(self._batch, True)
         if math.isfinite(closed):
-            with observe(self._injection) as evidence:
+            with Observation(self._injection) as evidence:
                 self._measure(self._batch, False)
             sites = [
                 site
@@ -242,7 +242,7 @@ def listed(names: list[str]) -> str:
 
 
 def examined(look: Callable[[], Diagnosis]) -> Diagnosis:
-    """What a look finds; if it fails itself, for want of memory say, what can be said without one.
+    """What an inspection finds; if the inspection itself fails, from lack of memory for instance, what is known.
 
     If nothing is known of the weights, they are better saved than lost; no other checkpoint is pruned for them.
     """

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ttt.adapter import carried
-from ttt.evidence import observe
+from ttt.evidence import Observation
 from ttt.plugins.rows import reading_rows
 from ttt.state import TTTState
 from ttt.train.active import require_active, require_gradient, require_reached
@@ -62,7 +62,7 @@ class Stepper:
         step, count = progress.done, parts.config.train.num_microbatches
         started = time.monotonic()
         parts.model.train()
-        evidence = observe(parts.injection) if self._measures(step + 1) else None
+        evidence = Observation(parts.injection) if self._measures(step + 1) else None
         states = progress.states
         readings: list[Reading] = []
         passes: list[_Pass] = []
@@ -90,7 +90,7 @@ class Stepper:
         return step % train.evidence_freq == 0 or step in (1, train.max_steps)
 
     def _pass(
-        self, number: int, reading: Reading, carried_in: Mapping[str, TTTState], evidence: observe | None
+        self, number: int, reading: Reading, carried_in: Mapping[str, TTTState], evidence: Observation | None
     ) -> tuple[_Pass, dict[str, TTTState]]:
         """Forward and backward over one batch, and the states that it carries on."""
         parts, config = self._parts, self._parts.config
@@ -147,7 +147,7 @@ class Stepper:
         norm: float,
         *,
         tokens_per_second: float,
-        evidence: observe | None,
+        evidence: Observation | None,
     ) -> dict[str, Any]:
         """The step's line of `metrics.jsonl`."""
         metrics: dict[str, float] = {}

@@ -54,11 +54,11 @@ class CodecSettings:
         if min(self.sample_rate, self.frame_size, self.hop_size, self.mels) < 1:
             raise ValueError("sizes and rates are at least 1")
         if self.frame_size % self.hop_size:
-            raise ValueError(f"frame_size {self.frame_size} is no multiple of hop_size {self.hop_size}")
+            raise ValueError(f"frame_size {self.frame_size} is not a multiple of hop_size {self.hop_size}")
         if not self.hop_size <= self.window_size <= self.fft_size:
             raise ValueError("hop_size <= window_size <= fft_size does not hold")
         if (self.window_size // 2) % self.hop_size:
-            raise ValueError(f"half of window_size {self.window_size} is no multiple of hop_size {self.hop_size}")
+            raise ValueError(f"half of window_size {self.window_size} is not a multiple of hop_size {self.hop_size}")
         if not 0 <= self.lowest_hz < self.highest_hz <= self.sample_rate / 2:
             raise ValueError("0 <= lowest_hz < highest_hz <= sample_rate / 2 does not hold")
 
@@ -103,7 +103,7 @@ class DemoCodec(nn.Module):
         "Audio codes come from the demo's own small codec, which stands in for Mimi: Mimi's weights are a download. "
         "Losses are real, but say nothing about Moshi's quality; the preset 7b uses Mimi."
     )
-    """What to tell whoever trains on these codes."""
+    """What a user must know who trains on these codes."""
 
     codebooks: Tensor
     filters: Tensor

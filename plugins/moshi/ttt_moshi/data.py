@@ -241,7 +241,7 @@ def load_tokenizer(path: str | Path) -> SentencePieceProcessor:
     try:
         return SentencePieceProcessor(model_proto=read_file(path, limit=_MAX_TOKENIZER))
     except (OSError, RuntimeError) as error:
-        reason = unreadable(error) if isinstance(error, OSError) else "it is no SentencePiece model"
+        reason = unreadable(error) if isinstance(error, OSError) else "it is not a SentencePiece model"
         raise EnvironmentProblem(f"{path}: cannot be read as a text tokenizer: {reason}") from None
 
 

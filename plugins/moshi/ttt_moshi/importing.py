@@ -69,7 +69,7 @@ _TRUE, _FALSE = ("yes", "on", "y"), ("no", "off", "n")
 
 
 def import_config(text: str, *, file: str) -> ImportedConfig | None:
-    """The config of a moshi-finetune run, or None if the file is none."""
+    """The config of a moshi-finetune run, or None if the file is not one."""
     source = parse_source(text, file=file)
     if not any(mark in source.data for mark in MARKS):
         return None
@@ -119,7 +119,7 @@ def _move_schedule(moving: Import) -> None:
         if not moving.has("optim.pct_start"):
             moving.add("train.warmup_steps", warmup, f"moshi-finetune's default pct_start, {told}")
     else:
-        moving.drop("optim.pct_start", "it, or max_steps, is no number, or none that steps can have")
+        moving.drop("optim.pct_start", "it, or max_steps, is not a number that steps can have")
     moving.add("train.min_lr_ratio", ONE_CYCLE_END, "where moshi-finetune's OneCycleLR ends")
     _move_flag(moving, "gradient_checkpointing", "train.gradient_checkpointing")
 

@@ -45,7 +45,7 @@ def read_alignments(content: Any) -> list[Word]:
         ValueError: it holds something else; the message names the item, counted from 1.
     """
     if not isinstance(content, dict) or not isinstance(content.get("alignments"), list):
-        raise ValueError('it is no object with a list "alignments"')
+        raise ValueError('it is not an object with a list "alignments"')
     words = [_read_word(item, number) for number, item in enumerate(content["alignments"], start=1)]
     return sorted((word for word in words if word.start < word.end), key=lambda word: word.start)
 

@@ -105,7 +105,7 @@ def sizes(options: MoshiOptions) -> dict[str, Any]:
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
             told = f"its {name} is {value!r:.40}" if name in written else f"it has no {name}"
             raise EnvironmentProblem(
-                f"{options.config_path} is no config of a Moshi model: {told}",
+                f"{options.config_path} is not a config of a Moshi model: {told}",
                 key="backbone.config_path",
                 fix=f"write the path of a Moshi model's config.json, whose {', '.join(MOSHI_7B)} are whole numbers up "
                 f"to {LARGEST_SIZE:,}",

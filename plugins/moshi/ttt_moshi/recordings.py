@@ -100,8 +100,8 @@ def _index_files(source: Path, field: str) -> list[Path]:
         written = str(source)
         if "," in written or written.rpartition(":")[0].endswith("jsonl"):
             raise EnvironmentProblem(
-                f"{field}: {written} is no file; lists of files and weights such as a.jsonl:2 are not supported: name "
-                f"one .jsonl file, or a folder of them"
+                f"{field}: {written} is not a file; lists of files and weights such as a.jsonl:2 are not supported: "
+                f"name one .jsonl file, or a folder of them"
             )
         raise EnvironmentProblem(f"{field}: {written} does not exist; name a .jsonl file or a folder of them")
     return [source]

@@ -1,4 +1,4 @@
-"""CogVideoX's attention by segments, TTT over the whole video after it, and what of a block runs again in backward."""
+"""CogVideoX's attention by segments, TTT over the whole video after it, and which parts of a block are recomputed."""
 
 from __future__ import annotations
 

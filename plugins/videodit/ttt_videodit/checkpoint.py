@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, cast
 
+from ttt.amounts import show_bytes
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import mapping_errors, read_header, read_json
 from ttt.reading import open_file, other_kind, unreadable
@@ -47,7 +48,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     """By name in the file."""
     others: Sequence[str]
-    """What else is in it: the optimiser's state, say."""
+    """What else is in it, for instance the optimiser's state."""
 
 
 def open_checkpoint(source: Path) -> Checkpoint:
@@ -105,7 +106,7 @@ def _files(source: Path) -> list[Path]:
     if len(pickled) != 1:
         found = f"{len(pickled)} .pt files" if pickled else "no .safetensors and no .pt file"
         raise UsageError(
-            f"{source}: holds {found}; name the checkpoint's file, or its folder step-N where the trainer saved it so"
+            f"{source}: holds {found}; name the checkpoint's file, or its folder step-N if the trainer saved one"
         )
     return pickled
 
@@ -193,7 +194,7 @@ def _directory_size(opened: IO[bytes]) -> int:
 
 
 class _Limited:
-    """A file that gives no more than some bytes to whoever reads a pickle from it."""
+    """A file from which a pickle can be read, up to a limit of bytes."""
 
     def __init__(self, opened: IO[bytes]) -> None:
         self._opened = opened
@@ -201,7 +202,7 @@ class _Limited:
 
     def read(self, count: int) -> bytes:
         if count > self._left:
-            raise ValueError(f"a pickle of more than {_MAX_PICKLE >> 20} MiB")
+            raise ValueError(f"a pickle of more than {show_bytes(_MAX_PICKLE)}")
         self._left -= count
         return self._opened.read(count)
 
@@ -209,7 +210,7 @@ class _Limited:
         line = self._opened.readline(self._left + 1)
         self._left -= len(line)
         if self._left < 0:
-            raise ValueError(f"a pickle of more than {_MAX_PICKLE >> 20} MiB")
+            raise ValueError(f"a pickle of more than {show_bytes(_MAX_PICKLE)}")
         return line
 
 
@@ -280,7 +281,7 @@ def _read_torch(file: Path) -> Checkpoint:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError:  # whose advice is weights_only=False, which would run code of the file
         raise UsageError(
-            f"{file}: holds more than tensors, or is no file of torch.save; no code in it was run. Save the model's "
+            f"{file}: holds more than tensors, or is not a file of torch.save; no code in it was run. Save the model's "
             f"state_dict alone, best as .safetensors"
         ) from None
     except Exception as error:  # what a damaged file makes torch.load raise is of many kinds
@@ -293,7 +294,7 @@ def _read_torch(file: Path) -> Checkpoint:
     }
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.untyped_storage().nbytes() < tensor.nbytes:
-            raise UsageError(f"{file}: {name} is no tensor of which each number is in the file; save it contiguous")
+            raise UsageError(f"{file}: {name} is a tensor whose numbers are not all in the file; save it contiguous")
     return Checkpoint(tensors, [*others, *(_named(name) for name in content if name not in tensors)])
 
 

@@ -46,7 +46,7 @@ class DemoCodec(nn.Module):
         "from hashed words, in place of T5: their weights are a download. What comes out is real, but says nothing "
         "about CogVideoX's quality; the preset 5b uses the VAE and T5."
     )
-    """What to tell whoever trains on these latents, or samples such."""
+    """What a user must know who trains on these latents or samples them."""
 
     basis: Tensor
     mean: Tensor

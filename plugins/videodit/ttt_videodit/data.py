@@ -188,7 +188,7 @@ def latent_windows(
 
 
 class _IndexedVideo:
-    """A line of an index; tensors are read from its files, no more of them than is asked for.
+    """A line of an index; of its files only those tensors are read that are asked for.
 
     Args:
         entry: the line.

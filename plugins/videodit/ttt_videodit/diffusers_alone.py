@@ -2,7 +2,7 @@
 
 diffusers imports bitsandbytes wherever it is installed, which moshi asks for, to be ready for quantised weights. Those
 are refused here (`ttt_videodit.variants`). The import takes a third of the time of diffusers' own, asks the hub for a
-kernel where the package `kernels` is installed, and warns of it on processors with AVX512-BF16 where it is not, before
+kernel if the package `kernels` is installed, and warns of it on processors with AVX512-BF16 if it is not, before
 the first word of ours. diffusers looks once, when it is imported; bitsandbytes itself stays as it is for all others.
 """
 

@@ -113,7 +113,7 @@ def to_tensor(pictures: Iterable[Picture]) -> Tensor:
 
 def _require_size(width: int, height: int) -> None:
     if width < 1 or height < 1 or width * height > _MAX_PIXELS:
-        raise UnreadableVideoError(f"has frames of {width} × {height} pixels, which are none that can be read")
+        raise UnreadableVideoError(f"has frames of {width} × {height} pixels, which cannot be read")
 
 
 @contextlib.contextmanager
@@ -138,7 +138,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     # ArithmeticError and MemoryError: headers that lie of times and sizes
     except (av.error.FFmpegError, OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        kind = "; it is no video, or a damaged one" if isinstance(error, _NO_VIDEO) else ""
+        kind = "; it is not a video, or a damaged one" if isinstance(error, _NO_VIDEO) else ""
         raise UnreadableVideoError(f"cannot be decoded: {reason}{kind}") from None
 
 

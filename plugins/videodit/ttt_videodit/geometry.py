@@ -53,7 +53,7 @@ class Segments:
         count, rest = divmod(frames - self.prefix_temporal_length, self.attn_length)
         if rest or count < 1:
             raise ValueError(
-                f"{frames} latent frames are no whole number of segments: 1, 2 and 3 segments have "
+                f"{frames} latent frames are not a whole number of segments: 1, 2 and 3 segments have "
                 f"{self.frames(1)}, {self.frames(2)} and {self.frames(3)}"
             )
         return count

@@ -94,7 +94,7 @@ _NOT_HERE = {
 
 
 def import_config(text: str, *, file: str) -> ImportedConfig | None:
-    """The config of a TTT-Video job, or None if the file is none.
+    """The config of a TTT-Video job, or None if the file is not one.
 
     Raises:
         UsageError: the file is named .toml and is not TOML, or is a script that starts TTT-Video.
@@ -205,7 +205,7 @@ def _move_schedule(moving: Import) -> None:
     peak, ttt_peak = 1e-4 if peak is None else peak, 1e-4 if ttt_peak is None else ttt_peak
     if _number(peak) is None or _number(ttt_peak) is None or not (end is None or end == 0 or _number(end) is not None):
         for key in ("lr", "lr_ssm", "lr_end", "lr_schedule", "lr_ssm_schedule"):
-            moving.drop(f"optimizer.{key}", "it, or a learning rate beside it, is no positive number")
+            moving.drop(f"optimizer.{key}", "it, or a learning rate beside it, is not a positive number")
         return
     _say(moving, "optimizer.lr_ssm", "train.lr", ttt_peak, "of TTT and its gates")
     _say(moving, "optimizer.lr", "train.backbone_lr_multiplier", _ratio(peak, ttt_peak), f"{peak:g} of the rest")
@@ -228,7 +228,7 @@ def _curve(moving: Import, key: str, end: float) -> tuple[Any, str]:
 
 
 def _say(moving: Import, old: str, new: str, value: Any, note: str = "") -> None:
-    """Move a key, or write down what TTT-Video takes where a file leaves it out."""
+    """Move a key; if the file leaves it out, write down what TTT-Video takes."""
     if moving.has(old):
         moving.move(old, new, value=value, note=note)
     else:
@@ -245,8 +245,8 @@ def _move_batch(moving: Import) -> None:
         for key, default in (("dp_sharding", 8), ("dp_replicate", 1))
     ]
     if not all(count is not None and count > 0 for count in (batch, parts, *gpus)):
-        moving.drop("training.global_batch_size", "it, or a number of GPUs or of parts, is no positive whole number")
-        moving.drop("training.grad_accum_steps", "it, or a number beside it, is no positive whole number")
+        moving.drop("training.global_batch_size", "it, or a number of GPUs or of parts, is not a positive whole number")
+        moving.drop("training.grad_accum_steps", "it, or a number beside it, is not a positive whole number")
         return
     passes = min(batch, gpus[0] * gpus[1] * parts)
     size = batch // passes if batch % passes == 0 else 1
@@ -265,7 +265,7 @@ def _move_what_learns(moving: Import) -> None:
         value, note = known.get(method, (method, ""))
         moving.move("training.adapter_method", "train.trainable", value=value, note=f"{method}: {note}" if note else "")
     else:
-        moving.drop("training.adapter_method", "it is no text")
+        moving.drop("training.adapter_method", "it is not text")
         moving.add(
             "train.trainable", "ttt+attention", "without adapter_method TTT-Video does not train; this is its qkvo"
         )
@@ -304,7 +304,7 @@ def _move_run_dir(moving: Import) -> None:
         moving.move("job.exp_name", "run_dir", value=f"{parent}/{name}")
         moving.drop("job.dump_folder", "run_dir begins with it")
     else:
-        moving.drop("job.exp_name", "it is no text")
+        moving.drop("job.exp_name", "it is not text")
         moving.drop("job.dump_folder", "run_dir names one folder, and the file has no exp_name")
 
 

@@ -1,7 +1,7 @@
 """The two kinds of `.jsonl` files: lists of videos to encode, and indexes of what was encoded; read without torch.
 
 A list has one video a line, `{"path": "a.mp4", "captions": ["…", "…"], "start_sec": 0}`: a caption for each segment of
-3 s from `start_sec` on (0 where it is left out). An index, which `ttt precompute` writes, has one encoded video a line:
+3 s from `start_sec` on (0 if it is left out). An index, which `ttt precompute` writes, has one encoded video a line:
 
     {"video": "a.mp4", "start_sec": 0, "latents": "latents/a-0f3c….safetensors", "frames": 37, "height": 480,
      "width": 720, "text_length": 226, "segments": [{"caption": "…", "text": "latents/text-7b….safetensors",
@@ -165,7 +165,7 @@ def parse_encoded(line: bytes, place: str, folder: Path) -> EncodedVideo:
         caption = segment.get("caption") if isinstance(segment, dict) else None
         if text is None or not isinstance(caption, str):
             raise LineError(
-                "segments", f'segment {number} of {len(written)} is no {{"caption": "…", "text": "….safetensors"}}'
+                "segments", f'segment {number} of {len(written)} is not {{"caption": "…", "text": "….safetensors"}}'
             )
         segments.append(EncodedSegment(caption, folder / text, _checksum(segment, "text_sha256")))
     return EncodedVideo(

@@ -255,7 +255,7 @@ def _read_list(source: Path, wanted: Wanted, name: str) -> tuple[ListedVideo, ..
     """
     kind = other_kind(source)
     if kind is not None or not source.is_file():
-        what = f"is {kind}, not a file" if kind else "is no file"
+        what = f"is {kind}, not a file" if kind else "is not a file"
         raise EnvironmentProblem(f"{name}: {source} {what}; name a .jsonl with lines such as {VIDEO_EXAMPLE}")
     videos: dict[tuple[str, float], ListedVideo] = {}
     problems = []

@@ -81,7 +81,7 @@ class VideoDiTBackbone(
             num_layers=size["num_layers"],
             tokens_per_window=segments * text_length(options, data) + frames * tokens_per_frame(height, width),
             window=f"{data.duration_sec} s of video at {width} × {height}",
-            scans=_checkpoints_around(options, config.train.gradient_checkpointing),
+            checkpoints_around_scans=_checkpoints_around(options, config.train.gradient_checkpointing),
             gates=4,
             layers_per_checkpoint=options.transformer_checkpoint_layer_group_size,
             parameters=_parameters(options, **size),

@@ -3,7 +3,7 @@
 Each list of videos, `data.videos` and `data.eval_videos`, becomes the index that `data.train_data` and
 `data.eval_data` name, with its files in the folder `latents` beside it. A file is written whole or not at all, and
 named after what it was made from: whatever a killed run left is found and used by the next, and indexes beside each
-other, of the stages of a curriculum say, share their latents.
+other, such as the stages of a curriculum, share their latents.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ttt.amounts import show_bytes
 from ttt.checksums import file_digest
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import read_header, read_json, verify_tensors, write_json
@@ -15,7 +16,7 @@ VAE = "vae"
 TEXT_PARTS = ("text_encoder", "tokenizer")
 """Folders of T5."""
 RECORD = "checksums.json"
-"""In a folder of weights that `ttt import-weights` wrote: the checksum of each file beside it."""
+"""The file with the checksums of the files beside it, in a folder that `ttt import-weights` wrote."""
 _SMALL = (".json", ".txt", ".model")
 """What settings and tokenizers end in."""
 
@@ -64,7 +65,7 @@ def require_files(folder: Path) -> None:
         if kind is not None:
             raise EnvironmentProblem(f"backbone.pretrained: {path} is {kind}, not a file")
         if path.suffix in _SMALL and path.stat().st_size > MAX_JSON:
-            raise EnvironmentProblem(f"backbone.pretrained: {path} is larger than {MAX_JSON >> 20} MiB")
+            raise EnvironmentProblem(f"backbone.pretrained: {path} is larger than {show_bytes(MAX_JSON)}")
 
 
 def provenance(options: VideoDiTOptions) -> dict[str, str]:

@@ -17,7 +17,7 @@ LISTED: Final = '{"path": "a.mp4", "captions": ["…", "…"]}, a caption for ea
 
 
 def told_line(entry: Mapping[str, Any]) -> str | None:
-    """What a line of another kind of TTT-Video's is, and the way from it to this project's; None if it is none."""
+    """What a line of another kind of TTT-Video's is, and the way from it to this project's; None if it is not one."""
     if "vid_emb" in entry or "text_chunk_emb" in entry:
         return (
             "a line of TTT-Video's index, whose .pt files lack what windows inside a video begin with; list the videos "

@@ -37,7 +37,7 @@ _MOST_BYTES: Final = 4 << 20
 _MOST_LINES: Final = 200
 
 _PROBLEMS: Final = {
-    "line": (VDT501, "the line is none of an index", "write the index with ttt precompute"),
+    "line": (VDT501, "the line is not one of an index", "write the index with ttt precompute"),
     "missing": (VDT502, "a file is missing", "run ttt precompute again; it makes what is missing"),
     "damaged": (VDT503, "a file is damaged or something else", "delete it and run ttt precompute again"),
     "shape": (VDT504, "their size is not the config's", "write the config that they were encoded with"),
@@ -136,7 +136,7 @@ RULES = (weights_are_of_the_model, data_is_there, videos_can_be_read, videos_can
 
 
 def _read_index(source: str | None, wanted: Wanted) -> _Index | None:
-    """What lines there are; None if there is no such file, which the core's own rule tells."""
+    """The lines; None if there is no such file, which one of the core's rules reports."""
     read = None if source is None else read_excerpt(source, most_lines=_MOST_LINES, most_bytes=_MOST_BYTES)
     if read is None:
         return None
@@ -202,6 +202,6 @@ def _findings(index: _Index, path: str, wanted: Wanted) -> Iterator[Finding]:
         yield VDT507.at(
             path,
             message=f"{'; '.join(told)}; they are not read",
-            fix="write a data.duration_sec that divides the videos, where they matter",
+            fix="write a data.duration_sec that divides the videos, if they matter",
             value=len(index.short) + index.left_over,
         )

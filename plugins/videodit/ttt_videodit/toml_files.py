@@ -7,6 +7,7 @@ import sys
 from datetime import date, time
 from typing import Any
 
+from ttt.amounts import show_bytes
 from ttt.config.findings import Place
 from ttt.config.source import KeyPath, Located
 from ttt.errors import UsageError
@@ -75,7 +76,7 @@ def read_toml(text: str, file: str) -> dict[str, Any]:
 def _excess(text: str) -> tuple[int, str] | None:
     """In which line a text has more than any config, and of what; a TOML parser can take for ever with it."""
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
-        return 1, f"larger than {MAX_BYTES >> 10} KiB"
+        return 1, f"larger than {show_bytes(MAX_BYTES)}"
     line, depth, dots, values = 1, 0, 0, 0
     for match in _TOKEN.finditer(text):
         token = match[0]

@@ -1,6 +1,6 @@
-"""`ttt check --probe`: the laws proved on the config's own backbone, narrowed to what runs in seconds.
+"""`ttt check --probe`: the laws proved on the config's own backbone, made so small that it runs in seconds.
 
-What is narrowed is width and depth, to the plugin's `tiny()`. What could break a law stays the config's own: every
+Width and depth are those of the plugin's `tiny()`. What could break a law stays the config's own: every
 setting of the `ttt` section, the mini-batch, the group, the nesting of checkpoints, the type of the parameters.
 """
 
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ttt.check.codes import TTT803
 from ttt.check.probe.proofs import Proof, cuts, proofs
-from ttt.check.probe.setting import Setting, narrow, place_layers
+from ttt.check.probe.setting import Setting, place_layers, small_setting
 from ttt.check.probe_codes import LAWS
 from ttt.config.explanation import read_explanations
 from ttt.config.findings import Finding
@@ -29,7 +29,7 @@ from ttt.words import first_line
 
 
 def probe(config: RunConfig, backbone: Backbone, *, console: Console | None = None) -> list[Finding]:
-    """Prove the laws for a config on a narrowed model, on the CPU, and print each with its number.
+    """Prove the laws for a config on a small model, on the CPU, and print each with its number.
 
     Proved are laws 1 to 6 and 10: a pass writes nothing and a second one is the same; gradients are those of nothing
     recomputed; the future changes nothing before it; one token at a time is the whole; rows are independent; the
@@ -53,7 +53,7 @@ def probe(config: RunConfig, backbone: Backbone, *, console: Console | None = No
     findings: list[Finding] = []
     # One thread: the matrices are small, and more would only wait for each other.
     with threads(1), torch.random.fork_rng(devices=[]):
-        setting = narrow(config, backbone)
+        setting = small_setting(config, backbone)
         say(console, f"probe: {setting.told[0]}")
         for line in setting.told[1:]:
             say(console, f"  {line}")
@@ -127,4 +127,4 @@ def _row(console: Console, proof: Proof, verdict: str, number: str) -> None:
     say(console, f"  law {proof.law:<2}  {verdict:<6}  {proof.claim:<36}  {number}{limit} {proof.kind}".rstrip())
 
 
-__all__ = ["cuts", "narrow", "place_layers", "probe"]
+__all__ = ["cuts", "place_layers", "probe", "small_setting"]

@@ -40,14 +40,14 @@ class Setting:
     config: TTTConfig
     """The `ttt` section as it is probed."""
     layers: tuple[int, ...]
-    """Where TTT is in the narrowed model."""
+    """Where TTT is in the small model."""
     group_size: int
     """Mini-batches per checkpoint in the proof of law 2."""
     told: tuple[str, ...]
-    """What was narrowed, in the user's words: the model first."""
+    """What was made smaller, in the user's words: the model first."""
 
 
-def narrow(config: RunConfig, backbone: Backbone) -> Setting:
+def small_setting(config: RunConfig, backbone: Backbone) -> Setting:
     """The config on the plugin's smallest model.
 
     Raises:
@@ -96,7 +96,21 @@ def narrow(config: RunConfig, backbone: Backbone) -> Setting:
     told.append(f"{tokens} tokens: {full} mini-batches of {size}{open_one}, {short} in law 4; a batch of {_BATCH}")
     told.append(_groups_in_words(full, wanted, group_size, config.train.gradient_checkpointing))
     settings = {**ttt.model_dump(), **changes}
-    dtype = _DTYPES[config.train.param_dtype]
+    return _setting(config, backbone, options, settings, (tokens, short), layers, group_size, tuple(told))
+
+
+def _setting(
+    config: RunConfig,
+    backbone: Backbone,
+    options: Any,
+    settings: dict[str, Any],
+    lengths: tuple[int, int],
+    layers: tuple[int, ...],
+    group_size: int,
+    told: tuple[str, ...],
+) -> Setting:
+    """The benches for a model that is settled; `lengths` are tokens of the long and of the short sequence."""
+    dtype, (tokens, short) = _DTYPES[config.train.param_dtype], lengths
 
     def bench(dtype: torch.dtype, tokens: int) -> Bench:
         return Bench(
@@ -113,9 +127,7 @@ def narrow(config: RunConfig, backbone: Backbone) -> Setting:
         )
 
     exact = bench(torch.float32, tokens)
-    return Setting(
-        bench(dtype, tokens), exact, bench(torch.float32, short), exact.config(), layers, group_size, tuple(told)
-    )
+    return Setting(bench(dtype, tokens), exact, bench(torch.float32, short), exact.config(), layers, group_size, told)
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
@@ -165,7 +177,7 @@ def tokens_in(full: int, size: int) -> int:
 
 
 def _heads(wanted: int, of: int, site: Site, ttt: TTTConfig) -> int | None:
-    """Heads of the narrowed layer in the proportion of the config's, None for the backbone's."""
+    """Heads of the small layer in the proportion of the config's, None for the backbone's."""
     heads = max(1, round(wanted * site.num_heads / of))
     fits = site.dim % heads == 0 and (ttt.rope == "none" or (site.dim // heads) % 2 == 0)
     return heads if fits else None

@@ -37,7 +37,7 @@ def leaks_the_future(context: Context) -> Iterator[Finding]:
 
 
 @rule(TTT302, reads=("ttt.persistent_states", "ttt.layers", "data.shuffle"))
-def carries_between_strangers(context: Context) -> Iterator[Finding]:
+def persistent_states_with_shuffle(context: Context) -> Iterator[Finding]:
     """Fast weights are carried only to the window that follows."""
     if context.config.ttt.persistent_states and context.config.data.shuffle:
         written = context.is_written("data.shuffle")

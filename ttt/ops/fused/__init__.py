@@ -48,7 +48,7 @@ Symbols of `docs/backward.md` under their names here; `d_name` is the gradient o
 | `seen_by_next`, `reached` | `ρ_l = X̃_l dW̃'_l`, `V_0 = E_0 dW̃'_0ᵀ` | (18), (24) |
 | `turned_error`, `turned_unit` | `−ι E / F`, `−ι x̂ / F` | (20) |
 | `along_unit`, `along_error` | `Σ x̂ dE`, `Σ E dE` over the width: `F mean(e x̂)`, `F mean(e E)` | (20) |
-| `teaching`, `followed` | `ι`, but 0 where the norm hands no gradient on | (20) |
+| `teaching`, `followed` | `ι`, but 0 if the norm hands no gradient on | (20) |
 | `d_hidden` | `dE_l ⊙ bends`: `dZ_l` as far as it came through `D_l` | (19) |
 | `next` | what follows hands back: `dW̃'_l`, or `dG̃'_l` of an open mini-batch | (12), (18) |
 """

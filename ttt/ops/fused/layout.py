@@ -30,7 +30,7 @@ class Dims(NamedTuple):
     size: int
     """`C`"""
     widths: tuple[int, ...]
-    """Of what the layers of the inner model are given, then of what the last one gives: `F, …, F`."""
+    """Widths of the inputs of the inner model's layers, then of the last one's output: `F, …, F`."""
 
     @property
     def pairs(self) -> int:
@@ -45,7 +45,7 @@ class Dims(NamedTuple):
     def chunk(self, device: torch.device, most: int, *, keep: bool) -> int:
         """How many mini-batches run the part that the carry does not touch at a time.
 
-        On a CPU they are so many that calls cost little beside their arithmetic, and no more. If weights need not be
+        On a CPU they are just so many that calls cost little beside their arithmetic. If weights need not be
         kept, their size is bounded too; a chunk of one mini-batch moves them in place.
         """
         if device.type != "cpu":
@@ -112,7 +112,7 @@ class Common(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem) -> Common:
-        """Of a whole problem."""
+        """The layout of a whole problem."""
         dims = problem.dims
         opened = joined(dims, problem.gradients) if problem.gradients else None
         return cls(

@@ -1,4 +1,4 @@
-"""What `ttt check` does, without the parsing of its options: no typer, and nothing that a plain check needs not."""
+"""What `ttt check` does, without parsing its options: no typer, and nothing that a plain check does not need."""
 
 from __future__ import annotations
 
@@ -52,25 +52,10 @@ def check_files(
         UsageError: the arguments do not go together.
     """
     from ttt.config.findings import has_errors
-    from ttt.errors import TTTError, UsageError
-    from ttt.reading import is_stream
+    from ttt.errors import TTTError
 
-    if not names:
-        raise UsageError("ttt check: name a config, or - for standard input")
-    if names.count(STANDARD_INPUT) > 1:
-        raise UsageError("ttt check: standard input can be read once only")
-    if write and not fix:
-        raise UsageError("ttt check: --write writes what --fix shows; write both")
-    if write and STANDARD_INPUT in names:
-        raise UsageError("ttt check: standard input cannot be written to; leave --write out, or name a file")
-    stream = next((name for name in names if write and is_stream(name)), None)
-    if stream is not None:
-        raise UsageError(f"ttt check: {stream} is a stream, which cannot be written to; leave --write out")
-    if fix and probe:
-        raise UsageError("ttt check: --fix and --probe are two steps; fix first")
-    if fix and output is not Format.TEXT:
-        raise UsageError(f"ttt check: --fix shows a diff, which goes with no --format {output.value}")
-    size = None if memory is None else _memory(memory)
+    _require_consistent(names, output=output, probe=probe, fix=fix, write=write)
+    size = None if memory is None else parse_memory(memory)
     checker = _Checker(backbone, list(overrides), size, cost, _Filter.of(select, ignore), probe)
 
     everything: list[Finding] = []
@@ -92,10 +77,45 @@ def check_files(
     return problems[-1].exit_code if problems else int(failed)
 
 
-def _memory(text: str) -> int:
-    from ttt_cli.options import parse_bytes
+def _require_consistent(names: Sequence[str], *, output: Format, probe: bool, fix: bool, write: bool) -> None:
+    """Refuse arguments that do not go together.
 
-    return parse_bytes(text)
+    Raises:
+        UsageError: the message says which, and what to write instead.
+    """
+    from ttt.errors import UsageError
+    from ttt.reading import is_stream
+
+    if not names:
+        raise UsageError("ttt check: name a config, or - for standard input")
+    if names.count(STANDARD_INPUT) > 1:
+        raise UsageError("ttt check: standard input can be read once only")
+    if write and not fix:
+        raise UsageError("ttt check: --write writes what --fix shows; write both")
+    if write and STANDARD_INPUT in names:
+        raise UsageError("ttt check: standard input cannot be written to; leave --write out, or name a file")
+    stream = next((name for name in names if write and is_stream(name)), None)
+    if stream is not None:
+        raise UsageError(f"ttt check: {stream} is a stream, which cannot be written to; leave --write out")
+    if fix and probe:
+        raise UsageError("ttt check: --fix and --probe are two steps; fix first")
+    if fix and output is not Format.TEXT:
+        raise UsageError(f"ttt check: --fix shows a diff; leave --format {output.value} out")
+
+
+def parse_memory(text: str) -> int:
+    """`--memory` in bytes.
+
+    Raises:
+        UsageError: it is not a size.
+    """
+    from ttt.amounts import parse_bytes
+    from ttt.errors import UsageError
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise UsageError(f"--memory: {error}") from None
 
 
 def _read(name: str) -> bytes:
@@ -123,7 +143,7 @@ def _print_data(output: Format, findings: Sequence[Finding], problems: Sequence[
 
 @dataclass(frozen=True)
 class _Filter:
-    """Which codes a user wants to hear of."""
+    """The codes that a user selects and ignores."""
 
     select: tuple[str, ...]
     ignore: tuple[str, ...]
@@ -133,7 +153,7 @@ class _Filter:
         return cls(_prefixes("--select", select), _prefixes("--ignore", ignore))
 
     def __call__(self, findings: Iterable[Finding]) -> tuple[Finding, ...]:
-        """Those of the findings."""
+        """The findings that are selected and not ignored."""
         return tuple(
             finding
             for finding in findings
@@ -142,10 +162,10 @@ class _Filter:
 
 
 def _prefixes(option: str, given: Iterable[str]) -> tuple[str, ...]:
-    """The beginnings of codes that an option names.
+    """The prefixes of codes that an option names.
 
     Raises:
-        UsageError: one is none, so that it would silently do nothing.
+        UsageError: no code begins so; without an error it would silently do nothing.
     """
     prefixes = [word.strip() for words in given for word in words.split(",")]
     if not prefixes:
@@ -185,7 +205,7 @@ class _Checker:
         return findings
 
     def fix(self, file: str, content: bytes, *, write: bool) -> Sequence[Finding]:
-        """Show what can be fixed in a file, or fix it, and the findings of the file as it lies there afterwards."""
+        """Show what can be fixed in a file, or fix it, and the findings of the file as it is afterwards."""
         from ttt.check.fixes import fix_text, unified_diff
 
         before = self._check(file, content)
