@@ -238,6 +238,7 @@ def test_plugins_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         "works": True,
         "error": None,
         "capabilities": [],
+        "tasks": [],
     }
     assert found["moshi"]["capabilities"] == ["stream"]
     assert found["videodit"]["capabilities"] == ["sample", "precompute", "import-weights"]

@@ -48,6 +48,7 @@ def facts_of_plugin(plugin: InstalledPlugin) -> dict[str, Any]:
         "works": plugin.error is None,
         "error": plugin.error,
         "capabilities": _abilities(plugin),
+        "tasks": list(plugin.tasks),
     }
 
 
@@ -72,10 +73,12 @@ def _print_table(found: tuple[InstalledPlugin, ...]) -> None:
 
 
 def _brings(plugin: InstalledPlugin) -> str:
-    """`backbone (can sample, stream), import of configs`."""
-    able = ", ".join(_abilities(plugin))
-    can = f" (can {able})" if able and not plugin.error else ""
-    return ", ".join(kind.words + (can if kind.group == "ttt.backbones" else "") for kind in plugin.brings)
+    """`backbone (can sample, stream), evaluation tasks (stories)`."""
+    from ttt.plugins.hookspecs import BACKBONES, EVAL_TASKS
+
+    able, tasks = ", ".join(_abilities(plugin)), ", ".join(plugin.tasks)
+    more = {BACKBONES: f" (can {able})" if able else "", EVAL_TASKS: f" ({tasks})" if tasks else ""}
+    return ", ".join(kind.words + ("" if plugin.error else more.get(kind, "")) for kind in plugin.brings)
 
 
 def _origin(plugin: InstalledPlugin) -> str:

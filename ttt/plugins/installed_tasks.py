@@ -37,7 +37,7 @@ class InstalledTasks:
     def in_words(self) -> str:
         """What to write instead of a task that is not there."""
         names = ", ".join(f"`{name}`" for name in sorted(self.by_name))
-        return f"install its plugin, or write one of those installed: {names or 'none'}"
+        return f"write one of those installed, {names}, or install its plugin" if names else "install its plugin"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from importlib import metadata
 from ttt.plugins import registry
 from ttt.plugins.backbone import Backbone
 from ttt.plugins.discovery import PluginInfo, discover
-from ttt.plugins.hookspecs import BACKBONES, KINDS, Kind
+from ttt.plugins.hookspecs import BACKBONES, EVAL_TASKS, KINDS, Kind
+from ttt.plugins.installed_tasks import installed_tasks
 from ttt.plugins.origin import distribution_of, version_of
 
 
@@ -28,7 +29,9 @@ class InstalledPlugin:
     """Why it is broken, in one line; None where it can be loaded."""
 
     backbone: Backbone | None = None
-    """The one that it brings; None where it brings none, or is broken."""
+    """The one that it brings; None if it brings none, or is broken."""
+    tasks: tuple[str, ...] = ()
+    """Names of the evaluation tasks that it brings, as a config writes them."""
 
 
 def installed_plugins() -> tuple[InstalledPlugin, ...]:
@@ -53,7 +56,13 @@ def _listed(
     backbone = None
     if found is not None:
         error, backbone = found.error or error, found.backbone
-    return InstalledPlugin(name, module, distribution, version_of(points[0]), kinds, points, error, backbone)
+    tasks = _tasks_of(points[kinds.index(EVAL_TASKS)]) if EVAL_TASKS in kinds else ()
+    return InstalledPlugin(name, module, distribution, version_of(points[0]), kinds, points, error, backbone, tasks)
+
+
+def _tasks_of(point: metadata.EntryPoint) -> tuple[str, ...]:
+    plugin = registry.load(point).plugin
+    return tuple(sorted(name for name, found in installed_tasks().by_name.items() if found.plugin is plugin))
 
 
 def without_backbones(found: tuple[InstalledPlugin, ...]) -> bool:
