@@ -104,9 +104,11 @@ def test_it_is_listed_and_its_demo_is_a_config_without_findings(site: Path, tmp_
         "distribution": "ttt-example",
         "version": "0.1.0",
         "module": "ttt_example.plugin",
+        "brings": ["ttt.backbones"],
         "works": True,
         "error": None,
         "capabilities": ["stream"],
+        "tasks": [],
     }
     ran(ttt("init", "--backbone", "example"), site, tmp_path)
     assert ran(ttt("check", "example.yaml"), site, tmp_path) == "example.yaml: no findings\n"
