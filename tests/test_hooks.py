@@ -191,6 +191,16 @@ def test_the_codes_of_house_rules_are_explained_and_listed(folder: Path, capsys:
     assert "The plugin lab\n  LAB101  error    a batch too large for this lab" in capsys.readouterr().out
 
 
+def test_house_rules_of_one_name_are_all_explained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bring(folder, RULES, HOUSE_RULE)
+    other = HOUSE_RULE.replace("LAB101", "LBA101")
+    install(folder, "lab", "other_plugin", other, distribution="another-lab", groups=[RULES.group])
+    (folder / "other_plugin.yaml").write_text(HOUSE_RULE_EXPLAINED.replace("LAB101", "LBA101"))
+    plugins.forget()
+    for code in ("LAB101", "LBA101"):
+        assert main(["check", "--explain", code]) == 0, capsys.readouterr().err
+
+
 def test_a_house_rule_stops_a_run_and_no_examination_of_a_backbone(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
