@@ -191,6 +191,16 @@ def test_the_codes_of_house_rules_are_explained_and_listed(folder: Path, capsys:
     assert "The plugin lab\n  LAB101  error    a batch too large for this lab" in capsys.readouterr().out
 
 
+def test_house_rules_of_one_name_are_all_explained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bring(folder, RULES, HOUSE_RULE)
+    other = HOUSE_RULE.replace("LAB101", "LBA101")
+    install(folder, "lab", "other_plugin", other, distribution="another-lab", groups=[RULES.group])
+    (folder / "other_plugin.yaml").write_text(HOUSE_RULE_EXPLAINED.replace("LAB101", "LBA101"))
+    plugins.forget()
+    for code in ("LAB101", "LBA101"):
+        assert main(["check", "--explain", code]) == 0, capsys.readouterr().err
+
+
 def test_a_house_rule_stops_a_run_and_no_examination_of_a_backbone(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -461,6 +471,26 @@ def test_the_options_of_a_task_are_checked_with_their_places(folder: Path, mista
     assert str(finding.place) == place
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "fix"),
+    [
+        ("UsageError('no licence', fix='write windows: 1')", "TTT106", "write windows: 1"),
+        ("EnvironmentProblem('no licence')", "TTT605", ""),
+        ("PluginError('no licence')", "TTT803", "tell who made it"),
+    ],
+)
+def test_what_the_options_of_a_task_refuse_is_a_finding(folder: Path, error: str, code: str, fix: str) -> None:
+    validator = (
+        "    @__import__('pydantic').model_validator(mode='after')\n"
+        f"    def _licensed(self):\n        raise __import__('ttt').errors.{error}\n\n"
+    )
+    bring(folder, EVAL_TASKS, TASK.replace("class Words(EvalTask)", f"{validator}class Words(EvalTask)"))
+    text = "backbone: {name: moshi}\ntrain: {max_steps: 3}\neval: {tasks: [{name: words}]}\n"
+    (finding,) = [each for each in check_config("c.yaml", text=text).findings if each.path.startswith("eval.tasks")]
+    assert (finding.code, finding.message, str(finding.place)) == (code, "no licence", "c.yaml:3:23")
+    assert finding.fix.startswith(fix)
+
+
 def test_a_misspelt_task_can_be_fixed_and_a_sample_needs_no_task(folder: Path) -> None:
     bring(folder, EVAL_TASKS, TASK)
     config = moshi("eval:\n  tasks: [{name: wrods}]\n")
@@ -636,6 +666,29 @@ WRONG_IMPORTS = {
         IMPORT.replace("source = ", "return {}\n    source = "),
         "it returned a dict, not an ImportedConfig, or None where it does not know the file",
     ),
+    **{
+        name: (IMPORT.replace("source = ", f"import ttt.plugins.imported as p; return {made}\n    source = "), told)
+        for name, made, told in (
+            ("texts as values", "p.ImportedConfig('x', 'train', ())", "whose values are a str, not a mapping"),
+            ("no format", "p.ImportedConfig(3, {}, ())", "whose format is an int, not a text"),
+            ("texts as keys", "p.ImportedConfig('x', {}, ['train.lr'])", "it returned a str as number 0, not of type"),
+            (
+                "no such section",
+                "p.ImportedConfig('x', {'trian.lr': 1}, [p.ImportedKey('lr', 'trian.lr')])",
+                "an ImportedConfig with the key 'trian.lr', whose section no config has",
+            ),
+            (
+                "a value from nowhere",
+                "p.ImportedConfig('x', {'train.lr': 1}, ())",
+                "with the value train.lr, and no ImportedKey says where it is from",
+            ),
+            (
+                "a key without a value",
+                "p.ImportedConfig('x', {}, [p.ImportedKey('lr', 'train.lr')])",
+                "with an ImportedKey for 'train.lr', which has no value",
+            ),
+        )
+    },
 }
 
 

@@ -39,6 +39,10 @@ BROKEN = {
         "from ttt.plugins.hookspecs import hookimpl\n@hookimpl\ndef ttt_backbone():\n    raise KeyError('weights')\n",
         "KeyError: 'weights'",
     ),
+    "refuses": (
+        "import ttt\n@ttt.hookimpl\ndef ttt_backbone():\n    raise ttt.errors.UsageError('log in first')\n",
+        "UsageError: log in first (",
+    ),
     "alias": (TOY, "the backbone calls itself 'toy', its entry point 'alias'"),
     "optionless": (
         "from toy_config import ToyBackbone, hookimpl\n"
@@ -82,6 +86,23 @@ def test_all_of_them_at_once(tmp_path: Path) -> None:
         install(tmp_path, name, f"broken_{name}", source)
     found = _found(tmp_path)
     assert {name for name in ("toy", *BROKEN) if found[name].backbone is not None} == {"toy"}
+
+
+@pytest.mark.parametrize("points", [b"[ttt.backbones]\nno entry\n", b"[ttt.backbones]\n\xff = toy\n"])
+def test_damaged_metadata_of_another_distribution_stop_nothing(tmp_path: Path, points: bytes) -> None:
+    install(tmp_path, "toy", "toy_plugin", TOY)
+    install(tmp_path, "damaged", "damaged_plugin", TOY)
+    (tmp_path / "ttt_damaged-1.2.dist-info" / "entry_points.txt").write_bytes(points)
+    assert _found(tmp_path)["toy"].backbone is not None
+
+
+def test_a_distribution_without_a_name_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install(tmp_path, "toy", "toy_plugin", TOY)
+    install(tmp_path, "toy", "nameless_plugin", TOY, distribution="nameless")
+    (tmp_path / "nameless-1.2.dist-info" / "METADATA").unlink()
+    with importable(tmp_path):
+        assert main(["plugins"]) == 1
+    assert "? (nameless_plugin)" in capsys.readouterr().out
 
 
 def test_two_plugins_of_one_name_are_both_broken(tmp_path: Path) -> None:

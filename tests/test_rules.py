@@ -157,6 +157,18 @@ def _home(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str | bytes | Non
             f"TOY1: {_ENTRY}\nTOY2: {_ENTRY.replace('source', 'severity: note, source')}\n",
             "no explanation has 'severity'",
         ),
+        *(
+            (
+                f"TOY1: {_ENTRY}\nTOY2: {_ENTRY[:-1]}, {key}: {value}}}\n",
+                f"TOY2: {key} is not in the form that ttt.config.explanation describes",
+            )
+            for key, value in (
+                *(("options", "3"), ("options", "--cost"), ("good_options", "null"), ("environment", "{A: 1}")),
+                *(("files", "[a]"), ("files", "{a.jsonl: null}"), ("files", "{3: x}"), ("files", "{a: {zeros: 3}}")),
+                *(("files", "{a: {safetensors: 3}}"), ("bad_bytes", "3"), ("bad_bytes", "[3]"), ("bad_bytes", "€")),
+                *(("fix", "3"), ("needs", "[torch]")),
+            )
+        ),
         (f"TOY1: {_ENTRY}\nTOY2: a text\n", "a section for each code"),
         ("", "a section for each code"),
         ("TOY1: {\n", "a_home.yaml"),

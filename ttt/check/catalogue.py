@@ -53,7 +53,8 @@ def house_explanations() -> dict[str, Mapping[str, Explanation]]:
     found: dict[str, Mapping[str, Explanation]] = {}
     for answer in house_rules(None).given:
         with contextlib.suppress(PluginError):  # `ttt plugins` says what is wrong
-            found[answer.plugin.name] = explanations_of_rules(answer.plugin, answer.value)
+            told = explanations_of_rules(answer.plugin, answer.value)
+            found[answer.plugin.name] = {**found.get(answer.plugin.name, {}), **told}  # two may have one name
     return found
 
 

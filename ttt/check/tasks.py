@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from pydantic import create_model
 
-from ttt.check.codes import REINSTALL, TTT103, TTT106, TTT802, TTT803
+from ttt.check.codes import REINSTALL, TTT103, TTT106, TTT605, TTT802, TTT803
 from ttt.check.validation import Validated, validate
 from ttt.config.findings import Code, Finding
 from ttt.config.schema import RunConfig
@@ -15,7 +15,7 @@ from ttt.config.section import Section
 from ttt.config.source import Source
 from ttt.config.spelling import nearest
 from ttt.config.tasks import TaskOptions
-from ttt.errors import PluginError
+from ttt.errors import EnvironmentProblem, PluginError, TTTError
 from ttt.plugins.asking import WAY_OUT, asked
 from ttt.plugins.installed_tasks import InstalledTask, InstalledTasks, installed_tasks
 
@@ -80,6 +80,8 @@ def _options(
             fields: Any = {section: (found.task.options, ...)}
             model = create_model("Tasks", __base__=Section, **fields)
             checked = validate(cast("type[RunConfig]", model), data, Source(source.file, data, places))
-    except PluginError as error:
-        return None, [_finding(TTT803, number, error.told, WAY_OUT, value=entry.name)]
+    except TTTError as error:
+        failed = isinstance(error, PluginError)
+        code = TTT803 if failed else TTT605 if isinstance(error, EnvironmentProblem) else TTT106
+        return None, [_finding(code, number, error.told, WAY_OUT if failed else error.fix, value=entry.name)]
     return getattr(checked.config, section, None), checked.findings

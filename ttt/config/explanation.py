@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -118,14 +118,29 @@ def _explanation(file: Path, code: Code, entry: Mapping[str, Any]) -> Explanatio
         if not isinstance(entry.get(key), str):
             raise ValueError(f"{file}: {code.number}: {key} must be text")
     read = dict(entry)
-    for key in ("options", "good_options", "environment"):
-        if key in read:
-            read[key] = tuple(map(str, read[key]))
-    if "files" in read:
-        read["files"] = {name: _file(content) for name, content in read["files"].items()}
-    if "bad_bytes" in read:
-        read["bad_bytes"] = _bytes(read["bad_bytes"])
+    for key in _READERS.keys() & read.keys():
+        try:
+            read[key] = _READERS[key](read[key])
+        except (TypeError, AttributeError, LookupError, ValueError) as error:
+            told = f"{code.number}: {key} is not in the form that ttt.config.explanation describes"
+            raise ValueError(f"{file}: {told}") from error
     return Explanation(severity=code.severity.value, title=code.title, **read)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a text is wanted")
+    return value
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise TypeError("a list is wanted")
+    return tuple(map(str, value))
+
+
+def _files(value: Mapping[str, Any]) -> dict[str, str]:
+    return {_text(name): _file(content) for name, content in value.items()}
 
 
 def _file(content: str | Mapping[str, Any]) -> str:
@@ -151,3 +166,11 @@ def _bytes(pieces: str | list[str | dict[str, int]]) -> bytes:
         return pieces.encode("latin-1")
     repeated = ({piece: 1} if isinstance(piece, str) else piece for piece in pieces)
     return b"".join(text.encode("latin-1") * times for piece in repeated for text, times in piece.items())
+
+
+_READERS: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("options", "good_options", "environment"), _texts),
+    **dict.fromkeys(("needs", "fix"), _text),
+    **{"files": _files, "bad_bytes": _bytes},
+}
+"""What makes a field of an entry's key, where the key may be left out."""

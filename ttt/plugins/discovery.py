@@ -59,8 +59,8 @@ def _found(point: metadata.EntryPoint) -> PluginInfo:
     loaded = registry.load(point)
     if loaded.plugin is None:
         return PluginInfo(point, None, loaded.error)
-    answers = registry.ask(BACKBONES, only=[point], name=point.name)
     try:
+        answers = registry.ask(BACKBONES, only=[point], name=point.name)
         for failure in answers.failures:
             assert failure.error is not None
             raise failure.error.__cause__ or failure.error

@@ -42,10 +42,30 @@ def _rules(answer: Any) -> None:
 
 
 def _imported(answer: Any) -> None:
-    from ttt.plugins.imported import ImportedConfig
+    from ttt.plugins.imported import ImportedConfig, ImportedKey
 
     if not isinstance(answer, ImportedConfig):
         raise WrongAnswer(f"{with_its_type(answer)}, not an ImportedConfig, or None where it does not know the file")
+    if not isinstance(answer.format, str):
+        raise WrongAnswer(f"an ImportedConfig whose format is {with_its_type(answer.format)}, not a text")
+    if not isinstance(answer.values, Mapping):
+        raise WrongAnswer(f"an ImportedConfig whose values are {with_its_type(answer.values)}, not a mapping")
+    _require_all(answer.keys, ImportedKey)
+    _require_accounted(answer.values, [key.new for key in answer.keys])
+
+
+def _require_accounted(values: Mapping[Any, Any], told: Sequence[str | None]) -> None:
+    """Hold an import to keys that a config can have, each told where it comes from, so that no value is lost."""
+    from ttt.config.schema import RunConfig
+
+    for key in values:
+        if not isinstance(key, str) or key.partition(".")[0] not in RunConfig.model_fields:
+            raise WrongAnswer(f"an ImportedConfig with the key {key!r:.80}, whose section no config has")
+        if key not in told:
+            raise WrongAnswer(f"an ImportedConfig with the value {key}, and no ImportedKey says where it is from")
+    for key in told:
+        if key is not None and key not in values:
+            raise WrongAnswer(f"an ImportedConfig with an ImportedKey for {key!r:.80}, which has no value")
 
 
 def _logger(answer: Any) -> None:

@@ -21,9 +21,9 @@ def origin_of(backbone: object) -> EntryPoint | None:
 
 def distribution_of(point: EntryPoint) -> str:
     """The name of the distribution that declares an entry point."""
-    return point.dist.name if point.dist else "?"
+    return (point.dist.name if point.dist else None) or "?"  # None where its metadata are gone
 
 
 def version_of(point: EntryPoint) -> str:
     """The version of that distribution."""
-    return point.dist.version if point.dist else "?"
+    return (point.dist.version if point.dist else None) or "?"

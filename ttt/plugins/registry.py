@@ -105,10 +105,17 @@ def _installed() -> tuple[metadata.EntryPoint, ...]:
     return tuple(
         point
         for distribution in metadata.distributions()
-        if "[ttt." in (distribution.read_text("entry_points.txt") or "")
-        for point in distribution.entry_points
+        for point in _declared_by(distribution)
         if point.group in groups
     )
+
+
+def _declared_by(distribution: metadata.Distribution) -> Iterable[metadata.EntryPoint]:
+    """The entry points of a distribution that may have some of ours; none if its metadata are damaged."""
+    try:
+        return distribution.entry_points if "[ttt." in (distribution.read_text("entry_points.txt") or "") else ()
+    except (OSError, ValueError, TypeError):
+        return ()
 
 
 @functools.cache
