@@ -1,4 +1,4 @@
-"""The gated residual around a TTT layer, and the two ways to run adapters otherwise: gates closed, states carried."""
+"""The gated residual around a TTT layer, and two contexts for adapters: with gates closed, or with states carried."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ttt.state import TTTState
 
 
 class Adapted(Protocol):
-    """A model with adapters in it, as far as states need it: a `ttt.inject.Injection`."""
+    """What carrying states needs of a model with adapters; a `ttt.inject.Injection` has it."""
 
     @property
     def adapters(self) -> Mapping[str, nn.Module]:
@@ -25,11 +25,11 @@ class Adapted(Protocol):
 
 
 class Gate(nn.Module):
-    """`x + tanh(α) ⊙ y`, α per channel; closed, or with α at 0, it is x bit for bit.
+    """`x + tanh(α) ⊙ y` with one α for each channel; if it is closed, or α is 0, it returns x bit for bit.
 
     Args:
         dim: width D.
-        initial_alpha: where every channel's α starts.
+        initial_alpha: the initial α of every channel.
         device: of α.
         dtype: of α.
     """
@@ -46,10 +46,10 @@ class Gate(nn.Module):
         self.initial_alpha = initial_alpha
         self.gating_alpha = nn.Parameter(torch.full((dim,), initial_alpha, device=device, dtype=dtype))
         self.closed = False
-        """Answer x alone; see `gates_closed`."""
+        """Return x alone; see `gates_closed`."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """`[…,D]` and `[…,D]` to `[…,D]`, in the type of x; the sum is rounded once."""
+        """Combine x and y, `[…,D]` each, to `[…,D]` in the type of x; the sum is rounded once."""
         if self.closed:
             return x
         wide = torch.promote_types(x.dtype, self.gating_alpha.dtype)
@@ -62,12 +62,12 @@ class Gate(nn.Module):
 
 @dataclass
 class Port:
-    """Where a backbone that calls its adapter with tokens alone gets states in and out."""
+    """Passes states to and from an adapter that the backbone calls with tokens alone."""
 
     incoming: TTTState | None = None
-    """The state that forward passes start from; they do not change it, so that a recomputation starts there too."""
+    """The state before a forward pass. A pass does not change it, so that a recomputation starts from the same."""
     outgoing: TTTState | None = None
-    """The detached state that the last forward pass ended with."""
+    """The detached state after the last forward pass."""
 
 
 class TTTAdapter(nn.Module):
@@ -98,12 +98,12 @@ class TTTAdapter(nn.Module):
     def adapt(
         self, x: Tensor, state: TTTState | None = None, *, rotary: Rotary | None = None
     ) -> tuple[Tensor, TTTState]:
-        """Tokens `[B,T,D]` and the state of the streams, to tokens and the state after them."""
+        """Adapt tokens `[B,T,D]` from a state of the streams; returns the tokens and the state after them."""
         y, state = self.layer(x, state, rotary=rotary)
         return self.gate(x, y), state
 
     def forward(self, x: Tensor, *, rotary: Rotary | None = None) -> Tensor:
-        """Tokens `[B,T,D]` to tokens: fresh streams, or those of `carried`."""
+        """Adapt tokens `[B,T,D]`: from the states of `carried`, or from fresh streams outside of it."""
         if self.gate.closed:
             return x
         out, state = self.adapt(x, self.port.incoming if self.port else None, rotary=rotary)
@@ -114,7 +114,7 @@ class TTTAdapter(nn.Module):
 
 @contextlib.contextmanager
 def gates_closed(model: nn.Module) -> Iterator[None]:
-    """Run the model as if nothing had been injected: inside, every gate answers its first argument alone."""
+    """Run the model as if nothing had been injected: inside, every gate returns its first argument."""
     gates = [module for module in model.modules() if isinstance(module, Gate)]
     before = [gate.closed for gate in gates]
     try:
@@ -128,29 +128,29 @@ def gates_closed(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Carry:
-    """The states that a forward pass under `carried` ended with."""
+    """The states after the last forward pass under `carried`."""
 
     ports: Mapping[str, Port] = field(default_factory=dict)
 
     @property
     def states(self) -> dict[str, TTTState]:
-        """By site name, detached; without those that no forward pass has reached."""
+        """Detached states by site name; a site that no forward pass has reached is left out."""
         return {name: port.outgoing for name, port in self.ports.items() if port.outgoing is not None}
 
 
 @contextlib.contextmanager
 def carried(injection: Adapted, states: Mapping[str, TTTState] | None = None) -> Iterator[Carry]:
-    """Start forward passes from given states, and keep the states that they end with.
+    """Start forward passes from the given states, and keep the states after them.
 
-    The states are an input like any other: every forward pass inside starts from the same ones, so a recomputation
-    under activation checkpointing gives what the first pass gave. Call `backward` inside as well.
+    Every forward pass inside starts from the same states, so a recomputation under activation checkpointing gives
+    what the first pass gave. Call `backward` inside as well.
 
     Args:
         injection: what `ttt.inject.apply` returned.
         states: by site name; a site that is missing starts fresh.
 
     Raises:
-        ValueError: a state for a site that is not there, or an adapter that carries none.
+        ValueError: there is no such site, or its adapter carries no state.
     """
     states = states or {}
     unknown = sorted(set(states) - set(injection.adapters))

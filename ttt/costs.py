@@ -1,9 +1,8 @@
 """What TTT layers cost, in closed form: mini-batches, recomputation, bytes, FLOPs. Imports no torch.
 
-Symbols as in the docs: B streams, T tokens, D width, H heads, F = D/H, C tokens of a mini-batch, g mini-batches of a
-checkpoint group, S bytes of fast weights, A bytes that backward needs of a mini-batch, R bytes that it needs only
-while it runs. The counts of A and R are those of the operations in `ttt.ops`, and are held against measurements in the
-tests.
+Symbols: B streams, T tokens, D width, H heads, F = D/H, C tokens in a mini-batch, N mini-batches, g mini-batches in a
+checkpoint group. In bytes: S the fast weights, A what backward needs of a mini-batch, R what a mini-batch needs only
+while it runs. A and R count the operations of `ttt.ops`; tests compare them with measurements.
 """
 
 from __future__ import annotations
@@ -16,17 +15,18 @@ from ttt.config.schema import TTTConfig, inner_widths
 from ttt.ops.constants import BLOCK, SMALL
 
 WIDE = 4
-"""Bytes of a number in float32: fast weights, TTT parameters, moments."""
+"""Bytes of a float32 number: fast weights, TTT parameters and the optimizer's moments are float32."""
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def bytes_of(dtype: str) -> int:
-    """Bytes of a number in a `train.param_dtype`."""
+    """Bytes of one number of a `train.param_dtype`."""
     return _BYTES[dtype]
 
 
 COUNTED = 1 << 20
-"""Mini-batches up to which the best group is searched for among all; beyond, around where it must be."""
+"""Up to this many mini-batches, the search for the best group tries every size that can be best; beyond, it tries the
+sizes around the formula's."""
 
 
 @dataclass(frozen=True)
@@ -34,31 +34,36 @@ class ScanCost:
     """What the scan of one TTT layer runs and keeps for one batch."""
 
     steps: int
-    """Mini-batches that go through the scan."""
+    """N: mini-batches that go through the scan."""
     group_size: int
-    """g, as the config has it; what `auto` comes to."""
+    """g of the config; for `auto`, the size it chooses."""
     carry_bytes: int
     """S: fast weights of the batch's streams in one layer."""
     activation_bytes: int
-    """A: what backward needs of one mini-batch, beside its inputs and the carry that opens it."""
+    """A: what backward needs of one mini-batch besides its inputs and the carry that opens it."""
     running_bytes: int
-    """What one mini-batch needs only while its group runs: its tokens once more, laid out for the products, and room
-    for what these give. A group has it for all of its mini-batches at once on a GPU, for as many as fit on a CPU."""
+    """R: what one mini-batch needs only while its group runs: a copy of its tokens, laid out for the matrix products,
+    and room for the results. A group on a GPU needs it for all its mini-batches at once, on a CPU for as many as fit.
+    """
     outside_bytes: int
-    """What it keeps of mini-batches that a window leaves or finds open, beside the scan, and the carries they need."""
+    """What is kept outside the scan for mini-batches that a window finds or leaves open, with the carries they need."""
 
     @property
     def keeps_everything(self) -> bool:
-        """Whether nothing is recomputed: g is 0, or no smaller than the scan."""
+        """Whether nothing is recomputed: g is 0, or at least the number of mini-batches."""
         return self.group_size == 0 or self.group_size >= self.steps
 
     @property
     def groups(self) -> int:
-        """`ceil(N / g)` checkpoints; 0 if everything is kept."""
+        """The number of checkpoint groups, `ceil(N / g)`; 0 if everything is kept."""
         return 0 if self.keeps_everything else -(-self.steps // self.group_size)
 
     def forwards(self, *, enclosing: int = 0) -> int:
-        """How often every inner step of the scan runs forward in a training step, under so many checkpoints around."""
+        """How often each inner step runs forward in one training step.
+
+        Args:
+            enclosing: activation checkpoints around the layer.
+        """
         return 1 + enclosing + (not self.keeps_everything)
 
     @property
@@ -68,21 +73,21 @@ class ScanCost:
 
     @property
     def carries_kept_bytes(self) -> int:
-        """Their bytes."""
+        """Bytes of the carries kept between forward and backward."""
         return self.kept_carries * self.carry_bytes
 
     @property
     def kept_bytes(self) -> int:
-        """What waits between forward and backward: carries, and where everything is kept all activations."""
+        """Bytes held between forward and backward: carries, and all activations if everything is kept."""
         everything = 0
-        if self.keeps_everything and self.steps:  # the layer's own weights too, copied for every stream
+        if self.keeps_everything and self.steps:  # and the layer's own weights, copied for every stream
             everything = self.steps * self.activation_bytes + self.carry_bytes
         return self.carries_kept_bytes + everything + self.outside_bytes
 
     @property
     def passing_bytes(self) -> int:
-        """What backward makes room for, once for all groups: what a group keeps while it runs again, and what it needs
-        to run. Where everything was kept, the latter alone.
+        """Bytes that backward allocates once for all groups: what a group keeps while it is recomputed, and what it
+        needs to run. If everything was kept, only what it needs to run.
         """
         if self.keeps_everything:
             return min(self.steps, BLOCK) * self.running_bytes
@@ -90,25 +95,25 @@ class ScanCost:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that there is at once: `(N/g) S + g (S + A + R)`, R what a mini-batch needs to run; or all of it."""
+        """The peak: about `(N/g) S + g (S + A + R)`, or everything if everything is kept."""
         return self.kept_bytes + self.passing_bytes
 
     def with_group_size(self, group_size: int) -> ScanCost:
-        """The same scan in other groups."""
+        """The same scan with another group size."""
         return replace(self, group_size=group_size)
 
     def best_group_size(self) -> int:
-        """The g of least memory, about `√(N S / (S + A + R))`; the smallest of those, 0 if keeping everything is."""
+        """The g of least peak memory, about `√(N S / (S + A + R))`; on a tie the smallest, or 0 to keep everything."""
         return best_group_size(
             self.steps, carry=self.carry_bytes, activation=self.activation_bytes, running=self.running_bytes
         )
 
 
 def best_group_size(steps: int, *, carry: int, activation: int, running: int) -> int:
-    """The group of least peak memory for N mini-batches; see `ScanCost`.
+    """The group size of least peak memory for N mini-batches; see `ScanCost`.
 
-    In plain numbers and one short loop, which `torch.compile` can follow if a layer asks while it runs. The loop is
-    short for any N: of more than `COUNTED` mini-batches, which nothing runs, it tries the sizes around the formula's.
+    It uses plain numbers and one short loop, so that `torch.compile` can trace a layer that calls it. The loop is short
+    for any N: above `COUNTED` mini-batches, which no run reaches, it tries only sizes around the formula's.
     """
     best, least = 0, steps * (carry + activation) + min(steps, BLOCK) * running
     root = 1
@@ -117,9 +122,9 @@ def best_group_size(steps: int, *, carry: int, activation: int, running: int) ->
     first = 0
     if steps > COUNTED:
         first = max(math.isqrt(steps * carry // max(carry + activation + running, 1)) - root, 0)
-    for index in range(1, 2 * root + 1):  # the sizes up to √N, then those of √N groups and fewer
+    for index in range(1, 2 * root + 1):  # sizes up to √N, then sizes that give √N groups or fewer
         if steps > COUNTED:
-            size = -(-steps // -(-steps // (first + index)))  # the smallest that gives as many groups
+            size = -(-steps // -(-steps // (first + index)))  # the smallest size with the same number of groups
         else:
             size = index if index <= root else -(-steps // (2 * root + 1 - index))
         if size < steps:
@@ -135,15 +140,15 @@ def scan_cost(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch
     Args:
         config: the `ttt` section.
         dim: D.
-        num_heads: of the backbone.
-        tokens: T, of a window.
+        num_heads: heads of the backbone.
+        tokens: T, tokens of a window.
         batch_size: B.
     """
     heads = config.num_heads or num_heads
     size = config.mini_batch_size
     open_tokens: tuple[int, ...]
     if config.causal and config.persistent_states and tokens % size:
-        # A window may begin anywhere in a mini-batch: what it finds open, and what it leaves open, run beside the scan.
+        # A window may begin inside a mini-batch: the one it finds open and the one it leaves open run outside the scan.
         steps, open_tokens = (tokens - 1) // size, (min(tokens, size),) * 2
     else:
         steps, open_tokens = tokens // size, (tokens % size,)
@@ -169,27 +174,28 @@ def scan_cost(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch
 
 
 def _state_numbers(widths: tuple[int, ...]) -> int:
-    """Fast weights of one head."""
+    """How many fast weights one head has."""
     return sum((fan_in + 1) * fan_out for fan_in, fan_out in itertools.pairwise(widths))
 
 
 def _fused_numbers(widths: tuple[int, ...], count: int) -> int:
-    """What the fused scan keeps of one head of a mini-batch of `count` tokens, in numbers.
+    """How many numbers the fused scan keeps for one head of a mini-batch of `count` tokens.
 
-    Of each hidden width: 2 that keys and queries give the next layer, 3 derivatives of GELU, 1 error. Of width F: the
-    outputs of keys and queries and 1 error; 4 moments. `C²` for each matrix.
+    For each token and hidden layer, of its width: 2 outputs to the next layer (keys and queries), 3 derivatives of
+    GELU, 1 error. For each token, of width F: 2 outputs (keys and queries) and 1 error; and 4 moments. For each
+    matrix: `C²`.
     """
     hidden = widths[1:-1]
     return count * (6 * sum(hidden) + 2 * len(hidden) + 3 * widths[-1] + 4 + (len(widths) - 1) * count)
 
 
 def _running_numbers(widths: tuple[int, ...], count: int) -> int:
-    """What the fused scan has of one head of a mini-batch only while it runs it, in numbers.
+    """How many numbers the fused scan holds for one head of a mini-batch only while it runs.
 
-    Laid out, of width F: keys and queries, keys once more, target and its anchor; rates, and what each token is to each
-    other one. Room, of the first layer's output: 2. Of each hidden width: 3 that GELU and its derivatives share; of
-    those after the first 1 more. Of each output after the first: 3 gradients. Of width F: 13 of what goes back through
-    the norm.
+    Laid out for each token, of width F: key, query, the key once more, target and its anchor; the rates; and a
+    coefficient for each other token. Scratch for each token: 2 outputs of the first layer; for each hidden layer 3
+    that GELU and its derivatives share, and 1 more if it is not the first; 3 gradients of each output after the first;
+    and 13 of width F for the way back through the norm.
     """
     laid_out = 5 * widths[0] + 5 + count
     forward = 2 * widths[1] + 3 * sum(widths[1:-1]) + sum(widths[2:-1])
@@ -198,11 +204,12 @@ def _running_numbers(widths: tuple[int, ...], count: int) -> int:
 
 
 def _generic_numbers(widths: tuple[int, ...], count: int, batch_size: int, heads: int, *, learned: bool) -> int:
-    """What autograd keeps of a mini-batch of `count` tokens beside the scan, if it is small, in numbers.
+    """How many numbers autograd keeps for a small mini-batch of `count` tokens outside the scan.
 
-    Of width F: 5 in the inner gradient, 1 error, 1 taught, 2 in the layer norm of the answer. Of each hidden width: 2
-    of the keys, 7 in the derivative of GELU, 2 in its product, 1 error, 1 taught, 2 of the queries. Both one more where
-    the rates' layout makes the products copy what is taught, and where step sizes are learned. `C²` for each matrix.
+    For each token, of width F: 5 in the inner gradient, 1 error, 1 update, 2 in the layer norm of the answer. For each
+    token and hidden layer, of its width: 2 for the keys, 7 in the derivative of GELU, 2 in its product, 1 error, 1
+    update, 2 for the queries. Each sum is one more if the layout of the rates makes the products copy the update, and
+    one more if step sizes are learned. For each matrix: `C²`.
     """
     more = (batch_size > 1 and heads > 1) + learned
     head = (9 + more) * widths[-1] + 3 + (len(widths) - 1) * count + (15 + more) * sum(widths[1:-1])
@@ -213,7 +220,7 @@ def _generic_numbers(widths: tuple[int, ...], count: int, batch_size: int, heads
 
 
 def layer_parameters(config: TTTConfig, *, dim: int, num_heads: int) -> int:
-    """Parameters of one TTT layer with its gate."""
+    """How many parameters one TTT layer and its gate have."""
     heads = config.num_heads or num_heads
     projections = 4 * dim * dim + (4 * dim if config.qkvo_bias else 0)
     inner = heads * _state_numbers(inner_widths(dim // heads, config))
@@ -223,10 +230,10 @@ def layer_parameters(config: TTTConfig, *, dim: int, num_heads: int) -> int:
 
 
 def layer_activation_bytes(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch_size: int) -> int:
-    """What autograd keeps of a layer and its gate around the scan, the scan's inputs included.
+    """Bytes that autograd keeps for a layer and its gate around the scan, the scan's inputs included.
 
-    Of width D for each token: the input, q, k and the target, what goes into and comes out of the output's norm, and
-    the answer; 2 more if q and k are normalised, 3 if the target is, 1 if the input is.
+    For each token, of width D: the input, q, k, the target, the input and the output of the output norm, and the
+    answer; 2 more if q and k are normalised, 3 more if the target is, 1 more if the input is.
     """
     widths = 7 + 2 * config.normalize_qk + 3 * config.normalize_target + (config.input_norm == "rms")
     heads = config.num_heads or num_heads
@@ -239,46 +246,46 @@ def layer_activation_bytes(config: TTTConfig, *, dim: int, num_heads: int, token
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """Operations of one TTT layer in one forward pass, a multiplication with its addition counted as two.
+    """Operations of one TTT layer in one forward pass; a multiplication with its addition counts as two.
 
-    Matrix products alone: what else there is, norms and GELU, is less than a tenth at any width that is worth a GPU.
+    Only matrix products count: norms and GELU are less than a tenth at any width that is worth a GPU.
     """
 
     projections: int
-    """Of the projections to q, k, v, the rates and the output."""
+    """Operations of the projections to q, k, v, the rates and the output."""
     scan: int
-    """Of the full mini-batches."""
+    """Operations of the full mini-batches."""
     beside: int
-    """Of the mini-batch that a window leaves open, which no group runs again."""
+    """Operations of the mini-batch that a window leaves open; it is not recomputed."""
 
     @property
     def forward(self) -> int:
-        """All of it."""
+        """Operations of one forward pass."""
         return self.projections + self.scan + self.beside
 
     def training(self, scan_forwards: int, *, enclosing: int = 0) -> int:
-        """With backward, twice a forward, and with every forward that is run again.
+        """Operations of one training step: the forward passes, recomputed ones included, and backward as two more.
 
         Args:
-            scan_forwards: how often the scan runs forward, `ScanCost.forwards`.
+            scan_forwards: how often the scan runs forward; see `ScanCost.forwards`.
             enclosing: activation checkpoints around the layer.
         """
         return (3 + enclosing) * (self.projections + self.beside) + (2 + scan_forwards) * self.scan
 
 
 def layer_flops(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch_size: int) -> LayerFlops:
-    """What one layer multiplies in one forward pass over windows that begin a mini-batch.
+    """Operations of one layer in one forward pass over windows that begin a mini-batch.
 
-    A token and head of a mini-batch of C multiplies, for each matrix of the inner model, `in × out`: its key, its query
-    and its gradient with the matrix, `6 in·out`, and `2 in·out` more for every matrix after the first, to carry the
-    gradient back; and `2 C (in + out)` for what it has in common with the other tokens. Linear: `6F² + 4CF`; the MLP of
-    two layers: `56F² + 20CF`. Biases ride along.
+    For each token, each head and each `in × out` matrix of the inner model: `6 in·out` for the products of key, query
+    and gradient with the matrix, `2 in·out` more for every matrix after the first, to pass the gradient back, and
+    `2 C (in + out)` for the products with the other tokens of the mini-batch. Linear: `6F² + 4CF`; the MLP of two
+    layers: `56F² + 20CF`. Biases are part of the same products.
 
     Args:
         config: the `ttt` section.
         dim: D.
-        num_heads: of the backbone.
-        tokens: T, of a window.
+        num_heads: heads of the backbone.
+        tokens: T, tokens of a window.
         batch_size: B.
     """
     heads, size = config.num_heads or num_heads, config.mini_batch_size

@@ -1,4 +1,4 @@
-"""What this machine computes with: its processor and accelerators as PyTorch sees them, and the versions of it all."""
+"""What this machine computes with: its processor and accelerators as PyTorch sees them, and installed versions."""
 
 from __future__ import annotations
 
@@ -10,35 +10,31 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from ttt.machine import device_memory
 from ttt.plugins.listing import installed_plugins
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Device:
-    """Something that tensors live on."""
+    """A processor or an accelerator that tensors can be on."""
 
     name: str
-    """As PyTorch names it: `cpu`, `cuda:0`, `mps`."""
+    """Its PyTorch name: `cpu`, `cuda:0`, `mps`."""
     model: str
-    """As its maker names it."""
+    """Its maker's name for it."""
     memory_bytes: int | None
-    """All of its memory; None if the system does not say."""
+    """Its total memory in bytes; None if the system does not say."""
     free_bytes: int | None
-    """What is free of it now."""
+    """Its free memory in bytes at the moment; None if the system does not say."""
     detail: str
-    """Threads of a CPU, the compute capability of a GPU."""
+    """The threads of a CPU, or the compute capability of a GPU."""
 
 
 def versions() -> dict[str, str | None]:
-    """What is installed, by name: `Report.versions`."""
+    """Installed versions by name: `Report.versions`; None if something is not installed."""
     found: dict[str, str | None] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -63,7 +59,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def requirements_of(distribution: str) -> list[str]:
-    """The distributions that one needs, without those that an extra or another system would need."""
+    """Names of the distributions that a distribution requires; requirements under a condition are left out."""
     try:
         declared = metadata.requires(distribution) or []
     except metadata.PackageNotFoundError:
@@ -86,12 +82,12 @@ def devices() -> tuple[Device, ...]:
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """How many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:
-    """The processor as its maker names it, or its architecture if the system does not say."""
+    """The processor's model name, or its architecture if the system does not say."""
     name = ""
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -105,7 +101,7 @@ def processor() -> str:
 
 
 def _available_memory() -> int | None:
-    """Bytes that a process could still take; Linux alone says."""
+    """Bytes of memory that a process could still take; None if the system is not Linux."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Showing that TTT acts: what each layer's inner learning did in a forward pass."""
+"""Evidence that TTT acts: what each layer's inner learning did in a forward pass."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from ttt.state import TTTState
 
 @dataclass(frozen=True)
 class LayerEvidence:
-    """What one adapter did."""
+    """What one adapter did in a forward pass."""
 
     inner_loss_before: float
-    """Inner loss at the weights that opened each mini-batch; mean over mini-batches, streams, heads, tokens."""
+    """Inner loss at the weights that opened each mini-batch; mean over mini-batches, streams, heads and tokens."""
     inner_loss_after: float
-    """The same tokens' inner loss after the mini-batch's step."""
+    """Inner loss of the same tokens after the mini-batch's step."""
     movement: float
-    """`‖W_T − W_0‖ / ‖W_0‖` over all fast weights, mean over streams; a step still open counts. If the weights start
-    at zero, it is `‖W_T‖`: a number, and more than 0 if they moved."""
+    """`‖W_T − W_0‖ / ‖W_0‖` over all fast weights, mean over streams; the step of an open mini-batch counts. If the
+    weights start at zero, it is `‖W_T‖`: finite, and above 0 if they moved."""
     gate: float
     """Mean of `|tanh(α)|` over channels and gates."""
     gate_max: float
-    """The largest of them."""
+    """The largest `|tanh(α)|`."""
 
 
 class Observation:
     """Watches a forward pass: `with Observation(injection) as evidence: loss = …`, then `evidence.layers()`.
 
-    Each adapter's first call inside is measured, by forward hooks and without gradient; outputs and gradients are
-    those of a pass that is not watched. It costs about one more forward pass of the TTT layers.
+    Forward hooks measure each adapter's first call inside, without gradients; the pass's outputs and gradients do not
+    change. It costs about one more forward pass of the TTT layers.
     """
 
     def __init__(self, injection: Injection) -> None:
@@ -60,11 +60,11 @@ class Observation:
 
     @property
     def reached(self) -> frozenset[str]:
-        """Names of the sites whose layer was called."""
+        """Names of the sites whose TTT layer was called."""
         return frozenset(self._measured)
 
     def layers(self) -> dict[str, LayerEvidence]:
-        """What was measured, by site name; waits for the device."""
+        """The measurements by site name; waits for the device."""
         found = {}
         for name, (before, after, movement) in self._measured.items():
             gates = [g for g in self._adapters[name].modules() if isinstance(g, Gate)]
@@ -96,5 +96,5 @@ class Observation:
 
 
 def _norms(weights: tuple[Tensor, ...]) -> Tensor:
-    """Norm over all the weights of each stream, `[B]`."""
+    """The norm over all fast weights of each stream, `[B]`."""
     return torch.stack([w.flatten(1).square().sum(1) for w in weights]).sum(0).sqrt()

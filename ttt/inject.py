@@ -1,9 +1,9 @@
 """Putting TTT into a model: plan (validate everything), apply, eject.
 
-A site is a module of the backbone that becomes an instance of a subclass of its own class, which calls the adapter
-where TTT goes; the adapter is its new child. So every parameter keeps its name, wrappers that look for the original
-class still find it, and ejection restores the class and removes the child. Nothing changes until the whole plan is
-found good, and if something fails, what was done is undone.
+A site is a module of the backbone. Injection turns it into an instance of a subclass of its own class, which calls the
+adapter at the place where TTT goes, and makes the adapter its child. So every parameter keeps its name, and wrappers
+that look for the original class still find it. Ejection restores the class and removes the child. Nothing changes
+until the whole plan is checked; if something fails, what was done is undone.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from ttt.plugins.site import Site
 
 @dataclass(frozen=True)
 class Plan:
-    """Sites that TTT will go into, found good."""
+    """The chosen sites, checked; `apply` injects TTT into them."""
 
     sites: tuple[Site, ...]
     config: TTTConfig
 
 
 class Injection:
-    """TTT in a model: the adapters, and the way back."""
+    """TTT in a model: its adapters, and `eject` to take them out again."""
 
     def __init__(self, model: nn.Module, plan: Plan, originals: Sequence[type[nn.Module]]) -> None:
         self.model = model
-        """The adapted model; the object that was given."""
+        """The adapted model: the object that was given to `apply`."""
         self.config = plan.config
         """The `ttt` section."""
         self.sites = plan.sites
-        """Where TTT is, in order."""
+        """The sites that have an adapter, in order of layers."""
         self._originals = tuple(originals)
         self._ejected = False
 
@@ -92,13 +92,13 @@ def plan(sites: Sequence[Site], config: TTTConfig, *, causal: bool = True, model
     Args:
         sites: what the backbone offers, one for each layer.
         config: the `ttt` section.
-        causal: whether the backbone is.
-        model: what the sites are of, whose modules their paths must lead to; None leaves that unchecked.
+        causal: whether the backbone is causal.
+        model: the model of the sites, to check that each path leads to its module; None leaves the paths unchecked.
 
     Raises:
-        InjectionError: a layer that does not exist, heads that do not fit, a non-causal update on a causal backbone,
-            TTT that is already there, a path that does not lead to its module, or a site that would change the
-            backbone's own parameters.
+        InjectionError: a layer does not exist, heads do not fit, the update is not causal on a causal backbone, TTT
+            is already injected, a path does not lead to its module, or a site would change the backbone's own
+            parameters.
     """
     by_layer = {site.layer: site for site in sites}
     if len(by_layer) != len(sites):
@@ -139,14 +139,14 @@ def plan(sites: Sequence[Site], config: TTTConfig, *, causal: bool = True, model
 
 
 _WRAPPERS = frozenset({"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-"""What the wrappers of `torch.compile`, DDP, checkpointing and FSDP call what they wrap; a path may go without them."""
+"""Names that `torch.compile`, DDP, checkpointing and FSDP give the module they wrap; a path may leave them out."""
 
 
 def _require_paths(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Refuse a path that is not that of the site's module: its adapter could be trained, but not loaded again.
+    """Refuse a path that does not lead to the site's module: the adapter could be trained, but not loaded again.
 
     Raises:
-        InjectionError: naming what the path leads to, and where the module is.
+        InjectionError: naming what the path leads to, and the module's own path.
     """
     modules = dict(model.named_modules())
     paths = {id(module): path for path, module in modules.items()}
@@ -174,12 +174,12 @@ def _without_wrappers(path: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def _in_words(model: nn.Module, site: Site) -> str:
-    """What the path of a site leads to instead of its module."""
+    """Say what a site's path leads to instead of its module."""
     try:
         there = model.get_submodule(site.path)
     except AttributeError:
         return "names no module of the model"
-    if there is site.module:  # which is registered twice
+    if there is site.module:  # the module is registered twice
         return "is a second name of its module"
     return f"leads to another module, a {type(there).__name__}"
 
@@ -194,19 +194,19 @@ def apply(
 ) -> Injection:
     """Inject TTT into the model, in place.
 
-    Adapters are made on the device of each site in float32 (float64 where the site is), in the site's train or eval
-    mode, with values that depend on the seed and the layer alone. A state dict of the plain backbone still loads into
-    the adapted model: where it holds nothing of an adapter, the adapter stays as it is.
+    Each adapter is made on its site's device and in its train or eval mode, in float32, or in float64 if the site is.
+    Its values depend on the seed and the layer alone. A state dict of the plain backbone still loads into the adapted
+    model: an adapter that it does not hold stays as it is.
 
     Args:
-        model: what the sites are of.
+        model: the model of the sites.
         sites: what the backbone offers.
         config: the `ttt` section.
-        causal: whether the backbone is.
-        seed: of the adapters' values.
+        causal: whether the backbone is causal.
+        seed: seed of the adapters' initial values.
 
     Raises:
-        InjectionError: see `plan`; the model is as it was.
+        InjectionError: see `plan`; the model is then unchanged.
     """
     planned = plan(sites, config, causal=causal, model=model)
     adapters = [_make_adapter(model, site, config, seed) for site in planned.sites]
@@ -225,12 +225,12 @@ def apply(
 def bare_adapter(
     site: Site, config: TTTConfig, *, device: torch.device | str = "meta", dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """A site's adapter by itself; on the device `meta` it has names and shapes, and takes no memory."""
+    """Make a site's adapter without injecting it; on the device `meta` it has names and shapes but takes no memory."""
     return (site.adapter or TTTAdapter)(site.dim, site.num_heads, config, device=device, dtype=dtype)
 
 
 def _make_adapter(model: nn.Module, site: Site, config: TTTConfig, seed: int) -> nn.Module:
-    # A site may be a module that only routes, with no parameter of its own.
+    # A site may have no parameters of its own; then take those of the model.
     reference: Tensor = next(itertools.chain(site.module.parameters(), model.parameters()), torch.empty(0))
     dtype = torch.promote_types(reference.dtype, torch.float32)
     adapter = bare_adapter(site, config, device=reference.device, dtype=dtype)

@@ -29,16 +29,16 @@ class TTTLayer(nn.Module):
     `ℓ = ½ ‖LN_γβ(f_W(k)) − (v − k)‖²`. `forward` is pure: it writes to no parameter and no buffer, and its fast
     weights come in and go out as a `TTTState`. Parameters carry the names and shapes of the literature's code.
 
-    With `skip_nonfinite_tokens` a token with any number that is NaN or infinite takes its place in the mini-batch but
-    teaches nothing, as at an inner learning rate of zero; it is answered with zeros, so that a residual around the
-    layer hands it on as it is, and `TTTState.skipped` counts it.
+    With `skip_nonfinite_tokens`, a token that holds a NaN or an infinity keeps its place in the mini-batch but teaches
+    nothing, as if its inner learning rate were zero. Its answer is zeros, so that a residual around the layer passes
+    it on unchanged. `TTTState.skipped` counts these tokens.
 
     Fast weights, their gradients, norms and rotary run in float32 or wider, whatever the type of the tokens or of
     autocast; the projections run in the type of the tokens.
 
     Args:
         dim: model width D.
-        num_heads: heads H, unless the config has its own.
+        num_heads: heads H; `config.num_heads` overrides it.
         config: everything else.
         device: of the parameters.
         dtype: of the parameters.
@@ -60,7 +60,7 @@ class TTTLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.compiled: Callable[[TTTLayer, Tensor, TTTState, Rotary | None, int], tuple[Tensor, Stream]] | None = None
-        """What runs instead of `_read`: the same, compiled; see `ttt.train.compiling`."""
+        """`_read` compiled, which `forward` calls instead if it is set; see `ttt.train.compiling`."""
         heads = config.num_heads or num_heads
         check_head_width(dim, heads, config)
         self.config = config
@@ -91,10 +91,10 @@ class TTTLayer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Start anew: matrices normal(0, 0.02), biases and offsets zero, norms the identity.
+        """Draw matrices from normal(0, 0.02), set biases and offsets to zero and norms to the identity.
 
         Args:
-            generator: on the CPU; the values are drawn there, so that they are the same on every device.
+            generator: a CPU generator; values are drawn on the CPU, so that they are the same on every device.
         """
         for name, value in self.named_parameters():
             if value.is_meta:
@@ -113,7 +113,7 @@ class TTTLayer(nn.Module):
         return state.counting() if self.config.skip_nonfinite_tokens else state
 
     def streaming_state(self, batch_size: int, *, dtype: torch.dtype = torch.float32) -> TTTState:
-        """`initial_state` in memory of its own, open mini-batches written out: what `step_` writes to."""
+        """`initial_state` for `step_` to write to: in memory of its own, with the open mini-batches written out."""
         with torch.no_grad():
             state = self.initial_state(batch_size, dtype=dtype)
             if self.config.causal and self.config.mini_batch_size > 1:
@@ -122,7 +122,7 @@ class TTTLayer(nn.Module):
             return TTTState.from_tensors({name: x.clone(memory_format=torch.contiguous_format) for name, x in own})
 
     def reset(self, state: TTTState, rows: Tensor) -> TTTState:
-        """The state with the rows `[B]` that are true starting over."""
+        """The state, with the streams for which `rows [B]` is true set back to the initial state."""
         return self.initial_state(state.batch_size, dtype=state.weights[0].dtype).where(rows, state)
 
     def forward(
@@ -132,8 +132,9 @@ class TTTLayer(nn.Module):
 
         Args:
             x: tokens `[B,T,D]`, T ≥ 1.
-            state: where the streams stand; None starts them fresh.
-            rotary: cosine and sine `[…,T,F/2]` that broadcast to `[B,H,T,F/2]`, with `rope: backbone` only.
+            state: the streams' state before x; None starts them fresh.
+            rotary: cosine and sine `[…,T,F/2]`, broadcastable to `[B,H,T,F/2]`; given if and only if the config says
+                `rope: backbone`.
 
         Returns:
             `y [B,T,D]` in the type of `x`, and the state after the last token.
@@ -144,29 +145,29 @@ class TTTLayer(nn.Module):
         state = self._checked(x, state, rotary)
         read = self.compiled or TTTLayer._read
         group_size = self._group_size(x.shape[1])
-        with no_autocast(x):  # around what is compiled: a compiled backward runs in the types of its forward
+        with no_autocast(x):  # outside the compiled part: a compiled backward runs in the types of its forward
             y, stream = read(self, x, state, rotary, group_size)
         return y, TTTState.of(stream, skipped=self._skipped(x, state))
 
     def step_(self, x: Tensor, state: TTTState, *, rows: Tensor | None = None, rotary: Rotary | None = None) -> Tensor:
-        """Read one token of each stream and write where the streams stand to `state` itself.
+        """Read one token of each stream and write the new state into `state` itself.
 
-        For streaming: nothing grows, and the state's tensors keep their addresses, as a CUDA graph asks for. Answers
-        and state are those of `forward`.
+        For streaming: no memory grows, and the state's tensors keep their addresses, as a CUDA graph requires. The
+        answers and the state are the same as those of `forward`.
 
         Args:
             x: tokens `[B,1,D]`.
-            state: from `streaming_state`, or a copy of another; its values change.
-            rows: `[B]`, the streams that read their token; the others stand still. None is all of them.
+            state: from `streaming_state`, or a copy of another state; its values change.
+            rows: `[B]`, the streams that read their token; the others keep their state. None means all.
             rotary: as in `forward`.
 
         Returns:
-            `y [B,1,D]` in the type of `x`; of no meaning in rows that stand still.
+            `y [B,1,D]` in the type of `x`; rows that read no token hold no meaningful numbers.
 
         Raises:
-            RuntimeError: a gradient would be lost; call it under `torch.no_grad()`.
+            RuntimeError: gradients are enabled, and one would be lost; call it under `torch.no_grad()`.
             ValueError: the tokens or the state do not fit the layer, the update is not causal, or the state shares
-                its memory with the layer's parameters or between streams.
+                memory with the layer's parameters, or its streams share memory.
         """
         state = self._checked(x, state, rotary)
         if x.shape[1] != 1:
@@ -192,14 +193,14 @@ class TTTLayer(nn.Module):
             return self._answer(z_BHTF, x)
 
     def trace(self, x: Tensor, state: TTTState | None = None, *, rotary: Rotary | None = None) -> InnerTrace:
-        """The inner loss before and after the step of each mini-batch, `[N]` each; arguments as in `forward`."""
+        """The inner loss before and after each mini-batch's step, `[N]` each; arguments as in `forward`."""
         state = self._checked(x, state, rotary)
         with torch.no_grad(), no_autocast(x):
             tokens = self._tokens(x, state, rotary)
             return trace(tokens, state.stream, self._inner(tokens.q.dtype))
 
     def effective_weights(self, state: TTTState) -> tuple[Tensor, ...]:
-        """What the streams' last token answered with: an open mini-batch's step taken."""
+        """The weights that answered the last token of each stream: with the step of an open mini-batch taken."""
         if state.gradients is None or state.count is None:
             return state.weights
         scale = self._scale(state.weights[0].dtype)[(state.count - 1).clamp_min(0)]
@@ -214,7 +215,7 @@ class TTTLayer(nn.Module):
         )
 
     def _read(self, x: Tensor, state: TTTState, rotary: Rotary | None, group_size: int) -> tuple[Tensor, Stream]:
-        """`forward` of what fits, outside of autocast: the part that can be compiled."""
+        """The part of `forward` that can be compiled: after the arguments are checked, with autocast off."""
         tokens = self._tokens(x, state, rotary)
         z_BHTF, stream = learn(tokens, state.stream, self._inner(tokens.q.dtype), group_size=group_size)
         return self._answer(z_BHTF, x), stream
@@ -260,7 +261,7 @@ class TTTLayer(nn.Module):
         """Queries, keys, targets and rates of the tokens."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         kept_out = _nonfinite(x) if self.config.skip_nonfinite_tokens else None
-        if kept_out is not None:  # also for backward, where NaN times zero would be NaN
+        if kept_out is not None:  # backward needs this too: NaN times zero would be NaN
             x = torch.where(kept_out, 0, x)
         wide = x.to(dtype)
         if self.config.input_norm == "rms":
@@ -291,7 +292,7 @@ class TTTLayer(nn.Module):
         return Tokens(q_BHTF, k_BHTF, target_BHTF, rate_BHT1)
 
     def _group_size(self, length: int) -> int:
-        """`scan_checkpoint_group_size`, or what `auto` comes to for T tokens."""
+        """`scan_checkpoint_group_size`; if it is `auto`, the group that needs least memory for T tokens."""
         size = self.config.scan_checkpoint_group_size
         if size != "auto":
             return size
@@ -300,14 +301,14 @@ class TTTLayer(nn.Module):
         return best_group_size(steps, carry=one.carry_bytes, activation=one.activation_bytes, running=one.running_bytes)
 
     def _skipped(self, x: Tensor, state: TTTState) -> Tensor | None:
-        """How many tokens each stream has kept out after these."""
+        """How many tokens each stream has skipped in all, these included."""
         if not self.config.skip_nonfinite_tokens:
             return state.skipped
         before = state.no_tokens() if state.skipped is None else state.skipped
         return before + _nonfinite(x).sum((1, 2))
 
     def _answer(self, z_BHTF: Tensor, x: Tensor) -> Tensor:
-        """`W_o · LN(z)`, heads concatenated, in the type of `x`; nothing for tokens that are kept out."""
+        """`W_o · LN(z)`, heads concatenated, in the type of `x`; zeros for tokens that are skipped."""
         z = z_BHTF.transpose(1, 2).flatten(2)
         norm = self.post_norm
         z = outer_layer_norm(z, norm.weight.to(z), norm.bias.to(z), eps=norm.eps)
@@ -339,10 +340,10 @@ class TTTLayer(nn.Module):
 
 
 def check_head_width(dim: int, num_heads: int, config: TTTConfig) -> None:
-    """Refuse heads that do not fit.
+    """Refuse a head count that does not divide the width, and odd heads that need rotary pairs.
 
     Raises:
-        ValueError: saying which number does not divide.
+        ValueError: naming the number that does not fit.
     """
     if dim % num_heads:
         raise ValueError(f"width {dim} does not divide into {num_heads} heads; write a ttt.num_heads that divides it")

@@ -1,4 +1,4 @@
-"""What this machine has, found without torch: memory, compilers, places to write, how many processes were launched."""
+"""What this machine has, found without torch: memory, compilers, writable folders, how many processes were launched."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NVIDIA = Path("/proc/driver/nvidia/version")
 
 
 def device_memory(device: str) -> int | None:
-    """Bytes of the device that `train.device` means on this machine; None if that is not known.
+    """Memory in bytes of the device that `train.device` names on this machine; None if it is not known.
 
-    `auto` without a GPU is not this machine's memory: such a config is most likely checked here to run elsewhere.
+    For `auto` without a GPU it is None, not the CPU's memory: such a config will most likely run on another machine.
     """
     if device == "cpu":
         try:
@@ -29,14 +29,14 @@ def device_memory(device: str) -> int | None:
 
 
 def _cuda_memory() -> int | None:
-    """Bytes of the first GPU that CUDA would see, from the driver's own library: neither torch nor a process is needed.
+    """Memory in bytes of the first GPU that CUDA would see, from the driver's library; needs no torch and no process.
 
     Source: NVIDIA's NVML API reference, `nvmlDeviceGetMemoryInfo`.
     """
     import ctypes
 
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    if not first.isdecimal():  # no device, or one by its name
+    if not first.isdecimal():  # no device, or a device given by name
         return None
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
@@ -49,17 +49,17 @@ def _cuda_memory() -> int | None:
             return int(sizes[0]) if library.nvmlDeviceGetMemoryInfo(device, ctypes.byref(sizes)) == 0 else None
         finally:
             library.nvmlShutdown()
-    except (OSError, AttributeError):  # no such library, or none of its functions
+    except (OSError, AttributeError):  # no such library, or it lacks the functions
         return None
 
 
 class Obstacle(NamedTuple):
-    """Why nothing can be compiled."""
+    """Why the model cannot be compiled."""
 
     problem: str
-    """What is wrong, as the rest of a sentence."""
+    """What is wrong."""
     fix: str
-    """The way out."""
+    """What to do about it."""
 
 
 def wrong_implementation() -> Obstacle | None:
@@ -74,10 +74,10 @@ def wrong_implementation() -> Obstacle | None:
 
 
 def missing_compiler(device: str) -> Obstacle | None:
-    """What is missing to compile for `cpu` or `cuda`; None if everything is there, or for another device.
+    """What is missing to compile for `cpu` or `cuda`; None if nothing is, or for another device.
 
-    Source: PyTorch's `torch/_inductor/config.py`, `cpp.cxx`; Triton's `triton/runtime/build.py`, which builds what
-    launches its kernels in C.
+    Source: PyTorch's `torch/_inductor/config.py`, `cpp.cxx`; Triton's `triton/runtime/build.py`, which compiles the C
+    code that launches its kernels.
     """
     if device == "cpu":
         program = os.environ.get("CXX") or _CXX.get(sys.platform, "g++")
@@ -103,16 +103,17 @@ def missing_compiler(device: str) -> Obstacle | None:
 
 
 _CXX = {"darwin": "clang++", "win32": "cl"}
-"""What PyTorch looks for where CXX names nothing, by system; g++ on the others."""
+"""The compiler that PyTorch looks for if CXX is not set, by system; g++ on the others."""
 
 
 _LEVELS = 100
 _BYTES = 3_800
-"""Most bytes of a path; Linux takes 4,096, and a checkpoint's unfinished files lie up to 200 further down."""
+"""The most bytes of a run's path. Linux takes 4,096, and the paths of a checkpoint's unfinished files are up to 200
+longer."""
 
 
 def why_unusable(path: str) -> str | None:
-    """Why a folder cannot be made or written there, in words; None if it can."""
+    """Say why a folder cannot be made or written at a path; None if it can."""
     if "\0" in path:
         return "a name with a null character"
     try:
@@ -131,7 +132,7 @@ def why_unusable(path: str) -> str | None:
 
 
 def processes_launched() -> int:
-    """How many processes a distributed launcher started, of which this is one; 1 if none did.
+    """How many processes a distributed launcher started, this one included; 1 if there was no launcher.
 
     Source: torchrun's documentation, "Environment Variables": `WORLD_SIZE`.
     """

@@ -1,8 +1,8 @@
-"""What samples are asked to show: a prompt for each of their segments, from the command line or from files.
+"""Prompts of samples: one for each segment, from the command line or from files.
 
-A `.json` file is a list with an entry for each segment: a text, or an object with `text` and, if it has something to
-avoid, `neg_text`. A list of such lists has one for each sample; a `.jsonl` file has one on each line. Both are what
-TTT-Video reads, whose `requires_scene_transition` says that a segment begins a scene of its own.
+A `.json` file is a list with an entry for each segment: a text, or an object with `text` and, optionally, `neg_text`
+for what to avoid. A list of such lists holds one for each sample; a `.jsonl` file has one on each line. TTT-Video reads
+the same formats; its `requires_scene_transition` says that a segment begins a new scene.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ttt.printable import shortened
 from ttt.reading import is_stream, read_start, unreadable, wrong_with
 
 MAX_BYTES = 16 << 20
-"""Most bytes of a prompt file."""
+"""The most bytes of a prompt file."""
 _KEYS = ("text", "neg_text", "requires_scene_transition")
 _FORMAT = (
     'a prompt file is a list such as ["a cat", {"text": "a dog", "neg_text": "blurred"}], one entry for each segment; '
@@ -30,23 +30,23 @@ _FORMAT = (
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of one sample, in order of its segments."""
+    """The prompts of one sample, in order of its segments."""
 
     prompts: tuple[str, ...]
     """One for each segment, or one for all."""
     negative: tuple[str, ...]
-    """As many, or one for all, or none; an empty text for a segment without."""
+    """Negative prompts: one for each segment, one for all, or none; empty text for a segment without one."""
     source: str
-    """Who gave them, in the user's words."""
+    """Where they come from, for messages."""
     new_scenes: tuple[bool, ...] = ()
-    """Whether each of `prompts` begins a scene of its own; empty if the prompts do not say."""
+    """For each of `prompts`, whether it begins a new scene; empty if the prompts do not say."""
 
 
 def given_prompts(prompts: Sequence[str], negative: Sequence[str] = ()) -> Prompts:
-    """Prompts of the command line.
+    """The prompts of the command line.
 
     Raises:
-        UsageError: one is empty; the message says which.
+        UsageError: a prompt is empty; the message says which.
     """
     for option, texts in (("--prompt", prompts), ("--negative-prompt", negative)):
         for number, text in enumerate(texts, 1):
@@ -57,11 +57,11 @@ def given_prompts(prompts: Sequence[str], negative: Sequence[str] = ()) -> Promp
 
 
 def read_prompts(file: str) -> tuple[Prompts, ...]:
-    """Prompts of a file, for each sample that it describes.
+    """The prompts of each sample in a file.
 
     Raises:
-        EnvironmentProblem: there is no such file, or it cannot be read.
-        UsageError: it holds something else, or a segment has no text; the message names each place.
+        EnvironmentProblem: the file does not exist or cannot be read.
+        UsageError: it does not hold prompts, or a segment has no text; the message names each place.
     """
     try:
         content = read_start(file, MAX_BYTES + 1)
@@ -80,18 +80,18 @@ def read_prompts(file: str) -> tuple[Prompts, ...]:
 
 
 def for_segments(given: Prompts, *, count: int, seconds: float) -> tuple[Prompts, str | None]:
-    """A prompt for each segment of a sample.
+    """Assign a prompt to each segment of a sample.
 
     Args:
-        given: the prompts.
-        count: of the segments.
-        seconds: that they are together.
+        given: the sample's prompts.
+        count: how many segments it has.
+        seconds: its length.
 
     Returns:
-        As many as there are segments, and what a user must know of how they were spread.
+        A prompt for each segment; and a note for the user if one prompt is used for several segments.
 
     Raises:
-        UsageError: they are neither as many as the segments nor one; the message says how many are wanted.
+        UsageError: the prompts are neither one nor as many as the segments; the message says how many are needed.
     """
     if len(given.prompts) not in (1, count):
         raise UsageError(f"{given.source}: {_miscounted(len(given.prompts), count, seconds, 'prompts')}")
@@ -99,7 +99,7 @@ def for_segments(given: Prompts, *, count: int, seconds: float) -> tuple[Prompts
         raise UsageError(f"--negative-prompt: {_miscounted(len(given.negative), count, seconds, 'negative prompts')}")
     told = f"one prompt for all {count} segments" if len(given.prompts) < count else None
     prompts, negative = (texts * count if len(texts) == 1 else texts for texts in (given.prompts, given.negative))
-    # nothing precedes the first segment, so it changes no scene; one prompt for all is one scene
+    # the first segment never changes the scene, since none precedes it; one prompt for all is one scene
     new_scenes = (False, *given.new_scenes[1:]) if any(given.new_scenes[1:]) else ()
     return replace(given, prompts=prompts, negative=negative, new_scenes=new_scenes), told
 
@@ -111,7 +111,7 @@ def _miscounted(given: int, count: int, seconds: float, what: str) -> str:
     return f"{segments}, but there are {given} {what}{missing}; {how}"
 
 
-# --- what a file says ---
+# --- files ---
 
 
 def _text(content: bytes, file: str) -> str:
@@ -125,14 +125,14 @@ def _text(content: bytes, file: str) -> str:
 
 
 def _samples(text: str, file: str) -> Iterator[tuple[str, list[Any]]]:
-    """For each sample its place, and what is said of its segments."""
+    """For each sample its place in the file, and the entries of its segments."""
     if file.lower().endswith(".jsonl"):
         yield from _lines(text, file)
         return
     try:
         entries = _parsed(text, file)
     except UsageError:
-        if not is_stream(file) or not _is_jsonl(text):  # a stream has no name that says which of the two it is
+        if not is_stream(file) or not _is_jsonl(text):  # a stream's name does not say which of the two formats it is
             raise
         yield from _lines(text, file)
         return
@@ -152,7 +152,7 @@ def _samples(text: str, file: str) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _lines(text: str, file: str) -> Iterator[tuple[str, list[Any]]]:
-    """For each line that is not blank its place, and what is said of its segments."""
+    """For each line that is not blank its place in the file, and the entries of its segments."""
     empty = True
     for number, line in numbered_lines(text):
         empty = False
@@ -176,7 +176,7 @@ def _is_jsonl(text: str) -> bool:
 
 
 def _parsed(text: str, file: str, *, line: int | None = None) -> Any:
-    """The JSON of a file, or of a line of it."""
+    """Parse the JSON of a file, or of one of its lines."""
     place = file if line is None else f"{file}:{line}"
     try:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=no_duplicates)
@@ -197,14 +197,14 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(name)
 
 
-# --- what it says of a segment ---
+# --- segments ---
 
 
 def _sample(entries: list[Any], place: str) -> Prompts:
-    """Prompts of one sample.
+    """The prompts of one sample.
 
     Raises:
-        UsageError: with a line for each segment that is wrong.
+        UsageError: segments are wrong; the message has a line for each.
     """
     if not entries:
         raise UsageError(f"{place}: has no prompts; {_FORMAT}")
@@ -221,7 +221,7 @@ def _sample(entries: list[Any], place: str) -> Prompts:
 
 
 def _segment(entry: Any, place: str, count: int) -> tuple[str, str, bool]:
-    """Text and negative text of a segment, empty if it has nothing to avoid; and whether it begins a scene."""
+    """The text of a segment, its negative text (empty if it has none), and whether it begins a new scene."""
     if isinstance(entry, str):
         entry = {"text": entry}
     if entry is None:

@@ -1,4 +1,4 @@
-"""Making samples: the model of a config, with what it has learned, and the backbone's own sampler."""
+"""Makes samples: builds a config's model, loads what it has learned, and runs the backbone's own sampler."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ def sample(
     """Make a sample with a config's model.
 
     Args:
-        config: of the model; the resolved config of the run, if it samples what a run has learned.
+        config: the model's config; for a run, its resolved config.
         backbone: the plugin that `config.backbone` names.
-        request: what is asked for, with as many prompts as its `plan_sample` says.
-        adapter: what it has learned: an adapter's file or folder, or a run's folder (then its last checkpoint). None
-            samples the model as training would start it.
-        console: where to report; standard output by default.
-        verify: compare what it has learned with its checksums.
+        request: the sample to make, with as many prompts as its `plan_sample` says.
+        adapter: an adapter's file or folder, or a run's folder, whose last checkpoint is used. None samples the model
+            as training would start it.
+        console: the console for reports; standard output by default.
+        verify: compare the adapter with its checksums.
 
     Returns:
         The files written, the sample first.
 
     Raises:
-        UsageError: the backbone cannot sample, or not what is asked for.
-        AdapterMismatchError: the adapter belongs to something else; the message names each difference.
-        EnvironmentProblem: something is missing: weights, a device, memory, disk space, a place that can be written.
+        UsageError: the backbone cannot sample, or cannot make this sample.
+        AdapterMismatchError: the adapter belongs to another model; the message names each difference.
+        EnvironmentProblem: weights, a device, memory, disk space or a writable folder is missing.
     """
     console = console or Console()
     sampler = capability(backbone, Sampling)
@@ -77,28 +77,28 @@ def sample_many(
     verify: bool = True,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Make samples one after another in a folder, those that are not there yet.
+    """Make the samples of a folder that do not exist yet, one after another.
 
-    Each comes with a record of what it was made from; see `ttt.samples`. A sample that ends in numbers that are not
-    finite leaves nothing, and the others are made all the same.
+    Each gets a record of what it was made from; see `ttt.samples`. A sample whose numbers are not finite is not
+    written, and the others are still made.
 
     Args:
         config: as for `sample`.
         backbone: as for `sample`.
-        requests: what is asked for, each with an `out` of its own in one folder.
+        requests: the samples to make, each with its own `out` in one folder.
         adapter: as for `sample`.
         console: as for `sample`.
-        verify: compare what it has learned, and the samples that are there, with their checksums.
-        overwrite: make anew what is there and was made from something else.
+        verify: compare the adapter and the existing samples with their checksums.
+        overwrite: make existing samples again if they were made from something else.
 
     Returns:
-        The files written; those that were there already are left out.
+        The files written; existing samples are left out.
 
     Raises:
-        UsageError: as for `sample`; or something else is in the place of a sample.
+        UsageError: as for `sample`; or another file has the name of a sample.
         AdapterMismatchError: as for `sample`.
         EnvironmentProblem: as for `sample`; the samples made so far stay.
-        NonFiniteError: after all others were made, some could not be.
+        NonFiniteError: some samples are not finite; it is raised after all others were made.
     """
     console = console or Console()
     as_start = adapter is None
@@ -154,10 +154,10 @@ def _made(
 
 
 def _require_apart(requests: Sequence[SampleRequest], files: Sequence[Sequence[Path]]) -> None:
-    """Refuse what could not be told apart in one folder.
+    """Refuse samples with the same file, or in different folders.
 
     Raises:
-        UsageError: samples share a name, or a folder is not that of the others.
+        UsageError: two samples have the same file, or are in different folders.
     """
     seen: set[Path] = set()
     for request, several in zip(requests, files, strict=True):
@@ -175,7 +175,7 @@ def _looked_at(
     adapter: str | Path | None,
     verify: bool,
 ) -> tuple[RunConfig, list[SampleRequest], AdapterInfo | None]:
-    """The config with the backbone's options, the requests, and what was learned; no model is built for it."""
+    """Check all that needs no model; returns the config with the backbone's options, the requests, the adapter."""
     sampler = capability(backbone, Sampling)
     for request in requests:
         sampler.check_sample(config, request)
@@ -184,14 +184,14 @@ def _looked_at(
     path = config.train.init_from if adapter is None else adapter
     info = None if path is None else read_info(path, verify=verify)
     if info is not None:
-        # only weights that training would start from may differ in settings
+        # settings may differ only for weights that training would start from
         _require_fit(info, config, backbone, as_start=adapter is None)
     return config, [replace(request, imported_from=_imported_from(info)) for request in requests], info
 
 
 @contextlib.contextmanager
 def _model(config: RunConfig, backbone: Backbone, info: AdapterInfo | None, *, as_start: bool) -> Iterator[nn.Module]:
-    """The model with what it has learned, in eval mode, and what is told of memory while it samples."""
+    """A context with the model, its adapter loaded, in eval mode; running out of memory becomes a sentence."""
     device = choose_device(config.train.device)
     ways = ["a shorter sample"] + ["train.param_dtype: bfloat16"] * (config.train.param_dtype == "float32")
     with memory_errors(ways), threads(config.train.cpu_threads), torch.no_grad():
@@ -205,7 +205,7 @@ def _model(config: RunConfig, backbone: Backbone, info: AdapterInfo | None, *, a
 
 
 def _imported_from(info: AdapterInfo | None) -> str | None:
-    """The other program that an adapter was imported from, as its header says; a run's own checkpoints say nothing."""
+    """The program that an adapter was imported from, according to its header; None for a run's own checkpoints."""
     told = None if info is None else info.training.get("imported_from")
     return told if isinstance(told, str) else None
 
@@ -220,7 +220,7 @@ def _require_fit(info: AdapterInfo, config: RunConfig, backbone: Backbone, *, as
             f"{info.path}: belongs to something else: {'; '.join(differences)}{way_out and f'; {way_out}'}"
         )
     changed = changed_at_start(info, config.ttt)
-    if changed:  # training may go on with others; a sample of it is made with those that it was trained with
+    if changed:  # training may go on with other settings, but a sample needs those of the training
         raise AdapterMismatchError(
             f"{info.path}: was trained with other settings than the config's: {'; '.join(map(str, changed))}; give "
             f"the config the file's: {' '.join(setting.way_out for setting in changed)}"

@@ -1,9 +1,9 @@
-"""Samples that share a folder: which of them are made, from what, and how each gets there whole.
+"""A folder of samples: which ones exist, what they were made from, and how each is written whole or not at all.
 
-Each sample, such as `003.mp4`, has a record beside it, `003.json`: its inputs, and the SHA-256 of its files. So a
-command that was killed knows what is left to make, and one that asks for something else never mixes it in. A sample is
-made in a folder of its own and moved when it is complete, its record first: so a file either has a record that says
-what it is, or was there before. This module imports no torch.
+Each sample, such as `003.mp4`, has a record beside it, `003.json`: its inputs and the SHA-256 of its files. So a
+command that was killed can go on with the missing samples, and a command with other inputs never mixes its own in. A
+sample is made in a temporary folder and moved when it is complete, its record first: so a file either has a record or
+existed before. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from ttt.version import __version__
 from ttt.words import first_entries
 
 RECORD = ".json"
-"""What the name of a record ends in."""
+"""The suffix of a record's name."""
 _NAMED = 3
 
 
 def shared_origin(config: RunConfig, learned: AdapterInfo | None, *, as_start: bool) -> dict[str, Any]:
-    """What all samples of a command are made from: the settings that decide what they show, and what was learned.
+    """What all samples of a command share: the settings that decide their content, and the adapter.
 
     Args:
-        config: of the model, resolved.
-        learned: the adapter that is loaded; None if none is.
-        as_start: it is what training would start from, so that what it lacks is drawn from the run's seed.
+        config: the model's resolved config.
+        learned: the adapter that is loaded; None if there is none.
+        as_start: whether training would start from the adapter; then what it lacks is drawn from the run's seed.
     """
     settings = config.model_dump(mode="json")
     data = {key: value for key, value in settings["data"].items() if key not in DataOptions.model_fields}
@@ -56,7 +56,7 @@ def shared_origin(config: RunConfig, learned: AdapterInfo | None, *, as_start: b
 
 
 def _content_of(learned: AdapterInfo) -> str:
-    """The checksum of an adapter; that of its file, if it is from before there were checksums."""
+    """The checksum of an adapter; of its file, if it was written before adapters carried checksums."""
     return learned.checksum or file_digest(learned.path)
 
 
@@ -64,10 +64,10 @@ class SampleFolder:
     """A folder of samples, each with its record.
 
     Args:
-        requests: the samples in order, all of one folder.
-        files: those of each, as `Sampling.plan_sample` names them.
-        origin: what they share, as `shared_origin` has it.
-        adapter: the file of what was learned, for the record.
+        requests: the samples in order, all in one folder.
+        files: the files of each sample, as `Sampling.plan_sample` names them.
+        origin: what they share, from `shared_origin`.
+        adapter: the adapter's file, for the record.
     """
 
     def __init__(
@@ -86,11 +86,11 @@ class SampleFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Make the folder, keep other processes from it, and clear away what a killed one left half made.
+        """Make and lock the folder, and remove the unfinished samples of a killed process.
 
         Raises:
-            UsageError: another process is at it.
-            EnvironmentProblem: it cannot be made.
+            UsageError: another process is sampling into it.
+            EnvironmentProblem: the folder cannot be made.
         """
         before = next(folder for folder in (self.path, *self.path.absolute().parents) if os.path.lexists(folder))
         with writing(self.path):
@@ -102,7 +102,7 @@ class SampleFolder:
             try:
                 yield
             finally:
-                for folder in (self.path, *self.path.parents):  # what was made for nothing goes
+                for folder in (self.path, *self.path.parents):  # remove folders that stayed empty
                     if folder.absolute() == before.absolute() or any(folder.iterdir()):
                         break
                     folder.rmdir()
@@ -129,11 +129,11 @@ class SampleFolder:
         """The samples that are still to be made.
 
         Args:
-            overwrite: if something else is in the place of a sample, make it anew instead of refusing.
+            overwrite: if a sample was made from something else, make it again instead of refusing.
             verify: compare files with their checksums.
 
         Raises:
-            UsageError: something else is in the place of a sample; the message names what differs.
+            UsageError: a sample was made from something else; the message names what differs.
             EnvironmentProblem: a record is damaged.
         """
         found: list[SampleRequest] = []
@@ -158,7 +158,7 @@ class SampleFolder:
         return found
 
     def _look_at(self, request: SampleRequest, *, verify: bool) -> tuple[str | None, bool]:
-        """What stands in the way of a sample, and whether it is there already."""
+        """Why a sample cannot be made or kept, if anything; and whether it already exists."""
         record, files = self._record(request), self._files[request.out]
         there = [file for file in files if file.exists()]
         if not record.exists():
@@ -177,7 +177,7 @@ class SampleFolder:
         return None, len(there) == len(files)
 
     def _differences(self, record: Mapping[str, Any], request: SampleRequest) -> str:
-        """Settings that differ from those of a record, in words; empty if all are the same."""
+        """The settings that differ from the record's, in words; empty if none do."""
         written: Any = record.get("made_from")
         before = written if isinstance(written, dict) else {}
         told = []
@@ -196,7 +196,7 @@ class SampleFolder:
 
     @contextlib.contextmanager
     def making(self, request: SampleRequest) -> Iterator[SampleRequest]:
-        """The request with a folder of its own to be made in, whose files come into this one when all went well.
+        """A context with the request for a temporary folder; at the end, its files are moved into this folder.
 
         Raises:
             EnvironmentProblem: the disk is full or cannot be written.

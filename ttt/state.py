@@ -27,46 +27,47 @@ class TTTState:
     """
 
     weights: Weights
-    """What opened each stream's current mini-batch: `W1 [B,H,in,out]`, `b1 [B,H,1,out]`, `W2`, …"""
+    """The weights that opened each stream's current mini-batch: `W1 [B,H,in,out]`, `b1 [B,H,1,out]`, `W2`, …"""
     gradients: Weights | None = None
-    """Gradients summed over the tokens read of it, in the same shapes; None if every stream is at a boundary."""
+    """Gradients summed over the tokens read of that mini-batch, in the shapes of the weights; None if every stream is
+    at a boundary."""
     count: Tensor | None = None
-    """How many tokens those are, `[B]` int64 in 0 … C−1; None with `gradients`."""
+    """How many tokens have been read of it, `[B]` int64 in 0 … C−1; None if `gradients` is None."""
     skipped: Tensor | None = None
-    """How many tokens each stream has kept out because they were not finite, `[B]` int64, since it started; None where
-    none are looked for (`ttt.skip_nonfinite_tokens`)."""
+    """How many tokens each stream has skipped since it started because they were not finite, `[B]` int64; None if the
+    layer does not look for them (`ttt.skip_nonfinite_tokens`)."""
 
     @classmethod
     def of(cls, stream: Stream, *, skipped: Tensor | None = None) -> TTTState:
-        """The same, from `ttt.ops`."""
+        """The state that `ttt.ops` calls a `Stream`."""
         return cls(*stream, skipped)
 
     @property
     def stream(self) -> Stream:
-        """The same, for `ttt.ops`."""
+        """This state as `ttt.ops` takes it."""
         return Stream(self.weights, self.gradients, self.count)
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """How many streams there are, B."""
         return self.weights[0].shape[0]
 
     def opened(self) -> TTTState:
-        """The same state with gradients and count written out, zero where streams are at a boundary."""
+        """The same state with gradients and count written out: zero for a stream at a boundary."""
         if self.gradients is not None and self.count is not None:
             return self
         return TTTState(self.weights, tuple(torch.zeros_like(w) for w in self.weights), self.no_tokens(), self.skipped)
 
     def no_tokens(self) -> Tensor:
-        """A count of none for each stream, `[B]` int64."""
+        """A count of zero for each stream, `[B]` int64."""
         return torch.zeros(self.batch_size, dtype=torch.int64, device=self.weights[0].device)
 
     def counting(self) -> TTTState:
-        """The same state with `skipped` written out, zero where none were looked for."""
+        """The same state with `skipped` written out: zero if it was None."""
         return self if self.skipped is not None else replace(self, skipped=self.no_tokens())
 
     def detach(self) -> TTTState:
-        """The same state, cut from the graph that computed it."""
+        """The same state, detached from the autograd graph."""
         return self.from_tensors({name: tensor.detach() for name, tensor in self.tensors().items()})
 
     def to(self, device: torch.device | str) -> TTTState:
@@ -74,7 +75,7 @@ class TTTState:
         return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def where(self, rows: Tensor, other: TTTState) -> TTTState:
-        """This state in the rows `[B]` that are true, `other` in the rest."""
+        """This state for the streams for which `rows [B]` is true, `other` for the rest."""
         one, two = self, other
         if one.gradients is not None or two.gradients is not None:
             one, two = one.opened(), two.opened()
@@ -89,7 +90,7 @@ class TTTState:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name: `W1`, `b1`, …; `W1_grad`, …, `count` where mini-batches are open; `skipped` where it is counted."""
+        """The tensors by name: `W1`, `b1`, …; `W1_grad`, …, `count` if mini-batches are open; `skipped` if counted."""
         names = weight_names(len(self.weights))
         found = dict(zip(names, self.weights, strict=True))
         if self.gradients is not None and self.count is not None:
@@ -120,7 +121,7 @@ class TTTState:
         """Write the state to a safetensors file; the file appears whole or not at all.
 
         Raises:
-            EnvironmentProblem: the disk is full, or the place cannot be written.
+            EnvironmentProblem: the disk is full, or the path cannot be written.
         """
         write_tensors(Path(path), self.tensors(), {"format": "ttt-state"})
 

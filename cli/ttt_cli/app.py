@@ -27,7 +27,8 @@ COMMANDS = {
     "info": "ttt_cli.info:info",
     "doctor": "ttt_cli.doctor:doctor",
 }
-"""Where each command's function is, in the order of the help; its signature is its options, its docstring its help."""
+"""The module of each command's function, in the order of the help; its signature gives the options, its docstring the
+help."""
 
 HELP = """Test-time-training adapters for sequence models: check a run, train it, look at what came out.
 
@@ -54,19 +55,19 @@ class _Lazy(Mapping[str, Any]):
 
 
 class _Commands(TyperGroup):
-    """Turns what a command raises into a sentence and an exit code."""
+    """Turns a command's errors into a sentence and an exit code."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
         self.commands: Any = _Lazy()
 
     def make_context(self, *args: Any, **keywords: Any) -> Any:
-        """Parse the words up to the command's name."""
+        """Parse the arguments up to the command's name."""
         with _usage_errors_in_one_line():
             return super().make_context(*args, **keywords)
 
     def invoke(self, ctx: Any) -> None:
-        """Parse the command's own words and run it."""
+        """Parse the command's own arguments and run it."""
         with _usage_errors_in_one_line():
             code = exit_code_of(lambda: super(_Commands, self).invoke(ctx))
         if code:
@@ -75,11 +76,11 @@ class _Commands(TyperGroup):
 
 @contextlib.contextmanager
 def _usage_errors_in_one_line() -> Iterator[None]:
-    """Make what is shown of a usage error safe to show: it quotes the words that it does not understand."""
+    """Make the text of a usage error safe to print: it quotes arguments that are not understood."""
     try:
         yield
     except Exception as error:
-        # typer has click's exceptions from another place in each of its versions
+        # each version of typer takes click's exceptions from another module
         if hasattr(error, "format_message"):
             text = as_line(error.format_message())
             error.format_message = lambda: text

@@ -1,4 +1,4 @@
-"""`ttt check`: its options. What it does is in `ttt_cli.check_files`."""
+"""`ttt check`: its options. `ttt_cli.check_files` does the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `ttt check` does, without parsing its options: no typer, and nothing that a plain check does not need."""
+"""The work of `ttt check`, without its options: it imports no typer, and only what a plain check needs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check_files(
         The exit code: 0 no errors, 1 errors, 3 a file that cannot be read or a model that cannot be built.
 
     Raises:
-        UsageError: the arguments do not go together.
+        UsageError: arguments contradict each other.
     """
     from ttt.config.findings import has_errors
     from ttt.errors import TTTError
@@ -78,7 +78,7 @@ def check_files(
 
 
 def _require_consistent(names: Sequence[str], *, output: Format, probe: bool, fix: bool, write: bool) -> None:
-    """Refuse arguments that do not go together.
+    """Refuse arguments that contradict each other.
 
     Raises:
         UsageError: the message says which, and what to write instead.
@@ -104,10 +104,10 @@ def _require_consistent(names: Sequence[str], *, output: Format, probe: bool, fi
 
 
 def parse_memory(text: str) -> int:
-    """`--memory` in bytes.
+    """Parse `--memory`; returns bytes.
 
     Raises:
-        UsageError: it is not a size.
+        UsageError: the text is not a size.
     """
     from ttt.amounts import parse_bytes
     from ttt.errors import UsageError
@@ -165,7 +165,7 @@ def _prefixes(option: str, given: Iterable[str]) -> tuple[str, ...]:
     """The prefixes of codes that an option names.
 
     Raises:
-        UsageError: no code begins so; without an error it would silently do nothing.
+        UsageError: no code begins with the prefix, so that it would silently do nothing.
     """
     prefixes = [word.strip() for words in given for word in words.split(",")]
     if not prefixes:
@@ -185,7 +185,7 @@ def _prefixes(option: str, given: Iterable[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Checker:
-    """Checks files one by one, and shows what it found."""
+    """Checks files one by one and shows the findings."""
 
     backbone: str | None
     overrides: list[str]
@@ -195,7 +195,7 @@ class _Checker:
     probe: bool
 
     def check(self, file: str, content: bytes, *, show: bool) -> Sequence[Finding]:
-        """The findings of a file, those of the probe included."""
+        """The findings of a file, including those of the probe."""
         checked = self._check(file, content)
         findings = checked.findings
         if self.probe:
@@ -205,7 +205,7 @@ class _Checker:
         return findings
 
     def fix(self, file: str, content: bytes, *, write: bool) -> Sequence[Finding]:
-        """Show what can be fixed in a file, or fix it, and the findings of the file as it is afterwards."""
+        """Show the fixes of a file, or write them, then the findings of the file after the fixes."""
         from ttt.check.fixes import fix_text, unified_diff
 
         before = self._check(file, content)
@@ -233,10 +233,10 @@ class _Checker:
 
 
 def _probe(checked: CheckedConfig, *, show: bool) -> list[Finding]:
-    """What breaks when the laws are tried; each is printed with its number, out of the way of data.
+    """Try the laws; returns a finding for each that is broken. Prints each law, away from the output if that is data.
 
     Raises:
-        TTTError: the model cannot be built, or hidden errors stand in the way.
+        TTTError: the model cannot be built, or hidden errors are in the way.
     """
     from ttt.check.load import with_place
     from ttt.config.findings import blames_environment, has_errors
@@ -265,7 +265,7 @@ def _show(file: str, findings: Sequence[Finding], *, also: str = "") -> None:
 
 
 def _replace(name: str, text: str) -> None:
-    """Put a text in a file's place, whole or not at all; a link goes on pointing to it."""
+    """Replace a file's content, whole or not at all; a link still points to the file."""
     from pathlib import Path
 
     from ttt.files import replaced_file, write_bytes

@@ -132,7 +132,7 @@ def _summary(report: Report) -> str:
 
 
 def _print_rows(rows: list[tuple[str, ...]]) -> None:
-    """Columns as wide as their widest cell."""
+    """Print rows in columns, each as wide as its widest cell."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         show("  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -73,8 +73,8 @@ def _text(file: str) -> str:
     """The old file's text.
 
     Raises:
-        UsageError: it is not text, or too large for a config.
-        EnvironmentProblem: it cannot be read.
+        UsageError: the file is not text, or too large for a config.
+        EnvironmentProblem: the file cannot be read.
     """
     from ttt.amounts import show_bytes
     from ttt.check.reading import read_bytes

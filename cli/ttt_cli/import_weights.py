@@ -40,7 +40,7 @@ def import_weights(
 
     require_place(target)
     show(f"reading {source}")
-    sys.stdout.flush()  # the libraries that it takes are seconds away
+    sys.stdout.flush()  # importing the libraries takes seconds
     from rich.console import Console
 
     console = Console()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ttt.adapter_file import AdapterInfo
 
 _KEYS, _KEY, _VALUE = 100, 80, 4000
-"""How much is shown of what a stranger wrote into a header: keys of a section, letters of a key, of a value."""
+"""How much of a header is shown, since anybody may have written it: keys of a section, letters of a key, of a value."""
 
 
 def info(

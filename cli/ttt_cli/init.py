@@ -54,7 +54,7 @@ def preset_text(backbone: Backbone, name: str) -> str:
 
     Raises:
         PluginError: the plugin failed when it was asked.
-        UsageError: it has none of that name; the message lists those that it has.
+        UsageError: it has no preset of that name; the message lists its presets.
     """
     from ttt.config.spelling import nearest
     from ttt.errors import UsageError

@@ -1,4 +1,4 @@
-"""The command `ttt`: its entry point, and the code that it ends with.
+"""The command `ttt`: its entry point and its exit code.
 
 Exit codes: 0 done, 1 findings, 2 wrong usage or config, 3 environment (a missing file, weights, disk), 4 non-finite
 loss, 130 interrupted by SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 or SIGUSR2. A foreseeable error is one sentence on
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes the process's.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    # `train` ends when it has saved; nothing else has anything to lose
+    # `train` saves before it ends; no other command has anything to lose
     with Interrupt(at_once=words[:1] != ["train"], own_process=arguments is None) as interrupt:
         try:
             code = _main(words, own_process=arguments is None)
@@ -35,7 +35,7 @@ def _main(words: list[str], *, own_process: bool) -> int:
 
     from ttt_cli.outcome import flush_output
 
-    # Plugins of pydantic watch validations, and to look for them it reads what every installed distribution declares.
+    # Without this pydantic looks for plugins of its own, and reads the metadata of every installed distribution for it.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     if own_process:
         _open_closed_streams()
@@ -43,20 +43,20 @@ def _main(words: list[str], *, own_process: bool) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter must not stop the command
     short = own_process and names_files_only(words)
     if short:
-        gc.disable()  # it is over before a collection, of modules mostly, could pay
+        gc.disable()  # the process ends before a collection, mostly of modules, could pay
     code = _run(words)
     if short:
-        gc.freeze()  # nor would the one at the end
+        gc.freeze()  # skip the collection at exit too
     return flush_output(code, lasting=words[:1] == ["train"])
 
 
 def _open_closed_streams() -> None:
-    """Where a process was started with a standard stream closed, the next file it opens would stand in for it."""
+    """Open standard streams that were closed at the start; else the next file to be opened would take their place."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - for as long as the process
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
@@ -73,7 +73,7 @@ def _run(words: list[str]) -> int:
     try:
         app(args=words, prog_name="ttt")
     except SystemExit as end:
-        if type(end.__context__).__name__ == "Abort":  # typer's word for a KeyboardInterrupt
+        if type(end.__context__).__name__ == "Abort":  # typer turns a KeyboardInterrupt into this
             return INTERRUPTED
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
@@ -82,8 +82,8 @@ def _run(words: list[str]) -> int:
 def names_files_only(words: Sequence[str]) -> bool:
     """Whether a command line is `ttt check FILE…` without any option.
 
-    Editors and hooks run that for every file that is saved. There is nothing to parse in it, and importing typer would
-    take about as long as the check.
+    Editors and hooks run this for every saved file. It has no options to parse, and importing typer would take about as
+    long as the check.
     """
     command, *rest = words or [""]
     return command == "check" and bool(rest) and not any(word.startswith("-") and word != "-" for word in rest)

@@ -22,15 +22,15 @@ Verify = Annotated[
 
 
 def is_standard_output(out: str) -> bool:
-    """Whether `--out` means standard output, by the sign for it or by one of its names."""
+    """Whether `--out` means standard output: `-`, or a path of it."""
     return out in ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 
 
 def require_replaceable(target: Path, *, force: bool) -> None:
-    """Refuse to overwrite: a file, unless `force` is given; anything else always.
+    """Refuse to overwrite a file unless `force` is given, and anything else always.
 
     Raises:
-        UsageError: the message says what is there, and how to go on.
+        UsageError: something exists at the path; the message says what, and what to do.
     """
     from ttt.errors import UsageError
     from ttt.files import replaced_file

@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and the sentence where something is wrong."""
+"""How a command ends: its exit code, and the sentence about an error."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _MACHINE = frozenset(
     )
     if hasattr(errno, name)
 )  # fmt: skip
-"""What the system says about files and disks, if no better message was raised before."""
+"""System errors about files and disks, if no better message was raised before."""
 
 
 def exit_code_of(command: Callable[[], int | None]) -> int:
-    """Run a command; what it raises that is foreseeable becomes a sentence and an exit code.
+    """Run a command and turn foreseeable errors into a sentence; returns the exit code.
 
     Raises:
-        Exception: whatever else it raises, a bug most likely, with its traceback.
+        Exception: any other error, most likely a bug, with its traceback.
     """
     from ttt.errors import ConfigError, DamagedFileWarning, TTTError
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("default", DamagedFileWarning)  # whatever else is asked for, and each once
+            warnings.simplefilter("default", DamagedFileWarning)  # show each once, whatever other filters are set
             warnings.showwarning = _shown_by(warnings.showwarning)
             return command() or 0
     except ConfigError as error:
@@ -62,11 +62,11 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
 
 
 def flush_output(code: int, *, lasting: bool) -> int:
-    """Write what is left to be written; returns the exit code.
+    """Flush standard output; returns the exit code.
 
     Args:
-        code: the command's.
-        lasting: the command has done its work, whether or not anybody could read of it.
+        code: the command's exit code.
+        lasting: whether the command's work is done even if its output could not be written.
     """
     try:
         sys.stdout.flush()
@@ -82,7 +82,7 @@ def flush_output(code: int, *, lasting: bool) -> int:
 
 
 def _shown_by(usual: Callable[..., None]) -> Callable[..., None]:
-    """How warnings are shown: this library's own for users as a sentence, the others as usual."""
+    """A function that shows warnings: this library's warnings for users as a sentence, others as `usual` does."""
     from ttt.errors import DamagedFileWarning
 
     def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -95,6 +95,6 @@ def _shown_by(usual: Callable[..., None]) -> Callable[..., None]:
 
 
 def silence_output() -> int:
-    """Let nothing more be written to an output that nobody reads."""
+    """Stop writing to an output that nobody reads any more; returns the exit code."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return PIPE_CLOSED

@@ -38,7 +38,7 @@ def plugins(
 
 
 def facts_of_plugin(plugin: InstalledPlugin) -> dict[str, Any]:
-    """What JSON says of a plugin."""
+    """The JSON entry of a plugin."""
     return {
         "name": plugin.name,
         "distribution": plugin.distribution,
@@ -53,7 +53,7 @@ def facts_of_plugin(plugin: InstalledPlugin) -> dict[str, Any]:
 
 
 def _abilities(plugin: InstalledPlugin) -> list[str]:
-    """What a working backbone can do beside being trained."""
+    """What a working backbone can do besides training."""
     from ttt.plugins.capabilities import CAPABILITIES, has_capability
 
     backbone = plugin.backbone

@@ -90,13 +90,11 @@ def sample(
     beside each, a .json says what it was made from. The same command, given once more, makes those that are missing.
     """
     from ttt.check import load_config
-    from ttt.errors import UsageError
     from ttt.plugins import Sampling, capability
 
     _require_sane(seconds, guidance_scale)
     given = _given(prompts or [], prompt_files or [], negative_prompts or [])
-    if seed + len(given) - 1 > _MOST_SEED:
-        raise UsageError(f"--seed {seed}: the last of {len(given)} samples has no seed left; write a smaller one")
+    _require_seeds(seed, len(given))
     config_file, learned, told = _find(Path(model), adapter, verify=verify)
     loaded = load_config(config_file, overrides=overrides or [], training=False)
     sampler = capability(loaded.backbone, Sampling)
@@ -113,11 +111,40 @@ def sample(
     notes += _unread(chosen, loaded, guidance_scale=guidance_scale, scenes=plans[0].scenes)
     for note in (told, *notes):
         show(note)
-    sys.stdout.flush()  # torch and the backbone's libraries are seconds away
+    sys.stdout.flush()  # importing torch and the backbone's libraries takes seconds
 
+    requests = _requests(chosen, places, seconds=seconds, steps=steps, guidance_scale=guidance_scale, first_seed=seed)
+    if together:
+        _make_many(loaded, requests, learned, verify=verify, overwrite=overwrite)
+    else:  # if a run's folder is named, its checkpoint is compared already
+        _make_one(loaded, requests[0], learned, verify=verify and (adapter is not None or not Path(model).is_dir()))
+
+
+def _require_seeds(first: int, count: int) -> None:
+    """Refuse a first seed after which there are not enough seeds for every sample.
+
+    Raises:
+        UsageError: there are not.
+    """
+    from ttt.errors import UsageError
+
+    if first + count - 1 > _MOST_SEED:
+        raise UsageError(f"--seed {first}: the last of {count} samples has no seed left; write a smaller one")
+
+
+def _requests(
+    chosen: list[Prompts],
+    places: list[Path],
+    *,
+    seconds: float,
+    steps: int,
+    guidance_scale: float,
+    first_seed: int,
+) -> list[SampleRequest]:
+    """A request for each sample: its prompts, its file, and the next seed."""
     from ttt.plugins import SampleRequest
 
-    requests = [
+    return [
         SampleRequest(
             prompts=each.prompts,
             negative_prompts=each.negative,
@@ -125,22 +152,18 @@ def sample(
             out=place,
             steps=steps,
             guidance_scale=guidance_scale,
-            seed=seed + number,
+            seed=first_seed + number,
             new_scenes=each.new_scenes,
         )
         for number, (each, place) in enumerate(zip(chosen, places, strict=True))
     ]
-    if together:
-        _make_many(loaded, requests, learned, verify=verify, overwrite=overwrite)
-    else:  # what a run has learned is compared already
-        _make_one(loaded, requests[0], learned, verify=verify and (adapter is not None or not Path(model).is_dir()))
 
 
 def _require_sane(seconds: float, guidance_scale: float) -> None:
-    """Refuse numbers that mean nothing.
+    """Refuse a length or a guidance scale that is not a usable number.
 
     Raises:
-        UsageError: one does.
+        UsageError: one of them is not.
     """
     from ttt.errors import UsageError
 
@@ -151,7 +174,7 @@ def _require_sane(seconds: float, guidance_scale: float) -> None:
 
 
 def _unread(chosen: list[Prompts], loaded: LoadedConfig, *, guidance_scale: float, scenes: bool) -> list[str]:
-    """What is asked for and will not be read, a sentence each."""
+    """A sentence for each part of the prompts that the sampler will not use."""
     notes = []
     if guidance_scale <= 1 and any(each.negative for each in chosen):
         notes.append(f"--guidance-scale {guidance_scale:g} is without guidance: negative prompts are not read")
@@ -201,10 +224,10 @@ def _make_many(
 
 
 def _given(prompts: list[str], prompt_files: list[str], negative: list[str]) -> list[Prompts]:
-    """The prompts of each sample, of the command line or of the files.
+    """The prompts of each sample, from the command line or from files.
 
     Raises:
-        UsageError: there are none, or both.
+        UsageError: there are no prompts, or both give them.
     """
     from ttt.errors import UsageError
     from ttt.prompts import given_prompts, read_prompts
@@ -226,10 +249,10 @@ def _given(prompts: list[str], prompt_files: list[str], negative: list[str]) -> 
 
 
 def _places(out: str, given: list[Prompts], *, suffix: str, backbone: str) -> tuple[list[Path], bool]:
-    """Where each sample goes, and whether that is into a folder of samples.
+    """The path of each sample, and whether they go into a folder of samples.
 
     Raises:
-        UsageError: `--out` names no folder where one is needed, or a backbone makes one sample at a time.
+        UsageError: `--out` must name a folder and does not, or the backbone makes one sample at a time.
     """
     from ttt.errors import UsageError
 
@@ -254,10 +277,10 @@ def _of(given: list[Prompts]) -> str:
 
 
 def _spread(given: list[Prompts], plans: list[SamplePlan], *, seconds: float) -> tuple[list[Prompts], list[str]]:
-    """A prompt for each segment of each sample, and what a user must know of how they came about.
+    """Assign a prompt to each segment of each sample; also returns notes for the user about it.
 
     Raises:
-        UsageError: some are neither as many as the segments nor one.
+        UsageError: a sample's prompts are neither one nor as many as its segments.
     """
     from ttt.errors import UsageError
     from ttt.prompts import for_segments
@@ -284,7 +307,7 @@ def _spread(given: list[Prompts], plans: list[SamplePlan], *, seconds: float) ->
 
 
 def _warn_of_changes(model: Path, learned: Path | None, config: RunConfig) -> None:
-    """Say where a run's config is not the one that the run wrote."""
+    """Warn if a run's config is not the one that the run wrote."""
     import warnings
 
     from ttt.checkpoint_folder import TRAINER_STATE, read_checkpoint
@@ -298,10 +321,10 @@ def _warn_of_changes(model: Path, learned: Path | None, config: RunConfig) -> No
 
 
 def _find(path: Path, adapter: str | None, *, verify: bool) -> tuple[Path, Path | None, str]:
-    """The config of a model, what it has learned, and that in words.
+    """The config of a model, the adapter or checkpoint that it has learned, and a sentence about it.
 
     Raises:
-        UsageError: a folder that is not a run, or has nothing to sample yet.
+        UsageError: the path is a folder, but not a run's, or the run has nothing to sample yet.
     """
     from ttt.adapter_file import BACKBONE, MODEL
     from ttt.checkpoint_folder import CHECKPOINTS, newest_checkpoint
@@ -331,10 +354,10 @@ def _find(path: Path, adapter: str | None, *, verify: bool) -> tuple[Path, Path 
 
 
 def _require_free(plan: SamplePlan, *, overwrite: bool) -> None:
-    """Refuse to replace files unasked.
+    """Refuse to replace files without `--overwrite`, and folders always.
 
     Raises:
-        UsageError: one is there, or is a folder.
+        UsageError: a file exists already, or is a folder.
     """
     from ttt.errors import UsageError
 

@@ -48,10 +48,10 @@ def schema(
 
 
 def _all_that_work() -> list[Backbone]:
-    """Every installed backbone that a schema can be made of; a note about each that it cannot.
+    """Every installed backbone that works; prints a note about each that does not.
 
     Raises:
-        EnvironmentProblem: there is none.
+        EnvironmentProblem: no backbone works.
     """
     from ttt.check.json_schema import json_schema
     from ttt.errors import EnvironmentProblem, PluginError

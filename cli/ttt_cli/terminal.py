@@ -1,4 +1,4 @@
-"""What goes to the terminal, and how."""
+"""Output to the terminal: findings, lines, diffs, errors, warnings and notes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def has_color(stream: TextIO) -> bool:
-    """Whether to colour: on a terminal that can, unless `NO_COLOR` (https://no-color.org) asks for none."""
+    """Whether to use colour: on a terminal that supports it, unless `NO_COLOR` (https://no-color.org) is set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def width_of(stream: TextIO) -> int | None:
-    """Columns to wrap at; None if nobody reads along, so that a message stays on one line."""
+    """Columns to wrap at; None if the stream is not a terminal, so that a message stays on one line."""
     return shutil.get_terminal_size().columns if stream.isatty() else None
 
 
@@ -36,7 +36,7 @@ def show_findings(findings: Sequence[Finding], *, stream: TextIO) -> None:
 
 
 def show(text: str = "", *, stream: TextIO | None = None, style: str = "") -> None:
-    """Print one line, with nothing in it that steers a terminal or a log; `style` is that of a terminal in colour."""
+    """Print one line without characters that control a terminal or a log; `style` applies if there is colour."""
     out = sys.stdout if stream is None else stream
     line = as_line(text)
     print(f"\x1b[{style}m{line}\x1b[0m" if style and has_color(out) else line, file=out)
@@ -50,7 +50,7 @@ def show_diff(diff: str) -> None:
 
 
 def show_error(error: TTTError | str) -> None:
-    """Print an error that ends the command, its details on lines of their own."""
+    """Print an error that ends the command; each of its details gets its own line."""
     message, details = (error, ()) if isinstance(error, str) else (error.message, error.details)
     label = "\x1b[1;31merror:\x1b[0m" if has_color(sys.stderr) else "error:"
     with _heard_or_not(sys.stderr):
@@ -60,7 +60,7 @@ def show_error(error: TTTError | str) -> None:
 
 
 def show_warning(message: str) -> None:
-    """Print what does not end the command, and has to be known."""
+    """Print a warning: it does not end the command, but the user has to know it."""
     label = "\x1b[1;33mwarning:\x1b[0m" if has_color(sys.stderr) else "warning:"
     with _heard_or_not(sys.stderr):
         print(label, as_line(message), file=sys.stderr)
@@ -74,7 +74,7 @@ def show_note(message: str) -> None:
 
 @contextlib.contextmanager
 def _heard_or_not(stream: TextIO) -> Iterator[None]:
-    """Ignore a terminal that is gone; an output that cannot be written is an error."""
+    """Ignore that standard error cannot be written; an error of any other output is raised."""
     try:
         yield
     except OSError:

@@ -44,9 +44,9 @@ def train(
     try:
         loaded = _loaded(config, backbone, overrides or [], resume=resume)
         stop_if_asked()
-        if config is not None:  # of a demo something has been said
+        if config is not None:  # a demo has printed a note already
             show(f"read {config}; loading {loaded.backbone.name}")
-        sys.stdout.flush()  # torch and the backbone's libraries are seconds away
+        sys.stdout.flush()  # importing torch and the backbone's libraries takes seconds
         from ttt.train import train as run
 
         stop_if_asked()
@@ -64,7 +64,7 @@ def train(
 
 
 def _loaded(config: str | None, backbone: str | None, overrides: list[str], *, resume: bool) -> LoadedConfig:
-    """The config of the command line, its findings shown."""
+    """Load the config of the command line and show its findings."""
     from ttt.errors import UsageError
 
     if config is not None:
@@ -78,7 +78,7 @@ def _loaded(config: str | None, backbone: str | None, overrides: list[str], *, r
 
 
 def _load(path: Path, backbone: str | None, overrides: list[str], *, resume: bool) -> LoadedConfig:
-    """The config in a file or, to resume, in a run's folder, wherever that folder lies now."""
+    """Load the config from a file or, to resume, from a run's folder, even if that folder was moved."""
     from dataclasses import replace
 
     from ttt.check import load_config

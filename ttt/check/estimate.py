@@ -56,31 +56,26 @@ def enclosing_checkpoints(config: RunConfig, facts: BackboneFacts) -> tuple[int,
 def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
     """What a run needs, from its config and its backbone's facts.
 
-    The range: parameters, moments and the scan are counted, and in both ends. Of the backbone's activations, which hang
-    on kernels and on what is frozen, there is half in one end and one and a half in the other. Gradients and
-    activations need not be there at once, and what runs again does so when other things are gone; the upper end has it
-    all, and what backward and the optimiser hold for a moment.
+    Both ends of the range count parameters, moments and the scan. The backbone's activations depend on kernels and on
+    what is frozen: the lower end counts half of them, the upper end one and a half times. Gradients and activations
+    need not exist at the same time, and recomputation runs after other memory is free; the upper end counts all of it,
+    and what backward and the optimiser hold for a moment.
     """
     ttt, train = config.ttt, config.train
     layers = select_layers(ttt.layers, facts.num_layers)
-    tokens, batch, size = facts.tokens_per_window, train.batch_size, bytes_of(train.param_dtype)
-    shape = {"dim": facts.dim, "num_heads": facts.num_heads, "tokens": tokens or 0, "batch_size": batch}
+    tokens, size = facts.tokens_per_window, bytes_of(train.param_dtype)
+    shape = {"dim": facts.dim, "num_heads": facts.num_heads, "tokens": tokens or 0, "batch_size": train.batch_size}
     scan = scan_cost(ttt, **shape) if layers and tokens else None
     around = layer_activation_bytes(ttt, **shape) if scan else 0
     scans = enclosing_checkpoints(config, facts)
     flops = layer_flops(ttt, **{**shape, "tokens": tokens or ttt.mini_batch_size})
 
-    gates = len(layers) * facts.dim * facts.gates
-    own = len(layers) * (layer_parameters(ttt, dim=facts.dim, num_heads=facts.num_heads) - facts.dim) + gates
-    learning = (own - gates if train.weight_lr_multiplier else 0) + (gates if train.alpha_lr_multiplier else 0)
+    own, learning = _adapter_parameters(config, facts, len(layers))
     trained = _trained_in_backbone(config, facts)
     optimizer = 2 * WIDE * (learning + (trained or 0)) + (WIDE * (trained or 0) if size < WIDE else 0)
     gradients = WIDE * (learning + (trained or 0))
 
-    # Scans whose insides wait for backward: all of those that nothing recomputes, and of the others one checkpoint's.
-    lasting = len(layers) * scans.count(0)
-    together = facts.layers_per_checkpoint if train.gradient_checkpointing else 1
-    at_once = lasting + min(len(layers), together) * (len(scans) - scans.count(0))
+    lasting, at_once = _waiting_scans(config, facts, len(layers), scans)
     carries = scan.carries_kept_bytes * at_once if scan else 0
     inside = scan.kept_bytes - scan.carries_kept_bytes + around if scan else 0
     waiting = inside * at_once
@@ -89,8 +84,8 @@ def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
     state = scan.carry_bytes * len(layers) * 2 if scan and ttt.persistent_states else 0
     parameters = (facts.parameters or 0) * size + own * WIDE
 
-    # Gradients of the scan's inputs and of one layer, the projections in the tokens' type, halves of the gradients
-    # before they are summed in float32, and what AdamW takes for all parameters at once.
+    # Gradients of the scan's inputs and of one layer, the projections in the tokens' type, gradients in half precision
+    # before they are summed in float32, and what AdamW allocates for all parameters at once.
     passing = (around + scan.activation_bytes + scan.carry_bytes) if scan else 0
     passing += 4 * facts.dim * facts.dim * size + gradients + (trained or 0) * size
     always = parameters + optimizer + state
@@ -117,19 +112,37 @@ def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
     )
 
 
+def _adapter_parameters(config: RunConfig, facts: BackboneFacts, layers: int) -> tuple[int, int]:
+    """Parameters of the adapters in so many layers; and how many of them learn."""
+    gates = layers * facts.dim * facts.gates
+    own = layers * (layer_parameters(config.ttt, dim=facts.dim, num_heads=facts.num_heads) - facts.dim) + gates
+    train = config.train
+    return own, (own - gates if train.weight_lr_multiplier else 0) + (gates if train.alpha_lr_multiplier else 0)
+
+
+def _waiting_scans(config: RunConfig, facts: BackboneFacts, layers: int, scans: tuple[int, ...]) -> tuple[int, int]:
+    """How many scans keep their activations from forward to backward; and how many keep them at the same time.
+
+    A scan under no checkpoint keeps them until backward. The others keep them while their checkpoint is recomputed.
+    """
+    lasting = layers * scans.count(0)
+    together = facts.layers_per_checkpoint if config.train.gradient_checkpointing else 1
+    return lasting, lasting + min(layers, together) * (len(scans) - scans.count(0))
+
+
 def _trained_in_backbone(config: RunConfig, facts: BackboneFacts) -> int | None:
-    """Parameters of the backbone that learn; None where that is not known."""
+    """How many of the backbone's parameters learn; None if it is not known."""
     if config.train.trainable == "ttt" or not config.train.backbone_lr_multiplier:
         return 0
     return facts.parameters if config.train.trainable == "all" else facts.attention_parameters
 
 
 def _backbone_activation_bytes(config: RunConfig, facts: BackboneFacts, layers: tuple[int, ...]) -> int | None:
-    """What autograd keeps of the backbone; None where that is not known."""
+    """Bytes that autograd keeps for the backbone; None if they are not known."""
     train, tokens = config.train, facts.tokens_per_window
     if tokens is None or facts.layer_activation_bytes is None or facts.head_activation_bytes is None:
         return None
-    # Below the first layer that learns there is nothing to go back to.
+    # Backward ends at the first layer that learns.
     first = 0 if train.trainable != "ttt" and train.backbone_lr_multiplier else min(layers, default=0)
     reached = facts.num_layers - first
     if train.gradient_checkpointing:
@@ -140,7 +153,7 @@ def _backbone_activation_bytes(config: RunConfig, facts: BackboneFacts, layers: 
         per_token = reached * facts.layer_activation_bytes
     casts = 0
     if train.autocast not in ("none", train.param_dtype):
-        # Backward keeps the weights as they were cast: of all layers that it reaches, or of one at a time.
+        # Backward keeps the cast weights of all layers that it reaches, or of one checkpoint at a time.
         held = min(facts.layers_per_checkpoint, reached) if train.gradient_checkpointing else reached
         share = held / max(facts.num_layers, 1)
         casts = bytes_of(train.autocast) * round(share * (facts.parameters or 0))

@@ -1,7 +1,7 @@
 """The laws of TTT layers as functions: each takes a `Bench`, returns what it measured, raises `LawBrokenError`.
 
-`ttt.testing` runs them as a pytest suite over a backbone plugin, `ttt.check.probe` over one config. Beside them,
-`CHECKS` are of what else a plugin's methods owe; they raise `MethodBrokenError`.
+`ttt.testing` runs them as a pytest suite over a backbone plugin, `ttt.check.probe` over one config. `CHECKS` check the
+plugin's other methods; they raise `MethodBrokenError`.
 """
 
 from ttt.laws import checks, plugin, run

@@ -1,4 +1,4 @@
-"""What the laws are checked on: a backbone's tiny model, injected, run and compared."""
+"""The bench on which laws are checked: it builds a backbone's tiny model, injects TTT, runs it and compares."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LawBrokenError(TTTError):
         self.what = message
         """The message without the law's number."""
         self.measured = measured
-        """The number that breaks it, if there is one."""
+        """The measured number that breaks the law, if there is one."""
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -48,9 +48,9 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 @contextlib.contextmanager
 def running(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """The model in training or evaluation mode, every generator at one seed; afterwards both are as they were.
+    """A context with the model in training or evaluation mode and all generators seeded; both are restored at the end.
 
-    What is dropped at random is then the same in every pass, and passes can be compared.
+    Dropout is then the same in every pass, so that passes can be compared.
     """
     modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), np.random.get_state()
@@ -86,17 +86,17 @@ class Bench:
 
     Args:
         backbone: the plugin.
-        options: of the model; None is the plugin's own `tiny()`.
-        ttt: settings of the `ttt` section, over the plugin's defaults. Mini-batches are of 4 unless they say
-            otherwise, so that short sequences cross several.
-        tokens: length of the sequences; not a multiple of the mini-batch by default.
-        batch_size: streams.
-        device: where it runs.
-        tolerance: largest `distance` of two results that a law says are equal. Backbones that compute in float32
-            whatever their type, as Moshi's norms do, decide it.
-        dtype: of the backbone's parameters, if a law does not choose its own.
+        options: the model's options; None takes the plugin's `tiny()`.
+        ttt: settings of the `ttt` section, over the plugin's defaults. The mini-batch size is 4 unless they change it,
+            so that short sequences have several mini-batches.
+        tokens: length of the sequences; by default not a multiple of the mini-batch size.
+        batch_size: how many streams.
+        device: the device to run on.
+        tolerance: the largest `distance` of two results that a law says are equal. Backbones that compute in float32
+            even in float64, as Moshi's norms do, determine it.
+        dtype: type of the backbone's parameters, if a law does not choose its own.
         gradient_checkpointing: whether the backbone's own activation checkpointing is on, if a law does not choose.
-        bare: options of the same model with nothing recomputed, where `options` recompute something.
+        bare: if `options` recompute something, the options of the same model without recomputation.
     """
 
     backbone: Backbone
@@ -116,7 +116,7 @@ class Bench:
         return TTTConfig.model_validate({**own, "mini_batch_size": 4, **(self.ttt or {}), **changes})
 
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The plain tiny model, the same values at every call."""
+        """Build the plain tiny model, with the same values at every call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = self.backbone.build(
@@ -127,7 +127,7 @@ class Bench:
         return model
 
     def inject(self, model: nn.Module, config: TTTConfig | None = None) -> Injection:
-        """TTT in the model."""
+        """Inject TTT into the model."""
         return inject.apply(
             model, self.backbone.sites(model), config or self.config(), causal=self.backbone.causal, seed=1
         )
@@ -146,9 +146,9 @@ class Bench:
             return self.backbone.outputs(model, batch)
 
     def gradients(self, model: nn.Module, batch: Batch, *, training: bool = True) -> dict[str, Tensor]:
-        """Outputs (as `outputs`) and the gradient of every parameter, of a sum that weighs every output differently.
+        """The outputs, and the gradients of every parameter for a sum that weighs every output differently.
 
-        In training mode, in which alone many models recompute anything.
+        By default in training mode, since many models recompute activations only there.
         """
         for parameter in model.parameters():
             parameter.grad = None
@@ -165,7 +165,7 @@ class Bench:
 
     @contextlib.contextmanager
     def wrapped(self, injection: Injection, wrappers: Sequence[Wrapper]) -> Iterator[None]:
-        """Activation checkpointing around every adapter, the first wrapper outermost."""
+        """A context with activation checkpointing around every adapter; the first wrapper is the outermost."""
         originals = {name: adapter.forward for name, adapter in injection.adapters.items()}
         try:
             for name, adapter in injection.adapters.items():
@@ -179,7 +179,7 @@ class Bench:
                 adapter.__dict__.pop("forward", None)
 
     def checkpointed(self, model: nn.Module, enabled: bool = True) -> bool:
-        """Switch the backbone's own activation checkpointing; False if it has none to be switched on."""
+        """Switch the backbone's own activation checkpointing on or off; False if it has none to switch on."""
         try:
             self.backbone.set_gradient_checkpointing(model, enabled)
         except UsageError:
@@ -188,9 +188,9 @@ class Bench:
 
     @contextlib.contextmanager
     def counted(self, injection: Injection) -> Iterator[Counter[str]]:
-        """How often each adapter's TTT layer runs forward inside, by site name.
+        """A context that counts how often each adapter's TTT layer runs forward, by site name.
 
-        Once for each of its scans, and once more each time that a checkpoint around one runs it again.
+        It runs once for each of its scans, and again each time that a checkpoint recomputes one.
         """
         counts: Counter[str] = Counter()
 
@@ -210,16 +210,16 @@ class Bench:
                 handle.remove()
 
     def run_config(self, **train: Any) -> RunConfig:
-        """A whole config of the bench's model, with these settings of the `train` section.
+        """A whole config for the bench's model, with these settings of the `train` section.
 
         Raises:
-            ValueError: the plugin's `data` section has no defaults, and its demo gives none.
+            ValueError: keys of the plugin's `data` section have no default, and its demo does not set them.
         """
         model = run_config_model(self.backbone)
         sections = {"backbone": self.options or self.backbone.tiny(), "ttt": self.config(), "train": train}
         try:
             return model.model_validate(sections)
-        except ValidationError:  # keys of the data that have no default
+        except ValidationError:  # keys of the `data` section without a default
             text = self.backbone.presets()["demo"]
             demo = check_config("demo", text=text, backbone=self.backbone, training=False).config
             if demo is None:

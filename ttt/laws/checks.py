@@ -1,6 +1,6 @@
 """The laws as functions of a `Bench`. Each returns what it measured, by name, and raises `LawBrokenError`.
 
-Where a law asks for the same number twice, the two runs differ in nothing but what the law names.
+If a law compares two runs, they differ only in what the law names.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ __all__ = [
 def causality(bench: Bench, *, tokens: Iterable[int] | None = None) -> Mapping[str, float]:
     """Law 3: on a causal backbone, changing token t changes no output before t (and some from t on).
 
-    In training mode too, where a leak would make the loss look splendid.
+    It is checked in training mode too: a leak there would make the loss look better than it is.
 
     Args:
-        bench: what it is checked on.
-        tokens: every t that is changed, from 1; None changes each.
+        bench: the bench.
+        tokens: the tokens t to change, from 1; None changes each.
     """
     if not bench.backbone.causal:
         return {}
@@ -85,12 +85,12 @@ def chunk_invariance(
     """Law 4: a stream fed in pieces gives the outputs and the final state of feeding it whole.
 
     Args:
-        bench: what it is checked on; each of its layers, and the model if it streams.
-        mini_batch_sizes: each with its own model.
+        bench: the bench; each of its layers is checked, and the model if it streams.
+        mini_batch_sizes: sizes to check, each with its own model.
         cuts: lengths of the pieces, one list for each way to cut the sequence; None cuts it into single tokens
             (whole mini-batches if they are not causal) and in two uneven ways.
         layers: whether each TTT layer is fed in pieces.
-        model: whether the whole model is, if it streams.
+        model: whether the whole model is fed in pieces, if it streams.
     """
     measured = {}
     for size in mini_batch_sizes:
@@ -116,7 +116,7 @@ def chunk_invariance(
 
 
 def stream_independence(bench: Bench) -> Mapping[str, float]:
-    """Law 5: row i of a batch never sees row j; a row can be reset, or paused, alone."""
+    """Law 5: no row of a batch depends on another; a single row can be reset or paused."""
     injection = bench.injected()
     worst = max(_rows_of_model(bench, injection.model, training=training) for training in (False, True))
     with torch.no_grad():
@@ -133,7 +133,7 @@ def stream_independence(bench: Bench) -> Mapping[str, float]:
 
 
 def _rows_of_model(bench: Bench, model: nn.Module, *, training: bool) -> float:
-    """How far changing one row of a batch changes another one."""
+    """How much a change of one row of a batch changes another row."""
     batch, mode = bench.batch(model), " in training mode" * training
     expected = bench.outputs(model, batch, training=training)
     worst = 0.0
@@ -152,7 +152,7 @@ def _rows_of_model(bench: Bench, model: nn.Module, *, training: bool) -> float:
 
 
 def _rows_meet_without_ttt(bench: Bench, row: int) -> bool:
-    """Whether the plain backbone mixes rows when it trains, as batch norm does: nothing that TTT could help."""
+    """Whether the plain backbone already mixes rows in training, as batch norm does; then TTT is not the cause."""
     model = bench.model()
     batch = bench.batch(model)
     expected = bench.outputs(model, batch, training=True)
@@ -192,7 +192,7 @@ def identity(bench: Bench, *, dtypes: Iterable[torch.dtype] = (torch.float32, to
 
 
 def reversibility(bench: Bench) -> Mapping[str, float]:
-    """Law 7: injection keeps the backbone's names and values, ejection restores it, a failed one changes nothing."""
+    """Law 7: injection keeps the backbone's names and values, ejection restores it; if it fails, nothing changes."""
     model = bench.model()
     batch = bench.batch(model)
     before, classes = {k: v.clone() for k, v in model.state_dict().items()}, _classes(model)
@@ -276,7 +276,7 @@ def self_describing_files(bench: Bench) -> Mapping[str, float]:
     return {"difference after a round trip": away}
 
 
-# --- what several laws need ---
+# --- helpers of several laws ---
 
 
 def _classes(model: nn.Module) -> dict[str, type[nn.Module]]:
@@ -284,7 +284,7 @@ def _classes(model: nn.Module) -> dict[str, type[nn.Module]]:
 
 
 def _pieces(tokens: int, unit: int) -> list[list[int]]:
-    """Ways to cut a sequence: single units, uneven ones, two halves."""
+    """Ways to cut a sequence into pieces: single units, uneven pieces, two halves."""
     units, rest = divmod(tokens, unit)
     cuts = [[unit] * units, [unit * n for n in (1, units // 2, units - 1 - units // 2) if n > 0]]
     return [[*cut[:-1], cut[-1] + rest] if unit > 1 else cut for cut in cuts if cut]
@@ -301,7 +301,7 @@ def _in_words(pieces: Sequence[int]) -> str:
 
 @torch.no_grad()
 def _pieces_of_layer(layer: TTTLayer, pieces: Sequence[int], bench: Bench) -> float:
-    """How far a layer's outputs and final state in pieces are from those of the whole."""
+    """How far a layer's outputs and final state differ if it reads a sequence in pieces instead of whole."""
     x, angles = random_tokens(layer, bench)
     expected, end = layer(x, rotary=rotary_of(angles, slice(None)))
     parts, state, start = [], None, 0
@@ -319,7 +319,7 @@ def _pieces_of_layer(layer: TTTLayer, pieces: Sequence[int], bench: Bench) -> fl
 
 
 def _rows_alone(layer: TTTLayer, bench: Bench) -> float:
-    """How far rows are from their own course: the last row alone; each row if row 1 is reset, or paused, in between."""
+    """How far rows differ from reading alone: for the last row; and for each row if row 1 is reset or paused."""
     x, angles = random_tokens(layer, bench)
     half = 2 * layer.config.mini_batch_size if not layer.config.causal else bench.tokens // 2
     first, second = slice(0, half), slice(half, bench.tokens)
@@ -330,7 +330,7 @@ def _rows_alone(layer: TTTLayer, bench: Bench) -> float:
     y, after = layer(x[:, second], layer.reset(state, reset), rotary=rotary_of(angles, second))
     straight, _ = layer(x[:, second], state, rotary=rotary_of(angles, second))
     fresh, _ = layer(x[1:2, second], rotary=rotary_of(angles, second))
-    paused = after.where(~reset, state)  # row 1 paused: it is where it was
+    paused = after.where(~reset, state)  # row 1 is paused: it keeps its state
     held, expected = paused.opened().tensors(), state.opened().tensors()
     single = alone.opened().tensors()
     return max(

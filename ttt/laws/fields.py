@@ -20,7 +20,7 @@ from ttt.layer import TTTLayer
 from ttt.state import TTTState
 
 FIELD_CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
-    # field: (what it needs beside it, another value)
+    # field: (other settings that it needs, another value)
     "preset": ({"preset": "lm", "rope": "none", "learnable_token_idx": False}, "video"),
     "layers": ({}, (0,)),
     "layer_type": ({"layer_type": "mlp"}, "linear"),
@@ -46,11 +46,11 @@ FIELD_CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
 
 
 def no_dead_field(bench: Bench) -> Mapping[str, float]:
-    """Law 8: every field of the `ttt` section changes what a model answers, keeps or hands on; unknown keys are errors.
+    """Law 8: every field of the `ttt` section has an effect, and unknown keys are errors.
 
-    `scan_checkpoint_group_size` acts on what is kept between forward and backward, `persistent_states` on what the
-    next window starts from, `skip_nonfinite_tokens` on tokens that no sound model has; all others on outputs or
-    parameters.
+    `scan_checkpoint_group_size` changes what is kept between forward and backward, `persistent_states` the state with
+    which the next window starts, `skip_nonfinite_tokens` the answers to tokens that are not finite; all others change
+    outputs or parameters.
     """
     others = {
         "scan_checkpoint_group_size": _group_size_acts,
@@ -77,7 +77,7 @@ def _may_change(bench: Bench, field: str) -> bool:
 
 
 def _change(bench: Bench, field: str) -> float:
-    """How far another value of a field changes the outputs; infinite if it changes the parameters."""
+    """How much another value of a field changes the outputs; infinite if it changes the parameters' shapes."""
     beside, value = FIELD_CHANGES[field]
     if field == "preset":
         beside = {**beside, "causal": bench.config().causal}
@@ -105,7 +105,7 @@ def _require_strict_sections(bench: Bench) -> None:
 
 
 def _group_size_acts(bench: Bench) -> float | None:
-    """The share of what a pass keeps for backward that is another where each mini-batch is a checkpoint of its own."""
+    """By what share the bytes kept for backward change if each mini-batch is its own checkpoint group."""
     size = max(1, bench.tokens // 4)  # mini-batches, so that there are several
     of = replace(bench, options=bench.bare or bench.options, ttt={**(bench.ttt or {}), "mini_batch_size": size})
     everything, checkpoints = (_kept_for_backward(of, of.injected(scan_checkpoint_group_size=g)) for g in (0, 1))
@@ -119,7 +119,7 @@ def _group_size_acts(bench: Bench) -> float | None:
 
 
 def _kept_for_backward(bench: Bench, injection: Injection) -> int | None:
-    """Bytes that autograd keeps of a pass that recomputes nothing beside the scan's groups; None if none is run."""
+    """Bytes that autograd keeps of a pass in which only the scan's groups are recomputed; None if no scan runs."""
     bench.checkpointed(injection.model, False)
     batch = bench.batch(injection.model)
     kept = 0
@@ -139,9 +139,9 @@ def _kept_for_backward(bench: Bench, injection: Injection) -> int | None:
 
 
 def _persistent_states_act(bench: Bench) -> float | None:
-    """How far states that are carried from a window into the next change its outputs, at each layer the least.
+    """How much carried states change the outputs of the next window: the smallest change over the layers.
 
-    None for a backbone whose adapters carry none: with those the field is refused.
+    None if the backbone's adapters carry no states; the field is refused for them.
     """
     injection = bench.injected(persistent_states=True)
     if not all(isinstance(adapter, TTTAdapter) for adapter in injection.adapters.values()):
@@ -183,7 +183,7 @@ def _persistent_states_act(bench: Bench) -> float | None:
 
 @torch.no_grad()
 def _nonfinite_tokens_are_skipped(bench: Bench) -> float:
-    """How many tokens a layer left out of which one in each row is NaN; without the field their rows are lost."""
+    """How many tokens a layer skips if one token of each row is NaN; without the field their rows are lost."""
     counted = 0
     for asked in (True, False):
         for name, layer in layers_of(bench.injected(skip_nonfinite_tokens=asked)).items():
@@ -201,7 +201,7 @@ def _nonfinite_tokens_are_skipped(bench: Bench) -> float:
 
 
 class _states_read:  # noqa: N801 - used as `with _states_read(injection) as seen`
-    """Which states each layer was called with inside, and which its calls ended with."""
+    """A context that records the states with which each layer was called, and the states after its calls."""
 
     def __init__(self, injection: Injection) -> None:
         self.entered: dict[str, list[TTTState]] = {}

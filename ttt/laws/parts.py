@@ -1,4 +1,4 @@
-"""What several laws look at: the parts of an injection, and which of two passes' results are furthest apart."""
+"""Helpers of several laws: the parts of an injection, and the largest difference between two passes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def gates_of(injection: Injection) -> list[Gate]:
 
 
 def worst_of(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[str, float]:
-    """The entry that is furthest away; gradients are measured on the scale of the largest, not of their own noise."""
+    """The entry with the largest distance; gradients are scaled by the largest, since small ones are mostly noise."""
     scale = max(
         torch.linalg.vector_norm(value.double()).item() for name, value in expected.items() if name != "outputs"
     )
@@ -58,7 +58,7 @@ def worst_of(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tup
 
 
 def random_tokens(layer: TTTLayer, bench: Bench) -> tuple[Tensor, Tensor | None]:
-    """Tokens for a layer alone, and angles `[T,F/2]` of their rotation if the backbone gives them."""
+    """Random tokens for one layer, and rotary angles `[T,F/2]` if the backbone provides them."""
     generator = torch.Generator().manual_seed(3)
     shape = (bench.batch_size, bench.tokens, layer.dim)
     x = torch.randn(shape, generator=generator).to(layer.ttt_norm_weight.device)
@@ -68,5 +68,5 @@ def random_tokens(layer: TTTLayer, bench: Bench) -> tuple[Tensor, Tensor | None]
 
 
 def rotary_of(angles: Tensor | None, tokens: slice) -> tuple[Tensor, Tensor] | None:
-    """What a layer is given of some tokens' angles."""
+    """The cosines and sines of some tokens' angles, as a layer takes them; None if there are no angles."""
     return None if angles is None else (angles[tokens].cos(), angles[tokens].sin())

@@ -1,8 +1,8 @@
-"""What a plugin's methods owe to `ttt check` and `ttt train`: the checks beside the laws.
+"""Checks, besides the laws, of the plugin methods that `ttt check` and `ttt train` call.
 
-The laws look at layers in a model. These look at the rest of `ttt.plugins.Backbone`, by what a user runs: every preset
-is read, its facts are held against the model on `meta`, the demo's data and loss are used as training does, and a run
-of two steps is made, evaluated, and loaded again. Each check takes a `Bench` and raises `MethodBrokenError`.
+The laws check layers in a model. These check the rest of `ttt.plugins.Backbone` as a user runs it: every preset is
+read, its facts are compared with the model on `meta`, the demo's data and loss are used as in training, and a run of
+two steps is made, evaluated and loaded again. Each check takes a `Bench` and raises `MethodBrokenError`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ttt.plugins import Backbone, BackboneFacts, Site
 from ttt.words import first_line
 
 _PLENTY = 1 << 60
-"""Bytes of memory that a preset is checked for: here it does not matter whether it fits."""
+"""The memory in bytes that presets are checked for: so large that each of them fits."""
 
 
 class MethodBrokenError(TTTError):
@@ -44,26 +44,26 @@ class MethodBrokenError(TTTError):
     def __init__(self, method: str, message: str) -> None:
         super().__init__(f"{method}: {message}")
         self.method = method
-        """As `MyBackbone.loss`."""
+        """The method's name, such as `MyBackbone.loss`."""
 
 
 @contextlib.contextmanager
 def method_of(bench: Bench, name: str) -> Iterator[str]:
-    """Blame what is raised inside on a method of the plugin, with the line; gives its name for messages."""
+    """A context that turns errors inside into errors of a plugin's method, with the line; gives the method's name."""
     method = f"{type(bench.backbone).__name__}.{name}"
     try:
         yield method
     except MethodBrokenError:
         raise
-    except PluginError as error:  # which says where
+    except PluginError as error:  # its message has the place
         raise MethodBrokenError(method, str(error)) from error
-    except Exception as error:  # a plugin's code: whatever it raises is its failure
+    except Exception as error:  # a plugin's code may raise anything
         told = f"{type(error).__name__}: {first_line(error, otherwise='')}"
         raise MethodBrokenError(method, f"fails with {told} ({_place(error, bench.backbone)})") from error
 
 
 def _place(error: Exception, backbone: Backbone) -> str:
-    """File and line: the last in the plugin's own package, else where it was raised."""
+    """File and line of an error: the last in the plugin's own package, or else the place that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     module = sys.modules.get(type(backbone).__module__)
     folder = str(Path(getattr(module, "__file__", None) or os.devnull).parent)
@@ -73,10 +73,10 @@ def _place(error: Exception, backbone: Backbone) -> str:
 
 
 def demo_config(bench: Bench, *overrides: str) -> RunConfig:
-    """The demo, on the bench's device.
+    """The demo's config, on the bench's device.
 
     Raises:
-        MethodBrokenError: there is none, or it cannot be read.
+        MethodBrokenError: there is no demo, or it cannot be read.
     """
     device = torch.device(bench.device).type
     settings = [f"train.device={device}", *overrides]
@@ -86,7 +86,7 @@ def demo_config(bench: Bench, *overrides: str) -> RunConfig:
 
 
 def read_preset(bench: Bench, name: str, overrides: Sequence[str] = ()) -> RunConfig | None:
-    """A preset as a config; None where all that it lacks is on this machine (files, a device), as a demo must not."""
+    """A preset as a config; None if it only lacks files or a device of this machine, which a demo must not."""
     with method_of(bench, "presets") as method:
         presets = bench.backbone.presets()
         if not isinstance(presets, Mapping) or not all(isinstance(text, str) for text in presets.values()):
@@ -114,21 +114,21 @@ def _in_words(finding: Finding) -> str:
     return f"{place}{finding.code} {finding.message}"
 
 
-# --- what is known without a model ---
+# --- without a model ---
 
 
 def module_imports_no_torch(bench: Bench) -> None:
     """The plugin's entry point, presets, facts and rules work in a fresh process without importing torch.
 
-    A backbone that is not installed has no entry point, and nothing to check here.
+    A backbone that is not installed has no entry point; nothing is checked for it.
 
     Raises:
-        MethodBrokenError: naming the line that imports it.
+        MethodBrokenError: naming the line that imports torch.
     """
     info = plugins.find(bench.backbone.name)
     if info is None or type(info.backbone) is not type(bench.backbone):
         return
-    with tempfile.TemporaryDirectory() as folder:  # nothing of the current folder is found by chance
+    with tempfile.TemporaryDirectory() as folder:  # nothing is imported from the current folder by chance
         paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
         done = subprocess.run(
             [sys.executable, "-c", _WITHOUT_TORCH, bench.backbone.name, info.module.partition(":")[0]],
@@ -151,7 +151,7 @@ def module_imports_no_torch(bench: Bench) -> None:
 
 
 _IMPORTED = 42
-"""How the process ends that sees torch imported."""
+"""The exit code of the process if torch is imported."""
 _WITHOUT_TORCH = """
 import os, sys, traceback
 import ttt.check.catalogue, ttt.check.load, ttt.plugins
@@ -194,13 +194,14 @@ def presets_load(bench: Bench) -> None:
         )
 
 
-# --- the model beside what is said of it ---
+# --- the model and its facts ---
 
 
 def facts_agree(bench: Bench) -> None:
-    """What `facts` says of every preset's model, and of the tiny one, is what `build` makes on `meta`.
+    """The `facts` of every preset's model, and of the tiny one, agree with the model that `build` makes on `meta`.
 
-    Width, heads, layers, parameters, those of attention, gates; how often a layer is recomputed is law 2's.
+    Compares width, heads, layers, parameters, attention parameters and gates. Law 2 checks how often a layer is
+    recomputed.
 
     Raises:
         MethodBrokenError: naming the fact and both numbers.
@@ -218,13 +219,13 @@ def facts_agree(bench: Bench) -> None:
                 raise MethodBrokenError(method, f"it returned {type(facts).__name__}, not BackboneFacts")
         try:
             with method_of(bench, "build"):
-                # Presets that differ in what is recomputed alone are one model.
+                # Presets that differ only in what is recomputed have the same model.
                 options = json.dumps([backbone_identity(bench.backbone, config.backbone), _sizes(facts)])
                 if options not in built:
                     built[options] = bench.backbone.build(config.backbone, device="meta", dtype=torch.float32)
         except MethodBrokenError as error:
             if isinstance(error.__cause__, EnvironmentProblem) and name not in ("preset demo", "tiny()"):
-                continue  # weights that this machine does not have
+                continue  # this machine does not have its weights
             raise
         with method_of(bench, "sites"):
             sites = bench.backbone.sites(built[options])
@@ -241,7 +242,7 @@ def _sizes(facts: BackboneFacts) -> list[int | None]:
 def _facts_and_truth(
     bench: Bench, facts: BackboneFacts, model: nn.Module, sites: Sequence[Site]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Each fact that a model can be asked for: its name, what is said, what is so."""
+    """Each fact that can be read from a model: its name, the stated value, the model's value."""
     yield "num_layers", facts.num_layers, len(sites)
     for site in sites:
         yield f"dim (at {site.path})", facts.dim, site.dim
@@ -261,10 +262,10 @@ def _facts_and_truth(
 
 
 def model_and_batches(bench: Bench) -> None:
-    """`build` gives the same model twice, in eval mode and the type asked for; batches are of their size and seed.
+    """`build` is deterministic and gives eval mode and the requested type; batches depend on size and seed alone.
 
     Raises:
-        MethodBrokenError: naming which does not.
+        MethodBrokenError: naming the method that breaks this.
     """
     with method_of(bench, "build") as method:
         model, twin = bench.model(), bench.model()
@@ -298,11 +299,11 @@ def model_and_batches(bench: Bench) -> None:
             raise MethodBrokenError(method, "it changes nothing")
 
 
-# --- what other checks need too ---
+# --- helpers, also of other checks ---
 
 
 def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """Every tensor of a nesting of mappings and sequences."""
+    """Every tensor in nested mappings and sequences."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
@@ -314,13 +315,13 @@ def tensors_in(batch: Any) -> Iterator[Tensor]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two nestings hold the same values, bit for bit, no number included."""
+    """Whether two nested structures hold the same values; NaN counts as equal to NaN."""
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
             return False
         if one.dtype != other.dtype or one.shape != other.shape:
             return False
-        return bool(((one == other) | ((one != one) & (other != other))).all())  # a value that is no number too
+        return bool(((one == other) | ((one != one) & (other != other))).all())  # the second part is for NaN
     if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
         return bool(np.array_equal(one, other))
     if isinstance(one, Mapping) and isinstance(other, Mapping):

@@ -17,15 +17,15 @@ from ttt.laws.parts import gates_of, layers_of
 from ttt.plugins import Batch
 
 _HALF = 0.02
-"""A gate at which the answer of a layer is a small change of the output, in proportion to the gate."""
+"""A gate so small that the change of the output is in proportion to the gate."""
 
 
 def evidence(bench: Bench) -> Mapping[str, float]:
-    """Law 10: every injected layer is reached, its fast weights move, and what the gates let through is measured.
+    """Law 10: every injected layer is reached, its fast weights move, and its gate is measured.
 
-    In evaluation mode and in training mode. Each reads the whole sequence, gets a gradient for every parameter and
-    passes one on, keeps its parameters in float32 in a backbone of half precision, and a gate half open has half the
-    effect.
+    This holds in evaluation mode and in training mode. Each layer reads the whole sequence, gets a gradient for every
+    parameter, passes the gradient to what precedes it, and keeps its parameters in float32 in a backbone of half
+    precision. Half the gate has half the effect.
     """
     injection = bench.injected()
     batch = bench.batch(injection.model)
@@ -41,7 +41,7 @@ def evidence(bench: Bench) -> Mapping[str, float]:
 
 
 def _watched(bench: Bench, injection: Injection, batch: Batch, *, training: bool) -> dict[str, LayerEvidence]:
-    """What the evidence says of every layer, each of which must act."""
+    """The evidence of every layer; raises if one does not act."""
     mode = " in training mode" * training
     unseen = bench.outputs(injection.model, batch, training=training)
     with Observation(injection) as seen:
@@ -60,7 +60,7 @@ def _watched(bench: Bench, injection: Injection, batch: Batch, *, training: bool
 
 
 def _require_last_token(bench: Bench, injection: Injection, batch: Batch) -> None:
-    """What every layer reads changes with the last token: none reads the beginning alone."""
+    """Require that the last token changes the input of every layer, so that none reads only the beginning."""
     with _read(injection) as before:
         last = bench.outputs(injection.model, batch).shape[1] - 1
     with _read(injection) as after:
@@ -71,7 +71,7 @@ def _require_last_token(bench: Bench, injection: Injection, batch: Batch) -> Non
 
 
 def _require_gradients(bench: Bench, injection: Injection, batch: Batch) -> None:
-    """Every parameter of an adapter gets a gradient, and the tokens that it reads carry one on."""
+    """Require a gradient for every parameter of an adapter and for the tokens that it reads."""
     named = {name for name, _ in injection.model.named_parameters()}
     with _read(injection) as read:
         found = bench.gradients(injection.model, batch)
@@ -92,7 +92,7 @@ def _require_gradients(bench: Bench, injection: Injection, batch: Batch) -> None
 
 
 def _require_proportion(bench: Bench, injection: Injection) -> None:
-    """Half the gate has half the effect, so that `tanh(α)` is what the evidence calls the gate."""
+    """Require that half the gate has half the effect, so that `tanh(α)` is the gate that the evidence reports."""
     if not injection.sites:
         return
     of = bench.injected(torch.float32, layers=(injection.sites[0].layer,))
@@ -115,7 +115,7 @@ def _require_proportion(bench: Bench, injection: Injection) -> None:
 
 
 def _require_wide_parameters(bench: Bench) -> None:
-    """In a backbone of half precision the adapters' parameters stay in float32, where small updates are kept."""
+    """Require that adapters stay in float32 in a backbone of half precision, so that small updates are kept."""
     injection = bench.injected(torch.bfloat16)
     for name, value in injection.state_dict().items():
         if value.is_floating_point() and torch.finfo(value.dtype).bits < 32:
@@ -127,7 +127,7 @@ def _require_wide_parameters(bench: Bench) -> None:
 
 @contextlib.contextmanager
 def _read(injection: Injection) -> Iterator[dict[str, list[Tensor]]]:
-    """The tokens that each TTT layer reads inside, call by call."""
+    """A context that records the tokens that each TTT layer reads, call by call."""
     found: dict[str, list[Tensor]] = {}
 
     def hook(name: str) -> Any:

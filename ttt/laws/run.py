@@ -1,4 +1,4 @@
-"""What a plugin's data and loss owe to `ttt train`: checks as in `ttt.laws.plugin`, on the demo's own windows."""
+"""Checks of a plugin's data and loss as `ttt train` uses them, on the demo's own windows; see `ttt.laws.plugin`."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from ttt.train.passes import load_batch, seed_pass, states_to_carry
 from ttt.train.setup import build, threads
 
 _ITEMS = 4
-"""Windows of the demo's data that are read."""
+"""How many windows of the demo's data are read."""
 _AGREES = 1e-3
-"""Largest relative difference of a loss and that of the same windows twice."""
+"""The largest relative difference between the loss of some windows and the loss of the same windows twice."""
 
 
 def dataset_keeps_its_protocol(bench: Bench) -> None:
-    """The demo's data: files cover the windows in order, windows are the same each time, and each can be told.
+    """The demo's data: files cover the windows in order, windows do not change, and `describe` tells them apart.
 
     Raises:
-        MethodBrokenError: naming the method of `ttt.plugins.backbone.WindowDataset` that does not.
+        MethodBrokenError: naming the method of `ttt.plugins.backbone.WindowDataset` that breaks this.
     """
     config = demo_config(bench)
     with method_of(bench, "has_eval_data"):
@@ -93,7 +93,7 @@ def _require_windows(method: str, data: WindowDataset, picked: Sequence[int]) ->
         seed_pass(window, "law", 0)
         samples.append(data[window])
         kept.append(_copied(samples[-1]))
-        seed_pass(window, "law", 1)  # no generator may decide what a window holds
+        seed_pass(window, "law", 1)  # a window must not depend on the global generators
         if not same(samples[-1], data[window]):
             raise MethodBrokenError(method, f"window {window} is another one when it is read again")
         text = data.describe(window)
@@ -117,10 +117,10 @@ def _require_windows(method: str, data: WindowDataset, picked: Sequence[int]) ->
 
 
 def loss_trains(bench: Bench) -> None:
-    """The loss of the demo's first windows: a differentiable scalar that TTT acts on, and facts about what it read.
+    """The loss of the demo's first windows is a differentiable scalar that TTT changes, and says what it has read.
 
     Raises:
-        MethodBrokenError: it breaks what `ttt.plugins.backbone.LossOutput` promises; the message says what.
+        MethodBrokenError: it does not keep to `ttt.plugins.backbone.LossOutput`; the message says how.
     """
     config = demo_config(bench, "train.param_dtype=float32")
     device = torch.device(bench.device)
@@ -166,7 +166,7 @@ def _require_loss(method: str, output: LossOutput) -> None:
 def _require_tokens(
     bench: Bench, config: RunConfig, output: LossOutput, lengths: Mapping[str, set[int]], *, rows: int
 ) -> None:
-    """What the loss and the TTT layers have read of a window is what the facts say of one."""
+    """Require that the loss and the TTT layers read as many tokens of a window as the facts say."""
     facts = bench.backbone.facts(config)
     wanted = facts.tokens_per_window
     if wanted is None:
@@ -205,7 +205,7 @@ def _require_effect(method: str, bench: Bench, model: nn.Module, batch: Batch, c
 
 
 def _require_mean(method: str, bench: Bench, model: nn.Module, twice: Batch, once: Batch, config: RunConfig) -> None:
-    """Windows given twice have the loss of the windows given once, unless chance decides the loss."""
+    """Require that windows given twice have the same loss as given once, unless the loss is random."""
     first, repeated, again = (_evaluated(bench, model, once, config, seed=seed) for seed in (0, 0, 1))
     if first != repeated:
         raise MethodBrokenError(
@@ -222,7 +222,7 @@ def _require_mean(method: str, bench: Bench, model: nn.Module, twice: Batch, onc
 
 
 def _require_states(bench: Bench, injection: Injection, batch: Batch, config: RunConfig) -> None:
-    """Adapters that hand their states on in `outputs`, which law 8 asks for, do so in the loss too."""
+    """Require that adapters that pass their states on in `outputs` (law 8) do so in the loss too."""
     if not all(isinstance(adapter, TTTAdapter) for adapter in injection.adapters.values()):
         return
     model = injection.model
@@ -238,12 +238,12 @@ def _require_states(bench: Bench, injection: Injection, batch: Batch, config: Ru
 
 
 def demo_trains(bench: Bench) -> None:
-    """The demo for two steps, as `ttt train` runs it: trained, evaluated beside its closed gates, saved, loaded again.
+    """The demo runs for two steps as in `ttt train`: it trains, evaluates with closed gates too, saves and loads again.
 
     Raises:
-        MethodBrokenError: what the run ended with.
+        MethodBrokenError: with the error of the run.
     """
-    from ttt.train import train  # the loop draws pictures, and laws alone need none
+    from ttt.train import train  # imported here: the loop draws pictures, which laws do not need
 
     with tempfile.TemporaryDirectory() as folder:
         config = demo_config(bench, "train.max_steps=2", "eval.max_batches=1", "train.num_microbatches=1")
@@ -269,12 +269,12 @@ def demo_trains(bench: Bench) -> None:
                 raise MethodBrokenError(method, "the adapter of a run is loaded into other layers")
 
 
-# --- what several checks need ---
+# --- helpers of several checks ---
 
 
 @contextlib.contextmanager
 def _lengths(injection: Injection) -> Iterator[dict[str, set[int]]]:
-    """How many tokens the calls of each TTT layer read inside."""
+    """A context that records how many tokens the calls of each TTT layer read."""
     found: dict[str, set[int]] = {}
 
     def hook(name: str) -> Any:
@@ -294,7 +294,7 @@ def _lengths(injection: Injection) -> Iterator[dict[str, set[int]]]:
 
 
 def _copied(batch: Any) -> Any:
-    """The same nesting with tensors of its own."""
+    """A copy of a nested structure, its tensors included."""
     copies = iter([tensor.clone() for tensor in tensors_in(batch)])
 
     def copy(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Laws 1 and 2: what a training step may not change, and what may not change a training step.
 
-Both run in training mode: most models recompute activations, and drop any, in no other.
+Both run in training mode, because most models recompute activations and apply dropout only there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def purity(bench: Bench) -> Mapping[str, float]:
     try:
         runs.append(bench.gradients(model, batch))
     except (RuntimeError, PluginError) as error:
-        # Fast weights kept with their graph: the second pass reaches into the first one's, which is gone.
+        # Fast weights were kept with their graph: the second backward reaches the first one's graph, which is freed.
         first = first_line(error)
         raise LawBrokenError(1, f"a second pass over the same tokens fails where the first did not: {first}") from error
     bench.outputs(model, batch)
@@ -62,7 +62,7 @@ def purity(bench: Bench) -> Mapping[str, float]:
 
 
 def _written_without_ttt(bench: Bench) -> frozenset[str]:
-    """Buffers that the plain backbone writes when it trains, as batch norm does its running means."""
+    """Buffers that the plain backbone writes in training, such as batch norm's running means."""
     model = bench.model()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     bench.gradients(model, bench.batch(model))
@@ -80,14 +80,14 @@ def remat_invariance(
 ) -> Mapping[str, float]:
     """Law 2: outputs and gradients are the same for every group size and every nesting of checkpoints.
 
-    What the backbone's own checkpointing recomputes is counted: it must be what `Backbone.facts` says, or a law that
-    compared nothing with nothing would hold.
+    It also counts what the backbone's own checkpointing recomputes, which must agree with `Backbone.facts`: if nothing
+    were recomputed, the comparison would prove nothing.
 
     Args:
-        bench: what it is checked on.
-        group_sizes: to be compared with keeping everything.
-        nestings: what is wrapped around each adapter, by name.
-        inside_own: whether the backbone's own activation checkpointing surrounds that.
+        bench: the bench.
+        group_sizes: group sizes to compare with keeping everything.
+        nestings: checkpoints to wrap around each adapter, by name.
+        inside_own: whether the backbone's own activation checkpointing is on around them.
     """
     plain = replace(bench, options=bench.bare or bench.options).injected(scan_checkpoint_group_size=0)
     bench.checkpointed(plain.model, False)
@@ -98,8 +98,8 @@ def remat_invariance(
         for nesting, wrappers in nestings.items():
             for around in inside_own:
                 injection = bench.injected(scan_checkpoint_group_size=group_size)
-                # Reentrant checkpointing loses gradients inside another one of its kind or of none, in PyTorch
-                # itself, only where its inputs need none; ours always do.
+                # PyTorch's reentrant checkpoint loses gradients inside another checkpoint only if its inputs need
+                # none; ours always need one.
                 if not bench.checkpointed(injection.model, around):
                     continue
                 where = f"group size {group_size}, {nesting}" + " inside the backbone's own" * around
@@ -128,7 +128,7 @@ def _gradients(
 
 
 def _require_recomputation(bench: Bench, injection: Injection, counts: Mapping[str, int], around: bool) -> None:
-    """Every TTT layer ran forward as often as `facts` says, with the backbone's own checkpointing on or off."""
+    """Require that every TTT layer runs forward as often as `facts` says, with own checkpointing on or off."""
     levels = _levels(bench, around)
     if levels is None:
         return
@@ -150,9 +150,9 @@ def _require_recomputation(bench: Bench, injection: Injection, counts: Mapping[s
 
 
 def _levels(bench: Bench, around: bool) -> tuple[int, ...] | None:
-    """Checkpoints around each scan of a layer, by the facts; None if those cannot be had, which is another check's.
+    """How many checkpoints are around each scan of a layer, by the facts; None if the facts cannot be read.
 
-    `ttt.laws.plugin.facts_agree` says so.
+    `ttt.laws.plugin.facts_agree` reports that.
     """
     try:
         config = bench.run_config(gradient_checkpointing=around)

@@ -1,4 +1,4 @@
-"""Autocast around arithmetic that chooses its own types: switched off, or as it was when a pass was recorded."""
+"""Autocast around arithmetic that chooses its own types: switched off, or set as it was in an earlier pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Autocast off for the device of `x`, if it is on there."""
+    """A context that switches autocast off for the device of `x`; it does nothing if autocast is off already."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
@@ -18,9 +18,9 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 class AutocastState:
-    """The autocast settings of one moment, to be restored when the same code runs again.
+    """The autocast settings at the time it is made, to be restored when the same code runs again.
 
-    The cache of casts stays off: what one run caches under `no_grad` must not be found by another that needs it
+    The cache of casts stays off: a cast that one run caches under `no_grad` must not be reused by a run that needs it
     differentiable.
     """
 
@@ -33,10 +33,10 @@ class AutocastState:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """The settings, for as long as the context lasts."""
+        """A context in which the settings hold again."""
         with contextlib.ExitStack() as stack:
             for kind, enabled, dtype in self.settings:
-                # With autocast off, its constructor would still complain about a type it does not support.
+                # Even if autocast is off, its constructor warns about a type that it does not support.
                 keywords = {"dtype": dtype} if enabled else {}
                 stack.enter_context(torch.autocast(kind, enabled=enabled, cache_enabled=False, **keywords))
             yield

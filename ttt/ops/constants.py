@@ -1,8 +1,8 @@
-"""What the arithmetic shares with the closed forms of its cost: plain values, importable without torch."""
+"""Constants that the arithmetic shares with the closed forms of its cost; importable without torch."""
 
 VARIABLE = "TTT_OPS"
 """The environment variable that forces an implementation of the scan."""
 SMALL = 1 << 17
-"""Numbers of the widest tensor of one mini-batch below which, on a CPU, a call costs more than its arithmetic."""
+"""On a CPU, a call costs more than its arithmetic if the widest tensor of a mini-batch has fewer numbers than this."""
 BLOCK = 16
-"""How many mini-batches the fused scan lays out at a time if no group size says so."""
+"""How many mini-batches the fused scan lays out at a time if the group size does not say."""

@@ -1,8 +1,8 @@
-"""A sequence as mini-batches: full ones go through the scan; those that a piece leaves or finds open run beside it.
+"""A sequence as mini-batches: full ones go through the scan; one that a piece finds or leaves open runs outside it.
 
-A stream's state is the weights that opened its current mini-batch, the gradients summed over the tokens it has read of
-that mini-batch, and how many those are. Streams of a batch may stand at different places. Nothing here waits for the
-device to know where they stand.
+A stream's state is the weights that opened its current mini-batch, the gradients summed over the tokens read of that
+mini-batch, and their count. Streams of a batch may be at different positions. Nothing here waits for the device to
+learn these positions.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Stream(NamedTuple):
     """The state of B streams."""
 
     weights: Weights
-    """What opened the current mini-batch: `W [B,H,in,out]`, `b [B,H,1,out]`, in turn."""
+    """The weights that opened the current mini-batch: `W [B,H,in,out]` and `b [B,H,1,out]` of each layer in turn."""
     gradients: Weights | None = None
     """`Σ_j η_j ∇ℓ_j(W)` over the tokens read of it, in the same shapes; None if no stream has read any."""
     count_B: Tensor | None = None
-    """How many tokens those are, int64, 0 … C−1; None with `gradients`."""
+    """How many tokens have been read of it, int64, 0 … C−1; None if `gradients` is None."""
 
 
 class Inner(NamedTuple):
-    """What a layer's inner learning is made of, apart from the sequence and the state."""
+    """Everything that a layer's inner learning needs apart from the sequence and the state."""
 
     gamma_H1F: Tensor
     beta_H1F: Tensor
@@ -51,7 +51,7 @@ class Inner(NamedTuple):
 
     @property
     def learned(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`γ`, `β` and `s`: the tensors, in the order in which a scan takes them."""
+        """The tensors `γ`, `β` and `s`, in the order in which a scan takes them."""
         return self.gamma_H1F, self.beta_H1F, self.scale_C
 
 
@@ -64,7 +64,7 @@ class Tokens(NamedTuple):
     rate: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
-        """The function applied to each of the four."""
+        """Apply the function to each of the four."""
         return Tokens(*(function(x) for x in self))
 
 
@@ -82,7 +82,7 @@ def _chosen(weights: Weights, tokens: Tokens, mini_batches: int | None = None) -
 def _answer(
     weights: Weights, gradients: Weights | None, tokens: Tokens, inner: Inner, scale_BC: Tensor
 ) -> tuple[Tensor, Weights]:
-    """Answer one mini-batch that may be open, by step sizes `[B,C]` or `[1,C]`; also the gradients it has summed."""
+    """Answer one mini-batch that may be open, with step sizes `[B,C]` or `[1,C]`; also return its summed gradients."""
     norms = inner.gamma_H1F, inner.beta_H1F
     if _chosen(weights, tokens) == "fused":
         return fused_minibatch(weights, gradients, *tokens, *norms, scale_BC, causal=inner.causal, eps=inner.eps)
@@ -99,20 +99,22 @@ def _scan_for(weights: Weights, cells: Tokens) -> Callable[..., tuple[Tensor, We
 def learn(tokens: Tokens, stream: Stream, inner: Inner, *, group_size: int) -> tuple[Tensor, Stream]:
     """Answer a sequence or a piece of one, learning from it on the way.
 
-    If the update is causal, pieces of any lengths give the answers and the final state of the whole. A non-causal
-    mini-batch closes at the end of the sequence, as if tokens of zero rate filled it, so its pieces are multiples of C.
+    If the update is causal, a sequence in pieces of any length gives the same answers and final state as the whole. A
+    non-causal mini-batch closes at the end of the sequence, as if tokens of zero rate filled it, so pieces must be
+    multiples of C.
 
     Args:
-        tokens: `[B,H,T,F]` and rates `[B,H,T,1]`, in the type that the fast weights have.
+        tokens: `[B,H,T,F]` and rates `[B,H,T,1]`, in the type of the fast weights.
         stream: the state before the first token.
         inner: norms, step sizes, kind of update.
-        group_size: `scan_checkpoint_group_size`; memory and time only.
+        group_size: `scan_checkpoint_group_size`; it changes memory and time only.
 
     Returns:
         `z [B,H,T,F]` and the state after the last token.
 
     Raises:
-        ValueError: a non-causal layer is given an open mini-batch, or `TTT_OPS` asks for what cannot run.
+        ValueError: the update is not causal and a mini-batch is open, or `TTT_OPS` names an implementation that cannot
+            run here.
     """
     if not inner.causal and stream.count_B is not None:
         raise ValueError("a non-causal mini-batch is never left open; this state comes from a causal layer")
@@ -126,7 +128,7 @@ def learn(tokens: Tokens, stream: Stream, inner: Inner, *, group_size: int) -> t
 
 
 def _learn_by_definition(tokens: Tokens, stream: Stream, inner: Inner) -> tuple[Tensor, Stream]:
-    """Token by token, by `ttt.ops.reference`."""
+    """`learn` token by token, by `ttt.ops.reference`."""
     if tokens.q.is_meta:
         raise ValueError("TTT_OPS=reference computes on real tensors, not on the device meta; unset it")
     offset_C = inner.scale_C - 1 / torch.arange(1, inner.mini_batch_size + 1).to(inner.scale_C)
@@ -152,7 +154,7 @@ def _learn_by_definition(tokens: Tokens, stream: Stream, inner: Inner) -> tuple[
 
 
 def _learn_from_boundary(tokens: Tokens, weights: Weights, inner: Inner, group_size: int) -> tuple[Tensor, Stream]:
-    """The first token opens a mini-batch in every row."""
+    """`learn` if the first token opens a mini-batch in every row."""
     length, size = tokens.q.shape[2], inner.mini_batch_size
     rest = length % size
     parts = []
@@ -177,7 +179,7 @@ def _learn_from_boundary(tokens: Tokens, weights: Weights, inner: Inner, group_s
 def _learn_one(
     tokens: Tokens, weights: Weights, gradients: Weights, count_B: Tensor, inner: Inner
 ) -> tuple[Tensor, Stream]:
-    """One token for each row; rows may stand at different places of their mini-batches."""
+    """`learn` for one token of each row; rows may be at different positions of their mini-batches."""
     scale = inner.scale_C[count_B][:, None]
     z, gradients = _answer(weights, gradients, tokens, inner, scale)
     count_B = count_B + 1
@@ -189,26 +191,26 @@ def _learn_one(
 
 @torch.no_grad()
 def learn_one_(tokens: Tokens, stream: Stream, inner: Inner, rows_B: Tensor | None = None) -> Tensor:
-    """`learn` for one token of each row, written to the tensors of `stream`: streaming without growth.
+    """`learn` for one token of each row, in place: it writes the new state into the tensors of `stream`.
 
-    The token's own gradient is summed before the token is answered. So the answer is `x (W − s_i G)` with nothing
-    added, and every update is one pass over what it changes. No gradient flows through it.
+    The token's own gradient is summed before the token is answered. So the answer is `x (W − s_i G)` with no other
+    term, and every update passes once over the tensors that it changes. No gradient flows through it.
 
     Args:
         tokens: `[B,H,1,F]` and rates `[B,H,1,1]`.
         stream: every tensor has memory of its own; if C is 1, gradients and count may be None.
         inner: norms, step sizes, kind of update.
-        rows_B: rows that read their token; the others' state stays the same bit for bit. None is all of them.
+        rows_B: rows that read their token; the others keep their state bit for bit. None means all.
 
     Returns:
-        `z [B,H,1,F]`; rows that read nothing hold no meaningful numbers.
+        `z [B,H,1,F]`; rows that read no token hold no meaningful numbers.
     """
     weights, summed, count_B = stream.weights, stream.gradients, stream.count_B
     q, k, target, rate = tokens
     norms = inner.gamma_H1F, inner.beta_H1F
     inputs, errors = key_pass(weights, k, target, *norms, eps=inner.eps)
     taught = [rate * error for error in errors]
-    if rows_B is not None:  # both factors: a row that is paused may hold anything
+    if rows_B is not None:  # zero both factors: a paused row may hold NaN or infinity
         read = rows_B[:, None, None, None]
         inputs = [torch.where(read, x, 0) for x in inputs]
         taught = [torch.where(read, u, 0) for u in taught]
@@ -231,7 +233,7 @@ def learn_one_(tokens: Tokens, stream: Stream, inner: Inner, rows_B: Tensor | No
 
 
 def _stepped_model(weights: Weights, gradients: Weights, scale: Tensor, x: Tensor) -> Tensor:
-    """The inner model at `W − s G`, which is not written down."""
+    """The inner model at the weights `W − s G`, computed without storing them."""
     for index in range(0, len(weights), 2):
         given = x
         x = given @ weights[index] + weights[index + 1]
@@ -242,7 +244,7 @@ def _stepped_model(weights: Weights, gradients: Weights, scale: Tensor, x: Tenso
 
 
 def _close_(weights: Weights, summed: Weights, count_B: Tensor, inner: Inner) -> None:
-    """In rows whose mini-batch is full: move the weights, and begin anew."""
+    """In rows whose mini-batch is full, move the weights and start a new mini-batch."""
     closed = count_B == inner.mini_batch_size
     taken = torch.where(closed, -inner.scale_C[-1], 0)[:, None, None, None]
     for w, g in zip(weights, summed, strict=True):
@@ -254,10 +256,10 @@ def _close_(weights: Weights, summed: Weights, count_B: Tensor, inner: Inner) ->
 def _learn_from_anywhere(
     tokens: Tokens, weights: Weights, gradients: Weights, count_B: Tensor, inner: Inner, group_size: int
 ) -> tuple[Tensor, Stream]:
-    """Rows stand at different places of their mini-batches: each is laid out from its own place.
+    """`learn` if rows may be at different positions of their mini-batches: each row is laid out from its own.
 
-    Row b first continues the mini-batch that it has open. Then it fills `full_B[b]` more, which go through the scan. It
-    ends inside one, its tail, which stays open. No part is wider than the piece, however large a mini-batch is.
+    Row b first continues its open mini-batch. Then it fills `full_B[b]` more, which go through the scan. Its last
+    tokens, the tail, stay in an open mini-batch. No part is wider than the piece, even if a mini-batch is.
     """
     length, size = tokens.q.shape[2], inner.mini_batch_size
     width = min(length, size)
@@ -272,7 +274,7 @@ def _learn_from_anywhere(
     closed_B = room_B <= length
     weights = move(weights, first_gradients, inner.scale_C[-1], closed_B)
 
-    cells = (length - 1) // size  # as many as a row with one slot left can fill
+    cells = (length - 1) // size  # as many as a row whose open mini-batch lacks one token can fill
     if cells:
         places = room_B[:, None] + torch.arange(cells * size, device=count_B.device)
         grid = _gather_tokens(tokens, places).map(lambda x: x.unflatten(2, (cells, size)))
@@ -299,7 +301,7 @@ def _learn_from_anywhere(
 
 
 def _gather_tokens(tokens: Tokens, index_BT: Tensor) -> Tokens:
-    """Tokens by their places `[B,T']`; a place outside the sequence gives some token at zero rate."""
+    """Take tokens by their indices `[B,T']`; an index outside the sequence gives an arbitrary token at zero rate."""
     length = tokens.q.shape[2]
     inside = ((index_BT >= 0) & (index_BT < length))[:, None, :, None]
     index = index_BT.clamp(0, length - 1)[:, None, :, None]
@@ -316,20 +318,20 @@ def _zero_where(rows: Tensor, tensors: Weights) -> Weights:
 
 
 class InnerTrace(NamedTuple):
-    """How the inner loss moved, for each mini-batch: means over streams, heads and tokens, `[N]`."""
+    """The inner loss of each mini-batch before and after its step: means over streams, heads and tokens, `[N]`."""
 
     before: Tensor
-    """At the weights that opened the mini-batch."""
+    """The loss at the weights that opened the mini-batch."""
     after: Tensor
-    """At those weights after its step, on the same tokens."""
+    """The loss of the same tokens after the mini-batch's step."""
 
 
 @torch.no_grad()
 def trace(tokens: Tokens, stream: Stream, inner: Inner) -> InnerTrace:
-    """The inner loss before and after the step of each mini-batch, or of its share if the sequence ends inside it.
+    """The inner loss before and after each mini-batch's step; the last mini-batch may be incomplete.
 
-    Mini-batches are counted from the first token. If one is open in `stream`, it counts as if it opened here, with
-    its weights. Arguments as in `learn`.
+    Mini-batches are counted from the first token. If one is open in `stream`, the count starts with its weights, as if
+    it opened here. Arguments as in `learn`.
     """
     weights, size = stream.weights, inner.mini_batch_size
     before: list[Tensor] = []

@@ -1,7 +1,7 @@
-"""Inner models in dual form, by autograd: MLPs of any number of layers, of which a linear model has one.
+"""Inner models in dual form, by autograd: MLPs of any number of layers; a linear model has one.
 
-Per-token weights are never materialised. `mlp_minibatch` is one mini-batch, `mlp_scan` many that close one after the
-other.
+Per-token weights are never materialised. `mlp_minibatch` runs one mini-batch, `mlp_scan` a sequence of mini-batches
+that close.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def gelu_gradient(x: Tensor) -> Tensor:
 
 
 def mlp_model(weights: Weights, x: Tensor) -> Tensor:
-    """The inner model: affine maps with GELU between, `[B,H,C,F]` to `[B,H,C,F]`."""
+    """The inner model: affine maps with GELU between them, `[B,H,C,F]` to `[B,H,C,F]`."""
     for index in range(0, len(weights), 2):
         x = x @ weights[index] + weights[index + 1]
         if index + 2 < len(weights):
@@ -46,11 +46,11 @@ def mlp_model(weights: Weights, x: Tensor) -> Tensor:
 def key_pass(
     weights: Weights, k_BHCF: Tensor, target_BHCF: Tensor, gamma_H1F: Tensor, beta_H1F: Tensor, *, eps: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The keys forward through the inner model, and their errors back.
+    """Run the keys forward through the inner model, and the inner loss's errors back.
 
     Returns:
-        For each layer what it is given, `X [B,H,C,in]`, and the gradient of the inner loss with respect to what it
-        gives before GELU, `E [B,H,C,out]`. The gradient of the layer's weights is `Xᵀ (η ⊙ E)`.
+        For each layer its input `X [B,H,C,in]`, and the gradient of the inner loss with respect to its output before
+        GELU, `E [B,H,C,out]`. The gradient of the layer's weights is `Xᵀ (η ⊙ E)`.
     """
     depth = len(weights) // 2
     inputs, outputs = [k_BHCF], []
@@ -81,11 +81,10 @@ def mlp_minibatch(
     """Answer the queries of a mini-batch and sum its gradients, all taken at the weights that opened it.
 
     Token i answers with `W − s_i (G + Σ_{j≤i} η_j ∇ℓ_j(W))` if the update is causal, else with the sum over every j.
-    The dual form is applied layer by layer: what the queries give to layer l + 1 follows from their dual answer at
-    layer l.
+    The dual form is applied layer by layer: the queries' dual answer at layer l gives their input to layer l + 1.
 
     Args:
-        weights: `(W1, b1, W2, b2, …)`, which opened the mini-batch; `W [B,H,in,out]`, `b [B,H,1,out]`.
+        weights: `(W1, b1, W2, b2, …)` that opened the mini-batch; `W [B,H,in,out]`, `b [B,H,1,out]`.
         gradients: `G`, what the mini-batch has summed before these tokens, in the shapes of `weights`; or None.
         q_BHCF: queries.
         k_BHCF: keys.
@@ -94,7 +93,7 @@ def mlp_minibatch(
         gamma_H1F: scale of the inner layer norm.
         beta_H1F: shift of the inner layer norm.
         scale_C1: `s`, step size by position, broadcastable to `[B,H,C,1]`.
-        causal: whether a token learns only from those up to itself.
+        causal: whether a token learns only from the tokens up to itself.
         eps: of the layer norm.
 
     Returns:
@@ -120,7 +119,7 @@ def mlp_minibatch(
 def _dual_step(
     x: Tensor, given: Tensor, taught: Tensor, gradients: Weights | None, *, causal: bool
 ) -> tuple[Tensor, Weights]:
-    """What the update of one layer moves in its answers to the queries `x`, and its summed gradients."""
+    """How one layer's update changes its answers to the queries `x`; also returns the layer's summed gradients."""
     attention_BHCC = x @ given.mT + 1
     if causal:
         attention_BHCC = attention_BHCC.tril()
@@ -135,7 +134,7 @@ def _dual_step(
 
 
 def move(weights: Weights, gradients: Weights, scale: Tensor, where: Tensor | None = None) -> Weights:
-    """The weights that open the next mini-batch, `W − s_C G`; only those of rows for which `where [B]` is true."""
+    """The weights that open the next mini-batch, `W − s_C G`; a row for which `where [B]` is false keeps its `W`."""
     if where is not None:
         scale = torch.where(where, scale, 0)[:, None, None, None]
     return tuple(w - scale * g for w, g in zip(weights, gradients, strict=True))
@@ -159,7 +158,7 @@ def mlp_scan(
     """Answer N closed mini-batches, each learning for the next: `W_{n+1} = W_n − s_C G_n`.
 
     Args:
-        weights: `(W1, b1, …)` that open the first, `W [B,H,in,out]` and `b [B,H,1,out]`.
+        weights: `(W1, b1, …)` that open the first mini-batch, `W [B,H,in,out]` and `b [B,H,1,out]`.
         q_BHNCF: queries.
         k_BHNCF: keys.
         target_BHNCF: `v − k`.
@@ -167,8 +166,8 @@ def mlp_scan(
         gamma_H1F: scale of the inner layer norm.
         beta_H1F: shift of the inner layer norm.
         scale_C: `s`, step size by position.
-        closed_NB: which rows' mini-batches close; the others leave the weights as they were. None is all of them.
-        causal: whether a token learns only from those up to itself.
+        closed_NB: which rows' mini-batches close; the others do not change the weights. None means all.
+        causal: whether a token learns only from the tokens up to itself.
         eps: of the layer norm.
         group_size: mini-batches that backward recomputes at a time; 0, or at least N, keeps everything.
 

@@ -1,11 +1,11 @@
 """Normalisations and the gradient of the inner loss.
 
-A normalisation answers with a direction, and if there is none, at a vector of zeros or of one value throughout, it
-answers as its formula says, and its derivative is taken to be 0. The formula's own is `1/ε` or `1/√ε` there, between
-1e3 and 1e12: no property of the data, but of the number that keeps a division from being one by zero. Zero tokens
-(padding, dropped text) stand exactly there while biases are zero, and through a few mini-batches these factors
-multiply. Everywhere else derivatives are the formulas' own. `torch.where` in front of a formula does that: what it
-leaves out gets no gradient, be that finite or not.
+A normalisation returns a direction. A vector of zeros, or of one value throughout, has none: the value there is that of
+the formula, but the derivative is set to 0. The formula's derivative would be `1/ε` or `1/√ε`, between 1e3 and 1e12,
+which says nothing about the data: it comes from the constant that avoids a division by zero. Zero tokens (padding,
+dropped text) are exactly there while biases are zero, and these factors multiply through a few mini-batches. Everywhere
+else the derivatives are those of the formulas. To get this, `torch.where` replaces such vectors before the formula: an
+input that it replaces gets no gradient, finite or not.
 """
 
 from __future__ import annotations
@@ -15,29 +15,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NORMALIZE_EPS = 1e-12
-"""Length below which `normalize` divides by this instead; that of `torch.nn.functional.normalize`."""
+"""If a length is below this, `normalize` divides by this instead, as `torch.nn.functional.normalize` does."""
 
 
 def normalize(x: Tensor) -> Tensor:
-    """`x / max(‖x‖, ε)` over the last dimension: `torch.nn.functional.normalize`, with derivative 0 if ‖x‖ < ε.
+    """`x / max(‖x‖, ε)` over the last dimension, with derivative 0 if ‖x‖ < ε.
 
-    Numbers are the same bit for bit, in float32 and float64; narrower types are computed in float32, where ε is not 0.
+    In float32 and float64 the values are those of `torch.nn.functional.normalize`, bit for bit. Narrower types are
+    computed in float32, because ε would round to 0 in them.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     short = torch.linalg.vector_norm(wide.detach(), dim=-1, keepdim=True) < NORMALIZE_EPS
-    # The formula does not see short vectors, so that its second derivative is finite too.
+    # Replace short vectors before the formula, so that its second derivative is finite too.
     unit = F.normalize(torch.where(short, 1, wide), dim=-1, eps=NORMALIZE_EPS)
     return torch.where(short, wide.detach() / NORMALIZE_EPS, unit).to(x.dtype)
 
 
 def is_constant(x: Tensor) -> Tensor:
-    """Which vectors are one value throughout but for rounding, `[…, F]` to `[…, 1]`; never one with a NaN in it."""
+    """Which vectors hold one value throughout, up to rounding, `[…, F]` to `[…, 1]`; false for a vector with a NaN."""
     least, most = x.detach().aminmax(dim=-1, keepdim=True)
     return most - least <= 4 * torch.finfo(x.dtype).eps * torch.maximum(least.abs(), most.abs())
 
 
 def _followed(x: Tensor) -> Tensor:
-    """`x`, whose constant vectors get no gradient; for a layer norm."""
+    """`x`, with the gradient of its constant vectors stopped; for a layer norm."""
     return torch.where(is_constant(x), x.detach(), x) if x.requires_grad else x
 
 
@@ -57,7 +58,7 @@ def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float) -> Tensor:
 
 
 def outer_layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float) -> Tensor:
-    """`layer_norm` by PyTorch's own operation, for whole vectors `[…, D]` with `γ [D]` and `β [D]`."""
+    """`layer_norm` for whole vectors `[…, D]` with `γ [D]` and `β [D]`, by PyTorch's own operation."""
     return F.layer_norm(_followed(x), x.shape[-1:], gamma, beta, eps=eps)
 
 
@@ -72,11 +73,13 @@ def inner_loss(z: Tensor, target: Tensor, gamma: Tensor, beta: Tensor, *, eps: f
 def inner_loss_gradient(z: Tensor, target: Tensor, gamma: Tensor, beta: Tensor, *, eps: float) -> Tensor:
     """The gradient of `inner_loss` with respect to `z`, `[…, F]`, in closed form.
 
-    With `x̂ = (z − μ) / σ` and `g = (γ x̂ + β − target) γ`: `(g − mean(g) − x̂ mean(g x̂)) / σ`. It is what a token
-    teaches, a number of the forward pass, so that a constant `z` too has the formula's, `1/σ = 1/√ε`. Its own
-    derivative with respect to such a `z` is 0: the formula's, `γ²/ε`, is a curvature at which no rate of the
-    literature makes a stable step. It is linear in β and the target, so that their derivatives are the formula's,
-    unless such a `z` teaches nothing at all, as a token of zeros: then they are 0 too.
+    With `x̂ = (z − μ) / σ` and `g = (γ x̂ + β − target) γ`: `(g − mean(g) − x̂ mean(g x̂)) / σ`.
+
+    This gradient is what a token teaches, a value of the forward pass, so it follows the formula for a constant `z`
+    too, with `1/σ = 1/√ε`. Its derivative with respect to a constant `z` is 0: the formula would give `γ²/ε`, a
+    curvature at which no learning rate of the literature makes a stable step. Its derivatives with respect to β and
+    the target, in which it is linear, follow the formula, except if the gradient at a constant `z` is zero, as for a
+    token of zeros: then they are 0 too.
     """
     followed = _followed(z)
     silent = is_constant(z) if followed is not z else None
@@ -100,12 +103,12 @@ def is_zero(x: Tensor) -> Tensor:
 def normalize_target(target: Tensor, gamma: Tensor, beta: Tensor, *, eps: float) -> Tensor:
     """`γ (t − μ) / (std(t) + ε) + β` over the last dimension: the normalised target `v − k`, `[…, F]`.
 
-    Unlike the inner layer norm it has the unbiased standard deviation and ε outside the root, as published in
+    Unlike the inner layer norm it takes the unbiased standard deviation and adds ε outside the root, as published in
     TTT-Video (`ln_reconstruction_target` of its `ttt/models/ssm/ttt_layer.py`).
     """
     target = _followed(target)
     mean = target.mean(dim=-1, keepdim=True)
-    # Not torch.std: its gradient at a constant target is NaN, also where what follows is left out.
+    # Not torch.std: its gradient at a constant target is NaN, even if the result is masked out later.
     width = target.shape[-1]
     variance = (target - mean).square().sum(dim=-1, keepdim=True) / max(width - 1, 1)
     positive = variance > 0

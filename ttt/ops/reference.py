@@ -1,9 +1,9 @@
-"""The definition of a TTT layer's inner learning, token by token: slow, obvious, and what the rest is tested against.
+"""The definition of a TTT layer's inner learning, token by token: slow and obvious; the rest is tested against it.
 
-Nothing here is shared with the fast forms: inner gradients come from autograd, rows are processed one by one, and
-the weights of every token are really made. What the inner model makes of a token may be one value throughout, as it is
-of zeros where biases are zero: a layer norm of that answers with β, and is given the derivative 0 there by definition,
-in what a token teaches as in what it is answered (`ttt.ops.norm` says why).
+It shares nothing with the fast forms: inner gradients come from autograd, rows are processed one by one, and the
+weights of every token are computed. The inner model's output for a token may be a constant vector, for example for a
+token of zeros if biases are zero. Its layer norm is then β, with derivative 0 by definition, both in the inner loss and
+in the answer (`ttt.ops.norm` says why).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def _layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
 
 
 def _with_a_direction(x: Tensor) -> Tensor:
-    """`x`, whose vectors of one value get no gradient."""
+    """`x`, with the gradient of its constant vectors stopped."""
     return torch.where((x == x[..., :1]).all(-1, keepdim=True), x.detach(), x)
 
 
 def _inner_model(weights: Weights, x: Tensor) -> Tensor:
-    """`x [H,F]` to `[H,F]` by the weights of one row, `W [H,in,out]`, `b [H,1,out]`."""
+    """The inner model with the weights of one row, `W [H,in,out]` and `b [H,1,out]`: `x [H,F]` to `[H,F]`."""
     for index in range(0, len(weights), 2):
         x = torch.einsum("hi,hio->ho", x, weights[index]) + weights[index + 1].squeeze(-2)
         if index + 2 < len(weights):
@@ -38,7 +38,7 @@ def _inner_model(weights: Weights, x: Tensor) -> Tensor:
 
 
 class _Rule(NamedTuple):
-    """What the inner learning is made of, apart from the tokens and the state."""
+    """Everything that the inner learning needs apart from the tokens and the state."""
 
     gamma_HF: Tensor
     beta_HF: Tensor
@@ -48,13 +48,13 @@ class _Rule(NamedTuple):
     offset_C: Tensor | None
 
     def answer(self, weights: Weights, query_HF: Tensor) -> Tensor:
-        """`z [H,F]` of a token, by weights of its own."""
+        """`z [H,F]` of a token with its own weights."""
         normed = _with_a_direction(_inner_model(weights, query_HF))
         return query_HF + _layer_norm(normed, self.gamma_HF, self.beta_HF, self.eps)
 
     def gradient(self, weights: Weights, k_HF: Tensor, target_HF: Tensor, rate_H: Tensor) -> Weights:
         """`η ∇ℓ(W)` of one token."""
-        # One leaf for each use: the gradient is that of this token's loss at W alone.
+        # New leaves for each token: the gradient is that of this token's loss alone.
         probe = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in weights)
         made = _inner_model(probe, k_HF)
         normed = _with_a_direction(made)
@@ -76,7 +76,7 @@ class _Rule(NamedTuple):
 def _read_row(
     rule: _Rule, tokens: list[Tensor], weights: Weights, summed: Weights, i: int
 ) -> tuple[Tensor, Weights, Weights, int]:
-    """Answers of one stream `[H,T,F]`, and its state after the last token, from the state before the first."""
+    """Read one stream from its state before the first token; returns answers `[H,T,F]` and the state after the last."""
     answers: list[Tensor] = []
     waiting: list[Tensor] = []  # queries of a non-causal mini-batch, answered when it is complete
     length = tokens[0].shape[1]
@@ -114,18 +114,18 @@ def reference(
 ) -> tuple[Tensor, Weights, Weights, list[int]]:
     """Answers and final state of B streams, straight from the equations.
 
-    Every gradient of a mini-batch is taken at the weights `W` that opened it. Causal: its token i (from 1) answers
-    with `W − s_i Σ_{j≤i} η_j ∇ℓ_j(W)`, `s_i = max(1/i + δ_i, 0)`, and the next one opens with the weights of
-    i = C. Non-causal: every token answers with `W − (1/C) Σ_j η_j ∇ℓ_j(W)`, and the next mini-batch opens with the
-    same weights, even if the sequence ends before C tokens.
+    Every gradient of a mini-batch is taken at the weights `W` that opened it. Causal: token i (from 1) of a mini-batch
+    answers with `W − s_i Σ_{j≤i} η_j ∇ℓ_j(W)`, `s_i = max(1/i + δ_i, 0)`, and the next mini-batch opens with the
+    weights of i = C. Non-causal: every token answers with `W − (1/C) Σ_j η_j ∇ℓ_j(W)`, and the next mini-batch opens
+    with the same weights, even if the sequence ends before C tokens.
 
     Args:
         q_BHTF: queries; `k_BHTF` keys; `target_BHTF` `v − k`; `rate_BHT` `η`.
         k_BHTF: see above.
         target_BHTF: see above.
         rate_BHT: see above.
-        weights: of the B streams, flat, `W [B,H,in,out]`, `b [B,H,1,out]`; they open the mini-batch that `count`
-            tokens have been read of.
+        weights: fast weights of the B streams, flat, `W [B,H,in,out]`, `b [B,H,1,out]`; they opened the mini-batch of
+            which `count` tokens have been read.
         gamma_HF: scale of the inner layer norm.
         beta_HF: shift of the inner layer norm.
         mini_batch_size: `C`.
@@ -133,7 +133,7 @@ def reference(
         eps: of the inner layer norm.
         offset_C: `δ`; None is 0.
         gradients: `Σ_j η_j ∇ℓ_j(W)` of the tokens already read of the open mini-batch; None is 0.
-        count: how many those are, for each stream; None is 0.
+        count: how many tokens of it have been read, for each stream; None is 0.
 
     Returns:
         `z [B,H,T,F]`, and weights, gradients and counts after the last token.

@@ -17,6 +17,6 @@ def rotary_angles(positions: Tensor, width: int, *, theta: float, dtype: torch.d
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each adjacent pair `(2i, 2i+1)` of the last dimension by its angle; `x` `[…, F]`, angles `[…, F/2]`."""
+    """Rotate each adjacent pair `(2i, 2i+1)` of the last dimension by its angle; `x` `[…, F]`, angles `[…, F/2]`."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

@@ -1,8 +1,8 @@
 """A scan over the leading axis of a pytree that recomputes groups of steps in backward.
 
-One differentiable operation: it saves its inputs and the carry that opens each group, whatever surrounds it. So an
-enclosing checkpoint, of any kind and at any depth, sees the same tensors saved in its forward and in its
-recomputation, and the autocast state that held in forward holds when a group runs again.
+It is one differentiable operation: it always saves its inputs and the carry that opens each group. So an enclosing
+checkpoint, of any kind and at any depth, sees the same tensors saved in forward and in recomputation. A group is
+recomputed under the autocast state of its forward.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ def scan(
     """Run `carry, y = step(carry, x, *consts)` over the leading axis of `xs` and stack the `y`, like `jax.lax.scan`.
 
     Differentiable in `carry`, `xs` and `consts`. With `group_size` g it keeps the carry that opens every group of g
-    steps, and in backward runs each group once more: memory between forward and backward is that of the inputs and
-    `ceil(N/g) − 1` carries, and backward adds one group's activations. If g is 0 or at least the number of steps,
-    everything is kept and nothing runs twice. If no gradient is asked for, nothing is kept. The result does not
-    depend on g.
+    steps, and runs each group again in backward. Between forward and backward it holds the inputs and
+    `ceil(N/g) − 1` carries; backward adds the activations of one group. If g is 0 or at least the number of steps,
+    everything is kept and nothing runs twice. If no gradient is needed, nothing is kept. The result does not depend
+    on g.
 
     Args:
-        step: a pure function of its arguments: it must give the same result when it runs again, write to none of
-            them, and reach every tensor that needs a gradient through them, not through a closure.
-        carry: a pytree of tensors; `step` returns one of the same structure, shapes and types. In any pytree None may
-            stand for nothing, as in `return carry, None`.
+        step: a pure function of its arguments. It must give the same result when it runs again, must not write to its
+            arguments, and must take every tensor that needs a gradient as an argument, not from a closure.
+        carry: a pytree of tensors; `step` returns one of the same structure, shapes and types. Any pytree may be None
+            if it is empty, as in `return carry, None`.
         xs: a pytree of tensors `[N, …]`, N ≥ 1.
         consts: pytrees of tensors that every step reads.
         group_size: g, from 0. N need not be a multiple of it.
 
     Returns:
-        The last carry, and the pytree of the `y` with a leading axis of N.
+        The last carry, and the pytree of the `y`, each tensor with a leading axis of length N.
 
     Raises:
-        ValueError: `xs` has no steps or its tensors disagree on how many, `group_size` is negative, `step` changes
-            the structure, a shape or a type of the carry or of the `y`, or writes to an argument in place.
+        ValueError: `xs` has no steps, or its tensors have leading axes of different lengths; `group_size` is negative;
+            `step` changes the structure, a shape or a type of the carry or the `y`, or writes to an argument in place.
         TypeError: a leaf of a pytree is not a tensor, or `step` does not return a pair.
-        RuntimeError: in backward, if `step` closes over a tensor that needs a gradient, which would be lost; and
-            if a gradient of a gradient is asked for (use `group_size=0` for that).
+        RuntimeError: in backward, if `step` closes over a tensor that needs a gradient, which would be lost, or if a
+            second derivative is asked for (write `group_size=0` for one).
     """
     if not isinstance(consts, (tuple, list)):  # iterating a tensor would take it apart
         raise TypeError(f"scan: consts is a {type(consts).__name__}; write a tuple, as consts=(tensor,)")
@@ -83,7 +83,7 @@ def scan(
 
 
 class _Form(NamedTuple):
-    """A pytree apart from its tensors."""
+    """The structure of a pytree, without its tensors."""
 
     spec: pytree.TreeSpec
     filled: tuple[bool, ...]
@@ -107,7 +107,7 @@ def _flatten(tree: Any, what: str) -> tuple[Flat, _Form]:
 
 
 class _Program:
-    """What a scan runs, apart from its tensors."""
+    """A scan without its tensors: the step, its settings and the structure of its arguments."""
 
     def __init__(
         self,
@@ -153,8 +153,8 @@ class _Program:
         return new_leaves, y_leaves
 
     def steps(self, carry: Flat, xs: Flat, consts: Flat) -> tuple[Flat, list[Flat]]:
-        """Every step over the leading axis of `xs`."""
-        # unbind, not indexing: its backward is one stack, where indexing would fill a zero tensor for each step.
+        """Run every step over the leading axis of `xs`."""
+        # unbind, not indexing: its backward is one stack, while indexing would fill a zero tensor for each step.
         columns = [x.unbind(0) for x in xs]
         const_trees = self.const_form.unflatten(consts)
         ys = []
@@ -164,7 +164,7 @@ class _Program:
         return carry, ys
 
     def run(self, carry: Flat, xs: Flat, consts: Flat) -> tuple[Flat, Flat]:
-        """Every step, in plain operations that autograd records as it finds them."""
+        """Run every step in plain operations, which autograd records."""
         carry, ys = self.steps(carry, xs, consts)
         return carry, tuple(torch.stack(parts) for parts in zip(*ys, strict=True))
 
@@ -173,7 +173,7 @@ class _Program:
 
 
 class _GroupedScan(torch.autograd.Function):
-    """Saves the inputs and the carry that opens each group after the first; recomputes group by group."""
+    """A scan that saves its inputs and the carry that opens each group after the first, and recomputes by group."""
 
     @staticmethod
     def forward(ctx: Any, program: _Program, carries: int, columns: int, *leaves: Tensor) -> tuple[Tensor, ...]:
@@ -196,10 +196,10 @@ class _GroupedScan(torch.autograd.Function):
                     for whole, part in zip(stacked, y, strict=True):
                         whole[index] = part
                 del ys
-        # Running again from what was overwritten would give other gradients, without a word.
+        # Recomputing from overwritten tensors would silently give wrong gradients.
         if _versions((*leaves, *kept)) != versions:
             raise ValueError("scan: step wrote to one of its arguments in place; write to a copy, or to what it made")
-        # A step may hand an input through, or a view of one; autograd wants an output of its own.
+        # A step may return an input or a view of one; autograd needs a tensor of its own.
         own = [new.clone() if new._is_view() or any(new is leaf for leaf in leaves) else new for new in carry]
         outputs = [*own, *stacked]
         ctx.save_for_backward(*leaves, *kept)
@@ -211,7 +211,7 @@ class _GroupedScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            # Not `once_differentiable`, whose error autograd leaves out where only inputs' gradients are asked for.
+            # Not `once_differentiable`: autograd drops its error if only the inputs' gradients are asked for.
             raise RuntimeError("scan: a group that is recomputed has no second derivative; write group_size=0 for one")
         program: _Program = ctx.program
         saved: Flat = ctx.saved_tensors
@@ -232,7 +232,7 @@ class _GroupedScan(torch.autograd.Function):
         for number in range(len(groups) - 1, -1, -1):
             start, stop = groups[number]
             opening = kept[(number - 1) * ctx.carries : number * ctx.carries] if number else initial
-            # A later carry depends on everything before it, so each needs its gradient; the first only if asked for.
+            # Every later carry depends on what precedes it and needs its gradient; the first only if it is asked for.
             carry_in = [
                 _leaf(x, _differentiable(x) and (number > 0 or want))
                 for x, want in zip(opening, wanted[: ctx.carries], strict=True)
@@ -275,7 +275,7 @@ def _differentiable(x: Tensor) -> bool:
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often each was written to; autograd's own count, which views share."""
+    """How often each tensor was written to, by autograd's own count, which views share."""
     return [0 if x.is_inference() else x._version for x in tensors]
 
 
@@ -284,7 +284,7 @@ def _leaf(x: Tensor, wants_gradient: bool) -> Tensor:
 
 
 def _refuse_closures(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-    """Raise if the graph of a group ends in a leaf that is not one of its inputs: its gradient would be lost."""
+    """Raise if the graph of a group reaches a leaf that is not one of its inputs: its gradient would be lost."""
     own = {id(x) for x in inputs}
     waiting = [out.grad_fn for out in outputs if out.grad_fn is not None]
     seen = set(waiting)

@@ -1,4 +1,4 @@
-"""Which implementation of the inner learning runs: the one place that decides it."""
+"""Chooses which implementation of the inner learning runs; no other place decides it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FUSED_DTYPES = (torch.float32, torch.float64)
 
 
 def forced_implementation() -> Implementation | None:
-    """What the environment variable `TTT_OPS` asks for; None if it is not set or empty.
+    """The implementation that the environment variable `TTT_OPS` names; None if it is not set or empty.
 
     Raises:
         ValueError: it names no implementation.
@@ -34,21 +34,21 @@ def forced_implementation() -> Implementation | None:
 def implementation(
     *, device_type: str, dtypes: Iterable[torch.dtype], mini_batches: int | None = None, numbers: int = 0
 ) -> Implementation:
-    """The implementation that runs: the one that `TTT_OPS` forces, else the fastest of those that can.
+    """The implementation that runs: the one that `TTT_OPS` names, else the fastest that can run.
 
     | | what it is | types | second derivatives | chosen |
     | --- | --- | --- | --- | --- |
     | `fused` | one operation with its backward by hand | float32, float64; one for all | no | for the scan |
-    | `generic` | `ttt.scan` over the dual form, by autograd | any | with group size 0 | for what is left |
+    | `generic` | `ttt.scan` over the dual form, by autograd | any | with group size 0 | for the rest |
     | `reference` | token by token, from the definition | any | yes | never |
 
-    Each does every inner model, causal or not, and open mini-batches, on any device.
+    Each runs every inner model, causal or not, and open mini-batches, on any device.
 
     Args:
         device_type: `cpu`, `cuda`, …
-        dtypes: of tokens and fast weights.
-        mini_batches: how many are scanned; None for one that is open on either side, which runs beside the scan.
-        numbers: of the widest tensor of one mini-batch, `B · H · C · width`.
+        dtypes: types of tokens and fast weights.
+        mini_batches: how many are scanned; None for one that may be open on either side and runs outside the scan.
+        numbers: how many numbers the widest tensor of one mini-batch has, `B · H · C · width`.
 
     Raises:
         ValueError: `TTT_OPS` names no implementation, or `fused` for types that it cannot run in.

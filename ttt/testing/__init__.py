@@ -1,4 +1,4 @@
-"""The laws of TTT layers, and what else a plugin owes, as a pytest suite for any backbone plugin.
+"""The laws of TTT layers and the checks of a plugin's other methods, as a pytest suite for any backbone plugin.
 
 In a plugin's tests:
 

@@ -16,11 +16,11 @@ INNER_MODELS: dict[str, dict[str, Any]] = {
 def laws(backbone: Backbone | str, **settings: Any) -> type:
     """Make a pytest class with a case for each law and inner model, and for each check of the plugin's other methods.
 
-    To be bound to a name `Test…`.
+    Assign it to a name that starts with `Test`, so that pytest finds it.
 
     Args:
         backbone: the plugin, or its name.
-        settings: of the `Bench`: `options`, `bare`, `ttt`, `tokens`, `batch_size`, `device`, `tolerance`.
+        settings: settings of the `Bench`: `options`, `bare`, `ttt`, `tokens`, `batch_size`, `device`, `tolerance`.
     """
     import pytest
 

@@ -1,4 +1,4 @@
-"""Training: `train` and what it is made of. Loaded when first asked for, so that reading a run needs no torch."""
+"""Training: `train` and its parts. They are imported on first use, so that reading a run needs no torch."""
 
 from __future__ import annotations
 

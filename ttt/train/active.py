@@ -1,4 +1,4 @@
-"""On the first step every TTT layer must act: be reached, learn, and be learned. One that does not ends the run."""
+"""Checks of the first step: the run ends if a TTT layer is not reached, does not learn or gets no gradient."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ttt.train.parts import Parts
 
 
 def require_reached(evidence: Observation, parts: Parts) -> None:
-    """Require that the first forward pass called every adapter; backward would only say that there is no gradient.
+    """Require that the first forward pass called every adapter; backward would only report a missing gradient.
 
     Raises:
-        InactiveLayerError: one was not called.
+        InactiveLayerError: an adapter was not called.
     """
     for site in parts.injection.adapters:
         if site not in evidence.reached:
@@ -24,10 +24,10 @@ def require_reached(evidence: Observation, parts: Parts) -> None:
 
 
 def require_gradient(output: LossOutput, backbone: Backbone) -> None:
-    """Require that backward has somewhere to go.
+    """Require that the loss has a gradient.
 
     Raises:
-        PluginError: no gradient leads back from the loss.
+        PluginError: the loss was detached, or computed without gradients.
     """
     if not output.loss.requires_grad:
         with asked(backbone, "`loss`", type(backbone).loss):
@@ -38,10 +38,10 @@ def require_gradient(output: LossOutput, backbone: Backbone) -> None:
 
 
 def require_active(evidence: Observation, parts: Parts) -> None:
-    """Require that the fast weights of every adapter moved, and that a gradient arrived there.
+    """Require that every adapter's fast weights moved and that it got a gradient.
 
     Raises:
-        InactiveLayerError: they did not, or none arrived.
+        InactiveLayerError: fast weights did not move, or no gradient arrived.
     """
     layers = evidence.layers()
     touched: dict[str, bool] = {}

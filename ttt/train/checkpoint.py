@@ -1,4 +1,4 @@
-"""What a checkpoint holds: the adapter, trained backbone parameters, the optimiser, carried states."""
+"""The content of a checkpoint: the adapter, trained backbone parameters, the optimiser, carried states."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def write_content(
     """Write everything but `trainer_state.json` into a folder.
 
     Args:
-        folder: is there already.
+        folder: an existing folder.
         injection: the adapters.
-        trained: backbone parameters, by name, that are not what the backbone was built with: those that learn, and
-            those that learned before this run; they are written beside the adapter.
+        trained: backbone parameters by name that differ from what the backbone was built with, because they learn in
+            this run or learned before it; they are written beside the adapter.
         optimizer: its state is written.
         states: carried states by site, if the run carries any.
         backbone: name and options, for the adapter file.
-        training: how it was trained, for the adapter file.
+        training: a record of the training, for the adapter file.
 
     Raises:
         EnvironmentProblem: the disk is full or cannot be written.
@@ -71,16 +71,16 @@ def read_content(
     """Load everything that `write_content` wrote; returns the carried states.
 
     Args:
-        folder: of the checkpoint.
-        injection: takes the adapters.
-        optimizer: takes its state.
+        folder: the checkpoint's folder.
+        injection: the adapters to load into.
+        optimizer: the optimiser to load into.
         backbone: name and options.
         persistent: whether the run carries states.
-        device: for those.
-        verify: compare the files with their checksums; false if that is done already.
+        device: device of the carried states.
+        verify: compare the files with their checksums; false if that is already done.
 
     Raises:
-        AdapterMismatchError: the backbone is not the one that the run was started with.
+        AdapterMismatchError: the run was started with another backbone.
         EnvironmentProblem: a file is damaged.
     """
     load_adapter(folder, injection.model, injection=injection, backbone=backbone, verify=verify)

@@ -1,7 +1,7 @@
-"""Whose a folder is: what is in it is looked at, and the folder is held, before anything is written there.
+"""Claims a folder for a run: it is checked and locked before anything is written there.
 
-A run that ended before its first checkpoint left nothing worth keeping, so its folder is taken over. What somebody
-else put there is not touched, and what a run with checkpoints left is never started over.
+If a run ended there before its first checkpoint, the folder is taken over, since nothing in it is worth keeping. Files
+of another origin are not touched, and a run with checkpoints is never started over.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INNER_LOSS = "inner_loss.png"
 
 
 class Hold:
-    """Keeps other processes out of a run's folder, from `take` until the end of the `with` block."""
+    """A lock on a run's folder, from `take` until the end of the `with` block."""
 
     def __init__(self) -> None:
         self._handle: int | None = None
@@ -42,7 +42,7 @@ class Hold:
             self._handle = None
 
     def take(self, folder: Path) -> None:
-        """Hold the folder; does nothing if it does not exist yet.
+        """Lock the folder; does nothing if it does not exist yet.
 
         Raises:
             UsageError: another process holds it.
@@ -50,8 +50,8 @@ class Hold:
         if self._handle is not None:
             return
         try:
-            handle = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))  # to open a FIFO would wait
-        except (OSError, ValueError):  # not there, or a system that opens no folders: what is wrong is told elsewhere
+            handle = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))  # opening a FIFO would block
+        except (OSError, ValueError):  # missing, or the system opens no folders; other checks report what is wrong
             return
         try:
             lock(handle, folder / METRICS)
@@ -63,10 +63,10 @@ class Hold:
 
 @contextlib.contextmanager
 def looking(folder: Path) -> Iterator[None]:
-    """Turn an error of the system, while a folder is looked at, into one sentence.
+    """Turn a system error while a folder is read into one sentence.
 
     Raises:
-        EnvironmentProblem: it cannot be looked at.
+        EnvironmentProblem: the folder cannot be read.
     """
     try:
         yield
@@ -75,11 +75,11 @@ def looking(folder: Path) -> Iterator[None]:
 
 
 def require_possible(folder: Path) -> None:
-    """Refuse a path where a run's folder cannot be.
+    """Refuse a path at which a run's folder cannot exist.
 
     Raises:
-        UsageError: it is a file, or a device.
-        EnvironmentProblem: it has too many levels, the system knows no such names, or it may not be written.
+        UsageError: the path is a file or a device.
+        EnvironmentProblem: it has too many levels, the system does not allow the name, or it is not writable.
     """
     if os.path.isdir(folder):
         return
@@ -92,10 +92,10 @@ def require_possible(folder: Path) -> None:
 
 
 def require_places(folder: Path) -> None:
-    """Refuse a folder in which something else is where a run's files go.
+    """Refuse a folder in which something else has the name of a run's file or folder.
 
     Raises:
-        EnvironmentProblem: a file's place is taken by a folder or a device, or a folder's by a file.
+        EnvironmentProblem: a folder or a device has the name of a run's file, or a file that of a run's folder.
     """
     for name in (CONFIG, METRICS, SUMMARY, LOSS, INNER_LOSS):
         place = folder / name
@@ -112,10 +112,10 @@ def require_places(folder: Path) -> None:
 
 
 def require_startable(folder: Path) -> None:
-    """Refuse a folder without a checkpoint whose files are more than what a run leaves before its first.
+    """Refuse a folder without a checkpoint if it holds more than a run leaves before its first checkpoint.
 
     Raises:
-        UsageError: they are somebody else's, or those of a finished run.
+        UsageError: the files are not from a run of ttt, or they are from a finished run.
         EnvironmentProblem: a file cannot be read.
     """
     config, metrics = folder / CONFIG, folder / METRICS

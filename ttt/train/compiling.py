@@ -1,14 +1,14 @@
-"""`train.compile`: the TTT layers of a run through `torch.compile`.
+"""`train.compile`: compiles the TTT layers of a run with `torch.compile`.
 
-What is compiled is the part of `TTTLayer.forward` between its checks and its result, so that hooks, names, states and
-checkpoints around a layer do not see it. Everything that PyTorch is known to get wrong where compiling meets activation
-checkpoints and autocast is left outside:
+Only the part of `TTTLayer.forward` between its checks and its result is compiled, so hooks, names, states and
+checkpoints around a layer are not affected. Two things avoid known defects of PyTorch when compiling meets activation
+checkpoints and autocast:
 
-- Sizes are constants of what is compiled (`dynamic=False`). With sizes as variables, two compiled versions can both fit
-  one call; a recomputation may then take another than its first pass did, and a checkpoint refuses it, since it saves
-  other tensors (github.com/pytorch/pytorch, issue 166926, open in PyTorch 2.13).
-- Autocast is off around it. A compiled backward runs in the types that autocast chose where its forward was compiled,
-  even where backward itself runs outside of autocast (issues 153044 and 179804).
+- Sizes are constants of the compiled code (`dynamic=False`). If sizes were variables, two compiled versions could fit
+  one call. A recomputation could then take another version than its forward pass, and a checkpoint refuses that, since
+  it saves other tensors (github.com/pytorch/pytorch, issue 166926, open in PyTorch 2.13).
+- Autocast is off around it. A compiled backward runs in the types that autocast chose when its forward was compiled,
+  even if backward itself runs outside of autocast (issues 153044 and 179804).
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from ttt.ops.minibatch import Stream
 from ttt.state import TTTState
 
 BACKEND = "inductor"
-"""What `torch.compile` makes code with; the tests take one that needs no compiler."""
+"""The backend of `torch.compile`; the tests set one that needs no compiler."""
 MOST_VERSIONS: Final = 8
-"""Versions that one run compiles, each for sizes of its own: PyTorch's own limit, `recompile_limit`."""
+"""The most versions that one run compiles, each for other sizes: PyTorch's limit, `recompile_limit`."""
 
 
 class CompiledRead:
-    """`TTTLayer._read` for the layers of one run, compiled once for each kind of input that they are given.
+    """`TTTLayer._read` for the layers of one run, compiled once for each kind of input.
 
-    Layers of the same shape share what is compiled. Inputs of another size, as an evaluation's last batch, get a
-    version of their own, up to `MOST_VERSIONS`; beyond that they run as without compiling.
+    Layers of the same shape share a compiled version. Inputs of another size, such as an evaluation's last batch, get
+    their own version, up to `MOST_VERSIONS`; further sizes run uncompiled.
     """
 
     def __init__(self) -> None:
-        # PyTorch keeps what it compiled, and counts it against its limit, by code object; so each run has its own.
+        # PyTorch caches compiled versions and counts them by code object, so each run makes its own code object.
         own = types.FunctionType(TTTLayer._read.__code__.replace(), TTTLayer._read.__globals__, TTTLayer._read.__name__)
         self._compiled: Callable[..., tuple[Tensor, Stream]] = torch.compile(
             own, fullgraph=True, dynamic=False, backend=BACKEND
@@ -52,15 +52,15 @@ class CompiledRead:
 
     @property
     def versions(self) -> int:
-        """How many kinds of input have been compiled for."""
+        """How many kinds of input have a compiled version."""
         return len(self._versions)
 
     def __call__(
         self, layer: TTTLayer, x: Tensor, state: TTTState, rotary: Rotary | None, group_size: int
     ) -> tuple[Tensor, Stream]:
-        """`layer._read`."""
+        """`layer._read(x, state, rotary, group_size)`, compiled if its kind of input has a version."""
         kind = _kind(layer, (x, *state.tensors().values(), *(rotary or ())), group_size)
-        # What is decided in a forward pass holds in its recomputation: kinds are only ever added.
+        # Kinds are only added, never removed, so a recomputation decides as its forward pass did.
         if kind not in self._versions:
             if len(self._versions) == MOST_VERSIONS:
                 return layer._read(x, state, rotary, group_size)
@@ -69,7 +69,7 @@ class CompiledRead:
 
 
 def _kind(layer: TTTLayer, inputs: Iterable[Tensor], group_size: int) -> Hashable:
-    """What a version is compiled for, as PyTorch's guards see it."""
+    """The kind of input that a version is compiled for: everything that PyTorch's guards check."""
     tensors = itertools.chain(inputs, layer.parameters())
     facts = tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
     return facts, group_size, layer.config, layer.num_heads, layer.training, torch.is_grad_enabled()
@@ -83,7 +83,8 @@ def compile_layers(injection: Injection, device: torch.device) -> None:
         device: where the layers are.
 
     Raises:
-        EnvironmentProblem: there is no compiler for the device, or `TTT_OPS` asks for what cannot be compiled.
+        EnvironmentProblem: there is no compiler for the device, or `TTT_OPS` names an implementation that cannot be
+            compiled.
     """
     obstacle = wrong_implementation() or missing_compiler(device.type)
     if obstacle is not None:
@@ -97,14 +98,14 @@ def compile_layers(injection: Injection, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def compile_errors(wanted: bool) -> Iterator[None]:
-    """Turn a compilation that fails, in forward or in backward, into a sentence; does nothing if none is wanted."""
+    """Turn a failed compilation, in forward or backward, into a sentence; does nothing if `wanted` is false."""
     if not wanted:
         yield
         return
     try:
         yield
     except Exception as raised:
-        # the layers run inside the plugin's `loss`, which is blamed for what they raise
+        # the layers run inside the plugin's `loss`, so their errors arrive as errors of the plugin
         error = raised.__cause__ if isinstance(raised, PluginError) else raised
         if not isinstance(error, _failures()):
             raise
@@ -122,7 +123,7 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line that says something, of what was raised first."""
+    """The first line with text of the error that was raised first."""
     inner: Any = getattr(error, "inner_exception", None) or error
     lines = (line.strip() for line in str(inner).splitlines())
     return f"{type(inner).__name__}: {next(filter(None, lines), '')}".rstrip(": ")

@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a live bar on a terminal, plain lines elsewhere."""
+"""The display of a run: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ttt.progress import live_bar
 from ttt.words import duration_in_words
 
 TELL_SECONDS = 10.0
-"""How long an evaluation may be silent if there is no bar, unless one batch takes longer."""
+"""Seconds between two lines about an evaluation if there is no bar; longer if one batch takes longer."""
 
 
 class Display:
     """The live bar on a terminal, plain lines elsewhere.
 
     Args:
-        console: what it is shown on.
+        console: the console to write to.
         total: optimiser steps of the run.
-        done: how many of them are done already.
+        done: how many of them are already done.
         log_freq: steps between plain lines.
     """
 
@@ -58,11 +58,11 @@ class Display:
             self._bar.stop()
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line above the bar."""
         say(self._console, text)
 
     def evaluating(self, done: int, total: int) -> None:
-        """An evaluation has read `done` of `total` windows: told in the bar, or in a line every `TELL_SECONDS`."""
+        """Show that an evaluation has read `done` of `total` windows: in the bar, or in a line every `TELL_SECONDS`."""
         now = time.monotonic()
         if done == 0:
             self._evaluating = self._told = now
@@ -75,12 +75,12 @@ class Display:
             self._told = now
 
     def measuring(self, task: str | None) -> None:
-        """A task is measured, or none any more: told in the bar."""
+        """Show in the bar which task is being measured; None clears it."""
         if self._bar is not None:
             self._bar.update(self._task, told=f"evaluating: {task}" if task else "", left="")
 
     def step(self, line: Mapping[str, Any]) -> None:
-        """A step is done."""
+        """Show that a step is done."""
         step = line["step"]
         seconds = time.monotonic() - self._started
         left = duration_in_words(seconds / (step - self._first) * (self._total - step))
@@ -96,7 +96,7 @@ class Display:
 
 
 class _Text(ProgressColumn):
-    """A column from a function of the task; rich draws it anew with every refresh."""
+    """A column whose text is a function of the task; rich draws it again at every refresh."""
 
     def __init__(self, text: Callable[[Task], str], style: str) -> None:
         super().__init__(table_column=Column(no_wrap=True))

@@ -1,8 +1,8 @@
 """Why a loss or a gradient is not finite, and how to go on from there.
 
-These are asked in order, and the first that answers yes is the cause that is told: Do the weights hold values that are
-not finite? Does the batch? Do the carried fast weights? Is the loss of the batch that the step before read no longer
-finite at these weights? Is the loss finite with the gates closed?
+It asks these questions in order, and reports the first one that is answered yes as the cause: Do the weights hold
+values that are not finite? Does the batch? Do the carried fast weights? Is the loss of the previous step's batch no
+longer finite at these weights? Is the loss finite with the gates closed?
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ttt.words import first_few
 
 
 class StepNotFiniteError(NonFiniteError):
-    """A training step whose loss or gradient was not finite, with what it read, for the search of the cause."""
+    """The loss or gradient of a training step was not finite; holds what the step read, to search for the cause."""
 
     def __init__(
         self, message: str, *, of_gradient: bool, number: int, batch: Any, states: Mapping[str, TTTState]
@@ -37,22 +37,22 @@ class StepNotFiniteError(NonFiniteError):
         super().__init__(message)
         self.of_gradient = of_gradient
         self.number = number
-        """The forward pass."""
+        """The number of the forward pass."""
         self.batch = batch
         self.states = states
-        """The carried fast weights that it began with."""
+        """The carried fast weights before the pass."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Why a pass was not finite."""
+    """Why the loss or the gradient of a pass was not finite."""
 
     cause: str
-    """Sentences: what is at fault, and what to do about it."""
+    """What is wrong and what to do about it, in sentences."""
     sound: bool
-    """Whether the weights before the step are worth going on from."""
+    """Whether the weights before the step are good, so that a run can go on from them."""
     changes: dict[str, float] = field(default_factory=dict)
-    """Config keys with the values that a new run should have; none if the data is at fault."""
+    """Config keys with the values that a new run should have; empty if the data is the cause."""
 
 
 def not_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -66,7 +66,7 @@ def not_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 def tensors_in(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in a nesting of dicts, tuples and lists, with its place."""
+    """Every tensor in nested dicts, tuples and lists, with the path to it."""
     if isinstance(batch, Tensor):
         yield name or "the batch", batch
     elif isinstance(batch, Mapping):
@@ -79,14 +79,14 @@ def tensors_in(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def tensors_of(states: Mapping[str, TTTState]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of carried states, by site."""
+    """The tensors of carried states, each with its site and name."""
     for site, state in states.items():
         for key, tensor in state.tensors().items():
             yield f"{site}/{key}", tensor
 
 
 def lowered(config: RunConfig, *keys: str) -> dict[str, float]:
-    """Smaller values for `train.lr` and `ttt.base_lr`: a tenth, and no more than the literature's."""
+    """Smaller values for `train.lr` and `ttt.base_lr`: a tenth, but at most the literature's values."""
     usual = {
         "train.lr": (config.train.lr, TrainConfig.model_fields["lr"].default),
         "ttt.base_lr": (config.ttt.base_lr, LITERATURE_BASE_LR[config.ttt.layer_type]),
@@ -95,17 +95,17 @@ def lowered(config: RunConfig, *keys: str) -> dict[str, float]:
 
 
 class Examination:
-    """Looks for the cause of a pass that was not finite; it changes nothing.
+    """Looks for the cause of a loss or gradient that was not finite; it changes nothing.
 
     Args:
-        config: of the run.
-        model: as the pass read it.
+        config: the run's config.
+        model: the model with the weights of the pass.
         injection: its adapters.
         done: optimiser steps done.
-        batch: what the pass read.
-        states: the carried fast weights that it began with.
-        measure: the loss of a batch, without gradient; with `closed`, with the gates closed.
-        before: the batch that the step before began with, and the loss that it had.
+        batch: the batch of the pass.
+        states: the carried fast weights before the pass.
+        measure: returns the loss of a batch, without gradient; with `closed`, with the gates closed.
+        before: returns the first batch of the previous step and its loss.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Examination:
         )
 
     def _of_values(self) -> Diagnosis | None:
-        """Something that is not finite before anything is computed."""
+        """Blame a weight, the batch or a carried state if it is not finite before anything is computed."""
         weights = not_finite(self._model.named_parameters())  # buffers may be masks of -inf
         if weights and self._done == 0:
             start = self._config.train.init_from
@@ -184,7 +184,7 @@ class Examination:
         return None
 
     def _of_update(self) -> Diagnosis | None:
-        """Whether the step before ruined the weights: what it read is not finite any more."""
+        """Blame the previous step's update if the loss of its batch is no longer finite."""
         if self._before is None:
             return None
         batch, loss = self._before()
@@ -200,7 +200,7 @@ class Examination:
         )
 
     def _of_layers(self) -> Diagnosis:
-        """Whether it is the TTT layers, or the backbone without them."""
+        """Blame the TTT layers if the loss is finite with the gates closed, else the backbone."""
         closed = self._measure(self._batch, True)
         if math.isfinite(closed):
             with Observation(self._injection) as evidence:
@@ -237,14 +237,14 @@ class Examination:
 
 
 def listed(names: list[str]) -> str:
-    """The first two names, and how many more."""
+    """The first two names, and how many more there are."""
     return first_few(names, 2)
 
 
 def examined(look: Callable[[], Diagnosis]) -> Diagnosis:
-    """What an inspection finds; if the inspection itself fails, from lack of memory for instance, what is known.
+    """The diagnosis of an inspection; if the inspection itself fails, for instance from lack of memory, a general one.
 
-    If nothing is known of the weights, they are better saved than lost; no other checkpoint is pruned for them.
+    Then nothing is known about the weights, and they are saved rather than lost; no other checkpoint is pruned.
     """
     try:
         return look()
@@ -253,13 +253,13 @@ def examined(look: Callable[[], Diagnosis]) -> Diagnosis:
 
 
 def way_on(run: RunDir, config: RunConfig, changes: Mapping[str, float], *, before: int) -> str:
-    """A sentence with the command that goes on, with other values, from the newest checkpoint of good weights.
+    """A sentence with the command that goes on from the newest good checkpoint with other values.
 
     Args:
         run: the run that failed.
         config: its config.
-        changes: keys and the values that they should have.
-        before: checkpoints of this step or a later one are not worth going on from.
+        changes: config keys with their new values.
+        before: only checkpoints before this step are good.
     """
     newest = next((checkpoint for checkpoint in run.complete() if checkpoint.step < before), None)
     settings = {key: f"{value:g}" for key, value in changes.items()}

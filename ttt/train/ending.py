@@ -16,7 +16,7 @@ from ttt.train.setup import device_in_words, peak_memory_bytes
 
 
 def tell_interrupted(parts: Parts, progress: Progress, saved: Path | None, pictures: Pictures) -> TrainResult:
-    """Say how to go on with a run that was asked to stop."""
+    """Report that a run was interrupted and how to go on with it."""
     result = _result(parts, progress, saved, None)
     if result.checkpoint is None:
         parts.say("interrupted before the first step was done; nothing to save: start it again as it was")
@@ -30,11 +30,11 @@ def tell_interrupted(parts: Parts, progress: Progress, saved: Path | None, pictu
 def finish(
     parts: Parts, progress: Progress, saver: Saver, rescue: Rescue, pictures: Pictures, evaluation: Evaluation
 ) -> TrainResult:
-    """Draw, sum up, and say how a run ended.
+    """Draw the pictures, write the summary and report how the run ended.
 
     Raises:
-        NonFiniteError: the closing evaluation is not finite, so the run has not come to its end; the message names the
-            cause and the checkpoint.
+        NonFiniteError: the closing evaluation is not finite, so the run is not finished; the message names the cause
+            and the checkpoint.
     """
     if not evaluation.is_finite:
         pictures.draw()

@@ -1,4 +1,4 @@
-"""The outer loss beside the same model with its gates closed."""
+"""Evaluation: the outer loss of the model with its gates open and with its gates closed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ttt.train.passes import load_batch, mixed_precision, reset_rows, seed_pass,
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the positions of the windows read."""
+    """Mean losses over all positions of the windows read."""
 
     split: str
     """`eval`, or `train` if there is no held-out data."""
@@ -31,21 +31,21 @@ class Evaluation:
     loss: float
     loss_gates_closed: float
     available: int = 0
-    """Windows that the data has."""
+    """How many windows the data has."""
     first_not_finite: tuple[int, ...] = field(default=(), compare=False)
     """Windows of the first batch whose loss was not finite, with open or closed gates."""
     not_finite_pass: tuple[int, StepRows] | None = field(default=None, compare=False)
     """Number and rows of that batch's pass."""
     tasks: Mapping[str, float] = field(default_factory=dict)
-    """What the tasks of `eval.tasks` measured, by `task/metric`; without those of a task that failed."""
+    """The numbers of `eval.tasks` by `task/metric`; a task that failed has none."""
 
     @property
     def is_finite(self) -> bool:
-        """Whether both losses are numbers."""
+        """Whether both losses are finite."""
         return math.isfinite(self.loss) and math.isfinite(self.loss_gates_closed)
 
     def as_line(self) -> dict[str, Any]:
-        """Its keys in `metrics.jsonl`."""
+        """The evaluation's entries in `metrics.jsonl`."""
         return {
             "eval_split": self.split,
             "eval_windows": self.windows,
@@ -98,24 +98,24 @@ def evaluate(
 ) -> Evaluation | None:
     """Read the windows in order, each batch with open and with closed gates and the same random numbers.
 
-    For a loss that asks `ttt.plugins.rows.rows_of_step`, the evaluation is one step: its draws are spread over all
-    windows.
+    If the loss calls `ttt.plugins.rows.rows_of_step`, the whole evaluation counts as one step: its draws are spread
+    over all windows.
 
     With `persistent_states`, fast weights are carried from window to window of a file, as in training.
 
     Args:
-        model: injected.
+        model: the model with TTT injected.
         injection: its adapters.
         backbone: computes the loss.
-        config: of the run.
-        dataset: what is read.
+        config: the run's config.
+        dataset: the data to read.
         split: `eval`, or `train` if there is no held-out data.
-        device: of the model.
-        stop: asked between two batches.
-        tell: called with the windows read and those to read, before each batch and at the end.
+        device: the model's device.
+        stop: asked between two batches whether to stop.
+        tell: called with the numbers of windows read and to read, before each batch and at the end.
 
     Returns:
-        None if `stop` said so.
+        The evaluation; None if `stop` returned true.
     """
     every = once(dataset.files, batch_size=config.train.batch_size, lanes=config.ttt.persistent_states)
     readings = every[: _batches(config, split)]
@@ -140,7 +140,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode."""
+    """A context in which the model is in eval mode."""
     was_training = model.training
     model.eval()
     try:
@@ -187,7 +187,7 @@ def _both_losses(
     number: int,
     device: torch.device,
 ) -> tuple[tuple[LossOutput, LossOutput], dict[str, TTTState]]:
-    """The loss of a batch with open and with closed gates, by the same random numbers; and the states carried on."""
+    """The loss of a batch with open and with closed gates, with the same random numbers; and the states to carry."""
     seed_pass(config.train.seed, "eval", number)
     with (
         reading_rows(rows),
@@ -204,14 +204,14 @@ def _both_losses(
 
 
 def _batches(config: RunConfig, split: str) -> int | None:
-    """How many batches are read; None for all."""
+    """How many batches to read; None for all."""
     if config.eval.max_batches is not None or split == "eval":
         return config.eval.max_batches
     return -(-STAND_IN_WINDOWS // config.train.batch_size)
 
 
 def _first_rows(states: dict[str, TTTState], rows: int) -> dict[str, TTTState]:
-    """The states without the rows whose lanes are through."""
+    """The states of the first `rows` rows; the lanes of the others have no windows left."""
     return {
         name: TTTState.from_tensors({key: tensor[:rows] for key, tensor in state.tensors().items()})
         for name, state in states.items()

@@ -1,4 +1,4 @@
-"""What a run writes about its steps while it runs: `metrics.jsonl`, loggers, the display."""
+"""The log of a run's steps: `metrics.jsonl`, loggers, the display."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RunLog:
         self._loggers = loggers
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Add the line of a step wherever lines are kept.
+        """Write the line of a step to every output.
 
         Raises:
             EnvironmentProblem: the disk is full.
@@ -35,17 +35,17 @@ class RunLog:
 
 @contextlib.contextmanager
 def opened_log(parts: Parts, progress: Progress) -> Iterator[RunLog]:
-    """The outputs of a run, open inside.
+    """A context with the outputs of a run open.
 
-    Once the metrics file is held, no other process is at the run: the resolved config is written, and what belongs to
-    an earlier end is removed.
+    Once the metrics file is locked, no other process trains the run: then the resolved config is written, and files
+    from an earlier end of the run are removed.
 
     Raises:
         UsageError: another process is training there.
         EnvironmentProblem: the disk is full or cannot be written.
     """
     directory, total = parts.directory, parts.config.train.max_steps
-    # a run that lacks nothing but its closing evaluation writes its last line anew
+    # a run that only lacks its closing evaluation writes its last line again
     keep = progress.done - 1 if progress.done == total else progress.done
     with contextlib.closing(MetricsFile(directory / METRICS, last_step=keep)) as metrics:
         for problem in metrics.dropped:

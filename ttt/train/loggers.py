@@ -1,4 +1,4 @@
-"""The loggers of a run: TensorBoard and those of plugins. One that fails is told once and left out; the run goes on."""
+"""The loggers of a run: TensorBoard and those of plugins. If one fails, that is reported once, and the run goes on."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ttt.train import tensorboard
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """A logger at work, and whose it is."""
+    """An open logger and the plugin it comes from."""
 
     plugin: Plugin
     logger: Logger
 
     def ask(self, method: str, *arguments: Any) -> None:
-        """Call a method of it.
+        """Call a method of the logger.
 
         Raises:
-            Exception: it failed.
+            Exception: the method failed.
         """
         called = getattr(self.logger, method)
         with asked(self.plugin, f"`{method}` of its logger", called):
@@ -36,13 +36,13 @@ class _Held:
 
 
 class Loggers:
-    """Everything that keeps a run's metrics beside `metrics.jsonl`.
+    """Everything that records a run's metrics besides `metrics.jsonl`.
 
     Args:
-        config: of the run.
+        config: the run's config.
         run_dir: its folder.
-        first_step: the step that comes next.
-        warn: told why a logger gets nothing more, in one sentence.
+        first_step: the next step.
+        warn: called with one sentence that says why a logger is left out from now on.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, *, first_step: int, warn: Callable[[str], None]) -> None:
@@ -54,7 +54,7 @@ class Loggers:
         self._held = [_Held(answer.plugin, answer.value) for answer in answers.given]
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Give a metrics line to each, a copy of its own."""
+        """Give each logger its own copy of a metrics line."""
         for held in tuple(self._held):
             try:
                 held.ask("log", copy.deepcopy(dict(line)))
@@ -65,7 +65,7 @@ class Loggers:
                     held.ask("close")
 
     def close(self) -> None:
-        """Let go of all of them."""
+        """Close every logger."""
         while self._held:
             held = self._held.pop()
             try:

@@ -1,8 +1,8 @@
 """The training loop.
 
 Each step reads `num_microbatches` batches, sums their gradients, and makes one optimiser step (`ttt.train.step`).
-Everything that it draws at random is a function of the seed and the number of the forward pass, and everything else
-is in the checkpoint, so a resumed run goes on as if it had not stopped.
+All random draws are a function of the seed and the number of the forward pass, and everything else is in the
+checkpoint, so a resumed run goes on as if it had not stopped.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from ttt.train.telling import announce
 
 
 def run(parts: Parts, progress: Progress, *, resumed: Checkpoint | None) -> TrainResult:
-    """Train to the last step, or to the step in which somebody asks to stop; evaluate; sum up.
+    """Train to the last step, evaluate and write the summary; a request to stop ends the run after its current step.
 
     Args:
-        parts: of the run.
-        progress: how far it is already.
-        resumed: the checkpoint that it goes on from.
+        parts: the run's parts.
+        progress: how far the run already is.
+        resumed: the checkpoint from which the run goes on.
     """
     with interruptible() as interrupt:
         interrupt.told = STEPPING
@@ -66,7 +66,7 @@ class Loop:
         self._train = parts.config.train
 
     def run(self) -> Evaluation | None:
-        """Go on until all steps are done, or somebody asks to stop; everything done is saved then.
+        """Train until all steps are done or somebody asks to stop, and save what is done.
 
         Returns:
             The closing evaluation; None if the run was interrupted before it.
@@ -82,7 +82,7 @@ class Loop:
         return evaluation
 
     def _one_step(self) -> Evaluation | None:
-        """A step and, if they are due, its checkpoint, its evaluation and its line."""
+        """Make a step and, if they are due, its checkpoint, its evaluation and its line."""
         try:
             self._stepper.advance()
         except Exception as error:
@@ -97,7 +97,7 @@ class Loop:
     def _settle(self) -> Evaluation | None:
         """Evaluate after a step if that is due, and write the step's line.
 
-        An evaluation that is cut short leaves the line unwritten: the resumed run settles the step anew.
+        If the evaluation is interrupted, the line is not written: the resumed run evaluates and writes it.
         """
         done, line = self._progress.done, self._progress.line
         evaluation = None

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: written by one process at a time, read with every damage told.
+"""`metrics.jsonl`: one process at a time writes it; reading reports all damage.
 
 A line is one step: `step` (from 1), `loss`, the backbone's own metrics, `lr`, `grad_norm`, `tokens_per_second`,
 `peak_memory_bytes`; if they were measured, `layers` (evidence by site) and `eval_loss`, `eval_loss_gates_closed`,
@@ -26,8 +26,8 @@ from ttt.reading import open_file
 class MetricsFile:
     """`metrics.jsonl`, held by one process at a time.
 
-    When it is opened, lines past `last_step` and a line that a crash cut short are removed, so that a resumed run has
-    no step twice. Damaged lines are removed too, and `dropped` names them; every other line stays.
+    Opening it removes lines past `last_step` and a line that a crash cut short, so that a resumed run has no step
+    twice. It also removes damaged lines, which `dropped` names; every other line stays.
 
     Raises:
         UsageError: another process is writing to it.
@@ -36,9 +36,9 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, last_step: int = 0) -> None:
         self._path = path
-        replaced_file(path)  # a FIFO there would keep the run waiting
+        replaced_file(path)  # opening a FIFO would block
         self.dropped: list[str] = []
-        """A sentence for each damaged line that was removed, or about lines that are gone."""
+        """A sentence for each damaged line that was removed, or about missing lines."""
         with writing(path):
             self._file: IO[str] = open(path, "a+", encoding="utf-8", newline="\n")  # noqa: SIM115 - held for the run
         try:
@@ -71,7 +71,7 @@ class MetricsFile:
         return found
 
     def _replace(self, content: bytes) -> None:
-        """Replace the file in one rename by one with other lines, and hold that one."""
+        """Replace the file with new content in one rename, and lock the new file."""
         temporary = temporary_beside(self._path)
         file = open(temporary, "a+", encoding="utf-8", newline="\n")  # noqa: SIM115 - held for the run
         try:
@@ -105,15 +105,15 @@ class MetricsFile:
             sync(self._path.parent)  # its name too
 
     def close(self) -> None:
-        """Let go of the file."""
-        with contextlib.suppress(OSError):  # it writes anew what could not be written, which was told then
+        """Close the file."""
+        with contextlib.suppress(OSError):  # closing retries a write that failed, which was already reported
             self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, without their checksums; one that a crash cut short is left out.
+    """The lines of a `metrics.jsonl`, without their checksums.
 
-    A damaged line is left out with a `DamagedFileWarning`.
+    A line that a crash cut short is left out; a damaged line is left out with a `DamagedFileWarning`.
 
     Raises:
         EnvironmentProblem: it cannot be read.
@@ -127,19 +127,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class MetricsLine:
-    """What a line of a `metrics.jsonl` holds."""
+    """The content of one line of a `metrics.jsonl`."""
 
     number: int
-    """From 1."""
+    """The line's number, from 1."""
     entries: tuple[tuple[dict[str, Any], bytes], ...]
-    """The entry and its bytes; several if the newline between them is damaged, none if everything is."""
+    """The line's entry and its bytes: several if a newline between entries is damaged, none if no entry is whole."""
     problem: str | None
     cut_short: bool
-    """Whether it is the last and lacks its newline, as a crash leaves it."""
+    """Whether it is the last line and lacks its newline, as after a crash."""
 
     @property
     def outcome(self) -> str:
-        """What becomes of a line with a problem, in words."""
+        """What happens to a line with a problem, in words."""
         return "what stands whole in it is kept" if self.entries else "the line is left out"
 
 

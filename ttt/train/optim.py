@@ -1,4 +1,4 @@
-"""What learns, how fast, and the optimiser step: AdamW in float32 whatever type the parameters have."""
+"""Which parameters learn, their learning rates, and the optimiser: AdamW in float32 for parameters of any type."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Learnable:
 def learning_rate_factor(step: int, config: TrainConfig, role: Role = "ttt") -> float:
     """Multiplier of the peak learning rate at optimiser step `step` (from 0) for parameters of a role.
 
-    `warmup_steps` steps rise in a line to the peak. Then the role's schedule falls to `min_lr_ratio` at the last step,
-    as half a cosine or in a line, or stays at the peak.
+    It rises linearly to the peak over `warmup_steps` steps. Then the role's schedule falls to `min_lr_ratio` at the
+    last step, as half a cosine or linearly, or stays at the peak.
     """
     schedule = (config.backbone_lr_schedule if role == "backbone" else None) or config.lr_schedule
     if step < config.warmup_steps:
@@ -63,7 +63,7 @@ def choose_learnable(
     *,
     is_attention: Callable[[str], bool],
 ) -> list[Learnable]:
-    """Set `requires_grad` throughout the model as `train.trainable` asks, and list what learns.
+    """Set `requires_grad` of every parameter as `train.trainable` says, and list those that learn.
 
     A group whose learning-rate multiplier is 0 is frozen. Shared parameters are listed once.
 
@@ -102,16 +102,15 @@ def choose_learnable(
 
 
 def _decays(name: str, parameter: Tensor) -> bool:
-    """Whether it is a matrix and not a norm, a bias or a learned rate."""
+    """Whether weight decay applies: to matrices, but not to norms, biases and learned rates."""
     return sum(size > 1 for size in parameter.shape) > 1 and not _NO_DECAY.search(name)
 
 
 class Optimizer:
-    """AdamW over learnable parameters, with float32 masters of those in half precision.
+    """AdamW over learnable parameters, with a float32 master copy of each parameter in half precision.
 
-    A bfloat16 parameter has 8 bits of precision: an update smaller than 1/512 of it would be rounded away, step
-    after step. So its gradients are summed, its moments kept and its updates made on a float32 copy, which is
-    then rounded into the parameter.
+    A bfloat16 parameter has 8 bits of precision: an update smaller than 1/512 of it would be rounded away at every
+    step. So gradients, moments and updates use a float32 copy, which is then rounded into the parameter.
 
     Call `collect` after each backward pass, then `clip`, then `step`.
     """
@@ -143,7 +142,7 @@ class Optimizer:
         )
 
     def collect(self) -> None:
-        """Add the gradients of the last backward pass to those of the masters, and free them."""
+        """Add the gradients of the last backward pass to those of the masters, and free the former."""
         for name, parameter in self._parameters.items():
             target = self._targets[name]
             if target is parameter or parameter.grad is None:
@@ -158,15 +157,15 @@ class Optimizer:
             yield name, target.grad
 
     def clip(self) -> float:
-        """Scale the gradients down to a norm of `max_norm` together, and return the norm that they had."""
+        """Scale all gradients down to a total norm of at most `max_norm`; returns the norm before."""
         return float(nn.utils.clip_grad_norm_(self._targets.values(), self._config.max_norm))
 
     def step(self, step: int) -> dict[str, float]:
         """Update the parameters at optimiser step `step` (from 0) and clear the gradients.
 
         Returns:
-            The learning rates before the multipliers of the groups: `lr`, and if the backbone learns by a schedule
-            of its own, `backbone_lr`.
+            The learning rates before the multipliers of the groups: `lr`, and `backbone_lr` if the backbone has its own
+            schedule.
         """
         peak = self._config.lr
         for group in self._adamw.param_groups:
@@ -192,12 +191,12 @@ class Optimizer:
         return rates
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         for name, parameter in self._parameters.items():
             parameter.grad = self._targets[name].grad = None
 
     def nbytes(self) -> int:
-        """Bytes of the state that a checkpoint holds once every parameter has had its first step."""
+        """Bytes of the state in a checkpoint, once every parameter has had its first step."""
         moments = sum(2 * target.numel() * 4 + 4 for target in self._targets.values())
         masters = sum(
             target.numel() * 4 for name, target in self._targets.items() if target is not self._parameters[name]
@@ -215,10 +214,10 @@ class Optimizer:
         return state
 
     def load(self, tensors: Mapping[str, Tensor], *, place: str) -> None:
-        """Take the state over from `tensors` as `tensors()` gave it; `place` is named in errors.
+        """Load the state that `tensors()` returned; errors name `place`.
 
         Raises:
-            EnvironmentProblem: they are not the state of these parameters; nothing was taken over.
+            EnvironmentProblem: it is not the state of these parameters; then nothing is loaded.
         """
         states = self._checked(tensors, place)
         with torch.no_grad():
@@ -233,7 +232,7 @@ class Optimizer:
                 }
 
     def _checked(self, tensors: Mapping[str, Tensor], place: str) -> dict[str, dict[str, Tensor]]:
-        """The tensors by parameter and kind, once it is sure that they fit."""
+        """Check that the tensors fit, and return them by parameter and kind."""
         states: dict[str, dict[str, Tensor]] = {name: {} for name in self._targets}
         for key, value in tensors.items():
             kind, _, name = key.partition(".")

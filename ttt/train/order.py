@@ -16,26 +16,26 @@ from ttt.errors import ConfigError
 
 @dataclass(frozen=True)
 class Reading:
-    """What one forward pass reads."""
+    """The windows that one forward pass reads."""
 
     windows: tuple[int, ...]
-    """Window of each batch row."""
+    """The window of each batch row."""
     starts: tuple[bool, ...]
-    """Whether the row's window opens a file, so that its carried fast weights start over."""
+    """For each row, whether its window is the first of a file, so that its carried fast weights start over."""
 
 
 @functools.lru_cache(maxsize=2)
 def _permutation(windows: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """A permutation of the windows: ranks of the raw output of PCG64, whose stream numpy never changes."""
+    """A permutation of the windows: the ranks of raw PCG64 output, whose stream numpy never changes."""
     bits = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(windows)
     return tuple(int(index) for index in np.argsort(bits, kind="stable"))
 
 
 class WindowOrder:
-    """Windows one after another, each once an epoch: shuffled anew every epoch, or as they are numbered.
+    """Every window once an epoch: shuffled again every epoch, or in order of their numbers.
 
-    A batch may cross the end of an epoch, so that nothing is dropped; and `batch_size` 2 with two passes a
-    step reads what `batch_size` 4 reads.
+    A batch may cross the end of an epoch, so that no window is dropped; and `batch_size` 2 with two passes a step
+    reads the same windows as `batch_size` 4.
 
     Raises:
         ConfigError: there are no windows.
@@ -60,10 +60,10 @@ class WindowOrder:
 
 
 class LaneOrder:
-    """Whole files in order, one after another, in each row of the batch: for fast weights that are carried.
+    """Whole files in order, one after another, in each row of the batch; for carried fast weights.
 
-    Files are dealt to rows so that rows come out about equally long; a row that is through with its files
-    starts again with its first.
+    Files are dealt to rows so that the rows are about equally long; a row that has read all its files starts again
+    with its first.
 
     Raises:
         ConfigError: there are fewer files than rows.
@@ -80,7 +80,7 @@ class LaneOrder:
 
 
 def deal(files: Sequence[range], lanes: int) -> list[list[range]]:
-    """Deal files to lanes, the longest first and each to the lane that is shortest so far.
+    """Deal files to lanes: the longest first, each to the lane that is shortest so far.
 
     Returns:
         The files of each lane, in their own order; the longest lane first.
@@ -109,8 +109,9 @@ def deal(files: Sequence[range], lanes: int) -> list[list[range]]:
 def once(files: Sequence[range], *, batch_size: int, lanes: bool) -> list[Reading]:
     """Every window once, in order, for evaluation.
 
-    With `lanes`, rows are files read side by side; rows that are through drop off the end of the batch, so that
-    row i of a reading goes on with row i of the one before. Fewer files than rows make a smaller batch.
+    With `lanes`, each row reads files of its own. A row that has read all its files leaves the end of the batch, so
+    that row i of a reading continues row i of the previous one. If there are fewer files than rows, the batch is
+    smaller.
 
     Raises:
         ConfigError: there are no windows.

@@ -1,4 +1,4 @@
-"""What a run is made of, built once before its first step."""
+"""The parts of a run, built once before its first step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ttt.train.setup import build, order
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of. None of it is replaced while the run lasts; how far the run is, `Progress` says."""
+    """The parts of a run. None of them is replaced during the run; `Progress` holds how far the run is."""
 
     config: RunConfig
     backbone: Backbone
@@ -44,16 +44,16 @@ class Parts:
     start: AdapterInfo | None
     """The adapter that the run starts from; None if it starts with fresh weights, or is resumed."""
     inherited: frozenset[str]
-    """Backbone parameters that learned before this run: its files hold them too, frozen or not."""
+    """Backbone parameters that learned before this run; checkpoints hold them too, even if they are frozen."""
     tasks: tuple[ChosenTask, ...] = ()
-    """What is measured at each evaluation beside the outer loss."""
+    """Tasks to measure at each evaluation, besides the outer loss."""
 
     def say(self, text: str) -> None:
         """Print a line."""
         say(self.console, text)
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """Backbone parameters that are not what the backbone was built with, by name."""
+        """Backbone parameters, by name, that differ from what the backbone was built with."""
         learn = {entry.name for entry in self.learnable if entry.role == "backbone"}
         return {name: value for name, value in self.model.named_parameters() if name in learn | self.inherited}
 
@@ -68,16 +68,16 @@ def build_parts(
     start: AdapterInfo | None = None,
     resumed: Checkpoint | None = None,
 ) -> Parts:
-    """Build a run, with the weights that it starts from. Writes nothing.
+    """Build the parts of a run, with the weights that it starts from. Writes nothing.
 
     Args:
-        config: the resolved config, as the class that knows the backbone's options.
+        config: the resolved config, of the class that has the backbone's options.
         backbone: the plugin.
-        device: where it trains.
-        directory: where its files go.
-        console: where it reports.
-        start: the adapter that it starts from.
-        resumed: the checkpoint that it goes on from; its tensors are not loaded here.
+        device: the device to train on.
+        directory: the run's folder.
+        console: the console for reports.
+        start: the adapter to start from.
+        resumed: the checkpoint to go on from; its tensors are not loaded here.
 
     Raises:
         StopRequested: somebody asked to stop between two stages.
@@ -127,5 +127,5 @@ def _load_start(
         injection=injection,
         backbone=backbone_identity(backbone, config.backbone),
         as_start=True,
-        verify=False,  # done, or not asked for, when it was found
+        verify=False,  # it was compared when it was found, if that was wanted
     )

@@ -1,4 +1,4 @@
-"""What a forward pass of training and one of evaluation share: its batch, its random numbers, its states."""
+"""What forward passes of training and evaluation share: the batch, the random numbers, the carried states."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ttt.state import TTTState
 def seed_pass(seed: int, purpose: str, number: int) -> None:
     """Seed every global generator for one forward pass.
 
-    The numbers that it draws are then a function of the run's seed and the pass alone, so that there is no state
-    of generators to save, and an evaluation in between changes nothing.
+    The numbers that the pass draws then depend only on the run's seed and the pass. So no generator state needs to be
+    saved, and an evaluation between two passes changes nothing.
     """
     words = _words(seed, purpose, number)
     torch.manual_seed(words[0] << 32 | words[1])
@@ -33,31 +33,31 @@ def seed_pass(seed: int, purpose: str, number: int) -> None:
 
 
 def _words(seed: int, purpose: str, number: int) -> tuple[int, int]:
-    """Two words of 32 bits, a function of a run's seed and what they are for."""
+    """Two 32-bit words, a function of the run's seed, the purpose and the number."""
     first, second = np.random.SeedSequence([seed, *purpose.encode(), number]).generate_state(2, np.uint32)
     return int(first), int(second)
 
 
 def training_rows(config: TrainConfig, number: int) -> StepRows:
-    """Which rows of its step forward pass `number` (from 0) of training reads."""
+    """Which rows of its step training's forward pass `number` (from 0) reads."""
     step, within = divmod(number, config.num_microbatches)
     size = config.batch_size
     return StepRows(within * size, size, size * config.num_microbatches, step_seed(config.seed, "train", step))
 
 
 def step_seed(seed: int, purpose: str, step: int) -> int:
-    """What all passes of a step share; a function of the run's seed and the step alone."""
+    """A seed that all passes of a step share; a function of the run's seed, the purpose and the step."""
     words = _words(seed, f"rows of {purpose}", step)
     return words[0] << 31 | words[1] >> 1
 
 
 def mixed_precision(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """The autocast that `train.autocast` asks for, around one forward pass; backward runs outside.
+    """The autocast of `train.autocast`, for one forward pass; backward runs outside.
 
-    Without PyTorch's cache of casts. With it, a weight that is first used under `no_grad`, as in a reentrant
-    checkpoint, may get no gradient, and what is checkpointed may find a cast in its forward that its recomputation has
-    to make, which a checkpoint refuses (github.com/pytorch/pytorch, issues 112583, 158232, 141896 and 193338). So a
-    weight is cast each time that it is used: in a forward pass once, for most.
+    PyTorch's cache of casts is off. With it, a weight that is first used under `no_grad`, as in a reentrant checkpoint,
+    may get no gradient. And a checkpointed forward may find a cast in the cache that its recomputation has to make,
+    which a checkpoint refuses (github.com/pytorch/pytorch, issues 112583, 158232, 141896 and 193338). Without the cache
+    a weight is cast at each use; most are used once in a forward pass.
     """
     if config.autocast == "none":
         return contextlib.nullcontext()
@@ -65,12 +65,12 @@ def mixed_precision(config: TrainConfig, device: torch.device) -> contextlib.Abs
 
 
 def load_batch(dataset: WindowDataset, windows: Sequence[int], device: torch.device) -> Batch:
-    """Read windows and make them a batch on the device."""
+    """Read windows and collate them to a batch on the device."""
     return to_device(dataset.collate([dataset[window] for window in windows]), device)
 
 
 def describe(dataset: WindowDataset, windows: Sequence[int]) -> str:
-    """Which windows, in the words of the data; the first four by name."""
+    """Name windows as the data names them: the first four, and how many more there are."""
     described = [dataset.describe(window) for window in windows[:4]]
     if len(windows) > 4:
         described.append(f"{len(windows) - 4} windows more")
@@ -78,7 +78,7 @@ def describe(dataset: WindowDataset, windows: Sequence[int]) -> str:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The same nesting of tuples, lists and dicts with every tensor on the device."""
+    """Nested tuples, lists and dicts, with every tensor moved to the device."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
@@ -91,9 +91,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def reset_rows(injection: Injection, states: Mapping[str, TTTState], starts: Sequence[bool]) -> dict[str, TTTState]:
-    """The states with the rows that start a file fresh; no states if every row does.
+    """The states, with a fresh state in every row that starts a file; no states if every row does.
 
-    The fresh rows are the layer's own initial weights, which the gradient reaches.
+    A fresh row is the layer's own initial weights, so the gradient reaches them.
     """
     if not states or all(starts):
         return {}
@@ -107,10 +107,10 @@ def reset_rows(injection: Injection, states: Mapping[str, TTTState], starts: Seq
 
 
 def states_to_carry(carry: Carry, injection: Injection, *, backbone: str) -> dict[str, TTTState]:
-    """The states that a forward pass under `carried` ended with, of every adapter.
+    """The states of every adapter after a forward pass under `carried`.
 
     Raises:
-        InactiveLayerError: an adapter handed none on, so that `persistent_states` would do nothing there.
+        InactiveLayerError: an adapter returned no state, so that `persistent_states` would do nothing there.
     """
     states = carry.states
     for name in injection.adapters:

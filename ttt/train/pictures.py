@@ -25,11 +25,11 @@ _INK, _GRID = "#303030", "#e4e4e4"
 
 
 class Pictures:
-    """The pictures of a run. One that cannot be drawn is never the end of a run.
+    """Draws the pictures of a run. If one cannot be drawn, the run goes on.
 
     Args:
         run: the run's folder.
-        warn: told, in one sentence, why they cannot be drawn.
+        warn: called with one sentence that says why pictures cannot be drawn.
     """
 
     def __init__(self, run: RunDir, warn: Callable[[str], None]) -> None:
@@ -37,7 +37,7 @@ class Pictures:
         self._warn = warn
 
     def draw(self) -> list[Path]:
-        """Draw them anew; returns those that were made."""
+        """Draw the pictures again; returns the files that were written."""
         made: list[Path] = []
         with survived(f"the pictures in {self._run.path} cannot be drawn", self._warn):
             made += draw_run(self._run.path)
@@ -45,7 +45,7 @@ class Pictures:
 
 
 def draw_run(run: Path) -> list[Path]:
-    """Draw the loss of a run, and what its TTT layers did; returns the pictures made.
+    """Draw the loss of a run and what its TTT layers did; returns the files that were written.
 
     Raises:
         EnvironmentProblem: there are no metrics, or the pictures cannot be written.
@@ -60,7 +60,7 @@ def draw_run(run: Path) -> list[Path]:
 
 
 def pictures_are_due(run: Path) -> bool:
-    """Whether a picture of a run that is done is missing, or older than the last line of its metrics."""
+    """Whether a picture of a finished run is missing, or older than the last line of its metrics."""
     try:
         written = (run / METRICS).stat().st_mtime_ns
         return any((run / name).stat().st_mtime_ns < written for name in (LOSS, INNER_LOSS))
@@ -69,7 +69,7 @@ def pictures_are_due(run: Path) -> bool:
 
 
 def smoothed(values: Sequence[float], width: int) -> list[float]:
-    """Mean of each value and its neighbours up to `width` away on either side, as far as there are any."""
+    """The mean of each value with its neighbours up to `width` away on either side; fewer at the ends."""
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     positions = np.arange(len(values))
     first, last = np.maximum(positions - width, 0), np.minimum(positions + width + 1, len(values))
@@ -78,7 +78,7 @@ def smoothed(values: Sequence[float], width: int) -> list[float]:
 
 
 def loss_figure(lines: Sequence[dict[str, Any]]) -> Figure | None:
-    """The outer loss over the steps, and the evaluations beside those with closed gates; None without a line."""
+    """The outer loss over the steps, and evaluations with open and with closed gates; None if there are no lines."""
     points = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     if not points:
         return None
@@ -101,7 +101,7 @@ def loss_figure(lines: Sequence[dict[str, Any]]) -> Figure | None:
 
 
 def _draw_evaluations(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
-    """Each evaluation as a pair of points, the last one with its numbers."""
+    """Draw each evaluation as a pair of points, and write the numbers of the last one."""
     found = [
         line for line in lines if line.get("eval_loss") is not None and line.get("eval_loss_gates_closed") is not None
     ]
@@ -118,7 +118,7 @@ def _draw_evaluations(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
             f"{where}, TTT acting: {last['eval_loss']:.4f}",
         ),
         (
-            "eval_loss_gates_closed",  # larger, hollow and behind, so that both show where they are close
+            "eval_loss_gates_closed",  # larger, hollow and behind, so that both points show if they are close
             {"marker": "s", "markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.8, "zorder": 5},
             _CLOSED,
             f"the same, gates closed: {last['eval_loss_gates_closed']:.4f}",
@@ -197,7 +197,7 @@ def _number(value: float | None) -> float:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """A figure of its own: no window, and no state that other users of matplotlib could see."""
+    """A figure without a window and without pyplot's global state, which other users of matplotlib could see."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""How far a run is: what changes from step to step, beside the weights and the optimiser."""
+"""How far a run is: what changes from step to step, besides the weights and the optimiser."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ttt.state import TTTState
 
 @dataclass
 class Progress:
-    """How far a run is. Only a step that is done changes it, and every checkpoint holds it."""
+    """How far a run is. It changes only when a step is done, and every checkpoint holds it."""
 
     done: int = 0
-    """Optimiser steps, those before a resumption included."""
+    """Optimiser steps done, including those before the run was resumed."""
     seconds: float = 0.0
-    """Time that the steps took."""
+    """Seconds that the steps took."""
     tokens: int = 0
-    """Positions that they read."""
+    """Positions that the steps read."""
     states: dict[str, TTTState] = field(default_factory=dict)
     """Carried fast weights by site, with `persistent_states`."""
     line: dict[str, Any] = field(default_factory=dict)

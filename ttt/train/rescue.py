@@ -1,4 +1,4 @@
-"""When a step or the closing evaluation fails: what it suffers from, what is saved, and how to go on."""
+"""When a step or the closing evaluation fails: find the cause, save what is good, and say how to go on."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Rescue:
         self._saver = saver
 
     def of_step(self, error: Exception, *, updating: bool) -> None:
-        """Save the steps before one that failed, if their weights are good; add that, and the way on, to the error.
+        """Save the steps before a failed one if their weights are good, and add to the error what to do next.
 
         Args:
-            error: that the step raised.
-            updating: the weights may be half updated, and are not saved.
+            error: the error of the step.
+            updating: whether the weights may be half updated; then they are not saved.
         """
         parts, done = self._parts, self._progress.done
         notes = []
@@ -56,7 +56,7 @@ class Rescue:
                 parts.say(note)
 
     def of_evaluation(self, evaluation: Evaluation) -> NonFiniteError:
-        """What to raise about a closing evaluation that is not finite: the cause, the checkpoint, the way on."""
+        """The error for a closing evaluation that is not finite: with the cause, the checkpoint and what to do next."""
         parts, done = self._parts, self._progress.done
 
         def look() -> Diagnosis:
@@ -75,7 +75,7 @@ class Rescue:
         return NonFiniteError("; ".join(notes))
 
     def not_finite_in_words(self, evaluation: Evaluation) -> str:
-        """A sentence about an evaluation that is not finite, with where."""
+        """A sentence that says which windows of an evaluation are not finite."""
         where = describe(self._parts.eval_dataset, evaluation.first_not_finite)
         return (
             f"step {self._progress.done}: the evaluation is not finite (loss {evaluation.loss}, with the gates closed "
@@ -83,7 +83,7 @@ class Rescue:
         )
 
     def _saved_in_words(self) -> list[str]:
-        """Save the steps done; a sentence about it, unless there are none."""
+        """Save the steps done; returns a sentence about it, or nothing if no step is done."""
         done = self._progress.done
         if done == 0:
             return []
@@ -95,7 +95,7 @@ class Rescue:
         return [f"the {done} {'step' if done == 1 else 'steps'} before it are saved in {self._saver.saved}"]
 
     def _diagnose(self, error: StepNotFiniteError) -> Diagnosis:
-        traceback.clear_frames(error.__traceback__)  # the graph of the pass that failed holds most of the memory
+        traceback.clear_frames(error.__traceback__)  # frees the graph of the failed pass, most of the memory
         rows = training_rows(self._parts.config.train, error.number)
         examination = self._examination("train", error.number, rows, error.batch, dict(error.states))
         return (examination.of_gradient if error.of_gradient else examination.of_loss)()
@@ -103,7 +103,7 @@ class Rescue:
     def _examination(
         self, purpose: str, number: int, rows: StepRows, batch: Batch, states: dict[str, TTTState]
     ) -> Examination:
-        """A look for what makes a pass not finite."""
+        """Prepare the search for what makes a pass not finite."""
         parts, progress, config = self._parts, self._progress, self._parts.config
 
         def measure(read: Batch, closed: bool) -> float:

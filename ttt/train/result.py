@@ -1,4 +1,4 @@
-"""How a run ended, for the caller and in `summary.json`."""
+"""The result of a run, for the caller and in `summary.json`."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ttt.train.rundir import RunDir
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended."""
+    """The result of a run."""
 
     run_dir: Path
     steps: int
-    """Optimiser steps done, those before a resumption included."""
+    """Optimiser steps done, including those before the run was resumed."""
     interrupted: bool
-    """Whether it was asked to stop before its last step, or before its last evaluation was done."""
+    """Whether it was interrupted before its last step, or before its closing evaluation, was done."""
     loss: float | None
     """Training loss of the last step; None if no step was done."""
     evaluation: Evaluation | None
@@ -39,7 +39,7 @@ class TrainResult:
 
 
 def write_summary(result: TrainResult, more: Mapping[str, Any]) -> None:
-    """Write `summary.json` of a run that came to its end; `more` is added to it."""
+    """Write `summary.json` of a finished run, with the entries of `more` added."""
     assert result.checkpoint is not None
     assert result.evaluation is not None
     content = {
@@ -53,10 +53,10 @@ def write_summary(result: TrainResult, more: Mapping[str, Any]) -> None:
 
 
 def finished(run: RunDir, checkpoint: Checkpoint, config: RunConfig) -> TrainResult | None:
-    """How a run ended, if it has nothing left to do; None if it has.
+    """The result of a run that has nothing left to do; None if something is left.
 
     Raises:
-        ConfigError: it has done more steps than `train.max_steps`.
+        ConfigError: the run has done more steps than `train.max_steps`.
     """
     if checkpoint.step > config.train.max_steps:
         raise ConfigError(
@@ -82,9 +82,9 @@ def finished(run: RunDir, checkpoint: Checkpoint, config: RunConfig) -> TrainRes
         )
         loss = _float(summary["loss"])
     except (KeyError, TypeError, ValueError):
-        return None  # edited by hand; the run sums itself up anew
+        return None  # edited by hand; the run writes its summary again
     if not evaluation.is_finite:
-        return None  # no end; it evaluates anew
+        return None  # the closing evaluation is not finite; the run evaluates again
     return TrainResult(
         run_dir=run.path,
         steps=checkpoint.step,

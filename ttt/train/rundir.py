@@ -1,23 +1,23 @@
-"""A run's folder: what is in it, who may write to it, and how a checkpoint gets there whole or not at all.
+"""A run's folder: what is in it, which process may write to it, and how checkpoints are written whole or not at all.
 
     config.yaml           the resolved config; `ttt train RUN/config.yaml --resume` goes on from it
-    config.original.yaml  one that was written or commented by hand in its place (see `ttt.train.stored_config`)
+    config.original.yaml  a config.yaml that was written or commented by hand (see `ttt.train.stored_config`)
     metrics.jsonl         one line of JSON for each logged step
     loss.png, inner_loss.png
     tensorboard/          if TensorBoard is installed
-    summary.json          how it ended, and which checkpoint is the last: `final_checkpoint`
+    summary.json          the run's result and its last checkpoint, `final_checkpoint`
     checkpoints/step_000100/
         adapter_model.safetensors, adapter_config.json    the TTT layers, complete in themselves
-        backbone_model.safetensors     the backbone parameters that learn, and those that learned in what the run
-                                       started from (`train.init_from`)
+        backbone_model.safetensors     the backbone parameters that learn, and those that learned before, in the adapter
+                                       that the run started from (`train.init_from`)
         optimizer.safetensors          moments, step counts, float32 masters
         carried_states.safetensors     fast weights of each row, if `persistent_states`
         trainer_state.json             steps done, the config, and the name, size and checksum of every file above
 
 Every file that is read again carries a checksum (`ttt.checksums`, docs/files.md).
-The last adapter is not copied to the top: `summary.json` points to it, and `ttt info RUN` follows.
-There is no state of random number generators to keep: each forward pass seeds them from the run's seed and its
-own number.
+The last adapter is not copied to the top of the folder: `summary.json` names its checkpoint, and `ttt info RUN` reads
+it there. No state of random number generators is stored: each forward pass seeds them from the run's seed and its own
+number.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class RunDir:
         self._numbered = numbered
         self._hold: claim.Hold | None = None
         self._damaged: set[Path] = set()
-        """Checkpoints whose content is not what was written, which their sizes do not show."""
+        """Checkpoints whose checksums do not match, although their files have the right sizes."""
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -71,7 +71,7 @@ class RunDir:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes from training in the folder, from the moment that it exists.
+        """A context that keeps other processes from training in the folder, from the time that it exists.
 
         Raises:
             UsageError: another process is training in it.
@@ -86,13 +86,13 @@ class RunDir:
                 self._hold = None
 
     def require_unused(self) -> None:
-        """Refuse a folder in which something was trained, and one with which a run cannot begin.
+        """Refuse a folder that holds a run with checkpoints, or in which no run can begin.
 
-        A run that ended before its first checkpoint left nothing worth keeping, so its folder is taken over.
+        If a run ended there before its first checkpoint, the folder is taken over: nothing in it is worth keeping.
 
         Raises:
             UsageError: it holds a run, or is not a folder; the message says how to go on.
-            EnvironmentProblem: it cannot be written, or something else is where a run's files go.
+            EnvironmentProblem: it cannot be written, or something else has the name of a run's file.
         """
         claim.require_possible(self.path)
         if self._numbered:
@@ -107,9 +107,9 @@ class RunDir:
             claim.require_startable(self.path)
 
     def create(self, config: RunConfig) -> None:
-        """Make the folder, hold it inside `held`, and write the resolved config.
+        """Make the folder, lock it inside `held`, and write the resolved config.
 
-        Everything that `require_unused` looks at is looked at once more: another run may have begun since.
+        It repeats the checks of `require_unused`, since another run may have begun in the meantime.
 
         Raises:
             UsageError: another process is training in it, or has trained.
@@ -134,21 +134,21 @@ class RunDir:
     ) -> tuple[Checkpoint | None, list[str]]:
         """Prepare to continue the run: check the config against the stored one and find the checkpoint.
 
-        Writes nothing: only the process that holds the metrics file writes the config.
+        Writes nothing: only the process that has locked the metrics file writes the config.
 
         Args:
-            config: to go on with.
-            backbone: of the run.
+            config: the config to go on with.
+            backbone: the run's backbone.
             verify: compare the checkpoint's content with its checksums.
 
         Returns:
-            The newest checkpoint that is whole, and a sentence for each newer folder that was passed over and for
-            what was changed in the stored config. The checkpoint is None if none was ever saved; then the run starts.
+            The newest checkpoint that is whole; and a sentence for each newer folder that was passed over, and for
+            changes in the stored config. If no checkpoint was ever saved, it is None, and the run starts.
 
         Raises:
             UsageError: no checkpoint is complete, another process is training there, or the folder is not a run's.
-            ConfigError: the config asks for another run; the message names every key.
-            EnvironmentProblem: something else is where a run's files go.
+            ConfigError: the config differs from the run's; the message names every key.
+            EnvironmentProblem: something else has the name of a run's file.
         """
         claim.require_possible(self.path)
         self._require_idle()
@@ -174,17 +174,17 @@ class RunDir:
         return checkpoint, [*told, changed] if changed else told
 
     def tidy(self, keep: int | None) -> None:
-        """Remove what a killed process left, and checkpoints beyond `keep`. Call it only while the run is held.
+        """Remove what a killed process left, and checkpoints beyond `keep`. Call it only while the run is locked.
 
         Raises:
-            EnvironmentProblem: it cannot be removed.
+            EnvironmentProblem: something cannot be removed.
         """
         with writing(self.path):
             self.remove_unfinished()
             self.prune(keep)
 
     def remove_unfinished(self) -> None:
-        """Remove what a killed process left under a temporary name. Call it only while the metrics file is held."""
+        """Remove what a killed process left under a temporary name. Call it only while the metrics file is locked."""
         for folder in (self.path, self / CHECKPOINTS):
             for leftover in folder.glob(f"{TEMPORARY}*") if folder.is_dir() else ():
                 if leftover.is_dir():
@@ -215,7 +215,7 @@ class RunDir:
         return found.checkpoint, list(found.passed_over)
 
     def complete(self) -> list[Checkpoint]:
-        """Every complete checkpoint, the newest first, without those that `latest` found damaged."""
+        """Every complete checkpoint, the newest first, except the ones that `latest` found damaged."""
         found = []
         for folder in reversed(step_folders(self.path)):
             with contextlib.suppress(EnvironmentProblem):
@@ -223,17 +223,17 @@ class RunDir:
         return [checkpoint for checkpoint in found if checkpoint.path not in self._damaged]
 
     def beside(self) -> Path:
-        """A folder for a run that goes on from this one with another config; it is not there yet."""
+        """The path of a folder for a run that goes on from this one with another config; it does not exist yet."""
         return next(path for path in _numbered(self.path) if not os.path.lexists(path))
 
     def save_checkpoint(
         self, step: int, state: Mapping[str, Any], write: Callable[[Path], None], *, keep: int | None
     ) -> Path:
-        """Write a checkpoint beside its place, put it there in one rename, then drop the oldest.
+        """Write a checkpoint under a temporary name, rename it, then remove the oldest.
 
         Args:
             step: optimiser steps done.
-            state: what goes into `trainer_state.json`, as JSON.
+            state: the JSON content of `trainer_state.json`.
             write: writes every other file into the folder that it is given.
             keep: how many checkpoints stay; None keeps all.
 
@@ -258,7 +258,7 @@ class RunDir:
         return final
 
     def prune(self, keep: int | None) -> None:
-        """Drop the oldest complete checkpoints beyond `keep`; a folder that is not a checkpoint of ours stays."""
+        """Remove the oldest complete checkpoints beyond `keep`; a folder that is not a checkpoint stays."""
         if keep is None:
             return
         with writing(self / CHECKPOINTS):
@@ -266,14 +266,14 @@ class RunDir:
                 self._discard(checkpoint.path)
 
     def _discard(self, folder: Path) -> None:
-        """Remove a checkpoint folder; it is renamed first, so that half of it is never taken for a checkpoint."""
+        """Remove a checkpoint folder. It is renamed first, so that a half-removed one never counts as a checkpoint."""
         if folder.exists():
             temporary = temporary_beside(folder)
             os.rename(folder, temporary)
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _require_idle(self) -> None:
-        """Refuse a run in which another process trains, before its files are looked at or replaced."""
+        """Refuse a run in which another process is training, before its files are read or replaced."""
         if other_kind(self / METRICS) is not None:
             return
         with contextlib.suppress(OSError), open(self / METRICS, "r+b") as file:
@@ -281,10 +281,10 @@ class RunDir:
 
 
 def choose(config: RunConfig, *, resume: bool) -> RunDir:
-    """Where the run goes: `run_dir`, or a folder of its own under `runs/`, named after the backbone and the time.
+    """The run's folder: `run_dir`, or a new folder under `runs/` named after the backbone and the time.
 
     Raises:
-        UsageError: a run is to be resumed and the config does not say which; the message suggests one.
+        UsageError: `resume` is set and the config does not say which run; the message suggests one.
     """
     if config.run_dir is not None:
         return RunDir(Path(config.run_dir))
@@ -297,11 +297,11 @@ def choose(config: RunConfig, *, resume: bool) -> RunDir:
 
 
 def _newest_run(label: str) -> RunDir | None:
-    """The newest run under `runs/` with a label that can be resumed."""
+    """The newest run under `runs/` that has this label and can be resumed."""
     runs = [RunDir(path) for path in Path("runs").glob(f"{label}-*") if (path / CONFIG).is_file()]
     able = []
     for run in runs:
-        with contextlib.suppress(UnreadableError):  # it is a hint only
+        with contextlib.suppress(UnreadableError):  # this is only a hint
             able += [run] if run.latest()[0] is not None else []
     return max(able, key=lambda run: (run / CONFIG).stat().st_mtime, default=None)
 
@@ -311,7 +311,7 @@ def _made(path: Path) -> bool:
     try:
         path.mkdir(parents=True)
     except FileExistsError:
-        if not os.path.lexists(path):  # it is a folder above that is in the way
+        if not os.path.lexists(path):  # something above it is in the way
             raise
         return False
     return True

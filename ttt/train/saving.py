@@ -1,4 +1,4 @@
-"""Checkpoints within a run: written when due, taken for good when proved, and gone on from."""
+"""Checkpoints during a run: written when due, proved by a finite loss, and loaded when the run is resumed."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from ttt.train.pictures import Pictures
 from ttt.train.progress import Progress
 
 _DRAW_SECONDS = 60.0
-"""How old the pictures may be when a checkpoint is written."""
+"""Pictures older than this are drawn again when a checkpoint is written."""
 
 
 def require_space_for_one(parts: Parts) -> None:
-    """Refuse to begin a run whose checkpoints do not fit on the disk.
+    """Refuse to begin a run if not even one checkpoint fits on the disk.
 
     Raises:
-        EnvironmentProblem: not enough is free for one.
+        EnvironmentProblem: there is not enough space for one.
     """
     needed = content_bytes(parts.injection, parts.trained_tensors(), parts.optimizer)
     require_space(parts.directory.path, needed, what="one checkpoint of this run")
 
 
 def restored(parts: Parts, checkpoint: Checkpoint) -> Progress:
-    """Load everything that a checkpoint holds into the parts of a run; how far the run was.
+    """Load everything that a checkpoint holds into the parts of a run; returns how far the run was.
 
     Raises:
-        EnvironmentProblem: a file of it is damaged.
-        AdapterMismatchError: the backbone is not the one that the run was started with.
+        EnvironmentProblem: a file of the checkpoint is damaged.
+        AdapterMismatchError: the run was started with another backbone.
     """
     states = read_content(
         checkpoint.path,
@@ -44,7 +44,7 @@ def restored(parts: Parts, checkpoint: Checkpoint) -> Progress:
         backbone=backbone_identity(parts.backbone, parts.config.backbone),
         persistent=parts.config.ttt.persistent_states,
         device=parts.device,
-        verify=False,  # done, or not asked for, when it was found
+        verify=False,  # it was compared when it was found, if that was wanted
     )
     return Progress(
         done=checkpoint.step,
@@ -58,15 +58,15 @@ def restored(parts: Parts, checkpoint: Checkpoint) -> Progress:
 class Saver:
     """Writes the checkpoints of a run.
 
-    Weights are proved once a step or an evaluation that read them was finite (`prove`). Until then the checkpoint
-    before is not pruned; and when a run is rescued, none is.
+    Weights are proved (`prove`) once a step or an evaluation with them is finite. Until then the previous checkpoint is
+    not pruned; and when a run is rescued, no checkpoint is.
 
     Args:
-        parts: of the run.
-        progress: how far it is.
-        metrics: is on the disk before each checkpoint, so that a power cut never leaves one that is ahead of its lines.
-        pictures: are drawn anew at a checkpoint if they are old.
-        resumed: the checkpoint that the run goes on from.
+        parts: the run's parts.
+        progress: how far the run is.
+        metrics: synced to the disk before each checkpoint, so that after a power cut no checkpoint is ahead of it.
+        pictures: drawn again at a checkpoint if they are old.
+        resumed: the checkpoint from which the run goes on.
     """
 
     def __init__(
@@ -89,14 +89,14 @@ class Saver:
         """The last checkpoint."""
 
     def save(self, *, rescuing: bool = False) -> None:
-        """Write the checkpoint of the steps done, unless it is there already.
+        """Write the checkpoint of the steps done, unless it already exists.
 
         Raises:
-            NonFiniteError: what would be saved is not finite; nothing was written.
+            NonFiniteError: a tensor to be saved is not finite; nothing was written.
             EnvironmentProblem: the disk is full or cannot be written.
         """
         done = self._progress.done
-        if done == self._step:  # none is done, or they are saved
+        if done == self._step:  # no step is done, or all are saved
             return
         self._require_finite()
         keep = self._parts.config.train.ckpt_keep
@@ -110,13 +110,13 @@ class Saver:
             self._drawn = time.monotonic()
 
     def prove(self) -> None:
-        """Take the last checkpoint for good, now that its weights gave finite numbers, and drop the oldest."""
+        """Mark the last checkpoint as good, because its weights gave finite numbers, and remove the oldest."""
         if not self._proven:
             self._parts.directory.prune(self._parts.config.train.ckpt_keep)
             self._proven = True
 
     def _state(self) -> dict[str, object]:
-        """What `trainer_state.json` holds beside the names of the files."""
+        """The content of `trainer_state.json` besides the names of the files."""
         progress = self._progress
         return {
             "seconds": progress.seconds,
@@ -126,7 +126,7 @@ class Saver:
         }
 
     def _write(self, folder: Path) -> None:
-        """Write every other file."""
+        """Write every other file of the checkpoint."""
         parts, progress = self._parts, self._progress
         write_content(
             folder,

@@ -1,4 +1,4 @@
-"""What a run is built from: the device, the model with its adapters, the order of its data."""
+"""Builds what a run needs: the device, the model with its adapters, the order of its data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def choose_device(wanted: str) -> torch.device:
     """The device of `train.device`: `auto` is CUDA if there is a CUDA device.
 
     Raises:
-        EnvironmentProblem: `cuda` is asked for and there is none.
+        EnvironmentProblem: the config says `cuda` and there is no CUDA device.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -42,7 +42,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory used so far: of PyTorch's allocator on CUDA, else of the process (0 if that is not known)."""
+    """Peak memory so far in bytes: of PyTorch's allocator on CUDA, else of the process (0 if it is not known)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -54,7 +54,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def device_in_words(device: torch.device) -> str:
-    """The device, with the threads of a CPU."""
+    """The device in words, with the number of threads of a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -62,7 +62,7 @@ def device_in_words(device: torch.device) -> str:
 
 
 def require_one_process() -> None:
-    """Refuse to be one of several processes: each would train the same run, into the same folder.
+    """Refuse to run as one of several processes: each would train the same run in the same folder.
 
     Raises:
         EnvironmentProblem: a distributed launcher started this process.
@@ -76,10 +76,10 @@ def require_one_process() -> None:
 
 
 def with_backbone_options(config: RunConfig, backbone: Backbone) -> RunConfig:
-    """The config as the class that knows the backbone's own options, so that none of them is lost when it is written.
+    """The config as an instance of the class with the backbone's own options, so that none is lost when it is written.
 
     Raises:
-        ConfigError: it does not fit the backbone.
+        ConfigError: the config does not fit the backbone.
     """
     model = run_config_model(backbone)
     if isinstance(config, model):
@@ -91,11 +91,11 @@ def with_backbone_options(config: RunConfig, backbone: Backbone) -> RunConfig:
 
 
 def build(config: RunConfig, backbone: Backbone, device: torch.device) -> tuple[nn.Module, Injection]:
-    """The model with its adapters; what a backbone draws at random comes from the run's seed."""
+    """Build the model with its adapters; the backbone's random draws come from the run's seed."""
     seed_pass(config.train.seed, "build", 0)
     model = backbone.build(config.backbone, device=device, dtype=_DTYPES[config.train.param_dtype])
     sites = backbone.sites(model)
-    with asked(backbone, "its sites"):  # they may bring adapters, and a way to attach them, of their own
+    with asked(backbone, "its sites"):  # a site may bring its own adapter and its own way to attach it
         injection = inject.apply(model, sites, config.ttt, causal=backbone.causal, seed=config.train.seed)
     if config.ttt.persistent_states and not all(
         isinstance(adapter, TTTAdapter) for adapter in injection.adapters.values()
@@ -112,7 +112,7 @@ def order(config: RunConfig, dataset: WindowDataset) -> WindowOrder | LaneOrder:
     """The order in which training reads its windows.
 
     Raises:
-        ConfigError: states are to be carried and the data does not allow it.
+        ConfigError: states are carried, but the data is shuffled or has too few files.
     """
     size, seed = config.train.batch_size, config.train.seed
     if not config.ttt.persistent_states:
@@ -124,7 +124,7 @@ def order(config: RunConfig, dataset: WindowDataset) -> WindowOrder | LaneOrder:
 
 @contextlib.contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """PyTorch's CPU threads inside; None leaves them."""
+    """A context with this number of CPU threads in PyTorch; None does not change it."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
@@ -135,7 +135,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def ways_to_less_memory(config: RunConfig) -> list[str]:
-    """What takes less memory in training than this config."""
+    """Changes to the config with which training takes less memory."""
     ways = ["a smaller train.batch_size (with more train.num_microbatches)", "shorter windows"]
     if not config.train.gradient_checkpointing:
         ways.append("train.gradient_checkpointing: true")
@@ -146,7 +146,7 @@ def ways_to_less_memory(config: RunConfig) -> list[str]:
 
 @contextlib.contextmanager
 def memory_errors(ways: Sequence[str]) -> Iterator[None]:
-    """Turn running out of memory into a sentence that says what takes less."""
+    """Turn an out-of-memory error into a sentence that says what takes less memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -1,6 +1,6 @@
-"""How a run starts, or goes on: its folder is looked at, what it is made of is built, and the loop is run.
+"""How a run starts or goes on: its folder is checked, its parts are built, and the loop runs.
 
-The adapter that a run ends with is the one of its last checkpoint; `summary.json` names it (see `ttt.train.rundir`).
+The final adapter of a run is in its last checkpoint, which `summary.json` names (see `ttt.train.rundir`).
 """
 
 from __future__ import annotations
@@ -44,22 +44,21 @@ def train(
 ) -> TrainResult:
     """Train TTT layers in a backbone.
 
-    In the main thread, signals that ask to stop (`ttt.interrupt`) are heeded: before the first step nothing is
-    written, from then on the step is finished and saved, and the pictures are drawn. An output that is gone does not
-    end a run.
+    In the main thread, signals can stop the run (`ttt.interrupt`): before the first step nothing is written; after
+    that, the current step is finished and saved, and the pictures are drawn. If the output is closed, the run goes on.
 
     Args:
         config: the resolved config.
         backbone: the plugin that `config.backbone` names.
         resume: continue the run in `config.run_dir`; if it has no checkpoint yet, start it there.
-        console: where to report; standard output by default.
-        verify: compare what is resumed or started from with its checksums, which reads it once more.
+        console: the console for reports; standard output by default.
+        verify: compare the checkpoint or adapter that the run starts from with its checksums; this reads it once more.
 
     Raises:
         ConfigError: the config cannot be honoured with this data and backbone.
         UsageError: the run directory is in use, or there is nothing to resume.
-        EnvironmentProblem: something is missing, a device, a file, memory, disk space; or this is one of several
-            processes of a distributed launch.
+        EnvironmentProblem: a device, a file, memory or disk space is missing, or this is one of several processes of a
+            distributed launch.
         AdapterMismatchError: `train.init_from` belongs to something else; nothing was written.
         NonFiniteError: a loss or gradient was not finite; the weights are those before that step.
         InactiveLayerError: on the first step, a TTT layer was not reached, did not learn, or got no gradient.
@@ -101,7 +100,7 @@ def _train(config: RunConfig, backbone: Backbone, *, resume: bool, console: Cons
 def _standing(
     run: RunDir, config: RunConfig, backbone: Backbone, console: Console, *, resume: bool, verify: bool
 ) -> Checkpoint | None:
-    """The checkpoint to go on from, or None if the run starts; says what is not as it was left."""
+    """The checkpoint to go on from, or None if the run starts; reports what has changed since the run stopped."""
     if not resume:
         run.require_unused()
         return None
@@ -126,7 +125,7 @@ def _say_taken_over(run: RunDir, console: Console) -> None:
 
 
 def _tidied(run: RunDir, ended: TrainResult, config: RunConfig, console: Console) -> TrainResult:
-    """Do what a process that was killed at the very end left undone, and say that the run is done."""
+    """Complete what a process that was killed at the very end did not do, and report that the run is done."""
     run.tidy(config.train.ckpt_keep)
     if pictures_are_due(run.path):
         Pictures(run, lambda text: say(console, text)).draw()
@@ -135,7 +134,7 @@ def _tidied(run: RunDir, ended: TrainResult, config: RunConfig, console: Console
 
 
 def _not_begun(run: RunDir, checkpoint: Checkpoint | None, console: Console) -> TrainResult:
-    """Say that a run was interrupted before it began, or went on."""
+    """Report that a run was interrupted before its first step, or before it went on."""
     say(console, "interrupted before the run began; nothing was written: the same command starts it again")
     return TrainResult(
         run_dir=run.path,

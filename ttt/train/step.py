@@ -33,13 +33,13 @@ from ttt.train.setup import peak_memory_bytes
 
 @dataclass(frozen=True)
 class _Pass:
-    """What a forward and backward pass over one batch came to."""
+    """The result of a forward and backward pass over one batch."""
 
     loss: float
     tokens: int
-    """Positions that it read."""
+    """Positions that the pass read."""
     metrics: dict[str, float]
-    """The backbone's own."""
+    """The backbone's own metrics."""
 
 
 class Stepper:
@@ -49,10 +49,10 @@ class Stepper:
         self._parts = parts
         self._progress = progress
         self.updating = False
-        """Whether the optimiser is at the weights: after an error, they may be half updated."""
+        """Whether the optimiser is changing the weights; if an error occurs then, they may be half updated."""
 
     def advance(self) -> None:
-        """Make the next step. Progress changes when it is done, and not before.
+        """Make the next step. Progress changes only when the step is done.
 
         Raises:
             StepNotFiniteError: a loss or the gradient is not finite; the weights are those before the step.
@@ -85,20 +85,20 @@ class Stepper:
         progress.done += 1
 
     def _measures(self, step: int) -> bool:
-        """Whether evidence is taken in a step (from 1)."""
+        """Whether to measure evidence in a step (from 1)."""
         train = self._parts.config.train
         return step % train.evidence_freq == 0 or step in (1, train.max_steps)
 
     def _pass(
         self, number: int, reading: Reading, carried_in: Mapping[str, TTTState], evidence: Observation | None
     ) -> tuple[_Pass, dict[str, TTTState]]:
-        """Forward and backward over one batch, and the states that it carries on."""
+        """Run forward and backward over one batch; also returns the states to carry."""
         parts, config = self._parts, self._parts.config
         batch = load_batch(parts.dataset, reading.windows, parts.device)
         states = reset_rows(parts.injection, carried_in, reading.starts)
         seed_pass(config.train.seed, "train", number)
         carried_on = dict(carried_in)
-        # states are an input of a recomputation too, so backward runs while they are there
+        # a recomputation reads the states too, so backward runs inside this context
         with carried(parts.injection, states) if config.ttt.persistent_states else contextlib.nullcontext() as carry:
             with (
                 mixed_precision(config.train, parts.device),
@@ -120,10 +120,10 @@ class Stepper:
         return _Pass(loss, output.tokens, metrics), carried_on
 
     def _clip(self, readings: Sequence[Reading], states: Mapping[str, TTTState]) -> float:
-        """Clip the gradient; returns its norm.
+        """Clip the gradient; returns its norm before.
 
         Raises:
-            StepNotFiniteError: it is not finite.
+            StepNotFiniteError: the gradient is not finite.
         """
         norm = self._parts.optimizer.clip()
         if not math.isfinite(norm):

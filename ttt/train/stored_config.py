@@ -1,7 +1,7 @@
 """A run's `config.yaml`: the resolved config, with which the run goes on.
 
-Its last line is a checksum, which tells a later change. What somebody wrote or commented by hand in its place is put
-aside before it is replaced, as `config.original.yaml`.
+Its last line is a checksum, which shows a later change. A `config.yaml` that was written or commented by hand is copied
+to `config.original.yaml` before it is replaced.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ttt.reading import other_kind
 
 CONFIG = "config.yaml"
 ORIGINAL = "config.original.yaml"
-"""A config by hand that was in the place of the resolved one."""
+"""The copy of a config.yaml that was written or commented by hand, before the resolved config replaced it."""
 
 MAY_DIFFER = frozenset(
     {
@@ -46,8 +46,8 @@ MAY_DIFFER = frozenset(
         "data.verify",  # of plugins whose data carry checksums
     }
 )
-"""Keys that may change when a run is resumed: they decide how long, where and how often, not what is
-computed; what tasks measure is no part of training."""
+"""Keys that may change when a run is resumed: they say how long, where and how often, but not what is computed; the
+tasks' measurements are not part of training."""
 
 _MAX_CONFIG = 1 << 20
 _COMMENT = re.compile(r"(^|\s)#", re.MULTILINE)
@@ -62,7 +62,7 @@ class StoredConfig:
         self.path = run / CONFIG
 
     def write(self, config: RunConfig) -> None:
-        """Write the resolved config. If the run goes on, call it only while the metrics file is held.
+        """Write the resolved config. If the run goes on, call it only while the metrics file is locked.
 
         Raises:
             EnvironmentProblem: it cannot be written.
@@ -71,7 +71,7 @@ class StoredConfig:
         write_text(self.path, f"{text}{_CHECKSUM}{_digest_of(text)}\n")
 
     def keep_original(self) -> None:
-        """Put a config that somebody wrote by hand aside, so that `write` does not replace its comments.
+        """Copy a config that was written by hand to `config.original.yaml`, before `write` replaces it.
 
         Raises:
             EnvironmentProblem: it cannot be written.
@@ -81,7 +81,7 @@ class StoredConfig:
                 self._put_aside()
 
     def keep_comments(self) -> None:
-        """Put the config of a run that goes on aside, if somebody wrote comments into it.
+        """Copy the config of a run that goes on to `config.original.yaml`, if somebody added comments to it.
 
         Raises:
             EnvironmentProblem: it cannot be written.
@@ -93,7 +93,7 @@ class StoredConfig:
                     self._put_aside()
 
     def _put_aside(self) -> None:
-        """Copy the config. It stays until the resolved one replaces it, so that a kill always leaves one."""
+        """Copy the config. The original stays until the resolved one replaces it, so that a kill always leaves one."""
         content = self.path.read_bytes()
         for name in itertools.chain(
             [ORIGINAL], (ORIGINAL.replace(".yaml", f"-{number}.yaml") for number in itertools.count(2))
@@ -103,14 +103,14 @@ class StoredConfig:
                 write_bytes(place, content)
                 break
             if other_kind(place) is None and place.read_bytes() == content:
-                break  # a run that was killed has put it there
-        if self.path.is_symlink():  # what it leads to is not the run's to write to
+                break  # a run that was killed has already copied it
+        if self.path.is_symlink():  # the run must not write to the link's target
             temporary = temporary_beside(self.path)
             write_bytes(temporary, content)
             os.replace(temporary, self.path)
 
     def is_as_written(self) -> bool | None:
-        """Whether it has the checksum that it was written with; None if it has none, or is not there."""
+        """Whether its checksum matches; None if it has none, or the file does not exist."""
         try:
             text = self.path.read_bytes().decode("utf-8", "replace")
         except OSError:
@@ -118,14 +118,14 @@ class StoredConfig:
         return _is_as_written(text)
 
     def change_since(self, checkpoint: Checkpoint, config: RunConfig) -> str | None:
-        """What somebody, or a damaged disk, has changed in it since the run wrote it, as a sentence.
+        """Say what has changed in the stored config since the run wrote it, by hand or by a damaged disk.
 
         Args:
-            checkpoint: its record says how the run was configured.
-            config: what the stored config says now, overrides included.
+            checkpoint: the checkpoint with the record of the run's config.
+            config: the stored config as it is now, with overrides.
 
         Returns:
-            None if it is as it was written, says the same in other words, or cannot tell.
+            One sentence; None if the file is as written, has the same values, or has no checksum.
         """
         recorded = checkpoint.state.get("config")
         if self.is_as_written() is not False or not isinstance(recorded, dict):
@@ -136,13 +136,13 @@ class StoredConfig:
         return f"{self.path} was changed since the run wrote it ({listed})" if differing else None
 
     def require_same(self, checkpoint: Checkpoint, config: RunConfig, backbone: Backbone) -> None:
-        """Refuse to go on with a config that computes something else than the run did.
+        """Refuse to go on with a config that would compute something else than the run did.
 
         Raises:
-            ConfigError: it asks for another run; the message names every key.
+            ConfigError: the configs differ; the message names every key.
         """
         recorded = self._recorded(checkpoint, backbone)
-        known = dotted(recorded)  # without keys that only a later ttt has
+        known = dotted(recorded)  # keys that a later ttt added are missing here
         differences = [found for found in _differences(recorded, config.model_dump(mode="json")) if found[0] in known]
         if differences:
             listed = "; ".join(
@@ -155,9 +155,9 @@ class StoredConfig:
             )
 
     def _recorded(self, checkpoint: Checkpoint, backbone: Backbone) -> dict[str, Any]:
-        """How the run was configured: what the checkpoint recorded; of an older run, what the stored config says.
+        """The run's config as the checkpoint recorded it; for an older run without a record, the stored config.
 
-        The checkpoint's record has a checksum, while the stored config may be the very one that is compared.
+        The checkpoint's record has a checksum; the stored config may be the one that it is compared with.
         """
         recorded = checkpoint.state.get("config")
         if isinstance(recorded, dict):
@@ -167,7 +167,7 @@ class StoredConfig:
 
 
 def config_differences(stored: RunConfig, config: RunConfig) -> list[tuple[str, Any, Any]]:
-    """Keys, with both values, in which the configs differ and a resumed run may not."""
+    """Keys, with both values, that differ between the configs and may not differ in a resumed run."""
     return _differences(stored.model_dump(mode="json"), config.model_dump(mode="json"))
 
 
@@ -185,7 +185,7 @@ def _in_words(value: Any) -> str:
 
 
 def is_of_a_run(config: Path) -> bool:
-    """Whether a run wrote a config, even if it was changed since."""
+    """Whether a run wrote the config, even if it was changed later."""
     text = _text(config)
     return _is_as_written(text) is not None or _is_resolved(text)
 
@@ -196,7 +196,7 @@ def is_a_config(config: Path) -> bool:
 
 
 def _is_as_written(text: str) -> bool | None:
-    """Whether a text has the checksum that it was written with; None if it has none."""
+    """Whether the checksum of a text matches; None if it has none."""
     content, found, digest = text.rpartition(_CHECKSUM)
     return digest.strip() == _digest_of(content) if found else None
 
@@ -211,7 +211,7 @@ def _text(config: Path) -> str:
 
 
 def _is_resolved(text: str) -> bool:
-    """Whether a run wrote it: its checksum holds; or, if it has none, it has every section in order and no comment."""
+    """Whether a run wrote the text: its checksum matches or, without one, it has all sections in order, no comments."""
     as_written = _is_as_written(text)
     if as_written is not None:
         return as_written

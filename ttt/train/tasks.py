@@ -1,6 +1,6 @@
 """The tasks of `eval.tasks`, measured at an evaluation.
 
-One that fails is told, and its numbers are missing from that evaluation; the run goes on.
+If a task fails, that is reported and its numbers are missing from that evaluation; the run goes on.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def measure(parts: Parts, step: int, *, stop: Callable[[], bool], display: Displ
     """Measure every task of a run.
 
     Args:
-        parts: of the run.
+        parts: the run's parts.
         step: optimiser steps done.
-        stop: whether somebody asks the run to stop.
-        display: told which task is measured, and which failed.
+        stop: returns whether the run shall stop.
+        display: shows which task is measured, and which failed.
 
     Returns:
-        Numbers by `task/metric`; None if `stop` said so.
+        Numbers by `task/metric`; None if `stop` returned true.
 
     Raises:
         PluginError: a task changed a weight, so that the run would go on with another model.
@@ -51,7 +51,7 @@ def measure(parts: Parts, step: int, *, stop: Callable[[], bool], display: Displ
         display.measuring(chosen.task.name)
         try:
             numbers |= _measured(chosen, context)
-        except Exception as error:  # of its code, and what that raises on purpose; a lack of memory
+        except Exception as error:  # any error of the task's code, and a lack of memory
             told = in_its_name(chosen.plugin, error)
             display.say(f"warning: step {step}: the task {chosen.task.name} has no numbers ({told}); the run goes on")
         _require_unchanged(parts, versions, chosen)
@@ -67,10 +67,10 @@ def _versions(model: nn.Module) -> dict[str, int]:
 
 
 def _require_unchanged(parts: Parts, versions: Mapping[str, int], chosen: ChosenTask) -> None:
-    """Refuse to go on with weights that a task has changed.
+    """Refuse to go on if a task has changed a weight.
 
     Raises:
-        PluginError: it has.
+        PluginError: a weight was changed.
     """
     changed = next((name for name, version in _versions(parts.model).items() if versions.get(name) != version), None)
     if changed is not None:
@@ -84,7 +84,7 @@ def _measured(chosen: ChosenTask, context: EvalContext) -> dict[str, float]:
     """The numbers of one task, by `task/metric`.
 
     Raises:
-        Exception: it failed.
+        Exception: the task failed.
     """
     task, train = chosen.task, context.config.train
     seed_pass(train.seed, f"task {task.name}", 0)
@@ -97,10 +97,10 @@ def _measured(chosen: ChosenTask, context: EvalContext) -> dict[str, float]:
 
 
 def _numbers(answer: Any) -> list[tuple[str, float]]:
-    """What a task returned, as numbers.
+    """The numbers that a task returned, with their names.
 
     Raises:
-        WrongAnswer: it is something else.
+        WrongAnswer: it did not return a mapping of names to numbers.
     """
     if not isinstance(answer, Mapping):
         raise WrongAnswer(f"{with_its_type(answer)}, not a mapping of names to numbers")

@@ -1,4 +1,4 @@
-"""What a run says before its first step."""
+"""The report before a run's first step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ttt.train.setup import device_in_words
 
 
 def announce(parts: Parts, progress: Progress) -> None:
-    """Say what is trained, on what data, where, and what it starts from."""
+    """Report what is trained, on which data and device, and from which weights."""
     config, dataset = parts.config, parts.dataset
     of_ttt = sum(tensor.numel() for tensor in parts.injection.state_dict().values())
     of_backbone = sum(parameter.numel() for parameter in parts.model.parameters()) - of_ttt

@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard, if it is installed: a logger by the same hook as any plugin's."""
+"""Scalars for TensorBoard, if it is installed: a logger that uses the same hook as a plugin's."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class TensorBoard:
     """A logger (`ttt.plugins.loggers.Logger`) of scalars.
 
     Args:
-        folder: where its files go.
-        first_step: the run's next step; TensorBoard drops what it has of this step and later ones, from a run that was
-            cut short.
+        folder: the folder of its files.
+        first_step: the run's next step; TensorBoard drops earlier records of this step and later ones, which a run that
+            was cut short may have left.
 
     Raises:
-        EnvironmentProblem: they cannot be written, or the package is broken; so do its methods.
+        EnvironmentProblem: files cannot be written, or the package is broken; the methods raise it too.
     """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
@@ -36,7 +36,7 @@ class TensorBoard:
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
-        """Say of what fails inside what is lost by it."""
+        """A context that adds to an error what is lost by it."""
         try:
             yield
         except Exception as error:
@@ -49,7 +49,7 @@ class TensorBoard:
             self._events.write(int(line["step"]), dict(_numbers(line)))
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         with self._telling():
             self._events.close()
 
@@ -61,7 +61,7 @@ def _is_installed() -> bool:
         if error.name == "tensorboard":
             return False
     except Exception:
-        return True  # it is broken, which is told when it is used
+        return True  # the package is broken; that is reported when it is used
     return True
 
 
@@ -72,7 +72,7 @@ def ttt_loggers(run_dir: Path, first_step: int) -> TensorBoard | None:
 
 
 def _numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of a metrics line by TensorBoard's names."""
+    """The numbers of a metrics line, with their names in TensorBoard."""
     for name, value in line.items():
         if name == "layers":
             for site, evidence in value.items():
@@ -84,8 +84,8 @@ def _numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 class _EventFile:
     """One event file of TensorBoard, written by this thread.
 
-    PyTorch's `SummaryWriter` hands its events to a thread, which prints a traceback of its own when the disk is full,
-    and whose locks an interrupt can leave taken.
+    PyTorch's `SummaryWriter` passes events to a thread. That thread prints a traceback when the disk is full, and an
+    interrupt can leave its locks taken.
     """
 
     def __init__(self, file: IO[bytes], first_step: int) -> None:
@@ -99,7 +99,7 @@ class _EventFile:
 
     @classmethod
     def open(cls, folder: Path, first_step: int) -> _EventFile:
-        """A new file in the folder, named as TensorBoard looks for them."""
+        """Open a new file in the folder, with a name that TensorBoard finds."""
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         file = open(folder / name, "xb")  # noqa: SIM115 - held for the run
@@ -125,5 +125,5 @@ class _EventFile:
         self._records.flush()
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the file."""
         self._records.close()

@@ -1,4 +1,4 @@
-"""Outputs that a run outlives: a terminal that is gone, a pipe that nobody reads, a log on a full disk, a picture."""
+"""Outputs that may fail without ending a run: a closed terminal, a pipe without a reader, a full disk, a picture."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ttt.plugins.asking import in_one_line
 
 
 class LastingStream:
-    """A text stream whose writing never fails: what cannot be written is lost, and what writes goes on."""
+    """A text stream whose methods never fail: text that cannot be written is lost, and the program goes on."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write what can be written."""
-        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+        """Write the text if that is possible."""
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Pass on what can be passed on."""
+        """Flush the stream if that is possible."""
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
 
@@ -34,8 +34,8 @@ class LastingStream:
 
 @contextlib.contextmanager
 def lasting(console: Console) -> Iterator[None]:
-    """Inside, printing to the console raises nothing when its output is gone."""
-    before: Any = vars(console).get("_file")  # None: standard output, whatever that is at the time
+    """A context in which printing to the console raises nothing, even if its output is closed."""
+    before: Any = vars(console).get("_file")  # None means the current standard output
     console.file = LastingStream(console.file)  # type: ignore[assignment]
     try:
         yield
@@ -45,18 +45,18 @@ def lasting(console: Console) -> Iterator[None]:
 
 @contextlib.contextmanager
 def survived(what: str, warn: Callable[[str], None]) -> Iterator[None]:
-    """Warn of what fails inside, and go on. It is for what a run tells beside its metrics.
+    """A context that turns an error into a warning; for outputs of a run besides its metrics.
 
     Args:
-        what: what cannot be done then, as a clause.
-        warn: called with one sentence that says so, and why.
+        what: what cannot be done because of the error, as a clause.
+        warn: called with one sentence that says this and the cause.
     """
     try:
         yield
-    except Exception as error:  # of the disk, or of a library, its fonts and its settings
+    except Exception as error:  # the disk's, or a library's, for instance about its fonts or settings
         warn(f"warning: {what} ({cause(error)}); the run goes on")
 
 
 def cause(error: BaseException) -> str:
-    """Why something failed: the system's word for it, or else the error's own."""
+    """Why something failed: the system's words, or else the error's own."""
     return getattr(error, "strerror", None) or in_one_line(error)

@@ -1,4 +1,4 @@
-"""Comparing all that would be read again of a run, a checkpoint or an adapter with its checksums."""
+"""Compares the files of a run, a checkpoint or an adapter that are read again with their checksums."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ttt.train.stored_config import CONFIG, StoredConfig
 
 
 def verify_files(info: AdapterInfo, path: Path) -> None:
-    """Compare an adapter with its checksums, and all that would be read again of its checkpoint and of its run.
+    """Compare the files of an adapter, of its checkpoint and of its run with their checksums.
 
     Needs no torch.
 
     Args:
-        info: of the adapter, from `path`.
-        path: its file, its folder, or a run's folder; then the run's own files are compared too, and checkpoints that
-            were passed over are named.
+        info: the adapter's info, read from `path`.
+        path: the adapter's file or folder, or a run's folder; for a run, its own files are compared too, and
+            checkpoints that were passed over are named.
 
     Raises:
-        EnvironmentProblem: files are not what was written; the message names each.
+        EnvironmentProblem: files differ from what was written; the message names each.
     """
     folder = info.path.parent
     is_run = path.is_dir() and folder.parent == path / CHECKPOINTS
@@ -53,14 +53,14 @@ def _checkpoint_problems(folder: Path) -> list[str]:
 
 
 def _metrics_problems(path: Path) -> list[str]:
-    """What is damaged in a `metrics.jsonl`, its first few lines that are."""
+    """The damage in a `metrics.jsonl`: its first few damaged lines."""
     found = []
     with contextlib.suppress(OSError), open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 checksums.parse_line(line)
             except ValueError as error:
-                if line.endswith(b"\n"):  # else a crash cut it short
+                if line.endswith(b"\n"):  # if not, a crash cut the line short
                     found.append(f"{path}:{number}: {error}")
     return [*found[:5], f"{len(found) - 5} lines more of it"] if len(found) > 5 else found
 

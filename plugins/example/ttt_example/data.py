@@ -1,4 +1,4 @@
-"""Windows of a text: so many bytes, and the one after each of them."""
+"""Windows of a text: T bytes, and the byte that follows each of them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ttt.reading import read_file, unreadable
 
 DEMO = Path(__file__).parent / "demo.txt"
 LARGEST = 1 << 30
-"""Bytes of the largest text that is read."""
+"""The size in bytes of the largest text that is read."""
 
 
 class TextWindows:
-    """The windows of a text file, in order; `ttt.plugins.WindowDataset` says what each method owes.
+    """The windows of a text file, in order; `ttt.plugins.WindowDataset` describes the methods.
 
     Raises:
         ttt.errors.EnvironmentProblem: the file cannot be read, or is too short for a window.
@@ -47,9 +47,9 @@ class TextWindows:
         return torch.tensor(list(self._text[start : start + self._length + 1]))
 
     def collate(self, samples: Sequence[Tensor]) -> Tensor:
-        """Windows to a batch, `[B, T+1]`."""
+        """Collate windows to a batch, `[B, T+1]`."""
         return torch.stack(list(samples))
 
     def describe(self, index: int) -> str:
-        """As `book.txt, bytes 64-128`."""
+        """The window in words, such as `book.txt, bytes 64-128`."""
         return f"{self._file.name}, bytes {index * self._length}-{(index + 1) * self._length}"

@@ -13,12 +13,12 @@ from ttt_example.options import ExampleOptions
 
 
 class Memory:
-    """What one layer keeps of a stream that comes in pieces."""
+    """What one layer remembers of streams that arrive in pieces."""
 
     keys_values: Tensor | None = None
-    """Of all bytes so far, `[2, B, heads, T, head width]`."""
+    """Keys and values of all bytes so far, `[2, B, heads, T, head width]`."""
     ttt: TTTState | None = None
-    """Where TTT stands."""
+    """The TTT state after the last piece."""
 
 
 class Layer(nn.Module):
@@ -32,12 +32,12 @@ class Layer(nn.Module):
         self.feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
-        """Tokens `[B,T,D]`, after those that the memory holds, to tokens."""
+        """Transform tokens `[B,T,D]`; with a memory, they continue the streams in it."""
         x = self.after_attention(x + self.attend(self.norm1(x), memory), memory)
         return x + self.feed_forward(self.norm2(x))
 
     def attend(self, x: Tensor, memory: Memory | None) -> Tensor:
-        """Let each token look at itself and at all before it; what is before what, the mask alone tells."""
+        """Causal attention: each token attends to itself and to earlier tokens; only the mask carries the order."""
         q, *keys_values = self.attention_in(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         known = torch.stack(keys_values)
         if memory is not None:
@@ -49,17 +49,17 @@ class Layer(nn.Module):
         return self.attention_out(y.transpose(1, 2).flatten(2))
 
     def after_attention(self, x: Tensor, memory: Memory | None) -> Tensor:
-        """Where TTT goes; without it, nothing is done."""
+        """The place for TTT; without it, this returns x."""
         return x
 
 
 class LayerWithTTT(Layer):
-    """What a layer becomes: its parameters keep their names, and `ttt` is a child beside them."""
+    """The class of a layer with TTT: its parameters keep their names, and the adapter is its child `ttt`."""
 
     ttt: TTTAdapter
 
     def after_attention(self, x: Tensor, memory: Memory | None) -> Tensor:
-        """TTT over the sequence, or over the next piece of a stream."""
+        """Apply TTT to the sequence, or to the next piece of each stream."""
         if memory is None:
             return self.ttt(x)
         x, memory.ttt = self.ttt.adapt(x, memory.ttt)
@@ -67,7 +67,7 @@ class LayerWithTTT(Layer):
 
 
 class ByteTransformer(nn.Module):
-    """Bytes `[B,T]` to logits of each next byte, `[B,T,256]`."""
+    """Predicts the next byte: bytes `[B,T]` to logits `[B,T,256]`."""
 
     def __init__(self, options: ExampleOptions) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class ByteTransformer(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(options.dim), nn.Linear(options.dim, 256))
 
     def forward(self, tokens: Tensor, memories: Sequence[Memory] | None = None) -> Tensor:
-        """Whole sequences, or the next piece of the streams whose memories are given, one for each layer."""
+        """Read whole sequences, or the next piece of streams with a memory for each layer."""
         x = self.embedding(tokens)
         for number, layer in enumerate(self.layers):
             x = layer(x, None if memories is None else memories[number])
@@ -84,14 +84,14 @@ class ByteTransformer(nn.Module):
 
 
 def build(options: ExampleOptions) -> ByteTransformer:
-    """A random model, the same for the same seed; no other generator is disturbed."""
+    """Build a random model, the same for the same seed, without changing the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         return ByteTransformer(options)
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """One for each layer."""
+    """One site for each layer."""
     found = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, Layer)]
     return [
         Site(
@@ -107,6 +107,6 @@ def sites(model: nn.Module) -> list[Site]:
 
 
 def stream(model: nn.Module, tokens: Tensor, pieces: Sequence[int]) -> Tensor:
-    """The logits of tokens that come in pieces of the given lengths."""
+    """The logits of tokens that are fed in pieces of the given lengths."""
     memories = [Memory() for _ in sites(model)]
     return torch.cat([model(piece, memories) for piece in tokens.split(list(pieces), 1)], 1)

@@ -1,4 +1,4 @@
-"""The plugin, importable without torch: what needs it is imported inside the methods."""
+"""The plugin, importable without torch: modules that need torch are imported inside the methods."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ExampleBackbone(Backbone[ExampleOptions, ExampleData], Streaming):
-    """A transformer that predicts each byte of a text from those before it; a batch is bytes, `[B, T+1]`."""
+    """A transformer that predicts each byte of a text from the bytes before it; a batch is bytes, `[B, T+1]`."""
 
     name: ClassVar[str] = "example"
     causal: ClassVar[bool] = True
@@ -70,7 +70,7 @@ class ExampleBackbone(Backbone[ExampleOptions, ExampleData], Streaming):
         logits = model(batch[:, :-1])
         return LossOutput(cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten()), batch[:, 1:].numel())
 
-    # --- what the laws are tried on ---
+    # --- for the laws ---
 
     def tiny(self) -> ExampleOptions:
         """Two narrow layers."""

@@ -1,4 +1,4 @@
-"""Sound files in, tensors out: what is in a file, a span of it, another sample rate."""
+"""Sound files to tensors: reads headers and spans of a file, and resamples."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _RATES: Final = (1_000, 1_000_000)  # samples a second; telephones have 8,000, s
 
 
 class UnreadableAudioError(ValueError):
-    """A file that is not sound, or not whole; the message says why, and does not name the file."""
+    """A file is not sound, or not whole; the message says why, but does not name the file."""
 
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a sound file's header says."""
+    """The facts in a sound file's header."""
 
     channels: int
     sample_rate: int
@@ -40,7 +40,7 @@ class AudioInfo:
 
     @property
     def seconds(self) -> float:
-        """Length."""
+        """Length in seconds."""
         return self.samples / self.sample_rate
 
 
@@ -86,10 +86,10 @@ def read_audio(path: Path, info: AudioInfo, begin: int, end: int) -> Tensor:
 
 
 def resample(sound: Tensor, source_rate: int, target_rate: int) -> Tensor:
-    """Sound `[channels, S]` at another rate, `[channels, ceil(S * target_rate / source_rate)]`, without delay.
+    """Resample `[channels, S]` to another rate, `[channels, ceil(S * target_rate / source_rate)]`, without delay.
 
-    A sinc under a cosine-squared window of 32 zero crossings to each side, cut off just below the lower of the two
-    Nyquist frequencies. (`sphn.resample` delays by 10 to 30 ms, which would set sound against words.)
+    The filter is a sinc with a cosine-squared window of 32 zero crossings on each side; its cutoff is just below the
+    lower of the two Nyquist frequencies. (`sphn.resample` delays by 10 to 30 ms, which would shift it against words.)
     """
     if source_rate == target_rate:
         return sound
@@ -101,7 +101,7 @@ def resample(sound: Tensor, source_rate: int, target_rate: int) -> Tensor:
     pieces = F.pad(sound, (half, half + 1)).unfold(-1, 2 * half + 1, 1)
     out = sound.new_empty(sound.shape[0], length)
     taps = torch.arange(-half, half + 1, dtype=torch.float64)
-    for phase in range(min(up, length)):  # every up-th output sample lies equally between two input samples
+    for phase in range(min(up, length)):  # every up-th output sample has the same place between two input samples
         whole, part = divmod(phase * down, up)
         at = taps - part / up
         weights = torch.sinc(cutoff * at) * torch.cos(at * (math.pi / (2 * (half + 1)))).square()
@@ -136,10 +136,10 @@ def _decode(path: Path, function: Any, *arguments: Any) -> Any:
 
 @contextlib.contextmanager
 def _held_back() -> Iterator[list[bool]]:
-    """Hold back what is written to standard error meanwhile, such as the backtrace of a panic in the decoder.
+    """Hold back output to standard error inside, such as the backtrace of a panic in the decoder.
 
     Yields:
-        A list. If it is not empty at the end, what was held back is written then.
+        A list. If it is not empty at the end, the output is written then; else it is dropped.
     """
     wanted = [True]
     try:

@@ -1,9 +1,9 @@
 """The demo's audio codec, which stands in for Mimi.
 
-Moshi reads and writes the codes of kyutai's neural codec Mimi, whose weights are a download. So that the demo runs
-anywhere, this small codec has Mimi's surface where Moshi touches it (8 codebooks at 12.5 frames a second) and comes
-with the package: log-mel spectrograms, quantised residually by codebooks that k-means fitted on the demo's own
-speech, and an approximate inverse to listen to. Its codes mean nothing to a pretrained Moshi.
+Moshi reads and writes the codes of kyutai's neural codec Mimi, whose weights have to be downloaded. This small codec
+comes with the package, so that the demo runs anywhere. It has the part of Mimi's interface that Moshi uses (8 codebooks
+at 12.5 frames a second): residual quantisation of log-mel spectrograms, with codebooks fitted by k-means on the demo's
+own speech, and an approximate inverse for listening. A pretrained Moshi does not know its codes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HEADER: Final = "ttt_moshi.DemoCodec"
 
 @dataclass(frozen=True)
 class CodecSettings:
-    """How sound becomes vectors; stored in the header of the codec's file."""
+    """How sound is turned into vectors; stored in the header of the codec's file."""
 
     sample_rate: int = 16000
     """Samples a second."""
@@ -44,11 +44,11 @@ class CodecSettings:
     mels: int = 40
     """Mel bands of a spectrum."""
     lowest_hz: float = 50.0
-    """Where the lowest band begins."""
+    """Lower edge of the lowest band."""
     highest_hz: float = 8000.0
-    """Where the highest band ends."""
+    """Upper edge of the highest band."""
     floor_db: float = -80.0
-    """Decibels below full scale that count as silence."""
+    """Level in decibels relative to full scale that counts as silence."""
 
     def __post_init__(self) -> None:
         if min(self.sample_rate, self.frame_size, self.hop_size, self.mels) < 1:
@@ -69,7 +69,7 @@ class CodecSettings:
 
 
 def mel_filters(settings: CodecSettings) -> Tensor:
-    """Triangles evenly spaced on the mel scale, `[mels, fft_size // 2 + 1]`, each of sum 1, in float64."""
+    """Triangular filters, evenly spaced on the mel scale, `[mels, fft_size // 2 + 1]` float64; each sums to 1."""
 
     def mel(hertz: float) -> float:
         return 2595.0 * math.log10(1.0 + hertz / 700.0)
@@ -87,15 +87,15 @@ def mel_filters(settings: CodecSettings) -> Tensor:
 
 
 class DemoCodec(nn.Module):
-    """Speech to 8 codes for every 80 ms and, roughly, back; what the demo has in Mimi's place.
+    """Encodes speech as 8 codes for every 80 ms and decodes it approximately; the demo's substitute for Mimi.
 
-    A frame is the stack of the log-mel spectra that end in it, so frame `t` depends on samples before
-    `(t + 1) * frame_size` only. Codebook after codebook takes the entry nearest to what is left of it. Entry 0 of
-    every codebook is the zero vector: silence in the first, "nothing to add" in the others, so that digital silence
-    is all zeros and no codebook makes a frame worse.
+    A frame stacks the log-mel spectra that end in it, so frame `t` depends only on samples before
+    `(t + 1) * frame_size`. Each codebook in turn takes the entry that is nearest to the remaining residual. Entry 0 of
+    every codebook is the zero vector: silence in the first, no change in the others. So digital silence is all zeros,
+    and no codebook makes a frame worse.
 
     Args:
-        settings: how sound becomes vectors.
+        settings: how sound is turned into vectors.
         codebooks: `[codebooks, cardinality, spectra_per_frame * mels]`, decibels.
     """
 
@@ -103,7 +103,7 @@ class DemoCodec(nn.Module):
         "Audio codes come from the demo's own small codec, which stands in for Mimi: Mimi's weights are a download. "
         "Losses are real, but say nothing about Moshi's quality; the preset 7b uses Mimi."
     )
-    """What a user must know who trains on these codes."""
+    """A note for users who train on these codes."""
 
     codebooks: Tensor
     filters: Tensor
@@ -151,7 +151,7 @@ class DemoCodec(nn.Module):
         header = {_HEADER: json.dumps(asdict(self.settings))}
         write_tensors(Path(path), {"codebooks": self.codebooks.half()}, header)
 
-    # --- Mimi's surface ---
+    # --- Mimi's interface ---
 
     @property
     def sample_rate(self) -> int:
@@ -180,9 +180,9 @@ class DemoCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:
-        """Codes `[B, codebooks, T]` int64 of sound `[B, 1, samples]`; T = samples / frame_size, rounded up.
+        """Encode sound `[B, 1, samples]` to codes `[B, codebooks, T]` int64; T = samples / frame_size, rounded up.
 
-        A last frame that is not full counts as continued by silence.
+        If the last frame is not full, silence fills it.
         """
         residual = self.log_mels(wav).flatten(-2)
         codes = []
@@ -195,10 +195,10 @@ class DemoCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor, *, iterations: int = 60) -> Tensor:
-        """Sound `[B, 1, T * frame_size]`, roughly, of codes `[B, K, T]`; the first K <= 8 codebooks are enough.
+        """Decode codes `[B, K, T]` approximately to sound `[B, 1, T * frame_size]`; K <= 8 first codebooks are enough.
 
-        Spectra are spread back over frequency, and phases found by Griffin and Lim's iteration (1984) with momentum
-        (Perraudin et al. 2013) from the same random start every time.
+        Mel spectra are spread back over frequency. Griffin and Lim's iteration (1984) with momentum (Perraudin et al.
+        2013) finds the phases, from the same random start every time.
         """
         spectra = self.decode_log_mels(codes)
         if spectra.shape[1] == 0:
@@ -216,7 +216,7 @@ class DemoCodec(nn.Module):
         settings = self.settings
         frames = -(-wav.shape[-1] // settings.frame_size)
         missing = frames * settings.frame_size - wav.shape[-1]
-        # a spectrum's window ends with its hop: nothing after a frame is looked at
+        # a spectrum's window ends with its hop, so a frame does not depend on later samples
         before = settings.window_size - settings.hop_size
         if frames == 0:
             return self.window.new_zeros(wav.shape[0], 0, settings.spectra_per_frame, settings.mels)
@@ -227,7 +227,7 @@ class DemoCodec(nn.Module):
         return (decibels - settings.floor_db).clamp_min(0).unflatten(1, (frames, settings.spectra_per_frame))
 
     def decode_log_mels(self, codes: Tensor) -> Tensor:
-        """What codes `[B, K, T]` stand for: `[B, T, spectra_per_frame, mels]`, decibels above the floor, >= 0."""
+        """Log-mels of codes `[B, K, T]`: `[B, T, spectra_per_frame, mels]`, decibels above the floor, >= 0."""
         if codes.ndim != 3 or not 1 <= codes.shape[1] <= self.num_codebooks:
             raise UsageError(
                 f"the codec takes codes as [batch, 1 to {self.num_codebooks}, frames], not {list(codes.shape)}"
@@ -245,7 +245,7 @@ class DemoCodec(nn.Module):
     # --- the inverse ---
 
     def _spread(self, mel_power: Tensor) -> Tensor:
-        """Power over frequency `[B, S, bins]`, nowhere negative, whose mel bands are near `[B, S, mels]`."""
+        """Find a non-negative power spectrum `[B, S, bins]` whose mel bands approximate `[B, S, mels]`."""
         filters = self.filters
         power = mel_power @ (filters / filters.sum(0).clamp_min(1e-12))
         for _ in range(30):  # multiplicative updates (Lee and Seung 2001) keep it non-negative
@@ -255,11 +255,11 @@ class DemoCodec(nn.Module):
         return power
 
     def _phases(self, magnitude: Tensor, iterations: int) -> Tensor:
-        """Sound `[B, S * hop]` whose spectra have the magnitudes `[B, S, bins]`."""
+        """Find sound `[B, S * hop]` whose spectra have the magnitudes `[B, S, bins]`."""
         settings = self.settings
         rows, spectra, _ = magnitude.shape
-        # torch's spectra are centred on their hop, the codec's end with it: the sound lies `lag` hops later,
-        # and the last spectrum is held so that the end does not fade
+        # torch centres a spectrum on its hop, but the codec's ends with it: so the sound is `lag` hops late, and the
+        # last spectrum is repeated so that the end does not fade
         lag = settings.window_size // 2 // settings.hop_size - 1
         held = magnitude[:, -1:].expand(-1, lag + 2, -1)
         target = torch.cat([magnitude, held], dim=1).transpose(1, 2) * self.window.sum()

@@ -1,8 +1,8 @@
-"""Two-channel speech to windows of Moshi's 17 streams, from data in moshi-finetune's format.
+"""Windows of Moshi's 17 streams from two-channel speech in moshi-finetune's format.
 
-A `.jsonl` file names recordings, one `{"path": …, "duration": seconds}` a line, paths relative to its folder: stereo,
-left what Moshi says, right the user. Beside `a.wav` lies `a.json` with `alignments: [[word, [start, end],
-"SPEAKER_MAIN"], …]`, Moshi's own words under that label.
+A `.jsonl` file names recordings, one `{"path": …, "duration": seconds}` on each line, with paths relative to its
+folder. A recording is stereo: Moshi on the left, the user on the right. Beside `a.wav` is `a.json` with `alignments:
+[[word, [start, end], "SPEAKER_MAIN"], …]`; this label marks Moshi's own words.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TEXT_PADDING: Final = 3
 END_OF_TEXT_PADDING: Final = 0
 """`LMModel.end_of_text_padding_id`."""
 NOTHING: Final = -1
-"""`LMModel.zero_token_id`: no input, and no part of the loss."""
+"""`LMModel.zero_token_id`: the model reads it as no input, and the loss ignores it."""
 
 _MAX_TOKENIZER: Final = 64 << 20  # bytes; kyutai's has 0.5 MB
 
@@ -72,21 +72,20 @@ class Tokenizer(Protocol):
 class SpeechWindows:
     """Windows of `duration_sec` of each recording: codes `[1 + 2·codebooks, T]`, text, Moshi's audio, the user's.
 
-    Windows follow one another from the recording's beginning. Each is encoded alone, when it is first asked for, and
-    kept (4 bytes a code: an hour of Moshi is 3 MB). T is `ceil(duration_sec * frame_rate)` for every window; what a
-    recording's last window lacks holds -1, which the model takes as no input and the loss leaves out. A rest shorter
-    than a frame is left out.
+    Windows follow one another from the start of the recording. Each is encoded by itself when it is first read, and
+    then kept (4 bytes a code: an hour of Moshi is 3 MB). T is `ceil(duration_sec * frame_rate)` for every window. The
+    last window of a recording is filled with -1, which the model reads as no input and the loss ignores. A rest
+    shorter than a frame is left out.
 
-    Everything that can be told without decoding all audio is checked at once: every line, every header, every
-    transcript.
+    The constructor checks everything that needs no decoding of all audio: every line, header and transcript.
 
     Args:
-        source: a `.jsonl` file, or a folder with such files in it at any depth.
-        codec: for the audio streams, on `device`.
-        tokenizer: for the text stream.
-        duration_sec: length of a window, seconds.
-        device: where the codec is.
-        field: the config's name for `source`, which messages begin with.
+        source: a `.jsonl` file, or a folder with such files at any depth.
+        codec: encodes the audio streams, on `device`.
+        tokenizer: encodes the text stream.
+        duration_sec: length of a window in seconds.
+        device: the codec's device.
+        field: the config key of `source`, with which messages begin.
 
     Raises:
         EnvironmentProblem: data is missing or broken; the message names file and line.
@@ -108,7 +107,7 @@ class SpeechWindows:
                 f"data.duration_sec: {duration_sec:g} s is shorter than a frame ({1 / codec.frame_rate:g} s)"
             )
         self.notice: str | None = getattr(codec, "stand_in", None)
-        """What a user has to know about these codes: if a stand-in made them, that it did."""
+        """A note for the user about these codes, if a substitute codec made them."""
         self.frames = frames_in(duration_sec, codec.frame_rate)
         """T, frames of a window."""
         self._codec = codec
@@ -120,7 +119,7 @@ class SpeechWindows:
         ranges = []
         start = 0
         for recording in self._recordings:
-            # a window for every whole one, and one for a rest of at least a frame
+            # every full window, and one more for a rest of at least a frame
             whole = max(0.0, recording.info.seconds - 1 / codec.frame_rate)
             ranges.append(range(start, start := start + 1 + math.floor(whole / duration_sec)))
         self._files = tuple(ranges)
@@ -137,7 +136,7 @@ class SpeechWindows:
         """One window's codes, `[1 + 2·codebooks, T]` int64 on the CPU.
 
         Raises:
-            EnvironmentProblem: its audio cannot be decoded, or a file has changed.
+            EnvironmentProblem: the window's audio cannot be decoded, or a file has changed.
         """
         if index not in self._codes:
             self._codes[index] = self._encode(*self._locate(index)).int()
@@ -160,7 +159,7 @@ class SpeechWindows:
     # --- a window ---
 
     def _locate(self, index: int) -> tuple[Recording, float, float]:
-        """The recording of a window, and the seconds there that it covers; the last may reach past the end."""
+        """The recording of a window, and its start and end there in seconds; the end may be past the recording's."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         number = bisect_right(self._files, index, key=lambda windows: windows.start) - 1
@@ -190,7 +189,7 @@ class SpeechWindows:
         return F.pad(codes, (0, self.frames - codes.shape[-1]), value=NOTHING)
 
     def _words(self, recording: Recording) -> list[Word]:
-        """The transcript of a recording; windows of a file tend to be read one after another."""
+        """The transcript of a recording, cached, since windows of a file are often read one after another."""
         if self._transcript is None or self._transcript[0] != recording.transcript:
             self._transcript = recording.transcript, read_transcript(recording)
         return self._transcript[1]
@@ -200,15 +199,15 @@ class SpeechWindows:
 
 
 def speech_windows(options: MoshiOptions, data: MoshiData, *, split: str, device: torch.device | str) -> SpeechWindows:
-    """The windows of a split, `train` or `eval`, coded for the model that the options build.
+    """The windows of a split, `train` or `eval`, encoded for the model that the options build.
 
-    The preset `demo` has its own codec and tokenizer, and its own dialogue, with a held-out part for `eval`, if the
-    config names no data. So has `7b` with `random_weights`, if no codec is named: speed and memory do not depend on the
-    codes. Otherwise `eval` is the training data if the config names no held-out data.
+    The preset `demo` has its own codec and tokenizer and, if the config names no data, its own dialogue with a held-out
+    part for `eval`. `7b` with `random_weights` uses the same if no codec is named: speed and memory do not depend on
+    the codes. In all other cases, `eval` is the training data if the config names no held-out data.
 
     Raises:
-        EnvironmentProblem: data, codec or tokenizer cannot be had.
-        UsageError: the preset has no data of its own, and the config names none.
+        EnvironmentProblem: data, codec or tokenizer cannot be loaded.
+        UsageError: the config names no data, and the preset has none of its own.
     """
     own = options.preset == "demo" or (options.random_weights and None in (options.mimi_path, options.tokenizer_path))
     field, source = "data.train_data", data.train_data
@@ -257,7 +256,7 @@ def _pretrained(options: MoshiOptions, device: torch.device | str) -> tuple[Code
         )
     try:
         mimi = info.get_mimi(device=device)
-    except Exception as error:  # safetensors, torch and the file system each have errors of their own
+    except Exception as error:  # safetensors, torch and the file system raise errors of many kinds
         reason = first_line(error)
         raise EnvironmentProblem(f"{info.mimi_weights}: cannot be loaded as Mimi weights: {reason}") from error
     return mimi.requires_grad_(False).eval(), tokenizer

@@ -1,7 +1,7 @@
-"""moshi-finetune's YAML in this project's terms, with or without the `ttt:` section that forks of it have.
+"""Imports moshi-finetune's YAML, with or without the `ttt:` section of its forks.
 
-Keys and defaults are those of moshi-finetune's `finetune/args.py`; what a file leaves out is written down if this
-project's default differs.
+Keys and defaults are from moshi-finetune's `finetune/args.py`. If a file leaves a key out and this project's default
+differs, the imported config states moshi-finetune's.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ MARKS = ("moshi_paths", "first_codebook_weight_multiplier", "text_padding_weight
 """Keys that no other program's config has."""
 
 LAYERS_WITHOUT_A_SECTION = (29, 30, 31)
-"""Where this project's own 7B config puts TTT."""
+"""The layers with TTT in this project's own 7B config."""
 ONE_CYCLE_END = 4e-6
-"""Where `OneCycleLR` ends, as a fraction of its peak: 1 / 25 / 10,000."""
+"""The last value of `OneCycleLR` as a fraction of its peak: 1 / 25 / 10,000."""
 
 _SAME = {
     "moshi_paths.hf_repo_id": "backbone.hf_repo",
@@ -57,7 +57,7 @@ _DEFAULTS: dict[str, tuple[str, Any]] = {
     "gradient_checkpointing": ("train.gradient_checkpointing", True),
     "param_dtype": ("train.param_dtype", "bfloat16"),
 }
-"""What a file without the key trained with, if this project's default differs."""
+"""moshi-finetune's defaults that differ from this project's."""
 _NOT_HERE = {
     "lora": "TTT layers learn here, in place of LoRA",
     "wandb": "a run writes metrics.jsonl, pictures and, with the extra `tensorboard`, TensorBoard files",

@@ -1,7 +1,7 @@
 """Moshi's text stream: one token for each frame of audio, as moshi-finetune lays it out. Imports no torch.
 
-A word's tokens stand in consecutive frames from the frame in which the word begins. Everything else is padding, and
-the last padding before a word is the end of padding, with which Moshi announces that it is about to speak.
+A word's tokens are in consecutive frames, starting with the frame in which the word begins. All other frames hold
+padding. The last padding before a word is the end-of-padding token, with which Moshi announces that it will speak.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ttt.printable import shortened
 from ttt.reading import wrong_with
 
 MAIN_SPEAKER: Final = "SPEAKER_MAIN"
-"""Label of Moshi's own words; the words of others are not written."""
+"""The label of Moshi's own words; words of other speakers are left out."""
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word, when it is said, and by whom."""
+    """A word with its times and its speaker."""
 
     text: str
     start: float
@@ -54,7 +54,7 @@ def _read_word(item: Any, number: int) -> Word:
     match item:
         case [str(text), [int() | float() as start, int() | float() as end], str(speaker)]:
             times_are_numbers = not isinstance(start, bool) and not isinstance(end, bool)
-            wrong = wrong_with(text) if text.strip() else None  # a pause may be written as a word without letters
+            wrong = wrong_with(text) if text.strip() else None  # a transcript may have an empty word for a pause
             if wrong is not None:
                 raise ValueError(f"the word of alignment {number} {wrong}")
             if times_are_numbers and abs(start) < 1e9 and abs(end) < 1e9:  # neither NaN nor too large for a float
@@ -83,9 +83,9 @@ def text_stream(
 ) -> list[int]:
     """Text tokens of `frames` frames.
 
-    If a word begins before the last one is spelt out, the last one is cut off: text keeps time with the sound. If
-    several words begin in the same frame, only the last is written. Tokens that would read as padding (kyutai's
-    tokenizers have their unknown token at the end of padding's id) are dropped.
+    If a word begins before all tokens of the previous one are written, the previous one is cut off, so that text stays
+    in time with the sound. If several words begin in the same frame, only the last is written. Tokens that would be
+    read as padding are dropped (the unknown token of kyutai's tokenizers has the id of the end of padding).
 
     Args:
         words: in order of time, from the beginning of the first frame.

@@ -19,14 +19,14 @@ def moshi_loss(
     first_codebook_weight_multiplier: float,
     text_padding_ids: Collection[int],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Text cross-entropy plus audio cross-entropy, each `Σ w·ce / Σ w` over the positions that the masks let in.
+    """Text cross-entropy plus audio cross-entropy, each `Σ w·ce / Σ w` over the positions that the masks allow.
 
     A weight is 1, except `text_padding_weight` if the text to predict is padding, and
-    `first_codebook_weight_multiplier` for the first of Moshi's own codebooks. So padding that weighs less also
-    counts less in the mean, and with a multiplier of 100 the first codebook is 100 of 107 parts of the audio loss.
+    `first_codebook_weight_multiplier` for the first of Moshi's own codebooks. The weights also count in the divisor:
+    with a multiplier of 100, the first codebook is 100 of 107 parts of the audio loss.
 
     Args:
-        output: of `LMModel.forward` on `codes`.
+        output: output of `LMModel.forward` on `codes`.
         codes: `[B, 1 + n_q, T]`: text, Moshi's own `dep_q` codebooks, the user's.
         dep_q: how many codebooks the model predicts.
         text_padding_weight: >= 0.
@@ -56,8 +56,8 @@ def _precision(logits: Tensor) -> torch.dtype:
 def _weighted_mean(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Mean cross-entropy, `[B,K,T,card]` against `[B,K,T]`, by weights `[B,K,T]`.
 
-    Positions without weight are blanked before the cross-entropy, not after: if a delay leaves a position without a
-    prediction, kyutai's model fills it with NaN, and the gradient of a NaN times zero is NaN.
+    Positions without weight are set to zero before the cross-entropy, not after. If a delay leaves a position without a
+    prediction, kyutai's model fills it with NaN, and the gradient of NaN times zero is NaN.
     """
     counts = weights > 0
     logits = torch.where(counts[..., None], logits.to(weights.dtype), 0.0)

@@ -1,4 +1,4 @@
-"""Moshi's `LMModel` as a backbone: building it, where TTT goes, and TTT in its streaming."""
+"""Moshi's `LMModel` as a backbone: builds it, gives the sites for TTT, and runs TTT in its streaming."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from ttt_moshi.loss import moshi_loss
 from ttt_moshi.options import DEMO, MoshiOptions
 
 DEMO_SEED = 20260101
-# The structure of `moshi.models.loaders._lm_kwargs`, narrowed; the vocabularies are those of the demo codec and
-# tokenizer that ship with this package.
+# The structure of `moshi.models.loaders._lm_kwargs`, but narrower; the vocabularies are those of the demo's codec and
+# tokenizer.
 DEMO_KWARGS: dict[str, Any] = {
     "text_card": 300,
     "card": 64,
@@ -69,7 +69,7 @@ def build(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dty
 
 
 def _demo_model(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dtype) -> LMModel:
-    """A tiny `LMModel` of Moshi's structure, the same values every time; another CPU's differ in their last place."""
+    """A tiny `LMModel` with Moshi's structure and the same values every time, up to the last digit on other CPUs."""
     kwargs = dict(loaders._lm_kwargs) | DEMO_KWARGS
     kwargs |= {name: getattr(options, name) or default for name, default in DEMO.items()}
     if torch.device(device).type == "meta":
@@ -82,7 +82,7 @@ def _demo_model(options: MoshiOptions, *, device: torch.device | str, dtype: tor
 
 @lru_cache(maxsize=1)
 def checkpoint_info(options: MoshiOptions) -> loaders.CheckpointInfo:
-    """Where kyutai's weights, codec and tokenizer are, fetched from the hub if the options name no local file.
+    """The paths of kyutai's weights, codec and tokenizer; downloaded from the hub if the options name no local file.
 
     Raises:
         EnvironmentProblem: a local file is missing, or the hub cannot be reached.
@@ -127,7 +127,7 @@ def provenance(options: MoshiOptions) -> dict[str, str]:
 
 
 def _lm_config(options: MoshiOptions) -> dict[str, Any]:
-    """What a config.json says of the language model itself, as `CheckpointInfo` reads it."""
+    """The settings of the language model in a config.json, as `CheckpointInfo` reads them."""
     paths = {key: Path("unused") for key in ("moshi_weights", "mimi_weights", "tokenizer")}
     info = loaders.CheckpointInfo.from_hf_repo("unused", **paths, config_path=options.config_path)
     return cast("dict[str, Any]", info.lm_config)
@@ -147,8 +147,8 @@ def set_gradient_checkpointing(model: LMModel, enabled: bool) -> None:
 class TTTStreamingState(State):
     """A TTT state in kyutai's streaming: one row for each stream, updated in place.
 
-    Tensors keep their addresses, so that a CUDA graph recorded over them stays valid; a row that `exec_mask` pauses
-    does not change, and `reset` resets rows.
+    Tensors keep their addresses, so that a CUDA graph that was recorded with them stays valid. A row that `exec_mask`
+    pauses does not change; `reset` resets rows.
     """
 
     layer: TTTLayer
@@ -156,20 +156,20 @@ class TTTStreamingState(State):
 
     @torch.no_grad()
     def update(self, new: TTTState, rows: Tensor) -> None:
-        """Replace the rows `[B]` that are true by those of `new`."""
+        """Take the streams for which `rows [B]` is true from `new`."""
         kept = new.where(rows, self.state).tensors()
         for name, buffer in self.state.tensors().items():
             buffer.copy_(kept[name])
 
     @torch.no_grad()
     def reset(self, reset_mask: Tensor) -> None:
-        """Reset the rows `[B]` that are true to the layer's own weights."""
+        """Reset the streams for which `reset_mask [B]` is true to the layer's own weights."""
         super().reset(reset_mask)
         self.update(self.layer.reset(self.state, reset_mask), reset_mask)
 
 
 class MoshiTTT(TTTAdapter, StreamingModule[TTTStreamingState]):
-    """The adapter in Moshi: `TTTAdapter`, whose state lives in kyutai's streaming state while streaming."""
+    """Moshi's adapter: a `TTTAdapter` that keeps its state in kyutai's streaming state while streaming."""
 
     _streaming_state: TTTStreamingState | None
 
@@ -185,7 +185,7 @@ class MoshiTTT(TTTAdapter, StreamingModule[TTTStreamingState]):
         return TTTStreamingState(batch_size, device, layer=self.layer, state=state)
 
     def forward(self, x: Tensor, *, rotary: Rotary | None = None) -> Tensor:
-        """Tokens `[B,T,D]` to tokens; while streaming, the next T of each stream."""
+        """Adapt tokens `[B,T,D]`; while streaming, they are the next T tokens of each stream."""
         streaming = self._streaming_state
         if streaming is None:
             return super().forward(x, rotary=rotary)
@@ -214,12 +214,12 @@ class MoshiSite(Site):
     model: LMModel | None = None
 
     def attach(self, adapter: nn.Module) -> None:
-        """Attach, and let kyutai's streaming find the new child."""
+        """Attach the adapter, and make kyutai's streaming find the new child."""
         self._forget_children()
         super().attach(adapter)
 
     def detach(self, original: type[nn.Module]) -> None:
-        """Detach, and let kyutai's streaming forget the child."""
+        """Detach the adapter, and make kyutai's streaming forget the child."""
         self._forget_children()
         super().detach(original)
 
@@ -272,7 +272,7 @@ def loss(model: LMModel, codes: Tensor, options: MoshiOptions) -> LossOutput:
 
 
 def example_codes(model: LMModel, *, batch_size: int, tokens: int, seed: int) -> Tensor:
-    """Random codes `[B,17,T]` that the model knows."""
+    """Random codes `[B,17,T]` within the model's vocabularies."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(4, model.text_card, (batch_size, 1, tokens), generator=generator)
     audio = torch.randint(0, model.card, (batch_size, model.n_q, tokens), generator=generator)
@@ -280,7 +280,7 @@ def example_codes(model: LMModel, *, batch_size: int, tokens: int, seed: int) ->
 
 
 def outputs(model: LMModel, codes: Tensor) -> Tensor:
-    """The main transformer's output and text logits for each frame of codes as it is read, `[B,T,D+text_card]`."""
+    """The main transformer's output and text logits for each frame of codes, `[B,T,D+text_card]`."""
     hidden, text_logits = model.forward_text(codes)
     return torch.cat((hidden, text_logits[:, 0]), dim=-1)
 

@@ -1,4 +1,4 @@
-"""The plugin: options and presets, readable without torch; the model and its data behind methods."""
+"""The plugin: options and presets need no torch; methods import the model and its data when they are called."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming):
         return loss(model, batch, config.backbone)
 
     def set_gradient_checkpointing(self, model: nn.Module, enabled: bool) -> None:
-        """Switch kyutai's own, around every layer of both transformers."""
+        """Switch kyutai's own checkpointing, around every layer of both transformers."""
         from ttt_moshi.model import set_gradient_checkpointing
 
         set_gradient_checkpointing(model, enabled)
@@ -111,7 +111,7 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming):
         return example_codes(model, batch_size=batch_size, tokens=tokens, seed=seed)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What the main transformer answers to each frame of codes, and its text logits, `[B,T,D+text_card]`."""
+        """The main transformer's output and text logits for each frame of codes, `[B,T,D+text_card]`."""
         from ttt_moshi.model import outputs
 
         return outputs(model, batch)
@@ -130,16 +130,16 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming):
 
 
 def _before_moshi_is_imported(device: torch.device | str) -> None:
-    """Do not compile moshi's norm on a CPU: it takes 20 s or more, and is not faster afterwards.
+    """Keep moshi from compiling its norm on a CPU: that takes 20 s or more and saves no time.
 
-    Moshi reads the variable when it is first imported, for the model or for Mimi.
+    It sets an environment variable that moshi reads when it is first imported, for the model or for Mimi.
     """
     if str(device).startswith("cpu"):
         os.environ.setdefault("NO_TORCH_COMPILE", "1")
 
 
 def _memory_facts(options: MoshiOptions, train: TrainConfig, frames: int) -> dict[str, Any]:
-    """Parameters, and measured bytes that autograd keeps of one token, if the model is a known one."""
+    """Parameters, and the measured bytes that autograd keeps for one token, if the model is a known one."""
     dtype, checkpointing = train.param_dtype, train.gradient_checkpointing
     if options.config_path is not None:
         return {}

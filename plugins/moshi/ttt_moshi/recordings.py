@@ -1,7 +1,7 @@
-"""The recordings that an index in moshi-finetune's format names: its lines, the headers of audio, the transcripts.
+"""Reads the recordings of an index in moshi-finetune's format: its lines, audio headers and transcripts.
 
-A `.jsonl` file names recordings, one `{"path": …, "duration": seconds}` a line, paths relative to its folder. Beside
-`a.wav` lies `a.json` with `alignments: [[word, [start, end], "SPEAKER_MAIN"], …]`.
+A `.jsonl` file names recordings, one `{"path": …, "duration": seconds}` on each line, with paths relative to its
+folder. Beside `a.wav` is `a.json` with `alignments: [[word, [start, end], "SPEAKER_MAIN"], …]`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TOLERANCE_SEC: Final = 0.5
 
 
 class BadLineError(ValueError):
-    """A line of an index that cannot be used."""
+    """A line of an index cannot be used."""
 
 
 class BrokenTranscriptError(ValueError):
@@ -34,29 +34,29 @@ class BrokenTranscriptError(ValueError):
 
 @dataclass(frozen=True)
 class Recording:
-    """One line of a `.jsonl` file, and what its audio's header says."""
+    """One line of a `.jsonl` file, with the header of its audio."""
 
     place: str
-    """File and line that name it."""
+    """The file and line that name it."""
     audio: Path
     info: AudioInfo
 
     @property
     def transcript(self) -> Path:
-        """The file with its words, beside it."""
+        """The file with its words, beside the audio."""
         return self.audio.with_suffix(".json")
 
 
 def read_recordings(source: Path, *, frame_sec: float, field: str) -> list[Recording]:
-    """The recordings of every index that a config's value means, checked as far as possible without decoding.
+    """The recordings of every index under `source`, checked as far as possible without decoding.
 
     Args:
-        source: a `.jsonl` file, or a folder with such files in it at any depth.
-        frame_sec: length of a frame of the codec, seconds; a shorter recording is refused.
-        field: the config's name for `source`, which messages begin with.
+        source: a `.jsonl` file, or a folder with such files at any depth.
+        frame_sec: length of the codec's frame in seconds; a shorter recording is refused.
+        field: the config key of `source`, with which messages begin.
 
     Raises:
-        EnvironmentProblem: one of them is missing or broken; the message names file and line.
+        EnvironmentProblem: a recording is missing or broken; the message names file and line.
     """
     indexes = _index_files(source, field)
     recordings: list[Recording] = []
@@ -84,7 +84,7 @@ def read_recordings(source: Path, *, frame_sec: float, field: str) -> list[Recor
 
 
 def _index_files(source: Path, field: str) -> list[Path]:
-    """The `.jsonl` files that a config's value means.
+    """The `.jsonl` files under `source`.
 
     Raises:
         EnvironmentProblem: there are none.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,81 +17,29 @@ _PIECES = 400
 
 @dataclass(frozen=True)
 class Proof:
-    """A law, what it says, and how it is tried."""
+    """A law, what it says, and how it is tried on the setting."""
 
     law: int
     claim: str
     kind: str
-    """What numbers it was tried in."""
+    """The type of the numbers in which it is tried."""
     tolerance: float | None
-    """Largest number that passes; None where nothing but 0 does, or where the number must not be 0."""
+    """The largest number that passes; None if only 0 passes, or if the number must not be 0."""
     run: Callable[[], Mapping[str, float]]
     applies: str = ""
-    """Why it is not tried, where it is not."""
+    """Why it is not tried; empty if it is."""
     compares_passes: bool = False
-    """Whether it compares passes of one adapted model, which says nothing where a pass changes the next (law 1)."""
+    """Whether it compares passes of one adapted model. That says nothing if a pass changes the next one (law 1)."""
 
 
 def proofs(setting: Setting) -> list[Proof]:
-    """What is tried, in order."""
-    bench, exact, short, config = setting.bench, setting.exact, setting.short, setting.config
+    """The proofs of a setting, in the order in which they run."""
+    bench = setting.bench
     own = str(bench.dtype).removeprefix("torch.")
-    causal, size = bench.backbone.causal, config.mini_batch_size
-
-    def remat(of: Bench) -> Mapping[str, float]:
-        return checks.remat_invariance(
-            of,
-            group_sizes=(setting.group_size,),
-            nestings={"no other checkpoint": ()},
-            inside_own=(bench.gradient_checkpointing,),
-        )
-
-    def streams() -> Mapping[str, float]:
-        measured: dict[str, float] = {}
-        for layers, length in ((True, size), (False, min(size, STREAMED))):
-            of = replace(short, tokens=tokens_in(fewest(length), length))
-            pieces = cuts(of.tokens, length, unit=1 if config.causal else length, at_most=_PIECES)
-            measured |= checks.chunk_invariance(
-                of, mini_batch_sizes=(length,), cuts=pieces, layers=layers, model=not layers
-            )
-        return measured
-
-    pieces = "token by token" if config.causal else "in mini-batches"
-    fed = "stream" if has_capability(bench.backbone, Streaming) else "layer"
-    streamed = f"a {fed} {pieces} is the whole"
-    found = [
-        Proof(1, "a pass writes nothing, and repeats", own, None, lambda: checks.purity(bench)),
-        Proof(2, "recomputing changes no gradient", "float32", exact.tolerance, lambda: remat(exact)),
-    ]
-    if bench.dtype is not torch.float32:
-        found.append(Proof(2, "recomputing changes no gradient", own, bench.tolerance, lambda: remat(bench)))
     return [
-        *found,
-        Proof(
-            3,
-            "no token changes an earlier output",
-            "float32",
-            exact.tolerance,
-            lambda: checks.causality(exact, tokens=_telling_tokens(exact.tokens, size, setting.group_size)),
-            "" if causal else f"{bench.backbone.name} is not causal",
-            compares_passes=True,
-        ),
-        Proof(
-            4,
-            streamed,
-            "float32",
-            short.tolerance,
-            streams,
-            compares_passes=True,
-        ),
-        Proof(
-            5,
-            "rows are independent",
-            "float32",
-            exact.tolerance,
-            lambda: checks.stream_independence(exact),
-            compares_passes=True,
-        ),
+        Proof(1, "a pass writes nothing, and repeats", own, None, lambda: checks.purity(bench)),
+        *_recomputation(setting, own),
+        *_streams(setting),
         Proof(
             6,
             "gates closed, it is the plain model",
@@ -110,15 +58,69 @@ def proofs(setting: Setting) -> list[Proof]:
     ]
 
 
+def _recomputation(setting: Setting, own: str) -> Iterator[Proof]:
+    """Law 2 in float32, and in the type of the config's parameters, whose name is `own`, if that is another."""
+
+    def remat(of: Bench) -> Mapping[str, float]:
+        return checks.remat_invariance(
+            of,
+            group_sizes=(setting.group_size,),
+            nestings={"no other checkpoint": ()},
+            inside_own=(setting.bench.gradient_checkpointing,),
+        )
+
+    bench, exact, claim = setting.bench, setting.exact, "recomputing changes no gradient"
+    yield Proof(2, claim, "float32", exact.tolerance, lambda: remat(exact))
+    if bench.dtype is not torch.float32:
+        yield Proof(2, claim, own, bench.tolerance, lambda: remat(bench))
+
+
+def _streams(setting: Setting) -> Iterator[Proof]:
+    """Laws 3, 4 and 5: what tokens and rows may not see of each other."""
+    exact, short, config, backbone = setting.exact, setting.short, setting.config, setting.bench.backbone
+    size = config.mini_batch_size
+
+    def streamed() -> Mapping[str, float]:
+        measured: dict[str, float] = {}
+        for layers, length in ((True, size), (False, min(size, STREAMED))):
+            of = replace(short, tokens=tokens_in(fewest(length), length))
+            pieces = cuts(of.tokens, length, unit=1 if config.causal else length, at_most=_PIECES)
+            measured |= checks.chunk_invariance(
+                of, mini_batch_sizes=(length,), cuts=pieces, layers=layers, model=not layers
+            )
+        return measured
+
+    fed = "stream" if has_capability(backbone, Streaming) else "layer"
+    pieces = "token by token" if config.causal else "in mini-batches"
+    yield Proof(
+        3,
+        "no token changes an earlier output",
+        "float32",
+        exact.tolerance,
+        lambda: checks.causality(exact, tokens=_telling_tokens(exact.tokens, size, setting.group_size)),
+        "" if backbone.causal else f"{backbone.name} is not causal",
+        compares_passes=True,
+    )
+    yield Proof(4, f"a {fed} {pieces} is the whole", "float32", short.tolerance, streamed, compares_passes=True)
+    yield Proof(
+        5,
+        "rows are independent",
+        "float32",
+        exact.tolerance,
+        lambda: checks.stream_independence(exact),
+        compares_passes=True,
+    )
+
+
 def cuts(tokens: int, size: int, *, unit: int, at_most: int) -> list[list[int]]:
     """Ways to cut a sequence into pieces: as fine as `at_most` pieces allow, and unevenly.
 
     Args:
         tokens: length of the sequence.
         size: of a mini-batch.
-        unit: length of the smallest piece: 1, or a mini-batch where they are not causal.
-        at_most: pieces. Where single units are more, they are fed one by one around every boundary of mini-batches and
-            in longer pieces between.
+        unit: length of the smallest piece: 1, or a mini-batch if they are not causal.
+        at_most: the most pieces. If single units would be more, they are fed one by one around every boundary of
+            mini-batches, and in longer pieces between.
     """
     if unit > 1:
         whole, rest = divmod(tokens, unit)
@@ -145,7 +147,7 @@ def cuts(tokens: int, size: int, *, unit: int, at_most: int) -> list[list[int]]:
 
 
 def _telling_tokens(tokens: int, size: int, group_size: int) -> list[int]:
-    """Places where a leak would show: inside a mini-batch, on its boundaries, on those of groups, at the end."""
+    """Places at which a leak would show: inside a mini-batch, at boundaries of mini-batches and groups, at the end."""
     places = {1, size // 2, size - 1, size, size + 1, size + size // 2, 2 * size - 1}
     places |= {group_size * size - 1, group_size * size, group_size * size + 1, tokens - 1}
     return sorted(place for place in places if 0 < place < tokens)

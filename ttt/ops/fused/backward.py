@@ -1,4 +1,4 @@
-"""One chunk of mini-batches on its way back: the queries of all at once, then the keys from the last to the first.
+"""Backward of one chunk of mini-batches: all queries at once, then the keys from the last mini-batch to the first.
 
 Shape letters and symbols: see `ttt.ops.fused`. Numbers in parentheses are the equations of `docs/backward.md`.
 """
@@ -17,7 +17,7 @@ from ttt.ops.norm import is_constant, is_zero
 
 
 class Sums:
-    """Gradients that add up over mini-batches."""
+    """Gradients that are summed over mini-batches."""
 
     def __init__(self, common: Common, d_next_PJO: list[Tensor]) -> None:
         dims = common.dims
@@ -26,20 +26,20 @@ class Sums:
             return d_next_PJO[0].new_zeros((dims.pairs, *shape))
 
         self.next_PJO = d_next_PJO
-        """`dW̃'` of the weights that open the next mini-batch, or `dG̃'` of the sums that an open one hands on."""
+        """`dW̃'` of the weights that open the next mini-batch, or `dG̃'` of the sums that an open one passes on."""
         self.first_next_POJ = d_next_PJO[0].mT
         self.later_next_POI = [x[:, :-1].mT for x in d_next_PJO[1:]]
         self.weights_PJO = d_next_PJO if common.closes else [torch.zeros_like(x) for x in d_next_PJO]
-        """`dW̃`. If mini-batches close, it is the same tensors: `W' = W − …` hands its gradient through (12)."""
+        """`dW̃`. If mini-batches close, these are the tensors of `next_PJO`: `W' = W − …` passes its gradient on."""
         self.gradients_PJO = [] if common.gradients_PJO is None else [x.clone() for x in d_next_PJO]
-        """`dG̃` of what an open mini-batch had summed before."""
+        """`dG̃` of the sums that an open mini-batch had before."""
         self.gamma_P1F = zeros(1, dims.widths[0])
         self.beta_P1F = zeros(1, dims.widths[0])
         self.scale_PC1 = zeros(dims.size, 1)
 
 
 class TokenGradients(NamedTuple):
-    """Gradients of what a chunk's tokens bring; they lie in room that the next chunk uses again."""
+    """Gradients of a chunk's tokens; the next chunk overwrites their memory."""
 
     q_MPCF: Tensor
     k_MPCF: Tensor
@@ -53,9 +53,10 @@ class TokenGradients(NamedTuple):
 
 
 class BackwardScratch:
-    """Room that one chunk after the other uses on its way back: that of its way forward, and more.
+    """Scratch memory of backward, which chunks use in turn: the scratch of forward, and more.
 
-    A whole group goes forward before any of it goes back, and what goes back reads only what was kept.
+    It may use forward's scratch because a whole group runs forward before its backward starts, and backward reads only
+    what was kept.
     """
 
     def __init__(self, dims: Dims, chunk: int, forward: Scratch) -> None:
@@ -65,7 +66,7 @@ class BackwardScratch:
             return like.new_empty((chunk, dims.pairs, *shape))
 
         self.d_outputs_MPSO = [forward.first_MPSO, *(room(2 * size, fan_out) for fan_out in dims.widths[2:])]
-        """`(dZ_l; dy_l)`: rows of the keys and of the queries together, as what the layers are given is kept."""
+        """`(dZ_l; dy_l)`: rows of the keys and of the queries together, as the layers' inputs are kept."""
         self.d_errors_MPCO = [*forward.squared_MPCO, room(size, width)]
         self.d_inputs_MPCI = [room(size, width), *forward.gates_MPCO]
         """`dX_l`"""
@@ -82,15 +83,15 @@ class BackwardScratch:
         self.unit_MPCF, self.slope_MPCF = room(size, width), room(size, width)
         """`x̂` and `r`"""
         self.turned_error_MPCF, self.turned_unit_MPCF = room(size, width), room(size, width)
-        """`−ι E / F` and `−ι x̂ / F`: what `along` multiplies in (20), and its mean's divisor."""
+        """`−ι E / F` and `−ι x̂ / F`: the factors of `along` in (20), with the divisor of its mean."""
         self.d_stack_MPSF = room(2 * size, width)
         """`(dZ_0; dy_0) W_0ᵀ`"""
-        # `dD_l` with a last column of zeros, where the bias of the next layer would be.
+        # `dD_l`, with a last column of zeros for the bias of the next layer.
         self.d_pulled_PCJ = [like.new_zeros((dims.pairs, size, hidden + 1)) for hidden in dims.widths[1:-1]]
 
 
 class BackwardViews:
-    """What a chunk of mini-batches reads and writes on its way back; made and named as `ForwardViews` are."""
+    """Views of the tensors that backward of a chunk reads and writes; made and named like `ForwardViews`."""
 
     def __init__(self, dims: Dims, block: Block, kept: Kept, scratch: BackwardScratch) -> None:
         self.steps, self.block, self.kept = len(block.rate_MPC1), block, kept
@@ -143,8 +144,7 @@ class BackwardViews:
             [self.reached_MPCJ, self.d_slope_MPCF, self.block.push_MPC1]
         )
         self.output_PCF, self.means_PC1 = by_step([kept.output_MPCF, kept.mean_MPC1])
-        # `(x̂; E)` of each token as a matrix of its own (`K = P·C` of them), and what each of the two has in common
-        # with the token's dE.
+        # `(x̂; E)` of each of the `K = P·C` tokens as a matrix, and the products of its two rows with the token's dE.
         along_MPC2 = scratch.along_MPC2[: self.steps]
         self.pair_K2F = self.pair_MPC2F.flatten(1, 2).unbind(0)
         self.along_K21 = along_MPC2.unsqueeze(-1).flatten(1, 2).unbind(0)
@@ -160,14 +160,14 @@ class BackwardViews:
 def backward_chunk(
     common: Common, views: BackwardViews, pushes_MP11: Tensor, d_answers_MPCF: Tensor, sums: Sums
 ) -> TokenGradients:
-    """Walk a chunk back.
+    """Run backward of one chunk and return its tokens' gradients.
 
     Args:
         common: what all chunks share.
-        views: the chunk's tokens, what forward left, and room.
+        views: the chunk's tokens, the tensors that forward kept, and scratch.
         pushes_MP11: `c` of the chunk's mini-batches.
-        d_answers_MPCF: of `q + LN(y)`.
-        sums: of what comes after the chunk; of the chunk and what comes after it when this returns.
+        d_answers_MPCF: the gradient of `q + LN(y)`.
+        sums: the sums over the mini-batches after the chunk; the chunk's own are added.
     """
     d_y_MPCF = _answers_back(common, views, d_answers_MPCF, sums)
     d_x_MPCF, d_coefficient_MPCC = _queries_back(common, views, d_y_MPCF, sums)
@@ -183,13 +183,13 @@ def backward_chunk(
 
 
 def _answers_back(common: Common, views: BackwardViews, d_answers_MPCF: Tensor, sums: Sums) -> Tensor:
-    """The norm of the answers (13): adds to `dβ` and `dγ`, and returns `dy` of the last layer."""
+    """Backward of the answers' norm (13): adds to `dβ` and `dγ`, and returns `dy` of the last layer."""
     kept, unit_MPCF = views.kept, views.unit_MPCF
     mean, inverse = kept.query_mean_MPC1, kept.query_inverse_MPC1
     sums.beta_P1F += _sum_rows(d_answers_MPCF)
     torch.sub(kept.answer_MPCF, mean, out=unit_MPCF)
     sums.gamma_P1F += _sum_rows(unit_MPCF.mul_(inverse).mul_(d_answers_MPCF))
-    # A constant vector gets no gradient (`ttt.ops.norm`): with 1/σ = 0 nothing comes through its norm.
+    # A constant vector gets no gradient (`ttt.ops.norm`): setting 1/σ = 0 stops it at the norm.
     followed = inverse.masked_fill(is_constant(kept.answer_MPCF), 0)
     d_normed = torch.mul(d_answers_MPCF, common.constants.gamma_P1F, out=views.slope_MPCF)
     d_y_MPCF = through_norm(d_normed, kept.answer_MPCF, mean, followed)
@@ -198,9 +198,9 @@ def _answers_back(common: Common, views: BackwardViews, d_answers_MPCF: Tensor, 
 
 
 def _queries_back(common: Common, views: BackwardViews, d_y_MPCF: Tensor, sums: Sums) -> tuple[Tensor, Tensor]:
-    """The queries from the last layer to the first, which no carry touches: (14) to (17).
+    """Backward of the queries from the last layer to the first, (14) to (17); it does not depend on the carry.
 
-    Writes what the keys get of it, `dE_l` and `dX_l`. Returns `dx_0`, but for `dy_0 W_0ᵀ`, and `dκ`.
+    Writes its shares of the keys' gradients, `dE_l` and `dX_l`. Returns `dx_0` without the term `dy_0 W_0ᵀ`, and `dκ`.
     """
     neg_scale_PC1, coefficient_RCC = common.constants.neg_scale_PC1, views.coefficient_RCC
     d_y_RCO = d_y_MPCF.flatten(0, 1)
@@ -214,7 +214,7 @@ def _queries_back(common: Common, views: BackwardViews, d_y_MPCF: Tensor, sums: 
         torch.bmm((seen_RCC * coefficient_RCC).mT, d_y_RCO, out=d_error_MPCO.flatten(0, 1))  # (15)
         torch.bmm(d_seen_RCC.mT, x_RCJ[..., :-1], out=d_input_MPCI.flatten(0, 1))  # (16)
         d_x_RCI = torch.bmm(d_seen_RCC, views.keys_RCI[layer])
-        if common.gradients_PJO is not None:  # one mini-batch: y has − s x̃ G in addition
+        if common.gradients_PJO is not None:  # one open mini-batch: y also contains − s x̃ G
             gradient_PJO = common.gradients_PJO[layer]
             d_step_RCO = d_y_RCO * neg_scale_PC1
             sums.scale_PC1 -= (d_y_RCO * torch.bmm(x_RCJ, gradient_PJO)).sum(-1, keepdim=True)
@@ -229,7 +229,7 @@ def _queries_back(common: Common, views: BackwardViews, d_y_MPCF: Tensor, sums: 
 
 
 def _coefficient_back(common: Common, views: BackwardViews, d_coefficient_MPCC: Tensor, sums: Sums) -> Tensor:
-    """`κ = −s ηᵀ ⊙ mask`: adds to `ds` and returns `dη` (14)."""
+    """Backward of `κ = −s ηᵀ ⊙ mask` (14): adds to `ds` and returns `dη`."""
     if common.causal:
         d_coefficient_MPCC.tril_()
     sums.scale_PC1 -= (d_coefficient_MPCC @ views.block.rate_MPC1).sum(0)
@@ -237,18 +237,21 @@ def _coefficient_back(common: Common, views: BackwardViews, d_coefficient_MPCC: 
 
 
 class _ErrorTerms(NamedTuple):
-    """What the way back through `E` (20) needs of each mini-batch's norm, by mini-batch."""
+    """What backward through `E` (20) needs of the norms, one tensor for each mini-batch."""
 
     teaching_PC1: tuple[Tensor, ...]
-    """`ι`, of which `dr` is made; 0 for a token whose `Z` is constant and which teaches nothing."""
+    """`ι` as `dr` uses it: 0 for a token whose `Z` is constant and whose error is zero."""
     followed_PC1: tuple[Tensor, ...]
-    """`ι`, of which the rest of `dZ` is made; 0 for every token whose `Z` is constant."""
+    """`ι` as the rest of `dZ` uses it: 0 for every token whose `Z` is constant."""
     to_slope_PC1: tuple[Tensor, ...]
     """`−ι mean(r x̂)`"""
 
 
 def _error_terms(common: Common, views: BackwardViews) -> _ErrorTerms:
-    """What of (20) does not depend on the carry; writes `x̂`, `(x̂; E)` and both turned by `−ι / F`, and `c η E`."""
+    """Compute the terms of (20) that do not depend on the carry.
+
+    Writes `x̂`, `(x̂; E)`, both multiplied by `−ι / F`, and `c η E`.
+    """
     block, kept, unit_MPCF, slope_MPCF = views.block, views.kept, views.unit_MPCF, views.slope_MPCF
     last_error_MPCF, inverse = kept.errors_MPCO[-1], kept.inverse_MPC1
     torch.sub(kept.output_MPCF, kept.mean_MPC1, out=unit_MPCF).mul_(inverse)
@@ -267,7 +270,7 @@ def _error_terms(common: Common, views: BackwardViews) -> _ErrorTerms:
 
 
 def _update_back(views: BackwardViews, sums: Sums, n: int) -> None:
-    """What the update of a mini-batch gives back to its errors and inputs (18)."""
+    """Backward of a mini-batch's update (18): adds to the gradients of its errors and inputs."""
     for layer, d_next_PJO in enumerate(sums.next_PJO):
         seen_PCO = torch.bmm(views.keys_PCJ[layer][n], d_next_PJO, out=views.seen_by_next_PCO[layer][n])
         views.d_errors_PCO[layer][n].addcmul_(seen_PCO, views.pushes_PC1[n])
@@ -280,9 +283,9 @@ def _update_back(views: BackwardViews, sums: Sums, n: int) -> None:
 
 
 def _errors_back(common: Common, views: BackwardViews, terms: _ErrorTerms, n: int) -> list[Tensor]:
-    """The errors of a mini-batch from the first layer to the last (19), then through the inner loss (20).
+    """Backward of a mini-batch's errors, from the first layer to the last (19), then of the inner loss (20).
 
-    Writes `dZ` of the last layer. Returns `dZ_l` of the hidden ones, as far as it came through `D_l`.
+    Writes `dZ` of the last layer. Returns the part of `dZ_l` that comes through `D_l`, for each hidden layer.
     """
     d_error = views.d_errors_PCO[0][n]
     d_hidden_PCO: list[Tensor] = []
@@ -306,7 +309,7 @@ def _errors_back(common: Common, views: BackwardViews, terms: _ErrorTerms, n: in
 
 
 def _keys_back(views: BackwardViews, d_hidden_PCO: list[Tensor], n: int) -> None:
-    """The keys of a mini-batch from the last layer to the first (21)."""
+    """Backward of a mini-batch's keys, from the last layer to the first (21)."""
     for layer in range(len(d_hidden_PCO), 0, -1):
         d_x_PCI = views.later_d_inputs_PCI[layer - 1][n]
         d_x_PCI.baddbmm_(views.d_keys_PCO[layer][n], views.later_weights_POI[layer - 1][n])
@@ -316,7 +319,7 @@ def _keys_back(views: BackwardViews, d_hidden_PCO: list[Tensor], n: int) -> None
 
 
 def _weights_back(views: BackwardViews, sums: Sums, n: int) -> None:
-    """All that a mini-batch gives to the weights that opened it (22)."""
+    """Add a mini-batch's share to the gradients of the weights that opened it (22)."""
     for layer, total_PJO in enumerate(sums.weights_PJO):
         add_outer(total_PJO, views.stacks_PJS[layer][n], views.d_outputs_PSO[layer][n], total_PJO)
         if layer:
@@ -331,7 +334,7 @@ def _tokens_back(
     d_rate_MPC1: Tensor,
     sums: Sums,
 ) -> TokenGradients:
-    """What is left of the tokens, which no carry touches: (23) to (25)."""
+    """The rest of the tokens' gradients, (23) to (25); it does not depend on the carry."""
     block, size, gamma_P1F = views.block, common.dims.size, common.constants.gamma_P1F
     d_stack_MPSF, reached_MPCJ = views.d_stack_MPSF, views.reached_MPCJ
     torch.bmm(views.d_outputs_MPSO[0].flatten(0, 1), views.weights_ROI[0], out=d_stack_MPSF.flatten(0, 1))
@@ -343,7 +346,7 @@ def _tokens_back(
         d_push_MPC1 += (seen * error).sum(-1, keepdim=True)
     d_rate_MPC1 += d_push_MPC1 * pushes_MP11
     d_pushes_MP11 = (d_push_MPC1 * block.rate_MPC1).sum(-2, keepdim=True)
-    # (25), where r = γ² x̂ + γ (β − t)
+    # (25), with r = γ² x̂ + γ (β − t)
     r_by_gamma = views.unit_MPCF.mul_(2 * gamma_P1F).add_(block.offset_MPCF)
     sums.gamma_P1F += _sum_rows(r_by_gamma.mul_(views.d_slope_MPCF))
     d_target_MPCF = views.d_slope_MPCF.mul_(-gamma_P1F)
@@ -357,5 +360,5 @@ def _sum_rows(x_MPCF: Tensor) -> Tensor:
 
 
 def _by_chunk(views: BackwardViews, x_RCO: Tensor) -> Tensor:
-    """`[M,P,C,…]` of a batch of R matrices."""
+    """A batch of R matrices as `[M,P,C,…]`."""
     return x_RCO.unflatten(0, (views.steps, -1))

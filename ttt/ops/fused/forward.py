@@ -1,4 +1,4 @@
-"""One chunk of mini-batches forward: the keys one mini-batch after the other, then the queries of all at once.
+"""Forward of one chunk of mini-batches: the keys one mini-batch after the other, then all queries at once.
 
 Shape letters and symbols: see `ttt.ops.fused`. Numbers in parentheses are the equations of `docs/backward.md`.
 """
@@ -20,7 +20,7 @@ _CUBIC = _SLOPE * 0.044715
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
-# --- elementwise, and what both directions use ---
+# --- elementwise functions, and what forward and backward share ---
 
 
 def _gelu(z: Tensor, value: Tensor, squared: Tensor, gate: Tensor) -> None:
@@ -65,7 +65,7 @@ def add_outer(base: Tensor, columns: Tensor, rows: Tensor, out: Tensor) -> None:
 
 
 def through_norm(d: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-    """`ι Π(d)`: a gradient on its way back through the normalisation of `x`, by its `μ` and `ι`."""
+    """`ι Π(d)`: the gradient `d` taken back through the normalisation of `x`, given its `μ` and `ι`."""
     return _layer_norm_backward(d, x, (x.shape[-1],), mean, inverse, None, None, (True, False, False))[0]
 
 
@@ -73,7 +73,7 @@ def through_norm(d: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
 
 
 class Scratch:
-    """Room that one chunk of mini-batches after the other uses."""
+    """Scratch memory of forward, which chunks of mini-batches use in turn."""
 
     def __init__(self, dims: Dims, chunk: int, like: Tensor) -> None:
         hidden = dims.widths[1:-1]
@@ -82,9 +82,9 @@ class Scratch:
             return like.new_empty((chunk, dims.pairs, rows, width))
 
         self.first_MPSO = room(dims.widths[1], 2 * dims.size)
-        """What the first layer makes of keys and queries."""
+        """The first layer's outputs for keys and queries."""
         self.outputs_MPCO = [room(width) for width in hidden[1:]]
-        """What the hidden layers after it make of the keys, then of the queries."""
+        """The outputs of the later hidden layers: for the keys, then for the queries."""
         self.squared_MPCO = [room(width) for width in hidden]
         self.gates_MPCO = [room(width) for width in hidden]
         self.pulled_MPCO = [room(width) for width in hidden]
@@ -92,14 +92,14 @@ class Scratch:
 
 
 class ForwardViews:
-    """What a chunk of mini-batches reads and writes on its way forward.
+    """Views of the tensors that forward of a chunk reads and writes.
 
-    A view costs as much time as a small product. So they are made once for each place that chunks have in a group, and
-    the next group, laid out in the same room, finds them there. If every mini-batch has room of its own, each chunk
-    has its views.
+    Making a view takes as long as a small product. So the views are made once for each place of a chunk in a group, and
+    the next group, which is laid out in the same memory, uses them again. If every mini-batch has memory of its own,
+    each chunk has its own views.
 
-    A name ends in the shape of one tensor. `_PCO` and the like are lists by mini-batch, in lists by layer if layers
-    have one each; `_MPCO` is the whole chunk, and `_RCO` the same as one batch of R = M·P matrices.
+    A name ends in the shape of one tensor. `_PCO` and the like are lists by mini-batch, inside a list by layer if each
+    layer has one; `_MPCO` is the whole chunk, and `_RCO` the same as one batch of R = M·P matrices.
     """
 
     def __init__(self, dims: Dims, block: Block, kept: Kept, scratch: Scratch) -> None:
@@ -109,7 +109,7 @@ class ForwardViews:
         self._view_chunk(dims.size, block, kept, scratch)
 
     def _view_steps(self, size: int, block: Block, kept: Kept, scratch: Scratch) -> None:
-        """What the loop over mini-batches needs; `later` lists begin at the second layer."""
+        """Make the views for the loop over mini-batches; `later` lists begin at the second layer."""
         steps = self.steps
         first_MPSO = scratch.first_MPSO[:steps]
         self.stacked_PSJ, self.first_PSO = block.stacked_MPSJ.unbind(0), first_MPSO.unbind(0)
@@ -118,7 +118,7 @@ class ForwardViews:
         self.later_weights_POI = by_step([x[:, :, :-1].mT for x in kept.weights_MPJO[1:]])
         keys_MPCJ = [x[:, :, :size] for x in kept.inputs_MPSJ]
         self.later_keys_PCJ = by_step(keys_MPCJ)
-        # The left side of (8): pushed keys, and what they give the layers after the first.
+        # The left factor of (8): pushed keys for the first layer, and each later layer's inputs.
         self.updates_PJC = by_step([x.mT for x in (block.pushed_keys_MPCJ, *keys_MPCJ)])
         self.outputs_PCO = by_step([first_MPSO[:, :, :size], *(x[:steps] for x in scratch.outputs_MPCO)])
         self.values_PCO = by_step([x[..., :-1] for x in keys_MPCJ])
@@ -132,15 +132,15 @@ class ForwardViews:
         )
 
     def _view_chunk(self, size: int, block: Block, kept: Kept, scratch: Scratch) -> None:
-        """What GELU left behind of the whole chunk, and what its queries need."""
+        """Make the views for the whole chunk: what GELU left behind, and what the queries need."""
         steps = self.steps
         stacks_MPSJ = [block.stacked_MPSJ, *kept.inputs_MPSJ]
         self.squared_MPCO, self.gates_MPCO, self.pulled_MPCO = (
             [x[:steps] for x in room] for room in (scratch.squared_MPCO, scratch.gates_MPCO, scratch.pulled_MPCO)
         )
         self.query_values_MPCO = [x[:, :, size:, :-1] for x in kept.inputs_MPSJ]
-        # `y_l`. Products are fast only into rows that lie together, and the first layer's have the keys' between them:
-        # they are added up where `pulled` is read no more.
+        # `y_l`. Products are fast only into contiguous rows, and the first layer's rows alternate with those of the
+        # keys. So they are summed in the memory of `pulled`, which is not read any more.
         self.answered_MPCO = [
             *(x[:steps] for x in (*scratch.pulled_MPCO[:1], *scratch.outputs_MPCO)), kept.answer_MPCF
         ]  # fmt: skip
@@ -158,14 +158,14 @@ class ForwardViews:
 
 
 def forward_chunk(common: Common, views: ForwardViews, following_PJO: list[Tensor] | None, *, keep: bool) -> Tensor:
-    """Answer the queries of a chunk whose first weights are in its room.
+    """Answer the queries of a chunk; the weights that open it are already in its memory.
 
     Args:
         common: what all chunks share.
-        views: the chunk's tokens, and where it writes what backward needs.
-        following_PJO: where the weights after the chunk go, or the sums of a mini-batch that stays open; None if
-            nobody asks for them.
-        keep: whether what backward reads is written down.
+        views: the chunk's tokens, and the memory for what backward needs.
+        following_PJO: receives the weights after the chunk, or the sums of a mini-batch that stays open; None if they
+            are not needed.
+        keep: whether to write what backward reads.
 
     Returns:
         `LN(y) [M,P,C,F]`.
@@ -178,14 +178,14 @@ def forward_chunk(common: Common, views: ForwardViews, following_PJO: list[Tenso
     if keep:
         _bends(views)
     normed_MPCF = _queries(common, views, keep=keep)
-    # After the queries: these weights may take the place of the chunk's first.
+    # Only after the queries: these weights may overwrite the chunk's first.
     if following_PJO is not None:
         _update(common, views, views.steps - 1, following_PJO)
     return normed_MPCF
 
 
 def _keys_forward(common: Common, views: ForwardViews, n: int) -> None:
-    """The keys of a mini-batch through the inner model (1) to (3), its queries through the first product."""
+    """Run a mini-batch's keys through the inner model, (1) to (3), and its queries through the first product."""
     weights_PJO, last = views.weights_PJO, common.dims.depth - 1
     torch.bmm(views.stacked_PSJ[n], weights_PJO[0][n], out=views.first_PSO[n])  # (1), and the first part of (10)
     for layer in range(last):
@@ -204,10 +204,10 @@ def _keys_forward(common: Common, views: ForwardViews, n: int) -> None:
 
 
 def _errors(common: Common, views: ForwardViews, n: int, *, keep: bool) -> None:
-    """What the inner loss of a mini-batch gives back to every layer: `E`, from the last, (5) to (7)."""
+    """The errors `E` of a mini-batch's inner loss at every layer, from the last to the first, (5) to (7)."""
     constants, errors_PCO, z_PCF = common.constants, views.errors_PCO, views.output_PCF[n]
     unit, mean, inverse = torch.native_layer_norm(z_PCF, (z_PCF.shape[-1],), None, None, common.eps)
-    # r = γ² x̂ + γ (β − t), and E its way back through the norm.
+    # r = γ² x̂ + γ (β − t); E is r taken back through the norm.
     r_PCF = torch.addcmul(views.anchors_PCF[n], constants.gamma_squared_P1F, unit)
     errors_PCO[-1][n].copy_(through_norm(r_PCF, z_PCF, mean, inverse))
     if keep:
@@ -220,7 +220,7 @@ def _errors(common: Common, views: ForwardViews, n: int, *, keep: bool) -> None:
 
 
 def _update(common: Common, views: ForwardViews, n: int, targets_PJO: Sequence[Tensor]) -> None:
-    """What a mini-batch hands on (8): the weights that open the next, or the sums of one that stays open."""
+    """The update of a mini-batch (8): the weights that open the next, or the sums of one that stays open."""
     for layer, target in enumerate(targets_PJO):
         left, right = views.updates_PJC[layer][n], views.errors_PCO[layer][n]
         if layer:
@@ -234,7 +234,7 @@ def _update(common: Common, views: ForwardViews, n: int, targets_PJO: Sequence[T
 
 
 def _bends(views: ForwardViews) -> None:
-    """`D_l ⊙ φ''(Z_l)` of all keys of a chunk, which backward reads (4)."""
+    """`D_l ⊙ φ''(Z_l)` for all keys of a chunk (4); backward reads it."""
     kept = views.kept
     for layer, bend in enumerate(kept.bends_MPCO):
         _gelu_bend(views.gates_MPCO[layer], kept.slopes_MPCO[layer], views.squared_MPCO[layer], bend)
@@ -242,7 +242,7 @@ def _bends(views: ForwardViews) -> None:
 
 
 def _queries(common: Common, views: ForwardViews, *, keep: bool) -> Tensor:
-    """What is left of the queries of all mini-batches of a chunk: (9), the rest of (10), (11). Returns `LN(y)`."""
+    """The rest of the queries of a whole chunk: (9), the rest of (10), (11). Returns `LN(y)`."""
     constants, kept, depth = common.constants, views.kept, common.dims.depth
     for layer in range(depth):
         x, y = views.queries_RCJ[layer], views.answered_RCO[layer]

@@ -1,4 +1,4 @@
-"""Where the numbers lie: what the operation is given, tokens laid out for the products, and what backward reads.
+"""The memory layout: the operation's inputs, tokens laid out for the products, and the tensors that backward reads.
 
 Shape letters: see `ttt.ops.fused`. A list holds one tensor for each layer of the inner model, in order of layers.
 """
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 _CHUNK_NUMBERS = 1 << 20
-"""On a CPU: how many numbers the keys of a chunk have at the widest layer of the inner model."""
+"""On a CPU, the most numbers that a chunk's keys have at the widest layer of the inner model."""
 _CHUNK_WEIGHTS = 1 << 20
-"""On a CPU: how many numbers the weights of a chunk have, if they need not be kept."""
+"""On a CPU, the most numbers that a chunk's weights have if they need not be kept."""
 
 
 class Dims(NamedTuple):
@@ -30,7 +30,7 @@ class Dims(NamedTuple):
     size: int
     """`C`"""
     widths: tuple[int, ...]
-    """Widths of the inputs of the inner model's layers, then of the last one's output: `F, …, F`."""
+    """The input widths of the inner model's layers, then the output width of the last: `F, …, F`."""
 
     @property
     def pairs(self) -> int:
@@ -43,10 +43,10 @@ class Dims(NamedTuple):
         return len(self.widths) - 1
 
     def chunk(self, device: torch.device, most: int, *, keep: bool) -> int:
-        """How many mini-batches run the part that the carry does not touch at a time.
+        """How many mini-batches run at a time in the part that does not depend on the carry.
 
-        On a CPU they are just so many that calls cost little beside their arithmetic. If weights need not be
-        kept, their size is bounded too; a chunk of one mini-batch moves them in place.
+        On a CPU they are just enough for calls to cost little compared with their arithmetic. If weights need not be
+        kept, their size is bounded too; a chunk of one mini-batch updates them in place.
         """
         if device.type != "cpu":
             return most
@@ -58,7 +58,7 @@ class Dims(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What the operation is given, in the order of its schema."""
+    """The operation's arguments, in the order of its schema."""
 
     q_BHNCF: Tensor
     k_BHNCF: Tensor
@@ -71,9 +71,9 @@ class Problem(NamedTuple):
     last_NB: Tensor | None
     """`s_C` for each mini-batch and row, or `[1,1]`; None if the one mini-batch stays open."""
     weights: list[Tensor]
-    """`W_0, b_0, W_1, …`, which open the first mini-batch: `W [B,H,I,O]` and `b [B,H,1,O]`."""
+    """`W_0, b_0, W_1, …` that open the first mini-batch: `W [B,H,I,O]` and `b [B,H,1,O]`."""
     gradients: list[Tensor]
-    """`G`, what a mini-batch that was found open had summed before; empty if it opens here."""
+    """`G`, the sums so far of a mini-batch that is already open; empty if it opens here."""
     causal: bool
     eps: float
     group_size: int
@@ -87,7 +87,7 @@ class Problem(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What every mini-batch reads."""
+    """Tensors that every mini-batch reads."""
 
     gamma_P1F: Tensor
     beta_P1F: Tensor
@@ -99,14 +99,15 @@ class Constants(NamedTuple):
 
 
 class Common(NamedTuple):
-    """What all chunks of a problem have in common."""
+    """What all chunks of a problem share."""
 
     dims: Dims
     constants: Constants
     gradients_PJO: list[Tensor] | None
-    """`G̃`, if the only mini-batch was found open."""
+    """`G̃`, if the only mini-batch is already open."""
     closes: bool
-    """Whether mini-batches close and their updates move the weights; else one stays open and hands on its sums."""
+    """Whether mini-batches close and their updates move the weights; else the one mini-batch stays open and its sums
+    are returned."""
     causal: bool
     eps: float
 
@@ -155,7 +156,7 @@ class Block(NamedTuple):
 
     @classmethod
     def room(cls, dims: Dims, steps: int, like: Tensor) -> Block:
-        """Room for some mini-batches; the last column of keys and queries is 1."""
+        """Allocate memory for `steps` mini-batches; the last column of keys and queries is 1."""
         size, width = dims.size, dims.widths[0]
 
         def room(rows: int, columns: int) -> Tensor:
@@ -169,11 +170,11 @@ class Block(NamedTuple):
         )
 
     def part(self, start: int, stop: int) -> Block:
-        """Some of the mini-batches."""
+        """The mini-batches from `start` to `stop`."""
         return Block(*(x[start:stop] for x in self))
 
     def lay_out(self, problem: Problem, common: Common, start: int) -> None:
-        """Write down the tokens of as many mini-batches, from `start` on, as there is room for."""
+        """Write the tokens of the mini-batches from `start` on, as many as this block holds."""
         dims, constants = common.dims, common.constants
         stop, size, width = start + len(self.rate_MPC1), dims.size, dims.widths[0]
         q, k, target, rate = (x[:, :, start:stop].movedim(2, 0) for x in problem[:4])
@@ -194,9 +195,9 @@ class Kept(NamedTuple):
     """What backward needs of mini-batches besides their tokens."""
 
     weights_MPJO: list[Tensor]
-    """`W̃_l`, which opened them."""
+    """`W̃_l` that opened them."""
     inputs_MPSJ: list[Tensor]
-    """`(X̃_l; x̃_l)` for l ≥ 1: what keys and queries give the layers after the first."""
+    """`(X̃_l; x̃_l)` for l ≥ 1: the inputs of the layers after the first, for keys and queries."""
     slopes_MPCO: list[Tensor]
     """`φ'(Z_l)` of hidden layers."""
     bends_MPCO: list[Tensor]
@@ -212,7 +213,7 @@ class Kept(NamedTuple):
     answer_MPCF: Tensor
     """`y` of the last layer."""
     mean_MPC1: Tensor
-    """Mean of `output`, and below its `ι = 1/σ`; then those of `answer`."""
+    """The mean of `output`, then its `ι = 1/σ`; then the same two of `answer`."""
     inverse_MPC1: Tensor
     query_mean_MPC1: Tensor
     query_inverse_MPC1: Tensor
@@ -234,7 +235,7 @@ class Kept(NamedTuple):
 
     @classmethod
     def room(cls, dims: Dims, steps: int, like: Tensor) -> Kept:
-        """Room for some mini-batches; the last column of what layers are given is 1."""
+        """Allocate memory for `steps` mini-batches; the last column of the layers' inputs is 1."""
         size, depth, hidden = dims.size, dims.depth, dims.widths[1:-1]
 
         def room(rows: int, columns: int) -> Tensor:
@@ -260,12 +261,12 @@ class Kept(NamedTuple):
         return kept
 
     def part(self, start: int, stop: int) -> Kept:
-        """Of some of the mini-batches."""
+        """The same for the mini-batches from `start` to `stop`."""
         return Kept.of([x[start:stop] for x in self.flat()], len(self.weights_MPJO))
 
 
 def room_between_passes(dims: Dims, group_size: int, like: Tensor) -> list[Tensor]:
-    """Room for what the operation keeps: all of every mini-batch, or the weights that open groups after the first."""
+    """Allocate what the operation keeps: all of every mini-batch, or the weights that open groups after the first."""
     if not group_size:
         return Kept.room(dims, dims.steps, like).flat()
     groups = -(-dims.steps // group_size)
@@ -276,13 +277,13 @@ def room_between_passes(dims: Dims, group_size: int, like: Tensor) -> list[Tenso
 
 
 def room_for_tokens(like: Tensor) -> Tensor:
-    """Room of the shape `[B,H,N,C,F]` in the order of a sequence, `[B,N,C,H,F]`."""
+    """Allocate a tensor `[B,H,N,C,F]` whose memory is in the order of a sequence, `[B,N,C,H,F]`."""
     batch, heads, steps, size, width = like.shape
     return like.new_empty((batch, steps, size, heads, width)).permute(0, 3, 1, 2, 4)
 
 
 def joined(dims: Dims, weights: Sequence[Tensor]) -> list[Tensor]:
-    """`W̃ [P,J,O]` of `W [B,H,I,O]` and `b [B,H,1,O]`."""
+    """Join `W [B,H,I,O]` and `b [B,H,1,O]` to `W̃ [P,J,O]`, for each layer."""
     return [
         torch.cat((weights[index], weights[index + 1]), -2).reshape(dims.pairs, -1, weights[index].shape[-1])
         for index in range(0, len(weights), 2)
@@ -290,7 +291,7 @@ def joined(dims: Dims, weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def parted(dims: Dims, weights_PJO: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of `joined`, each in memory of its own."""
+    """The inverse of `joined`; each tensor has memory of its own."""
     found = []
     for whole in weights_PJO:
         whole = whole.view(dims.batch, dims.heads, *whole.shape[1:])
@@ -299,5 +300,5 @@ def parted(dims: Dims, weights_PJO: Sequence[Tensor]) -> list[Tensor]:
 
 
 def by_step(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    """Of every tensor `[M,…]`, its M mini-batches."""
+    """Split every tensor `[M,…]` into its M mini-batches."""
     return [x.unbind(0) for x in tensors]

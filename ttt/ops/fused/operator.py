@@ -1,4 +1,4 @@
-"""The operation `ttt::minibatches`: which mini-batches run when, its registration, and the functions that call it.
+"""The operation `ttt::minibatches`: the order of its mini-batches, its registration, and the functions that call it.
 
 Shape letters: see `ttt.ops.fused`.
 """
@@ -42,9 +42,9 @@ _BACKWARD_SCHEMA = (
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])"
 )
 Answered = tuple[Tensor, list[Tensor], list[Tensor]]
-"""`z [B,H,N,C,F]`, the weights after the last mini-batch (or the sums of one that stays open), and what is kept."""
+"""`z [B,H,N,C,F]`, the weights after the last mini-batch (or the sums of one that stays open), and the kept tensors."""
 
-# Defined by its parts: `custom_op` would import the compiler, some seconds, at the first call.
+# Registered part by part: `custom_op` would import the compiler at the first call, which takes some seconds.
 library.define("ttt::minibatches", _SCHEMA)
 library.define("ttt::minibatches_backward", _BACKWARD_SCHEMA)
 
@@ -68,7 +68,7 @@ def _(*inputs: Any) -> Answered:
 
 
 def _run_forward(problem: Problem, *, keep: bool) -> Answered:
-    """Answer all mini-batches, a block of them laid out at a time, in chunks."""
+    """Answer all mini-batches: lay out one block after the other, and run each in chunks."""
     q, group_size = problem.q_BHNCF, problem.group_size
     common = Common.of(problem)
     dims = common.dims
@@ -105,15 +105,15 @@ def _run_forward(problem: Problem, *, keep: bool) -> Answered:
 
 
 def _open(kept: Kept, weights_PJO: Sequence[Tensor]) -> None:
-    """Write the weights that open the first mini-batch there is room for."""
+    """Write the weights that open the first mini-batch of `kept`."""
     for x, w in zip(kept.weights_MPJO, weights_PJO, strict=True):
         x[0] = w
 
 
 def _views(make: Callable[[Block, Kept], Views], block: Block, kept: Kept, *, again: bool) -> Callable[..., Views]:
-    """What makes the views of mini-batches `a … b` of the block, whose room in `kept` begins at `row`.
+    """Return a function that makes the views of mini-batches `a … b` of the block, with memory in `kept` from `row` on.
 
-    They are made once for each place, unless no place comes up again because everything is kept.
+    With `again` it makes them once for each place. If everything is kept, no place is used twice.
     """
 
     def at(a: int, b: int, row: int) -> Views:
@@ -132,7 +132,7 @@ def _chunks(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
 @library.impl("ttt::minibatches_backward", "default")
 def _run_backward(d_answers: Tensor, d_following: list[Tensor], *inputs: Any) -> tuple[Any, ...]:
     problem, saved = _parted_inputs(inputs)
-    with no_autocast(problem.q_BHNCF):  # a backward pass may be called where autocast is on
+    with no_autocast(problem.q_BHNCF):  # backward may be called with autocast on
         return _Backward(problem, saved, d_following).run(d_answers)
 
 
@@ -153,12 +153,12 @@ def _(d_answers: Tensor, d_following: list[Tensor], *inputs: Any) -> tuple[Any, 
 
 
 def _parted_inputs(inputs: tuple[Any, ...]) -> tuple[Problem, list[Tensor]]:
-    """The problem, and what was kept of it: in the schema that stands between tensors and settings."""
+    """The problem and the kept tensors; the schema has the kept ones between tensors and settings."""
     return Problem(*inputs[:10], *inputs[11:]), inputs[10]
 
 
 class _Backward:
-    """One walk back over all mini-batches: the last block first, in each the last chunk first."""
+    """One backward pass over all mini-batches: the last block first, and in each block the last chunk first."""
 
     def __init__(self, problem: Problem, saved: list[Tensor], d_following: list[Tensor]) -> None:
         self.problem, self.saved = problem, saved
@@ -170,7 +170,7 @@ class _Backward:
         self.block = Block.room(dims, self.block_size, q)
         again = problem.group_size > 0
         self.kept = Kept.room(dims, self.block_size, q) if again else Kept.of(saved, dims.depth)
-        # The views hold rooms, not this object: a cycle would keep the memory until the garbage collector comes.
+        # The views hold tensors, not this object: a reference cycle would keep the memory until garbage collection.
         scratch = Scratch(dims, self.chunk, q)
         scratch_back = BackwardScratch(dims, self.chunk, scratch)
         self.views_of = _views(
@@ -204,7 +204,7 @@ class _Backward:
         return (*d_tokens, *self._summed(d_pushes), parted(dims, sums.weights_PJO), parted(dims, sums.gradients_PJO))
 
     def _recompute(self, start: int, stop: int) -> None:
-        """Run a group forward once more, from the weights that opened it."""
+        """Run a group forward again from the weights that opened it."""
         group = start // self.problem.group_size
         opening = [x[group - 1] for x in self.saved] if start else joined(self.common.dims, self.problem.weights)
         _open(self.kept, opening)
@@ -213,7 +213,7 @@ class _Backward:
             forward_chunk(self.common, self.views_of(a - start, b - start, a - start), to, keep=True)
 
     def _summed(self, d_pushes_NP11: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What all tokens share, in the shapes in which it came: `dγ`, `dβ`, `ds`, `ds_C`."""
+        """The gradients of what all tokens share, in the shapes of the inputs: `dγ`, `dβ`, `ds`, `ds_C`."""
         problem, sums, dims = self.problem, self.sums, self.common.dims
         shape = dims.batch, dims.heads
         d_gamma, d_beta = (
@@ -236,12 +236,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Answered) -> None:
     ctx.save_for_backward(*problem[:8], *weights, *gradients, *kept)
     ctx.counts = len(weights), len(gradients), len(kept)
     ctx.settings = problem.causal, problem.eps, problem.group_size
-    # What is kept gets no gradient, and need not be filled with zeros to say so.
+    # Kept tensors get no gradient; do not allocate zeros for it.
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, d_answers: Tensor | None, d_following: list[Tensor | None], _: Any) -> tuple[Any, ...]:
-    saved = iter(ctx.saved_tensors)  # asked for once: a checkpoint hands each out one time
+    saved = iter(ctx.saved_tensors)  # read once: under a checkpoint each tensor is available one time
     tensors, weights, gradients, kept = (list(itertools.islice(saved, count)) for count in (8, *ctx.counts))
     *d_inputs, d_last, d_weights, d_gradients = torch.ops.ttt.minibatches_backward(
         torch.zeros_like(tensors[0]) if d_answers is None else d_answers,
@@ -261,7 +261,7 @@ library.register_autograd("ttt::minibatches", _backward, setup_context=_save)
 library.register_autograd("ttt::minibatches_backward", _no_second_derivative)
 
 
-# --- what calls it ---
+# --- the functions that call it ---
 
 
 def fused_scan(
@@ -281,7 +281,7 @@ def fused_scan(
 ) -> tuple[Tensor, Weights]:
     """Answer N closed mini-batches, each learning for the next: `ttt.ops.mlp.mlp_scan`, fused.
 
-    Arguments and results are those of `mlp_scan`.
+    Arguments and results are the same as for `mlp_scan`.
 
     Raises:
         RuntimeError: in backward, if a gradient of a gradient is asked for.
@@ -310,7 +310,7 @@ def fused_minibatch(
 ) -> tuple[Tensor, Weights]:
     """Answer the queries of one mini-batch that may be open on either side: `ttt.ops.mlp.mlp_minibatch`, fused.
 
-    Arguments and results are those of `mlp_minibatch`, but for the step sizes, `[B,C]` or `[1,C]`.
+    Arguments and results are the same as for `mlp_minibatch`, except the step sizes, `[B,C]` or `[1,C]`.
     """
     tokens = tuple(x.unsqueeze(2) for x in (q_BHCF, k_BHCF, target_BHCF, rate_BHC1))
     inputs = (*tokens, gamma_H1F, beta_H1F, scale_BC)

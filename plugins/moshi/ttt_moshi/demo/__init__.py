@@ -1,4 +1,4 @@
-"""The demo's data: real speech, what it says, the codec and the tokenizer fitted on it. `NOTICE.md` says whence."""
+"""The demo's data: real speech, its transcript, the codec and the tokenizer fitted on it; `NOTICE.md` has sources."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FOLDER: Final = Path(__file__).parent
 TRAIN_DATA: Final = FOLDER / "dialogue.jsonl"
 """About a minute of two-channel dialogue, in moshi-finetune's format."""
 EVAL_DATA: Final = FOLDER / "dialogue_eval.jsonl"
-"""Sixteen seconds more, which neither the codec nor the tokenizer was fitted on."""
+"""Sixteen more seconds; neither the codec nor the tokenizer was fitted on them."""
 CODEC: Final = FOLDER / "codec.safetensors"
 """`ttt_moshi.codec.DemoCodec`'s codebooks and settings."""
 TOKENIZER: Final = FOLDER / "tokenizer.model"
@@ -26,7 +26,7 @@ SHA256: Final = {
     "dialogue_eval.jsonl": "80a9c13963c1aa9105f0e749732645d784436eee3a29a977c093b502b1e7c1f8",
     "tokenizer.model": "efeac9b4bf99269572ff960a5b4bbddd55f030d76908226569f900ea9f860080",
 }
-"""Of the files that carry no checksum themselves; `sha256sum` tells that of one made anew."""
+"""SHA-256 of the files that carry no checksum themselves; `sha256sum` prints it for a file that was made again."""
 
 require_whole: Final = PackagedFiles(FOLDER, SHA256, distribution="ttt-moshi").require_whole
-"""See that these files are those that were shipped, once in a process."""
+"""Check, once in a process, that these files are as shipped."""
