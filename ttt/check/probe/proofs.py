@@ -1,4 +1,4 @@
-"""The laws that a probe tries, in order, and how each is tried."""
+"""The laws that a probe tries, in order, and how it tries them."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from ttt.laws import Bench, checks
 from ttt.plugins import Streaming, has_capability
 
 _PIECES = 400
-"""Pieces that a stream is fed in at most."""
+"""Most pieces that a stream is fed in."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """A law, what it says, and how it is tried."""
+    """A law, what it claims, and how it is tried."""
 
     law: int
     claim: str
     kind: str
-    """What numbers it was tried in."""
+    """The dtype that it is tried in."""
     tolerance: float | None
-    """Largest number that passes; None where nothing but 0 does, or where the number must not be 0."""
+    """Largest measured number that passes; None if only 0 passes, or if the number must not be 0."""
     run: Callable[[], Mapping[str, float]]
     applies: str = ""
-    """Why it is not tried, where it is not."""
+    """Why it is not tried; empty if it is."""
     compares_passes: bool = False
-    """Whether it compares passes of one adapted model, which says nothing where a pass changes the next (law 1)."""
+    """Whether it compares passes of one adapted model. That means nothing if a pass changes the next one (law 1)."""
 
 
 def proofs(setting: Setting) -> list[Proof]:
-    """What is tried, in order."""
+    """The laws to try for a setting, in order."""
     bench, exact, short, config = setting.bench, setting.exact, setting.short, setting.config
     own = str(bench.dtype).removeprefix("torch.")
     causal, size = bench.backbone.causal, config.mini_batch_size
@@ -111,14 +111,14 @@ def proofs(setting: Setting) -> list[Proof]:
 
 
 def cuts(tokens: int, size: int, *, unit: int, at_most: int) -> list[list[int]]:
-    """Ways to cut a sequence into pieces: as fine as `at_most` pieces allow, and unevenly.
+    """Two ways to cut a sequence into pieces, as lists of lengths: as fine as `at_most` allows, and unevenly.
 
     Args:
         tokens: length of the sequence.
-        size: of a mini-batch.
-        unit: length of the smallest piece: 1, or a mini-batch where they are not causal.
-        at_most: pieces. Where single units are more, they are fed one by one around every boundary of mini-batches and
-            in longer pieces between.
+        size: tokens in a mini-batch.
+        unit: length of the smallest piece in tokens: 1, or a whole mini-batch if mini-batches are not causal.
+        at_most: most pieces. If single tokens would be more, tokens near the boundaries of mini-batches are single
+            pieces, and those between are in longer ones.
     """
     if unit > 1:
         whole, rest = divmod(tokens, unit)
@@ -145,7 +145,7 @@ def cuts(tokens: int, size: int, *, unit: int, at_most: int) -> list[list[int]]:
 
 
 def _telling_tokens(tokens: int, size: int, group_size: int) -> list[int]:
-    """Places where a leak would show: inside a mini-batch, on its boundaries, on those of groups, at the end."""
+    """Tokens that would show a leak: inside a mini-batch, at boundaries of mini-batches and of groups, at the end."""
     places = {1, size // 2, size - 1, size, size + 1, size + size // 2, 2 * size - 1}
     places |= {group_size * size - 1, group_size * size, group_size * size + 1, tokens - 1}
     return sorted(place for place in places if 0 < place < tokens)
