@@ -178,7 +178,7 @@ def test_a_line_without_an_end_is_not_kept(tmp_path: Path, speech: Callable[[], 
     [
         ("moshi", "folder", "TTT501", "'folder' holds no line of data"),
         ("moshi", "empty.jsonl", "TTT501", "'empty.jsonl' holds no line of data"),
-        ("moshi", "endless.jsonl", "TTT504", "1 of 1 (the first that were read) lines is no JSON object: "
+        ("moshi", "endless.jsonl", "TTT504", "1 of 1 (the first that were read) lines is not a JSON object: "
          "endless.jsonl: line 1 is longer than 1 MiB"),
         ("videodit", "endless.jsonl", "VDT501", "endless.jsonl: cannot be read: line 1 is longer than 1 MiB"),
         ("videodit", "folder", "VDT506", "it lists no video"),

@@ -1,7 +1,6 @@
-"""What is said about a run before it starts: a config read, checked, explained, shown, compared, imported.
+"""What is said about a run before it starts: a config is read, checked, explained, shown, compared or imported.
 
-Nothing here imports torch but `ttt.check.probe` and `ttt.check.doctor`, which run models. Everything is imported when
-it is first asked for.
+Only `ttt.check.probe` and `ttt.check.doctor`, which run models, import torch. Every name is imported on first use.
 """
 
 from __future__ import annotations

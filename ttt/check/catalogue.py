@@ -1,4 +1,4 @@
-"""Every code, and what it means: of the core, and of what an installed plugin brings. No plain check asks for it."""
+"""Every code of the core and of installed plugins, and what it means. A plain check does not need it."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def explanations() -> Mapping[str, Explanation]:
 
 
 def explanations_of(backbone: Backbone) -> Mapping[str, Explanation]:
-    """What the codes of a backbone's plugin mean: those of its `explanations`, and those that its rules declare.
+    """What the codes of a backbone's plugin mean, by number: from its `explanations` and from its rules' files.
 
     Raises:
-        PluginError: it fails when it is asked, or a rule declares a code that nothing explains.
+        PluginError: the plugin fails when it is asked, or a rule declares a code that has no explanation.
     """
     rules = [rule for rule in backbone.rules if isinstance(rule, Rule)]
     return explanations_of_rules(backbone, rules, backbone.explanations)
 
 
 def house_explanations() -> dict[str, Mapping[str, Explanation]]:
-    """What the codes of house rules mean, by plugin; one that fails when it is asked explains nothing."""
+    """What the codes of house rules mean, by plugin. A plugin that fails when it is asked is left out."""
     found: dict[str, Mapping[str, Explanation]] = {}
     for answer in house_rules(None).given:
         with contextlib.suppress(PluginError):  # `ttt plugins` says what is wrong
@@ -61,10 +61,15 @@ def house_explanations() -> dict[str, Mapping[str, Explanation]]:
 def explanations_of_rules(
     plugin: object, rules: Iterable[Rule[RunConfig]], own: Callable[[], Mapping[str, Explanation]] = dict
 ) -> Mapping[str, Explanation]:
-    """What a plugin tells of codes of its own accord, and what its rules' files tell of those that they declare.
+    """What the codes of a plugin mean, by number: from `own`, and from the files beside its rules.
+
+    Args:
+        plugin: whose they are, for messages.
+        rules: its rules; each declares the codes that it may find.
+        own: gives explanations beyond those of the rules' files.
 
     Raises:
-        PluginError: a rule declares a code that nothing explains, or one of the core's.
+        PluginError: a rule declares a code that has no explanation, or one with the core's prefix.
     """
     declared = {code.number: code for rule in rules for code in rule.codes}
     for number in declared:

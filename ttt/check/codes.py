@@ -1,4 +1,4 @@
-"""What is found on the way from a file to a run: its keys, the backbone that it names, and that backbone's plugin."""
+"""Codes of what is found before any rule runs: about the keys, the backbone that is named, and its plugin."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 from ttt.config.findings import Blame, Code, Family, Severity
 
 REINSTALL = "reinstall it, or tell who made it"
-"""The way out of a broken plugin."""
+"""What to do about a broken plugin."""
 
 _code = partial(Code, severity=Severity.ERROR, home=__name__)
 _schema = partial(_code, family=Family.SCHEMA)
@@ -18,7 +18,7 @@ TTT104 = _schema("TTT104", "a required key is missing")
 TTT105 = _schema("TTT105", "a key in the wrong section")
 TTT106 = _schema("TTT106", "keys that do not fit together")
 TTT107 = _schema("TTT107", "an option of another backbone")
-# Not told where nothing is trained: building the model tells the same, with what it needed the file for.
+# Only for training: elsewhere the model is built at once, and that error says what the file was needed for.
 TTT605 = _code(
     "TTT605",
     "a file of the backbone that cannot be read",

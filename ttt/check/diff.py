@@ -1,4 +1,4 @@
-"""What differs between two resolved configs, defaults included, and what is found in one of them only."""
+"""The differences between two resolved configs, defaults included, and between what is found in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ttt.printable import json_text
 
 
 class _Absent:
-    """The value of a key that the other backbone alone has."""
+    """Stands for the value of a key that only the other config's backbone has."""
 
     def __repr__(self) -> str:
         return "-"
@@ -28,13 +28,13 @@ class Difference:
     """One key with two values."""
 
     section: str
-    """The section; empty for `run_dir`."""
+    """The name of the section; empty for `run_dir`."""
     key: str
     left: Any
     """Plain data, or `ABSENT`."""
     right: Any
     left_written: bool
-    """Whether the file says so; else it is a default."""
+    """Whether the file writes it; else it is a default."""
     right_written: bool
 
 
@@ -48,7 +48,7 @@ class ConfigDiff:
     values: tuple[Difference, ...]
     """In the order of the schema."""
     only_left: tuple[Finding, ...]
-    """Findings about the left config alone: the right has none with their code about their key."""
+    """Findings of the left config. The right one has no finding with the same code at the same key."""
     only_right: tuple[Finding, ...]
 
     def __bool__(self) -> bool:
@@ -56,10 +56,10 @@ class ConfigDiff:
 
 
 def diff_configs(left: CheckedConfig, right: CheckedConfig) -> ConfigDiff:
-    """Compare two configs as the run would see them: how they are written makes no difference.
+    """Compare two configs as a run would read them, whatever their spelling and order.
 
     Args:
-        left: checked, with a `config`.
+        left: a checked config whose `config` is not None.
         right: the same.
     """
     assert left.config is not None
@@ -95,7 +95,7 @@ def render_values(diff: ConfigDiff, *, width: int | None = None) -> str:
 
     Args:
         diff: two configs compared.
-        width: columns; where a line would be longer, its values stand below their key.
+        width: columns; if a line would be longer, its values stand below the key.
     """
     rows = [
         (
@@ -130,7 +130,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def render_json(diff: ConfigDiff) -> str:
-    """The comparison as a JSON object; a key that one config cannot have is left out on its side."""
+    """The comparison as a JSON object. If a config's backbone does not have a key, its side is left out."""
     values = []
     for each in diff.values:
         sides = {}

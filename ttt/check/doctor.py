@@ -1,7 +1,7 @@
 """What this machine has, which implementation of the scan runs on it, and what is wrong with it: `ttt doctor`.
 
-Every problem comes with its way out. The implementations are not looked up but run, on every device, on a problem of a
-few tokens, and compared with the reference.
+Every problem comes with what to do about it. Each implementation of the scan is run on each device, on a few tokens,
+and compared with the reference.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _LITTLE_DISK = 1 << 30
 _TOLERANCE = 1e-4
-"""How far, relative to the largest number, an implementation may be from the reference in float32."""
+"""Largest difference from the reference in float32, relative to the largest number, with which one passes."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with the environment, and the way out."""
+    """What is wrong with the environment, and what to do about it."""
 
     severity: Severity
     message: str
@@ -53,46 +53,45 @@ class ScanChoice:
     """Which implementation runs, for a config or for the default settings."""
 
     implementation: str | None
-    """None where `TTT_OPS` asks for what there is not."""
+    """None if `TTT_OPS` names none that exists."""
     forced: bool
-    """Whether `TTT_OPS` says so."""
+    """Whether `TTT_OPS` chose it."""
     device: str
     inner_model: str
-    """`linear` or `mlp`, and the widths of its layers where the config fixes them."""
+    """`linear` or `mlp`, and the widths of its layers if the config fixes them."""
     mini_batch_size: int
     mini_batches: int | None
-    """Of a training window, where the config fixes its length."""
+    """Mini-batches in a training window; None if the config does not fix its length."""
     group_size: int | None
-    """`scan_checkpoint_group_size`; None where it is `auto` and hangs on a length that the config does not fix."""
+    """`scan_checkpoint_group_size`; None if it is `auto` and the config does not fix the length of a window."""
     auto: bool
-    """Whether it is `auto`."""
+    """Whether the config says `scan_checkpoint_group_size: auto`."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One implementation, run forward and backward on one device beside the reference."""
+    """One implementation, run forward and backward on one device and compared with the reference."""
 
     device: str
     implementation: str
     error: float | None
-    """Largest distance of answers and gradients from the reference's, relative to their largest; None where it failed.
-    """
+    """Largest difference of outputs and gradients from the reference, relative to their largest; None if it failed."""
     cause: str | None
     """Why it failed, in one line."""
 
     @property
     def works(self) -> bool:
-        """Whether it ran, and agrees."""
+        """Whether it ran and agrees with the reference."""
         return self.error is not None and self.error <= _TOLERANCE
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that `ttt doctor` says."""
+    """Everything that `ttt doctor` prints."""
 
     versions: Mapping[str, str | None]
-    """By name, of Python, PyTorch and what it brings, of this library, plugins and what they need; None where it is not
-    installed."""
+    """Versions by name: Python, PyTorch and what it brings, this library, plugins and their dependencies. None means
+    not installed."""
     devices: tuple[Device, ...]
     plugins: tuple[InstalledPlugin, ...]
     scan: ScanChoice
@@ -101,20 +100,20 @@ class Report:
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing is wrong that keeps a run from starting."""
+        """Whether a run can start: no problem is an error."""
         return not any(problem.severity is Severity.ERROR for problem in self.problems)
 
 
 def examine(path: str | Path | None = None, *, backbone: str | None = None, overrides: Sequence[str] = ()) -> Report:
-    """Look at the machine, for a config or for none.
+    """Examine the machine, for one config or in general.
 
     Args:
-        path: a config; None takes the settings of `TTTConfig()`.
+        path: a config; None examines for the settings of `TTTConfig()`.
         backbone: as `ttt check --backbone`.
         overrides: as `ttt check --set`.
 
     Raises:
-        ConfigError: the config itself is wrong, wherever it is run.
+        ConfigError: the config itself is wrong, on any machine.
         EnvironmentProblem: the config cannot be read.
     """
     checked = None if path is None else _readable(path, backbone, overrides)
@@ -153,14 +152,14 @@ def _readable(path: str | Path, backbone: str | None, overrides: Sequence[str]) 
 
 
 def _choice(checked: CheckedConfig | None) -> tuple[ScanChoice, Problem | None]:
-    """What runs, and what is wrong with what `TTT_OPS` asks for."""
+    """Which implementation runs, and a problem if `TTT_OPS` names an unknown one."""
     config, tokens, widths, group_size = TTTConfig(), None, "", None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if checked is not None and checked.config is not None:
         run = checked.config
         config = run.ttt
         device = device if run.train.device == "auto" else run.train.device
-        with contextlib.suppress(Exception):  # of a third party's code; the finding TTT803 says that it failed
+        with contextlib.suppress(Exception):  # third-party code may raise anything; the finding TTT803 reports it
             assert checked.backbone is not None
             facts = checked.backbone.facts(run)
             tokens = facts.tokens_per_window
@@ -174,7 +173,7 @@ def _choice(checked: CheckedConfig | None) -> tuple[ScanChoice, Problem | None]:
     mini_batches = None if tokens is None else tokens // config.mini_batch_size
     try:
         forced = select.forced_implementation()
-        # Fast weights are float32 whatever the backbone is in.
+        # Fast weights are float32, whatever the backbone's dtype.
         chosen = select.implementation(device_type=device, dtypes=(torch.float32,), mini_batches=mini_batches or 1)
     except ValueError:
         known = ", ".join(get_args(select.Implementation))
@@ -211,12 +210,12 @@ def forced(implementation: str | None) -> Iterator[None]:
 
 
 def _trials() -> Iterator[Trial]:
-    """Every implementation on every device, on a layer of a few numbers whose tokens end inside a mini-batch."""
+    """Run every implementation on every device, on a tiny layer and a sequence that ends inside a mini-batch."""
     config = TTTConfig(layer_type="mlp", mini_batch_size=4, scan_checkpoint_group_size=2)
     generator = torch.Generator().manual_seed(0)
     layer = TTTLayer(16, 2, config)
     with torch.no_grad():
-        for parameter in layer.parameters():  # weights as small as new ones would make rounding errors large
+        for parameter in layer.parameters():  # with weights as small as at the start, rounding errors would be large
             parameter.normal_(0, 0.3, generator=generator)
     x = torch.randn(2, 23, 16, generator=generator)
     right = _pass(copy.deepcopy(layer).double(), x.double(), "reference")
@@ -224,7 +223,7 @@ def _trials() -> Iterator[Trial]:
         for name in get_args(select.Implementation):
             try:
                 found = _pass(copy.deepcopy(layer).to(device.name), x.to(device.name), name)
-            except Exception as error:  # whatever a driver or a kernel raises is what is to be told
+            except Exception as error:  # a driver or a kernel may raise anything; report it
                 yield Trial(device.name, name, None, " ".join(f"{type(error).__name__}: {error}".split()))
                 continue
             distances = [
@@ -234,7 +233,7 @@ def _trials() -> Iterator[Trial]:
 
 
 def _pass(layer: TTTLayer, x: Tensor, implementation: str) -> tuple[Tensor, ...]:
-    """Answers and every gradient."""
+    """The outputs of the layer and the gradient of every parameter."""
     with forced(implementation):
         y, _ = layer(x)
         return y.detach(), *torch.autograd.grad(y.square().sum(), list(layer.parameters()))
@@ -339,7 +338,7 @@ def _problems_of_disk(folder: Path) -> Iterator[Problem]:
 def _problems_of_config(checked: CheckedConfig) -> Iterator[Problem]:
     """What `ttt check` finds wrong with this machine, for this config."""
     for finding in checked.findings:
-        if finding.blames is not Blame.CONFIG:  # too little memory or disk is the machine's lack, too
+        if finding.blames is not Blame.CONFIG:  # too little memory or disk may be the machine's fault, too
             place = f"{finding.place}: " if finding.place else ""
             yield Problem(finding.severity, f"{place}{finding.message} ({finding.code})", finding.fix)
 
@@ -357,7 +356,7 @@ SUPPORT: Mapping[str, Mapping[str, str]] = {
     "`torch.compile(fullgraph=True)`": {"fused": "yes", "generic": "group size 0", "reference": "no"},
     "chosen where `TTT_OPS` is not set": {"fused": "yes", "generic": "small pieces", "reference": "no"},
 }
-"""What each implementation of the scan supports, by claim; tests/test_doctor.py runs every one of them."""
+"""What each implementation of the scan supports. tests/test_doctor.py runs every claim."""
 
 
 def support_table() -> str:

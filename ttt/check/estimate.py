@@ -1,4 +1,4 @@
-"""What a run needs, in memory and on disk: the closed forms of `ttt.costs`, joined with a backbone's facts."""
+"""What a run needs in memory and on disk: the closed forms of `ttt.costs`, applied to a backbone's facts."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ class Estimate:
     """What a run needs."""
 
     scan: ScanCost | None
-    """Of one TTT layer; None where windows have no known length, or there are no layers."""
+    """The cost of one TTT layer's scan; None if the length of windows is unknown, or there are no layers."""
     scans: tuple[int, ...]
-    """Activation checkpoints around each scan of one layer, as `enclosing_checkpoints` gives them."""
+    """For each scan of one layer, the number of activation checkpoints around it (`enclosing_checkpoints`)."""
     parts: Mapping[str, int]
-    """Peak bytes by part, best guess; without `complete`, TTT's alone."""
+    """Peak bytes by part, best guess. If not `complete`, of TTT alone."""
     low: int
-    """Bytes of device memory below which it will not run."""
+    """Bytes of device memory. With less, the run fails."""
     high: int
-    """Bytes with which it will."""
+    """Bytes of device memory. With as much, the run fits."""
     complete: bool
-    """Whether the backbone said what it needs, so that `low` and `high` are about the whole run."""
+    """Whether the backbone states its own needs, so that `low` and `high` are of the whole run."""
     adapter_bytes: int
-    """On disk."""
+    """Bytes of the adapter on disk."""
     checkpoint_bytes: int
-    """One checkpoint on disk: the adapter, trained parameters of the backbone, the optimiser."""
+    """Bytes of one checkpoint on disk: the adapter, trained parameters of the backbone, the optimiser's state."""
     forward_flops: int
-    """Of all TTT layers, in one forward pass over a batch; of one mini-batch where windows have no known length."""
+    """FLOPs of all TTT layers in one forward pass over a batch; over one mini-batch if windows have no known length."""
     training_flops: int
-    """The same with backward and all that runs again."""
+    """The same with the backward pass and everything that is recomputed."""
 
     def breakdown(self, count: int = 4) -> str:
-        """The largest parts, for a sentence."""
+        """The largest parts with their sizes, for a sentence."""
         largest = sorted(self.parts.items(), key=lambda part: -part[1])[:count]
         return ", ".join(f"{name} {show_bytes(size)}" for name, size in largest if size)
 
 
 def enclosing_checkpoints(config: RunConfig, facts: BackboneFacts) -> tuple[int, ...]:
-    """For each scan of a layer in a forward pass, how many activation checkpoints around it recompute it."""
+    """The number of activation checkpoints that recompute a scan, for each scan of a layer in one forward pass."""
     stated = facts.checkpoints_around_scans
     return (int(config.train.gradient_checkpointing),) if stated is None else stated
 
 
 def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
-    """What a run needs, from its config and its backbone's facts.
+    """Estimate what a run needs from its config and its backbone's facts.
 
     Both ends of the range count parameters, moments and the scan. The backbone's activations depend on kernels and on
     what is frozen: the lower end counts half of them, the upper end one and a half times. Gradients and activations
@@ -84,8 +84,8 @@ def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
     state = scan.carry_bytes * len(layers) * 2 if scan and ttt.persistent_states else 0
     parameters = (facts.parameters or 0) * size + own * WIDE
 
-    # Gradients of the scan's inputs and of one layer, the projections in the tokens' type, gradients in half precision
-    # before they are summed in float32, and what AdamW allocates for all parameters at once.
+    # Temporaries: gradients of the scan's inputs and of one layer, the projections in the tokens' dtype, gradients in
+    # half precision before they are summed in float32, and AdamW's for all parameters at once.
     passing = (around + scan.activation_bytes + scan.carry_bytes) if scan else 0
     passing += 4 * facts.dim * facts.dim * size + gradients + (trained or 0) * size
     always = parameters + optimizer + state
@@ -131,18 +131,18 @@ def _waiting_scans(config: RunConfig, facts: BackboneFacts, layers: int, scans: 
 
 
 def _trained_in_backbone(config: RunConfig, facts: BackboneFacts) -> int | None:
-    """How many of the backbone's parameters learn; None if it is not known."""
+    """The number of the backbone's parameters that are trained; None if unknown."""
     if config.train.trainable == "ttt" or not config.train.backbone_lr_multiplier:
         return 0
     return facts.parameters if config.train.trainable == "all" else facts.attention_parameters
 
 
 def _backbone_activation_bytes(config: RunConfig, facts: BackboneFacts, layers: tuple[int, ...]) -> int | None:
-    """Bytes that autograd keeps for the backbone; None if they are not known."""
+    """Bytes that autograd keeps for the backbone; None if unknown."""
     train, tokens = config.train, facts.tokens_per_window
     if tokens is None or facts.layer_activation_bytes is None or facts.head_activation_bytes is None:
         return None
-    # Backward ends at the first layer that learns.
+    # The backward pass ends at the first layer that is trained.
     first = 0 if train.trainable != "ttt" and train.backbone_lr_multiplier else min(layers, default=0)
     reached = facts.num_layers - first
     if train.gradient_checkpointing:
@@ -153,7 +153,7 @@ def _backbone_activation_bytes(config: RunConfig, facts: BackboneFacts, layers: 
         per_token = reached * facts.layer_activation_bytes
     casts = 0
     if train.autocast not in ("none", train.param_dtype):
-        # Backward keeps the cast weights of all layers that it reaches, or of one checkpoint at a time.
+        # Backward keeps cast copies of the weights: of all layers that it reaches, or of one checkpoint at a time.
         held = min(facts.layers_per_checkpoint, reached) if train.gradient_checkpointing else reached
         share = held / max(facts.num_layers, 1)
         casts = bytes_of(train.autocast) * round(share * (facts.parameters or 0))

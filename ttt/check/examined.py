@@ -1,4 +1,4 @@
-"""Plugins tried out: all that can be, without torch."""
+"""Installed plugins, each tried out as far as that needs no torch and no run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ttt.plugins.registry import ask
 
 
 def examined_plugins() -> tuple[InstalledPlugin, ...]:
-    """Every installed plugin, broken where what it brings is: all that can be tried without torch and without a run."""
+    """Every installed plugin; `error` is set if anything that it brings fails. Needs no torch and no run."""
     return tuple(plugin if plugin.error else replace(plugin, error=_wrong_in(plugin)) for plugin in installed_plugins())
 
 
 def _wrong_in(plugin: InstalledPlugin) -> str | None:
-    """What is wrong with what a plugin brings."""
+    """The first thing that fails of what a plugin brings; None if nothing does."""
     found = find(plugin.name) if BACKBONES in plugin.brings else None
     if found is not None and examined(found).error:
         return examined(found).error
@@ -44,7 +44,7 @@ def _wrong_in(plugin: InstalledPlugin) -> str | None:
 
 
 def examined(plugin: PluginInfo) -> PluginInfo:
-    """The plugin, broken where its presets, explanations, facts or rules are: all that can be tried without torch."""
+    """The plugin; `error` is set if its presets, explanations, facts or rules fail. Needs no torch."""
     if plugin.backbone is None:
         return plugin
     try:
@@ -55,7 +55,7 @@ def examined(plugin: PluginInfo) -> PluginInfo:
 
 
 def _try_out(backbone: Backbone) -> None:
-    """Ask a backbone for what it has beside a model, and check its demo config.
+    """Ask a backbone for its explanations and presets, and check each preset as a config.
 
     Raises:
         TTTError: what is wrong.

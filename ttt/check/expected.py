@@ -1,4 +1,4 @@
-"""What a key takes, by pydantic's error type and the model's own types, and what to write instead of a value."""
+"""What a key accepts, from pydantic's error type and the model's types, and what to write instead of a wrong value."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ttt.config.spelling import nearest
 
 
 class Kind(Enum):
-    """What sort of value a key takes; the value says it as the object of "must be"."""
+    """A sort of value that a key may accept. Each member's text completes "must be …"."""
 
     WHOLE_NUMBER = "a whole number"
     NUMBER = "a number"
@@ -41,7 +41,7 @@ _KINDS = {
     "string_type": Kind.TEXT,
     "none_required": Kind.NULL,
 }
-"""What pydantic asks for by its error types about types."""
+"""The kind of value that pydantic wants, by error type; these are the errors about a value's type."""
 
 _LIMITS = {
     "finite_number": (Kind.NUMBER, "a finite number"),
@@ -53,7 +53,7 @@ _LIMITS = {
     "string_pattern_mismatch": (Kind.TEXT, "text that matches `{pattern}`"),
     "is_instance_of": (Kind.OTHER, "an instance of {class}"),
 }
-"""The same by those about a value of the right type."""
+"""The kind and the words for each error about a value of the right type."""
 
 _BOUNDS = {
     "greater_than": ("gt", "greater than", "greater than"),
@@ -61,7 +61,8 @@ _BOUNDS = {
     "less_than": ("lt", "less than", "less than"),
     "less_than_equal": ("le", "at most", "of at most"),
 }
-"""Bounds by pydantic's error types: where the number is, how it must be, and the same after "a number"."""
+"""Bounds by pydantic's error type: the key of the limit in its context, words after "must be", words after "a number".
+"""
 
 _YES = {"yes": True, "on": True, "y": True, "no": False, "off": False, "n": False}
 _THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
@@ -69,20 +70,20 @@ _THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 
 @dataclass(frozen=True)
 class Expected:
-    """What a key takes. The words are printed; what is decided hangs on the rest."""
+    """What a key accepts. The words are only printed; decisions depend on the other fields."""
 
     kinds: frozenset[Kind]
     words: str
-    """As the object of "must be"; empty where only pydantic's own sentence says it."""
+    """Completes "must be …"; empty if only pydantic's own sentence can say it."""
     to_write: str
-    """As the object of "write"."""
+    """Completes "write …"."""
     choices: tuple[str, ...] = ()
     wrong_type: bool = False
-    """Whether the value is of another type, not one that is not allowed."""
+    """Whether the value has the wrong type; else it has the right type but is not allowed."""
 
 
 def expected(problem: Problem, model: type[BaseModel]) -> Expected:
-    """What a key takes, of which pydantic says that the value is another."""
+    """What a key accepts, if pydantic reports that its value does not fit."""
     if problem.members:
         return _any_of([expected(member, model) for member in problem.members])
     kind, context = problem.kind, problem.context
@@ -119,7 +120,7 @@ def _takes_fractions(problem: Problem, model: type[BaseModel]) -> bool:
 
 
 def meant(value: Any, wanted: Expected, path: KeyPath, model: type[BaseModel]) -> str | None:
-    """What a text that does not fit was meant to be, as it is written without quotes."""
+    """The value that a text was probably meant to be, as YAML without quotes; None if that is not clear."""
     if not isinstance(value, str):
         return None
     close = nearest(value, wanted.choices)
@@ -138,7 +139,7 @@ def meant(value: Any, wanted: Expected, path: KeyPath, model: type[BaseModel]) -
 
 
 def instead(value: Any, wanted: Expected, path: KeyPath, model: type[BaseModel], replacement: str | None) -> str:
-    """What to write instead of a value that does not fit."""
+    """The fix for a value that does not fit: what to write instead."""
     if replacement is not None:
         unquoted = isinstance(value, str) and replacement == value.strip() and replacement not in wanted.choices
         return f"write `{replacement}`, without quotes" if unquoted else f"write `{replacement}`"
@@ -155,17 +156,17 @@ def instead(value: Any, wanted: Expected, path: KeyPath, model: type[BaseModel],
 
 
 def listed(words: Iterable[str]) -> str:
-    """Words as they are written, in a sentence."""
+    """The words in backticks, joined by commas."""
     return ", ".join(f"`{word}`" for word in words)
 
 
 def plain(value: Any) -> str:
-    """A value as it is written."""
+    """A value as YAML writes it, text without quotes."""
     return value if isinstance(value, str) else show(value)
 
 
 def show(value: Any) -> str:
-    """A value in a sentence."""
+    """A value for a sentence: text is quoted and shortened, a section or list is only named."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,6 +1,6 @@
-"""Codes explained: `ttt check --explain`, `--list`, and the page docs/rules.md, all from `ttt.check.catalogue`.
+"""Explanations of codes for `ttt check --explain`, `--list` and the page docs/rules.md, from `ttt.check.catalogue`.
 
-`python -m ttt.check.explain` prints that page, which begins with `explain.md`.
+`python -m ttt.check.explain` prints the page. `explain.md` is its beginning.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WIDTH = 80
 
 
 def explain(code: str) -> str:
-    """What a code means, for a terminal: what, why, a bad and a good config, the source.
+    """What a code means, for a terminal: what is found, why it matters, a bad and a good config, the source.
 
     Raises:
         UsageError: there is no such code.
@@ -36,7 +36,7 @@ def explain(code: str) -> str:
 
 
 def catalogue() -> str:
-    """Every code with its severity and title, by family, those of plugins after the core's."""
+    """Every code with its severity and title, by family: first the core's, then those of plugins."""
     blocks = []
     for family in Family:
         codes = [code for code in DECLARED.values() if code.family is family]
@@ -49,7 +49,7 @@ def catalogue() -> str:
 
 
 def _of_plugins() -> dict[str, Mapping[str, Explanation]]:
-    """What the codes of installed plugins mean, by plugin; one that fails when it is asked explains nothing."""
+    """What the codes of installed plugins mean, by plugin. A plugin that fails when it is asked is left out."""
     found: dict[str, Mapping[str, Explanation]] = {}
     for plugin in discover():
         if plugin.backbone is not None:
@@ -61,7 +61,7 @@ def _of_plugins() -> dict[str, Mapping[str, Explanation]]:
 
 
 def page() -> str:
-    """docs/rules.md."""
+    """The text of docs/rules.md."""
     parts = [Path(__file__).with_suffix(".md").read_text(encoding="utf-8")]
     for family in Family:
         parts.append(f"## {family.prefix}xx: {family.title}\n")
@@ -98,7 +98,7 @@ def _beside(options: tuple[str, ...]) -> str:
 
 
 def _shown_files(entry: Explanation) -> list[tuple[str, str]]:
-    """The `.jsonl` files that one of the configs names; what else must be there can be told from them."""
+    """Name and text of each `.jsonl` file that a config names; a reader can tell the other files from them."""
     named = entry.bad + entry.good
     return [(name, text) for name, text in entry.files.items() if name.endswith(".jsonl") and name in named]
 

@@ -1,8 +1,8 @@
-"""Fixes that need no thought, written into the text of a config: comments, order and spacing stay as they are.
+"""Fixes that are certain, written into the text of a config. Comments, order and spacing stay as they are.
 
-An edit is kept only where it does what it says and nothing else: the edited text is read again, and its data must be
-the old data with that one key renamed or moved, or that one value replaced. So an edit inside a value that `*aliases`
-repeat, or one that would write a key twice, is left to the user.
+After each edit the text is read again. The edit is kept only if the new data is the old data with that one key renamed
+or moved, or that one value replaced. So an edit inside a value that `*aliases` repeat, or one that would write a key
+twice, is left to the user.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from ttt.config.source import Source, parse_source
 from ttt.printable import printable
 
 MOST_TRIALS = 32
-"""Readings of an edited text, and rounds of edits, that are spent on a file; what is left then is the user's to fix."""
+"""Most rounds of edits on one file, and most readings in each round. Anything left after that is left to the user."""
 _BYTE_ORDER_MARK = "\ufeff"
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """A config's text, mended as far as that can be done without its author."""
+    """The text of a config after all certain fixes."""
 
     text: str
     fixed: tuple[Finding, ...]
-    """What is no longer wrong, in the order of the fixing."""
+    """The findings that were fixed, in the order of fixing."""
     checked: CheckedConfig
-    """What is found in the new text."""
+    """The new text, checked."""
 
 
 class _Splice(NamedTuple):
-    """Characters of the text, and what stands there afterwards."""
+    """A range of characters, and the text that replaces it."""
 
     start: int
     end: int
@@ -48,26 +48,26 @@ class _Splice(NamedTuple):
 
 @dataclass(frozen=True)
 class _Edit:
-    """One finding's fix: where the characters are, and what the data says afterwards."""
+    """The fix of one finding: the characters to change, and how the data changes."""
 
     finding: Finding
     path: KeyPath
     splices: tuple[_Splice, ...]
-    """One for a key or a value; two for a key that moves, where it comes from and where it goes."""
+    """One for a new key or value; two for a key that moves, at its old and its new place."""
 
     @property
     def moves(self) -> bool:
-        """Whether the key at `path` goes to another section."""
+        """Whether the key at `path` moves to another section."""
         return self.finding.moves_to is not None
 
     @property
     def renames(self) -> bool:
-        """Whether the key at `path` gets another name; else its value is another."""
-        return self.finding.code == TTT101.number  # whose replacement is the key's; every other's is the value's
+        """Whether the key at `path` gets another name. If not, and it does not move, it gets another value."""
+        return self.finding.code == TTT101.number  # its replacement is a key; that of every other code is a value
 
     @property
     def new_path(self) -> KeyPath:
-        """Where the key is afterwards."""
+        """The path of the key after the edit."""
         if self.finding.moves_to is not None:
             return (*filter(None, self.finding.moves_to.split(".")), self.path[-1])
         return (*self.path[:-1], self.replacement) if self.renames else self.path
@@ -79,13 +79,13 @@ class _Edit:
 
 
 def fix_text(text: str, check: Callable[[str], CheckedConfig]) -> Fixed:
-    """Apply every fix that needs no thought, those that an earlier one brings to light included.
+    """Apply every certain fix, also those that become visible after an earlier one.
 
-    What comes out is a fixed point: fixing it again changes nothing, unless it took more than `MOST_TRIALS` rounds.
+    The result is a fixed point: fixing it again changes nothing, unless it took more than `MOST_TRIALS` rounds.
 
     Args:
         text: a config.
-        check: says what is wrong with a text, as `check_config` does.
+        check: checks a text, as `check_config` does.
     """
     mark = _BYTE_ORDER_MARK if text.startswith(_BYTE_ORDER_MARK) else ""
     text = text.removeprefix(mark)
@@ -106,7 +106,7 @@ def fix_text(text: str, check: Callable[[str], CheckedConfig]) -> Fixed:
 
 
 def unified_diff(before: str, after: str, *, file: str) -> str:
-    """What the fixes change, as `diff -u` shows it; empty where that is nothing."""
+    """What the fixes change, in the format of `diff -u`; empty if nothing changes."""
     shown: list[str] = []
     name = printable(file)
     for line in difflib.unified_diff(_lines(before), _lines(after), fromfile=name, tofile=f"{name} (fixed)"):
@@ -116,7 +116,7 @@ def unified_diff(before: str, after: str, *, file: str) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """The lines with what ends them."""
+    """The lines of the text, line breaks included."""
     ends = [match.end() for match in LINE_BREAK.finditer(text)]
     return [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True) if start < end]
 
@@ -125,7 +125,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _edits(text: str, findings: Sequence[Finding], source: Source) -> list[_Edit]:
-    """The edits that the findings ask for, in the order of the text, none inside another."""
+    """The edits that the findings ask for, in the order of the text. No two overlap."""
     starts = [0, *(match.end() for match in LINE_BREAK.finditer(text))]
     taken = set(source.places)
     children: dict[KeyPath, list[Place]] = {}
@@ -151,7 +151,7 @@ def _edits(text: str, findings: Sequence[Finding], source: Source) -> list[_Edit
             edits.append(replace(edit, splices=splices))
     edits.sort(key=lambda edit: edit.splices)
     apart: list[_Edit] = []
-    used: list[_Splice] = []  # in order, none inside another
+    used: list[_Splice] = []  # in order, without overlap
     for edit in edits:
         if not any(_inside(splice, used) for splice in edit.splices):
             apart.append(edit)
@@ -161,13 +161,13 @@ def _edits(text: str, findings: Sequence[Finding], source: Source) -> list[_Edit
 
 
 def _inside(splice: _Splice, used: Sequence[_Splice]) -> bool:
-    """Whether a splice has characters in common with one of those in order."""
+    """Whether a splice overlaps one of `used`, which are in order."""
     before = bisect.bisect_left(used, splice.end, key=lambda other: other.start) - 1  # the last that begins before
     return before >= 0 and used[before].end > splice.start
 
 
 def _write_instead(text: str, starts: Sequence[int], edit: _Edit, source: Source) -> tuple[_Splice, ...]:
-    """Another key or value in the place of the one that is there."""
+    """The splice that replaces a key or value; empty if the text already says it."""
     place = source.places[edit.path].key if edit.renames else source.places[edit.path].value
     assert place.line is not None
     assert place.column is not None
@@ -179,10 +179,10 @@ def _write_instead(text: str, starts: Sequence[int], edit: _Edit, source: Source
 def _move(
     text: str, starts: Sequence[int], edit: _Edit, source: Source, children_of: Mapping[KeyPath, Sequence[Place]]
 ) -> tuple[_Splice, ...]:
-    """The line of a key, its comment included, out of its section and to the top of another.
+    """The splices that move a key's line, with its comment, from its section to the top of another.
 
-    Nothing where the key shares its line with another, or either section is written in braces: then there is more to
-    move than a line.
+    Empty if the key shares its line with another key, or if either section is written in braces: then moving the line
+    would not do.
     """
     located, home = source.places[edit.path], edit.new_path[:-1]
     line = located.key.line
@@ -226,7 +226,7 @@ def _apply(text: str, edits: Sequence[_Edit]) -> str:
 
 
 def _that_hold(text: str, edits: Sequence[_Edit], source: Source, trials: Iterator[int]) -> list[_Edit]:
-    """The edits that do what they say: all of them, else those of each half; none where `trials` are used up."""
+    """The edits that do what they say: all of them, else the good ones of each half; none once `trials` are used up."""
     if next(trials, None) is None:
         return []
     if _does_what_it_says(text, edits, source):
@@ -253,7 +253,7 @@ def _does_what_it_says(text: str, edits: Sequence[_Edit], source: Source) -> boo
 
 
 def _edit_data(data: dict[str, Any], edit: _Edit) -> bool:
-    """Make the edit in plain data; whether that can be done."""
+    """Make the edit in plain data. Returns whether that is possible."""
     section: Any = data
     for part in edit.path[:-1]:
         section = section[part]

@@ -1,7 +1,7 @@
-"""Configs of other programs in this project's terms: where each key went, or why it has no counterpart.
+"""Configs of other programs, translated: where each key went, or why it has no counterpart.
 
-The formats themselves are known to plugins, which implement the hook `ttt_import_config`; here they are asked, and the
-new config is written, with an account in which no key of the old file is lost.
+Plugins know the formats and implement the hook `ttt_import_config`. This file asks them, writes the new config, and
+renders an account that names every key of the old file.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from ttt.plugins.registry import ask, entry_points
 from ttt.printable import printable, shell_word
 
 _COMMENT = 500
-"""Characters of somebody else's text in a comment, or in an account."""
+"""Most characters of foreign text in a comment or in an account."""
 MOST_LISTED = 200
-"""Keys of a kind that an account lists; the others are counted."""
+"""Most keys of one kind that an account lists; the others are counted."""
 
 
 def import_config(
     text: str, *, file: str, backbone: str | None = None, tell: Callable[[str], None] = lambda sentence: None
 ) -> ImportedConfig | None:
-    """Ask the plugins, one by one, to read a foreign config; None where it is none that they know.
+    """Ask the plugins, one by one, to read a foreign config. Returns None if no plugin knows its format.
 
     Args:
         text: the old file.
         file: its name.
-        backbone: the only one whose configs are wanted; None takes any.
-        tell: called with a sentence for each plugin that is broken or failed, if another one read the file.
+        backbone: accept only configs for this backbone; None accepts any.
+        tell: called with a sentence for each plugin that is broken or fails, if another one reads the file.
 
     Raises:
-        ConfigError: the file is meant to be YAML, and is none, or says a key twice.
-        PluginError: a plugin is broken or failed, and no other reads the file.
-        UsageError: it is a config of this project already, or one that a plugin knows and that is damaged.
+        ConfigError: the file is named as YAML but is not YAML, or writes a key twice.
+        PluginError: a plugin is broken or fails, and no other reads the file.
+        UsageError: the file is a config of this project already, or a plugin knows its format and finds it damaged.
     """
     source = parse_source(text, file=file)
     if file.casefold().endswith((".yaml", ".yml")) and source.findings:
@@ -61,7 +61,7 @@ def _is_for(imported: ImportedConfig, backbone: str | None) -> bool:
 
 
 def readers() -> tuple[str, ...]:
-    """The plugins that read other programs' configs, working or broken; none is loaded."""
+    """The names of the plugins that read other programs' configs, broken ones included. Loads none of them."""
     return tuple(dict.fromkeys(point.name for point in entry_points(CONFIG_IMPORTS)))
 
 
@@ -69,7 +69,7 @@ def readers() -> tuple[str, ...]:
 
 
 def write_imported(imported: ImportedConfig, *, origin: str) -> str:
-    """The new config as YAML, each key with the old one that it comes from."""
+    """The new config as YAML. A comment beside each key names the old key that it comes from."""
     origins = {key.new: key for key in imported.keys if key.new is not None}
     lines = [f"# Imported from {_in_a_comment(origin)} ({_in_a_comment(imported.format)}) by `ttt import-config`."]
     for section in RunConfig.model_fields:
@@ -92,7 +92,7 @@ def _comment(origin: ImportedKey, key: str) -> str:
 
 
 def _in_a_comment(text: str) -> str:
-    """Somebody else's text as a comment holds it: in one line, whatever ends a line to YAML, and no longer."""
+    """Foreign text that is safe in a YAML comment: on one line, and shortened to `_COMMENT` characters."""
     text = printable(text)
     return text if len(text) <= _COMMENT else f"{text[: _COMMENT - 1]}…"
 

@@ -1,6 +1,6 @@
 """The JSON schema of configs, plugins' options included, for editors: completion, hover texts, errors while typing.
 
-The schema says what can be said of one key alone. What keys must be together is `ttt check`'s to say.
+The schema describes each key by itself. How keys must fit together, only `ttt check` says.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     from ttt.plugins import Backbone
 
 SCHEMA_FILE = "ttt.schema.json"
-"""The name under which configs look for the schema, beside themselves."""
+"""The name of the schema's file. Configs refer to it in their own folder."""
 EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}\n"
-"""The line by which editors (those that speak to yaml-language-server) find it."""
+"""The first line of a config, by which editors with yaml-language-server find the schema."""
 COMMENT = "Made by `ttt schema`, which makes it anew when plugins come or go."
 _NULL = {"type": "null"}
 _KEYWORDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
 class _Generator(GenerateJsonSchema):
-    """Without titles that only repeat a key's name."""
+    """Leaves out titles, which would only repeat a key's name."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
-        """Never."""
+        """Return False for every field."""
         return False
 
 
 def json_schema(backbones: Sequence[Backbone]) -> dict[str, Any]:
-    """The schema of a config for one of the backbones; where there are several, their options are alternatives.
+    """The schema of a config for any of the backbones. If there are several, their options are alternatives.
 
     Args:
         backbones: at least one.
@@ -84,7 +84,7 @@ def json_schema(backbones: Sequence[Backbone]) -> dict[str, Any]:
 
 
 def _in_keywords(value: Any) -> Any:
-    """The schema with bounds that pydantic leaves in its own words in those of JSON schema."""
+    """The schema with bounds in JSON Schema's keywords, where pydantic writes its own."""
     if isinstance(value, Mapping):
         bounded = value.get("type") in ("integer", "number")
         return {_KEYWORDS.get(key, key) if bounded else key: _in_keywords(item) for key, item in value.items()}
@@ -97,14 +97,14 @@ def _target(reference: Mapping[str, Any]) -> str:
 
 
 def _named(backbone: Backbone, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A plugin's options with its name as the only one, and needed."""
+    """A plugin's options, with `name` required and its own name as the only value."""
     name = {"const": backbone.name, "description": options["properties"]["name"].get("description", "")}
     required = ["name", *(key for key in options.get("required", []) if key != "name")]
     return {**options, "properties": {**options["properties"], "name": name}, "required": required}
 
 
 def _set_defaults(properties: dict[str, Any], backbones: Sequence[Backbone]) -> None:
-    """Let the `ttt` section show the defaults that hold for these backbones; none where they differ."""
+    """Give each key of the `ttt` section its default for these backbones; no default if they differ."""
     resolved = [
         TTTConfig.model_validate(with_defaults({}, backbone.ttt_defaults)).model_dump(mode="json")
         for backbone in backbones
@@ -116,7 +116,7 @@ def _set_defaults(properties: dict[str, Any], backbones: Sequence[Backbone]) -> 
 
 
 def _property(key: str, alternatives: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One key of the top level; a section may be left empty, all its keys commented out."""
+    """The schema of one top-level key. A section may also be null: all its keys commented out."""
     described = {"description": alternatives[0].get("description", "")}
     if key == "run_dir":
         return dict(alternatives[0])
@@ -128,7 +128,7 @@ def _property(key: str, alternatives: Sequence[Mapping[str, Any]]) -> dict[str, 
 
 
 def _data_of(backbone: Backbone, data: Mapping[str, Any]) -> dict[str, Any]:
-    """The condition that a backbone's data go with it."""
+    """The condition that a config with this backbone has this backbone's `data` section."""
     named = {"properties": {"backbone": {"properties": {"name": {"const": backbone.name}}, "required": ["name"]}}}
     section = {"anyOf": [{"$ref": f"#/$defs/{_target(data)}"}, _NULL]}
     return {"if": {**named, "required": ["backbone"]}, "then": {"properties": {"data": section}}}

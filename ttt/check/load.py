@@ -1,4 +1,4 @@
-"""From a file to a run: read, fill in, validate, check; every finding of a file in one go."""
+"""From a file to a run: read, fill in defaults, validate, check. One pass reports every finding of a file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MOST = {
     **{"tokens_per_window": 1 << 50, "parameters": 1 << 60, "attention_parameters": 1 << 60},
     **{"layer_activation_bytes": 1 << 60, "head_activation_bytes": 1 << 60},
 }
-"""What a backbone's facts may say at most."""
+"""The largest value that is accepted for each of a backbone's facts."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,16 @@ class LoadedConfig:
 
 @dataclass(frozen=True)
 class CheckedConfig:
-    """What was found in a config, whether it can be run or not."""
+    """The result of a check, whether the config can be run or not."""
 
     findings: tuple[Finding, ...]
     """Errors, warnings and notes, in the order of the file."""
     source: Source
     """What was written, and where."""
     config: RunConfig | None
-    """Resolved, defaults included; None where a key, a section or the file itself is not what the user meant."""
+    """Resolved, defaults included; None if the file, a section or a key does not say what the user meant."""
     backbone: Backbone | None
-    """None where the config names none that works."""
+    """None if the config names no backbone, or one that does not work."""
 
 
 def check_config(
@@ -79,17 +79,17 @@ def check_config(
     resuming: bool = False,
     training: bool = True,
 ) -> CheckedConfig:
-    """Read, resolve and check a config. No torch is imported, and no model built.
+    """Read, resolve and check a config. Imports no torch and builds no model.
 
     Args:
         path: the file; with `text`, the name that findings show for it.
         text: the config itself, instead of a file.
-        backbone: for configs that do not name one; one that names another is refused.
-        overrides: `section.key=value`, values as YAML, over what the config says.
-        memory: bytes of the device that the run is for; None asks the machine where the config names a device of it.
-        cost: also say what the run costs, as a note.
-        resuming: whether a run goes on, which has its weights and no need of what it once started from.
-        training: whether it is to be trained; else its evaluation tasks and house rules are not asked for.
+        backbone: for configs that do not name one. A config that names another is refused.
+        overrides: `section.key=value`, values as YAML; they replace what the config says.
+        memory: bytes of memory of the run's device. If None, ask this machine for its own devices.
+        cost: add a note that says what the run costs.
+        resuming: whether an interrupted run goes on. It has its weights and does not read `train.init_from` again.
+        training: whether the config is for training. If not, evaluation tasks and house rules are left out.
 
     Raises:
         EnvironmentProblem: the file is missing or cannot be read.
@@ -114,14 +114,14 @@ def load_config(
     resuming: bool = False,
     training: bool = True,
 ) -> LoadedConfig:
-    """`check_config` for a config that is to be run; the other arguments are the same.
+    """Read and check a config that is to be run. The arguments are those of `check_config`.
 
-    Where it is not to be trained (`training` false), nothing is found about its data, memory, disk and optimiser,
-    and neither its evaluation tasks nor house rules are asked for.
+    If it is not for training (`training` false), findings about data, memory, disk and optimiser are left out, and
+    neither evaluation tasks nor house rules are asked for.
 
     Raises:
-        ConfigError: it cannot be run; the message lists every finding, each with its place, and `findings` has them.
-            Where only the machine is at fault (a file that it names is missing, a plugin is broken) it is a
+        ConfigError: the config cannot be run. The message lists every finding with its place; `findings` holds them.
+            If only the machine is at fault (a file that it names is missing, a plugin is broken), the error is a
             `ConfigEnvironmentError`.
         EnvironmentProblem: the file is missing or cannot be read.
         ValueError: neither `path` nor `text` is given.
@@ -153,7 +153,7 @@ def load_config(
 
 
 class _Check:
-    """One config on its way through the steps, and what was found so far."""
+    """The steps of checking one config, and the findings so far."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class _Check:
         backbone = self._find_backbone(data, asked)
         result = self._validate(data, backbone)
         if self.training and result.config is not None and result.config.eval.tasks:
-            from ttt.check.tasks import resolve_tasks  # a config that names none has no need of it
+            from ttt.check.tasks import resolve_tasks  # only configs with tasks need it
 
             resolve_tasks(result, self.source)
         self.findings.extend(result.findings)
@@ -200,7 +200,7 @@ class _Check:
     # --- the backbone ---
 
     def _find_backbone(self, data: dict[str, Any], asked: Backbone | str | None) -> Backbone | None:
-        """The plugin that the config, or the caller, names; `data` gets the name where the caller alone has it."""
+        """The plugin that the config or the caller names. If only the caller names it, the name is added to `data`."""
         asked_name = asked.name if isinstance(asked, Backbone) else asked
         section = data.get("backbone", {})
         if not isinstance(section, Mapping):
@@ -232,7 +232,7 @@ class _Check:
         return asked if isinstance(asked, Backbone) and asked.name == name else self._look_up(name)
 
     def _look_up(self, name: str) -> Backbone | None:
-        """The installed plugin of that name; findings where there is none, or a broken one."""
+        """The installed plugin of that name. If there is none, or it is broken, add a finding and return None."""
         plugin = plugins.find(name)
         if plugin is None:
             close = nearest(name, plugins.names())
@@ -275,9 +275,9 @@ class _Check:
             return Validated(None)
 
     def _validate_the_rest(self, data: dict[str, Any]) -> Validated:
-        """Validate what does not hang on the backbone, where that is not known."""
+        """Validate the sections that do not depend on the backbone, if that is unknown."""
         result = validate(RunConfig, {**data, "backbone": {"name": "unknown"}, "data": {}}, self.source)
-        # How the keys of `ttt` fit together hangs on the plugin's defaults.
+        # Whether the keys of `ttt` fit together depends on the plugin's defaults.
         result.findings = [finding for finding in result.findings if finding.code != TTT106.number]
         result.untrusted |= {("backbone",), ("data",), ("ttt",)}
         return result
@@ -314,7 +314,7 @@ class _Check:
             return None
 
     def _of_a_possible_model(self, facts: BackboneFacts | None) -> BackboneFacts | None:
-        """The facts, unless they are of a model that nobody has: sums about it would say nothing, or never end."""
+        """The facts; None, with a finding, if the model is impossibly large: sums about it would not end."""
         for name, most in _MOST.items():
             size = getattr(facts, name, None)
             if isinstance(size, int) and size > most:
@@ -351,7 +351,7 @@ class _Check:
             self._run_plugin_rules(answer.plugin, answer.value, config, untrusted, path="")
 
     def _add_failed(self, plugin: Backbone | Plugin, error: Exception, *, path: str = "backbone.name") -> None:
-        """Blame the plugin for what it failed in, and the user's key for what it refused."""
+        """Add a finding about a plugin's error. It blames the plugin, or the user's key if the plugin refused it."""
         if isinstance(error, TTTError) and not isinstance(error, PluginError):
             self._add_refused(error)
             return
@@ -359,14 +359,14 @@ class _Check:
         self._add(TTT803, path, told, WAY_OUT, value=plugin.name)
 
     def _add_refused(self, error: TTTError) -> None:
-        """What a plugin says of the user's key, or of its whole section."""
+        """Add a finding about a key, or a whole section, that a plugin refused."""
         path = error.key if error.key is not None and error.key.split(".")[0] in _SECTIONS else "backbone"
         code = TTT605 if isinstance(error, EnvironmentProblem) else TTT106
         self._add(code, path, error.told, error.fix)
 
 
 def _decides_facts(path: KeyPath, config: RunConfig) -> bool:
-    """Whether a backbone's facts may hang on a key: on one of its options, not on a key that it does not have."""
+    """Whether a backbone's facts may depend on a key: on its options, but not on a key that it does not have."""
     sections: dict[str | int, BaseModel] = {"backbone": config.backbone, "data": config.data}
     section = sections.get(path[0])
     return section is not None and (len(path) == 1 or path[1] in type(section).model_fields)
@@ -380,7 +380,7 @@ def with_place(finding: Finding, source: Source) -> Finding:
 
 
 def _order(finding: Finding) -> tuple[bool, int, int]:
-    """The order of the file, overrides last."""
+    """Sort key: the order of the file, overrides last."""
     place = finding.place or Place("")
     return place.line is None, place.line or 0, place.column or 0
 

@@ -1,4 +1,4 @@
-"""pydantic's errors about plain data, one for each key, and what its validators say is to blame."""
+"""pydantic's errors about plain data, one for each key, and the keys that they blame."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ttt.config.misfit import Misfit
 from ttt.config.places import KeyPath
 
 FROM_VALIDATORS = ("value_error", "assertion_error")
-"""pydantic's types for what a validator raises."""
+"""pydantic's error types for an error that a validator raised."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,14 @@ class Problem:
     context: Mapping[str, Any]
     message: str
     members: tuple[Problem, ...] = ()
-    """What each member of a union says, where the value fits none."""
+    """The problem with each member of a union, if the value fits none of them."""
 
     @property
     def misfit(self) -> Misfit | None:
-        """What a validator raised; a plain `ValueError` as one without keys and fix. None is pydantic's own error."""
+        """The error that a validator raised; None for pydantic's own errors.
+
+        A plain `ValueError` becomes a `Misfit` without keys and fix.
+        """
         if self.kind not in FROM_VALIDATORS:
             return None
         error = self.context.get("error")
@@ -39,7 +42,7 @@ class Problem:
 
 
 def problems_of(error: ValidationError, data: Any) -> Iterator[Problem]:
-    """The errors of a validation, one for each key: those of a union's members become one."""
+    """The errors of a validation, one for each key. Errors about the members of a union are joined into one."""
     groups: dict[KeyPath, list[Problem]] = {}
     for told in error.errors(include_url=False):
         path, union = _path_in(data, told["loc"], missing=told["type"] == "missing")
@@ -55,7 +58,10 @@ def problems_of(error: ValidationError, data: Any) -> Iterator[Problem]:
 
 
 def _as_one(members: Sequence[Problem]) -> Problem:
-    """What the members of a union say of one value: what a validator says of it, for it is of that member's type."""
+    """Join the problems of a union's members with one value.
+
+    If a validator raised one of them, that one is kept: the value is of that member's type.
+    """
     if len(members) == 1:
         return members[0]
     raised = next((member for member in members if member.misfit is not None), None)
@@ -63,7 +69,10 @@ def _as_one(members: Sequence[Problem]) -> Problem:
 
 
 def _path_in(data: Any, loc: Sequence[str | int], *, missing: bool) -> tuple[KeyPath, KeyPath | None]:
-    """The location that pydantic gives, less its names of union members, and the path of the first union on the way."""
+    """The path of a key from pydantic's location, and the path of the first union on it, if any.
+
+    pydantic's location also names the members of unions; the path does not.
+    """
     path: KeyPath = ()
     union: KeyPath | None = None
     for index, part in enumerate(loc):
@@ -83,7 +92,7 @@ def _is_position(part: str | int, data: Any) -> bool:
 
 
 def blamed(problem: Problem, model: type[BaseModel]) -> list[KeyPath]:
-    """The keys that a problem is about: those that a validator names, else where pydantic found it."""
+    """The keys to blame for a problem: those that a validator names, else the one where pydantic found it."""
     misfit = problem.misfit
     home = problem.path if section_at(model, problem.path) is not None else key_of(problem.path)[:-1]
     known = keys_of(section_at(model, home))

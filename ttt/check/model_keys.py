@@ -1,4 +1,4 @@
-"""The keys of a model of a run: which there are, what type each has, what it is."""
+"""The keys of a run's model: their names, sections, types and descriptions."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _UNIONS = (typing.Union, types.UnionType)
 
 @functools.cache
 def keys_of(model: type[BaseModel] | None) -> tuple[str, ...]:
-    """The keys of a section; none where there is no section."""
+    """The keys of a section; empty if `model` is None."""
     return tuple(model.model_fields) if model is not None else ()
 
 
 @functools.cache
 def sections_of(model: type[BaseModel]) -> list[KeyPath]:
-    """The top level and its sections."""
+    """The paths of the top level and of each section."""
     return [(), *((name,) for name in model.model_fields if section_at(model, (name,)) is not None)]
 
 
 @functools.cache
 def homes_of(model: type[BaseModel]) -> dict[str, list[KeyPath]]:
-    """The sections that have a key, for each key."""
+    """For each key, the sections that have it."""
     homes: dict[str, list[KeyPath]] = {}
     for section in sections_of(model):
         for key in keys_of(section_at(model, section)):
@@ -42,26 +42,26 @@ def homes_of(model: type[BaseModel]) -> dict[str, list[KeyPath]]:
 
 @functools.lru_cache(maxsize=256)
 def section_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
-    """The model of the section at a path, None where there is a plain value or no such key."""
+    """The model of the section at a path; None if there is a plain value or no such key."""
     return next(filter(None, map(_as_section, types_at(model, path))), None)
 
 
 def field_at(model: type[BaseModel], path: KeyPath) -> FieldInfo | None:
-    """The field of a key, or of the key whose list a value is in."""
+    """The field of a key. For a value in a list, the field of the list's key."""
     path = key_of(path)
     section = section_at(model, path[:-1]) if path else None
     return section.model_fields.get(str(path[-1])) if section is not None else None
 
 
 def key_of(path: KeyPath) -> KeyPath:
-    """The key itself, or the key whose list a value is in."""
+    """The path of a key. For a value in a list, the path of the list's key."""
     while path and isinstance(path[-1], int):
         path = path[:-1]
     return path
 
 
 def types_at(model: type[BaseModel], path: KeyPath) -> list[Any]:
-    """The types that a value may have, members of unions one by one; empty where there is no such key."""
+    """The types that a value may have, each member of a union by itself; empty if there is no such key."""
     found: list[Any] = [model]
     for part in path:
         found = [member for annotation in found for member in _members_of(_part_of(annotation, part))]
@@ -69,7 +69,7 @@ def types_at(model: type[BaseModel], path: KeyPath) -> list[Any]:
 
 
 def choices_at(model: type[BaseModel], path: KeyPath) -> list[Any]:
-    """The values that a key is limited to, those of its other types aside."""
+    """The values that a key's literal and enum types allow."""
     found: list[Any] = []
     for annotation in types_at(model, path):
         if typing.get_origin(annotation) is typing.Literal:
@@ -80,7 +80,7 @@ def choices_at(model: type[BaseModel], path: KeyPath) -> list[Any]:
 
 
 def described(model: type[BaseModel], path: KeyPath) -> str:
-    """The first line of what a key is, without its full stop."""
+    """The first line of a key's description, without its full stop."""
     section = section_at(model, path[:-1]) if path else None
     text = descriptions(section).get(str(path[-1]), "") if section is not None else ""
     return text.split("\n")[0].rstrip(".")
@@ -103,7 +103,7 @@ def _as_section(annotation: Any) -> type[BaseModel] | None:
 
 
 def _part_of(annotation: Any, part: str | int) -> Any:
-    """The type of a section's key, or of a value in a list or a mapping; None where there is none."""
+    """The type of a section's key, or of a value in a list or a mapping; None if there is none."""
     section = _as_section(annotation)
     if section is not None:
         info = section.model_fields.get(str(part))

@@ -16,4 +16,4 @@ LAWS = {
     6: _code("TTT906", "a closed gate that is not the plain backbone"),
     10: _code("TTT910", "a TTT layer that does nothing"),
 }
-"""By the law's number."""
+"""The codes by the number of their law."""

@@ -1,4 +1,4 @@
-"""A config file from the disk."""
+"""Reading a config file from the disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_source(path: str | Path) -> Source:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """What is in a config file: all of it, or of one that is too large, enough for `parse_source` to say so.
+    """The bytes of a config file. If it is too large, its beginning: enough for `parse_source` to say so.
 
     Raises:
         EnvironmentProblem: there is no such file, or it cannot be read.

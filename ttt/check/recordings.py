@@ -1,4 +1,4 @@
-"""The lines of `.jsonl` data, read as far as that goes without a decoder: keys, files, durations."""
+"""The lines of `.jsonl` data, read without decoding a recording: keys, files, durations."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from ttt.jsonl import Line, number_in, parse_object, path_in, read_excerpt
 
 _MOST_LINES = 2000
 _MOST_BYTES = 4 << 20
-"""A check is instant: what lies beyond is left to the run, which reads it all before its first step."""
+"""Most lines and bytes that a check reads, to stay instant. A run reads all of them before its first step."""
 
 
 @dataclass
 class Recordings:
-    """What the lines say. Places are `file:line`, with the file's name alone."""
+    """What the lines say. Places are `file:line`, without the file's folder."""
 
     count: int = 0
     """Lines read."""
     complete: bool = True
-    """Whether they are all."""
+    """Whether every line was read."""
     unparsed: list[str] = field(default_factory=list)
-    """Lines that are no JSON object."""
+    """Lines that are not a JSON object."""
     lacking: list[str] = field(default_factory=list)
     """Lines without a `path`, or a `duration` in seconds."""
     missing: list[str] = field(default_factory=list)
-    """Lines whose file is not there."""
+    """Lines whose file is missing."""
     alone: list[str] = field(default_factory=list)
-    """Lines whose file lacks the one that must lie beside it."""
+    """Lines whose file is there, but not the file that must be beside it."""
     places: list[str] = field(default_factory=list)
     """Good lines."""
     seconds: list[float] = field(default_factory=list)
@@ -39,7 +39,7 @@ def read_recordings(source: str | None, *, beside: str | None = None) -> Recordi
 
     Args:
         source: what the config names.
-        beside: suffix of the file that must lie beside each recording.
+        beside: suffix of the file that must be beside each recording.
     """
     read = None if source is None else read_excerpt(source, most_lines=_MOST_LINES, most_bytes=_MOST_BYTES)
     if read is None:

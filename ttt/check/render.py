@@ -1,6 +1,6 @@
-"""Findings as people and programs read them: text, JSON, GitHub's workflow commands.
+"""Findings as text, as JSON and as GitHub's workflow commands.
 
-`ttt.check.sarif` has the format of code scanning.
+SARIF, the format of code scanning, is in `ttt.check.sarif`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from ttt.printable import as_line, json_text, printable
 # --- what is shown ---
 
 MOST_OF_A_KIND = 100
-"""Findings of one code in one file that are shown; the others are counted."""
+"""Most findings of one code in one file that are shown; the others are counted."""
 MOST_CHARACTERS = 1000
-"""Of a message, a fix, a value or a quoted line that are shown."""
+"""Most characters that are shown of a message, a fix, a value or a quoted line."""
 
 
 def shown(findings: Iterable[Finding]) -> list[Finding]:
-    """The findings as they are shown: of each code in each file the first hundred, then how many more there are.
+    """The findings to show: the first `MOST_OF_A_KIND` of each code in each file, then how many more there are.
 
-    A text of theirs that is longer than a screen is shortened in its middle.
+    A text of more than `MOST_CHARACTERS` is shortened in its middle.
     """
     listed: list[Finding] = []
     counts: dict[tuple[str, str], int] = {}
@@ -41,7 +41,7 @@ def shown(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def _and_more(code: str, file: str, findings: Sequence[Finding]) -> Finding:
-    """What stands for the findings of a kind that are not shown."""
+    """One finding that counts those of a code and file that are not shown."""
     severities = [finding.severity for finding in findings]
     return Finding(
         code=code,
@@ -58,7 +58,7 @@ def _and_more(code: str, file: str, findings: Sequence[Finding]) -> Finding:
 
 
 def _shortened(finding: Finding) -> Finding:
-    """The finding with nothing in it longer than a screen."""
+    """The finding with its long texts shortened."""
     texts = {name: getattr(finding, name) for name in ("path", "message", "fix", "value", "replacement")}
     long: dict[str, Any] = {
         name: _short(text) for name, text in texts.items() if isinstance(text, str) and len(text) > MOST_CHARACTERS
@@ -77,7 +77,7 @@ def _short(text: str) -> str:
 
 
 def around(place: Place, room: int) -> tuple[str, int]:
-    """The part of a place's line around its column, at most so many characters, and how many are left out before."""
+    """At most `room` characters of a place's line around its column, and how many are left out before them."""
     start = max((place.column or 1) - 1 - room // 2, 0)
     return place.text[start : start + room], start
 
@@ -95,7 +95,7 @@ def render_text(findings: Iterable[Finding], *, color: bool = False, width: int 
     Args:
         findings: in the order to be shown.
         color: with ANSI colours.
-        width: columns to wrap at; None leaves every message on one line, for logs and `grep`.
+        width: columns to wrap at; None writes every message on one line, for logs and `grep`.
     """
     return "\n".join(_render_one(finding, color=color, width=width) for finding in shown(findings))
 
@@ -126,7 +126,7 @@ def _render_one(finding: Finding, *, color: bool, width: int | None) -> str:
 
 
 def _wrap(text: str, width: int | None, *, used: int, indent: int) -> list[str]:
-    """Lines of a text whose first begins after `used` columns and whose others after `indent`."""
+    """Wrap a text into lines. The first begins after `used` columns, the others after `indent` columns."""
     if width is None:
         return [text]
     room = max(width - indent, 40)
@@ -139,7 +139,7 @@ def _wrap(text: str, width: int | None, *, used: int, indent: int) -> list[str]:
 
 
 def _cells(text: str) -> int:
-    """Columns that a text takes on a terminal."""
+    """The number of columns that a text takes on a terminal."""
     return sum(
         0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
         for character in text
@@ -199,7 +199,7 @@ _GITHUB_LEVELS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity
 
 
 def render_github(findings: Iterable[Finding]) -> str:
-    """Findings as workflow commands of GitHub Actions, which shows them beside the lines of a pull request."""
+    """Findings as workflow commands. GitHub Actions shows them beside the lines of a pull request."""
     return "\n".join(_workflow_command(finding) for finding in shown(findings))
 
 
@@ -217,6 +217,6 @@ def _workflow_command(finding: Finding) -> str:
 
 
 def _escaped(text: str, *, property: bool = False) -> str:
-    """The text as a workflow command carries it, in one line."""
+    """The text, escaped for a workflow command, on one line."""
     text = "%0A".join(printable(line) for line in text.replace("%", "%25").replace("\r", "%0D").split("\n"))
     return text.replace(":", "%3A").replace(",", "%2C") if property else text

@@ -24,9 +24,9 @@ def render_sarif(findings: Sequence[Finding], *, version: str, problems: Sequenc
     """Findings as a SARIF log of one run.
 
     Args:
-        findings: what was found, in the order to be listed.
-        version: of the program that found it.
-        problems: why files could not be checked, a sentence each.
+        findings: in the order to be listed.
+        version: the version of this program.
+        problems: one sentence for each file that could not be checked.
     """
     findings = shown(findings)
     titles = {finding.code: finding.title for finding in findings}
@@ -84,7 +84,7 @@ def _result(finding: Finding, rule_index: int) -> dict[str, Any]:
 
 
 def _marks_what_is_replaced(finding: Finding, place: Place) -> bool:
-    """Whether the place is that of the key or value to be replaced; a value on another line is shown at its key."""
+    """Whether the place marks the text to be replaced. If a value is on another line, the place marks its key."""
     if place.line is None or place.column is None:
         return False
     marked = place.text[place.column - 1 : place.column - 1 + place.width].strip("\"'")

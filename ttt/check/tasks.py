@@ -1,4 +1,4 @@
-"""Evaluation tasks of a config, looked up and their options checked by the tasks' own models."""
+"""The evaluation tasks of a config: look them up, and check their options with the tasks' own models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TASKS = ("eval", "tasks")
 
 
 def resolve_tasks(result: Validated, source: Source) -> None:
-    """Put the options of each task in the place of what was written, and add what is found wrong with them."""
+    """Replace each entry of `eval.tasks` by its task's options, and add findings about what is wrong with them."""
     config = result.config
     if config is None or not config.eval.tasks:
         return
@@ -47,7 +47,7 @@ def _finding(code: Code, number: int, message: str, fix: str, **more: Any) -> Fi
 
 
 def _misnamed(config: RunConfig, number: int, installed: InstalledTasks) -> Iterator[Finding]:
-    """What is wrong with the name of a task."""
+    """Findings about the name of a task."""
     name = config.eval.tasks[number].name
     if any(entry.name == name for entry in config.eval.tasks[:number]):
         message = f"the task `{name}` stands in `eval.tasks` already, and its numbers have one name each"
@@ -68,7 +68,7 @@ def _misnamed(config: RunConfig, number: int, installed: InstalledTasks) -> Iter
 def _options(
     number: int, entry: TaskOptions, found: InstalledTask, source: Source
 ) -> tuple[TaskOptions | None, list[Finding]]:
-    """The options of a task by its own model, and what is wrong with them, each at its place."""
+    """The options of a task, validated by its own model, and findings about them, each at its place."""
     section = f"eval.tasks.{number}"  # one word, so that findings about its keys have their whole path
     written = (*_TASKS, number)
     places = {

@@ -1,4 +1,4 @@
-"""A key that its section does not have: where it belongs, or what was meant."""
+"""Findings about a key that its section does not have: where it belongs, or which key was probably meant."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ttt.config.source import Source
 from ttt.config.spelling import nearest
 
 OtherOptions = Callable[[], Mapping[str, Sequence[type[BaseModel]]]]
-"""Gives the options of other backbones by name, to say whose a key is."""
+"""Returns the options of other backbones by name, to find the backbone that has a key."""
 
 
 def unknown_key(
     path: KeyPath, model: type[RunConfig], source: Source, other_options: OtherOptions, *, guess: bool
 ) -> tuple[Finding, list[KeyPath]]:
-    """The finding about a key that its section does not have, and the keys that may have been meant.
+    """The finding about a key that its section does not have, and the keys that were possibly meant.
 
     Args:
         path: of the key.
-        model: `RunConfig`, narrowed to a backbone.
+        model: `RunConfig`, with the options of a backbone.
         source: where the user wrote it.
         other_options: the options of other backbones.
-        guess: whether to look for a key that is spelt alike.
+        guess: whether to look for a key with a similar spelling.
     """
     found = _in_another_place(path, model) or _of_another_backbone(path, other_options)
     code, message, fix, meant, more = found or _misspelt(path, model, guess=guess)
@@ -46,7 +46,7 @@ def unknown_key(
 
 
 _Found = tuple[Code, str, str, list[KeyPath], dict[str, Any]]
-"""Code, message, fix, the keys that may have been meant, and what `--fix` does."""
+"""Code, message, fix, the keys that were possibly meant, and what `--fix` does."""
 
 
 def _in_another_place(path: KeyPath, model: type[RunConfig]) -> _Found | None:

@@ -1,11 +1,11 @@
-"""Plain data against the schema: every misfit as a finding at its key, in plain words, all of them at once.
+"""Plain data, validated against the schema: a finding in plain words for everything that does not fit, all at once.
 
-A key that does not fit is reported, taken out, and the rest is checked again, so that what stands between several
-keys is found in the same pass. What was taken out is remembered as not to be relied on: nothing is said about a
-key because of a value that the user is going to change anyway.
+A key that does not fit is reported and removed, and the rest is validated again. So contradictions between keys are
+found in the same pass. Removed keys are remembered as untrusted: no finding rests on a value that the user will change
+anyway.
 
-Which keys are to blame and what to write instead is never read out of a message: validators raise
-`ttt.config.Misfit`, and pydantic's error types say the rest (`expected.py`).
+The keys to blame and the fix are never parsed out of a message: validators raise `ttt.config.Misfit`, and pydantic's
+error types say the rest (`expected.py`).
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from ttt.config.schema import RunConfig
 from ttt.config.source import Source
 
 _MOST_GUESSES = MOST_OF_A_KIND
-"""As many as are shown, findings after which it is no longer asked what its unknown keys were meant to be."""
+"""After so many findings, no more guesses are made about unknown keys: no more findings are shown either."""
 
 
 @dataclass
 class Validated:
-    """What became of the data."""
+    """The result of a validation."""
 
     config: RunConfig | None
-    """The config without the keys that did not fit; None where nothing could be made of it."""
+    """The config without the keys that did not fit; None if the rest is not a config either."""
     findings: list[Finding] = field(default_factory=list)
     untrusted: set[KeyPath] = field(default_factory=set)
-    """Keys whose value in `config` is not what the user meant."""
+    """Keys whose value in `config` may not be what the user meant."""
 
 
 def validate(
     model: type[RunConfig], data: Mapping[str, Any], source: Source, *, other_options: OtherOptions = dict
 ) -> Validated:
-    """Check data against a model of a run.
+    """Validate data against a model of a run.
 
     Args:
-        model: `RunConfig`, narrowed to a backbone.
-        data: what the user wrote, defaults of the plugin filled in; it is not changed.
+        model: `RunConfig`, with the options of a backbone.
+        data: what the user wrote, with the plugin's defaults filled in. It is not changed.
         source: where the user wrote it.
-        other_options: gives the options of other backbones by name, to say whose a key is.
+        other_options: returns the options of other backbones by name, to find the backbone that has a key.
 
     Raises:
-        Exception: whatever a validator of the plugin raises beside `ValueError`.
+        Exception: a validator of the plugin raised something other than `ValueError`.
     """
     validation = _Validation(model, source, other_options, _copy(data))
     while validation.goes_on():
@@ -70,7 +70,7 @@ def _copy(value: Any) -> Any:
 
 
 class _Validation:
-    """Data that is validated again and again, each time without what did not fit."""
+    """Validates data repeatedly, each time without the keys that did not fit."""
 
     def __init__(
         self, model: type[RunConfig], source: Source, other_options: OtherOptions, remaining: dict[str, Any]
@@ -82,7 +82,7 @@ class _Validation:
         self.result = Validated(None)
 
     def goes_on(self) -> bool:
-        """Validate what remains, report what does not fit and take it out; whether there was anything to take out."""
+        """Validate the remaining data; report and remove what does not fit. Returns whether anything was removed."""
         try:
             self.result.config = self.model.model_validate(self.remaining)
             return False
@@ -104,7 +104,7 @@ class _Validation:
         self.result.untrusted |= {problem.path, *might_be}
 
     def _report(self, problem: Problem) -> None:
-        """Turn a problem into a finding, unless it follows from another, and mark its keys as not to be relied on."""
+        """Turn a problem into a finding, unless it follows from another one, and mark its keys as untrusted."""
         keys = blamed(problem, self.model)
         between = keys != [problem.path] or self._of_a_section(problem)
         follows = (between or problem.kind == "missing") and any(map(self._is_doubtful, keys))
@@ -114,7 +114,7 @@ class _Validation:
         written = [key for key in keys if self.source.written(key)]
         path = written[0] if written else problem.path
         if problem.kind == "missing" and isinstance(path[-1], int):
-            path = path[:-1]  # what is missing is a value of the list
+            path = path[:-1]  # a value of a list is missing: report the list
         code, message, fix, replacement = self._in_words(problem, path, keys, between=between)
         if not written and path[:1] == ("ttt",) and problem.kind != "missing":
             code, message = TTT803, f"the plugin's own defaults do not fit: {message}"
@@ -132,20 +132,20 @@ class _Validation:
         )
 
     def _is_doubtful(self, key: KeyPath) -> bool:
-        """Whether a key, or a key inside it, is not to be relied on."""
+        """Whether a key, or a key inside it, is untrusted."""
         return any(
             key[: len(doubtful)] == doubtful or (doubtful[: len(key)] == key and field_at(self.model, doubtful))
             for doubtful in self.result.untrusted
         )
 
     def _of_a_section(self, problem: Problem) -> bool:
-        """Whether a section's validator complains, about its keys together."""
+        """Whether the problem is raised by a section's validator, about several of its keys."""
         return problem.misfit is not None and section_at(self.model, problem.path) is not None
 
     def _in_words(
         self, problem: Problem, path: KeyPath, keys: list[KeyPath], *, between: bool
     ) -> tuple[Code, str, str, str | None]:
-        """Code, message, fix, and what the value becomes where that needs no thought."""
+        """Code, message, fix, and the new value if it is certain."""
         name = dotted(path)
         if problem.kind == "extra_forbidden":
             return TTT101, f"unknown key `{name}`", "", None
@@ -169,7 +169,7 @@ class _Validation:
         return TTT104, f"`{dotted(path)}` is missing", f"write `{path[-1]}: …`" + (f" ({text})" if text else "")
 
     def _take_out(self, problem: Problem) -> bool:
-        """Remove what does not fit from the data; whether there was anything to remove."""
+        """Remove what does not fit from the data. Returns whether there was anything to remove."""
         if problem.kind == "missing" and not isinstance(problem.path[-1], int):
             return False
         keys = sorted(blamed(problem, self.model), key=lambda key: not self.source.written(key))
@@ -177,14 +177,14 @@ class _Validation:
 
 
 def _told(misfit: Misfit, value: Any, name: str, keys: list[KeyPath], *, between: bool) -> str:
-    """What a validator says, with the key where it is of one."""
+    """The message of a validator. If it is about a single key, the message begins with that key."""
     if between:
         return misfit.message or f"{listed(map(dotted, keys))} {'do' if len(keys) > 1 else 'does'} not fit"
     return f"`{name}`: {misfit.message}" if misfit.message else f"{show(value)} is no value of `{name}`"
 
 
 def _remove(data: Any, path: KeyPath) -> bool:
-    """Remove the key at a path; for a value in a list, the key of the list."""
+    """Remove the key at a path; for a value in a list, the list's key. Returns whether it was there."""
     position = next((index for index, part in enumerate(path) if isinstance(part, int)), len(path))
     path = path[:position]
     for part in path[:-1]:

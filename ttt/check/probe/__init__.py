@@ -1,7 +1,7 @@
-"""`ttt check --probe`: the laws proved on the config's own backbone, made so small that it runs in seconds.
+"""`ttt check --probe`: prove the laws on the config's own backbone, made so small that it takes seconds.
 
-Width and depth are those of the plugin's `tiny()`. What could break a law stays the config's own: every
-setting of the `ttt` section, the mini-batch, the group, the nesting of checkpoints, the type of the parameters.
+Width and depth are those of the plugin's `tiny()`. Everything else that could break a law is the config's: every
+setting of the `ttt` section, the mini-batch, the group, the nesting of checkpoints, the dtype of the parameters.
 """
 
 from __future__ import annotations
@@ -29,29 +29,30 @@ from ttt.words import first_line
 
 
 def probe(config: RunConfig, backbone: Backbone, *, console: Console | None = None) -> list[Finding]:
-    """Prove the laws for a config on a small model, on the CPU, and print each with its number.
+    """Prove the laws for a config on a small model on the CPU, and print each law with the measured number.
 
-    Proved are laws 1 to 6 and 10: a pass writes nothing and a second one is the same; gradients are those of nothing
-    recomputed; the future changes nothing before it; one token at a time is the whole; rows are independent; the
-    closed gate is the plain backbone; every layer is reached, moves and gets gradients.
+    It tries laws 1 to 6 and 10: a pass writes nothing and a second pass gives the same; recomputing changes no
+    gradient; no token changes an earlier output; a stream in pieces gives the same as the whole sequence; rows are
+    independent; with closed gates the model is the plain backbone; every TTT layer is reached, moves and gets
+    gradients.
 
     Args:
         config: what `ttt.check.load_config` returned, without errors.
         backbone: its plugin.
-        console: where to; None is standard output.
+        console: where to print; None is standard output.
 
     Returns:
-        A finding for each law that broke, `TTT901` … `TTT910` by the law's number, and `TTT803` where the plugin failed
-        while a law was tried. Their places are left out; the path is the key to blame.
+        A finding for each broken law, `TTT901` … `TTT910` by the law's number, and `TTT803` if the plugin failed while
+        a law was tried. They have no place; the path is the key to blame.
 
     Raises:
-        ttt.errors.TTTError: the model cannot be built, or takes no TTT with these settings.
+        ttt.errors.TTTError: the model cannot be built, or TTT cannot be injected with these settings.
     """
     console = console or Console()
     config = with_backbone_options(config, backbone)
     started = time.monotonic()
     findings: list[Finding] = []
-    # One thread: the matrices are small, and more would only wait for each other.
+    # One thread: the matrices are small, and several threads would only wait for each other.
     with threads(1), torch.random.fork_rng(devices=[]):
         setting = small_setting(config, backbone)
         say(console, f"probe: {setting.told[0]}")
@@ -72,7 +73,7 @@ def probe(config: RunConfig, backbone: Backbone, *, console: Console | None = No
 
 
 def _try(proof: Proof, setting: Setting, console: Console) -> list[Finding]:
-    """Try one, and print what came out."""
+    """Try one law, print the result, and return the findings."""
     if proof.applies:
         _row(console, proof, "--", proof.applies)
         return []
@@ -86,7 +87,7 @@ def _try(proof: Proof, setting: Setting, console: Console) -> list[Finding]:
         return [_failed(error.told, proof)]
     except TTTError:
         raise
-    except Exception as error:  # a plugin's code: whatever it raises is its failure, not ours
+    except Exception as error:  # a plugin's code may raise anything; the finding blames the plugin
         _row(console, proof, "FAILED", type(error).__name__)
         return [_failure(error, proof, setting.bench.backbone)]
     if proof.law == 10:

@@ -1,4 +1,4 @@
-"""The laws that a probe tries, in order, and how each is tried."""
+"""The laws that a probe tries, in order, and how it tries them."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from ttt.laws import Bench, checks
 from ttt.plugins import Streaming, has_capability
 
 _PIECES = 400
-"""Pieces that a stream is fed in at most."""
+"""Most pieces that a stream is fed in."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """A law, what it says, and how it is tried on the setting."""
+    """A law, what it claims, and how it is tried."""
 
     law: int
     claim: str
     kind: str
-    """The type of the numbers in which it is tried."""
+    """The dtype that it is tried in."""
     tolerance: float | None
-    """The largest number that passes; None if only 0 passes, or if the number must not be 0."""
+    """Largest measured number that passes; None if only 0 passes, or if the number must not be 0."""
     run: Callable[[], Mapping[str, float]]
     applies: str = ""
     """Why it is not tried; empty if it is."""
     compares_passes: bool = False
-    """Whether it compares passes of one adapted model. That says nothing if a pass changes the next one (law 1)."""
+    """Whether it compares passes of one adapted model. That means nothing if a pass changes the next one (law 1)."""
 
 
 def proofs(setting: Setting) -> list[Proof]:
-    """The proofs of a setting, in the order in which they run."""
+    """The laws to try for a setting, in order."""
     bench = setting.bench
     own = str(bench.dtype).removeprefix("torch.")
     return [
@@ -113,14 +113,14 @@ def _streams(setting: Setting) -> Iterator[Proof]:
 
 
 def cuts(tokens: int, size: int, *, unit: int, at_most: int) -> list[list[int]]:
-    """Ways to cut a sequence into pieces: as fine as `at_most` pieces allow, and unevenly.
+    """Two ways to cut a sequence into pieces, as lists of lengths: as fine as `at_most` allows, and unevenly.
 
     Args:
         tokens: length of the sequence.
-        size: of a mini-batch.
-        unit: length of the smallest piece: 1, or a mini-batch if they are not causal.
-        at_most: the most pieces. If single units would be more, they are fed one by one around every boundary of
-            mini-batches, and in longer pieces between.
+        size: tokens in a mini-batch.
+        unit: length of the smallest piece in tokens: 1, or a whole mini-batch if mini-batches are not causal.
+        at_most: most pieces. If single tokens would be more, tokens near the boundaries of mini-batches are single
+            pieces, and those between are in longer ones.
     """
     if unit > 1:
         whole, rest = divmod(tokens, unit)
@@ -147,7 +147,7 @@ def cuts(tokens: int, size: int, *, unit: int, at_most: int) -> list[list[int]]:
 
 
 def _telling_tokens(tokens: int, size: int, group_size: int) -> list[int]:
-    """Places at which a leak would show: inside a mini-batch, at boundaries of mini-batches and groups, at the end."""
+    """Tokens that would show a leak: inside a mini-batch, at boundaries of mini-batches and of groups, at the end."""
     places = {1, size // 2, size - 1, size, size + 1, size + size // 2, 2 * size - 1}
     places |= {group_size * size - 1, group_size * size, group_size * size + 1, tokens - 1}
     return sorted(place for place in places if 0 < place < tokens)

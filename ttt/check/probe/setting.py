@@ -1,4 +1,4 @@
-"""What a config is proved on: width and depth of the plugin's smallest model, all else the config's own."""
+"""What the laws are proved on: the config, with the width and depth of the plugin's smallest model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ttt.laws import Bench
 from ttt.plugins import Backbone, Site, Streaming, has_capability
 
 _SHORTEST = 12
-"""Tokens that a probe reads at least."""
+"""Fewest tokens that a probe reads."""
 _LONGEST = 2048
-"""Tokens that a probe reads at most: attention and the dual form grow with their square."""
+"""Most tokens that a probe reads: the cost of attention and of the dual form grows with their square."""
 _LONGEST_FOR_GROUPS = 1280
-"""Tokens that it reads for the sake of a second checkpoint group."""
+"""Most tokens that it reads to reach a second checkpoint group."""
 STREAMED = 100
-"""Tokens of a mini-batch in the streamed model at most: what a backbone remembers while it streams may be short."""
+"""Most tokens of a mini-batch when the model streams: a streaming backbone may have a short context."""
 _BATCH = 2
 _LEAST_GATE = 0.01
 _PROBE_GATE = 0.1
@@ -29,33 +29,33 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Setting:
-    """What a config is proved on."""
+    """What the laws are proved on."""
 
     bench: Bench
-    """In the config's own type of parameters, with its own nesting."""
+    """With the config's own dtype of parameters and its own nesting of checkpoints."""
     exact: Bench
-    """The same in float32, whose rounding hides no leak."""
+    """The same in float32: its rounding is too small to hide a leak."""
     short: Bench
-    """The same again on a sequence of three mini-batches: without gradients no group is checkpointed."""
+    """`exact` on three mini-batches, for law 4: without gradients nothing is checkpointed, so no group is needed."""
     config: TTTConfig
-    """The `ttt` section as it is probed."""
+    """The `ttt` section that is probed."""
     layers: tuple[int, ...]
-    """Where TTT is in the small model."""
+    """The layers of the small model that get TTT."""
     group_size: int
     """Mini-batches per checkpoint in the proof of law 2."""
     told: tuple[str, ...]
-    """What was made smaller, in the user's words: the model first."""
+    """Sentences that say what was made smaller, the model first."""
 
 
 def small_setting(config: RunConfig, backbone: Backbone) -> Setting:
-    """The config on the plugin's smallest model.
+    """Fit the config to the plugin's smallest model.
 
     Raises:
-        ttt.errors.TTTError: the model cannot be built, or the config's facts cannot be had.
+        ttt.errors.TTTError: the model cannot be built, or the plugin cannot give facts about the config.
     """
     ttt, facts = config.ttt, backbone.facts(config)
     options = backbone.tiny_like(config.backbone)
-    # On the CPU from the start: a plugin may settle, when it first builds, what its package compiles.
+    # On the CPU from the start: a plugin may decide at its first build what its package compiles.
     sites = backbone.sites(backbone.build(options, device="cpu", dtype=torch.float32))
     dim, heads = sites[0].dim, sites[0].num_heads
     chosen = select_layers(ttt.layers, facts.num_layers)
@@ -109,7 +109,7 @@ def _setting(
     group_size: int,
     told: tuple[str, ...],
 ) -> Setting:
-    """The benches for a model that is settled; `lengths` are tokens of the long and of the short sequence."""
+    """Make the benches. `lengths` are the tokens of the long and of the short sequence."""
     dtype, (tokens, short) = _DTYPES[config.train.param_dtype], lengths
 
     def bench(dtype: torch.dtype, tokens: int) -> Bench:
@@ -131,35 +131,35 @@ def _setting(
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """How far two results may be apart that a law says are equal.
+    """Largest difference of two results that a law says are equal.
 
-    In float32 the suite's own 1e-5. Else one rounding of the type: gradients of groups are summed in another order,
-    which turns a last bit here and there on the way back through the backbone.
+    In float32 it is the suite's 1e-5. In other dtypes it is one rounding: gradients of groups are summed in another
+    order, which changes a last bit here and there on the way back through the backbone.
     """
     return _FLOAT32_TOLERANCE if dtype is torch.float32 else torch.finfo(dtype).eps
 
 
 def place_layers(layers: tuple[int, ...], of: int, onto: int) -> tuple[int, ...]:
-    """Layers of a model of `of` layers as layers of one of `onto`: in the same order, each near its relative depth.
+    """Map layers of a model of `of` layers to a model of `onto` layers: in the same order, near their relative depth.
 
-    Where they do not all fit, those that fall on one another become one. A model of the same depth keeps them.
+    If there are more layers than `onto`, layers with the same place become one. In a model of the same depth they stay.
     """
     if of == onto or not layers:
         return layers
     wanted = [round(layer * (onto - 1) / max(of - 1, 1)) for layer in layers]
     if len(layers) > onto:
         return tuple(sorted(set(wanted)))
-    for index in range(len(wanted) - 1, -1, -1):  # from the top: the one above takes its place, this one goes below
+    for index in range(len(wanted) - 1, -1, -1):  # from the top: if the layer above has this place, go below it
         ceiling = wanted[index + 1] - 1 if index + 1 < len(wanted) else onto - 1
         wanted[index] = min(wanted[index], ceiling)
-    for index in range(len(wanted)):  # and up again, where there is no more below
+    for index in range(len(wanted)):  # from the bottom: if the layer below has this place, go above it
         floor = wanted[index - 1] + 1 if index else 0
         wanted[index] = max(wanted[index], floor)
     return tuple(wanted)
 
 
 def _lengths(size: int, group_size: int) -> tuple[int, int]:
-    """Tokens that cross at least three mini-batches and end inside one, and the group that is checkpointed there."""
+    """Tokens of the sequence and mini-batches per group. It crosses at least three mini-batches and ends inside one."""
     full = max(fewest(size), group_size + 1)
     if group_size and tokens_in(full, size) <= _LONGEST_FOR_GROUPS:
         return tokens_in(full, size), group_size
@@ -167,17 +167,17 @@ def _lengths(size: int, group_size: int) -> tuple[int, int]:
 
 
 def fewest(size: int) -> int:
-    """Mini-batches that a sequence crosses at least: three, and more of very short ones."""
+    """Fewest mini-batches in a sequence: three, or more if they are very short."""
     return max(3, _SHORTEST // size)
 
 
 def tokens_in(full: int, size: int) -> int:
-    """Tokens of so many full mini-batches, and of a half one that stays open."""
+    """Tokens of `full` mini-batches and of a half one that stays open."""
     return full * size + size // 2
 
 
 def _heads(wanted: int, of: int, site: Site, ttt: TTTConfig) -> int | None:
-    """Heads of the small layer in the proportion of the config's, None for the backbone's."""
+    """Heads of the small layer, in the config's proportion; None, the backbone's own, if that does not fit."""
     heads = max(1, round(wanted * site.num_heads / of))
     fits = site.dim % heads == 0 and (ttt.rope == "none" or (site.dim // heads) % 2 == 0)
     return heads if fits else None
@@ -199,7 +199,7 @@ def _layers_in_words(layers: tuple[int, ...]) -> str:
 
 
 def numbers(numbers: tuple[int, ...]) -> str:
-    """`29, 30, 31`; `0 to 31` for a long run."""
+    """The numbers as `29, 30, 31`; more than four in a row as `0 to 31`."""
     if len(numbers) > 4 and numbers == tuple(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]} to {numbers[-1]}"
     return ", ".join(map(str, numbers))

@@ -15,11 +15,16 @@ _MODULES = (shape, checkpointing, causality, memory, data, environment, compilin
 RULES: tuple[Rule[Context], ...] = tuple(
     each for module in _MODULES for each in vars(module).values() if isinstance(each, Rule)
 )
-"""Every rule of the core, in the order that they are asked in."""
+"""Every rule of the core, in the order in which they run."""
 
 
 def run_rules(context: Context, untrusted: Set[KeyPath]) -> list[Finding]:
-    """What the rules find in a config, without those that rest on keys which are not what the user meant."""
+    """The findings of the core's rules. Rules that depend on an untrusted key are left out.
+
+    Args:
+        context: the config and what is known about it.
+        untrusted: keys whose value may not be what the user meant.
+    """
     return [
         finding
         for rule in reliable(RULES, untrusted)
@@ -30,7 +35,7 @@ def run_rules(context: Context, untrusted: Set[KeyPath]) -> list[Finding]:
 
 
 def reliable(rules: Iterable[Rule[Any]], untrusted: Set[KeyPath]) -> Iterator[Rule[Any]]:
-    """Those of the rules that rest on no key which is not what the user meant."""
+    """The rules that depend on no untrusted key, that is, on none whose value may not be what the user meant."""
     above = {path[:depth] for path in untrusted for depth in range(1, len(path) + 1)}
     for rule in rules:
         doubtful = untrusted if rule.reads is None else [key for key in rule.reads if _touches(key, untrusted, above)]
@@ -39,11 +44,11 @@ def reliable(rules: Iterable[Rule[Any]], untrusted: Set[KeyPath]) -> Iterator[Ru
 
 
 def _asks(rule: Rule[Any], what: str) -> bool:
-    """Whether a rule asks for what rests on many keys: `FACTS` or `NEEDED`."""
+    """Whether a rule reads `FACTS` or `NEEDED`, each of which depends on many keys."""
     return rule.reads is not None and what in rule.reads
 
 
 def _touches(key: str, untrusted: Set[KeyPath], above: Set[KeyPath]) -> bool:
-    """Whether a key is inside an untrusted one, or has one inside: then it is one of those `above` an untrusted one."""
+    """Whether a key is inside an untrusted one, or contains one. `above` has every key that contains one."""
     path = tuple(key.split("."))
     return path in above or any(path[:depth] in untrusted for depth in range(len(path)))

@@ -1,4 +1,4 @@
-"""What a token may know, and what a window may inherit (TTT3xx)."""
+"""Which tokens a token may learn from, and which state a window may start with (TTT3xx)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ TTT305 = _code("TTT305", "carried state with nothing to carry", Severity.WARNING
 TTT306 = _code("TTT306", "windows that do not divide into mini-batches", Severity.NOTE)
 
 _WASTE = 0.25
-"""Share of padding from which it is worth a word."""
+"""Share of padding from which TTT306 is reported."""
 
 
 @rule(TTT301, reads=("backbone.name", "ttt.preset", "ttt.layers", "ttt.causal", "ttt.mini_batch_size"))
 def leaks_the_future(context: Context) -> Iterator[Finding]:
-    """In a causal backbone a token learns only from those before it."""
+    """In a causal backbone, a token learns only from itself and earlier tokens."""
     ttt = context.config.ttt
     if context.backbone.causal and not ttt.causal and ttt.mini_batch_size > 1 and context.has_layers:
         yield TTT301.at(
@@ -71,7 +71,7 @@ def never_a_second_mini_batch(context: Context) -> Iterator[Finding]:
 
 @rule(TTT304, TTT305, reads=("ttt", "data", "train.batch_size", FACTS))
 def carries_across_a_file(context: Context) -> Iterator[Finding]:
-    """Carried states have files to be carried through, and boundaries to start over at."""
+    """If states are carried, files are longer than a window, and there is more than one."""
     ttt, facts, data = context.config.ttt, context.facts, context.config.data
     if not ttt.persistent_states or data.shuffle or facts.recordings is None or not context.has_layers:
         return
@@ -102,7 +102,7 @@ def carries_across_a_file(context: Context) -> Iterator[Finding]:
 
 @rule(TTT306, reads=("ttt", FACTS))
 def windows_divide(context: Context) -> Iterator[Finding]:
-    """Windows that do not divide into mini-batches leave each row at another place, which costs padding."""
+    """If mini-batches do not divide a window, each row of a batch ends at another place, which costs padding."""
     ttt, tokens = context.config.ttt, context.facts.tokens_per_window
     if tokens is None or not (ttt.persistent_states and ttt.causal) or not tokens % ttt.mini_batch_size:
         return

@@ -21,9 +21,9 @@ TTT203 = _code("TTT203", "a group size far from the best", Severity.NOTE)
 TTT204 = _code("TTT204", "a group larger than the sequence", Severity.NOTE)
 
 _FAR = 2.0
-"""How many times the least memory a group size may need before it is worth a word."""
+"""TTT203 is reported if a group size needs so many times the least memory,"""
 _WORTH_BYTES = 64 << 20
-"""And how much more."""
+"""and so many bytes more."""
 _LITERATURE = TTTConfig.model_fields["scan_checkpoint_group_size"].default
 
 
@@ -33,7 +33,7 @@ def _finding(context: Context, cost: GroupSizeCost, more: str = "", *, code: Cod
 
 
 def _group_size(context: Context) -> int | None:
-    """Mini-batches in a group; None where `auto` hangs on the length of a window that nobody knows."""
+    """Mini-batches in a group; None if it is `auto` and the length of windows is unknown."""
     wanted, scan = context.config.ttt.scan_checkpoint_group_size, context.needs.scan
     if wanted == "auto":
         return None if scan is None else scan.group_size
@@ -42,7 +42,7 @@ def _group_size(context: Context) -> int | None:
 
 @rule(TTT201, reads=NEEDS)
 def one_checkpoint_per_mini_batch(context: Context) -> Iterator[Finding]:
-    """A group of one keeps every carry and recomputes every step; whether that is least or most hangs on S and A."""
+    """A group of one keeps every carry and recomputes every step. Whether that saves memory depends on S and A."""
     ttt, facts, scan = context.config.ttt, context.facts, context.needs.scan
     if not context.has_layers or ttt.scan_checkpoint_group_size == "auto":
         return
@@ -56,7 +56,7 @@ def one_checkpoint_per_mini_batch(context: Context) -> Iterator[Finding]:
 
 
 def _by_the_numbers(finding: Finding, context: Context, scan: ScanCost) -> Finding:
-    """The finding about groups of one, with what other groups need."""
+    """The finding about groups of one, with the memory that other groups need."""
     best, everything = scan.with_group_size(scan.best_group_size()), scan.with_group_size(0)
     usual = scan.with_group_size(_LITERATURE)
     if best.group_size == scan.group_size:
@@ -69,7 +69,7 @@ def _by_the_numbers(finding: Finding, context: Context, scan: ScanCost) -> Findi
                 f"activations ({show_bytes(scan.activation_bytes)}) outweigh its carry "
                 f"({show_bytes(scan.carry_bytes)}); its price is as many checkpoints as mini-batches"
             ),
-            fix=f"keep it where memory is short; else write {_LITERATURE}, as the literature trained with, or 0 to run "
+            fix=f"keep it if memory is short; else write {_LITERATURE}, as the literature trained with, or 0 to run "
             f"every step once",
         )
     worst = "the worst of both, " if scan.peak_bytes >= everything.peak_bytes else ""
@@ -84,7 +84,7 @@ def _by_the_numbers(finding: Finding, context: Context, scan: ScanCost) -> Findi
 
 @rule(TTT202, reads=NEEDS)
 def nested_checkpoints(context: Context) -> Iterator[Finding]:
-    """Activation checkpointing around the scan runs every inner step once more for each level."""
+    """Activation checkpointing around the scan runs every inner step once more per level."""
     scan, size = context.needs.scan, _group_size(context)
     if not context.has_layers or size is None or (scan is not None and scan.keeps_everything):
         return
@@ -95,7 +95,7 @@ def nested_checkpoints(context: Context) -> Iterator[Finding]:
             f"; in groups the scan of one layer takes {show_bytes(scan.peak_bytes)}, without them "
             f"{show_bytes(everything.peak_bytes)}"
         )
-    own = context.config.train.gradient_checkpointing  # else options of the backbone ask for it
+    own = context.config.train.gradient_checkpointing  # if false, options of the backbone ask for it
     path = "train.gradient_checkpointing" if own else "ttt.scan_checkpoint_group_size"
     cost = cost_of_nesting(
         size,
@@ -109,7 +109,7 @@ def nested_checkpoints(context: Context) -> Iterator[Finding]:
 
 @rule(TTT203, reads=NEEDS)
 def far_from_the_best_group(context: Context) -> Iterator[Finding]:
-    """A group size that recomputes all the same, but needs far more memory than another."""
+    """A group size needs about the least memory that recomputing can reach."""
     scan = context.needs.scan
     if not context.has_layers or scan is None or scan.keeps_everything or scan.group_size == 1:
         return
@@ -129,7 +129,7 @@ def far_from_the_best_group(context: Context) -> Iterator[Finding]:
 
 @rule(TTT204, reads=NEEDS)
 def group_larger_than_the_sequence(context: Context) -> Iterator[Finding]:
-    """A group that no window fills is no group."""
+    """A group is smaller than a window, or the default."""
     scan, size = context.needs.scan, context.config.ttt.scan_checkpoint_group_size
     if not context.has_layers or scan is None or size in ("auto", 0, _LITERATURE) or int(size) <= scan.steps:
         return
@@ -152,14 +152,14 @@ def group_larger_than_the_sequence(context: Context) -> Iterator[Finding]:
 
 
 def _compared(context: Context, scan: ScanCost) -> str:
-    """What a group size keeps beside what the best one does."""
+    """Compare the memory of a group size with that of the best one, in a sentence."""
     scans = enclosing_checkpoints(context.config, context.facts)
 
     def forwards(cost: ScanCost) -> str:
         return times_in_words([cost.forwards(enclosing=level) for level in scans])
 
     best = scan.with_group_size(scan.best_group_size())
-    if best.group_size == scan.group_size:  # beside the way that runs nothing twice, then
+    if best.group_size == scan.group_size:  # it is the best: compare with keeping everything
         best = scan.with_group_size(0)
     kept = f"{scan.kept_carries} carries are kept ({show_bytes(scan.carries_kept_bytes)} in each layer)"
     if best.keeps_everything:

@@ -1,4 +1,4 @@
-"""What `train.compile` needs of the machine (TTT603, TTT604)."""
+"""What `train.compile` needs on this machine (TTT603, TTT604)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TTT604 = _code("TTT604", "compiling without a compiler", Severity.ERROR)
 
 @rule(TTT603, reads=("train.compile", "ttt.layers"))
 def scan_can_be_compiled(context: Context) -> Iterator[Finding]:
-    """`TTT_OPS` leaves the scan that compiles."""
+    """`TTT_OPS` does not force an implementation that cannot be compiled."""
     refused = wrong_implementation()
     if context.config.train.compile and context.has_layers and refused is not None:
         yield TTT603.at(
@@ -31,7 +31,7 @@ def scan_can_be_compiled(context: Context) -> Iterator[Finding]:
 
 @rule(TTT604, reads=("train.compile", "train.device", "ttt.layers"))
 def compiler_is_there(context: Context) -> Iterator[Finding]:
-    """There is a compiler for the run's device; where that is still to be chosen, for one of those that it may be."""
+    """There is a compiler for the run's device; if that is `auto`, for the CPU or for CUDA."""
     train = context.config.train
     if not train.compile or not context.has_layers or wrong_implementation() is not None:
         return

@@ -1,4 +1,4 @@
-"""What a run reads, and what it is measured on (TTT5xx)."""
+"""The data of a run, its evaluation, and the weights that it starts from (TTT5xx)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _code = partial(Code, family=Family.DATA, of_training=True, home=__name__)
 TTT501 = _code("TTT501", "data that is not there", Severity.ERROR, blames=Blame.MACHINE)
 TTT502 = _code("TTT502", "evaluation on the training data", Severity.NOTE)
 TTT503 = _code("TTT503", "an evaluation that never comes", Severity.WARNING)
-TTT504 = _code("TTT504", "lines of data that are no JSON", Severity.ERROR, blames=Blame.MACHINE)
+TTT504 = _code("TTT504", "lines of data that are not JSON", Severity.ERROR, blames=Blame.MACHINE)
 TTT505 = _code("TTT505", "lines of data without their keys", Severity.ERROR, blames=Blame.MACHINE)
 TTT506 = _code("TTT506", "recordings that are not there", Severity.ERROR, blames=Blame.MACHINE)
 TTT507 = _code("TTT507", "recordings shorter than a window", Severity.NOTE)
@@ -37,7 +37,7 @@ TTT511 = _code("TTT511", "a run that goes on with other settings than what it st
 
 @rule(TTT501, reads=("data.train_data", "data.eval_data"))
 def files_exist(context: Context) -> Iterator[Finding]:
-    """The data that a config names is there."""
+    """The data that a config names exists."""
     for key in ("train_data", "eval_data"):
         written = getattr(context.config.data, key)
         if written is None:
@@ -66,7 +66,7 @@ def files_exist(context: Context) -> Iterator[Finding]:
 
 
 def _way_to_make(context: Context) -> str:
-    """The command that makes a backbone's data, where it has one."""
+    """The command that makes a backbone's data, if it has one, as the rest of a sentence."""
     from ttt.plugins import Precomputing, has_capability
 
     return ", make it with `ttt precompute`" if has_capability(context.known_backbone, Precomputing) else ""
@@ -81,7 +81,7 @@ def _exists(path: str) -> bool:
 
 @rule(TTT502, reads=("data.train_data", "data.eval_data"))
 def measures_unseen_data(context: Context) -> Iterator[Finding]:
-    """Own training data comes with own held-out data."""
+    """A config with its own training data has its own held-out data."""
     data = context.config.data
     same = data.eval_data is not None and data.eval_data == data.train_data
     if data.train_data is not None and _exists(data.train_data) and (data.eval_data is None or same):
@@ -94,7 +94,7 @@ def measures_unseen_data(context: Context) -> Iterator[Finding]:
 
 @rule(TTT503, reads=("eval.eval_freq", "train.max_steps"))
 def evaluates(context: Context) -> Iterator[Finding]:
-    """An evaluation that is asked for comes before the run ends."""
+    """The first evaluation comes before the run ends."""
     freq, steps = context.config.eval.eval_freq, context.config.train.max_steps
     if freq > steps:
         yield TTT503.at(
@@ -106,7 +106,7 @@ def evaluates(context: Context) -> Iterator[Finding]:
 
 
 _BROKEN = (
-    (TTT504, "unparsed", "no JSON object", "write one JSON object on each line, such as {example}"),
+    (TTT504, "unparsed", "not a JSON object", "write one JSON object on each line, such as {example}"),
     (TTT505, "lacking", "without a path or a duration", "write lines such as {example}"),
     (TTT506, "missing", "of a file that is not there", "correct the paths; they start at the folder of the .jsonl"),
     (
@@ -116,7 +116,7 @@ _BROKEN = (
         "write the {beside} of each, or leave the line out",
     ),
 )
-"""Code, what `Recordings` calls it, what it says of a line, and the way out."""
+"""Code, the field of `Recordings`, the words for a line ("1 of 2 lines is …"), and the fix."""
 
 
 @rule(TTT501, TTT504, TTT505, TTT506, TTT508, reads=("data", FACTS))
@@ -152,7 +152,7 @@ def lines_can_be_read(context: Context) -> Iterator[Finding]:
 
 @rule(TTT507, reads=("data", FACTS))
 def recordings_fill_windows(context: Context) -> Iterator[Finding]:
-    """Most of the recordings are as long as a window."""
+    """More than half of the recordings are at least as long as a window."""
     form = context.facts.recordings
     if form is None:
         return
@@ -177,7 +177,7 @@ def recordings_fill_windows(context: Context) -> Iterator[Finding]:
 
 @rule(TTT509, reads=("train.init_from",))
 def start_can_be_read(context: Context) -> Iterator[Finding]:
-    """What a run starts from is there, complete, and an adapter."""
+    """What a run starts from exists, is complete, and is an adapter."""
     start, written = context.start, context.config.train.init_from
     if not isinstance(start, EnvironmentProblem) or written is None:
         return
@@ -204,7 +204,7 @@ def start_fits(context: Context) -> Iterator[Finding]:
     identity = backbone_identity(backbone, config.backbone)
     differences = config_differences(start, config.ttt, backbone=identity, layers=layers, as_start=True)
     changed = changed_at_start(start, config.ttt)
-    # What the user writes is meant to change; a default is not.
+    # A setting that the user writes may change on purpose; a default may not.
     differences += [str(setting) for setting in changed if not context.is_written(setting.key)]
     for setting in changed if not differences else ():
         yield TTT511.at(
@@ -224,7 +224,7 @@ def start_fits(context: Context) -> Iterator[Finding]:
 
 
 def _as_in_the_file(start: AdapterInfo, ttt: TTTConfig, changed: Sequence[ChangedSetting]) -> str:
-    """The way out, where settings differ."""
+    """The fix if settings differ from the file's; empty if none does."""
     from ttt.adapter_file import way_to_fit
 
     given = " ".join(setting.way_out for setting in changed)

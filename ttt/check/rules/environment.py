@@ -16,7 +16,7 @@ TTT602 = _code("TTT602", "one run in several processes", Severity.ERROR)
 
 @rule(TTT601, reads=("run_dir",))
 def run_dir_can_be_made(context: Context) -> Iterator[Finding]:
-    """The run's folder can be made and written."""
+    """The run's folder can be created and written to."""
     run_dir = context.config.run_dir
     cause = None if run_dir is None else why_unusable(run_dir)
     if run_dir is not None and cause:
@@ -34,7 +34,7 @@ def _shortened(path: str) -> str:
 
 @rule(TTT602, reads=())
 def one_process(context: Context) -> Iterator[Finding]:
-    """Training is one process on one device; a distributed launch would start the same run several times."""
+    """The run is one process on one device. A distributed launch would start it several times."""
     count = processes_launched()
     if count > 1:
         yield TTT602.at(

@@ -1,4 +1,4 @@
-"""Whether a run fits, in memory and on disk (TTT4xx; and TTT205, where rematerialisation would make it fit)."""
+"""Whether a run fits in memory and on disk (TTT4xx; and TTT205, if rematerialisation would make it fit)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _memory(context: Context) -> int | None:
 
 
 def _with_groups(context: Context) -> tuple[int, Estimate] | None:
-    """The best group size and what the run needs with it, where the config keeps everything."""
+    """The best group size and what the run needs with it; None if the config does not keep everything."""
     scan = context.needs.scan
     if scan is None or not scan.keeps_everything:
         return None
@@ -48,7 +48,7 @@ def _with_groups(context: Context) -> tuple[int, Estimate] | None:
 
 @rule(TTT205, TTT401, TTT402, reads=NEEDS)
 def fits_in_memory(context: Context) -> Iterator[Finding]:
-    """The device holds what the run needs at its peak."""
+    """The device has the memory that the run needs at its peak."""
     needs, memory = context.needs, _memory(context)
     if memory is None or memory >= (needs.high if needs.complete else needs.low):
         return
@@ -95,7 +95,7 @@ def _rematerialise(needs: Estimate, memory: int, group: int, grouped: Estimate) 
 
 
 def _way_out(context: Context, memory: int) -> str:
-    """What takes less memory than this config, of the part that is too large."""
+    """The fix for a run that is too large: settings that take less memory."""
     train, needs = context.config.train, context.needs
     always = needs.parts["parameters"] + needs.parts["optimizer"]
     ways = []
@@ -117,14 +117,14 @@ def _way_out(context: Context, memory: int) -> str:
 
 @rule(TTT403, TTT404, reads=(*NEEDS, "run_dir", "backbone.name"))
 def checkpoints_fit_on_the_disk(context: Context) -> Iterator[Finding]:
-    """The disk holds the checkpoints that are kept."""
+    """The disk has room for the checkpoints that are kept."""
     needs, train, free = context.needs, context.config.train, _free(context.config.run_dir)
     checkpoint = needs.checkpoint_bytes + _inherited_bytes(context)
-    # Where the backbone learns, too, and says not how large it is, there is nothing to compare.
+    # If the backbone is trained too and does not say how large it is, there is nothing to compare.
     if free is None or (train.trainable != "ttt" and not needs.complete):
         return
     made = 1 + (-(-train.max_steps // train.ckpt_freq) - 1 if train.ckpt_freq else 0)
-    kept = made if train.ckpt_keep is None else min(made, train.ckpt_keep + 1)  # the next is there before one goes
+    kept = made if train.ckpt_keep is None else min(made, train.ckpt_keep + 1)  # a new one comes before one goes
     all_of_them = checkpoint * kept
     if all_of_them <= free:
         return
@@ -148,7 +148,7 @@ def checkpoints_fit_on_the_disk(context: Context) -> Iterator[Finding]:
 
 
 def _inherited_bytes(context: Context) -> int:
-    """Of backbone parameters that learned before this run and are frozen in it: its checkpoints hold them too."""
+    """Bytes of backbone parameters that an earlier run trained and this one freezes: its checkpoints hold them too."""
     start, train = context.start, context.config.train
     if start is None or isinstance(start, EnvironmentProblem):
         return 0
@@ -168,13 +168,13 @@ def _free(run_dir: str | None) -> int | None:
 
     try:
         return free_bytes(Path(run_dir or "runs"))
-    except (OSError, ValueError, StopIteration):  # a name that no folder can have
+    except (OSError, ValueError, StopIteration):  # a name that no folder can have, such as one with a NUL
         return None
 
 
 @rule(TTT405, reads=NEEDS)
 def what_it_costs(context: Context) -> Iterator[Finding]:
-    """Arithmetic, memory and disk, for who asks."""
+    """Arithmetic, memory and disk, if the caller asks for them."""
     if not context.tells_cost:
         return
     needs, facts, train = context.needs, context.facts, context.config.train

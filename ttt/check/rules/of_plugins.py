@@ -1,4 +1,4 @@
-"""The rules that a plugin brings, asked: what one answers wrongly is the plugin's failure, and no finding."""
+"""Run the rules that a plugin brings. A malformed answer is an error of the plugin, not a finding."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _KINDS = {
     **{"of_environment": bool, "of_training": bool},
 }
 _KINDS_OR_NONE = {"place": Place, "replacement": str, "moves_to": str, "declared": Code}
-"""What a finding's fields are; those of the second may be None."""
+"""The types of a finding's fields. Those in the second mapping may also be None."""
 
 
 def as_rule(brought: Callable[[RunConfig], Iterable[Any]]) -> Rule[RunConfig]:
-    """What a plugin brings as a rule: a plain function declares no code, and rests on the whole config."""
+    """What a plugin brings, as a rule. A plain function becomes a rule that declares no code and reads every key."""
     return brought if isinstance(brought, Rule) else Rule(brought, codes=())
 
 
 def house_rules(backbone: str | None) -> Answers:
-    """What plugins answer to `ttt_rules`, which need bring no backbone; None asks for the rules of every backbone."""
+    """The answers of all plugins to the hook `ttt_rules`. None asks for the rules for every backbone."""
     return ask(RULES, backbone=backbone)
 
 
 def found_by(rule: Rule[RunConfig], plugin: object, config: RunConfig) -> list[Finding]:
-    """What a plugin's rule finds.
+    """The findings of a plugin's rule.
 
     Raises:
-        PluginError: it failed, or found what it does not declare.
+        PluginError: the rule failed, or its answer is malformed or has a code that it does not declare.
     """
     with asked(plugin, f"its rule {rule.name}", rule.check):
         findings: list[Any] = list(rule(config))
@@ -51,7 +51,7 @@ def _require_wellformed(finding: Finding) -> None:
     """Refuse a plugin's finding that could not be shown.
 
     Raises:
-        WrongAnswer: a field of it is of another type, or its code is no word.
+        WrongAnswer: a field has the wrong type, or the code is not letters and digits.
     """
     for name, kind in (*_KINDS.items(), *_KINDS_OR_NONE.items()):
         value = getattr(finding, name)
@@ -62,7 +62,7 @@ def _require_wellformed(finding: Finding) -> None:
 
 
 def _as_declared(finding: Finding, rule: Rule[RunConfig]) -> Finding:
-    """The finding, with what the rule declares of its code.
+    """The finding, with the declaration of its code.
 
     Raises:
         WrongAnswer: the rule does not declare it.

@@ -18,7 +18,7 @@ TTT705 = _code("TTT705", "an inner learning rate outside the literature", Severi
 TTT706 = _code("TTT706", "autocast on parameters that need none", Severity.WARNING)
 
 _CLOSED = 0.01
-"""Below this α a gate lets next to nothing through: tanh(α) is α there."""
+"""Below this α a gate is nearly closed; tanh(α) ≈ α."""
 
 
 @rule(TTT701, reads=("train.warmup_steps", "train.max_steps"))
@@ -49,7 +49,7 @@ def something_learns(context: Context) -> Iterator[Finding]:
 
 
 def _reach(context: Context) -> float:
-    """How far AdamW can carry a gate's α in the whole run: about its learning rate in each step, summed."""
+    """How far AdamW can move a gate's α in the whole run: the sum of its learning rate over all steps."""
     train = context.config.train
     rising = min(train.warmup_steps, train.max_steps)
     falling = train.max_steps - rising
@@ -61,7 +61,7 @@ def _reach(context: Context) -> float:
 def gates_open(context: Context) -> Iterator[Finding]:
     """A gate that starts closed can open within the run."""
     alpha, train = context.config.ttt.initial_gating_alpha, context.config.train
-    if not context.has_layers or train.init_from is not None:  # then they start where it ended
+    if not context.has_layers or train.init_from is not None:  # with init_from, gates start where the earlier run ended
         return
     if alpha == 0 and train.alpha_lr_multiplier == 0:
         yield TTT703.at(
@@ -90,7 +90,7 @@ def gates_open(context: Context) -> Iterator[Finding]:
 
 @rule(TTT705, reads=("ttt",))
 def inner_rate_as_in_the_literature(context: Context) -> Iterator[Finding]:
-    """The inner learning rate is within ten times of what was trained with."""
+    """The inner learning rate is within a factor of ten of the literature's."""
     ttt = context.config.ttt
     usual = LITERATURE_BASE_LR[ttt.layer_type]
     if not context.has_layers or usual / 10 <= ttt.base_lr <= usual * 10:

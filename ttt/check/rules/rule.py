@@ -1,4 +1,4 @@
-"""What a rule of the core looks at; what a rule is, `ttt.plugins.rules` says."""
+"""What a rule of the core may read. `ttt.plugins.rules` defines what a rule is."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ if TYPE_CHECKING:
     from ttt.plugins import Backbone, BackboneFacts
 
 FACTS = "facts"
-"""In `reads`: the rule asks `Context.facts`, which rest on the sections `backbone` and `data`."""
+"""In `reads`: the rule uses `Context.facts`, which depend on the sections `backbone` and `data`."""
 
 
 NEEDED = "needs"
-"""In `reads`: the rule asks `Context.needs`, so it is left out where the layers cannot exist in the backbone."""
+"""In `reads`: the rule uses `Context.needs`. It is left out if the layers cannot exist in the backbone."""
 NEEDS = (FACTS, NEEDED, "ttt", "train")
-"""Everything that `Context.needs` rests on."""
+"""Everything that `Context.needs` depends on."""
 
 __all__ = ["FACTS", "NEEDED", "NEEDS", "Context", "rule"]
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a rule may look at."""
+    """What a rule may read."""
 
     config: RunConfig
     """The resolved config, defaults included."""
     known_backbone: Backbone | None
     known_facts: BackboneFacts | None
     is_written: Callable[[str], bool]
-    """Whether the user wrote a key, given dotted."""
+    """Whether the user wrote a key, given as `section.key`."""
     memory_bytes: int | None = None
-    """Memory of the device that the run is for, where the caller knows it."""
+    """Bytes of memory of the run's device; None if the caller does not know it."""
     resuming: bool = False
-    """Whether a run goes on, which does not read what it once started from again."""
+    """Whether an interrupted run goes on. It does not read `train.init_from` again."""
     tells_cost: bool = False
-    """Whether the caller asks what the run costs, whatever that is."""
+    """Whether the caller asks what the run costs."""
     _recordings: dict[str, Recordings | None] = field(default_factory=dict)
 
     @property
@@ -85,7 +85,7 @@ class Context:
 
     @functools.cached_property
     def start(self) -> AdapterInfo | EnvironmentProblem | None:
-        """What `train.init_from` names, or why it cannot be read; None where the run starts from nothing."""
+        """What `train.init_from` names, or why it cannot be read; None if the run does not start from anything."""
         path = self.config.train.init_from
         if path is None or self.resuming:
             return None
@@ -101,5 +101,5 @@ class Context:
         return info
 
     def first_written(self, *keys: str) -> str:
-        """The first of the keys that the user wrote, to put a finding at; the first of all where none is."""
+        """The first of the keys that the user wrote, as the place of a finding; if none is written, the first key."""
         return next(filter(self.is_written, keys), keys[0])

@@ -15,7 +15,7 @@ TTT113 = _code("TTT113", "rotary embedding on heads of odd width", Severity.ERRO
 TTT114 = _code("TTT114", "an inner model without hidden units", Severity.ERROR)
 
 _FAR = 1 << 16
-"""Numbers of heads that are tried beside the one that does not divide."""
+"""How far from the wrong number of heads a divisor is searched."""
 
 
 @rule(TTT111, reads=("ttt.layers", FACTS))
@@ -50,7 +50,7 @@ def width_divides(context: Context) -> Iterator[Finding]:
 
 @rule(TTT113, reads=("ttt.layers", "ttt.num_heads", "ttt.rope", FACTS))
 def rotary_pairs(context: Context) -> Iterator[Finding]:
-    """Rotary embedding turns pairs, so it needs heads of even width."""
+    """Heads have an even width, because rotary embedding rotates pairs of channels."""
     ttt, dim = context.config.ttt, context.facts.dim
     heads = ttt.num_heads or context.facts.num_heads
     if dim % heads == 0 and (dim // heads) % 2 and ttt.rope != "none" and context.has_layers:
@@ -83,7 +83,7 @@ def hidden_units(context: Context) -> Iterator[Finding]:
 
 
 def _divisors_around(number: int, near: int) -> tuple[int, int | None]:
-    """The nearest divisors of a number below and above another; 1 and none where they are far from it."""
+    """The nearest divisors of `number` below and above `near`; 1 and None if they are far from it."""
     near = min(near, number)
     below = next((divisor for divisor in range(near, max(near - _FAR, 0), -1) if number % divisor == 0), 1)
     last = min(near + _FAR, number)
