@@ -15,7 +15,7 @@ from ttt_videodit.options import ROTARY_UNIT
 
 
 class BidirectionalTTT(nn.Module):
-    """One TTT layer that reads a video's tokens forward, then backward, each time gated and added.
+    """One TTT layer that reads a video's tokens forward, then backward; each answer is gated and added.
 
     `x ← x + tanh(α_f) ⊙ TTT(x)`, then `x ← x + tanh(α_b) ⊙ rev(TTT(rev(x)))`, with an α for text and another for
     video in each direction.
@@ -28,7 +28,7 @@ class BidirectionalTTT(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        InjectionError: the head width cannot be shared out between time, height and width.
+        InjectionError: the head width cannot be divided between time, height and width.
 
     Source: TTT-Video (arXiv 2504.05298), section 3.1, equations 6 to 8.
     """
@@ -90,7 +90,7 @@ class BidirectionalTTT(nn.Module):
         return self.forward_gate_text, self.forward_gate_video, self.backward_gate_text, self.backward_gate_video
 
     def _direction(self, tokens: Tensor, layout: Layout, order: ReadingOrder, gates: tuple[Gate, ...]) -> Tensor:
-        """Read in an order; gate; add."""
+        """Read the tokens in an order, and add the gated answer."""
         rotary = None
         config = self.layer.config
         if config.rope == "backbone":

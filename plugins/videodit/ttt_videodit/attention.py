@@ -22,7 +22,7 @@ from ttt_videodit.options import VideoDiTOptions
 
 @dataclass(frozen=True)
 class Remat:
-    """Which parts of a block run again in backward instead of keeping their activations."""
+    """Which parts of a block are recomputed in backward instead of keeping their activations."""
 
     layer_group_size: int = 1
     """Blocks in one checkpoint, if the model's gradient checkpointing is on."""
@@ -47,7 +47,7 @@ class Remat:
 
 
 def rematerialised(function: Callable[..., Any], *args: Any, when: bool) -> Any:
-    """Call the function; if it is to run again in backward, keep nothing but its inputs."""
+    """Call the function; with `when`, keep only its inputs and recompute it in backward."""
     if when and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False)
     return function(*args)
@@ -70,14 +70,14 @@ class SegmentAttention(Attention):
         layout: Layout,
         **attention_kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Tokens of the video `[B,V,D]` and of its texts `[B,S·L,D]` to the same.
+        """Attend within each segment; returns tokens of the video `[B,V,D]` and of its texts `[B,S·L,D]`.
 
         Args:
-            hidden_states: the video's.
-            encoder_hidden_states: the texts'.
-            attention_mask: as diffusers' own, for one segment.
-            layout: their order.
-            attention_kwargs: `image_rotary_emb` of one segment, and what else the processor takes.
+            hidden_states: tokens of the video.
+            encoder_hidden_states: tokens of the texts.
+            attention_mask: as in diffusers, for one segment.
+            layout: the order of the tokens.
+            attention_kwargs: `image_rotary_emb` of one segment, and other arguments of the processor.
         """
         local = functools.partial(self._local, layout=layout, attention_mask=attention_mask, **attention_kwargs)
 
@@ -110,7 +110,7 @@ class SegmentAttention(Attention):
         return torch.cat([*videos, tail], dim=1), torch.cat(texts, dim=1)
 
     def _whole(self, video: Tensor, text: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """What follows over the whole video: nothing here; TTT if it is injected."""
+        """The step over the whole video after attention: none here; TTT if it is injected."""
         return video, text
 
 
@@ -125,7 +125,7 @@ class AdaptedAttention(SegmentAttention):
 
 
 class RematFeedForward(FeedForward):
-    """A block's feed-forward, which can run again in backward."""
+    """A block's feed-forward, which can be recomputed in backward."""
 
     remat = Remat()
 

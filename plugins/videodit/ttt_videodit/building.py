@@ -1,4 +1,4 @@
-"""Making CogVideoX's transformer: the demo's, one of random weights, or published weights."""
+"""Builds CogVideoX's transformer: the demo's, one with random weights, or one with published weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ttt_videodit.pretrained import source_of, verify_record
 from ttt_videodit.variants import WAY_OUT, wrong_source, wrong_variant
 
 DEMO_SEED = 20260101
-# What `transformer/config.json` of THUDM/CogVideoX-5b says, if it differs from the class's defaults.
+# Values in `transformer/config.json` of THUDM/CogVideoX-5b that differ from the class's defaults.
 COGVIDEOX_5B_CONFIG: dict[str, Any] = {
     "num_attention_heads": 48,
     "num_layers": 42,
@@ -33,7 +33,7 @@ def build(options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.
     """The model that the options ask for, in eval mode; on `meta`, only its structure.
 
     Raises:
-        EnvironmentProblem: weights cannot be had, or are those of another model.
+        EnvironmentProblem: weights cannot be loaded, or belong to another model.
     """
     on_meta = torch.device(device).type == "meta"
     if options.preset == "demo":
@@ -48,7 +48,7 @@ def build(options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.
 
 
 def _demo_model(options: VideoDiTOptions, *, device: torch.device | str, dtype: torch.dtype) -> VideoDiT:
-    """A tiny `VideoDiT`, the same values every time; another CPU's may differ in their last place."""
+    """A tiny `VideoDiT` with the same values every time, up to the last digit on other CPUs."""
     size = sizes(options)
     height, width = PIXELS["demo"]
     config = {
@@ -67,7 +67,7 @@ def _demo_model(options: VideoDiTOptions, *, device: torch.device | str, dtype: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(DEMO_SEED)
         model = VideoDiT(**config)
-    # Not `model.to`, in which diffusers warns of types that it would keep for models of its own.
+    # Not `model.to`: diffusers' version warns about parameters whose type it would keep in its own models.
     return cast(VideoDiT, nn.Module.to(model, device=device, dtype=dtype))
 
 

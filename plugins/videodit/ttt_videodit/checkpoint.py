@@ -1,7 +1,7 @@
-"""The tensors of another program's checkpoint, from files that are looked at before anything in them is believed.
+"""Reads the tensors of another program's checkpoint, after checking that its files are safe to open.
 
-`look_at` refuses what is not a checkpoint without torch, and so at once: something other than a file, a zip whose
-content is larger than the file, a pickle that `torch.save` would not write. The rest goes to `torch.load` with
+`look_at` needs no torch, so it refuses at once what is not a checkpoint: something other than a file, a zip whose
+content is larger than the file, a pickle that `torch.save` would not write. `torch.load` reads the rest with
 `weights_only`, which runs no code of a file.
 """
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MODEL_KEYS: Final = ("model", "state_dict", "module")
-"""Where checkpoints that hold more than a model keep it."""
+"""Keys of the model in checkpoints that hold more than a model."""
 TOLD: Final = 5
-"""How many names a message tells."""
+"""How many names a message lists."""
 
 _MOST_WRAPS: Final = 8
 _MAX_DIRECTORY: Final = 4 << 20  # bytes of a zip's directory, about 60 for each tensor
@@ -43,12 +43,12 @@ _PICKLES_OF_THE_OLDER_FORMAT: Final = 5
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds, its tensors still on the disk."""
+    """The content of a checkpoint, its tensors still on the disk."""
 
     tensors: Mapping[str, Tensor]
-    """By name in the file."""
+    """The tensors by their names in the file."""
     others: Sequence[str]
-    """What else is in it, for instance the optimiser's state."""
+    """Names of other content, for instance the optimiser's state."""
 
 
 def open_checkpoint(source: Path) -> Checkpoint:
@@ -127,11 +127,11 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def _look_at_torch(file: Path) -> None:
-    """Check that a file is one of `torch.save`, and that its content is not larger than the file.
+    """Check that `torch.save` could have written a file, and that its content is not larger than the file.
 
     Raises:
-        UsageError: it is something else.
-        EnvironmentProblem: it is damaged, or cannot be read.
+        UsageError: the file is something else.
+        EnvironmentProblem: the file is damaged, or cannot be read.
     """
     kind = other_kind(file)
     if kind is not None:
@@ -178,7 +178,7 @@ def _look_at_zip(opened: IO[bytes], file: Path) -> None:
 
 
 def _directory_size(opened: IO[bytes]) -> int:
-    """Bytes of a zip's directory, all of which `zipfile` reads at once."""
+    """The size in bytes of a zip's directory, which `zipfile` reads at once."""
     length = opened.seek(0, os.SEEK_END)
     begin = max(0, length - (1 << 16) - 98)
     opened.seek(begin)
@@ -194,7 +194,7 @@ def _directory_size(opened: IO[bytes]) -> int:
 
 
 class _Limited:
-    """A file from which a pickle can be read, up to a limit of bytes."""
+    """A file from which a pickle can be read up to a number of bytes."""
 
     def __init__(self, opened: IO[bytes]) -> None:
         self._opened = opened
@@ -240,7 +240,7 @@ def _look_at_pickle(opened: IO[bytes], file: Path) -> None:
 
 
 def _taken(code: pickletools.OpcodeInfo, stack: list[tuple[int, int]], marks: list[int]) -> list[tuple[int, int]]:
-    """What an opcode takes from the stack."""
+    """The objects that an opcode takes from the stack."""
     before = list(code.stack_before)
     taken = []
     if pickletools.markobject in before:
@@ -274,7 +274,7 @@ def _read_safetensors(files: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def _read_torch(file: Path) -> Checkpoint:
-    """A `torch.save` file, whose tensors alone are read: `weights_only` runs no code of a file."""
+    """Read the tensors of a `torch.save` file; `weights_only` runs no code of a file."""
     import torch
 
     try:
@@ -284,7 +284,7 @@ def _read_torch(file: Path) -> Checkpoint:
             f"{file}: holds more than tensors, or is not a file of torch.save; no code in it was run. Save the model's "
             f"state_dict alone, best as .safetensors"
         ) from None
-    except Exception as error:  # what a damaged file makes torch.load raise is of many kinds
+    except Exception as error:  # torch.load raises errors of many kinds for a damaged file
         raise EnvironmentProblem(
             f"{file}: no file of torch.save, or a damaged one ({type(error).__name__}: {first_line(error)})"
         ) from None
@@ -299,7 +299,7 @@ def _read_torch(file: Path) -> Checkpoint:
 
 
 def _state_dict(content: Any, file: Path) -> tuple[Mapping[Any, Any], list[str]]:
-    """The mapping with the tensors, and the names of what is beside it."""
+    """The mapping with the tensors, and the names of other content."""
     from torch import Tensor
 
     if not isinstance(content, Mapping):

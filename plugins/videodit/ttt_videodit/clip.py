@@ -21,8 +21,8 @@ CROPS: Final[dict[Split, tuple[int, ...]]] = {"train": (0, 16, 32, 48, 64), "eva
 def demo_pictures(split: Split, left: int = 0, width: int = demo.SIDE) -> tuple[Picture, ...]:
     """A square of the clip, 145 frames of `[64,width,3]`, which play in 9 s at 16 a second.
 
-    `train` is frames 20 to 140 and back to 116, where the clip has its cut. `eval` is the 49 frames after them, which
-    nothing trains on: forward, back, and forward again.
+    `train` is frames 20 to 140 and back to 116, the clip's cut. `eval` is the 49 frames after that, which are never
+    trained on: forward, back, and forward again.
 
     Args:
         split: which part of the clip.
@@ -43,7 +43,7 @@ def demo_frames(split: Split, left: int = 0, width: int = demo.SIDE) -> Tensor:
 
 
 def demo_captions(split: Split, left: int = 0) -> tuple[str, ...]:
-    """What is to be seen in each 3 s of a square."""
+    """The caption of each 3 s of a square."""
     demo.require_whole()
     captions: dict[str, dict[str, list[str]]] = json.loads(demo.CAPTIONS.read_text(encoding="utf-8"))
     return tuple(captions[split][str(left)])

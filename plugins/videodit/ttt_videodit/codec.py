@@ -1,9 +1,9 @@
 """The demo's video codec, which stands in for CogVideoX's VAE.
 
-CogVideoX works on the latents of a variational autoencoder, whose weights are a download. So that the demo runs
-anywhere, this small codec has the VAE's geometry (16 channels for blocks of 4 frames of 8 × 8 pixels, the first frame
-alone) and comes with the package: the first principal components of the demo's own video, each scaled to unit
-variance, and their transpose to look at what was made. Its latents mean nothing to a pretrained CogVideoX.
+CogVideoX works on the latents of a variational autoencoder, whose weights have to be downloaded. This small codec comes
+with the package, so that the demo runs anywhere. It has the VAE's geometry (16 channels for blocks of 4 frames of 8 × 8
+pixels, the first frame alone). It encodes with the first principal components of the demo's own video, each scaled to
+unit variance, and decodes with their transpose. A pretrained CogVideoX does not know its latents.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _NAMES: Final = ("basis", "mean", "scale")
 
 
 class DemoCodec(nn.Module):
-    """Video to 16 channels for every block of 4 × 8 × 8 pixels and, roughly, back; the demo's in the VAE's place.
+    """Encodes each block of 4 × 8 × 8 pixels as 16 channels and decodes it approximately; the demo's substitute VAE.
 
-    `z = (basis (x − mean)) / scale` for a block x, and back `x ≈ basisᵀ (scale ⊙ z) + mean`. The frame that opens a
-    video is a block of its own, repeated four times, so that its latents are of the same kind as the others'.
+    It encodes a block x as `z = (basis (x − mean)) / scale` and decodes `x ≈ basisᵀ (scale ⊙ z) + mean`. The first
+    frame of a video is repeated four times to form a block, so that its latents are like the others.
 
     Args:
         basis: `[16, 768]`, orthonormal rows.
@@ -46,7 +46,7 @@ class DemoCodec(nn.Module):
         "from hashed words, in place of T5: their weights are a download. What comes out is real, but says nothing "
         "about CogVideoX's quality; the preset 5b uses the VAE and T5."
     )
-    """What a user must know who trains on these latents or samples them."""
+    """A note for users who train on these latents or sample them."""
 
     basis: Tensor
     mean: Tensor
@@ -107,14 +107,14 @@ class DemoCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames: Tensor, *, opening: bool = True) -> Tensor:
-        """Latents `[B,Fr,16,H/8,W/8]` of frames `[B,F,3,H,W]` with values −1 … 1.
+        """Encode frames `[B,F,3,H,W]` with values −1 … 1 to latents `[B,Fr,16,H/8,W/8]`.
 
         Args:
-            frames: `F = 1 + 4 (Fr − 1)` of them, from the start of a video; or `4 Fr`, from further on.
-            opening: whether they are from the start.
+            frames: `F = 1 + 4 (Fr − 1)` frames if they start a video, else `4 Fr`.
+            opening: whether they start a video.
 
         Raises:
-            UsageError: they do not divide into blocks.
+            UsageError: the frames do not divide into blocks.
         """
         rest = frames.shape[1] - opening if frames.ndim == 5 else -1
         sides_fit = frames.ndim == 5 and not any(side % SPATIAL_COMPRESSION for side in frames.shape[-2:])
@@ -128,7 +128,7 @@ class DemoCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Frames `[B,1+4(Fr−1),3,8h,8w]`, roughly, of latents `[B,Fr,16,h,w]`; values may leave −1 … 1 a little.
+        """Decode latents `[B,Fr,16,h,w]` to frames `[B,1+4(Fr−1),3,8h,8w]`; values may be slightly outside −1 … 1.
 
         Raises:
             UsageError: the latents are of another shape.
@@ -153,5 +153,5 @@ def _blocks(frames: Tensor, *, opening: bool) -> Tensor:
 
 
 def peak_signal_to_noise(frames: Tensor, others: Tensor) -> float:
-    """How near videos with values −1 … 1 are to each other, decibels: `10 log₁₀(4 / mean((x − y)²))`."""
+    """Peak signal-to-noise ratio of two videos with values −1 … 1, in decibels: `10 log₁₀(4 / mean((x − y)²))`."""
     return 10 * math.log10(4 / float((frames - others).double().square().mean()))

@@ -46,12 +46,12 @@ class Video(Protocol):
 
     @property
     def name(self) -> str:
-        """In the user's words."""
+        """The video's name, for messages."""
         ...
 
     @property
     def place(self) -> str:
-        """Where it is listed."""
+        """The file and line that list it."""
         ...
 
     @property
@@ -76,19 +76,19 @@ class Video(Protocol):
 class LatentWindows:
     """Consecutive windows of `duration_sec` of each video: dicts of `mean`, `std` `[Fr,16,h,w]` and `text` `[S,L,E]`.
 
-    Segments at a video's end that fill no window are not read. The first latent frame of a window further on is the
-    one that the encoder gives a video that begins there.
+    Segments at the end of a video that do not fill a window are not read. If a window does not start its video, its
+    first latent frame is the one that the encoder gives for a video that begins there.
 
     Args:
         videos: each at least as long as a window.
-        wanted: how long a window is, and how videos are cut.
-        field: the config's name for the data, which messages begin with.
-        notice: what a user has to know about the data.
+        wanted: the length of a window, and how videos are cut.
+        field: the config key of the data, with which messages begin.
+        notice: a note for the user about the data.
     """
 
     def __init__(self, videos: Sequence[Video], wanted: Wanted, *, field: str, notice: str | None = None) -> None:
         self.notice = notice
-        """What a user has to know about this data, said when a run starts."""
+        """A note for the user about this data, printed when a run starts."""
         self._videos = tuple(videos)
         self._wanted = wanted
         self._field = field
@@ -156,9 +156,9 @@ def latent_windows(
 ) -> LatentWindows:
     """The windows of a split, `train` or `eval`, for the model that the options build.
 
-    If the config names no data, the preset `demo` has a clip of its own, of 64 × 64 pixels only, whose last 3 s are
-    held out, and `5b` with `random_weights` has random latents. Otherwise `eval` is the training data if the config
-    names no held-out data.
+    If the config names no data, the preset `demo` uses its own clip of 64 × 64 pixels, with the last 3 s held out, and
+    `5b` with `random_weights` uses random latents. In all other cases, `eval` is the training data if the config names
+    no held-out data.
 
     Args:
         options: the section `backbone`.
@@ -168,7 +168,7 @@ def latent_windows(
 
     Raises:
         EnvironmentProblem: data are missing or broken; the message names file and line.
-        UsageError: the preset has no data of its own, or not of that kind, and the config names none.
+        UsageError: the config names no data, and the preset has none of that kind.
     """
     wanted = Wanted.of(options, data)
     field, source = "data.train_data", data.train_data
@@ -188,7 +188,7 @@ def latent_windows(
 
 
 class _IndexedVideo:
-    """A line of an index; of its files only those tensors are read that are asked for.
+    """A line of an index; only the requested tensors of its files are read.
 
     Args:
         entry: the line.
@@ -217,7 +217,7 @@ class _IndexedVideo:
             return
         try:
             found = verify_tensors(path)
-        except UnreadableError as error:  # what is in it may be whole
+        except UnreadableError as error:  # the file's content may still be whole
             raise LineError("damaged", f"{error}; look at that file or disk") from None
         except EnvironmentProblem as error:
             gone = "run" if not path.exists() else "delete it and run"

@@ -1,9 +1,9 @@
-"""diffusers without bitsandbytes; to be imported before anything of diffusers.
+"""Imports diffusers without bitsandbytes; import this module before any of diffusers.
 
-diffusers imports bitsandbytes wherever it is installed, which moshi asks for, to be ready for quantised weights. Those
-are refused here (`ttt_videodit.variants`). The import takes a third of the time of diffusers' own, asks the hub for a
-kernel if the package `kernels` is installed, and warns of it on processors with AVX512-BF16 if it is not, before
-the first word of ours. diffusers looks once, when it is imported; bitsandbytes itself stays as it is for all others.
+diffusers imports bitsandbytes, which moshi requires, if it is installed, to support quantised weights; this project
+refuses those (`ttt_videodit.variants`). The import of bitsandbytes takes a third of the time of diffusers' own. If the
+package `kernels` is installed, it asks the hub for a kernel; if not, it prints a warning on processors with
+AVX512-BF16. diffusers looks for bitsandbytes once, at its own import; other users of bitsandbytes are not affected.
 """
 
 from __future__ import annotations

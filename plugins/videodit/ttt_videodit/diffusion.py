@@ -29,7 +29,7 @@ from ttt_videodit.geometry import PATCH_SIZE
 from ttt_videodit.options import DEFAULT_PRETRAINED, VideoDiTOptions
 
 SCHEDULER = "scheduler"
-"""Folder of a model in diffusers' layout that says how its noise is scheduled."""
+"""The folder with the noise schedule of a model in diffusers' layout."""
 
 COGVIDEOX_SCHEDULE: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
@@ -42,20 +42,20 @@ COGVIDEOX_SCHEDULE: Mapping[str, Any] = {
     "clip_sample": False,
     "set_alpha_to_one": True,
 }
-"""CogVideoX 5B's schedule, which TTT-Video keeps."""
+"""CogVideoX 5B's schedule; TTT-Video uses the same."""
 
 
 @lru_cache(maxsize=4)
 def make_scheduler(pretrained: str | None = None, revision: str | None = None) -> CogVideoXDPMScheduler:
-    """The noise schedule, as the scheduler that TTT-Video samples with: DPM-Solver++ (2M) as an SDE.
+    """The noise schedule, in the scheduler that TTT-Video samples with: DPM-Solver++ (2M) as an SDE.
 
-    Timesteps are spaced backwards from the last one ("trailing") whatever the folder says, so that sampling starts
-    from pure noise.
+    Timesteps are always spaced backwards from the last one ("trailing"), even if the folder says otherwise, so that
+    sampling starts from pure noise.
 
     Args:
-        pretrained: a local folder in diffusers' layout or a repository on the hub, whose `scheduler/` is read; None,
-            and a folder without one, is CogVideoX 5B's schedule.
-        revision: of the repository; None is its newest.
+        pretrained: a local folder in diffusers' layout or a repository on the hub, whose `scheduler/` is read. None, or
+            a folder without one, gives CogVideoX 5B's schedule.
+        revision: the repository's revision; None is its newest.
 
     Raises:
         EnvironmentProblem: the folder's scheduler cannot be read, or is for another kind of prediction.
@@ -80,7 +80,7 @@ def make_scheduler(pretrained: str | None = None, revision: str | None = None) -
 
 
 def schedule_of(options: VideoDiTOptions) -> CogVideoXDPMScheduler:
-    """The noise schedule of the model that the options ask for; see `make_scheduler`."""
+    """The noise schedule of the model that the options name; see `make_scheduler`."""
     if options.preset == "demo" or options.random_weights:
         return make_scheduler()
     return make_scheduler(options.pretrained or DEFAULT_PRETRAINED, options.revision)
@@ -89,10 +89,10 @@ def schedule_of(options: VideoDiTOptions) -> CogVideoXDPMScheduler:
 def draw_timesteps(step: StepRows, count: int) -> Tensor:
     """The timesteps of a pass's rows, `[step.count]` on the CPU, each uniform over `0 … count-1`.
 
-    The rows of a whole step, over all of its passes, have one in each `step.total`-th part of the range. A step so
-    sees every amount of noise, and its mean loss varies less than with independent draws, however many passes it is
-    cut into. TTT-Video does the same over its processes (`DiscreteSampler`); which row gets which part is drawn too,
-    so that no window of data is always read with little noise.
+    The range is cut into `step.total` equal parts, and the rows of a whole step, over all its passes, have one timestep
+    in each. So a step sees every amount of noise, and its mean loss varies less than with independent draws, for any
+    number of passes. TTT-Video does the same over its processes (`DiscreteSampler`). Which row gets which part is also
+    random, so that no window is always read with little noise.
     """
     generator = torch.Generator().manual_seed(step.seed)
     parts = torch.randperm(step.total, generator=generator)
@@ -104,9 +104,9 @@ def draw_timesteps(step: StepRows, count: int) -> Tensor:
 def training_loss(model: nn.Module, batch: Mapping[str, Tensor], options: VideoDiTOptions) -> LossOutput:
     """The mean squared error of the x₀ that the model predicts, weighted with 1/(1−ᾱ).
 
-    That is the mean squared error of v, since `x̂₀ − x₀ = −√(1−ᾱ)·(v̂ − v)`, and is computed as such: so that with
-    little noise no small difference is divided by a small number. Latents are drawn anew for every pass,
-    `x₀ = mean + std·ε′`. In training mode, `options.text_dropout` of the rows have all their text replaced by zeros.
+    This equals the mean squared error of v, since `x̂₀ − x₀ = −√(1−ᾱ)·(v̂ − v)`, and is computed as that, so that with
+    little noise no small difference is divided by a small number. Latents are drawn again for every pass,
+    `x₀ = mean + std·ε′`. In training mode, a share `options.text_dropout` of the rows has its text replaced by zeros.
 
     Args:
         model: predicts v `[B,Fr,C,h,w]` from noisy latents, text embeddings `[B,S,L,E]` and timesteps `[B]`.
@@ -114,9 +114,9 @@ def training_loss(model: nn.Module, batch: Mapping[str, Tensor], options: VideoD
         options: of the backbone.
 
     Returns:
-        The loss in float32 (float64 for a float64 model). Metrics: `x0_error`, the same without the weight, in the
-        latents' units, which have variance 1 or about; and `mean_timestep`, which says how much noise it was, since
-        the loss is far larger where there is little.
+        The loss in float32 (float64 for a float64 model). Metrics: `x0_error`, the same error without the weight, in
+        the latents' units, whose variance is about 1; and `mean_timestep`, since the loss is far larger if there is
+        little noise.
     """
     schedule = schedule_of(options)
     precision = torch.promote_types(batch["mean"].dtype, torch.float32)
@@ -139,9 +139,9 @@ def training_loss(model: nn.Module, batch: Mapping[str, Tensor], options: VideoD
 
 
 def predict_v(model: nn.Module, noisy: Tensor, text: Tensor, timesteps: Tensor) -> Tensor:
-    """What the model says of noisy latents `[B,Fr,C,h,w]`, in float32 (float64 for a float64 model).
+    """The model's prediction of v for noisy latents `[B,Fr,C,h,w]`, in float32 (float64 for a float64 model).
 
-    The model computes in the dtype of its own first layer; noise, targets and sampling stay in the latents' dtype.
+    The model computes in the dtype of its first layer; noise, targets and sampling stay in the latents' dtype.
     """
     dtype = model.get_parameter("patch_embed.proj.weight").dtype
     prediction = model(

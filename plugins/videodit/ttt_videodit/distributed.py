@@ -1,7 +1,7 @@
-"""Distributed checkpoints of PyTorch, as TTT-Video's trainer saves them: recognised, and refused with the way out.
+"""Recognises PyTorch's distributed checkpoints, as TTT-Video's trainer saves them, and refuses them with a way out.
 
-One is a folder of `.distcp` files with a `.metadata` that is written last. The trainer's lie in
-`DUMP/EXPERIMENT/checkpoint/step-N`; users name any of these folders. Imports no torch.
+Such a checkpoint is a folder of `.distcp` files with a `.metadata`, which is written last. The trainer saves them in
+`DUMP/EXPERIMENT/checkpoint/step-N`; users may name any of these folders. Imports no torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def refuse(source: Path) -> None:
     """Refuse a distributed checkpoint, or a folder with some in it, and say what to do with it.
 
     Raises:
-        UsageError: the source is one, or part of one, or a folder with some in it and no tensors of its own.
+        UsageError: the source is such a checkpoint, a part of one, or a folder that holds some and no tensors itself.
     """
     if source.suffix == _SHARD or source.name == METADATA:
         source = source.parent
@@ -60,7 +60,7 @@ def _first(folder: Path) -> str:
 
 
 def _in_words(source: Path, whole: Sequence[Path], cut: Sequence[Path]) -> str:
-    """What lies beneath a folder, and which of it to take."""
+    """Say which checkpoints a folder holds, and which of them to take."""
     passed_over = f" ({cut[-1].name} was cut short: it has no {METADATA})" if cut else ""
     if not whole:
         return f"holds no whole checkpoint{passed_over}; name an earlier one, or another run"
@@ -78,7 +78,7 @@ def _in_words(source: Path, whole: Sequence[Path], cut: Sequence[Path]) -> str:
 
 
 def _other(folder: Path) -> str:
-    """The newest whole checkpoint beside one."""
+    """Name the newest whole checkpoint beside this one."""
     whole, _ = _beneath(folder.parent, levels=1)
     return f"; name another, such as {whole[-1]}" if whole else "; name another"
 

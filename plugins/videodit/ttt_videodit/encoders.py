@@ -1,4 +1,4 @@
-"""What turns video and text into what the transformer works on: CogVideoX's VAE and T5, or the demo's stand-ins."""
+"""Encoders of video and text for the transformer: CogVideoX's VAE and T5, or the demo's substitutes."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX
 
 PIECE: Final = 8
-"""Frames that an encoder is given at a time; the first piece of a video has those over that do not divide by it."""
+"""Frames that an encoder takes at a time; the first piece of a video also takes the remainder."""
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """An encoder's answer: `x₀ ~ N(mean, std²)`, both `[Fr,C,h,w]`, at the scale of the transformer."""
+    """An encoder's result: `x₀ ~ N(mean, std²)`, both `[Fr,C,h,w]`, at the scale of the transformer."""
 
     mean: Tensor
     std: Tensor
 
 
 class VideoPass(Protocol):
-    """A video on its way through an encoder: its pieces one after another."""
+    """Encodes one video, piece by piece."""
 
     def __call__(self, frames: Tensor, /) -> Posterior:
-        """Latents of the next piece, `[n,3,H,W]` with values −1 … 1."""
+        """Encode the next piece, `[n,3,H,W]` with values −1 … 1, to latents."""
         ...
 
 
@@ -112,12 +112,12 @@ class DemoVideoEncoder:
 
 
 class VAEEncoder:
-    """CogVideoX's VAE, piece by piece, with no more of a video in memory than a piece.
+    """CogVideoX's VAE, piece by piece, so that only one piece of a video is in memory.
 
-    Its convolutions are causal in time and are handed what they need of the piece before. The pieces are those that
-    `AutoencoderKLCogVideoX.encode` makes of the whole video, so the means are bit for bit its own, and the deviations,
-    exponentials of a piece here and of the whole there, but for their last place. TTT-Video's own encoder takes 16
-    frames at a time; the group norms' statistics, over the frames of a piece, then differ.
+    Its convolutions are causal in time, and get what they need of the previous piece. The pieces are the same that
+    `AutoencoderKLCogVideoX.encode` makes of a whole video. So the means are equal bit for bit, and the deviations up to
+    the last digit, since their exponential is taken of a piece here and of the whole there. TTT-Video's own encoder
+    takes 16 frames at a time; its group norms, whose statistics are over the frames of a piece, give other values.
 
     Args:
         vae: in eval mode.
@@ -149,10 +149,11 @@ class VAEEncoder:
 
 
 class T5TextEncoder:
-    """CogVideoX's text encoder: T5's last hidden states of all L tokens, padding included, as CogVideoX was trained.
+    """CogVideoX's text encoder: T5's last hidden states of all L tokens, padding included, as in CogVideoX's training.
 
-    Each text is read alone. Products round by their shapes, so in a batch a text's numbers would depend on how many
-    others are read with it, and a run that goes on after a kill has fewer left. L tokens keep a device busy anyway.
+    Each text is encoded alone. Rounding in matrix products depends on their shapes, so in a batch the numbers of a text
+    would depend on how many others there are, and a run that goes on after a kill has fewer left. L tokens are enough
+    to keep a device busy.
 
     Args:
         tokenizer: T5's.
@@ -199,7 +200,7 @@ def load_video_encoder(options: VideoDiTOptions, *, device: torch.device | str, 
     """The encoder that goes with the options' transformer.
 
     Raises:
-        EnvironmentProblem: its weights cannot be had.
+        EnvironmentProblem: its weights cannot be loaded.
     """
     if options.preset == "demo":
         return DemoVideoEncoder(DemoCodec.load())
@@ -286,17 +287,17 @@ def _in_our_words(source: str, what: str) -> Iterator[None]:
 def encode_video(
     pictures: Iterable[Picture], *, frames: int, starts: Sequence[int], encoder: VideoEncoder
 ) -> dict[str, Tensor]:
-    """What a video's latents file holds, `mean` and `std` `[Fr,C,h,w]`, `start_mean` and `start_std` `[S,C,h,w]`.
+    """The content of a video's latents file: `mean`, `std` `[Fr,C,h,w]` and `start_mean`, `start_std` `[S,C,h,w]`.
 
-    Row i of the latter is the first latent frame of the video that begins with frame `starts[i]`: it stands for that
-    frame alone. In the whole video the same latent frame stands for four, and the model never begins with such a one
-    when it samples.
+    Row i of `start_mean` and `start_std` is the first latent frame of a video that begins with frame `starts[i]`: it
+    stands for that frame alone. In the whole video the latent frame there stands for four frames; in sampling the model
+    never begins with such a latent frame.
 
     Args:
-        pictures: of the video, `[H,W,3]` each, read one by one.
+        pictures: the video's pictures, `[H,W,3]` each, read one by one.
         frames: how many there are.
         starts: numbers of frames, in order; the first is 0.
-        encoder: which one.
+        encoder: the encoder to use.
     """
     lengths = iter(pieces(frames))
     whole = encoder.begin()

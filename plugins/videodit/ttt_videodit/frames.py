@@ -27,7 +27,7 @@ _FORMATS: Final = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,ogg,flv,live_flv,asf,"
     "gif,mxf,nut,yuv4mpegpipe,dv,vc1,wtv,rm,apng,swf,amv,nsv"
 )
-"""What FFmpeg may take a file for: video, and no playlist, which would lead it to other files and hosts."""
+"""The formats that FFmpeg may try: video, but no playlists, which could lead it to other files and hosts."""
 _NO_VIDEO: Final = (av.error.InvalidDataError, av.error.ArgumentError)
 _MAX_PIXELS: Final = 1 << 27
 """Of a frame, before and after scaling; 16K video has 133 million."""
@@ -35,12 +35,12 @@ _SEEK_SEC: Final = 2  # nearer to the start, decoding up to there is as quick
 
 
 class UnreadableVideoError(ValueError):
-    """A file that is not video, is damaged or too short; the message says why, and does not name the file."""
+    """A file is not video, is damaged or too short; the message says why, but does not name the file."""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file's header says."""
+    """The facts in a video file's header."""
 
     seconds: float | None
     """Length; None if the header does not say."""
@@ -59,20 +59,20 @@ def inspect_video(path: Path) -> VideoInfo:
 
 
 def read_frames(path: Path, *, start_sec: float, count: int, height: int, width: int) -> Iterator[Picture]:
-    """Pictures of a video at 16 a second: for each time `start_sec + i / 16`, the frame that is on the screen then.
+    """Pictures of a video at 16 a second: for each time `start_sec + i / 16`, the frame that is shown at that time.
 
-    The last one may lie 1/16 s past the end, where the last frame is held: a video of 9 s has 144 frames of 1/16 s,
-    and its latents stand for 145.
+    The time of the last picture may be 1/16 s past the end; then the last frame is used again: a video of 9 s has 144
+    frames of 1/16 s, and its latents stand for 145.
 
     Args:
         path: the file.
-        start_sec: where to begin.
+        start_sec: time of the first picture.
         count: how many pictures.
-        height: of the pictures; the frames are scaled to cover them, and what sticks out is cut off on both sides.
-        width: of the pictures.
+        height: height of the pictures; frames are scaled to cover them, then cropped equally on both sides.
+        width: width of the pictures.
 
     Raises:
-        UnreadableVideoError: it cannot be decoded, or ends before.
+        UnreadableVideoError: the file cannot be decoded, or ends too early.
     """
     start, step = Fraction(start_sec).limit_denominator(1_000_000), Fraction(1, FRAMES_PER_SECOND)
     given, end = 0, Fraction(0)
@@ -118,10 +118,10 @@ def _require_size(width: int, height: int) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """A container and its video stream, and what the libraries below say of a broken one in our words."""
+    """A context with an open container and its video stream; it turns the libraries' errors into sentences."""
     try:
         require_file(path)
-        # absolute, because FFmpeg takes a name such as `concat:a` for a protocol
+        # an absolute path, because FFmpeg reads a name such as `concat:a` as a protocol
         with av.open(
             str(path.absolute()), container_options={"format_whitelist": _FORMATS}, metadata_errors="replace"
         ) as container:
@@ -135,7 +135,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             yield container, stream
     except UnreadableVideoError:
         raise
-    # ArithmeticError and MemoryError: headers that lie of times and sizes
+    # ArithmeticError and MemoryError: headers with false times and sizes
     except (av.error.FFmpegError, OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         kind = "; it is not a video, or a damaged one" if isinstance(error, _NO_VIDEO) else ""
@@ -149,7 +149,7 @@ def _timed_frames(container: Any, stream: Any, start: Fraction) -> Iterator[tupl
     if not base:
         raise UnreadableVideoError("its frames have no times; remux it, as ffmpeg -i IN -c copy OUT.mp4 does")
     if origin is not None and start > _SEEK_SEC:
-        # to the key frame before; a file whose index is wrong is read from its start
+        # seek to the key frame before; if the file's index is wrong, read from the start
         container.seek(origin + int(start / base), stream=stream)
         first = next(container.decode(stream), None)
         late = first is None or first.pts is None or (first.pts - origin) * base > start
@@ -174,7 +174,7 @@ def _duration(frame: Any, stream: Any) -> Fraction:
 
 
 def _picture(frame: Any, stream: Any, height: int, width: int) -> Picture:
-    """A frame as it is seen, upright and with square pixels, scaled to cover `height × width` and cropped to it."""
+    """A frame as shown, upright and with square pixels, scaled to cover `height × width` and cropped to it."""
     turns = round(getattr(frame, "rotation", 0) / 90) % 4
     if turns % 2:
         height, width = width, height

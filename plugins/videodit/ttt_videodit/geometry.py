@@ -1,8 +1,8 @@
-"""How a video becomes frames, segments and tokens: plain arithmetic, without torch.
+"""The frames, segments and tokens of a video: plain arithmetic, without torch.
 
-A segment is about 3 s of video with a text of its own. In latent frames, segment i of a video covers
-`attn_length·i … attn_length·(i+1)` and so shares one frame with each neighbour (`prefix_temporal_length` of them):
-the first holds the frame that CogVideoX's VAE encodes alone.
+A segment is about 3 s of video with its own text. In latent frames, segment i of a video covers
+`attn_length·i … attn_length·(i+1)` and so shares one frame (`prefix_temporal_length`) with each neighbour. The first
+latent frame of the video is the one that CogVideoX's VAE encodes alone.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 SEGMENT_SEC = 3
 """Length of a segment in the words of the literature; 48 of its frames play in 3.0 s."""
 FRAMES_PER_SECOND = 16
-"""At which TTT-Video trained and sampled CogVideoX."""
+"""The frame rate at which TTT-Video trained and sampled CogVideoX."""
 TEMPORAL_COMPRESSION = 4
-"""Pixel frames that one latent frame stands for, after the first, which stands for one."""
+"""Pixel frames that a latent frame stands for; the first latent frame stands for one."""
 SPATIAL_COMPRESSION = 8
 """Pixels of height and of width that one latent pixel stands for."""
 PATCH_SIZE = 2
@@ -33,11 +33,11 @@ class Segments:
     attn_length: int = 12
     """Latent frames from the start of one segment to that of the next."""
     prefix_temporal_length: int = 1
-    """Latent frames that a segment shares with the next one, and the whole video has on top."""
+    """Latent frames that a segment shares with the next one; the whole video has as many more."""
 
     @property
     def length(self) -> int:
-        """Latent frames of a segment, those it shares with the next one included."""
+        """Latent frames of a segment, including the frames shared with the next one."""
         return self.attn_length + self.prefix_temporal_length
 
     def frames(self, count: int) -> int:

@@ -1,7 +1,7 @@
-"""TTT-Video's TOML, for training and for sampling, in this project's terms.
+"""Imports TTT-Video's TOML, for training and for sampling.
 
-Keys and defaults are those of TTT-Video's `ttt/infra/config_manager.py` and `ttt/models/configs.py`; what a file leaves
-out is written down if this project's default differs.
+Keys and defaults are from TTT-Video's `ttt/infra/config_manager.py` and `ttt/models/configs.py`. If a file leaves a key
+out and this project's default differs, the imported config states TTT-Video's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ttt_videodit.toml_files import FORMAT, places_in, read_toml, refuse_script
 MARKS = ("ssm_layer", "ttt_base_lr", "video_length")
 """Keys of `[model]` that no other program's config has."""
 PUBLISHED_TEXT_LENGTH = {3: 498, 9: 502, 18: 471, 30: 497, 63: 458}
-"""Text tokens of a segment by seconds of video, from its `configs/eval`: with them sequences divide into 64s."""
+"""Text tokens of a segment by seconds of video, from its `configs/eval`; they make sequences multiples of 64 tokens."""
 WEIGHT_DECAY = 1e-4
 """`ParameterGroupManager.WEIGHT_DECAY_VALUE` of its `ttt/infra/optimizers.py`."""
 
@@ -59,7 +59,7 @@ _TRAINING_DEFAULTS: dict[str, tuple[str, Any]] = {
     "training.warmup_steps": ("train.warmup_steps", 50),
     "optimizer.gradient_clipping_norm": ("train.max_norm", 0.1),
 }
-"""What a file without the key trained with, if this project's default differs."""
+"""TTT-Video's defaults that differ from this project's."""
 _NOT_HERE = {
     "job.config_file": "the file itself",
     "model.name": "TTT-Video has cogvideo alone",
@@ -169,9 +169,9 @@ def _move_model(moving: Import) -> None:
 
 
 def _move_mini_batch(moving: Import, layer: Any) -> None:
-    """The mini-batch that the layer computes with, which for `ttt_mlp` is its kernel's and not the file's.
+    """The mini-batch size that the layer computes with: for `ttt_mlp` the kernel's, not the file's.
 
-    The published `configs/eval/ttt-mlp` say 16. There is no other path than the kernel's, forward or backward.
+    The published `configs/eval/ttt-mlp` say 16, but the kernel is the only path, forward and backward.
     """
     written = number(moving.get("model.mini_batch_size"), whole=True)
     if layer != "ttt_mlp" or written is None or written < 1 or written == KERNEL_MINI_BATCH:
@@ -200,7 +200,7 @@ def _move_remat(moving: Import, trains: bool) -> None:
 
 
 def _move_schedule(moving: Import) -> None:
-    """Peaks and ends by role: there each role has its peak and all have one end, here all have one peak and ratio."""
+    """Learning rates by role: there each role has its own peak and all share one end, here all share peak and ratio."""
     peak, ttt_peak, end = (moving.get(f"optimizer.{key}") for key in ("lr", "lr_ssm", "lr_end"))
     peak, ttt_peak = 1e-4 if peak is None else peak, 1e-4 if ttt_peak is None else ttt_peak
     if _number(peak) is None or _number(ttt_peak) is None or not (end is None or end == 0 or _number(end) is not None):
@@ -222,13 +222,13 @@ def _move_schedule(moving: Import) -> None:
 
 
 def _curve(moving: Import, key: str, end: float) -> tuple[Any, str]:
-    """A schedule as this project has it: one that ends where it starts is constant."""
+    """A schedule in this project's terms: it is constant if its end equals its peak."""
     curve = moving.get(f"optimizer.{key}", "linear")
     return ("constant", f"{curve}, but it ends at its peak") if end == 1 else (curve, "")
 
 
 def _say(moving: Import, old: str, new: str, value: Any, note: str = "") -> None:
-    """Move a key; if the file leaves it out, write down what TTT-Video takes."""
+    """Move a key; if the file leaves it out, state TTT-Video's default."""
     if moving.has(old):
         moving.move(old, new, value=value, note=note)
     else:
@@ -237,7 +237,7 @@ def _say(moving: Import, old: str, new: str, value: Any, note: str = "") -> None
 
 
 def _move_batch(moving: Import) -> None:
-    """A GPU, or a group that shares one model, takes its share of the global batch in `grad_accum_steps` parts."""
+    """The batch: there each GPU, or group that shares a model, reads its share of it in `grad_accum_steps` parts."""
     batch = number(moving.get("training.global_batch_size", 8), whole=True)
     parts = number(moving.get("training.grad_accum_steps", 1), whole=True)
     gpus = [
@@ -297,7 +297,7 @@ def _move_data(moving: Import, trains: bool) -> None:
 
 
 def _move_run_dir(moving: Import) -> None:
-    """A folder for each experiment, in a folder for all of them."""
+    """The run's folder: there each experiment has a folder in a folder for all of them."""
     folder, name = (moving.get(f"job.{key}") for key in ("dump_folder", "exp_name"))
     if isinstance(name, str):
         parent = folder.rstrip("/") if isinstance(folder, str) else "runs"
@@ -309,7 +309,7 @@ def _move_run_dir(moving: Import) -> None:
 
 
 def _move_dtype(moving: Import, trains: bool) -> None:
-    """Training's type is FSDP's, sampling's its own."""
+    """The parameters' type: training takes FSDP's key, sampling its own."""
     of_training, of_sampling = "parallelism.fsdp_unsharded_dtype", "eval.dtype"
     used, other = (of_training, of_sampling) if trains or not moving.has(of_sampling) else (of_sampling, of_training)
     if moving.get(used) == "float16":

@@ -39,12 +39,12 @@ VIDEO_EXAMPLE: Final = '{"path": "a.mp4", "captions": ["waves", "a gull"]}'
 """A good line of a list."""
 
 NOT_LISTED: Final = "damaged, or not the file that was listed: its checksum is another; run ttt precompute again"
-"""Said of a file whose checksum is not the one in the index."""
+"""The message for a file whose checksum is not the one in the index."""
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
 
 
 class LineError(ValueError):
-    """A line that cannot be used, or what it names: what kind of problem that is, and a sentence without its place."""
+    """A line, or a file that it names, cannot be used: the kind of problem, and a sentence without the place."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -71,7 +71,7 @@ class EncodedSegment:
 
     caption: str
     text: Path
-    """Where its embedding is."""
+    """The file of its embedding."""
     text_sha256: str | None = field(default=None, compare=False)
     """That file's checksum, if it is known."""
 
@@ -97,7 +97,7 @@ class EncodedVideo:
 
     @property
     def checksums(self) -> dict[Path, str | None]:
-        """The files that it names, each with its checksum if that is known."""
+        """The files that the line names, each with its checksum if it is known."""
         texts = {segment.text: segment.text_sha256 for segment in self.segments}
         return {self.latents: self.latents_sha256, **texts}
 
@@ -106,10 +106,10 @@ class EncodedVideo:
 
 
 def parse_listed(line: bytes, place: str, folder: Path) -> ListedVideo:
-    """Read a line of a list. Whether its file is video is checked when it is decoded.
+    """Read a line of a list. Only decoding checks whether its file is video.
 
     Raises:
-        LineError: it is not such a line, or its file is missing.
+        LineError: the line is not one of a list, or its file is missing.
     """
     entry = _object(line, f"write {VIDEO_EXAMPLE}")
     unknown = sorted(set(entry) - {"path", "captions", "start_sec"})
@@ -137,10 +137,10 @@ def parse_listed(line: bytes, place: str, folder: Path) -> ListedVideo:
 
 
 def parse_encoded(line: bytes, place: str, folder: Path) -> EncodedVideo:
-    """Read a line of an index. The files that it names are not looked at.
+    """Read a line of an index, without its files.
 
     Raises:
-        LineError: it is not such a line.
+        LineError: the line is not one of an index.
     """
     entry = _object(line, "write the index with ttt precompute")
     try:
@@ -250,10 +250,10 @@ def _require_file(path: Path, way_out: str) -> None:
 
 
 def check_encoded(video: EncodedVideo, wanted: Wanted) -> None:
-    """Check that an encoded video is what a config asks for, by the headers of its files; no tensor is read.
+    """Check by the headers of its files that an encoded video fits a config; no tensor is read.
 
     Raises:
-        LineError: it is not, or a file is missing or damaged.
+        LineError: it does not fit, or a file is missing or damaged.
     """
     for name in ("height", "width", "text_length"):
         asked, found = getattr(wanted, name), getattr(video, name)
@@ -297,7 +297,7 @@ def _check_tensors(path: Path, shapes: Mapping[str, tuple[int | None, ...]], che
     _require_file(path, "run ttt precompute again")
     try:
         header: Header = read_header(path)
-    except UnreadableError as error:  # what is in it may be whole
+    except UnreadableError as error:  # the file's content may still be whole
         raise LineError("damaged", f"{error}; look at that file or disk") from None
     except EnvironmentProblem as error:
         raise LineError("damaged", f"{error}; delete it and run ttt precompute again") from None
@@ -317,5 +317,5 @@ def _check_tensors(path: Path, shapes: Mapping[str, tuple[int | None, ...]], che
 
 
 def windows_in(video: EncodedVideo, wanted: Wanted) -> int:
-    """Whole windows of a video; what is left over at its end is not read."""
+    """How many whole windows a video has; a rest at its end is not read."""
     return len(video.segments) // wanted.window

@@ -1,4 +1,4 @@
-"""A list of videos on its way to an index of what was encoded, which other processes are kept from meanwhile."""
+"""The job of encoding a list of videos into an index, which is locked against other processes meanwhile."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LENIENCY_SEC: Final = 0.1  # a header's length is rounded, or that of the sound
 
 @dataclass
 class Job:
-    """A list of videos on its way to an index."""
+    """Encoding a list of videos into an index."""
 
     videos: tuple[ListedVideo, ...]
     index: Path
@@ -48,7 +48,7 @@ class Job:
     others: list[EncodedVideo] = field(default_factory=list)
     """Videos of the index that the list does not name; they stay."""
     done: dict[ListedVideo, EncodedVideo] = field(default_factory=dict)
-    """Those of the list that are in the index."""
+    """Videos of the list that are in the index."""
 
     @classmethod
     def of(cls, options: VideoDiTOptions, data: VideoDiTData, source: str, target: str) -> Job:
@@ -76,7 +76,7 @@ class Job:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes from this index, and find out what is done."""
+        """Lock the index against other processes, and find out what is done."""
         name = self.folder / f".{self.index.name}.lock"
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ class Job:
             yield
 
     def _read_index(self) -> None:
-        """Sort the lines of the index: done, of other lists, or made from a file that has changed, to be made anew."""
+        """Sort the lines of the index: done, of other lists, or to be made again because a file has changed."""
         if not self.index.exists():
             return
         whole = self._ends_with_a_line()
@@ -136,7 +136,7 @@ class Job:
                 )
 
     def plan(self, video: ListedVideo) -> EncodedVideo:
-        """The line that a video will have, place aside; its files are named after what they are made from."""
+        """The line that a video will have, without its place; its files are named after their inputs."""
         wanted = self.wanted
         file = video.path.stat()
         origin = [video.name, file.st_size, file.st_mtime_ns, video.start_sec, len(video.captions)]
@@ -160,7 +160,7 @@ class Job:
         )
 
     def _text_origin(self, caption: str) -> tuple[object, ...]:
-        """What an embedding is made from; scene tokens, which were read as text once, say so."""
+        """The inputs of an embedding; scene tokens are part of them, since an earlier version read them as text."""
         as_tokens = ("scene tokens",) if names_scenes(caption) else ()
         return (caption, self.wanted.text_length, self.encoders, *as_tokens)
 
@@ -169,7 +169,7 @@ class Job:
         return [video for video in self.videos if video not in self.done]
 
     def numbers_to_write(self) -> int:
-        """How many numbers the latents that are missing have."""
+        """How many numbers the missing latents have."""
         wanted = self.wanted
         pixels = wanted.height * wanted.width // SPATIAL_COMPRESSION**2
         rows = sum(
@@ -178,7 +178,7 @@ class Job:
         return rows * LATENT_CHANNELS * pixels
 
     def append(self, video: ListedVideo) -> None:
-        """Put a video whose files are there into the index."""
+        """Add a video whose files exist to the index."""
         entry = _with_checksums(self.plan(video))
         with writing(self.index), self.index.open("ab") as file:
             file.write(f"{line_of(entry, self.index.parent)}\n".encode())
@@ -187,7 +187,7 @@ class Job:
         self.done[video] = entry
 
     def finish(self) -> None:
-        """Bring the index into the order of the list, after the videos of others."""
+        """Sort the index: first the videos of other lists, then this list's in its order."""
         self._write([*self.others, *(self.done[video] for video in self.videos if video in self.done)])
 
     def _write(self, entries: Sequence[EncodedVideo]) -> None:
@@ -197,7 +197,7 @@ class Job:
 
     @staticmethod
     def _as_listed(entry: EncodedVideo) -> bool:
-        """Whether the files that a line names are there, with the checksums that it says."""
+        """Whether the files that a line names exist and have its checksums."""
         return all(
             path.is_file() and (checksum is None or _checksum_of(path) == checksum)
             for path, checksum in entry.checksums.items()
@@ -206,7 +206,7 @@ class Job:
 
 @contextlib.contextmanager
 def _beside_others(folder: Path) -> Iterator[None]:
-    """Work in a folder, beside other processes; if there are none, first remove what killed ones left half written."""
+    """A context for work in a folder beside other processes; if there are none, it first removes half-written files."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -230,7 +230,7 @@ def _with_checksums(entry: EncodedVideo) -> EncodedVideo:
 
 
 def _checksum_of(path: Path) -> str | None:
-    """What a file's header says; None if it has none, or is damaged."""
+    """The checksum in a file's header; None if it has none, or the file is damaged."""
     try:
         return read_header(path).checksum
     except UnreadableError:
@@ -240,7 +240,7 @@ def _checksum_of(path: Path) -> str | None:
 
 
 def _digest(*origin: object) -> str:
-    """A short name for what a file is made from."""
+    """A short name for a file's inputs."""
     return hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
 
 
@@ -283,7 +283,7 @@ def _check_length(video: ListedVideo, wanted: Wanted) -> None:
     """
     try:
         seconds = inspect_video(video.path).seconds
-    except UnreadableVideoError:  # told later, with those that cannot be decoded
+    except UnreadableVideoError:  # reported later, with the videos that cannot be decoded
         return
     needed = frames_of(video, wanted) / FRAMES_PER_SECOND - 2 / FRAMES_PER_SECOND  # the last picture may be held
     if seconds is not None and video.start_sec + needed > seconds + _LENIENCY_SEC:

@@ -1,9 +1,9 @@
 """The order in which TTT reads the tokens of a video and its texts, forward and backward.
 
 A backbone holds the tokens of a video as `[text 0, text 1, …, frame 0, frame 1, …]`. TTT reads them interleaved:
-text 0, the frames of segment 0, text 1, the frames of segment 1, …. The segment that is read first has the frames
-that the video has beyond whole segments. Backward, the video is reversed token by token, and the order of the texts
-too, but each text is read forward.
+text 0, the frames of segment 0, text 1, the frames of segment 1, …. The frames that the video has beyond whole segments
+belong to the segment that is read first. Backward, the video is reversed token by token; the order of the texts is
+reversed too, but each text is read forward.
 
 Source: TTT-Video (arXiv 2504.05298), section 3.2; `SeqModelingBlock` and `TTTBase.interleave` of its code.
 """
@@ -26,7 +26,7 @@ class Layout:
     """The shape of a video in tokens; equal layouts share what is computed from them."""
 
     segments: Segments
-    """How frames are cut."""
+    """How frames are cut into segments."""
     count: int
     """Segments of the video."""
     text_length: int
@@ -41,7 +41,7 @@ class Layout:
         """The layout of a video of so many latent frames with so many texts.
 
         Raises:
-            ValueError: the frames are no whole number of segments, or there is not one text for each.
+            ValueError: the frames are not a whole number of segments, or there is not one text for each.
         """
         count = segments.count(frames)
         if texts != count:
@@ -79,8 +79,8 @@ class Layout:
     def rotary(self, head_width: int, *, theta: float, device: torch.device, dtype: torch.dtype) -> Rotary:
         """Cosine and sine `[T,F/2]` of the tokens in reading order, the same in either direction.
 
-        A video token is turned by its place among the video tokens in reading order: F/4 channels by its time, 3F/8 by
-        its height, 3F/8 by its width. A text token is not turned.
+        A video token is rotated by its position among the video tokens in reading order: F/4 channels by its time, 3F/8
+        by its height, 3F/8 by its width. A text token is not rotated.
 
         Args:
             head_width: F, a multiple of 16.
@@ -136,6 +136,6 @@ def _rotary(layout: Layout, head_width: int, theta: float, device: torch.device,
         turned.append([x.view(shape).expand(*sides, -1) for x in angles])
     cos, sin = (torch.cat(parts, dim=-1).flatten(0, 2) for parts in zip(*turned, strict=True))
     text = cos.new_ones(layout.text_tokens, head_width // 2)
-    # Video tokens are turned by their place in reading order, so that both directions share one table.
+    # Video tokens are rotated by their position in reading order, so that both directions share one table.
     order = layout.reading_order(device).order
     return torch.cat((text, cos))[order], torch.cat((torch.zeros_like(text), sin))[order]

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ttt.plugins import SampleRequest
 
 _MOST_TEXT_BYTES = 4 << 30
-"""Of embeddings that are kept on the CPU at a time: about a thousand texts of T5's."""
+"""The most bytes of embeddings that are kept on the CPU at a time: about a thousand texts of T5."""
 _MOST_TOLD = 5
 NEGATIVE_PROMPTS, ZEROS, EMPTY_TEXTS = "the negative prompts", "zeros in place of text", "empty texts"
 """What guidance can lead away from."""
@@ -51,12 +51,12 @@ def prepare_samples(
 ) -> Callable[[SampleRequest], list[Path]]:
     """What makes one video after another, each from a prompt for every 3 s, and a contact sheet beside it.
 
-    What guidance leads away from is the embedding of the negative prompts. Where none is given, it is what the run
-    trained with in place of dropped text, zeros; and for a run without `text_dropout`, and for weights imported from
-    TTT-Video, the embedding of empty texts, as there.
+    Guidance leads away from the embedding of the negative prompts. If there are none, it leads away from zeros, which
+    the run trained with in place of dropped text. For a run without `text_dropout`, and for weights imported from
+    TTT-Video, it leads away from the embedding of empty texts, as TTT-Video does.
 
-    The VAE is loaded once. T5, larger than the transformer, reads the texts of all videos and is gone before the first
-    step; only where their embeddings take more than some GB is it loaded again, for the next videos.
+    The VAE is loaded once. T5, which is larger than the transformer, reads the texts of all videos and is freed before
+    the first step. It is loaded again for later videos only if the embeddings of all take more than some GB.
 
     Args:
         model: the adapted `VideoDiT`.
@@ -86,7 +86,7 @@ class _Sampler:
         self._model = model
         self._options = options
         self._console = console
-        # If a part of a repository is missing, that is told before the first step.
+        # If a part of a repository is missing, report it before the first step.
         self._decode = load_decoder(options, device=device, dtype=dtype)
         self._texts = _Texts(requests, options, data, console, device=device, dtype=dtype)
         self._texts.read()
@@ -168,8 +168,8 @@ def guidance_weight(scale: float, *, timestep: int, steps: int) -> float:
 
         w = 1 + scale·(1 − cos(π·((steps − t)/steps)⁵))/2,   between 1 and 1 + scale
 
-    It was meant to rise over the steps, but both published samplers put the timestep t (999 … 0) in the place of the
-    step's number. So w jumps about between its bounds, and settles towards 1 only when t is less than `steps`.
+    It was meant to rise over the steps, but both published samplers use the timestep t (999 … 0) instead of the step's
+    number. So w jumps between its bounds, and approaches 1 only when t is less than `steps`.
     It is kept as it is because CogVideoX's and TTT-Video's videos are made with it.
 
     Sources: `use_dynamic_cfg` of diffusers' `pipeline_cogvideox.py`; `DynamicCFG` of TTT-Video's `cogvideo/utils.py`.
@@ -238,7 +238,7 @@ def denoise(
 
 
 class _Texts:
-    """The embeddings of what videos are to show, and of what they are led away from.
+    """The embeddings of the videos' prompts, and of the texts that guidance leads away from.
 
     Args:
         requests: the videos, in the order in which they will be made.
@@ -348,10 +348,10 @@ def load_decoder(options: VideoDiTOptions, *, device: torch.device, dtype: torch
 
 @torch.no_grad()
 def decode_pieces(vae: AutoencoderKLCogVideoX, latents: Tensor) -> Iterator[Tensor]:
-    """A video by CogVideoX's VAE, piece by piece, with no more of it in memory than a piece.
+    """Decode a video by CogVideoX's VAE, piece by piece, so that only one piece is in memory.
 
-    The VAE's convolutions are causal in time and are handed what they need of the piece before, and the pieces are
-    those that diffusers cuts: so the frames are bit for bit those of `AutoencoderKLCogVideoX.decode` on the whole.
+    The VAE's convolutions are causal in time and get what they need of the previous piece, and the pieces are the same
+    as in diffusers: so the frames equal those of `AutoencoderKLCogVideoX.decode` on the whole video bit for bit.
 
     Args:
         vae: in eval mode.

@@ -1,9 +1,9 @@
 """The two tokens in texts by which TTT-Video tells T5 that a scene ends and another begins.
 
 TTT-Video adds `<end_scene>` and `<start_scene>` to T5's tokenizer, for the captions of training and for prompts, and
-resizes T5's embedding to the tokenizer's length. Nothing is drawn at random by that: T5's embedding has 32128 rows for
-the 32100 tokens of its tokenizer, so that the two get the rows 32100 and 32101 of the published weights, the same
-wherever T5 is loaded. An embedding without rows to spare has none for them.
+resizes T5's embedding to the tokenizer's length. This adds no random rows: T5's embedding has 32128 rows for the 32100
+tokens of its tokenizer, so the two tokens get rows 32100 and 32101 of the published weights, the same each time T5 is
+loaded. An embedding without spare rows has none for them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Two ways from CogVideoX's noise schedule to the steps of its sampler, and which of them a sample takes.
+"""Two ways to get a sampler's steps from CogVideoX's noise schedule, and the choice between them.
 
 Both are DPM-Solver++ (2M) as an SDE, and both shift and scale √ᾱ so that the last timestep leaves no signal. They
-differ in which table is scaled. diffusers scales that of all timesteps, by which the model was trained, and steps on
-some of its entries. TTT-Video takes some timesteps first and scales their own table: its noise at a timestep is then
-a little other than what that timestep had in training. The fewer steps, the further the two are apart.
+differ in which table they scale. diffusers scales the table of all timesteps, with which the model was trained, and
+steps on some of its entries. TTT-Video chooses some timesteps first and scales only their table: so its noise at a
+timestep differs a little from that in training. With fewer steps the difference is larger.
 
 Source: `ZeroSNRDDPMDiscretization`, `DiscreteDenoiser` and `VPSDEDPMPP2MSampler` of TTT-Video's
 `ttt/models/cogvideo/utils.py`.
@@ -25,7 +25,7 @@ from ttt_videodit.diffusion import schedule_of
 from ttt_videodit.options import DIFFUSERS, TTT_VIDEO, VideoDiTOptions
 
 IMPORTED_FROM = "TTT-Video"
-"""What the header of an adapter says that `ttt import-weights` made of published weights."""
+"""The origin in the header of an adapter that `ttt import-weights` made from published weights."""
 
 
 class TTTVideoScheduler(CogVideoXDPMScheduler):

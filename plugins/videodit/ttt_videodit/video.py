@@ -29,7 +29,7 @@ INK = "#303030"
 _FAINT = "#808080"
 _MOST_LINES = 8
 _QUALITY = "18"
-"""x264's constant rate factor: hardly told from lossless."""
+"""x264's constant rate factor: visually almost lossless."""
 
 
 def write_video(path: Path, frames: Frames, *, frames_per_second: int = FRAMES_PER_SECOND, comment: str = "") -> None:
@@ -73,7 +73,7 @@ def write_video(path: Path, frames: Frames, *, frames_per_second: int = FRAMES_P
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turn what the system and FFmpeg say while a video is written into one sentence."""
+    """Turn errors of the system and of FFmpeg while a video is written into one sentence."""
     try:
         with writing(path):
             yield
