@@ -75,11 +75,11 @@ def explanations_of_rules(
         if number.startswith(PREFIX):
             raise PluginError(f"{owner(plugin)} declares the code {number}, which is the core's", fix=WAY_OUT)
     try:
-        told = {**own(), **read_explanations(declared.values())}
+        found = {**own(), **read_explanations(declared.values())}
     except ValueError as error:
         raise PluginError(f"{owner(plugin)} does not explain its codes: {error}", fix=WAY_OUT) from error
     for number, code in declared.items():
-        if number not in told:
+        if number not in found:
             raise PluginError(f"{owner(plugin)} does not explain its code {number}", fix=WAY_OUT)
-        told[number] = replace(told[number], severity=code.severity.value, title=code.title)
-    return told
+        found[number] = replace(found[number], severity=code.severity.value, title=code.title)
+    return found
