@@ -51,7 +51,7 @@ DECLARED = {
     "name: missing": ("name = Nothing()", "Toy.name is missing"),
     "streaming: as once": (
         "streaming = True",
-        "Toy.streaming is True, but the class is no ttt.plugins.Streaming; inherit",
+        "Toy.streaming is True, but the class does not inherit ttt.plugins.Streaming; inherit",
     ),
     "options: none": ("options = None", "Toy.options is None, not a subclass of BackboneOptions"),
     "location_options: the older name": ("location_options = {'width'}", "is what non_identity_options was called"),
@@ -65,7 +65,7 @@ DECLARED = {
     ),
     "non_identity_options: unknown": (
         "non_identity_options = {'wights'}",
-        "names 'wights', which is no option of ToyOptions",
+        "names 'wights', which is not an option of ToyOptions",
     ),
     "ttt_defaults: unknown key": ("ttt_defaults = {'layrs': 1}", "Toy.ttt_defaults: layrs: Extra inputs"),
     "ttt_defaults: out of range": ("ttt_defaults = {'base_lr': -1.0}", "Toy.ttt_defaults: base_lr: Input should be"),
@@ -75,15 +75,15 @@ DECLARED = {
     "facts: a property": ("facts = property(lambda self: 1)", "Toy.facts is 1, not a method"),
     "a default of the wrong type": (
         "options = WrongType",
-        "a default of WrongType is none: dim: Input",
+        "a default of WrongType is not valid: dim: Input",
     ),
     "a default out of its range": (
         "options = OutOfRange",
-        "a default of OutOfRange is none: heads: Input",
+        "a default of OutOfRange is not valid: heads: Input",
     ),
     "a default of the data": (
         "data_options = WrongData",
-        "Toy.data_options: a default of WrongData is none: win",
+        "Toy.data_options: a default of WrongData is not valid: win",
     ),
     "a name of another": ("options = Renamed", "options: the default of Renamed.name is 'other', not 'toy'"),
     "a validator that fails": ("options = Fails", "ZeroDivisionError: "),
@@ -161,7 +161,7 @@ def test_a_part_of_a_capability_that_is_not_inherited_is_told(
 ) -> None:
     written = "def {}(self, *_, **__):\n        return None" if callable(getattr(kind, member)) else "{} = '.txt'"
     install(tmp_path, "toy", "wrong_plugin", _declaring(written.format(member)))
-    told = f"Toy.{member}: the class has `{member}`, but is no ttt.plugins.{kind.__name__}; inherit it"
+    told = f"Toy.{member}: the class has `{member}`, but does not inherit ttt.plugins.{kind.__name__}; inherit it"
     assert _found(tmp_path).error == told
 
 
@@ -175,10 +175,18 @@ ABLE = {
     "a suffix that is none": ("Sampling", (_SAMPLES, "sample_suffix = 'mp4'"), "sample_suffix is 'mp4', not what a"),
     "a suffix of no letters": ("Sampling", (_SAMPLES, "sample_suffix = None"), "sample_suffix is None, not what a"),
     "no method": ("Streaming", ("stream = 7",), "Toy.stream is 7, not a method"),
-    "an optional one is no method": ("Sampling", (_SAMPLES, "check_sample = {}"), "check_sample is {}, not a method"),
+    "an optional one is not a method": (
+        "Sampling",
+        (_SAMPLES, "check_sample = {}"),
+        "check_sample is {}, not a method",
+    ),
     "nothing of it": ("WeightImport", ("pass",), "Can't instantiate abstract class Toy"),
     "half of it": ("Sampling", ("sample = lambda *_, **__: None",), "Can't instantiate abstract class Toy"),
-    "streaming: as once": ("Streaming", (_STREAMS, "streaming = False"), "but the class is a ttt.plugins.Streaming"),
+    "streaming: as once": (
+        "Streaming",
+        (_STREAMS, "streaming = False"),
+        "but the class inherits ttt.plugins.Streaming",
+    ),
 }
 
 

@@ -183,7 +183,7 @@ def _small_digest(file: Path) -> str | None:
 
 
 def _require_file(file: Path, record: Mapping[str, Any]) -> None:
-    """Hold a file against its record, as far as that takes no reading of tensors."""
+    """Compare a file with its record, as far as that needs no reading of tensors."""
     if not file.is_file():
         raise EnvironmentProblem(f"{file}: missing")
     if file.stat().st_size != record.get("bytes"):

@@ -1,6 +1,6 @@
-"""What can go wrong, as types: each carries the exit code that the command line ends with.
+"""The types of foreseeable errors. Each has the exit code with which the command line ends.
 
-Messages are one sentence with the place and the way out; the command line prints them without a traceback.
+Messages are one sentence with the place and the fix; the command line prints them without a traceback.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class TTTError(Exception):
 
     @classmethod
     def about(cls, problems: Sequence[str], what: str, *, where: str = "") -> Self:
-        """One error about several problems: the first of them, after how many of `what` there are; one says it all."""
+        """One error about several problems: their number, and the first few. A single problem is the whole message."""
         place = f"{where}: " if where else ""
         if len(problems) == 1:
             return cls(f"{place}{problems[0]}")
@@ -93,7 +93,7 @@ class EnvironmentProblem(TTTError):  # noqa: N818 - EnvironmentError is Python's
 
 
 class UnreadableError(EnvironmentProblem):
-    """A file that is there and that the system does not give: what is in it may be whole."""
+    """A file exists but the system cannot read it. Its content may be undamaged."""
 
 
 class ConfigEnvironmentError(ConfigError, EnvironmentProblem):

@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: their kind and size are looked at before they are read.
+"""Reading files of other programs: their kind and size are checked before they are read.
 
 A name in a config can lead to a FIFO, on which a plain `open` waits for ever, to a device that never ends, or to ten
 gigabytes where a page is expected. What is refused here is an `OSError` whose `strerror` says why, as `open` itself
@@ -65,7 +65,7 @@ def require_file(path: str | Path) -> os.stat_result:
 
 
 def open_file(path: str | Path) -> BinaryIO:
-    """A file, open for reading; nothing that could keep the caller waiting.
+    """Open a file for reading. Refuse what could keep the caller waiting, such as a FIFO.
 
     Raises:
         OSError: it is not there, not to be read, or is a folder, a FIFO, a socket or a device.

@@ -1,4 +1,4 @@
-"""Adapter files: `adapter_model.safetensors` and `adapter_config.json`, which alone say what they belong to.
+"""Adapter files: `adapter_model.safetensors` and `adapter_config.json`. They say what they belong to.
 
 The safetensors header holds the same settings as the JSON beside it, so that file is enough; the JSON is for people
 and tools. A folder may also hold `backbone_model.safetensors`, the backbone's own parameters that were trained along

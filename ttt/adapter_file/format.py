@@ -1,4 +1,4 @@
-"""What an adapter file is made of: its names, its version, and what it says of itself."""
+"""The format of adapter files: names, version, and the description of an adapter in its header."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a run is: its sections, where each key was written, what can be found in it. Imports no torch.
 
-It knows nothing of the rest of the library. The models are here at once; the others are imported when they are first
-asked for.
+It imports nothing from the rest of the library but errors. The models are imported at once, all other names on first
+use.
 """
 
 from __future__ import annotations

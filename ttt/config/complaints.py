@@ -1,10 +1,10 @@
-"""What YAML's parser complains of, in words for who wrote the file."""
+"""Errors of YAML's parser, reworded for the author of the file."""
 
 from __future__ import annotations
 
 
 def explain_complaint(problem: str, context: str, line: str, column: int) -> tuple[str, str, bool]:
-    """A parser's complaint in words for who wrote the file, the way out, and whether its cause is where it began."""
+    """A parser's error in plain words, the fix, and whether its cause is at the start of the construct."""
     if "mapping values are not allowed" in problem:
         if ": " in line[:column]:
             return "a second `:` in one line", "quote a text with `: ` in it, or begin a new line", False

@@ -14,10 +14,10 @@ from ttt.config.schema import RunConfig
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML that reads back the same under YAML 1.2 and, where a text would be taken for a number, under 1.1 too."""
+    """Writes YAML that reads back the same under YAML 1.2. Texts that look like numbers do so under 1.1 too."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Write every value where it stands."""
+        """Write every value in full, without anchors and aliases."""
         return True
 
 
@@ -27,7 +27,7 @@ def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
 
 
 def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-    # double quotes alone keep line separators and the like as they are
+    # only double quotes keep line separators and the like unchanged
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
 
 
@@ -35,7 +35,7 @@ def _represent_list(dumper: yaml.SafeDumper, value: Iterable[Any]) -> yaml.Node:
     return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
 
 
-# Ours first: the first that matches decides what a scalar without quotes means.
+# Ours come first: the first one that matches decides what a scalar without quotes means.
 _Dumper.yaml_implicit_resolvers = {
     first: [
         ("tag:yaml.org,2002:null", NULL),
@@ -52,13 +52,13 @@ _Dumper.add_representer(list, _represent_list)
 
 
 def dump_value(value: Any) -> str:
-    """A value as it is written behind a key, in one line; it reads back equal."""
+    """A value as YAML on one line, to write after a key. It reads back equal."""
     text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=1 << 30)
     return text.removesuffix("\n").removesuffix("...").rstrip("\n")
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved config as YAML, every key written out, sections in order; it loads back equal."""
+    """The resolved config as YAML, with every key, sections in order. It loads back equal."""
     content = config.model_dump(mode="json")
     parts = [
         yaml.dump({key: content[key]}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 30)

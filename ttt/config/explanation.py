@@ -1,4 +1,4 @@
-"""What a code means, told at length: `ttt check --explain`. It is data, in a file beside the module of the rules.
+"""Explanations of codes, for `ttt check --explain`. They are data, in a YAML file beside the module of the rules.
 
 `rules.yaml` beside `rules.py` explains each code that `rules.py` declares with `home=__name__`:
 
@@ -13,10 +13,10 @@ ABC101:
   source: somebody's paper
 ```
 
-The keys are the fields of `Explanation`, but for severity and title, which the code has. What is hard to write as text
-has another form: `files` may hold `safetensors: {metadata: {…}, zeros: {name: [2, 3]}}`, a file of zeros in float16,
-with `cut: 100` beside it only so many letters of it; and `bad_bytes` is text whose letters are bytes, or a list of
-pieces, where `{"#": 1000}` is a piece so many times.
+The keys are the fields of `Explanation`, without severity and title, which the code has. Contents that are hard to
+write as text have other forms. An entry of `files` may be `safetensors: {metadata: {…}, zeros: {name: [2, 3]}}`, a file
+of zeros in float16; with `cut: 100` beside it, only its first 100 letters. `bad_bytes` is a text whose letters are
+bytes, or a list of pieces, in which `{"#": 1000}` repeats a piece 1000 times.
 """
 
 from __future__ import annotations
@@ -41,41 +41,41 @@ class Explanation:
     severity: str
     """error, warning or note."""
     what: str
-    """What was found, and what will happen."""
+    """What is found, and what will happen."""
     why: str
-    """Why that costs a run."""
+    """Why that harms a run."""
     bad: str
-    """A whole config that triggers it."""
+    """A whole config that triggers the code."""
     good: str
-    """One near it that triggers nothing."""
+    """A similar config that triggers nothing."""
     source: str
-    """Who says so."""
+    """The paper, documentation or module that says so."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """Files that the configs speak of, by name, beside them."""
+    """Files beside the configs that they refer to, by name."""
     options: tuple[str, ...] = ()
-    """Options of `ttt check` that the bad config needs; the good one too, unless `good_options` says others."""
+    """Options of `ttt check` for the bad config; also for the good one, unless `good_options` has others."""
     good_options: tuple[str, ...] | None = None
     environment: tuple[str, ...] = ()
-    """Variables of the process, `NAME=value`, with which the bad config is checked, and the good one without."""
+    """Environment variables, `NAME=value`, that are set for the bad config but not for the good one."""
     bad_bytes: bytes | None = None
-    """The bad config itself, where `bad` can only describe it."""
+    """The bytes of the bad config, if `bad` can only describe it."""
     needs: str = ""
-    """What must be installed for it."""
+    """What must be installed to trigger it."""
     title: str = ""
     """What is found, in a few words."""
     fix: str = ""
-    """For a law, whose `bad` and `good` are code of a model and no configs: the way out in one clause."""
+    """The fix in one clause, for laws: their `bad` and `good` are code of a model, not configs."""
 
 
 def read_explanations(codes: Iterable[Code]) -> dict[str, Explanation]:
     """What codes mean, by number, from the files beside the modules that declare them.
 
     Args:
-        codes: every code that those modules declare; one without a home is left out.
+        codes: every code that those modules declare. A code without a home is left out.
 
     Raises:
-        ValueError: a file is missing or damaged, lacks one of the codes, or explains one that is not given; the message
-            names file and code.
+        ValueError: a file is missing or damaged, does not explain one of the codes, or explains a code that is not
+            given. The message names file and code.
     """
     by_home: dict[str, dict[str, Code]] = {}
     for code in codes:
@@ -89,7 +89,7 @@ def read_explanations(codes: Iterable[Code]) -> dict[str, Explanation]:
 
 
 def _beside(home: str) -> Path:
-    """The file that explains the codes of a module, which is imported, for it has declared them."""
+    """The file that explains the codes of a module. The module is imported already, since it declared them."""
     file = getattr(sys.modules.get(home), "__file__", None)
     if file is None:
         raise ValueError(f"the home {home!r} of a code is no module; write home=__name__")
@@ -144,7 +144,7 @@ def _files(value: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _file(content: str | Mapping[str, Any]) -> str:
-    """A file's text: as it is written, or of a safetensors file of zeros, from what is said of it."""
+    """A file's text: the text itself, or that of a safetensors file of zeros with the given metadata and shapes."""
     if isinstance(content, str):
         return content
     said, end = content["safetensors"], 0
@@ -156,12 +156,12 @@ def _file(content: str | Mapping[str, Any]) -> str:
         start, end = end, end + 2 * math.prod(shape)
         header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header)
-    text += " " * (-len(text) % 256)  # a length whose bytes are letters of ASCII, so that the file is a text
+    text += " " * (-len(text) % 256)  # with this length, the length's own bytes are ASCII, so the file is a text
     return (len(text).to_bytes(8, "little").decode("ascii") + text + "\0" * end)[: content.get("cut")]
 
 
 def _bytes(pieces: str | list[str | dict[str, int]]) -> bytes:
-    """Bytes, written as letters of Latin-1."""
+    """Bytes from text in Latin-1, or from a list of pieces."""
     if isinstance(pieces, str):
         return pieces.encode("latin-1")
     repeated = ({piece: 1} if isinstance(piece, str) else piece for piece in pieces)

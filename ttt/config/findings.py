@@ -1,7 +1,7 @@
 """A finding: what is wrong with a config, where, what will happen and what to write instead; and its code.
 
-A code is declared once, beside what finds it: its number, title and severity, and what follows from it. Numbers are
-stable: one that goes is never given to anything else. A plugin's codes use a prefix of their own.
+A code is declared once, beside the rule that finds it, with its number, title and severity. Numbers are stable: if a
+code is removed, its number is not used again. A plugin's codes have their own prefix.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ class Severity(str, Enum):
     """How bad it is."""
 
     ERROR = "error"
-    """The run cannot start, or would not be what the config says."""
+    """The run cannot start, or would not do what the config says."""
     WARNING = "warning"
-    """The run starts, and most likely should not."""
+    """The run can start, but most likely should not."""
     NOTE = "note"
     """Worth knowing."""
 
@@ -27,20 +27,20 @@ class Severity(str, Enum):
 
 
 class Blame(Enum):
-    """Who is to blame for a finding, and so where it is mended."""
+    """Who is to blame for a finding, that is, where to fix it."""
 
     CONFIG = "config"
-    """The config, which its author changes."""
+    """The config. Its author fixes it."""
     MACHINE = "machine"
-    """The machine that the config was read on: another one may have the file, the disk or the compiler."""
+    """The machine on which the config was read: another one may have the file, the disk or the compiler."""
     EITHER = "either"
-    """The config asks for more than this machine has; a smaller run or a larger machine mends it."""
+    """The config asks for more than this machine has: take a smaller run or a larger machine."""
     PLUGIN = "plugin"
-    """The plugin, which its author changes."""
+    """The plugin. Its author fixes it."""
 
 
 class Family(Enum):
-    """The families of the core's codes, in the order that they are listed in."""
+    """The families of the core's codes, in the order in which they are listed."""
 
     SYNTAX = ("TTT0", "File and syntax")
     SCHEMA = ("TTT1", "Schema and shape")
@@ -55,22 +55,22 @@ class Family(Enum):
 
     def __init__(self, prefix: str, title: str) -> None:
         self.prefix = prefix
-        """What its codes begin with, as people say it; nothing is decided by it."""
+        """What its codes begin with. It is only printed; nothing depends on it."""
         self.title = title
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where something is written."""
+    """The place where something is written."""
 
     file: str
     """The file as the user named it, or the override, `--set ttt.layers=all`."""
     line: int | None = None
-    """From 1; None for what is not in a file."""
+    """From 1; None if it is not in a file."""
     column: int | None = None
     """From 1, in characters."""
     text: str = ""
-    """The line itself, to be quoted; empty where there is nothing to quote."""
+    """The line itself, to be quoted; empty if there is nothing to quote."""
     width: int = 1
     """How many characters from `column` on are meant."""
 
@@ -93,24 +93,24 @@ class Code:
     ```
 
     Raises:
-        ValueError: the number is no word, or the title is empty.
+        ValueError: the number is not letters and digits, or the title is empty.
     """
 
     number: str
-    """As users see it: letters, then digits."""
+    """The code as users see it: letters, then digits."""
     title: str
     """What is found, in a few words."""
     severity: Severity
-    """How bad it is, where a finding does not say otherwise."""
+    """How bad it is, unless a finding says otherwise."""
     blames: Blame = Blame.CONFIG
     """Who is to blame."""
     of_training: bool = False
-    """Whether only training minds: then it is not found where a config is only sampled from, or its data are made."""
+    """Whether it matters only for training. If so, it is not reported when a config is used to sample or precompute."""
     home: str = ""
-    """`__name__` of the module that declares it. It is explained in a YAML file beside that module, of the same name;
-    see `ttt.config.explanation`."""
+    """`__name__` of the module that declares it. A YAML file of the same name beside that module explains it; see
+    `ttt.config.explanation`."""
     family: Family | None = None
-    """For the core's own codes."""
+    """The family of a code of the core; None for a plugin's."""
 
     def __post_init__(self) -> None:
         if not is_code(self.number):
@@ -130,7 +130,7 @@ class Code:
         replacement: str | None = None,
         moves_to: str | None = None,
     ) -> Finding:
-        """A finding of this code; the arguments are the fields of `Finding`."""
+        """Make a finding with this code. The arguments are the fields of `Finding`."""
         return Finding(
             code=self.number,
             severity=self.severity if severity is None else severity,
@@ -147,7 +147,7 @@ class Code:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that a check found. Make it with `Code.at`, which knows the code and the severity."""
+    """One thing that a check found. Make it with `Code.at`, which fills in the code and the severity."""
 
     code: str
     """The number of its code."""
@@ -159,23 +159,23 @@ class Finding:
     fix: str = ""
     """What to write instead."""
     value: Any = None
-    """The value that was found, or the number that the finding rests on; plain data."""
+    """The wrong value, or the number that the finding is based on; plain data."""
     place: Place | None = None
-    """Where; a rule leaves it out, and the key's place is filled in."""
+    """Where it is written. A rule leaves it out; then the place of the key is filled in."""
     replacement: str | None = None
-    """What `ttt check --fix` writes there instead, where that needs no thought: the key of TTT101, else the value."""
+    """What `ttt check --fix` writes instead, if that is certain: for TTT101 a key, for other codes a value."""
     moves_to: str | None = None
-    """The section that `--fix` moves the key to, where there is one alone; empty is the top level."""
+    """The section that `--fix` moves the key to, if there is exactly one; empty for the top level."""
     of_environment: bool = False
-    """Whether it blames the machine, where its code does not say so: `Blame.MACHINE`."""
+    """Whether it blames the machine, even if its code does not say `Blame.MACHINE`."""
     of_training: bool = False
-    """Whether only training minds, where its code does not say so: `Code.of_training`."""
+    """Whether it matters only for training, even if `Code.of_training` is false."""
     declared: Code | None = None
-    """What its code was declared as; None for a plugin's that is not declared."""
+    """The declaration of its code; None if a plugin does not declare it."""
 
     @property
     def title(self) -> str:
-        """The title of its code; empty where the code is not declared."""
+        """The title of its code; empty if the code is not declared."""
         return "" if self.declared is None else self.declared.title
 
     @property
@@ -187,16 +187,16 @@ class Finding:
 
     @property
     def only_for_training(self) -> bool:
-        """Whether it is nothing to a config that is not trained."""
+        """Whether it does not matter for a config that is not trained."""
         return self.of_training or (self.declared is not None and self.declared.of_training)
 
 
 PREFIX = "TTT"
-"""What the core's codes begin with; a plugin's begin with letters of its own."""
+"""The prefix of the core's codes. Plugins use other letters."""
 
 
 def is_code(text: object) -> bool:
-    """Whether something may be a code: one short word, for it is shown between others."""
+    """Whether something can be a code: one short word, because it is printed inside a line."""
     if not isinstance(text, str) or len(text) > 40:
         return False
     letters = text.replace("-", "").replace("_", "")
@@ -204,17 +204,17 @@ def is_code(text: object) -> bool:
 
 
 def blames_environment(finding: Finding) -> bool:
-    """Whether a finding is about what is installed or lies on this machine, so that the config may be right."""
+    """Whether a finding blames what is installed, or stored, on this machine, so that the config may be right."""
     return finding.blames in (Blame.MACHINE, Blame.PLUGIN)
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:
-    """Whether one of them is an error."""
+    """Whether any of the findings is an error."""
     return any(finding.severity is Severity.ERROR for finding in findings)
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """How many of each: `2 errors, 1 warning`; `no findings` for none."""
+    """The number of findings by severity, as `2 errors, 1 warning`, or `no findings`."""
     counts = []
     for severity in Severity:
         count = sum(finding.severity is severity for finding in findings)

@@ -9,39 +9,39 @@ _EXAMPLE_TOKENS = 188
 
 
 def scan_steps(tokens: int, mini_batch_size: int) -> int:
-    """`T // C`: the full mini-batches of a sequence; one that it leaves open is answered beside the scan."""
+    """The number of full mini-batches in a sequence, `T // C`. A last, open one is computed outside the scan."""
     return tokens // mini_batch_size
 
 
 def checkpoint_groups(tokens: int, mini_batch_size: int, group_size: int) -> int:
-    """How many checkpoints the scan makes over a sequence: `ceil(N / g)`, none where it keeps everything."""
+    """The number of checkpoints that the scan makes over a sequence: `ceil(N / g)`, or 0 if it keeps everything."""
     steps = scan_steps(tokens, mini_batch_size)
     return 0 if group_size == 0 or group_size >= steps else -(-steps // group_size)
 
 
 class GroupSizeCost(NamedTuple):
-    """What a group size costs beyond the usual, and the way out."""
+    """What a group size costs beyond the usual, and what to do about it."""
 
     message: str
     """What happens, in this config's numbers."""
     fix: str
-    """What to write instead, as `write 16`; why no gradient is at stake stands after it."""
+    """What to write instead, as `write 16`, and that gradients do not depend on it."""
 
     def __str__(self) -> str:
-        """Both, as sentences."""
+        """Message and fix as two sentences."""
         return f"{self.message}. {self.fix[:1].upper()}{self.fix[1:]}"
 
 
 def cost_of_groups_of_one(
     group_size: int, mini_batch_size: int, *, tokens: int | None = None, window: str | None = None
 ) -> GroupSizeCost | None:
-    """What one checkpoint per mini-batch costs; None for other groups, and where there is one mini-batch alone.
+    """What one checkpoint per mini-batch costs; None for other group sizes, and if there is only one mini-batch.
 
     Args:
         group_size: `scan_checkpoint_group_size`, mini-batches per checkpoint.
         mini_batch_size: `C`, tokens.
-        tokens: length of a sequence, where it is known; else 15 s of speech (188 tokens) stand as the example.
-        window: what that length is in the user's words, "15 s of audio".
+        tokens: length of a sequence. If None, 15 s of speech (188 tokens) are the example.
+        window: that length in the user's words, as "15 s of audio".
     """
     example = tokens if tokens is not None else _EXAMPLE_TOKENS
     steps = scan_steps(example, mini_batch_size)
@@ -62,13 +62,13 @@ def cost_of_groups_of_one(
 def cost_of_nesting(
     group_size: int, mini_batch_size: int, *, scans: Sequence[int], tokens: int | None = None
 ) -> GroupSizeCost | None:
-    """What checkpoints of the scan inside others cost; None where there is no such nesting.
+    """What checkpoints of the scan inside other checkpoints cost; None if they are not nested.
 
     Args:
         group_size: `scan_checkpoint_group_size`, mini-batches per checkpoint.
         mini_batch_size: `C`, tokens.
-        scans: for each scan of a layer in a forward pass, how many activation checkpoints surround it.
-        tokens: length of a sequence, where it is known; else 15 s of speech (188 tokens) stand as the example.
+        scans: for each scan of a layer in a forward pass, the number of activation checkpoints around it.
+        tokens: length of a sequence. If None, 15 s of speech (188 tokens) are the example.
     """
     example = tokens if tokens is not None else _EXAMPLE_TOKENS
     if not (any(scans) and checkpoint_groups(example, mini_batch_size, group_size)):
@@ -84,7 +84,7 @@ def cost_of_nesting(
 
 
 def times_in_words(counts: Sequence[int]) -> str:
-    """How often something is done: `once`, `twice`, `3 times`; `4 and 3 times` where there are several counts."""
+    """How often something is done: `once`, `twice`, `3 times`; `4 and 3 times` for different counts."""
     distinct = list(counts[:1]) if len(set(counts)) == 1 else list(counts)
     if len(distinct) == 1 and distinct[0] in (1, 2):
         return "once" if distinct[0] == 1 else "twice"

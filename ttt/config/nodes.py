@@ -1,7 +1,7 @@
-"""A YAML text as a tree of nodes, each with its place; what is wrong with it as findings.
+"""Read a YAML text into a tree of nodes, each with its place, and report what is wrong with it as findings.
 
-The reading is bounded (bytes, levels, values with every alias expanded), so that a hostile file costs no more
-than a good one, and it knows only what a config needs: mappings with words as keys, lists, and scalars.
+Bytes, levels and values (with every alias expanded) are limited, so that a hostile file costs no more than a good one.
+Only what a config needs is accepted: mappings with words as keys, lists, and scalars.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _code = partial(Code, severity=Severity.ERROR, family=Family.SYNTAX, home=__name
 TTT001 = _code("TTT001", "not valid YAML")
 TTT002 = _code("TTT002", "a key is written twice")
 TTT003 = _code("TTT003", "the file is empty")
-TTT004 = _code("TTT004", "the file is no mapping of sections")
+TTT004 = _code("TTT004", "the file is not a mapping of sections")
 TTT005 = _code("TTT005", "the file is too large")
 TTT006 = _code("TTT006", "nested too deeply")
 TTT007 = _code("TTT007", "too many values")
@@ -40,7 +40,7 @@ MAX_LEVELS = 32
 MAX_VALUES = 10_000
 _TOO_DEEP = f"nested more than {MAX_LEVELS} levels deep", "a config has two or three"
 LINE_BREAK = re.compile(r"\r\n|[\n\r\x85\u2028\u2029]")
-"""What ends a line, to YAML."""
+"""What ends a line in YAML."""
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
 _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -52,7 +52,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # both give the same ev
 
 
 class SourceError(Exception):
-    """The reading ends here."""
+    """Reading cannot go on; has the parts of a finding."""
 
     def __init__(self, code: Code, place: Place, message: str, fix: str, value: Any = None) -> None:
         super().__init__(message)
@@ -73,7 +73,7 @@ def decode(content: str | bytes, file: str) -> str:
     """The text of a file.
 
     Raises:
-        SourceError: it is too large, not UTF-8, or has characters that no text has.
+        SourceError: it is too large, not UTF-8, or has characters that do not belong in a text.
     """
     if isinstance(content, str):
         content = content.encode("utf-8", "surrogatepass")
@@ -117,19 +117,19 @@ def _events(text: str) -> Generator[Any, None, None]:
 
 @dataclass
 class Node:
-    """A value with its place; `children` holds the parts of a mapping or list in order."""
+    """A value with its place. `children` are the parts of a mapping or list, in order."""
 
     value: Any
     place: Place
     children: list[tuple[str | int, Place, Node]] = field(default_factory=list)
     size: int = 1
-    """Values in it, itself included, every alias expanded."""
+    """The number of values in it, itself included, every alias expanded."""
     levels: int = 0
-    """How deep mappings and lists nest in it."""
+    """How deep mappings and lists are nested in it."""
 
 
 class Reading:
-    """One document, composed from the parser's events and checked on the way."""
+    """Reads one document from the parser's events, and checks it while reading."""
 
     def __init__(self, file: str, text: str) -> None:
         self.file = file
@@ -140,10 +140,10 @@ class Reading:
         self.values = 0
 
     def mapping(self) -> tuple[dict[str, Any], dict[KeyPath, Located]]:
-        """The data of the document, which is a mapping, and the places of its keys and values.
+        """The data of the document, a mapping, and the places of its keys and values.
 
         Raises:
-            SourceError: it is empty, or something else.
+            SourceError: the document is empty, not a mapping, or cannot be read.
         """
         root = self.document()
         if root is None or root.value is None:
@@ -166,7 +166,7 @@ class Reading:
         return data, places
 
     def document(self) -> Node | None:
-        """The root of the only document, or None where there is none."""
+        """The root of the only document; None if there is none."""
         with contextlib.closing(_events(self.text)) as events:
             try:
                 root = None
@@ -207,10 +207,10 @@ class Reading:
             )
 
     def check_levels(self, levels: int, place: Place | None = None) -> None:
-        """Refuse what nests deeper than any config.
+        """Refuse values that are nested too deep.
 
         Raises:
-            SourceError: it does.
+            SourceError: there are more than `MAX_LEVELS` levels.
         """
         if levels > MAX_LEVELS:
             raise SourceError(
@@ -220,7 +220,7 @@ class Reading:
             )
 
     def _node(self, event: Any, events: Iterator[Any], path: KeyPath) -> Node:
-        """The node that begins with `event`, the rest of it taken from `events`."""
+        """Read the node that begins with `event`; take the rest of it from `events`."""
         place = self._place(event)
         if isinstance(event, yaml.AliasEvent):
             return self._alias(str(event.anchor), place, len(path))
@@ -313,7 +313,7 @@ class Reading:
         mark, opened = error.problem_mark or error.context_mark, error.context_mark
         line, column = (mark.line, mark.column) if mark else (0, 0)
         problem = str(error.problem or "")
-        if "nesting depth" in problem:  # libyaml's own limit, met where it looks ahead
+        if "nesting depth" in problem:  # libyaml has its own limit, and reads ahead
             place = Place(self.file, line + 1, column + 1, self._line(line))
             return SourceError(TTT006, place, *_TOO_DEEP)
         message, fix, at_opening = explain_complaint(problem, str(error.context or ""), self._line(line), column)
@@ -326,7 +326,7 @@ class Reading:
 
 
 def flatten(node: Node, path: KeyPath, places: dict[KeyPath, Located]) -> Any:
-    """The plain data of a node, with nothing shared, and its places."""
+    """The plain data of a node, without shared parts. Fills in `places`."""
     values: dict[str | int, Any] = {}
     for key, key_place, child in node.children:
         here = (*path, key)

@@ -15,7 +15,7 @@ _MAX_DIGITS = 400  # Python refuses to read numbers of thousands of digits; nobo
 
 
 def resolve(text: str) -> Any:
-    """The value of a scalar written without quotes: null, a boolean, a number, else the text itself."""
+    """The value of a scalar without quotes: null, a boolean or a number, else the text itself."""
     if NULL.match(text):
         return None
     if BOOLEAN.match(text):

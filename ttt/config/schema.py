@@ -1,7 +1,7 @@
-"""What a run is: pydantic models, strict and frozen, and the one place where a field is described.
+"""What a run is: strict, frozen pydantic models. Each field is described here and nowhere else.
 
-A field's docstring is its description everywhere: in the JSON schema, in the comments of `ttt init`, in the
-docs. This module imports no torch, so that checking a config is instant.
+A field's docstring is its description in the JSON schema, in the comments of `ttt init` and in the docs. This module
+imports no torch, so that checking a config is instant.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ln_eps": 1e-6,
         "input_norm": "none",
     },
-    # TTT-Video: arXiv 2504.05298, its code's `ttt/models/ssm/ttt_layer.py`. The ε of the inner norms is that of the
-    # kernels by which it trains and samples (`kernels/ttt/ttt.cu` of ttt-tk, `ssm/kernels/linear_forward.py`); 1e-8
-    # stands in its Python path (`ssm/ops/utils.py`), which nothing there takes.
+    # TTT-Video: arXiv 2504.05298, its code's `ttt/models/ssm/ttt_layer.py`. The ε of the inner norms is from the
+    # kernels with which it trains and samples (`kernels/ttt/ttt.cu` of ttt-tk, `ssm/kernels/linear_forward.py`). Its
+    # Python path (`ssm/ops/utils.py`) has 1e-8, but nothing there uses that path.
     "video": {
         "causal": False,
         "qkvo_bias": True,
@@ -56,10 +56,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "input_norm": "none",
     },
 }
-"""What each preset sets; a key written beside `preset` wins over it."""
+"""The settings of each preset. A key written beside `preset` wins over it."""
 
 LITERATURE_BASE_LR = {"linear": 1.0, "mlp": 0.1}
-"""`base_lr` by inner model, as TTT-LM and TTT-Video trained."""
+"""`base_lr` by inner model, as TTT-LM and TTT-Video trained with."""
 
 
 class TTTConfig(Section):
@@ -88,7 +88,7 @@ class TTTConfig(Section):
     base_lr: Annotated[float, Field(gt=0, le=MOST_RATE)] = 1.0
     """Inner learning rate before the learned gate; the literature has 1.0 for linear, 0.1 for mlp."""
     causal: bool = True
-    """Inside a mini-batch, whether a token learns only from those up to itself (needed by causal backbones)."""
+    """Whether a token learns only from itself and earlier tokens of its mini-batch (causal backbones need that)."""
     qkvo_bias: bool = False
     """Biases on the q, k, v and o projections."""
     normalize_qk: bool = False
@@ -115,13 +115,13 @@ class TTTConfig(Section):
     persistent_states: bool = False
     """Carry fast weights from window to window of a file while training; needs windows in order."""
     skip_nonfinite_tokens: bool = False
-    """Keep tokens that hold NaN or infinity out of the fast weights, and count them; for inference. False lets them
-    spoil their stream, so that training stops where they come from."""
+    """Keep tokens with NaN or infinity out of the fast weights, and count them; for inference. If false, they spoil
+    their stream, so that training stops where they come from."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, data: Any) -> Any:
-        """Give fields that were left out the preset's value."""
+        """Fill in the preset's value for fields that were left out."""
         if not isinstance(data, Mapping):
             return data
         preset = data.get("preset", "lm")
@@ -136,7 +136,7 @@ class TTTConfig(Section):
 
     @model_validator(mode="after")
     def _fields_fit(self) -> TTTConfig:
-        """Refuse settings that no layer could honour together."""
+        """Refuse settings that contradict each other."""
         self._hidden_widths_fit()
         if self.target_eps != TTTConfig.model_fields["target_eps"].default and not self.normalize_target:
             raise Misfit(
@@ -158,7 +158,7 @@ class TTTConfig(Section):
         return self
 
     def _hidden_widths_fit(self) -> None:
-        """Refuse hidden widths that the inner model does not have, or that are given twice."""
+        """Refuse hidden widths for an inner model without hidden layers, and widths that are given twice."""
         defaults = {
             name: TTTConfig.model_fields[name].default
             for name in ("mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims")
@@ -187,10 +187,10 @@ class TTTConfig(Section):
     if not TYPE_CHECKING:  # type checkers know the fields as arguments
 
         def __init__(self, **settings: Any) -> None:
-            """Make the settings, and warn of what they cost (`NestedCheckpointWarning`).
+            """Make the settings, and warn if they are costly (`NestedCheckpointWarning`).
 
-            Only who writes `TTTConfig(...)` is warned. Settings that are read, from a file, a plugin or an adapter, go
-            through `model_validate`; what they cost is a finding of `ttt check`.
+            Only a call of `TTTConfig(...)` warns. Settings from a file, a plugin or an adapter go through
+            `model_validate`; for these, `ttt check` reports the cost as a finding.
             """
             super().__init__(**settings)
             size = self.scan_checkpoint_group_size
@@ -204,14 +204,14 @@ class TTTConfig(Section):
 _WRITTEN_OUT = frozenset(
     {"preset", "mlp_hidden_dims", "num_heads", "normalize_target", "rope_theta", "ln_eps", "input_norm"}
 )
-"""Fields that together stand in resolved settings alone: no config needs all of them."""
+"""Fields that only resolved settings have all of: nobody writes all of them in a config."""
 
 
 def with_its_target_eps(ttt: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with the ε that their target was trained with, where a ttt without `target_eps` wrote them out.
+    """The settings, with `target_eps` filled in if a version of ttt without that key wrote them.
 
-    There one ε, `ln_eps`, was both. Adapters, records of checkpoints and the stored configs of runs hold every field,
-    so that one without `target_eps` is from then; what people write is left as it is.
+    In that version `ln_eps` was both. Adapters, records of checkpoints and the stored configs of runs hold every field;
+    if one of these has no `target_eps`, it is from such a version. Configs that people write are returned unchanged.
     """
     if "target_eps" in ttt or not ttt.keys() >= _WRITTEN_OUT or ttt["normalize_target"] is not True:
         return dict(ttt)
@@ -220,12 +220,12 @@ def with_its_target_eps(ttt: Mapping[str, Any]) -> dict[str, Any]:
 
 Schedule = Literal["cosine", "linear", "constant"]
 _TRAINABLE_ALIASES = {"sft": "all", "qkvo": "ttt+attention"}
-"""TTT-Video's words for what learns (its `adapter_method`)."""
+"""TTT-Video's names for what learns (its `adapter_method`), and this project's."""
 Trainable = Annotated[
     Literal["ttt", "ttt+attention", "all", "sft", "qkvo"],
     AfterValidator(lambda value: _TRAINABLE_ALIASES.get(value, value)),
 ]
-"""What learns, kept by this project's own word."""
+"""What learns, stored under this project's name."""
 
 
 class TrainConfig(Section):
@@ -275,7 +275,7 @@ class TrainConfig(Section):
     compile: bool = False
     """Run the TTT layers through `torch.compile`, which takes minutes at the start of a run and needs a compiler."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA where there is one."""
+    """auto takes CUDA if there is one."""
     cpu_threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Threads of PyTorch's operations on a CPU; null is PyTorch's choice. Small models are fastest with 1."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
@@ -291,7 +291,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _schedule_has_parameters(self) -> TrainConfig:
-        """Refuse a schedule for what does not learn."""
+        """Refuse a schedule for a frozen backbone."""
         if self.backbone_lr_schedule is not None and self.trainable == "ttt":
             raise Misfit(
                 "backbone_lr_schedule acts on an unfrozen backbone, and trainable: ttt freezes it",
@@ -302,7 +302,7 @@ class TrainConfig(Section):
 
 
 STAND_IN_WINDOWS = 64
-"""How many windows of training data an evaluation reads where there is no held-out data; whole batches."""
+"""How many windows of training data an evaluation reads if there is no held-out data; whole batches."""
 
 
 class EvalConfig(Section):
@@ -327,7 +327,7 @@ class DataOptions(Section):
     """Base of a plugin's `data` section."""
 
     train_data: str | None = None
-    """Training data, in the backbone's format; null takes the demo data, where the preset has some."""
+    """Training data, in the backbone's format; null takes the demo data, if the preset has some."""
     eval_data: str | None = None
     """Held-out data in the same format; null evaluates on the training data, and says so."""
     shuffle: bool = True
@@ -335,13 +335,13 @@ class DataOptions(Section):
 
 
 OptionsT = TypeVar("OptionsT", bound=BackboneOptions)
-"""A plugin's `backbone` section: to a type checker its runs are `RunConfig[MyOptions, MyData]`."""
+"""A plugin's `backbone` section. In a plugin's annotations its runs are `RunConfig[MyOptions, MyData]`."""
 DataT = TypeVar("DataT", bound=DataOptions)
 """Its `data` section."""
 
 
 class RunConfig(Section, Generic[OptionsT, DataT]):
-    """A whole run. `run_config_model` gives `backbone` and `data` one plugin's options."""
+    """A whole run. `run_config_model` makes a subclass whose `backbone` and `data` have one plugin's options."""
 
     backbone: OptionsT
     """The pretrained model."""
@@ -358,7 +358,7 @@ class RunConfig(Section, Generic[OptionsT, DataT]):
 
 
 def select_layers(layers: Literal["all", "middle", "none"] | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    """The layers, of `num_layers`, that a `ttt.layers` names, in order.
+    """The numbers of the layers that a value of `ttt.layers` names, in order, in a model of `num_layers`.
 
     Raises:
         ValueError: one of them does not exist; the message names the range.

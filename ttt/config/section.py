@@ -1,6 +1,6 @@
-"""What every section of a config is, and the one place where a field is described.
+"""The base class of every section of a config, and the descriptions of fields.
 
-A field's docstring is its description everywhere: in the JSON schema, in the comments of `ttt init`, in the docs.
+A field's docstring is its description in the JSON schema, in the comments of `ttt init` and in the docs.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Section(BaseModel):
-    """Base of every config section: unknown keys are errors, types are strict, values do not change."""
+    """Base of every config section: unknown keys are errors, types are strict, values cannot be changed."""
 
-    # Validators are built when a config is first validated, and descriptions read when they are first asked for (not
-    # with `use_attribute_docstrings`, which parses every class when it is made): `ttt check` has little time.
+    # For a fast start of `ttt check`, validators are built at the first validation, and descriptions are read when they
+    # are first needed. (`use_attribute_docstrings` would parse every class when it is made.)
     model_config = ConfigDict(
         strict=True,
         frozen=True,
@@ -46,7 +46,7 @@ class Section(BaseModel):
 
 @functools.cache
 def descriptions(model: type[BaseModel]) -> dict[str, str]:
-    """What each field of a model is, by name: its own `description`, or the docstring below it in the source."""
+    """The description of each field of a model, by name: its `description`, or the docstring below it in the source."""
     found: dict[str, str] = {}
     for parent in reversed(model.__mro__):
         if issubclass(parent, BaseModel) and parent is not BaseModel:
@@ -56,7 +56,7 @@ def descriptions(model: type[BaseModel]) -> dict[str, str]:
 
 
 def _attribute_docstrings(model: type[BaseModel]) -> dict[str, str]:
-    """The strings that stand below annotated names in a class's body; none where its source cannot be had."""
+    """The strings below annotated names in a class's body, by name; empty if its source cannot be read."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(model)))
     except (OSError, TypeError, SyntaxError):

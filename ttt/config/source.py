@@ -1,4 +1,4 @@
-"""A config as it was written: plain data, the place of every key and value, and overrides over it."""
+"""A config as it was written: plain data, the place of every key and value, and overrides of `--set`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ttt.config.places import KeyPath, Located, dotted
 TTT108 = Code("TTT108", "an override that cannot be applied", Severity.ERROR, family=Family.SCHEMA, home=__name__)
 
 MAX_OVERRIDES = 256
-MAX_IN_OVERRIDES = 1 << 17  # characters, of all together; Linux passes no more in one argument
+MAX_IN_OVERRIDES = 1 << 17  # characters of all overrides together; Linux passes no more in one argument
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Source:
     findings: tuple[Finding, ...] = ()
     """What is wrong with the file itself."""
     complete: bool = True
-    """False where one of the findings ended the reading; then `data` is empty."""
+    """False if the text could not be read to its end; then `data` is empty."""
 
     def place(self, path: KeyPath, *, key: bool = False) -> Place:
-        """The place of a value, or of its key; where it is not written, that of the nearest section that is.
+        """The place of a value, or of its key. If it is not written, the place of the nearest section that is.
 
-        A value on other lines than its key is placed at its key, so that the line quoted says what it is about.
+        If a value is on another line than its key, its place is the key, so that the quoted line shows the key.
         """
         while path and path not in self.places:
             path = path[:-1]
@@ -45,11 +45,11 @@ class Source:
         return located.key if key or elsewhere else located.value
 
     def written(self, path: KeyPath) -> bool:
-        """Whether the file, or an override, says something there."""
+        """Whether the file, or an override, writes a value at this path."""
         return path in self.places
 
     def with_overrides(self, overrides: Sequence[str]) -> Source:
-        """This source with `section.key=value` written over it, each value read as YAML; the last one wins."""
+        """This source with overrides `section.key=value` applied. Values are read as YAML; the last one wins."""
         data: dict[str, Any] = _copy(self.data)
         places, findings = dict(self.places), list(self.findings)
         refused = _too_many(overrides)
@@ -63,7 +63,7 @@ class Source:
 
 
 def parse_source(content: str | bytes, *, file: str) -> Source:
-    """Read a config from text or bytes; what is wrong with it becomes findings, never an exception."""
+    """Read a config from text or bytes. Errors in it become findings, never an exception."""
     try:
         text = decode(content, file)
         reading = Reading(file, text)
@@ -77,7 +77,7 @@ _QUOTED = 80
 
 
 def _too_many(overrides: Sequence[str]) -> Finding | None:
-    """What is said of more overrides than anybody writes, of which none is read."""
+    """The finding if there are too many overrides, or too long ones; then none is read."""
     length = sum(map(len, overrides))
     if len(overrides) > MAX_OVERRIDES:
         message = f"{len(overrides):,} overrides are more than {MAX_OVERRIDES}, so none is read"
@@ -95,7 +95,7 @@ def _copy(value: Any) -> Any:
 
 
 def _override(data: dict[str, Any], places: dict[KeyPath, Located], override: str) -> Finding | None:
-    """Write one override into `data` and `places`, or say why that cannot be."""
+    """Write one override into `data` and `places`. Returns a finding if that is not possible."""
     place = Place(f"--set {override}")
 
     def refuse(message: str, fix: str) -> Finding:
@@ -103,7 +103,7 @@ def _override(data: dict[str, Any], places: dict[KeyPath, Located], override: st
 
     key, equals, written = override.partition("=")
     key = key.strip()
-    if any("\ud800" <= letter <= "\udfff" for letter in override):  # bytes of the command line that are no text
+    if any("\ud800" <= letter <= "\udfff" for letter in override):  # bytes of the command line that are not UTF-8
         key = ""
         return refuse("an override is text, and this one is not UTF-8", "write it as UTF-8")
     if key.count(".") >= MAX_LEVELS:

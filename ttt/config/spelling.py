@@ -1,4 +1,4 @@
-"""The nearest known word to one that is not known."""
+"""The known word that is nearest to an unknown one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _ALIKE = 0.75
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that was most likely meant, or None where nothing comes close.
+    """The known word that was most likely meant; None if none is close.
 
-    Words that differ in case, `-` and `_` alone are the same; then the fewest edits count (a letter more, less,
-    another, or two swapped), then a beginning that only one word has, then how much two words have in common.
+    Words that differ only in case, `-` and `_` are the same. After that, the word with the fewest edits wins (a letter
+    added, removed or replaced, or two swapped), then the only word with this beginning, then the most similar word.
     """
     written = _plain(word)
     plain = {candidate: _plain(candidate) for candidate in known}
@@ -42,7 +42,7 @@ def _plain(word: str) -> str:
 
 
 def _likeness(first: str, second: str) -> float:
-    """Twice the letters in common by all letters; 0 where it is sure to be below `_ALIKE`."""
+    """Twice the common letters, divided by the letters of both; 0 if it is certainly below `_ALIKE`."""
     import difflib  # only a misspelt key needs it
 
     matcher = difflib.SequenceMatcher(None, first, second, autojunk=False)

@@ -1,4 +1,4 @@
-"""Evaluation tasks as a config names them, `eval.tasks`: a name, and options that the task of that name knows."""
+"""The entries of `eval.tasks`: the name of an evaluation task, and options that this task defines."""
 
 from __future__ import annotations
 
@@ -33,4 +33,4 @@ def _as_tuple(value: object) -> object:
 
 _Task = Annotated[SerializeAsAny[TaskOptions], BeforeValidator(_as_task, json_schema_input_type=AnyTask)]
 Tasks = Annotated[tuple[_Task, ...], BeforeValidator(_as_tuple, json_schema_input_type=list[_Task])]
-"""The list. An entry is an `AnyTask` until `ttt.check` has put the options of its task in its place."""
+"""The type of `eval.tasks`. Each entry is an `AnyTask` until `ttt.check` replaces it by the task's own options."""

@@ -1,4 +1,4 @@
-"""Types of the values in a config: what may be written for them, and how much is at most believed."""
+"""Types of the values in a config: what may be written for them, and the largest accepted values."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ttt.config.misfit import Misfit
 
 
 def _whole_number(value: object) -> object:
-    """Let `1e6`, as it is written for evaluation, be the whole number that it is."""
+    """Turn a float without a fraction, such as `1e6`, into a whole number."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
 
 
 MOST_STEPS = 10**12
-"""Steps of a run, and of everything that is counted in them: more than any run has."""
+"""Largest number of steps, of a run or between two events: more than any run has."""
 MOST_WINDOWS = 1 << 20
 """Windows in a forward pass, forward passes in a step, checkpoints that stay."""
 MOST_LAYERS = 4096
@@ -34,7 +34,7 @@ _DIGITS = len(str(MOST_LAYERS))
 
 
 def as_tuple(value: object) -> object:
-    """Let a list, the only sequence that YAML has, be a tuple."""
+    """Turn a list, the only sequence in YAML, into a tuple."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -69,7 +69,7 @@ Layers = Annotated[
     BeforeValidator(_parse_layers, json_schema_input_type=Literal["all", "middle", "none"] | str | int | list[int]),
 ]
 Epsilon = Annotated[float, Field(ge=1e-30, le=1)]
-"""What keeps a division from being one by zero, in float32 too, where 1e-46 is 0."""
+"""A number that protects a division from zero, also in float32, in which 1e-46 is 0."""
 HiddenDims = Annotated[
     Annotated[tuple[Annotated[int, Field(ge=1, le=MOST_UNITS)], ...], Field(max_length=15)],
     BeforeValidator(as_tuple, json_schema_input_type=list[int]),

@@ -33,7 +33,7 @@ def free_in_words(path: Path) -> str:
 
 
 def require_space(path: Path, needed: int, *, what: str) -> None:
-    """Refuse to begin what does not fit on the disk.
+    """Refuse to begin if the result does not fit on the disk.
 
     Raises:
         EnvironmentProblem: less than `needed` bytes are free where `path` is; `what` names what needs them.
@@ -47,7 +47,7 @@ def require_space(path: Path, needed: int, *, what: str) -> None:
 
 
 def require_place(path: Path) -> None:
-    """Refuse to begin what could not be written to `path` in the end. Folders that are missing can be made.
+    """Refuse to begin if `path` cannot be written in the end. Missing folders are allowed.
 
     Raises:
         EnvironmentProblem: what should be its folder is a file, or may not be written.

@@ -63,7 +63,7 @@ class Header:
 
     @property
     def checksum(self) -> str | None:
-        """Of its content, as it was written; None in files of other programs, and in old ones of ours."""
+        """The checksum of its content; None in files of other programs, and in old ones of this one."""
         return self.metadata.get(checksums.KEY)
 
 

@@ -1,6 +1,6 @@
 """What a plugin provides, how it is found, and how it is asked. Imports no torch.
 
-Everything is imported when it is first asked for, so that one name does not cost all of them.
+Every name is imported on first use, so that one name does not cost the time of all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the methods of a backbone promise to return: a wrong answer is told as such, not where it does harm later.
+"""Checks of what a backbone's methods return, so that a wrong answer is reported at once and not where it fails later.
 
 Each check takes the backbone and its answer, and returns the answer or raises `WrongAnswer`.
 """
@@ -16,12 +16,12 @@ from ttt.plugins.asking import with_its_type as _named
 Check = Callable[[Any, Any], Any]
 
 _OF_A_LINE = frozenset({"step", "loss", "layers", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes"})
-"""Names in a line of `metrics.jsonl` that are not the backbone's to give."""
+"""Names in a line of `metrics.jsonl` that a backbone must not use."""
 _OF_A_DATASET = ("__len__", "__getitem__", "collate", "files", "describe", "notice")
 
 
 def _instance(of: Callable[[Any], type], *, name: str = "") -> Check:
-    """An instance of a class that is looked up when it is needed, so that nothing heavy is imported before."""
+    """The check for an instance of a class. `of` gives the class when it is needed, to import nothing heavy before."""
 
     def check(backbone: Any, answer: Any) -> Any:
         kind = of(backbone)
@@ -73,7 +73,7 @@ def _facts(backbone: Any, answer: Any) -> Any:
     for name in ("layer_activation_bytes", "head_activation_bytes"):
         value = getattr(answer, name)
         if value is not None and not (isinstance(value, (int, float)) and 0 <= value < 1e30):
-            raise WrongAnswer(f"facts whose {name} is {value!r}, no number of bytes")
+            raise WrongAnswer(f"facts whose {name} is {value!r}, not a number of bytes")
     if not isinstance(answer.window, str):
         raise WrongAnswer(f"facts whose window is {_named(answer.window)}, not text")
     scans = answer.checkpoints_around_scans
@@ -85,7 +85,7 @@ def _facts(backbone: Any, answer: Any) -> Any:
 def _require_whole(answer: Any, name: str, *, least: int) -> None:
     value = getattr(answer, name)
     if not _is_whole(value, least=least):
-        raise WrongAnswer(f"{_a(type(answer).__name__)} whose {name} is {value!r}, no whole number of {least} or more")
+        raise WrongAnswer(f"{_a(type(answer).__name__)} whose {name} is {value!r}, not a whole number ≥ {least}")
 
 
 def _truth(backbone: Any, answer: Any) -> Any:
@@ -167,14 +167,14 @@ def _sites(backbone: Any, answer: Any) -> Any:
 
 
 def _wrong_in(site: Any) -> Iterable[str]:
-    """What is wrong with the fields of a site, in words."""
+    """What is wrong with the fields of a site, a clause each."""
     from torch import nn
 
     for name in ("dim", "num_heads"):
         if not _is_whole(getattr(site, name), least=1):
-            yield f"{name} is {getattr(site, name)!r}, no whole number of 1 or more"
+            yield f"{name} is {getattr(site, name)!r}, not a whole number ≥ 1"
     if not _is_whole(site.layer, least=0):
-        yield f"layer is {site.layer!r}, no number of a layer"
+        yield f"layer is {site.layer!r}, not the number of a layer"
     if not isinstance(site.path, str):
         yield f"path is {_named(site.path)}, not text"
     if not isinstance(site.module, nn.Module):
@@ -182,9 +182,9 @@ def _wrong_in(site: Any) -> Iterable[str]:
     if not (isinstance(site.subclass, type) and issubclass(site.subclass, nn.Module)):
         yield f"subclass is {site.subclass!r:.80}, not a subclass of torch.nn.Module"
     if site.adapter is not None and not callable(site.adapter):
-        yield f"adapter is {_named(site.adapter)}, nothing that can be called"
+        yield f"adapter is {_named(site.adapter)}, which cannot be called"
     if not (isinstance(site.attribute, str) and site.attribute.isidentifier()):
-        yield f"attribute is {site.attribute!r}, no name of a child module"
+        yield f"attribute is {site.attribute!r}, not the name of a child module"
 
 
 def _dataset(backbone: Any, answer: Any) -> Any:
@@ -193,7 +193,7 @@ def _dataset(backbone: Any, answer: Any) -> Any:
         raise WrongAnswer(f"{_named(answer)} without `{missing[0]}`, which a WindowDataset has")
     for name in ("collate", "describe"):
         if not callable(getattr(answer, name)):
-            raise WrongAnswer(f"{_named(answer)} whose `{name}` is no method")
+            raise WrongAnswer(f"{_named(answer)} whose `{name}` is not a method")
     _require_files(answer)
     if not isinstance(answer.notice, str | None):
         raise WrongAnswer(f"{_named(answer)} whose `notice` is {_named(answer.notice)}, not text or None")
@@ -201,7 +201,7 @@ def _dataset(backbone: Any, answer: Any) -> Any:
 
 
 def _require_files(dataset: Any) -> None:
-    """Ranges that follow each other and cover every window."""
+    """Refuse `files` unless they are ranges that follow each other and cover every window."""
     files, end = dataset.files, 0
     if callable(files) or not isinstance(files, Sequence):
         raise WrongAnswer(f"{_named(dataset)} whose `files` is {_named(files)}, not a sequence of ranges")
@@ -280,4 +280,4 @@ ANSWERS: Mapping[str, Check] = {
     "perturb": _batch,
     "stream": _outputs,
 }
-"""The check of each method's answer, by its name; the other methods return nothing that is read."""
+"""The check of each method's answer, by the method's name. The other methods return nothing."""

@@ -1,12 +1,12 @@
-"""Asking a plugin: what it raises, or answers wrongly, is one sentence about the plugin.
+"""Asking a plugin: an error that it raises, or a wrong answer, becomes one sentence about the plugin.
 
-Every method that a subclass of `ttt.plugins.Backbone` brings is asked so (`ttt.plugins.guarding`). Errors of
-`ttt.errors`, which a plugin raises on purpose, pass through as they are, and so do an interrupt, a closed pipe and
-running out of memory. All else becomes a `PluginError` that names the plugin with its distribution and version, the
-method, the line in the plugin's own code, and what was raised; `__cause__` is the error itself, and `TTT_TRACEBACK=1`
-prints its traceback.
+Every method of a subclass of `ttt.plugins.Backbone` is asked in this way (`ttt.plugins.guarding`). Errors of
+`ttt.errors`, which a plugin raises on purpose, pass through unchanged. So do an interrupt, a closed pipe and running
+out of memory. Every other error becomes a `PluginError`. It names the plugin with its distribution and version, the
+method, the line in the plugin's own code, and the error; `__cause__` is the error itself, and `TTT_TRACEBACK=1` prints
+its traceback.
 
-Between the methods of one plugin nothing is changed: what one raises, another can catch.
+Calls between methods of one plugin are not changed: one method can catch what another raises.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ if TYPE_CHECKING:
     from ttt.plugins.data import Batch, WindowDataset
 
 TRACEBACK = "TTT_TRACEBACK"
-"""The variable that, set to anything but 0, has tracebacks of plugins printed on standard error."""
+"""The environment variable that, set to anything but 0, prints tracebacks of plugins on standard error."""
 
 WAY_OUT = f"tell who made it ({TRACEBACK}=1 shows all of it)"
-"""How the sentence about a plugin that failed ends."""
+"""The fix of an error in a plugin."""
 
 _LONGEST = 400
-"""Characters of an error's own message that are told."""
+"""Most characters that are shown of an error's own message."""
 _inside: ContextVar[int] = ContextVar("ttt_plugin_is_asked", default=0)
-"""How many questions to plugins are open in this context."""
+"""How many calls of plugins are running in this context."""
 
 
 class WrongAnswer(TypeError):  # noqa: N818 - it never leaves this module's guard
-    """An answer that is not what the method promises; the message completes "it returned"."""
+    """An answer that a method must not return. The message completes "it returned …"."""
 
 
 def is_asked() -> bool:
-    """Whether a question to a plugin is open in this context: then what it asks of itself is between its methods."""
+    """Whether a call of a plugin is running in this context. If so, further calls are the plugin's own."""
     return _inside.get() > 0
 
 
 @contextlib.contextmanager
 def asked(backbone: object, what: str, called: Any = None) -> Iterator[None]:
-    """Ask a plugin inside: what it raises becomes a sentence.
+    """Ask a plugin in the `with` block: an error that it raises becomes a `PluginError`.
 
     Args:
-        backbone: which plugin.
+        backbone: the plugin.
         what: what it is asked for, as `its rule no_cats`.
-        called: what of the plugin is called, which is to blame where no line of the plugin's is on the way to the
-            error. Without it such an error is none of the plugin's, and passes.
+        called: the plugin's function or class that is called. It is to blame if the traceback has no line of the
+            plugin's code. Without it, such an error is not the plugin's, and passes through.
 
     Raises:
         PluginError: the plugin failed.
@@ -66,7 +66,7 @@ def asked(backbone: object, what: str, called: Any = None) -> Iterator[None]:
         yield
     except (TTTError, BrokenPipeError, KeyboardInterrupt, GeneratorExit):
         raise
-    except BaseException as error:  # SystemExit, and what of others' is no Exception: a panic of Rust's for one
+    except BaseException as error:  # also SystemExit, and errors that are not Exceptions, such as a panic in Rust
         if is_out_of_memory(error):
             raise
         place = place_in(error, packages_of(backbone)) or (None if called is None else definition(called))
@@ -80,7 +80,7 @@ def asked(backbone: object, what: str, called: Any = None) -> Iterator[None]:
 
 
 class AskedDataset:
-    """A plugin's dataset whose every method is asked; anything else that it has is its own."""
+    """A plugin's dataset. The methods of `WindowDataset` are asked; other attributes are the dataset's own."""
 
     def __init__(self, backbone: object, dataset: WindowDataset) -> None:
         self._backbone = backbone
@@ -98,7 +98,7 @@ class AskedDataset:
             return self._dataset[index]
 
     def collate(self, samples: Sequence[Any]) -> Batch:
-        """Windows to a batch."""
+        """Collate windows to a batch."""
         with self._asked("collate"):
             return self._dataset.collate(samples)
 
@@ -109,7 +109,7 @@ class AskedDataset:
             return self._dataset.files
 
     def describe(self, index: int) -> str:
-        """A window in the user's words. It is asked for when something else went wrong, so it never fails itself."""
+        """A window in the user's words. It is called after an error, so it never raises one itself."""
         try:
             with self._asked("describe"):
                 return str(self._dataset.describe(index))
@@ -130,17 +130,17 @@ class AskedDataset:
 
 
 def with_article(kind: str) -> str:
-    """A noun behind its article."""
+    """A noun with its article."""
     return f"{'an' if kind[:1] in 'aeiouAEIOU' else 'a'} {kind}"
 
 
 def with_its_type(value: Any) -> str:
-    """What a wrong answer is: `None`, `a list`."""
+    """The type of a value, in words: `None`, `a list`."""
     return "None" if value is None else with_article(type(value).__name__)
 
 
 def owner(backbone: object) -> str:
-    """A plugin by name, with the distribution that brought it: `the plugin toy (ttt-toy 1.2)`."""
+    """The name of a plugin with the distribution that brings it: `the plugin toy (ttt-toy 1.2)`."""
     name = getattr(backbone, "name", type(backbone).__name__)
     origin = origin_of(backbone)
     if origin is not None:
@@ -149,7 +149,7 @@ def owner(backbone: object) -> str:
 
 
 def packages_of(backbone: object) -> frozenset[str]:
-    """Top-level packages that a plugin's own code is in."""
+    """The top-level packages of a plugin's own code."""
     modules = [cls.__module__ for cls in type(backbone).__mro__]
     origin = origin_of(backbone)
     if origin is not None:
@@ -158,7 +158,7 @@ def packages_of(backbone: object) -> frozenset[str]:
 
 
 def place_in(error: BaseException, packages: frozenset[str]) -> str | None:
-    """File and line of the innermost frame, of all that led to an error, that is in one of the packages."""
+    """File and line of the innermost frame of an error's traceback that is in one of the packages; None without one."""
     if isinstance(error, SyntaxError) and error.filename and error.lineno:
         return f"{error.filename}:{error.lineno}"
     found = None
@@ -171,7 +171,7 @@ def place_in(error: BaseException, packages: frozenset[str]) -> str | None:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Type and message of an error in one line of letters, cut where it is long."""
+    """Type and message of an error on one printable line, shortened if it is long."""
     if isinstance(error, WrongAnswer):
         return f"it returned {error}"
     try:
@@ -185,7 +185,7 @@ def in_one_line(error: BaseException) -> str:
 
 
 def print_traceback(error: BaseException) -> None:
-    """Print where an error of a plugin comes from, if `TTT_TRACEBACK` asks for it."""
+    """Print the traceback of a plugin's error, if `TTT_TRACEBACK` asks for it."""
     if os.environ.get(TRACEBACK, "0") not in ("", "0"):
         import traceback
 
@@ -193,7 +193,7 @@ def print_traceback(error: BaseException) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left, on the CPU or on a device."""
+    """Whether an error means that memory ran out, on the CPU or on a device."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
@@ -201,7 +201,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def definition(called: Any) -> str | None:
-    """File and line where a function or a class is defined, the file alone where the line cannot be had."""
+    """File and line of the definition of a function or class; only the file if the line is unknown."""
     function = inspect.unwrap(getattr(called, "__func__", getattr(called, "fget", called)))
     code = getattr(function, "__code__", None)
     if code is not None:
@@ -214,5 +214,5 @@ def definition(called: Any) -> str | None:
 
 
 def top_of(module: str) -> str:
-    """The package that a module, or the value of an entry point, lies in."""
+    """The top-level package of a module or of an entry point's value."""
     return module.partition(":")[0].partition(".")[0]

@@ -1,4 +1,4 @@
-"""What a backbone plugin provides: everything `ttt` knows about a model that TTT goes into.
+"""The base class of backbone plugins: everything that `ttt` knows about a model into which TTT is injected.
 
 A plugin is a distribution with an entry point in the group `ttt.backbones`; the entry point names a module that
 implements the hook `ttt_backbone` (see `ttt.plugins.hookspecs`) and returns an instance of a `Backbone` subclass.
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 class Backbone(ABC, Generic[OptionsT, DataT]):
     """A backbone plugin. The class attributes and the first methods must work without torch.
 
-    `class MyBackbone(Backbone[MyOptions, MyData])` tells a type checker what `config.backbone` and `config.data` are in
-    its methods; `class MyBackbone(Backbone)` works as well. What it can do beside being trained, sampling for one, it
-    inherits too: `ttt.plugins.capabilities`.
+    `class MyBackbone(Backbone[MyOptions, MyData])` tells a type checker the types of `config.backbone` and
+    `config.data`; `class MyBackbone(Backbone)` works as well. A backbone that can do more than be trained, such as
+    sampling, inherits a capability too: `ttt.plugins.capabilities`.
 
-    What a method raises that is no `ttt.errors.TTTError`, and an answer that is not what the method promises, reach
-    the caller as a `ttt.errors.PluginError` that names the plugin, the method and the line; see `ttt.plugins.asking`.
+    If a method raises something other than a `ttt.errors.TTTError`, or returns a wrong answer, the caller gets a
+    `ttt.errors.PluginError` that names the plugin, the method and the line; see `ttt.plugins.asking`.
     """
 
     def __init_subclass__(cls, **more: Any) -> None:
@@ -42,28 +42,28 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
         guard(cls, Backbone)
 
     name: ClassVar[str]
-    """As in `--backbone NAME` and `backbone: {name: NAME}`."""
+    """The name, as in `--backbone NAME` and `backbone: {name: NAME}`."""
     causal: ClassVar[bool]
-    """Whether a token may only see those before it; then TTT must be causal too."""
+    """Whether a token may only see itself and earlier tokens. If so, TTT must be causal too."""
     options: ClassVar[type[BackboneOptions]]
     """The `backbone` section."""
     non_identity_options: ClassVar[frozenset[str]] = frozenset()
-    """Names of options that do not say which model it is: where its weights lie, what is recomputed, how it is trained
-    or sampled. `ttt.adapter_file.backbone_identity`, and so adapter files, leave them out."""
+    """Names of options that do not identify the model: paths of weights, what is recomputed, how it is trained or
+    sampled. `ttt.adapter_file.backbone_identity`, and so adapter files, leave them out."""
     data_options: ClassVar[type[DataOptions]] = DataOptions
     """The `data` section."""
     ttt_defaults: ClassVar[Mapping[str, Any]] = {}
-    """The `ttt` section where the user names no preset: `preset` and what differs from it for this backbone."""
+    """Defaults of the `ttt` section if the user names no preset: `preset`, and settings that differ from it."""
     rules: ClassVar[Sequence[Callable[[RunConfig], Iterable[Any]]]] = ()
-    """Extra rules for `ttt check`, made by the decorator `ttt.plugins.rule`: each declares its codes. A plain function
-    of the resolved config that returns `ttt.config.Finding`s works as well."""
+    """Extra rules for `ttt check`, made by the decorator `ttt.plugins.rule`; each declares its codes. A plain function
+    works as well: it takes the resolved config and returns `ttt.config.Finding`s."""
 
     # --- without torch ---
 
     def explanations(self) -> Mapping[str, Any]:
-        """What the codes of `rules` mean, a `ttt.config.Explanation` for each: `ttt check --explain`.
+        """What the codes of `rules` mean, for `ttt check --explain`: a `ttt.config.Explanation` for each.
 
-        By default what the files beside the modules of the rules say; see `ttt.config.explanation`.
+        By default they are read from the files beside the modules of the rules; see `ttt.config.explanation`.
 
         Raises:
             ValueError: such a file is missing or damaged, or explains other codes than its module declares.
@@ -82,34 +82,34 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
         """Widths and lengths of the model and windows that `config` asks for."""
 
     def has_eval_data(self, config: RunConfig[OptionsT, DataT]) -> bool:
-        """Whether the split `eval` holds data that training does not see; else the training data is evaluated."""
+        """Whether the split `eval` has data that training does not see. If not, the training data is evaluated."""
         data = config.data
         return data.eval_data is not None or (data.train_data is None and self.has_own_eval_data(config.backbone))
 
     def has_own_eval_data(self, options: OptionsT) -> bool:
-        """Whether the data that the plugin brings, read if the config names none, has a part for evaluation."""
+        """Whether the plugin's own data, which is read if the config names none, has a part for evaluation."""
         return False
 
     # --- with torch ---
 
     @abstractmethod
     def build(self, options: OptionsT, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-        """The model, weights loaded, in eval mode; on the device `meta`, its structure alone.
+        """Build the model with its weights loaded, in eval mode. On the device `meta`, build only its structure.
 
         Raises:
             ttt.errors.EnvironmentProblem: weights or packages are missing.
         """
 
     def provenance(self, options: OptionsT) -> Mapping[str, str]:
-        """Where the weights that `build` loaded came from, as `repository` and `commit`: adapter files record it.
+        """The origin of the weights that `build` loads, as `repository` and `commit`, for adapter files.
 
-        Nothing is downloaded; empty if there is nothing to say.
+        It must download nothing. It is empty if the origin is unknown.
         """
         return {}
 
     @abstractmethod
     def sites(self, model: nn.Module) -> Sequence[Site]:
-        """Where TTT can go, one for each layer, in order. The model is not changed."""
+        """The sites where TTT can be attached, one for each layer, in order. Does not change the model."""
 
     @abstractmethod
     def dataset(self, config: RunConfig[OptionsT, DataT], *, split: str, device: torch.device | str) -> WindowDataset:
@@ -123,16 +123,16 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
     def loss(self, model: nn.Module, batch: Batch, config: RunConfig[OptionsT, DataT]) -> LossOutput:
         """The training loss of a batch on the model's device.
 
-        What it draws comes from torch's global generators, which are seeded for each pass: so a resumed run draws what
-        the uninterrupted one would have drawn. What it draws for each row and would spread over all rows of a step, in
-        however many passes the step reads them, it draws by what `ttt.plugins.rows.rows_of_step` says.
+        Draw random numbers from torch's global generators. They are seeded for each pass, so that a resumed run draws
+        the same numbers as an uninterrupted one. To spread draws over all rows of a step, which may be read in several
+        passes, use `ttt.plugins.rows.rows_of_step`.
         """
 
     def set_gradient_checkpointing(self, model: nn.Module, enabled: bool) -> None:
         """Switch the backbone's own activation checkpointing.
 
         Raises:
-            ttt.errors.UsageError: the backbone has none and `enabled` asks for it.
+            ttt.errors.UsageError: `enabled` is true, but the backbone has no activation checkpointing.
         """
         if enabled:
             raise UsageError(
@@ -147,10 +147,10 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
 
     @abstractmethod
     def tiny(self) -> OptionsT:
-        """Options of the smallest model of the same structure, which the laws are tested on."""
+        """Options of the smallest model with the same structure. The laws are tested on it."""
 
     def tiny_like(self, options: OptionsT) -> OptionsT:
-        """`tiny` with what of the options could break a law: what is recomputed, where attention ends.
+        """`tiny`, with those options that could break a law: what is recomputed, where attention ends.
 
         `ttt check --probe` proves the laws on it.
         """
@@ -160,12 +160,12 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
     def example_batch(self, model: nn.Module, *, batch_size: int, tokens: int, seed: int) -> Batch:
         """A random batch of the given size that the model accepts, on its device.
 
-        A bidirectional backbone whose sequences come in steps may give the next longer one that it has.
+        If a bidirectional backbone allows only certain lengths, the batch may have the next longer one.
         """
 
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What the model answers to a batch, `[B, T, …]`: row i, position t is all that token t's input decides.
+        """The model's outputs for a batch, `[B, T, …]`. Position t of a row holds every output at token t.
 
         On a causal backbone position t may depend on inputs 0 … t only.
         """

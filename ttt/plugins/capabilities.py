@@ -1,10 +1,11 @@
-"""What a backbone may do beside being trained: classes that it inherits beside `Backbone`.
+"""What a backbone may do beside being trained: classes that it inherits in addition to `Backbone`.
 
     class MyBackbone(Backbone[MyOptions, MyData], Sampling[MyOptions, MyData], Streaming): ...
 
-Whoever needs one asks for it: `ttt.plugins.capability(backbone, Sampling)` gives the backbone as a `Sampling`, or says
-what it lacks; `has_capability` only looks. If a class has such a method and does not inherit the capability, that is an
-error when the plugin is loaded. The methods are guarded as those of `Backbone` are. This module imports no torch.
+`ttt.plugins.capability(backbone, Sampling)` returns the backbone as a `Sampling`, or raises an error that says what it
+lacks. `has_capability` only tells whether it has it. If a class has a method of a capability but does not inherit the
+capability, that is an error when the plugin is loaded. The methods are guarded like those of `Backbone`. This module
+imports no torch.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Capability(ABC):  # noqa: B024 - each capability has abstract methods of its own
-    """Base of what a backbone may do. A capability is a class that names this one as its base."""
+    """Base of every capability. A capability is a direct subclass of this class."""
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
@@ -36,7 +37,7 @@ class Capability(ABC):  # noqa: B024 - each capability has abstract methods of i
 
 
 def kinds_of(cls: type) -> list[type[Capability]]:
-    """The capabilities that a class inherits, in the order in which Python looks at them."""
+    """The capabilities that a class inherits, in the order of its bases (MRO)."""
     return [kind for kind in cls.__mro__ if Capability in kind.__bases__]
 
 
@@ -47,22 +48,22 @@ class Sampling(Capability, Generic[OptionsT, DataT]):
     """Making something from prompts with the adapted model: `ttt sample`."""
 
     sample_suffix: ClassVar[str] = ""
-    """What the names of its samples end in, `.mp4`; without it `ttt sample` makes one sample at a time."""
+    """The ending of its samples' names, as `.mp4`. Without it, `ttt sample` makes only one sample at a time."""
 
     @abstractmethod
     def plan_sample(self, config: RunConfig[OptionsT, DataT], *, seconds: float, out: Path) -> SamplePlan:
-        """What a sample of so many seconds takes and leaves. Works without torch.
+        """What a sample of so many seconds needs, and which files it writes. Must work without torch.
 
         Raises:
-            ttt.errors.UsageError: it cannot be that long, or not go into such a file.
+            ttt.errors.UsageError: a sample cannot be that long, or cannot be written to such a file.
         """
 
     def check_sample(self, config: RunConfig[OptionsT, DataT], request: SampleRequest) -> None:
-        """Refuse what `sample` could not honour, before anything large is built; all that can be told without it.
+        """Refuse a request that `sample` could not fulfil, as far as that is known before the model is built.
 
         Args:
             config: resolved.
-            request: what is asked for.
+            request: the request.
 
         Raises:
             ttt.errors.UsageError: a number is out of its range, or prompts are missing; the message names which.
@@ -80,7 +81,7 @@ class Sampling(Capability, Generic[OptionsT, DataT]):
 
         Args:
             model: what `build` made, injected, weights loaded, in eval mode.
-            request: what is asked for, which `check_sample` has let pass.
+            request: the request, accepted by `check_sample`.
             config: resolved.
             console: where to report.
 
@@ -99,20 +100,20 @@ class Sampling(Capability, Generic[OptionsT, DataT]):
         *,
         console: Console,
     ) -> Callable[[SampleRequest], Sequence[Path]]:
-        """What makes one sample after another with the adapted model, so that what all of them need is loaded once.
+        """A function that makes one sample after another, so that what all of them need is loaded only once.
 
-        By default each is made by `sample`, alone.
+        By default it calls `sample` for each.
 
         Args:
             model: as for `sample`.
-            requests: all that will be asked for, which `check_sample` has let pass.
+            requests: all requests, accepted by `check_sample`.
             config: resolved.
             console: where to report.
 
         Returns:
-            What is then called with each request in that order, but with an `out` of the same name in another folder,
-            and returns the files written, all of them in that folder. It answers to a request as `sample` does,
-            whatever came before it. Global generators are seeded from the request's seed before each call.
+            The function. It is called with each request in order; only the folder of `out` may differ. It returns the
+            files written, all of them in that folder, and makes the same sample as `sample`, whatever came before.
+            Global generators are seeded from the request's seed before each call.
 
         Raises:
             ttt.errors.TTTError: weights are missing.
@@ -121,14 +122,14 @@ class Sampling(Capability, Generic[OptionsT, DataT]):
 
 
 class Precomputing(Capability, Generic[OptionsT, DataT]):
-    """Making the training data from what it is made of: `ttt precompute`."""
+    """Making the training data from its sources: `ttt precompute`."""
 
     @abstractmethod
     def precompute(self, config: RunConfig[OptionsT, DataT], *, console: Console) -> None:
-        """Make the data, resumable: what is done stays, and is not done again.
+        """Make the data. After an interruption, finished parts stay and are not made again.
 
         Args:
-            config: resolved; its `data` section says from what, and where to.
+            config: resolved; its `data` section names the sources and the place of the result.
             console: where to report.
 
         Raises:
@@ -164,16 +165,16 @@ class Streaming(Capability):
 
     @abstractmethod
     def stream(self, model: nn.Module, batch: Batch, *, pieces: Sequence[int]) -> Tensor:
-        """What `Backbone.outputs` gives, computed by feeding the model pieces of the given lengths, `[B, T, …]`."""
+        """The same as `Backbone.outputs`, `[B, T, …]`, computed by feeding the model pieces of the given lengths."""
 
 
 class InWords(NamedTuple):
     """A capability in words."""
 
     verb: str
-    """What such a backbone can do, as `ttt plugins` lists it; where there is a command for it, the command."""
+    """What such a backbone can do, as `ttt plugins` lists it; the name of the command, if there is one."""
     lacking: str
-    """What a backbone without it has not, and what that means."""
+    """Completes "the backbone has no …", and says what that means."""
 
 
 CAPABILITIES: Mapping[type[Capability], InWords] = {

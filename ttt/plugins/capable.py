@@ -1,4 +1,4 @@
-"""Asking a backbone for a capability: it has it, or the user is told who has."""
+"""Asking a backbone for a capability. If it lacks it, the error names the installed backbones that have it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ttt.words import first_few
 
 
 def capability(backbone: Backbone, kind: type[CapabilityT]) -> CapabilityT:
-    """The backbone as what it must be able to do: `capability(backbone, Sampling).sample(…)`.
+    """The backbone, typed as the capability: `capability(backbone, Sampling).sample(…)`.
 
     Raises:
-        UsageError: it cannot; the message says what it lacks, and which installed backbones have it.
+        UsageError: the backbone lacks it; the message says which installed backbones have it.
     """
     if has_capability(backbone, kind):
         return backbone

@@ -1,4 +1,4 @@
-"""What training reads, and what a batch becomes."""
+"""The data that training reads, and the loss of a batch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Batch = Any
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What a batch became."""
+    """The loss of a batch."""
 
     loss: Tensor
     """Scalar, differentiable: the mean over the batch."""
     tokens: int
     """Positions that the backbone read (B · T), for throughput."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Detached scalars worth a line in `metrics.jsonl`, as `text_loss`."""
+    """Detached scalars to record in `metrics.jsonl`, such as `text_loss`."""
 
 
 class WindowDataset(Protocol):
@@ -38,7 +38,7 @@ class WindowDataset(Protocol):
         ...
 
     def collate(self, samples: Sequence[Any]) -> Batch:
-        """Windows to a batch."""
+        """Collate windows to a batch."""
         ...
 
     @property
@@ -47,10 +47,10 @@ class WindowDataset(Protocol):
         ...
 
     def describe(self, index: int) -> str:
-        """A window in the user's words, "dialogue.flac, 15.0-30.0 s"."""
+        """A window in the user's words, as "dialogue.flac, 15.0-30.0 s"."""
         ...
 
     @property
     def notice(self) -> str | None:
-        """What a user must know about this data, said when a run starts: that a stand-in made it, say."""
+        """What a user must know about this data, for example that it is a stand-in. It is printed when a run starts."""
         ...

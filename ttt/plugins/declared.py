@@ -1,6 +1,6 @@
-"""What a plugin declares, checked when it is loaded, without torch: its class attributes, and the defaults in them.
+"""Checks of a plugin's class attributes, and of the defaults in its options, when it is loaded. Imports no torch.
 
-A default that is none would otherwise be found when a user leaves its key out, and look like the user's mistake.
+Without them an invalid default would only show when a user leaves its key out, and would look like the user's mistake.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ttt.plugins.guarding import methods_of
 
 
 def require_declared(backbone: Backbone) -> None:
-    """Refuse a backbone whose class attributes are not what `Backbone` says of them.
+    """Refuse a backbone whose class attributes are not as `Backbone` describes them.
 
     Raises:
-        PluginError: naming the first that is wrong, and what it must be.
+        PluginError: an attribute is wrong; the message names the first one and what it must be.
     """
     problem = next(_problems(backbone), None)
     if problem is not None:
@@ -31,10 +31,10 @@ def require_declared(backbone: Backbone) -> None:
 
 
 def require_options(backbone: Backbone) -> None:
-    """Refuse a backbone whose options are no options.
+    """Refuse a backbone whose options have the wrong base class.
 
     Raises:
-        PluginError: saying which, and of what they must be a subclass.
+        PluginError: they have; the message says which, and what base they need.
     """
     problem = next(_options(backbone), None)
     if problem is not None:
@@ -42,7 +42,7 @@ def require_options(backbone: Backbone) -> None:
 
 
 def _problems(backbone: Backbone) -> Iterator[str]:
-    """What is wrong, each as `attribute is …`; a check may rest on those before it."""
+    """What is wrong, each as `attribute is …`. Later checks rely on earlier ones."""
     yield from _name(backbone)
     if not isinstance(getattr(backbone, "causal", None), bool):
         yield f"causal {_is(backbone, 'causal')}, not True or False"
@@ -69,16 +69,16 @@ def _name(backbone: Backbone) -> Iterator[str]:
 
 
 def _capabilities(backbone: Backbone) -> Iterator[str]:
-    """What of a capability is there although the class does not inherit it; and what it says of those that it does."""
+    """Members of a capability that the class does not inherit, and wrong attributes of capabilities that it does."""
     for kind in CAPABILITIES:
         name = next((name for name in members_of(kind) if hasattr(type(backbone), name)), None)
         if name is not None and not has_capability(backbone, kind):
-            yield f"{name}: the class has `{name}`, but is no ttt.plugins.{kind.__name__}; inherit it"
-    streams, said = has_capability(backbone, Streaming), getattr(backbone, "streaming", None)  # what said so once
+            yield f"{name}: the class has `{name}`, but does not inherit ttt.plugins.{kind.__name__}; inherit it"
+    streams, said = has_capability(backbone, Streaming), getattr(backbone, "streaming", None)  # an old attribute
     if said is True and not streams:
-        yield "streaming is True, but the class is no ttt.plugins.Streaming; inherit it"
+        yield "streaming is True, but the class does not inherit ttt.plugins.Streaming; inherit it"
     if said is False and streams:
-        yield "streaming is False, but the class is a ttt.plugins.Streaming; leave it out"
+        yield "streaming is False, but the class inherits ttt.plugins.Streaming; leave streaming out"
     suffix: object = getattr(backbone, "sample_suffix", "")
     if not isinstance(suffix, str) or (suffix and not re.fullmatch(r"\.\w+", suffix)):
         yield f"sample_suffix is {suffix!r:.80}, not what a file's name ends in, as '.mp4'"
@@ -113,7 +113,7 @@ def _option_names(backbone: Backbone) -> Iterator[str]:
         return
     for name in sorted(map(str, given)):
         if name not in backbone.options.model_fields:
-            yield f"non_identity_options names {name!r}, which is no option of {backbone.options.__name__}"
+            yield f"non_identity_options names {name!r}, which is not an option of {backbone.options.__name__}"
 
 
 def _ttt_defaults(backbone: Backbone) -> Iterator[str]:
@@ -138,9 +138,9 @@ def _rules(backbone: Backbone) -> Iterator[str]:
 
 
 def _defaults(model: type[BaseModel], attribute: str, name: str) -> Iterator[str]:
-    """Each default by the checks that the same value of a user's would go through.
+    """Validate each default like a value that a user writes.
 
-    What the validators of the whole section say is left: a section may need a key that has no default.
+    Validators of the whole section are left out: a section may need a key that has no default.
     """
     given = {
         key: info.get_default(call_default_factory=True)
@@ -155,11 +155,11 @@ def _defaults(model: type[BaseModel], attribute: str, name: str) -> Iterator[str
         model.model_validate(given)
     except ValidationError as error:
         if any(problem["loc"] and problem["type"] != "missing" for problem in error.errors()):
-            yield f"{attribute}: a default of {model.__name__} is none: {_in_words(error)}"
+            yield f"{attribute}: a default of {model.__name__} is not valid: {_in_words(error)}"
 
 
 def _in_words(error: ValidationError) -> str:
-    """The first of what pydantic says: the key, what is wrong with it, and its value."""
+    """The first error of pydantic: the key, what is wrong with it, and its value."""
     problem: Any = next((found for found in error.errors() if found["loc"]), error.errors()[0])
     key = ".".join(map(str, problem["loc"]))
     shown = f", not {problem['input']!r:.80}" if key and problem["type"] != "extra_forbidden" else ""

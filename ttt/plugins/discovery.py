@@ -1,6 +1,6 @@
 """Finding backbone plugins. A broken one is listed with its cause and never stops the others.
 
-A backbone's entry point is in the group `ttt.backbones`; its module is loaded when its name is first asked for
+A backbone's entry point is in the group `ttt.backbones`. Its module is loaded on the first use of its name
 (`ttt.plugins.registry`).
 """
 
@@ -29,7 +29,7 @@ class PluginInfo:
 
     entry_point: metadata.EntryPoint
     backbone: Backbone | None
-    """What it brings; None where it is broken."""
+    """The backbone; None if the plugin is broken."""
     error: str | None
     """Why it is broken, in one line."""
 
@@ -50,12 +50,12 @@ class PluginInfo:
 
     @functools.cached_property
     def version(self) -> str:
-        """That of the distribution."""
+        """The version of the distribution."""
         return version_of(self.entry_point)
 
 
 def _found(point: metadata.EntryPoint) -> PluginInfo:
-    """What became of an entry point."""
+    """Load the backbone of an entry point; if that fails, record the cause."""
     loaded = registry.load(point)
     if loaded.plugin is None:
         return PluginInfo(point, None, loaded.error)
@@ -67,15 +67,15 @@ def _found(point: metadata.EntryPoint) -> PluginInfo:
         return PluginInfo(point, _backbone(point, *(answer.value for answer in answers.given)), None)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a panic of Rust's, say
+    except BaseException as error:  # also errors that are not Exceptions, such as a panic in Rust
         return PluginInfo(point, None, cause_in_words(error, point.value))
 
 
 def _backbone(point: metadata.EntryPoint, backbone: Any = None) -> Backbone:
-    """The backbone that an entry point brings, looked at.
+    """The backbone that an entry point brings, checked.
 
     Raises:
-        PluginError: it is none, is called something else, or declares what cannot be.
+        PluginError: it is not a backbone, has another name than its entry point, or has a wrong attribute.
     """
     if backbone is None:
         raise PluginError(f"{point.value} implements no hook `{BACKBONES.hook}` that returns a backbone")
@@ -90,9 +90,9 @@ def _backbone(point: metadata.EntryPoint, backbone: Any = None) -> Backbone:
 
 @functools.cache
 def _load_all(name: str) -> tuple[PluginInfo, ...]:
-    """The plugins that claim a name, loaded once for each process.
+    """The plugins that claim a name, loaded once in a process.
 
-    Two plugins that claim one name are both broken: neither may win by the order of a directory.
+    If two plugins claim one name, both are broken: the order of a directory must not decide.
     """
     points = [point for point in entry_points(BACKBONES) if point.name == name]
     if len(points) > 1:
@@ -103,23 +103,23 @@ def _load_all(name: str) -> tuple[PluginInfo, ...]:
 
 
 def forget() -> None:
-    """Discover anew when next asked: what is installed has changed within the process."""
+    """Discover again at the next call, because what is installed changed during the process."""
     registry.forget()
     _load_all.cache_clear()
 
 
 def names() -> tuple[str, ...]:
-    """What the installed backbone plugins are called, working or broken; none is loaded."""
+    """The names of the installed backbone plugins, broken ones included. Loads none of them."""
     return tuple(dict.fromkeys(point.name for point in entry_points(BACKBONES)))
 
 
 def find(name: str) -> PluginInfo | None:
-    """The plugin of that name, working or broken, or None where none has it; no other is loaded."""
+    """The plugin of that name, working or broken; None if there is none. Loads no other plugin."""
     return next(iter(_load_all(name)), None)
 
 
 def discover() -> tuple[PluginInfo, ...]:
-    """Every installed backbone plugin, in order of name, working or broken. Read once for each process."""
+    """Every installed backbone plugin, broken ones included, in order of name. Read once in a process."""
     return tuple(plugin for name in names() for plugin in _load_all(name))
 
 
@@ -128,7 +128,7 @@ def get_backbone(name: str) -> Backbone:
 
     Raises:
         PluginError: it is installed but broken.
-        UsageError: none has that name; the message lists those there are.
+        UsageError: no plugin has that name; the message lists the installed ones.
     """
     plugin = find(name)
     if plugin is not None:

@@ -27,23 +27,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalContext:
-    """What a task measures, and by what. Later versions may add to it."""
+    """What a task gets to measure with. Later versions may add to it."""
 
     model: nn.Module
     """Injected, in eval mode; inside `ttt.adapter.gates_closed` it is the plain backbone. A task changes no weight."""
     backbone: Backbone
-    """Whose model it is. Ask it for what it can do, not for its name."""
+    """The model's backbone. Ask it for its capabilities, not for its name."""
     config: RunConfig
     """Resolved, of the run."""
     dataset: WindowDataset
-    """What the run's own evaluation reads."""
+    """The data of the run's own evaluation."""
     device: torch.device
     """Of the model."""
     step: int
     """Optimiser steps done."""
     stop: Callable[[], bool]
-    """Whether somebody asks the run to stop; a task that takes long asks between two items, and returns early. Its
-    numbers are dropped then: the resumed run measures anew."""
+    """Whether the run is asked to stop. A long task checks it between two items and returns early. Its numbers are then
+    dropped: the resumed run measures again."""
 
 
 class EvalTask(ABC):
@@ -69,5 +69,5 @@ class EvalTask(ABC):
             Numbers by name, as `{"acc": 0.61}`.
 
         Raises:
-            Exception: anything. It is told, the numbers are missing from this evaluation, and the run goes on.
+            Exception: anything. It is reported, this evaluation lacks the numbers, and the run goes on.
         """

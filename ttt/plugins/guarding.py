@@ -1,6 +1,6 @@
-"""The guard: every method that a plugin brings to `Backbone` or a capability is asked, and held to what it may answer.
+"""The guard around every method of a plugin's `Backbone` or capability: it reports errors and checks answers.
 
-It is put on when the class is made, so that no caller can forget it.
+The guard is added when the class is created, so that no caller can forget it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ttt.plugins.asking import asked, is_asked
 
 
 def guard(cls: type, base: type) -> None:
-    """Guard every method of the base class that a class, or one that it inherits from, brings itself."""
+    """Guard every method of `base` that a class, or one of its bases, overrides."""
     for name in methods_of(base):
         written = inspect.getattr_static(cls, name, None)
         if written is not vars(base)[name] and _is_method(written) and not hasattr(written, "_ttt_guards"):

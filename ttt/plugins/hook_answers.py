@@ -1,7 +1,7 @@
-"""What the hooks promise to return: a wrong answer is told as such, not where it does harm later.
+"""Checks of what the hooks return, so that a wrong answer is reported at once and not where it fails later.
 
-Each check takes what a plugin returned, and raises `WrongAnswer` if it is something else. What `ttt_backbone` returned,
-`ttt.plugins.discovery` checks, which knows its entry point.
+Each check takes what a plugin returned, and raises `WrongAnswer` if it is wrong. The answer of `ttt_backbone` is
+checked in `ttt.plugins.discovery`, which knows its entry point.
 """
 
 from __future__ import annotations
@@ -95,4 +95,4 @@ HOOK_ANSWERS: Mapping[str, Callable[[Any], None]] = {
     "ttt_loggers": _logger,
     "ttt_eval_tasks": _tasks,
 }
-"""The check of each hook's answer; none is asked about None, which is no answer."""
+"""The check of each hook's answer. None is not checked: it means no answer."""

@@ -1,13 +1,13 @@
 """The hooks of pluggy that a plugin may implement, all in the project `ttt`.
 
-A distribution brings any of them, with a backbone or without. For each kind of thing that it brings, it declares the
-module in an entry point of that kind's group:
+A distribution may bring any of them, with or without a backbone. For each kind that it brings, it declares its module
+as an entry point in the group of that kind:
 
     [project.entry-points."ttt.rules"]
     house = "lab_rules.plugin"
 
-An implementation takes those parameters of its hook that it needs, by name and without a default. It is called by
-`ttt.plugins.registry`: what it raises, or answers wrongly, is told in one sentence, and the other plugins go on.
+An implementation takes the parameters of its hook that it needs, by name and without a default. `ttt.plugins.registry`
+calls it. An error or a wrong answer is reported in one sentence, and the other plugins go on.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Kind:
     words: str
     """What it is, for `ttt plugins`."""
     first: bool = False
-    """Whether one answer is wanted, the first that is not None, and not those of all plugins."""
+    """Whether only the first answer that is not None is wanted, not those of all plugins."""
 
 
 BACKBONES = Kind("ttt_backbone", "ttt.backbones", "backbone", first=True)
@@ -59,7 +59,7 @@ def ttt_backbone(name: str) -> Backbone:  # type: ignore[empty-body]
     """Return the backbone of that name, one instance for the process.
 
     Args:
-        name: that of the entry point. A module that brings one backbone has no need of it.
+        name: the name of the entry point. A module that brings only one backbone does not need it.
     """
 
 
@@ -74,28 +74,28 @@ def ttt_rules(backbone: str | None) -> Sequence[Rule[RunConfig]]:  # type: ignor
 
 @hookspec(firstresult=CONFIG_IMPORTS.first)
 def ttt_import_config(text: str, file: str) -> ImportedConfig | None:
-    """Read a config of another program in this project's terms; return None if it is none that you know.
+    """Translate a config of another program to this project's keys; return None if you do not know its format.
 
     Args:
         text: the other program's config.
-        file: its name, whose ending may say what it is.
+        file: its name; the ending may tell the format.
 
     Raises:
-        ttt.errors.UsageError: it is one, but damaged; the message says where.
+        ttt.errors.UsageError: you know the format, but the file is damaged; the message says where.
     """
 
 
 @hookspec
 def ttt_loggers(config: RunConfig, run_dir: Path, first_step: int) -> Logger | None:
-    """Return what keeps the metrics of this run; None if this run needs none.
+    """Return a logger that keeps the metrics of this run; None if this run needs none.
 
-    It is called once, when the first step is about to be done.
+    It is called once, before the first step.
 
     Args:
         config: resolved, of the run.
         run_dir: its folder.
-        first_step: the step that comes next, 1 in a new run. What a logger has of this step and later ones is of a run
-            that was cut short: those steps come again.
+        first_step: the next step, 1 in a new run. If a logger already has lines of this step or later ones, they are
+            from a run that was interrupted, and those steps come again.
     """
 
 

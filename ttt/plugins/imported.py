@@ -1,7 +1,7 @@
-"""A config of another program in this project's terms: where each key went, or why it has no counterpart.
+"""A translated config of another program: where each key went, or why it has no counterpart.
 
-The formats themselves are known to plugins, which implement the hook `ttt_import_config`; here is the record in which
-no key of the old file is lost.
+Plugins know the formats and implement the hook `ttt_import_config`. This file has the record that names every key of
+the old file.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class ImportedKey:
     """What became of one key."""
 
     old: str
-    """The key in the old file, dotted; empty for a value that stands in none of its keys."""
+    """The key in the old file, dotted; empty for a value that was added."""
     new: str | None
-    """The key in the new config, dotted; None where there is no counterpart."""
+    """The key in the new config, dotted; None if there is no counterpart."""
     note: str = ""
     """How the value changed, or why there is no counterpart."""
 
@@ -45,7 +45,7 @@ LARGEST = 1e15
 
 
 def number(value: Any, *, whole: bool = False) -> Any:
-    """The value if it is a number, else None: true, false and texts are none, `8.0` is the whole number 8."""
+    """The value if it is a number, else None. true, false and texts are not numbers; `8.0` is the whole number 8."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return (int(value) if value == int(value) else None) if whole else value
@@ -53,10 +53,10 @@ def number(value: Any, *, whole: bool = False) -> Any:
 
 @dataclass
 class Import:
-    """An import under way: a plugin moves and drops the old keys one by one, and `done` tells of those it forgot."""
+    """An import in progress. A plugin moves and drops the old keys one by one; `done` lists the keys that it forgot."""
 
     source: Source
-    """The old file, where that is YAML; of other formats, its data and no places."""
+    """The old file. If it is not YAML, its data without places."""
     format: str
     """Whose config it is."""
     _values: dict[str, Any] = field(default_factory=dict)
@@ -69,10 +69,10 @@ class Import:
         return dict(_leaves(self.source.data, ()))
 
     def __post_init__(self) -> None:
-        """Refuse numbers that nothing can be computed from.
+        """Refuse numbers that cannot be used.
 
         Raises:
-            UsageError: one is infinite, none, or beyond anything that a config says; the message names its place.
+            UsageError: a number is infinite, NaN or larger than `LARGEST`; the message names its place.
         """
         for path, value in _scalars(self.source.data, ()):
             if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
@@ -91,13 +91,13 @@ class Import:
         return self._old.get(old, default)
 
     def move(self, old: str, new: str, *, note: str = "", **changed: Any) -> None:
-        """Write a key of the old file to a key of the new one, where the old file has it.
+        """Write a key of the old file to a key of the new one, if the old file has it.
 
         Args:
             old: dotted.
             new: dotted.
             note: how the value changed.
-            changed: `value=…` where it is not the old one's.
+            changed: `value=…` if the value changes.
         """
         if self.has(old):
             self._values[new] = changed.get("value", self.get(old))
@@ -110,12 +110,12 @@ class Import:
                 self._keys.setdefault(path, []).append(ImportedKey(path, None, why))
 
     def add(self, new: str, value: Any, why: str) -> None:
-        """Write a value that the old file says nowhere."""
+        """Write a value that the old file does not have."""
         self._values[new] = value
         self._added.append(ImportedKey("", new, why))
 
     def done(self) -> ImportedConfig:
-        """The result; keys of which nothing was said are told as unknown."""
+        """The result. Keys that were neither moved nor dropped are listed as unknown."""
         keys: list[ImportedKey] = []
         for path in self._old:
             keys += self._keys.get(path) or [ImportedKey(path, None, f"no key of {self.format} that is known here")]
@@ -123,7 +123,7 @@ class Import:
 
 
 def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[str, Any]]:
-    """Every key whose value is no section, dotted; an empty section counts as a value."""
+    """Every key whose value is not a section, dotted. An empty section counts as a value."""
     if isinstance(value, Mapping) and (value or not path):
         for key, item in value.items():
             yield from _leaves(item, (*path, key))

@@ -20,7 +20,7 @@ from ttt.plugins.registry import Failure, Plugin, ask
 
 @dataclass(frozen=True)
 class InstalledTask:
-    """A task, and whose it is."""
+    """A task and the plugin that brings it."""
 
     task: EvalTask
     plugin: Plugin
@@ -51,7 +51,7 @@ class ChosenTask:
 
 
 def installed_tasks() -> InstalledTasks:
-    """Every task of every plugin. A name that two plugins claim is nobody's."""
+    """Every task of every plugin. If two plugins claim one name, neither gets it."""
     answers = ask(EVAL_TASKS)
     claims: dict[str, list[InstalledTask]] = {}
     for answer in answers.given:
@@ -73,8 +73,8 @@ def chosen_tasks(config: RunConfig) -> tuple[ChosenTask, ...]:
     """The tasks of `eval.tasks`, each with its options.
 
     Raises:
-        ConfigError: none is called so, or the options are not the task's.
-        PluginError: none is called so, and a plugin that may bring it is broken.
+        ConfigError: no task has that name, or the options are not the task's.
+        PluginError: no task has that name, but a plugin that may bring it is broken.
     """
     if not config.eval.tasks:
         return ()

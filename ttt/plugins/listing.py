@@ -24,12 +24,12 @@ class InstalledPlugin:
     brings: tuple[Kind, ...]
     """What its entry points declare."""
     points: tuple[metadata.EntryPoint, ...]
-    """They themselves, one for each kind."""
+    """The entry points, one for each kind."""
     error: str | None
-    """Why it is broken, in one line; None where it can be loaded."""
+    """Why it is broken, in one line; None if it can be loaded."""
 
     backbone: Backbone | None = None
-    """The one that it brings; None if it brings none, or is broken."""
+    """The backbone that it brings; None if it brings none, or is broken."""
     tasks: tuple[str, ...] = ()
     """Names of the evaluation tasks that it brings, as a config writes them."""
 
@@ -66,5 +66,5 @@ def _tasks_of(point: metadata.EntryPoint) -> tuple[str, ...]:
 
 
 def without_backbones(found: tuple[InstalledPlugin, ...]) -> bool:
-    """Whether none of the plugins is to bring a backbone."""
+    """Whether no plugin declares a backbone."""
     return not any(BACKBONES in plugin.brings for plugin in found)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint
 
 _BROUGHT: dict[int, tuple[object, EntryPoint]] = {}
-"""By the identity of a backbone, which is kept, so that nothing else gets its number."""
+"""By the `id` of a backbone. The backbone is kept, so that no other object gets its `id`."""
 
 
 def brought(backbone: object, point: EntryPoint) -> None:
-    """Record which entry point a backbone is of."""
+    """Record the entry point that brought a backbone."""
     _BROUGHT[id(backbone)] = backbone, point
 
 
 def origin_of(backbone: object) -> EntryPoint | None:
-    """The entry point that brought a backbone; None for one that was made otherwise."""
+    """The entry point that brought a backbone; None if it was made in another way."""
     found = _BROUGHT.get(id(backbone))
     return None if found is None else found[1]
 

@@ -40,10 +40,10 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What became of an entry point."""
+    """The result of loading an entry point."""
 
     plugin: Plugin | None
-    """None where it is broken."""
+    """None if it is broken."""
     error: str | None
     """Why it is broken, in one line."""
 
@@ -69,7 +69,7 @@ class Failure:
     error: Exception | None = field(default=None, compare=False)
     """What failed when it was asked."""
     claimed_by: tuple[str, ...] = ()
-    """The distributions that claim one name, where that is what is wrong."""
+    """The distributions that claim one name, if that is the failure."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _declared_by(distribution: metadata.Distribution) -> Iterable[metadata.Entry
 def entry_points(kind: Kind) -> tuple[metadata.EntryPoint, ...]:
     """The entry points of a kind, in order of name; none is loaded.
 
-    If a distribution is installed twice, those that imports would find are kept.
+    If a distribution is installed twice, the first on the path is kept.
     """
     by_name: dict[str, list[metadata.EntryPoint]] = {}
     for point in _installed():
@@ -144,7 +144,7 @@ def _once_each(points: list[metadata.EntryPoint]) -> list[metadata.EntryPoint]:
 
 
 class _Registry:
-    """The manager, and what became of every entry point that was asked for."""
+    """The plugin manager, and the result of every entry point that was loaded."""
 
     def __init__(self) -> None:
         self.manager = pluggy.PluginManager("ttt")
@@ -186,7 +186,7 @@ class _Registry:
         """Register a module or another object; returns what it brings.
 
         Raises:
-            PluginError: a hook is misspelt, or takes what it never gets.
+            PluginError: a hook is misspelt, or has a parameter that never gets a value.
         """
         kinds = set()
         for attribute, kind in self._implementations(module):
@@ -245,7 +245,7 @@ def _require_as_declared(value: str, kinds: set[Kind]) -> None:
 
 
 def _guarded(plugin: Plugin, kind: Kind, written: Callable[..., Any]) -> Callable[..., Any]:
-    """An implementation whose failure is recorded, and whose answer is checked and says whose it is."""
+    """Wrap an implementation: record its failure, check its answer, and name the plugin with the answer."""
 
     @functools.wraps(written)
     def ask(*arguments: Any) -> Answer | None:
@@ -301,7 +301,7 @@ def register_own(module: Any) -> None:
 
 
 def forget() -> None:
-    """Discover anew when next asked: what is installed has changed within the process."""
+    """Discover again at the next call, because what is installed changed during the process."""
     for cached in (_installed, entry_points, _registry):
         cached.cache_clear()
 
@@ -316,13 +316,13 @@ def ask(
     """Ask the plugins of a kind. Those that are not loaded yet are loaded.
 
     Args:
-        kind: what is asked for.
+        kind: which hook to call.
         only: the entry points whose plugins are asked; None asks all of the kind, and the library itself.
-        accepts: an answer for which it is false counts as none.
-        arguments: of the hook.
+        accepts: an answer for which it returns false is ignored.
+        arguments: the arguments of the hook.
 
     Raises:
-        TTTError: a plugin refused something on purpose, where one answer is wanted.
+        TTTError: only one answer is wanted, and a plugin refused on purpose.
     """
     registry = _registry()
     failures = []

@@ -1,4 +1,4 @@
-"""Rules of `ttt check`: what the core's own and those of plugins are made of. Imports no torch."""
+"""Rules of `ttt check`, the core's and those of plugins. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Generic, TypeVar
 from ttt.config.findings import Code, Finding
 
 Subject = TypeVar("Subject", contravariant=True)
-"""What a rule looks at: a `ttt.config.RunConfig` where a plugin brings it."""
+"""What a rule reads: for a plugin's rule, a `ttt.config.RunConfig`."""
 
 
 @dataclass(frozen=True)
 class Rule(Generic[Subject]):
-    """A check of a resolved config: a function, the codes that it can find, and the keys that it rests on.
+    """A check of a resolved config: a function, the codes that it can find, and the keys that it reads.
 
-    A plugin's rule is made by the decorator `rule`, and gets the `ttt.config.RunConfig`, defaults included. It must
-    work without torch, and be instant. What it raises, a finding of a code that it does not declare, or one that is
-    no `ttt.config.Finding`, becomes the finding TTT803, which blames the plugin.
+    A plugin makes its rules with the decorator `rule`. They get the `ttt.config.RunConfig`, defaults included, must
+    work without torch, and must be instant. If a rule raises, finds a code that it does not declare, or returns
+    something other than `ttt.config.Finding`s, the finding TTT803 blames the plugin.
     """
 
     check: Callable[[Subject], Iterable[Finding]]
@@ -26,8 +26,8 @@ class Rule(Generic[Subject]):
     codes: tuple[Code, ...]
     """Every code that it can find."""
     reads: tuple[str, ...] | None = None
-    """The keys, dotted, that must be as the user meant them for the rule to say anything: `train.lr`, or a section,
-    `train`. None: all of them, so that the rule is asked only where the config is free of errors."""
+    """The keys that the rule reads, dotted: `train.lr`, or a section, `train`. If one of them has an error, the rule
+    is left out. None means all keys: the rule runs only if the config has no errors."""
 
     @property
     def name(self) -> str:
@@ -46,7 +46,7 @@ def rule(
 
     Args:
         codes: every code that the function can find.
-        reads: the keys that it rests on; see `Rule.reads`.
+        reads: the keys that it reads; see `Rule.reads`.
 
     Raises:
         TypeError: no code is given, or `reads` is a text.

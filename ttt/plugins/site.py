@@ -1,4 +1,4 @@
-"""Where TTT can go in a model."""
+"""The places in a model where TTT can be attached."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A place where TTT can go. Subclass it where attaching needs more than a new class and a child."""
+    """A place where TTT can be attached. Subclass it if that needs more than a new class and a child."""
 
     layer: int
     """Its number, as `ttt.layers` names it."""
