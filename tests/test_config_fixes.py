@@ -144,6 +144,24 @@ def test_what_needs_a_thought_is_left_to_the_user(text: str) -> None:
     assert not fixed.fixed
 
 
+def test_where_no_backbone_is_known_a_key_is_still_told_where_it_belongs() -> None:
+    text = "name: toy\ntrain_data: x\n"
+    checked = check_config("c.yaml", text=text)
+    assert {(found.code, found.moves_to) for found in checked.findings if found.path in ("name", "train_data")} == {
+        ("TTT105", "backbone"),
+        ("TTT105", "data"),
+    }
+    fixed = fix_text(text, lambda text: check_config("c.yaml", text=text))
+    assert parse_source(fixed.text, file="c.yaml").data == {"backbone": {"name": "toy"}, "data": {"train_data": "x"}}
+
+
+@pytest.mark.parametrize("section", ["-1", "x", "[1]", "{a: 1}"])
+def test_a_key_whose_section_is_no_section_is_left(section: str) -> None:
+    text = f"backbone: {section}\nname: toy\n"
+    fixed = fix_text(text, lambda text: check_config("c.yaml", text=text))
+    assert parse_source(fixed.text, file="c.yaml").complete
+
+
 def test_of_two_misspellings_of_one_key_one_is_fixed() -> None:
     fixed = _fix("ttt: {layrs: all, layes: middle}\n")
     assert fixed.text == "ttt: {layers: all, layes: middle}\n"

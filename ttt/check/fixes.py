@@ -267,7 +267,7 @@ def _edit_data(data: dict[str, Any], edit: _Edit) -> bool:
         for part in edit.new_path[:-1]:
             home[part] = home.get(part) or {}
             home = home[part]
-    if edit.new_path[-1] in home:
+    if not isinstance(home, dict) or edit.new_path[-1] in home:
         return False
     home[edit.new_path[-1]] = section.pop(last)
     if not section and edit.path[:-1]:  # a section without keys is written as null

@@ -93,6 +93,8 @@ def _members_of(annotation: Any) -> Iterator[Any]:
     elif origin in _UNIONS:
         for argument in arguments:
             yield from _members_of(argument)
+    elif isinstance(annotation, typing.TypeVar):  # a section of `RunConfig` where the backbone is not known
+        yield from _members_of(annotation.__bound__)
     elif annotation is not None:
         yield annotation
 
