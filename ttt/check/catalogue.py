@@ -81,6 +81,7 @@ def explanations_of_rules(
         raise PluginError(f"{owner(plugin)} does not explain its codes: {error}", fix=WAY_OUT) from error
     for number, code in declared.items():
         if number not in found:
-            raise PluginError(f"{owner(plugin)} does not explain its code {number}", fix=WAY_OUT)
+            told = f"{owner(plugin)} does not explain its code {number}: it is declared without home=__name__"
+            raise PluginError(told, fix=WAY_OUT)
         found[number] = replace(found[number], severity=code.severity.value, title=code.title)
     return found
