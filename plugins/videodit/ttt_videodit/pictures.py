@@ -65,7 +65,7 @@ def reconstruct(run: Path, *, timestep: int = 600, window: int = 0) -> list[Reco
     """Noise a window of each split of a run's data, and let the model denoise it in a single step.
 
     The estimate is the x₀ that the model's v-prediction implies: the mean of what the model holds possible, blurred
-    where it is unsure. The untrained model is the run's own at its first step.
+    if it is unsure. The untrained model is the run's own at its first step.
 
     Args:
         run: the run's folder.

@@ -105,7 +105,7 @@ def _is_whole(path: Path, console: Console) -> bool:
         return False
     try:
         verify_tensors(path)
-    except UnreadableError:  # what is in it may be whole
+    except UnreadableError:  # its content may be whole
         raise
     except EnvironmentProblem as problem:
         say(console, f"{problem}: it is made anew")
@@ -155,7 +155,7 @@ def _encode_videos(
     """Make the latents that are missing, and put each video into its index as soon as its files are there.
 
     Returns:
-        What is wrong with those that could not be encoded.
+        What is wrong with each video that could not be encoded.
     """
     to_do = [(job, video) for job in jobs for video in job.to_do()]
     encoder: VideoEncoder | None = None

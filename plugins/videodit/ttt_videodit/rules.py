@@ -29,7 +29,7 @@ VDT506 = _data("VDT506", "no video as long as a window", Severity.ERROR)
 VDT507 = _code("VDT507", "videos shorter than a window", Severity.NOTE)
 VDT508 = _code("VDT508", "no data for the run", Severity.ERROR)
 VDT509 = _code("VDT509", "videos that cannot be listed", Severity.WARNING)
-# Not told where nothing is trained: building the model tells the same.
+# Not told if nothing is trained: building the model tells the same.
 VDT601 = _code("VDT601", "weights of another CogVideoX", Severity.ERROR)
 
 # A check is instant: what lies beyond is left to the run, which reads all of it before its first step.

@@ -66,7 +66,7 @@ def prepare_samples(
 
     Returns:
         What makes a video of each request and returns the files, the video and its contact sheet. It raises
-        EnvironmentProblem if the disk is full, and NonFiniteError if the model's predictions are no numbers.
+        EnvironmentProblem if the disk is full, and NonFiniteError if the model's predictions are not finite.
 
     Raises:
         EnvironmentProblem: the VAE's or T5's weights are missing.
@@ -199,11 +199,11 @@ def denoise(
     Args:
         model: predicts v; see `ttt_videodit.diffusion.predict_v`.
         text: `[B,S,L,E]`.
-        unconditional: `[B,S,L,E]` to lead away from; None is no guidance.
+        unconditional: `[B,S,L,E]` to lead away from; None means no guidance.
         shape: of the latents, `B, Fr, C, h, w`.
         schedule: of the noise, of the class whose steps are taken; see `ttt_videodit.schedules`.
         steps: of the solver.
-        guidance_scale: see `guidance_weight`; 1 is no guidance.
+        guidance_scale: see `guidance_weight`; 1 means no guidance.
         seed: of the noise.
         advance: called after each step.
 
@@ -327,7 +327,7 @@ def _embeddings(
 
 
 def _negative_texts(request: SampleRequest, options: VideoDiTOptions) -> tuple[str, ...]:
-    """The texts that guidance leads away from, one for each segment; none if there is no guidance, or zeros do."""
+    """The texts that guidance leads away from, one for each segment; empty without guidance, or if it uses zeros."""
     if _led_away_from(request, options) in (None, ZEROS):
         return ()
     return request.negative_prompts or ("",) * len(request.prompts)

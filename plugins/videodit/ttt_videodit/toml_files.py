@@ -24,7 +24,7 @@ _UNQUOTED = re.compile(rf"^([^\S\n]*[\w.\-]+[^\S\n]*=[^\S\n]*){_LATER}([^\S\n]*(
 _TOML_PLACE = re.compile(r"\s*\(at (?:line (\d+), column (\d+)|end of document)\)")
 
 MAX_BYTES = 1 << 16
-"""Of a file; those that TTT-Video publishes have 2 KiB."""
+"""The largest file that is read; TTT-Video's own have 2 KiB."""
 MAX_LEVELS = 32
 MAX_VALUES = 10_000
 MAX_WORD = 400

@@ -77,7 +77,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         with writing(path):
             yield
-    except av.FFmpegError as error:  # those that are OSErrors are told by `writing`
+    except av.FFmpegError as error:  # `writing` reports the errors that are OSErrors
         raise EnvironmentProblem(f"{path}: cannot be written: {error}") from error
 
 

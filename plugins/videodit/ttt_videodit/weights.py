@@ -144,7 +144,7 @@ def import_weights(source: Path, out: Path, *, backbone: Backbone, console: Cons
 
 
 def _rename(source: Path, tensors: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """The new name of each tensor, and those that are computed here instead.
+    """The new name of each tensor, and the tensors that are computed here instead.
 
     Raises:
         UsageError: one is unknown, or two are the same.
@@ -353,7 +353,7 @@ def _write_transformer(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _account(console: Console, checkpoint: Checkpoint, names: Mapping[str, str], tables: Sequence[str]) -> None:
-    """Say where each tensor went; those that differ only in the block's number share a line."""
+    """Say where each tensor went; names that differ only in the block's number share a line."""
     groups: dict[tuple[str, str], list[int]] = {}
     for old, new in names.items():
         numbered = re.match(r"transformer_blocks\.(\d+)\.", new)
