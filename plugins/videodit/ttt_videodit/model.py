@@ -59,7 +59,7 @@ class VideoDiT(CogVideoXTransformer3DModel):
         """The layout of latents `[B,Fr,C,h,w]` and texts `[B,S,L,E]` as tokens.
 
         Raises:
-            ValueError: the frames are not a whole number of segments, or there is not exactly one text for each segment.
+            ValueError: the frames are not a whole number of segments, or the texts are not one for each segment.
         """
         frames, _, height, width = hidden_states.shape[1:]
         texts, text_length = encoder_hidden_states.shape[1:3]
@@ -98,7 +98,7 @@ class VideoDiT(CogVideoXTransformer3DModel):
             `[B,Fr,C,h,w]`, in `.sample`.
 
         Raises:
-            ValueError: the frames are not a whole number of segments, or there is not exactly one text for each segment.
+            ValueError: the frames are not a whole number of segments, or the texts are not one for each segment.
         """
         if encoder_hidden_states.dim() == 3:
             encoder_hidden_states = encoder_hidden_states[:, None]
