@@ -311,6 +311,12 @@ def test_the_plugin_is_on_top_of_its_package(plugin: str) -> None:
     assert [source for source, target in arrows if target == f"{plugin}.plugin"] == []
 
 
+def test_what_a_run_is_rests_on_errors_alone() -> None:
+    arrows = _arrows(_modules(PACKAGES["ttt"]))
+    below = {target for source, target in arrows if _room(source) == "ttt.config" and _room(target) != "ttt.config"}
+    assert below == {"ttt.errors"}
+
+
 def test_the_mathematics_rests_on_torch_alone() -> None:
     for file, names in _imported(ROOT / "ttt" / "ops", package_root=ROOT).items():
         for name in names:
