@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 from fake_distributions import TOY, importable, install
 
+from ttt.check.doctor import examine
 from ttt.errors import PluginError, UsageError
 from ttt.plugins import BackboneFacts, PluginInfo, discover, get_backbone
 from ttt_cli.main import main
@@ -94,6 +96,21 @@ def test_damaged_metadata_of_another_distribution_stop_nothing(tmp_path: Path, p
     install(tmp_path, "damaged", "damaged_plugin", TOY)
     (tmp_path / "ttt_damaged-1.2.dist-info" / "entry_points.txt").write_bytes(points)
     assert _found(tmp_path)["toy"].backbone is not None
+
+
+def test_damaged_metadata_are_told_wherever_their_plugin_is_missed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(tmp_path, "damaged", "damaged_plugin", TOY)
+    (tmp_path / "ttt_damaged-1.2.dist-info" / "entry_points.txt").write_bytes(b"[ttt.backbones]\n\xff = toy\n")
+    told = "the entry points of ttt-damaged cannot be read (UnicodeDecodeError: "
+    with importable(tmp_path):
+        assert main(["plugins"]) == 1
+        assert f"warning: {told}" in capsys.readouterr().err
+        with pytest.raises(UsageError, match=re.escape(told)):
+            get_backbone("damaged")
+        assert any(problem.message.startswith(told) for problem in examine().problems)
+    assert main(["plugins"]) == 0
 
 
 def test_a_distribution_without_a_name_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ttt.printable import json_text
-from ttt_cli.terminal import show
+from ttt_cli.terminal import show, show_warning
 
 if TYPE_CHECKING:
     from ttt.plugins.listing import InstalledPlugin
@@ -25,6 +25,7 @@ def plugins(
     Exit codes: 0 all work, 1 one is broken.
     """
     from ttt.check.examined import examined_plugins
+    from ttt.plugins.registry import unreadable_metadata
 
     found = examined_plugins()
     if as_json:
@@ -33,7 +34,10 @@ def plugins(
         show("No plugin is installed. Install a backbone, as `pip install ttt-moshi`.")
     else:
         _print_table(found)
-    if any(plugin.error for plugin in found):
+    damaged = unreadable_metadata()
+    for problem in damaged:
+        show_warning(f"{problem}, so that none of its plugins is found; install it again")
+    if damaged or any(plugin.error for plugin in found):
         raise typer.Exit(1)
 
 

@@ -28,6 +28,7 @@ from ttt.files import free_bytes
 from ttt.layer import TTTLayer
 from ttt.ops import select
 from ttt.plugins.listing import InstalledPlugin, installed_plugins, without_backbones
+from ttt.plugins.registry import unreadable_metadata
 
 if TYPE_CHECKING:
     from ttt.check.load import CheckedConfig
@@ -265,6 +266,8 @@ def _problems_of_packages(found: tuple[InstalledPlugin, ...]) -> Iterator[Proble
                 f"{plugin.distribution} {plugin.version} needs {', '.join(missing)}, not installed",
                 f"run `pip install {' '.join(missing)}`",
             )
+    for problem in unreadable_metadata():
+        yield Problem(Severity.ERROR, f"{problem}, so that none of its plugins is found", "install it again")
     for plugin in found:
         if plugin.error is not None:
             yield Problem(

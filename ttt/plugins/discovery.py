@@ -139,4 +139,5 @@ def get_backbone(name: str) -> Backbone:
     close = nearest(name, working)
     hint = f" (did you mean {close!r}?)" if close else ""
     listed = ", ".join(working) if working else "none (install one, as `pip install ttt-moshi`)"
-    raise UsageError(f"unknown backbone {name!r}{hint}; installed: {listed}")
+    damaged = "".join(f"; {problem}, install it again" for problem in registry.unreadable_metadata())
+    raise UsageError(f"unknown backbone {name!r}{hint}; installed: {listed}{damaged}")

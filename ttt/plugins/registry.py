@@ -102,20 +102,33 @@ def _installed() -> tuple[metadata.EntryPoint, ...]:
     `metadata.entry_points` gives the same, but parses the metadata of everything that is installed.
     """
     groups = {kind.group for kind in KINDS}
-    return tuple(
-        point
-        for distribution in metadata.distributions()
-        for point in _declared_by(distribution)
-        if point.group in groups
-    )
+    return tuple(point for points, _ in _declared() for point in points if point.group in groups)
 
 
-def _declared_by(distribution: metadata.Distribution) -> Iterable[metadata.EntryPoint]:
-    """The entry points of a distribution that may have some of ours; none if its metadata are damaged."""
+@functools.cache
+def _declared() -> tuple[tuple[Iterable[metadata.EntryPoint], str | None], ...]:
+    """The entry points of each distribution that may have some of ours, or why they cannot be read."""
+    return tuple(map(_declared_by, metadata.distributions()))
+
+
+def _declared_by(distribution: metadata.Distribution) -> tuple[Iterable[metadata.EntryPoint], str | None]:
     try:
-        return distribution.entry_points if "[ttt." in (distribution.read_text("entry_points.txt") or "") else ()
+        ours = "[ttt." in (distribution.read_text("entry_points.txt") or "")
+        return (distribution.entry_points if ours else (), None)
+    except (OSError, ValueError, TypeError) as error:
+        return (), f"the entry points of {_name_of(distribution)} cannot be read ({in_one_line(error)})"
+
+
+def _name_of(distribution: metadata.Distribution) -> str:
+    try:
+        return distribution.metadata["Name"] or str(distribution.locate_file(""))
     except (OSError, ValueError, TypeError):
-        return ()
+        return str(distribution.locate_file(""))
+
+
+def unreadable_metadata() -> tuple[str, ...]:
+    """One sentence for each distribution whose entry points cannot be read: none of its plugins is found."""
+    return tuple(problem for _, problem in _declared() if problem is not None)
 
 
 @functools.cache
@@ -302,7 +315,7 @@ def register_own(module: Any) -> None:
 
 def forget() -> None:
     """Discover again at the next call, because what is installed changed during the process."""
-    for cached in (_installed, entry_points, _registry):
+    for cached in (_declared, _installed, entry_points, _registry):
         cached.cache_clear()
 
 
