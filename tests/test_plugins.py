@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from fake_distributions import TOY, importable, install
 
+from ttt.check import check_config
 from ttt.check.doctor import examine
 from ttt.errors import PluginError, UsageError
 from ttt.plugins import BackboneFacts, PluginInfo, discover, get_backbone
@@ -109,6 +110,8 @@ def test_damaged_metadata_are_told_wherever_their_plugin_is_missed(
         assert f"warning: {told}" in capsys.readouterr().err
         with pytest.raises(UsageError, match=re.escape(told)):
             get_backbone("damaged")
+        (finding,) = check_config("c.yaml", text="backbone: {name: damaged}\n").findings
+        assert finding.message.startswith(f"no backbone 'damaged' is installed; {told}")
         assert any(problem.message.startswith(told) for problem in examine().problems)
     assert main(["plugins"]) == 0
 

@@ -26,7 +26,7 @@ from ttt.config.spelling import nearest
 from ttt.errors import ConfigEnvironmentError, ConfigError, EnvironmentProblem, PluginError, TTTError
 from ttt.plugins import Backbone, BackboneFacts
 from ttt.plugins.asking import WAY_OUT, asked, in_one_line
-from ttt.plugins.registry import Plugin
+from ttt.plugins.registry import Plugin, unreadable_metadata
 from ttt.plugins.rules import Rule
 from ttt.plugins.run_config import run_config_model, with_defaults
 from ttt.printable import printable
@@ -239,7 +239,7 @@ class _Check:
             self._add(
                 TTT801,
                 "backbone.name",
-                f"no backbone {name!r} is installed",
+                "; ".join((f"no backbone {name!r} is installed", *unreadable_metadata())),
                 f"write `{close}`" if close else f"install its plugin, or write one of those installed: {_installed()}",
                 value=name,
                 place=None if self.source.written(("backbone", "name")) else Place(f"--backbone {name}"),
