@@ -259,6 +259,11 @@ WRONG_RULES = {
         "TTT803",
         "its rule small_batches, .*: it returned a Finding of the code LAB102, and declares LAB101 alone",
     ),
+    "a key that no config has": (
+        HOUSE_RULE.replace('"train.batch_size",)', '"train.batchsize",)'),
+        "TTT803",
+        r"has the rule small_batches, which reads 'train\.batchsize', a key that no config has; did you mean train\.b",
+    ),
     "a rule that raises": (
         HOUSE_RULE.replace("> 2", "> config.train.none"),
         "TTT803",

@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from ttt.config.findings import Code, Finding, Place, Severity, is_code
-from ttt.config.schema import RunConfig
-from ttt.plugins.asking import WrongAnswer, asked
+from ttt.config.schema import EvalConfig, RunConfig, TrainConfig, TTTConfig
+from ttt.config.spelling import nearest
+from ttt.errors import PluginError
+from ttt.plugins.asking import WAY_OUT, WrongAnswer, asked, owner
 from ttt.plugins.hookspecs import RULES
 from ttt.plugins.registry import Answers, ask
 from ttt.plugins.rules import Rule
@@ -19,6 +21,15 @@ _KINDS = {
 }
 _KINDS_OR_NONE = {"place": Place, "replacement": str, "moves_to": str, "declared": Code}
 """The types of a finding's fields. Those in the second mapping may also be None."""
+
+
+_KEYS = (
+    *RunConfig.model_fields,
+    *(f"ttt.{name}" for name in TTTConfig.model_fields),
+    *(f"train.{name}" for name in TrainConfig.model_fields),
+    *(f"eval.{name}" for name in EvalConfig.model_fields),
+)
+"""The sections and keys that every config has."""
 
 
 def as_rule(brought: Callable[[RunConfig], Iterable[Any]]) -> Rule[RunConfig]:
@@ -35,8 +46,14 @@ def found_by(rule: Rule[RunConfig], plugin: object, config: RunConfig) -> list[F
     """The findings of a plugin's rule.
 
     Raises:
-        PluginError: the rule failed, or its answer is malformed or has a code that it does not declare.
+        PluginError: the rule failed, its answer is malformed or has a code that it does not declare, or it reads a key
+            that no config has: a misspelt key would never keep the rule from being asked.
     """
+    for key in filter(_is_no_key, rule.reads or ()):
+        close = nearest(key, _KEYS)
+        hint = f"; did you mean {close}?" if close else ""
+        told = f"{owner(plugin)} has the rule {rule.name}, which reads {key!r}, a key that no config has{hint}"
+        raise PluginError(told, fix=WAY_OUT)
     with asked(plugin, f"its rule {rule.name}", rule.check):
         findings: list[Any] = list(rule(config))
         strange = [type(finding).__name__ for finding in findings if not isinstance(finding, Finding)]
@@ -45,6 +62,11 @@ def found_by(rule: Rule[RunConfig], plugin: object, config: RunConfig) -> list[F
         for finding in findings:
             _require_wellformed(finding)
         return [_as_declared(finding, rule) for finding in findings] if rule.codes else findings
+
+
+def _is_no_key(key: str) -> bool:
+    """Whether no config can have a key. Which keys `backbone` and `data` have depends on the backbone."""
+    return key not in _KEYS and not key.startswith(("backbone.", "data."))
 
 
 def _require_wellformed(finding: Finding) -> None:
