@@ -812,10 +812,20 @@ def test_every_kind_of_plugin_is_listed_working_or_broken(folder: Path, capsys: 
         bring(folder, kind, source, name=f"wrong{KINDS.index(kind)}")
     bring(folder, EVAL_TASKS, TASK, name="twin")
     bring(folder, RULES, HOUSE_RULE.replace("LAB", "LBA"), name="untold")
+    bring(folder, RULES, WRONG_RULES["a key that no config has"][0], name="misread")
     assert main(["plugins", "--json"]) == 1
     found = {plugin["name"]: plugin for plugin in json.loads(capsys.readouterr().out)}
     broken = {name for name, plugin in found.items() if not plugin["works"]}
-    assert broken == {"wrong1", "wrong2", "wrong3", "wrong4", "twin", "untold", f"good{KINDS.index(EVAL_TASKS)}"}
+    assert broken == {
+        "wrong1",
+        "wrong2",
+        "wrong3",
+        "wrong4",
+        "twin",
+        "untold",
+        "misread",
+        f"good{KINDS.index(EVAL_TASKS)}",
+    }
     assert "does not explain its codes: " in found["untold"]["error"]
     told = [problem.message for problem in examine().problems if " is broken: " in problem.message]
     assert {message.split()[2] for message in told} == {"wrong2", "wrong3"}  # those that cannot be loaded

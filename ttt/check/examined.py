@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from ttt.check.catalogue import explanations_of, explanations_of_rules
 from ttt.check.load import check_config
+from ttt.check.rules.of_plugins import require_keys
 from ttt.config.findings import Blame, Severity
 from ttt.errors import PluginError, TTTError
 from ttt.plugins import Backbone
@@ -14,7 +15,7 @@ from ttt.plugins.discovery import PluginInfo, find
 from ttt.plugins.hookspecs import BACKBONES, EVAL_TASKS, RULES
 from ttt.plugins.installed_tasks import installed_tasks
 from ttt.plugins.listing import InstalledPlugin, installed_plugins
-from ttt.plugins.registry import ask
+from ttt.plugins.registry import Answer, ask
 
 
 def examined_plugins() -> tuple[InstalledPlugin, ...]:
@@ -24,22 +25,33 @@ def examined_plugins() -> tuple[InstalledPlugin, ...]:
 
 def _wrong_in(plugin: InstalledPlugin) -> str | None:
     """The first thing that fails of what a plugin brings; None if nothing does."""
-    found = find(plugin.name) if BACKBONES in plugin.brings else None
-    if found is not None and examined(found).error:
-        return examined(found).error
-    for kind, point in zip(plugin.brings, plugin.points, strict=True):
-        if kind in (RULES, EVAL_TASKS):
-            arguments: dict[str, Any] = {"backbone": None} if kind is RULES else {}
-            answers = ask(kind, only=[point], **arguments)
-            for failure in answers.failures:
-                return failure.told
-            for answer in answers.given if kind is RULES else ():
-                try:
-                    explanations_of_rules(answer.plugin, answer.value)
-                except PluginError as error:
-                    return error.told
-    if EVAL_TASKS in plugin.brings:
-        return next((told.told for told in installed_tasks().failures if plugin.distribution in told.claimed_by), None)
+    return next(_problems_of(plugin), None)
+
+
+def _problems_of(plugin: InstalledPlugin) -> Iterator[str]:
+    """What fails of what a plugin brings, each tried when it is asked for."""
+    points = dict(zip(plugin.brings, plugin.points, strict=True))
+    backbone = find(plugin.name) if BACKBONES in points else None
+    error = None if backbone is None else examined(backbone).error
+    if error is not None:
+        yield error
+    if RULES in points:
+        answers = ask(RULES, only=[points[RULES]], backbone=None)
+        yield from (failure.told for failure in answers.failures)
+        yield from filter(None, map(_wrong_in_rules, answers.given))
+    if EVAL_TASKS in points:
+        yield from (failure.told for failure in ask(EVAL_TASKS, only=[points[EVAL_TASKS]]).failures)
+        yield from (failure.told for failure in installed_tasks().failures if plugin.distribution in failure.claimed_by)
+
+
+def _wrong_in_rules(answer: Answer) -> str | None:
+    """What is wrong with the rules of a plugin: a key that no config has, or a code that nothing explains."""
+    try:
+        for rule in answer.value:
+            require_keys(rule, answer.plugin)
+        explanations_of_rules(answer.plugin, answer.value)
+    except PluginError as error:
+        return error.told
     return None
 
 

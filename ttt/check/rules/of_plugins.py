@@ -47,13 +47,9 @@ def found_by(rule: Rule[RunConfig], plugin: object, config: RunConfig) -> list[F
 
     Raises:
         PluginError: the rule failed, its answer is malformed or has a code that it does not declare, or it reads a key
-            that no config has: a misspelt key would never keep the rule from being asked.
+            that no config has.
     """
-    for key in filter(_is_no_key, rule.reads or ()):
-        close = nearest(key, _KEYS)
-        hint = f"; did you mean {close}?" if close else ""
-        told = f"{owner(plugin)} has the rule {rule.name}, which reads {key!r}, a key that no config has{hint}"
-        raise PluginError(told, fix=WAY_OUT)
+    require_keys(rule, plugin)
     with asked(plugin, f"its rule {rule.name}", rule.check):
         findings: list[Any] = list(rule(config))
         strange = [type(finding).__name__ for finding in findings if not isinstance(finding, Finding)]
@@ -62,6 +58,19 @@ def found_by(rule: Rule[RunConfig], plugin: object, config: RunConfig) -> list[F
         for finding in findings:
             _require_wellformed(finding)
         return [_as_declared(finding, rule) for finding in findings] if rule.codes else findings
+
+
+def require_keys(rule: Rule[RunConfig], plugin: object) -> None:
+    """Refuse a rule that reads a key which no config has: a misspelt key never keeps the rule from being asked.
+
+    Raises:
+        PluginError: naming the key, and the nearest one.
+    """
+    for key in filter(_is_no_key, rule.reads or ()):
+        close = nearest(key, _KEYS)
+        hint = f"; did you mean {close}?" if close else ""
+        told = f"{owner(plugin)} has the rule {rule.name}, which reads {key!r}, a key that no config has{hint}"
+        raise PluginError(told, fix=WAY_OUT)
 
 
 def _is_no_key(key: str) -> bool:
