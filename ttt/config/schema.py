@@ -305,6 +305,13 @@ STAND_IN_WINDOWS = 64
 """How many windows of training data an evaluation reads if there is no held-out data; whole batches."""
 
 
+class ScoreOptions(Section):
+    """Base of a plugin's `eval.score` section: how the score of a clip is made."""
+
+    normalise: Literal["mean", "sum", "continuation"] = "mean"
+    """The mean over a clip's positions, their sum, or the mean over what follows the common beginning of a pair."""
+
+
 class EvalConfig(Section):
     """The `eval` section."""
 
@@ -314,6 +321,14 @@ class EvalConfig(Section):
     """How many batches an evaluation reads; null reads all held-out data, or 64 windows of training data instead."""
     tasks: Tasks = ()
     """Evaluation tasks of plugins, each `{name: …}` with its own options: measured at every evaluation."""
+    score: ScoreOptions = Field(default_factory=ScoreOptions)
+    """How the score of a clip is made, for tasks that compare likelihoods."""
+    batch_size: Annotated[int, Field(ge=1, le=MOST_WINDOWS)] = 8
+    """Items that a task reads side by side."""
+    reset_sec: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """After how many seconds the arm `reset` of `ttt eval` starts fast weights anew; null is 15."""
+    reset_tokens: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
+    """The same in positions, instead of seconds; for backbones that read no sound."""
 
 
 class BackboneOptions(Section):

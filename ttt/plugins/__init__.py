@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ttt.plugins.backbone import Backbone
-    from ttt.plugins.capabilities import Capability, Precomputing, Sampling, Streaming, WeightImport, has_capability
+    from ttt.plugins.capabilities import (
+        Capability,
+        Precomputing,
+        Sampling,
+        Scoring,
+        Streaming,
+        WeightImport,
+        has_capability,
+    )
     from ttt.plugins.capable import capability
     from ttt.plugins.data import Batch, LossOutput, WindowDataset
     from ttt.plugins.discovery import GROUP, PluginInfo, discover, find, forget, get_backbone, names
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
     from ttt.plugins.rules import Rule, rule
     from ttt.plugins.run_config import run_config_model
     from ttt.plugins.sampling import SamplePlan, SampleRequest
+    from ttt.plugins.scoring import ClipReader, ScoreFacts, Scores, ScoreStream
     from ttt.plugins.site import Site
 
 _EXPORTS = {
@@ -44,6 +53,11 @@ _EXPORTS = {
     "SamplePlan": "ttt.plugins.sampling",
     "SampleRequest": "ttt.plugins.sampling",
     "Sampling": "ttt.plugins.capabilities",
+    "ClipReader": "ttt.plugins.scoring",
+    "ScoreFacts": "ttt.plugins.scoring",
+    "ScoreStream": "ttt.plugins.scoring",
+    "Scores": "ttt.plugins.scoring",
+    "Scoring": "ttt.plugins.capabilities",
     "Site": "ttt.plugins.site",
     "StepRows": "ttt.plugins.rows",
     "Streaming": "ttt.plugins.capabilities",
@@ -68,6 +82,7 @@ __all__ = [
     "BackboneFacts",
     "Batch",
     "Capability",
+    "ClipReader",
     "EvalContext",
     "EvalTask",
     "Import",
@@ -81,6 +96,10 @@ __all__ = [
     "SamplePlan",
     "SampleRequest",
     "Sampling",
+    "ScoreFacts",
+    "ScoreStream",
+    "Scores",
+    "Scoring",
     "Site",
     "StepRows",
     "Streaming",

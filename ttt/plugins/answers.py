@@ -242,6 +242,52 @@ def _loss(backbone: Any, answer: Any) -> Any:
     return answer
 
 
+def _score_facts(backbone: Any, answer: Any) -> Any:
+    from ttt.plugins.scoring import ScoreFacts
+
+    _instance(lambda _: ScoreFacts)(backbone, answer)
+    count = len(answer.streams)
+    if not count:
+        raise WrongAnswer("ScoreFacts without a stream that the model predicts")
+    for name, weights in answer.weights.items():
+        if len(weights) != count or not all(w >= 0 for w in weights) or not any(weights):
+            raise WrongAnswer(
+                f"ScoreFacts whose weights {name!r} are {weights!r:.80}, not one for each of {count} streams"
+            )
+    if answer.chosen not in answer.weights:
+        raise WrongAnswer(f"ScoreFacts whose chosen is {answer.chosen!r:.80}, which is no name in its weights")
+    return answer
+
+
+def _scores(backbone: Any, answer: Any) -> Any:
+    from torch import Tensor
+
+    from ttt.plugins.scoring import Scores
+
+    _instance(lambda _: Scores)(backbone, answer)
+    for name in ("nll", "mask"):
+        value = getattr(answer, name)
+        if not isinstance(value, Tensor) or value.dim() != 3:
+            shown = f"{list(value.shape)}" if isinstance(value, Tensor) else _named(value)
+            raise WrongAnswer(f"Scores whose {name} is {shown}, not a tensor [B, K, T]")
+    if answer.nll.shape != answer.mask.shape:
+        raise WrongAnswer(f"Scores whose nll is {list(answer.nll.shape)}, and whose mask {list(answer.mask.shape)}")
+    return answer
+
+
+def _own_data(backbone: Any, answer: Any) -> Any:
+    if answer is not None and not isinstance(answer, Path):
+        raise WrongAnswer(f"{_named(answer)}, not a folder (Path) or None")
+    return answer
+
+
+def _reader(backbone: Any, answer: Any) -> Any:
+    missing = [name for name in ("identity", "notice", "positions", "read", "stream") if not hasattr(answer, name)]
+    if missing:
+        raise WrongAnswer(f"{_named(answer)} without `{missing[0]}`, which a ClipReader has")
+    return answer
+
+
 def _outputs(backbone: Any, answer: Any) -> Any:
     from torch import Tensor
 
@@ -279,5 +325,9 @@ ANSWERS: Mapping[str, Check] = {
     "outputs": _outputs,
     "perturb": _batch,
     "stream": _outputs,
+    "score_facts": _score_facts,
+    "own_tasks_data": _own_data,
+    "clip_reader": _reader,
+    "score": _scores,
 }
 """The check of each method's answer, by the method's name. The other methods return nothing."""

@@ -12,19 +12,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeGuard, TypeVar
 
-from ttt.config.schema import DataT, OptionsT, RunConfig
+from ttt.config.schema import DataT, OptionsT, RunConfig, ScoreOptions
 from ttt.errors import UsageError
 from ttt.plugins.guarding import guard
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
     from torch import Tensor, nn
 
     from ttt.plugins.data import Batch
     from ttt.plugins.sampling import SamplePlan, SampleRequest
+    from ttt.plugins.scoring import ClipReader, ScoreFacts, Scores, ScoreStream
 
 
 class Capability(ABC):  # noqa: B024 - each capability has abstract methods of its own
@@ -168,6 +171,37 @@ class Streaming(Capability):
         """The same as `Backbone.outputs`, `[B, T, …]`, computed by feeding the model pieces of the given lengths."""
 
 
+class Scoring(Capability, Generic[OptionsT, DataT]):
+    """Telling how likely the model finds what it reads. Evaluation tasks ask for it, as those of `ttt.eval` do."""
+
+    score_options: ClassVar[type[ScoreOptions]] = ScoreOptions
+    """The section `eval.score`: how clips are read and their scores chosen."""
+
+    @abstractmethod
+    def score_facts(self, config: RunConfig[OptionsT, DataT]) -> ScoreFacts:
+        """What the scores are of. Must work without torch."""
+
+    def own_tasks_data(self, config: RunConfig[OptionsT, DataT]) -> Path | None:
+        """A folder that ships with the plugin and holds data for tasks, a folder for each by the task's name."""
+        return None
+
+    @abstractmethod
+    def clip_reader(self, config: RunConfig[OptionsT, DataT], *, device: torch.device | str) -> ClipReader:
+        """What turns files into clips. Loads the codec or tokenizer.
+
+        Raises:
+            ttt.errors.EnvironmentProblem: its files are missing or broken.
+        """
+
+    @abstractmethod
+    def score(self, model: nn.Module, clips: Tensor) -> Scores:
+        """The scores of clips `[B,S,T]` on the model's device, each a stream of its own that starts fresh."""
+
+    @abstractmethod
+    def score_stream(self, model: nn.Module, *, batch_size: int) -> AbstractContextManager[ScoreStream]:
+        """A context in which the model reads B streams in pieces, without gradients. They start fresh."""
+
+
 class InWords(NamedTuple):
     """A capability in words."""
 
@@ -182,6 +216,7 @@ CAPABILITIES: Mapping[type[Capability], InWords] = {
     Precomputing: InWords("precompute", "precomputation: it reads its data as they are"),
     WeightImport: InWords("import-weights", "import of weights: it knows no other program's checkpoints"),
     Streaming: InWords("stream", "streaming: it reads sequences whole"),
+    Scoring: InWords("score", "scoring: it does not tell how likely it finds what it reads"),
 }
 """The capabilities that this project asks for."""
 

@@ -8,32 +8,39 @@ from typing import Any
 
 from pydantic import Field, create_model
 
-from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
+from ttt.config.schema import BackboneOptions, DataOptions, EvalConfig, RunConfig, ScoreOptions
 from ttt.plugins.backbone import Backbone
+from ttt.plugins.capabilities import Scoring, has_capability
 from ttt.plugins.declared import require_options
 
 _OF_THE_INNER_MODEL = ("mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims", "base_lr")
 
 
 @functools.cache
-def _with_options(options: type[BackboneOptions], data_options: type[DataOptions], name: str) -> type[RunConfig]:
+def _with_options(
+    options: type[BackboneOptions], data_options: type[DataOptions], score_options: type[ScoreOptions], name: str
+) -> type[RunConfig]:
+    score: Any = (score_options, Field(default_factory=score_options))
+    evaluation = create_model("EvalConfig", __base__=EvalConfig, __doc__=EvalConfig.__doc__, score=score)
     return create_model(
         f"{name.title().replace('-', '')}RunConfig",
         __base__=RunConfig,
         __doc__=RunConfig.__doc__,
         backbone=(options, ...),
         data=(data_options, Field(default_factory=dict, validate_default=True)),
+        eval=(evaluation, Field(default_factory=evaluation)),
     )
 
 
 def run_config_model(backbone: Backbone) -> type[RunConfig]:
-    """`RunConfig` whose sections `backbone` and `data` have a plugin's options; one class per backbone.
+    """`RunConfig` whose sections `backbone`, `data` and `eval.score` have a plugin's options; one class per backbone.
 
     Raises:
         PluginError: the plugin's options are not pydantic models of the kind asked for.
     """
     require_options(backbone)
-    return _with_options(backbone.options, backbone.data_options, backbone.name)
+    scored = backbone.score_options if has_capability(backbone, Scoring) else ScoreOptions
+    return _with_options(backbone.options, backbone.data_options, scored, backbone.name)
 
 
 def with_defaults(ttt: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
