@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ttt.config.schema import RunConfig
@@ -44,6 +44,8 @@ class EvalContext:
     stop: Callable[[], bool]
     """Whether the run is asked to stop. A long task checks it between two items and returns early. Its numbers are then
     dropped: the resumed run measures again."""
+    adapters: Mapping[str, nn.Module] = field(default_factory=dict)
+    """The TTT adapters by site name."""
 
 
 class EvalTask(ABC):

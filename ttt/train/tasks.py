@@ -44,7 +44,14 @@ def measure(parts: Parts, step: int, *, stop: Callable[[], bool], display: Displ
     """
     numbers: dict[str, float] = {}
     context = EvalContext(
-        parts.model, parts.backbone, parts.config, parts.eval_dataset, parts.device, step=step, stop=stop
+        parts.model,
+        parts.backbone,
+        parts.config,
+        parts.eval_dataset,
+        parts.device,
+        step=step,
+        stop=stop,
+        adapters=parts.injection.adapters,
     )
     versions = _versions(parts.model)
     for chosen in parts.tasks:

@@ -1,0 +1,193 @@
+"""Measures the items of tasks under each arm, batch by batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ttt.checksums import file_digest
+from ttt.errors import EnvironmentProblem, PluginError, TTTError, UsageError
+from ttt.eval.bench import Bench
+from ttt.eval.items import Item, Measured, Row
+from ttt.eval.statistics import draw
+from ttt.eval.tasks import ItemTask, Setup
+from ttt.plugins.asking import WrongAnswer, is_out_of_memory, with_its_type
+from ttt.plugins.capabilities import Scoring
+from ttt.plugins.eval_tasks import EvalContext
+from ttt.words import first_line
+
+MOST_FAILED = 0.01
+"""The part of a task's items that may fail. If more do, its numbers are not to be trusted."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Items that were measured together."""
+
+    rows: tuple[Row, ...]
+    arrays: Mapping[tuple[str, str], Mapping[str, np.ndarray]]
+    """Arrays by item and arm."""
+
+
+def setup_of(context: EvalContext, options: Any) -> Setup:
+    """What a task knows before the model."""
+    return Setup(context.config, context.backbone, options)
+
+
+def chosen_items(task: ItemTask, setup: Setup) -> list[Item]:
+    """The items of a task that its options choose.
+
+    Raises:
+        TTTError: the backbone or the data does not fit the task.
+    """
+    lacking = task.lacks(setup)
+    if lacking is not None:
+        raise UsageError(f"the task {task.name}: the backbone {setup.backbone.name} {lacking}")
+    items = list(task.items(setup))
+    _require_distinct(task, items)
+    limit = getattr(setup.options, "limit", None)
+    if limit is not None:
+        drawn = set(draw(sorted({item.unit for item in items}), limit, setup.options.seed))
+        items = [item for item in items if item.unit in drawn]
+    if not items:
+        raise UsageError(f"the task {task.name} has no items; name other data in eval.tasks")
+    return items
+
+
+def _require_distinct(task: ItemTask, items: Sequence[Item]) -> None:
+    """Refuse a task that gives two items one name, or puts a unit into two clusters.
+
+    Raises:
+        PluginError: it does.
+    """
+    seen: set[str] = set()
+    clusters: dict[str, str] = {}
+    for item in items:
+        if item.id in seen:
+            raise PluginError(f"the task {task.name} has two items of the name {item.id!r:.80}")
+        seen.add(item.id)
+        if clusters.setdefault(item.unit, item.cluster) != item.cluster:
+            raise PluginError(f"the task {task.name} puts the unit {item.unit!r:.80} into two clusters")
+
+
+def batches(task: ItemTask, items: Sequence[Item], *, size: int) -> list[tuple[Item, ...]]:
+    """The items as they are measured together. A run that goes on measures the same ones together again."""
+    step = size if task.batched else 1
+    return [tuple(items[start : start + step]) for start in range(0, len(items), step)]
+
+
+def measured(task: ItemTask, bench: Bench, items: Sequence[Item], arms: Sequence[str]) -> Batch:
+    """Measure items under every arm. If that fails, each by itself; those that fail again get an error.
+
+    Raises:
+        PluginError: the task's answer is not what `ItemTask.measure` describes.
+        EnvironmentProblem: there is not enough memory.
+    """
+    try:
+        return _together(task, bench, items, arms)
+    except WrongAnswer as error:
+        raise PluginError(f"the task {task.name} returned {error}") from None
+    except Exception as error:  # of the data, the backbone or the task
+        if len(items) == 1:
+            return _failed(items[0], error)
+    parts = [measured(task, bench, [item], arms) for item in items]
+    arrays = {key: value for part in parts for key, value in part.arrays.items()}
+    return Batch(tuple(row for part in parts for row in part.rows), arrays)
+
+
+def _failed(item: Item, error: Exception) -> Batch:
+    if is_out_of_memory(error):
+        raise EnvironmentProblem(
+            f"out of memory at the item {item.id}: {first_line(error)} What takes less: a smaller eval.batch_size"
+        ) from error
+    told = str(error) if isinstance(error, TTTError) else f"{type(error).__name__}: {first_line(error)}"
+    return Batch((Row(item, {}, _digests(item, missing_is_error=False), told),), {})
+
+
+def _together(task: ItemTask, bench: Bench, items: Sequence[Item], arms: Sequence[str]) -> Batch:
+    by_arm: dict[str, Sequence[Measured]] = {}
+    for arm in arms:
+        with bench.under(arm), torch.no_grad():
+            by_arm[arm] = _checked(task, task.measure(bench, items), len(items))
+    rows = tuple(
+        Row(item, {arm: dict(by_arm[arm][place].numbers) for arm in arms}, _digests(item))
+        for place, item in enumerate(items)
+    )
+    arrays = {
+        (item.id, arm): by_arm[arm][place].arrays
+        for place, item in enumerate(items)
+        for arm in arms
+        if by_arm[arm][place].arrays
+    }
+    return Batch(rows, arrays)
+
+
+def _checked(task: ItemTask, answer: Any, count: int) -> Sequence[Measured]:
+    good = isinstance(answer, Sequence) and all(isinstance(each, Measured) for each in answer)
+    if not good or len(answer) != count:
+        raise WrongAnswer(f"{with_its_type(answer)}, not a Measured for each of {count} items")
+    for each in answer:
+        for name, number in each.numbers.items():
+            if not math.isfinite(number):
+                raise ValueError(f"{name} is {number}, not a finite number")
+    return answer
+
+
+def _digests(item: Item, *, missing_is_error: bool = True) -> dict[str, str]:
+    digests = {}
+    for file in item.files:
+        try:
+            digests[str(file)] = file_digest(file)
+        except OSError as error:
+            if missing_is_error:
+                raise EnvironmentProblem(f"{file}: cannot be read: {error.strerror or error}") from None
+    return digests
+
+
+def rows_of(
+    task: ItemTask,
+    bench: Bench,
+    items: Sequence[Item],
+    arms: Sequence[str],
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Batch]:
+    """Measure all items, batch by batch, until `stop` returns true."""
+    if Scoring in task.requires:
+        bench.reader  # noqa: B018 - if the codec is missing, that is not the fault of an item
+    for part in batches(task, items, size=bench.config.eval.batch_size):
+        if stop():
+            return
+        yield measured(task, bench, part, arms)
+
+
+def too_many_failed(rows: Sequence[Row]) -> bool:
+    """Whether more items failed than may."""
+    return sum(row.error is not None for row in rows) > MOST_FAILED * len(rows)
+
+
+def numbers_of(task: ItemTask, context: EvalContext, options: Any) -> dict[str, float]:
+    """A task's numbers while a model is trained.
+
+    Raises:
+        TTTError: the backbone or the data does not fit the task, or more than 1 % of its items failed.
+    """
+    from ttt.eval.results import summed_up
+
+    setup, bench = setup_of(context, options), Bench(context, options)
+    items = chosen_items(task, setup)
+    arms = ("ttt", "closed")
+    rows = [row for batch in rows_of(task, bench, items, arms, stop=context.stop) for row in batch.rows]
+    if context.stop():
+        return {}
+    failed = [row for row in rows if row.error is not None]
+    if too_many_failed(rows):
+        raise EnvironmentProblem(
+            f"{len(failed)} of {len(rows)} items failed, the first, {failed[0].item.id}: {failed[0].error}"
+        )
+    return summed_up(task, setup, rows, arms).as_metrics()

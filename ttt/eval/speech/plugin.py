@@ -1,0 +1,15 @@
+"""The hook of the tasks on speech. Its entry point is this distribution's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ttt.plugins import EvalTask, hookimpl
+
+
+@hookimpl
+def ttt_eval_tasks() -> Sequence[EvalTask]:
+    """The tasks on speech."""
+    from ttt.eval.speech.pairs import pair_tasks
+
+    return pair_tasks()

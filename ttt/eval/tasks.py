@@ -1,0 +1,174 @@
+"""The base of evaluation tasks that consist of items. Imports no torch.
+
+Such a task says what its items are and measures them. Arms, batches, resumption, failed items, standard errors, tables
+and files are the same for every task, and are not its own matter.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from ttt.config.schema import MOST_STEPS, RunConfig
+from ttt.config.tasks import TaskOptions
+from ttt.errors import UsageError
+from ttt.eval.items import Item, Measured, Row
+from ttt.plugins.backbone import Backbone
+from ttt.plugins.capabilities import CAPABILITIES, Capability, Scoring, has_capability
+from ttt.plugins.eval_tasks import EvalContext, EvalTask
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ttt.eval.bench import Bench
+
+ARMS = ("ttt", "closed", "reset")
+"""As trained; with gates closed, which is the plain backbone; with fast weights started anew every now and then."""
+
+
+class ItemOptions(TaskOptions):
+    """Options of a task that consists of items."""
+
+    data: str | None = None
+    """Folder with the task's data; null is what the backbone brings."""
+    limit: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
+    """How many units of it, as pairs or stories, drawn by `seed`; null is all."""
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    """Which ones `limit` draws."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a task knows before a model is built."""
+
+    config: RunConfig
+    """Resolved."""
+    backbone: Backbone
+    options: Any
+    """Those of the task."""
+
+    @property
+    def data(self) -> Path:
+        """The task's data, from its option `data` or from what the backbone brings.
+
+        Raises:
+            UsageError: there is neither.
+        """
+        name, written = self.options.name, getattr(self.options, "data", None)
+        if written is not None:
+            return Path(written)
+        backbone = self.backbone
+        own = backbone.own_tasks_data(self.config) if has_capability(backbone, Scoring) else None
+        if own is None or not (own / name).exists():
+            raise UsageError(
+                f"eval.tasks: the task {name} has no data, and the backbone {backbone.name} brings none for it here",
+                key="data",
+                fix=f"write {{name: {name}, data: FOLDER}}",
+            )
+        return own / name
+
+
+class ItemTask(EvalTask):
+    """A task that consists of items. The class attributes, `items` and `values` must work without torch."""
+
+    options: ClassVar[type[TaskOptions]] = ItemOptions
+    version: ClassVar[int] = 1
+    """Raised if its numbers change their meaning; results of different versions are not compared."""
+    requires: ClassVar[tuple[type[Capability], ...]] = (Scoring,)
+    """What a backbone must be able to do."""
+    medium: ClassVar[str | None] = None
+    """What its clips are read from, as in `ttt.plugins.ScoreFacts`; None if that does not matter."""
+    arms: ClassVar[tuple[str, ...]] = ("ttt", "closed")
+    """The arms that it is measured under if nobody names others."""
+    batched: ClassVar[bool] = True
+    """Whether `eval.batch_size` items are measured together; if not, one at a time."""
+    chance: ClassVar[float | None] = None
+    """The outcome of guessing, for tables and pictures."""
+
+    def lacks(self, setup: Setup) -> str | None:
+        """What the backbone lacks for this task, completing "the backbone NAME …"; None if it lacks nothing."""
+        for kind in self.requires:
+            if not has_capability(setup.backbone, kind):
+                words = CAPABILITIES.get(kind)
+                return f"has no {kind.__name__ if words is None else words.lacking}"
+        if self.medium is not None and has_capability(setup.backbone, Scoring):
+            medium = setup.backbone.score_facts(setup.config).medium
+            if medium != self.medium:
+                return f"reads {medium}, and the task is on {self.medium}"
+        return None
+
+    @abstractmethod
+    def items(self, setup: Setup) -> Sequence[Item]:
+        """Every item, in an order that does not depend on the order of files or rows.
+
+        Raises:
+            ttt.errors.EnvironmentProblem: files are missing or broken; the message names them.
+            ttt.errors.UsageError: the options do not fit the data.
+        """
+
+    @abstractmethod
+    def measure(self, bench: Bench, items: Sequence[Item]) -> Sequence[Measured]:
+        """Measure items under the bench's arm. Fast weights start fresh for each clip or stream that the bench reads.
+
+        Args:
+            bench: the model, and what it is measured by.
+            items: `eval.batch_size` items or fewer; one if not `batched`.
+
+        Returns:
+            One for each item. Every arm gives the same names.
+
+        Raises:
+            Exception: anything. The items are measured one by one then, and those that fail again count as failed.
+        """
+
+    @abstractmethod
+    def values(self, setup: Setup, item: Item, numbers: Mapping[str, float]) -> Mapping[str, float]:
+        """An item's outcomes by metric, from what an arm gave: `{"acc": 1.0}`.
+
+        The first metric is the task's own. A name with a `/`, as `acc/semantic.sum`, is a variant of it.
+        """
+
+    def texts(self, setup: Setup, rows: Sequence[Row]) -> Mapping[str, str]:
+        """Files to write beside the results, as text by name; none by default."""
+        return {}
+
+    def figures(self, setup: Setup, rows: Sequence[Row], arrays: Arrays) -> Mapping[str, Figure]:
+        """Pictures by file name; none by default.
+
+        Args:
+            setup: as for `items`.
+            rows: of the items that did not fail.
+            arrays: what `measure` returned as arrays.
+        """
+        return {}
+
+    def run(self, context: EvalContext, options: Any) -> Mapping[str, float]:
+        """Measure a model while it is trained: every metric that is no variant, with its error, and its gates closed.
+
+        Raises:
+            ttt.errors.TTTError: the backbone or the data does not fit the task, or more than 1 % of its items failed.
+        """
+        from ttt.eval.engine import numbers_of
+
+        return numbers_of(self, context, options)
+
+
+class Arrays:
+    """The arrays of a task: a function from item and arm to arrays by name.
+
+    Args:
+        read: reads them; empty if there are none.
+    """
+
+    def __init__(self, read: Any) -> None:
+        self._read = read
+
+    def of(self, item: str, arm: str) -> Mapping[str, Any]:
+        """The arrays of an item under an arm."""
+        found: Mapping[str, Any] = self._read(item, arm)
+        return found
