@@ -63,6 +63,8 @@ ROOMS = (
     *("ttt.ops", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins", "ttt.devices"),
     # the layer, and putting it into a model
     *("ttt.state", "ttt.layer", "ttt.adapter", "ttt.inject", "ttt.evidence", "ttt.adapter_file"),
+    # what a run was worth
+    "ttt.eval",
     # what is said about a run before it starts, the run, and what it learned in use
     *("ttt.check", "ttt.train", "ttt.samples", "ttt.sample"),
     # what all of it is held to
@@ -345,6 +347,12 @@ def test_what_checks_a_config_imports_no_torch() -> None:
     static = [module for module in modules if _room(module, TORCHLESS) and not _room(module, RUNS_MODELS)]
     assert {"ttt.config.schema", "ttt.plugins.backbone", "ttt.check.load", "ttt.check.rules.memory"} <= set(static)
     assert _heavy_after(["ttt", *static, "ttt.ops.constants", "ttt_cli.main", "ttt_cli.app"]) == "[]"
+
+
+def test_statistics_need_no_torch() -> None:
+    """A check that counts pairs may draw them, and a table is made from files alone."""
+    modules = [f"ttt.eval.{name}" for name in ("statistics", "by_position")]
+    assert _heavy_after(["ttt.eval", *modules]) == "[]"
 
 
 NOT_FOR_A_CHECK = {
