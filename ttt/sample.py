@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from torch import nn
 
 from ttt.adapter_file import (
     AdapterInfo,
-    backbone_identity,
-    changed_at_start,
-    config_differences,
-    load_adapter,
-    read_info,
-    way_to_fit,
 )
-from ttt.config.schema import RunConfig, select_layers
-from ttt.errors import AdapterMismatchError, NonFiniteError, UsageError
+from ttt.config.schema import RunConfig
+from ttt.errors import NonFiniteError, UsageError
 from ttt.files import require_place
+from ttt.learned import fitting, learned_model
 from ttt.plugins import Backbone, SampleRequest, Sampling, capability
 from ttt.printable import say
 from ttt.samples import SampleFolder, shared_origin
 from ttt.train.passes import seed_pass
-from ttt.train.setup import build, choose_device, memory_errors, threads, with_backbone_options
 
 
 def sample(
@@ -61,7 +53,7 @@ def sample(
     console = console or Console()
     sampler = capability(backbone, Sampling)
     config, [request], info = _looked_at(config, backbone, [request], adapter=adapter, verify=verify)
-    with _model(config, backbone, info, as_start=adapter is None) as model:
+    with learned_model(config, backbone, info, as_start=adapter is None, ways=_ways(config)) as (model, _):
         make = sampler.prepare_samples(model, [request], config, console=console)
         seed_pass(request.seed, "sample", 0)
         return list(make(request))
@@ -114,7 +106,7 @@ def sample_many(
             say(console, f"{folder.path}: {len(requests) - len(missing)} of {len(requests)} samples are there already")
         if not missing:
             return []
-        with _model(config, backbone, info, as_start=as_start) as model:
+        with learned_model(config, backbone, info, as_start=as_start, ways=_ways(config)) as (model, _):
             return _made(model, config, sampler, requests, missing, folder, console)
 
 
@@ -180,48 +172,15 @@ def _looked_at(
     for request in requests:
         sampler.check_sample(config, request)
     require_place(requests[0].out)
-    config = with_backbone_options(config, backbone)
-    path = config.train.init_from if adapter is None else adapter
-    info = None if path is None else read_info(path, verify=verify)
-    if info is not None:
-        # settings may differ only for weights that training would start from
-        _require_fit(info, config, backbone, as_start=adapter is None)
+    config, info = fitting(config, backbone, adapter=adapter, verify=verify)
     return config, [replace(request, imported_from=_imported_from(info)) for request in requests], info
 
 
-@contextlib.contextmanager
-def _model(config: RunConfig, backbone: Backbone, info: AdapterInfo | None, *, as_start: bool) -> Iterator[nn.Module]:
-    """A context with the model, its adapter loaded, in eval mode; running out of memory becomes a sentence."""
-    device = choose_device(config.train.device)
-    ways = ["a shorter sample"] + ["train.param_dtype: bfloat16"] * (config.train.param_dtype == "float32")
-    with memory_errors(ways), threads(config.train.cpu_threads), torch.no_grad():
-        model, injection = build(config, backbone, device)
-        if info is not None:
-            identity = backbone_identity(backbone, config.backbone)
-            load_adapter(
-                info.path, model, injection=injection, backbone=identity, as_start=as_start, verify=False
-            )  # verified above
-        yield model.eval()
+def _ways(config: RunConfig) -> list[str]:
+    return ["a shorter sample"] + ["train.param_dtype: bfloat16"] * (config.train.param_dtype == "float32")
 
 
 def _imported_from(info: AdapterInfo | None) -> str | None:
     """The program that an adapter was imported from, according to its header; None for a run's own checkpoints."""
     told = None if info is None else info.training.get("imported_from")
     return told if isinstance(told, str) else None
-
-
-def _require_fit(info: AdapterInfo, config: RunConfig, backbone: Backbone, *, as_start: bool) -> None:
-    layers = select_layers(config.ttt.layers, backbone.facts(config).num_layers)
-    identity = backbone_identity(backbone, config.backbone)
-    differences = config_differences(info, config.ttt, backbone=identity, layers=layers, as_start=as_start)
-    way_out = way_to_fit(info, config.ttt, as_start=as_start)
-    if differences:
-        raise AdapterMismatchError(
-            f"{info.path}: belongs to something else: {'; '.join(differences)}{way_out and f'; {way_out}'}"
-        )
-    changed = changed_at_start(info, config.ttt)
-    if changed:  # training may go on with other settings, but a sample needs those of the training
-        raise AdapterMismatchError(
-            f"{info.path}: was trained with other settings than the config's: {'; '.join(map(str, changed))}; give "
-            f"the config the file's: {' '.join(setting.way_out for setting in changed)}"
-        )

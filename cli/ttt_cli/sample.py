@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ttt.printable import shell_word
 from ttt.words import first_few
+from ttt_cli.model import find_model, warn_of_changes
 from ttt_cli.options import Overrides, Verify, require_replaceable
 from ttt_cli.terminal import show, show_note
 
 if TYPE_CHECKING:
     from ttt.check import LoadedConfig
-    from ttt.config import RunConfig
     from ttt.plugins import SamplePlan, SampleRequest
     from ttt.prompts import Prompts
 
@@ -95,10 +94,10 @@ def sample(
     _require_sane(seconds, guidance_scale)
     given = _given(prompts or [], prompt_files or [], negative_prompts or [])
     _require_seeds(seed, len(given))
-    config_file, learned, told = _find(Path(model), adapter, verify=verify)
+    config_file, learned, told = find_model(Path(model), adapter, verify=verify)
     loaded = load_config(config_file, overrides=overrides or [], training=False)
     sampler = capability(loaded.backbone, Sampling)
-    _warn_of_changes(Path(model), learned, loaded.config)
+    warn_of_changes(Path(model), learned, loaded.config)
     places, together = _places(out, given, suffix=sampler.sample_suffix, backbone=loaded.backbone.name)
     plans = [sampler.plan_sample(loaded.config, seconds=seconds, out=place) for place in places]
     chosen, notes = _spread(given, plans, seconds=seconds)
@@ -304,53 +303,6 @@ def _spread(given: list[Prompts], plans: list[SamplePlan], *, seconds: float) ->
         raise UsageError.about(problems, "samples do not have a prompt for each segment")
     several = len(given) > 1
     return chosen, [f"{first_few(where, 2)}: {note}" if several else note for note, where in notes.items()]
-
-
-def _warn_of_changes(model: Path, learned: Path | None, config: RunConfig) -> None:
-    """Warn if a run's config is not the one that the run wrote."""
-    import warnings
-
-    from ttt.checkpoint_folder import TRAINER_STATE, read_checkpoint
-    from ttt.errors import DamagedFileWarning
-    from ttt.train.stored_config import StoredConfig
-
-    if model.is_dir() and learned is not None and (learned / TRAINER_STATE).is_file():
-        changed = StoredConfig(model).change_since(read_checkpoint(learned), config)
-        if changed:
-            warnings.warn(changed, DamagedFileWarning, stacklevel=2)
-
-
-def _find(path: Path, adapter: str | None, *, verify: bool) -> tuple[Path, Path | None, str]:
-    """The config of a model, the adapter or checkpoint that it has learned, and a sentence about it.
-
-    Raises:
-        UsageError: the path is a folder, but not a run's, or the run has nothing to sample yet.
-    """
-    from ttt.adapter_file import BACKBONE, MODEL
-    from ttt.checkpoint_folder import CHECKPOINTS, newest_checkpoint
-    from ttt.errors import UsageError
-    from ttt.train.stored_config import CONFIG
-
-    file, learned = path, None
-    if path.is_dir():
-        file = path / CONFIG
-        if not file.is_file():
-            raise UsageError(f"{path}: holds no run (no {CONFIG}); name a config or a run's folder")
-        if adapter is None:
-            newest = newest_checkpoint(path, verify=verify, only=(MODEL, BACKBONE))
-            if newest.checkpoint is None:
-                raise UsageError(
-                    f"{path}: has no complete checkpoint{newest.why_none}; name {file} to sample the model before "
-                    f"training"
-                )
-            learned = newest.checkpoint.path
-            newest.warn_of_passed_over(stacklevel=2)
-    if adapter is not None:
-        learned = Path(adapter)
-    if learned is not None:
-        return file, learned, f"{path}: with what was learned in {learned}"
-    run = f" (`ttt sample {shell_word(path.parent)}` samples the run)" if (path.parent / CHECKPOINTS).is_dir() else ""
-    return file, None, f"{path}: no adapter: it samples the untrained model{run}"
 
 
 def _require_free(plan: SamplePlan, *, overwrite: bool) -> None:

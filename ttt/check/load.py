@@ -78,6 +78,7 @@ def check_config(
     cost: bool = False,
     resuming: bool = False,
     training: bool = True,
+    tasks: bool | None = None,
 ) -> CheckedConfig:
     """Read, resolve and check a config. Imports no torch and builds no model.
 
@@ -89,7 +90,8 @@ def check_config(
         memory: bytes of memory of the run's device. If None, ask this machine for its own devices.
         cost: add a note that says what the run costs.
         resuming: whether an interrupted run goes on. It has its weights and does not read `train.init_from` again.
-        training: whether the config is for training. If not, evaluation tasks and house rules are left out.
+        training: whether the config is for training. If not, house rules are left out.
+        tasks: whether evaluation tasks are looked up; None does so for training.
 
     Raises:
         EnvironmentProblem: the file is missing or cannot be read.
@@ -101,7 +103,8 @@ def check_config(
         source = read_source(path)
     else:
         raise ValueError("a config is read from a path or a text")
-    return _Check(source, overrides, memory, resuming, cost, training).checked(backbone)
+    looked_up = training if tasks is None else tasks
+    return _Check(source, overrides, memory, resuming, cost, training, looked_up).checked(backbone)
 
 
 def load_config(
@@ -113,11 +116,12 @@ def load_config(
     memory: int | None = None,
     resuming: bool = False,
     training: bool = True,
+    tasks: bool | None = None,
 ) -> LoadedConfig:
     """Read and check a config that is to be run. The arguments are those of `check_config`.
 
     If it is not for training (`training` false), findings about data, memory, disk and optimiser are left out, and
-    neither evaluation tasks nor house rules are asked for.
+    house rules are not asked for.
 
     Raises:
         ConfigError: the config cannot be run. The message lists every finding with its place; `findings` holds them.
@@ -134,6 +138,7 @@ def load_config(
         memory=memory,
         resuming=resuming,
         training=training,
+        tasks=tasks,
     )
     if not training:
         kept = tuple(finding for finding in checked.findings if not finding.only_for_training)
@@ -163,12 +168,14 @@ class _Check:
         resuming: bool,
         cost: bool,
         training: bool,
+        tasks: bool,
     ) -> None:
         self.findings: list[Finding] = []
         self.memory = memory
         self.resuming = resuming
         self.cost = cost
         self.training = training
+        self.tasks = tasks
         self.source = source.with_overrides(overrides) if source.complete else source
 
     def checked(self, asked: Backbone | str | None) -> CheckedConfig:
@@ -180,7 +187,7 @@ class _Check:
                 data[section] = {}
         backbone = self._find_backbone(data, asked)
         result = self._validate(data, backbone)
-        if self.training and result.config is not None and result.config.eval.tasks:
+        if self.tasks and result.config is not None and result.config.eval.tasks:
             from ttt.check.tasks import resolve_tasks  # only configs with tasks need it
 
             resolve_tasks(result, self.source)

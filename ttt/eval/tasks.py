@@ -102,6 +102,13 @@ class ItemTask(EvalTask):
                 return f"reads {medium}, and the task is on {self.medium}"
         return None
 
+    def is_ready(self, setup: Setup) -> bool:
+        """Whether it can be measured without being told where data is. By default: whether `setup.data` is there."""
+        try:
+            return setup.data.exists()
+        except UsageError:
+            return False
+
     @abstractmethod
     def items(self, setup: Setup) -> Sequence[Item]:
         """Every item, in an order that does not depend on the order of files or rows.

@@ -34,6 +34,9 @@ MAY_DIFFER = frozenset(
         "run_dir",
         "eval.eval_freq",
         "eval.tasks",
+        "eval.batch_size",
+        "eval.reset_sec",
+        "eval.reset_tokens",
         "train.max_steps",
         "train.device",
         "train.cpu_threads",
@@ -176,7 +179,7 @@ def _differences(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[t
     return [
         (key, before.get(key), now.get(key))
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in MAY_DIFFER
+        if before.get(key) != now.get(key) and key not in MAY_DIFFER and not key.startswith("eval.score.")
     ]
 
 

@@ -90,10 +90,14 @@ def story_pairs(data: Path) -> Iterator[Pair]:
             found.setdefault(match["key"], {})[match["member"]] = file
             stories[match["key"]] = match["story"]
     if not found:
-        raise EnvironmentProblem(f"{data}: holds no stories; they are called N_uuid_correct.wav and N_uuid_incorrect.wav")
+        raise EnvironmentProblem(
+            f"{data}: holds no stories; they are called N_uuid_correct.wav and N_uuid_incorrect.wav"
+        )
     alone = [str(next(iter(pair.values()))) for pair in found.values() if len(pair) == 1]
     if alone:
-        raise EnvironmentProblem(f"{data}: {len(alone)} recordings lack the other ending of their story: {first_few(alone)}")
+        raise EnvironmentProblem(
+            f"{data}: {len(alone)} recordings lack the other ending of their story: {first_few(alone)}"
+        )
     for key, pair in found.items():
         yield Pair(key, key, stories[key], pair["correct"], pair["incorrect"])
 
@@ -191,5 +195,3 @@ def _band(frequency: str) -> str:
     if not frequency.isdigit():
         return frequency
     return next((name for most, name in _BANDS if int(frequency) <= most), ">100")
-
-

@@ -1,0 +1,289 @@
+"""Evaluates a config's model with what it has learned: measures tasks under each arm and writes what they amount to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ttt.adapter_file import AdapterInfo, weights_fingerprint
+from ttt.config.schema import RunConfig
+from ttt.config.tasks import TaskOptions
+from ttt.errors import EnvironmentProblem, UsageError
+from ttt.eval.bench import Bench
+from ttt.eval.engine import MOST_FAILED, batches, chosen_items, measured
+from ttt.eval.folder import EvalFolder
+from ttt.eval.items import Item, Row
+from ttt.eval.results import TaskSummary, summed_up
+from ttt.eval.tasks import ItemTask, Setup
+from ttt.eval.writing import write_results
+from ttt.inject import Injection
+from ttt.interrupt import stop_if_asked
+from ttt.learned import fitting, learned_model
+from ttt.plugins import Backbone, EvalContext, Scoring, has_capability
+from ttt.plugins.installed_tasks import ChosenTask
+from ttt.printable import say
+from ttt.progress import Steps
+from ttt.samples import shared_origin
+from ttt.train.evaluation import eval_mode
+from ttt.train.passes import mixed_precision, seed_pass
+from ttt.train.setup import device_in_words
+
+
+@dataclass(frozen=True)
+class EvalOutcome:
+    """What an evaluation gave."""
+
+    path: Path
+    """Its folder."""
+    summaries: Mapping[str, TaskSummary]
+    """By task."""
+    files: tuple[Path, ...]
+    """The results, the summary and the pictures."""
+    failed: tuple[str, ...]
+    """A sentence for each task of which more items failed than may."""
+
+
+def evaluate(
+    config: RunConfig,
+    backbone: Backbone,
+    tasks: Sequence[ChosenTask],
+    *,
+    out: Path,
+    adapter: str | Path | None = None,
+    arms: Sequence[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    verify: bool = True,
+) -> EvalOutcome:
+    """Measure tasks with a config's model.
+
+    Args:
+        config: the model's config; for a run, its resolved config.
+        backbone: the plugin that `config.backbone` names.
+        tasks: each with its options.
+        out: folder for the results; see `ttt.eval.folder`.
+        adapter: an adapter's file or folder, or a run's folder. None evaluates the model as training would start it.
+        arms: which arms to measure; None is those of each task.
+        resume: go on with what an interrupted evaluation left in the folder.
+        overwrite: forget what is in the folder.
+        console: the console for reports; standard output by default.
+        verify: compare the adapter with its checksums.
+
+    Raises:
+        UsageError: the backbone does not fit a task, or the folder holds something else.
+        AdapterMismatchError: the adapter belongs to another model; the message names each difference.
+        EnvironmentProblem: data, weights, a device, memory, disk space or a writable folder is missing.
+    """
+    console = console or Console()
+    config, info = fitting(config, backbone, adapter=adapter, verify=verify)
+    plans = [_plan(config, backbone, chosen, arms) for chosen in tasks]
+    for plan in plans:
+        say(console, f"{plan.task.name}: {plan.counted}; arms {', '.join(plan.arms)}")
+    as_start = adapter is None
+    folder = EvalFolder(out, _made_from(config, backbone, info, as_start=as_start))
+    ways = ["a smaller eval.batch_size"] + ["train.param_dtype: bfloat16"] * (config.train.param_dtype == "float32")
+    with folder.held():
+        folder.claim(overwrite=overwrite)
+        with (
+            learned_model(config, backbone, info, as_start=as_start, ways=ways) as (model, injection),
+            eval_mode(model),
+        ):
+            device = next(model.parameters()).device
+            context = EvalContext(
+                model,
+                backbone,
+                config,
+                _Windows(config, backbone, device),
+                device,
+                step=_step(info),
+                stop=lambda: False,
+                adapters=injection.adapters,
+            )
+            machine = _Machine(context, injection, folder, console, resume=resume, overwrite=overwrite)
+            summaries = {plan.task.name: machine.measure(plan) for plan in plans}
+    files = write_results(
+        folder,
+        summaries,
+        {plan.task.name: plan for plan in plans},
+        described={
+            "config": config.model_dump(mode="json"),
+            "adapter": None if info is None else {"path": str(info.path), "checksum": info.checksum},
+            "made_from": machine.made_from,
+            "device": device_in_words(device),
+        },
+    )
+    return EvalOutcome(out, summaries, tuple(files), tuple(_complaints(summaries)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A task, its options, its items and the arms that it is measured under."""
+
+    task: ItemTask
+    setup: Setup
+    items: tuple[Item, ...]
+    arms: tuple[str, ...]
+
+    @property
+    def counted(self) -> str:
+        """How many items there are, in words."""
+        units = len({item.unit for item in self.items})
+        return f"{len(self.items):,} items" + (f" of {units:,} units" if units != len(self.items) else "")
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """What its rows are of."""
+        options: TaskOptions = self.setup.options
+        told = {key: value for key, value in options.model_dump(mode="json").items() if key != "data"}
+        return {"options": told, "version": self.task.version, "arms": list(self.arms)}
+
+
+def _plan(config: RunConfig, backbone: Backbone, chosen: ChosenTask, arms: Sequence[str] | None) -> Plan:
+    task = chosen.task
+    if not isinstance(task, ItemTask):
+        raise UsageError(
+            f"the task {task.name} measures a model while it is trained (eval.tasks) and has no items to evaluate; "
+            f"leave it out"
+        )
+    setup = Setup(config, backbone, chosen.options)
+    return Plan(task, setup, tuple(chosen_items(task, setup)), tuple(arms or task.arms))
+
+
+def _made_from(config: RunConfig, backbone: Backbone, info: AdapterInfo | None, *, as_start: bool) -> dict[str, Any]:
+    """What every number is of, as far as it is known before a model is built."""
+    evaluation = config.eval.model_dump(mode="json")
+    kept = {key: evaluation[key] for key in ("score", "batch_size", "reset_sec", "reset_tokens")}
+    return {
+        **shared_origin(config, info, as_start=as_start),
+        **{f"eval.{key}": value for key, value in kept.items()},
+        "train.autocast": config.train.autocast,
+        "torch": torch.__version__.partition("+")[0],
+    }
+
+
+def _step(info: AdapterInfo | None) -> int:
+    step = None if info is None else info.training.get("step")
+    return step if isinstance(step, int) else 0
+
+
+class _Windows:
+    """The run's evaluation data, built when a task first asks for it."""
+
+    def __init__(self, config: RunConfig, backbone: Backbone, device: torch.device) -> None:
+        self._made: Any = None
+        self._make = lambda: backbone.dataset(config, split="eval", device=device)
+
+    def _dataset(self) -> Any:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def __len__(self) -> int:
+        return len(self._dataset())
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataset(), name)
+
+
+class _Machine:
+    """Measures one task after another with one model, into one folder."""
+
+    def __init__(
+        self,
+        context: EvalContext,
+        injection: Injection,
+        folder: EvalFolder,
+        console: Console,
+        *,
+        resume: bool,
+        overwrite: bool,
+    ) -> None:
+        self._context = context
+        self._folder = folder
+        self._console = console
+        self._resume, self._overwrite = resume, overwrite
+        self.made_from: dict[str, Any] = {"backbone_weights": weights_fingerprint(injection)}
+        """What the numbers are of, as it shows once the model is built."""
+
+    def measure(self, plan: Plan) -> TaskSummary:
+        """Measure the items of a task that have no row yet, and sum up all."""
+        bench = Bench(self._context, plan.setup.options)
+        rows = self._rows(plan, bench)
+        return summed_up(plan.task, plan.setup, [rows[item.id] for item in plan.items], plan.arms)
+
+    def _rows(self, plan: Plan, bench: Bench) -> dict[str, Row]:
+        task, config = plan.task, self._context.config
+        made_from = {**plan.made_from, **self._identity(plan, bench)}
+        there = self._folder.open_task(task.name, made_from, resume=self._resume, overwrite=self._overwrite)
+        rows = self._folder.rows(task.name, plan.items) if there else {}
+        parts = batches(task, plan.items, size=config.eval.batch_size)
+        whole = [part for part in parts if all(item.id in rows for item in part)]
+        kept = [rows[item.id] for part in whole for item in part]
+        if rows and len(whole) < len(parts) and not self._resume:
+            raise UsageError(
+                f"{self._folder.path}: has {len(kept)} of {len(plan.items)} items of {task.name}; go on with --resume, "
+                f"or start anew with --overwrite"
+            )
+        rows = {row.item.id: row for row in kept}
+        self._folder.begin(task.name, kept)
+        if kept:
+            say(self._console, f"{task.name}: {len(kept)} of {len(plan.items)} items are there already")
+        missing = [part for part in parts if part not in whole]
+        with Steps(self._console, task.name, total=len(plan.items), tenths=True) as steps:
+            steps.advance(len(kept)) if kept else None
+            for part in missing:
+                stop_if_asked()
+                for row in self._batch(plan, bench, part):
+                    rows[row.item.id] = row
+                _require_something(task, rows)
+                steps.advance(len(part))
+        return rows
+
+    def _batch(self, plan: Plan, bench: Bench, part: Sequence[Item]) -> Sequence[Row]:
+        config = self._context.config.train
+        seed_pass(config.seed, f"task {plan.task.name} {part[0].id}", 0)
+        with mixed_precision(config, self._context.device):
+            batch = measured(plan.task, bench, part, plan.arms)
+        self._folder.add(plan.task.name, batch.rows, batch.arrays)
+        return batch.rows
+
+    def _identity(self, plan: Plan, bench: Bench) -> dict[str, Any]:
+        """What else the rows are of: the model's weights, and what turns files into clips."""
+        if Scoring not in plan.task.requires or not has_capability(self._context.backbone, Scoring):
+            return dict(self.made_from)
+        notice = bench.reader.notice
+        if notice is not None and "reader" not in self.made_from:
+            say(self._console, f"note: {notice}")
+        self.made_from["reader"] = dict(bench.reader.identity)
+        return dict(self.made_from)
+
+
+def _require_something(task: ItemTask, rows: Mapping[str, Row]) -> None:
+    """Refuse to go on if nothing but errors came so far: no item of the first batch could be measured.
+
+    Raises:
+        EnvironmentProblem: so it is; the message has the first error.
+    """
+    if rows and all(row.error is not None for row in rows.values()):
+        first = next(iter(rows.values()))
+        raise EnvironmentProblem(
+            f"the task {task.name}: no item could be measured, the first, {first.item.id}: {first.error}"
+        )
+
+
+def _complaints(summaries: Mapping[str, TaskSummary]) -> list[str]:
+    return [
+        f"{name}: {summary.failed} of {summary.items} items failed, more than {MOST_FAILED:.0%}: its numbers are not "
+        f"those of the task"
+        for name, summary in summaries.items()
+        if summary.failed > MOST_FAILED * summary.items
+    ]
