@@ -432,7 +432,7 @@ MISTAKEN = {
     "unknown, and like none": (
         "{name: stories}",
         ("TTT103", "eval.tasks.0.name", "no installed plugin brings a task 'stories'",
-         "write one of those installed, `words`, or install its plugin"),
+         "`tstory`, `words`, or install its plugin"),
         "c.yaml:3:23",
     ),
     "an unknown option": (
@@ -540,7 +540,7 @@ WRONG_TASKS = {
         r"`ttt_eval_tasks`, \S*:\d+: KeyError",
     ),
     "one task": (TASK.replace("return [Words()]", "return Words()"), "TTT803", "returned a Words, not a sequence of"),
-    "a class": (TASK.replace("return [Words()]", "return [Words]"), "TTT803", "as number 0, not of type EvalTask"),
+    "a class": (TASK.replace("return [Words()]", "return [Words]"), "TTT803", "as number 0, not of type AnyEvalTask"),
     "a name with a slash": (TASK.replace('"words"', '"words/all"'), "TTT803", "a task whose name is 'words/all'"),
     "options of another kind": (TASK.replace("options = W", "options = dict  # W"), "TTT803", "not a subclass of Task"),
     "options that fail": (

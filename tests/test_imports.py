@@ -66,7 +66,7 @@ ROOMS = (
     # what a run was worth
     "ttt.eval",
     # what is said about a run before it starts, the run, and what it learned in use
-    *("ttt.check", "ttt.train", "ttt.samples", "ttt.sample"),
+    *("ttt.check", "ttt.train", "ttt.learned", "ttt.samples", "ttt.sample", "ttt.evaluate"),
     # what all of it is held to
     *("ttt.laws", "ttt.testing", "ttt.check.probe", "ttt.check.doctor"),
     # the library by its public names

@@ -169,25 +169,3 @@ def rows_of(
 def too_many_failed(rows: Sequence[Row]) -> bool:
     """Whether more items failed than may."""
     return sum(row.error is not None for row in rows) > MOST_FAILED * len(rows)
-
-
-def numbers_of(task: ItemTask, context: EvalContext, options: Any) -> dict[str, float]:
-    """A task's numbers while a model is trained.
-
-    Raises:
-        TTTError: the backbone or the data does not fit the task, or more than 1 % of its items failed.
-    """
-    from ttt.eval.results import summed_up
-
-    setup, bench = setup_of(context, options), Bench(context, options)
-    items = chosen_items(task, setup)
-    arms = ("ttt", "closed")
-    rows = [row for batch in rows_of(task, bench, items, arms, stop=context.stop) for row in batch.rows]
-    if context.stop():
-        return {}
-    failed = [row for row in rows if row.error is not None]
-    if too_many_failed(rows):
-        raise EnvironmentProblem(
-            f"{len(failed)} of {len(rows)} items failed, the first, {failed[0].item.id}: {failed[0].error}"
-        )
-    return summed_up(task, setup, rows, arms).as_metrics()

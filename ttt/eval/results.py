@@ -1,7 +1,8 @@
 """What the rows of a task amount to, and `results.json`: the shape that lm-evaluation-harness writes.
 
 `results[task]["acc,none"]` is the outcome as trained, `"acc_stderr,none"` its standard error; the other arms stand
-where that program has the names of filters: `"acc,closed"`, `"acc,reset"`, and `"acc,ttt-closed"` for the paired difference.
+where that program has the names of filters: `"acc,closed"`, `"acc,reset"`, and `"acc,ttt-closed"` for the paired
+difference.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from ttt.errors import UsageError
 from ttt.eval.items import Item, Measured, Row
 from ttt.plugins.backbone import Backbone
 from ttt.plugins.capabilities import CAPABILITIES, Capability, Scoring, has_capability
-from ttt.plugins.eval_tasks import EvalContext, EvalTask
+from ttt.plugins.eval_tasks import AnyEvalTask
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,7 +73,7 @@ class Setup:
         return own / name
 
 
-class ItemTask(EvalTask):
+class ItemTask(AnyEvalTask):
     """A task that consists of items. The class attributes, `items` and `values` must work without torch."""
 
     options: ClassVar[type[TaskOptions]] = ItemOptions
@@ -153,16 +153,6 @@ class ItemTask(EvalTask):
             arrays: what `measure` returned as arrays.
         """
         return {}
-
-    def run(self, context: EvalContext, options: Any) -> Mapping[str, float]:
-        """Measure a model while it is trained: every metric that is no variant, with its error, and its gates closed.
-
-        Raises:
-            ttt.errors.TTTError: the backbone or the data does not fit the task, or more than 1 % of its items failed.
-        """
-        from ttt.eval.engine import numbers_of
-
-        return numbers_of(self, context, options)
 
 
 class Arrays:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ttt.plugins.capable import capability
     from ttt.plugins.data import Batch, LossOutput, WindowDataset
     from ttt.plugins.discovery import GROUP, PluginInfo, discover, find, forget, get_backbone, names
-    from ttt.plugins.eval_tasks import EvalContext, EvalTask
+    from ttt.plugins.eval_tasks import AnyEvalTask, EvalContext, EvalTask
     from ttt.plugins.facts import BackboneFacts, RecordingFormat
     from ttt.plugins.hookspecs import hookimpl
     from ttt.plugins.imported import Import, ImportedConfig
@@ -39,6 +39,7 @@ _EXPORTS = {
     "BackboneFacts": "ttt.plugins.facts",
     "Batch": "ttt.plugins.data",
     "Capability": "ttt.plugins.capabilities",
+    "AnyEvalTask": "ttt.plugins.eval_tasks",
     "EvalContext": "ttt.plugins.eval_tasks",
     "EvalTask": "ttt.plugins.eval_tasks",
     "GROUP": "ttt.plugins.discovery",
@@ -78,6 +79,7 @@ _EXPORTS = {
 
 __all__ = [
     "GROUP",
+    "AnyEvalTask",
     "Backbone",
     "BackboneFacts",
     "Batch",

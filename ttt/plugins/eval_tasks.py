@@ -48,13 +48,17 @@ class EvalContext:
     """The TTT adapters by site name."""
 
 
-class EvalTask(ABC):
-    """One task. The class attributes must work without torch."""
+class AnyEvalTask(ABC):
+    """What every task has. A task is an `EvalTask`, which does all by itself, or an `ItemTask` of `ttt.eval`."""
 
     name: ClassVar[str]
     """As in `eval.tasks: [{name: NAME}]`: letters, digits, `_`, `-` and `.`."""
     options: ClassVar[type[TaskOptions]] = TaskOptions
     """Its options: a subclass of `ttt.config.TaskOptions`. `ttt check` checks a config by it."""
+
+
+class EvalTask(AnyEvalTask):
+    """A task that measures a model while it is trained. The class attributes must work without torch."""
 
     @abstractmethod
     def run(self, context: EvalContext, options: Any) -> Mapping[str, float]:

@@ -77,9 +77,9 @@ def _logger(answer: Any) -> None:
 
 def _tasks(answer: Any) -> None:
     from ttt.config.tasks import TaskOptions
-    from ttt.plugins.eval_tasks import EvalTask
+    from ttt.plugins.eval_tasks import AnyEvalTask
 
-    _require_all(answer, EvalTask)
+    _require_all(answer, AnyEvalTask)
     for task in answer:
         name, options = getattr(task, "name", None), task.options
         if not isinstance(name, str) or not _TASK.fullmatch(name):

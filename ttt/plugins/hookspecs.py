@@ -22,7 +22,7 @@ import pluggy
 if TYPE_CHECKING:
     from ttt.config.schema import RunConfig
     from ttt.plugins.backbone import Backbone
-    from ttt.plugins.eval_tasks import EvalTask
+    from ttt.plugins.eval_tasks import AnyEvalTask
     from ttt.plugins.imported import ImportedConfig
     from ttt.plugins.loggers import Logger
     from ttt.plugins.rules import Rule
@@ -100,5 +100,5 @@ def ttt_loggers(config: RunConfig, run_dir: Path, first_step: int) -> Logger | N
 
 
 @hookspec
-def ttt_eval_tasks() -> Sequence[EvalTask]:  # type: ignore[empty-body]
+def ttt_eval_tasks() -> Sequence[AnyEvalTask]:  # type: ignore[empty-body]
     """Return evaluation tasks, which a config names under `eval.tasks`. Must work without torch."""

@@ -12,7 +12,7 @@ from ttt.config.schema import RunConfig
 from ttt.config.spelling import nearest
 from ttt.errors import ConfigError, PluginError
 from ttt.plugins.asking import asked
-from ttt.plugins.eval_tasks import EvalTask
+from ttt.plugins.eval_tasks import AnyEvalTask
 from ttt.plugins.hookspecs import EVAL_TASKS
 from ttt.plugins.origin import distribution_of, origin_of
 from ttt.plugins.registry import Failure, Plugin, ask
@@ -22,7 +22,7 @@ from ttt.plugins.registry import Failure, Plugin, ask
 class InstalledTask:
     """A task and the plugin that brings it."""
 
-    task: EvalTask
+    task: AnyEvalTask
     plugin: Plugin
 
 
@@ -44,7 +44,7 @@ class InstalledTasks:
 class ChosenTask:
     """A task that a config chooses."""
 
-    task: EvalTask
+    task: AnyEvalTask
     plugin: Plugin
     options: Any
     """An instance of the task's options."""

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ttt.errors import PluginError
+from ttt.eval.in_training import numbers_of
+from ttt.eval.tasks import ItemTask
 from ttt.plugins.asking import WrongAnswer, asked, owner, with_its_type
-from ttt.plugins.eval_tasks import EvalContext
+from ttt.plugins.eval_tasks import AnyEvalTask, EvalContext, EvalTask
 from ttt.plugins.installed_tasks import ChosenTask
 from ttt.plugins.registry import in_its_name
 from ttt.train.display import Display
@@ -94,13 +96,23 @@ def _measured(chosen: ChosenTask, context: EvalContext) -> dict[str, float]:
         Exception: the task failed.
     """
     task, train = chosen.task, context.config.train
+    method = type(task).measure if isinstance(task, ItemTask) else getattr(type(task), "run", None)
     seed_pass(train.seed, f"task {task.name}", 0)
     with (
         eval_mode(context.model),
         mixed_precision(train, context.device),
-        asked(chosen.plugin, f"`run` of its task {task.name}", type(task).run),
+        asked(chosen.plugin, f"its task {task.name}", method),
     ):
-        return {f"{task.name}/{name}": value for name, value in _numbers(task.run(context, chosen.options))}
+        answer = _answer(task, context, chosen.options)
+        return {f"{task.name}/{name}": value for name, value in _numbers(answer)}
+
+
+def _answer(task: AnyEvalTask, context: EvalContext, options: Any) -> Any:
+    if isinstance(task, ItemTask):
+        return numbers_of(task, context, options)
+    if isinstance(task, EvalTask):
+        return task.run(context, options)
+    raise WrongAnswer(f"{with_its_type(task)}, neither an EvalTask nor an ItemTask")
 
 
 def _numbers(answer: Any) -> list[tuple[str, float]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ttt.plugins import EvalTask, hookimpl
+from ttt.plugins import AnyEvalTask, hookimpl
 
 
 @hookimpl
-def ttt_eval_tasks() -> Sequence[EvalTask]:
+def ttt_eval_tasks() -> Sequence[AnyEvalTask]:
     """The tasks on speech."""
     from ttt.eval.speech.pairs import pair_tasks
 
