@@ -15,6 +15,7 @@ from ttt.config.schema import (
     DataOptions,
     EvalConfig,
     RunConfig,
+    ScoreOptions,
     TrainConfig,
     TTTConfig,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Misfit",
     "Place",
     "RunConfig",
+    "ScoreOptions",
     "Severity",
     "Source",
     "TTTConfig",

@@ -29,6 +29,8 @@ class ScoreFacts:
     """How many positions the backbone's own attention sees; None if it sees all."""
     padding: int = 0
     """Fills the end of a clip that is shorter than the others of its batch. What is predicted there is left out."""
+    piece: int = 256
+    """Positions that `ScoreStream.read` is best given at once: more take memory, fewer take time."""
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,26 @@ def read_audio(path: Path, info: AudioInfo, begin: int, end: int) -> Tensor:
     return F.pad(sound, (0, missing))
 
 
+def read_resampled(path: Path, info: AudioInfo, target_rate: int, begin: int, end: int) -> Tensor:
+    """Samples `begin` to `end` of what `resample` makes of the whole file, `[channels, end - begin]`, rounding aside.
+
+    Only the part of the file that they depend on is read.
+
+    Raises:
+        UnreadableAudioError: they cannot be decoded, or are not finite.
+    """
+    if info.sample_rate == target_rate:
+        return read_audio(path, info, begin, end)
+    filtering = _Resampling.between(info.sample_rate, target_rate)
+    first = begin // filtering.up  # of the outputs that have the place of an input sample, the last not after `begin`
+    length = end - first * filtering.up
+    start = first * filtering.down - filtering.half
+    stop = start + filtering.inputs(length)
+    sound = read_audio(path, info, max(start, 0), min(stop, info.samples))
+    padded = F.pad(sound, (max(-start, 0), max(stop - info.samples, 0)))
+    return filtering(padded, length)[:, begin - first * filtering.up :]
+
+
 def resample(sound: Tensor, source_rate: int, target_rate: int) -> Tensor:
     """Resample `[channels, S]` to another rate, `[channels, ceil(S * target_rate / source_rate)]`, without delay.
 
@@ -93,22 +113,54 @@ def resample(sound: Tensor, source_rate: int, target_rate: int) -> Tensor:
     """
     if source_rate == target_rate:
         return sound
-    common = math.gcd(source_rate, target_rate)
-    up, down = target_rate // common, source_rate // common
-    cutoff = 0.95 * min(1.0, up / down)
-    half = math.ceil(32 / cutoff)
-    length = -(-sound.shape[-1] * up // down)
-    pieces = F.pad(sound, (half, half + 1)).unfold(-1, 2 * half + 1, 1)
-    out = sound.new_empty(sound.shape[0], length)
-    taps = torch.arange(-half, half + 1, dtype=torch.float64)
-    for phase in range(min(up, length)):  # every up-th output sample has the same place between two input samples
-        whole, part = divmod(phase * down, up)
-        at = taps - part / up
-        weights = torch.sinc(cutoff * at) * torch.cos(at * (math.pi / (2 * (half + 1)))).square()
-        weights = (weights / weights.sum()).to(sound)
-        count = -(-(length - phase) // up)
-        out[:, phase::up] = pieces[:, whole::down][:, :count] @ weights
-    return out
+    filtering = _Resampling.between(source_rate, target_rate)
+    length = resampled_length(sound.shape[-1], source_rate, target_rate)
+    return filtering(F.pad(sound, (filtering.half, filtering.half + 1)), length)
+
+
+def resampled_length(samples: int, source_rate: int, target_rate: int) -> int:
+    """Samples that `resample` makes of so many."""
+    return -(-samples * target_rate // source_rate)
+
+
+@dataclass(frozen=True)
+class _Resampling:
+    """The filter of `resample` for a ratio of rates in its lowest terms."""
+
+    up: int
+    down: int
+
+    @classmethod
+    def between(cls, source_rate: int, target_rate: int) -> _Resampling:
+        common = math.gcd(source_rate, target_rate)
+        return cls(target_rate // common, source_rate // common)
+
+    @property
+    def cutoff(self) -> float:
+        return 0.95 * min(1.0, self.up / self.down)
+
+    @property
+    def half(self) -> int:
+        """Input samples on each side of an output that it depends on."""
+        return math.ceil(32 / self.cutoff)
+
+    def inputs(self, outputs: int) -> int:
+        """Input samples that so many outputs depend on, if the first stands at an input sample."""
+        return (outputs - 1) * self.down // self.up + 2 * self.half + 1
+
+    def __call__(self, padded: Tensor, length: int) -> Tensor:
+        """The first `length` outputs, of input whose sample `half` is the place of the first of them."""
+        pieces = padded.unfold(-1, 2 * self.half + 1, 1)
+        out = padded.new_empty(padded.shape[0], length)
+        taps = torch.arange(-self.half, self.half + 1, dtype=torch.float64)
+        for phase in range(min(self.up, length)):  # every up-th output has the same place between two inputs
+            whole, part = divmod(phase * self.down, self.up)
+            at = taps - part / self.up
+            weights = torch.sinc(self.cutoff * at) * torch.cos(at * (math.pi / (2 * (self.half + 1)))).square()
+            weights = (weights / weights.sum()).to(padded)
+            count = -(-(length - phase) // self.up)
+            out[:, phase :: self.up] = pieces[:, whole :: self.down][:, :count] @ weights
+        return out
 
 
 def _span(begin: int, end: int, rate: int) -> tuple[float, float]:

@@ -169,6 +169,11 @@ class DemoCodec(nn.Module):
         return self.settings.sample_rate / self.settings.frame_size
 
     @property
+    def overlap(self) -> int:
+        """Samples before a frame that its codes depend on."""
+        return self.settings.window_size - self.settings.hop_size
+
+    @property
     def num_codebooks(self) -> int:
         """Codes per frame."""
         return self.codebooks.shape[0]
@@ -179,12 +184,16 @@ class DemoCodec(nn.Module):
         return self.codebooks.shape[1]
 
     @torch.no_grad()
-    def encode(self, wav: Tensor) -> Tensor:
+    def encode(self, wav: Tensor, *, before: Tensor | None = None) -> Tensor:
         """Encode sound `[B, 1, samples]` to codes `[B, codebooks, T]` int64; T = samples / frame_size, rounded up.
 
         If the last frame is not full, silence fills it.
+
+        Args:
+            wav: the sound.
+            before: the `overlap` samples before it, `[B, 1, overlap]`, if it continues another; else silence.
         """
-        residual = self.log_mels(wav).flatten(-2)
+        residual = self.log_mels(wav, before=before).flatten(-2)
         codes = []
         for codebook in self.codebooks:
             # |r - c|² without |r|², which is the same for every entry
@@ -209,18 +218,21 @@ class DemoCodec(nn.Module):
 
     # --- what is quantised ---
 
-    def log_mels(self, wav: Tensor) -> Tensor:
-        """Mel spectra of sound `[B, 1, samples]`: `[B, T, spectra_per_frame, mels]`, decibels above the floor, >= 0."""
+    def log_mels(self, wav: Tensor, *, before: Tensor | None = None) -> Tensor:
+        """Mel spectra of sound `[B, 1, samples]`: `[B, T, spectra_per_frame, mels]`, decibels above the floor, >= 0.
+
+        It continues the `overlap` samples `before`, `[B, 1, overlap]`; without them, silence.
+        """
         if wav.ndim != 3 or wav.shape[1] != 1:
             raise UsageError(f"the codec takes sound as [batch, 1, samples], not {list(wav.shape)}")
         settings = self.settings
         frames = -(-wav.shape[-1] // settings.frame_size)
         missing = frames * settings.frame_size - wav.shape[-1]
-        # a spectrum's window ends with its hop, so a frame does not depend on later samples
-        before = settings.window_size - settings.hop_size
         if frames == 0:
             return self.window.new_zeros(wav.shape[0], 0, settings.spectra_per_frame, settings.mels)
-        padded = F.pad(wav[:, 0].to(self.window.dtype), (before, missing))
+        # a spectrum's window ends with its hop, so a frame does not depend on later samples
+        joined = F.pad(wav, (self.overlap, 0)) if before is None else torch.cat([before, wav], 2)
+        padded = F.pad(joined[:, 0].to(self.window.dtype), (0, missing))
         pieces = padded.unfold(-1, settings.window_size, settings.hop_size) * self.window
         power = torch.fft.rfft(pieces, settings.fft_size).abs().square() / self.window.sum().square()
         decibels = 10 * torch.log10((power @ self.filters.T).clamp_min(1e-30))

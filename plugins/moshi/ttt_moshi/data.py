@@ -11,7 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from sentencepiece import SentencePieceProcessor
@@ -25,15 +25,14 @@ from ttt_moshi import demo
 from ttt_moshi.audio import UnreadableAudioError, read_audio, resample
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.interleave import Word, frames_in, text_stream, words_between
-from ttt_moshi.options import MoshiData, MoshiOptions
+from ttt_moshi.options import NOTHING, TEXT_PADDING, MoshiData, MoshiOptions
 from ttt_moshi.recordings import BrokenTranscriptError, Recording, read_recordings, read_transcript
 
-TEXT_PADDING: Final = 3
-"""`LMModel.text_padding_token_id`."""
+if TYPE_CHECKING:
+    from moshi.models.loaders import CheckpointInfo
+
 END_OF_TEXT_PADDING: Final = 0
 """`LMModel.end_of_text_padding_id`."""
-NOTHING: Final = -1
-"""`LMModel.zero_token_id`: the model reads it as no input, and the loss ignores it."""
 
 _MAX_TOKENIZER: Final = 64 << 20  # bytes; kyutai's has 0.5 MB
 
@@ -49,6 +48,11 @@ class Codec(Protocol):
     @property
     def frame_rate(self) -> float:
         """Frames a second."""
+        ...
+
+    @property
+    def frame_size(self) -> int:
+        """Samples of a frame."""
         ...
 
     @property
@@ -209,7 +213,7 @@ def speech_windows(options: MoshiOptions, data: MoshiData, *, split: str, device
         EnvironmentProblem: data, codec or tokenizer cannot be loaded.
         UsageError: the config names no data, and the preset has none of its own.
     """
-    own = options.preset == "demo" or (options.random_weights and None in (options.mimi_path, options.tokenizer_path))
+    own = reads_with_the_demos(options)
     field, source = "data.train_data", data.train_data
     if split == "eval" and data.eval_data is not None:
         field, source = "data.eval_data", data.eval_data
@@ -219,13 +223,8 @@ def speech_windows(options: MoshiOptions, data: MoshiData, *, split: str, device
                 "data.train_data: the preset 7b has no data of its own; name a .jsonl file in moshi-finetune's format"
             )
         source = str(demo.EVAL_DATA if split == "eval" else demo.TRAIN_DATA)
-    codec: Codec
-    tokenizer: Tokenizer
-    if own:
-        demo.require_whole()
-        codec, tokenizer = DemoCodec.load(device=device), load_tokenizer(demo.TOKENIZER)
-    else:
-        codec, tokenizer = _pretrained(options, device)
+    codec, _ = load_codec(options, device)
+    tokenizer = load_tokenizer(demo.TOKENIZER if own else _checkpoint(options).tokenizer)
     return SpeechWindows(
         source, codec=codec, tokenizer=tokenizer, duration_sec=data.duration_sec, device=device, field=field
     )
@@ -244,12 +243,22 @@ def load_tokenizer(path: str | Path) -> SentencePieceProcessor:
         raise EnvironmentProblem(f"{path}: cannot be read as a text tokenizer: {reason}") from None
 
 
-def _pretrained(options: MoshiOptions, device: torch.device | str) -> tuple[Codec, Tokenizer]:
-    """Kyutai's Mimi and text tokenizer, frozen."""
-    from ttt_moshi.model import checkpoint_info
+def reads_with_the_demos(options: MoshiOptions) -> bool:
+    """Whether the demo's codec and tokenizer are used: by the demo, and by random weights if none are named."""
+    unnamed = None in (options.mimi_path, options.tokenizer_path)
+    return options.preset == "demo" or (options.random_weights and unnamed)
 
-    info = checkpoint_info(options)
-    tokenizer = load_tokenizer(info.tokenizer)
+
+def load_codec(options: MoshiOptions, device: torch.device | str) -> tuple[Codec, Path]:
+    """The codec for the model that the options build, frozen, and the file that it is read from.
+
+    Raises:
+        EnvironmentProblem: it cannot be had, or is broken.
+    """
+    if reads_with_the_demos(options):
+        demo.require_whole()
+        return DemoCodec.load(device=device), demo.CODEC
+    info = _checkpoint(options)
     if not str(info.mimi_weights).endswith((".safetensors", ".sft", ".sfts")):
         raise EnvironmentProblem(
             f"backbone.mimi_path: {info.mimi_weights} is not a safetensors file; pickles are refused"
@@ -259,4 +268,10 @@ def _pretrained(options: MoshiOptions, device: torch.device | str) -> tuple[Code
     except Exception as error:  # safetensors, torch and the file system raise errors of many kinds
         reason = first_line(error)
         raise EnvironmentProblem(f"{info.mimi_weights}: cannot be loaded as Mimi weights: {reason}") from error
-    return mimi.requires_grad_(False).eval(), tokenizer
+    return mimi.requires_grad_(False).eval(), Path(info.mimi_weights)
+
+
+def _checkpoint(options: MoshiOptions) -> CheckpointInfo:
+    from ttt_moshi.model import checkpoint_info
+
+    return checkpoint_info(options)

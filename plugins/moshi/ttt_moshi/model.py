@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +23,8 @@ from ttt.reading import other_kind
 from ttt.state import TTTState
 from ttt.words import first_line
 from ttt_moshi.loss import moshi_loss
-from ttt_moshi.options import DEMO, MoshiOptions
+from ttt_moshi.options import DEMO, DEMO_CONTEXT, MoshiOptions
+from ttt_moshi.streaming import exact_streaming
 
 DEMO_SEED = 20260101
 # The structure of `moshi.models.loaders._lm_kwargs`, but narrower; the vocabularies are those of the demo's codec and
@@ -32,7 +32,7 @@ DEMO_SEED = 20260101
 DEMO_KWARGS: dict[str, Any] = {
     "text_card": 300,
     "card": 64,
-    "context": 512,
+    "context": DEMO_CONTEXT,
     "depformer_dim": 64,
     "depformer_dim_feedforward": 192,
     "depformer_num_heads": 4,
@@ -296,7 +296,5 @@ def perturb(codes: Tensor, *, token: int, row: int | None) -> Tensor:
 
 def stream(model: LMModel, codes: Tensor, *, pieces: Sequence[int]) -> Tensor:
     """`outputs` of codes that are fed in pieces, through kyutai's streaming state."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(model.streaming(codes.shape[0]))
+    with torch.no_grad(), exact_streaming(model, codes.shape[0], longest=max(pieces)):
         return torch.cat([outputs(model, piece) for piece in codes.split(list(pieces), dim=2)], dim=1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from ttt.config import BackboneOptions, DataOptions, Misfit, RunConfig
+from ttt.config import BackboneOptions, DataOptions, Misfit, RunConfig, ScoreOptions
 from ttt.errors import EnvironmentProblem
 from ttt.files import read_json
 
@@ -18,6 +19,18 @@ LARGEST_SIZE = 1 << 20
 RECORDING_EXAMPLE = '{"path": "a.wav", "duration": 61.2}'
 """A good line of `train_data`."""
 DEMO = {"dim": 128, "num_heads": 4, "num_layers": 4}
+DEMO_CONTEXT = 512
+"""Frames that a demo model's attention sees."""
+MOSHI_CONTEXT = 3000
+"""Frames that Moshi's attention sees: 240 s."""
+CODEBOOKS = 8
+"""Codebooks that Moshi predicts, those of its own voice."""
+TEXT_PADDING = 3
+"""`LMModel.text_padding_token_id`."""
+NOTHING = -1
+"""`LMModel.zero_token_id`: the model reads it as no input, and the loss ignores it."""
+PIECE = 256
+"""Frames that model and codec read at once in a long stream."""
 PRETRAINED_KEYS = ("hf_repo", "revision", "moshi_path", "mimi_path", "tokenizer_path", "config_path", "random_weights")
 
 
@@ -84,6 +97,28 @@ class MoshiData(DataOptions):
     """Length of a training window in seconds; a file is cut into consecutive windows."""
 
 
+class MoshiScoreOptions(ScoreOptions):
+    """The `eval.score` section for Moshi: what it hears and reads, and which of its streams are scored."""
+
+    streams: Literal["weighted", "semantic", "all", "text"] = "weighted"
+    """`weighted` is the mean of Moshi's own codebooks, the first (semantic) by `first_codebook_weight_multiplier`;
+    `semantic` is the first alone, `all` counts every codebook the same, `text` is the text stream."""
+    user_stream: Literal["silence", "zeros"] = "silence"
+    """What Moshi hears of the user: the codes of digital silence, or no input."""
+    text: Literal["masked", "padding"] = "masked"
+    """What Moshi's text stream holds: no input, or in each frame the padding that it holds while no word is said."""
+
+    @model_validator(mode="after")
+    def _something_is_scored(self) -> MoshiScoreOptions:
+        if self.streams == "text" and self.text == "masked":
+            raise Misfit(
+                "streams: text scores the text stream, but text: masked leaves it empty",
+                keys=("streams", "text"),
+                fix="write text: padding, or score the audio with streams: weighted",
+            )
+        return self
+
+
 MoshiRun: TypeAlias = "RunConfig[MoshiOptions, MoshiData]"
 """The config of a run of this backbone."""
 
@@ -94,12 +129,7 @@ def sizes(options: MoshiOptions) -> dict[str, Any]:
         return {name: getattr(options, name) or default for name, default in DEMO.items()}
     if options.config_path is None:
         return MOSHI_7B
-    try:
-        written = read_json(Path(options.config_path))
-    except (EnvironmentProblem, ValueError) as error:  # the latter of a name that no file can have
-        raise EnvironmentProblem(
-            str(error), key="backbone.config_path", fix="write the path of a Moshi model's config.json"
-        ) from None
+    written = _config_json(options.config_path)
     found = {name: written.get(name) for name in MOSHI_7B}
     for name, value in found.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
@@ -111,3 +141,30 @@ def sizes(options: MoshiOptions) -> dict[str, Any]:
                 f"to {LARGEST_SIZE:,}",
             )
     return found
+
+
+def context_and_codebooks(options: MoshiOptions) -> tuple[int | None, int]:
+    """Frames that the attention sees, None if all; and how many codebooks the model predicts."""
+    if options.preset == "demo":
+        return DEMO_CONTEXT, CODEBOOKS
+    if options.config_path is None:
+        return MOSHI_CONTEXT, CODEBOOKS
+    written = _config_json(options.config_path)
+    context, codebooks = written.get("context"), written.get("dep_q", CODEBOOKS)
+    for name, value in (("context", context or 1), ("dep_q", codebooks)):
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
+            raise EnvironmentProblem(
+                f"{options.config_path} is not a config of a Moshi model: its {name} is {value!r:.40}",
+                key="backbone.config_path",
+                fix="write the path of a Moshi model's config.json",
+            )
+    return context or None, codebooks
+
+
+def _config_json(path: str) -> Mapping[str, Any]:
+    try:
+        return read_json(Path(path))
+    except (EnvironmentProblem, ValueError) as error:  # the latter of a name that no file can have
+        raise EnvironmentProblem(
+            str(error), key="backbone.config_path", fix="write the path of a Moshi model's config.json"
+        ) from None

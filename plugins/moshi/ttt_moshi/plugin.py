@@ -4,28 +4,54 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ttt.config import BackboneOptions, DataOptions, TrainConfig
+from ttt.config import BackboneOptions, DataOptions, ScoreOptions, TrainConfig
 from ttt.packaged import packaged_presets
-from ttt.plugins import Backbone, BackboneFacts, Batch, LossOutput, RecordingFormat, Streaming, WindowDataset, hookimpl
+from ttt.plugins import (
+    Backbone,
+    BackboneFacts,
+    Batch,
+    LossOutput,
+    RecordingFormat,
+    ScoreFacts,
+    Scoring,
+    Streaming,
+    WindowDataset,
+    hookimpl,
+)
 from ttt_moshi.interleave import frames_in
-from ttt_moshi.options import FRAME_RATE, RECORDING_EXAMPLE, MoshiData, MoshiOptions, MoshiRun, sizes
+from ttt_moshi.options import (
+    FRAME_RATE,
+    NOTHING,
+    PIECE,
+    RECORDING_EXAMPLE,
+    MoshiData,
+    MoshiOptions,
+    MoshiRun,
+    MoshiScoreOptions,
+    context_and_codebooks,
+    sizes,
+)
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
     from torch import Tensor, nn
 
-    from ttt.plugins import ImportedConfig, Site
+    from ttt.plugins import ClipReader, ImportedConfig, Scores, ScoreStream, Site
 
 
-class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming):
+class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiOptions, MoshiData]):
     """Moshi: autoregressive over 12.5 frames a second of 17 streams (1 text, 8 own audio, 8 of the user)."""
 
     name: ClassVar[str] = "moshi"
     causal: ClassVar[bool] = True
     options: ClassVar[type[BackboneOptions]] = MoshiOptions
     data_options: ClassVar[type[DataOptions]] = MoshiData
+    score_options: ClassVar[type[ScoreOptions]] = MoshiScoreOptions
     non_identity_options: ClassVar[frozenset[str]] = frozenset(
         {"hf_repo", "revision", "moshi_path", "mimi_path", "tokenizer_path", "config_path"}
     )
@@ -127,6 +153,56 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming):
         from ttt_moshi.model import stream
 
         return stream(model, batch, pieces=pieces)
+
+    def score_facts(self, config: MoshiRun) -> ScoreFacts:
+        """The text stream and Moshi's own codebooks, of which the first is semantic."""
+        context, codebooks = context_and_codebooks(config.backbone)
+        acoustic = (1.0,) * (codebooks - 1)
+        return ScoreFacts(
+            medium="speech",
+            streams=("text", "semantic", *(f"acoustic {number}" for number in range(1, codebooks))),
+            weights={
+                "weighted": (0.0, config.backbone.first_codebook_weight_multiplier, *acoustic),
+                "semantic": (0.0, 1.0, *(0.0 for _ in acoustic)),
+                "all": (0.0, 1.0, *acoustic),
+                "text": (1.0, 0.0, *(0.0 for _ in acoustic)),
+            },
+            chosen=_score_options(config).streams,
+            positions_per_second=FRAME_RATE,
+            attention_span=context,
+            padding=NOTHING,
+            piece=PIECE,
+        )
+
+    def own_tasks_data(self, config: MoshiRun) -> Path | None:
+        """The demo's own small benchmark."""
+        folder = Path(__file__).parent / "demo" / "tasks"
+        return folder if config.backbone.preset == "demo" and folder.is_dir() else None
+
+    def clip_reader(self, config: MoshiRun, *, device: torch.device | str) -> ClipReader:
+        """Sound files as Moshi's own voice; its codec is Mimi, for the demo its own."""
+        _before_moshi_is_imported(device)
+        from ttt_moshi.clips import clip_reader
+
+        return clip_reader(config.backbone, _score_options(config), device=device)
+
+    def score(self, model: nn.Module, clips: Tensor) -> Scores:
+        """Cross-entropy of codes `[B,17,T]` in each frame, `[B,9,T]`."""
+        from ttt_moshi.scoring import score
+
+        return score(model, clips)
+
+    def score_stream(self, model: nn.Module, *, batch_size: int) -> AbstractContextManager[ScoreStream]:
+        """The same in pieces, through kyutai's streaming state."""
+        from ttt_moshi.scoring import score_stream
+
+        return score_stream(model, batch_size=batch_size)
+
+
+def _score_options(config: MoshiRun) -> MoshiScoreOptions:
+    """The section `eval.score`; its defaults if the config was not made for this backbone."""
+    score = config.eval.score
+    return score if isinstance(score, MoshiScoreOptions) else MoshiScoreOptions(normalise=score.normalise)
 
 
 def _before_moshi_is_imported(device: torch.device | str) -> None:

@@ -1,0 +1,194 @@
+"""Sound files to what Moshi reads when it is evaluated: the file is its own voice, and the user says nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from moshi.models import MimiModel
+from moshi.utils.compile import no_cuda_graph
+from torch import Tensor
+from torch.nn import functional as F
+
+from ttt.errors import EnvironmentProblem
+from ttt.reading import unreadable
+from ttt_moshi.audio import AudioInfo, UnreadableAudioError, inspect_audio, read_resampled, resampled_length
+from ttt_moshi.codec import DemoCodec
+from ttt_moshi.data import Codec, load_codec
+from ttt_moshi.options import NOTHING, PIECE, TEXT_PADDING, MoshiOptions, MoshiScoreOptions
+from ttt_moshi.streaming import exact_streaming
+
+_VERSION: Final = "1"
+"""Of how clips are made of sound; another version makes other clips of the same file."""
+
+Encode = Callable[[Tensor], Tensor]
+"""Encodes the next whole frames of sound, `[B, 1, samples]`, to codes `[B, K, T]`."""
+
+
+class MoshiClips:
+    """Reads sound files as clips `[1 + 2·K, T]`: the text stream, the file's K codes as Moshi's own voice, the user's.
+
+    A file may have any rate; the mean of its channels is read. T is its length in frames, rounded up: silence fills the
+    last frame. Files are encoded in pieces of 256 frames, so that memory does not grow with them, and a short file is
+    read like a long one. Several streams can be read in turn.
+
+    Args:
+        codec: kyutai's Mimi, or the demo's codec.
+        options: what stands in the text and the user's stream.
+        codec_hash: tells this codec from others.
+        device: the codec's device.
+    """
+
+    def __init__(
+        self, codec: Codec, options: MoshiScoreOptions, *, codec_hash: str, device: torch.device | str = "cpu"
+    ) -> None:
+        self._codec = codec
+        self._options = options
+        self._codec_hash = codec_hash
+        self._device = torch.device(device)
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """The codec and its hash, and the options that act on a clip. No tokenizer has a part in it."""
+        return {
+            "reader": f"moshi {_VERSION}",
+            "codec": type(self._codec).__name__,
+            "codec_sha256": self._codec_hash,
+            "codebooks": str(self._codec.num_codebooks),
+            "sample_rate": str(self._codec.sample_rate),
+            "user_stream": self._options.user_stream,
+            "text": self._options.text,
+        }
+
+    @property
+    def notice(self) -> str | None:
+        """A note for the user, if a substitute codec makes the codes."""
+        return getattr(self._codec, "stand_in", None)
+
+    def positions(self, path: Path) -> int:
+        """Frames of a file, by its header.
+
+        Raises:
+            EnvironmentProblem: it is missing, broken or shorter than a frame.
+        """
+        return self._frames(path, self._inspect(path))
+
+    def read(self, path: Path) -> Tensor:
+        """The clip of a file, `[1 + 2·K, T]` int64 on the CPU.
+
+        Raises:
+            EnvironmentProblem: it is missing, broken or shorter than a frame.
+        """
+        return torch.cat(list(self.stream(path)), 1)
+
+    def stream(self, path: Path) -> Iterator[Tensor]:
+        """The clip of a file in pieces of 256 frames; the last may be shorter.
+
+        Raises:
+            EnvironmentProblem: it is missing, broken or shorter than a frame.
+        """
+        info = self._inspect(path)
+        frames = self._frames(path, info)
+        silent = self._options.user_stream == "silence"
+        encode = _encoder(self._codec, 2 if silent else 1)
+        for start in range(0, frames, PIECE):
+            sound = self._sound(path, info, start, min(start + PIECE, frames))[None, None].to(self._device)
+            if silent:
+                sound = torch.cat([sound, torch.zeros_like(sound)])
+            yield self._clip(encode(sound).long().cpu())
+
+    def _clip(self, codes: Tensor) -> Tensor:
+        """What Moshi reads, `[1 + 2·K, t]`, of the codes of the file and, if it is heard, of silence, `[1|2, K, t]`."""
+        own, user = codes[0], codes[1] if len(codes) == 2 else torch.full_like(codes[0], NOTHING)
+        text = TEXT_PADDING if self._options.text == "padding" else NOTHING
+        return torch.cat([torch.full_like(own[:1], text), own, user])
+
+    def _sound(self, path: Path, info: AudioInfo, start: int, stop: int) -> Tensor:
+        """The mean of the channels from one frame to another, `[samples]`; silence after the end."""
+        rate, size = self._codec.sample_rate, self._codec.frame_size
+        begin, end = start * size, stop * size
+        length = resampled_length(info.samples, info.sample_rate, rate)
+        with _named(path):
+            sound = read_resampled(path, info, rate, begin, min(end, length))
+        return F.pad(sound.mean(0), (0, max(0, end - length)))
+
+    def _inspect(self, path: Path) -> AudioInfo:
+        with _named(path):
+            return inspect_audio(path)
+
+    def _frames(self, path: Path, info: AudioInfo) -> int:
+        length = resampled_length(info.samples, info.sample_rate, self._codec.sample_rate)
+        if length < self._codec.frame_size:
+            frame = self._codec.frame_size / self._codec.sample_rate
+            raise EnvironmentProblem(f"{path}: holds {info.seconds:.3f} s of sound, less than a frame ({frame:g} s)")
+        return -(-length // self._codec.frame_size)
+
+
+def clip_reader(options: MoshiOptions, score: MoshiScoreOptions, *, device: torch.device | str) -> MoshiClips:
+    """The reader for the model that the options build.
+
+    Raises:
+        EnvironmentProblem: the codec cannot be had, or is broken.
+    """
+    codec, file = load_codec(options, device)
+    return MoshiClips(codec, score, codec_hash=_sha256(file), device=device)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while piece := opened.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A context in which an error of a sound file becomes one that names the file."""
+    try:
+        yield
+    except UnreadableAudioError as error:
+        raise EnvironmentProblem(f"{path}: cannot be read as sound: {error}") from None
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: cannot be read as sound: {unreadable(error)}") from None
+
+
+# --- codecs in pieces ---
+
+
+def _encoder(codec: Any, batch_size: int) -> Encode:
+    """A function that encodes sound piece after piece, to the codes of the whole."""
+    return _mimi_encoder(codec, batch_size) if isinstance(codec, MimiModel) else _demo_encoder(codec, batch_size)
+
+
+def _demo_encoder(codec: DemoCodec, batch_size: int) -> Encode:
+    before = codec.window.new_zeros(batch_size, 1, codec.overlap)
+
+    def encode(sound: Tensor) -> Tensor:
+        nonlocal before
+        codes = codec.encode(sound, before=before)
+        before = torch.cat([before, sound], 2)[:, :, sound.shape[2] :]
+        return codes
+
+    return encode
+
+
+def _mimi_encoder(codec: MimiModel, batch_size: int) -> Encode:
+    """Through Mimi's streaming state, which is with the function: Mimi itself streams only while it encodes a piece."""
+    steps = round(PIECE * codec.encoder_frame_rate / codec.frame_rate)
+    with exact_streaming(codec, batch_size, longest=steps):
+        states = codec.get_streaming_state()
+
+    def encode(sound: Tensor) -> Tensor:
+        codec.set_streaming_state(states)
+        try:
+            with torch.no_grad(), no_cuda_graph():  # a graph would fit pieces of one length only
+                return codec.encode(sound)
+        finally:
+            codec.set_streaming_state(dict.fromkeys(states))
+
+    return encode
