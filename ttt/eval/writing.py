@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from ttt.drawing import png
 from ttt.eval.folder import RESULTS, SUMMARY, EvalFolder
 from ttt.eval.items import Item, Row
 from ttt.eval.report import summary_text
 from ttt.eval.results import TaskSummary, as_results
 from ttt.eval.tasks import ItemTask, Setup
-from ttt.files import write_json, write_text, writing
+from ttt.files import write_bytes, write_json, write_text, writing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Measurement(Protocol):
@@ -82,12 +86,6 @@ def _of_task(folder: EvalFolder, plan: Measurement, rows: list[Row]) -> list[Pat
     return written
 
 
-def _picture(file: Path, figure: Any) -> Path:
-    import io
-
-    from ttt.files import write_bytes
-
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    write_bytes(file, content.getvalue())
+def _picture(file: Path, figure: Figure) -> Path:
+    write_bytes(file, png(figure))
     return file
