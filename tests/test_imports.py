@@ -57,17 +57,8 @@ def _imported(folder: Path, *, package_root: Path) -> dict[str, set[str]]:
 ROOMS = (
     # what knows nothing of the rest: errors, words, files, a process
     *("ttt.words", "ttt.errors", "ttt.version", "ttt.printable", "ttt.amounts", "ttt.progress", "ttt.checksums"),
-    *(
-        "ttt.reading",
-        "ttt.jsonl",
-        "ttt.files",
-        "ttt.packaged",
-        "ttt.drawing",
-        "ttt.checkpoint_folder",
-        "ttt.dotted",
-        "ttt.interrupt",
-    ),
-    "ttt.prompts",
+    *("ttt.reading", "ttt.jsonl", "ttt.files", "ttt.packaged", "ttt.checkpoint_folder", "ttt.dotted", "ttt.interrupt"),
+    *("ttt.prompts", "ttt.drawing"),
     # the mathematics, this machine, what a run is and costs, what a plugin provides
     *("ttt.ops", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins", "ttt.devices"),
     # the layer, and putting it into a model

@@ -151,7 +151,7 @@ def _plan(config: RunConfig, backbone: Backbone, chosen: ChosenTask, arms: Seque
             f"the task {task.name} measures a model while it is trained (eval.tasks) and has no items to evaluate; "
             f"leave it out"
         )
-    setup = Setup(config, backbone, chosen.options)
+    setup = Setup(config, backbone, chosen.options, task.folder)
     return Plan(task, setup, tuple(chosen_items(task, setup)), tuple(arms or task.arms))
 
 

@@ -34,9 +34,9 @@ class Batch:
     """Arrays by item and arm."""
 
 
-def setup_of(context: EvalContext, options: Any) -> Setup:
+def setup_of(task: ItemTask, context: EvalContext, options: Any) -> Setup:
     """What a task knows before the model."""
-    return Setup(context.config, context.backbone, options)
+    return Setup(context.config, context.backbone, options, task.folder)
 
 
 def chosen_items(task: ItemTask, setup: Setup) -> list[Item]:

@@ -51,6 +51,8 @@ class Setup:
     backbone: Backbone
     options: Any
     """Those of the task."""
+    folder: str | None = None
+    """The folder of the task's data among what a backbone brings; None is its name."""
 
     @property
     def data(self) -> Path:
@@ -60,17 +62,18 @@ class Setup:
             UsageError: there is neither.
         """
         name, written = self.options.name, getattr(self.options, "data", None)
+        folder = self.folder or name
         if written is not None:
             return Path(written)
         backbone = self.backbone
         own = backbone.own_tasks_data(self.config) if has_capability(backbone, Scoring) else None
-        if own is None or not (own / name).exists():
+        if own is None or not (own / folder).exists():
             raise UsageError(
                 f"eval.tasks: the task {name} has no data, and the backbone {backbone.name} brings none for it here",
                 key="data",
                 fix=f"write {{name: {name}, data: FOLDER}}",
             )
-        return own / name
+        return own / folder
 
 
 class ItemTask(AnyEvalTask):
@@ -89,6 +92,8 @@ class ItemTask(AnyEvalTask):
     """Whether `eval.batch_size` items are measured together; if not, one at a time."""
     chance: ClassVar[float | None] = None
     """The outcome of guessing, for tables and pictures."""
+    folder: ClassVar[str | None] = None
+    """The folder of its data among what a backbone brings; None is its name."""
 
     def lacks(self, setup: Setup) -> str | None:
         """What the backbone lacks for this task, completing "the backbone NAME …"; None if it lacks nothing."""
