@@ -1,4 +1,4 @@
-"""The losses of a stream of any length by position, kept by kind of stream: `acoustic` of `acoustic 1`, `acoustic 2`."""
+"""The losses of a stream of any length by position, by kind of stream: `acoustic` of `acoustic 1`, `acoustic 2`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class PositionLosses:
         return float(by_stream @ self._sums[part]) / count if count else None
 
     def arrays(self) -> Mapping[str, np.ndarray]:
-        """The mean loss of each kind's streams at each position, float32; kinds that are never predicted are left out."""
+        """The mean loss of each kind's streams at each position, float32; without kinds that are never predicted."""
         found = {kind: np.concatenate(parts) for kind, parts in self._losses.items() if parts}
         return {kind: losses for kind, losses in found.items() if not np.isnan(losses).all()}
 

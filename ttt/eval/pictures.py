@@ -152,7 +152,7 @@ def _draw_differences(axes: Axes, curves: Mapping[str, tuple[np.ndarray, list[st
 
 def _band(axes: Axes, rows: np.ndarray, names: Sequence[str], edges: Any, arm: str) -> None:
     centres = np.sqrt(edges[:-1] * np.maximum(edges[1:] - 1.0, edges[:-1]))
-    found = over_clusters(rows, names)
+    found = over_clusters(list(rows), names)
     there = [place for place, each in enumerate(found) if each is not None]
     means = np.array([found[place].mean for place in there])  # type: ignore[union-attr]
     errors = np.array([found[place].stderr or 0.0 for place in there])  # type: ignore[union-attr]

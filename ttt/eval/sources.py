@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def _require_folder(data: Path) -> None:
         raise EnvironmentProblem(f"{data}: {'is not a folder' if data.exists() else 'there is no such folder'}")
 
 
-def _in_order(file: Path) -> Sequence[tuple[int, int, str]]:
+def _in_order(file: Path) -> list[tuple[int, int, str]]:
     """Numbers in a name by their value, all else by its letters."""
     parts = re.findall(r"\d+|\D+", file.name)
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]

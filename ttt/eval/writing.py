@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ttt.drawing import png
 from ttt.eval.folder import RESULTS, SUMMARY, EvalFolder
 from ttt.eval.items import Item, Row
+from ttt.eval.pictures import outcome_figure
 from ttt.eval.report import summary_text
 from ttt.eval.results import TaskSummary, as_results
 from ttt.eval.tasks import ItemTask, Setup
 from ttt.files import write_bytes, write_json, write_text, writing
+
+OUTCOMES = "outcomes.png"
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,6 +66,9 @@ def write_results(
     write_json(folder.path / RESULTS, results)
     write_text(folder.path / SUMMARY, summary_text(summaries, plans, described))
     written = [folder.path / RESULTS, folder.path / SUMMARY]
+    outcomes = outcome_figure(summaries, {name: plan.task.chance for name, plan in plans.items()})
+    if outcomes is not None:
+        written.append(_picture(folder.path / OUTCOMES, outcomes))
     for name, plan in plans.items():
         found = folder.rows(name, plan.items)
         rows = [found[item.id] for item in plan.items if item.id in found]

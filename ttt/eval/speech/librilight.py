@@ -1,7 +1,7 @@
 """Hours of one reader as one stream: the loss by position, under each arm. Imports no torch.
 
-If fast weights are a memory, the loss goes on falling, or stays lower, where the backbone's own attention has ended. The
-arm `reset` tells what adaptation without memory gives.
+If fast weights are a memory, the loss goes on falling, or stays lower, where the backbone's own attention has ended.
+The arm `reset` tells what adaptation without memory gives.
 
 Source: the layout is that of Libri-Light (Kahn et al., arXiv 1912.07875).
 """
