@@ -14,6 +14,9 @@ from ttt.errors import EnvironmentProblem
 from ttt.eval.bench import Bench
 from ttt.plugins.scoring import Scores
 
+_PIECE = 256
+"""Positions that are read at once of a clip that is in memory."""
+
 
 class PositionLosses:
     """Losses of one stream by position. It keeps 8 bytes a position and kind, and sums of each single stream.
@@ -56,14 +59,14 @@ class PositionLosses:
             self._counts[part] += mask[:, start:].sum(-1)
         self.positions += length
 
-    def weighted(self, weights: Sequence[float], *, first: int = 0) -> float | None:
+    def weighted(self, weights: Sequence[float], *, late: bool = False) -> float | None:
         """The mean loss by weights of the streams; None if nothing is predicted there.
 
         Args:
             weights: of the K streams.
-            first: 0 for all positions, or `late_from`.
+            late: only from `late_from` on.
         """
-        part = 0 if first == 0 else 1
+        part = int(late)
         by_stream = torch.tensor(weights, dtype=torch.float64)
         count = float(by_stream @ self._counts[part])
         return float(by_stream @ self._sums[part]) / count if count else None
@@ -93,7 +96,7 @@ def losses_by_position(bench: Bench, files: Sequence[Path], *, most: int) -> Pos
     """
     found = PositionLosses(bench.facts.streams, late_from=bench.facts.attention_span)
     with bench.stream() as stream:
-        for piece in _pieces(bench, files, most):
+        for piece in pieces(bench, files, most):
             found.add(stream.read(piece[None].to(bench.device)))
         found.add(stream.finish())
     if not found.positions:
@@ -101,8 +104,8 @@ def losses_by_position(bench: Bench, files: Sequence[Path], *, most: int) -> Pos
     return found
 
 
-def _pieces(bench: Bench, files: Sequence[Path], most: int) -> Iterator[Tensor]:
-    """The pieces of the files in order, `most` positions of them."""
+def pieces(bench: Bench, files: Sequence[Path], most: int) -> Iterator[Tensor]:
+    """The clips of files one after another in pieces `[S,t]`, `most` positions in all; each is encoded by itself."""
     left = most
     for file in files:
         for piece in bench.reader.stream(file):
@@ -110,3 +113,21 @@ def _pieces(bench: Bench, files: Sequence[Path], most: int) -> Iterator[Tensor]:
                 return
             yield piece[:, :left]
             left -= piece.shape[-1]
+
+
+def losses_at_end(bench: Bench, clip: Tensor, length: int) -> dict[str, float]:
+    """The mean loss of the last positions of a clip that is read as one stream, by each way to weigh its streams.
+
+    Args:
+        bench: the model under an arm.
+        clip: `[S,T]`.
+        length: how many positions at its end count.
+    """
+    facts = bench.facts
+    found = PositionLosses(facts.streams, late_from=clip.shape[-1] - length)
+    with bench.stream() as stream:
+        for piece in clip.split(_PIECE, 1):
+            found.add(stream.read(piece[None].to(bench.device)))
+        found.add(stream.finish())
+    means = {name: found.weighted(weights, late=True) for name, weights in facts.weights.items()}
+    return {name: mean for name, mean in means.items() if mean is not None}

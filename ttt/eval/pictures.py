@@ -10,6 +10,7 @@ import numpy as np
 from ttt.drawing import ARM_COLORS, ARM_WORDS, INK, dress, new_figure
 from ttt.eval.by_position import bin_by_position, log_edges, over_clusters
 from ttt.eval.results import TaskSummary
+from ttt.eval.statistics import Estimate, estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,7 +97,7 @@ def position_figure(arms: Mapping[str, ByBook], *, span: int | None, rate: float
     for axes in panels[0]:
         dress_log(axes, "", "loss, nats")
     for axes in panels[1]:
-        dress_log(axes, _position_label(rate, longest), "less than gates closed" if "closed" in arms else "difference")
+        dress_log(axes, _position_label(rate, longest), "gain over gates closed, nats")
     panels[0, 0].legend(frameon=False, fontsize=8)
     count = len(next(iter(arms.values())))
     figure.suptitle(
@@ -156,5 +157,40 @@ def _band(axes: Axes, rows: np.ndarray, names: Sequence[str], edges: Any, arm: s
     there = [place for place, each in enumerate(found) if each is not None]
     means = np.array([found[place].mean for place in there])  # type: ignore[union-attr]
     errors = np.array([found[place].stderr or 0.0 for place in there])  # type: ignore[union-attr]
-    axes.plot(centres[there], means, color=ARM_COLORS[arm], linewidth=1.7, label=ARM_WORDS[arm])
+    style = (0, (5, 2)) if arm == "reset" else "-"  # where it lies on another arm's line, both show
+    axes.plot(centres[there], means, color=ARM_COLORS[arm], linewidth=1.7, linestyle=style, label=ARM_WORDS[arm])
     axes.fill_between(centres[there], means - errors, means + errors, color=ARM_COLORS[arm], alpha=0.18, linewidth=0)
+
+
+def recall_figure(gains: Mapping[str, Sequence[tuple[float, str, float]]], *, span: float | None, unit: str) -> Figure:
+    """The gain at the second hearing against the length of the gap.
+
+    Args:
+        gains: for each arm, the gap, the book and the gain of each item.
+        span: how far the backbone's own attention sees, in `unit`.
+        unit: of the gaps, `seconds` or `tokens`.
+    """
+    figure = new_figure(7.2, 4.4)
+    axes = figure.add_subplot()
+    axes.axhline(0, color=INK, linewidth=1.0)
+    lengths = sorted({gap for items in gains.values() for gap, _, _ in items})
+    for place, (arm, items) in enumerate(gains.items()):
+        found = [_gain_at(items, gap) for gap in lengths]
+        shifted = [gap * 1.03 ** (place - (len(gains) - 1) / 2) for gap in lengths]  # side by side, so that all show
+        means, errors = [each.mean for each in found], [each.stderr or 0.0 for each in found]
+        axes.errorbar(
+            shifted, means, errors, color=ARM_COLORS[arm], marker="o", markersize=5, capsize=3, label=ARM_WORDS[arm]
+        )
+    dress_log(axes, f"gap, {unit}", "gain at the second hearing, nats")
+    axes.set_xticks(lengths, [f"{gap:g}" for gap in lengths])
+    if span is not None and lengths[0] * 0.9 < span < lengths[-1] * 1.2:
+        axes.axvline(span, color=INK, linewidth=1.0, linestyle=(0, (2, 3)), label="end of attention")
+    axes.set_title("Loss of a passage heard once, less its loss heard again", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _gain_at(items: Sequence[tuple[float, str, float]], gap: float) -> Estimate:
+    chosen = [(book, gain) for length, book, gain in items if length == gap]
+    names = [str(number) for number, _ in enumerate(chosen)]
+    return estimate([gain for _, gain in chosen], names, [book for book, _ in chosen])

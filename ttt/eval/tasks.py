@@ -160,6 +160,16 @@ class ItemTask(AnyEvalTask):
         return {}
 
 
+def with_chosen(numbers: Mapping[str, float], chosen: str) -> dict[str, float]:
+    """Outcomes of numbers `metric.weights`: each `metric` by the chosen weights, and `metric/weights` by each."""
+    found: dict[str, float] = {}
+    for name, number in numbers.items():
+        metric, _, weights = name.partition(".")
+        if weights == chosen:
+            found[metric] = number
+    return {**found, **{name.replace(".", "/", 1): number for name, number in numbers.items()}}
+
+
 class Arrays:
     """The arrays of a task: a function from item and arm to arrays by name.
 

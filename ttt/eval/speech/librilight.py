@@ -16,7 +16,7 @@ from pydantic import Field
 from ttt.config.tasks import TaskOptions
 from ttt.eval.items import Item, Measured, Row
 from ttt.eval.sources import books
-from ttt.eval.tasks import ARMS, Arrays, ItemOptions, ItemTask, Setup
+from ttt.eval.tasks import ARMS, Arrays, ItemOptions, ItemTask, Setup, with_chosen
 from ttt.plugins.capabilities import Scoring
 from ttt.plugins.capable import capability
 
@@ -60,7 +60,7 @@ class LibriLight(ItemTask):
     def values(self, setup: Setup, item: Item, numbers: Mapping[str, float]) -> Mapping[str, float]:
         """`loss` by the chosen weights, of each kind of stream, and all of them beyond the attention's span."""
         facts = capability(setup.backbone, Scoring).score_facts(setup.config)
-        return {"loss": numbers[f"loss.{facts.chosen}"], **{k.replace(".", "_"): v for k, v in numbers.items()}}
+        return with_chosen(numbers, facts.chosen)
 
     def figures(self, setup: Setup, rows: Sequence[Row], arrays: Arrays) -> Mapping[str, Figure]:
         """`librilight.png`: the loss by position."""
@@ -78,12 +78,12 @@ class LibriLight(ItemTask):
 def _summed(found: Any, bench: Bench) -> Measured:
     """Means over the whole stream, and over what lies beyond the attention's span."""
     span = bench.facts.attention_span
-    numbers: dict[str, float] = {"positions": float(found.positions)}
+    numbers: dict[str, float] = {}
     for name, weights in bench.facts.weights.items():
         mean = found.weighted(weights)
         if mean is not None:
             numbers[f"loss.{name}"] = mean
-        late = None if span is None else found.weighted(weights, first=span)
+        late = None if span is None else found.weighted(weights, late=True)
         if late is not None:
             numbers[f"loss_beyond_attention.{name}"] = late
     return Measured(numbers, found.arrays())
