@@ -24,7 +24,7 @@ Rows = tuple[list[float], list[str], list[str]]
 
 
 def outcomes(*, clusters: int, pairs: int, seed: int, skill: float = 0.3) -> Rows:
-    """Pairs of clips that four voices read: 1, ½ or 0. Pairs of a cluster resemble each other, as do voices of a pair."""
+    """Pairs of clips that four voices read: 1, ½ or 0. Pairs of a cluster are alike, and so are voices of a pair."""
     generator = np.random.default_rng(seed)
     rows: Rows = ([], [], [])
     for cluster in range(clusters):
