@@ -13,9 +13,10 @@ from ttt.config import TTTConfig
 from ttt.config.schema import inner_widths
 from ttt.costs import best_group_size, scan_cost
 from ttt.ops.autocast import no_autocast
-from ttt.ops.minibatch import Inner, InnerTrace, Stream, Tokens, learn, learn_one_, trace
+from ttt.ops.minibatch import Inner, Stream, Tokens, learn, learn_one_
 from ttt.ops.norm import normalize, normalize_target, outer_layer_norm, rms_norm
 from ttt.ops.rotary import apply_rotary, rotary_angles
+from ttt.ops.tracing import InnerTrace, MinibatchTrace, effective_weights, trace, trace_minibatches
 from ttt.state import TTTState, weight_names
 
 INITIAL_STD = 0.02
@@ -192,20 +193,48 @@ class TTTLayer(nn.Module):
             z_BHTF = learn_one_(tokens, state.stream, self._inner(tokens.q.dtype), rows)
             return self._answer(z_BHTF, x)
 
-    def trace(self, x: Tensor, state: TTTState | None = None, *, rotary: Rotary | None = None) -> InnerTrace:
+    def trace(
+        self,
+        x: Tensor,
+        state: TTTState | None = None,
+        *,
+        start: TTTState | None = None,
+        rotary: Rotary | None = None,
+    ) -> InnerTrace:
+        """The inner loss of each token at `W₀`, `W_{t−1}` and `W_t`, `[B,T]` each; NaN for tokens that are skipped.
+
+        Args:
+            x: as in `forward`.
+            state: as in `forward`: the state before x.
+            start: the state with which the streams started, whose weights are `W₀`; None if with the layer's own. If x
+                is not the first piece, it is not `state`.
+            rotary: as in `forward`.
+
+        Raises:
+            ValueError: as in `forward`; `start` does not fit either.
+        """
+        state, start = self._checked(x, state, rotary), self._checked(x, start, rotary)
+        with torch.no_grad(), no_autocast(x):
+            tokens = self._tokens(x, state, rotary)
+            inner = self._inner(tokens.q.dtype)
+            found = trace(tokens, state.stream, inner, start=self.effective_weights(start))
+            if not self.config.skip_nonfinite_tokens:
+                return found
+            skipped = _nonfinite(x).squeeze(-1)
+            return InnerTrace(*(losses.masked_fill(skipped, torch.nan) for losses in found))
+
+    def trace_minibatches(
+        self, x: Tensor, state: TTTState | None = None, *, rotary: Rotary | None = None
+    ) -> MinibatchTrace:
         """The inner loss before and after each mini-batch's step, `[N]` each; arguments as in `forward`."""
         state = self._checked(x, state, rotary)
         with torch.no_grad(), no_autocast(x):
             tokens = self._tokens(x, state, rotary)
-            return trace(tokens, state.stream, self._inner(tokens.q.dtype))
+            return trace_minibatches(tokens, state.stream, self._inner(tokens.q.dtype))
 
     def effective_weights(self, state: TTTState) -> tuple[Tensor, ...]:
         """The weights that answered the last token of each stream: with the step of an open mini-batch taken."""
-        if state.gradients is None or state.count is None:
-            return state.weights
-        scale = self._scale(state.weights[0].dtype)[(state.count - 1).clamp_min(0)]
-        scale = torch.where(state.count > 0, scale, 0)[:, None, None, None]
-        return tuple(w - scale * g for w, g in zip(state.weights, state.gradients, strict=True))
+        return effective_weights(state.stream, self._scale(state.weights[0].dtype))
 
     def extra_repr(self) -> str:
         """Shapes for `print(model)`."""
