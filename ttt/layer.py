@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,18 @@ from ttt.state import TTTState, weight_names
 
 INITIAL_STD = 0.02
 Rotary = tuple[Tensor, Tensor]
+
+
+class Reading(NamedTuple):
+    """What a layer is about to read; see `TTTLayer.observers`."""
+
+    x: Tensor
+    """Tokens `[B,T,D]`."""
+    state: TTTState | None
+    """The streams' state before them; None if they start fresh. `step_` writes to it afterwards: copy what you keep."""
+    rotary: Rotary | None
+    rows: Tensor | None
+    """Which streams read, `[B]`; None means all."""
 
 
 class TTTLayer(nn.Module):
@@ -62,6 +75,8 @@ class TTTLayer(nn.Module):
         super().__init__()
         self.compiled: Callable[[TTTLayer, Tensor, TTTState, Rotary | None, int], tuple[Tensor, Stream]] | None = None
         """`_read` compiled, which `forward` calls instead if it is set; see `ttt.train.compiling`."""
+        self.observers: list[Callable[[TTTLayer, Reading], None]] = []
+        """Called by `forward` and `step_` with what they are about to read, before a state is written to."""
         heads = config.num_heads or num_heads
         check_head_width(dim, heads, config)
         self.config = config
@@ -143,7 +158,9 @@ class TTTLayer(nn.Module):
         Raises:
             ValueError: the tokens or the state do not fit the layer, or `rotary` does not fit the config.
         """
-        state = self._checked(x, state, rotary)
+        given, state = state, self._checked(x, state, rotary)
+        for observe in self.observers:
+            observe(self, Reading(x, given, rotary, None))
         read = self.compiled or TTTLayer._read
         group_size = self._group_size(x.shape[1])
         with no_autocast(x):  # outside the compiled part: a compiled backward runs in the types of its forward
@@ -185,6 +202,8 @@ class TTTLayer(nn.Module):
             own = getattr(self, name).untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
             if not own or not weight.is_contiguous():
                 raise ValueError("the state shares its memory; take one from streaming_state, which step_ may write to")
+        for observe in self.observers:
+            observe(self, Reading(x, state, rotary, rows))
         with torch.no_grad(), no_autocast(x):
             tokens = self._tokens(x, state, rotary)
             if state.skipped is not None and self.config.skip_nonfinite_tokens:
