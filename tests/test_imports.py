@@ -62,7 +62,7 @@ ROOMS = (
     # the mathematics, this machine, what a run is and costs, what a plugin provides
     *("ttt.ops", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins", "ttt.devices"),
     # the layer, and putting it into a model
-    *("ttt.state", "ttt.layer", "ttt.adapter", "ttt.inject", "ttt.evidence", "ttt.adapter_file"),
+    *("ttt.state", "ttt.layer", "ttt.adapter", "ttt.inject", "ttt.evidence", "ttt.inner_curves", "ttt.adapter_file"),
     # what a run was worth
     "ttt.eval",
     # what is said about a run before it starts, the run, and what it learned in use

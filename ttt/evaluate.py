@@ -152,7 +152,7 @@ def _plan(config: RunConfig, backbone: Backbone, chosen: ChosenTask, arms: Seque
             f"leave it out"
         )
     setup = Setup(config, backbone, chosen.options, task.folder)
-    return Plan(task, setup, tuple(chosen_items(task, setup)), tuple(arms or task.arms))
+    return Plan(task, setup, tuple(chosen_items(task, setup)), task.arms_among(arms))
 
 
 def _made_from(config: RunConfig, backbone: Backbone, info: AdapterInfo | None, *, as_start: bool) -> dict[str, Any]:

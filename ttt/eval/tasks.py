@@ -88,6 +88,8 @@ class ItemTask(AnyEvalTask):
     """What its clips are read from, as in `ttt.plugins.ScoreFacts`; None if that does not matter."""
     arms: ClassVar[tuple[str, ...]] = ("ttt", "closed")
     """The arms that it is measured under if nobody names others."""
+    arms_without: ClassVar[tuple[str, ...]] = ()
+    """The arms under which there is nothing to measure, because its TTT layers are not called, for example."""
     batched: ClassVar[bool] = True
     """Whether `eval.batch_size` items are measured together; if not, one at a time."""
     chance: ClassVar[float | None] = None
@@ -113,6 +115,21 @@ class ItemTask(AnyEvalTask):
             return setup.data.exists()
         except UsageError:
             return False
+
+    def arms_among(self, named: Sequence[str] | None) -> tuple[str, ...]:
+        """The arms to measure of those that are named; None are the task's own.
+
+        Raises:
+            UsageError: there is nothing to measure under any of them.
+        """
+        found = tuple(arm for arm in named or self.arms if arm not in self.arms_without)
+        if not found:
+            others = " or ".join(arm for arm in ARMS if arm not in self.arms_without)
+            raise UsageError(
+                f"the task {self.name} has nothing to measure under the arm {' or '.join(named or self.arms)}; name "
+                f"{others}, or leave the task out"
+            )
+        return found
 
     @abstractmethod
     def items(self, setup: Setup) -> Sequence[Item]:
