@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_TASKS_BESIDE = 3
+"""Panels of evaluation tasks in a row."""
+
+
 class Pictures:
     """Draws the pictures of a run. If one cannot be drawn, the run goes on.
 
@@ -80,8 +84,14 @@ def loss_figure(lines: Sequence[dict[str, Any]]) -> Figure | None:
     if not points:
         return None
     steps, losses = [step for step, _ in points], [loss for _, loss in points]
-    figure = new_figure(8.0, 4.6)
-    axes = figure.add_subplot()
+    tasks = task_series(lines)
+    figure = new_figure(8.0, 4.6 + 1.9 * -(-len(tasks) // _TASKS_BESIDE))
+    if tasks:
+        upper, lower = figure.subfigures(2, 1, height_ratios=[4.6, 1.9 * -(-len(tasks) // _TASKS_BESIDE)])
+        axes = upper.subplots()
+        _draw_tasks(lower, tasks)
+    else:
+        axes = figure.add_subplot()
     width = len(losses) // 25
     if width:
         axes.plot(steps, losses, color=FAINT, linewidth=0.9, label="training loss")
@@ -95,6 +105,39 @@ def loss_figure(lines: Sequence[dict[str, Any]]) -> Figure | None:
     axes.set_title(f"Outer loss: {losses[0]:.3f} at step {steps[0]}, {losses[-1]:.3f} at step {steps[-1]}", loc="left")
     axes.legend(facecolor="white", framealpha=0.9, edgecolor="none", loc="best")
     return figure
+
+
+def task_series(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """The numbers of evaluation tasks over the steps: by task and metric, the points of it.
+
+    A line has them as `task/metric`. Metrics are in the order in which the task gave them, its own first.
+    """
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for line in lines:
+        for key, value in line.items():
+            task, slash, metric = key.partition("/")
+            if slash and isinstance(value, (int, float)):
+                found.setdefault(task, {}).setdefault(metric, []).append((line["step"], float(value)))
+    return found
+
+
+def _draw_tasks(figure: Any, tasks: dict[str, dict[str, list[tuple[int, float]]]]) -> None:
+    """A panel for each task: its first metric, with its standard error and with gates closed if it has them."""
+    columns = min(len(tasks), _TASKS_BESIDE)
+    panels = figure.subplots(-(-len(tasks) // columns), columns, squeeze=False)
+    for axes in panels.flat[len(tasks) :]:
+        axes.set_axis_off()
+    for axes, (task, metrics) in zip(panels.flat, tasks.items(), strict=False):
+        name = next(iter(metrics))
+        errors = dict(metrics.get(f"{name}_stderr", ()))
+        steps, values = zip(*metrics[name], strict=True)
+        axes.errorbar(steps, values, [errors.get(step, 0.0) for step in steps], color=OPEN, marker="o", markersize=4)
+        if f"{name}_closed" in metrics:
+            axes.plot(
+                *zip(*metrics[f"{name}_closed"], strict=True), color=CLOSED, linestyle=":", marker="s", markersize=4
+            )
+        dress(axes, "optimiser step", "")
+        axes.set_title(f"{task}: {name} {values[-1]:.4g}", fontsize=9, loc="left")
 
 
 def _draw_evaluations(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
