@@ -431,7 +431,7 @@ def test_the_options_fill_the_streams_that_the_file_does_not(tmp_path):
     assert "stands in for Mimi" in demo_reader().notice
 
 
-@pytest.mark.parametrize("rate", [8000, 11025, 44100, 48000])
+@pytest.mark.parametrize("rate", [8000, 11025, 23976, 44100, 48000])
 def test_resampling_a_span_is_the_span_of_the_whole(tmp_path, rate):
     path = write(tmp_path / "a.wav", rate, rate=rate, channels=2)
     info = inspect_audio(path)
