@@ -58,8 +58,8 @@ class InnerLoss(ItemTask):
         found = []
         for file in _files(folder, suffixes):
             place = file.relative_to(folder)
-            alone = place.parent == Path()
-            found.append(Item(str(place), str(place), str(place if alone else place.parent), files=(file,)))
+            name, book = place.as_posix(), place.parent.as_posix()
+            found.append(Item(name, name, name if book == "." else book, files=(file,)))
         if not found:
             raise EnvironmentProblem(
                 f"{folder}: holds no {' or '.join(suffixes)} file to read inner losses from; name another folder",
@@ -93,7 +93,7 @@ class InnerLoss(ItemTask):
         arms = dict.fromkeys(arm for row in rows for arm in row.arms)
         by_arm = {arm: _joined([arrays.of(row.item.id, arm) for row in rows]) for arm in arms}
         return {
-            "inner_loss.png" if arm == "ttt" else f"inner_loss_{arm}.png": inner_loss_figure(curves)
+            "inner_loss.png" if arm == "ttt" else f"inner_loss_{arm}.png": inner_loss_figure(curves, arm=arm)
             for arm, curves in by_arm.items()
             if curves
         }

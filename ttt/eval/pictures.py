@@ -206,7 +206,7 @@ def _gain_at(items: Sequence[tuple[float, str, float]], gap: float) -> Estimate:
     return estimate([gain for _, gain in chosen], names, [book for book, _ in chosen])
 
 
-def inner_loss_figure(curves: Mapping[str, InnerCurve], *, window: int = WINDOW) -> Figure:
+def inner_loss_figure(curves: Mapping[str, InnerCurve], *, arm: str = "ttt", window: int = WINDOW) -> Figure:
     """The inner loss of each TTT layer by position: a panel a layer, and in it three curves and their distances.
 
     A curve is the mean over sequences at each position, then a moving average over positions. The distances in a panel
@@ -215,6 +215,7 @@ def inner_loss_figure(curves: Mapping[str, InnerCurve], *, window: int = WINDOW)
 
     Args:
         curves: by site, as `ttt.inner_curves.InnerCurves` records them.
+        arm: under which they were recorded; the title says so if it is not `ttt`.
         window: positions of the moving average.
 
     Raises:
@@ -226,7 +227,7 @@ def inner_loss_figure(curves: Mapping[str, InnerCurve], *, window: int = WINDOW)
         raise ValueError("there are no curves to draw; with its gates closed a model has none")
     columns = min(len(curves), _MOST_COLUMNS)
     rows = -(-len(curves) // columns)
-    figure = new_figure(max(7.0, 3.4 * columns), 2.6 * rows + 1.1)
+    figure = new_figure(max(8.8, 3.4 * columns), 2.6 * rows + 1.1)  # the words below need 8.8
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for place, (site, curve) in enumerate(curves.items()):
         _draw_losses(panels.flat[place], curve, window)
@@ -243,7 +244,8 @@ def inner_loss_figure(curves: Mapping[str, InnerCurve], *, window: int = WINDOW)
     mean = (
         f"mean of {sequences} sequences, then of {window} positions" if sequences > 1 else f"mean of {window} positions"
     )
-    figure.suptitle(f"Inner loss by position ({mean})", x=0.01, ha="left", fontsize=11)
+    under = "" if arm == "ttt" else f", {ARM_WORDS[arm]}"
+    figure.suptitle(f"Inner loss by position{under} ({mean})", x=0.01, ha="left", fontsize=11)
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
