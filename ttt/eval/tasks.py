@@ -66,15 +66,15 @@ class Setup:
         own = backbone.own_tasks_data(self.config) if has_capability(backbone, Scoring) else None
         if own is None or not (own / name).exists():
             raise UsageError(
-                f"eval.tasks: the task {name} has no data, and the backbone {backbone.name} brings none for it here",
-                key="data",
+                f"the task {name} has no data, and the backbone {backbone.name} brings none for it here",
+                key="eval.tasks",
                 fix=f"write {{name: {name}, data: FOLDER}}",
             )
         return own / name
 
 
 class ItemTask(AnyEvalTask):
-    """A task that consists of items. The class attributes, `items` and `values` must work without torch."""
+    """A task that consists of items. The class attributes and `lacks` must work without torch."""
 
     options: ClassVar[type[TaskOptions]] = ItemOptions
     version: ClassVar[int] = 1
@@ -85,6 +85,8 @@ class ItemTask(AnyEvalTask):
     """What its clips are read from, as in `ttt.plugins.ScoreFacts`; None if that does not matter."""
     arms: ClassVar[tuple[str, ...]] = ("ttt", "closed")
     """The arms that it is measured under if nobody names others."""
+    lists_without_torch: ClassVar[bool] = True
+    """Whether `items` works without torch. If so, `ttt check` lists them; if not, only a command that measures does."""
     batched: ClassVar[bool] = True
     """Whether `eval.batch_size` items are measured together; if not, one at a time."""
     chance: ClassVar[float | None] = None
