@@ -15,9 +15,10 @@ from ttt.config.schema import RunConfig
 from ttt.config.tasks import TaskOptions
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.eval.bench import Bench
-from ttt.eval.engine import MOST_FAILED, batches, chosen_items, measured
+from ttt.eval.engine import MOST_FAILED, batches, measured
 from ttt.eval.folder import EvalFolder
 from ttt.eval.items import Item, Row
+from ttt.eval.listing import chosen_items
 from ttt.eval.results import TaskSummary, summed_up
 from ttt.eval.tasks import ItemTask, Setup
 from ttt.eval.writing import write_results
@@ -25,6 +26,7 @@ from ttt.inject import Injection
 from ttt.interrupt import stop_if_asked
 from ttt.learned import fitting, learned_model
 from ttt.plugins import Backbone, EvalContext, Scoring, has_capability
+from ttt.plugins.asking import asked
 from ttt.plugins.installed_tasks import ChosenTask
 from ttt.printable import say
 from ttt.progress import Steps
@@ -152,7 +154,9 @@ def _plan(config: RunConfig, backbone: Backbone, chosen: ChosenTask, arms: Seque
             f"leave it out"
         )
     setup = Setup(config, backbone, chosen.options, task.folder)
-    return Plan(task, setup, tuple(chosen_items(task, setup)), task.arms_among(arms))
+    with asked(chosen.plugin, f"the items of its task {task.name}", type(task)):
+        items = tuple(chosen_items(task, setup))
+    return Plan(task, setup, items, task.arms_among(arms))
 
 
 def _made_from(config: RunConfig, backbone: Backbone, info: AdapterInfo | None, *, as_start: bool) -> dict[str, Any]:

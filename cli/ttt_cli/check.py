@@ -50,7 +50,10 @@ def check(
         ),
     ] = None,
     cost: Annotated[
-        bool, typer.Option("--cost", help="Also say what the run costs: arithmetic, memory, disk; in JSON as numbers.")
+        bool,
+        typer.Option(
+            "--cost", help="Also say what the run costs: arithmetic, memory, disk, items of tasks; in JSON as numbers."
+        ),
     ] = False,
     probe: Annotated[
         bool,

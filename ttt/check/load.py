@@ -306,6 +306,7 @@ class _Check:
             self.memory,
             resuming=self.resuming,
             tells_cost=self.cost,
+            training=self.training,
         )
         self.findings.extend(run_rules(context, untrusted))
         if backbone is not None:

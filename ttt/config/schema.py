@@ -330,6 +330,16 @@ class EvalConfig(Section):
     reset_tokens: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
     """The same in positions, instead of seconds; for backbones that read no sound."""
 
+    @model_validator(mode="after")
+    def _one_reset(self) -> EvalConfig:
+        if self.reset_sec is not None and self.reset_tokens is not None:
+            raise Misfit(
+                "reset_sec and reset_tokens both say when the arm `reset` starts anew",
+                keys=("reset_sec", "reset_tokens"),
+                fix="leave one of them out",
+            )
+        return self
+
 
 class BackboneOptions(Section):
     """Base of a plugin's `backbone` section."""

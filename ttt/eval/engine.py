@@ -11,10 +11,9 @@ import numpy as np
 import torch
 
 from ttt.checksums import file_digest
-from ttt.errors import EnvironmentProblem, PluginError, TTTError, UsageError
+from ttt.errors import EnvironmentProblem, PluginError, TTTError
 from ttt.eval.bench import Bench
 from ttt.eval.items import Item, Measured, Row
-from ttt.eval.statistics import draw
 from ttt.eval.tasks import ItemTask, Setup
 from ttt.plugins.asking import WrongAnswer, is_out_of_memory, with_its_type
 from ttt.plugins.capabilities import Scoring
@@ -37,42 +36,6 @@ class Batch:
 def setup_of(task: ItemTask, context: EvalContext, options: Any) -> Setup:
     """What a task knows before the model."""
     return Setup(context.config, context.backbone, options, task.folder)
-
-
-def chosen_items(task: ItemTask, setup: Setup) -> list[Item]:
-    """The items of a task that its options choose.
-
-    Raises:
-        TTTError: the backbone or the data does not fit the task.
-    """
-    lacking = task.lacks(setup)
-    if lacking is not None:
-        raise UsageError(f"the task {task.name}: the backbone {setup.backbone.name} {lacking}")
-    items = list(task.items(setup))
-    _require_distinct(task, items)
-    limit = getattr(setup.options, "limit", None)
-    if limit is not None:
-        drawn = set(draw(sorted({item.unit for item in items}), limit, setup.options.seed))
-        items = [item for item in items if item.unit in drawn]
-    if not items:
-        raise UsageError(f"the task {task.name} has no items; name other data in eval.tasks")
-    return items
-
-
-def _require_distinct(task: ItemTask, items: Sequence[Item]) -> None:
-    """Refuse a task that gives two items one name, or puts a unit into two clusters.
-
-    Raises:
-        PluginError: it does.
-    """
-    seen: set[str] = set()
-    clusters: dict[str, str] = {}
-    for item in items:
-        if item.id in seen:
-            raise PluginError(f"the task {task.name} has two items of the name {item.id!r:.80}")
-        seen.add(item.id)
-        if clusters.setdefault(item.unit, item.cluster) != item.cluster:
-            raise PluginError(f"the task {task.name} puts the unit {item.unit!r:.80} into two clusters")
 
 
 def batches(task: ItemTask, items: Sequence[Item], *, size: int) -> list[tuple[Item, ...]]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from ttt.errors import EnvironmentProblem
 from ttt.eval.bench import Bench
-from ttt.eval.engine import chosen_items, rows_of, setup_of, too_many_failed
+from ttt.eval.engine import rows_of, setup_of, too_many_failed
+from ttt.eval.listing import chosen_items
 from ttt.eval.results import summed_up
 from ttt.eval.tasks import ItemTask
 from ttt.plugins.eval_tasks import EvalContext

@@ -69,15 +69,15 @@ class Setup:
         own = backbone.own_tasks_data(self.config) if has_capability(backbone, Scoring) else None
         if own is None or not (own / folder).exists():
             raise UsageError(
-                f"eval.tasks: the task {name} has no data, and the backbone {backbone.name} brings none for it here",
-                key="data",
+                f"the task {name} has no data, and the backbone {backbone.name} brings none for it here",
+                key="eval.tasks",
                 fix=f"write {{name: {name}, data: FOLDER}}",
             )
         return own / folder
 
 
 class ItemTask(AnyEvalTask):
-    """A task that consists of items. The class attributes, `items` and `values` must work without torch."""
+    """A task that consists of items. The class attributes and `lacks` must work without torch."""
 
     options: ClassVar[type[TaskOptions]] = ItemOptions
     version: ClassVar[int] = 1
@@ -90,6 +90,8 @@ class ItemTask(AnyEvalTask):
     """The arms that it is measured under if nobody names others."""
     arms_without: ClassVar[tuple[str, ...]] = ()
     """The arms under which there is nothing to measure, because its TTT layers are not called, for example."""
+    lists_without_torch: ClassVar[bool] = True
+    """Whether `items` works without torch. If so, `ttt check` lists them; if not, only a command that measures does."""
     batched: ClassVar[bool] = True
     """Whether `eval.batch_size` items are measured together; if not, one at a time."""
     chance: ClassVar[float | None] = None

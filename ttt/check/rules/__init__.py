@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
-from ttt.check.rules import causality, checkpointing, compiling, data, environment, memory, optimisation, shape
+from ttt.check.rules import (
+    causality,
+    checkpointing,
+    compiling,
+    data,
+    environment,
+    evaluation,
+    memory,
+    optimisation,
+    shape,
+)
 from ttt.check.rules.rule import FACTS, NEEDED, Context
 from ttt.config.findings import Finding
 from ttt.config.places import KeyPath
 from ttt.plugins.rules import Rule
 
-_MODULES = (shape, checkpointing, causality, memory, data, environment, compiling, optimisation)
+_MODULES = (shape, checkpointing, causality, memory, data, evaluation, environment, compiling, optimisation)
 RULES: tuple[Rule[Context], ...] = tuple(
     each for module in _MODULES for each in vars(module).values() if isinstance(each, Rule)
 )

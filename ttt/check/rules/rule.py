@@ -45,6 +45,8 @@ class Context:
     """Whether an interrupted run goes on. It does not read `train.init_from` again."""
     tells_cost: bool = False
     """Whether the caller asks what the run costs."""
+    training: bool = True
+    """Whether the config is for training. If not, its tasks are not listed: the command that measures them does."""
     _recordings: dict[str, Recordings | None] = field(default_factory=dict)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,16 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ttt.errors import EnvironmentProblem
-from ttt.reading import read_file, unreadable
-from ttt.words import first_few
+from ttt.eval.speech.gold import Entry, read_entries, refused
+from ttt.reading import other_kind
 
-_MOST_TABLE = 1 << 28  # bytes of a gold.csv; the largest published one has 10 MB
-_STORY = re.compile(r"(?P<key>(?P<number>\d+)_(?P<story>.+))_(?P<member>correct|incorrect)")
+SPLITS = ("dev", "test")
+_STORY = re.compile(r"(?P<key>\d+_(?P<story>.+))_(?P<member>correct|incorrect)", re.DOTALL)
 _LEXICAL = ("filename", "id", "voice", "frequency", "word", "phones", "length", "correct")
 _SYNTACTIC = ("filename", "id", "voice", "type", "subtype", "transcription", "correct")
 _BANDS = ((5, "1-5"), (20, "6-20"), (100, "21-100"))
 """Bands of a word's frequency, as ZeroSpeech reports them: the largest frequency of each, and its name."""
 OUT_OF_VOCABULARY = "oov"
+_LONGEST_NUMBER = 18  # digits
 
 
 @dataclass(frozen=True)
@@ -34,31 +34,19 @@ class Pair:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A row of a gold.csv."""
-
-    place: str
-    row: Mapping[str, str]
-    audio: Path
-
-
 def lexical_pairs(data: Path, split: str, gold: str | None) -> Iterator[Pair]:
     """The pairs of sWUGGY: every word with every non-word of its id and voice.
 
     Raises:
         EnvironmentProblem: the folder, the table or recordings are missing or broken; the message names file and row.
     """
-    table = _table(data, "lexical", split, gold)
-    for (number, voice), entries in _grouped(_entries(table, _LEXICAL), ("id", "voice"), table).items():
-        for name, right, wrong in _paired(entries, f"{number}-{voice}"):
-            frequency = right.row["frequency"].strip().lower()
-            tags = {
-                "vocabulary": OUT_OF_VOCABULARY if frequency == OUT_OF_VOCABULARY else "in",
-                "frequency": _band(frequency),
-                "length": right.row["length"].strip(),
-            }
-            yield Pair(name, number, number, right.audio, wrong.audio, tags)
+    for (number, voice), entries in _grouped(data, "lexical", split, gold, _LEXICAL, ("id", "voice")).items():
+        for name, right, wrong in _paired(entries, (number, voice)):
+            band = frequency_band(right.row["frequency"])
+            vocabulary = OUT_OF_VOCABULARY if band == OUT_OF_VOCABULARY else "in"
+            tags = {"vocabulary": vocabulary, "frequency": band, "length": right.row["length"]}
+            unit = _name((number,))
+            yield Pair(name, unit, unit, right.audio, wrong.audio, tags)
 
 
 def syntactic_pairs(data: Path, split: str, gold: str | None) -> Iterator[Pair]:
@@ -67,12 +55,11 @@ def syntactic_pairs(data: Path, split: str, gold: str | None) -> Iterator[Pair]:
     Raises:
         EnvironmentProblem: as for `lexical_pairs`.
     """
-    table = _table(data, "syntactic", split, gold)
     key = ("type", "subtype", "id", "voice")
-    for (kind, subtype, number, voice), entries in _grouped(_entries(table, _SYNTACTIC), key, table).items():
-        unit = f"{kind}/{subtype}/{number}"
-        for name, right, wrong in _paired(entries, f"{unit}-{voice}"):
-            yield Pair(name, unit, unit, right.audio, wrong.audio, {"type": kind, "subtype": subtype})
+    for values, entries in _grouped(data, "syntactic", split, gold, _SYNTACTIC, key).items():
+        for name, right, wrong in _paired(entries, values):
+            unit = _name(values[:-1])
+            yield Pair(name, unit, unit, right.audio, wrong.audio, {"type": values[0], "subtype": values[1]})
 
 
 def story_pairs(data: Path) -> Iterator[Pair]:
@@ -81,117 +68,125 @@ def story_pairs(data: Path) -> Iterator[Pair]:
     Raises:
         EnvironmentProblem: the folder is missing, holds no such files, or one of a pair is missing.
     """
-    _require_folder(data)
+    require_folder(data)
+    found = _stories(data)
+    if not found:
+        inside = [folder.name for folder in sorted(data.iterdir()) if folder.is_dir() and _stories(folder)]
+        raise EnvironmentProblem(
+            f"{data}: holds no stories, that is, no N_uuid_correct.wav and N_uuid_incorrect.wav",
+            fix=f"write data: {data / inside[0]}" if inside else "name the folder that holds them",
+        )
+    alone = [
+        f"{data / file.name}: the other ending of this story is missing"
+        for members in found.values()
+        for file in members.values()
+        if len(members) == 1
+    ]
+    if alone:
+        raise refused(data, alone, "recordings lack the other ending of their story", "add it, or take the story out")
+    for key, members in sorted(found.items()):
+        yield Pair(key, key, key.partition("_")[2], members["correct"], members["incorrect"])
+
+
+def _stories(data: Path) -> dict[str, dict[str, Path]]:
+    """The recordings of each story, by which ending they have."""
     found: dict[str, dict[str, Path]] = {}
-    stories: dict[str, str] = {}
     for file in sorted(data.glob("*.wav")):
         match = _STORY.fullmatch(file.stem)
-        if match is not None:
+        if match is not None and other_kind(file) is None:
             found.setdefault(match["key"], {})[match["member"]] = file
-            stories[match["key"]] = match["story"]
-    if not found:
-        raise EnvironmentProblem(
-            f"{data}: holds no stories; they are called N_uuid_correct.wav and N_uuid_incorrect.wav"
-        )
-    alone = [str(next(iter(pair.values()))) for pair in found.values() if len(pair) == 1]
-    if alone:
-        raise EnvironmentProblem(
-            f"{data}: {len(alone)} recordings lack the other ending of their story: {first_few(alone)}"
-        )
-    for key, pair in found.items():
-        yield Pair(key, key, stories[key], pair["correct"], pair["incorrect"])
+    return found
 
 
-def _require_folder(data: Path) -> None:
-    if not data.is_dir():
-        raise EnvironmentProblem(f"{data}: {'is not a folder' if data.exists() else 'there is no such folder'}")
+def require_folder(data: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        EnvironmentProblem: it is missing, or something else; the message says from where a relative path is read.
+    """
+    if other_kind(data) == "a folder":
+        return
+    where = "" if data.is_absolute() else f" in {Path.cwd()}, from where relative paths are read"
+    home = "; ~ is not expanded" if str(data).startswith("~") else ""
+    told = f"is {other_kind(data) or 'a file'}, not a folder" if _is_there(data) else f"there is no such folder{where}"
+    raise EnvironmentProblem(f"{data}: {told}{home}", fix="write the folder of the task's data")
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _table(data: Path, part: str, split: str, gold: str | None) -> tuple[Path, Path]:
-    """The gold.csv of a split and the folder of its recordings.
+    """The gold.csv of a split, and the folder of its recordings.
 
     Raises:
         EnvironmentProblem: there is none.
     """
-    _require_folder(data)
-    folders = [folder for folder in (data / part / split, data / split, data) if folder.is_dir()]
+    require_folder(data)
+    if data.name in SPLITS and data.name != split:
+        raise EnvironmentProblem(f"{data}: is the split {data.name}, and the task measures {split}", fix=_way(split))
+    folders = [folder for folder in (data / part / split, data / split, data) if other_kind(folder) == "a folder"]
     if gold is not None:
-        return Path(gold), next((f for f in folders if any(f.glob("*.wav"))), folders[0])
+        return Path(gold), next((folder for folder in folders if any(folder.glob("*.wav"))), folders[0])
     for folder in folders:
-        if (folder / "gold.csv").is_file():
+        if _is_there(folder / "gold.csv"):
             return folder / "gold.csv", folder
     raise EnvironmentProblem(
-        f"{data}: has no gold.csv in {part}/{split}, in {split} or itself; name the folder of the published set, or "
-        f"the table with gold: FILE"
+        f"{data}: has no gold.csv in {part}/{split}, in {split} or itself",
+        fix="name the folder of the published set, or the table with gold: FILE",
     )
 
 
-def _entries(table: tuple[Path, Path], columns: Sequence[str]) -> Iterator[_Entry]:
-    """The rows of a gold.csv, with their recordings.
-
-    Raises:
-        EnvironmentProblem: the table cannot be read, or lacks a column.
-    """
-    gold, folder = table
-    try:
-        text = read_file(gold, limit=_MOST_TABLE).decode("utf-8-sig")
-    except OSError as error:
-        raise EnvironmentProblem(f"{gold}: cannot be read: {unreadable(error)}") from None
-    except UnicodeDecodeError:
-        raise EnvironmentProblem(f"{gold}: is not text in UTF-8") from None
-    reader = csv.DictReader(text.splitlines())
-    missing = [name for name in columns if name not in (reader.fieldnames or ())]
-    if missing:
-        raise EnvironmentProblem(f"{gold}: has no column {', '.join(missing)}; a gold.csv has {', '.join(columns)}")
-    for row in reader:
-        values = {name: row[name] for name in columns}
-        place = f"{gold}:{reader.line_num}"
-        if None in values.values():
-            raise EnvironmentProblem(f"{place}: has fewer columns than the first line")
-        name = values["filename"].strip()
-        if not name or "\0" in name:
-            raise EnvironmentProblem(f"{place}: names no file")
-        yield _Entry(place, values, folder / (name if name.endswith(".wav") else f"{name}.wav"))
+def _way(split: str) -> str:
+    other = next(each for each in SPLITS if each != split)
+    return f"write split: {other}, or name the folder of {split}"
 
 
 def _grouped(
-    entries: Iterator[_Entry], key: Sequence[str], table: tuple[Path, Path]
-) -> dict[tuple[str, ...], list[_Entry]]:
-    """The rows by their key, in its order.
+    data: Path, part: str, split: str, gold: str | None, columns: Sequence[str], key: Sequence[str]
+) -> dict[tuple[str, ...], list[Entry]]:
+    """The rows of a table by their key, in its order.
 
     Raises:
-        EnvironmentProblem: recordings are missing, `correct` is neither 0 nor 1, or there are no rows.
+        EnvironmentProblem: the table or rows of it cannot be used, or a pair lacks one side.
     """
-    groups: dict[tuple[str, ...], list[_Entry]] = {}
-    problems: list[str] = []
-    for entry in entries:
-        if entry.row["correct"].strip() not in ("0", "1"):
-            problems.append(f"{entry.place}: correct is {entry.row['correct']!r:.40}, not 0 or 1")
-        elif not entry.audio.is_file():
-            problems.append(f"{entry.place}: no file {entry.audio}")
-        groups.setdefault(tuple(entry.row[name].strip() for name in key), []).append(entry)
-    if problems:
-        raise EnvironmentProblem.about(problems, "rows cannot be used", where=str(table[0]))
-    if not groups:
-        raise EnvironmentProblem(f"{table[0]}: has no rows")
-    alone = [entries[0].place for entries in groups.values() if len({e.row["correct"].strip() for e in entries}) == 1]
+    table, folder = _table(data, part, split, gold)
+    groups: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in read_entries(table, folder, columns, key):
+        groups.setdefault(tuple(entry.row[name] for name in key), []).append(entry)
+    alone = [
+        f"{entries[0].place}: no row with correct {0 if entries[0].correct else 1} has the same {', '.join(key)}"
+        for entries in groups.values()
+        if len({entry.correct for entry in entries}) == 1
+    ]
     if alone:
-        raise EnvironmentProblem(f"{table[0]}: {len(alone)} pairs lack one side, as at {first_few(alone)}")
+        raise refused(table, alone, "pairs lack one side", "add the other row, or take this one out")
     return dict(sorted(groups.items()))
 
 
-def _paired(entries: Sequence[_Entry], name: str) -> Iterator[tuple[str, _Entry, _Entry]]:
+def _paired(entries: Sequence[Entry], key: Sequence[str]) -> Iterator[tuple[str, Entry, Entry]]:
     """Each correct row with each incorrect one, and the pair's name."""
-    ordered = sorted(entries, key=lambda entry: entry.audio.name)
-    right = [entry for entry in ordered if entry.row["correct"].strip() == "1"]
-    wrong = [entry for entry in ordered if entry.row["correct"].strip() == "0"]
+    ordered = sorted(entries, key=lambda entry: str(entry.audio))
+    right = [entry for entry in ordered if entry.correct]
+    wrong = [entry for entry in ordered if not entry.correct]
     pairs = list(itertools.product(right, wrong))
     for number, (one, other) in enumerate(pairs):
-        yield name if len(pairs) == 1 else f"{name}-{number}", one, other
+        yield _name(key if len(pairs) == 1 else (*key, str(number))), one, other
 
 
-def _band(frequency: str) -> str:
-    """The band of a frequency, as ZeroSpeech reports it; the text itself if it is no number."""
-    if not frequency.isdigit():
-        return frequency
-    return next((name for most, name in _BANDS if int(frequency) <= most), ">100")
+def _name(parts: Sequence[str]) -> str:
+    """One name of several parts. Different parts never make the same name."""
+    return "/".join(part.replace("%", "%25").replace("/", "%2F") for part in parts)
+
+
+def frequency_band(frequency: str) -> str:
+    """The band of a word's frequency, as ZeroSpeech reports it; the text itself if it is no number."""
+    whole = frequency.strip().lower().removesuffix(".0")
+    if not (whole.isascii() and whole.isdigit() and len(whole) <= _LONGEST_NUMBER):
+        return whole
+    if int(whole) == 0:
+        return OUT_OF_VOCABULARY
+    return next((name for most, name in _BANDS if int(whole) <= most), ">100")
