@@ -167,6 +167,20 @@ def test_limit_keeps_every_voice_of_an_id(pairs: Path) -> None:
     assert others != units
 
 
+def test_gates_tell_what_needs_no_model(pairs: Path) -> None:
+    """Words are longer than non-words here; which has more energy, and whose codes are frequent, is computed anew."""
+    context = planted()
+    rows, setup = rows_for(SWuggy(), context, data=str(pairs))
+    found = SWuggy().references(Bench(context, setup.options), rows)
+    assert list(found) == ["length", "rms", "energy", "codes_mean", "codes_sum"]
+    assert found["length"] == [1.0] * len(rows)
+    sounds = [[[byte % 16 for byte in file.read_bytes()] for file in row.item.files] for row in rows]
+    energies = [[sum(x * x for x in sound) for sound in pair] for pair in sounds]
+    assert found["energy"] == [1.0 if right > wrong else 0.5 if right == wrong else 0.0 for right, wrong in energies]
+    summary = summed_up(SWuggy(), setup, rows, ("ttt",), found)
+    assert summary.references["length"].mean == 1.0
+
+
 def test_streams_are_weighed_and_normalised_as_they_are_called() -> None:
     """Of random losses, against the definitions written out."""
     torch.manual_seed(3)

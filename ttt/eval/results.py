@@ -31,6 +31,8 @@ class TaskSummary:
     """The first metric of the items with a tag, by `tag=value`, then by arm."""
     tests: Mapping[str, McNemar] = field(default_factory=dict)
     """McNemar's test of the first metric by two arms, if its outcomes are wins and losses of few units."""
+    references: Mapping[str, Estimate] = field(default_factory=dict)
+    """The first metric without a model, as by the length of clips alone."""
     items: int = 0
     """How many the task has."""
     failed: int = 0
@@ -55,8 +57,34 @@ class TaskSummary:
         return numbers
 
 
-def summed_up(task: ItemTask, setup: Setup, rows: Sequence[Row], arms: Sequence[str]) -> TaskSummary:
-    """The estimates of a task from its rows, those that failed left out."""
+@dataclass(frozen=True)
+class MeasuredTask:
+    """A task as it was measured."""
+
+    task: ItemTask
+    setup: Setup
+    arms: tuple[str, ...]
+    rows: tuple[Row, ...]
+    """Of the items that did not fail."""
+    summary: TaskSummary
+
+
+def summed_up(
+    task: ItemTask,
+    setup: Setup,
+    rows: Sequence[Row],
+    arms: Sequence[str],
+    references: Mapping[str, Sequence[float]] | None = None,
+) -> TaskSummary:
+    """The estimates of a task from its rows, those that failed left out.
+
+    Args:
+        task: the task.
+        setup: its options.
+        rows: of all items.
+        arms: which were measured.
+        references: from `ItemTask.references`, of the rows that did not fail.
+    """
     good = [row for row in rows if row.error is None]
     failed = len(rows) - len(good)
     if not good:
@@ -70,7 +98,13 @@ def summed_up(task: ItemTask, setup: Setup, rows: Sequence[Row], arms: Sequence[
         metrics[name] = _by_arm(by_arm, good, pairs)
     main = {arm: [value[names[0]] for value in values[arm]] for arm in arms}
     return TaskSummary(
-        task.name, metrics, _parts(main, good, pairs), _tests(task, main, good, pairs), items=len(rows), failed=failed
+        task.name,
+        metrics,
+        _parts(main, good, pairs),
+        _tests(task, main, good, pairs),
+        _by_arm(references or {}, good, ()),
+        items=len(rows),
+        failed=failed,
     )
 
 
@@ -135,6 +169,11 @@ def as_results(
         "results": {name: _told(summary) for name, summary in summaries.items()},
         "groups": {"average": _numbers({"acc": mean})} if mean else {"average": None},
         "parts": {name: _numbers(summary.parts) for name, summary in summaries.items() if summary and summary.parts},
+        "references": {
+            name: _numbers({summary.main: summary.references})
+            for name, summary in summaries.items()
+            if summary and summary.main is not None and summary.references
+        },
         "tests": {name: _tests_told(summary) for name, summary in summaries.items() if summary and summary.tests},
         "n-samples": {name: _samples(summary) for name, summary in summaries.items()},
         "versions": dict(versions),

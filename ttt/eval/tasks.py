@@ -164,6 +164,18 @@ class ItemTask(AnyEvalTask):
         The first metric is the task's own. A name with a `/`, as `acc/semantic.sum`, is a variant of it.
         """
 
+    def references(self, bench: Bench, rows: Sequence[Row]) -> Mapping[str, Sequence[float]]:
+        """What the first metric is without a model, by a name such as `length`; none by default.
+
+        Args:
+            bench: for its reader.
+            rows: of the items that did not fail.
+
+        Returns:
+            For each name, an outcome for each row.
+        """
+        return {}
+
     def texts(self, setup: Setup, rows: Sequence[Row]) -> Mapping[str, str]:
         """Files to write beside the results, as text by name; none by default."""
         return {}

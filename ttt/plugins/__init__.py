@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ttt.plugins.rules import Rule, rule
     from ttt.plugins.run_config import run_config_model
     from ttt.plugins.sampling import SamplePlan, SampleRequest
-    from ttt.plugins.scoring import ClipReader, ScoreFacts, Scores, ScoreStream
+    from ttt.plugins.scoring import ClipReader, ScoreFacts, Scores, ScoreStream, SoundReader
     from ttt.plugins.site import Site
 
 _EXPORTS = {
@@ -59,6 +59,7 @@ _EXPORTS = {
     "ScoreStream": "ttt.plugins.scoring",
     "Scores": "ttt.plugins.scoring",
     "Scoring": "ttt.plugins.capabilities",
+    "SoundReader": "ttt.plugins.scoring",
     "Site": "ttt.plugins.site",
     "StepRows": "ttt.plugins.rows",
     "Streaming": "ttt.plugins.capabilities",
@@ -103,6 +104,7 @@ __all__ = [
     "Scores",
     "Scoring",
     "Site",
+    "SoundReader",
     "StepRows",
     "Streaming",
     "WeightImport",

@@ -67,6 +67,20 @@ class PairTask(ItemTask):
         by_variant = {f"acc/{variant}": preferred(numbers, variant) for variant in variants}
         return {"acc": by_variant[f"acc/{chosen_score(setup)}"], **by_variant}
 
+    def references(self, bench: Bench, rows: Sequence[Row]) -> Mapping[str, Sequence[float]]:
+        """How often a pair is told by its length, its energy, or the frequencies of its codes alone; ½ is honest."""
+        from ttt.eval.speech.gates import gate_scores
+
+        found = gate_scores(bench, [file for row in rows for file in row.item.files])
+        return {
+            name: [_told(right, wrong) for right, wrong in zip(scores[::2], scores[1::2], strict=True)]
+            for name, scores in found.items()
+        }
+
+
+def _told(right: float, wrong: float) -> float:
+    return 1.0 if right > wrong else 0.0 if right < wrong else 0.5
+
 
 def chosen_score(setup: Setup) -> str:
     """The score by which the config tells which recording is likelier, as `weighted.mean`."""
