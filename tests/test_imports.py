@@ -58,11 +58,11 @@ ROOMS = (
     # what knows nothing of the rest: errors, words, files, a process
     *("ttt.words", "ttt.errors", "ttt.version", "ttt.printable", "ttt.amounts", "ttt.progress", "ttt.checksums"),
     *("ttt.reading", "ttt.jsonl", "ttt.files", "ttt.packaged", "ttt.checkpoint_folder", "ttt.dotted", "ttt.interrupt"),
-    "ttt.prompts",
+    *("ttt.prompts", "ttt.drawing"),
     # the mathematics, this machine, what a run is and costs, what a plugin provides
     *("ttt.ops", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins", "ttt.devices"),
     # the layer, and putting it into a model
-    *("ttt.state", "ttt.layer", "ttt.adapter", "ttt.inject", "ttt.evidence", "ttt.adapter_file"),
+    *("ttt.state", "ttt.layer", "ttt.adapter", "ttt.inject", "ttt.evidence", "ttt.inner_curves", "ttt.adapter_file"),
     # what a run was worth
     "ttt.eval",
     # what is said about a run before it starts, the run, and what it learned in use
@@ -351,7 +351,7 @@ def test_what_checks_a_config_imports_no_torch() -> None:
 
 def test_statistics_need_no_torch() -> None:
     """A check that counts pairs may draw them, and a table is made from files alone."""
-    modules = [f"ttt.eval.{name}" for name in ("statistics", "by_position")]
+    modules = [f"ttt.eval.{name}" for name in ("statistics", "by_position", "ratings", "strengths", "compare")]
     assert _heavy_after(["ttt.eval", *modules]) == "[]"
 
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from ttt.ops.minibatch import Inner, Stream, Tokens, learn, trace
+from ttt.ops.minibatch import Inner, Stream, Tokens, learn
 from ttt.ops.mlp import gelu, gelu_gradient
 from ttt.ops.norm import (
     inner_loss,
@@ -20,6 +20,7 @@ from ttt.ops.norm import (
 )
 from ttt.ops.reference import reference
 from ttt.ops.rotary import apply_rotary, rotary_angles
+from ttt.ops.tracing import trace_minibatches
 
 C = 4
 LENGTHS = [1, C - 1, C, C + 1, 3 * C + 2]
@@ -190,7 +191,7 @@ def test_non_causal_refuses_an_open_minibatch():
 def test_trace_is_the_inner_loss_around_each_step(model, causal):
     case = Case(2 * C + 1, MODELS[model], causal=causal, offset=False, seed=50)
     inner = case.inner()
-    found = trace(Tokens(case.q, case.k, case.target, case.rate[..., None]), case.stream(), inner)
+    found = trace_minibatches(Tokens(case.q, case.k, case.target, case.rate[..., None]), case.stream(), inner)
     assert found.before.shape == found.after.shape == (3,)
 
     def loss(weights, tokens):

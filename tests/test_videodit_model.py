@@ -18,6 +18,7 @@ from ttt.adapter import Gate
 from ttt.check.estimate import estimate
 from ttt.config import RunConfig, TrainConfig, TTTConfig
 from ttt.errors import EnvironmentProblem, InjectionError, UsageError
+from ttt.inner_curves import InnerCurves
 from ttt.plugins import get_backbone
 from ttt.testing import laws
 from ttt_videodit.adapter import BidirectionalTTT
@@ -512,3 +513,19 @@ def test_the_commit_of_the_hubs_cache_is_told(tmp_path, monkeypatch):
     (refs / "main").write_text("c" * 40)
     assert VideoDiTBackbone().provenance(options) == {"repository": "THUDM/CogVideoX-5b", "commit": "c" * 40}
     assert VideoDiTBackbone().provenance(VideoDiTOptions()) == {}
+
+
+def test_the_inner_loss_has_a_stream_for_each_direction_and_row_in_the_order_of_reading() -> None:
+    model, injection = adapted()
+    latents, text, times = video(2)
+    with InnerCurves(injection) as recorder, torch.no_grad():
+        model(latents, text, times)
+    curves = recorder.curves()
+    assert list(curves) == list(injection.adapters)
+    for curve in curves.values():
+        assert {losses.shape for losses in curve} == {(4, latents.shape[1] * 6 + 10)}
+        assert all((losses > 0).all() for losses in curve)
+        first = slice(0, 8)  # before the first mini-batch of 8 closes, nothing is learned
+        assert curve.before[:, first] == pytest.approx(curve.w0[:, first], rel=1e-5)
+        assert (abs(curve.before - curve.w0)[:, 16:] > 0).any(axis=1).all()
+        assert curve.w0[:2] != pytest.approx(curve.w0[2:], rel=1e-2)

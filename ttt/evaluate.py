@@ -153,10 +153,10 @@ def _plan(config: RunConfig, backbone: Backbone, chosen: ChosenTask, arms: Seque
             f"the task {task.name} measures a model while it is trained (eval.tasks) and has no items to evaluate; "
             f"leave it out"
         )
-    setup = Setup(config, backbone, chosen.options)
+    setup = Setup(config, backbone, chosen.options, task.folder)
     with asked(chosen.plugin, f"the items of its task {task.name}", type(task)):
         items = tuple(chosen_items(task, setup))
-    return Plan(task, setup, items, tuple(arms or task.arms))
+    return Plan(task, setup, items, task.arms_among(arms))
 
 
 def _made_from(config: RunConfig, backbone: Backbone, info: AdapterInfo | None, *, as_start: bool) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Observation:
                 return  # a recomputation, or another direction over the same tokens
             assert isinstance(layer, TTTLayer)
             with torch.no_grad():
-                trace = layer.trace(*args, **kwargs)
+                trace = layer.trace_minibatches(*args, **kwargs)
                 state = result[1]
                 moved = _norms(
                     tuple(

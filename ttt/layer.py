@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,26 @@ from ttt.config import TTTConfig
 from ttt.config.schema import inner_widths
 from ttt.costs import best_group_size, scan_cost
 from ttt.ops.autocast import no_autocast
-from ttt.ops.minibatch import Inner, InnerTrace, Stream, Tokens, learn, learn_one_, trace
+from ttt.ops.minibatch import Inner, Stream, Tokens, learn, learn_one_
 from ttt.ops.norm import normalize, normalize_target, outer_layer_norm, rms_norm
 from ttt.ops.rotary import apply_rotary, rotary_angles
+from ttt.ops.tracing import InnerTrace, MinibatchTrace, effective_weights, trace, trace_minibatches
 from ttt.state import TTTState, weight_names
 
 INITIAL_STD = 0.02
 Rotary = tuple[Tensor, Tensor]
+
+
+class Reading(NamedTuple):
+    """What a layer is about to read; see `TTTLayer.observers`."""
+
+    x: Tensor
+    """Tokens `[B,T,D]`."""
+    state: TTTState | None
+    """The streams' state before them; None if they start fresh. `step_` writes to it afterwards: copy what you keep."""
+    rotary: Rotary | None
+    rows: Tensor | None
+    """Which streams read, `[B]`; None means all."""
 
 
 class TTTLayer(nn.Module):
@@ -61,6 +75,8 @@ class TTTLayer(nn.Module):
         super().__init__()
         self.compiled: Callable[[TTTLayer, Tensor, TTTState, Rotary | None, int], tuple[Tensor, Stream]] | None = None
         """`_read` compiled, which `forward` calls instead if it is set; see `ttt.train.compiling`."""
+        self.observers: list[Callable[[TTTLayer, Reading], None]] = []
+        """Called by `forward` and `step_` with what they are about to read, before a state is written to."""
         heads = config.num_heads or num_heads
         check_head_width(dim, heads, config)
         self.config = config
@@ -142,7 +158,9 @@ class TTTLayer(nn.Module):
         Raises:
             ValueError: the tokens or the state do not fit the layer, or `rotary` does not fit the config.
         """
-        state = self._checked(x, state, rotary)
+        given, state = state, self._checked(x, state, rotary)
+        for observe in self.observers:
+            observe(self, Reading(x, given, rotary, None))
         read = self.compiled or TTTLayer._read
         group_size = self._group_size(x.shape[1])
         with no_autocast(x):  # outside the compiled part: a compiled backward runs in the types of its forward
@@ -184,6 +202,8 @@ class TTTLayer(nn.Module):
             own = getattr(self, name).untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
             if not own or not weight.is_contiguous():
                 raise ValueError("the state shares its memory; take one from streaming_state, which step_ may write to")
+        for observe in self.observers:
+            observe(self, Reading(x, state, rotary, rows))
         with torch.no_grad(), no_autocast(x):
             tokens = self._tokens(x, state, rotary)
             if state.skipped is not None and self.config.skip_nonfinite_tokens:
@@ -192,20 +212,48 @@ class TTTLayer(nn.Module):
             z_BHTF = learn_one_(tokens, state.stream, self._inner(tokens.q.dtype), rows)
             return self._answer(z_BHTF, x)
 
-    def trace(self, x: Tensor, state: TTTState | None = None, *, rotary: Rotary | None = None) -> InnerTrace:
+    def trace(
+        self,
+        x: Tensor,
+        state: TTTState | None = None,
+        *,
+        start: TTTState | None = None,
+        rotary: Rotary | None = None,
+    ) -> InnerTrace:
+        """The inner loss of each token at `W₀`, `W_{t−1}` and `W_t`, `[B,T]` each; NaN for tokens that are skipped.
+
+        Args:
+            x: as in `forward`.
+            state: as in `forward`: the state before x.
+            start: the state with which the streams started, whose weights are `W₀`; None if with the layer's own. If x
+                is not the first piece, it is not `state`.
+            rotary: as in `forward`.
+
+        Raises:
+            ValueError: as in `forward`; `start` does not fit either.
+        """
+        state, start = self._checked(x, state, rotary), self._checked(x, start, rotary)
+        with torch.no_grad(), no_autocast(x):
+            tokens = self._tokens(x, state, rotary)
+            inner = self._inner(tokens.q.dtype)
+            found = trace(tokens, state.stream, inner, start=self.effective_weights(start))
+            if not self.config.skip_nonfinite_tokens:
+                return found
+            skipped = _nonfinite(x).squeeze(-1)
+            return InnerTrace(*(losses.masked_fill(skipped, torch.nan) for losses in found))
+
+    def trace_minibatches(
+        self, x: Tensor, state: TTTState | None = None, *, rotary: Rotary | None = None
+    ) -> MinibatchTrace:
         """The inner loss before and after each mini-batch's step, `[N]` each; arguments as in `forward`."""
         state = self._checked(x, state, rotary)
         with torch.no_grad(), no_autocast(x):
             tokens = self._tokens(x, state, rotary)
-            return trace(tokens, state.stream, self._inner(tokens.q.dtype))
+            return trace_minibatches(tokens, state.stream, self._inner(tokens.q.dtype))
 
     def effective_weights(self, state: TTTState) -> tuple[Tensor, ...]:
         """The weights that answered the last token of each stream: with the step of an open mini-batch taken."""
-        if state.gradients is None or state.count is None:
-            return state.weights
-        scale = self._scale(state.weights[0].dtype)[(state.count - 1).clamp_min(0)]
-        scale = torch.where(state.count > 0, scale, 0)[:, None, None, None]
-        return tuple(w - scale * g for w, g in zip(state.weights, state.gradients, strict=True))
+        return effective_weights(state.stream, self._scale(state.weights[0].dtype))
 
     def extra_repr(self) -> str:
         """Shapes for `print(model)`."""

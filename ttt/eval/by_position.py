@@ -151,6 +151,8 @@ def moving_average(values: ArrayLike, window: int = WINDOW) -> Floats:
     if window < 1:
         raise ValueError(f"a window of {window} positions averages nothing; give 1 or more")
     values = np.asarray(values, dtype=np.float64)
+    if not values.size:
+        return values.copy()
     before = np.full((*values.shape[:-1], window - 1), np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(np.concatenate([before, values], -1), window, axis=-1)
     there = ~np.isnan(windows)

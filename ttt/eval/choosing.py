@@ -48,9 +48,9 @@ def _with_defaults(installed: InstalledTask) -> ChosenTask:
 
 
 def _has_data(chosen: ChosenTask, config: RunConfig, backbone: Backbone) -> bool:
-    setup = Setup(config, backbone, chosen.options)
     task = chosen.task
     assert isinstance(task, ItemTask)
+    setup = Setup(config, backbone, chosen.options, task.folder)
     if task.lacks(setup) is not None:
         return False
     return task.is_ready(setup)

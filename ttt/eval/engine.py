@@ -33,9 +33,9 @@ class Batch:
     """Arrays by item and arm."""
 
 
-def setup_of(context: EvalContext, options: Any) -> Setup:
+def setup_of(task: ItemTask, context: EvalContext, options: Any) -> Setup:
     """What a task knows before the model."""
-    return Setup(context.config, context.backbone, options)
+    return Setup(context.config, context.backbone, options, task.folder)
 
 
 def batches(task: ItemTask, items: Sequence[Item], *, size: int) -> list[tuple[Item, ...]]:

@@ -19,9 +19,9 @@ def numbers_of(task: ItemTask, context: EvalContext, options: Any) -> dict[str, 
     Raises:
         TTTError: the backbone or the data does not fit the task, or more than 1 % of its items failed.
     """
-    setup, bench = setup_of(context, options), Bench(context, options)
+    setup, bench = setup_of(task, context, options), Bench(context, options)
     items = chosen_items(task, setup)
-    arms = ("ttt", "closed")
+    arms = task.arms_among(("ttt", "closed"))
     rows = [row for batch in rows_of(task, bench, items, arms, stop=context.stop) for row in batch.rows]
     if context.stop():
         return {}

@@ -51,6 +51,8 @@ class Setup:
     backbone: Backbone
     options: Any
     """Those of the task."""
+    folder: str | None = None
+    """The folder of the task's data among what a backbone brings; None is its name."""
 
     @property
     def data(self) -> Path:
@@ -60,17 +62,18 @@ class Setup:
             UsageError: there is neither.
         """
         name, written = self.options.name, getattr(self.options, "data", None)
+        folder = self.folder or name
         if written is not None:
             return Path(written)
         backbone = self.backbone
         own = backbone.own_tasks_data(self.config) if has_capability(backbone, Scoring) else None
-        if own is None or not (own / name).exists():
+        if own is None or not (own / folder).exists():
             raise UsageError(
                 f"the task {name} has no data, and the backbone {backbone.name} brings none for it here",
                 key="eval.tasks",
                 fix=f"write {{name: {name}, data: FOLDER}}",
             )
-        return own / name
+        return own / folder
 
 
 class ItemTask(AnyEvalTask):
@@ -87,10 +90,14 @@ class ItemTask(AnyEvalTask):
     """The arms that it is measured under if nobody names others."""
     lists_without_torch: ClassVar[bool] = True
     """Whether `items` works without torch. If so, `ttt check` lists them; if not, only a command that measures does."""
+    arms_without: ClassVar[tuple[str, ...]] = ()
+    """The arms under which there is nothing to measure, because its TTT layers are not called, for example."""
     batched: ClassVar[bool] = True
     """Whether `eval.batch_size` items are measured together; if not, one at a time."""
     chance: ClassVar[float | None] = None
     """The outcome of guessing, for tables and pictures."""
+    folder: ClassVar[str | None] = None
+    """The folder of its data among what a backbone brings; None is its name."""
 
     def lacks(self, setup: Setup) -> str | None:
         """What the backbone lacks for this task, completing "the backbone NAME …"; None if it lacks nothing."""
@@ -110,6 +117,21 @@ class ItemTask(AnyEvalTask):
             return setup.data.exists()
         except UsageError:
             return False
+
+    def arms_among(self, named: Sequence[str] | None) -> tuple[str, ...]:
+        """The arms to measure of those that are named; None are the task's own.
+
+        Raises:
+            UsageError: there is nothing to measure under any of them.
+        """
+        found = tuple(arm for arm in named or self.arms if arm not in self.arms_without)
+        if not found:
+            others = " or ".join(arm for arm in ARMS if arm not in self.arms_without)
+            raise UsageError(
+                f"the task {self.name} has nothing to measure under the arm {' or '.join(named or self.arms)}; name "
+                f"{others}, or leave the task out"
+            )
+        return found
 
     @abstractmethod
     def items(self, setup: Setup) -> Sequence[Item]:
@@ -155,6 +177,16 @@ class ItemTask(AnyEvalTask):
             arrays: what `measure` returned as arrays.
         """
         return {}
+
+
+def with_chosen(numbers: Mapping[str, float], chosen: str) -> dict[str, float]:
+    """Outcomes of numbers `metric.weights`: each `metric` by the chosen weights, and `metric/weights` by each."""
+    found: dict[str, float] = {}
+    for name, number in numbers.items():
+        metric, _, weights = name.partition(".")
+        if weights == chosen:
+            found[metric] = number
+    return {**found, **{name.replace(".", "/", 1): number for name, number in numbers.items()}}
 
 
 class Arrays:

@@ -14,7 +14,7 @@ NORMALISED = ("mean", "sum", "continuation")
 
 
 def clip_scores(scores: Scores, facts: ScoreFacts, *, begin: int) -> dict[str, float]:
-    """Every score of one clip by `streams.normalise`; higher is likelier.
+    """Every score of one clip by `streams.normalise`; higher is likelier. Streams without a prediction have none.
 
     With the weights `w_k` of the streams and the losses `ℓ_kt` where something is predicted, the sum is `−Σ w_k ℓ_kt`,
     and the mean `−Σ w_k ℓ_kt / Σ w_k`. The continuation is the mean over the positions from `begin` on.
@@ -29,12 +29,13 @@ def clip_scores(scores: Scores, facts: ScoreFacts, *, begin: int) -> dict[str, f
     found: dict[str, float] = {}
     for name, weights in facts.weights.items():
         by_stream = torch.tensor(weights, dtype=torch.float64)[:, None]
+        if not bool((by_stream * counts).any()):
+            continue  # a stream that is masked: nothing is predicted there
         for normalised in NORMALISED:
             start = begin if normalised == "continuation" else 0
             total = float((by_stream * losses)[:, start:].sum())
             count = float((by_stream * counts)[:, start:].sum())
-            value = -total if normalised == "sum" else -total / count if count else 0.0
-            found[f"{name}.{normalised}"] = value
+            found[f"{name}.{normalised}"] = -total if normalised == "sum" else -total / count if count else 0.0
     return found
 
 

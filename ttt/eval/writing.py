@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from ttt.drawing import png
 from ttt.eval.folder import RESULTS, SUMMARY, EvalFolder
 from ttt.eval.items import Item, Row
+from ttt.eval.pictures import outcome_figure
 from ttt.eval.report import summary_text
 from ttt.eval.results import TaskSummary, as_results
 from ttt.eval.tasks import ItemTask, Setup
-from ttt.files import write_json, write_text, writing
+from ttt.files import write_bytes, write_json, write_text, writing
+
+OUTCOMES = "outcomes.png"
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Measurement(Protocol):
@@ -59,6 +66,9 @@ def write_results(
     write_json(folder.path / RESULTS, results)
     write_text(folder.path / SUMMARY, summary_text(summaries, plans, described))
     written = [folder.path / RESULTS, folder.path / SUMMARY]
+    outcomes = outcome_figure(summaries, {name: plan.task.chance for name, plan in plans.items()})
+    if outcomes is not None:
+        written.append(_picture(folder.path / OUTCOMES, outcomes))
     for name, plan in plans.items():
         found = folder.rows(name, plan.items)
         rows = [found[item.id] for item in plan.items if item.id in found]
@@ -82,12 +92,6 @@ def _of_task(folder: EvalFolder, plan: Measurement, rows: list[Row]) -> list[Pat
     return written
 
 
-def _picture(file: Path, figure: Any) -> Path:
-    import io
-
-    from ttt.files import write_bytes
-
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    write_bytes(file, content.getvalue())
+def _picture(file: Path, figure: Figure) -> Path:
+    write_bytes(file, png(figure))
     return file

@@ -6,6 +6,7 @@ ends in its shape (`q_BHTF`). Fast weights are flat tuples `(W1, b1, W2, b2, …
 
 - `ttt.ops.reference`: the definition, token by token; slow and obvious
 - `ttt.ops.minibatch`: splits a sequence into mini-batches, open ones included; a layer calls this
+- `ttt.ops.tracing`: the inner loss of each token before and after it is learned
 - `ttt.ops.select`: chooses the implementation of a mini-batch or a scan
 - `ttt.ops.fused`: mini-batches as one operation, with its backward by hand
 - `ttt.ops.mlp`: the same by autograd, for MLPs of any depth; `ttt.ops.linear`: the case of one layer

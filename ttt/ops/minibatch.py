@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ttt.ops.fused import fused_minibatch, fused_scan
 from ttt.ops.mlp import gelu, key_pass, mlp_minibatch, mlp_model, mlp_scan, move
-from ttt.ops.norm import inner_loss, layer_norm
+from ttt.ops.norm import layer_norm
 from ttt.ops.reference import reference
 from ttt.ops.select import Implementation, forced_implementation, implementation
 
@@ -79,7 +79,7 @@ def _chosen(weights: Weights, tokens: Tokens, mini_batches: int | None = None) -
     )
 
 
-def _answer(
+def answer_minibatch(
     weights: Weights, gradients: Weights | None, tokens: Tokens, inner: Inner, scale_BC: Tensor
 ) -> tuple[Tensor, Weights]:
     """Answer one mini-batch that may be open, with step sizes `[B,C]` or `[1,C]`; also return its summed gradients."""
@@ -166,7 +166,7 @@ def _learn_from_boundary(tokens: Tokens, weights: Weights, inner: Inner, group_s
         parts.append(z.flatten(2, 3))
     if not rest:
         return parts[0], Stream(weights)
-    z, gradients = _answer(
+    z, gradients = answer_minibatch(
         weights, None, tokens.map(lambda x: x[:, :, length - rest :]), inner, inner.scale_C[None, :rest]
     )
     parts.append(z)
@@ -181,7 +181,7 @@ def _learn_one(
 ) -> tuple[Tensor, Stream]:
     """`learn` for one token of each row; rows may be at different positions of their mini-batches."""
     scale = inner.scale_C[count_B][:, None]
-    z, gradients = _answer(weights, gradients, tokens, inner, scale)
+    z, gradients = answer_minibatch(weights, gradients, tokens, inner, scale)
     count_B = count_B + 1
     closed = count_B == inner.mini_batch_size
     weights = move(weights, gradients, inner.scale_C[-1], closed)
@@ -269,7 +269,7 @@ def _learn_from_anywhere(
 
     first = _gather_tokens(tokens, torch.where(slots < room_B[:, None], slots, length))
     first_scale = inner.scale_C[(count_B[:, None] + slots).clamp_max(size - 1)]
-    z, first_gradients = _answer(weights, gradients, first, inner, first_scale)
+    z, first_gradients = answer_minibatch(weights, gradients, first, inner, first_scale)
     parts = [z]
     closed_B = room_B <= length
     weights = move(weights, first_gradients, inner.scale_C[-1], closed_B)
@@ -286,7 +286,7 @@ def _learn_from_anywhere(
 
     tail_B = room_B + full_B * size
     tail = _gather_tokens(tokens, tail_B[:, None] + slots)
-    z, tail_gradients = _answer(weights, None, tail, inner, inner.scale_C[None, :width])
+    z, tail_gradients = answer_minibatch(weights, None, tail, inner, inner.scale_C[None, :width])
     parts.append(z)
     open_gradients = tuple(
         torch.where(closed_B[:, None, None, None], t, f) for t, f in zip(tail_gradients, first_gradients, strict=True)
@@ -315,34 +315,3 @@ def _gather_tokens(tokens: Tokens, index_BT: Tensor) -> Tokens:
 
 def _zero_where(rows: Tensor, tensors: Weights) -> Weights:
     return tuple(torch.where(rows[:, None, None, None], 0, x) for x in tensors)
-
-
-class InnerTrace(NamedTuple):
-    """The inner loss of each mini-batch before and after its step: means over streams, heads and tokens, `[N]`."""
-
-    before: Tensor
-    """The loss at the weights that opened the mini-batch."""
-    after: Tensor
-    """The loss of the same tokens after the mini-batch's step."""
-
-
-@torch.no_grad()
-def trace(tokens: Tokens, stream: Stream, inner: Inner) -> InnerTrace:
-    """The inner loss before and after each mini-batch's step; the last mini-batch may be incomplete.
-
-    Mini-batches are counted from the first token. If one is open in `stream`, the count starts with its weights, as if
-    it opened here. Arguments as in `learn`.
-    """
-    weights, size = stream.weights, inner.mini_batch_size
-    before: list[Tensor] = []
-    after: list[Tensor] = []
-    for start in range(0, tokens.q.shape[2], size):
-        part = tokens.map(lambda x, start=start: x[:, :, start : start + size])  # type: ignore[misc]
-        read = part.q.shape[2]
-        _, gradients = _answer(weights, None, part, inner, inner.scale_C[None, :read])
-        moved = move(weights, gradients, inner.scale_C[read - 1])
-        for losses, at in ((before, weights), (after, moved)):
-            z = mlp_model(at, part.k)
-            losses.append(inner_loss(z, part.target, inner.gamma_H1F, inner.beta_H1F, eps=inner.eps).mean())
-        weights = moved
-    return InnerTrace(torch.stack(before), torch.stack(after))

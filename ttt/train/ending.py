@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ttt.errors import TTTError
+from ttt.eval.choosing import chosen_for
+from ttt.printable import shell_word
 from ttt.train.display import duration_in_words
 from ttt.train.evaluation import Evaluation
 from ttt.train.parts import Parts
@@ -64,7 +67,17 @@ def finish(
     parts.say(f"{progress.done} steps in {duration_in_words(progress.seconds)}; adapter: {result.checkpoint}")
     if drawn:
         parts.say(f"pictures: {', '.join(map(str, drawn))}")
+    if _can_be_evaluated(parts):
+        parts.say(f"what it was worth: ttt eval {shell_word(parts.directory.path)}")
     return result
+
+
+def _can_be_evaluated(parts: Parts) -> bool:
+    """Whether `ttt eval` finds tasks to measure without being told any."""
+    try:
+        return bool(chosen_for(parts.config, parts.backbone, None))
+    except TTTError:  # of a plugin; the run is done
+        return False
 
 
 def _result(parts: Parts, progress: Progress, saved: Path | None, evaluation: Evaluation | None) -> TrainResult:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ttt.drawing import CLOSED, FAINT, INK, OPEN, dress, new_figure, png
 from ttt.files import write_bytes
 from ttt.train.claim import INNER_LOSS, LOSS, METRICS
 from ttt.train.metrics import read_metrics
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_OPEN, _CLOSED, _FAINT = "#1668b8", "#c7511f", "#9cb8d4"
-_INK, _GRID = "#303030", "#e4e4e4"
+
+_TASKS_BESIDE = 3
+"""Panels of evaluation tasks in a row."""
 
 
 class Pictures:
@@ -54,7 +55,7 @@ def draw_run(run: Path) -> list[Path]:
     made = []
     for name, figure in ((LOSS, loss_figure(lines)), (INNER_LOSS, inner_figure(lines))):
         if figure is not None:
-            _write(figure, run / name)
+            write_bytes(run / name, png(figure))
             made.append(run / name)
     return made
 
@@ -83,21 +84,60 @@ def loss_figure(lines: Sequence[dict[str, Any]]) -> Figure | None:
     if not points:
         return None
     steps, losses = [step for step, _ in points], [loss for _, loss in points]
-    figure = _figure(8.0, 4.6)
-    axes = figure.add_subplot()
+    tasks = task_series(lines)
+    figure = new_figure(8.0, 4.6 + 1.9 * -(-len(tasks) // _TASKS_BESIDE))
+    if tasks:
+        upper, lower = figure.subfigures(2, 1, height_ratios=[4.6, 1.9 * -(-len(tasks) // _TASKS_BESIDE)])
+        axes = upper.subplots()
+        _draw_tasks(lower, tasks)
+    else:
+        axes = figure.add_subplot()
     width = len(losses) // 25
     if width:
-        axes.plot(steps, losses, color=_FAINT, linewidth=0.9, label="training loss")
+        axes.plot(steps, losses, color=FAINT, linewidth=0.9, label="training loss")
         axes.plot(
-            steps, smoothed(losses, width), color=_OPEN, linewidth=2.0, label=f"mean of {2 * width + 1} logged steps"
+            steps, smoothed(losses, width), color=OPEN, linewidth=2.0, label=f"mean of {2 * width + 1} logged steps"
         )
     else:
-        axes.plot(steps, losses, color=_OPEN, linewidth=1.8, marker="o", markersize=3, label="training loss")
+        axes.plot(steps, losses, color=OPEN, linewidth=1.8, marker="o", markersize=3, label="training loss")
     _draw_evaluations(axes, lines)
-    _dress(axes, "optimiser step", "outer loss")
+    dress(axes, "optimiser step", "outer loss")
     axes.set_title(f"Outer loss: {losses[0]:.3f} at step {steps[0]}, {losses[-1]:.3f} at step {steps[-1]}", loc="left")
     axes.legend(facecolor="white", framealpha=0.9, edgecolor="none", loc="best")
     return figure
+
+
+def task_series(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """The numbers of evaluation tasks over the steps: by task and metric, the points of it.
+
+    A line has them as `task/metric`. Metrics are in the order in which the task gave them, its own first.
+    """
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for line in lines:
+        for key, value in line.items():
+            task, slash, metric = key.partition("/")
+            if slash and isinstance(value, (int, float)):
+                found.setdefault(task, {}).setdefault(metric, []).append((line["step"], float(value)))
+    return found
+
+
+def _draw_tasks(figure: Any, tasks: dict[str, dict[str, list[tuple[int, float]]]]) -> None:
+    """A panel for each task: its first metric, with its standard error and with gates closed if it has them."""
+    columns = min(len(tasks), _TASKS_BESIDE)
+    panels = figure.subplots(-(-len(tasks) // columns), columns, squeeze=False)
+    for axes in panels.flat[len(tasks) :]:
+        axes.set_axis_off()
+    for axes, (task, metrics) in zip(panels.flat, tasks.items(), strict=False):
+        name = next(iter(metrics))
+        errors = dict(metrics.get(f"{name}_stderr", ()))
+        steps, values = zip(*metrics[name], strict=True)
+        axes.errorbar(steps, values, [errors.get(step, 0.0) for step in steps], color=OPEN, marker="o", markersize=4)
+        if f"{name}_closed" in metrics:
+            axes.plot(
+                *zip(*metrics[f"{name}_closed"], strict=True), color=CLOSED, linestyle=":", marker="s", markersize=4
+            )
+        dress(axes, "optimiser step", "")
+        axes.set_title(f"{task}: {name} {values[-1]:.4g}", fontsize=9, loc="left")
 
 
 def _draw_evaluations(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
@@ -114,13 +154,13 @@ def _draw_evaluations(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
         (
             "eval_loss",
             {"marker": "D", "markersize": 5, "zorder": 6},
-            _INK,
+            INK,
             f"{where}, TTT acting: {last['eval_loss']:.4f}",
         ),
         (
             "eval_loss_gates_closed",  # larger, hollow and behind, so that both points show if they are close
             {"marker": "s", "markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.8, "zorder": 5},
-            _CLOSED,
+            CLOSED,
             f"the same, gates closed: {last['eval_loss_gates_closed']:.4f}",
         ),
     )
@@ -139,7 +179,7 @@ def inner_figure(lines: Sequence[dict[str, Any]]) -> Figure | None:
     sites = list(measured[-1]["layers"])
     columns = min(len(sites), 4 if len(sites) <= 8 else 7)
     rows = -(-len(sites) // columns)
-    figure = _figure(max(8.0, 2.3 * columns), 2.1 * rows + 3.0)
+    figure = new_figure(max(8.0, 2.3 * columns), 2.1 * rows + 3.0)
     upper, lower = figure.subfigures(2, 1, height_ratios=[2.1 * rows, 2.7], squeeze=False).flat
     panels = upper.subplots(rows, columns, squeeze=False, sharex=True)
     for index, panel in enumerate(panels.flat):
@@ -167,10 +207,10 @@ def _draw_inner_loss(axes: Axes, measured: Sequence[dict[str, Any]], site: str) 
     before = [_number(layer["inner_loss_before"]) for _, layer in points]
     after = [_number(layer["inner_loss_after"]) for _, layer in points]
     marker = "o" if len(steps) < 12 else None
-    axes.fill_between(steps, before, after, color=_OPEN, alpha=0.12, linewidth=0)
-    axes.plot(steps, before, color=_CLOSED, linewidth=1.5, marker=marker, markersize=3, label="before its step")
-    axes.plot(steps, after, color=_OPEN, linewidth=1.5, marker=marker, markersize=3, label="after")
-    _dress(axes, "", "")
+    axes.fill_between(steps, before, after, color=OPEN, alpha=0.12, linewidth=0)
+    axes.plot(steps, before, color=CLOSED, linewidth=1.5, marker=marker, markersize=3, label="before its step")
+    axes.plot(steps, after, color=OPEN, linewidth=1.5, marker=marker, markersize=3, label="after")
+    dress(axes, "", "")
     axes.set_title(site, fontsize=9, loc="left")
 
 
@@ -188,37 +228,9 @@ def _draw_by_site(axes: Axes, measured: Sequence[dict[str, Any]], sites: Sequenc
             markersize=3,
             label=site,
         )
-    _dress(axes, "optimiser step", "")
+    dress(axes, "optimiser step", "")
     axes.set_title(title, fontsize=9, loc="left")
 
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure without a window and without pyplot's global state, which other users of matplotlib could see."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _dress(axes: Axes, x: str, y: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel(x, fontsize=9)
-    axes.set_ylabel(y, fontsize=9)
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8, colors=_INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
-
-
-def _write(figure: Figure, path: Path) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    write_bytes(path, content.getvalue())

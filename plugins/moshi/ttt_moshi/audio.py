@@ -21,6 +21,7 @@ from ttt.reading import require_file, unreadable
 
 # What an encoder may have dropped from or padded to the end of a file: mp3 and Vorbis do, by some frames of theirs.
 _LENIENCY_SEC = 0.25
+_PHASES_AT_ONCE: Final = 320  # of resampling, as from 11,025 to 24,000 samples a second
 _RATES: Final = (1_000, 1_000_000)  # samples a second; telephones have 8,000, studios 192,000
 
 
@@ -150,17 +151,33 @@ class _Resampling:
 
     def __call__(self, padded: Tensor, length: int) -> Tensor:
         """The first `length` outputs, of input whose sample `half` is the place of the first of them."""
+        if self.up <= _PHASES_AT_ONCE:
+            return self._at_once(padded, length)
         pieces = padded.unfold(-1, 2 * self.half + 1, 1)
         out = padded.new_empty(padded.shape[0], length)
-        taps = torch.arange(-self.half, self.half + 1, dtype=torch.float64)
         for phase in range(min(self.up, length)):  # every up-th output has the same place between two inputs
-            whole, part = divmod(phase * self.down, self.up)
-            at = taps - part / self.up
-            weights = torch.sinc(self.cutoff * at) * torch.cos(at * (math.pi / (2 * (self.half + 1)))).square()
-            weights = (weights / weights.sum()).to(padded)
+            whole = phase * self.down // self.up
             count = -(-(length - phase) // self.up)
-            out[:, phase :: self.up] = pieces[:, whole :: self.down][:, :count] @ weights
+            out[:, phase :: self.up] = pieces[:, whole :: self.down][:, :count] @ self._weights(phase).to(padded)
         return out
+
+    def _at_once(self, padded: Tensor, length: int) -> Tensor:
+        """As one convolution with a channel for each phase: several times faster, but it multiplies with zeros too."""
+        rounds = max(1, -(-length // self.up))
+        width = self.inputs(self.up)
+        kernels = padded.new_zeros(self.up, 1, width)
+        for phase in range(self.up):
+            whole = phase * self.down // self.up
+            kernels[phase, 0, whole : whole + 2 * self.half + 1] = self._weights(phase)
+        missing = (rounds - 1) * self.down + width - padded.shape[-1]
+        out = F.conv1d(F.pad(padded, (0, max(0, missing)))[:, None], kernels, stride=self.down)
+        return out.transpose(1, 2).flatten(1)[:, :length]
+
+    def _weights(self, phase: int) -> Tensor:
+        """What an output takes of the inputs around it, if it stands `phase / up` of the way to `down` inputs later."""
+        at = torch.arange(-self.half, self.half + 1, dtype=torch.float64) - phase * self.down % self.up / self.up
+        weights = torch.sinc(self.cutoff * at) * torch.cos(at * (math.pi / (2 * (self.half + 1)))).square()
+        return weights / weights.sum()
 
 
 def _span(begin: int, end: int, rate: int) -> tuple[float, float]:

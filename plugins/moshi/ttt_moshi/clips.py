@@ -26,7 +26,7 @@ _VERSION: Final = "1"
 """Of how clips are made of sound; another version makes other clips of the same file."""
 
 Encode = Callable[[Tensor], Tensor]
-"""Encodes the next whole frames of sound, `[B, 1, samples]`, to codes `[B, K, T]`."""
+"""Encodes the next frames of sound `[1, 1, samples]` to codes `[1, K, t]`; or `[2, K, t]`, the last of silence."""
 
 
 class MoshiClips:
@@ -93,13 +93,10 @@ class MoshiClips:
         """
         info = self._inspect(path)
         frames = self._frames(path, info)
-        silent = self._options.user_stream == "silence"
-        encode = _encoder(self._codec, 2 if silent else 1)
+        encode = _encoder(self._codec, with_silence=self._options.user_stream == "silence")
         for start in range(0, frames, PIECE):
-            sound = self._sound(path, info, start, min(start + PIECE, frames))[None, None].to(self._device)
-            if silent:
-                sound = torch.cat([sound, torch.zeros_like(sound)])
-            yield self._clip(encode(sound).long().cpu())
+            sound = self._sound(path, info, start, min(start + PIECE, frames))
+            yield self._clip(encode(sound[None, None].to(self._device)).long().cpu())
 
     def _clip(self, codes: Tensor) -> Tensor:
         """What Moshi reads, `[1 + 2·K, t]`, of the codes of the file and, if it is heard, of silence, `[1|2, K, t]`."""
@@ -160,34 +157,38 @@ def _named(path: Path) -> Iterator[None]:
 # --- codecs in pieces ---
 
 
-def _encoder(codec: Any, batch_size: int) -> Encode:
+def _encoder(codec: Any, *, with_silence: bool) -> Encode:
     """A function that encodes sound piece after piece, to the codes of the whole."""
-    return _mimi_encoder(codec, batch_size) if isinstance(codec, MimiModel) else _demo_encoder(codec, batch_size)
+    encoder = _mimi_encoder if isinstance(codec, MimiModel) else _demo_encoder
+    return encoder(codec, with_silence)
 
 
-def _demo_encoder(codec: DemoCodec, batch_size: int) -> Encode:
-    before = codec.window.new_zeros(batch_size, 1, codec.overlap)
+def _demo_encoder(codec: DemoCodec, with_silence: bool) -> Encode:
+    """With the samples before a piece, which its first frame depends on. All frames of silence have the same codes."""
+    before = codec.window.new_zeros(1, 1, codec.overlap)
+    silence = codec.encode(codec.window.new_zeros(1, 1, codec.frame_size)) if with_silence else None
 
     def encode(sound: Tensor) -> Tensor:
         nonlocal before
         codes = codec.encode(sound, before=before)
         before = torch.cat([before, sound], 2)[:, :, sound.shape[2] :]
-        return codes
+        return codes if silence is None else torch.cat([codes, silence.expand(-1, -1, codes.shape[2])])
 
     return encode
 
 
-def _mimi_encoder(codec: MimiModel, batch_size: int) -> Encode:
+def _mimi_encoder(codec: MimiModel, with_silence: bool) -> Encode:
     """Through Mimi's streaming state, which is with the function: Mimi itself streams only while it encodes a piece."""
     steps = round(PIECE * codec.encoder_frame_rate / codec.frame_rate)
-    with exact_streaming(codec, batch_size, longest=steps):
+    with exact_streaming(codec, 2 if with_silence else 1, longest=steps):
         states = codec.get_streaming_state()
 
     def encode(sound: Tensor) -> Tensor:
+        heard = torch.cat([sound, torch.zeros_like(sound)]) if with_silence else sound
         codec.set_streaming_state(states)
         try:
             with torch.no_grad(), no_cuda_graph():  # a graph would fit pieces of one length only
-                return codec.encode(sound)
+                return codec.encode(heard)
         finally:
             codec.set_streaming_state(dict.fromkeys(states))
 

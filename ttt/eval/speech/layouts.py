@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ttt.errors import EnvironmentProblem
+from ttt.eval.sources import is_there, require_folder
 from ttt.eval.speech.gold import Entry, read_entries, refused
 from ttt.reading import other_kind
 
@@ -98,27 +99,6 @@ def _stories(data: Path) -> dict[str, dict[str, Path]]:
     return found
 
 
-def require_folder(data: Path) -> None:
-    """Refuse what is no folder.
-
-    Raises:
-        EnvironmentProblem: it is missing, or something else; the message says from where a relative path is read.
-    """
-    if other_kind(data) == "a folder":
-        return
-    where = "" if data.is_absolute() else f" in {Path.cwd()}, from where relative paths are read"
-    home = "; ~ is not expanded" if str(data).startswith("~") else ""
-    told = f"is {other_kind(data) or 'a file'}, not a folder" if _is_there(data) else f"there is no such folder{where}"
-    raise EnvironmentProblem(f"{data}: {told}{home}", fix="write the folder of the task's data")
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
-
-
 def _table(data: Path, part: str, split: str, gold: str | None) -> tuple[Path, Path]:
     """The gold.csv of a split, and the folder of its recordings.
 
@@ -132,7 +112,7 @@ def _table(data: Path, part: str, split: str, gold: str | None) -> tuple[Path, P
     if gold is not None:
         return Path(gold), next((folder for folder in folders if any(folder.glob("*.wav"))), folders[0])
     for folder in folders:
-        if _is_there(folder / "gold.csv"):
+        if is_there(folder / "gold.csv"):
             return folder / "gold.csv", folder
     raise EnvironmentProblem(
         f"{data}: has no gold.csv in {part}/{split}, in {split} or itself",

@@ -10,6 +10,7 @@ from ttt.plugins import AnyEvalTask, hookimpl
 @hookimpl
 def ttt_eval_tasks() -> Sequence[AnyEvalTask]:
     """The tasks on speech."""
+    from ttt.eval.speech.librilight import LibriLight
     from ttt.eval.speech.pairs import pair_tasks
 
-    return pair_tasks()
+    return [*pair_tasks(), LibriLight()]
