@@ -101,7 +101,7 @@ def test_a_planted_scorer_gets_exactly_what_it_must(
     assert found.stderr == 0  # every id has the same outcome
     assert summary.parts["vocabulary=in"]["ttt"].units == WORDS - 2
     assert {part for part in summary.parts if part.startswith("frequency")} == {
-        *("frequency=oov", "frequency=6-20", "frequency=21-100", "frequency=>100")
+        *("frequency=oov", "frequency=5-19", "frequency=20-99", "frequency=>=100")
     }
 
 

@@ -69,6 +69,41 @@ ttt:
   rope_theta: 5000.0
   colour: red
 """
+EVALUATED = """\
+moshi_paths: {config_path: null}
+max_steps: 1000
+do_eval: true
+eval_freq: 100
+paper_metrics_eval: true
+paper_metrics_freq: 500
+paper_metrics_use_silence: true
+paper_metrics_use_user_stream: false
+paper_metrics_cache: /tmp
+sblimp_audio_dir: set/syntactic/test
+sblimp_gold_csv: mine.csv
+sblimp_max_pairs: 1000
+swuggy_audio_dir: set
+swuggy_gold_csv: null
+swuggy_max_pairs: 0
+tstory_audio_dir: tsc
+tstory_max_pairs: 2.0
+sstory_audio_dir: ''
+sstory_max_pairs: 10
+librilight_evaluation_mode: single_book
+librilight_audio_dir: light
+librilight_book_id: '42'
+librilight_speaker_id: 7
+librilight_max_chapters: 3
+librilight_max_sequences: null
+librilight_concatenated: true
+librilight_more: {deep: 1, list: [2]}
+ttt_fig5_enable: yes
+ttt_fig5_layers: [29, 30]
+ttt_fig5_max_T: 2048
+ttt_fig5_smooth: 10
+ttt_fig5_colour: red
+"""
+"""The evaluation of a fork with TTT, every key that is known and some that are not."""
 
 
 def _imported(text: str) -> ImportedConfig:
@@ -92,7 +127,7 @@ def _leaves(data: dict[str, Any], path: str = "") -> set[str]:
     }
 
 
-@pytest.mark.parametrize("text", [PLAIN, WITH_TTT])
+@pytest.mark.parametrize("text", [PLAIN, WITH_TTT, EVALUATED])
 def test_no_key_is_lost(text: str) -> None:
     imported = _imported(text)
     assert {key.old for key in imported.keys if key.old} == _leaves(yaml.safe_load(text))
@@ -171,6 +206,121 @@ def test_the_account_wraps_at_a_terminal_and_keeps_secrets() -> None:
     assert max(map(len, account.splitlines())) <= 80
     assert "wandb.key" in account
     assert "a-secret" not in account + write_imported(_imported(PLAIN), origin="old.yaml")
+
+
+# --- what the forks measure ---
+
+TASKS = [
+    {"name": "sblimp", "data": "set/syntactic/test", "gold": "mine.csv", "split": "test", "limit": 1000},
+    {"name": "swuggy", "data": "set"},
+    {"name": "tstory", "data": "tsc", "limit": 2},
+    {"name": "librilight", "data": "light", "limit": 1},
+    {"name": "inner_loss", "data": "light", "limit": 16, "positions": 2048},
+]
+
+
+def _written(text: str) -> dict[str, Any]:
+    """The new config as it is written."""
+    written: dict[str, Any] = yaml.safe_load(write_imported(_imported(text), origin="old.yaml"))
+    return written
+
+
+def test_what_a_fork_measures_is_a_list_of_tasks() -> None:
+    assert _written(EVALUATED)["eval"] == {"eval_freq": 500, "tasks": TASKS, "score": {"user_stream": "silence"}}
+    text = write_imported(_imported(EVALUATED), origin="old.yaml")
+    assert "\n    - name: swuggy                   # a task here\n      data: set " in text
+    account = render_account(_imported(EVALUATED))
+    assert "\n  sblimp_max_pairs → eval.tasks.0.limit: 1000    there it counted files" in account
+    for words in ("33 minutes", "passed over tasks that were missing or zero", "counted mini-batches as positions"):
+        assert words in account
+    unknown = {key.old for key in _imported(EVALUATED).keys if "not known here" in key.note}
+    assert unknown == {"paper_metrics_cache", "librilight_more.deep", "librilight_more.list", "ttt_fig5_colour"}
+
+
+@pytest.mark.parametrize(
+    ("text", "tasks"),
+    [
+        (EVALUATED.replace("paper_metrics_eval: true", "paper_metrics_eval: off"), None),
+        (EVALUATED.replace("ttt_fig5_enable: yes", "ttt_fig5_enable: no"), TASKS[:4]),
+        (EVALUATED.replace("librilight_audio_dir: light\n", ""), TASKS[:3]),
+        (f"{EVALUATED}librilight_enable: false\n", [*TASKS[:3], TASKS[4]]),
+        ("paper_metrics_eval: true\nsstory_audio_dir: s\n", [{"name": "sstory", "data": "s"}]),
+        ("lora:\nsstory_audio_dir: s\nsstory_max_pairs: 3\n", [{"name": "sstory", "data": "s", "limit": 3}]),
+        ("lora:\nsstory_max_pairs: 3\nttt_fig5_layers: all\nlibrilight_book_id: 3\n", None),
+        ("lora:\nswuggy_audio_dir: s\nswuggy_max_pairs: -1\n", [{"name": "swuggy", "data": "s"}]),
+    ],
+)  # fmt: skip
+def test_only_what_was_measured_is_a_task(text: str, tasks: list[dict[str, Any]] | None) -> None:
+    assert _written(text).get("eval", {}).get("tasks") == tasks
+    imported = _imported(text)
+    assert {key.old for key in imported.keys if key.old} == _leaves(yaml.safe_load(text))
+    assert not [key for key in imported.keys if key.new is None and "known here" in key.note and key.old in KNOWN]
+
+
+KNOWN = {key for key in _leaves(yaml.safe_load(EVALUATED)) if key.count("_") > 1} - {
+    *("paper_metrics_cache", "ttt_fig5_colour")
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "freq"),
+    [
+        ("do_eval: true\neval_freq: 100\npaper_metrics_freq: 500\ntstory_audio_dir: s\n", 500),
+        ("do_eval: false\neval_freq: 100\npaper_metrics_freq: 500\ntstory_audio_dir: s\n", 500),
+        ("do_eval: true\neval_freq: 100\npaper_metrics_freq: 500\n", 100),  # without a task it was not read
+        ("do_eval: true\neval_freq: 100\npaper_metrics_eval: false\npaper_metrics_freq: 9\ntstory_audio_dir: s\n", 100),
+        ("eval_freq: 100\ntstory_audio_dir: s\n", 0),
+    ],
+)  # fmt: skip
+def test_how_often_is_one_number(text: str, freq: int) -> None:
+    assert _written(f"lora:\n{text}")["eval"]["eval_freq"] == freq
+
+
+@pytest.mark.parametrize(("silence", "heard"), [("true", "silence"), ("no", "zeros"), ("many", None)])
+def test_what_moshi_hears_of_the_user(silence: str, heard: str | None) -> None:
+    written = _written(f"lora:\npaper_metrics_use_silence: {silence}\n")
+    assert written.get("eval", {}).get("score", {}).get("user_stream") == heard
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sblimp_audio_dir: 3\n",
+        "sblimp_audio_dir: [a]\nsblimp_max_pairs: many\n",
+        "librilight_audio_dir: {a: 1}\n",
+        "tstory_audio_dir: s\ntstory_max_pairs: 1.5\n",
+        "sstory_audio_dir: s\nsstory: {max: 3}\n",
+        "ttt_fig5_enable: true\n",
+        "ttt_fig5_enable: true\nlibrilight_audio_dir: x\nttt_fig5_max_T: null\n",
+    ],
+)
+def test_odd_values_of_the_evaluation_stop_no_import(text: str) -> None:
+    imported = _imported(f"lora:\n{text}")
+    assert {key.old for key in imported.keys if key.old} >= _leaves(yaml.safe_load(text))
+    check_config("new.yaml", text=write_imported(imported, origin="old.yaml"))
+
+
+def test_an_imported_evaluation_loads_where_its_folders_are() -> None:
+    for name in ("tsc/1_a", "tsc/2_b"):
+        for member in ("correct", "incorrect"):
+            Path(name).parent.mkdir(exist_ok=True)
+            Path(f"{name}_{member}.wav").touch()
+    Path("light/reader/book").mkdir(parents=True)
+    Path("light/reader/book/chapter_1.flac").touch()
+    lexical = Path("set/lexical/dev")
+    lexical.mkdir(parents=True)
+    (lexical / "gold.csv").write_text(
+        "filename,id,voice,frequency,word,phones,length,correct\na,1,v,3,w,p,1,1\nb,1,v,3,w,p,1,0\n"
+    )
+    (lexical / "a.wav").touch()
+    (lexical / "b.wav").touch()
+    text = "\n".join(line for line in EVALUATED.splitlines() if not line.startswith("sblimp"))
+    checked = check_config("new.yaml", text=write_imported(_imported(text), origin="old.yaml"))
+    assert [(finding.code, finding.path) for finding in checked.findings if finding.path.startswith("eval")] == [
+        ("TTT514", "eval.tasks.3.limit")  # 16 sequences, and here is one
+    ]
+    assert checked.config is not None
+    assert [task.name for task in checked.config.eval.tasks] == ["swuggy", "tstory", "librilight", "inner_loss"]
 
 
 # --- the command ---

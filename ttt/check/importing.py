@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any, TypeAlias
 
 from ttt.config.dumping import dump_value
 from ttt.config.findings import summary
@@ -72,18 +73,63 @@ def write_imported(imported: ImportedConfig, *, origin: str) -> str:
     """The new config as YAML. A comment beside each key names the old key that it comes from."""
     origins = {key.new: key for key in imported.keys if key.new is not None}
     lines = [f"# Imported from {_in_a_comment(origin)} ({_in_a_comment(imported.format)}) by `ttt import-config`."]
+    tree = _tree(imported.values)
     for section in RunConfig.model_fields:
-        keys = [key for key in imported.values if key == section or key.startswith(f"{section}.")]
-        if not keys:
-            continue
-        nested = keys != [section]
-        lines += ["", f"{section}:"] if nested else [""]
-        for key in keys:
-            name = dump_value(key.rpartition(".")[2])
-            written = f"{'  ' if nested else ''}{name}: {dump_value(imported.values[key])}"
-            comment = _comment(origins[key], key)
-            lines.append(f"{written:36} # {comment}" if comment else written)
+        if section in tree:
+            lines += ["", *_written({section: tree[section]}, "", imported, origins)]
     return "\n".join(lines) + "\n"
+
+
+_Tree: TypeAlias = "dict[str, str | _Tree]"
+"""Names of keys, each with the dotted key whose value stands there, or with what lies below it."""
+
+
+def _tree(values: Mapping[str, Any]) -> _Tree:
+    """The keys as they are nested."""
+    tree: _Tree = {}
+    for key in values:
+        *above, name = key.split(".")
+        place = tree
+        for part in above:
+            below = place.setdefault(part, {})
+            if isinstance(below, str):  # a section that has a value as well: what is wrong with that, a check tells
+                below = place[part] = {part: below}
+            place = below
+        place[name] = key
+    return tree
+
+
+def _written(
+    tree: _Tree, indent: str, imported: ImportedConfig, origins: Mapping[str, ImportedKey]
+) -> list[str]:
+    """The lines of keys and of what lies below them."""
+    lines: list[str] = []
+    for name, node in tree.items():
+        label = f"{indent}{dump_value(name)}:"
+        if isinstance(node, str):
+            lines.append(_with_comment(label, node, imported, origins))
+        elif all(part.isdecimal() for part in node):
+            lines.append(label)
+            for entry in node.values():
+                lines += _entry(entry, f"{indent}  ", imported, origins)
+        else:
+            lines += [label, *_written(node, f"{indent}  ", imported, origins)]
+    return lines
+
+
+def _entry(
+    entry: str | _Tree, indent: str, imported: ImportedConfig, origins: Mapping[str, ImportedKey]
+) -> list[str]:
+    """The lines of an entry of a list."""
+    if isinstance(entry, str):
+        return [_with_comment(f"{indent}-", entry, imported, origins)]
+    first, *others = _written(entry, f"{indent}  ", imported, origins)
+    return [f"{indent}- {first.lstrip()}", *others]
+
+
+def _with_comment(label: str, key: str, imported: ImportedConfig, origins: Mapping[str, ImportedKey]) -> str:
+    written, comment = f"{label} {dump_value(imported.values[key])}", _comment(origins[key], key)
+    return f"{written:36} # {comment}" if comment else written
 
 
 def _comment(origin: ImportedKey, key: str) -> str:

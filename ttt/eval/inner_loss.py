@@ -16,6 +16,7 @@ from ttt.config.schema import MOST_STEPS
 from ttt.config.tasks import TaskOptions
 from ttt.errors import EnvironmentProblem
 from ttt.eval.items import Item, Measured, Row
+from ttt.eval.sources import require_folder
 from ttt.eval.tasks import Arrays, ItemOptions, ItemTask, Setup
 from ttt.plugins.capabilities import Scoring
 from ttt.plugins.capable import capability
@@ -105,9 +106,7 @@ def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     Raises:
         EnvironmentProblem: it is missing, no folder, or cannot be read.
     """
-    if not folder.is_dir():
-        kind = "not a folder" if folder.exists() else "no such folder"
-        raise EnvironmentProblem(f"{folder}: {kind}; name the folder of the sequences", key="data")
+    require_folder(folder)
     try:
         return sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
     except OSError as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ttt.errors import EnvironmentProblem
+from ttt.reading import other_kind
 
 AUDIO = (".flac", ".wav", ".ogg", ".mp3")
 TEXT = (".txt",)
@@ -32,7 +33,7 @@ def books(data: Path) -> list[Source]:
     Raises:
         EnvironmentProblem: there is no such folder, or it holds no books.
     """
-    _require_folder(data)
+    require_folder(data)
     found: dict[Path, list[Path]] = {}
     for file in data.glob("*/*/*"):
         if file.suffix.lower() in AUDIO and file.is_file():
@@ -51,16 +52,33 @@ def texts(data: Path) -> list[Source]:
     Raises:
         EnvironmentProblem: there is no such folder, or it holds none.
     """
-    _require_folder(data)
+    require_folder(data)
     files = sorted(file for file in data.rglob("*") if file.suffix.lower() in TEXT and file.is_file())
     if not files:
         raise EnvironmentProblem(f"{data}: holds no .txt file")
     return [Source(str(key), str(key), (file,)) for file in files for key in [file.relative_to(data)]]
 
 
-def _require_folder(data: Path) -> None:
-    if not data.is_dir():
-        raise EnvironmentProblem(f"{data}: {'is not a folder' if data.exists() else 'there is no such folder'}")
+def require_folder(data: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        EnvironmentProblem: it is missing, or something else; the message says from where a relative path is read.
+    """
+    if other_kind(data) == "a folder":
+        return
+    where = "" if data.is_absolute() else f" in {Path.cwd()}, from where relative paths are read"
+    home = "; ~ is not expanded" if str(data).startswith("~") else ""
+    told = f"is {other_kind(data) or 'a file'}, not a folder" if is_there(data) else f"there is no such folder{where}"
+    raise EnvironmentProblem(f"{data}: {told}{home}", fix="write the folder of the task's data")
+
+
+def is_there(path: Path) -> bool:
+    """Whether something has that name."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _in_order(file: Path) -> list[tuple[int, int, str]]:

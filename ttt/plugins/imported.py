@@ -35,7 +35,8 @@ class ImportedConfig:
     format: str
     """Whose config it was, "moshi-finetune"."""
     values: Mapping[str, Any]
-    """The new config, values by dotted key; what it leaves out takes this project's defaults."""
+    """The new config, values by dotted key; what it leaves out takes this project's defaults. A number in a key is a
+    place in a list: `eval.tasks.0.name`."""
     keys: Sequence[ImportedKey]
     """Every key of the old file, in its order, then what was added."""
 
@@ -102,6 +103,11 @@ class Import:
         if self.has(old):
             self._values[new] = changed.get("value", self.get(old))
             self._keys.setdefault(old, []).append(ImportedKey(old, new, note))
+
+    def is_accounted(self, old: str) -> bool:
+        """Whether a key of the old file was moved or dropped; of a section, whether all its keys were."""
+        paths = [path for path in self._old if path == old or path.startswith(f"{old}.")]
+        return all(path in self._keys for path in paths)
 
     def drop(self, old: str, why: str) -> None:
         """Say why a key of the old file has no counterpart; for a section, of all its keys."""

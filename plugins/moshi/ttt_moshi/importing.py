@@ -1,4 +1,4 @@
-"""Imports moshi-finetune's YAML, with or without the `ttt:` section of its forks.
+"""Imports moshi-finetune's YAML, with or without the `ttt:` section of its forks and what they measure.
 
 Keys and defaults are from moshi-finetune's `finetune/args.py`. If a file leaves a key out and this project's default
 differs, the imported config states moshi-finetune's.
@@ -12,9 +12,17 @@ from ttt.config.schema import MOST_STEPS, TTTConfig
 from ttt.config.source import parse_source
 from ttt.plugins import Import, ImportedConfig
 from ttt.plugins.imported import number
+from ttt_moshi.importing_eval import flag, move_evaluation
 
 FORMAT = "moshi-finetune"
-MARKS = ("moshi_paths", "first_codebook_weight_multiplier", "text_padding_weight", "full_finetuning", "lora")
+MARKS = (
+    "moshi_paths",
+    "first_codebook_weight_multiplier",
+    "text_padding_weight",
+    "full_finetuning",
+    "lora",
+    "paper_metrics_eval",
+)
 """Keys that no other program's config has."""
 
 LAYERS_WITHOUT_A_SECTION = (29, 30, 31)
@@ -65,7 +73,6 @@ _NOT_HERE = {
     "overwrite_run_dir": "a folder that holds a run is never written over",
     "world_size": "a run uses one device",
 }
-_TRUE, _FALSE = ("yes", "on", "y"), ("no", "off", "n")
 
 
 def import_config(text: str, *, file: str) -> ImportedConfig | None:
@@ -80,6 +87,7 @@ def import_config(text: str, *, file: str) -> ImportedConfig | None:
         moving.move(old, new)
     _move_data(moving)
     _move_schedule(moving)
+    move_evaluation(moving)
     _move_what_learns(moving)
     _move_ttt(moving)
     for old, (new, value) in _DEFAULTS.items():
@@ -90,15 +98,8 @@ def import_config(text: str, *, file: str) -> ImportedConfig | None:
     return moving.done()
 
 
-def _flag(value: Any) -> Any:
-    """A boolean of YAML 1.1, which moshi-finetune reads, as one of YAML 1.2."""
-    if isinstance(value, str) and value.casefold() in (*_TRUE, *_FALSE):
-        return value.casefold() in _TRUE
-    return value
-
-
 def _move_flag(moving: Import, old: str, new: str) -> None:
-    moving.move(old, new, value=_flag(moving.get(old)))
+    moving.move(old, new, value=flag(moving.get(old)))
 
 
 def _move_data(moving: Import) -> None:
@@ -110,7 +111,7 @@ def _move_data(moving: Import) -> None:
 
 
 def _move_schedule(moving: Import) -> None:
-    """`OneCycleLR`, saving and evaluating."""
+    """`OneCycleLR`, and saving."""
     steps, share = number(moving.get("max_steps", 100)), number(moving.get("optim.pct_start", 0.05))
     if steps is not None and share is not None and abs(steps * share) <= MOST_STEPS:
         warmup = round(steps * share)
@@ -123,23 +124,16 @@ def _move_schedule(moving: Import) -> None:
     moving.add("train.min_lr_ratio", ONE_CYCLE_END, "where moshi-finetune's OneCycleLR ends")
     _move_flag(moving, "gradient_checkpointing", "train.gradient_checkpointing")
 
-    saves, evaluates = _flag(moving.get("do_ckpt", True)), _flag(moving.get("do_eval", False))
-    if saves is False:
+    if flag(moving.get("do_ckpt", True)) is False:
         moving.drop("do_ckpt", "a run always saves what it trained at its end")
         moving.move("ckpt_freq", "train.ckpt_freq", value=0, note="do_ckpt: false")
     else:
         moving.drop("do_ckpt", "a run always saves; ckpt_freq says how often")
         moving.move("ckpt_freq", "train.ckpt_freq")
-    if evaluates is True:
-        moving.drop("do_eval", "a run always evaluates at its end; eval_freq says how often before")
-        moving.move("eval_freq", "eval.eval_freq")
-    else:
-        moving.drop("do_eval", "a run always evaluates at its end")
-        moving.move("eval_freq", "eval.eval_freq", value=0, note="without do_eval: true it was not read")
 
 
 def _move_what_learns(moving: Import) -> None:
-    if _flag(moving.get("full_finetuning", False)) is True:
+    if flag(moving.get("full_finetuning", False)) is True:
         moving.move("full_finetuning", "train.trainable", value="all", note="true: everything learns")
     else:
         moving.move("full_finetuning", "train.trainable", value="ttt", note="false: the backbone is frozen")
@@ -152,7 +146,7 @@ def _move_ttt(moving: Import) -> None:
         why = "the file has no TTT; these are the layers of this project's own 7B config"
         moving.add("ttt.layers", list(LAYERS_WITHOUT_A_SECTION), why)
         return
-    if _flag(section.get("enable", True)) is False:
+    if flag(section.get("enable", True)) is False:
         moving.move("ttt.enable", "ttt.layers", value="none", note="false: no layer has TTT")
         moving.drop("ttt.layers", "ttt.enable: false")
     else:
@@ -161,7 +155,7 @@ def _move_ttt(moving: Import) -> None:
     for old, new in _SAME_TTT.items():
         moving.move(f"ttt.{old}", new)
     _move_flag(moving, "ttt.persistent_states", "ttt.persistent_states")
-    rope = _flag(section.get("use_rope", True))
+    rope = flag(section.get("use_rope", True))
     moving.move("ttt.use_rope", "ttt.rope", value="none" if rope is False else "mini_batch")
     _move_inner_model(moving, section)
     handled = {"enable", "layers", "persistent_states", "use_rope", *_SAME_TTT}

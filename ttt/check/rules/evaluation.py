@@ -153,7 +153,9 @@ def _has_tasks(context: Context) -> bool:
     from ttt.eval.tasks import ItemTask, Setup
     from ttt.plugins.installed_tasks import installed_tasks
 
-    tasks = [each.task for each in installed_tasks().by_name.values() if isinstance(each.task, ItemTask)]
-    return any(
-        task.lacks(Setup(context.config, context.backbone, task.options(name=task.name))) is None for task in tasks
-    )
+    for task in (each.task for each in installed_tasks().by_name.values()):
+        if isinstance(task, ItemTask):
+            setup = Setup(context.config, context.backbone, task.options(name=task.name), task.folder)
+            if task.lacks(setup) is None:
+                return True
+    return False

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ttt.errors import EnvironmentProblem
+from ttt.eval.sources import is_there, require_folder
 from ttt.eval.speech.gold import Entry, read_entries, refused
 from ttt.reading import other_kind
 
@@ -16,8 +17,9 @@ SPLITS = ("dev", "test")
 _STORY = re.compile(r"(?P<key>\d+_(?P<story>.+))_(?P<member>correct|incorrect)", re.DOTALL)
 _LEXICAL = ("filename", "id", "voice", "frequency", "word", "phones", "length", "correct")
 _SYNTACTIC = ("filename", "id", "voice", "type", "subtype", "transcription", "correct")
-_BANDS = ((5, "1-5"), (20, "6-20"), (100, "21-100"))
-"""Bands of a word's frequency, as ZeroSpeech reports them: the largest frequency of each, and its name."""
+_BANDS = ((4, "1-4"), (19, "5-19"), (99, "20-99"))
+"""Bands of a word's frequency, as ZeroSpeech's package computes them (its labels say `1-5` and so on): the largest
+frequency of each, and its name."""
 OUT_OF_VOCABULARY = "oov"
 _LONGEST_NUMBER = 18  # digits
 
@@ -98,27 +100,6 @@ def _stories(data: Path) -> dict[str, dict[str, Path]]:
     return found
 
 
-def require_folder(data: Path) -> None:
-    """Refuse what is no folder.
-
-    Raises:
-        EnvironmentProblem: it is missing, or something else; the message says from where a relative path is read.
-    """
-    if other_kind(data) == "a folder":
-        return
-    where = "" if data.is_absolute() else f" in {Path.cwd()}, from where relative paths are read"
-    home = "; ~ is not expanded" if str(data).startswith("~") else ""
-    told = f"is {other_kind(data) or 'a file'}, not a folder" if _is_there(data) else f"there is no such folder{where}"
-    raise EnvironmentProblem(f"{data}: {told}{home}", fix="write the folder of the task's data")
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
-
-
 def _table(data: Path, part: str, split: str, gold: str | None) -> tuple[Path, Path]:
     """The gold.csv of a split, and the folder of its recordings.
 
@@ -132,7 +113,7 @@ def _table(data: Path, part: str, split: str, gold: str | None) -> tuple[Path, P
     if gold is not None:
         return Path(gold), next((folder for folder in folders if any(folder.glob("*.wav"))), folders[0])
     for folder in folders:
-        if _is_there(folder / "gold.csv"):
+        if is_there(folder / "gold.csv"):
             return folder / "gold.csv", folder
     raise EnvironmentProblem(
         f"{data}: has no gold.csv in {part}/{split}, in {split} or itself",
@@ -189,4 +170,4 @@ def frequency_band(frequency: str) -> str:
         return whole
     if int(whole) == 0:
         return OUT_OF_VOCABULARY
-    return next((name for most, name in _BANDS if int(whole) <= most), ">100")
+    return next((name for most, name in _BANDS if int(whole) <= most), ">=100")
