@@ -249,6 +249,7 @@ def _score_facts(backbone: Any, answer: Any) -> Any:
     count = len(answer.streams)
     if not count:
         raise WrongAnswer("ScoreFacts without a stream that the model predicts")
+    _require_whole(answer, "piece", least=1)
     for name, weights in answer.weights.items():
         if len(weights) != count or not all(w >= 0 for w in weights) or not any(weights):
             raise WrongAnswer(
