@@ -201,6 +201,11 @@ class Scoring(Capability, Generic[OptionsT, DataT]):
     def score_stream(self, model: nn.Module, *, batch_size: int) -> AbstractContextManager[ScoreStream]:
         """A context in which the model reads B streams in pieces, without gradients. They start fresh."""
 
+    def example_clips(self, model: nn.Module, *, batch_size: int, tokens: int, seed: int) -> Tensor:
+        """Random clips `[B,S,T]` with which law 4 is proved: `Backbone.example_batch`, if that makes such clips."""
+        example: Callable[..., Tensor] = self.example_batch  # type: ignore[attr-defined]
+        return example(model, batch_size=batch_size, tokens=tokens, seed=seed)
+
 
 class InWords(NamedTuple):
     """A capability in words."""
