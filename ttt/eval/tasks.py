@@ -88,10 +88,10 @@ class ItemTask(AnyEvalTask):
     """What its clips are read from, as in `ttt.plugins.ScoreFacts`; None if that does not matter."""
     arms: ClassVar[tuple[str, ...]] = ("ttt", "closed")
     """The arms that it is measured under if nobody names others."""
-    lists_without_torch: ClassVar[bool] = True
-    """Whether `items` works without torch. If so, `ttt check` lists them; if not, only a command that measures does."""
     arms_without: ClassVar[tuple[str, ...]] = ()
     """The arms under which there is nothing to measure, because its TTT layers are not called, for example."""
+    lists_without_torch: ClassVar[bool] = True
+    """Whether `items` works without torch. If so, `ttt check` lists them; if not, only a command that measures does."""
     batched: ClassVar[bool] = True
     """Whether `eval.batch_size` items are measured together; if not, one at a time."""
     chance: ClassVar[float | None] = None

@@ -87,7 +87,8 @@ def loss_figure(lines: Sequence[dict[str, Any]]) -> Figure | None:
     tasks = task_series(lines)
     figure = new_figure(8.0, 4.6 + 1.9 * -(-len(tasks) // _TASKS_BESIDE))
     if tasks:
-        upper, lower = figure.subfigures(2, 1, height_ratios=[4.6, 1.9 * -(-len(tasks) // _TASKS_BESIDE)])
+        ratios = [4.6, 1.9 * -(-len(tasks) // _TASKS_BESIDE)]
+        upper, lower = figure.subfigures(2, 1, height_ratios=ratios, squeeze=False).flat
         axes = upper.subplots()
         _draw_tasks(lower, tasks)
     else:
