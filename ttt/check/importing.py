@@ -99,9 +99,7 @@ def _tree(values: Mapping[str, Any]) -> _Tree:
     return tree
 
 
-def _written(
-    tree: _Tree, indent: str, imported: ImportedConfig, origins: Mapping[str, ImportedKey]
-) -> list[str]:
+def _written(tree: _Tree, indent: str, imported: ImportedConfig, origins: Mapping[str, ImportedKey]) -> list[str]:
     """The lines of keys and of what lies below them."""
     lines: list[str] = []
     for name, node in tree.items():
@@ -117,9 +115,7 @@ def _written(
     return lines
 
 
-def _entry(
-    entry: str | _Tree, indent: str, imported: ImportedConfig, origins: Mapping[str, ImportedKey]
-) -> list[str]:
+def _entry(entry: str | _Tree, indent: str, imported: ImportedConfig, origins: Mapping[str, ImportedKey]) -> list[str]:
     """The lines of an entry of a list."""
     if isinstance(entry, str):
         return [_with_comment(f"{indent}-", entry, imported, origins)]
