@@ -132,9 +132,10 @@ def close(found: Losses, expected: Losses) -> bool:
     )
 
 
-@pytest.mark.parametrize("ops", ["", "generic", "reference"])
+@pytest.mark.parametrize(
+    ("size", "ops"), [*((size, "") for size in SIZES), (4, "generic"), (4, "fused"), (4, "reference")]
+)
 @pytest.mark.parametrize("open_state", [False, True], ids=["from a boundary", "from anywhere"])
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("model", MODELS)
 def test_each_token_at_its_own_weights_in_pieces_of_any_length(
     model: str, size: int, open_state: bool, ops: str, monkeypatch: pytest.MonkeyPatch
