@@ -17,6 +17,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,9 @@ class EvalFolder:
         sync(file.parent)
 
     def _array_file(self, task: str, item: str, arm: str) -> Path:
-        return self.path / POSITIONS / task / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', item)[:120]}.{arm}.npz"
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "_", item)[:120]
+        told = plain if plain == item else f"{plain}-{sha256(item.encode()).hexdigest()[:8]}"  # else two might be one
+        return self.path / POSITIONS / task / f"{told}.{arm}.npz"
 
     def _write_arrays(self, task: str, item: str, arm: str, content: Mapping[str, np.ndarray]) -> None:
         packed = io.BytesIO()

@@ -16,7 +16,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeGuard, TypeVar
 
-from ttt.config.schema import DataT, OptionsT, RunConfig, ScoreOptions
+from ttt.config.evaluation import ScoreOptions
+from ttt.config.schema import DataT, OptionsT, RunConfig
 from ttt.errors import UsageError
 from ttt.plugins.guarding import guard
 
