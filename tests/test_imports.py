@@ -351,7 +351,7 @@ def test_what_checks_a_config_imports_no_torch() -> None:
 
 def test_statistics_need_no_torch() -> None:
     """A check that counts pairs may draw them, and a table is made from files alone."""
-    modules = [f"ttt.eval.{name}" for name in ("statistics", "by_position")]
+    modules = [f"ttt.eval.{name}" for name in ("statistics", "by_position", "ratings", "strengths")]
     assert _heavy_after(["ttt.eval", *modules]) == "[]"
 
 
