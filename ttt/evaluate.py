@@ -23,7 +23,7 @@ from ttt.eval.tasks import ItemTask, Setup
 from ttt.eval.writing import write_results
 from ttt.inject import Injection
 from ttt.interrupt import stop_if_asked
-from ttt.learned import fitting, learned_model
+from ttt.learned import fitting, imported_from, learned_model
 from ttt.plugins import Backbone, EvalContext, Scoring, has_capability
 from ttt.plugins.installed_tasks import ChosenTask
 from ttt.printable import say
@@ -104,6 +104,8 @@ def evaluate(
                 step=_step(info),
                 stop=lambda: False,
                 adapters=injection.adapters,
+                folder=folder.path,
+                imported_from=imported_from(info),
             )
             machine = _Machine(context, injection, folder, console, resume=resume, overwrite=overwrite)
             summaries = {plan.task.name: machine.measure(plan) for plan in plans}
@@ -152,7 +154,12 @@ def _plan(config: RunConfig, backbone: Backbone, chosen: ChosenTask, arms: Seque
             f"leave it out"
         )
     setup = Setup(config, backbone, chosen.options)
-    return Plan(task, setup, tuple(chosen_items(task, setup)), tuple(arms or task.arms))
+    items = tuple(chosen_items(task, setup))
+    for arm in arms or task.arms:
+        refused = task.refuses(setup, arm)
+        if refused is not None:
+            raise UsageError(f"the task {task.name} under the arm {arm}: the backbone {backbone.name} {refused}")
+    return Plan(task, setup, items, tuple(arms or task.arms))
 
 
 def _made_from(config: RunConfig, backbone: Backbone, info: AdapterInfo | None, *, as_start: bool) -> dict[str, Any]:
@@ -238,6 +245,7 @@ class _Machine:
         if kept:
             say(self._console, f"{task.name}: {len(kept)} of {len(plan.items)} items are there already")
         missing = [part for part in parts if part not in whole]
+        bench.items_left = [item for part in missing for item in part]
         with Steps(self._console, task.name, total=len(plan.items), tenths=True) as steps:
             steps.advance(len(kept)) if kept else None
             for part in missing:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +114,7 @@ def _failed(item: Item, error: Exception) -> Batch:
 def _together(task: ItemTask, bench: Bench, items: Sequence[Item], arms: Sequence[str]) -> Batch:
     by_arm: dict[str, Sequence[Measured]] = {}
     for arm in arms:
-        with bench.under(arm), torch.no_grad():
+        with bench.under(arm), torch.no_grad(), _same_draws():
             by_arm[arm] = _checked(task, task.measure(bench, items), len(items))
     rows = tuple(
         Row(item, {arm: dict(by_arm[arm][place].numbers) for arm in arms}, _digests(item))
@@ -125,6 +127,19 @@ def _together(task: ItemTask, bench: Bench, items: Sequence[Item], arms: Sequenc
         if by_arm[arm][place].arrays
     }
     return Batch(rows, arrays)
+
+
+@contextlib.contextmanager
+def _same_draws() -> Iterator[None]:
+    """A context after which the global generators are as before, so that each arm draws the same random numbers."""
+    python, numbers = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
 
 
 def _checked(task: ItemTask, answer: Any, count: int) -> Sequence[Measured]:
@@ -160,6 +175,7 @@ def rows_of(
     """Measure all items, batch by batch, until `stop` returns true."""
     if Scoring in task.requires:
         bench.reader  # noqa: B018 - if the codec is missing, that is not the fault of an item
+    bench.items_left = items
     for part in batches(task, items, size=bench.config.eval.batch_size):
         if stop():
             return

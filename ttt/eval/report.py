@@ -29,14 +29,21 @@ def summary_text(summaries: Mapping[str, TaskSummary], plans: Mapping[str, Any],
     for name, summary in summaries.items():
         cells = [_cell(summary, column) for column in columns]
         main = summary.main
-        units = next(iter(summary.metrics[main].values())).units if main is not None else 0
-        lines.append(f"| {name} ({main}) | {' | '.join(cells)} | {units} | {summary.failed} |")
+        units = next(iter(summary.metrics[main].values())).units if main is not None else summary.items - summary.failed
+        lines.append(f"| {_named(name, main, plans[name])} | {' | '.join(cells)} | {units} | {summary.failed} |")
     mean = averaged(summaries)
     if mean:
         cells = [in_words(mean.get(column)) for column in columns]
         lines.append(f"| average (acc) | {' | '.join(cells)} | | |")
     lines += ["", *_conditions(plans, described), ""]
     return "\n".join(lines)
+
+
+def _named(name: str, metric: str | None, plan: Any) -> str:
+    """A task with its metric, and an arrow where less is better."""
+    if metric is None:
+        return name
+    return f"{name} ({metric}{'' if plan.task.higher_is_better else ' ↓'})"
 
 
 def _cell(summary: TaskSummary, column: str) -> str:
@@ -58,7 +65,7 @@ def _conditions(plans: Mapping[str, Any], described: Mapping[str, Any]) -> list[
     lines = [
         "± is one standard error, clustered by what is not independent. `ttt` is the model as trained; `closed` the "
         "same with its gates closed, which is the plain backbone; `reset` starts fast weights anew every now and then. "
-        "A difference is paired, item by item.",
+        "A difference is paired, item by item. ↓: less is better.",
         "",
         f"- adapter: {learned}",
         f"- backbone: {', '.join(f'{key} {value}' for key, value in config['backbone'].items() if value is not None)}",

@@ -19,7 +19,7 @@ from ttt.config.tasks import TaskOptions
 from ttt.errors import UsageError
 from ttt.eval.items import Item, Measured, Row
 from ttt.plugins.backbone import Backbone
-from ttt.plugins.capabilities import CAPABILITIES, Capability, Scoring, has_capability
+from ttt.plugins.capabilities import CAPABILITIES, Capability, Scoring, SegmentReset, has_capability
 from ttt.plugins.eval_tasks import AnyEvalTask
 
 if TYPE_CHECKING:
@@ -89,6 +89,10 @@ class ItemTask(AnyEvalTask):
     """Whether `eval.batch_size` items are measured together; if not, one at a time."""
     chance: ClassVar[float | None] = None
     """The outcome of guessing, for tables and pictures."""
+    higher_is_better: ClassVar[bool] = True
+    """Whether a larger outcome is the better one; a loss has False."""
+    writes_files: ClassVar[bool] = False
+    """Whether it makes files in the evaluation's folder. Then `ttt eval` measures it, and training leaves it out."""
 
     def lacks(self, setup: Setup) -> str | None:
         """What the backbone lacks for this task, completing "the backbone NAME …"; None if it lacks nothing."""
@@ -101,6 +105,15 @@ class ItemTask(AnyEvalTask):
             if medium != self.medium:
                 return f"reads {medium}, and the task is on {self.medium}"
         return None
+
+    def refuses(self, setup: Setup, arm: str) -> str | None:
+        """Why the backbone cannot be measured under an arm, completing "the backbone NAME …"; None if it can be.
+
+        By default `reset` needs streams of clips, which the core cuts, or a backbone that resets by itself.
+        """
+        if arm != "reset" or Scoring in self.requires or has_capability(setup.backbone, SegmentReset):
+            return None
+        return f"has no {CAPABILITIES[SegmentReset].lacking}"
 
     def is_ready(self, setup: Setup) -> bool:
         """Whether it can be measured without being told where data is. By default: whether `setup.data` is there."""
@@ -143,6 +156,17 @@ class ItemTask(AnyEvalTask):
     def texts(self, setup: Setup, rows: Sequence[Row]) -> Mapping[str, str]:
         """Files to write beside the results, as text by name; none by default."""
         return {}
+
+    def files(self, setup: Setup, rows: Sequence[Row], folder: Path) -> Sequence[Path]:
+        """Write other files into the evaluation's folder; returns them. By default there are none.
+
+        It is called whenever results are written, also of an evaluation that went on; what people may have changed by
+        then it leaves as it is.
+
+        Raises:
+            ttt.errors.EnvironmentProblem: the folder cannot be written.
+        """
+        return []
 
     def figures(self, setup: Setup, rows: Sequence[Row], arrays: Arrays) -> Mapping[str, Figure]:
         """Pictures by file name; none by default.

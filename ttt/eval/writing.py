@@ -54,7 +54,7 @@ def write_results(
     results = as_results(
         summaries,
         versions={name: plan.task.version for name, plan in plans.items()},
-        described={"configs": configs, **described},
+        described={"configs": configs, "higher_is_better": _directions(summaries, plans), **described},
     )
     write_json(folder.path / RESULTS, results)
     write_text(folder.path / SUMMARY, summary_text(summaries, plans, described))
@@ -64,6 +64,13 @@ def write_results(
         rows = [found[item.id] for item in plan.items if item.id in found]
         written += _of_task(folder, plan, rows)
     return written
+
+
+def _directions(summaries: Mapping[str, TaskSummary], plans: Mapping[str, Measurement]) -> dict[str, dict[str, bool]]:
+    """For each metric of a task whether a larger number is better, as lm-evaluation-harness has it."""
+    return {
+        name: dict.fromkeys(summary.metrics, plans[name].task.higher_is_better) for name, summary in summaries.items()
+    }
 
 
 def _of_task(folder: EvalFolder, plan: Measurement, rows: list[Row]) -> list[Path]:
@@ -77,6 +84,7 @@ def _of_task(folder: EvalFolder, plan: Measurement, rows: list[Row]) -> list[Pat
             file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, text)
         written.append(file)
+    written += plan.task.files(plan.setup, rows, folder.path)
     for name, figure in plan.task.figures(plan.setup, rows, folder.arrays(plan.task.name)).items():
         written.append(_picture(folder.path / name, figure))
     return written
