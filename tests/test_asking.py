@@ -24,10 +24,12 @@ from ttt.plugins import (
     Backbone,
     BackboneFacts,
     Capability,
+    DiffusionScoring,
     LossOutput,
     PluginInfo,
     Precomputing,
     Sampling,
+    SegmentReset,
     Streaming,
     WeightImport,
     capability,
@@ -592,7 +594,7 @@ def test_a_capability_is_asked_for_and_who_lacks_it_learns_who_has_it(tmp_path: 
         assert has_capability(able, kind)
         assert not has_capability(plain, kind)
         assert not has_capability(None, kind)
-    assert kinds_of(type(able)) == [Streaming, Sampling, Precomputing, WeightImport]
+    assert kinds_of(type(able)) == [Streaming, Sampling, Precomputing, WeightImport, DiffusionScoring, SegmentReset]
     with importable(tmp_path), pytest.raises(UsageError) as caught:
         capability(plain, Streaming)
     told = "the backbone twoway has no streaming: it reads sequences whole; of the installed backbones moshi has it"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +19,7 @@ from ttt.eval.tasks import ItemTask, Setup
 from ttt.plugins.asking import WrongAnswer, is_out_of_memory, with_its_type
 from ttt.plugins.capabilities import Scoring
 from ttt.plugins.eval_tasks import EvalContext
+from ttt.seeds import generator_states, restore_generators
 from ttt.words import first_line
 
 MOST_FAILED = 0.01
@@ -113,8 +112,10 @@ def _failed(item: Item, error: Exception) -> Batch:
 
 def _together(task: ItemTask, bench: Bench, items: Sequence[Item], arms: Sequence[str]) -> Batch:
     by_arm: dict[str, Sequence[Measured]] = {}
+    generators = generator_states()
     for arm in arms:
-        with bench.under(arm), torch.no_grad(), _same_draws():
+        restore_generators(generators)  # so that each arm draws the same random numbers
+        with bench.under(arm), torch.no_grad():
             by_arm[arm] = _checked(task, task.measure(bench, items), len(items))
     rows = tuple(
         Row(item, {arm: dict(by_arm[arm][place].numbers) for arm in arms}, _digests(item))
@@ -127,19 +128,6 @@ def _together(task: ItemTask, bench: Bench, items: Sequence[Item], arms: Sequenc
         if by_arm[arm][place].arrays
     }
     return Batch(rows, arrays)
-
-
-@contextlib.contextmanager
-def _same_draws() -> Iterator[None]:
-    """A context after which the global generators are as before, so that each arm draws the same random numbers."""
-    python, numbers = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
 
 
 def _checked(task: ItemTask, answer: Any, count: int) -> Sequence[Measured]:

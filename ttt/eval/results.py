@@ -168,7 +168,7 @@ def _samples(summary: TaskSummary | None) -> dict[str, int] | None:
     if summary is None:
         return None
     main = None if summary.main is None else next(iter(summary.metrics[summary.main].values()))
-    counts = {"units": main.units, "clusters": main.clusters} if main is not None else {"units": 0, "clusters": 0}
+    counts = {"units": main.units, "clusters": main.clusters} if main is not None else {}
     return {"original": summary.items, "effective": summary.items - summary.failed, "failed": summary.failed, **counts}
 
 

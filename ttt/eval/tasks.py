@@ -111,9 +111,15 @@ class ItemTask(AnyEvalTask):
 
         By default `reset` needs streams of clips, which the core cuts, or a backbone that resets by itself.
         """
-        if arm != "reset" or Scoring in self.requires or has_capability(setup.backbone, SegmentReset):
+        if arm != "reset" or Scoring in self.requires:
             return None
-        return f"has no {CAPABILITIES[SegmentReset].lacking}"
+        if not has_capability(setup.backbone, SegmentReset):
+            return f"has no {CAPABILITIES[SegmentReset].lacking}"
+        evaluation = setup.config.eval
+        written = [key for key in ("reset_sec", "reset_tokens") if getattr(evaluation, key) is not None]
+        if written:
+            return f"starts fast weights anew at each segment of a window, so leave out eval.{written[0]}"
+        return None
 
     def is_ready(self, setup: Setup) -> bool:
         """Whether it can be measured without being told where data is. By default: whether `setup.data` is there."""

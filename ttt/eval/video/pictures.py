@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +35,7 @@ def loss_by_part(rows: Sequence[Row]) -> Figure:
         rows: of `diffusion_loss`, none of which failed.
     """
     arms = list(rows[0].arms)
-    pairs = list(itertools.combinations(arms, 2))
+    pairs = [(arms[0], other) for other in arms[1:]]
     figure = new_figure(11, 7 if pairs else 4)
     kinds = [(kind, label, _parts(rows, kind)) for kind, label in _KINDS]
     widths = [len(parts) + 1 for _, _, parts in kinds]
@@ -54,7 +53,7 @@ def loss_by_part(rows: Sequence[Row]) -> Figure:
         panels[-1][column].set_xlabel(label, color=INK)
     panels[0][0].set_ylabel("loss", color=INK)
     if pairs:
-        panels[1][0].set_ylabel("paired difference\n(below 0: the first arm is better)", color=INK)
+        panels[1][0].set_ylabel(f"paired difference\n(below 0: {arms[0]} is better)", color=INK)
     for row in panels:
         row[0].legend(frameon=False, fontsize=9)
     figure.suptitle(_title(rows), x=0.01, ha="left", fontsize=11, color=INK)
@@ -68,8 +67,9 @@ def _parts(rows: Sequence[Row], kind: str) -> list[str]:
 
 def _title(rows: Sequence[Row]) -> str:
     clusters = len({row.item.cluster for row in rows})
-    bars = "bars: one standard error over videos" if clusters > 1 else "no error bars: all are cut from one video"
-    return f"diffusion loss of {len(rows)} windows of {clusters} videos; {bars}"
+    if clusters == 1:
+        return f"diffusion loss; windows: {len(rows)}, all cut from one video, so that no error is known"
+    return f"diffusion loss; windows: {len(rows)}, cut from {clusters} videos; bars: one standard error over videos"
 
 
 def _estimated(rows: Sequence[Row], name: str, arm: str) -> Estimate:
@@ -89,9 +89,16 @@ def _draw(axes: Axes, parts: Sequence[str], drawn: Mapping[str, Sequence[Estimat
     """Draw points of several series side by side at each part, with error bars where the error is known."""
     for number, ((label, found), colour) in enumerate(zip(drawn.items(), colours, strict=True)):
         places = [place + (number - (len(drawn) - 1) / 2) * 0.18 for place in range(len(parts))]
-        errors = [one.stderr or 0.0 for one in found]
+        errors = [one.stderr for one in found if one.stderr is not None]
         axes.errorbar(
-            places, [one.mean for one in found], errors, fmt="o", color=colour, markersize=4, capsize=2, label=label
+            places,
+            [one.mean for one in found],
+            errors if len(errors) == len(found) else None,
+            fmt="o",
+            color=colour,
+            markersize=4,
+            capsize=2,
+            label=label,
         )
     axes.set_xticks(range(len(parts)), parts, fontsize=8, color=INK)
     if len(parts) > 4:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import random
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -214,13 +213,10 @@ class _Sampler:
         self._make = sampler.prepare_samples(bench.model, requests, bench.config, console=console)
 
     def make(self, request: SampleRequest) -> None:
-        """Make a sample, every global generator seeded by its seed."""
-        import numpy as np
-        import torch
+        """Make the sample that `ttt sample` would make of the request."""
+        from ttt.seeds import seed_pass
 
-        torch.manual_seed(request.seed)
-        random.seed(request.seed)
-        np.random.seed(request.seed % (1 << 32))
+        seed_pass(request.seed, "sample", 0)
         self._make(request)
 
     def write_log(self, file: Path) -> None:
