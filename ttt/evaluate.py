@@ -24,7 +24,7 @@ from ttt.eval.tasks import ItemTask, Setup
 from ttt.eval.writing import MeasuredTask, write_results
 from ttt.inject import Injection
 from ttt.interrupt import stop_if_asked
-from ttt.learned import fitting, learned_model
+from ttt.learned import fitting, imported_from, learned_model
 from ttt.plugins import Backbone, EvalContext, Scoring, has_capability
 from ttt.plugins.asking import asked
 from ttt.plugins.installed_tasks import ChosenTask
@@ -106,6 +106,8 @@ def evaluate(
                 step=_step(info),
                 stop=lambda: False,
                 adapters=injection.adapters,
+                folder=folder.path,
+                imported_from=imported_from(info),
             )
             machine = _Machine(context, injection, folder, console, resume=resume, overwrite=overwrite)
             found = [machine.measure(plan) for plan in plans]
@@ -154,7 +156,12 @@ def _plan(config: RunConfig, backbone: Backbone, chosen: ChosenTask, arms: Seque
     setup = Setup(config, backbone, chosen.options, task.folder)
     with asked(chosen.plugin, f"the items of its task {task.name}", type(task)):
         items = tuple(chosen_items(task, setup))
-    return Plan(task, chosen.plugin, setup, items, task.arms_among(arms))
+    found = task.arms_among(arms)
+    for arm in found:
+        refused = task.refuses(setup, arm)
+        if refused is not None:
+            raise UsageError(f"the task {task.name} under the arm {arm}: the backbone {backbone.name} {refused}")
+    return Plan(task, chosen.plugin, setup, items, found)
 
 
 def _made_from(config: RunConfig, backbone: Backbone, info: AdapterInfo | None, *, as_start: bool) -> dict[str, Any]:
@@ -247,6 +254,7 @@ class _Machine:
             say(self._console, f"{task.name}: {len(kept)} of {len(plan.items)} items are there already")
         there_already = {part[0].id for part in whole}
         missing = [part for part in parts if part[0].id not in there_already]
+        bench.items_left = [item for part in missing for item in part]
         with Steps(self._console, task.name, total=len(plan.items), tenths=True) as steps:
             steps.advance(len(kept)) if kept else None
             for part in missing:

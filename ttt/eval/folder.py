@@ -3,6 +3,7 @@
     eval.json           what the numbers are of: model, adapter, settings; and the options of each task
     samples/TASK.jsonl  a row for each item
     positions/TASK/     arrays by position, `ITEM.ARM.npz`
+    TASK_made/          what a task makes, as samples
     results.json, summary.md, pictures
 
 A row is written when its whole batch is measured, and with it is on the disk. So a command that was killed goes on with
@@ -16,6 +17,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -26,7 +28,7 @@ import numpy as np
 from ttt.checksums import file_digest, parse_line, sealed_line
 from ttt.dotted import dotted
 from ttt.errors import EnvironmentProblem, UsageError
-from ttt.eval.items import Item, Row
+from ttt.eval.items import Item, Row, made_by
 from ttt.eval.tasks import Arrays
 from ttt.files import lock, read_json, sync, write_bytes, write_json, writing
 from ttt.printable import shortened
@@ -125,6 +127,7 @@ class EvalFolder:
                 raise UsageError(f"{rows}: has results of other options ({differing}); {_WAY_OUT}")
         else:
             rows.unlink(missing_ok=True)
+            shutil.rmtree(made_by(self.path, name), ignore_errors=True)
         self._tasks[name] = dict(made_from)
         self._write_record()
         return there

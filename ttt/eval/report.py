@@ -24,7 +24,7 @@ def summary_text(measured: Sequence[MeasuredTask], described: Mapping[str, Any])
         f"| task | {' | '.join(columns)} | units | failed |",
         "|---" * (len(columns) + 3) + "|",
     ]
-    lines += [_line(each.summary, columns) for each in measured]
+    lines += [_line(each, columns) for each in measured]
     mean = averaged({each.task.name: each.summary for each in measured})
     if mean:
         cells = [in_words(mean.get(column)) for column in columns]
@@ -32,11 +32,13 @@ def summary_text(measured: Sequence[MeasuredTask], described: Mapping[str, Any])
     return "\n".join([*lines, "", *_references(measured), *_conditions(measured, described), ""])
 
 
-def _line(summary: TaskSummary, columns: Sequence[str]) -> str:
-    main = summary.main
-    units = 0 if main is None else next(iter(summary.metrics[main].values())).units
+def _line(each: MeasuredTask, columns: Sequence[str]) -> str:
+    """A task's line; an arrow stands where less is better."""
+    summary, main = each.summary, each.summary.main
+    units = summary.items - summary.failed if main is None else next(iter(summary.metrics[main].values())).units
     cells = " | ".join(_cell(summary, column) for column in columns)
-    return f"| {summary.task} ({main}) | {cells} | {units} | {summary.failed} |"
+    told = "" if main is None else f" ({main}{'' if each.task.higher_is_better else ' ↓'})"
+    return f"| {summary.task}{told} | {cells} | {units} | {summary.failed} |"
 
 
 def _references(measured: Sequence[MeasuredTask]) -> list[str]:
@@ -72,7 +74,7 @@ def _conditions(measured: Sequence[MeasuredTask], described: Mapping[str, Any]) 
     lines = [
         "± is one standard error, clustered by what is not independent. `ttt` is the model as trained; `closed` the "
         "same with its gates closed, which is the plain backbone; `reset` starts fast weights anew every now and then. "
-        "A difference is paired, item by item.",
+        "A difference is paired, item by item. ↓: less is better.",
         "",
         f"- adapter: {learned}",
         f"- backbone: {', '.join(f'{key} {value}' for key, value in config['backbone'].items() if value is not None)}",

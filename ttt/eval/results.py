@@ -39,8 +39,13 @@ class TaskSummary:
     """How many of them could not be measured and count in nothing."""
 
     @property
+    def has_result(self) -> bool:
+        """Whether any item was measured; a task without metrics, as one that makes samples, has a result too."""
+        return self.items > self.failed
+
+    @property
     def main(self) -> str | None:
-        """The first metric; None if nothing was measured."""
+        """The first metric; None if nothing was measured, or the task has no metric."""
         return next(iter(self.metrics), None)
 
     def as_metrics(self) -> dict[str, float]:
@@ -91,6 +96,8 @@ def summed_up(
         return TaskSummary(task.name, {}, items=len(rows), failed=failed)
     values = {arm: [dict(task.values(setup, row.item, row.arms[arm])) for row in good] for arm in arms}
     names = list(values[arms[0]][0])
+    if not names:
+        return TaskSummary(task.name, {}, items=len(rows), failed=failed)
     pairs = list(itertools.combinations(arms, 2))
     metrics: dict[str, dict[str, Estimate]] = {}
     for name in names:
@@ -140,7 +147,7 @@ def _tests(
 
 def averaged(summaries: Mapping[str, TaskSummary | None]) -> dict[str, Estimate]:
     """The average of the tasks whose outcome is `acc`, by arm; empty if one has no result, or there are not two."""
-    if len(summaries) < 2 or any(summary is None or summary.main is None for summary in summaries.values()):
+    if len(summaries) < 2 or any(summary is None or not summary.has_result for summary in summaries.values()):
         return {}
     tables = [summary.metrics["acc"] for summary in summaries.values() if summary and "acc" in summary.metrics]
     if len(tables) < 2:
@@ -182,7 +189,7 @@ def as_results(
 
 
 def _told(summary: TaskSummary | None) -> dict[str, Any] | None:
-    if summary is None or summary.main is None:
+    if summary is None or not summary.has_result:
         return None
     return {"alias": summary.task, **_numbers(summary.metrics)}
 
@@ -200,7 +207,7 @@ def _samples(summary: TaskSummary | None) -> dict[str, int] | None:
     if summary is None:
         return None
     main = None if summary.main is None else next(iter(summary.metrics[summary.main].values()))
-    counts = {"units": main.units, "clusters": main.clusters} if main is not None else {"units": 0, "clusters": 0}
+    counts = {"units": main.units, "clusters": main.clusters} if main is not None else {}
     return {"original": summary.items, "effective": summary.items - summary.failed, "failed": summary.failed, **counts}
 
 

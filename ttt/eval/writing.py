@@ -36,6 +36,9 @@ def write_results(folder: EvalFolder, measured: Sequence[MeasuredTask], *, descr
         versions={each.task.name: each.task.version for each in measured},
         described={
             "configs": {each.task.name: each.setup.options.model_dump(mode="json") for each in measured},
+            "higher_is_better": {
+                each.task.name: dict.fromkeys(each.summary.metrics, each.task.higher_is_better) for each in measured
+            },
             **described,
         },
     )
@@ -61,6 +64,7 @@ def _of_task(folder: EvalFolder, each: MeasuredTask) -> list[Path]:
             file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, text)
         written.append(file)
+    written += each.task.files(each.setup, each.rows, folder.path)
     for name, figure in each.task.figures(each.setup, each.rows, folder.arrays(each.task.name)).items():
         written.append(_picture(folder.path / name, figure))
     return written

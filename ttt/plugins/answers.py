@@ -307,6 +307,47 @@ def _reader(backbone: Any, answer: Any) -> Any:
     return answer
 
 
+def _timesteps(backbone: Any, answer: Any) -> Any:
+    if not _is_whole(answer, least=1):
+        raise WrongAnswer(f"{answer!r:.80}, not a number of timesteps")
+    return answer
+
+
+def _source(backbone: Any, answer: Any) -> Any:
+    from ttt.plugins.denoising import WindowSource
+
+    _instance(lambda _: WindowSource)(backbone, answer)
+    if not isinstance(answer.name, str) or not answer.name:
+        raise WrongAnswer(f"a WindowSource whose name is {answer.name!r:.80}, not the name of a recording")
+    if answer.files != ():
+        _paths(backbone, answer.files)
+    return answer
+
+
+def _segment_losses(backbone: Any, answer: Any) -> Any:
+    from torch import Tensor
+
+    from ttt.plugins.denoising import SegmentLosses
+
+    _instance(lambda _: SegmentLosses)(backbone, answer)
+    loss, weights = answer.loss, answer.weights
+    if not isinstance(loss, Tensor) or loss.dim() != 3 or not loss.is_floating_point():
+        shown = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else _named(loss)
+        raise WrongAnswer(f"SegmentLosses whose loss is {shown}, not a tensor [B, N, S] of floating point")
+    if len(weights) != loss.shape[2] or not all(w > 0 for w in weights) or abs(sum(weights) - 1) > 1e-6:
+        raise WrongAnswer(
+            f"SegmentLosses whose weights are {weights!r:.80}, not a share for each of {loss.shape[2]} segments with "
+            f"the sum 1"
+        )
+    return answer
+
+
+def _context_manager(backbone: Any, answer: Any) -> Any:
+    if not hasattr(answer, "__enter__") or not hasattr(answer, "__exit__"):
+        raise WrongAnswer(f"{_named(answer)}, not a context manager")
+    return answer
+
+
 def _outputs(backbone: Any, answer: Any) -> Any:
     from torch import Tensor
 
@@ -350,5 +391,9 @@ ANSWERS: Mapping[str, Check] = {
     "score": _scores,
     "score_stream": _score_stream,
     "example_clips": _clips,
+    "num_timesteps": _timesteps,
+    "window_source": _source,
+    "diffusion_losses": _segment_losses,
+    "reset_at_segments": _context_manager,
 }
 """The check of each method's answer, by the method's name. The other methods return nothing."""
