@@ -432,7 +432,7 @@ MISTAKEN = {
     "unknown, and like none": (
         "{name: stories}",
         ("TTT103", "eval.tasks.0.name", "no installed plugin brings a task 'stories'",
-         "`tstory`, `words`, or install its plugin"),
+         "`words`, or install its plugin"),
         "c.yaml:3:23",
     ),
     "an unknown option": (
@@ -801,7 +801,7 @@ def test_every_kind_of_plugin_is_listed_working_or_broken(folder: Path, capsys: 
             out,
             re.MULTILINE,
         )
-    assert re.search(r"^moshi .*  backbone \(can stream\), import of configs$", out, re.MULTILINE)
+    assert re.search(r"^moshi .*  backbone \(can stream, score\), import of configs$", out, re.MULTILINE)
     wrong = (
         (RULES, WRONG_RULES["raises"][0]),
         (LOGGERS, WRONG_LOGGERS["misspelt"][0]),

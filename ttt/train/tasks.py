@@ -96,12 +96,12 @@ def _measured(chosen: ChosenTask, context: EvalContext) -> dict[str, float]:
         Exception: the task failed.
     """
     task, train = chosen.task, context.config.train
-    method = type(task).measure if isinstance(task, ItemTask) else getattr(type(task), "run", None)
+    name = "measure" if isinstance(task, ItemTask) else "run"
     seed_pass(train.seed, f"task {task.name}", 0)
     with (
         eval_mode(context.model),
         mixed_precision(train, context.device),
-        asked(chosen.plugin, f"its task {task.name}", method),
+        asked(chosen.plugin, f"`{name}` of its task {task.name}", getattr(type(task), name, None)),
     ):
         answer = _answer(task, context, chosen.options)
         return {f"{task.name}/{name}": value for name, value in _numbers(answer)}
