@@ -166,6 +166,27 @@ def test_results_go_below_the_run_and_a_limit_keeps_voices(trained: Path, measur
     shutil.rmtree(trained / "run" / "eval")
 
 
+def test_an_adapter_alone_gives_the_numbers_of_its_run(trained: Path, evaluated: Path, tmp_path: Path) -> None:
+    (checkpoint,) = (trained / "run" / "checkpoints").iterdir()
+    for number, adapter in enumerate((checkpoint, checkpoint / "adapter_model.safetensors")):
+        arguments = command(trained)
+        arguments[1] = str(adapter)
+        out = tmp_path / str(number)
+        assert main([*arguments, "--set", "eval.batch_size=2", "--set", "train.device=cpu", "--out", str(out)]) == 0
+        assert results(out)["results"] == results(evaluated)["results"]
+
+
+def test_arrays_of_items_whose_names_look_alike_are_kept_apart(tmp_path: Path) -> None:
+    folder = EvalFolder(tmp_path, {})
+    names = ("a/b", "a_b", "a b", "..", "x" * 200 + "1", "x" * 200 + "2", "ä", "ö")
+    (tmp_path / "samples").mkdir()
+    for number, name in enumerate(names):
+        folder.add("task", [], {(name, "ttt"): {"losses": np.array([number])}})
+    for number, name in enumerate(names):
+        assert folder.arrays("task").of(name, "ttt")["losses"].tolist() == [number]
+    assert {file.parent for file in tmp_path.rglob("*.npz")} == {tmp_path / "positions" / "task"}
+
+
 # --- killed, stopped, gone on with ---
 
 

@@ -13,6 +13,7 @@ files of each row by their hashes. This module imports no torch.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import re
@@ -166,7 +167,7 @@ class EvalFolder:
         sync(file.parent)
 
     def _array_file(self, task: str, item: str, arm: str) -> Path:
-        return self.path / POSITIONS / task / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', item)[:120]}.{arm}.npz"
+        return self.path / POSITIONS / task / f"{_file_name(item)}.{arm}.npz"
 
     def _write_arrays(self, task: str, item: str, arm: str, content: Mapping[str, np.ndarray]) -> None:
         packed = io.BytesIO()
@@ -187,6 +188,14 @@ class EvalFolder:
                 return dict(content)
 
         return Arrays(read)
+
+
+def _file_name(item: str) -> str:
+    """An item's name as that of a file. Names that differ only in what no file name has get different ones."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", item)[:120].lstrip(".")
+    return (
+        plain if plain == item else f"{plain}-{hashlib.sha256(item.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+    )
 
 
 def _read_lines(file: Path) -> Iterator[dict[str, Any]]:
