@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -377,6 +379,27 @@ def test_options_that_nothing_reads_are_refused(here: Path) -> None:
     text = "backbone: {name: videodit}\neval: {score: {normalise: sum}}\n"
     with pytest.raises(TTTError, match="has no scoring"):
         load_config("c.yaml", text=text, training=False)
+
+
+def test_a_check_of_every_task_imports_no_torch(here: Path) -> None:
+    for book in ("one", "two"):
+        (here / "light" / "reader" / book).mkdir(parents=True)
+        (here / "light" / "reader" / book / "1.flac").touch()
+    make(here / "words" / "syntactic" / "dev", SYNTACTIC, sentences())
+    named = {"swuggy": "words", "sblimp": "words", "tstory": "stories", "sstory": "stories"}
+    named |= dict.fromkeys(("librilight", "recall", "inner_loss"), "light")
+    tasks = ", ".join(f"{{name: {name}, data: {data}}}" for name, data in named.items())
+    text = f"backbone: {{name: moshi}}\neval: {{tasks: [{tasks}]}}\n"
+    code = (
+        "import sys\nfrom ttt.check import check_config\n"
+        f"found = check_config('c.yaml', text={text!r}, cost=True).findings\n"
+        "told, = [each.message for each in found if each.code == 'TTT516']\n"
+        "assert not {'torch', 'matplotlib', 'numpy', 'transformers'} & set(sys.modules), 'it does'\n"
+        "print(told)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(f"{name}: " in done.stdout for name in named)
 
 
 def test_data_that_are_missing_stop_a_run_and_no_sample(here: Path) -> None:
