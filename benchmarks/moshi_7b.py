@@ -1,10 +1,11 @@
-"""One training step of Moshi 7B with and without TTT: tokens a second and peak memory on a CUDA GPU.
+"""One training step of Moshi 7B with and without TTT, and its scoring: frames a second and peak memory on a CUDA GPU.
 
     python benchmarks/moshi_7b.py                        # random weights, bfloat16, TTT-MLP in layers 29-31, 15 s
     python benchmarks/moshi_7b.py --preset demo --device cpu     # the same program on the demo model, anywhere
 
-Without TTT the backbone's last three layers are trained instead, so that backward reaches as deep. Results go to
-`benchmarks/results/moshi_7b-<device>.json` with the hardware named; ratios are within one run, times are medians.
+Without TTT the backbone's last three layers are trained instead, so that backward reaches as deep. `score` reads clips
+side by side; `score_stream` reads one stream in pieces, again and again once its attention's cache is full. Results go
+to `benchmarks/results/moshi_7b-<device>.json` with the hardware named; ratios are within one run, times are medians.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import platform
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ttt import inject
 from ttt.config import RunConfig, TTTConfig
@@ -60,10 +62,6 @@ def measure(arguments: argparse.Namespace, *, layers: str, checkpointing: bool) 
         _wait(device)
         times.append(time.perf_counter() - start)
     seconds = statistics.median(times[arguments.warmup :])
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process so far
     return {
         "ttt_layers": layers,
         "gradient_checkpointing": checkpointing,
@@ -71,8 +69,60 @@ def measure(arguments: argparse.Namespace, *, layers: str, checkpointing: bool) 
         "loss": output.loss.item(),
         "step_seconds": seconds,
         "tokens_per_second": codes.shape[0] * tokens / seconds,
-        "peak_bytes": peak,
+        "peak_bytes": _peak(device),
     }
+
+
+def measure_scores(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Frames a second of `score` for batches of clips, and of `score_stream` once the attention's cache is full."""
+    device = torch.device(arguments.device)
+    options = MoshiOptions(preset=arguments.preset, random_weights=arguments.preset == "7b")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = MOSHI.build(options, device=device, dtype=dtype)
+    settings = {**MOSHI.ttt_defaults, "layers": arguments.layers, "mini_batch_size": arguments.mini_batch_size}
+    inject.apply(model, MOSHI.sites(model), TTTConfig.model_validate(settings))
+    rows = []
+    for batch_size in arguments.score_batch_sizes:
+        clips = MOSHI.example_batch(model, batch_size=batch_size, tokens=arguments.clip_frames, seed=0)
+        rows.append(_speed("score", lambda clips=clips: MOSHI.score(model, clips), clips, arguments))
+    span = MOSHI.score_facts(RunConfig(backbone=options)).attention_span
+    assert span is not None
+    for frames in arguments.pieces:
+        piece = MOSHI.example_batch(model, batch_size=1, tokens=frames, seed=0)
+        with MOSHI.score_stream(model, batch_size=1) as stream:
+            for _ in range(-(-span // frames)):
+                stream.read(piece)
+            rows.append(_speed("score_stream", lambda stream=stream, piece=piece: stream.read(piece), piece, arguments))
+    return rows
+
+
+def _speed(what: str, read: Callable[[], Any], codes: Tensor, arguments: argparse.Namespace) -> dict[str, Any]:
+    device = codes.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(arguments.warmup + arguments.repeats):
+        _wait(device)
+        start = time.perf_counter()
+        read()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times[arguments.warmup :])
+    rows, frames = codes.shape[0], codes.shape[2]
+    return {
+        "method": what,
+        "batch_size": rows,
+        "frames": frames,
+        "seconds": seconds,
+        "frames_per_second": rows * frames / seconds,
+        "peak_bytes": _peak(device),
+    }
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process so far
 
 
 def _learning_parameters(
@@ -106,6 +156,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--score-batch-sizes", type=int, nargs="*", default=[1, 8, 32], help="clips side by side")
+    parser.add_argument("--clip-frames", type=int, default=100, help="length of a clip: 8 s")
+    parser.add_argument("--pieces", type=int, nargs="*", default=[64, 256], help="frames that a stream reads at once")
+    parser.add_argument("--no-training", action="store_true", help="measure scoring alone")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     arguments.layers = arguments.layers or ("29,30,31" if arguments.preset == "7b" else "1,2")
@@ -113,7 +167,7 @@ def main() -> None:
         parser.error("no CUDA GPU is at hand; --preset demo --device cpu runs anywhere")
 
     rows = []
-    for checkpointing in (False, True):
+    for checkpointing in () if arguments.no_training else (False, True):
         for layers in ("none", arguments.layers):
             rows.append(measure(arguments, layers=layers, checkpointing=checkpointing))
             gc.collect()
@@ -124,12 +178,18 @@ def main() -> None:
     for without, with_ttt in zip(rows[::2], rows[1::2], strict=True):
         ratio = with_ttt["tokens_per_second"] / without["tokens_per_second"]
         print(f"checkpointing {without['gradient_checkpointing']!s:5}  throughput with TTT over without: {ratio:.2f}")
+    scores = measure_scores(arguments)
+    for row in scores:
+        shape = f"{row['batch_size']:3} x {row['frames']:4} frames"
+        speed, memory = f"{row['frames_per_second']:9.0f} frames/s", f"{row['peak_bytes'] / 2**30:6.2f} GiB"
+        print(f"{row['method']:>12}  {shape}  {speed}  {memory}")
     name = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "cpu"
     out = arguments.out or Path(__file__).parent / "results" / f"moshi_{arguments.preset}-{_slug(name)}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(arguments).items() if key != "out"}
     out.write_text(
-        json.dumps({"hardware": name, "torch": torch.__version__, **settings, "rows": rows}, indent=1) + "\n"
+        json.dumps({"hardware": name, "torch": torch.__version__, **settings, "rows": rows, "scores": scores}, indent=1)
+        + "\n"
     )
     print(f"kept in {out}")
 

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from toy import ToyBackbone
 
@@ -41,6 +43,9 @@ class PlantedReader:
         if content.startswith(b"broken"):
             raise EnvironmentProblem(f"{path}: cannot be decoded")
         return torch.tensor(list(content), dtype=torch.int64)[None]
+
+    def sound(self, path: Path) -> NDArray[np.float32]:
+        return (self.read(path)[0] % 16).float().numpy()
 
     def stream(self, path: Path) -> Iterator[Tensor]:
         yield from self.read(path).split(3, dim=1)

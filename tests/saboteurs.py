@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from toy import (
     Attention,
@@ -24,7 +26,7 @@ from toy import (
 )
 
 from ttt.adapter import TTTAdapter, gates_closed
-from ttt.plugins import Batch, LossOutput, Site
+from ttt.plugins import Batch, LossOutput, ScoreFacts, Scores, Scoring, Site
 from ttt.state import TTTState
 
 # --- adapters and blocks ---
@@ -184,6 +186,72 @@ class StreamsAnew(BlockWithTTT):
 
     def after_attention(self, x: Tensor, cache: Cache | None) -> Tensor:
         return self.ttt(x)
+
+
+class ScoringToy(ToyBackbone, Scoring):
+    """Scores each token but the first by the logits before it: an honest plugin."""
+
+    def score_facts(self, config: Any) -> ScoreFacts:
+        return ScoreFacts(medium="text", streams=("token",), weights={"token": (1.0,)}, chosen="token")
+
+    def clip_reader(self, config: Any, *, device: Any) -> Any:
+        raise NotImplementedError
+
+    def example_clips(self, model: nn.Module, *, batch_size: int, tokens: int, seed: int) -> Tensor:
+        return self.example_batch(model, batch_size=batch_size, tokens=tokens, seed=seed)["inputs"][:, None]
+
+    def score(self, model: nn.Module, clips: Tensor) -> Scores:
+        return ToyStream(model).read(clips)
+
+    @contextlib.contextmanager
+    def score_stream(self, model: nn.Module, *, batch_size: int) -> Iterator[ToyStream]:
+        yield self.stream_of(model)
+
+    def stream_of(self, model: nn.Module) -> ToyStream:
+        return ToyStream(model)
+
+
+class ToyStream:
+    """A stream of tokens, with the logits of the last."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.caches = [Cache() for _ in model.layers]
+        self.before: Tensor | None = None
+
+    def read(self, piece: Tensor) -> Scores:
+        mask = torch.ones_like(piece, dtype=torch.bool)
+        logits = self.model(piece[:, 0], self.caches)
+        if self.before is None:
+            self.before, mask[:, :, 0] = torch.zeros_like(logits[:, :1]), False
+        predicted = torch.cat([self.before, logits[:, :-1]], 1)
+        self.before = logits[:, -1:]
+        nll = F.cross_entropy(predicted.transpose(1, 2), piece[:, 0], reduction="none")[:, None]
+        return Scores(nll * mask, mask)
+
+    def finish(self) -> Scores:
+        empty = self.before.new_zeros(len(self.before), 1, 0)
+        return Scores(empty, empty.bool())
+
+    def learn_anew(self) -> None:
+        for cache in self.caches:
+            cache.ttt = None
+
+
+class LearnsAnewEachPiece(ToyStream):
+    """Loses its fast weights between pieces."""
+
+    def read(self, piece: Tensor) -> Scores:
+        self.learn_anew()
+        return super().read(piece)
+
+
+class MasksEachStart(ToyStream):
+    """Leaves out the first token of each piece, as if nothing had come before."""
+
+    def read(self, piece: Tensor) -> Scores:
+        self.before = None
+        return super().read(piece)
 
 
 class NarrowSite(Site):
@@ -425,6 +493,11 @@ def with_block(plain: type[Block]) -> WholeToy:
     return toy(model=type("Model", (ToyModel,), {"block": plain}), adapted=adapted)
 
 
+def scoring(stream: type[ToyStream]) -> ScoringToy:
+    """A toy whose scores in pieces are made by such a stream."""
+    return type("Scoring", (ScoringToy,), {"stream_of": lambda self, model: stream(model)})()
+
+
 SABOTEURS: dict[str, tuple[WholeToy, int | str, str]] = {
     # name: (plugin, the law or check that catches it, what it says)
     "fast weights on the layer": (
@@ -436,6 +509,8 @@ SABOTEURS: dict[str, tuple[WholeToy, int | str, str]] = {
     "dropout of numpy": (with_block(DropsByNumpy), 2, "away from what no checkpoint gives"),
     "looks ahead in training": (with_block(ForgetsItsMask), 3, "changes the output at 0 in training mode"),
     "streams start anew": (toy(adapted=StreamsAnew), 4, "the streamed model is"),
+    "scores learn anew": (scoring(LearnsAnewEachPiece), 4, "a stream's scores are .* away from the whole"),
+    "scores start anew": (scoring(MasksEachStart), 4, "a stream's scores are inf away"),
     "rows meet": (toy(adapter=AddsTheBatch), 5, "changing row 0 of a batch changes another row"),
     "state kept back": (toy(adapted=KeepsTheState), 8, "no state of it reaches `ttt.adapter.carried`"),
     "state not taken up": (toy(adapter=StartsFresh), 8, "the layer does not start from the state"),

@@ -13,6 +13,7 @@ import torch
 import toy
 from fake_distributions import importable, install
 from rich.console import Console
+from saboteurs import ScoringToy, ToyStream
 from torch import nn
 from toy import ToyBackbone, ToyData, ToyDataset, ToyOptions
 
@@ -24,10 +25,13 @@ from ttt.plugins import (
     Backbone,
     BackboneFacts,
     Capability,
+    DiffusionScoring,
     LossOutput,
     PluginInfo,
     Precomputing,
     Sampling,
+    Scores,
+    SegmentReset,
     Streaming,
     WeightImport,
     capability,
@@ -568,7 +572,7 @@ def test_every_method_is_guarded_and_nearly_every_answer_checked() -> None:
     assert ToyBackbone.facts.__doc__ == inspect.unwrap(ToyBackbone.facts).__doc__
 
 
-METHODS = [(kind, name) for kind, name in MEMBERS if callable(getattr(kind, name))]
+METHODS = [(kind, name) for kind, name in MEMBERS if inspect.isfunction(getattr(kind, name))]
 
 
 @pytest.mark.parametrize(("kind", "member"), METHODS, ids=[name for _, name in METHODS])
@@ -585,14 +589,75 @@ def test_every_method_of_a_capability_is_guarded_however_it_came(kind: type[Capa
             getattr(cls(), member)()
 
 
+def _of_scores(nll: torch.Tensor | None, mask: Any = None) -> Any:
+    return lambda self, *_: nll if mask is None else Scores(nll, mask)
+
+
+def _streaming(**methods: Any) -> Any:
+    stream = type("Stream", (ToyStream,), methods)
+    return {"stream_of": lambda self, model: stream(model)}
+
+
+ZEROS, TRUE = torch.zeros(2, 1, 3), torch.ones(2, 1, 3, dtype=torch.bool)
+MISSCORED = {
+    # name: (what the class has, what fails, the reason)
+    "a tensor": ({"score": _of_scores(ZEROS)}, "`score`", "it returned a Tensor, not a Scores"),
+    "no streams": ({"score": _of_scores(ZEROS[0], TRUE)}, "`score`", r"nll is \[1, 3\], not a tensor \[B, K, T\]"),
+    "another mask": (
+        {"score": _of_scores(ZEROS, TRUE[:1])},
+        "`score`",
+        r"nll is \[2, 1, 3\], and whose mask \[1, 1, 3\]",
+    ),
+    "weights as mask": ({"score": _of_scores(ZEROS, ZEROS)}, "`score`", "whose mask torch.float32, not bool"),
+    "no context": ({"score_stream": lambda self, *_, **__: 3}, "`score_stream`", "an int, not a context that gives"),
+    "no stream": ({"stream_of": lambda self, model: model}, "`score_stream`", "a ToyModel without `read`"),
+    "no end": (_streaming(finish=None), "`score_stream`", "a Stream without `finish`"),
+    "a piece that fails": (_streaming(read=lambda *_: 1 / 0), "`read` of its score stream", "ZeroDivisionError"),
+    "a piece of nothing": (_streaming(read=lambda *_: None), "`read` of its score stream", "None, not a Scores"),
+    "an end of nothing": (
+        _streaming(finish=lambda *_: ZEROS),
+        "`finish` of its score stream",
+        "a Tensor, not a Scores",
+    ),
+    "weights that stay": (_streaming(learn_anew=lambda *_: {}["w"]), "`learn_anew` of its score stream", "KeyError"),
+    "words": ({"example_clips": lambda self, *_, **__: "a b"}, "`example_clips`", "a str, not clips"),
+}
+
+
+@pytest.mark.parametrize("wrong", MISSCORED)
+def test_wrong_scores_are_told(wrong: str) -> None:
+    methods, method, reason = MISSCORED[wrong]
+    backbone = type("Own", (ScoringToy,), methods)()
+    model = backbone.build(backbone.tiny(), device="cpu", dtype=torch.float32)
+    with pytest.raises(PluginError, match=rf"the plugin toy .* failed in {method}, .*: .*{reason}"):
+        _score_and_stream(backbone, model)
+
+
+def _score_and_stream(backbone: ScoringToy, model: nn.Module) -> None:
+    clips = backbone.example_clips(model, batch_size=2, tokens=3, seed=0)
+    backbone.score(model, clips)
+    with backbone.score_stream(model, batch_size=2) as stream:
+        stream.read(clips)
+        stream.learn_anew()
+        stream.finish()
+
+
+def test_what_a_caller_raises_between_pieces_is_not_the_plugins() -> None:
+    backbone = ScoringToy()
+    model = backbone.build(backbone.tiny(), device="cpu", dtype=torch.float32)
+    with pytest.raises(KeyError, match="mine"), backbone.score_stream(model, batch_size=2):
+        raise KeyError("mine")
+
+
 def test_a_capability_is_asked_for_and_who_lacks_it_learns_who_has_it(tmp_path: Path) -> None:
-    plain, able = toy.TwoWayToy(), toy.MakingToy()
+    plain, able = toy.TwoWayToy(), type("Able", (toy.MakingToy, ScoringToy), {})()
     for kind in CAPABILITIES:
         assert capability(able, kind) is able
         assert has_capability(able, kind)
         assert not has_capability(plain, kind)
         assert not has_capability(None, kind)
-    assert kinds_of(type(able)) == [Streaming, Sampling, Precomputing, WeightImport]
+    assert set(kinds_of(type(able))) == set(CAPABILITIES)
+    assert kinds_of(toy.MakingToy) == [Streaming, Sampling, Precomputing, WeightImport, DiffusionScoring, SegmentReset]
     with importable(tmp_path), pytest.raises(UsageError) as caught:
         capability(plain, Streaming)
     told = "the backbone twoway has no streaming: it reads sequences whole; of the installed backbones moshi has it"

@@ -222,7 +222,9 @@ def test_plugins_lists_the_good_and_the_broken(capsys: pytest.CaptureFixture[str
     assert broken.endswith("BROKEN")
     moshi, videodit = (next(line for line in lines if line.startswith(name)) for name in ("moshi", "videodit"))
     assert moshi.split(maxsplit=4)[-1] == "backbone (can stream), import of configs"
-    assert videodit.endswith("  backbone (can sample, precompute, import-weights), import of configs")
+    assert videodit.endswith(
+        "  backbone (can sample, precompute, import-weights, score-diffusion, reset), import of configs"
+    )
     assert "No module named 'a_package_that_nobody_has'" in lines[lines.index(broken) + 1]
 
 
@@ -241,7 +243,7 @@ def test_plugins_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         "tasks": [],
     }
     assert found["moshi"]["capabilities"] == ["stream"]
-    assert found["videodit"]["capabilities"] == ["sample", "precompute", "import-weights"]
+    assert found["videodit"]["capabilities"] == ["sample", "precompute", "import-weights", "score-diffusion", "reset"]
     assert not found["broken"]["works"]
     assert "ModuleNotFoundError" in found["broken"]["error"]
 

@@ -101,7 +101,7 @@ def test_a_planted_scorer_gets_exactly_what_it_must(
     assert found.stderr == 0  # every id has the same outcome
     assert summary.parts["vocabulary=in"]["ttt"].units == WORDS - 2
     assert {part for part in summary.parts if part.startswith("frequency")} == {
-        *("frequency=oov", "frequency=6-20", "frequency=21-100", "frequency=>100")
+        *("frequency=oov", "frequency=5-19", "frequency=20-99", "frequency=>=100")
     }
 
 
@@ -165,6 +165,20 @@ def test_limit_keeps_every_voice_of_an_id(pairs: Path) -> None:
     assert len(rows) == 2 * len(VOICES)
     others = {row.item.unit for row in rows_for(SWuggy(), planted(), data=str(pairs), limit=2, seed=4)[0]}
     assert others != units
+
+
+def test_gates_tell_what_needs_no_model(pairs: Path) -> None:
+    """Words are longer than non-words here; which has more energy, and whose codes are frequent, is computed anew."""
+    context = planted()
+    rows, setup = rows_for(SWuggy(), context, data=str(pairs))
+    found = SWuggy().references(Bench(context, setup.options), rows)
+    assert list(found) == ["length", "rms", "energy", "codes_mean", "codes_sum"]
+    assert found["length"] == [1.0] * len(rows)
+    sounds = [[[byte % 16 for byte in file.read_bytes()] for file in row.item.files] for row in rows]
+    energies = [[sum(x * x for x in sound) for sound in pair] for pair in sounds]
+    assert found["energy"] == [1.0 if right > wrong else 0.5 if right == wrong else 0.0 for right, wrong in energies]
+    summary = summed_up(SWuggy(), setup, rows, ("ttt",), found)
+    assert summary.references["length"].mean == 1.0
 
 
 def test_streams_are_weighed_and_normalised_as_they_are_called() -> None:

@@ -139,8 +139,16 @@ def refused(file: Path, *options: str, capsys: pytest.CaptureFixture[str]) -> st
 
 
 WRONG: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], str]] = {
-    "no folder": (lambda tmp: tmp / "nowhere", (), "nowhere: no such folder; name the folder of the sequences"),
-    "a file": (lambda tmp: tmp / "moshi.yaml", (), "moshi.yaml: not a folder; name the folder of the sequences"),
+    "no folder": (
+        lambda tmp: tmp / "nowhere",
+        (),
+        "nowhere: there is no such folder; write the folder of the task's data",
+    ),
+    "a file": (
+        lambda tmp: tmp / "moshi.yaml",
+        (),
+        "moshi.yaml: is a file, not a folder; write the folder of the task's data",
+    ),
     "no sound": (lambda tmp: tmp, (), "holds no .flac or .wav or .ogg or .mp3 file to read inner losses from"),
     "gates closed": (
         lambda tmp: DEMO,

@@ -89,7 +89,7 @@ def test_a_word_is_paired_with_the_non_word_of_its_id_and_voice(tmp_path: Path) 
         assert (pair.correct.stem, pair.incorrect.stem) == (f"{number}{voice}1", f"{number}{voice}0")
         assert (pair.unit, pair.cluster) == (number, number)
     assert pairs[0].tags == {"vocabulary": "oov", "frequency": "oov", "length": "5"}
-    assert pairs[2].tags == {"vocabulary": "in", "frequency": "6-20", "length": "5"}
+    assert pairs[2].tags == {"vocabulary": "in", "frequency": "5-19", "length": "5"}
 
 
 def test_the_order_of_rows_and_columns_changes_nothing(tmp_path: Path) -> None:
@@ -141,13 +141,13 @@ def test_names_of_several_parts_never_meet(tmp_path: Path) -> None:
         ("oov", "oov"),
         ("OOV ", "oov"),
         ("0", "oov"),
-        ("1", "1-5"),
-        ("5", "1-5"),
-        ("6", "6-20"),
-        ("20.0", "6-20"),
-        ("21", "21-100"),
-        ("100", "21-100"),
-        ("101", ">100"),
+        ("1", "1-4"),
+        ("5", "5-19"),
+        ("6", "5-19"),
+        ("20.0", "20-99"),
+        ("21", "20-99"),
+        ("100", ">=100"),
+        ("101", ">=100"),
         ("²", "²"),
         ("", ""),
         ("9" * 5000, "9" * 5000),

@@ -303,6 +303,14 @@ def test_an_arm_that_never_lost_has_no_finite_strength() -> None:
         bradley_terry([])
 
 
+def test_strengths_that_do_not_settle_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    ratings = rated({"a": 0.6, "b": 0.0, "c": -0.6}, prompts=30, raters=1, seed=4)
+    bradley_terry(ratings)
+    monkeypatch.setattr("ttt.eval.strengths._MOST_STEPS", 1)
+    with pytest.raises(UsageError, match="the strengths of a, b, c do not settle in 1 steps"):
+        bradley_terry(ratings)
+
+
 def test_shares_of_wins_are_clustered_by_prompt() -> None:
     ratings = rated({"ttt": 0.3, "closed": 0.0}, prompts=30, raters=4, seed=3)
     scores = [one.score if one.left == "closed" else 1 - one.score for one in ratings]

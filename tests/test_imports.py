@@ -60,7 +60,7 @@ ROOMS = (
     *("ttt.reading", "ttt.jsonl", "ttt.files", "ttt.packaged", "ttt.checkpoint_folder", "ttt.dotted", "ttt.interrupt"),
     *("ttt.prompts", "ttt.drawing"),
     # the mathematics, this machine, what a run is and costs, what a plugin provides
-    *("ttt.ops", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins", "ttt.devices"),
+    *("ttt.ops", "ttt.seeds", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins", "ttt.devices"),
     # the layer, and putting it into a model
     *("ttt.state", "ttt.layer", "ttt.adapter", "ttt.inject", "ttt.evidence", "ttt.inner_curves", "ttt.adapter_file"),
     # what a run was worth

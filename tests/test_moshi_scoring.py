@@ -71,7 +71,7 @@ def assert_same(found, expected, atol=1e-5):
 def test_a_score_is_minus_the_log_of_the_probability_of_each_code():
     """Against kyutai's model as `LMGen` runs it, codebook after codebook, on codes that are laid out by hand."""
     model = adapted(dtype=torch.float64)
-    codes = codes_of(model, batch_size=1, tokens=9)
+    codes = codes_of(model, batch_size=1, tokens=7)
     codes[0, 3, 4] = codes[0, 0, 2] = -1
     frames, grid = codes.shape[2], []
     for step in range(-1, frames):
@@ -125,7 +125,7 @@ def test_the_training_loss_is_made_of_these_scores():
 
 def test_codes_shifted_against_the_logits_are_worse():
     """The predecessor's fault, on a model that has learnt a sequence that repeats: one frame off, and it is lost."""
-    model = adapted(layers=(1,)).train()
+    model = adapted(layers=(1,), mini_batch_size=16).train()
     codes = codes_of(model, batch_size=1, tokens=5).repeat(1, 1, 5)
     config = RunConfig(backbone=MOSHI.tiny().model_copy(update={"first_codebook_weight_multiplier": 1.0}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -173,6 +173,15 @@ def test_with_gates_closed_scores_are_the_plain_models_bit_for_bit():
     with gates_closed(model):
         assert torch.equal(MOSHI.score(model, codes).nll, expected.nll)
         assert torch.equal(in_pieces(model, codes, 7).nll, streamed.nll)
+
+
+def test_a_model_in_bfloat16_gives_its_scores_in_float32():
+    model = adapted(dtype=torch.bfloat16)
+    codes = codes_of(model, tokens=40)
+    scores, precise = MOSHI.score(model, codes), MOSHI.score(adapted(), codes)
+    assert scores.nll.dtype == torch.float32
+    torch.testing.assert_close(scores.nll, precise.nll, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(in_pieces(model, codes, 7).nll, scores.nll, rtol=0.1, atol=0.1)
 
 
 def test_logits_are_made_of_some_frames_at_a_time(monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fake_distributions import importable, install
-from saboteurs import SABOTEURS, PathToNowhere, with_block
+from saboteurs import SABOTEURS, PathToNowhere, ScoringToy, with_block
 from toy import Block, ToyBackbone, WholeToy
 
 from ttt.errors import InjectionError
@@ -108,8 +108,12 @@ def test_torch_in_a_plugins_module_is_found_with_its_line(tmp_path, parts, line)
             module_imports_no_torch(bench)
 
 
-def test_law_4_feeds_the_whole_model_in_pieces_if_it_can_stream():
-    for backbone, fed in ((ToyBackbone(), {"layers", "model"}), (WholeToy(), {"layers"})):
+def test_law_4_feeds_the_whole_model_in_pieces_if_it_can_stream_or_score():
+    for backbone, fed in (
+        (ToyBackbone(), {"layers", "model"}),
+        (WholeToy(), {"layers"}),
+        (ScoringToy(), {"layers", "model", "scores"}),
+    ):
         measured = chunk_invariance(Bench(backbone), mini_batch_sizes=(4,), cuts=[[5, 9]])
         assert {name.partition(".")[0].partition(",")[0] for name in measured} == fed
 

@@ -6,7 +6,8 @@ only knows the statistics of all files together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -28,11 +29,14 @@ from ttt.plugins import (
     Backbone,
     BackboneFacts,
     Batch,
+    DiffusionScoring,
     LossOutput,
     Precomputing,
     SamplePlan,
     SampleRequest,
     Sampling,
+    SegmentLosses,
+    SegmentReset,
     Site,
     Streaming,
     WeightImport,
@@ -134,8 +138,12 @@ class BlockWithTTT(Block):
     """What a block becomes."""
 
     ttt: TTTAdapter
+    resets = False
+    """Start the second half of a window with fresh fast weights."""
 
     def after_attention(self, x: Tensor, cache: Cache | None) -> Tensor:
+        if self.resets:
+            return torch.cat([self.ttt(half) for half in x.chunk(2, 1)], 1)
         if cache is None:
             return self.ttt(x)
         x, cache.ttt = self.ttt.adapt(x, cache.ttt)
@@ -423,7 +431,7 @@ class TwoWayToy(WholeToy):
 # --- the same with everything that a plugin may have ---
 
 
-class MakingToy(ToyBackbone, Sampling, Precomputing, WeightImport):
+class MakingToy(ToyBackbone, Sampling, Precomputing, WeightImport, DiffusionScoring, SegmentReset):
     """The toy that makes its data, samples, and reads weights of a program that calls the same things otherwise."""
 
     sample_suffix: ClassVar[str] = ".txt"
@@ -474,6 +482,36 @@ class MakingToy(ToyBackbone, Sampling, Precomputing, WeightImport):
         ]
         write_text(Path(data.train_data), "".join(" ".join(map(str, s.tolist())) + "\n" for s in streams))
         console.print(f"{len(streams)} streams")
+
+    def num_timesteps(self, config: RunConfig) -> int:
+        return 10
+
+    def diffusion_losses(
+        self, model: nn.Module, batch: Batch, config: RunConfig, *, timesteps: Tensor, seeds: Sequence[int]
+    ) -> SegmentLosses:
+        """The loss if each token is replaced with probability (t + 1)/10; the halves of a window are its segments."""
+        assert isinstance(model, ToyModel)
+        inputs, targets = batch["inputs"], batch["targets"]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        found = []
+        for times in timesteps.unbind(1):
+            replaced = torch.stack([torch.rand(inputs.shape[1], generator=each) for each in generators])
+            others = [torch.randint(model.head.out_features, inputs.shape[1:], generator=each) for each in generators]
+            noised = torch.where(replaced < (times[:, None] + 1) / 10, torch.stack(others), inputs)
+            losses = F.cross_entropy(model(noised).transpose(1, 2).float(), targets, reduction="none")
+            found.append(torch.stack([half.mean(1) for half in losses.chunk(2, 1)], 1))
+        return SegmentLosses(torch.stack(found, 1), (0.5, 0.5))
+
+    @contextlib.contextmanager
+    def reset_at_segments(self, model: nn.Module) -> Iterator[None]:
+        blocks = [module for module in model.modules() if isinstance(module, BlockWithTTT)]
+        for block in blocks:
+            block.resets = True
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.resets = False
 
     def import_weights(self, source: Path, out: Path, *, console: Console) -> Sequence[Path]:
         """Tensors named `net.NAME` become `NAME`."""

@@ -21,10 +21,10 @@ from ttt.eval.items import Item, Row
 from ttt.eval.listing import chosen_items
 from ttt.eval.results import TaskSummary, summed_up
 from ttt.eval.tasks import ItemTask, Setup
-from ttt.eval.writing import write_results
+from ttt.eval.writing import MeasuredTask, write_results
 from ttt.inject import Injection
 from ttt.interrupt import stop_if_asked
-from ttt.learned import fitting, learned_model
+from ttt.learned import fitting, imported_from, learned_model
 from ttt.plugins import Backbone, EvalContext, Scoring, has_capability
 from ttt.plugins.asking import asked
 from ttt.plugins.installed_tasks import ChosenTask
@@ -106,20 +106,19 @@ def evaluate(
                 step=_step(info),
                 stop=lambda: False,
                 adapters=injection.adapters,
+                folder=folder.path,
+                imported_from=imported_from(info),
             )
             machine = _Machine(context, injection, folder, console, resume=resume, overwrite=overwrite)
-            summaries = {plan.task.name: machine.measure(plan) for plan in plans}
-    files = write_results(
-        folder,
-        summaries,
-        {plan.task.name: plan for plan in plans},
-        described={
-            "config": config.model_dump(mode="json"),
-            "adapter": None if info is None else {"path": str(info.path), "checksum": info.checksum},
-            "made_from": machine.made_from,
-            "device": device_in_words(device),
-        },
-    )
+            found = [machine.measure(plan) for plan in plans]
+            described = {
+                "config": config.model_dump(mode="json"),
+                "adapter": None if info is None else {"path": str(info.path), "checksum": info.checksum},
+                "made_from": machine.made_from,
+                "device": device_in_words(device),
+            }
+        files = write_results(folder, found, described=described)
+    summaries = {each.task.name: each.summary for each in found}
     return EvalOutcome(out, summaries, tuple(files), tuple(_complaints(summaries)))
 
 
@@ -128,6 +127,7 @@ class Plan:
     """A task, its options, its items and the arms that it is measured under."""
 
     task: ItemTask
+    plugin: object
     setup: Setup
     items: tuple[Item, ...]
     arms: tuple[str, ...]
@@ -156,7 +156,12 @@ def _plan(config: RunConfig, backbone: Backbone, chosen: ChosenTask, arms: Seque
     setup = Setup(config, backbone, chosen.options, task.folder)
     with asked(chosen.plugin, f"the items of its task {task.name}", type(task)):
         items = tuple(chosen_items(task, setup))
-    return Plan(task, setup, items, task.arms_among(arms))
+    found = task.arms_among(arms)
+    for arm in found:
+        refused = task.refuses(setup, arm)
+        if refused is not None:
+            raise UsageError(f"the task {task.name} under the arm {arm}: the backbone {backbone.name} {refused}")
+    return Plan(task, chosen.plugin, setup, items, found)
 
 
 def _made_from(config: RunConfig, backbone: Backbone, info: AdapterInfo | None, *, as_start: bool) -> dict[str, Any]:
@@ -181,7 +186,8 @@ class _Windows:
 
     def __init__(self, config: RunConfig, backbone: Backbone, device: torch.device) -> None:
         self._made: Any = None
-        self._make = lambda: backbone.dataset(config, split="eval", device=device)
+        split = "eval" if backbone.has_eval_data(config) else "train"
+        self._make = lambda: backbone.dataset(config, split=split, device=device)
 
     def _dataset(self) -> Any:
         if self._made is None:
@@ -218,11 +224,16 @@ class _Machine:
         self.made_from: dict[str, Any] = {"backbone_weights": weights_fingerprint(injection)}
         """What the numbers are of, as it shows once the model is built."""
 
-    def measure(self, plan: Plan) -> TaskSummary:
+    def measure(self, plan: Plan) -> MeasuredTask:
         """Measure the items of a task that have no row yet, and sum up all."""
         bench = Bench(self._context, plan.setup.options)
-        rows = self._rows(plan, bench)
-        return summed_up(plan.task, plan.setup, [rows[item.id] for item in plan.items], plan.arms)
+        found = self._rows(plan, bench)
+        rows = [found[item.id] for item in plan.items]
+        good = [row for row in rows if row.error is None]
+        with asked(plan.plugin, f"the outcomes of its task {plan.task.name}", type(plan.task)):
+            references = plan.task.references(bench, good)
+            summary = summed_up(plan.task, plan.setup, rows, plan.arms, references)
+        return MeasuredTask(plan.task, plan.setup, plan.arms, tuple(good), summary)
 
     def _rows(self, plan: Plan, bench: Bench) -> dict[str, Row]:
         task, config = plan.task, self._context.config
@@ -241,7 +252,9 @@ class _Machine:
         self._folder.begin(task.name, kept)
         if kept:
             say(self._console, f"{task.name}: {len(kept)} of {len(plan.items)} items are there already")
-        missing = [part for part in parts if part not in whole]
+        there_already = {part[0].id for part in whole}
+        missing = [part for part in parts if part[0].id not in there_already]
+        bench.items_left = [item for part in missing for item in part]
         with Steps(self._console, task.name, total=len(plan.items), tenths=True) as steps:
             steps.advance(len(kept)) if kept else None
             for part in missing:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +17,10 @@ from ttt.ops.minibatch import Inner, Stream, Tokens, learn, learn_one_
 from ttt.ops.norm import normalize, normalize_target, outer_layer_norm, rms_norm
 from ttt.ops.rotary import apply_rotary, rotary_angles
 from ttt.ops.tracing import InnerTrace, MinibatchTrace, effective_weights, trace, trace_minibatches
-from ttt.state import TTTState, weight_names
+from ttt.state import Reading, TTTState, weight_names
 
 INITIAL_STD = 0.02
 Rotary = tuple[Tensor, Tensor]
-
-
-class Reading(NamedTuple):
-    """What a layer is about to read; see `TTTLayer.observers`."""
-
-    x: Tensor
-    """Tokens `[B,T,D]`."""
-    state: TTTState | None
-    """The streams' state before them; None if they start fresh. `step_` writes to it afterwards: copy what you keep."""
-    rotary: Rotary | None
-    rows: Tensor | None
-    """Which streams read, `[B]`; None means all."""
 
 
 class TTTLayer(nn.Module):

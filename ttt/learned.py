@@ -90,3 +90,9 @@ def _require_fit(info: AdapterInfo, config: RunConfig, backbone: Backbone, *, as
             f"{info.path}: was trained with other settings than the config's: {'; '.join(map(str, changed))}; give "
             f"the config the file's: {' '.join(setting.way_out for setting in changed)}"
         )
+
+
+def imported_from(info: AdapterInfo | None) -> str | None:
+    """The program that an adapter was imported from, according to its header; None for a run's own checkpoints."""
+    told = None if info is None else info.training.get("imported_from")
+    return told if isinstance(told, str) else None

@@ -15,7 +15,7 @@ from ttt.adapter_file import (
 from ttt.config.schema import RunConfig
 from ttt.errors import NonFiniteError, UsageError
 from ttt.files import require_place
-from ttt.learned import fitting, learned_model
+from ttt.learned import fitting, imported_from, learned_model
 from ttt.plugins import Backbone, SampleRequest, Sampling, capability
 from ttt.printable import say
 from ttt.samples import SampleFolder, shared_origin
@@ -173,14 +173,8 @@ def _looked_at(
         sampler.check_sample(config, request)
     require_place(requests[0].out)
     config, info = fitting(config, backbone, adapter=adapter, verify=verify)
-    return config, [replace(request, imported_from=_imported_from(info)) for request in requests], info
+    return config, [replace(request, imported_from=imported_from(info)) for request in requests], info
 
 
 def _ways(config: RunConfig) -> list[str]:
     return ["a shorter sample"] + ["train.param_dtype: bfloat16"] * (config.train.param_dtype == "float32")
-
-
-def _imported_from(info: AdapterInfo | None) -> str | None:
-    """The program that an adapter was imported from, according to its header; None for a run's own checkpoints."""
-    told = None if info is None else info.training.get("imported_from")
-    return told if isinstance(told, str) else None

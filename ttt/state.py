@@ -1,10 +1,11 @@
-"""What a TTT layer remembers between pieces of its streams."""
+"""What a TTT layer remembers between pieces of its streams, and what it is about to read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,3 +137,16 @@ class TTTState:
             return cls.from_tensors(read_tensors(Path(path), device=device))
         except ValueError as error:
             raise EnvironmentProblem(f"{path}: not a saved TTT state ({error})") from None
+
+
+class Reading(NamedTuple):
+    """What a layer is about to read; see `TTTLayer.observers`."""
+
+    x: Tensor
+    """Tokens `[B,T,D]`."""
+    state: TTTState | None
+    """The streams' state before them; None if they start fresh. `step_` writes to it afterwards: copy what you keep."""
+    rotary: tuple[Tensor, Tensor] | None
+    """As in `TTTLayer.forward`."""
+    rows: Tensor | None
+    """Which streams read, `[B]`; None means all."""

@@ -238,7 +238,7 @@ def _probe(checked: CheckedConfig, *, show: bool) -> list[Finding]:
     Raises:
         TTTError: the model cannot be built, or hidden errors are in the way.
     """
-    from ttt.check.load import with_place
+    from ttt.check.placing import placed
     from ttt.config.findings import blames_environment, has_errors
     from ttt.errors import UsageError
 
@@ -254,7 +254,7 @@ def _probe(checked: CheckedConfig, *, show: bool) -> list[Finding]:
 
     console = Console(file=sys.stdout if show else sys.stderr, no_color=not has_color(sys.stdout), soft_wrap=False)
     broken = probe(checked.config, checked.backbone, console=console)
-    return [with_place(finding, checked.source) for finding in broken]
+    return [placed(finding, checked.source) for finding in broken]
 
 
 def _show(file: str, findings: Sequence[Finding], *, also: str = "") -> None:

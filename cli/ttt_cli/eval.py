@@ -62,6 +62,15 @@ def evaluate(
         tuple[str, str] | None,
         typer.Option("--compare", metavar="A B", help="Compare two results, item by item, and end."),
     ] = None,
+    ratings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ratings",
+            metavar="SHEET.csv",
+            help="Tell how people rated samples, and end: a sheet that a rater filled in, in the folder `raters-…` of "
+            "the task `samples`. Repeat it for each rater.",
+        ),
+    ] = None,
     overrides: Overrides = None,
     verify: Verify = True,
 ) -> None:
@@ -80,6 +89,9 @@ def evaluate(
         return
     if compare is not None:
         _compare(*compare)
+        return
+    if ratings:
+        _rated(ratings)
         return
     if model is None:
         raise UsageError("ttt eval: name a run, an adapter or a config; `ttt eval --list` lists the tasks")
@@ -237,7 +249,7 @@ def _tell(outcome: EvalOutcome) -> None:
 
     for name, summary in outcome.summaries.items():
         if summary.main is None:
-            show(f"{name}: no result")
+            show(f"{name}: {summary.items - summary.failed} items" if summary.has_result else f"{name}: no result")
             continue
         told = [f"{arm} {in_words(found)}" for arm, found in summary.metrics[summary.main].items()]
         show(f"{name}: {summary.main}: {', '.join(told)}")
@@ -259,4 +271,12 @@ def _compare(one: str, other: str) -> None:
     from ttt.eval.comparing import comparison
 
     for line in comparison(Path(one), Path(other)):
+        show(line)
+
+
+def _rated(sheets: Sequence[str]) -> None:
+    """Tell how often arms were preferred, and their strengths."""
+    from ttt.eval.rated import rating_lines
+
+    for line in rating_lines([Path(sheet) for sheet in sheets]):
         show(line)

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from ttt import plugins
 from ttt.check.codes import REINSTALL, TTT102, TTT103, TTT104, TTT106, TTT605, TTT801, TTT802, TTT803
+from ttt.check.placing import in_order, placed
 from ttt.check.reading import read_source
 from ttt.check.render import render_text
 from ttt.check.rules import reliable, run_rules
@@ -19,7 +20,7 @@ from ttt.check.rules.of_plugins import as_rule, found_by, house_rules
 from ttt.check.rules.rule import Context
 from ttt.check.validation import Validated, validate
 from ttt.config.findings import Code, Finding, Place, Severity, blames_environment, has_errors, summary
-from ttt.config.places import KeyPath, path_of
+from ttt.config.places import KeyPath
 from ttt.config.schema import RunConfig, with_its_target_eps
 from ttt.config.source import Source, parse_source
 from ttt.config.spelling import nearest
@@ -198,8 +199,8 @@ class _Check:
         return CheckedConfig(self._all(), self.source, result.config if as_meant else None, backbone)
 
     def _all(self) -> tuple[Finding, ...]:
-        placed = [with_place(finding, self.source) for finding in (*self.source.findings, *self.findings)]
-        return tuple(sorted(placed, key=_order))
+        found = [placed(finding, self.source) for finding in (*self.source.findings, *self.findings)]
+        return tuple(sorted(found, key=in_order))
 
     def _add(self, code: Code, path: str, message: str, fix: str, **more: Any) -> None:
         self.findings.append(code.at(path, message, fix, **more))
@@ -378,19 +379,6 @@ def _decides_facts(path: KeyPath, config: RunConfig) -> bool:
     sections: dict[str | int, BaseModel] = {"backbone": config.backbone, "data": config.data}
     section = sections.get(path[0])
     return section is not None and (len(path) == 1 or path[1] in type(section).model_fields)
-
-
-def with_place(finding: Finding, source: Source) -> Finding:
-    """The finding with the place of its key."""
-    if finding.place is not None:
-        return finding
-    return replace(finding, place=source.place(path_of(finding.path)))
-
-
-def _order(finding: Finding) -> tuple[bool, int, int]:
-    """Sort key: the order of the file, overrides last."""
-    place = finding.place or Place("")
-    return place.line is None, place.line or 0, place.column or 0
 
 
 def _installed() -> str:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ttt.config.evaluation import EvalConfig, ScoreOptions
 from ttt.config.misfit import Misfit
 from ttt.config.schema import (
     BackboneOptions,
     DataOptions,
-    EvalConfig,
     RunConfig,
-    ScoreOptions,
     TrainConfig,
     TTTConfig,
 )

@@ -4,7 +4,7 @@
     by_position.py    loss by position in log-spaced bins, and curves that are smoothed
     ratings.py        human pairwise ratings: a folder for raters, and what they filled in
     strengths.py      Bradley–Terry strengths and Elo numbers from such ratings
-    compare.py        two results beside each other, if they are of the same data and options
+    compare.py        two evaluations paired item by item, if they are of the same; `comparing.py` reads them
 
 This module imports nothing; the rooms below import no torch until a model is measured.
 """

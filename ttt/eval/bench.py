@@ -14,8 +14,10 @@ from torch.nn import functional as F
 
 from ttt.adapter import gates_closed
 from ttt.config.schema import RunConfig
+from ttt.errors import UsageError
+from ttt.eval.items import Item, made_by
 from ttt.plugins.backbone import Backbone
-from ttt.plugins.capabilities import Scoring
+from ttt.plugins.capabilities import Scoring, SegmentReset, has_capability
 from ttt.plugins.capable import capability
 from ttt.plugins.eval_tasks import EvalContext
 from ttt.plugins.scoring import ClipReader, ScoreFacts, Scores, ScoreStream
@@ -40,6 +42,10 @@ class Bench:
         self.options = options
         self.arm = "ttt"
         """The arm now: `ttt`, `closed` or `reset`."""
+        self.items_left: Sequence[Item] = ()
+        """The items that are to be measured, in order; for a task that prepares what several of them need."""
+        self.kept: dict[str, Any] = {}
+        """What a task keeps from one call to the next, by names of its own."""
         self._read = functools.lru_cache(maxsize=_CLIPS_KEPT)(lambda path: self.reader.read(path))
 
     @property
@@ -61,6 +67,17 @@ class Bench:
     def device(self) -> torch.device:
         """The model's."""
         return self.context.device
+
+    @property
+    def folder(self) -> Path:
+        """Where the task's own files go, the folder `TASK_made` of the evaluation. It may have to be made.
+
+        Raises:
+            UsageError: a run is being trained, whose evaluations keep numbers alone.
+        """
+        if self.context.folder is None:
+            raise UsageError(f"the task {self.options.name} writes files; measure it with `ttt eval`, not in training")
+        return made_by(self.context.folder, self.options.name)
 
     @functools.cached_property
     def scoring(self) -> Scoring:
@@ -98,13 +115,26 @@ class Bench:
 
     @contextlib.contextmanager
     def under(self, arm: str) -> Iterator[Bench]:
-        """A context in which the model is under an arm."""
+        """A context in which the model is under an arm.
+
+        Raises:
+            UsageError: the backbone knows no way to start fast weights anew.
+        """
         before, self.arm = self.arm, arm
         try:
-            with gates_closed(self.model) if arm == "closed" else contextlib.nullcontext():
+            with self._gates_and_resets(arm):
                 yield self
         finally:
             self.arm = before
+
+    def _gates_and_resets(self, arm: str) -> contextlib.AbstractContextManager[None]:
+        if arm == "closed":
+            return gates_closed(self.model)
+        if arm == "reset" and (
+            has_capability(self.backbone, SegmentReset) or not has_capability(self.backbone, Scoring)
+        ):
+            return capability(self.backbone, SegmentReset).reset_at_segments(self.model)
+        return contextlib.nullcontext()  # streams of clips are cut where they are read
 
     @torch.no_grad()
     def scores(self, clips: Sequence[Tensor]) -> list[Scores]:

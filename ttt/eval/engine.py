@@ -18,6 +18,7 @@ from ttt.eval.tasks import ItemTask, Setup
 from ttt.plugins.asking import WrongAnswer, is_out_of_memory, with_its_type
 from ttt.plugins.capabilities import Scoring
 from ttt.plugins.eval_tasks import EvalContext
+from ttt.seeds import generator_states, restore_generators
 from ttt.words import first_line
 
 MOST_FAILED = 0.01
@@ -74,7 +75,9 @@ def _failed(item: Item, error: Exception) -> Batch:
 
 def _together(task: ItemTask, bench: Bench, items: Sequence[Item], arms: Sequence[str]) -> Batch:
     by_arm: dict[str, Sequence[Measured]] = {}
+    generators = generator_states()
     for arm in arms:
+        restore_generators(generators)  # so that each arm draws the same random numbers
         with bench.under(arm), torch.no_grad():
             by_arm[arm] = _checked(task, task.measure(bench, items), len(items))
     rows = tuple(
@@ -123,6 +126,7 @@ def rows_of(
     """Measure all items, batch by batch, until `stop` returns true."""
     if Scoring in task.requires:
         bench.reader  # noqa: B018 - if the codec is missing, that is not the fault of an item
+    bench.items_left = items
     for part in batches(task, items, size=bench.config.eval.batch_size):
         if stop():
             return

@@ -3,6 +3,7 @@
     eval.json           what the numbers are of: model, adapter, settings; and the options of each task
     samples/TASK.jsonl  a row for each item
     positions/TASK/     arrays by position, `ITEM.ARM.npz`
+    TASK_made/          what a task makes, as samples
     results.json, summary.md, pictures
 
 A row is written when its whole batch is measured, and with it is on the disk. So a command that was killed goes on with
@@ -13,11 +14,12 @@ files of each row by their hashes. This module imports no torch.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ import numpy as np
 from ttt.checksums import file_digest, parse_line, sealed_line
 from ttt.dotted import dotted
 from ttt.errors import EnvironmentProblem, UsageError
-from ttt.eval.items import Item, Row
+from ttt.eval.items import Item, Row, made_by
 from ttt.eval.tasks import Arrays
 from ttt.files import lock, read_json, sync, write_bytes, write_json, writing
 from ttt.printable import shortened
@@ -125,6 +127,7 @@ class EvalFolder:
                 raise UsageError(f"{rows}: has results of other options ({differing}); {_WAY_OUT}")
         else:
             rows.unlink(missing_ok=True)
+            shutil.rmtree(made_by(self.path, name), ignore_errors=True)
         self._tasks[name] = dict(made_from)
         self._write_record()
         return there
@@ -167,7 +170,11 @@ class EvalFolder:
         sync(file.parent)
 
     def _array_file(self, task: str, item: str, arm: str) -> Path:
-        return self.path / POSITIONS / task / f"{_file_name(item)}.{arm}.npz"
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "_", item)[:120]
+        told = (
+            plain if plain == item else f"{plain}-{sha256(item.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+        )  # else two might be one
+        return self.path / POSITIONS / task / f"{told}.{arm}.npz"
 
     def _write_arrays(self, task: str, item: str, arm: str, content: Mapping[str, np.ndarray]) -> None:
         packed = io.BytesIO()
@@ -188,14 +195,6 @@ class EvalFolder:
                 return dict(content)
 
         return Arrays(read)
-
-
-def _file_name(item: str) -> str:
-    """An item's name as that of a file. Names that differ only in what no file name has get different ones."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", item)[:120].lstrip(".")
-    return (
-        plain if plain == item else f"{plain}-{hashlib.sha256(item.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
-    )
 
 
 def _read_lines(file: Path) -> Iterator[dict[str, Any]]:

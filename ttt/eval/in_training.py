@@ -14,11 +14,13 @@ from ttt.plugins.eval_tasks import EvalContext
 
 
 def numbers_of(task: ItemTask, context: EvalContext, options: Any) -> dict[str, float]:
-    """A task's numbers while a model is trained.
+    """A task's numbers while a model is trained; none of a task that writes files, which `ttt eval` measures.
 
     Raises:
         TTTError: the backbone or the data does not fit the task, or more than 1 % of its items failed.
     """
+    if task.writes_files:
+        return {}
     setup, bench = setup_of(task, context, options), Bench(context, options)
     items = chosen_items(task, setup)
     arms = task.arms_among(("ttt", "closed"))

@@ -27,6 +27,16 @@ class Item:
     """What it is read from."""
 
 
+def made_by(folder: Path, task: str) -> Path:
+    """Where the files that a task makes are kept in the folder of an evaluation."""
+    return folder / f"{task}_made"
+
+
+def key_of(raters: Path) -> Path:
+    """Where the key to a folder for raters is: beside it, so that raters do not get it."""
+    return raters.with_name(f"{raters.name}.key.csv")
+
+
 @dataclass(frozen=True)
 class Measured:
     """What one arm gave for one item."""

@@ -31,14 +31,21 @@ class TaskSummary:
     """The first metric of the items with a tag, by `tag=value`, then by arm."""
     tests: Mapping[str, McNemar] = field(default_factory=dict)
     """McNemar's test of the first metric by two arms, if its outcomes are wins and losses of few units."""
+    references: Mapping[str, Estimate] = field(default_factory=dict)
+    """The first metric without a model, as by the length of clips alone."""
     items: int = 0
     """How many the task has."""
     failed: int = 0
     """How many of them could not be measured and count in nothing."""
 
     @property
+    def has_result(self) -> bool:
+        """Whether any item was measured; a task without metrics, as one that makes samples, has a result too."""
+        return self.items > self.failed
+
+    @property
     def main(self) -> str | None:
-        """The first metric; None if nothing was measured."""
+        """The first metric; None if nothing was measured, or the task has no metric."""
         return next(iter(self.metrics), None)
 
     def as_metrics(self) -> dict[str, float]:
@@ -55,14 +62,42 @@ class TaskSummary:
         return numbers
 
 
-def summed_up(task: ItemTask, setup: Setup, rows: Sequence[Row], arms: Sequence[str]) -> TaskSummary:
-    """The estimates of a task from its rows, those that failed left out."""
+@dataclass(frozen=True)
+class MeasuredTask:
+    """A task as it was measured."""
+
+    task: ItemTask
+    setup: Setup
+    arms: tuple[str, ...]
+    rows: tuple[Row, ...]
+    """Of the items that did not fail."""
+    summary: TaskSummary
+
+
+def summed_up(
+    task: ItemTask,
+    setup: Setup,
+    rows: Sequence[Row],
+    arms: Sequence[str],
+    references: Mapping[str, Sequence[float]] | None = None,
+) -> TaskSummary:
+    """The estimates of a task from its rows, those that failed left out.
+
+    Args:
+        task: the task.
+        setup: its options.
+        rows: of all items.
+        arms: which were measured.
+        references: from `ItemTask.references`, of the rows that did not fail.
+    """
     good = [row for row in rows if row.error is None]
     failed = len(rows) - len(good)
     if not good:
         return TaskSummary(task.name, {}, items=len(rows), failed=failed)
     values = {arm: [dict(task.values(setup, row.item, row.arms[arm])) for row in good] for arm in arms}
     names = list(values[arms[0]][0])
+    if not names:
+        return TaskSummary(task.name, {}, items=len(rows), failed=failed)
     pairs = list(itertools.combinations(arms, 2))
     metrics: dict[str, dict[str, Estimate]] = {}
     for name in names:
@@ -70,7 +105,13 @@ def summed_up(task: ItemTask, setup: Setup, rows: Sequence[Row], arms: Sequence[
         metrics[name] = _by_arm(by_arm, good, pairs)
     main = {arm: [value[names[0]] for value in values[arm]] for arm in arms}
     return TaskSummary(
-        task.name, metrics, _parts(main, good, pairs), _tests(task, main, good, pairs), items=len(rows), failed=failed
+        task.name,
+        metrics,
+        _parts(main, good, pairs),
+        _tests(task, main, good, pairs),
+        _by_arm(references or {}, good, ()),
+        items=len(rows),
+        failed=failed,
     )
 
 
@@ -106,7 +147,7 @@ def _tests(
 
 def averaged(summaries: Mapping[str, TaskSummary | None]) -> dict[str, Estimate]:
     """The average of the tasks whose outcome is `acc`, by arm; empty if one has no result, or there are not two."""
-    if len(summaries) < 2 or any(summary is None or summary.main is None for summary in summaries.values()):
+    if len(summaries) < 2 or any(summary is None or not summary.has_result for summary in summaries.values()):
         return {}
     tables = [summary.metrics["acc"] for summary in summaries.values() if summary and "acc" in summary.metrics]
     if len(tables) < 2:
@@ -135,6 +176,11 @@ def as_results(
         "results": {name: _told(summary) for name, summary in summaries.items()},
         "groups": {"average": _numbers({"acc": mean})} if mean else {"average": None},
         "parts": {name: _numbers(summary.parts) for name, summary in summaries.items() if summary and summary.parts},
+        "references": {
+            name: _numbers({summary.main: summary.references})
+            for name, summary in summaries.items()
+            if summary and summary.main is not None and summary.references
+        },
         "tests": {name: _tests_told(summary) for name, summary in summaries.items() if summary and summary.tests},
         "n-samples": {name: _samples(summary) for name, summary in summaries.items()},
         "versions": dict(versions),
@@ -143,7 +189,7 @@ def as_results(
 
 
 def _told(summary: TaskSummary | None) -> dict[str, Any] | None:
-    if summary is None or summary.main is None:
+    if summary is None or not summary.has_result:
         return None
     return {"alias": summary.task, **_numbers(summary.metrics)}
 
@@ -161,7 +207,7 @@ def _samples(summary: TaskSummary | None) -> dict[str, int] | None:
     if summary is None:
         return None
     main = None if summary.main is None else next(iter(summary.metrics[summary.main].values()))
-    counts = {"units": main.units, "clusters": main.clusters} if main is not None else {"units": 0, "clusters": 0}
+    counts = {"units": main.units, "clusters": main.clusters} if main is not None else {}
     return {"original": summary.items, "effective": summary.items - summary.failed, "failed": summary.failed, **counts}
 
 

@@ -143,7 +143,13 @@ def _fitted(arms: Sequence[str], ratings: Sequence[Rating]) -> NDArray[np.float6
     for one in ratings:  # each twice, so that a tie is one win of either
         left, right = place[one.left], place[one.right]
         wins += [(left, right)] * round(2 * one.score) + [(right, left)] * round(2 - 2 * one.score)
-    strengths: NDArray[np.float64] = choix.ilsr_pairwise(len(arms), wins, alpha=0.0, max_iter=_MOST_STEPS)
+    try:
+        strengths: NDArray[np.float64] = choix.ilsr_pairwise(len(arms), wins, alpha=0.0, max_iter=_MOST_STEPS)
+    except RuntimeError:
+        raise UsageError(
+            f"the strengths of {', '.join(arms)} do not settle in {_MOST_STEPS:,} steps: some were hardly compared; "
+            f"gather more ratings, or report the shares of wins"
+        ) from None
     return strengths - strengths.mean()
 
 

@@ -19,7 +19,7 @@ from ttt.config.tasks import TaskOptions
 from ttt.errors import UsageError
 from ttt.eval.items import Item, Measured, Row
 from ttt.plugins.backbone import Backbone
-from ttt.plugins.capabilities import CAPABILITIES, Capability, Scoring, has_capability
+from ttt.plugins.capabilities import CAPABILITIES, Capability, Scoring, SegmentReset, has_capability
 from ttt.plugins.eval_tasks import AnyEvalTask
 
 if TYPE_CHECKING:
@@ -98,6 +98,10 @@ class ItemTask(AnyEvalTask):
     """The outcome of guessing, for tables and pictures."""
     folder: ClassVar[str | None] = None
     """The folder of its data among what a backbone brings; None is its name."""
+    higher_is_better: ClassVar[bool] = True
+    """Whether a larger outcome is the better one; a loss has False."""
+    writes_files: ClassVar[bool] = False
+    """Whether it makes files in the evaluation's folder. Then `ttt eval` measures it, and training leaves it out."""
 
     def lacks(self, setup: Setup) -> str | None:
         """What the backbone lacks for this task, completing "the backbone NAME …"; None if it lacks nothing."""
@@ -109,6 +113,21 @@ class ItemTask(AnyEvalTask):
             medium = setup.backbone.score_facts(setup.config).medium
             if medium != self.medium:
                 return f"reads {medium}, and the task is on {self.medium}"
+        return None
+
+    def refuses(self, setup: Setup, arm: str) -> str | None:
+        """Why the backbone cannot be measured under an arm, completing "the backbone NAME …"; None if it can be.
+
+        By default `reset` needs streams of clips, which the core cuts, or a backbone that resets by itself.
+        """
+        if arm != "reset" or Scoring in self.requires:
+            return None
+        if not has_capability(setup.backbone, SegmentReset):
+            return f"has no {CAPABILITIES[SegmentReset].lacking}"
+        evaluation = setup.config.eval
+        written = [key for key in ("reset_sec", "reset_tokens") if getattr(evaluation, key) is not None]
+        if written:
+            return f"starts fast weights anew at each segment of a window, so leave out eval.{written[0]}"
         return None
 
     def is_ready(self, setup: Setup) -> bool:
@@ -164,9 +183,32 @@ class ItemTask(AnyEvalTask):
         The first metric is the task's own. A name with a `/`, as `acc/semantic.sum`, is a variant of it.
         """
 
+    def references(self, bench: Bench, rows: Sequence[Row]) -> Mapping[str, Sequence[float]]:
+        """What the first metric is without a model, by a name such as `length`; none by default.
+
+        Args:
+            bench: for its reader.
+            rows: of the items that did not fail.
+
+        Returns:
+            For each name, an outcome for each row.
+        """
+        return {}
+
     def texts(self, setup: Setup, rows: Sequence[Row]) -> Mapping[str, str]:
         """Files to write beside the results, as text by name; none by default."""
         return {}
+
+    def files(self, setup: Setup, rows: Sequence[Row], folder: Path) -> Sequence[Path]:
+        """Write other files into the evaluation's folder; returns them. By default there are none.
+
+        It is called whenever results are written, also of an evaluation that went on; what people may have changed by
+        then it leaves as it is.
+
+        Raises:
+            ttt.errors.EnvironmentProblem: the folder cannot be written.
+        """
+        return []
 
     def figures(self, setup: Setup, rows: Sequence[Row], arrays: Arrays) -> Mapping[str, Figure]:
         """Pictures by file name; none by default.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -44,9 +42,3 @@ def first_difference(one: Tensor, other: Tensor) -> int:
     length = min(one.shape[-1], other.shape[-1])
     same = (one[:, :length] == other[:, :length]).all(0)
     return min(int(same.long().cumprod(0).sum()), length - 1)
-
-
-def preferred(numbers: Mapping[str, float], variant: str) -> float:
-    """Whether the correct clip of a pair is the likelier one: 1; 0 if the other is; ½ if neither is."""
-    correct, incorrect = numbers[f"correct.{variant}"], numbers[f"incorrect.{variant}"]
-    return 1.0 if correct > incorrect else 0.0 if correct < incorrect else 0.5

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ttt.drawing import png
 from ttt.eval.folder import RESULTS, SUMMARY, EvalFolder
-from ttt.eval.items import Item, Row
 from ttt.eval.pictures import outcome_figure
 from ttt.eval.report import summary_text
-from ttt.eval.results import TaskSummary, as_results
-from ttt.eval.tasks import ItemTask, Setup
+from ttt.eval.results import MeasuredTask, as_results
 from ttt.files import write_bytes, write_json, write_text, writing
 
 OUTCOMES = "outcomes.png"
@@ -21,73 +19,53 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Measurement(Protocol):
-    """A task as it was measured."""
-
-    @property
-    def task(self) -> ItemTask:
-        """The task."""
-        ...
-
-    @property
-    def setup(self) -> Setup:
-        """Its options."""
-        ...
-
-    @property
-    def items(self) -> tuple[Item, ...]:
-        """Its items."""
-        ...
-
-    @property
-    def arms(self) -> tuple[str, ...]:
-        """Under which arms."""
-        ...
-
-
-def write_results(
-    folder: EvalFolder,
-    summaries: Mapping[str, TaskSummary],
-    plans: Mapping[str, Measurement],
-    *,
-    described: Mapping[str, Any],
-) -> list[Path]:
+def write_results(folder: EvalFolder, measured: Sequence[MeasuredTask], *, described: Mapping[str, Any]) -> list[Path]:
     """Write everything; returns the files, the results first.
+
+    Args:
+        folder: where to.
+        measured: the tasks.
+        described: what the numbers are of: `config`, `adapter`, `device` and more.
 
     Raises:
         EnvironmentProblem: the disk is full, or the folder cannot be written.
     """
-    configs = {name: plan.setup.options.model_dump(mode="json") for name, plan in plans.items()}
+    summaries = {each.task.name: each.summary for each in measured}
     results = as_results(
         summaries,
-        versions={name: plan.task.version for name, plan in plans.items()},
-        described={"configs": configs, **described},
+        versions={each.task.name: each.task.version for each in measured},
+        described={
+            "configs": {each.task.name: each.setup.options.model_dump(mode="json") for each in measured},
+            "higher_is_better": {
+                each.task.name: dict.fromkeys(each.summary.metrics, each.task.higher_is_better) for each in measured
+            },
+            **described,
+        },
     )
     write_json(folder.path / RESULTS, results)
-    write_text(folder.path / SUMMARY, summary_text(summaries, plans, described))
+    write_text(folder.path / SUMMARY, summary_text(measured, described))
     written = [folder.path / RESULTS, folder.path / SUMMARY]
-    outcomes = outcome_figure(summaries, {name: plan.task.chance for name, plan in plans.items()})
+    outcomes = outcome_figure(summaries, {each.task.name: each.task.chance for each in measured})
     if outcomes is not None:
         written.append(_picture(folder.path / OUTCOMES, outcomes))
-    for name, plan in plans.items():
-        found = folder.rows(name, plan.items)
-        rows = [found[item.id] for item in plan.items if item.id in found]
-        written += _of_task(folder, plan, rows)
+    for each in measured:
+        written += _of_task(folder, each)
     return written
 
 
-def _of_task(folder: EvalFolder, plan: Measurement, rows: list[Row]) -> list[Path]:
+def _of_task(folder: EvalFolder, each: MeasuredTask) -> list[Path]:
     """A task's own texts and pictures."""
-    if not rows:
+    if not each.rows:
         return []
     written = []
-    for name, text in plan.task.texts(plan.setup, rows).items():
+    for name, text in each.task.texts(each.setup, each.rows).items():
         file = folder.path / name
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, text)
         written.append(file)
-    for name, figure in plan.task.figures(plan.setup, rows, folder.arrays(plan.task.name)).items():
+    written += each.task.files(each.setup, each.rows, folder.path)
+    for name, figure in each.task.figures(each.setup, each.rows, folder.arrays(each.task.name)).items():
         written.append(_picture(folder.path / name, figure))
     return written
 

@@ -24,7 +24,7 @@ from ttt.laws.parts import gates_of, layers_of, random_tokens, rotary_of
 from ttt.laws.reach import evidence
 from ttt.laws.training import NESTINGS, purity, remat_invariance
 from ttt.layer import TTTLayer
-from ttt.plugins import Streaming, has_capability
+from ttt.plugins import Scores, Scoring, Streaming, has_capability
 
 __all__ = [
     "NESTINGS",
@@ -85,15 +85,16 @@ def chunk_invariance(
     """Law 4: a stream fed in pieces gives the outputs and the final state of feeding it whole.
 
     Args:
-        bench: the bench; each of its layers is checked, and the model if it streams.
+        bench: the bench; each of its layers is checked, and the model if it streams or scores.
         mini_batch_sizes: sizes to check, each with its own model.
         cuts: lengths of the pieces, one list for each way to cut the sequence; None cuts it into single tokens
             (whole mini-batches if they are not causal) and in two uneven ways.
         layers: whether each TTT layer is fed in pieces.
-        model: whether the whole model is fed in pieces, if it streams.
+        model: whether the whole model is fed in pieces, if it streams or scores; it scores at the last size only.
     """
     measured = {}
-    for size in mini_batch_sizes:
+    sizes = list(mini_batch_sizes)
+    for size in sizes:
         if not bench.config().causal and size == 1:
             continue
         injection = bench.injected(mini_batch_size=size)
@@ -112,6 +113,11 @@ def chunk_invariance(
                 if away > bench.tolerance:
                     raise LawBrokenError(4, f"with {where}, the streamed model is {away:.1e} away from the whole", away)
                 measured[f"model, {where}"] = away
+            if model and size == sizes[-1] and has_capability(bench.backbone, Scoring):
+                away = _pieces_of_scores(bench, injection.model, pieces)
+                if away > bench.tolerance:
+                    raise LawBrokenError(4, f"with {where}, a stream's scores are {away:.1e} away from the whole", away)
+                measured[f"scores, {where}"] = away
     return measured
 
 
@@ -316,6 +322,23 @@ def _pieces_of_layer(layer: TTTLayer, pieces: Sequence[int], bench: Bench) -> fl
         distance(torch.cat(parts, dim=1), expected),
         *(distance(found[name].float(), whole[name].float()) for name in whole),
     )
+
+
+@torch.no_grad()
+def _pieces_of_scores(bench: Bench, model: nn.Module, pieces: Sequence[int]) -> float:
+    """How far a backbone's scores differ if it reads clips in pieces instead of whole; infinitely if their masks do."""
+    backbone = bench.backbone
+    assert has_capability(backbone, Scoring)
+    clips = backbone.example_clips(model, batch_size=bench.batch_size, tokens=bench.tokens, seed=0)
+    whole = backbone.score(model, clips)
+    if not bool(whole.mask.any()):
+        raise LawBrokenError(4, "`score` predicts nothing in `example_clips`: the bench cannot tell")
+    with backbone.score_stream(model, batch_size=bench.batch_size) as stream:
+        read = [stream.read(piece) for piece in clips.split(list(pieces), dim=2)] + [stream.finish()]
+    streamed = Scores(torch.cat([part.nll for part in read], 2), torch.cat([part.mask for part in read], 2))
+    if not torch.equal(streamed.mask, whole.mask):
+        return float("inf")
+    return distance(streamed.nll, whole.nll)
 
 
 def _rows_alone(layer: TTTLayer, bench: Bench) -> float:

@@ -12,15 +12,18 @@ if TYPE_CHECKING:
     from ttt.plugins.backbone import Backbone
     from ttt.plugins.capabilities import (
         Capability,
+        DiffusionScoring,
         Precomputing,
         Sampling,
         Scoring,
+        SegmentReset,
         Streaming,
         WeightImport,
         has_capability,
     )
     from ttt.plugins.capable import capability
     from ttt.plugins.data import Batch, LossOutput, WindowDataset
+    from ttt.plugins.denoising import SegmentLosses, WindowSource
     from ttt.plugins.discovery import GROUP, PluginInfo, discover, find, forget, get_backbone, names
     from ttt.plugins.eval_tasks import AnyEvalTask, EvalContext, EvalTask
     from ttt.plugins.facts import BackboneFacts, RecordingFormat
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from ttt.plugins.rules import Rule, rule
     from ttt.plugins.run_config import run_config_model
     from ttt.plugins.sampling import SamplePlan, SampleRequest
-    from ttt.plugins.scoring import ClipReader, ScoreFacts, Scores, ScoreStream
+    from ttt.plugins.scoring import ClipReader, ScoreFacts, Scores, ScoreStream, SoundReader
     from ttt.plugins.site import Site
 
 _EXPORTS = {
@@ -40,6 +43,7 @@ _EXPORTS = {
     "Batch": "ttt.plugins.data",
     "Capability": "ttt.plugins.capabilities",
     "AnyEvalTask": "ttt.plugins.eval_tasks",
+    "DiffusionScoring": "ttt.plugins.capabilities",
     "EvalContext": "ttt.plugins.eval_tasks",
     "EvalTask": "ttt.plugins.eval_tasks",
     "GROUP": "ttt.plugins.discovery",
@@ -59,11 +63,15 @@ _EXPORTS = {
     "ScoreStream": "ttt.plugins.scoring",
     "Scores": "ttt.plugins.scoring",
     "Scoring": "ttt.plugins.capabilities",
+    "SoundReader": "ttt.plugins.scoring",
+    "SegmentLosses": "ttt.plugins.denoising",
+    "SegmentReset": "ttt.plugins.capabilities",
     "Site": "ttt.plugins.site",
     "StepRows": "ttt.plugins.rows",
     "Streaming": "ttt.plugins.capabilities",
     "WeightImport": "ttt.plugins.capabilities",
     "WindowDataset": "ttt.plugins.data",
+    "WindowSource": "ttt.plugins.denoising",
     "capability": "ttt.plugins.capable",
     "discover": "ttt.plugins.discovery",
     "find": "ttt.plugins.discovery",
@@ -85,6 +93,7 @@ __all__ = [
     "Batch",
     "Capability",
     "ClipReader",
+    "DiffusionScoring",
     "EvalContext",
     "EvalTask",
     "Import",
@@ -102,11 +111,15 @@ __all__ = [
     "ScoreStream",
     "Scores",
     "Scoring",
+    "SegmentLosses",
+    "SegmentReset",
     "Site",
+    "SoundReader",
     "StepRows",
     "Streaming",
     "WeightImport",
     "WindowDataset",
+    "WindowSource",
     "capability",
     "discover",
     "find",

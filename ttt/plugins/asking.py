@@ -15,7 +15,7 @@ import contextlib
 import inspect
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,10 @@ from ttt.plugins.origin import distribution_of, origin_of, version_of
 from ttt.printable import printable, shortened
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ttt.plugins.data import Batch, WindowDataset
+    from ttt.plugins.scoring import Scores, ScoreStream
 
 TRACEBACK = "TTT_TRACEBACK"
 """The environment variable that, set to anything but 0, prints tracebacks of plugins on standard error."""
@@ -124,6 +127,66 @@ class AskedDataset:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._dataset, name)
+
+
+class AskedScoring:
+    """A plugin's context of a `ScoreStream`: entering and leaving it is asked, and so are the stream's methods.
+
+    Args:
+        backbone: the plugin.
+        context: what its `score_stream` returned.
+        check: the check of the `Scores` that the stream returns.
+    """
+
+    def __init__(self, backbone: object, context: Any, check: Callable[[Any, Any], Any]) -> None:
+        self._backbone = backbone
+        self._context = context
+        self._check = check
+
+    def __enter__(self) -> AskedScoreStream:
+        with asked(self._backbone, "`score_stream`", type(self._backbone).score_stream):  # type: ignore[attr-defined]
+            stream = self._context.__enter__()
+            missing = [name for name in ("read", "finish", "learn_anew") if not callable(getattr(stream, name, None))]
+            if missing:
+                raise WrongAnswer(f"{with_its_type(stream)} without `{missing[0]}`, which a ScoreStream has")
+        return AskedScoreStream(self._backbone, stream, self._check)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        with asked(self._backbone, "`score_stream`"):
+            left: bool | None = self._context.__exit__(*error)
+        return left
+
+
+class AskedScoreStream:
+    """A plugin's `ScoreStream`."""
+
+    def __init__(self, backbone: object, stream: ScoreStream, check: Callable[[Any, Any], Any]) -> None:
+        self._backbone = backbone
+        self._stream = stream
+        self._check = check
+
+    def _asked(self, method: str) -> contextlib.AbstractContextManager[None]:
+        return asked(self._backbone, f"`{method}` of its score stream", getattr(self._stream, method))
+
+    def read(self, piece: Tensor) -> Scores:
+        """Read the next piece of each stream."""
+        with self._asked("read"):
+            scores: Scores = self._check(self._backbone, self._stream.read(piece))
+            return scores
+
+    def finish(self) -> Scores:
+        """The scores that were held back."""
+        with self._asked("finish"):
+            scores: Scores = self._check(self._backbone, self._stream.finish())
+            return scores
+
+    def learn_anew(self) -> None:
+        """Start fast weights anew."""
+        with self._asked("learn_anew"):
+            self._stream.learn_anew()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 # --- the sentence ---

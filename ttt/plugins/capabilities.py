@@ -16,7 +16,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeGuard, TypeVar
 
-from ttt.config.schema import DataT, OptionsT, RunConfig, ScoreOptions
+from ttt.config.evaluation import ScoreOptions
+from ttt.config.schema import DataT, OptionsT, RunConfig
 from ttt.errors import UsageError
 from ttt.plugins.guarding import guard
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor, nn
 
-    from ttt.plugins.data import Batch
+    from ttt.plugins.data import Batch, WindowDataset
+    from ttt.plugins.denoising import SegmentLosses, WindowSource
     from ttt.plugins.sampling import SamplePlan, SampleRequest
     from ttt.plugins.scoring import ClipReader, ScoreFacts, Scores, ScoreStream
 
@@ -201,6 +203,67 @@ class Scoring(Capability, Generic[OptionsT, DataT]):
     def score_stream(self, model: nn.Module, *, batch_size: int) -> AbstractContextManager[ScoreStream]:
         """A context in which the model reads B streams in pieces, without gradients. They start fresh."""
 
+    def example_clips(self, model: nn.Module, *, batch_size: int, tokens: int, seed: int) -> Tensor:
+        """Random clips `[B,S,T]` with which law 4 is proved: `Backbone.example_batch`, if that makes such clips."""
+        example: Callable[..., Tensor] = self.example_batch  # type: ignore[attr-defined]
+        return example(model, batch_size=batch_size, tokens=tokens, seed=seed)
+
+
+class DiffusionScoring(Capability, Generic[OptionsT, DataT]):
+    """Telling how well the model denoises a window, timestep by timestep: diffusion losses that can be compared."""
+
+    @abstractmethod
+    def num_timesteps(self, config: RunConfig[OptionsT, DataT]) -> int:
+        """How many timesteps the noise schedule has; the first, 0, has the least noise.
+
+        Raises:
+            ttt.errors.EnvironmentProblem: the schedule cannot be read.
+        """
+
+    def window_source(self, dataset: WindowDataset, index: int) -> WindowSource:
+        """What a window of the backbone's dataset is cut from. By default: its number among `dataset.files`."""
+        from ttt.plugins.denoising import WindowSource
+
+        number = next(number for number, windows in enumerate(dataset.files) if index in windows)
+        return WindowSource(f"file {number}")
+
+    @abstractmethod
+    def diffusion_losses(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        config: RunConfig[OptionsT, DataT],
+        *,
+        timesteps: Tensor,
+        seeds: Sequence[int],
+    ) -> SegmentLosses:
+        """The training loss of each window at given timesteps, apart for each segment.
+
+        The noise depends on a window's seed alone: not on the rest of its batch, the global generators, the device or
+        the model. So losses of two models, or of one model with open and closed gates, are of the same noise.
+
+        Args:
+            model: what `build` made, injected, in eval mode.
+            batch: B windows, as `dataset` collates them, on the model's device.
+            config: resolved.
+            timesteps: `[B,N]` int64, on the CPU.
+            seeds: of the noise of each window, 0 … 2⁶³−1.
+        """
+
+
+class SegmentReset(Capability):
+    """Starting fast weights anew inside a window that is read whole: the arm `reset` of evaluations.
+
+    A backbone that scores streams does not need it: there the core starts fast weights anew between two pieces.
+    """
+
+    @abstractmethod
+    def reset_at_segments(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A context in which every TTT layer starts each segment of a window with fresh fast weights.
+
+        Nothing else changes: positions and attention are those of the whole window.
+        """
+
 
 class InWords(NamedTuple):
     """A capability in words."""
@@ -217,6 +280,8 @@ CAPABILITIES: Mapping[type[Capability], InWords] = {
     WeightImport: InWords("import-weights", "import of weights: it knows no other program's checkpoints"),
     Streaming: InWords("stream", "streaming: it reads sequences whole"),
     Scoring: InWords("score", "scoring: it does not tell how likely it finds what it reads"),
+    DiffusionScoring: InWords("score-diffusion", "scoring of diffusion: it does not tell how well it denoises"),
+    SegmentReset: InWords("reset", "reset: its fast weights cannot start anew inside a window that is read whole"),
 }
 """The capabilities that this project asks for."""
 

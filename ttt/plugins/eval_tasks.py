@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ttt.config.schema import RunConfig
@@ -46,6 +47,10 @@ class EvalContext:
     dropped: the resumed run measures again."""
     adapters: Mapping[str, nn.Module] = field(default_factory=dict)
     """The TTT adapters by site name."""
+    folder: Path | None = None
+    """The folder of the evaluation, for a task that writes files; None while a run is trained."""
+    imported_from: str | None = None
+    """The program whose weights the adapter is of, for `SampleRequest`; None if it was learned here."""
 
 
 class AnyEvalTask(ABC):

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import Field, create_model
 
-from ttt.config.schema import BackboneOptions, DataOptions, EvalConfig, RunConfig, ScoreOptions
+from ttt.config.evaluation import EvalConfig, ScoreOptions
+from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
 from ttt.plugins.backbone import Backbone
 from ttt.plugins.capabilities import Scoring, has_capability
 from ttt.plugins.declared import require_options

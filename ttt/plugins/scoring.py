@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -18,7 +20,7 @@ class ScoreFacts:
     medium: Literal["speech", "text"]
     """What a clip is read from. Tasks on sound ask for `speech`."""
     streams: tuple[str, ...]
-    """Names of the streams that the model predicts, in the order of `Scores`: K."""
+    """Names of the K streams that the model predicts, in the order of `Scores`; the first K streams of a clip."""
     weights: Mapping[str, tuple[float, ...]]
     """The ways to weigh the K streams into one score, each by its name, as `semantic`. Scores of all are kept."""
     chosen: str
@@ -77,6 +79,19 @@ class ClipReader(Protocol):
 
     def stream(self, path: Path) -> Iterator[Tensor]:
         """The pieces `[S,t]` of `read`, in order, in memory that does not grow with the file.
+
+        Raises:
+            ttt.errors.EnvironmentProblem: the file is missing or broken; the message names it.
+        """
+        ...
+
+
+@runtime_checkable
+class SoundReader(ClipReader, Protocol):
+    """A reader of sound files, which also gives the sound itself: what a clip could be told by without any model."""
+
+    def sound(self, path: Path) -> NDArray[np.float32]:
+        """The samples of a file, its channels averaged, `[samples]`.
 
         Raises:
             ttt.errors.EnvironmentProblem: the file is missing or broken; the message names it.

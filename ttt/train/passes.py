@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,25 +15,9 @@ from ttt.errors import InactiveLayerError
 from ttt.inject import Injection
 from ttt.plugins import Batch, WindowDataset
 from ttt.plugins.rows import StepRows
+from ttt.seeds import seed_pass as seed_pass
+from ttt.seeds import words_of
 from ttt.state import TTTState
-
-
-def seed_pass(seed: int, purpose: str, number: int) -> None:
-    """Seed every global generator for one forward pass.
-
-    The numbers that the pass draws then depend only on the run's seed and the pass. So no generator state needs to be
-    saved, and an evaluation between two passes changes nothing.
-    """
-    words = _words(seed, purpose, number)
-    torch.manual_seed(words[0] << 32 | words[1])
-    random.seed(words[0] << 32 | words[1])
-    np.random.seed(words[0])
-
-
-def _words(seed: int, purpose: str, number: int) -> tuple[int, int]:
-    """Two 32-bit words, a function of the run's seed, the purpose and the number."""
-    first, second = np.random.SeedSequence([seed, *purpose.encode(), number]).generate_state(2, np.uint32)
-    return int(first), int(second)
 
 
 def training_rows(config: TrainConfig, number: int) -> StepRows:
@@ -47,7 +29,7 @@ def training_rows(config: TrainConfig, number: int) -> StepRows:
 
 def step_seed(seed: int, purpose: str, step: int) -> int:
     """A seed that all passes of a step share; a function of the run's seed, the purpose and the step."""
-    words = _words(seed, f"rows of {purpose}", step)
+    words = words_of(seed, f"rows of {purpose}", step)
     return words[0] << 31 | words[1] >> 1
 
 

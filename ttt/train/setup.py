@@ -12,6 +12,7 @@ from torch import nn
 
 from ttt import inject
 from ttt.adapter import TTTAdapter
+from ttt.config.evaluation import EvalConfig
 from ttt.config.schema import RunConfig
 from ttt.errors import ConfigError, EnvironmentProblem
 from ttt.inject import Injection
@@ -85,7 +86,11 @@ def with_backbone_options(config: RunConfig, backbone: Backbone) -> RunConfig:
     if isinstance(config, model):
         return config
     try:
-        return model.model_validate({name: getattr(config, name) for name in RunConfig.model_fields})
+        sections = {name: getattr(config, name) for name in RunConfig.model_fields}
+        # this section has the plugin's own class too, and pydantic takes no instance of its base
+        sections["eval"] = {name: getattr(config.eval, name) for name in EvalConfig.model_fields}
+        sections["eval"]["score"] = config.eval.score.model_dump()
+        return model.model_validate(sections)
     except ValidationError as error:
         raise ConfigError(f"the config does not fit the backbone {backbone.name}: {error.errors()[0]['msg']}") from None
 

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from moshi.models import MimiModel
 from moshi.utils.compile import no_cuda_graph
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -97,6 +99,16 @@ class MoshiClips:
         for start in range(0, frames, PIECE):
             sound = self._sound(path, info, start, min(start + PIECE, frames))
             yield self._clip(encode(sound[None, None].to(self._device)).long().cpu())
+
+    def sound(self, path: Path) -> NDArray[np.float32]:
+        """The samples of a file at the codec's rate, its channels averaged.
+
+        Raises:
+            EnvironmentProblem: it is missing, broken or shorter than a frame.
+        """
+        info = self._inspect(path)
+        samples: NDArray[np.float32] = self._sound(path, info, 0, self._frames(path, info)).numpy()
+        return samples[: resampled_length(info.samples, info.sample_rate, self._codec.sample_rate)]
 
     def _clip(self, codes: Tensor) -> Tensor:
         """What Moshi reads, `[1 + 2·K, t]`, of the codes of the file and, if it is heard, of silence, `[1|2, K, t]`."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -9,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ttt.adapter import Gate
 from ttt.config import TTTConfig
 from ttt.errors import InjectionError
-from ttt.layer import TTTLayer
+from ttt.layer import Rotary, TTTLayer
 from ttt_videodit.layout import Layout, ReadingOrder
 from ttt_videodit.options import ROTARY_UNIT
 
@@ -55,6 +58,8 @@ class BidirectionalTTT(nn.Module):
 
         self.forward_gate_text, self.forward_gate_video = gate(), gate()
         self.backward_gate_text, self.backward_gate_video = gate(), gate()
+        self.resets = False
+        """Start each segment with fresh fast weights, in either direction; see `reset_at_segments`."""
 
     def forward(
         self, video: Tensor, text: Tensor, layout: Layout, remat_forward: bool = False, remat_reverse: bool = False
@@ -96,10 +101,38 @@ class BidirectionalTTT(nn.Module):
         if config.rope == "backbone":
             dtype = torch.promote_types(tokens.dtype, torch.float32)
             rotary = layout.rotary(self.layer.head_width, theta=config.rope_theta, device=tokens.device, dtype=dtype)
-        answers, _ = self.layer(order.read(tokens), rotary=rotary)
-        answers = order.restore(answers)
+        answers = order.restore(self._answers(order.read(tokens), layout, rotary))
         text_gate, video_gate = gates
         here = layout.text_tokens
         return torch.cat(
             (text_gate(tokens[:, :here], answers[:, :here]), video_gate(tokens[:, here:], answers[:, here:])), dim=1
         )
+
+    def _answers(self, tokens: Tensor, layout: Layout, rotary: Rotary | None) -> Tensor:
+        """The layer's answers to tokens `[B,T,D]` in reading order, in one stream or in one for each segment."""
+        if not self.resets:
+            return self.layer(tokens, rotary=rotary)[0]
+        sizes = layout.segment_sizes
+        parts: list[Rotary | None] = [None] * len(sizes)
+        if rotary is not None:
+            parts = list(zip(*(angles.split(sizes) for angles in rotary), strict=True))
+        read = zip(tokens.split(sizes, dim=1), parts, strict=True)
+        return torch.cat([self.layer(segment, rotary=part)[0] for segment, part in read], dim=1)
+
+
+@contextlib.contextmanager
+def reset_at_segments(model: nn.Module) -> Iterator[None]:
+    """A context in which TTT starts each segment of a video with fresh fast weights, forward and backward.
+
+    What is left is what TTT adapts to within a segment, without memory of others. In a video of one segment nothing
+    changes.
+    """
+    adapters = [module for module in model.modules() if isinstance(module, BidirectionalTTT)]
+    before = [adapter.resets for adapter in adapters]
+    try:
+        for adapter in adapters:
+            adapter.resets = True
+        yield
+    finally:
+        for adapter, resets in zip(adapters, before, strict=True):
+            adapter.resets = resets

@@ -15,6 +15,7 @@ from torch import Tensor
 from ttt.errors import EnvironmentProblem, UnreadableError, UsageError
 from ttt.files import mapping_errors, verify_tensors
 from ttt.jsonl import jsonl_files, read_jsonl
+from ttt.plugins import WindowSource
 from ttt.reading import require_file
 from ttt_videodit import demo
 from ttt_videodit.clip import CROPS, Split, demo_captions, demo_pictures
@@ -62,6 +63,11 @@ class Video(Protocol):
     @property
     def captions(self) -> tuple[str, ...]:
         """The text of each segment."""
+        ...
+
+    @property
+    def source(self) -> WindowSource:
+        """The file that it was made from, and files that decide its content."""
         ...
 
     def rows(self, name: str, first: int, stop: int) -> Tensor:
@@ -138,6 +144,11 @@ class LatentWindows:
         start = video.start_sec + first * self._wanted.segment_sec
         return f"{video.name}, {start:g}-{start + self._wanted.window * self._wanted.segment_sec:g} s"
 
+    def source(self, index: int) -> WindowSource:
+        """The video that a window is cut from, and files that decide its content."""
+        video, _ = self._locate(index)
+        return video.source
+
     def captions(self, index: int) -> tuple[str, ...]:
         """The texts of a window's segments."""
         video, first = self._locate(index)
@@ -200,6 +211,7 @@ class _IndexedVideo:
         self.place = entry.place
         self.start_sec = entry.start_sec
         self.captions = tuple(segment.caption for segment in entry.segments)
+        self.source = WindowSource(entry.video, _deciding_files(entry))
         self._entry = entry
         self._unverified = unverified
 
@@ -225,6 +237,12 @@ class _IndexedVideo:
         if self._unverified[path] not in (None, found):
             raise LineError("damaged", f"{path}: {NOT_LISTED}")
         del self._unverified[path]
+
+
+def _deciding_files(entry: EncodedVideo) -> tuple[Path, ...]:
+    """The index, which has the checksums of what it names; and the files of which it has none."""
+    index = Path(entry.place.rpartition(":")[0])
+    return (index, *(path for path, checksum in entry.checksums.items() if checksum is None))
 
 
 def _read_rows(path: Path, name: str, first: int, stop: int) -> Tensor:
@@ -294,8 +312,16 @@ def _indexed_windows(source: Path, wanted: Wanted, field: str, *, verify: bool) 
 class _MemoryVideo:
     """A video whose latents and texts are in memory."""
 
-    def __init__(self, name: str, captions: tuple[str, ...], latents: Mapping[str, Tensor], texts: Tensor) -> None:
+    def __init__(
+        self,
+        name: str,
+        captions: tuple[str, ...],
+        latents: Mapping[str, Tensor],
+        texts: Tensor,
+        source: WindowSource,
+    ) -> None:
         self.name = self.place = name
+        self.source = source
         self.start_sec = 0.0
         self.captions = captions
         self._latents = latents
@@ -332,7 +358,8 @@ def _demo_video(split: Split, left: int, segments: Segments, count: int, text_le
     written = demo_captions(split, left)
     captions = tuple(written[start // (SEGMENT_SEC * FRAMES_PER_SECOND)] for start in starts)
     name = f"{demo.CLIP.name} from column {left}"
-    return _MemoryVideo(name, captions, latents, DemoTextEncoder(text_length=text_length)(captions))
+    source = WindowSource(demo.CLIP.name, (demo.CLIP, demo.CAPTIONS, demo.CODEC))
+    return _MemoryVideo(name, captions, latents, DemoTextEncoder(text_length=text_length)(captions), source)
 
 
 def _random_video(wanted: Wanted, split: str) -> _MemoryVideo:
@@ -343,4 +370,5 @@ def _random_video(wanted: Wanted, split: str) -> _MemoryVideo:
     mean = torch.randn(wanted.segments.frames(wanted.window), *shape, generator=generator)
     texts = torch.randn(wanted.window, wanted.text_length, wanted.text_dim, generator=generator)
     latents = {"mean": mean, "std": torch.zeros_like(mean)}
-    return _MemoryVideo("random numbers", ("",) * wanted.window, latents, texts)
+    name = "random numbers"
+    return _MemoryVideo(name, ("",) * wanted.window, latents, texts, WindowSource(name))

@@ -10,7 +10,7 @@ leaves no signal at all (ᾱ = 0 at t = 999).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ from diffusers import CogVideoXDPMScheduler
 from torch import Tensor, nn
 
 from ttt.errors import EnvironmentProblem
-from ttt.plugins import LossOutput
+from ttt.plugins import LossOutput, SegmentLosses
 from ttt.plugins.rows import StepRows, rows_of_step
 from ttt.words import first_line
 from ttt_videodit.geometry import PATCH_SIZE
@@ -128,14 +128,60 @@ def training_loss(model: nn.Module, batch: Mapping[str, Tensor], options: VideoD
     if model.training and options.text_dropout:
         dropped = torch.rand(rows, device=text.device) < options.text_dropout
         text = text.masked_fill(dropped[:, None, None, None], 0.0)
-    prediction = predict_v(model, schedule.add_noise(latents, noise, timesteps), text, timesteps)
-    errors = (prediction - schedule.get_velocity(latents, noise, timesteps)).square().flatten(1).mean(dim=1)
+    errors = _errors_of_v(model, latents, noise, text, timesteps, schedule).flatten(1).mean(dim=1)
     noise_share = 1 - schedule.alphas_cumprod.to(errors.device)[timesteps]
     with torch.no_grad():
         metrics = {"x0_error": (noise_share * errors).mean(), "mean_timestep": timesteps.double().mean()}
     video_tokens = frames * (height // PATCH_SIZE) * (width // PATCH_SIZE)
     tokens = rows * (text.shape[1] * text.shape[2] + video_tokens)
     return LossOutput(errors.mean(), tokens=tokens, metrics=metrics)
+
+
+def _errors_of_v(
+    model: nn.Module, latents: Tensor, noise: Tensor, text: Tensor, timesteps: Tensor, schedule: CogVideoXDPMScheduler
+) -> Tensor:
+    """The squared error of v, `[B,Fr,C,h,w]`."""
+    prediction = predict_v(model, schedule.add_noise(latents, noise, timesteps), text, timesteps)
+    return (prediction - schedule.get_velocity(latents, noise, timesteps)).square()
+
+
+@torch.no_grad()
+def losses_by_segment(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    options: VideoDiTOptions,
+    *,
+    timesteps: Tensor,
+    seeds: Sequence[int],
+) -> SegmentLosses:
+    """The loss of `training_loss` at given timesteps, for each segment, with its text and noise by given seeds.
+
+    A segment has the frames that it adds to the video, so that each frame counts once: the first segment those that it
+    shares with the next one, too. Noise comes from a generator on the CPU for each window, in float32.
+
+    Args:
+        model: predicts v; see `predict_v`.
+        batch: as for `training_loss`, B windows.
+        options: of the backbone.
+        timesteps: `[B,N]`.
+        seeds: of each window's draws.
+    """
+    schedule = schedule_of(options)
+    precision = torch.promote_types(batch["mean"].dtype, torch.float32)
+    mean, std = batch["mean"].to(precision), batch["std"].to(precision)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def drawn() -> Tensor:
+        draws = [torch.randn(mean.shape[1:], generator=generator) for generator in generators]
+        return torch.stack(draws).to(mean)
+
+    sizes = options.segments.frames_added(options.segments.count(mean.shape[1]))
+    found = []
+    for times in timesteps.to(mean.device).unbind(dim=1):
+        latents = mean + std * drawn()
+        errors = _errors_of_v(model, latents, drawn(), batch["text"], times, schedule).flatten(2).mean(dim=2)
+        found.append(torch.stack([part.mean(dim=1) for part in errors.split(sizes, dim=1)], dim=1))
+    return SegmentLosses(torch.stack(found, dim=1), tuple(size / mean.shape[1] for size in sizes))
 
 
 def predict_v(model: nn.Module, noisy: Tensor, text: Tensor, timesteps: Tensor) -> Tensor:

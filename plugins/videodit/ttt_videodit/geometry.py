@@ -44,6 +44,10 @@ class Segments:
         """Latent frames of a video of `count` segments."""
         return self.attn_length * count + self.prefix_temporal_length
 
+    def frames_added(self, count: int) -> list[int]:
+        """Latent frames that each of `count` segments adds to a video; the first has those beyond whole segments."""
+        return [self.length] + [self.attn_length] * (count - 1)
+
     def count(self, frames: int) -> int:
         """Segments of a video of `frames` latent frames.
 

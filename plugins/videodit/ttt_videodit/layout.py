@@ -68,6 +68,13 @@ class Layout:
         """T: text and video."""
         return self.text_tokens + self.frames * self.frame_tokens
 
+    @property
+    def segment_sizes(self) -> list[int]:
+        """Tokens of each segment in reading order, its text included; of either direction."""
+        first = self.segments.length * self.frame_tokens
+        others = self.segments.attn_length * self.frame_tokens
+        return [self.text_length + size for size in (first, *[others] * (self.count - 1))]
+
     def reading_order(self, device: torch.device) -> ReadingOrder:
         """The order of the forward direction."""
         return _reading_order(self, device, backward=False)

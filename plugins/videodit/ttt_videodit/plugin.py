@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,13 +13,17 @@ from ttt.plugins import (
     Backbone,
     BackboneFacts,
     Batch,
+    DiffusionScoring,
     LossOutput,
     Precomputing,
     SamplePlan,
     SampleRequest,
     Sampling,
+    SegmentLosses,
+    SegmentReset,
     WeightImport,
     WindowDataset,
+    WindowSource,
     hookimpl,
 )
 from ttt_videodit.geometry import LATENT_CHANNELS, PATCH_SIZE, segments_in, tokens_per_frame
@@ -49,6 +54,8 @@ class VideoDiTBackbone(
     Sampling[VideoDiTOptions, VideoDiTData],
     Precomputing[VideoDiTOptions, VideoDiTData],
     WeightImport,
+    DiffusionScoring[VideoDiTOptions, VideoDiTData],
+    SegmentReset,
 ):
     """CogVideoX's diffusion transformer over segments of video: bidirectional, from noise to v-prediction."""
 
@@ -168,6 +175,31 @@ class VideoDiTBackbone(
         from ttt_videodit.diffusion import training_loss
 
         return training_loss(model, batch, config.backbone)
+
+    def num_timesteps(self, config: VideoDiTRun) -> int:
+        """1,000, as CogVideoX's schedule has."""
+        from ttt_videodit.diffusion import schedule_of
+
+        return len(schedule_of(config.backbone))
+
+    def window_source(self, dataset: WindowDataset, index: int) -> WindowSource:
+        """The video that a window was encoded from."""
+        source: WindowSource = dataset.source(index)  # type: ignore[attr-defined]
+        return source
+
+    def diffusion_losses(
+        self, model: nn.Module, batch: Batch, config: VideoDiTRun, *, timesteps: Tensor, seeds: Sequence[int]
+    ) -> SegmentLosses:
+        """The error of the v-prediction at given timesteps, by segment."""
+        from ttt_videodit.diffusion import losses_by_segment
+
+        return losses_by_segment(model, batch, config.backbone, timesteps=timesteps, seeds=seeds)
+
+    def reset_at_segments(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Both directions of TTT start each segment with fresh fast weights."""
+        from ttt_videodit.adapter import reset_at_segments
+
+        return reset_at_segments(model)
 
     def set_gradient_checkpointing(self, model: nn.Module, enabled: bool) -> None:
         """Switch activation checkpointing around groups of blocks."""

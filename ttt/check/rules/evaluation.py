@@ -13,7 +13,7 @@ from ttt.config.tasks import AnyTask
 from ttt.errors import EnvironmentProblem, TTTError
 
 if TYPE_CHECKING:
-    from ttt.config.schema import EvalConfig
+    from ttt.config.evaluation import EvalConfig
     from ttt.eval.listing import Listing
     from ttt.eval.tasks import ItemTask, Setup
     from ttt.plugins.registry import Plugin

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+from ttt.config.evaluation import EvalConfig
 from ttt.config.findings import Code, Finding, Place, Severity, is_code
-from ttt.config.schema import EvalConfig, RunConfig, TrainConfig, TTTConfig
+from ttt.config.schema import RunConfig, TrainConfig, TTTConfig
 from ttt.config.spelling import nearest
 from ttt.errors import PluginError
 from ttt.plugins.asking import WAY_OUT, WrongAnswer, asked, owner

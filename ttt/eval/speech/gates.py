@@ -15,8 +15,16 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
+from ttt.plugins.scoring import SoundReader
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import ArrayLike, NDArray
+
+    from ttt.eval.bench import Bench
+
+_NORMALISED: Final[tuple[Literal["mean", "sum"], ...]] = ("mean", "sum")
 
 
 def length(sound: ArrayLike) -> float:
@@ -64,6 +72,24 @@ def unigram_scores(
     others = counts.sum(0) - counts + smoothing
     scores = (counts * np.log(others / others.sum(1, keepdims=True))).sum(1)
     return [float(score) for score in (scores / counts.sum(1) if normalise == "mean" else scores)]
+
+
+def gate_scores(bench: Bench, files: Sequence[Path]) -> dict[str, list[float]]:
+    """Every gate's scores of sound files, by the gate's name.
+
+    Args:
+        bench: for its reader, and for which of the streams is scored.
+        files: of the whole set.
+    """
+    weights = bench.facts.weights[bench.facts.chosen]
+    stream = max(range(len(weights)), key=lambda k: weights[k])
+    clips = [bench.clip(file)[stream].numpy() for file in files]
+    scores: dict[str, list[float]] = {}
+    if isinstance(bench.reader, SoundReader):
+        rows = [[gate(sound) for gate in SOUND_GATES.values()] for sound in map(bench.reader.sound, files)]
+        scores = {name: [row[place] for row in rows] for place, name in enumerate(SOUND_GATES)}
+    codes = {f"codes_{how}": unigram_scores(clips, normalise=how) for how in _NORMALISED}
+    return {**scores, **codes}
 
 
 def _counts(clips: Sequence[ArrayLike]) -> NDArray[np.float64]:

@@ -17,8 +17,9 @@ SPLITS = ("dev", "test")
 _STORY = re.compile(r"(?P<key>\d+_(?P<story>.+))_(?P<member>correct|incorrect)", re.DOTALL)
 _LEXICAL = ("filename", "id", "voice", "frequency", "word", "phones", "length", "correct")
 _SYNTACTIC = ("filename", "id", "voice", "type", "subtype", "transcription", "correct")
-_BANDS = ((5, "1-5"), (20, "6-20"), (100, "21-100"))
-"""Bands of a word's frequency, as ZeroSpeech reports them: the largest frequency of each, and its name."""
+_BANDS = ((4, "1-4"), (19, "5-19"), (99, "20-99"))
+"""Bands of a word's frequency, as ZeroSpeech's package computes them (its labels say `1-5` and so on): the largest
+frequency of each, and its name."""
 OUT_OF_VOCABULARY = "oov"
 _LONGEST_NUMBER = 18  # digits
 
@@ -169,4 +170,4 @@ def frequency_band(frequency: str) -> str:
         return whole
     if int(whole) == 0:
         return OUT_OF_VOCABULARY
-    return next((name for most, name in _BANDS if int(whole) <= most), ">100")
+    return next((name for most, name in _BANDS if int(whole) <= most), ">=100")

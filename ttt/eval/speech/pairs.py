@@ -61,11 +61,27 @@ class PairTask(ItemTask):
 
     def values(self, setup: Setup, item: Item, numbers: Mapping[str, float]) -> Mapping[str, float]:
         """`acc` by the score that the config chooses, and `acc/STREAMS.NORMALISE` by every other."""
-        from ttt.eval.variants import preferred
-
         variants = [name.removeprefix("correct.") for name in numbers if name.startswith("correct.")]
-        by_variant = {f"acc/{variant}": preferred(numbers, variant) for variant in variants}
+        by_variant = {
+            f"acc/{variant}": preferred(numbers[f"correct.{variant}"], numbers[f"incorrect.{variant}"])
+            for variant in variants
+        }
         return {"acc": by_variant[f"acc/{chosen_score(setup)}"], **by_variant}
+
+    def references(self, bench: Bench, rows: Sequence[Row]) -> Mapping[str, Sequence[float]]:
+        """How often a pair is told by its length, its energy, or the frequencies of its codes alone; ½ is honest."""
+        from ttt.eval.speech.gates import gate_scores
+
+        found = gate_scores(bench, [file for row in rows for file in row.item.files])
+        return {
+            name: [preferred(right, wrong) for right, wrong in zip(scores[::2], scores[1::2], strict=True)]
+            for name, scores in found.items()
+        }
+
+
+def preferred(right: float, wrong: float) -> float:
+    """Whether the right clip of a pair has the higher score: 1; 0 if the wrong one has; ½ if neither has."""
+    return 1.0 if right > wrong else 0.0 if right < wrong else 0.5
 
 
 def chosen_score(setup: Setup) -> str:

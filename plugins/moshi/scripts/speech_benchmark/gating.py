@@ -13,7 +13,7 @@ import torch
 
 from speech_benchmark import balance, layouts
 from ttt.eval.speech import gates
-from ttt_moshi.audio import inspect_audio, read_audio, resample
+from ttt_moshi.audio import UnreadableAudioError, inspect_audio, read_audio, resample
 from ttt_moshi.codec import DemoCodec
 
 
@@ -31,8 +31,14 @@ class Ear:
 
     def hear_file(self, file: Path) -> balance.Heard:
         """A clip from its file, read as a run reads it."""
-        info = inspect_audio(file)
-        return self.hear(read_audio(file, info, 0, info.samples)[0].numpy(), info.sample_rate)
+        try:
+            info = inspect_audio(file)
+            sound = read_audio(file, info, 0, info.samples)[0].numpy()
+        except (OSError, UnreadableAudioError) as error:
+            raise SystemExit(f"{file}: {getattr(error, 'strerror', None) or error}") from None
+        if not sound.size:
+            raise SystemExit(f"{file}: holds no sound")
+        return self.hear(sound, info.sample_rate)
 
 
 def gate_folder(root: Path) -> dict[str, dict[str, balance.Accuracy]]:

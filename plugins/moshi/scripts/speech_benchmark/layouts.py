@@ -83,9 +83,17 @@ def pairs_of(root: Path) -> Iterator[tuple[str, list[Pair]]]:
 def _gold_pairs(folder: Path) -> list[Pair]:
     members: dict[tuple[str, str], dict[str, Path]] = {}
     with (folder / "gold.csv").open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        if missing := {"filename", "id", "voice", "correct"} - set(reader.fieldnames or ()):
+            raise SystemExit(f"{folder / 'gold.csv'}: has no column {', '.join(sorted(missing))}")
+        for row in reader:
             unit = "/".join(filter(None, (row.get("type"), row.get("subtype"), row["id"])))
             members.setdefault((unit, row["voice"]), {})[row["correct"]] = folder / f"{row['filename']}.wav"
+    for (unit, voice), both in members.items():
+        if set(both) != {"0", "1"}:
+            raise SystemExit(
+                f"{folder / 'gold.csv'}: id {unit} in voice {voice} is no pair of a right and a wrong file"
+            )
     return [Pair(unit, voice, both["1"], both["0"]) for (unit, voice), both in sorted(members.items())]
 
 

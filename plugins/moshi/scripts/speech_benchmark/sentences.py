@@ -33,9 +33,15 @@ BUYERS = ("Mary", "John", "my sister", "the farmer", "a student", "the captain")
 TAKING = ("bought", "found", "lost", "wanted", "painted", "sold")
 ONE = ("this", "that", "each")
 MANY = ("these", "those", "many")
-NEVER = ("ever been here", "ever seen snow", "ever lost a game", "ever met a king", "ever slept outside")
-NOBODY = ("nobody", "no student", "no farmer", "no teacher")
-EVERYBODY = ("everybody", "each student", "each farmer", "each teacher")
+NEVER = (
+    *("ever been here", "ever seen snow", "ever lost a game", "ever met a king", "ever slept outside", "ever been ill"),
+    *("ever told a lie", "ever read the book", "ever found gold", "ever asked why", "ever come home late", "ever sung"),
+    *("ever baked bread", "ever seen a tiger", "ever left the island", "ever been so happy", "ever missed the train"),
+    *("ever planted a tree", "ever written a song", "ever broken a cup", "ever kept a secret", "ever been to sea"),
+)
+PRONOUNS = (("nobody", "everybody"), ("no one", "everyone"))
+QUANTIFIED = tuple((f"no {noun}", f"each {noun}") for noun in ("student", "farmer", "teacher", "driver", "painter"))
+"""What a word such as `ever` needs before it, and what it cannot follow."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,7 @@ def _order(after_noun: bool) -> Iterator[tuple[str, str]]:
 
 
 def _polarity(quantified: bool) -> Iterator[tuple[str, str]]:
-    pairs = list(zip(NOBODY, EVERYBODY, strict=True))
-    for (no, every), rest in itertools.product(pairs[1:] if quantified else pairs[:1], NEVER):
+    for (no, every), rest in itertools.product(QUANTIFIED if quantified else PRONOUNS, NEVER):
         yield f"{no} has {rest}", f"{every} has {rest}"
 
 

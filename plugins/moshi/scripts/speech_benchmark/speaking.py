@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -10,9 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import soundfile
-import torch
-
-from ttt_moshi.audio import resample
 
 COMMAND = "espeak-ng"
 LANGUAGE = "en-us"
@@ -42,8 +40,7 @@ class Speaker:
         """The sound of a text, or of phonemes in double brackets: `[samples]` float32, trimmed and equally loud."""
         wav = _espeak("-v", self.voice, "-s", str(self.words_per_minute), "--stdout", text)
         sound, rate = soundfile.read(io.BytesIO(wav), dtype="float32")
-        resampled = resample(torch.from_numpy(sound)[None], rate, self.rate)[0].numpy()
-        return equally_loud(trimmed(resampled, self.rate))
+        return equally_loud(trimmed(resampled(sound, rate, self.rate), self.rate))
 
 
 def version() -> str:
@@ -60,6 +57,17 @@ def phones_of(text: str) -> tuple[str, ...]:
 def spelled(phones: Sequence[str]) -> str:
     """Phonemes as espeak-ng takes them for a text."""
     return f"[[{'|'.join(phones)}]]"
+
+
+def resampled(sound: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
+    """A whole utterance at another rate, by cutting its spectrum: quick, and all that is below half the rate stays."""
+    common = math.gcd(source_rate, target_rate)
+    up, down = target_rate // common, source_rate // common
+    blocks = -(-(len(sound) + source_rate // 20) // down)  # silence at the end keeps it from running into the start
+    blocks += blocks % 2
+    spectrum = np.fft.rfft(sound, blocks * down)[: blocks * up // 2]
+    out = np.fft.irfft(spectrum, blocks * up) * (up / down)
+    return out[: -(-len(sound) * up // down)].astype(np.float32)
 
 
 def trimmed(sound: np.ndarray, rate: int) -> np.ndarray:

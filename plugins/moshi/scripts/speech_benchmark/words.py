@@ -5,6 +5,7 @@ Phonemes are espeak-ng's own names for American English (`espeak-ng -x --sep=_`)
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -33,16 +34,19 @@ TOLERANCE = 0.35
 """By how many nats a bigram of a non-word may be more or less likely than its word's, in the mean over bigrams."""
 
 
+@functools.cache
 def is_vowel(phone: str) -> bool:
     """Whether a phoneme is the heart of a syllable."""
     return unstressed(phone)[0] in _VOWEL_LETTERS
 
 
+@functools.cache
 def unstressed(phone: str) -> str:
     """A phoneme without the mark of stress before it."""
     return phone.lstrip(_STRESS)
 
 
+@functools.cache
 def stress(phone: str) -> str:
     """The mark of stress before a phoneme, or nothing."""
     return phone[: len(phone) - len(unstressed(phone))]
@@ -77,18 +81,19 @@ class Bigrams:
             firsts[first] += count
         return cls(pairs, firsts, tuple(sorted({p for pair in pairs for p in pair} - {BOUNDARY})))
 
-    def score(self, phones: Sequence[str], without: Sequence[str] = ()) -> float:
-        """The mean log-probability of the bigrams, in nats; those of `without` do not count as seen."""
-        removed = Counter(bigrams_of(without)) if without else Counter()
-        removed_firsts = Counter(first for first, _ in removed.elements())
+    def without(self, phones: Sequence[str]) -> Bigrams:
+        """The counts with one word less; what there is to choose from stays."""
+        pairs, firsts = Counter(self.pairs), Counter(self.firsts)
+        pairs.subtract(bigrams_of(phones))
+        firsts.subtract(first for first, _ in bigrams_of(phones))
+        return Bigrams(pairs, firsts, self.phones)
+
+    def score(self, phones: Sequence[str]) -> float:
+        """The mean log-probability of the bigrams, in nats, half a count added to each."""
+        added = 0.5 * (len(self.phones) + 1)
         found = bigrams_of(phones)
-        return sum(
-            math.log(
-                (self.pairs.get(pair, 0) - removed[pair] + 0.5)
-                / (self.firsts.get(pair[0], 0) - removed_firsts[pair[0]] + 0.5 * (len(self.phones) + 1))
-            )
-            for pair in found
-        ) / len(found)
+        logs = [math.log((self.pairs.get(p, 0) + 0.5) / (self.firsts.get(p[0], 0) + added)) for p in found]
+        return sum(logs) / len(found)
 
     def attested(self, phones: Sequence[str]) -> bool:
         """Whether some word has each of these neighbours."""
@@ -113,26 +118,34 @@ def swaps(word: str, lexicon: Mapping[str, Phones], bigrams: Bigrams) -> Iterato
     """
     phones = lexicon[word]
     taken = {plain(known) for known in lexicon.values()}
-    own = bigrams.score(phones, without=phones)
-    for candidate in _replaced(phones, bigrams.phones, 2 if len(phones) >= 7 else 1):
-        if plain(candidate) in taken or not bigrams.attested(candidate):
-            continue
-        difference = bigrams.score(candidate, without=phones) - own
-        if abs(difference) <= TOLERANCE:
+    others = bigrams.without(phones)
+    own = others.score(phones)
+    for candidate in replaced(phones, bigrams, 2 if len(phones) >= 7 else 1):
+        difference = others.score(candidate) - own
+        if plain(candidate) not in taken and abs(difference) <= TOLERANCE:
             yield NonWord(word, candidate, difference)
 
 
-def _replaced(phones: Phones, alphabet: Sequence[str], times: int) -> Iterator[Phones]:
-    for place, phone in enumerate(phones):
-        for other in alphabet:
-            if other == unstressed(phone) or is_vowel(other) != is_vowel(phone):
-                continue
-            changed = (*phones[:place], stress(phone) + other, *phones[place + 1 :])
-            if times == 1:
-                yield changed
-            else:
-                rest = _replaced(changed[place + 1 :], alphabet, times - 1)
-                yield from ((*changed[: place + 1], *tail) for tail in rest)
+def replaced(phones: Sequence[str], bigrams: Bigrams, times: int, before: str = BOUNDARY) -> Iterator[Phones]:
+    """All ways to replace exactly `times` phonemes by others of their kind so that every bigram is attested.
+
+    Args:
+        phones: what stands after `before`.
+        bigrams: those of real words.
+        times: how many are replaced.
+        before: the phoneme before them, without stress.
+    """
+    if times > len(phones) or not phones:
+        if not phones and not times and bigrams.pairs.get((before, BOUNDARY), 0) > 0:
+            yield ()
+        return
+    first, rest = phones[0], phones[1:]
+    own = unstressed(first)
+    kin = [p for p in bigrams.phones if p != own and is_vowel(p) == is_vowel(own)] if times else []
+    for phone in (own, *kin):
+        if bigrams.pairs.get((before, phone), 0) > 0:
+            tails = replaced(rest, bigrams, times - (phone != own), phone)
+            yield from ((stress(first) + phone, *tail) for tail in tails)
 
 
 def choose_swaps(word: str, lexicon: Mapping[str, Phones], bigrams: Bigrams, *, count: int, seed: int) -> list[NonWord]:

@@ -1,0 +1,43 @@
+"""Seeding the global generators for a piece of work, by the seed of a run or a sample and what the work is."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_pass(seed: int, purpose: str, number: int) -> None:
+    """Seed every global generator for one forward pass.
+
+    The numbers that the pass draws then depend only on the run's seed and the pass. So no generator state needs to be
+    saved, and an evaluation between two passes changes nothing.
+    """
+    words = words_of(seed, purpose, number)
+    torch.manual_seed(words[0] << 32 | words[1])
+    random.seed(words[0] << 32 | words[1])
+    np.random.seed(words[0])
+
+
+def words_of(seed: int, purpose: str, number: int) -> tuple[int, int]:
+    """Two 32-bit words, a function of the run's seed, the purpose and the number."""
+    first, second = np.random.SeedSequence([seed, *purpose.encode(), number]).generate_state(2, np.uint32)
+    return int(first), int(second)
+
+
+def generator_states() -> tuple[Any, ...]:
+    """The states of every global generator: of Python, NumPy and torch, on the CPU and on each CUDA device."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
+
+
+def restore_generators(states: tuple[Any, ...]) -> None:
+    """Set every global generator to what `generator_states` returned."""
+    python, numbers, cpu, devices = states
+    random.setstate(python)
+    np.random.set_state(numbers)
+    torch.set_rng_state(cpu)
+    if devices:
+        torch.cuda.set_rng_state_all(devices)
