@@ -57,6 +57,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     benchmark(folder / "words")
     (folder / "moshi.yaml").write_text(f"{DEMO}run_dir: {folder}/run\n")
+    (folder / "7b.yaml").write_text("backbone: {name: moshi, preset: 7b, random_weights: true}\n")
     assert main(["train", str(folder / "moshi.yaml")]) == 0
     return folder
 
@@ -308,10 +309,10 @@ def test_another_adapter_is_refused(trained: Path, evaluated: Path, capsys: pyte
     [
         ([], 2, "name a run, an adapter or a config"),
         (["nowhere"], 3, "nowhere"),
-        (["moshi.yaml"], 2, "there is nothing to measure"),
+        (["7b.yaml"], 2, "there is nothing to measure"),
         (["moshi.yaml", "--tasks", "stories"], 2, "no installed plugin brings a task 'stories'"),
         (["moshi.yaml", "--tasks", "a,,b"], 2, "names separated by commas"),
-        (["moshi.yaml", "--tasks", "sblimp", "--out", "o"], 2, "the task sblimp has no data"),
+        (["7b.yaml", "--tasks", "sblimp", "--out", "o"], 2, "the task sblimp has no data"),
         (["moshi.yaml", "--set", WORDS, "--arms", "open"], 2, "there is no arm open"),
         (["moshi.yaml", "--limit", "0"], 2, "--limit"),
         (["moshi.yaml", "--set", "eval.tasks=[{name: sstory, data: gone}]", "--out", "o"], 3, "gone: there is no such"),

@@ -347,7 +347,7 @@ def test_a_check_holds_a_tasks_data(here: Path) -> None:
     ((code, path, message),) = findings("{name: swuggy, data: words}")
     assert (code, path) == ("TTT513", "eval.tasks.0.data")
     assert message == "words/lexical/dev/gold.csv:7: there is no file words/lexical/dev/1A0.wav"
-    ((code, path, message),) = findings("{name: sblimp}")
+    ((code, path, message),) = findings("{name: sblimp}", backbone="moshi, preset: 7b")
     assert (code, path) == ("TTT513", "eval.tasks.0.name")
     assert "the task sblimp has no data" in message
 
@@ -357,7 +357,7 @@ def test_a_check_counts_pairs_and_what_a_limit_draws(here: Path) -> None:
         "{name: swuggy, data: words, limit: 2}, {name: sstory, data: stories}", cost=True
     )
     assert (code, path) == ("TTT516", "eval.tasks")
-    assert "swuggy: 4 items of 2 units, drawn from 3; sstory: 3 items," in message
+    assert "swuggy: 4 items of 2 units, drawn from 3; sstory: 3 items" in message
     ((code, path, message),) = findings("{name: swuggy, data: words, limit: 4}")
     assert (code, path) == ("TTT514", "eval.tasks.0.limit")
     assert message == "the task swuggy has 3 units, fewer than its limit of 4"
@@ -374,6 +374,8 @@ def test_options_that_nothing_reads_are_refused(here: Path) -> None:
     assert findings("", backbone="videodit", more="  score: {normalise: mean}\n") == []  # as a stored config has it
     (found,) = findings("", backbone="videodit", more="  score: {normalise: sum}\n")
     assert found[:2] == ("TTT515", "eval.score")
+    (found,) = findings("", backbone="videodit", more="  reset_tokens: 9\n")
+    assert found[:2] == ("TTT515", "eval.reset_tokens")
     (found,) = findings("", more="  reset_tokens: 9\n  reset_sec: 3\n")
     assert found[0] == "TTT106"
     text = "backbone: {name: videodit}\neval: {score: {normalise: sum}}\n"
