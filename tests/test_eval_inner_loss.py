@@ -72,7 +72,8 @@ def config(folder: Path, data: Path, **options: object) -> Path:
 
 
 def arrays(folder: Path, name: str, arm: str) -> dict[str, np.ndarray]:
-    with np.load(folder / "positions" / "inner_loss" / f"{name}.{arm}.npz") as content:
+    (file,) = (folder / "positions" / "inner_loss").glob(f"{name}*.{arm}.npz")
+    with np.load(file) as content:
         return dict(content)
 
 

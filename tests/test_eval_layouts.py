@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -345,7 +347,7 @@ def test_a_check_holds_a_tasks_data(here: Path) -> None:
     ((code, path, message),) = findings("{name: swuggy, data: words}")
     assert (code, path) == ("TTT513", "eval.tasks.0.data")
     assert message == "words/lexical/dev/gold.csv:7: there is no file words/lexical/dev/1A0.wav"
-    ((code, path, message),) = findings("{name: sblimp}")
+    ((code, path, message),) = findings("{name: sblimp}", backbone="moshi, preset: 7b")
     assert (code, path) == ("TTT513", "eval.tasks.0.name")
     assert "the task sblimp has no data" in message
 
@@ -355,7 +357,7 @@ def test_a_check_counts_pairs_and_what_a_limit_draws(here: Path) -> None:
         "{name: swuggy, data: words, limit: 2}, {name: sstory, data: stories}", cost=True
     )
     assert (code, path) == ("TTT516", "eval.tasks")
-    assert "swuggy: 4 items of 2 units, drawn from 3; sstory: 3 items," in message
+    assert "swuggy: 4 items of 2 units, drawn from 3; sstory: 3 items" in message
     ((code, path, message),) = findings("{name: swuggy, data: words, limit: 4}")
     assert (code, path) == ("TTT514", "eval.tasks.0.limit")
     assert message == "the task swuggy has 3 units, fewer than its limit of 4"
@@ -372,11 +374,34 @@ def test_options_that_nothing_reads_are_refused(here: Path) -> None:
     assert findings("", backbone="videodit", more="  score: {normalise: mean}\n") == []  # as a stored config has it
     (found,) = findings("", backbone="videodit", more="  score: {normalise: sum}\n")
     assert found[:2] == ("TTT515", "eval.score")
+    (found,) = findings("", backbone="videodit", more="  reset_tokens: 9\n")
+    assert found[:2] == ("TTT515", "eval.reset_tokens")
     (found,) = findings("", more="  reset_tokens: 9\n  reset_sec: 3\n")
     assert found[0] == "TTT106"
     text = "backbone: {name: videodit}\neval: {score: {normalise: sum}}\n"
     with pytest.raises(TTTError, match="has no scoring"):
         load_config("c.yaml", text=text, training=False)
+
+
+def test_a_check_of_every_task_imports_no_torch(here: Path) -> None:
+    for book in ("one", "two"):
+        (here / "light" / "reader" / book).mkdir(parents=True)
+        (here / "light" / "reader" / book / "1.flac").touch()
+    make(here / "words" / "syntactic" / "dev", SYNTACTIC, sentences())
+    named = {"swuggy": "words", "sblimp": "words", "tstory": "stories", "sstory": "stories"}
+    named |= dict.fromkeys(("librilight", "recall", "inner_loss"), "light")
+    tasks = ", ".join(f"{{name: {name}, data: {data}}}" for name, data in named.items())
+    text = f"backbone: {{name: moshi}}\neval: {{tasks: [{tasks}]}}\n"
+    code = (
+        "import sys\nfrom ttt.check import check_config\n"
+        f"found = check_config('c.yaml', text={text!r}, cost=True).findings\n"
+        "told, = [each.message for each in found if each.code == 'TTT516']\n"
+        "assert not {'torch', 'matplotlib', 'numpy', 'transformers'} & set(sys.modules), 'it does'\n"
+        "print(told)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(f"{name}: " in done.stdout for name in named)
 
 
 def test_data_that_are_missing_stop_a_run_and_no_sample(here: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+import ttt_moshi
 from ttt.check import check_config, load_config
 from ttt.check.importing import import_config as ask
 from ttt.check.importing import render_account, write_imported
@@ -450,3 +452,40 @@ def test_a_config_path_that_is_none_is_the_users_to_mend(tmp_path: Path, written
     assert told in finding.message
     assert finding.fix.startswith("write the path of a Moshi model's config.json")
     assert "plugin" not in finding.message + finding.fix
+
+
+def test_an_imported_evaluation_is_measured_on_the_demos_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    own = Path(str(ttt_moshi.__file__)).parent / "demo" / "tasks"
+    text = EVALUATED.replace("ttt_fig5_max_T: 2048", "ttt_fig5_max_T: 30").replace("max_steps: 1000", "max_steps: 1")
+    for old, new in {
+        "sblimp_audio_dir: set/syntactic/test": f"sblimp_audio_dir: {own}/sblimp/syntactic/dev",
+        "sblimp_gold_csv: mine.csv": f"sblimp_gold_csv: {own}/sblimp/syntactic/dev/gold.csv",
+        "swuggy_audio_dir: set": f"swuggy_audio_dir: {own}/swuggy",
+        "tstory_audio_dir: tsc": f"tstory_audio_dir: {own}/tstory",
+        "sstory_audio_dir: ''": f"sstory_audio_dir: {own}/sstory",
+        "librilight_audio_dir: light": f"librilight_audio_dir: {own}/librilight",
+    }.items():
+        assert old in text
+        text = text.replace(old, new)
+    Path("old.yaml").write_text(text)
+    assert main(["import-config", "old.yaml", "--out", "new.yaml"]) == 0
+    demo = [
+        "backbone.preset=demo",
+        "backbone.num_layers=2",
+        "backbone.dim=32",
+        "backbone.num_heads=2",
+        "ttt.layers=[1]",
+    ]
+    small = [word for setting in (*demo, "train.param_dtype=float32") for word in ("--set", setting)]
+    assert main(["check", "new.yaml", *small]) == 0
+    assert main(["eval", "new.yaml", *small, "--limit", "2", "--arms", "ttt,closed", "--out", "out"]) == 0
+    found = json.loads(Path("out/results.json").read_text())
+    names = ["sblimp", "swuggy", "tstory", "sstory", "librilight", "inner_loss"]
+    assert list(found["results"]) == names
+    assert all(0 <= found["results"][name]["acc,none"] <= 1 for name in names[:4])
+    assert found["groups"]["average"]["acc,none"] == pytest.approx(
+        sum(found["results"][name]["acc,none"] for name in names[:4]) / 4
+    )
+    for name in ("librilight.png", "inner_loss.png", "summary.md"):
+        assert (Path("out") / name).stat().st_size > 1000
+    assert "Traceback" not in capsys.readouterr().err

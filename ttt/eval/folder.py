@@ -171,7 +171,9 @@ class EvalFolder:
 
     def _array_file(self, task: str, item: str, arm: str) -> Path:
         plain = re.sub(r"[^A-Za-z0-9._-]+", "_", item)[:120]
-        told = plain if plain == item else f"{plain}-{sha256(item.encode()).hexdigest()[:8]}"  # else two might be one
+        told = (
+            plain if plain == item else f"{plain}-{sha256(item.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+        )  # else two might be one
         return self.path / POSITIONS / task / f"{told}.{arm}.npz"
 
     def _write_arrays(self, task: str, item: str, arm: str, content: Mapping[str, np.ndarray]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ttt.check.rules.rule import FACTS, Context, rule
 from ttt.config.findings import Code, Family, Finding, Severity
 from ttt.config.tasks import AnyTask
-from ttt.errors import EnvironmentProblem, TTTError
+from ttt.errors import EnvironmentProblem, TTTError, UsageError
 
 if TYPE_CHECKING:
     from ttt.config.evaluation import EvalConfig
@@ -61,10 +61,9 @@ def tasks_can_be_measured(context: Context) -> Iterator[Finding]:
             counted[each.task.name] = listing
             yield from _limits_nothing(each, listing)
     if counted and context.tells_cost:
-        told = "; ".join(f"{name}: {listing.in_words()}" for name, listing in counted.items())
         yield TTT516.at(
             "eval.tasks",
-            f"each evaluation measures {told}, with gates open and closed",
+            "; ".join(f"{name}: {listing.in_words()}" for name, listing in counted.items()),
             "write a `limit` to measure fewer",
             value={name: {"items": len(each.items), "units": each.drawn} for name, each in counted.items()},
         )
@@ -97,8 +96,11 @@ def _tried(each: _Asked) -> tuple[str | None, Listing | None]:
 
     with asked(each.plugin, f"the items of its task {each.task.name}", type(each.task)):
         told = lacking(each.task, each.setup)
-        able = told is None and each.task.lists_without_torch
-        return told, listed(each.task, each.setup) if able else None
+        if told is not None or each.task.lists_without_torch:
+            return told, listed(each.task, each.setup) if told is None else None
+        if not each.task.is_ready(each.setup):
+            raise UsageError(f"the task {each.task.name} has no data in this config", fix="name some, or leave it out")
+        return None, None
 
 
 def _place(each: _Asked, error: TTTError) -> str:
@@ -136,7 +138,7 @@ def options_are_read(context: Context) -> Iterator[Finding]:
             yield TTT515.at("eval.reset_sec", told, "write reset_tokens instead", value=config.reset_sec)
         return
     told = f"the backbone {name} has no scoring, so nothing reads it"
-    for key in written if not _has_tasks(context) else written[: written[0] == "score"]:
+    for key in written:
         yield TTT515.at(f"eval.{key}", told, "take it out")
 
 
@@ -146,16 +148,3 @@ _OF_SCORES = ("score", "reset_sec", "reset_tokens")
 def _differs_from_default(config: EvalConfig, key: str) -> bool:
     """Whether a key is not its default. The config that a run stores has all of them written."""
     return bool(getattr(config, key) != type(config).model_fields[key].get_default(call_default_factory=True))
-
-
-def _has_tasks(context: Context) -> bool:
-    """Whether an installed task of items can be measured with the backbone."""
-    from ttt.eval.tasks import ItemTask, Setup
-    from ttt.plugins.installed_tasks import installed_tasks
-
-    for task in (each.task for each in installed_tasks().by_name.values()):
-        if isinstance(task, ItemTask):
-            setup = Setup(context.config, context.backbone, task.options(name=task.name), task.folder)
-            if task.lacks(setup) is None:
-                return True
-    return False

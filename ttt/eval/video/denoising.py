@@ -50,6 +50,7 @@ class DiffusionLoss(ItemTask):
     name = "diffusion_loss"
     options: ClassVar[type[TaskOptions]] = DiffusionLossOptions
     requires: ClassVar[tuple[type[Capability], ...]] = (DiffusionScoring,)
+    lists_without_torch: ClassVar[bool] = False
     higher_is_better: ClassVar[bool] = False
 
     def is_ready(self, setup: Setup) -> bool:
