@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from ttt.adapter_file import AdapterInfo, weights_fingerprint
 from ttt.config.schema import RunConfig
@@ -96,30 +97,47 @@ def evaluate(
             learned_model(config, backbone, info, as_start=as_start, ways=ways) as (model, injection),
             eval_mode(model),
         ):
-            device = next(model.parameters()).device
-            context = EvalContext(
-                model,
-                backbone,
-                config,
-                _Windows(config, backbone, device),
-                device,
-                step=_step(info),
-                stop=lambda: False,
-                adapters=injection.adapters,
-                folder=folder.path,
-                imported_from=imported_from(info),
-            )
+            context = _context(config, backbone, info, model, injection, folder)
             machine = _Machine(context, injection, folder, console, resume=resume, overwrite=overwrite)
             found = [machine.measure(plan) for plan in plans]
-            described = {
-                "config": config.model_dump(mode="json"),
-                "adapter": None if info is None else {"path": str(info.path), "checksum": info.checksum},
-                "made_from": machine.made_from,
-                "device": device_in_words(device),
-            }
+            described = _described(config, info, machine)
         files = write_results(folder, found, described=described)
     summaries = {each.task.name: each.summary for each in found}
     return EvalOutcome(out, summaries, tuple(files), tuple(_complaints(summaries)))
+
+
+def _context(
+    config: RunConfig,
+    backbone: Backbone,
+    info: AdapterInfo | None,
+    model: nn.Module,
+    injection: Injection,
+    folder: EvalFolder,
+) -> EvalContext:
+    """What tasks measure with."""
+    device = next(model.parameters()).device
+    return EvalContext(
+        model,
+        backbone,
+        config,
+        _Windows(config, backbone, device),
+        device,
+        step=_step(info),
+        stop=lambda: False,
+        adapters=injection.adapters,
+        folder=folder.path,
+        imported_from=imported_from(info),
+    )
+
+
+def _described(config: RunConfig, info: AdapterInfo | None, machine: _Machine) -> dict[str, Any]:
+    """What results are of, for `results.json` and `summary.md`."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "adapter": None if info is None else {"path": str(info.path), "checksum": info.checksum},
+        "made_from": machine.made_from,
+        "device": device_in_words(machine.device),
+    }
 
 
 @dataclass(frozen=True)
@@ -223,6 +241,11 @@ class _Machine:
         self._resume, self._overwrite = resume, overwrite
         self.made_from: dict[str, Any] = {"backbone_weights": weights_fingerprint(injection)}
         """What the numbers are of, as it shows once the model is built."""
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return self._context.device
 
     def measure(self, plan: Plan) -> MeasuredTask:
         """Measure the items of a task that have no row yet, and sum up all."""
