@@ -14,6 +14,8 @@ from ttt.errors import EnvironmentProblem
 from ttt.eval.bench import Bench
 from ttt.plugins.scoring import Scores
 
+_FIRST = 1 << 14
+"""Positions that there is room for at first."""
 _PIECE = 256
 """Positions that are read at once of a clip that is in memory."""
 
@@ -32,7 +34,8 @@ class PositionLosses:
         self._late_from = late_from
         kinds = [kind_of(name) for name in streams]
         self._kinds = {kind: [k for k, each in enumerate(kinds) if each == kind] for kind in dict.fromkeys(kinds)}
-        self._losses: dict[str, list[np.ndarray]] = {kind: [] for kind in self._kinds}
+        # one array that grows: many small ones between large passing ones would break up the process's memory
+        self._losses = np.empty((len(self._kinds), _FIRST), dtype=np.float32)
         self._sums = torch.zeros(2, len(streams), dtype=torch.float64)
         self._counts = torch.zeros(2, len(streams), dtype=torch.float64)
 
@@ -47,10 +50,11 @@ class PositionLosses:
             raise ValueError(
                 f"the loss is not finite at position {self.positions + int((~nll.isfinite()).any(0).long().argmax())}"
             )
-        for kind, rows in self._kinds.items():
+        self._make_room(self.positions + length)
+        for place, rows in enumerate(self._kinds.values()):
             counts = mask[rows].sum(0)
             mean = torch.where(counts > 0, nll[rows].sum(0) / counts.clamp_min(1), torch.nan)
-            self._losses[kind].append(mean.float().numpy())
+            self._losses[place, self.positions : self.positions + length] = mean.numpy()
         late = 0 if self._late_from is None else max(0, min(length, self._late_from - self.positions))
         for part, start in enumerate((0, late)):
             if part and self._late_from is None:
@@ -58,6 +62,13 @@ class PositionLosses:
             self._sums[part] += nll[:, start:].sum(-1)
             self._counts[part] += mask[:, start:].sum(-1)
         self.positions += length
+
+    def _make_room(self, positions: int) -> None:
+        """Let there be room for so many positions."""
+        if positions > self._losses.shape[1]:
+            wider = np.empty((len(self._kinds), 2 * positions), dtype=np.float32)
+            wider[:, : self.positions] = self._losses[:, : self.positions]
+            self._losses = wider
 
     def weighted(self, weights: Sequence[float], *, late: bool = False) -> float | None:
         """The mean loss by weights of the streams; None if nothing is predicted there.
@@ -73,7 +84,7 @@ class PositionLosses:
 
     def arrays(self) -> Mapping[str, np.ndarray]:
         """The mean loss of each kind's streams at each position, float32; without kinds that are never predicted."""
-        found = {kind: np.concatenate(parts) for kind, parts in self._losses.items() if parts}
+        found = {kind: self._losses[place, : self.positions].copy() for place, kind in enumerate(self._kinds)}
         return {kind: losses for kind, losses in found.items() if not np.isnan(losses).all()}
 
 

@@ -47,6 +47,10 @@ SOUND_GATES: Final[Mapping[str, Callable[[ArrayLike], float]]] = {"length": leng
 """The gates that need the sound alone, by name."""
 
 
+ALIKE: Final[Mapping[str, float]] = {"rms": 1e-3, "energy": 1e-3}
+"""Relative differences of loudness that tell nothing: below a hundredth of a decibel, it is the rounding of samples."""
+
+
 def unigram_scores(
     clips: Sequence[ArrayLike], *, normalise: Literal["mean", "sum"] = "mean", smoothing: float = 0.5
 ) -> list[float]:

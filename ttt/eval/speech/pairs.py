@@ -8,6 +8,7 @@ speech language models" (arXiv 2305.13009) for the spoken StoryCloze sets.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -70,11 +71,14 @@ class PairTask(ItemTask):
 
     def references(self, bench: Bench, rows: Sequence[Row]) -> Mapping[str, Sequence[float]]:
         """How often a pair is told by its length, its energy, or the frequencies of its codes alone; ½ is honest."""
-        from ttt.eval.speech.gates import gate_scores
+        from ttt.eval.speech.gates import ALIKE, gate_scores
 
         found = gate_scores(bench, [file for row in rows for file in row.item.files])
         return {
-            name: [preferred(right, wrong) for right, wrong in zip(scores[::2], scores[1::2], strict=True)]
+            name: [
+                0.5 if math.isclose(right, wrong, rel_tol=ALIKE.get(name, 0.0)) else preferred(right, wrong)
+                for right, wrong in zip(scores[::2], scores[1::2], strict=True)
+            ]
             for name, scores in found.items()
         }
 
