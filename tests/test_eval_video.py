@@ -418,7 +418,7 @@ def test_no_sample_is_made_twice(toy: list[tuple[str, int]], monkeypatch: pytest
     assert main(["eval", "c.yaml", "--out", "e", "--resume"]) == 0
     assert len(toy) == 6
 
-    Path("prompts.jsonl").write_text('["a", "b"]\n["c", "changed"]\n["e"]\n')
+    Path("prompts.jsonl").write_text('["a", "b"]\n["zebra", "changed"]\n["e"]\n')
     assert main(["eval", "c.yaml", "--out", "e", "--resume"]) == 0
     assert toy[6:] == [("001.txt", 4), ("001.txt", 4)]  # its rows are stale, and of its samples one
     after = {file.name: file.read_bytes() for file in Path("e/samples_made").glob("*.txt")}
