@@ -432,7 +432,7 @@ MISTAKEN = {
     "unknown, and like none": (
         "{name: stories}",
         ("TTT103", "eval.tasks.0.name", "no installed plugin brings a task 'stories'",
-         "`tstory`, `words`, or install its plugin"),
+         "`vbench`, `words`, or install its plugin"),
         "c.yaml:3:23",
     ),
     "an unknown option": (
