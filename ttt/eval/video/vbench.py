@@ -19,7 +19,9 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
 
 from ttt.config.tasks import TaskOptions
 from ttt.errors import EnvironmentProblem
@@ -38,13 +40,18 @@ Dimension = Literal[
     "aesthetic_quality",
     "imaging_quality",
 ]
+Dimensions = Annotated[
+    tuple[Dimension, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda value: tuple(value) if type(value) is list else value),
+]
 PACKAGE = "vbench"
 
 
 class VBenchOptions(SamplesOptions):
     """Options of the task."""
 
-    dimensions: tuple[Dimension, ...] = ("subject_consistency",)
+    dimensions: Dimensions = ("subject_consistency",)
     """What is measured; the first is the task's own number."""
 
 
