@@ -438,7 +438,9 @@ def test_samples_have_the_same_seeds_in_each_arm_and_are_those_of_ttt_sample(toy
     assert "| samples | – |" in Path("e/summary.md").read_text()
 
 
-def test_no_sample_is_made_twice(toy: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_sample_is_made_twice(
+    toy: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Stopped in the second arm of the second item; and the prompts change before it goes on."""
     whole = MakingToy.sample
 
@@ -465,7 +467,9 @@ def test_no_sample_is_made_twice(toy: list[tuple[str, int]], monkeypatch: pytest
     assert toy[6:] == [("001.txt", 4), ("001.txt", 4)]  # its rows are stale, and of its samples one
     after = {file.name: file.read_bytes() for file in Path("e/samples_made").glob("*.txt")}
     assert {name for name in before if before[name] != after[name]} == {"001.ttt.txt", "001.closed.txt"}
-    Path("e/samples_made/000.ttt.txt").write_text("damaged")
+    Path("e/samples_made/000.ttt.txt").unlink()
+    assert main(["eval", "c.yaml", "--out", "e", "--resume"]) == 3
+    assert "000.ttt.txt: is gone; make the samples anew with --overwrite" in capsys.readouterr().err
     assert main(["eval", "c.yaml", "--out", "e", "--overwrite"]) == 0
     assert len(toy) == 8 + 6
     assert {file.name: file.read_bytes() for file in Path("e/samples_made").glob("*.txt")} == after
@@ -497,6 +501,12 @@ def test_what_raters_fill_in_is_read_and_never_written_over(
     (folder / "ratings.csv").write_bytes(filled)
     assert main(["eval", "c.yaml", "--out", "e", "--resume"]) == 0
     assert (folder / "ratings.csv").read_bytes() == filled
+    before = Path(f"{folder}.key.csv").read_bytes()
+    Path(f"{folder}.key.csv").unlink()
+    assert main(["eval", "c.yaml", "--out", "e", "--resume"]) == 0
+    assert (folder / "ratings.csv").read_bytes() == filled
+    assert Path(f"{folder}.key.csv").read_bytes() == before
+    assert not list(Path("e").glob("*.part"))
     capsys.readouterr()
     assert main(["eval", "--ratings", str(folder / "anna.csv"), "--ratings", str(folder / "ratings.csv")]) == 0
     told = capsys.readouterr().out
