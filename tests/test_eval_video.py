@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.machinery
 import json
 import random
 import sys
@@ -22,14 +23,14 @@ from toy import MakingToy
 from ttt import inject
 from ttt.check import load_config
 from ttt.config import RunConfig
-from ttt.errors import EnvironmentProblem, UsageError
+from ttt.errors import EnvironmentProblem, PluginError, UsageError
 from ttt.eval.bench import Bench
 from ttt.eval.engine import measured
 from ttt.eval.items import Item, Measured
 from ttt.eval.tasks import ItemTask, Setup
 from ttt.eval.video import vbench
 from ttt.eval.video.denoising import DiffusionLoss, bands_of, timesteps_of
-from ttt.plugins import EvalContext, run_config_model
+from ttt.plugins import EvalContext, SegmentLosses, WindowSource, run_config_model
 from ttt.train import pictures
 from ttt_cli.main import main
 from ttt_videodit import diffusion
@@ -228,6 +229,47 @@ def test_every_arm_draws_the_same_from_global_generators() -> None:
         assert number != rows[1].arms["ttt"][name]  # but each item draws its own
 
 
+WRONG: dict[str, tuple[str, Any, str]] = {
+    "no timesteps": ("num_timesteps", 0, "`num_timesteps`, .*it returned 0, not a number of timesteps"),
+    "no name": ("window_source", WindowSource(""), "a WindowSource whose name is '', not the name of a recording"),
+    "names of files": ("window_source", WindowSource("a", ("b",)), "a tuple, not the files"),  # type: ignore[arg-type]
+    "no segments": (
+        "diffusion_losses",
+        SegmentLosses(torch.ones(3, 4), (1.0,)),
+        r"loss is torch.float32 \[3, 4\], not",
+    ),
+    "whole numbers": ("diffusion_losses", SegmentLosses(torch.ones(3, 4, 1).long(), (1.0,)), "loss is torch.int64"),
+    "weights": (
+        "diffusion_losses",
+        SegmentLosses(torch.ones(3, 4, 2), (0.5, 0.6)),
+        "not a share for each of 2 segments",
+    ),
+    "too few": (
+        "diffusion_losses",
+        SegmentLosses(torch.ones(3, 1, 1), (1.0,)),
+        r"gave losses \[3, 1, 1\] for timesteps",
+    ),
+    "no context": ("reset_at_segments", None, "it returned None, not a context manager"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_answer_of_a_backbone_is_told(case: str) -> None:
+    method, answer, told = WRONG[case]
+    wrong = type("Wrong", (MakingToy,), {method: lambda *_, **__: answer})()
+    settings = {"backbone": {"name": "toy"}, "data": {"window": 6, "windows_of_files": (2, 1)}}
+    run = run_config_model(wrong).model_validate(settings)
+    dataset = wrong.dataset(run, split="eval", device="cpu")
+    options = DiffusionLoss.options(name="diffusion_loss", bands=2)
+    model = wrong.build(run.backbone, device="cpu", dtype=torch.float32)
+    context = EvalContext(model, wrong, run, dataset, torch.device("cpu"), step=0, stop=lambda: False)
+    items = [Item(f"{number}: {dataset.describe(number)}", str(number), "") for number in range(3)]
+    with pytest.raises(PluginError, match=told):  # noqa: PT012 - which of the three asks for it
+        wrong.window_source(dataset, 0)
+        with Bench(context, options).under("reset") as bench:
+            DiffusionLoss().measure(bench, items)
+
+
 # --- the arm reset ---
 
 
@@ -396,7 +438,9 @@ def test_samples_have_the_same_seeds_in_each_arm_and_are_those_of_ttt_sample(toy
     assert "| samples | – |" in Path("e/summary.md").read_text()
 
 
-def test_no_sample_is_made_twice(toy: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_sample_is_made_twice(
+    toy: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Stopped in the second arm of the second item; and the prompts change before it goes on."""
     whole = MakingToy.sample
 
@@ -418,12 +462,14 @@ def test_no_sample_is_made_twice(toy: list[tuple[str, int]], monkeypatch: pytest
     assert main(["eval", "c.yaml", "--out", "e", "--resume"]) == 0
     assert len(toy) == 6
 
-    Path("prompts.jsonl").write_text('["a", "b"]\n["c", "changed"]\n["e"]\n')
+    Path("prompts.jsonl").write_text('["a", "b"]\n["zebra", "changed"]\n["e"]\n')
     assert main(["eval", "c.yaml", "--out", "e", "--resume"]) == 0
     assert toy[6:] == [("001.txt", 4), ("001.txt", 4)]  # its rows are stale, and of its samples one
     after = {file.name: file.read_bytes() for file in Path("e/samples_made").glob("*.txt")}
     assert {name for name in before if before[name] != after[name]} == {"001.ttt.txt", "001.closed.txt"}
-    Path("e/samples_made/000.ttt.txt").write_text("damaged")
+    Path("e/samples_made/000.ttt.txt").unlink()
+    assert main(["eval", "c.yaml", "--out", "e", "--resume"]) == 3
+    assert "000.ttt.txt: is gone; make the samples anew with --overwrite" in capsys.readouterr().err
     assert main(["eval", "c.yaml", "--out", "e", "--overwrite"]) == 0
     assert len(toy) == 8 + 6
     assert {file.name: file.read_bytes() for file in Path("e/samples_made").glob("*.txt")} == after
@@ -455,6 +501,12 @@ def test_what_raters_fill_in_is_read_and_never_written_over(
     (folder / "ratings.csv").write_bytes(filled)
     assert main(["eval", "c.yaml", "--out", "e", "--resume"]) == 0
     assert (folder / "ratings.csv").read_bytes() == filled
+    before = Path(f"{folder}.key.csv").read_bytes()
+    Path(f"{folder}.key.csv").unlink()
+    assert main(["eval", "c.yaml", "--out", "e", "--resume"]) == 0
+    assert (folder / "ratings.csv").read_bytes() == filled
+    assert Path(f"{folder}.key.csv").read_bytes() == before
+    assert not list(Path("e").glob("*.part"))
     capsys.readouterr()
     assert main(["eval", "--ratings", str(folder / "anna.csv"), "--ratings", str(folder / "ratings.csv")]) == 0
     told = capsys.readouterr().out
@@ -466,31 +518,31 @@ def test_what_raters_fill_in_is_read_and_never_written_over(
     assert "put the sheet into the folder raters-…" in " ".join(capsys.readouterr().err.split())
 
 
-REFUSED: dict[str, tuple[Callable[[], Any], list[str], str]] = {
+REFUSED: dict[str, tuple[Callable[[], Any], int, str]] = {
     "no prompts": (
         lambda: Path("c.yaml").write_text(TOY.replace("prompts: prompts.jsonl, ", "")),
-        [],
+        2,
         "the task samples needs prompts and a length; write {name: samples, prompts: FILE.json, seconds: 3}",
     ),
     "an odd length": (
         lambda: Path("c.yaml").write_text(TOY.replace("seconds: 4", "seconds: 3")),
-        [],
+        2,
         "the toy samples segments of 2 s",
     ),
-    "no file": (lambda: Path("prompts.jsonl").unlink(), [], "prompts.jsonl: the prompts cannot be read"),
+    "no file": (lambda: Path("prompts.jsonl").unlink(), 3, "prompts.jsonl: the prompts cannot be read"),
     "a folder without prompts": (
         lambda: (Path("p").mkdir(), Path("c.yaml").write_text(TOY.replace("prompts.jsonl", "p"))),
-        [],
+        3,
         "p: holds no prompts; they are files that end in .json or .jsonl",
     ),
     "too few prompts": (
         lambda: Path("prompts.jsonl").write_text('["a", "b", "c"]\n'),
-        [],
+        2,
         "4 s are 2 segments, but there are 3 prompts",
     ),
     "no VBench": (
         lambda: Path("c.yaml").write_text(TOY.replace("name: samples", "name: vbench")),
-        [],
+        3,
         "the package vbench, which is not installed, and nothing else can take its place",
     ),
 }
@@ -500,13 +552,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], list[str], str]] = {
 def test_what_cannot_be_sampled_is_told(
     toy: list[tuple[str, int]], capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
-    change, more, message = REFUSED[case]
+    change, code, message = REFUSED[case]
     change()
-    assert main(["eval", "c.yaml", "--out", "e", *more]) == 2 or case in (
-        "no file",
-        "no VBench",
-        "a folder without prompts",
-    )
+    assert main(["eval", "c.yaml", "--out", "e"]) == code
     assert message in " ".join(capsys.readouterr().err.split())
     assert toy == []
 
@@ -575,21 +623,35 @@ class DocumentedVBench:
         **kwargs: Any,
     ) -> None:
         self.asked.append({"video": videos_path, "prompts": prompt_list, "mode": mode, **kwargs})
-        scores = {dimension: [0.25 + place, []] for place, dimension in enumerate(dimension_list)}
+        scores = {dimension: [0.25 + place / 2, []] for place, dimension in enumerate(dimension_list)}
         Path(self.output_path, f"{name}_eval_results.json").write_text(json.dumps(scores))
 
 
-def test_vbench_is_asked_as_its_source_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def documented(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What is asked of the class above, where the package vbench would be."""
     module = types.ModuleType("vbench")
     module.VBench = DocumentedVBench  # type: ignore[attr-defined]
+    module.__spec__ = importlib.machinery.ModuleSpec("vbench", None)
     monkeypatch.setitem(sys.modules, "vbench", module)
     monkeypatch.setattr(DocumentedVBench, "asked", [])
-    dimensions = ("motion_smoothness", "imaging_quality")
-    found = vbench.scores_of(tmp_path / "a.mp4", "waves", dimensions, "cpu")
-    assert found == {"motion_smoothness": 0.25, "imaging_quality": 1.25}
-    [asked] = DocumentedVBench.asked
-    assert asked["mode"] == "custom_input"
-    assert asked["prompts"] == ["waves"]
+    return DocumentedVBench.asked
+
+
+def test_vbench_is_asked_as_its_source_says(
+    documented: list[dict[str, Any]], toy: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dimensions = "dimensions: [motion_smoothness, imaging_quality]"
+    Path("c.yaml").write_text(TOY.replace("name: samples", f"name: vbench, {dimensions}, limit: 2"))
+    assert main(["eval", "c.yaml", "--out", "e"]) == 0
+    told = json.loads(Path("e/results.json").read_text())["results"]["vbench"]
+    assert told["motion_smoothness,none"] == 0.25
+    assert told["imaging_quality,closed"] == 0.75
+    assert told["imaging_quality,ttt-closed"] == 0
+    assert {Path(asked["video"]).parent.name for asked in documented} == {"vbench_made"}
+    assert len({asked["video"] for asked in documented}) == 4
+    assert all(asked["mode"] == "custom_input" and len(asked["prompts"]) == 1 for asked in documented)
+    assert {asked["prompts"][0] for asked in documented} <= {"a b", "c d", "e e"}
     monkeypatch.setattr(DocumentedVBench, "evaluate", lambda self, **_: None)
     with pytest.raises(EnvironmentProblem, match="VBench left no results that can be read"):
-        vbench.scores_of(tmp_path / "a.mp4", "waves", dimensions, "cpu")
+        vbench.scores_of(Path("a.mp4"), "waves", ("motion_smoothness",), "cpu")

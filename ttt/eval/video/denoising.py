@@ -17,7 +17,7 @@ from pydantic import Field
 
 from ttt.config.schema import MOST_STEPS
 from ttt.config.tasks import TaskOptions
-from ttt.errors import UsageError
+from ttt.errors import PluginError, UsageError
 from ttt.eval.items import Item, Measured, Row
 from ttt.eval.tasks import Arrays, ItemTask, Setup
 from ttt.plugins.capabilities import Capability, DiffusionScoring
@@ -90,6 +90,11 @@ class DiffusionLoss(ItemTask):
         timesteps = torch.tensor([timesteps_of(seed, bands, options.draws) for seed in seeds])
         batch = _on(bench.device, dataset.collate([dataset[number] for number in numbers]))
         losses = backbone.diffusion_losses(bench.model, batch, bench.config, timesteps=timesteps, seeds=seeds)
+        if losses.loss.shape[:2] != timesteps.shape:
+            raise PluginError(
+                f"the backbone {bench.backbone.name} gave losses {list(losses.loss.shape)} for timesteps "
+                f"{list(timesteps.shape)}, not [B, N, S] for [B, N]"
+            )
         by_window = losses.loss.double().cpu().numpy()
         return [
             _measured(loss, losses.weights, times.numpy(), bands)

@@ -11,11 +11,12 @@ what they fill in. Sampling has no number of its own: how good samples are, peop
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -27,7 +28,7 @@ from ttt.config.schema import MOST_STEPS
 from ttt.config.tasks import TaskOptions
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.eval.items import Item, Measured, Row, key_of, made_by
-from ttt.eval.ratings import SHEET, Comparison, write_sheet
+from ttt.eval.ratings import Comparison, write_sheet
 from ttt.eval.tasks import ItemTask, Setup
 from ttt.files import read_json, write_bytes, write_json, writing
 from ttt.plugins.capabilities import Capability, Sampling
@@ -150,20 +151,16 @@ class Samples(ItemTask):
 
     def _make(self, bench: Bench, item: Item, request: SampleRequest, files: Sequence[Path]) -> None:
         """Make a sample in a folder of its own, under a name that does not tell the arm, and move it to its files."""
-        staging = bench.folder / f"{bench.arm}.part"
-        shutil.rmtree(staging, ignore_errors=True)
-        with writing(staging):
-            staging.mkdir(parents=True)
-        moved = replace(request, out=staging / request.out.name, imported_from=bench.context.imported_from)
-        sampler = self._sampler(bench, item, staging)
-        try:
-            sampler.make(moved)
+        with _staging(bench.folder / f"{bench.arm}.part") as staging:
+            moved = replace(request, out=staging / request.out.name, imported_from=bench.context.imported_from)
+            sampler = self._sampler(bench, item, staging)
+            try:
+                sampler.make(moved)
+            finally:
+                sampler.write_log(bench.folder / "sampler.log")
             with writing(bench.folder):
                 for made, file in zip(self.files_of(_setup(bench), moved, moved.out), files, strict=True):
                     made.replace(file)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-            sampler.write_log(bench.folder / "sampler.log")
 
     def _sampler(self, bench: Bench, item: Item, folder: Path) -> _Sampler:
         """What makes the sample of an item, prepared once for this one and those after it, for each arm by itself."""
@@ -186,6 +183,7 @@ class Samples(ItemTask):
         for row in rows:
             request, _ = requests[row.item.id]
             by_arm = {arm: self.files_of(setup, request, made / _name(request, row.item, arm)) for arm in row.arms}
+            _require_there(file for files in by_arm.values() for file in files)
             sheets = {arm: file for arm, files in by_arm.items() for file in files[1:] if file.suffix == _SHEET}
             if sheets:
                 written.append(_picture(made / f"{row.item.id}{_SHEET}", sheets))
@@ -266,6 +264,29 @@ def _is_there(record: Path, made_from: Mapping[str, Any], files: Sequence[Path])
     return said.get("made_from") == made_from and said.get("files") == found
 
 
+def _require_there(files: Iterable[Path]) -> None:
+    """Refuse to go on without a sample that was made.
+
+    Raises:
+        EnvironmentProblem: one is gone.
+    """
+    for file in files:
+        if not file.is_file():
+            raise EnvironmentProblem(f"{file}: is gone; make the samples anew with --overwrite")
+
+
+@contextlib.contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A context with an empty folder, which is gone afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    with writing(folder):
+        folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _picture(file: Path, sheets: Mapping[str, Path]) -> Path:
     from ttt.eval.video.pictures import sheets_above_one_another
 
@@ -283,7 +304,13 @@ def _for_raters(folder: Path, task: str, comparisons: Sequence[Comparison], seed
             content.update(f"{arm} {file_digest(file)}\n".encode())
     place = folder / f"raters-{task}-{content.hexdigest()[:8]}"
     key = key_of(place)
-    if not (key.exists() and (place / SHEET).exists()):
-        shutil.rmtree(place, ignore_errors=True)  # a process was killed before anybody could rate
-        write_sheet(place, key, comparisons, seed=seed)
+    if not (place.exists() and key.exists()):
+        part = folder / f"{place.name}.part"
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        write_sheet(part, key, comparisons, seed=seed)
+        if place.exists():  # only the key was gone
+            shutil.rmtree(part)
+        else:
+            with writing(place):
+                part.rename(place)
     return [place, key]

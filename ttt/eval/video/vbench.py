@@ -6,8 +6,8 @@ frames are liked (LAION's aesthetic predictor) and how sharp they are (MUSIQ). T
 offers for samples of one's own prompts (`mode="custom_input"`); its published totals need all sixteen, on its own
 prompts. It downloads these networks when it first needs them. Where it is not installed, nothing takes its place.
 
-This task was written against the source of vbench 0.1.5 and was not run with it: VBench asks for torch with CUDA 11.6
-to 12.1, which this project is not tested on. What it reads of VBench is `VBench(device, full_info_dir, output_path)`,
+This task was written against the source of vbench 0.1.5 and was not run with it: VBench asks for CUDA 11.6 to 12.1 and
+pins transformers 4.33.2 and numpy below 2, which this project is not tested on. So it is no extra of this project. What it reads of VBench is `VBench(device, full_info_dir, output_path)`,
 `evaluate(videos_path, name, prompt_list, dimension_list, mode)` and the file `NAME_eval_results.json`, which holds
 `{dimension: [score, …]}`. This module imports no torch.
 """
@@ -19,7 +19,9 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
 
 from ttt.config.tasks import TaskOptions
 from ttt.errors import EnvironmentProblem
@@ -38,13 +40,18 @@ Dimension = Literal[
     "aesthetic_quality",
     "imaging_quality",
 ]
+Dimensions = Annotated[
+    tuple[Dimension, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda value: tuple(value) if type(value) is list else value),
+]
 PACKAGE = "vbench"
 
 
 class VBenchOptions(SamplesOptions):
     """Options of the task."""
 
-    dimensions: tuple[Dimension, ...] = ("subject_consistency",)
+    dimensions: Dimensions = ("subject_consistency",)
     """What is measured; the first is the task's own number."""
 
 
@@ -83,7 +90,8 @@ def require_vbench() -> None:
         raise EnvironmentProblem(
             "the task vbench measures samples by the package vbench, which is not installed, and nothing else can take "
             "its place",
-            fix="pip install vbench (it needs torch with CUDA), or take the task `samples`, which makes samples alone",
+            fix="install it beside transformers 4.33.2 and numpy below 2, which it pins; or take the task `samples`, and "
+            "measure what it makes by VBench in an environment of its own",
         )
 
 
