@@ -7,9 +7,10 @@ offers for samples of one's own prompts (`mode="custom_input"`); its published t
 prompts. It downloads these networks when it first needs them. Where it is not installed, nothing takes its place.
 
 This task was written against the source of vbench 0.1.5 and was not run with it: VBench asks for CUDA 11.6 to 12.1 and
-pins transformers 4.33.2 and numpy below 2, which this project is not tested on. So it is no extra of this project. What it reads of VBench is `VBench(device, full_info_dir, output_path)`,
-`evaluate(videos_path, name, prompt_list, dimension_list, mode)` and the file `NAME_eval_results.json`, which holds
-`{dimension: [score, …]}`. This module imports no torch.
+pins transformers 4.33.2 and numpy below 2, which this project is not tested on. So it is no extra of this project. What
+it reads of VBench is `VBench(device, full_info_dir, output_path)`, `evaluate(videos_path, name, prompt_list,
+dimension_list, mode)` and the file `NAME_eval_results.json`, which holds `{dimension: [score, …]}`. This module imports
+no torch.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def require_vbench() -> None:
         raise EnvironmentProblem(
             "the task vbench measures samples by the package vbench, which is not installed, and nothing else can take "
             "its place",
-            fix="install it beside transformers 4.33.2 and numpy below 2, which it pins; or take the task `samples`, and "
-            "measure what it makes by VBench in an environment of its own",
+            fix="install it beside transformers 4.33.2 and numpy below 2, which it pins; or take the task `samples`, "
+            "and measure what it makes by VBench in an environment of its own",
         )
 
 
