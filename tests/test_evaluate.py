@@ -321,6 +321,14 @@ def test_rows_of_something_else_are_not_used(world: World, change: dict[str, Any
     assert len(world.measured) == PAIRS
 
 
+def test_the_order_of_tasks_changes_nothing(world: World) -> None:
+    """A task that reads no clips is not of the codec by which another reads them."""
+    world.evaluate(_Alone(), TStory())
+    world.measured.clear()
+    world.evaluate(TStory(), _Alone())
+    assert world.measured == []
+
+
 def test_other_options_are_refused_before_a_model_is_built(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.evaluate()
     monkeypatch.setattr(PlantedBackbone, "build", None)
@@ -385,6 +393,13 @@ class _Gates(ItemTask):
 
     def values(self, setup: Any, item: Item, numbers: Mapping[str, float]) -> Mapping[str, float]:
         return numbers
+
+
+class _Alone(_Gates):
+    """A task that needs nothing of a backbone."""
+
+    name = "alone"
+    requires = ()
 
 
 def test_each_arm_is_what_it_is_called_whatever_came_before(world: World) -> None:

@@ -305,7 +305,7 @@ class _Machine:
     def _identity(self, plan: Plan, bench: Bench) -> dict[str, Any]:
         """What else the rows are of: the model's weights, and what turns files into clips."""
         if Scoring not in plan.task.requires or not has_capability(self._context.backbone, Scoring):
-            return dict(self.made_from)
+            return {name: value for name, value in self.made_from.items() if name != "reader"}  # of other tasks
         notice = bench.reader.notice
         if notice is not None and "reader" not in self.made_from:
             say(self._console, f"note: {notice}")
