@@ -100,7 +100,7 @@ def summed_up(
     values = {arm: [dict(task.values(setup, row.item, row.arms[arm])) for row in good] for arm in arms}
     names = list(values[arms[0]][0])
     if not names:
-        return TaskSummary(task.name, {}, items=len(rows), failed=failed)
+        return TaskSummary(task.name, {}, items=len(rows), failed=len(failed), first_error=first_error)
     pairs = list(itertools.combinations(arms, 2))
     metrics: dict[str, dict[str, Estimate]] = {}
     for name in names:
