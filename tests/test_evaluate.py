@@ -302,6 +302,7 @@ class _OtherWeights(PlantedBackbone):
         ({"options": {"seed": 7}}, "options.seed: 0 then, 7 now"),
         ({"backbone": _OtherCodec()}, "reader.codec: 'bytes' then, 'other bytes' now"),
         ({"backbone": _OtherWeights()}, "backbone_weights"),
+        ({"score": {"normalise": "sum"}}, "eval.score.normalise: 'mean' then, 'sum' now"),
         ({"reset_tokens": 7}, "eval.reset_tokens: None then, 7 now"),
         ({"batch_size": 3}, "eval.batch_size"),
     ],
