@@ -78,7 +78,7 @@ def rows_for(
     chosen = task.options(name=task.name, **options)
     setup = setup_of(task, context, chosen)
     bench = Bench(context, chosen)
-    return [row for batch in rows_of(task, bench, chosen_items(task, setup), arms) for row in batch.rows], setup
+    return [row for batch in rows_of(task, bench, chosen_items(task, setup).items, arms) for row in batch.rows], setup
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_hours_end_where_they_are_told_to(tmp_path: Path) -> None:
     context = planted(span=100)
     options = LibriLight.options(name="librilight", data=str(make_books(tmp_path)), hours=200 / 36000)
     bench, task = Bench(context, options), LibriLight()
-    (book, *_) = chosen_items(task, setup_of(task, context, options))
+    (book, *_) = chosen_items(task, setup_of(task, context, options)).items
     batch = measured(task, bench, [book], ("ttt",))
     assert {len(losses) for losses in batch.arrays[book.id, "ttt"].values()} == {200}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -79,3 +80,14 @@ def test_elsewhere_only_lines_that_are_said() -> None:
         steps.advance(2)
         steps.line("a.mp4 [bold] is done")
     assert told(shown) == "a.mp4 [bold] is done\n"
+
+
+def test_a_rate_stands_in_the_bar_and_in_lines() -> None:
+    for terminal in (True, False):
+        shown = console(terminal=terminal)
+        with Steps(shown, "words", total=4, done=1, tenths=True, rated="item") as steps:
+            steps.advance(2)
+            time.sleep(0.01)
+            steps.advance()
+        assert " items a second" in told(shown)
+        assert "4/4" in told(shown)

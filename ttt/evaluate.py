@@ -19,7 +19,7 @@ from ttt.eval.bench import Bench
 from ttt.eval.engine import MOST_FAILED, batches, measured
 from ttt.eval.folder import EvalFolder
 from ttt.eval.items import Item, Row
-from ttt.eval.listing import chosen_items
+from ttt.eval.listing import Listing, chosen_items
 from ttt.eval.results import TaskSummary, summed_up
 from ttt.eval.tasks import ItemTask, Setup
 from ttt.eval.writing import MeasuredTask, write_results
@@ -35,6 +35,9 @@ from ttt.samples import shared_origin
 from ttt.train.evaluation import eval_mode
 from ttt.train.passes import mixed_precision, seed_pass
 from ttt.train.setup import device_in_words
+
+_FAILED_AT_FIRST = 20
+"""If so many items fail and none succeeds, the fault is not that of an item."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,14 @@ def evaluate(
     config, info = fitting(config, backbone, adapter=adapter, verify=verify)
     plans = [_plan(config, backbone, chosen, arms) for chosen in tasks]
     for plan in plans:
-        say(console, f"{plan.task.name}: {plan.counted}; arms {', '.join(plan.arms)}")
+        say(console, f"{plan.task.name}: {plan.listing.in_words()}; arms {', '.join(plan.arms)}")
     as_start = adapter is None
     folder = EvalFolder(out, _made_from(config, backbone, info, as_start=as_start))
     ways = ["a smaller eval.batch_size"] + ["train.param_dtype: bfloat16"] * (config.train.param_dtype == "float32")
     with folder.held():
         folder.claim(overwrite=overwrite)
+        for plan in plans:
+            folder.require_same(plan.task.name, plan.made_from, overwrite=overwrite)
         with (
             learned_model(config, backbone, info, as_start=as_start, ways=ways) as (model, injection),
             eval_mode(model),
@@ -102,6 +107,9 @@ def evaluate(
             found = [machine.measure(plan) for plan in plans]
             described = _described(config, info, machine)
         files = write_results(folder, found, described=described)
+        others = sorted(set(folder.tasks) - {each.task.name for each in found})
+        if others:
+            say(console, f"note: {_left_out(others, found)}")
     summaries = {each.task.name: each.summary for each in found}
     return EvalOutcome(out, summaries, tuple(files), tuple(_complaints(summaries)))
 
@@ -147,14 +155,13 @@ class Plan:
     task: ItemTask
     plugin: object
     setup: Setup
-    items: tuple[Item, ...]
+    listing: Listing
     arms: tuple[str, ...]
 
     @property
-    def counted(self) -> str:
-        """How many items there are, in words."""
-        units = len({item.unit for item in self.items})
-        return f"{len(self.items):,} items" + (f" of {units:,} units" if units != len(self.items) else "")
+    def items(self) -> tuple[Item, ...]:
+        """Its items."""
+        return self.listing.items
 
     @property
     def made_from(self) -> dict[str, Any]:
@@ -173,13 +180,13 @@ def _plan(config: RunConfig, backbone: Backbone, chosen: ChosenTask, arms: Seque
         )
     setup = Setup(config, backbone, chosen.options, task.folder)
     with asked(chosen.plugin, f"the items of its task {task.name}", type(task)):
-        items = tuple(chosen_items(task, setup))
+        listing = chosen_items(task, setup)
     found = task.arms_among(arms)
     for arm in found:
         refused = task.refuses(setup, arm)
         if refused is not None:
             raise UsageError(f"the task {task.name} under the arm {arm}: the backbone {backbone.name} {refused}")
-    return Plan(task, chosen.plugin, setup, items, found)
+    return Plan(task, chosen.plugin, setup, listing, found)
 
 
 def _made_from(config: RunConfig, backbone: Backbone, info: AdapterInfo | None, *, as_start: bool) -> dict[str, Any]:
@@ -261,7 +268,7 @@ class _Machine:
     def _rows(self, plan: Plan, bench: Bench) -> dict[str, Row]:
         task, config = plan.task, self._context.config
         made_from = {**plan.made_from, **self._identity(plan, bench)}
-        there = self._folder.open_task(task.name, made_from, resume=self._resume, overwrite=self._overwrite)
+        there = self._folder.open_task(task.name, made_from, overwrite=self._overwrite)
         rows = self._folder.rows(task.name, plan.items) if there else {}
         parts = batches(task, plan.items, size=config.eval.batch_size)
         whole = [part for part in parts if all(item.id in rows for item in part)]
@@ -278,8 +285,7 @@ class _Machine:
         there_already = {part[0].id for part in whole}
         missing = [part for part in parts if part[0].id not in there_already]
         bench.items_left = [item for part in missing for item in part]
-        with Steps(self._console, task.name, total=len(plan.items), tenths=True) as steps:
-            steps.advance(len(kept)) if kept else None
+        with Steps(self._console, task.name, total=len(plan.items), done=len(kept), tenths=True, rated="item") as steps:
             for part in missing:
                 stop_if_asked()
                 for row in self._batch(plan, bench, part):
@@ -299,7 +305,7 @@ class _Machine:
     def _identity(self, plan: Plan, bench: Bench) -> dict[str, Any]:
         """What else the rows are of: the model's weights, and what turns files into clips."""
         if Scoring not in plan.task.requires or not has_capability(self._context.backbone, Scoring):
-            return dict(self.made_from)
+            return {name: value for name, value in self.made_from.items() if name != "reader"}  # of other tasks
         notice = bench.reader.notice
         if notice is not None and "reader" not in self.made_from:
             say(self._console, f"note: {notice}")
@@ -308,22 +314,32 @@ class _Machine:
 
 
 def _require_something(task: ItemTask, rows: Mapping[str, Row]) -> None:
-    """Refuse to go on if nothing but errors came so far: no item of the first batch could be measured.
+    """Refuse to go on if nothing but errors came so far. A few that fail first are no reason: they are counted.
 
     Raises:
         EnvironmentProblem: so it is; the message has the first error.
     """
-    if rows and all(row.error is not None for row in rows.values()):
+    if len(rows) >= _FAILED_AT_FIRST and all(row.error is not None for row in rows.values()):
         first = next(iter(rows.values()))
         raise EnvironmentProblem(
-            f"the task {task.name}: no item could be measured, the first, {first.item.id}: {first.error}"
+            f"the task {task.name}: none of the first {len(rows)} items could be measured; {first.item.id}: "
+            f"{first.error}"
         )
+
+
+def _left_out(others: Sequence[str], found: Sequence[MeasuredTask]) -> str:
+    """What the results leave out of what the folder has rows of, and how to have it in them."""
+    measured_now = [each.task.name for each in found]
+    return (
+        f"the results are of {', '.join(measured_now)} alone; rows of {', '.join(others)} are kept: name all of them "
+        f"for results of all"
+    )
 
 
 def _complaints(summaries: Mapping[str, TaskSummary]) -> list[str]:
     return [
         f"{name}: {summary.failed} of {summary.items} items failed, more than {MOST_FAILED:.0%}: its numbers are not "
-        f"those of the task"
+        f"those of the task. The first, {summary.first_error}; mend it, and --resume tries again what failed"
         for name, summary in summaries.items()
         if summary.failed > MOST_FAILED * summary.items
     ]

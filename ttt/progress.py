@@ -8,8 +8,17 @@ from types import TracebackType
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column
+from rich.text import Text
 
 from ttt.printable import say
 from ttt.words import duration_in_words
@@ -48,19 +57,32 @@ class Steps:
         total: how many steps there are.
         tenths: without a bar, say a line at the first step, the last, and each tenth of them. If not, whoever counts
             says lines of its own by `line`.
+        done: how many were done before. They took no time of now, so they tell nothing about what is left.
+        rated: what a step is, as "item", if lines and bar shall say how many of them are done in a second.
     """
 
-    def __init__(self, console: Console, what: str, *, total: int, tenths: bool = False) -> None:
-        self.completed = 0
+    def __init__(
+        self,
+        console: Console,
+        what: str,
+        *,
+        total: int,
+        tenths: bool = False,
+        done: int = 0,
+        rated: str | None = None,
+    ) -> None:
+        self.completed = done
         """Steps that are done."""
+        self._done_before = done
+        self._rated = rated
         self._console = console
         self._what = what
         self._total = total
         self._tenths = tenths
         self._started = time.monotonic()
-        self._bar = live_bar(console, what)
+        self._bar = live_bar(console, what, *([] if rated is None else [_Rate(rated), TimeRemainingColumn()]))
         if self._bar is not None:
-            self._task = self._bar.add_task(what, total=total)
+            self._task = self._bar.add_task(what, total=total, completed=done)
 
     def __enter__(self) -> Steps:
         self._started = time.monotonic()
@@ -80,8 +102,13 @@ class Steps:
         if self._bar is not None:
             self._bar.advance(self._task, count)
         elif self._tenths and self._is_told(before):
-            left = (time.monotonic() - self._started) / self.completed * (self._total - self.completed)
-            self.line(f"{self._what}: step {self.completed}/{self._total}, {duration_in_words(left)} left")
+            self.line(f"{self._what}: {self._rated or 'step'} {self.completed}/{self._total}, {self._pace()}")
+
+    def _pace(self) -> str:
+        """How fast it goes, and how long it will take."""
+        seconds, done = time.monotonic() - self._started, self.completed - self._done_before
+        left = f"{duration_in_words(seconds / done * (self._total - self.completed))} left"
+        return left if self._rated is None else f"{_a_second(done / max(seconds, 1e-9), self._rated)}, {left}"
 
     def counted(self, things: Iterable[T]) -> Iterator[T]:
         """The things, each counted as a step when the next one is asked for."""
@@ -96,4 +123,24 @@ class Steps:
 
     def _is_told(self, before: int) -> bool:
         done, total = self.completed, self._total
-        return before == 0 or done == total or done * 10 // total > before * 10 // total
+        return before == self._done_before or done == total or done * 10 // total > before * 10 // total
+
+
+class _Rate(ProgressColumn):
+    """How many are done in a second.
+
+    Args:
+        what: what one is.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self._what = what
+
+    def render(self, task: Task) -> Text:
+        """The rate; nothing before the first is done."""
+        return Text("" if not task.speed else _a_second(task.speed, self._what))
+
+
+def _a_second(rate: float, what: str) -> str:
+    return f"{rate:.2g} {what}s a second" if rate < 100 else f"{rate:,.0f} {what}s a second"

@@ -53,7 +53,11 @@ def evaluate(
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option("--out", metavar="DIR", help="Where the results go. [default: RUN/eval/CHECKPOINT]"),
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Where the results go. [default: RUN/eval/CHECKPOINT; of an adapter, eval beside it]",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what was interrupted.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure anew what is there.")] = False,
@@ -95,6 +99,8 @@ def evaluate(
         return
     if model is None:
         raise UsageError("ttt eval: name a run, an adapter or a config; `ttt eval --list` lists the tasks")
+    if resume and overwrite:
+        raise UsageError("--resume keeps what is there, and --overwrite forgets it; leave one of them out")
     loaded, learned, told, place = _loaded(Path(model), overrides or [], verify=verify)
     chosen = _chosen(loaded, tasks, limit)
     wanted = _arms(arms)

@@ -29,7 +29,7 @@ from ttt.checksums import file_digest, parse_line, sealed_line
 from ttt.dotted import dotted
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.eval.items import Item, Row, made_by
-from ttt.eval.tasks import Arrays
+from ttt.eval.tasks import SUBMISSION, Arrays
 from ttt.files import lock, read_json, sync, write_bytes, write_json, writing
 from ttt.printable import shortened
 from ttt.reading import read_file, unreadable
@@ -95,39 +95,77 @@ class EvalFolder:
             differing = _differences(written.get("made_from"), self._made_from)
             if differing and not overwrite:
                 raise UsageError(f"{self.path}: holds results of something else ({differing}); {_WAY_OUT}")
-            if not differing:
+            if differing:
+                self._forget()
+            else:
                 tasks = written.get("tasks")
                 self._tasks = tasks if isinstance(tasks, dict) else {}
         self._write_record()
+
+    def _forget(self) -> None:
+        """Take away the results, the rows and the arrays: they are of something else."""
+        self._forget_results()
+        for rows in (self.path / SAMPLES).glob("*.jsonl"):
+            self._forget_rows(rows.stem)
+
+    def _forget_rows(self, task: str) -> None:
+        """Take away the rows of a task, its arrays, and what it made."""
+        with writing(self.path):
+            self._rows_file(task).unlink(missing_ok=True)
+        for folder in (self.path / POSITIONS / task, made_by(self.path, task)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _forget_results(self) -> None:
+        """Take away the results: a command that is stopped before it writes new ones must not leave those of before."""
+        with writing(self.path):
+            for file in (self.path / RESULTS, self.path / SUMMARY, *self.path.glob("*.png")):
+                file.unlink(missing_ok=True)
+            shutil.rmtree(self.path / SUBMISSION, ignore_errors=True)
+
+    def require_same(self, name: str, made_from: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Refuse rows of other options before a model is built.
+
+        Args:
+            name: the task.
+            made_from: what its rows shall be of, as far as it is known.
+            overwrite: rows of other options are forgotten, not refused.
+
+        Raises:
+            UsageError: there are rows of other options.
+        """
+        before = self._tasks.get(name)
+        if isinstance(before, dict) and self._rows_file(name).exists() and not overwrite:
+            self._require_equal(name, {key: before[key] for key in made_from if key in before}, made_from)
+
+    def _require_equal(self, name: str, before: Any, made_from: Mapping[str, Any]) -> None:
+        differing = _differences(before, made_from)
+        if differing:
+            raise UsageError(f"{self._rows_file(name)}: has results of other options ({differing}); {_WAY_OUT}")
 
     @property
     def tasks(self) -> Mapping[str, Any]:
         """The options of each task that has rows here."""
         return self._tasks
 
-    def open_task(self, name: str, made_from: Mapping[str, Any], *, resume: bool, overwrite: bool) -> bool:
+    def open_task(self, name: str, made_from: Mapping[str, Any], *, overwrite: bool) -> bool:
         """Take a task's rows for what they shall be of; returns whether there are rows to go on from.
 
         Args:
             name: the task.
             made_from: its options, version and arms.
-            resume: go on from rows that are there.
-            overwrite: forget them.
+            overwrite: forget rows that are there.
 
         Raises:
             UsageError: there are rows of other options.
         """
         rows, before = self._rows_file(name), self._tasks.get(name)
-        if overwrite and not resume:
-            rows.unlink(missing_ok=True)
-        there = rows.exists() and before is not None
+        there = rows.exists() and before is not None and not overwrite
         if there:
-            differing = _differences(before, made_from)
-            if differing:
-                raise UsageError(f"{rows}: has results of other options ({differing}); {_WAY_OUT}")
+            self._require_equal(name, before, made_from)
         else:
-            rows.unlink(missing_ok=True)
-            shutil.rmtree(made_by(self.path, name), ignore_errors=True)
+            if rows.exists():
+                self._forget_results()
+            self._forget_rows(name)
         self._tasks[name] = dict(made_from)
         self._write_record()
         return there
@@ -148,7 +186,7 @@ class EvalFolder:
         found: dict[str, Row] = {}
         for entry in _read_lines(file):
             item = by_id.get(str(entry.get("item")))
-            if item is None or entry.get("error") is not None:
+            if item is None or entry.get("error") is not None or not isinstance(entry.get("arms"), dict):
                 continue  # what failed is tried again
             if entry.get("files") == _digests(item):
                 found[item.id] = Row(item, entry["arms"], entry["files"])
@@ -211,7 +249,8 @@ def _read_lines(file: Path) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             if number < len(lines):
                 raise EnvironmentProblem(
-                    f"{file}:{number}: {error}; measure the task anew with --overwrite, or name another --out"
+                    f"{file}:{number}: {error}; take this line out and go on with --resume, or measure the task anew "
+                    f"with --overwrite"
                 ) from None
 
 

@@ -22,7 +22,7 @@ def numbers_of(task: ItemTask, context: EvalContext, options: Any) -> dict[str, 
     if task.writes_files:
         return {}
     setup, bench = setup_of(task, context, options), Bench(context, options)
-    items = chosen_items(task, setup)
+    items = chosen_items(task, setup).items
     arms = task.arms_among(("ttt", "closed"))
     rows = [row for batch in rows_of(task, bench, items, arms, stop=context.stop) for row in batch.rows]
     if context.stop():

@@ -59,7 +59,7 @@ def lacking(task: ItemTask, setup: Setup) -> str | None:
     return None if told is None else f"the task {task.name}: the backbone {setup.backbone.name} {told}"
 
 
-def chosen_items(task: ItemTask, setup: Setup) -> list[Item]:
+def chosen_items(task: ItemTask, setup: Setup) -> Listing:
     """The items of a task that its options choose, if the backbone can do it.
 
     Raises:
@@ -68,7 +68,7 @@ def chosen_items(task: ItemTask, setup: Setup) -> list[Item]:
     told = lacking(task, setup)
     if told is not None:
         raise UsageError(told)
-    return list(listed(task, setup).items)
+    return listed(task, setup)
 
 
 def _require_distinct(task: ItemTask, items: Sequence[Item]) -> None:

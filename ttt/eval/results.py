@@ -37,6 +37,8 @@ class TaskSummary:
     """How many the task has."""
     failed: int = 0
     """How many of them could not be measured and count in nothing."""
+    first_error: str | None = None
+    """The first of them, and why: `ITEM: …`."""
 
     @property
     def has_result(self) -> bool:
@@ -91,13 +93,14 @@ def summed_up(
         references: from `ItemTask.references`, of the rows that did not fail.
     """
     good = [row for row in rows if row.error is None]
-    failed = len(rows) - len(good)
+    failed = [row for row in rows if row.error is not None]
+    first_error = f"{failed[0].item.id}: {failed[0].error}" if failed else None
     if not good:
-        return TaskSummary(task.name, {}, items=len(rows), failed=failed)
+        return TaskSummary(task.name, {}, items=len(rows), failed=len(failed), first_error=first_error)
     values = {arm: [dict(task.values(setup, row.item, row.arms[arm])) for row in good] for arm in arms}
     names = list(values[arms[0]][0])
     if not names:
-        return TaskSummary(task.name, {}, items=len(rows), failed=failed)
+        return TaskSummary(task.name, {}, items=len(rows), failed=len(failed), first_error=first_error)
     pairs = list(itertools.combinations(arms, 2))
     metrics: dict[str, dict[str, Estimate]] = {}
     for name in names:
@@ -111,7 +114,8 @@ def summed_up(
         _tests(task, main, good, pairs),
         _by_arm(references or {}, good, ()),
         items=len(rows),
-        failed=failed,
+        failed=len(failed),
+        first_error=first_error,
     )
 
 

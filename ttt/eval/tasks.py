@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 ARMS = ("ttt", "closed", "reset")
 """As trained; with gates closed, which is the plain backbone; with fast weights started anew every now and then."""
 
+SUBMISSION = "submission"
+"""The folder, beside the results, of files that are made to be sent to a benchmark's judges."""
+
 
 class ItemOptions(TaskOptions):
     """Options of a task that consists of items."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ttt.config.tasks import TaskOptions
 from ttt.eval.items import Item, Measured, Row
 from ttt.eval.speech.layouts import Pair, lexical_pairs, story_pairs, syntactic_pairs
-from ttt.eval.tasks import ItemOptions, ItemTask, Setup
+from ttt.eval.tasks import SUBMISSION, ItemOptions, ItemTask, Setup
 from ttt.plugins.capabilities import Scoring
 from ttt.plugins.capable import capability
 
@@ -120,7 +120,7 @@ class ZeroSpeechTask(PairTask):
                 for member, file in zip(MEMBERS, row.item.files, strict=True)
             }
             lines = [f"{stem} {score!r}\n" for stem, score in sorted(scores.items())]
-            found[f"submission/{arm}/{self.part}/{setup.options.split}.txt"] = "".join(lines)
+            found[f"{SUBMISSION}/{arm}/{self.part}/{setup.options.split}.txt"] = "".join(lines)
         return found
 
 
