@@ -116,6 +116,29 @@ class Words(EvalTask):
 def ttt_eval_tasks():
     return [Words()]
 """
+ITEM_TASK = """\
+from ttt.eval.items import Item, Measured
+from ttt.eval.tasks import ItemOptions, ItemTask
+from ttt.plugins import hookimpl
+
+class Lines(ItemTask):
+    name = "lines"
+    requires = ()
+
+    def items(self, setup):
+        return [Item(line, line, line, {"first": line[0]}) for line in setup.data.read_text().split()]
+
+    def measure(self, bench, items):
+        closed = 0.5 if bench.arm == "closed" else 1.0
+        return [Measured({"letters": closed * len(item.id)}) for item in items]
+
+    def values(self, setup, item, numbers):
+        return {"letters": numbers["letters"]}
+
+@hookimpl
+def ttt_eval_tasks():
+    return [Lines()]
+"""
 IMPORT = """\
 from ttt.config.source import parse_source
 from ttt.plugins import Import, hookimpl
@@ -625,6 +648,42 @@ def test_a_run_stopped_within_a_task_measures_anew_when_it_goes_on(folder: Path)
     assert read_metrics(run / "metrics.jsonl") == []
     assert main(["train", "run/config.yaml", "--resume"]) == 0
     assert [line["words/step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_task_of_items_is_measured_by_ttt_eval_and_in_a_run(folder: Path) -> None:
+    bring(folder, EVAL_TASKS, ITEM_TASK)
+    Path("lines.txt").write_text("ab abcd b")
+    code, run = run_toy(folder, "eval: {max_batches: 1, tasks: [{name: lines, data: lines.txt}]}", steps=1)
+    assert code == 0
+    (line,) = read_metrics(run / "metrics.jsonl")
+    assert (line["lines/letters"], line["lines/letters_closed"]) == (7 / 3, 7 / 6)
+    assert main(["eval", "run"]) == 0
+    (results,) = Path("run/eval").glob("*/results.json")
+    found = json.loads(results.read_text())
+    assert found["results"]["lines"]["letters,ttt-closed"] == pytest.approx(7 / 6)
+    assert found["parts"]["lines"]["first=b,none"] == 1
+    assert found["versions"] == {"lines": 1}
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "told"),
+    [
+        ("next(bench.model.parameters()).add_(1)", 3, "of the plugin lab (lab-lab 1.2) changed the weight"),
+        ("raise RuntimeError('no lines')", 1, "lines: 3 of 3 items failed"),
+        ("return [1, 2]", 3, "not a Measured for each of"),
+    ],
+)
+def test_a_task_of_items_that_is_wrong_is_told_by_ttt_eval(
+    folder: Path, line: str, code: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bring(folder, EVAL_TASKS, ITEM_TASK.replace("closed = 0.5", f"{line}\n        closed = 0.5"))
+    Path("lines.txt").write_text("ab abcd b")
+    text = "backbone: {name: toy}\nttt: {layers: [1], mini_batch_size: 4}\n"
+    Path("c.yaml").write_text(f"{text}eval: {{tasks: [{{name: lines, data: lines.txt}}]}}\n")
+    bring(folder, BACKBONES, TOY, name="toy")
+    assert main(["eval", "c.yaml", "--out", "out"]) == code
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert Path("out/results.json").exists() == (code == 1)
 
 
 def test_a_task_that_changes_a_weight_ends_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

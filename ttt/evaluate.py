@@ -14,7 +14,7 @@ from torch import nn
 from ttt.adapter_file import AdapterInfo, weights_fingerprint
 from ttt.config.schema import RunConfig
 from ttt.config.tasks import TaskOptions
-from ttt.errors import EnvironmentProblem, UsageError
+from ttt.errors import EnvironmentProblem, PluginError, UsageError
 from ttt.eval.bench import Bench
 from ttt.eval.engine import MOST_FAILED, batches, measured
 from ttt.eval.folder import EvalFolder
@@ -22,12 +22,13 @@ from ttt.eval.items import Item, Row
 from ttt.eval.listing import Listing, chosen_items
 from ttt.eval.results import TaskSummary, summed_up
 from ttt.eval.tasks import ItemTask, Setup
+from ttt.eval.unchanged import changed_weight, weight_versions
 from ttt.eval.writing import MeasuredTask, write_results
 from ttt.inject import Injection
 from ttt.interrupt import stop_if_asked
 from ttt.learned import fitting, imported_from, learned_model
 from ttt.plugins import Backbone, EvalContext, Scoring, has_capability
-from ttt.plugins.asking import asked
+from ttt.plugins.asking import asked, owner
 from ttt.plugins.installed_tasks import ChosenTask
 from ttt.printable import say
 from ttt.progress import Steps
@@ -246,6 +247,7 @@ class _Machine:
         self._folder = folder
         self._console = console
         self._resume, self._overwrite = resume, overwrite
+        self._versions = weight_versions(context.model)
         self.made_from: dict[str, Any] = {"backbone_weights": weights_fingerprint(injection)}
         """What the numbers are of, as it shows once the model is built."""
 
@@ -299,6 +301,11 @@ class _Machine:
         seed_pass(config.seed, f"task {plan.task.name} {part[0].id}", 0)
         with mixed_precision(config, self._context.device):
             batch = measured(plan.task, bench, part, plan.arms)
+        changed = changed_weight(bench.model, self._versions)
+        if changed is not None:  # before its rows are written: those of other items would be of another model
+            raise PluginError(
+                f"the task {plan.task.name} of {owner(plan.plugin)} changed the weight {changed}; leave the task out"
+            )
         self._folder.add(plan.task.name, batch.rows, batch.arrays)
         return batch.rows
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ttt.errors import PluginError
 from ttt.eval.in_training import numbers_of
 from ttt.eval.tasks import ItemTask
+from ttt.eval.unchanged import changed_weight, weight_versions
 from ttt.plugins.asking import WrongAnswer, asked, owner, with_its_type
 from ttt.plugins.eval_tasks import AnyEvalTask, EvalContext, EvalTask
 from ttt.plugins.installed_tasks import ChosenTask
@@ -55,7 +56,7 @@ def measure(parts: Parts, step: int, *, stop: Callable[[], bool], display: Displ
         stop=stop,
         adapters=parts.injection.adapters,
     )
-    versions = _versions(parts.model)
+    versions = weight_versions(parts.model)
     for chosen in parts.tasks:
         display.measuring(chosen.task.name)
         try:
@@ -70,18 +71,13 @@ def measure(parts: Parts, step: int, *, stop: Callable[[], bool], display: Displ
     return numbers
 
 
-def _versions(model: nn.Module) -> dict[str, int]:
-    """How often each weight was written to, as PyTorch counts it."""
-    return {name: parameter._version for name, parameter in model.named_parameters()}
-
-
 def _require_unchanged(parts: Parts, versions: Mapping[str, int], chosen: ChosenTask) -> None:
     """Refuse to go on if a task has changed a weight.
 
     Raises:
         PluginError: a weight was changed.
     """
-    changed = next((name for name, version in _versions(parts.model).items() if versions.get(name) != version), None)
+    changed = changed_weight(parts.model, versions)
     if changed is not None:
         raise PluginError(
             f"the task {chosen.task.name} of {owner(chosen.plugin)} changed the weight {changed}, so the run ends; "
