@@ -35,7 +35,7 @@ from ttt.progress import Steps
 from ttt.samples import shared_origin
 from ttt.train.evaluation import eval_mode
 from ttt.train.passes import mixed_precision, seed_pass
-from ttt.train.setup import device_in_words
+from ttt.train.setup import choose_device, device_in_words
 
 _FAILED_AT_FIRST = 20
 """If so many items fail and none succeeds, the fault is not that of an item."""
@@ -199,6 +199,7 @@ def _made_from(config: RunConfig, backbone: Backbone, info: AdapterInfo | None, 
         **{f"eval.{key}": value for key, value in kept.items()},
         "train.autocast": config.train.autocast,
         "torch": torch.__version__.partition("+")[0],
+        "device": choose_device(config.train.device).type,
     }
 
 
