@@ -245,6 +245,21 @@ def test_a_task_that_one_lacks_has_no_result_and_there_is_no_average(tmp_path: P
         list(comparison(other, third))
 
 
+def test_arms_of_which_none_is_in_both_are_named(tmp_path: Path) -> None:
+    one, other = results_of(tmp_path / "one", seed=1), results_of(tmp_path / "other", seed=2)
+
+    def reset_alone(rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            row["arms"] = {"reset": row["arms"]["ttt"]}
+
+    edit_rows(other, "tstory", reset_alone)
+    line = list(comparison(one, other))[1]
+    assert line.startswith("tstory: no arm in common: ")
+    assert line.endswith(" in the first, reset in the second")
+    edit_rows(one, "tstory", lambda rows: [row.update(arms={}, error="EOFError: broken") for row in rows])
+    assert list(comparison(one, other))[1].startswith("tstory: no item that both could measure")
+
+
 def test_a_row_with_an_error_counts_in_nothing(tmp_path: Path) -> None:
     one, other = results_of(tmp_path / "one", seed=1), results_of(tmp_path / "other", seed=2)
     edit_rows(other, "tstory", lambda rows: rows[3].update(arms={}, files={}, error="EOFError: broken"))
@@ -280,7 +295,7 @@ def test_the_same_data_elsewhere_are_the_same(tmp_path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], type[TTTError], str]] = {
-    "no results": (lambda f: (f / "results.json").unlink(), EnvironmentProblem, "F/results.json: no such file"),
+    "no results": (lambda f: (f / "results.json").unlink(), EnvironmentProblem, "F: holds no results (results.json)"),
     "damage": (
         lambda f: (f / "results.json").write_text((f / "results.json").read_text().replace("mimi", "mine")),
         EnvironmentProblem,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ttt.adapter import Gate
 from ttt.errors import EnvironmentProblem, TTTError, UsageError
 from ttt.eval.bench import Bench
+from ttt.eval.comparing import comparison
 from ttt.eval.folder import EvalFolder
 from ttt.eval.items import Item, Measured
 from ttt.eval.speech.librilight import LibriLight
@@ -350,6 +351,28 @@ def test_what_is_measured_anew_leaves_nothing_of_before(world: World) -> None:
     with pytest.raises(KeyboardInterrupt):
         world.evaluate(TStory(), loss=stops_at("e2"), overwrite=True, reset_tokens=9, batch_size=2)
     assert not (world.out / "results.json").exists()
+
+
+@pytest.mark.parametrize("written", ["", "{", "[]", "{}", '{"made_from": 3}', "\x00"])
+def test_a_damaged_record_is_told_and_can_be_overwritten(world: World, written: str) -> None:
+    world.evaluate()
+    (world.out / "eval.json").write_text(written)
+    with pytest.raises(EnvironmentProblem, match=r"eval.json.*name another --out, or measure anew with --overwrite$"):
+        world.evaluate(resume=True)
+    world.measured.clear()
+    world.evaluate(overwrite=True)
+    assert len(world.measured) == len(world.rows()) == PAIRS
+
+
+def test_results_are_looked_for_where_they_are(world: World) -> None:
+    world.evaluate(out=world.folder / "run" / "eval" / "step_1")
+    run, nowhere = world.folder / "run", world.folder / "nowhere"
+    with pytest.raises(EnvironmentProblem, match=r"run: holds no results \(results.json\).*; name .*run/eval/step_1$"):
+        list(comparison(run, run))
+    with pytest.raises(
+        EnvironmentProblem, match=r"nowhere: holds no results .*; name the folder that `ttt eval` wrote$"
+    ):
+        list(comparison(nowhere, run))
 
 
 def test_two_at_once_never_write_into_one_folder(world: World) -> None:

@@ -16,6 +16,7 @@ from ttt.eval.compare import Compared, Evaluated, Outcome, average_difference, c
 from ttt.eval.folder import RESULTS, SAMPLES
 from ttt.eval.items import Item
 from ttt.eval.report import in_words
+from ttt.eval.sources import is_there
 from ttt.eval.statistics import Estimate
 from ttt.eval.tasks import ItemTask, Setup
 from ttt.files import read_json
@@ -54,13 +55,21 @@ def comparison(one: Path, other: Path) -> Iterator[str]:
     found = {name: compared(*pairs[name]) if name in pairs else None for name in names}
     yield f"{other} minus {one}, item by item, ± one standard error"
     for name, task in found.items():
-        yield f"{name}: {_task_in_words(task)}"
+        yield f"{name}: {_nothing_in_common(pairs.get(name)) if task is None else _task_in_words(task)}"
     yield from _average(found)
 
 
-def _task_in_words(task: Compared | None) -> str:
-    if task is None:
+def _nothing_in_common(pair: tuple[Evaluated, Evaluated] | None) -> str:
+    """Why there is nothing to compare."""
+    if pair is None:
         return "no result in one of them"
+    arms = [sorted(each.arms) for each in pair]
+    if not all(arms) or set(arms[0]) & set(arms[1]):
+        return "no item that both could measure"
+    return f"no arm in common: {', '.join(arms[0])} in the first, {', '.join(arms[1])} in the second"
+
+
+def _task_in_words(task: Compared) -> str:
     told = [f"{arm} {_signed(found)}{_test(task, arm)}" for arm, found in task.arms.items()]
     units = next(iter(task.arms.values())).units
     failed = f"; without items that failed: {task.failed}" if task.failed else ""
@@ -97,7 +106,7 @@ class _Results:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path / RESULTS if path.is_dir() else path
+        self._file = _result_in(path)
         self._content = read_json(self._file, sealed=True)
         self.tasks = self._section("results", dict)
         self._config, self._backbone = self._its_config()
@@ -183,6 +192,20 @@ class _Results:
             except Exception as error:  # of the task, or numbers of another version of it
                 raise PluginError(f"{place}: the task {name} makes nothing of it: {first_line(error)}") from error
             yield item.id, Outcome(item.unit, item.cluster, digests, values)
+
+
+def _result_in(path: Path) -> Path:
+    """The file of results that a path means.
+
+    Raises:
+        EnvironmentProblem: there is none.
+    """
+    file = path / RESULTS if path.is_dir() else path
+    if is_there(file):
+        return file
+    inside = sorted(path.glob(f"eval/*/{RESULTS}")) if path.is_dir() else []
+    way_out = f"name {inside[-1].parent}" if inside else "name the folder that `ttt eval` wrote"
+    raise EnvironmentProblem(f"{path}: holds no results ({RESULTS}) of an evaluation; {way_out}")
 
 
 def _first_misfit(error: ValidationError) -> str:

@@ -66,7 +66,7 @@ class EvalFolder:
             UsageError: another process is evaluating into it.
             EnvironmentProblem: it cannot be made.
         """
-        with writing(self.path):
+        with writing(self.path / SAMPLES):
             (self.path / SAMPLES).mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path / SAMPLES, os.O_RDONLY)
         try:
@@ -91,7 +91,7 @@ class EvalFolder:
         """
         record = self.path / RECORD
         if record.exists():
-            written = read_json(record, sealed=True)
+            written = self._written(overwrite=overwrite)
             differing = _differences(written.get("made_from"), self._made_from)
             if differing and not overwrite:
                 raise UsageError(f"{self.path}: holds results of something else ({differing}); {_WAY_OUT}")
@@ -101,6 +101,23 @@ class EvalFolder:
                 tasks = written.get("tasks")
                 self._tasks = tasks if isinstance(tasks, dict) else {}
         self._write_record()
+
+    def _written(self, *, overwrite: bool) -> dict[str, Any]:
+        """The record that is there; empty if it is damaged and shall be overwritten.
+
+        Raises:
+            EnvironmentProblem: it is damaged; the message has the way out.
+        """
+        record = self.path / RECORD
+        try:
+            written = read_json(record, sealed=True)
+            if not isinstance(written.get("made_from"), dict):
+                raise EnvironmentProblem(f"{record}: does not say what the results are of")
+        except EnvironmentProblem as error:
+            if overwrite:
+                return {}
+            raise EnvironmentProblem(f"{error}; {_WAY_OUT}") from None
+        return written
 
     def _forget(self) -> None:
         """Take away the results, the rows and the arrays: they are of something else."""
