@@ -308,6 +308,10 @@ def test_another_adapter_is_refused(trained: Path, evaluated: Path, capsys: pyte
     ("arguments", "code", "told"),
     [
         ([], 2, "name a run, an adapter or a config"),
+        (["7b.yaml", "--list"], 2, "evaluate nothing; leave 7b.yaml out"),
+        (["7b.yaml", "--compare", "a", "b"], 2, "evaluate nothing; leave 7b.yaml out"),
+        (["7b.yaml", "--resume", "--overwrite"], 2, "leave one of them out"),
+        (["--compare", "a", "b"], 3, "a: holds no results (results.json) of an evaluation"),
         (["nowhere"], 3, "nowhere"),
         (["7b.yaml"], 2, "there is nothing to measure"),
         (["moshi.yaml", "--tasks", "stories"], 2, "no installed plugin brings a task 'stories'"),

@@ -88,6 +88,8 @@ def evaluate(
     """
     from ttt.errors import UsageError
 
+    if model is not None and (list_tasks or compare or ratings):
+        raise UsageError(f"ttt eval {model}: --list, --compare and --ratings evaluate nothing; leave {model} out")
     if list_tasks:
         _list()
         return
@@ -180,7 +182,7 @@ def _arms(text: str | None) -> list[str] | None:
     """The arms that are asked for.
 
     Raises:
-        UsageError: there is no such arm, or the first is not `ttt`.
+        UsageError: there is no such arm.
     """
     from ttt.errors import UsageError
     from ttt.eval.tasks import ARMS
