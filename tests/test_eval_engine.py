@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import planted
+from planted import PlantedStream, planted
 from torch import Tensor
 
 from ttt.errors import EnvironmentProblem, PluginError
@@ -312,6 +312,38 @@ def test_fast_weights_start_anew_however_a_stream_is_cut() -> None:
         lengths = [restarting.read(torch.zeros(1, 1, n)).nll.shape[-1] for n in pieces]
         assert lengths == pieces
         assert stream.started == [10, 20]
+
+
+class HoldsBack(PlantedStream):
+    """A stream that gives out each score one position late."""
+
+    held: Scores | None = None
+
+    def read(self, piece: Tensor) -> Scores:
+        parts = [part for part in (self.held, super().read(piece)) if part is not None]
+        nll, mask = (torch.cat([getattr(part, name) for part in parts], -1) for name in ("nll", "mask"))
+        self.held = Scores(nll[..., -1:], mask[..., -1:])
+        return Scores(nll[..., :-1], mask[..., :-1])
+
+    def finish(self) -> Scores:
+        assert self.held is not None
+        return self.held
+
+
+def test_under_reset_clips_that_are_longer_than_it_are_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(planted(lambda clip: torch.ones(len(clip)), reset_tokens=5), None)
+    for stream in (PlantedStream, HoldsBack):
+        monkeypatch.setattr("planted.PlantedStream", stream)
+        for arm, length, loss in (("reset", 5, 1.0), ("reset", 6, 2.0), ("ttt", 6, 1.0)):
+            with bench.under(arm):
+                (found,) = bench.scores([torch.arange(length)[None]])
+            assert found.nll[0, 0].tolist() == [loss] * length
+
+
+def test_reset_is_in_seconds_or_in_tokens() -> None:
+    assert Bench(planted(), None).reset_every == 150  # of 10 positions a second
+    assert Bench(planted(reset_sec=3), None).reset_every == 30
+    assert Bench(planted(reset_tokens=7), None).reset_every == 7
 
 
 class Wrong(ItemTask):
