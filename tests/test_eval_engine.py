@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import PlantedStream, planted
+from planted import PlantedBackbone, PlantedStream, planted
 from torch import Tensor
 
 from ttt.errors import EnvironmentProblem, PluginError
@@ -22,10 +22,12 @@ from ttt.eval.in_training import numbers_of
 from ttt.eval.items import Item, Measured, Row
 from ttt.eval.listing import chosen_items
 from ttt.eval.recall import Recall
-from ttt.eval.results import TaskSummary, summed_up
+from ttt.eval.report import summary_text
+from ttt.eval.results import MeasuredTask, TaskSummary, as_results, summed_up
 from ttt.eval.speech.librilight import LibriLight
 from ttt.eval.speech.pairs import SWuggy, TStory
-from ttt.eval.tasks import ItemTask, Setup
+from ttt.eval.statistics import estimate, mcnemar, paired_difference
+from ttt.eval.tasks import ItemTask, Setup, with_chosen
 from ttt.eval.variants import clip_scores, first_difference
 from ttt.plugins import EvalContext, ScoreFacts, Scores
 
@@ -384,6 +386,81 @@ def test_a_wrong_task_is_told(answers: Mapping[str, Any], told: str) -> None:
 def test_a_right_task_of_that_kind_passes() -> None:
     rows, _ = rows_for(Wrong(), planted())
     assert [row.arms for row in rows] == [{"ttt": {"x": 1.0}}] * 2
+
+
+def test_what_rows_amount_to_is_what_statistics_say() -> None:
+    """Of items that are no units, and units that are no clusters."""
+    drawn = random.Random(4)
+    rows = [
+        Row(Item(f"{u}{v}", u, u[0]), {arm: {"x": drawn.choice([0.0, 0.5, 1.0])} for arm in ("ttt", "closed")})
+        for u in ("a1", "a2", "b1", "c1", "c2", "c3")
+        for v in ("x", "y")
+    ]
+    units, clusters = [row.item.unit for row in rows], [row.item.cluster for row in rows]
+    a, b = ([row.arms[arm]["x"] for row in rows] for arm in ("ttt", "closed"))
+    task, context = Wrong(), planted()
+    setup = setup_of(task, context, task.options(name="wrong"))
+    found = summed_up(task, setup, rows, ("ttt", "closed"))
+    expected = {"ttt": estimate(a, units, clusters), "closed": estimate(b, units, clusters)}
+    assert found.metrics["x"] == {**expected, "ttt-closed": paired_difference(a, b, units, clusters)}
+    assert found.tests == {}  # of losses, there is no winner
+    told = as_results({"wrong": found}, versions={}, described={})["results"]["wrong"]
+    assert told["x_stderr,none"] == expected["ttt"].stderr
+    assert told["x_stderr,closed"] == expected["closed"].stderr != expected["ttt"].stderr
+    task.chance = 0.5  # type: ignore[misc]
+    assert summed_up(task, setup, rows, ("ttt", "closed")).tests == {"ttt-closed": mcnemar(a, b, clusters)}
+    many = [replace(row, item=Item(f"{row.item.id}{n}", str(n), str(n))) for row in rows[:1] for n in range(200)]
+    assert summed_up(task, setup, many, ("ttt", "closed")).tests == {}
+    measured_task = MeasuredTask(task, setup, ("ttt", "closed"), tuple(rows), found)
+    described = {"config": context.config.model_dump(mode="json"), "adapter": None, "device": "a CPU"}
+    (line,) = [line for line in summary_text([measured_task], described).splitlines() if line.startswith("| wrong")]
+    assert line.endswith("| 6 | 0 |")
+
+
+@pytest.mark.parametrize("streams", ["semantic", "all"])
+@pytest.mark.parametrize("normalise", ["mean", "sum", "continuation"])
+def test_a_pair_is_judged_by_the_score_that_the_config_names(streams: str, normalise: str) -> None:
+    context = planted(score={"normalise": normalise})
+    facts = replace(PlantedBackbone().score_facts(context.config), chosen=streams)
+    context.backbone.score_facts = lambda config: facts  # type: ignore[attr-defined]
+    chosen = f"{streams}.{normalise}"
+    variants = [f"{s}.{n}" for s in ("semantic", "all") for n in ("mean", "sum", "continuation")]
+    numbers = {
+        f"{member}.{variant}": float((member == "correct") == (variant == chosen))
+        for member in ("correct", "incorrect")
+        for variant in variants
+    }
+    task = TStory()
+    setup = setup_of(task, context, task.options(name="tstory"))
+    found = task.values(setup, Item("a", "a", "a"), numbers)
+    assert found == {"acc": 1.0, **{f"acc/{variant}": float(variant == chosen) for variant in variants}}
+    assert with_chosen({"loss.semantic": 1.0, "loss.all": 2.0}, streams)["loss"] == 1.0 + (streams == "all")
+
+
+def test_a_submission_has_each_recordings_own_score(pairs: Path) -> None:
+    task = SWuggy()
+    rows, setup = rows_for(task, planted(finds_likely("w")), data=str(pairs))
+    (text,) = task.texts(setup, rows).values()
+    scores = dict(line.split() for line in text.splitlines())
+    assert len(scores) == 2 * len(rows)
+    assert {stem: float(score) for stem, score in scores.items()} == {
+        stem: -1.0 if stem.endswith("1") else -2.0 for stem in scores
+    }
+
+
+def test_memory_that_runs_out_is_no_items_fault(pairs: Path) -> None:
+    def losses(clip: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(EnvironmentProblem, match=r"out of memory at the item .* a smaller eval.batch_size"):
+        rows_for(SWuggy(), planted(losses), data=str(pairs))
+
+
+def test_a_run_gets_the_numbers_of_both_arms(pairs: Path) -> None:
+    options = SWuggy.options(name="swuggy", data=str(pairs))
+    found = numbers_of(SWuggy(), planted(finds_likely("w")), options)
+    assert {"acc", "acc_stderr", "acc_closed", "acc_stderr_closed", "acc_ttt-closed"} <= set(found)
+    assert not any("/" in name for name in found)
 
 
 def test_a_stop_ends_a_runs_measurement(pairs: Path) -> None:

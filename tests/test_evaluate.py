@@ -17,7 +17,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ttt.adapter import Gate
-from ttt.errors import EnvironmentProblem, TTTError, UsageError
+from ttt.adapter_file import backbone_identity, save_adapter
+from ttt.errors import AdapterMismatchError, EnvironmentProblem, TTTError, UsageError
 from ttt.eval.bench import Bench
 from ttt.eval.comparing import comparison
 from ttt.eval.folder import EvalFolder
@@ -28,6 +29,7 @@ from ttt.eval.tasks import ItemTask
 from ttt.evaluate import EvalOutcome, evaluate
 from ttt.files import lock
 from ttt.plugins.installed_tasks import ChosenTask
+from ttt.train.setup import build
 
 PAIRS = 5
 
@@ -227,7 +229,10 @@ def test_what_was_there_before_tells_nothing_about_the_time_that_is_left(
     clock = itertools.count(step=10)
     monkeypatch.setattr("ttt.progress.time.monotonic", lambda: next(clock))
     world.evaluate(batch_size=1, resume=True)
-    assert "tstory: item 3/5, 0.1 items a second, 20 s left" in world.said.getvalue()
+    *_, third, fourth, fifth = (line for line in world.said.getvalue().splitlines() if "a second" in line)
+    assert third == "tstory: item 3/5, 0.1 items a second, 20 s left"
+    assert fourth.startswith("tstory: item 4/5")
+    assert fifth.startswith("tstory: item 5/5")
 
 
 def test_a_torn_last_line_is_measured_again_and_leaves_nothing(world: World) -> None:
@@ -442,6 +447,38 @@ def test_what_a_task_draws_does_not_depend_on_what_was_measured_before(world: Wo
     world.evaluate(_Gates(), batch_size=1, resume=True)
     assert world.rows("gates") == whole
     assert len({row["arms"]["ttt"]["drawn"] for row in whole}) == 4
+
+
+# --- what was learned ---
+
+
+class _Learned(_Gates):
+    """How large a TTT layer's weights are."""
+
+    name = "learned"
+
+    def measure(self, bench: Bench, items: Sequence[Item]) -> Sequence[Measured]:
+        (adapter, *_) = bench.context.adapters.values()
+        return [Measured({"size": float(next(adapter.parameters()).detach().abs().sum())})] * len(items)
+
+
+def test_an_adapter_is_loaded_and_only_if_it_fits(world: World) -> None:
+    config, backbone = planted().config, PlantedBackbone()
+    chosen = [ChosenTask(_Learned(), None, _Learned.options(name="learned"))]
+    _, injection = build(config, backbone, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in next(iter(injection.adapters.values())).parameters():
+            parameter.fill_(3.0)
+    size = 3.0 * next(next(iter(injection.adapters.values())).parameters()).numel()
+    identity = backbone_identity(backbone, config.backbone)
+    adapter = save_adapter(world.folder / "adapter", injection, backbone=identity)
+    for path, expected in ((adapter, True), (None, False)):
+        evaluate(config, backbone, chosen, out=world.folder / str(path is None), adapter=path)
+        told = json.loads((world.folder / str(path is None) / "results.json").read_text())
+        assert (told["results"]["learned"]["size,none"] == size) == expected
+    other = config.model_copy(update={"ttt": config.ttt.model_copy(update={"base_lr": 0.7})})
+    with pytest.raises(AdapterMismatchError, match=r"ttt\.base_lr"):
+        evaluate(other, backbone, chosen, out=world.out, adapter=adapter)
 
 
 # --- a signal ---
