@@ -91,3 +91,19 @@ def test_a_rate_stands_in_the_bar_and_in_lines() -> None:
             steps.advance()
         assert " items a second" in told(shown)
         assert "4/4" in told(shown)
+
+
+def test_a_long_step_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    shown = console(terminal=False)
+    with Steps(shown, "books", total=2) as steps:
+        for second in range(25):
+            now[0] = 100.0 + second
+            steps.within(f"[a]/b, {second} of 25")
+    assert told(shown).splitlines() == ["books: [a]/b, 10 of 25", "books: [a]/b, 20 of 25"]  # one for ten seconds
+    shown = console(terminal=True)
+    with Steps(shown, "books", total=2) as steps:
+        steps.within("[a]/b, 3 of 25")
+        steps.advance()
+    assert "books, [a]/b, 3 of 25" in told(shown)

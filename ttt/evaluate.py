@@ -289,6 +289,7 @@ class _Machine:
         missing = [part for part in parts if part[0].id not in there_already]
         bench.items_left = [item for part in missing for item in part]
         with Steps(self._console, task.name, total=len(plan.items), done=len(kept), tenths=True, rated="item") as steps:
+            bench.tell = steps.within
             for part in missing:
                 stop_if_asked()
                 for row in self._batch(plan, bench, part):

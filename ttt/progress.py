@@ -24,20 +24,23 @@ from ttt.printable import say
 from ttt.words import duration_in_words
 
 T = TypeVar("T")
+_TELL_SECONDS = 10.0
+"""Seconds between two lines about one step, if there is no bar."""
 
 
-def live_bar(console: Console, what: str, *columns: ProgressColumn) -> Progress | None:
+def live_bar(console: Console, *columns: ProgressColumn) -> Progress | None:
     """A bar as wide as the terminal, not started yet; None if the console is not a terminal that can redraw a line.
+
+    The description of its task stands before it.
 
     Args:
         console: where to.
-        what: stands before the bar.
         columns: stand after it and the count; none is the time that is left.
     """
     if not console.is_terminal or console.is_dumb_terminal:
         return None
     return Progress(
-        TextColumn(what),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None, table_column=Column(ratio=1)),  # takes what the numbers leave
         MofNCompleteColumn(),
         *(columns or (TimeRemainingColumn(),)),
@@ -79,13 +82,13 @@ class Steps:
         self._what = what
         self._total = total
         self._tenths = tenths
-        self._started = time.monotonic()
-        self._bar = live_bar(console, what, *([] if rated is None else [_Rate(rated), TimeRemainingColumn()]))
+        self._started = self._told = time.monotonic()
+        self._bar = live_bar(console, *([] if rated is None else [_Rate(rated), TimeRemainingColumn()]))
         if self._bar is not None:
             self._task = self._bar.add_task(what, total=total, completed=done)
 
     def __enter__(self) -> Steps:
-        self._started = time.monotonic()
+        self._started = self._told = time.monotonic()
         if self._bar is not None:
             self._bar.start()
         return self
@@ -115,6 +118,14 @@ class Steps:
         for thing in things:
             yield thing
             self.advance()
+
+    def within(self, text: str) -> None:
+        """Say how far the step is that is being done: beside the bar, or in a line if the last is 10 s old."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"{self._what}, {text}")
+        elif time.monotonic() - self._told >= _TELL_SECONDS:
+            self.line(f"{self._what}: {text}")
+            self._told = time.monotonic()
 
     def line(self, text: str) -> None:
         """Say a line, if there is no bar."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class Bench:
         """The items that are to be measured, in order; for a task that prepares what several of them need."""
         self.kept: dict[str, Any] = {}
         """What a task keeps from one call to the next, by names of its own."""
+        self.tell: Callable[[str], None] = lambda text: None
+        """Told how far an item is that takes long."""
         self._read = functools.lru_cache(maxsize=_CLIPS_KEPT)(lambda path: self.reader.read(path))
 
     @property

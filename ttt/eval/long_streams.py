@@ -122,6 +122,7 @@ def pieces(bench: Bench, files: Sequence[Path], most: int) -> Iterator[Tensor]:
         for piece in bench.reader.stream(file):
             if left <= 0:
                 return
+            bench.tell(f"{bench.arm}: {file.parent.name}/{file.name}, {most - left:,} positions of {most:,} at most")
             yield piece[:, :left]
             left -= piece.shape[-1]
 

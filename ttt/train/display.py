@@ -39,7 +39,6 @@ class Display:
         self._started = self._evaluating = self._told = time.monotonic()
         self._bar = live_bar(
             console,
-            "train",
             _Text(lambda task: task.fields["told"], "cyan"),
             _Text(lambda task: f"{task.fields['left']} left" if task.fields["left"] else "", "green"),
         )
