@@ -198,6 +198,19 @@ def test_what_failed_and_what_changed_is_measured_anew(world: World) -> None:
     assert len({row["item"] for row in world.rows()}) == len(world.rows()) == PAIRS
 
 
+def test_what_failed_for_another_reason_than_its_files_is_tried_again(world: World) -> None:
+    def losses(clip: Tensor) -> Tensor:
+        if bytes(clip.tolist()).endswith(b"e1"):
+            raise RuntimeError("a kernel failed")
+        return torch.ones(len(clip))
+
+    (told,) = world.evaluate(loss=losses, batch_size=1).failed
+    assert "The first, 1_s1: RuntimeError: a kernel failed; mend it" in told
+    world.measured.clear()
+    assert world.evaluate(batch_size=1, resume=True).failed == ()
+    assert world.measured == ["1_s1"]
+
+
 def test_a_stopped_evaluation_goes_on_only_if_told_to(world: World) -> None:
     with pytest.raises(KeyboardInterrupt):
         world.evaluate(loss=stops_at("e2"), batch_size=2)
