@@ -24,7 +24,7 @@ backbone: {name: moshi, preset: demo, dim: 32, num_heads: 2, num_layers: 2}
 ttt: {layers: [1], mini_batch_size: 4}
 data: {duration_sec: 2}
 train: {max_steps: 1, device: cpu}
-eval: {max_batches: 1, batch_size: 2}
+eval: {max_batches: 1, eval_batch_size: 2}
 """
 WORDS = "eval.tasks=[{name: swuggy, data: words}]"
 
@@ -173,7 +173,9 @@ def test_an_adapter_alone_gives_the_numbers_of_its_run(trained: Path, evaluated:
         arguments = command(trained)
         arguments[1] = str(adapter)
         out = tmp_path / str(number)
-        assert main([*arguments, "--set", "eval.batch_size=2", "--set", "train.device=cpu", "--out", str(out)]) == 0
+        assert (
+            main([*arguments, "--set", "eval.eval_batch_size=2", "--set", "train.device=cpu", "--out", str(out)]) == 0
+        )
         assert results(out)["results"] == results(evaluated)["results"]
 
 
@@ -279,7 +281,7 @@ def test_a_recording_that_changes_is_measured_anew(
     [
         (["--set", "eval.score.normalise=sum"], "eval.score"),
         (["--set", "eval.score.user_stream=zeros"], "user_stream"),
-        (["--set", "eval.batch_size=3"], "eval.batch_size: 2 then, 3 now"),
+        (["--set", "eval.eval_batch_size=3"], "eval.eval_batch_size: 2 then, 3 now"),
         (["--limit", "2"], "options.limit: None then, 2 now"),
         (["--arms", "ttt"], "arms"),
     ],

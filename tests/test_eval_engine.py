@@ -132,14 +132,14 @@ def test_a_batch_equals_singles(pairs: Path, size: int) -> None:
     def losses(clip: Tensor) -> Tensor:
         return torch.cumsum(clip.double(), 0).cos().abs()
 
-    rows, _ = rows_for(SWuggy(), planted(losses, batch_size=size), data=str(pairs))
-    alone, _ = rows_for(SWuggy(), planted(losses, batch_size=1), data=str(pairs))
+    rows, _ = rows_for(SWuggy(), planted(losses, eval_batch_size=size), data=str(pairs))
+    alone, _ = rows_for(SWuggy(), planted(losses, eval_batch_size=1), data=str(pairs))
     assert [row.as_line() for row in rows] == [row.as_line() for row in alone]
 
 
 def test_an_item_that_raises_is_an_error_and_never_a_win(pairs: Path) -> None:
     (pairs / "lexical" / "dev" / "3_bob_0.wav").write_text("broken")
-    rows, setup = rows_for(SWuggy(), planted(finds_likely("n"), batch_size=5), data=str(pairs))
+    rows, setup = rows_for(SWuggy(), planted(finds_likely("n"), eval_batch_size=5), data=str(pairs))
     (failed,) = [row for row in rows if row.error is not None]
     assert failed.item.id == "3/bob"
     assert "cannot be decoded" in str(failed.error)
@@ -452,7 +452,7 @@ def test_memory_that_runs_out_is_no_items_fault(pairs: Path) -> None:
     def losses(clip: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    with pytest.raises(EnvironmentProblem, match=r"out of memory at the item .* a smaller eval.batch_size"):
+    with pytest.raises(EnvironmentProblem, match=r"out of memory at the item .* a smaller eval.eval_batch_size"):
         rows_for(SWuggy(), planted(losses), data=str(pairs))
 
 

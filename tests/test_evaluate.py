@@ -128,7 +128,7 @@ def stops_at(text: str) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize("size", [1, 2])
 def test_items_that_fail_first_are_counted_as_any_others(world: World, size: int) -> None:
     world.breaks(0, 1)
-    outcome = world.evaluate(loss=likely("w"), batch_size=size)
+    outcome = world.evaluate(loss=likely("w"), eval_batch_size=size)
     assert world.results()["results"]["tstory"]["acc,none"] == 1.0
     assert world.results()["n-samples"]["tstory"] == {
         **{"original": PAIRS, "effective": 3, "failed": 2},
@@ -171,7 +171,7 @@ def test_if_nothing_can_be_measured_the_rest_is_not_tried(world: World) -> None:
         world.story(number)
     world.breaks(*range(30))
     with pytest.raises(EnvironmentProblem, match=r"tstory: none of the first 20 items could be measured; 0_s0: .*wav"):
-        world.evaluate(batch_size=4)
+        world.evaluate(eval_batch_size=4)
     assert len(world.measured) == 20
     assert not (world.out / "results.json").exists()
 
@@ -181,7 +181,7 @@ def test_one_in_a_hundred_may_fail(world: World, failing: int, complaints: int) 
     for number in range(100):
         world.story(number)
     world.breaks(*range(failing))
-    assert len(world.evaluate(batch_size=50).failed) == complaints
+    assert len(world.evaluate(eval_batch_size=50).failed) == complaints
 
 
 # --- what is there already ---
@@ -189,11 +189,11 @@ def test_one_in_a_hundred_may_fail(world: World, failing: int, complaints: int) 
 
 def test_what_failed_and_what_changed_is_measured_anew(world: World) -> None:
     world.breaks(1)
-    world.evaluate(batch_size=1)
+    world.evaluate(eval_batch_size=1)
     world.measured.clear()
     world.story(1)
     world.story(3, "twice")
-    world.evaluate(batch_size=1, resume=True)
+    world.evaluate(eval_batch_size=1, resume=True)
     assert world.measured == ["1_s1", "3_s3"]
     assert len({row["item"] for row in world.rows()}) == len(world.rows()) == PAIRS
 
@@ -204,31 +204,31 @@ def test_what_failed_for_another_reason_than_its_files_is_tried_again(world: Wor
             raise RuntimeError("a kernel failed")
         return torch.ones(len(clip))
 
-    (told,) = world.evaluate(loss=losses, batch_size=1).failed
+    (told,) = world.evaluate(loss=losses, eval_batch_size=1).failed
     assert "The first, 1_s1: RuntimeError: a kernel failed; mend it" in told
     world.measured.clear()
-    assert world.evaluate(batch_size=1, resume=True).failed == ()
+    assert world.evaluate(eval_batch_size=1, resume=True).failed == ()
     assert world.measured == ["1_s1"]
 
 
 def test_a_stopped_evaluation_goes_on_only_if_told_to(world: World) -> None:
     with pytest.raises(KeyboardInterrupt):
-        world.evaluate(loss=stops_at("e2"), batch_size=2)
+        world.evaluate(loss=stops_at("e2"), eval_batch_size=2)
     with pytest.raises(UsageError, match="has 2 of 5 items of tstory; go on with --resume, or start anew"):
-        world.evaluate(batch_size=2)
+        world.evaluate(eval_batch_size=2)
     world.measured.clear()
-    world.evaluate(batch_size=2, resume=True)
+    world.evaluate(eval_batch_size=2, resume=True)
     assert world.measured == ["2_s2", "3_s3", "4_s4"]
     assert [row["item"] for row in world.rows()] == [f"{n}_s{n}" for n in range(PAIRS)]
 
 
 def test_a_batch_that_is_there_in_part_is_measured_whole(world: World) -> None:
     """A clip's padding is that of its batch, so a batch of other clips might round otherwise."""
-    world.evaluate(batch_size=2)
+    world.evaluate(eval_batch_size=2)
     file = world.out / "samples" / "tstory.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
     world.measured.clear()
-    world.evaluate(batch_size=2, resume=True)
+    world.evaluate(eval_batch_size=2, resume=True)
     assert world.measured == ["2_s2", "3_s3", "4_s4"]
     assert len(world.rows()) == PAIRS
 
@@ -236,12 +236,12 @@ def test_a_batch_that_is_there_in_part_is_measured_whole(world: World) -> None:
 def test_what_was_there_before_tells_nothing_about_the_time_that_is_left(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world.evaluate(batch_size=1)
+    world.evaluate(eval_batch_size=1)
     file = world.out / "samples" / "tstory.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
     clock = itertools.count(step=10)
     monkeypatch.setattr("ttt.progress.time.monotonic", lambda: next(clock))
-    world.evaluate(batch_size=1, resume=True)
+    world.evaluate(eval_batch_size=1, resume=True)
     *_, third, fourth, fifth = (line for line in world.said.getvalue().splitlines() if "a second" in line)
     assert third == "tstory: item 3/5, 0.1 items a second, 20 s left"
     assert fourth.startswith("tstory: item 4/5")
@@ -249,25 +249,25 @@ def test_what_was_there_before_tells_nothing_about_the_time_that_is_left(
 
 
 def test_a_torn_last_line_is_measured_again_and_leaves_nothing(world: World) -> None:
-    world.evaluate(batch_size=1)
+    world.evaluate(eval_batch_size=1)
     file = world.out / "samples" / "tstory.jsonl"
     whole = file.read_text()
     file.write_text(whole[:-9])
     world.measured.clear()
-    world.evaluate(batch_size=1, resume=True)
+    world.evaluate(eval_batch_size=1, resume=True)
     assert (file.read_text(), world.measured) == (whole, ["4_s4"])
 
 
 @pytest.mark.parametrize("place", [0, 2])
 def test_a_damaged_line_is_told(world: World, place: int) -> None:
-    world.evaluate(batch_size=1)
+    world.evaluate(eval_batch_size=1)
     file = world.out / "samples" / "tstory.jsonl"
     lines = file.read_text().splitlines()
     lines[place] = lines[place].replace("-1.0", "-0.5", 1)
     file.write_text("\n".join(lines) + "\n")
     with pytest.raises(EnvironmentProblem, match=rf"tstory.jsonl:{place + 1}: .*--overwrite"):
-        world.evaluate(batch_size=1, resume=True)
-    world.evaluate(batch_size=1, overwrite=True)
+        world.evaluate(eval_batch_size=1, resume=True)
+    world.evaluate(eval_batch_size=1, overwrite=True)
     assert len(world.rows()) == PAIRS
 
 
@@ -323,7 +323,7 @@ class _OtherWeights(PlantedBackbone):
         ({"backbone": _OtherWeights()}, "backbone_weights"),
         ({"score": {"normalise": "sum"}}, "eval.score.normalise: 'mean' then, 'sum' now"),
         ({"reset_tokens": 7}, "eval.reset_tokens: None then, 7 now"),
-        ({"batch_size": 3}, "eval.batch_size"),
+        ({"eval_batch_size": 3}, "eval.eval_batch_size"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -362,12 +362,12 @@ def test_what_is_measured_anew_leaves_nothing_of_before(world: World) -> None:
     (world.out / "outcomes.png").write_text("a picture")
     assert (world.out / "results.json").exists()
     with pytest.raises(KeyboardInterrupt):
-        world.evaluate(TStory(), loss=stops_at("e2"), overwrite=True, reset_tokens=9, batch_size=2)
+        world.evaluate(TStory(), loss=stops_at("e2"), overwrite=True, reset_tokens=9, eval_batch_size=2)
     there = {str(file.relative_to(world.out)) for file in world.out.rglob("*") if file.is_file()}
     assert there == {"eval.json", "samples/tstory.jsonl"}
-    world.evaluate(TStory(), resume=True, reset_tokens=9, batch_size=2)
+    world.evaluate(TStory(), resume=True, reset_tokens=9, eval_batch_size=2)
     with pytest.raises(KeyboardInterrupt):
-        world.evaluate(TStory(), loss=stops_at("e2"), overwrite=True, reset_tokens=9, batch_size=2)
+        world.evaluate(TStory(), loss=stops_at("e2"), overwrite=True, reset_tokens=9, eval_batch_size=2)
     assert not (world.out / "results.json").exists()
 
 
@@ -445,7 +445,7 @@ class _Alone(_Gates):
 
 
 def test_each_arm_is_what_it_is_called_whatever_came_before(world: World) -> None:
-    world.evaluate(_Gates(), arms=("closed", "ttt", "reset"), batch_size=1)
+    world.evaluate(_Gates(), arms=("closed", "ttt", "reset"), eval_batch_size=1)
     table = world.results()["results"]["gates"]
     assert [table[f"closed,{arm}"] for arm in ("none", "closed", "reset")] == [0.0, 1.0, 0.0]
     assert [table[f"arm,{arm}"] for arm in ("none", "closed", "reset")] == [0.0, 1.0, 2.0]
@@ -453,11 +453,11 @@ def test_each_arm_is_what_it_is_called_whatever_came_before(world: World) -> Non
 
 
 def test_what_a_task_draws_does_not_depend_on_what_was_measured_before(world: World) -> None:
-    world.evaluate(_Gates(), batch_size=1)
+    world.evaluate(_Gates(), eval_batch_size=1)
     whole = world.rows("gates")
     file = world.out / "samples" / "gates.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
-    world.evaluate(_Gates(), batch_size=1, resume=True)
+    world.evaluate(_Gates(), eval_batch_size=1, resume=True)
     assert world.rows("gates") == whole
     assert len({row["arms"]["ttt"]["drawn"] for row in whole}) == 4
 
@@ -509,6 +509,6 @@ def test_a_signal_is_heard_between_batches(world: World, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(ttt.evaluate, "stop_if_asked", asks)
     with pytest.raises(TTTError, match="stopped"):
-        world.evaluate(batch_size=1)
+        world.evaluate(eval_batch_size=1)
     assert asked == [0, 1, 2]
     assert len(world.rows()) == 2

@@ -94,7 +94,9 @@ def evaluate(
         say(console, f"{plan.task.name}: {plan.listing.in_words()}; arms {', '.join(plan.arms)}")
     as_start = adapter is None
     folder = EvalFolder(out, _made_from(config, backbone, info, as_start=as_start))
-    ways = ["a smaller eval.batch_size"] + ["train.param_dtype: bfloat16"] * (config.train.param_dtype == "float32")
+    ways = ["a smaller eval.eval_batch_size"] + ["train.param_dtype: bfloat16"] * (
+        config.train.param_dtype == "float32"
+    )
     with folder.held():
         folder.claim(overwrite=overwrite)
         for plan in plans:
@@ -193,7 +195,7 @@ def _plan(config: RunConfig, backbone: Backbone, chosen: ChosenTask, arms: Seque
 def _made_from(config: RunConfig, backbone: Backbone, info: AdapterInfo | None, *, as_start: bool) -> dict[str, Any]:
     """What every number is of, as far as it is known before a model is built."""
     evaluation = config.eval.model_dump(mode="json")
-    kept = {key: evaluation[key] for key in ("score", "batch_size", "reset_sec", "reset_tokens")}
+    kept = {key: evaluation[key] for key in ("score", "eval_batch_size", "reset_sec", "reset_tokens")}
     return {
         **shared_origin(config, info, as_start=as_start),
         **{f"eval.{key}": value for key, value in kept.items()},
@@ -273,7 +275,7 @@ class _Machine:
         made_from = {**plan.made_from, **self._identity(plan, bench)}
         there = self._folder.open_task(task.name, made_from, overwrite=self._overwrite)
         rows = self._folder.rows(task.name, plan.items) if there else {}
-        parts = batches(task, plan.items, size=config.eval.batch_size)
+        parts = batches(task, plan.items, size=config.eval.eval_batch_size)
         whole = [part for part in parts if all(item.id in rows for item in part)]
         kept = [rows[item.id] for part in whole for item in part]
         if rows and len(whole) < len(parts) and not self._resume:

@@ -30,7 +30,7 @@ class EvalConfig(Section):
     """Evaluation tasks of plugins, each `{name: …}` with its own options: measured at every evaluation."""
     score: ScoreOptions = Field(default_factory=ScoreOptions)
     """How the score of a clip is made, for tasks that compare likelihoods."""
-    batch_size: Annotated[int, Field(ge=1, le=MOST_WINDOWS)] = 8
+    eval_batch_size: Annotated[int, Field(ge=1, le=MOST_WINDOWS)] = 8
     """Items that a task reads side by side."""
     reset_sec: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """After how many seconds the arm `reset` of `ttt eval` starts fast weights anew; null is 15."""

@@ -142,9 +142,9 @@ class Bench:
     def scores(self, clips: Sequence[Tensor]) -> list[Scores]:
         """The scores of each clip `[S,T]`, as `[1,K,T]` on the CPU. Each starts with fresh fast weights.
 
-        The clips are read side by side in batches of `eval.batch_size`, shorter ones padded at their end.
+        The clips are read side by side in batches of `eval.eval_batch_size`, shorter ones padded at their end.
         """
-        size = self.config.eval.batch_size
+        size = self.config.eval.eval_batch_size
         found: list[Scores] = []
         for start in range(0, len(clips), size):
             part = clips[start : start + size]

@@ -67,7 +67,7 @@ def measured(task: ItemTask, bench: Bench, items: Sequence[Item], arms: Sequence
 def _failed(item: Item, error: Exception) -> Batch:
     if is_out_of_memory(error):
         raise EnvironmentProblem(
-            f"out of memory at the item {item.id}: {first_line(error)} What takes less: a smaller eval.batch_size"
+            f"out of memory at the item {item.id}: {first_line(error)} What takes less: a smaller eval.eval_batch_size"
         ) from error
     told = str(error) if isinstance(error, TTTError) else f"{type(error).__name__}: {first_line(error)}"
     return Batch((Row(item, {}, _digests(item, missing_is_error=False), told),), {})
@@ -127,7 +127,7 @@ def rows_of(
     if Scoring in task.requires:
         bench.reader  # noqa: B018 - if the codec is missing, that is not the fault of an item
     bench.items_left = items
-    for part in batches(task, items, size=bench.config.eval.batch_size):
+    for part in batches(task, items, size=bench.config.eval.eval_batch_size):
         if stop():
             return
         yield measured(task, bench, part, arms)

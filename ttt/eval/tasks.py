@@ -96,7 +96,7 @@ class ItemTask(AnyEvalTask):
     lists_without_torch: ClassVar[bool] = True
     """Whether `items` works without torch. If so, `ttt check` lists them; if not, only a command that measures does."""
     batched: ClassVar[bool] = True
-    """Whether `eval.batch_size` items are measured together; if not, one at a time."""
+    """Whether `eval.eval_batch_size` items are measured together; if not, one at a time."""
     chance: ClassVar[float | None] = None
     """The outcome of guessing, for tables and pictures."""
     folder: ClassVar[str | None] = None
@@ -170,7 +170,7 @@ class ItemTask(AnyEvalTask):
 
         Args:
             bench: the model, and what it is measured by.
-            items: `eval.batch_size` items or fewer; one if not `batched`.
+            items: `eval.eval_batch_size` items or fewer; one if not `batched`.
 
         Returns:
             One for each item. Every arm gives the same names.

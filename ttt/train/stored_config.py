@@ -34,7 +34,7 @@ MAY_DIFFER = frozenset(
         "run_dir",
         "eval.eval_freq",
         "eval.tasks",
-        "eval.batch_size",
+        "eval.eval_batch_size",
         "eval.reset_sec",
         "eval.reset_tokens",
         "train.max_steps",
