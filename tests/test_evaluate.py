@@ -205,7 +205,8 @@ def test_what_failed_for_another_reason_than_its_files_is_tried_again(world: Wor
         return torch.ones(len(clip))
 
     (told,) = world.evaluate(loss=losses, eval_batch_size=1).failed
-    assert "The first, 1_s1: RuntimeError: a kernel failed; mend it" in told
+    assert "The first, 1_s1: " in told
+    assert "a kernel failed" in told
     world.measured.clear()
     assert world.evaluate(eval_batch_size=1, resume=True).failed == ()
     assert world.measured == ["1_s1"]
