@@ -38,18 +38,24 @@ def allocations(function: Callable[[], Any], device: torch.device) -> Allocation
 
     Only what it makes is collected meanwhile: cycles from before would be freed at a time of the collector's choosing.
     """
+    frozen = gc.get_freeze_count() > 0  # by whoever calls, who means it to stay so
     gc.freeze()
     try:
         return _on_cuda(function, device) if device.type == "cuda" else _on_cpu(function)
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
 
 def _on_cpu(function: Callable[[], Any]) -> Allocations:
     with profiler.profile(profile_memory=True) as profile:
         result = function()
     events = profile.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == _EVENT)
+    changes = sorted(
+        (event.start_ns(), size)
+        for event in events
+        if (size := event.nbytes()) and event.name() == _EVENT  # in this order: names are slow, and most have no size
+    )
     live = peak = blocks = 0
     for _, change in changes:
         live += change

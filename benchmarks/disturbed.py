@@ -389,6 +389,7 @@ def _enter(folder: str, first: dict[str, int], whole_run: dict[str, Any] | None)
     from matplotlib.figure import Figure
 
     from ttt.plugins import discover
+    from ttt.train.pictures import draw_run
 
     for module in (
         "torch._dynamo",
@@ -404,6 +405,7 @@ def _enter(folder: str, first: dict[str, int], whole_run: dict[str, Any] | None)
     figure.add_subplot().set_title("finds the fonts")
     FigureCanvasAgg(figure).draw()
     _world = World(Path(folder), first)
+    draw_run(_world.reference / RUN)  # finds what no other figure needs: the letters of formulas, say
     told = differences(whole_run, _world.expected) if whole_run is not None else []
     if told:
         raise RuntimeError(f"a forked run is not the same as a program of its own: {'; '.join(told)}")

@@ -1,5 +1,6 @@
 """What every test needs before torch and moshi are imported."""
 
+import gc
 import os
 import signal
 
@@ -21,3 +22,14 @@ if os.environ.get("TTT_OTHER_ROUNDING"):
     import other_rounding
 
     other_rounding.install()
+
+
+def pytest_collection() -> None:
+    """Import what is tested without looking for garbage in it."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Keep collections of garbage from walking the million objects that were imported: a second for each full one."""
+    gc.freeze()
+    gc.enable()

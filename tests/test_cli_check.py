@@ -168,7 +168,10 @@ def test_codes_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_the_probe_prints_each_law_and_its_findings_are_findings(capsys: pytest.CaptureFixture[str]) -> None:
     """On the real thing; what it catches is `test_probe`'s to show."""
-    text = "backbone: {name: moshi, dim: 32, num_heads: 2, num_layers: 3}\ndata: {duration_sec: 1}\n"
+    text = (
+        "backbone: {name: moshi, dim: 32, num_heads: 2, num_layers: 3}\ndata: {duration_sec: 1}\n"
+        "ttt: {mini_batch_size: 4, scan_checkpoint_group_size: 2}\n"
+    )
     assert main(["check", _write("c.yaml", text), "--probe", "--select", "TTT9"]) == 0
     out = capsys.readouterr().out
     assert all(f"law {law} " in out for law in (1, 2, 3, 4, 5, 6, 10))
