@@ -282,7 +282,7 @@ def test_a_recording_that_changes_is_measured_anew(
         (["--set", "eval.score.normalise=sum"], "eval.score"),
         (["--set", "eval.score.user_stream=zeros"], "user_stream"),
         (["--set", "eval.eval_batch_size=3"], "eval.eval_batch_size: 2 then, 3 now"),
-        (["--limit", "2"], "options.limit: None then, 2 now"),
+        (["--limit", "2"], "options.limit: null then, 2 now"),
         (["--arms", "ttt"], "arms"),
     ],
 )

@@ -320,10 +320,10 @@ class _OtherWeights(PlantedBackbone):
         ({"tasks": [_Newer()]}, "version: 1 then, 2 now"),
         ({"arms": ("ttt", "reset")}, "arms: "),
         ({"options": {"seed": 7}}, "options.seed: 0 then, 7 now"),
-        ({"backbone": _OtherCodec()}, "reader.codec: 'bytes' then, 'other bytes' now"),
+        ({"backbone": _OtherCodec()}, 'reader.codec: "bytes" then, "other bytes" now'),
         ({"backbone": _OtherWeights()}, "backbone_weights"),
-        ({"score": {"normalise": "sum"}}, "eval.score.normalise: 'mean' then, 'sum' now"),
-        ({"reset_tokens": 7}, "eval.reset_tokens: None then, 7 now"),
+        ({"score": {"normalise": "sum"}}, 'eval.score.normalise: "mean" then, "sum" now'),
+        ({"reset_tokens": 7}, "eval.reset_tokens: null then, 7 now"),
         ({"eval_batch_size": 3}, "eval.eval_batch_size"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -353,7 +353,7 @@ def test_the_order_of_tasks_changes_nothing(world: World) -> None:
 def test_other_options_are_refused_before_a_model_is_built(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.evaluate()
     monkeypatch.setattr(PlantedBackbone, "build", None)
-    with pytest.raises(UsageError, match="limit: None then, 2 now"):
+    with pytest.raises(UsageError, match="limit: null then, 2 now"):
         world.evaluate(options={"limit": 2})
 
 

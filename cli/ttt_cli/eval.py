@@ -166,6 +166,9 @@ def _chosen(loaded: LoadedConfig, names: str | None, limit: int | None) -> list[
         )
     if limit is None:
         return chosen
+    whole = [each.task.name for each in chosen if "limit" not in type(each.options).model_fields]
+    if whole:
+        raise UsageError(f"--limit {limit}: the task {first_few(whole)} has no units to draw from; leave --limit out")
     return [replace(each, options=each.options.model_copy(update={"limit": limit})) for each in chosen]
 
 

@@ -31,7 +31,7 @@ from ttt.errors import EnvironmentProblem, UsageError
 from ttt.eval.items import Item, Row, made_by
 from ttt.eval.tasks import SUBMISSION, Arrays
 from ttt.files import lock, read_json, sync, write_bytes, write_json, writing
-from ttt.printable import shortened
+from ttt.printable import json_text, shortened
 from ttt.reading import read_file, unreadable
 from ttt.words import first_entries
 
@@ -299,4 +299,4 @@ def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_words(content: Mapping[str, Any], key: str) -> str:
-    return shortened(repr(content[key]), 80) if key in content else "none"
+    return shortened(json_text(content[key], indent=None), 80) if key in content else "none"
