@@ -43,6 +43,8 @@ def dress(axes: Axes, x: str, y: str) -> None:
 
 def png(figure: Figure) -> bytes:
     """The picture as a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     content = io.BytesIO()
-    figure.canvas.print_png(content)  # what `savefig` calls, which draws the figure twice
+    FigureCanvasAgg(figure).print_png(content)  # what `savefig` calls, which draws the figure twice
     return content.getvalue()
