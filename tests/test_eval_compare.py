@@ -88,10 +88,10 @@ def test_arms_that_one_lacks_are_not_compared() -> None:
     ("other", "told"),
     [
         (replace(OTHER, conditions={**CONDITIONS, "version": 2}), "version is 1 in the first, 2 in the second"),
-        (replace(OTHER, conditions={"version": 1}), "eval.score.normalise is 'mean' in the first, not known in the se"),
+        (replace(OTHER, conditions={"version": 1}), 'eval.score.normalise is "mean" in the first, not known in the se'),
         (
             replace(OTHER, conditions={**CONDITIONS, "reader.codec": None}),
-            "reader.codec is not known in the first, Non",
+            "reader.codec is not known in the first, null",
         ),
         (changed(OTHER, "a/A", digests=("x",)), "the data differ: 1 item (a/A) had other content"),
         (changed(OTHER, "a/A", unit="b"), "the data differ: 1 item (a/A) had other content"),
@@ -273,11 +273,11 @@ def test_other_options_and_other_data_are_named(tmp_path: Path, capsys: pytest.C
     assert main(["eval", "--compare", str(one), str(other)]) == 2
     assert capsys.readouterr().err.splitlines() == [
         f"error: {one}, {other}: 5 things differ, so that they cannot be compared:",
-        "  tstory: eval.score.normalise is 'mean' in the first, 'sum' in the second",
-        "  tstory: reader.codec is 'mimi' in the first, 'another' in the second",
+        '  tstory: eval.score.normalise is "mean" in the first, "sum" in the second',
+        '  tstory: reader.codec is "mimi" in the first, "another" in the second',
         "  tstory: the data differ: 1 item (3) had other content",
-        "  sstory: eval.score.normalise is 'mean' in the first, 'sum' in the second",
-        "  sstory: reader.codec is 'mimi' in the first, 'another' in the second",
+        '  sstory: eval.score.normalise is "mean" in the first, "sum" in the second',
+        '  sstory: reader.codec is "mimi" in the first, "another" in the second',
     ]
 
 

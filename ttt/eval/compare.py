@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ttt.eval.statistics import MCNEMAR_BELOW, Estimate, McNemar, average, mcnemar, paired_difference
-from ttt.printable import shortened
+from ttt.printable import json_text, shortened
 from ttt.words import first_few
 
 _OUTCOMES = {0.0, 0.5, 1.0}
@@ -123,4 +123,4 @@ def _items(items: Sequence[str]) -> str:
 
 
 def _in_words(conditions: Mapping[str, Any], name: str) -> str:
-    return shortened(repr(conditions[name]), 80) if name in conditions else "not known"
+    return shortened(json_text(conditions[name], indent=None), 80) if name in conditions else "not known"
