@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -132,6 +133,13 @@ def close(found: Losses, expected: Losses) -> bool:
     )
 
 
+@functools.cache
+def defined(length: int, model: str, size: int, open_state: bool) -> tuple[Case, Losses]:
+    """A case and its definition, which no implementation has a part in."""
+    case = Case(length, MODELS[model], size, open_state=open_state)
+    return case, case.definition()
+
+
 @pytest.mark.parametrize("ops", ["", "generic", "reference"])
 @pytest.mark.parametrize("open_state", [False, True], ids=["from a boundary", "from anywhere"])
 @pytest.mark.parametrize("size", SIZES)
@@ -141,8 +149,7 @@ def test_each_token_at_its_own_weights_in_pieces_of_any_length(
 ) -> None:
     monkeypatch.setenv("TTT_OPS", ops)
     for length in LENGTHS if not ops else LENGTHS[:2]:
-        case = Case(length, MODELS[model], size, open_state=open_state)
-        expected = case.definition()
+        case, expected = defined(length, model, size, open_state)
         assert all(losses.shape == (B, length) for losses in expected)
         for name, piece in PIECES.items():
             assert close(case.traced(ours, piece), expected), (length, name)
