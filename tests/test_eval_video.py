@@ -357,8 +357,11 @@ def test_the_loss_of_the_demo_with_its_pictures(work: Path, capsys: pytest.Captu
 def test_a_setting_that_reset_would_not_read_is_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_config(work, "[{name: diffusion_loss}]", more=", reset_tokens: 5")
     assert main(["eval", "c.yaml", "--out", "e", "--arms", "ttt,reset"]) == 2
-    told = "the backbone videodit starts fast weights anew at each segment of a window, so leave out eval.reset_tokens"
-    assert told in " ".join(capsys.readouterr().err.split())
+    assert "c.yaml:5:55 error TTT515" in " ".join(capsys.readouterr().err.split())
+    run = run_config_model(ttt_backbone()).model_validate({"backbone": OPTIONS, "eval": {"reset_tokens": 5}})
+    task = DiffusionLoss()
+    refused = task.refuses(Setup(run, ttt_backbone(), task.options(name=task.name)), "reset")  # without the command
+    assert refused == "starts fast weights anew at each segment of a window, so leave out eval.reset_tokens"
 
 
 def test_without_held_out_data_it_is_refused() -> None:
