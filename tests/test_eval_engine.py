@@ -15,7 +15,7 @@ import torch
 from planted import PlantedBackbone, PlantedStream, planted
 from torch import Tensor
 
-from ttt.errors import EnvironmentProblem, PluginError
+from ttt.errors import EnvironmentProblem, PluginError, UsageError
 from ttt.eval.bench import Bench
 from ttt.eval.engine import measured, rows_of, setup_of
 from ttt.eval.in_training import numbers_of
@@ -283,6 +283,27 @@ def test_recall_is_what_a_second_hearing_gains(tmp_path: Path, reset: int, heard
     assert gain["reset"].mean == (pytest.approx(17 / 20) if heard else 0)
     assert gain["ttt"].clusters == 3
     assert set(summary.parts) == {"gap=3", "gap=30"}
+
+
+def test_a_backbone_of_text_recalls_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each text is a book; lengths are in tokens, and the arm `reset` counts them."""
+    weights = {"all": (1.0, 1.0)}
+    facts = ScoreFacts(
+        "text", ("words", "marks"), weights, "all", positions_per_second=None, attention_span=50, padding=-1
+    )
+    monkeypatch.setattr(PlantedBackbone, "score_facts", lambda self, config: facts)
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_bytes(random.Random(number).randbytes(200))
+    context = planted(span=50)
+    arms = ("ttt", "closed", "reset")
+    rows, setup = rows_for(Recall(), context, arms, data=str(tmp_path), passage=20, gaps=[30], passages=2)
+    assert [row.item.unit for row in rows] == ["0.txt#0", "0.txt#1", "1.txt#0", "1.txt#1"]
+    assert [row.error for row in rows] == [None] * 4
+    gain = summed_up(Recall(), setup, rows, arms).metrics["gain"]
+    assert gain["ttt"].mean == pytest.approx(17 / 20)
+    assert gain["reset"].mean == gain["ttt"].mean  # 70 tokens are fewer than the reset's 512
+    with pytest.raises(UsageError, match="the backbone toy reads text, and the task is on speech"):
+        rows_for(SWuggy(), context, data=str(tmp_path))
 
 
 def test_a_gap_longer_than_the_next_book_is_an_error(tmp_path: Path) -> None:
