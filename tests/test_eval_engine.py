@@ -15,6 +15,7 @@ import torch
 from planted import PlantedBackbone, PlantedStream, planted
 from torch import Tensor
 
+from ttt.config import TaskOptions
 from ttt.errors import EnvironmentProblem, PluginError, UsageError
 from ttt.eval.bench import Bench
 from ttt.eval.engine import measured, rows_of, setup_of
@@ -433,7 +434,11 @@ def test_what_rows_amount_to_is_what_statistics_say() -> None:
     many = [replace(row, item=Item(f"{row.item.id}{n}", str(n), str(n))) for row in rows[:1] for n in range(200)]
     assert summed_up(task, setup, many, ("ttt", "closed")).tests == {}
     measured_task = MeasuredTask(task, setup, ("ttt", "closed"), tuple(rows), found)
-    described = {"config": context.config.model_dump(mode="json"), "adapter": None, "device": "a CPU"}
+    described = {
+        **{"config": context.config.model_dump(mode="json"), "adapter": None, "device": "a CPU"},
+        "notices": {"made up": ["wrong", "swuggy"]},
+    }
+    assert "- data of wrong, swuggy: made up\n" in summary_text([measured_task], described)
     (line,) = [line for line in summary_text([measured_task], described).splitlines() if line.startswith("| wrong")]
     assert line.endswith("| 6 | 0 |")
 
@@ -487,3 +492,12 @@ def test_a_run_gets_the_numbers_of_both_arms(pairs: Path) -> None:
 def test_a_stop_ends_a_runs_measurement(pairs: Path) -> None:
     context = replace(planted(finds_likely("w")), stop=lambda: True)
     assert numbers_of(SWuggy(), context, SWuggy.options(name="swuggy", data=str(pairs))) == {}
+
+
+def test_what_a_user_must_know_of_data_that_a_backbone_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = planted()
+    monkeypatch.setattr(PlantedBackbone, "own_tasks_notice", "made up")
+    own, given = (SWuggy.options(name="swuggy", data=data) for data in (None, "words"))
+    assert setup_of(SWuggy(), context, own).notice == "made up"
+    assert setup_of(SWuggy(), context, given).notice is None
+    assert setup_of(Wrong(), context, TaskOptions(name="wrong")).notice is None  # it reads no data

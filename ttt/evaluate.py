@@ -90,8 +90,7 @@ def evaluate(
     console = console or Console()
     config, info = fitting(config, backbone, adapter=adapter, verify=verify)
     plans = [_plan(config, backbone, chosen, arms) for chosen in tasks]
-    for plan in plans:
-        say(console, f"{plan.task.name}: {plan.listing.in_words()}; arms {', '.join(plan.arms)}")
+    _announce(plans, console)
     as_start = adapter is None
     folder = EvalFolder(out, _made_from(config, backbone, info, as_start=as_start))
     ways = ["a smaller eval.eval_batch_size"] + ["train.param_dtype: bfloat16"] * (
@@ -108,7 +107,7 @@ def evaluate(
             context = _context(config, backbone, info, model, injection, folder)
             machine = _Machine(context, injection, folder, console, resume=resume, overwrite=overwrite)
             found = [machine.measure(plan) for plan in plans]
-            described = _described(config, info, machine)
+            described = {**_described(config, info, machine), "notices": _notices(plans)}
         files = write_results(folder, found, described=described)
         others = sorted(set(folder.tasks) - {each.task.name for each in found})
         if others:
@@ -139,6 +138,23 @@ def _context(
         folder=folder.path,
         imported_from=imported_from(info),
     )
+
+
+def _announce(plans: Sequence[Plan], console: Console) -> None:
+    """Say what will be measured, and what a user must know of the data."""
+    for plan in plans:
+        say(console, f"{plan.task.name}: {plan.listing.in_words()}; arms {', '.join(plan.arms)}")
+    for notice, names in _notices(plans).items():
+        say(console, f"note: the data of {', '.join(names)}: {notice}")
+
+
+def _notices(plans: Sequence[Plan]) -> dict[str, list[str]]:
+    """What a user must know of data that backbones bring, each with the tasks that read them."""
+    found: dict[str, list[str]] = {}
+    for plan in plans:
+        if plan.setup.notice is not None:
+            found.setdefault(plan.setup.notice, []).append(plan.task.name)
+    return found
 
 
 def _described(config: RunConfig, info: AdapterInfo | None, machine: _Machine) -> dict[str, Any]:

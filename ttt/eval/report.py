@@ -81,6 +81,7 @@ def _conditions(measured: Sequence[MeasuredTask], described: Mapping[str, Any]) 
         f"- score: {', '.join(f'{key} {value}' for key, value in config['eval']['score'].items())}",
         f"- device: {described['device']}, {config['train']['param_dtype']}",
     ]
+    lines += [f"- data of {', '.join(names)}: {notice}" for notice, names in described["notices"].items()]
     for each in measured:
         options = each.setup.options.model_dump(mode="json")
         told = ", ".join(f"{key} {value}" for key, value in options.items() if key != "name" and value is not None)

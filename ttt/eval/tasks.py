@@ -58,6 +58,14 @@ class Setup:
     """The folder of the task's data among what a backbone brings; None is its name."""
 
     @property
+    def notice(self) -> str | None:
+        """What a user must know of the task's data, if it is what the backbone brings; None if it is not."""
+        own = hasattr(self.options, "data") and self.options.data is None
+        if not own or not has_capability(self.backbone, Scoring):
+            return None
+        return self.backbone.own_tasks_notice or None
+
+    @property
     def data(self) -> Path:
         """The task's data, from its option `data` or from what the backbone brings.
 

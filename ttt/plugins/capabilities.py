@@ -179,6 +179,9 @@ class Scoring(Capability, Generic[OptionsT, DataT]):
     score_options: ClassVar[type[ScoreOptions]] = ScoreOptions
     """The section `eval.score`: how clips are read and their scores chosen."""
 
+    own_tasks_notice: ClassVar[str] = ""
+    """What a user must know of the data that ships with the plugin, such as that it is synthetic; a sentence."""
+
     @abstractmethod
     def score_facts(self, config: RunConfig[OptionsT, DataT]) -> ScoreFacts:
         """What the scores are of. Must work without torch."""

@@ -51,6 +51,9 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiO
     causal: ClassVar[bool] = True
     options: ClassVar[type[BackboneOptions]] = MoshiOptions
     data_options: ClassVar[type[DataOptions]] = MoshiData
+    own_tasks_notice: ClassVar[str] = (
+        "synthetic: a few recordings by espeak-ng, for trying an evaluation; near chance is expected of pairs"
+    )
     score_options: ClassVar[type[ScoreOptions]] = MoshiScoreOptions
     non_identity_options: ClassVar[frozenset[str]] = frozenset(
         {"hf_repo", "revision", "moshi_path", "mimi_path", "tokenizer_path", "config_path"}
