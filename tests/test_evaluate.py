@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ttt.adapter import Gate
 from ttt.adapter_file import backbone_identity, save_adapter
+from ttt.drawing import new_figure
 from ttt.errors import AdapterMismatchError, EnvironmentProblem, TTTError, UsageError
 from ttt.eval.bench import Bench
 from ttt.eval.comparing import comparison
@@ -357,19 +358,31 @@ def test_other_options_are_refused_before_a_model_is_built(world: World, monkeyp
         world.evaluate(options={"limit": 2})
 
 
-def test_what_is_measured_anew_leaves_nothing_of_before(world: World) -> None:
+def test_what_is_measured_anew_leaves_nothing_of_before(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if it is stopped: results of before, beside rows of now, would be taken for those of now."""
+    monkeypatch.setattr("ttt.eval.writing.outcome_figure", lambda *_: new_figure(1, 1))
     world.evaluate(TStory(), SStory(), arms=("ttt", "closed"))
-    (world.out / "outcomes.png").write_text("a picture")
+    assert (world.out / "outcomes.png").exists()
     assert (world.out / "results.json").exists()
+    (world.out / "mine.png").write_text("of somebody else")
     with pytest.raises(KeyboardInterrupt):
         world.evaluate(TStory(), loss=stops_at("e2"), overwrite=True, reset_tokens=9, eval_batch_size=2)
     there = {str(file.relative_to(world.out)) for file in world.out.rglob("*") if file.is_file()}
-    assert there == {"eval.json", "samples/tstory.jsonl"}
+    assert there == {"eval.json", "samples/tstory.jsonl", "mine.png"}
     world.evaluate(TStory(), resume=True, reset_tokens=9, eval_batch_size=2)
     with pytest.raises(KeyboardInterrupt):
         world.evaluate(TStory(), loss=stops_at("e2"), overwrite=True, reset_tokens=9, eval_batch_size=2)
     assert not (world.out / "results.json").exists()
+
+
+@pytest.mark.parametrize("file", ["loss.png", "results.json", "samples/tstory.jsonl", "submission/ttt.txt"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_something_else_is_refused_and_keeps_its_files(world: World, file: str, overwrite: bool) -> None:
+    (world.out / file).parent.mkdir(parents=True)
+    (world.out / file).write_text("of somebody else")
+    with pytest.raises(UsageError, match=r"out: holds other files \([a-z.]+\), .* name another --out"):
+        world.evaluate(overwrite=overwrite)
+    assert [path.read_text() for path in world.out.rglob("*") if path.is_file()] == ["of somebody else"]
 
 
 @pytest.mark.parametrize("written", ["", "{", "[]", "{}", '{"made_from": 3}', "\x00"])

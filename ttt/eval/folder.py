@@ -29,7 +29,7 @@ from ttt.checksums import file_digest, parse_line, sealed_line
 from ttt.dotted import dotted
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.eval.items import Item, Row, made_by
-from ttt.eval.tasks import SUBMISSION, Arrays
+from ttt.eval.tasks import Arrays
 from ttt.files import lock, read_json, sync, write_bytes, write_json, writing
 from ttt.printable import json_text, shortened
 from ttt.reading import read_file, unreadable
@@ -57,6 +57,7 @@ class EvalFolder:
         self.path = path
         self._made_from = dict(made_from)
         self._tasks: dict[str, Any] = {}
+        self._wrote: list[str] = []
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -90,17 +91,30 @@ class EvalFolder:
             UsageError: it holds something else; the message names what differs.
         """
         record = self.path / RECORD
-        if record.exists():
+        if not record.exists():
+            self._require_empty()
+        else:
             written = self._written(overwrite=overwrite)
+            self._tasks, self._wrote = _of_record(written)
             differing = _differences(written.get("made_from"), self._made_from)
             if differing and not overwrite:
                 raise UsageError(f"{self.path}: holds results of something else ({differing}); {_WAY_OUT}")
             if differing:
                 self._forget()
-            else:
-                tasks = written.get("tasks")
-                self._tasks = tasks if isinstance(tasks, dict) else {}
         self._write_record()
+
+    def _require_empty(self) -> None:
+        """Refuse a folder that holds something and is not an evaluation's: it might be replaced or taken away.
+
+        Raises:
+            UsageError: so it is; the message names a file of it.
+        """
+        other = next((file for file in sorted(self.path.rglob("*")) if not file.is_dir()), None)
+        if other is not None:
+            raise UsageError(
+                f"{self.path}: holds other files ({other.name}), and an evaluation has a folder of its own; name "
+                f"another --out"
+            )
 
     def _written(self, *, overwrite: bool) -> dict[str, Any]:
         """The record that is there; empty if it is damaged and shall be overwritten.
@@ -122,8 +136,9 @@ class EvalFolder:
     def _forget(self) -> None:
         """Take away the results, the rows and the arrays: they are of something else."""
         self._forget_results()
-        for rows in (self.path / SAMPLES).glob("*.jsonl"):
-            self._forget_rows(rows.stem)
+        for task in self._tasks:
+            self._forget_rows(task)
+        self._tasks = {}
 
     def _forget_rows(self, task: str) -> None:
         """Take away the rows of a task, its arrays, and what it made."""
@@ -135,9 +150,15 @@ class EvalFolder:
     def _forget_results(self) -> None:
         """Take away the results: a command that is stopped before it writes new ones must not leave those of before."""
         with writing(self.path):
-            for file in (self.path / RESULTS, self.path / SUMMARY, *self.path.glob("*.png")):
-                file.unlink(missing_ok=True)
-            shutil.rmtree(self.path / SUBMISSION, ignore_errors=True)
+            for name in (RESULTS, SUMMARY, *self._wrote):
+                (self.path / name).unlink(missing_ok=True)
+        self._wrote = []
+
+    def wrote(self, files: Iterable[Path]) -> None:
+        """Keep which results were written: those and no others are taken away if they are of before."""
+        names = {str(file.relative_to(self.path)) for file in files if file.is_relative_to(self.path)}
+        self._wrote = sorted(names | set(self._wrote))
+        self._write_record()
 
     def require_same(self, name: str, made_from: Mapping[str, Any], *, overwrite: bool) -> None:
         """Refuse rows of other options before a model is built.
@@ -188,7 +209,8 @@ class EvalFolder:
         return there
 
     def _write_record(self) -> None:
-        write_json(self.path / RECORD, {"made_from": self._made_from, "tasks": self._tasks})
+        content = {"made_from": self._made_from, "tasks": self._tasks, "files": self._wrote}
+        write_json(self.path / RECORD, content)
 
     def _rows_file(self, task: str) -> Path:
         return self.path / SAMPLES / f"{task}.jsonl"
@@ -250,6 +272,14 @@ class EvalFolder:
                 return dict(content)
 
         return Arrays(read)
+
+
+def _of_record(written: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The tasks and the results that a record names; none of a damaged one, and none outside of the folder."""
+    tasks, files = written.get("tasks"), written.get("files")
+    names = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
+    inside = [name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts]
+    return (dict(tasks) if isinstance(tasks, dict) else {}), inside
 
 
 def _read_lines(file: Path) -> Iterator[dict[str, Any]]:

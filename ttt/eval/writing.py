@@ -50,6 +50,9 @@ def write_results(folder: EvalFolder, measured: Sequence[MeasuredTask], *, descr
         written.append(_picture(folder.path / OUTCOMES, outcomes))
     for each in measured:
         written += _of_task(folder, each)
+    folder.wrote(written)
+    for each in measured:  # what people fill in, such as ratings, is never taken away with results
+        written += each.task.files(each.setup, each.rows, folder.path) if each.rows else ()
     return written
 
 
@@ -64,7 +67,6 @@ def _of_task(folder: EvalFolder, each: MeasuredTask) -> list[Path]:
             file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, text)
         written.append(file)
-    written += each.task.files(each.setup, each.rows, folder.path)
     for name, figure in each.task.figures(each.setup, each.rows, folder.arrays(each.task.name)).items():
         written.append(_picture(folder.path / name, figure))
     return written
