@@ -169,14 +169,26 @@ def test_results_go_below_the_run_and_a_limit_keeps_voices(trained: Path, measur
 
 def test_an_adapter_alone_gives_the_numbers_of_its_run(trained: Path, evaluated: Path, tmp_path: Path) -> None:
     (checkpoint,) = (trained / "run" / "checkpoints").iterdir()
-    for number, adapter in enumerate((checkpoint, checkpoint / "adapter_model.safetensors")):
-        arguments = command(trained)
-        arguments[1] = str(adapter)
-        out = tmp_path / str(number)
-        assert (
-            main([*arguments, "--set", "eval.eval_batch_size=2", "--set", "train.device=cpu", "--out", str(out)]) == 0
-        )
-        assert results(out)["results"] == results(evaluated)["results"]
+    shutil.copytree(checkpoint, tmp_path / "adapter")
+    arguments = command(trained)
+    arguments[1] = str(tmp_path / "adapter")
+    assert main([*arguments, "--set", "eval.eval_batch_size=2", "--set", "train.device=cpu"]) == 0
+    assert results(tmp_path / "adapter" / "eval")["results"] == results(evaluated)["results"]
+
+
+@pytest.mark.parametrize("file", ["", "adapter_model.safetensors"])
+def test_a_checkpoint_is_its_run_at_that_step(trained: Path, evaluated: Path, tmp_path: Path, file: str) -> None:
+    """With the run's config; results are not in the checkpoint, which is dropped when newer ones are kept."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    before = sorted(checkpoint.rglob("*"))
+    arguments = command(trained)
+    arguments[1] = str(checkpoint / file)
+    assert main(arguments) == 0
+    assert sorted(checkpoint.rglob("*")) == before
+    found = results(tmp_path / "run" / "eval" / checkpoint.name)
+    assert found["results"] == results(evaluated)["results"]
+    assert found["config"]["data"] == results(evaluated)["config"]["data"]
 
 
 def test_arrays_of_items_whose_names_look_alike_are_kept_apart(tmp_path: Path) -> None:

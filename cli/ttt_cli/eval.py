@@ -126,11 +126,12 @@ def _loaded(path: Path, overrides: list[str], *, verify: bool) -> tuple[LoadedCo
     from ttt.train.stored_config import CONFIG
 
     is_adapter = path.suffix == ".safetensors" or ((path / MODEL).is_file() and not (path / CONFIG).is_file())
-    run = _run_of(path)
-    if run is not None:
-        file, learned, told = find_model(run, str(path), verify=verify, command="eval")
+    checkpoint = _checkpoint_of(path)
+    if checkpoint is not None:
+        run = checkpoint.parent.parent
+        file, learned, told = find_model(run, str(checkpoint), verify=verify, command="eval")
         loaded = load_config(file, overrides=overrides, training=False, tasks=True)
-        return loaded, learned, told, run / "eval" / path.name
+        return loaded, learned, told, run / "eval" / checkpoint.name
     if is_adapter:
         text, folder = _config_of(path)
         loaded = load_config(str(path), text=text, overrides=overrides, training=False, tasks=True)
@@ -141,13 +142,14 @@ def _loaded(path: Path, overrides: list[str], *, verify: bool) -> tuple[LoadedCo
     return loaded, learned, told, None if learned is None else path / "eval" / learned.name
 
 
-def _run_of(path: Path) -> Path | None:
-    """The run whose checkpoint a path is; None if it is none. Results in a checkpoint would be dropped with it."""
+def _checkpoint_of(path: Path) -> Path | None:
+    """The checkpoint of a run that a path means; None if it means none. Results in it would be dropped with it."""
     from ttt.checkpoint_folder import CHECKPOINTS
     from ttt.train.stored_config import CONFIG
 
-    run = path.absolute().parent.parent
-    return run if path.absolute().parent.name == CHECKPOINTS and path.is_dir() and (run / CONFIG).is_file() else None
+    folder = (path if path.is_dir() else path.parent).absolute()
+    of_a_run = folder.parent.name == CHECKPOINTS and (folder.parent.parent / CONFIG).is_file()
+    return folder if of_a_run and path.exists() else None
 
 
 def _config_of(path: Path) -> tuple[str, Path]:
