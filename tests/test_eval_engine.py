@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import PlantedBackbone, PlantedStream, planted
+from planted import PlantedBackbone, PlantedReader, PlantedStream, planted
 from torch import Tensor
 
 from ttt.config import TaskOptions
@@ -183,6 +183,23 @@ def test_gates_tell_what_needs_no_model(pairs: Path) -> None:
     assert 0.5 not in found["energy"]
     summary = summed_up(SWuggy(), setup, rows, ("ttt",), found)
     assert summary.references["length"].mean == 1.0
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_no_recording_is_encoded_twice(pairs: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Neither for another arm nor for the gates, however many there are."""
+    read: list[Path] = []
+    whole = PlantedReader.read
+    monkeypatch.setattr(PlantedReader, "read", lambda self, path: read.append(path) or whole(self, path))
+    monkeypatch.setattr(PlantedReader, "sound", lambda self, path: (whole(self, path)[0] % 7).float().numpy())
+    monkeypatch.setattr("ttt.eval.bench._CLIPS_KEPT", 8)
+    context = planted(eval_batch_size=size)
+    task, options = SWuggy(), SWuggy.options(name="swuggy", data=str(pairs))
+    bench = Bench(context, options)
+    items = chosen_items(task, setup_of(task, context, options)).items
+    rows = [row for batch in rows_of(task, bench, items, ("ttt", "closed")) for row in batch.rows]
+    task.references(bench, rows)
+    assert sorted(read) == sorted(file for item in items for file in item.files)
 
 
 def test_streams_are_weighed_and_normalised_as_they_are_called() -> None:

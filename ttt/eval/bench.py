@@ -48,7 +48,8 @@ class Bench:
         """What a task keeps from one call to the next, by names of its own."""
         self.tell: Callable[[str], None] = lambda text: None
         """Told how far an item is that takes long."""
-        self._read = functools.lru_cache(maxsize=_CLIPS_KEPT)(lambda path: self.reader.read(path))
+        most = max(_CLIPS_KEPT, 2 * context.config.eval.eval_batch_size)  # both clips of each pair of a batch
+        self._read = functools.lru_cache(maxsize=most)(lambda path: self.reader.read(path))
 
     @property
     def model(self) -> nn.Module:

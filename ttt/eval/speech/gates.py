@@ -72,10 +72,36 @@ def unigram_scores(
     """
     if not smoothing > 0:
         raise ValueError(f"smoothing is {smoothing}; it must be above 0")
-    counts = _counts(clips)
-    others = counts.sum(0) - counts + smoothing
-    scores = (counts * np.log(others / others.sum(1, keepdims=True))).sum(1)
-    return [float(score) for score in (scores / counts.sum(1) if normalise == "mean" else scores)]
+    rows = [_codes_of(clip, number) for number, clip in enumerate(clips)]
+    if not rows:
+        return []
+    codes, places = np.unique(np.concatenate(rows), return_inverse=True)
+    totals = np.bincount(places.reshape(-1))
+    scores: list[float] = []
+    for own in np.split(places.reshape(-1), np.cumsum([len(row) for row in rows])[:-1]):
+        held, counts = np.unique(own, return_counts=True)
+        others = totals.sum() - len(own) + smoothing * len(codes)
+        score = float(counts @ np.log((totals[held] - counts + smoothing) / others))
+        scores.append(score / len(own) if normalise == "mean" else score)
+    return scores
+
+
+def _codes_of(clip: ArrayLike, number: int) -> NDArray[np.int64]:
+    row = np.asarray(clip)
+    if row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer):
+        raise ValueError(
+            f"clip {number} is {row.dtype}{list(row.shape)}; clips are one stream of integers, [T], T >= 1"
+        )
+    return row.astype(np.int64)
+
+
+def codes_of(bench: Bench, file: Path) -> NDArray[np.int64]:
+    """A file's codes of the stream that weighs most, `[T]`; kept, so that no file is encoded twice for them."""
+    known: dict[Path, NDArray[np.int64]] = bench.kept.setdefault("codes", {})
+    if file not in known:
+        weights = bench.facts.weights[bench.facts.chosen]
+        known[file] = bench.clip(file)[max(range(len(weights)), key=lambda k: weights[k])].numpy().copy()
+    return known[file]
 
 
 def gate_scores(bench: Bench, files: Sequence[Path]) -> dict[str, list[float]]:
@@ -85,29 +111,13 @@ def gate_scores(bench: Bench, files: Sequence[Path]) -> dict[str, list[float]]:
         bench: for its reader, and for which of the streams is scored.
         files: of the whole set.
     """
-    weights = bench.facts.weights[bench.facts.chosen]
-    stream = max(range(len(weights)), key=lambda k: weights[k])
-    clips = [bench.clip(file)[stream].numpy() for file in files]
+    clips = [codes_of(bench, file) for file in files]
     scores: dict[str, list[float]] = {}
     if isinstance(bench.reader, SoundReader):
         rows = [[gate(sound) for gate in SOUND_GATES.values()] for sound in map(bench.reader.sound, files)]
         scores = {name: [row[place] for row in rows] for place, name in enumerate(SOUND_GATES)}
     codes = {f"codes_{how}": unigram_scores(clips, normalise=how) for how in _NORMALISED}
     return {**scores, **codes}
-
-
-def _counts(clips: Sequence[ArrayLike]) -> NDArray[np.float64]:
-    """How often each clip has each code of the set, `[clips, codes]`."""
-    rows = [np.asarray(clip) for clip in clips]
-    for i, row in enumerate(rows):
-        if row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer):
-            raise ValueError(f"clip {i} is {row.dtype}{list(row.shape)}; clips are one stream of integers, [T], T >= 1")
-    if not rows:
-        return np.zeros((0, 0))
-    codes, places = np.unique(np.concatenate(rows), return_inverse=True)
-    owner = np.repeat(np.arange(len(rows)), [row.size for row in rows])
-    flat = np.bincount(owner * len(codes) + places.reshape(-1), minlength=len(rows) * len(codes))
-    return flat.reshape(len(rows), len(codes)).astype(np.float64)
 
 
 def _flat(sound: ArrayLike) -> NDArray[np.float64]:

@@ -46,9 +46,13 @@ class PairTask(ItemTask):
 
     def measure(self, bench: Bench, items: Sequence[Item]) -> Sequence[Measured]:
         """Every score of both recordings of each pair."""
+        from ttt.eval.speech.gates import codes_of
         from ttt.eval.variants import clip_scores, first_difference
 
         clips = [[bench.clip(file) for file in item.files] for item in items]
+        for item in items:
+            for file in item.files:
+                codes_of(bench, file)  # while its clip is at hand
         scores = iter(bench.scores([clip for pair in clips for clip in pair]))
         found = []
         for pair in clips:
