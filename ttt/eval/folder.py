@@ -64,9 +64,11 @@ class EvalFolder:
         """Make the folder and lock it.
 
         Raises:
-            UsageError: another process is evaluating into it.
+            UsageError: another process is evaluating into it, or it holds something else than an evaluation.
             EnvironmentProblem: it cannot be made.
         """
+        if not (self.path / RECORD).exists():
+            self._require_empty()
         with writing(self.path / SAMPLES):
             (self.path / SAMPLES).mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path / SAMPLES, os.O_RDONLY)
@@ -91,9 +93,7 @@ class EvalFolder:
             UsageError: it holds something else; the message names what differs.
         """
         record = self.path / RECORD
-        if not record.exists():
-            self._require_empty()
-        else:
+        if record.exists():
             written = self._written(overwrite=overwrite)
             self._tasks, self._wrote = _of_record(written)
             differing = _differences(written.get("made_from"), self._made_from)
