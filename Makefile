@@ -27,12 +27,14 @@ help: ## show this list
 
 setup: $(STAMP) ## make .venv and install everything into it
 
-$(STAMP): pyproject.toml plugins/moshi/pyproject.toml plugins/videodit/pyproject.toml constraints.txt
+$(STAMP): pyproject.toml plugins/moshi/pyproject.toml plugins/videodit/pyproject.toml \
+  plugins/transformers/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "ttt needs Python 3.10 or newer; this is $$($(PYTHON) --version). Set PYTHON=python3.12, say."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
-	$(UV) pip install --quiet --constraint constraints.txt --editable . --editable plugins/moshi --editable plugins/videodit --group dev
+	$(UV) pip install --quiet --constraint constraints.txt --editable . --editable plugins/moshi --editable plugins/videodit \
+	  --editable plugins/transformers --group dev
 	@touch $@
 
 demo: $(STAMP) ## train TTT layers in a small Moshi on real speech, on this machine, now
@@ -66,10 +68,11 @@ rules: $(STAMP) ## write docs/rules.md anew from the rules' explanations
 constraints: $(STAMP) ## pin anew what constraints.txt pins (then run the tests)
 	@echo '# What this project is tested with; `make setup` installs these. Made by `make constraints`.' > $(VENV)/pins
 	echo torch==2.13.0 > $(VENV)/torch  # as a constraint: pyproject's override outdoes a requirement
-	printf -- '-e .\n-e plugins/moshi\n-e plugins/videodit\n' | UV_FIND_LINKS= PIP_FIND_LINKS= $(BIN)/uv pip compile - --quiet \
+	printf -- '-e .\n-e plugins/moshi\n-e plugins/videodit\n-e plugins/transformers\n' | UV_FIND_LINKS= PIP_FIND_LINKS= $(BIN)/uv pip compile - --quiet \
 	  --constraint $(VENV)/torch \
 	  --universal --python-version 3.10 --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
-	  --no-emit-package ttt-adapters --no-emit-package ttt-moshi --no-emit-package ttt-videodit --group pyproject.toml:dev >> $(VENV)/pins
+	  --no-emit-package ttt-adapters --no-emit-package ttt-moshi --no-emit-package ttt-videodit \
+	  --no-emit-package ttt-transformers --group pyproject.toml:dev >> $(VENV)/pins
 	mv $(VENV)/pins constraints.txt
 
 clean: ## remove .venv and what the tools left

@@ -63,10 +63,14 @@ ROOMS = (
     *("ttt.ops", "ttt.seeds", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins", "ttt.devices"),
     # the layer, and putting it into a model
     *("ttt.state", "ttt.layer", "ttt.adapter", "ttt.inject", "ttt.evidence", "ttt.inner_curves", "ttt.adapter_file"),
+    # what the language models of a library have in common
+    "ttt.hf",
     # what a run was worth
     "ttt.eval",
     # what is said about a run before it starts, the run, and what it learned in use
     *("ttt.check", "ttt.train", "ttt.learned", "ttt.samples", "ttt.sample", "ttt.evaluate"),
+    # the library in a notebook
+    "ttt.facade",
     # what all of it is held to
     *("ttt.laws", "ttt.testing", "ttt.check.probe", "ttt.check.doctor"),
     # the library by its public names
