@@ -455,7 +455,7 @@ def tries(
         os.environ.setdefault("NO_TORCH_COMPILE", "1")
         os.environ["MPLBACKEND"] = "agg"
         sys.path[:0] = paths.split(os.pathsep)
-        known = ({"handled": 0, "data": 10_000, "metrics": 10_000}, None) if small else _program(folder)
+        known = ({"handled": 0, "data": 2_000, "metrics": 2_000}, None) if small else _program(folder)
         with concurrent.futures.ProcessPoolExecutor(
             jobs, multiprocessing.get_context("fork"), initializer=_enter, initargs=(folder, *known)
         ) as pool:

@@ -3,6 +3,9 @@
 import gc
 import os
 import signal
+import sys
+
+import pytest
 
 # On a CPU, kyutai's package would spend 20 s compiling its norm.
 os.environ.setdefault("NO_TORCH_COMPILE", "1")
@@ -29,7 +32,20 @@ def pytest_collection() -> None:
     gc.disable()
 
 
-def pytest_collection_finish() -> None:
-    """Keep collections of garbage from walking the million objects that were imported: a second for each full one."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keep collections of garbage from walking the million objects that were imported: a second for each full one.
+
+    What is imported by then, processes that tests start need not import again.
+    """
     gc.freeze()
     gc.enable()
+    if session.items and not session.config.option.collectonly:
+        import forking
+
+        forking.begin()
+
+
+def pytest_unconfigure() -> None:
+    """End the process from which tests fork others."""
+    if "forking" in sys.modules:
+        sys.modules["forking"].end()

@@ -170,7 +170,7 @@ def test_the_probe_prints_each_law_and_its_findings_are_findings(capsys: pytest.
     """On the real thing; what it catches is `test_probe`'s to show."""
     text = (
         "backbone: {name: moshi, dim: 32, num_heads: 2, num_layers: 3}\ndata: {duration_sec: 1}\n"
-        "ttt: {mini_batch_size: 4, scan_checkpoint_group_size: 2}\n"
+        "ttt: {layers: [1], mini_batch_size: 4, scan_checkpoint_group_size: 2}\n"
     )
     assert main(["check", _write("c.yaml", text), "--probe", "--select", "TTT9"]) == 0
     out = capsys.readouterr().out

@@ -9,40 +9,28 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import disturbed
+import forking
 import injected_errors
+import kills
 import pytest
 import signals
 import torch
 import tracing
 from disturbed import Ended
 
+from ttt import plugins
 from ttt.errors import EnvironmentProblem
 from ttt.files import read_tensors, write_tensors
 
-ROOT = Path(__file__).parent.parent
 UNTRACEABLE = tracing.obstacle()
 traced = pytest.mark.skipif(UNTRACEABLE is not None, reason=str(UNTRACEABLE))
 
-DRIVE = """
-    import json, sys
-    import disturbed, injected_errors, kills, signals
-
-    with disturbed.tries(1, small=True) as make:
-        for name, one, tasks in (
-            ("kills", kills.one, {kills}),
-            ("errors", injected_errors.one, {errors}),
-            ("signals", signals.one, {signals}),
-        ):
-            print(json.dumps([name, [vars(outcome) for outcome in make(one, tasks)]]))
-"""
 KILLS = [(1, "while it runs", 0), (3, "twice", 0)]
 ERRORS = [
     *zip(["writing"] * 2, (31, 75), (errno.EDQUOT, errno.ENOSPC), strict=True),
@@ -56,19 +44,24 @@ SIGNALS = [
 ]
 
 
+def _drive() -> None:
+    """Make the tries and print what came of them."""
+    plugins.forget()
+    with disturbed.tries(1, small=True) as make:
+        for name, one, tasks in (
+            ("kills", kills.one, KILLS),
+            ("errors", injected_errors.one, ERRORS),
+            ("signals", signals.one, SIGNALS),
+        ):
+            print(json.dumps([name, [vars(outcome) for outcome in make(one, tasks)]]), flush=True)
+
+
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, list[dict[str, Any]]]:
-    script = textwrap.dedent(DRIVE).format(kills=KILLS, errors=ERRORS, signals=SIGNALS)
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "tests")])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(line) for line in done.stdout.splitlines())
+    with forking.start(_drive) as driver:
+        out, err = driver.communicate(600)
+        assert driver.returncode == 0, err
+    return dict(json.loads(line) for line in out.splitlines())
 
 
 def _failed(outcomes: list[dict[str, Any]]) -> list[str]:

@@ -9,12 +9,10 @@ import os
 import pty
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 import time
-from pathlib import Path
+import warnings
 
+import forking
 import pytest
 import safetensors.torch
 import torch
@@ -526,37 +524,31 @@ def test_the_wrong_backbone_weights_are_noticed_on_resumption(tmp_path):
 
 # --- interruption ---
 
-SCRIPT = """
-    import sys, time
-    sys.path.insert(0, {tests!r})
-    import conftest
-    from test_train_loop import config
-    from toy import ToyBackbone
-    from ttt import interrupt
-    from ttt.train import train
 
-    class Slow(ToyBackbone):
-        def loss(self, model, batch, config):
-            time.sleep({pause})
-            return super().loss(model, batch, config)
+class Slow(ToyBackbone):
+    """The toy, each pass of which takes so many seconds longer."""
 
-    result = train(config({run_dir!r}, **{options!r}), Slow())
-    sys.exit(130 if result.interrupted else 0)
-"""
+    pause = 0.0
+
+    def loss(self, model, batch, config):
+        time.sleep(self.pause)
+        return super().loss(model, batch, config)
+
+
+def train_slowly(run_dir, options, pause):
+    warnings.simplefilter("error")
+    backbone = Slow()
+    backbone.pause = pause
+    return 130 if train(config(run_dir, **options), backbone).interrupted else 0
 
 
 def start(run_dir, options, *, pause):
     """The same run in a process of its own, slowed down, once it has written its third line."""
-    script = textwrap.dedent(SCRIPT).format(
-        tests=str(Path(__file__).parent), run_dir=str(run_dir), options=options, pause=pause
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = forking.start(train_slowly, run_dir, options, pause)
     deadline = time.monotonic() + 120
     metrics = run_dir / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_bytes().splitlines()) < 3:
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.communicate(120)
         assert time.monotonic() < deadline
         time.sleep(0.005)
     return process

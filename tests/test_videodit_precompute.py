@@ -8,14 +8,12 @@ import io
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import forking
 import numpy as np
 import pytest
 import torch
@@ -330,35 +328,22 @@ def test_progress_on_a_terminal(folder: Path) -> None:
 
 # --- resuming ---
 
-KILLED = """
-import sys
-import conftest
-from rich.console import Console
-from ttt.check import check_config
-from ttt_videodit.precompute import precompute
-precompute(check_config("config.yaml", text=sys.argv[1]).config, console=Console())
-"""
+
+def precompute_as(text: str) -> None:
+    precompute(check_config("config.yaml", text=text).config, console=Console())
 
 
 def test_a_killed_run_is_gone_on_with_and_no_video_is_redone_or_lost(folder: Path, pretrained: Path) -> None:
     listed(folder, *(video(0.25 * number) for number in range(5)))
     short = {"attn_length": 4}  # segments of 17 frames
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, config_text(folder, pretrained, **short)],
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
-    )
-    try:
+    with forking.start(precompute_as, config_text(folder, pretrained, **short)) as process:
         deadline = time.monotonic() + 240
         lines = folder / "train.jsonl"
         while not (lines.exists() and lines.read_bytes().count(b"\n") >= 1):
             assert process.poll() is None, "it was done before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    finally:
         process.kill()
-        process.wait()
     before, done = files(folder), lines.read_bytes().count(b"\n")
     assert 1 <= done < 5
     run(config(folder, pretrained, **short))

@@ -6,14 +6,13 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import av
+import forking
 import matplotlib.image
 import numpy as np
 import pytest
@@ -471,13 +470,8 @@ def test_three_videos_killed_in_the_second_go_on(tmp_path: Path, monkeypatch: py
     names = [f"{number}{end}" for number in ("000", "001", "002") for end in (".json", ".mp4", ".png")]
     assert sorted(os.listdir("whole")) == names
 
-    command = [sys.executable, "-m", "ttt_cli", *words, "--out", "killed"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            assert any(line.startswith("sample 2 of 3: killed/001.mp4, seed 6") for line in process.stdout)
-        finally:
-            process.kill()
+    with forking.start(main, [*words, "--out", "killed"]) as process:
+        assert any(line.startswith("sample 2 of 3: killed/001.mp4, seed 6") for line in process.stdout)
     left = sorted(os.listdir("killed"))
     assert [name for name in left if not name.startswith(".writing-")] == names[:3]
     times = {name: os.stat(f"killed/{name}").st_mtime_ns for name in names[:3]}
