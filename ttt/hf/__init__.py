@@ -4,6 +4,10 @@
     passes.py         one forward pass: which tokens count, and which cache the layers share
     states.py         TTT states that travel with a `transformers` cache
     sites.py          the sites: after each decoder layer
+    backbone.py       the base class of backbone plugins, and options.py, its sections of a config
+    facts.py          what is known of a model before it is built
+    building.py       building it; hub.py says what can go wrong
+    running.py        its logits, whole and in pieces, and its loss
 
 No architecture is named here. A model whose structure is not understood is refused. `import ttt.hf` needs neither torch
 nor `transformers`: they are imported when something that needs them is first asked for.
@@ -15,11 +19,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ttt.hf.backbone import CausalLMBackbone
+    from ttt.hf.options import CausalLMOptions, TextData
     from ttt.hf.sites import causal_lm_sites
 
-__all__ = ["causal_lm_sites"]
+__all__ = ["CausalLMBackbone", "CausalLMOptions", "TextData", "causal_lm_sites"]
 
-_EXPORTS = {"causal_lm_sites": "ttt.hf.sites"}
+_EXPORTS = {
+    "CausalLMBackbone": "ttt.hf.backbone",
+    "CausalLMOptions": "ttt.hf.options",
+    "TextData": "ttt.hf.options",
+    "causal_lm_sites": "ttt.hf.sites",
+}
 
 
 def __getattr__(name: str) -> Any:
