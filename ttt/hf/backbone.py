@@ -57,7 +57,7 @@ class CausalLMBackbone(
 ):
     """Any causal language model of `transformers`, with TTT after its decoder layers.
 
-    A batch is a mapping: `input_ids [B,T]`; `attention_mask [B,T]`, 0 where a window is padded; and `shift_labels [B,T]`,
+    A batch is a mapping: `input_ids [B,T]`; `attention_mask [B,T]`, 0 where a window is padded; `shift_labels [B,T]`,
     the token that follows each, −100 where none counts.
     """
 
@@ -108,8 +108,8 @@ class CausalLMBackbone(
         return provenance(options)
 
     def tiny(self) -> CausalLMOptionsT:
-        """A random model of the architecture, two heads wide and three layers deep."""
-        sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3, "vocab_size": 64}
+        """A random model of the architecture, two heads wide and two layers deep."""
+        sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 64}
         return self.options.model_validate(  # type: ignore[return-value]
             {"name": self.name, "config": {"model_type": self.model_type, **sizes}}
         )

@@ -66,8 +66,8 @@ def random_config(written: Mapping[str, Any]) -> Any:
             f"the config of {kind} has no {unknown[0]!r}" + (f"; did you mean {close}?" if close else ""),
             key="backbone.config",
         )
-    settings = {key if key in known else _OTHER_NAMES.get(key): value for key, value in small_config(written).items()}
-    settings = {key: value for key, value in settings.items() if key in known and key != "model_type"}
+    small = {key if key in known else _OTHER_NAMES.get(key, key): value for key, value in small_config(written).items()}
+    settings = {key: value for key, value in small.items() if key in known and key != "model_type"}
     try:
         return config_class(**settings)
     except Exception as error:  # its own checks, and those of what it computes of its settings

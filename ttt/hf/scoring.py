@@ -111,7 +111,8 @@ class TextScoreStream:
 
     def _require_tokens(self, piece: Tensor) -> None:
         if piece.dim() != 3 or piece.shape[:2] != (self._batch_size, 1) or piece.is_floating_point():
-            raise UsageError(f"{self._batch_size} streams of tokens are [{self._batch_size}, 1, T], not {[*piece.shape]}")
+            count = self._batch_size
+            raise UsageError(f"{count} streams of tokens are [{count}, 1, T] integers, not {[*piece.shape]}")
         if piece.numel() and not NOTHING <= int(piece.min()) <= int(piece.max()) < self._vocabulary:
             raise UsageError(
                 f"tokens of this model are 0 to {self._vocabulary - 1}, or −1 for none, and these are "
