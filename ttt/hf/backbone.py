@@ -20,17 +20,19 @@ A plugin for one architecture says its name and the architecture's, and brings a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from ttt.config import BackboneOptions, DataOptions, RunConfig
+from ttt.hf.documents import LONGEST_LINE, example_line
 from ttt.hf.facts import known_config, provenance, required_sizes
 from ttt.hf.options import CausalLMOptions, CausalLMOptionsT, TextData, TextDataT
+from ttt.hf.rules import RULES
 from ttt.plugins.backbone import Backbone
 from ttt.plugins.capabilities import Scoring, Streaming
 from ttt.plugins.data import Batch, LossOutput
-from ttt.plugins.facts import BackboneFacts
+from ttt.plugins.facts import BackboneFacts, LineFormat
 from ttt.plugins.scoring import ScoreFacts
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class CausalLMBackbone(
     options: ClassVar[type[BackboneOptions]] = CausalLMOptions
     data_options: ClassVar[type[DataOptions]] = TextData
     non_identity_options: ClassVar[frozenset[str]] = _WEIGHTS_ONLY
+    rules: ClassVar[Sequence[Callable[[RunConfig], Iterable[Any]]]] = RULES
 
     # --- without torch ---
 
@@ -81,13 +84,14 @@ class CausalLMBackbone(
         Raises:
             ttt.errors.EnvironmentProblem: none of them tells the sizes.
         """
-        sizes, length = required_sizes(config.backbone), config.data.window_tokens
+        sizes, length, key = required_sizes(config.backbone), config.data.window_tokens, config.data.text_key
         return BackboneFacts(
             dim=sizes["hidden_size"],
             num_heads=sizes["num_attention_heads"],
             num_layers=sizes["num_hidden_layers"],
             tokens_per_window=length,
             window=f"{length:,} tokens of text",
+            lines=LineFormat(example_line(key), {key: str}, longest=LONGEST_LINE),
         )
 
     def own_text(self, options: CausalLMOptionsT, split: str) -> Path | None:

@@ -13,7 +13,7 @@ from ttt.reading import MAX_JSON, read_file, unreadable
 
 SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers")
 """What a check must know."""
-_OTHER_NAMES = {
+OTHER_NAMES = {
     "hidden_size": ("n_embd", "d_model"),
     "num_attention_heads": ("n_head", "n_heads"),
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
@@ -57,8 +57,17 @@ def known_config(options: CausalLMOptions) -> dict[str, Any]:
     written = dict(options.config or {})
     if options.model is None:
         return small_config(written)
+    return {**(loaded_config(options) or {}), **written}
+
+
+def loaded_config(options: CausalLMOptions) -> dict[str, Any] | None:
+    """What the `config.json` of the model says; None if it is not on this machine.
+
+    Raises:
+        EnvironmentProblem: it cannot be read.
+    """
     file = config_file(options)
-    return written if file is None else {**_read_config(file), **written}
+    return None if file is None else _read_config(file)
 
 
 def required_sizes(options: CausalLMOptions) -> dict[str, int]:
@@ -74,19 +83,28 @@ def required_sizes(options: CausalLMOptions) -> dict[str, int]:
     found = {name: size_in(config, name) for name in SIZES}
     missing = [name for name, size in found.items() if size is None]
     if missing:
-        where = "its config.json" if config_file(options) else "it is no folder here and not in the hub's cache, which"
         raise EnvironmentProblem(
-            f"the sizes of {options.model} are not known: {where} does not tell {', '.join(missing)}",
-            key="backbone.config",
-            fix=f"write config: {{{': …, '.join(SIZES)}: …}}, or download the model first",
+            f"{', '.join(missing)} of {options.model} cannot be known without loading it: {_why_unknown(options)}",
+            key="backbone.model",
+            fix=f"write config: {{{', '.join(f'{name}: …' for name in SIZES)}}} beside it",
         )
     return {name: size for name, size in found.items() if size is not None}
+
+
+def _why_unknown(options: CausalLMOptions) -> str:
+    if options.gguf_file is not None:
+        return "a check does not read GGUF files"
+    if config_file(options) is not None:
+        return "its config.json does not say it"
+    if as_folder(str(options.model)) is not None:
+        return "the folder has no config.json"
+    return "there is no such folder here, and the hub's cache does not have it"
 
 
 def size_in(config: Mapping[str, Any], name: str) -> int | None:
     """A size in a config, by any of its names, of a part for text too; None if it does not tell it as a number."""
     for part in _parts(config):
-        for key in (name, *_OTHER_NAMES.get(name, ())):
+        for key in (name, *OTHER_NAMES.get(name, ())):
             value = part.get(key)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
