@@ -1,4 +1,4 @@
-"""The laws for any causal language model of `transformers`, on a tiny Llama; and the cheap ones on other architectures."""
+"""The laws for any causal language model of `transformers`, on a tiny Llama; some on other architectures."""
 
 from __future__ import annotations
 

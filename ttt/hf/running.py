@@ -20,7 +20,17 @@ _CACHE_NAMES = ("cache", "past_key_values")
 
 
 def outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The logits of a batch, `[B,T,V]`."""
+    """The logits of a batch, `[B,T,V]`.
+
+    Raises:
+        UsageError: the windows are longer than the model's learned positions.
+    """
+    most, length = learned_positions(model), batch["input_ids"].shape[1]
+    if most is not None and length > most:
+        raise UsageError(
+            f"a window of {length:,} tokens, and the model has learned {most:,} positions; write a smaller "
+            f"data.window_tokens"
+        )
     logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     return logits
 
@@ -71,6 +81,15 @@ def cache_name(model: nn.Module) -> str:
     if name is None:
         raise UsageError(f"the forward of {type(model).__name__} takes no cache, so that it cannot read in pieces")
     return name
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions a model has a vector for; None if it computes them, so that there is no last one."""
+    given: Any = model
+    most = getattr(given.config.get_text_config(), "max_position_embeddings", None)
+    tokens = given.get_input_embeddings()
+    learned = (each for each in model.modules() if isinstance(each, nn.Embedding) and each is not tokens)
+    return most if any(each.num_embeddings == most for each in learned) else None
 
 
 def stream(model: nn.Module, batch: Mapping[str, Tensor], *, pieces: Sequence[int]) -> Tensor:

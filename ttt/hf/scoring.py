@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ttt.errors import UsageError
 from ttt.hf.backbone import NOTHING
-from ttt.hf.running import PiecewiseReader
+from ttt.hf.running import PiecewiseReader, learned_positions
 from ttt.plugins.scoring import Scores
 
 PIECE: Final = 256
@@ -50,7 +50,7 @@ class TextScoreStream:
         self._vocabulary: int = text.vocab_size
         self._batch_size = batch_size
         self._reader: PiecewiseReader | None = PiecewiseReader(model)
-        self._positions = _learned_positions(model, text)
+        self._positions = learned_positions(model)
         self._read = 0
         self._there: list[Tensor] = []
         self._expected: Tensor | None = None
@@ -122,17 +122,6 @@ class TextScoreStream:
             raise UsageError(
                 f"the model has learned {self._positions:,} positions, and the stream is longer; read at most so many"
             )
-
-
-def _learned_positions(model: nn.Module, config: Any) -> int | None:
-    """How many positions a model has an embedding for; None if it computes them, so that there is no last one."""
-    most = getattr(config, "max_position_embeddings", None)
-    others = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()  # type: ignore[operator]
-    ]
-    return most if any(module.num_embeddings == most for module in others) else None
 
 
 def _joined(parts: list[Scores]) -> Scores:
