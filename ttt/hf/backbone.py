@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 from ttt.config import BackboneOptions, DataOptions, RunConfig
 from ttt.hf.documents import LONGEST_LINE, example_line
 from ttt.hf.facts import known_config, provenance, required_sizes
-from ttt.hf.options import CausalLMOptions, CausalLMOptionsT, TextData, TextDataT
+from ttt.hf.options import NOTHING, CausalLMOptions, CausalLMOptionsT, TextData, TextDataT
 from ttt.hf.rules import RULES
 from ttt.plugins.backbone import Backbone
 from ttt.plugins.capabilities import Scoring, Streaming
@@ -225,7 +225,3 @@ class CausalLMBackbone(
         """Random tokens `[B,1,T]`."""
         clips: Tensor = self.example_batch(model, batch_size=batch_size, tokens=tokens, seed=seed)["input_ids"]
         return clips[:, None]
-
-
-NOTHING = -1
-"""In a clip: no token, the padding of a shorter clip."""

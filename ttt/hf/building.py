@@ -41,7 +41,7 @@ def build(options: CausalLMOptions, *, device: torch.device | str, dtype: torch.
     else:
         model = _pretrained(options, dtype)
     if options.attention_window is not None:
-        from ttt.hf import limit_attention
+        from ttt.hf.attention import limit_attention
 
         limit_attention(model, window=options.attention_window, sinks=options.attention_sinks)
     return model.to(device=device, dtype=dtype).eval()

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,13 @@ class Source:
         return f"{self.others} other files there are not read ({first_few(self.other_endings)})"
 
 
-def find_source(written: str | Path, *, field: str) -> Source:
+def find_source(written: str | Path, *, field: str, most: int | None = None) -> Source:
     """The files with documents that a config's value names.
 
     Args:
         written: a file, or a folder with files at any depth.
         field: the config key of it, with which messages begin.
+        most: how many entries of a folder to look at, for a check that must be instant; None is all.
 
     Raises:
         EnvironmentProblem: there is no such file or folder, or the folder holds none.
@@ -77,7 +79,7 @@ def find_source(written: str | Path, *, field: str) -> Source:
     path = Path(written)
     kind = other_kind(path)
     if kind == "a folder":
-        return _in_folder(path, field)
+        return _in_folder(path, field, most)
     try:
         there = path.exists()
     except (OSError, ValueError):  # a name that no file can have
@@ -90,13 +92,14 @@ def find_source(written: str | Path, *, field: str) -> Source:
     return Source((path,))
 
 
-def _in_folder(folder: Path, field: str) -> Source:
+def _in_folder(folder: Path, field: str, most: int | None) -> Source:
     try:
-        found = sorted(file for file in folder.rglob("*") if file.is_file())
+        entries = list(islice(folder.rglob("*"), most))
+        found = sorted(file for file in entries if file.is_file())
     except OSError as error:
         raise EnvironmentProblem(f"{folder}: cannot be read: {unreadable(error)}", key=field) from None
     mine = tuple(file for file in found if file.suffix.lower() in (*TEXT, LINES, ROWS))
-    if not mine:
+    if not mine and len(entries) != most:
         endings = " or ".join((*TEXT, LINES, ROWS))
         raise EnvironmentProblem(
             f"{folder} holds no {endings} file" + (f", but {len(found)} others" if found else "; it is empty"),

@@ -11,6 +11,8 @@ from ttt.config import BackboneOptions, DataOptions, Misfit
 
 MOST_TOKENS = 1 << 24
 """Tokens of a window, and of what attention sees."""
+NOTHING = -1
+"""In a clip: no token, the padding of a shorter clip."""
 
 
 class CausalLMOptions(BackboneOptions):

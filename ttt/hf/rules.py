@@ -29,7 +29,8 @@ HF601 = _code("HF601", "a package that is missing", Severity.ERROR, blames=Blame
 
 _START = 1 << 16
 """Bytes of a text file that a check reads, to stay instant."""
-_MOST_FILES = 50
+_MOST_FILES = 500
+_MOST_READ = 20
 _SPECIAL = ("rope_theta", "tie_word_embeddings", "rms_norm_eps", "layer_norm_eps", "hidden_act", "initializer_range")
 """Keys that many configs have, beside the sizes."""
 
@@ -121,7 +122,7 @@ def texts_can_be_read(config: RunConfig[CausalLMOptions, TextData]) -> Iterator[
         if written is None or not _exists(written):
             continue
         try:
-            source = find_source(written, field=f"data.{key}")
+            source = find_source(written, field=f"data.{key}", most=_MOST_FILES)
             problem = _wrong_with(source)
         except EnvironmentProblem as error:
             yield HF502.at(error.key or f"data.{key}", error.told.removeprefix(f"{error.key}: "), error.fix)
@@ -165,7 +166,7 @@ def _exists(path: str) -> bool:
 def _wrong_with(source: Source) -> str | None:
     """What is wrong with the first of the text files; None if nothing is."""
     texts = [file for file in source.files if file.suffix.lower() not in (LINES, ROWS)]
-    for file in texts[:_MOST_FILES]:
+    for file in texts[:_MOST_READ]:
         try:
             start = read_start(file, _START)
         except OSError as error:

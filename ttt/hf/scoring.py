@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ttt.errors import UsageError
-from ttt.hf.backbone import NOTHING
+from ttt.hf.options import NOTHING
 from ttt.hf.running import PiecewiseReader, learned_positions
+from ttt.hf.states import Remembered, StatefulCache
 from ttt.plugins.scoring import Scores
 
 PIECE: Final = 256
@@ -84,9 +85,11 @@ class TextScoreStream:
             UsageError: the streams have ended.
         """
         cache = self._open().cache
-        states = getattr(cache, "ttt_states", None)
-        if states:
-            cache.ttt_states = {index: known._replace(state=None) for index, known in states.items()}
+        if isinstance(cache, StatefulCache):
+            fresh: Any = None  # what a layer takes for streams that start
+            cache.ttt_states = {
+                index: Remembered(state=fresh, positions=known.positions) for index, known in cache.ttt_states.items()
+            }
 
     def _scored(self, tokens: Tensor) -> Scores:
         """The scores of the next tokens `[B,t]`."""
