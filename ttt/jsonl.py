@@ -1,7 +1,8 @@
 """Lists in `.jsonl` files: a JSON object on each line, which names files relative to the folder of the list.
 
 Backbones read their data from such lists, and `ttt check` reads the first lines of them. A blank line is skipped, a
-line may not be longer than 1 MiB, and what cannot be read is told with its place. This module imports no torch.
+line may not be longer than 1 MiB unless a caller says so, and what cannot be read is told with its place. This module
+imports no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 from ttt.checksums import no_duplicates
 from ttt.errors import EnvironmentProblem
 from ttt.printable import shortened
-from ttt.reading import read_lines, unreadable
+from ttt.reading import MAX_LINE, read_lines, unreadable
 
 _SHOWN = 120
 """Characters of a value or of a parser's message that are told."""
@@ -65,24 +66,25 @@ def jsonl_files(source: Path) -> list[Path]:
     return sorted(source.rglob("*.jsonl")) if source.is_dir() else [source]
 
 
-def read_jsonl(file: Path, *, most_bytes: int | None = None) -> Iterator[Line]:
+def read_jsonl(file: Path, *, limit: int = MAX_LINE, most_bytes: int | None = None) -> Iterator[Line]:
     """The lines of a list that are not blank.
 
     Args:
         file: the list.
+        limit: bytes of the longest line.
         most_bytes: where to stop; a line that lies across is left out.
 
     Raises:
         EnvironmentProblem: the file cannot be read, or a line is too long; the message names the file.
     """
     try:
-        yield from _lines(file, most_bytes)
+        yield from _lines(file, limit, most_bytes)
     except OSError as error:
         raise EnvironmentProblem(f"{file}: cannot be read: {unreadable(error)}") from None
 
 
-def _lines(file: Path, most_bytes: int | None) -> Iterator[Line]:
-    for number, content in read_lines(file, most=most_bytes):
+def _lines(file: Path, limit: int, most_bytes: int | None) -> Iterator[Line]:
+    for number, content in read_lines(file, limit=limit, most=most_bytes):
         yield Line(file, number, content)
 
 
@@ -95,13 +97,14 @@ def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, line in stripped if line)
 
 
-def read_excerpt(source: str | Path, *, most_lines: int, most_bytes: int) -> Excerpt | None:
+def read_excerpt(source: str | Path, *, most_lines: int, most_bytes: int, limit: int = MAX_LINE) -> Excerpt | None:
     """The first lines of the lists that a config's value means; None if there is no such file, or it cannot be read.
 
     Args:
         source: a list, or a folder with lists at any depth.
         most_lines: how many lines to read, of all lists together.
         most_bytes: how many bytes.
+        limit: bytes of the longest line.
     """
     lines: list[Line] = []
     broken_off: dict[Path, str] = {}
@@ -112,7 +115,7 @@ def read_excerpt(source: str | Path, *, most_lines: int, most_bytes: int) -> Exc
         for file in jsonl_files(Path(source)):
             size = file.stat().st_size
             try:
-                for line in _lines(file, most_bytes):
+                for line in _lines(file, limit, most_bytes):
                     if len(lines) == most_lines:
                         return Excerpt(lines, complete=False, broken_off=broken_off)
                     lines.append(line)

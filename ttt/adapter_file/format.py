@@ -76,10 +76,7 @@ class AdapterInfo:
 
 def backbone_identity(backbone: Backbone, options: BackboneOptions) -> dict[str, Any]:
     """Name and options of a backbone as an adapter file keeps them: those that say which model it is."""
-    kept = {
-        key: value for key, value in options.model_dump(mode="json").items() if key not in backbone.non_identity_options
-    }
-    return {**kept, "name": backbone.name}
+    return {**backbone.identity(options), "name": backbone.name}
 
 
 def site_infos(sites: Sequence[Site], config: TTTConfig) -> list[SiteInfo]:

@@ -1,11 +1,17 @@
-"""The lines of `.jsonl` data, read without decoding a recording: keys, files, durations."""
+"""The lines of `.jsonl` data, read without decoding a recording: keys, files, durations; or keys and their types."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ttt.jsonl import Line, number_in, parse_object, path_in, read_excerpt
+from ttt.jsonl import Excerpt, Line, jsonl_files, number_in, parse_object, path_in, read_excerpt
+from ttt.plugins.facts import LineFormat
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _MOST_LINES = 2000
 _MOST_BYTES = 4 << 20
@@ -13,8 +19,8 @@ _MOST_BYTES = 4 << 20
 
 
 @dataclass
-class Recordings:
-    """What the lines say. Places are `file:line`, without the file's folder."""
+class Lines:
+    """What the lines are. Places are `file:line`, without the file's folder."""
 
     count: int = 0
     """Lines read."""
@@ -23,7 +29,20 @@ class Recordings:
     unparsed: list[str] = field(default_factory=list)
     """Lines that are not a JSON object."""
     lacking: list[str] = field(default_factory=list)
-    """Lines without a `path`, or a `duration` in seconds."""
+    """Lines without their keys: of recordings, a `path`, or a `duration` in seconds."""
+
+    @classmethod
+    def of(cls, read: Excerpt) -> Self:
+        """The lines that were read, none of them looked at."""
+        lines = cls(count=len(read.lines) + len(read.broken_off), complete=read.complete)
+        lines.unparsed.extend(f"{file.name}: {why}" for file, why in read.broken_off.items())
+        return lines
+
+
+@dataclass
+class Recordings(Lines):
+    """What the lines say of recordings."""
+
     missing: list[str] = field(default_factory=list)
     """Lines whose file is missing."""
     alone: list[str] = field(default_factory=list)
@@ -44,11 +63,34 @@ def read_recordings(source: str | None, *, beside: str | None = None) -> Recordi
     read = None if source is None else read_excerpt(source, most_lines=_MOST_LINES, most_bytes=_MOST_BYTES)
     if read is None:
         return None
-    recordings = Recordings(count=len(read.lines) + len(read.broken_off), complete=read.complete)
-    recordings.unparsed.extend(f"{file.name}: {why}" for file, why in read.broken_off.items())
+    recordings = Recordings.of(read)
     for line in read.lines:
         _sort_in(recordings, line, beside)
     return recordings
+
+
+def read_lines_of(source: str | None, form: LineFormat) -> Lines | None:
+    """Read lines that hold the data themselves; None if the source is no `.jsonl` file, and no folder with one.
+
+    Args:
+        source: what the config names.
+        form: what the lines must be.
+    """
+    if source is None or not any(file.suffix.lower() == ".jsonl" for file in jsonl_files(Path(source))):
+        return None
+    read = read_excerpt(source, most_lines=_MOST_LINES, most_bytes=_MOST_BYTES, limit=form.longest)
+    if read is None:
+        return None
+    lines = Lines.of(read)
+    for line in read.lines:
+        try:
+            entry = parse_object(line.content)
+        except ValueError:
+            lines.unparsed.append(line.short_place)
+            continue
+        if not all(key in entry and isinstance(entry[key], kind) for key, kind in form.keys.items()):
+            lines.lacking.append(line.short_place)
+    return lines
 
 
 def _sort_in(recordings: Recordings, line: Line, beside: str | None) -> None:

@@ -69,13 +69,16 @@ def _named(name: str, summary: TaskSummary) -> str:
     return f"{name}\n{found.units:,} units"
 
 
-def position_figure(arms: Mapping[str, ByBook], *, span: int | None, rate: float | None) -> Figure | None:
+def position_figure(
+    arms: Mapping[str, ByBook], *, span: int | None, rate: float | None, unit: str = "book"
+) -> Figure | None:
     """The loss by position in log-spaced bins, a panel for each kind of stream; None if there is nothing to draw.
 
     Args:
         arms: for each arm, the arrays of each book: a loss for each position, by kind of stream.
         span: positions that the backbone's own attention sees.
         rate: positions a second, for the axis.
+        unit: what a book is called.
     """
     kinds = list(dict.fromkeys(kind for books in arms.values() for arrays in books.values() for kind in arrays))
     if not kinds:
@@ -111,7 +114,7 @@ def position_figure(arms: Mapping[str, ByBook], *, span: int | None, rate: float
     panels[0, 0].legend(frameon=False, fontsize=8)
     count = len(next(iter(arms.values())))
     figure.suptitle(
-        f"Loss by position, {count} {'book' if count == 1 else 'books'}; bands are one standard error over books",
+        f"Loss by position, {count} {unit}{'' if count == 1 else 's'}; bands are one standard error over {unit}s",
         x=0.01,
         ha="left",
         fontsize=11,

@@ -1,4 +1,4 @@
-"""The hook of the tasks on whatever a backbone reads. Its entry point is this distribution's own."""
+"""The hook of the tasks on text, and on whatever a backbone reads. Its entry point is this distribution's own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from ttt.plugins import AnyEvalTask, hookimpl
 
 @hookimpl
 def ttt_eval_tasks() -> Sequence[AnyEvalTask]:
-    """The tasks that need no certain medium."""
+    """The tasks that need no sound."""
     from ttt.eval.inner_loss import InnerLoss
+    from ttt.eval.positions import TextPositions
     from ttt.eval.recall import Recall
 
-    return [InnerLoss(), Recall()]
+    return [InnerLoss(), Recall(), TextPositions()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -72,12 +73,12 @@ Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def reentrant(function: Callable[..., Any]) -> Callable[..., Any]:
     """Reentrant activation checkpointing around a function."""
-    return lambda *args: checkpoint(function, *args, use_reentrant=True)
+    return lambda *args, **keywords: checkpoint(functools.partial(function, **keywords), *args, use_reentrant=True)
 
 
 def non_reentrant(function: Callable[..., Any]) -> Callable[..., Any]:
     """Non-reentrant activation checkpointing around a function."""
-    return lambda *args: checkpoint(function, *args, use_reentrant=False)
+    return lambda *args, **keywords: checkpoint(functools.partial(function, **keywords), *args, use_reentrant=False)
 
 
 @dataclass

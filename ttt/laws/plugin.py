@@ -259,6 +259,10 @@ def _facts_and_truth(
     if facts.recordings is not None:
         line = json.loads(facts.recordings.example)
         yield "recordings.example with a `path`", True, isinstance(line, dict) and "path" in line
+    if facts.lines is not None:
+        line = json.loads(facts.lines.example)
+        good = all(isinstance(line.get(key), kind) for key, kind in facts.lines.keys.items())
+        yield "lines.example with its keys", True, good
 
 
 def model_and_batches(bench: Bench) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ttt.plugins.denoising import SegmentLosses, WindowSource
     from ttt.plugins.discovery import GROUP, PluginInfo, discover, find, forget, get_backbone, names
     from ttt.plugins.eval_tasks import AnyEvalTask, EvalContext, EvalTask
-    from ttt.plugins.facts import BackboneFacts, RecordingFormat
+    from ttt.plugins.facts import BackboneFacts, LineFormat, RecordingFormat
     from ttt.plugins.hookspecs import hookimpl
     from ttt.plugins.imported import Import, ImportedConfig
     from ttt.plugins.loggers import Logger
@@ -50,6 +50,7 @@ _EXPORTS = {
     "Import": "ttt.plugins.imported",
     "ImportedConfig": "ttt.plugins.imported",
     "Logger": "ttt.plugins.loggers",
+    "LineFormat": "ttt.plugins.facts",
     "LossOutput": "ttt.plugins.data",
     "PluginInfo": "ttt.plugins.discovery",
     "Precomputing": "ttt.plugins.capabilities",
@@ -98,6 +99,7 @@ __all__ = [
     "EvalTask",
     "Import",
     "ImportedConfig",
+    "LineFormat",
     "Logger",
     "LossOutput",
     "PluginInfo",

@@ -81,6 +81,15 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
     def facts(self, config: RunConfig[OptionsT, DataT]) -> BackboneFacts:
         """Widths and lengths of the model and windows that `config` asks for."""
 
+    def identity(self, options: OptionsT) -> Mapping[str, Any]:
+        """The options that say which model it is, as an adapter file keeps them: all but `non_identity_options`.
+
+        Override it if that hangs on what the options are: a path of weights may make the sizes of a random model mean
+        nothing.
+        """
+        kept = options.model_dump(mode="json")
+        return {key: value for key, value in kept.items() if key not in self.non_identity_options}
+
     def has_eval_data(self, config: RunConfig[OptionsT, DataT]) -> bool:
         """Whether the split `eval` has data that training does not see. If not, the training data is evaluated."""
         data = config.data

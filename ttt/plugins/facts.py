@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 
 
@@ -18,6 +19,36 @@ class RecordingFormat:
     """Length of a window, seconds; each line's `duration` gives that of its file."""
     beside: str | None = None
     """Suffix of a file that must be beside each named file, as `.json`."""
+
+    @property
+    def lacking(self) -> str:
+        """What is said of a line that does not have what it should."""
+        return "without a path or a duration"
+
+
+@dataclass(frozen=True)
+class LineFormat:
+    """The format of a backbone's `.jsonl` data if the lines hold the data themselves, so that `ttt check` can read it.
+
+    Every line is a JSON object with these keys. Files with other endings are left to the backbone.
+    """
+
+    example: str
+    """A correct line, for messages."""
+    keys: Mapping[str, type]
+    """The keys that a line must have, each with the type of its value."""
+    longest: int = 1 << 20
+    """Bytes of the longest line that the backbone reads."""
+
+    @property
+    def lacking(self) -> str:
+        """What is said of a line that does not have what it should."""
+        return "without " + " and ".join(
+            f"a {_WORDS.get(kind, kind.__name__)} `{key}`" for key, kind in self.keys.items()
+        )
+
+
+_WORDS: Mapping[type, str] = {str: "text", int: "whole number", float: "number", bool: "true or false", list: "list"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +73,8 @@ class BackboneFacts:
     """Bytes that autograd keeps per token and layer, in the config's `param_dtype`, if the whole layer is trained."""
     head_activation_bytes: int | None = None
     """Bytes that it keeps per token outside the layers, with the config's `gradient_checkpointing`: heads, losses."""
+    lines: LineFormat | None = None
+    """The format of `data.train_data` and `data.eval_data` if their `.jsonl` files hold the data themselves."""
     recordings: RecordingFormat | None = None
     """The format of `data.train_data` and `data.eval_data`, if they are `.jsonl` files or folders of them."""
     checkpoints_around_scans: tuple[int, ...] | None = None

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ttt.check.recordings import Recordings
+from ttt.check.recordings import Lines
 from ttt.check.rules.rule import FACTS, NEEDED, Context, rule
 from ttt.config.findings import Blame, Code, Family, Finding, Severity
 from ttt.config.schema import select_layers
@@ -107,7 +107,7 @@ def evaluates(context: Context) -> Iterator[Finding]:
 
 _BROKEN = (
     (TTT504, "unparsed", "not a JSON object", "write one JSON object on each line, such as {example}"),
-    (TTT505, "lacking", "without a path or a duration", "write lines such as {example}"),
+    (TTT505, "lacking", "{lacking}", "write lines such as {example}"),
     (TTT506, "missing", "of a file that is not there", "correct the paths; they start at the folder of the .jsonl"),
     (
         TTT508,
@@ -116,17 +116,18 @@ _BROKEN = (
         "write the {beside} of each, or leave the line out",
     ),
 )
-"""Code, the field of `Recordings`, the words for a line ("1 of 2 lines is …"), and the fix."""
+"""Code, the field of `Lines` or `Recordings`, the words for a line ("1 of 2 lines is …"), and the fix."""
 
 
 @rule(TTT501, TTT504, TTT505, TTT506, TTT508, reads=("data", FACTS))
 def lines_can_be_read(context: Context) -> Iterator[Finding]:
-    """Every line of the data names a recording that training can open."""
-    form = context.facts.recordings
+    """Every line of the data is what training reads, or names a recording that it can open."""
+    form = context.facts.recordings or context.facts.lines
     if form is None:
         return
+    beside = getattr(form, "beside", None)
     for key in ("train_data", "eval_data"):
-        lines = context.recordings(key)
+        lines = context.lines(key)
         if lines is None:
             continue
         if not lines.count:
@@ -137,15 +138,13 @@ def lines_can_be_read(context: Context) -> Iterator[Finding]:
                 fix=f"write a .jsonl with lines such as {form.example}",
             )
         for code, kind, words, fix in _BROKEN:
-            places = getattr(lines, kind)
+            places = getattr(lines, kind, ())
             if places:
+                told = f"{_share(places, lines)} {words.format(beside=beside, lacking=form.lacking)}"
                 yield code.at(
                     f"data.{key}",
-                    message=(
-                        f"{_share(places, lines)} {words.format(beside=form.beside)}: {first_few(places)}; the run "
-                        f"stops before its first step"
-                    ),
-                    fix=fix.replace("{example}", form.example).replace("{beside}", form.beside or ""),
+                    message=f"{told}: {first_few(places)}; the run stops before its first step",
+                    fix=fix.replace("{example}", form.example).replace("{beside}", beside or ""),
                     value=len(places),
                 )
 
@@ -232,6 +231,6 @@ def _as_in_the_file(start: AdapterInfo, ttt: TTTConfig, changed: Sequence[Change
     return f"{way_out} {given}".strip() + (", or another init_from" if way_out else "")
 
 
-def _share(places: Sequence[str], lines: Recordings) -> str:
+def _share(places: Sequence[str], lines: Lines) -> str:
     count = f"{len(places)} of {lines.count}" + ("" if lines.complete else " (the first that were read)")
     return f"{count} lines {'is' if len(places) == 1 else 'are'}"

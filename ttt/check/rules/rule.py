@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ttt.check.estimate import Estimate, estimate
-from ttt.check.recordings import Recordings, read_recordings
+from ttt.check.recordings import Lines, Recordings, read_lines_of, read_recordings
 from ttt.config.schema import RunConfig
 from ttt.errors import EnvironmentProblem
 from ttt.plugins.rules import rule
@@ -48,6 +48,7 @@ class Context:
     training: bool = True
     """Whether the config is for training. If not, its tasks are not listed: the command that measures them does."""
     _recordings: dict[str, Recordings | None] = field(default_factory=dict)
+    _lines: dict[str, Lines | None] = field(default_factory=dict)
 
     @property
     def backbone(self) -> Backbone:
@@ -84,6 +85,15 @@ class Context:
         if form is not None and key not in self._recordings:
             self._recordings[key] = read_recordings(getattr(self.config.data, key), beside=form.beside)
         return self._recordings.get(key)
+
+    def lines(self, key: str) -> Lines | None:
+        """The lines of that data, whether they name recordings or hold the data themselves."""
+        form = self.facts.lines
+        if form is None:
+            return self.recordings(key)
+        if key not in self._lines:
+            self._lines[key] = read_lines_of(getattr(self.config.data, key), form)
+        return self._lines[key]
 
     @functools.cached_property
     def start(self) -> AdapterInfo | EnvironmentProblem | None:
