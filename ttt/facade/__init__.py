@@ -6,8 +6,11 @@
     attached.py       what a model with TTT remembers of itself
     injecting.py      TTT put into a model whose own parameters are frozen
     counting.py       how many parameters are trained, and whose they are
-    saving.py         the files of a model with TTT
-    loading.py        reading them again
+    options.py        what users of transformers and PEFT give to `save_pretrained`
+    saving.py         the files of a model with TTT; loading.py reads them again
+    card.py           the model card beside them; figures.py, what was measured
+    hub.py            the hub of Hugging Face
+    peft_configs.py   PEFT around a model that has TTT already
 
 The model stays what it is: an instance of a subclass of its own class, whose parameters keep their names.
 """
@@ -18,12 +21,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ttt.facade.card import model_card
     from ttt.facade.model import TTTModel
     from ttt.facade.wrapping import get_ttt_model
 
-__all__ = ["TTTModel", "get_ttt_model"]
+__all__ = ["TTTModel", "get_ttt_model", "model_card"]
 
-_EXPORTS = {"TTTModel": "ttt.facade.model", "get_ttt_model": "ttt.facade.wrapping"}
+_EXPORTS = {
+    "TTTModel": "ttt.facade.model",
+    "get_ttt_model": "ttt.facade.wrapping",
+    "model_card": "ttt.facade.card",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ttt.errors import UsageError
+from ttt.eval.unchanged import weight_versions
 from ttt.inject import Injection
 
 _KEY = "_ttt_attached"
@@ -23,21 +25,68 @@ class Attached:
     injection: Injection
     model: nn.Module
     """The model in which the sites are; inside PEFT's wrapper, if there is one."""
+    kind: type[nn.Module]
+    """Its own class."""
     backbone: Mapping[str, Any]
     """What adapter files say of the model."""
     flags: list[tuple[nn.Parameter, bool]]
     """The backbone's parameters with the `requires_grad` that they had."""
-    before: dict[str, Tensor] = field(default_factory=dict)
-    """Values of backbone parameters that a file of trained ones has replaced, by name."""
+    is_trainable: bool = True
+    """Whether the adapters are to be trained."""
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    """What backbone parameters were before a file of trained ones was loaded, by name."""
     training: dict[str, Any] = field(default_factory=dict)
-    """What the file that was loaded says of its training."""
+    """What adapter files say of its training."""
+    measured: Measured | None = None
+    """Figures of the run that it was loaded from."""
     wrapper: nn.Module | None = None
-    """PEFT's wrapper, if it is a model with TTT too."""
+    """PEFT's wrapper, if it is a `TTTModel` too."""
+    wrapper_kind: type[nn.Module] | None = None
+    """The wrapper's own class."""
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapters' parameters by name in the model."""
         adapters = tuple(f"{name}." for name in self.injection.adapters)
         return {name: value for name, value in self.model.named_parameters() if name.startswith(adapters)}
+
+    def train_adapters(self) -> None:
+        """Thaw the adapters, which PEFT freezes with all that is not its own, if they are to be trained."""
+        for parameter in self.adapter_parameters().values():
+            parameter.requires_grad_(self.is_trainable)
+
+    def trained_backbone(self) -> dict[str, nn.Parameter]:
+        """The backbone's own parameters that are trained too, or were before; PEFT saves those that it trains."""
+        own = set(map(id, self.adapter_parameters().values()))
+        beside = beside_peft(self.model)
+        return {
+            name: value
+            for name, value in self.model.named_parameters()
+            if id(value) not in own and (name in self.replaced or (value.requires_grad and not beside))
+        }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures of a model, which hold as long as no weight of it is changed."""
+
+    lines: tuple[str, ...]
+    """For a model card, as Markdown."""
+    versions: Mapping[str, int]
+    """How often each weight had been written to when the figures' model was loaded."""
+
+    def still_of(self, model: nn.Module) -> bool:
+        """Whether the figures are this model's."""
+        return weight_versions(model) == self.versions
+
+
+def beside_peft(model: nn.Module) -> str | None:
+    """What PEFT has put into a model, as "LORA"; None if nothing."""
+    wrapped = any("base_layer" in module._modules for module in model.modules())
+    configs = getattr(model, "peft_config", None)
+    if not wrapped or not isinstance(configs, Mapping):
+        return None
+    kinds = {getattr(each.peft_type, "value", each.peft_type) for each in configs.values()}
+    return "+".join(sorted(map(str, kinds)))
 
 
 def attached_to(model: nn.Module) -> Attached:
@@ -57,16 +106,38 @@ def is_attached(model: nn.Module) -> bool:
     return _KEY in vars(model)
 
 
-def attach(model: nn.Module, attached: Attached, mixin: type[nn.Module]) -> None:
-    """Make a model an instance of a subclass of its own class that is a `mixin` too."""
-    model.__class__ = _with(type(model), mixin)
-    vars(model)[_KEY] = attached
+def attach(attached: Attached, mixin: type[nn.Module]) -> None:
+    """Make its model an instance of a subclass of its own class that is a `mixin` too."""
+    attached.model.__class__ = _with(attached.kind, mixin)
+    vars(attached.model)[_KEY] = attached
 
 
-def detach(model: nn.Module) -> None:
-    """Undo `attach`."""
-    del vars(model)[_KEY]
-    model.__class__ = type(model).__mro__[2]
+def attach_wrapper(attached: Attached, wrapper: nn.Module, mixin: type[nn.Module]) -> None:
+    """The same for PEFT's wrapper around it."""
+    attached.wrapper, attached.wrapper_kind = wrapper, type(wrapper)
+    wrapper.__class__ = _with(type(wrapper), mixin)
+
+
+def detach(attached: Attached) -> nn.Module:
+    """Undo both; returns the outermost model."""
+    vars(attached.model).pop(_KEY, None)
+    attached.model.__class__ = attached.kind
+    if attached.wrapper is None or attached.wrapper_kind is None:
+        return attached.model
+    attached.wrapper.__class__ = attached.wrapper_kind
+    return attached.wrapper
+
+
+def restore(attached: Attached) -> None:
+    """Take the adapters out, and give the backbone's parameters their flags and values back."""
+    attached.injection.eject()
+    if not beside_peft(attached.model):  # what PEFT has frozen stays so
+        for parameter, flag in attached.flags:
+            parameter.requires_grad_(flag)
+    own = dict(attached.model.named_parameters())
+    with torch.no_grad():
+        for name, value in attached.replaced.items():
+            own[name].copy_(value)
 
 
 def _with(kind: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:

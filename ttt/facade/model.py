@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 
 from ttt.adapter import gates_closed
 from ttt.config import TTTConfig
 from ttt.errors import UsageError
-from ttt.facade.attached import Attached, attach, attached_to, detach
+from ttt.facade.attached import Attached, attach, attach_wrapper, attached_to, detach, restore
 from ttt.facade.counting import count, trainable_in_words
-from ttt.facade.loading import load
-from ttt.facade.recognising import inner_model
-from ttt.facade.saving import save
+from ttt.facade.hub import fetched, pushed
+from ttt.facade.loading import load, place_of, require_nothing_attached
+from ttt.facade.options import SaveOptions, read_options
+from ttt.facade.peft_configs import release, wrapped_by_peft
+from ttt.facade.recognising import inner_model, is_peft_model
+from ttt.facade.saving import BESIDE_PEFT, as_path, save
 from ttt.inject import Injection
 
 
@@ -31,7 +34,7 @@ class TTTModel(nn.Module):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Refuse to be made from nothing."""
-        if cls is TTTModel:
+        if cls in (TTTModel, TTTPeftModel):
             raise UsageError("a TTTModel is made by ttt.get_ttt_model(model, config) or TTTModel.from_pretrained")
         return super().__new__(cls)
 
@@ -43,7 +46,7 @@ class TTTModel(nn.Module):
     @property
     def ttt_config(self) -> TTTConfig:
         """The settings of its TTT."""
-        return self.injection.config
+        return self._attached().injection.config
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many values are trained, and how many there are."""
@@ -51,23 +54,74 @@ class TTTModel(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         """Print how much is trained, what that is, and that the rest is frozen."""
-        adapters = self._attached().adapter_parameters().values()
-        print(trainable_in_words(self, adapters, len(self.injection.adapters)))
+        attached = self._attached()
+        adapters = attached.adapter_parameters().values()
+        print(trainable_in_words(self, adapters, len(attached.injection.adapters)))
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Run with the gates closed: bit for bit the model that `get_ttt_model` was given.
+        """Run with the gates closed: bit for bit the model that `get_ttt_model` was given, LoRA included.
 
-        What PEFT has put into that model stays. A cache that was filled before is refused inside, and one that is
-        filled inside is refused after it.
+        Backbone parameters that were trained along keep their values. A cache that was filled before is refused inside,
+        and one that is filled inside is refused after it.
         """
         self._attached()
         with gates_closed(self):
             yield
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write the adapter's files, and none of the backbone's weights; see `ttt.facade.saving.save`."""
-        save(self._attached(), save_directory, options)
+        """Write the adapter's files and a model card, and none of the backbone's frozen weights.
+
+        Args:
+            save_directory: made if need be.
+            options: `is_main_process`, `state_dict`, `push_to_hub` and what goes with that, as `transformers` has them.
+                What says there how a backbone's weights are written (`save_function`, `max_shard_size`) has no effect.
+
+        Raises:
+            UsageError: an option is unknown or cannot be honoured.
+            EnvironmentProblem: the disk is full or cannot be written.
+        """
+        attached, folder = self._attached(), as_path(save_directory)
+        chosen = read_options(options, beside_peft=False)
+        save(attached, folder, chosen)
+        self._push_if_asked(folder, chosen)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Write the adapter's files and its model card into a repository of the hub; returns the address.
+
+        Args:
+            repo_id: of the repository, which is made if need be.
+            commit_message: of the commit.
+            commit_description: of the commit.
+            private: whether a new repository is private.
+            token: as `hf auth login` keeps one, if none is given.
+            revision: branch to push to.
+            create_pr: open a pull request instead.
+
+        Raises:
+            EnvironmentProblem: the hub cannot be reached, or does not take it.
+        """
+        options = {
+            "commit_message": commit_message,
+            "commit_description": commit_description,
+            "private": private,
+            "token": token,
+            "revision": revision,
+            "create_pr": create_pr,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return pushed(Path(folder), repo_id, options)
 
     @classmethod
     def from_pretrained(
@@ -75,9 +129,12 @@ class TTTModel(nn.Module):
     ) -> Any:
         """Put the TTT of an adapter's files into a model, in place; the model is returned.
 
+        If PEFT's files are in the folder too, and the model has no LoRA yet, they are loaded first, and PEFT's wrapper
+        is returned.
+
         Args:
             base: the backbone that it was trained on, plain.
-            name: folder of `save_pretrained`, of an adapter or a run; or the id of a repository on the hub.
+            name: folder of `save_pretrained`, of an adapter or a run; or the name of a repository on the hub.
             revision: branch, tag or commit there.
             is_trainable: train it further; else everything is frozen.
 
@@ -86,15 +143,32 @@ class TTTModel(nn.Module):
             AdapterFileError: it is missing or damaged.
             EnvironmentProblem: the hub cannot be reached, or has no such repository.
         """
-        attached = load(base, name, revision=revision, is_trainable=is_trainable)
-        return as_ttt_model(attached)
+        model = require_nothing_attached(base)
+        folder, of_peft = place_of(fetched(name, revision))
+        if of_peft is None or is_peft_model(model):
+            return as_ttt_model(load(model, folder, is_trainable=is_trainable), model)
+        return _loaded_with_peft(model, folder, of_peft, is_trainable=is_trainable)
 
     def unload(self) -> Any:
         """Take TTT out again; returns the model as it was before, of its own class."""
-        return unload(self._attached())
+        attached = self._attached()
+        release(attached.model)
+        outermost = detach(attached)
+        restore(attached)
+        return outermost
 
     def _attached(self) -> Attached:
         return attached_to(inner_model(self))
+
+    def _push_if_asked(self, folder: Path, chosen: SaveOptions) -> None:
+        if chosen.push_to_hub and chosen.is_main_process:
+            pushing = dict(chosen.pushing)
+            pushed(folder, pushing.pop("repo_id", None) or folder.resolve().name, pushing)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "peft_config":
+            wrapped_by_peft(attached_to(self), value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         made = type(self).__new__(type(self))
@@ -109,34 +183,78 @@ class TTTModel(nn.Module):
         )
 
 
-def as_ttt_model(attached: Attached) -> Any:
-    """Make the model of an injection a `TTTModel`; if that fails, TTT is taken out again."""
+class TTTPeftModel(TTTModel):
+    """PEFT's wrapper around a model with TTT: both are trained, saved and loaded."""
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write PEFT's files as PEFT does, and TTT's in the folder `ttt` among them; see `TTTModel.save_pretrained`."""
+        attached, folder = self._attached(), as_path(save_directory)
+        chosen = read_options(options, beside_peft=True)
+        if BESIDE_PEFT in getattr(self, "peft_config", {}):
+            raise UsageError(f"PEFT's adapter {BESIDE_PEFT!r} is saved where TTT's files go; give it another name")
+        super(TTTModel, self).save_pretrained(  # type: ignore[misc]
+            str(folder), is_main_process=chosen.is_main_process, state_dict=chosen.state_dict, **chosen.of_peft
+        )
+        save(attached, folder / BESIDE_PEFT, chosen)
+        self._push_if_asked(folder, chosen)
+
+    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **options: Any) -> Any:
+        """Load PEFT's adapter and, if it is there, the TTT that was saved with it."""
+        attached = self._attached()
+        result = self._keeping_ttt("load_adapter", model_id, adapter_name, *args, **options)
+        folder, _ = place_of(Path(model_id))
+        if folder != Path(model_id):
+            load_into(attached, folder)
+        return result
+
+    def add_adapter(self, *args: Any, **options: Any) -> Any:
+        """Add an adapter of PEFT, which would freeze TTT."""
+        return self._keeping_ttt("add_adapter", *args, **options)
+
+    def _keeping_ttt(self, method: str, *args: Any, **options: Any) -> Any:
+        flags = [(each, each.requires_grad) for each in self._attached().adapter_parameters().values()]
+        try:
+            return getattr(super(TTTModel, self), method)(*args, **options)
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super(TTTModel, self).__setattr__(name, value)
+
+
+def load_into(attached: Attached, folder: Path) -> None:
+    """Load an adapter's files into the TTT that is there."""
+    from ttt.adapter_file import load_adapter
+
+    load_adapter(folder, attached.model, injection=attached.injection)
+
+
+def as_ttt_model(attached: Attached, given: nn.Module) -> Any:
+    """Make a model a `TTTModel`, and PEFT's wrapper too if that is what was given; if that fails, TTT is taken out."""
     try:
-        attach(attached.model, attached, TTTModel)
+        attach(attached, TTTModel)
+        return given if given is attached.model else wrapper_as_ttt_model(attached, given)
     except BaseException:
+        detach(attached)
         restore(attached)
         raise
-    return attached.model
 
 
-def unload(attached: Attached) -> nn.Module:
-    """Take TTT out of a model, which becomes what it was."""
-    detach(attached.model)
-    restore(attached)
-    return attached.model
+def wrapper_as_ttt_model(attached: Attached, wrapper: nn.Module) -> Any:
+    """Make PEFT's wrapper a `TTTModel`; the model inside is one."""
+    release(attached.model)  # the wrapper saves both itself
+    attach_wrapper(attached, wrapper, TTTPeftModel)
+    attached.train_adapters()
+    return wrapper
 
 
-def restore(attached: Attached) -> None:
-    """Take the adapters out and give the backbone's parameters their flags and values back."""
-    attached.injection.eject()
-    for parameter, flag in attached.flags:
-        parameter.requires_grad_(flag)
-    put_back(attached.model, attached.before)
+def _loaded_with_peft(base: nn.Module, folder: Path, of_peft: Path, *, is_trainable: bool) -> Any:
+    from peft import PeftModel
 
-
-def put_back(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Copy values into parameters of a model."""
-    own = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in values.items():
-            own[name].copy_(value)
+    wrapper = PeftModel.from_pretrained(base, str(of_peft), is_trainable=is_trainable)
+    try:
+        return as_ttt_model(load(wrapper, folder, is_trainable=is_trainable), wrapper)
+    except BaseException:
+        wrapper.unload()
+        raise

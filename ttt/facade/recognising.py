@@ -66,16 +66,31 @@ def recognise(model: nn.Module, sites: Sequence[Site] | None) -> Recognised:
 
 
 def described(model: nn.Module) -> dict[str, Any]:
-    """What an adapter file says of a model that no config describes. No path and no revision is compared by it."""
-    config = getattr(model, "config", None)
+    """What an adapter file says of a model that no config describes: what the plugin `transformers` says of it."""
     if not is_transformers_model(model):
         return {"name": type(model).__name__}
+    return {"name": "transformers", "attention_window": None, "attention_sinks": 0}
+
+
+def origin(model: nn.Module) -> dict[str, Any]:
+    """Where a model of `transformers` comes from, for people: nothing is compared by a path or a commit."""
+    if not is_transformers_model(model):
+        return {}
+    config = getattr(model, "config", None)
     found = {
-        "model": getattr(model, "name_or_path", None) or None,
-        "revision": getattr(config, "_commit_hash", None),
-        "architecture": getattr(config, "model_type", None),
+        "repository": getattr(model, "name_or_path", None) or None,
+        "commit": getattr(config, "_commit_hash", None),
     }
-    return {"name": "transformers", **{key: value for key, value in found.items() if value is not None}}
+    return {
+        "architecture": architecture(model),
+        "provenance": {key: value for key, value in found.items() if isinstance(value, str)},
+    }
+
+
+def architecture(model: nn.Module) -> str | None:
+    """What `transformers` calls the model's architecture; None for others."""
+    found = getattr(getattr(model, "config", None), "model_type", None)
+    return found if is_transformers_model(model) and isinstance(found, str) else None
 
 
 def _of_a_plugin(model: nn.Module, refusals: list[str]) -> Recognised:
