@@ -118,14 +118,12 @@ def attach_wrapper(attached: Attached, wrapper: nn.Module, mixin: type[nn.Module
     wrapper.__class__ = _with(type(wrapper), mixin)
 
 
-def detach(attached: Attached) -> nn.Module:
-    """Undo both; returns the outermost model."""
+def detach(attached: Attached) -> None:
+    """Undo both."""
     vars(attached.model).pop(_KEY, None)
     attached.model.__class__ = attached.kind
-    if attached.wrapper is None or attached.wrapper_kind is None:
-        return attached.model
-    attached.wrapper.__class__ = attached.wrapper_kind
-    return attached.wrapper
+    if attached.wrapper is not None and attached.wrapper_kind is not None:
+        attached.wrapper.__class__ = attached.wrapper_kind
 
 
 def restore(attached: Attached) -> None:
@@ -140,9 +138,30 @@ def restore(attached: Attached) -> None:
             own[name].copy_(value)
 
 
+def own_class(model: nn.Module) -> Any:
+    """What a `TTTModel` was before."""
+    kind: Any = type(model)
+    return kind._ttt_own_class
+
+
 def _with(kind: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
-    """Made once, and called like the class itself: transformers looks models up by the names of their classes."""
+    """Made once, and called like the class itself: transformers looks models up by the names of their classes.
+
+    Python changes an object's class only to one of the same layout, which a subclass has whose first base is the class.
+    So what the mixin defines is given to the subclass itself, or the model's own methods would come before it.
+    """
     if (kind, mixin) not in _MADE:
-        body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        _MADE[kind, mixin] = cast("type[nn.Module]", type(kind.__name__, (mixin, kind), body))
+        body: dict[str, Any] = {}
+        for each in reversed(mixin.__mro__):
+            if issubclass(each, nn.Module) and each is not nn.Module:
+                body |= {name: value for name, value in vars(each).items() if name not in _OF_EVERY_CLASS}
+        body |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        metaclass: Any = type(kind)
+        made = metaclass(kind.__name__, (kind, mixin), {**body, "_ttt_own_class": kind})
+        _MADE[kind, mixin] = cast("type[nn.Module]", made)
     return _MADE[kind, mixin]
+
+
+_OF_EVERY_CLASS = frozenset(
+    {"__new__", "__dict__", "__weakref__", "__annotations__", "__annotate__", "__firstlineno__"}
+)

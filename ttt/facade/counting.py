@@ -50,12 +50,10 @@ def _of_ours(trained: int, total: int) -> str:
 
 def _of_others(others: dict[str, int]) -> list[str]:
     """What is trained beside TTT: that of PEFT, known by its names, and the backbone's own."""
-    told = []
-    for what, names in (
-        ("LoRA", [name for name in others if "lora_" in name]),
-        ("the backbone's own", [name for name in others if "lora_" not in name]),
-    ):
-        if names:
-            listed = ", ".join(first_entries(names, 3))
-            told.append(f"also trained, {what}: {sum(others[name] for name in names):,} ({listed})")
+    of_lora = sum(size for name, size in others.items() if "lora_" in name)
+    own = {name: size for name, size in others.items() if "lora_" not in name}
+    told = [f"also trained: {of_lora:,} of LoRA"] if of_lora else []
+    if own:
+        listed = ", ".join(first_entries(list(own), 3))
+        told.append(f"also trained: {sum(own.values()):,} of the backbone ({listed})")
     return told

@@ -14,25 +14,22 @@ from ttt.facade.recognising import Recognised, origin
 from ttt.inject import Injection
 
 
-def inject_frozen(
-    model: nn.Module, found: Recognised, config: TTTConfig, *, causal: bool, seed: int, wrapped: bool
-) -> Attached:
+def inject_frozen(model: nn.Module, found: Recognised, config: TTTConfig, *, seed: int, wrapped: bool) -> Attached:
     """Inject TTT and freeze the model's own parameters.
 
     Args:
         model: the model of the sites.
         found: what is known of it.
         config: the settings of TTT.
-        causal: whether it is.
         seed: of the adapters.
         wrapped: whether PEFT has wrapped it, and says what of it is trained.
 
     Raises:
         InjectionError: the settings do not fit the model, or name no layer; it is unchanged.
     """
-    if not inject.plan(found.sites, config, causal=causal, model=model).sites:
+    if not inject.plan(found.sites, config, causal=found.causal, model=model).sites:
         raise InjectionError(f"ttt.layers: {config.layers!r} names no layer, so there would be no TTT in the model")
-    injection = inject.apply(model, found.sites, config, causal=causal, seed=seed)
+    injection = inject.apply(model, found.sites, config, causal=found.causal, seed=seed)
     return frozen(model, injection, found, wrapped=wrapped)
 
 

@@ -15,7 +15,7 @@ from ttt.eval.unchanged import weight_versions
 from ttt.facade.attached import Attached, Measured, beside_peft, is_attached
 from ttt.facade.figures import figures
 from ttt.facade.injecting import frozen
-from ttt.facade.recognising import architecture, inner_model, is_peft_model, recognise, require_a_plain_model
+from ttt.facade.recognising import Recognised, architecture, inner_model, is_peft_model, require_a_plain_model
 from ttt.facade.saving import BESIDE_PEFT
 
 
@@ -26,7 +26,7 @@ def place_of(folder: Path) -> tuple[Path, Path | None]:
     return folder / BESIDE_PEFT, folder if (folder / CONFIG).is_file() else None
 
 
-def load(base: nn.Module, folder: Path, *, is_trainable: bool) -> Attached:
+def load(base: nn.Module, folder: Path, found: Recognised, *, is_trainable: bool) -> Attached:
     """Inject what the files say into a plain model, and freeze the rest.
 
     Raises:
@@ -35,7 +35,6 @@ def load(base: nn.Module, folder: Path, *, is_trainable: bool) -> Attached:
     """
     inner = inner_model(base)
     info = read_info(folder)
-    found = recognise(inner, None)
     _require_same_kind(info, inner)
     before = _values(inner, info)
     injection = load_adapter(info.path, inner, sites=found.sites, causal=found.causal)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,15 +13,16 @@ from torch import nn
 from ttt.adapter import gates_closed
 from ttt.config import TTTConfig
 from ttt.errors import UsageError
-from ttt.facade.attached import Attached, attach, attach_wrapper, attached_to, detach, restore
+from ttt.facade.attached import Attached, attach, attach_wrapper, attached_to, detach, is_attached, own_class, restore
 from ttt.facade.counting import count, trainable_in_words
 from ttt.facade.hub import fetched, pushed
 from ttt.facade.loading import load, place_of, require_nothing_attached
 from ttt.facade.options import SaveOptions, read_options
-from ttt.facade.peft_configs import release, wrapped_by_peft
-from ttt.facade.recognising import inner_model, is_peft_model
+from ttt.facade.peft_configs import keep_out_of_ttt, release, wrapped_by_peft
+from ttt.facade.recognising import inner_model, is_peft_model, recognise
 from ttt.facade.saving import BESIDE_PEFT, as_path, save
 from ttt.inject import Injection
+from ttt.plugins import Site
 
 
 class TTTModel(nn.Module):
@@ -125,7 +125,14 @@ class TTTModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, base: nn.Module, name: str | Path, *, revision: str | None = None, is_trainable: bool = False
+        cls,
+        base: nn.Module,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        is_trainable: bool = False,
+        sites: Sequence[Site] | None = None,
+        causal: bool | None = None,
     ) -> Any:
         """Put the TTT of an adapter's files into a model, in place; the model is returned.
 
@@ -137,6 +144,8 @@ class TTTModel(nn.Module):
             name: folder of `save_pretrained`, of an adapter or a run; or the name of a repository on the hub.
             revision: branch, tag or commit there.
             is_trainable: train it further; else everything is frozen.
+            sites: as `get_ttt_model` has them.
+            causal: as `get_ttt_model` has it.
 
         Raises:
             AdapterMismatchError: it belongs to another model; the message names each difference.
@@ -145,17 +154,18 @@ class TTTModel(nn.Module):
         """
         model = require_nothing_attached(base)
         folder, of_peft = place_of(fetched(name, revision))
+        found = recognise(inner_model(model), sites, causal)
         if of_peft is None or is_peft_model(model):
-            return as_ttt_model(load(model, folder, is_trainable=is_trainable), model)
+            return as_ttt_model(load(model, folder, found, is_trainable=is_trainable), model)
         return _loaded_with_peft(model, folder, of_peft, is_trainable=is_trainable)
 
     def unload(self) -> Any:
         """Take TTT out again; returns the model as it was before, of its own class."""
         attached = self._attached()
         release(attached.model)
-        outermost = detach(attached)
+        detach(attached)
         restore(attached)
-        return outermost
+        return self
 
     def _attached(self) -> Attached:
         return attached_to(inner_model(self))
@@ -166,21 +176,33 @@ class TTTModel(nn.Module):
             pushed(folder, pushing.pop("repo_id", None) or folder.resolve().name, pushing)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "peft_config":
+        own_class(self).__setattr__(self, name, value)
+        if name == "peft_config" and is_attached(self):
             wrapped_by_peft(attached_to(self), value)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        made = type(self).__new__(type(self))
-        memo[id(self)] = made
-        made.__setstate__(copy.deepcopy(vars(self), memo))
-        return made
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # For `copy`. A `__deepcopy__` would be found through PEFT's wrapper, and copy this model in its place.
+        return _made_of, (_Copied(type(self)),), vars(self)
+
+
+class _Copied:
+    """The class of a copy; it can be copied, but not pickled, for it is made anew in each process."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        self.kind = kind
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Copied:
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UsageError(
-            f"a {type(self).__name__} with TTT is not pickled; write model.save_pretrained(folder), or keep "
+            f"a {self.kind.__name__} with TTT is not pickled; write model.save_pretrained(folder), or keep "
             f"model.state_dict()"
         )
+
+
+def _made_of(copied: _Copied) -> nn.Module:
+    return copied.kind.__new__(copied.kind)
 
 
 class TTTPeftModel(TTTModel):
@@ -192,8 +214,8 @@ class TTTPeftModel(TTTModel):
         chosen = read_options(options, beside_peft=True)
         if BESIDE_PEFT in getattr(self, "peft_config", {}):
             raise UsageError(f"PEFT's adapter {BESIDE_PEFT!r} is saved where TTT's files go; give it another name")
-        super(TTTModel, self).save_pretrained(  # type: ignore[misc]
-            str(folder), is_main_process=chosen.is_main_process, state_dict=chosen.state_dict, **chosen.of_peft
+        own_class(self).save_pretrained(
+            self, str(folder), is_main_process=chosen.is_main_process, state_dict=chosen.state_dict, **chosen.of_peft
         )
         save(attached, folder / BESIDE_PEFT, chosen)
         self._push_if_asked(folder, chosen)
@@ -212,15 +234,14 @@ class TTTPeftModel(TTTModel):
         return self._keeping_ttt("add_adapter", *args, **options)
 
     def _keeping_ttt(self, method: str, *args: Any, **options: Any) -> Any:
-        flags = [(each, each.requires_grad) for each in self._attached().adapter_parameters().values()]
+        attached = self._attached()
+        flags = [(each, each.requires_grad) for each in attached.adapter_parameters().values()]
         try:
-            return getattr(super(TTTModel, self), method)(*args, **options)
+            return getattr(own_class(self), method)(self, *args, **options)
         finally:
+            keep_out_of_ttt(attached)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super(TTTModel, self).__setattr__(name, value)
 
 
 def load_into(attached: Attached, folder: Path) -> None:
@@ -244,6 +265,7 @@ def as_ttt_model(attached: Attached, given: nn.Module) -> Any:
 def wrapper_as_ttt_model(attached: Attached, wrapper: nn.Module) -> Any:
     """Make PEFT's wrapper a `TTTModel`; the model inside is one."""
     release(attached.model)  # the wrapper saves both itself
+    keep_out_of_ttt(attached)
     attach_wrapper(attached, wrapper, TTTPeftModel)
     attached.train_adapters()
     return wrapper
@@ -254,7 +276,8 @@ def _loaded_with_peft(base: nn.Module, folder: Path, of_peft: Path, *, is_traina
 
     wrapper = PeftModel.from_pretrained(base, str(of_peft), is_trainable=is_trainable)
     try:
-        return as_ttt_model(load(wrapper, folder, is_trainable=is_trainable), wrapper)
+        found = recognise(inner_model(wrapper), None, None)
+        return as_ttt_model(load(wrapper, folder, found, is_trainable=is_trainable), wrapper)
     except BaseException:
         wrapper.unload()
         raise

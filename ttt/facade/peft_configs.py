@@ -31,11 +31,26 @@ class _SavesTTT:
         super().save_pretrained(save_directory, **options)  # type: ignore[misc]
         model = self.ttt_model()
         if model is not None and is_attached(model):
+            keep_out_of_ttt(attached_to(model))  # of a second adapter
             save(attached_to(model), Path(save_directory) / BESIDE_PEFT, SaveOptions())
+
+
+def keep_out_of_ttt(attached: Attached) -> None:
+    """Take out again what PEFT has put into TTT's own matrices.
+
+    They are called as a backbone's are, `q_proj`, so that PEFT finds them too. But they are trained as they are, and
+    their files hold no LoRA.
+    """
+    for adapter in attached.injection.adapters.values():
+        for module in list(adapter.modules()):
+            for name, child in list(module.named_children()):
+                if "base_layer" in child._modules:
+                    setattr(module, name, child.get_base_layer())  # type: ignore[operator]
 
 
 def wrapped_by_peft(attached: Attached, configs: object) -> None:
     """What follows once PEFT has wrapped a model with TTT: TTT is trained still, and saved with the rest."""
+    keep_out_of_ttt(attached)
     attached.train_adapters()
     if isinstance(configs, Mapping):
         for config in configs.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -43,15 +43,23 @@ def inner_model(model: nn.Module) -> nn.Module:
     return inner
 
 
-def recognise(model: nn.Module, sites: Sequence[Site] | None) -> Recognised:
+def recognise(model: nn.Module, sites: Sequence[Site] | None, causal: bool | None) -> Recognised:
     """Find the sites of a model, unless its caller gives them.
+
+    Args:
+        model: without PEFT's wrapper.
+        sites: what the caller gives.
+        causal: what the caller says; None is what is known with the sites. Of given ones nothing is known: then the
+            strict answer is taken, that lets no token see a later one.
 
     Raises:
         InjectionError: the model is not understood, or two plugins take it for theirs; the message says what was tried.
     """
-    if sites is not None:
-        # Whether an unknown backbone is causal is not known; the strict answer lets no token see a later one.
-        return Recognised(sites, True, described(model))
+    found = _found(model) if sites is None else Recognised(sites, True, described(model))
+    return found if causal is None else replace(found, causal=causal)
+
+
+def _found(model: nn.Module) -> Recognised:
     refusals = []
     if is_transformers_model(model):
         from ttt.hf import causal_lm_sites

@@ -45,10 +45,9 @@ def get_ttt_model(
         raise UsageError(f"config must be a ttt.TTTConfig, not {type(config).__name__}")
     if is_attached(inner):
         return _lifted(model, inner, config, sites)
-    found = recognise(inner, sites)
+    found = recognise(inner, sites, causal)
     settings = TTTConfig.model_validate(dict(found.defaults)) if config is None else config
-    causal = found.causal if causal is None else causal
-    attached = inject_frozen(inner, found, settings, causal=causal, seed=seed, wrapped=inner is not model)
+    attached = inject_frozen(inner, found, settings, seed=seed, wrapped=inner is not model)
     return as_ttt_model(attached, model)
 
 
