@@ -171,6 +171,22 @@ def test_wrong_calls_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="PEFT's adapter 'ttt' is saved where TTT's files go"):
         ttt.get_ttt_model(named, MIDDLE).save_pretrained(tmp_path)
     added = small_llama()
-    added.add_adapter(_lora())
+    added._hf_peft_config_loaded = True  # as add_adapter leaves it
     with pytest.raises(UsageError, match=r"got its LoRA by model\.add_adapter"):
         ttt.get_ttt_model(added, MIDDLE)
+    later = ttt.get_ttt_model(small_llama(), MIDDLE)
+    later._hf_peft_config_loaded = True
+    with pytest.raises(UsageError, match=r"got its LoRA by model\.add_adapter"):
+        later.save_pretrained(tmp_path)
+
+
+def test_pefts_own_wrapper_says_that_it_loads_its_part_alone(tmp_path: Path) -> None:
+    model = _ttt_first()
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="leaves TTT as it is; to load both"):
+        model.load_adapter(str(tmp_path), "default")
+    lifted, expected = ttt.get_ttt_model(_ttt_first()), logits(model, some_tokens())
+    opened(lifted)
+    lifted.load_adapter(str(tmp_path), "default", is_trainable=True)  # without a warning, which would be an error
+    assert torch.equal(logits(lifted, some_tokens()), expected)
+    assert _trained(lifted) == {"lora", "ttt"}

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ttt.errors import UsageError
 from ttt.eval.unchanged import weight_versions
@@ -43,6 +44,8 @@ class Attached:
     """PEFT's wrapper, if it is a `TTTModel` too."""
     wrapper_kind: type[nn.Module] | None = None
     """The wrapper's own class."""
+    guard: RemovableHandle | None = None
+    """Of the hook that warns if a wrapper of PEFT's own loads its part alone."""
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapters' parameters by name in the model."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ttt.adapter_file import CONFIG, MODEL, AdapterInfo, load_adapter, read_info, trained_backbone
+from ttt.adapter_file import CONFIG, FORMAT, MODEL, AdapterInfo, load_adapter, read_info, trained_backbone
 from ttt.errors import AdapterMismatchError, DamagedFileWarning, EnvironmentProblem, UsageError
 from ttt.eval.unchanged import weight_versions
 from ttt.facade.attached import Attached, Measured, beside_peft, is_attached
@@ -17,13 +17,31 @@ from ttt.facade.figures import figures
 from ttt.facade.injecting import frozen
 from ttt.facade.recognising import Recognised, architecture, inner_model, is_peft_model, require_a_plain_model
 from ttt.facade.saving import BESIDE_PEFT
+from ttt.files import read_header
+
+
+def holds_ttt(folder: Path) -> bool:
+    """Whether a folder holds an adapter of TTT; PEFT's are in files of the same names."""
+    try:
+        return (folder / MODEL).is_file() and read_header(folder / MODEL).metadata.get("format") == FORMAT
+    except EnvironmentProblem:
+        return False
 
 
 def place_of(folder: Path) -> tuple[Path, Path | None]:
     """Where TTT's files are, and where PEFT's are beside them, if there are any."""
-    if not (folder / BESIDE_PEFT / MODEL).is_file():
+    if not holds_ttt(folder / BESIDE_PEFT):
         return folder, None
     return folder / BESIDE_PEFT, folder if (folder / CONFIG).is_file() else None
+
+
+def load_into(attached: Attached, folder: Path) -> None:
+    """Load an adapter's files into the TTT that is there already.
+
+    Raises:
+        AdapterMismatchError: they belong to something else; nothing was copied.
+    """
+    load_adapter(folder, attached.model, injection=attached.injection)
 
 
 def load(base: nn.Module, folder: Path, found: Recognised, *, is_trainable: bool) -> Attached:

@@ -16,10 +16,10 @@ from ttt.errors import UsageError
 from ttt.facade.attached import Attached, attach, attach_wrapper, attached_to, detach, is_attached, own_class, restore
 from ttt.facade.counting import count, trainable_in_words
 from ttt.facade.hub import fetched, pushed
-from ttt.facade.loading import load, place_of, require_nothing_attached
+from ttt.facade.loading import holds_ttt, load, load_into, place_of, require_nothing_attached
 from ttt.facade.options import SaveOptions, read_options
 from ttt.facade.peft_configs import keep_out_of_ttt, release, wrapped_by_peft
-from ttt.facade.recognising import inner_model, is_peft_model, recognise
+from ttt.facade.recognising import inner_model, is_peft_model, recognise, require_peft_outside
 from ttt.facade.saving import BESIDE_PEFT, as_path, save
 from ttt.inject import Injection
 from ttt.plugins import Site
@@ -83,6 +83,7 @@ class TTTModel(nn.Module):
         """
         attached, folder = self._attached(), as_path(save_directory)
         chosen = read_options(options, beside_peft=False)
+        require_peft_outside(self)
         save(attached, folder, chosen)
         self._push_if_asked(folder, chosen)
 
@@ -162,7 +163,7 @@ class TTTModel(nn.Module):
     def unload(self) -> Any:
         """Take TTT out again; returns the model as it was before, of its own class."""
         attached = self._attached()
-        release(attached.model)
+        release(attached)
         detach(attached)
         restore(attached)
         return self
@@ -221,12 +222,13 @@ class TTTPeftModel(TTTModel):
         self._push_if_asked(folder, chosen)
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **options: Any) -> Any:
-        """Load PEFT's adapter and, if it is there, the TTT that was saved with it."""
-        attached = self._attached()
+        """Load PEFT's adapter and, if it is there, the TTT that was saved with it; or a folder of TTT's alone."""
+        attached, folder = self._attached(), Path(model_id)
+        if holds_ttt(folder):  # a Trainer takes every folder below for an adapter of PEFT
+            return load_into(attached, folder)
         result = self._keeping_ttt("load_adapter", model_id, adapter_name, *args, **options)
-        folder, _ = place_of(Path(model_id))
-        if folder != Path(model_id):
-            load_into(attached, folder)
+        if holds_ttt(folder / BESIDE_PEFT):
+            load_into(attached, folder / BESIDE_PEFT)
         return result
 
     def add_adapter(self, *args: Any, **options: Any) -> Any:
@@ -244,13 +246,6 @@ class TTTPeftModel(TTTModel):
                 parameter.requires_grad_(flag)
 
 
-def load_into(attached: Attached, folder: Path) -> None:
-    """Load an adapter's files into the TTT that is there."""
-    from ttt.adapter_file import load_adapter
-
-    load_adapter(folder, attached.model, injection=attached.injection)
-
-
 def as_ttt_model(attached: Attached, given: nn.Module) -> Any:
     """Make a model a `TTTModel`, and PEFT's wrapper too if that is what was given; if that fails, TTT is taken out."""
     try:
@@ -264,7 +259,7 @@ def as_ttt_model(attached: Attached, given: nn.Module) -> Any:
 
 def wrapper_as_ttt_model(attached: Attached, wrapper: nn.Module) -> Any:
     """Make PEFT's wrapper a `TTTModel`; the model inside is one."""
-    release(attached.model)  # the wrapper saves both itself
+    release(attached)  # the wrapper saves both itself
     keep_out_of_ttt(attached)
     attach_wrapper(attached, wrapper, TTTPeftModel)
     attached.train_adapters()

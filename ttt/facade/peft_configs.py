@@ -7,6 +7,7 @@ writes TTT's files too, in a folder below.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +56,20 @@ def wrapped_by_peft(attached: Attached, configs: object) -> None:
     if isinstance(configs, Mapping):
         for config in configs.values():
             _make_saving(config, attached.model)
+    if attached.guard is None:
+        attached.guard = attached.model.register_load_state_dict_pre_hook(_warn_if_left_out)
+
+
+def _warn_if_left_out(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """PEFT's wrapper loads what is its own, and knows of no folder below."""
+    adapters = tuple(f"{prefix}{name}." for name in attached_to(module).injection.adapters)
+    if not any(name.startswith(adapters) for name in state_dict):
+        warnings.warn(
+            "PEFT loads its own weights into a model with TTT, and leaves TTT as it is; to load both, as a Trainer that "
+            "resumes has to, give it ttt.get_ttt_model(peft_model)",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _make_saving(config: Any, model: nn.Module) -> None:
@@ -67,9 +82,12 @@ def _make_saving(config: Any, model: nn.Module) -> None:
     config.ttt_model = weakref.ref(model)
 
 
-def release(model: nn.Module) -> None:
+def release(attached: Attached) -> None:
     """Make the configs what they were."""
-    configs = getattr(model, "peft_config", None)
+    if attached.guard is not None:
+        attached.guard.remove()
+        attached.guard = None
+    configs = getattr(attached.model, "peft_config", None)
     for config in configs.values() if isinstance(configs, Mapping) else ():
         if isinstance(config, _SavesTTT):
             del config.ttt_model

@@ -142,14 +142,23 @@ def require_a_plain_model(model: object) -> nn.Module:
         )
     if kind.__name__ == "PeftMixedModel":
         raise UsageError("PEFT can neither save nor load a PeftMixedModel; use peft.get_peft_model without mixed")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UsageError(
-            "this model got its LoRA by model.add_adapter, whose files TTT's would replace; use peft.get_peft_model "
-            "instead"
-        )
+    require_peft_outside(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UsageError("the model, or a part of it, is on the device meta and has no values; load its weights first")
     return model
+
+
+def require_peft_outside(model: nn.Module) -> None:
+    """Refuse LoRA that `transformers` has put into the model itself, for there is one place for both one's files.
+
+    Raises:
+        UsageError: there is some.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UsageError(
+            "this model got its LoRA by model.add_adapter, and would be saved without it; use peft.get_peft_model, "
+            "before or after TTT"
+        )
 
 
 def _with_type(value: object) -> str:
