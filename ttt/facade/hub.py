@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ttt.errors import EnvironmentProblem, TTTError, UsageError
+from ttt.errors import AdapterFileError, EnvironmentProblem, TTTError, UsageError
 from ttt.words import first_line
 
 _ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -32,7 +32,10 @@ def fetched(name: str | Path, revision: str | None) -> Path:
     with _in_words(str(name), revision, to="fetched"):
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(_WANTED)))
+        folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=list(_WANTED)))
+    if not any(folder.glob("**/adapter_model.safetensors")):
+        raise AdapterFileError(f"{name}: this repository of the hub holds no adapter_model.safetensors")
+    return folder
 
 
 def pushed(folder: Path, repo_id: str, options: Mapping[str, Any]) -> str:

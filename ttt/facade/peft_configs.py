@@ -65,8 +65,8 @@ def _warn_if_left_out(module: nn.Module, state_dict: Mapping[str, Any], prefix: 
     adapters = tuple(f"{prefix}{name}." for name in attached_to(module).injection.adapters)
     if not any(name.startswith(adapters) for name in state_dict):
         warnings.warn(
-            "PEFT loads its own weights into a model with TTT, and leaves TTT as it is; to load both, as a Trainer that "
-            "resumes has to, give it ttt.get_ttt_model(peft_model)",
+            "PEFT loads its own weights into a model with TTT, and leaves TTT as it is; to load both, as a Trainer "
+            "that resumes has to, give it ttt.get_ttt_model(peft_model)",
             UserWarning,
             stacklevel=2,
         )
