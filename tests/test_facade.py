@@ -7,6 +7,7 @@ import inspect
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,19 @@ def test_its_file_says_what_it_is(tmp_path: Path) -> None:
     assert facts["training"]["architecture"] == "llama"
     assert facts["parameters"] == 9384
     assert [site["name"] for site in facts["sites"]] == ["model.layers.1.ttt", "model.layers.2.ttt"]
+
+
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = json.loads((Path(__file__).parent.parent / "docs" / "notebook.ipynb").read_text(encoding="utf-8"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    names: dict[str, Any] = {"__name__": "__main__"}
+    with torch.random.fork_rng():
+        for number, cell in enumerate(page["cells"]):
+            assert cell.get("outputs", []) == []
+            if cell["cell_type"] == "code":
+                exec(compile("".join(cell["source"]), f"notebook cell {number}", "exec"), names)
+    assert type(names["base"]) is LlamaForCausalLM
+    assert (tmp_path / names["folder"] / "adapter_model.safetensors").is_file()
 
 
 # --- other models ---

@@ -15,7 +15,14 @@ from ttt.eval.unchanged import weight_versions
 from ttt.facade.attached import Attached, Measured, beside_peft, is_attached
 from ttt.facade.figures import figures
 from ttt.facade.injecting import frozen
-from ttt.facade.recognising import Recognised, architecture, inner_model, is_peft_model, require_a_plain_model
+from ttt.facade.recognising import (
+    Recognised,
+    architecture,
+    attention_limit,
+    inner_model,
+    is_peft_model,
+    require_a_plain_model,
+)
 from ttt.facade.saving import BESIDE_PEFT
 from ttt.files import read_header
 
@@ -83,24 +90,32 @@ def require_nothing_attached(base: object) -> nn.Module:
 
 
 def _require_same_kind(info: AdapterInfo, model: nn.Module) -> None:
-    """Refuse another architecture, and a model without the LoRA that the adapter was trained beside.
+    """Refuse another architecture, attention that sees more or less, and other company of PEFT's.
 
     Raises:
         AdapterMismatchError: naming the difference.
     """
+    window, sinks = attention_limit(model)
+    limit = (info.backbone.get("attention_window", window), info.backbone.get("attention_sinks", sinks))
+    kind, peft = info.training.get("architecture", architecture(model)), info.backbone.get("peft")
     for what, there, here, way_out in (
-        ("architecture", info.training.get("architecture"), architecture(model), ""),
+        ("architecture", kind, architecture(model), ""),
+        (
+            "attention_window, attention_sinks",
+            limit,
+            (window, sinks),
+            f"; call ttt.hf.limit_attention(model, window={limit[0]}, sinks={limit[1]}) first",
+        ),
         (
             "what PEFT put into the backbone",
-            info.backbone.get("peft"),
-            beside_peft(model),
+            peft or "nothing",
+            beside_peft(model) or "nothing",
             "; give the model that it was trained in, as PeftModel.from_pretrained or get_peft_model makes it",
         ),
     ):
-        if there != here and not (what == "architecture" and there is None):
+        if there != here:
             raise AdapterMismatchError(
-                f"{info.path}: belongs to something else: {what}: {there or 'nothing'} in the file, "
-                f"{here or 'nothing'} here{way_out}"
+                f"{info.path}: belongs to something else: {what}: {there} in the file, {here} here{way_out}"
             )
 
 

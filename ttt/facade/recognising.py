@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -77,7 +78,20 @@ def described(model: nn.Module) -> dict[str, Any]:
     """What an adapter file says of a model that no config describes: what the plugin `transformers` says of it."""
     if not is_transformers_model(model):
         return {"name": type(model).__name__}
-    return {"name": "transformers", "attention_window": None, "attention_sinks": 0}
+    window, sinks = attention_limit(model)
+    return {"name": "transformers", "attention_window": window, "attention_sinks": sinks}
+
+
+_LIMITED = re.compile(r"ttt_limited_\w+_(\d+)_(\d+)")
+"""What `ttt.hf.limit_attention` calls the attention of a model that it has limited."""
+
+
+def attention_limit(model: nn.Module) -> tuple[int | None, int]:
+    """The window and the sinks to which a model's attention is limited; None and 0 if it is not."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = _LIMITED.fullmatch(str(getattr(text, "_attn_implementation", "")))
+    return (int(found[1]), int(found[2])) if found else (None, 0)
 
 
 def origin(model: nn.Module) -> dict[str, Any]:
