@@ -24,6 +24,8 @@ _EXPORTS = {
     "Backbone": "ttt.plugins",
     "hookimpl": "ttt.plugins",
     "NestedCheckpointWarning": "ttt.errors",
+    "get_ttt_model": "ttt.facade",
+    "TTTModel": "ttt.facade",
 }
 
 __all__ = [
@@ -34,9 +36,11 @@ __all__ = [
     "TTTAdapter",
     "TTTConfig",
     "TTTLayer",
+    "TTTModel",
     "TTTState",
     "__version__",
     "gates_closed",
+    "get_ttt_model",
     "hookimpl",
     "load_adapter",
     "save_adapter",
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
     from ttt.adapter_file import load_adapter, save_adapter
     from ttt.config import TTTConfig
     from ttt.errors import NestedCheckpointWarning
+    from ttt.facade import TTTModel, get_ttt_model
     from ttt.layer import TTTLayer
     from ttt.ops.scan import scan
     from ttt.plugins import Backbone, Site, hookimpl

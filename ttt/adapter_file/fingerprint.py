@@ -84,9 +84,35 @@ def _backbone_parameters(
     injection: Injection, without: set[str] | frozenset[str]
 ) -> Iterator[tuple[str, nn.Parameter]]:
     adapters = tuple(f"{name}." for name in injection.adapters)
+    wrapped = _wrapped_modules(injection.model)
     for name, parameter in injection.model.named_parameters():
-        if name not in without and not name.startswith(adapters):
-            yield name, parameter
+        plain = _plain_name(name, wrapped)
+        if plain is not None and name not in without and not name.startswith(adapters):
+            yield plain, parameter
+
+
+_WRAPPED = ("base_layer", "original_module")
+"""What PEFT calls a module that it has wrapped, as LoRA does."""
+
+
+def _wrapped_modules(model: nn.Module) -> list[tuple[str, str]]:
+    """The modules that hold a wrapped one: their path and the name of that child, each with a dot."""
+    return [
+        (f"{path}.", f"{child}.")
+        for path, module in model.named_modules()
+        for child in _WRAPPED
+        if path and child in module._modules
+    ]
+
+
+def _plain_name(name: str, wrapped: list[tuple[str, str]]) -> str | None:
+    """A parameter's name in the model before PEFT wrapped some of its modules; None if it came with a wrapper."""
+    for path, child in reversed(wrapped):  # the inner ones first, so that the outer paths still hold
+        if name.startswith(path):
+            if not name.startswith(path + child):
+                return None
+            name = path + name[len(path + child) :]
+    return name
 
 
 def _sampled(parameter: Tensor, count: int) -> Tensor:

@@ -25,6 +25,7 @@ def save_adapter(
     backbone: Mapping[str, Any],
     backbone_tensors: Mapping[str, Tensor] | None = None,
     training: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write an adapter's files into a folder, each whole or not at all.
 
@@ -34,6 +35,7 @@ def save_adapter(
         backbone: name and options of the backbone, as `backbone_identity` gives them.
         backbone_tensors: the backbone's parameters that were trained too, by name in the model.
         training: anything worth knowing about how it was trained, as JSON.
+        tensors: values to write instead of the adapters' own, under the same names, as gathered from several processes.
 
     Returns:
         The safetensors file.
@@ -59,6 +61,6 @@ def save_adapter(
         folder.mkdir(parents=True, exist_ok=True)
     if backbone_tensors:
         write_tensors(folder / BACKBONE, backbone_tensors, {"format": "ttt-backbone", "pair": str(pair)})
-    write_tensors(folder / MODEL, injection.state_dict(), {"format": FORMAT, SETTINGS: json.dumps(settings)})
+    write_tensors(folder / MODEL, tensors or injection.state_dict(), {"format": FORMAT, SETTINGS: json.dumps(settings)})
     write_text(folder / CONFIG, json_text(settings) + "\n")
     return folder / MODEL

@@ -1,0 +1,110 @@
+"""The hub of Hugging Face: adapters brought there, and fetched from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ttt.errors import AdapterFileError, EnvironmentProblem, TTTError, UsageError
+from ttt.words import first_line
+
+_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_WANTED = ("*adapter_model.safetensors", "*adapter_config.json", "*backbone_model.safetensors", "README.md")
+
+
+def fetched(name: str | Path, revision: str | None) -> Path:
+    """The folder that is meant: one that is here, or a repository on the hub, which is downloaded if it is not yet.
+
+    Raises:
+        EnvironmentProblem: there is no such folder and no such repository, or the hub cannot be reached.
+        UsageError: a revision of a folder is asked for.
+    """
+    path = Path(name)
+    if path.exists():
+        if revision is not None:
+            raise UsageError(f"{path}: is here on the disk, where there is no revision; leave revision out")
+        return path
+    if isinstance(name, Path) or not _ID.fullmatch(str(name)):
+        raise EnvironmentProblem(f"{name}: no such file or folder, and no name of a repository on the hub")
+    with _in_words(str(name), revision, to="fetched"):
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=list(_WANTED)))
+    if not any(folder.glob("**/adapter_model.safetensors")):
+        raise AdapterFileError(f"{name}: this repository of the hub holds no adapter_model.safetensors")
+    return folder
+
+
+def pushed(folder: Path, repo_id: str, options: Mapping[str, Any]) -> str:
+    """Upload a folder; returns where it is.
+
+    Raises:
+        EnvironmentProblem: the hub cannot be reached, or does not take it.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    made = {key: given.pop(key) for key in ("private",) if key in given}
+    token = given.get("token")
+    with _in_words(repo_id, given.get("revision"), to="pushed to"):
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        repository = api.create_repo(repo_id, exist_ok=True, token=token, **made).repo_id
+        given.setdefault("commit_message", "Upload a TTT adapter")
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["checkpoint-*"], **given)
+        return str(getattr(commit, "commit_url", "") or commit)
+
+
+@contextmanager
+def _in_words(name: str, revision: str | None, *, to: str) -> Iterator[None]:
+    """A context in which what fails becomes one sentence."""
+    try:
+        yield
+    except TTTError:
+        raise
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"{name} cannot be {to} without the package huggingface_hub: {first_line(error)}",
+            fix="pip install huggingface_hub",
+        ) from error
+    except Exception as error:  # the hub's client, what it speaks HTTP with and the file system raise many kinds
+        why, fix = _why(error, revision)
+        raise EnvironmentProblem(f"{name} cannot be {to}: {why}", fix=fix) from error
+
+
+def _why(error: BaseException, revision: str | None) -> tuple[str, str]:
+    """Why it failed, and the way out."""
+    kinds = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
+    status = next((found for cause in _causes(error) if (found := _status(cause)) is not None), None)
+    if "GatedRepoError" in kinds:
+        return "its authors want to know who downloads it", "accept its terms on its page, and run `hf auth login`"
+    if "RevisionNotFoundError" in kinds:
+        return f"it has no branch, tag or commit {revision!r}", "name another revision"
+    if status in (401, 403):
+        return "the hub does not let you", "run `hf auth login`, or give a token that may do that"
+    if "RepositoryNotFoundError" in kinds:
+        told = "there is no folder of that name here, and no such repository on the hub that you may read"
+        return told, "correct the name, or run `hf auth login` if it is private"
+    if status is None and kinds & {
+        *("LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "TransportError"),
+        "TimeoutError",
+    }:
+        told = "it is no folder here and not in the hub's cache, and the hub cannot be reached"
+        return told, "connect to a network, or name a folder"
+    return first_line(error), ""
+
+
+def _status(error: BaseException) -> int | None:
+    found = getattr(getattr(error, "response", None), "status_code", None)
+    return found if isinstance(found, int) else None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
