@@ -66,8 +66,10 @@ rules: $(STAMP) ## write docs/rules.md anew from the rules' explanations
 	mv $(VENV)/rules.md docs/rules.md
 
 example: $(STAMP) ## write plugins/example anew from the template of `ttt new-backbone`
+	rm -rf $(VENV)/example
+	$(BIN)/ttt new-backbone example --out $(VENV)/example > /dev/null
 	rm -rf plugins/example
-	$(BIN)/ttt new-backbone example --out plugins/example
+	mv $(VENV)/example plugins/example
 
 constraints: $(STAMP) ## pin anew what constraints.txt pins (then run the tests)
 	@echo '# What this project is tested with; `make setup` installs these. Made by `make constraints`.' > $(VENV)/pins

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from pathlib import Path
 import pytest
 import yaml
 from fake_distributions import TOY, importable, install
+from new_backbone import KINDS as OPTIONS
+from new_backbone import lines_to_change
 
 from ttt.files import TEMPORARY
 from ttt_cli.main import main
@@ -26,7 +29,7 @@ from ttt_cli.new_backbone import _OF_THIS_PROJECT, TEMPLATES, Names, contents
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "plugins" / "example"
-KINDS = ("backbone",)
+KINDS = ("backbone", "hf")
 NAMES = ("example", "my-model", "my_model", "a", "torch", "x9", "deep-2-net", "on-line")
 """Names that can be given. A module of the same name is none of ours: the package begins with `ttt_`."""
 
@@ -110,11 +113,11 @@ def test_what_comes_next_is_printed_and_can_be_pasted(capsys: pytest.CaptureFixt
     assert main(["new-backbone", "my-model", "--out", "of mine/new"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "Wrote of mine/new. It passes the laws and trains as it is:",
-        "  pip install -e 'of mine/new[test]'",
-        "  pytest 'of mine/new/tests'",
+        "  cd 'of mine/new'",
+        "  pip install -e '.[test]'",
+        "  pytest tests",
         "  ttt train --backbone my-model",
-        "Then put your model in: of mine/new/README.md says what to change, and in which order.",
-        "`grep -rn CHANGE 'of mine/new'` finds the places.",
+        "Then put your model in: README.md says what to change, in which order; `grep -rn CHANGE .` finds the places.",
     ]
 
 
@@ -357,3 +360,25 @@ print(sorted({"torch", "numpy", "transformers", "matplotlib", "rich"} & set(sys.
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
     shutil.rmtree("ttt-mine")
+
+
+# --- what is left to write ---
+
+
+def test_the_lines_to_change_are_counted_at_the_marks(here: Path) -> None:
+    (here / "plugin.py").write_text(
+        'class A:\n    """Docstring."""\n\n'
+        '    # CHANGE 1: a comment\n    x: int = 1\n    """Docstring."""\n    y = 2\n\n    z = 3\n\n'
+        '    # CHANGE 2, with more\n    def f(self):\n        """Docstring."""\n\n        # none\n        return 1\n\n'
+        "    def g(self): ...\n"
+    )
+    (here / "demo.yaml").write_text("a: 1\n# CHANGE 2: a comment\nb: 1\n# more\nc: 1\n\nd: 1\n")
+    assert lines_to_change(here) == {"1": 2, "2": 4}
+
+
+def test_the_published_figures_are_of_these_templates(here: Path) -> None:
+    published = json.loads((ROOT / "benchmarks" / "results" / "new_backbone.json").read_text(encoding="utf-8"))
+    assert set(published) == set(OPTIONS)
+    for kind, options in OPTIONS.items():
+        assert main(["new-backbone", "demo", "--out", kind, *options]) == 0
+        assert lines_to_change(here / kind) == published[kind]["lines_to_change"]

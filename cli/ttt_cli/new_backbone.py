@@ -191,10 +191,9 @@ def _require_new(folder: Path, *, given: str | None) -> None:
 
 
 def _show_next_steps(folder: Path, name: str) -> None:
-    word = shell_word(folder)
     show(f"Wrote {folder}. It passes the laws and trains as it is:")
-    show(f"  pip install -e {shell_word(f'{folder}[test]')}")
-    show(f"  pytest {shell_word(folder / 'tests')}")
+    show(f"  cd {shell_word(folder)}")
+    show("  pip install -e '.[test]'")
+    show("  pytest tests")
     show(f"  ttt train --backbone {name}")
-    show(f"Then put your model in: {folder / 'README.md'} says what to change, and in which order.")
-    show(f"`grep -rn CHANGE {word}` finds the places.")
+    show("Then put your model in: README.md says what to change, in which order; `grep -rn CHANGE .` finds the places.")
