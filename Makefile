@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # plugins/example is not installed: tests/test_example.py builds it and installs it into a folder of its own.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test rounding bench lint types format clean constraints rules
+.PHONY: help setup demo test rounding bench lint types format clean constraints rules example
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,12 @@ format: $(STAMP) ## put the code in its form
 rules: $(STAMP) ## write docs/rules.md anew from the rules' explanations
 	$(BIN)/python -m ttt.check.explain > $(VENV)/rules.md
 	mv $(VENV)/rules.md docs/rules.md
+
+example: $(STAMP) ## write plugins/example anew from the template of `ttt new-backbone`
+	rm -rf $(VENV)/example
+	$(BIN)/ttt new-backbone example --out $(VENV)/example > /dev/null
+	rm -rf plugins/example
+	mv $(VENV)/example plugins/example
 
 constraints: $(STAMP) ## pin anew what constraints.txt pins (then run the tests)
 	@echo '# What this project is tested with; `make setup` installs these. Made by `make constraints`.' > $(VENV)/pins

@@ -24,6 +24,7 @@ COMMANDS = {
     "import-weights": "ttt_cli.import_weights:import_weights",
     "precompute": "ttt_cli.precompute:precompute",
     "schema": "ttt_cli.schema:schema",
+    "new-backbone": "ttt_cli.new_backbone:new_backbone",
     "plugins": "ttt_cli.plugins:plugins",
     "info": "ttt_cli.info:info",
     "doctor": "ttt_cli.doctor:doctor",

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ttt_cli.options import require_new_folder
 from ttt_cli.terminal import show
 
 
@@ -35,9 +36,7 @@ def import_weights(
     if not os.path.exists(source):
         raise EnvironmentProblem(f"{source}: no such file or folder")
     target = Path(out)
-    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{target}: is already there; name a folder that is not")
-
+    require_new_folder(target)
     require_place(target)
     show(f"reading {source}")
     sys.stdout.flush()  # importing the libraries takes seconds

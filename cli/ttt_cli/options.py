@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,20 @@ Verify = Annotated[
 def is_standard_output(out: str) -> bool:
     """Whether `--out` means standard output: `-`, or a path of it."""
     return out in ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
+
+def require_new_folder(target: Path) -> None:
+    """Refuse a place for a folder where anything is but an empty one.
+
+    Raises:
+        UsageError: something is there.
+    """
+    from ttt.errors import UsageError
+
+    if os.path.lexists(target) and not target.is_dir():
+        raise UsageError(f"{target}: is already there, and is no folder; name one that is new or empty with --out")
+    if target.is_dir() and any(target.iterdir()):
+        raise UsageError(f"{target}: is already there, and not empty; name a folder that is new or empty with --out")
 
 
 def require_replaceable(target: Path, *, force: bool) -> None:

@@ -1,7 +1,7 @@
 """Files of ours: written whole or not at all, with a checksum, and read with every damage told in one sentence.
 
     places.py         whether there is room, whether a file may go there, who else is at it
-    atomic.py         written under another name, then put into place in one rename
+    atomic.py         files and folders, written under another name, then put into place in one rename
     tensors.py        safetensors
     json_objects.py   JSON objects
     digests.py        files whose SHA-256 is known from elsewhere
@@ -13,7 +13,7 @@ until tensors are read or written.
 from __future__ import annotations
 
 from ttt.checksums import DAMAGED
-from ttt.files.atomic import TEMPORARY, sync, temporary_beside, write_bytes, write_text, writing
+from ttt.files.atomic import TEMPORARY, sync, temporary_beside, write_bytes, write_folder, write_text, writing
 from ttt.files.digests import require_digests
 from ttt.files.json_objects import read_json, write_json
 from ttt.files.places import (
@@ -52,6 +52,7 @@ __all__ = [
     "temporary_beside",
     "verify_tensors",
     "write_bytes",
+    "write_folder",
     "write_json",
     "write_tensors",
     "write_text",

@@ -1,12 +1,13 @@
-"""Files that are written whole or not at all: under another name first, then put into place in one rename."""
+"""Files and folders written whole or not at all: under another name first, then put into place in one rename."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ttt.errors import EnvironmentProblem
@@ -81,3 +82,34 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file whole or not at all; see `write_bytes`."""
     write_bytes(path, text.encode())
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder of files whole or not at all. An empty folder that is there is replaced.
+
+    Args:
+        path: the folder. If it is a link, the folder that it leads to is written.
+        files: contents by path in the folder, as `tests/test_laws.py`.
+
+    Raises:
+        EnvironmentProblem: the disk is full, or the place cannot be written; of missing folders above it none was left.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = temporary_beside(target)
+    missing: list[Path] = []
+    with writing(path):
+        try:
+            missing += [folder for folder in target.parents if not folder.exists()]
+            for name, content in files.items():
+                file = temporary / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+                sync(file)
+            sync(temporary)
+            os.rename(temporary, target)
+            sync(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            for folder in missing:
+                with contextlib.suppress(OSError):  # it holds the new folder, or was never made
+                    folder.rmdir()

@@ -1,1 +1,1 @@
-"""An example of a backbone plugin for ttt: a small transformer over the bytes of a text."""
+"""A backbone for ttt: a small transformer over the bytes of a text."""

@@ -21,6 +21,7 @@ class Memory:
     """The TTT state after the last piece."""
 
 
+# CHANGE 2: your layer's class, imported
 class Layer(nn.Module):
     """Causal attention, then a feed-forward, each as a residual."""
 
@@ -53,6 +54,7 @@ class Layer(nn.Module):
         return x
 
 
+# CHANGE 3: where TTT goes in your layer
 class LayerWithTTT(Layer):
     """The class of a layer with TTT: its parameters keep their names, and the adapter is its child `ttt`."""
 
@@ -66,6 +68,7 @@ class LayerWithTTT(Layer):
         return x
 
 
+# CHANGE 2: your model's class, imported
 class ByteTransformer(nn.Module):
     """Predicts the next byte: bytes `[B,T]` to logits `[B,T,256]`."""
 
@@ -83,6 +86,7 @@ class ByteTransformer(nn.Module):
         return self.head(x)
 
 
+# CHANGE 2: your model made, and its weights loaded
 def build(options: ExampleOptions) -> ByteTransformer:
     """Build a random model, the same for the same seed, without changing the global generator."""
     with torch.random.fork_rng(devices=[]):
@@ -90,6 +94,7 @@ def build(options: ExampleOptions) -> ByteTransformer:
         return ByteTransformer(options)
 
 
+# CHANGE 3: where the layers are
 def sites(model: nn.Module) -> list[Site]:
     """One site for each layer."""
     found = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, Layer)]
@@ -106,6 +111,7 @@ def sites(model: nn.Module) -> list[Site]:
     ]
 
 
+# CHANGE 4: your model fed piece by piece
 def stream(model: nn.Module, tokens: Tensor, pieces: Sequence[int]) -> Tensor:
     """The logits of tokens that are fed in pieces of the given lengths."""
     memories = [Memory() for _ in sites(model)]

@@ -14,6 +14,7 @@ class ExampleOptions(BackboneOptions):
 
     name: Literal["example"] = "example"
     """The backbone's name."""
+    # CHANGE 1: what your model is built from
     dim: Annotated[int, Field(ge=1, le=4096)] = 64
     """Model width, a multiple of num_heads."""
     num_heads: Annotated[int, Field(ge=1, le=64)] = 4

@@ -33,6 +33,7 @@ class ExampleBackbone(Backbone[ExampleOptions, ExampleData], Streaming):
         """The commented config that ships."""
         return packaged_presets("ttt_example", ("demo",))
 
+    # CHANGE 5: how wide and deep your model is
     def facts(self, config: ExampleRun) -> BackboneFacts:
         """Widths and lengths, straight from the options."""
         options, length = config.backbone, config.data.window_bytes
@@ -56,6 +57,7 @@ class ExampleBackbone(Backbone[ExampleOptions, ExampleData], Streaming):
 
         return sites(model)
 
+    # CHANGE 6, where your model reads something else: its data, its loss, and what a batch is
     def dataset(self, config: ExampleRun, *, split: str, device: torch.device | str) -> WindowDataset:
         """Windows of the text that the config names, or of the demo's."""
         from ttt_example.data import DEMO, TextWindows
@@ -72,10 +74,12 @@ class ExampleBackbone(Backbone[ExampleOptions, ExampleData], Streaming):
 
     # --- for the laws ---
 
+    # CHANGE 5: the smallest model
     def tiny(self) -> ExampleOptions:
         """Two narrow layers."""
         return ExampleOptions(dim=16, num_heads=2, num_layers=2)
 
+    # CHANGE 6, with its data
     def example_batch(self, model: nn.Module, *, batch_size: int, tokens: int, seed: int) -> Batch:
         """Random bytes."""
         import torch
