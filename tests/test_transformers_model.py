@@ -173,6 +173,32 @@ def test_a_model_that_is_nowhere_is_one_sentence(tmp_path: Path, monkeypatch: py
     assert finding.path == "backbone.model"
 
 
+def test_the_hubs_cache_tells_sizes_and_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit, cache = "c" * 40, tmp_path / "models--a--b"
+    (cache / "snapshots" / commit).mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit, encoding="utf-8")
+    sizes = {"n_embd": 48, "n_head": 3, "n_layer": 5, "n_positions": 64}  # as files of GPT-2 have them
+    (cache / "snapshots" / commit / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for revision in (None, "main", commit):
+        options = _options(model="a/b", revision=revision)
+        assert BACKBONE.provenance(options) == {"repository": "a/b", "commit": commit}
+        facts = BACKBONE.facts(_run(model="a/b", revision=revision))
+        assert (facts.dim, facts.num_heads, facts.num_layers) == (48, 3, 5)
+    assert BACKBONE.provenance(_options(model="a/b", revision="other")) == {"repository": "a/b"}
+    text = json.dumps(
+        {
+            "backbone": {"name": "transformers", "model": "a/b", "config": {"hidden_size": 64}},
+            "data": {"train_data": str(tmp_path), "window_tokens": 128},
+        }
+    )
+    found = {each.code: each.message for each in check_config("a.yaml", text=text).findings}
+    assert "hidden_size is 64, and a/b has 48" in found["HF102"]
+    assert "made for 64 positions" in found["HF301"]
+    assert "holds no .txt or .md or .jsonl or .parquet file" in found["HF502"]
+
+
 @pytest.mark.parametrize(
     ("kind", "told"),
     [

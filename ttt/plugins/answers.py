@@ -133,6 +133,12 @@ def _provenance(backbone: Any, answer: Any) -> Any:
     return answer
 
 
+def _identity(backbone: Any, answer: Any) -> Any:
+    if not isinstance(answer, Mapping) or not all(isinstance(key, str) for key in answer):
+        raise WrongAnswer(f"{_named(answer)}, not a mapping of options' names to their values")
+    return answer
+
+
 def _options(backbone: Any, answer: Any) -> Any:
     if not isinstance(answer, backbone.options):
         raise WrongAnswer(f"{_named(answer)}, not the plugin's own {backbone.options.__name__}")
@@ -367,6 +373,7 @@ ANSWERS: Mapping[str, Check] = {
     "explanations": _explanations,
     "presets": _presets,
     "facts": _facts,
+    "identity": _identity,
     "has_eval_data": _truth,
     "has_own_eval_data": _truth,
     "plan_sample": _plan,
