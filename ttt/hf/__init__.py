@@ -4,6 +4,7 @@
     passes.py         one forward pass: which tokens count, and which cache the layers share
     states.py         TTT states that travel with a `transformers` cache
     sites.py          the sites: after each decoder layer
+    attention.py      attention limited to a window and sinks
 
 No architecture is named here. A model whose structure is not understood is refused. `import ttt.hf` needs neither torch
 nor `transformers`: they are imported when something that needs them is first asked for.
@@ -15,11 +16,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ttt.hf.attention import limit_attention
     from ttt.hf.sites import causal_lm_sites
 
-__all__ = ["causal_lm_sites"]
+__all__ = ["causal_lm_sites", "limit_attention"]
 
-_EXPORTS = {"causal_lm_sites": "ttt.hf.sites"}
+_EXPORTS = {"causal_lm_sites": "ttt.hf.sites", "limit_attention": "ttt.hf.attention"}
 
 
 def __getattr__(name: str) -> Any:
