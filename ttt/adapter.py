@@ -96,17 +96,27 @@ class TTTAdapter(nn.Module):
         self.port: Port | None = None
 
     def adapt(
-        self, x: Tensor, state: TTTState | None = None, *, rotary: Rotary | None = None
+        self,
+        x: Tensor,
+        state: TTTState | None = None,
+        *,
+        rotary: Rotary | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, TTTState]:
-        """Adapt tokens `[B,T,D]` from a state of the streams; returns the tokens and the state after them."""
-        y, state = self.layer(x, state, rotary=rotary)
+        """Adapt tokens `[B,T,D]` from a state of the streams; returns the tokens and the state after them.
+
+        Tokens for which `mask [B,T]` is false are returned as they are, and do not exist for the layer.
+        """
+        y, state = self.layer(x, state, rotary=rotary, mask=mask)
         return self.gate(x, y), state
 
-    def forward(self, x: Tensor, *, rotary: Rotary | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, rotary: Rotary | None = None, mask: Tensor | None = None) -> Tensor:
         """Adapt tokens `[B,T,D]`: from the states of `carried`, or from fresh streams outside of it."""
         if self.gate.closed:
             return x
-        out, state = self.adapt(x, self.port.incoming if self.port else None, rotary=rotary)
+        # No mask is no argument: a subclass whose `adapt` knows of none fails if one is given, and not before.
+        masked = {} if mask is None else {"mask": mask}
+        out, state = self.adapt(x, self.port.incoming if self.port else None, rotary=rotary, **masked)
         if self.port is not None:
             self.port.outgoing = state.detach()
         return out

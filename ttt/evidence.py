@@ -20,7 +20,9 @@ class LayerEvidence:
     """What one adapter did in a forward pass."""
 
     inner_loss_before: float
-    """Inner loss at the weights that opened each mini-batch; mean over mini-batches, streams, heads and tokens."""
+    """Inner loss at the weights that opened each mini-batch; mean over mini-batches, streams, heads and tokens.
+
+    If a mask leaves tokens out, over those that count, and over the mini-batches that any stream reaches."""
     inner_loss_after: float
     """Inner loss of the same tokens after the mini-batch's step."""
     movement: float
@@ -90,7 +92,7 @@ class Observation:
                 )
                 start = _norms(layer.initial_state(1, dtype=state.weights[0].dtype).weights)
                 movement = (moved / torch.where(start > 0, start, 1)).mean()
-                self._measured[name] = (trace.before.mean(), trace.after.mean(), movement)
+                self._measured[name] = (trace.before.nanmean(), trace.after.nanmean(), movement)
 
         return measure
 

@@ -19,8 +19,8 @@ from ttt.state import TTTState
 class InnerCurve(NamedTuple):
     """The inner loss of one TTT layer by position: `[S,T]` float32, S streams in the order in which they started.
 
-    A number is NaN where a stream has no such position, skipped the token, or paused. `ttt.ops.tracing.InnerTrace` says
-    what the weights are if the update is not causal.
+    A number is NaN where a stream has no such position, skipped the token, or paused, and where a mask leaves the token
+    out. `ttt.ops.tracing.InnerTrace` says what the weights are if the update is not causal.
 
     Source: TTT-LM (arXiv 2407.04620), its figure of the inner loss by token.
     """
@@ -101,16 +101,14 @@ class _Record:
 
     def read(self, layer: TTTLayer, reading: Reading) -> None:
         """Measure what a layer is about to read, and take it as the next positions."""
-        x, state, rotary, rows = reading
+        x, state, rotary, _, mask = reading
         if state is None or not self.batches:
             self.batches.append(_Batch(x.shape[0]))
             self._start = state
         self.batches[-1].require(x.shape[0])
         if self._start is not None and state is not None:
             self._start = _set_back(layer, self._start, state)
-        losses = torch.stack(layer.trace(x, state, start=self._start, rotary=rotary))
-        if rows is not None:
-            losses = losses.masked_fill(~rows[:, None], torch.nan)
+        losses = torch.stack(layer.trace(x, state, start=self._start, rotary=rotary, mask=mask))
         self.batches[-1].add(losses)
 
     def curve(self) -> InnerCurve:

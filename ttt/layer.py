@@ -34,6 +34,9 @@ class TTTLayer(nn.Module):
     nothing, as if its inner learning rate were zero. Its answer is zeros, so that a residual around the layer passes
     it on unchanged. `TTTState.skipped` counts these tokens.
 
+    A token that a mask leaves out, such as padding, has no place in any mini-batch: outputs, states and gradients are
+    those of the sequences without such tokens, whatever these hold.
+
     Fast weights, their gradients, norms and rotary run in float32 or wider, whatever the type of the tokens or of
     autocast; the projections run in the type of the tokens.
 
@@ -60,7 +63,9 @@ class TTTLayer(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.compiled: Callable[[TTTLayer, Tensor, TTTState, Rotary | None, int], tuple[Tensor, Stream]] | None = None
+        self.compiled: (
+            Callable[[TTTLayer, Tensor, TTTState, Rotary | None, Tensor | None, int], tuple[Tensor, Stream]] | None
+        ) = None
         """`_read` compiled, which `forward` calls instead if it is set; see `ttt.train.compiling`."""
         self.observers: list[Callable[[TTTLayer, Reading], None]] = []
         """Called by `forward` and `step_` with what they are about to read, before a state is written to."""
@@ -129,7 +134,12 @@ class TTTLayer(nn.Module):
         return self.initial_state(state.batch_size, dtype=state.weights[0].dtype).where(rows, state)
 
     def forward(
-        self, x: Tensor, state: TTTState | None = None, *, rotary: Rotary | None = None
+        self,
+        x: Tensor,
+        state: TTTState | None = None,
+        *,
+        rotary: Rotary | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, TTTState]:
         """Read a sequence, or the next piece of one.
 
@@ -138,21 +148,23 @@ class TTTLayer(nn.Module):
             state: the streams' state before x; None starts them fresh.
             rotary: cosine and sine `[…,T,F/2]`, broadcastable to `[B,H,T,F/2]`; given if and only if the config says
                 `rope: backbone`.
+            mask: bool `[B,T]`, true for the tokens that count; None means all. The others neither learn nor count nor
+                move a mini-batch boundary, and what they and their rotary angles hold reaches nothing, NaN neither.
 
         Returns:
-            `y [B,T,D]` in the type of `x`, and the state after the last token.
+            `y [B,T,D]` in the type of `x`, zeros for tokens that do not count, and the state after the last token.
 
         Raises:
-            ValueError: the tokens or the state do not fit the layer, or `rotary` does not fit the config.
+            ValueError: the tokens, the state or the mask do not fit the layer, or `rotary` does not fit the config.
         """
-        given, state = state, self._checked(x, state, rotary)
+        given, state = state, self._checked(x, state, rotary, mask)
         for observe in self.observers:
-            observe(self, Reading(x, given, rotary, None))
+            observe(self, Reading(x, given, rotary, None, mask))
         read = self.compiled or TTTLayer._read
         group_size = self._group_size(x.shape[1])
         with no_autocast(x):  # outside the compiled part: a compiled backward runs in the types of its forward
-            y, stream = read(self, x, state, rotary, group_size)
-        return y, TTTState.of(stream, skipped=self._skipped(x, state))
+            y, stream = read(self, x, state, rotary, mask, group_size)
+        return y, TTTState.of(stream, skipped=self._skipped(x, state, mask))
 
     def step_(self, x: Tensor, state: TTTState, *, rows: Tensor | None = None, rotary: Rotary | None = None) -> Tensor:
         """Read one token of each stream and write the new state into `state` itself.
@@ -190,7 +202,7 @@ class TTTLayer(nn.Module):
             if not own or not weight.is_contiguous():
                 raise ValueError("the state shares its memory; take one from streaming_state, which step_ may write to")
         for observe in self.observers:
-            observe(self, Reading(x, state, rotary, rows))
+            observe(self, Reading(x, state, rotary, rows, None if rows is None else rows[:, None]))
         with torch.no_grad(), no_autocast(x):
             tokens = self._tokens(x, state, rotary)
             if state.skipped is not None and self.config.skip_nonfinite_tokens:
@@ -206,8 +218,11 @@ class TTTLayer(nn.Module):
         *,
         start: TTTState | None = None,
         rotary: Rotary | None = None,
+        mask: Tensor | None = None,
     ) -> InnerTrace:
-        """The inner loss of each token at `W₀`, `W_{t−1}` and `W_t`, `[B,T]` each; NaN for tokens that are skipped.
+        """The inner loss of each token at `W₀`, `W_{t−1}` and `W_t`, `[B,T]` each.
+
+        It is NaN for tokens that are skipped or that do not count.
 
         Args:
             x: as in `forward`.
@@ -215,28 +230,34 @@ class TTTLayer(nn.Module):
             start: the state with which the streams started, whose weights are `W₀`; None if with the layer's own. If x
                 is not the first piece, it is not `state`.
             rotary: as in `forward`.
+            mask: as in `forward`.
 
         Raises:
             ValueError: as in `forward`; `start` does not fit either.
         """
-        state, start = self._checked(x, state, rotary), self._checked(x, start, rotary)
+        state, start = self._checked(x, state, rotary, mask), self._checked(x, start, rotary, mask)
         with torch.no_grad(), no_autocast(x):
-            tokens = self._tokens(x, state, rotary)
+            tokens = self._tokens(x, state, rotary, mask)
             inner = self._inner(tokens.q.dtype)
-            found = trace(tokens, state.stream, inner, start=self.effective_weights(start))
+            found = trace(tokens, state.stream, inner, start=self.effective_weights(start), mask_BT=mask)
             if not self.config.skip_nonfinite_tokens:
                 return found
             skipped = _nonfinite(x).squeeze(-1)
             return InnerTrace(*(losses.masked_fill(skipped, torch.nan) for losses in found))
 
     def trace_minibatches(
-        self, x: Tensor, state: TTTState | None = None, *, rotary: Rotary | None = None
+        self,
+        x: Tensor,
+        state: TTTState | None = None,
+        *,
+        rotary: Rotary | None = None,
+        mask: Tensor | None = None,
     ) -> MinibatchTrace:
         """The inner loss before and after each mini-batch's step, `[N]` each; arguments as in `forward`."""
-        state = self._checked(x, state, rotary)
+        state = self._checked(x, state, rotary, mask)
         with torch.no_grad(), no_autocast(x):
-            tokens = self._tokens(x, state, rotary)
-            return trace_minibatches(tokens, state.stream, self._inner(tokens.q.dtype))
+            tokens = self._tokens(x, state, rotary, mask)
+            return trace_minibatches(tokens, state.stream, self._inner(tokens.q.dtype), mask_BT=mask)
 
     def effective_weights(self, state: TTTState) -> tuple[Tensor, ...]:
         """The weights that answered the last token of each stream: with the step of an open mini-batch taken."""
@@ -249,13 +270,18 @@ class TTTLayer(nn.Module):
             f"mini_batch_size={self.config.mini_batch_size}, causal={self.config.causal}"
         )
 
-    def _read(self, x: Tensor, state: TTTState, rotary: Rotary | None, group_size: int) -> tuple[Tensor, Stream]:
+    def _read(
+        self, x: Tensor, state: TTTState, rotary: Rotary | None, mask: Tensor | None, group_size: int
+    ) -> tuple[Tensor, Stream]:
         """The part of `forward` that can be compiled: after the arguments are checked, with autocast off."""
-        tokens = self._tokens(x, state, rotary)
-        z_BHTF, stream = learn(tokens, state.stream, self._inner(tokens.q.dtype), group_size=group_size)
-        return self._answer(z_BHTF, x), stream
+        tokens = self._tokens(x, state, rotary, mask)
+        inner = self._inner(tokens.q.dtype)
+        z_BHTF, stream = learn(tokens, state.stream, inner, group_size=group_size, mask_BT=mask)
+        return self._answer(z_BHTF, x, mask), stream
 
-    def _checked(self, x: Tensor, state: TTTState | None, rotary: Rotary | None) -> TTTState:
+    def _checked(
+        self, x: Tensor, state: TTTState | None, rotary: Rotary | None, mask: Tensor | None = None
+    ) -> TTTState:
         if x.dim() != 3 or x.shape[-1] != self.dim or x.shape[1] == 0:
             shape = tuple(x.shape)
             raise ValueError(f"a TTT layer of width {self.dim} reads [B, T, {self.dim}] with T ≥ 1, not {shape}")
@@ -267,6 +293,7 @@ class TTTLayer(nn.Module):
                 if rotary is None
                 else f"rotary angles were given, but the config says rope: {self.config.rope}"
             )
+        _check_mask(mask, x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         if state is None:
             return self.initial_state(x.shape[0], dtype=dtype)
@@ -292,11 +319,14 @@ class TTTLayer(nn.Module):
         bias = None if linear.bias is None else linear.bias.to(x.dtype)
         return F.linear(x, linear.weight.to(x.dtype), bias)
 
-    def _tokens(self, x: Tensor, state: TTTState, rotary: Rotary | None) -> Tokens:
-        """Queries, keys, targets and rates of the tokens."""
+    def _tokens(self, x: Tensor, state: TTTState, rotary: Rotary | None, mask: Tensor | None = None) -> Tokens:
+        """Queries, keys, targets and rates of the tokens; of those that do not count they have no meaning."""
         dtype = torch.promote_types(x.dtype, torch.float32)
+        # Backward needs zeros in both cases: NaN times zero would be NaN.
+        if mask is not None:
+            x = torch.where(mask[..., None], x, 0)
         kept_out = _nonfinite(x) if self.config.skip_nonfinite_tokens else None
-        if kept_out is not None:  # backward needs this too: NaN times zero would be NaN
+        if kept_out is not None:
             x = torch.where(kept_out, 0, x)
         wide = x.to(dtype)
         if self.config.input_norm == "rms":
@@ -310,9 +340,11 @@ class TTTLayer(nn.Module):
         if self.config.normalize_qk:
             q_BHTF, k_BHTF = normalize(q_BHTF), normalize(k_BHTF)
         if self.config.rope == "mini_batch":
-            rotary = self._minibatch_rotary(x.shape[1], state, dtype)
+            rotary = self._minibatch_rotary(x.shape[1], state, mask, dtype)
         if rotary is not None:
-            cos, sin = rotary[0].to(dtype), rotary[1].to(dtype)
+            cos, sin = (angle.to(dtype) for angle in rotary)
+            if mask is not None:
+                cos, sin = (torch.where(mask[:, None, :, None], angle, 0) for angle in (cos, sin))
             q_BHTF, k_BHTF = apply_rotary(q_BHTF, cos, sin), apply_rotary(k_BHTF, cos, sin)
         target_BHTF = v_BHTF - k_BHTF
         if self.config.normalize_target:
@@ -335,25 +367,31 @@ class TTTLayer(nn.Module):
         steps = length // self.config.mini_batch_size
         return best_group_size(steps, carry=one.carry_bytes, activation=one.activation_bytes, running=one.running_bytes)
 
-    def _skipped(self, x: Tensor, state: TTTState) -> Tensor | None:
-        """How many tokens each stream has skipped in all, these included."""
+    def _skipped(self, x: Tensor, state: TTTState, mask: Tensor | None) -> Tensor | None:
+        """How many tokens each stream has skipped in all, these included; one that does not count is not skipped."""
         if not self.config.skip_nonfinite_tokens:
             return state.skipped
         before = state.no_tokens() if state.skipped is None else state.skipped
-        return before + _nonfinite(x).sum((1, 2))
+        skipped = _nonfinite(x).squeeze(-1)
+        return before + (skipped if mask is None else skipped & mask).sum(1)
 
-    def _answer(self, z_BHTF: Tensor, x: Tensor) -> Tensor:
-        """`W_o · LN(z)`, heads concatenated, in the type of `x`; zeros for tokens that are skipped."""
+    def _answer(self, z_BHTF: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`W_o · LN(z)`, heads concatenated, in the type of `x`; zeros for tokens that are skipped or do not count."""
         z = z_BHTF.transpose(1, 2).flatten(2)
         norm = self.post_norm
         z = outer_layer_norm(z, norm.weight.to(z), norm.bias.to(z), eps=norm.eps)
         y = self._project("o_proj", z.to(x.dtype))
-        return torch.where(_nonfinite(x), 0, y) if self.config.skip_nonfinite_tokens else y
+        if self.config.skip_nonfinite_tokens:
+            y = torch.where(_nonfinite(x), 0, y)
+        return y if mask is None else torch.where(mask[..., None], y, 0)
 
-    def _minibatch_rotary(self, length: int, state: TTTState, dtype: torch.dtype) -> Rotary:
+    def _minibatch_rotary(self, length: int, state: TTTState, mask: Tensor | None, dtype: torch.dtype) -> Rotary:
+        """The angles by position in the mini-batch, where only tokens that count take a position."""
         positions = torch.arange(length, device=state.weights[0].device)
+        if mask is not None:
+            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, None]
         if state.count is not None:
-            positions = (state.count[:, None] + positions)[:, None]
+            positions = state.count[:, None, None] + positions
         positions = positions % self.config.mini_batch_size
         return rotary_angles(positions, self.head_width, theta=self.config.rope_theta, dtype=dtype)
 
@@ -387,6 +425,21 @@ def check_head_width(dim: int, num_heads: int, config: TTTConfig) -> None:
             f"heads of odd width {dim // num_heads} have no pairs for rotary embedding; write ttt.rope: none or "
             f"another ttt.num_heads"
         )
+
+
+def _check_mask(mask: Tensor | None, x: Tensor) -> None:
+    """Refuse what would be broadcast, or counted as numbers, or moved between devices."""
+    if mask is None:
+        return
+    wanted = f"the mask of {list(x.shape[:2])} tokens is bool {list(x.shape[:2])}, true for those that count"
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"{wanted}; it is not a {type(mask).__name__}")
+    if mask.shape != x.shape[:2]:
+        raise ValueError(f"{wanted}; this one is {list(mask.shape)}")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{wanted}; this one is {mask.dtype}: write mask.bool()")
+    if mask.device != x.device:
+        raise ValueError(f"{wanted}; this one is on {mask.device}, the tokens are on {x.device}")
 
 
 def _nonfinite(x: Tensor) -> Tensor:

@@ -149,4 +149,6 @@ class Reading(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None
     """As in `TTTLayer.forward`."""
     rows: Tensor | None
-    """Which streams read, `[B]`; None means all."""
+    """Which streams read, `[B]`; None means all. `forward` has its mask instead."""
+    mask: Tensor | None = None
+    """Which tokens count, `[B,T]`; None means all. In `step_` these are the tokens of `rows`."""

@@ -1,8 +1,8 @@
 """A sequence as mini-batches: full ones go through the scan; one that a piece finds or leaves open runs outside it.
 
 A stream's state is the weights that opened its current mini-batch, the gradients summed over the tokens read of that
-mini-batch, and their count. Streams of a batch may be at different positions. Nothing here waits for the device to
-learn these positions.
+mini-batch, and their count. Streams of a batch may be at different positions, and of a batch with a mask they read
+different numbers of tokens. Nothing here waits for the device to learn these numbers.
 """
 
 from __future__ import annotations
@@ -68,6 +68,56 @@ class Tokens(NamedTuple):
         return Tokens(*(function(x) for x in self))
 
 
+class Rows(NamedTuple):
+    """The counted tokens of each row of a sequence, in order and without gaps."""
+
+    tokens: Tokens
+    mask_BT: Tensor | None
+    """Which tokens count; None if all do."""
+    order_BT: Tensor | None
+    """Where the counted tokens stand in the sequence, then where the others do; None if all count."""
+    place_BT: Tensor
+    """The place of each token among the counted ones, `[B,T]` or `[1,T]`; of one that does not count, any place."""
+    length_B: Tensor
+    """How many tokens count, `[B]` or `[1]`."""
+
+    @classmethod
+    def of(cls, tokens: Tokens, mask_BT: Tensor | None) -> Rows:
+        """The rows of a sequence with this mask."""
+        length, device = tokens.q.shape[2], tokens.q.device
+        if mask_BT is None:
+            place_1T = torch.arange(length, device=device)[None]
+            return cls(tokens, None, None, place_1T, torch.full((1,), length, device=device))
+        order_BT = mask_BT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        place_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
+        return cls(tokens, mask_BT, order_BT, place_BT, mask_BT.sum(1))
+
+    def at(self, place_BT: Tensor) -> Tokens:
+        """Take tokens by their places `[B,T']`; a place outside the row gives an arbitrary token at zero rate.
+
+        With a mask these tokens are zeros: what is masked may hold NaN, which zero rate does not stop.
+        """
+        last = self.tokens.q.shape[2] - 1
+        inside = ((place_BT >= 0) & (place_BT < self.length_B[:, None]))[:, None, :, None]
+        index_BT = place_BT.clamp(0, last)
+        if self.order_BT is not None:
+            index_BT = self.order_BT.gather(1, index_BT.expand(len(self.order_BT), -1))
+        index = index_BT[:, None, :, None]
+
+        def take(x: Tensor) -> Tensor:
+            return x.gather(2, index.expand(x.shape[0], x.shape[1], -1, x.shape[3]))
+
+        found = self.tokens.map(take)
+        if self.mask_BT is not None:
+            return found.map(lambda x: torch.where(inside, x, 0))
+        return found._replace(rate=torch.where(inside, found.rate, 0))
+
+    def answers(self, parts: list[Tensor], index_BT: Tensor) -> Tensor:
+        """Each token's answer, found at `index` of all parts: `[B,H,T,F]`, zeros for tokens that do not count."""
+        z_BHTF = torch.cat(parts, dim=2).gather(2, index_BT[:, None, :, None].expand_as(self.tokens.q))
+        return z_BHTF if self.mask_BT is None else torch.where(self.mask_BT[:, None, :, None], z_BHTF, 0)
+
+
 def _chosen(weights: Weights, tokens: Tokens, mini_batches: int | None = None) -> Implementation:
     q = tokens.q
     widest = max(w.shape[-1] for w in weights)
@@ -96,21 +146,27 @@ def _scan_for(weights: Weights, cells: Tokens) -> Callable[..., tuple[Tensor, We
     return fused_scan if _chosen(weights, cells, cells.q.shape[2]) == "fused" else mlp_scan
 
 
-def learn(tokens: Tokens, stream: Stream, inner: Inner, *, group_size: int) -> tuple[Tensor, Stream]:
+def learn(
+    tokens: Tokens, stream: Stream, inner: Inner, *, group_size: int, mask_BT: Tensor | None = None
+) -> tuple[Tensor, Stream]:
     """Answer a sequence or a piece of one, learning from it on the way.
 
     If the update is causal, a sequence in pieces of any length gives the same answers and final state as the whole. A
     non-causal mini-batch closes at the end of the sequence, as if tokens of zero rate filled it, so pieces must be
     multiples of C.
 
+    A masked token does not exist for the learning: each row is read as if only its counted tokens stood there, one
+    after the other. So a non-causal mini-batch closes at the end of the row's own tokens.
+
     Args:
         tokens: `[B,H,T,F]` and rates `[B,H,T,1]`, in the type of the fast weights.
         stream: the state before the first token.
         inner: norms, step sizes, kind of update.
         group_size: `scan_checkpoint_group_size`; it changes memory and time only.
+        mask_BT: bool, true for tokens that count; None means all. What the others hold reaches nothing, NaN neither.
 
     Returns:
-        `z [B,H,T,F]` and the state after the last token.
+        `z [B,H,T,F]`, zeros for tokens that do not count, and the state after the last token.
 
     Raises:
         ValueError: the update is not causal and a mini-batch is open, or `TTT_OPS` names an implementation that cannot
@@ -119,15 +175,18 @@ def learn(tokens: Tokens, stream: Stream, inner: Inner, *, group_size: int) -> t
     if not inner.causal and stream.count_B is not None:
         raise ValueError("a non-causal mini-batch is never left open; this state comes from a causal layer")
     if forced_implementation() == "reference":
-        return _learn_by_definition(tokens, stream, inner)
-    if stream.gradients is None or stream.count_B is None or not inner.causal:
+        return _learn_by_definition(tokens, stream, inner, mask_BT)
+    opened = stream.gradients is not None and stream.count_B is not None and inner.causal
+    if not opened and mask_BT is None:
         return _learn_from_boundary(tokens, stream.weights, inner, group_size)
-    if tokens.q.shape[2] == 1:
-        return _learn_one(tokens, stream.weights, stream.gradients, stream.count_B, inner)
-    return _learn_from_anywhere(tokens, stream.weights, stream.gradients, stream.count_B, inner, group_size)
+    if opened and tokens.q.shape[2] == 1:
+        return _learn_one(tokens, stream, inner, mask_BT)
+    rows = Rows.of(tokens, mask_BT)
+    z, after = (_learn_from_anywhere if opened else _learn_rows_from_boundary)(rows, stream, inner, group_size)
+    return z, after if mask_BT is None else _read_by(rows.length_B > 0, after, stream)
 
 
-def _learn_by_definition(tokens: Tokens, stream: Stream, inner: Inner) -> tuple[Tensor, Stream]:
+def _learn_by_definition(tokens: Tokens, stream: Stream, inner: Inner, mask_BT: Tensor | None) -> tuple[Tensor, Stream]:
     """`learn` token by token, by `ttt.ops.reference`."""
     if tokens.q.is_meta:
         raise ValueError("TTT_OPS=reference computes on real tensors, not on the device meta; unset it")
@@ -145,6 +204,7 @@ def _learn_by_definition(tokens: Tokens, stream: Stream, inner: Inner) -> tuple[
             offset_C=offset_C if inner.causal else None,
             gradients=stream.gradients,
             count=None if stream.count_B is None else stream.count_B.tolist(),
+            mask=None if mask_BT is None else mask_BT.tolist(),
         )
     if not torch.is_grad_enabled():
         z, weights, gradients = z.detach(), *(tuple(x.detach() for x in group) for group in (weights, gradients))
@@ -176,17 +236,21 @@ def _learn_from_boundary(tokens: Tokens, weights: Weights, inner: Inner, group_s
     return torch.cat(parts, dim=2), Stream(weights, gradients, count)
 
 
-def _learn_one(
-    tokens: Tokens, weights: Weights, gradients: Weights, count_B: Tensor, inner: Inner
-) -> tuple[Tensor, Stream]:
+def _learn_one(tokens: Tokens, stream: Stream, inner: Inner, mask_B1: Tensor | None) -> tuple[Tensor, Stream]:
     """`learn` for one token of each row; rows may be at different positions of their mini-batches."""
-    scale = inner.scale_C[count_B][:, None]
-    z, gradients = answer_minibatch(weights, gradients, tokens, inner, scale)
-    count_B = count_B + 1
+    assert stream.count_B is not None
+    if mask_B1 is not None:
+        read = mask_B1[:, None, :, None]
+        tokens = tokens.map(lambda x: torch.where(read, x, 0))
+    scale = inner.scale_C[stream.count_B][:, None]
+    z, gradients = answer_minibatch(stream.weights, stream.gradients, tokens, inner, scale)
+    count_B = stream.count_B + (1 if mask_B1 is None else mask_B1[:, 0])
     closed = count_B == inner.mini_batch_size
-    weights = move(weights, gradients, inner.scale_C[-1], closed)
-    gradients = _zero_where(closed, gradients)
-    return z, Stream(weights, gradients, torch.where(closed, 0, count_B))
+    weights = move(stream.weights, gradients, inner.scale_C[-1], closed)
+    after = Stream(weights, _zero_where(closed, gradients), torch.where(closed, 0, count_B))
+    if mask_B1 is None:
+        return z, after
+    return torch.where(read, z, 0), _read_by(mask_B1[:, 0], after, stream)
 
 
 @torch.no_grad()
@@ -253,64 +317,106 @@ def _close_(weights: Weights, summed: Weights, count_B: Tensor, inner: Inner) ->
     count_B.masked_fill_(closed, 0)
 
 
-def _learn_from_anywhere(
-    tokens: Tokens, weights: Weights, gradients: Weights, count_B: Tensor, inner: Inner, group_size: int
-) -> tuple[Tensor, Stream]:
+def _learn_from_anywhere(rows: Rows, stream: Stream, inner: Inner, group_size: int) -> tuple[Tensor, Stream]:
     """`learn` if rows may be at different positions of their mini-batches: each row is laid out from its own.
 
-    Row b first continues its open mini-batch. Then it fills `full_B[b]` more, which go through the scan. Its last
+    Row b first continues its open mini-batch. Then it fills as many more as it can, which go through the scan. Its last
     tokens, the tail, stay in an open mini-batch. No part is wider than the piece, even if a mini-batch is.
     """
-    length, size = tokens.q.shape[2], inner.mini_batch_size
+    weights, count_B = stream.weights, stream.count_B
+    assert count_B is not None
+    length, size = rows.tokens.q.shape[2], inner.mini_batch_size
     width = min(length, size)
     slots = torch.arange(width, device=count_B.device)
     room_B = size - count_B
-    full_B = (length - room_B).clamp_min(0) // size
 
-    first = _gather_tokens(tokens, torch.where(slots < room_B[:, None], slots, length))
+    first = rows.at(torch.where(slots < room_B[:, None], slots, length))
     first_scale = inner.scale_C[(count_B[:, None] + slots).clamp_max(size - 1)]
-    z, first_gradients = answer_minibatch(weights, gradients, first, inner, first_scale)
-    parts = [z]
-    closed_B = room_B <= length
+    z, first_gradients = answer_minibatch(weights, stream.gradients, first, inner, first_scale)
+    closed_B = room_B <= rows.length_B
     weights = move(weights, first_gradients, inner.scale_C[-1], closed_B)
 
     cells = (length - 1) // size  # as many as a row whose open mini-batch lacks one token can fill
-    if cells:
-        places = room_B[:, None] + torch.arange(cells * size, device=count_B.device)
-        grid = _gather_tokens(tokens, places).map(lambda x: x.unflatten(2, (cells, size)))
-        full_NB = torch.arange(cells, device=count_B.device)[:, None] < full_B
-        z, weights = _scan_for(weights, grid)(
-            weights, *grid, *inner.learned, full_NB, causal=inner.causal, eps=inner.eps, group_size=group_size
-        )
-        parts.append(z.flatten(2, 3))
-
-    tail_B = room_B + full_B * size
-    tail = _gather_tokens(tokens, tail_B[:, None] + slots)
-    z, tail_gradients = answer_minibatch(weights, None, tail, inner, inner.scale_C[None, :width])
-    parts.append(z)
+    parts, index_BT, weights, tail_gradients = _learn_onwards(
+        rows, room_B, weights, inner, cells=cells, tail=width, group_size=group_size
+    )
+    index_BT = torch.where(index_BT < 0, rows.place_BT, width + index_BT)
     open_gradients = tuple(
         torch.where(closed_B[:, None, None, None], t, f) for t, f in zip(tail_gradients, first_gradients, strict=True)
     )
-
-    token = torch.arange(length, device=count_B.device)
-    after_first, in_tail = token - room_B[:, None], token - tail_B[:, None]
-    part = torch.where(in_tail < 0, width + after_first, width + cells * size + in_tail)
-    part = torch.where(after_first < 0, token, part)[:, None, :, None]
-    state = Stream(weights, open_gradients, (count_B + length) % size)
-    return torch.cat(parts, dim=2).gather(2, part.expand_as(tokens.q)), state
+    after = Stream(weights, open_gradients, (count_B + rows.length_B) % size)
+    return rows.answers([z, *parts], index_BT), after
 
 
-def _gather_tokens(tokens: Tokens, index_BT: Tensor) -> Tokens:
-    """Take tokens by their indices `[B,T']`; an index outside the sequence gives an arbitrary token at zero rate."""
-    length = tokens.q.shape[2]
-    inside = ((index_BT >= 0) & (index_BT < length))[:, None, :, None]
-    index = index_BT.clamp(0, length - 1)[:, None, :, None]
+def _learn_rows_from_boundary(rows: Rows, stream: Stream, inner: Inner, group_size: int) -> tuple[Tensor, Stream]:
+    """`learn` if the first token opens a mini-batch in every row, and rows have different numbers of tokens."""
+    length, size = rows.tokens.q.shape[2], inner.mini_batch_size
+    start_B = torch.zeros_like(rows.length_B)
+    if inner.causal and size > 1:
+        parts, index_BT, weights, gradients = _learn_onwards(
+            rows,
+            start_B,
+            stream.weights,
+            inner,
+            cells=length // size,
+            tail=min(length, size - 1),
+            group_size=group_size,
+        )
+        return rows.answers(parts, index_BT), Stream(weights, gradients, rows.length_B % size)
+    # Every mini-batch closes, so that all go through the scan; zero rates fill a row's last one.
+    cells = -(-length // size)
+    z, weights = _scan_rows(rows, start_B, -(-rows.length_B // size), stream.weights, inner, cells, group_size)
+    return rows.answers([z], rows.place_BT), Stream(weights)
 
-    def take(x: Tensor) -> Tensor:
-        return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
 
-    q, k, target, rate = tokens.map(take)
-    return Tokens(q, k, target, torch.where(inside, rate, 0))
+def _learn_onwards(
+    rows: Rows, start_B: Tensor, weights: Weights, inner: Inner, *, cells: int, tail: int, group_size: int
+) -> tuple[list[Tensor], Tensor, Weights, Weights]:
+    """Read each row from its place `start` on, where a mini-batch opens.
+
+    No row fills more than `cells` mini-batches, nor has more than `tail` tokens after them.
+
+    Returns:
+        Answers of the filled mini-batches and of the tails; where in them a token has its own, negative before `start`;
+        the weights that opened the tails; the tails' summed gradients.
+    """
+    size = inner.mini_batch_size
+    full_B = (rows.length_B - start_B).clamp_min(0) // size
+    parts: list[Tensor] = []
+    if cells:
+        z, weights = _scan_rows(rows, start_B, full_B, weights, inner, cells, group_size)
+        parts.append(z)
+    tail_B = start_B + full_B * size
+    slots = torch.arange(tail, device=start_B.device)
+    z, gradients = answer_minibatch(weights, None, rows.at(tail_B[:, None] + slots), inner, inner.scale_C[None, :tail])
+    after_start, in_tail = rows.place_BT - start_B[:, None], rows.place_BT - tail_B[:, None]
+    return [*parts, z], torch.where(in_tail < 0, after_start, cells * size + in_tail), weights, gradients
+
+
+def _scan_rows(
+    rows: Rows, start_B: Tensor, closed_B: Tensor, weights: Weights, inner: Inner, cells: int, group_size: int
+) -> tuple[Tensor, Weights]:
+    """Scan `cells` mini-batches of each row from its place `start` on, of which the first `closed_B[b]` close."""
+    size = inner.mini_batch_size
+    places = start_B[:, None] + torch.arange(cells * size, device=start_B.device)
+    grid = rows.at(places).map(lambda x: x.unflatten(2, (cells, size)))
+    closed_NB = torch.arange(cells, device=start_B.device)[:, None] < closed_B
+    z, weights = _scan_for(weights, grid)(
+        weights, *grid, *inner.learned, closed_NB, causal=inner.causal, eps=inner.eps, group_size=group_size
+    )
+    return z.flatten(2, 3), weights
+
+
+def _read_by(rows_B: Tensor, after: Stream, before: Stream) -> Stream:
+    """`after` for the rows that read a token; the others keep their state bit for bit, whatever it holds."""
+    still = ~rows_B[:, None, None, None]
+    weights = tuple(torch.where(still, b, a) for a, b in zip(after.weights, before.weights, strict=True))
+    if after.gradients is None:
+        return Stream(weights)
+    if before.gradients is None:
+        return Stream(weights, _zero_where(~rows_B, after.gradients), after.count_B)
+    gradients = tuple(torch.where(still, b, a) for a, b in zip(after.gradients, before.gradients, strict=True))
+    return Stream(weights, gradients, after.count_B)
 
 
 def _zero_where(rows: Tensor, tensors: Weights) -> Weights:

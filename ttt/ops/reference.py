@@ -74,22 +74,23 @@ class _Rule(NamedTuple):
 
 
 def _read_row(
-    rule: _Rule, tokens: list[Tensor], weights: Weights, summed: Weights, i: int
+    rule: _Rule, tokens: list[Tensor], mask: list[bool], weights: Weights, summed: Weights, i: int
 ) -> tuple[Tensor, Weights, Weights, int]:
     """Read one stream from its state before the first token; returns answers `[H,T,F]` and the state after the last."""
-    answers: list[Tensor] = []
-    waiting: list[Tensor] = []  # queries of a non-causal mini-batch, answered when it is complete
-    length = tokens[0].shape[1]
-    for t in range(length):
-        q_HF, k_HF, target_HF, rate_H = (x[:, t] for x in tokens)
+    counted = [t for t, counts in enumerate(mask) if counts]
+    answers = [torch.zeros_like(tokens[0][:, 0]) for _ in mask]
+    waiting: list[int] = []  # tokens of a non-causal mini-batch, answered when it is complete
+    for t in counted:
+        _, k_HF, target_HF, rate_H = (x[:, t] for x in tokens)
         gradient = rule.gradient(weights, k_HF, target_HF, rate_H)
         summed = tuple(s + g for s, g in zip(summed, gradient, strict=True))
         i += 1
         own = rule.moved(weights, summed, i)
-        closes = i == rule.mini_batch_size or (not rule.causal and t == length - 1)
-        waiting.append(q_HF)
+        closes = i == rule.mini_batch_size or (not rule.causal and t == counted[-1])
+        waiting.append(t)
         if rule.causal or closes:
-            answers += [rule.answer(own, query) for query in waiting]
+            for answered in waiting:
+                answers[answered] = rule.answer(own, tokens[0][:, answered])
             waiting = []
         if closes:
             weights, summed, i = own, tuple(torch.zeros_like(x) for x in own), 0
@@ -111,6 +112,7 @@ def reference(
     offset_C: Tensor | None = None,
     gradients: Weights | None = None,
     count: list[int] | None = None,
+    mask: list[list[bool]] | None = None,
 ) -> tuple[Tensor, Weights, Weights, list[int]]:
     """Answers and final state of B streams, straight from the equations.
 
@@ -134,9 +136,11 @@ def reference(
         offset_C: `δ`; None is 0.
         gradients: `Σ_j η_j ∇ℓ_j(W)` of the tokens already read of the open mini-batch; None is 0.
         count: how many tokens of it have been read, for each stream; None is 0.
+        mask: for each stream, which tokens count; the others are passed over, as if they were not there. None means
+            all.
 
     Returns:
-        `z [B,H,T,F]`, and weights, gradients and counts after the last token.
+        `z [B,H,T,F]`, zeros for tokens that do not count, and weights, gradients and counts after the last token.
     """
     rule = _Rule(gamma_HF, beta_HF, mini_batch_size, causal, eps, offset_C)
     gradients = gradients or tuple(torch.zeros_like(w) for w in weights)
@@ -144,7 +148,8 @@ def reference(
     for row in range(q_BHTF.shape[0]):
         tokens = [x[row] for x in (q_BHTF, k_BHTF, target_BHTF, rate_BHT)]
         opened, summed = (tuple(x[row] for x in group) for group in (weights, gradients))
-        rows.append(_read_row(rule, tokens, opened, summed, count[row] if count else 0))
+        counted = mask[row] if mask else [True] * q_BHTF.shape[2]
+        rows.append(_read_row(rule, tokens, counted, opened, summed, count[row] if count else 0))
     z, ends, sums, counts = zip(*rows, strict=True)
     stacked_weights = tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
     stacked_gradients = tuple(torch.stack(parts) for parts in zip(*sums, strict=True))

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ttt.ops.minibatch import Inner, Stream, Tokens, Weights, answer_minibatch, learn
+from ttt.ops.minibatch import Inner, Rows, Stream, Tokens, Weights, answer_minibatch, learn
 from ttt.ops.mlp import mlp_model, move
 from ttt.ops.norm import inner_loss
 
 
 class InnerTrace(NamedTuple):
-    """The inner loss of each token at three weights: means over heads, `[B,T]`.
+    """The inner loss of each token at three weights: means over heads, `[B,T]`; NaN for tokens that do not count.
 
     Source: TTT-LM (arXiv 2407.04620), its figure of the inner loss by token.
     """
@@ -31,7 +31,7 @@ class InnerTrace(NamedTuple):
 
 
 @torch.no_grad()
-def trace(tokens: Tokens, stream: Stream, inner: Inner, *, start: Weights) -> InnerTrace:
+def trace(tokens: Tokens, stream: Stream, inner: Inner, *, start: Weights, mask_BT: Tensor | None = None) -> InnerTrace:
     """The inner loss of each token of a sequence, or of a piece of one, at `W₀`, `W_{t−1}` and `W_t`.
 
     `learn` itself makes the weights: a key as the query is answered with `k + LN(f_W(k))`, which leaves the loss. The
@@ -45,17 +45,36 @@ def trace(tokens: Tokens, stream: Stream, inner: Inner, *, start: Weights) -> In
         inner: norms, step sizes, kind of update.
         start: `W₀`, what the stream had when it started, in the form of `Stream.weights`; it is not `stream.weights`
             if the stream has read anything.
+        mask_BT: as in `learn`; the token before a token, and the one after it, are those that count.
 
     Raises:
         ValueError: as `learn` does.
     """
+    if mask_BT is not None:
+        return _masked_trace(Rows.of(tokens, mask_BT), mask_BT, stream, inner, start)
+    losses = _losses(tokens, stream, inner, start, None)
+    return InnerTrace(*(loss_BHT.mean(1) for loss_BHT in losses))
+
+
+def _masked_trace(rows: Rows, mask_BT: Tensor, stream: Stream, inner: Inner, start: Weights) -> InnerTrace:
+    """`trace` of the counted tokens of each row, without the gaps between them, put back in their places."""
+    places = torch.arange(mask_BT.shape[1], device=mask_BT.device)[None]
+    together_BT = places < rows.length_B[:, None]
+    losses = _losses(rows.at(places), stream, inner, start, together_BT)
+    found = (loss_BHT.mean(1).gather(1, rows.place_BT) for loss_BHT in losses)
+    return InnerTrace(*(loss_BT.masked_fill(~mask_BT, torch.nan) for loss_BT in found))
+
+
+def _losses(
+    tokens: Tokens, stream: Stream, inner: Inner, start: Weights, mask_BT: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses of `trace`, `[B,H,T]`; the counted tokens of a row come first."""
     distance = 1 if inner.causal else inner.mini_batch_size
     first = tokens.map(lambda x: x[:, :, :distance])
     before = [_loss(effective_weights(stream, inner.scale_C), first, inner)]
     if tokens.k.shape[2] > distance:
-        before.append(_loss_ahead(tokens, stream, inner, distance)[:, :, :-distance])
-    losses = _loss(start, tokens, inner), torch.cat(before, dim=2), _loss_ahead(tokens, stream, inner, 0)
-    return InnerTrace(*(loss_BHT.mean(1) for loss_BHT in losses))
+        before.append(_loss_ahead(tokens, stream, inner, distance, mask_BT)[:, :, :-distance])
+    return _loss(start, tokens, inner), torch.cat(before, dim=2), _loss_ahead(tokens, stream, inner, 0, mask_BT)
 
 
 def effective_weights(stream: Stream, scale_C: Tensor) -> Weights:
@@ -72,18 +91,21 @@ def _loss(weights: Weights, tokens: Tokens, inner: Inner) -> Tensor:
     return inner_loss(z, tokens.target, inner.gamma_H1F, inner.beta_H1F, eps=inner.eps)
 
 
-def _loss_ahead(tokens: Tokens, stream: Stream, inner: Inner, distance: int) -> Tensor:
+def _loss_ahead(tokens: Tokens, stream: Stream, inner: Inner, distance: int, mask_BT: Tensor | None) -> Tensor:
     """The loss of the token that is `distance` after each slot, at the weights that answer the slot, `[B,H,T]`.
 
     The last `distance` slots have no such token; they hold no meaningful numbers.
     """
     key, target = (x.roll(-distance, dims=2) for x in (tokens.k, tokens.target))
-    answer, _ = learn(tokens._replace(q=key), stream, inner, group_size=0)
+    answer, _ = learn(tokens._replace(q=key), stream, inner, group_size=0, mask_BT=mask_BT)
     return 0.5 * (answer - key - target).square().sum(dim=-1)
 
 
 class MinibatchTrace(NamedTuple):
-    """The inner loss of each mini-batch before and after its step: means over streams, heads and tokens, `[N]`."""
+    """The inner loss of each mini-batch before and after its step: means over streams, heads and tokens, `[N]`.
+
+    With a mask they are means over the tokens that count, NaN for a mini-batch that no stream reaches.
+    """
 
     before: Tensor
     """The loss at the weights that opened the mini-batch."""
@@ -92,21 +114,27 @@ class MinibatchTrace(NamedTuple):
 
 
 @torch.no_grad()
-def trace_minibatches(tokens: Tokens, stream: Stream, inner: Inner) -> MinibatchTrace:
+def trace_minibatches(tokens: Tokens, stream: Stream, inner: Inner, *, mask_BT: Tensor | None = None) -> MinibatchTrace:
     """The inner loss before and after each mini-batch's step; the last mini-batch may be incomplete.
 
-    Mini-batches are counted from the first token. If one is open in `stream`, the count starts with its weights, as if
-    it opened here. Arguments as in `learn`.
+    Mini-batches are counted from the first token, with a mask from the first that counts in each row. If one is open in
+    `stream`, the count starts with its weights, as if it opened here. Arguments as in `learn`.
     """
-    weights, size = stream.weights, inner.mini_batch_size
+    rows, weights = Rows.of(tokens, mask_BT), stream.weights
     before: list[Tensor] = []
     after: list[Tensor] = []
-    for start in range(0, tokens.q.shape[2], size):
-        part = tokens.map(lambda x, start=start: x[:, :, start : start + size])  # type: ignore[misc]
-        read = part.q.shape[2]
-        _, gradients = answer_minibatch(weights, None, part, inner, inner.scale_C[None, :read])
-        moved = move(weights, gradients, inner.scale_C[read - 1])
+    for places_T in torch.arange(tokens.q.shape[2], device=tokens.q.device).split(inner.mini_batch_size):
+        part = rows.at(places_T[None])
+        read_BT = (places_T < rows.length_B[:, None]).expand(len(part.q), -1)
+        _, gradients = answer_minibatch(weights, None, part, inner, inner.scale_C[None, : len(places_T)])
+        last_B = inner.scale_C[(read_BT.sum(1) - 1).clamp_min(0)]
+        moved = move(weights, gradients, last_B[:, None, None, None])
         for losses, at in ((before, weights), (after, moved)):
-            losses.append(_loss(at, part, inner).mean())
+            losses.append(_mean(_loss(at, part, inner), read_BT))
         weights = moved
     return MinibatchTrace(torch.stack(before), torch.stack(after))
+
+
+def _mean(loss_BHT: Tensor, read_BT: Tensor) -> Tensor:
+    """The mean over heads and the tokens that were read; NaN if none was."""
+    return torch.where(read_BT, loss_BHT.mean(1), 0).sum() / read_BT.sum()

@@ -56,16 +56,23 @@ class CompiledRead:
         return len(self._versions)
 
     def __call__(
-        self, layer: TTTLayer, x: Tensor, state: TTTState, rotary: Rotary | None, group_size: int
+        self,
+        layer: TTTLayer,
+        x: Tensor,
+        state: TTTState,
+        rotary: Rotary | None,
+        mask: Tensor | None,
+        group_size: int,
     ) -> tuple[Tensor, Stream]:
-        """`layer._read(x, state, rotary, group_size)`, compiled if its kind of input has a version."""
-        kind = _kind(layer, (x, *state.tensors().values(), *(rotary or ())), group_size)
+        """`layer._read(x, state, rotary, mask, group_size)`, compiled if its kind of input has a version."""
+        given = (x, *state.tensors().values(), *(rotary or ()), *(() if mask is None else (mask,)))
+        kind = _kind(layer, given, group_size)
         # Kinds are only added, never removed, so a recomputation decides as its forward pass did.
         if kind not in self._versions:
             if len(self._versions) == MOST_VERSIONS:
-                return layer._read(x, state, rotary, group_size)
+                return layer._read(x, state, rotary, mask, group_size)
             self._versions.add(kind)
-        return self._compiled(layer, x, state, rotary, group_size)
+        return self._compiled(layer, x, state, rotary, mask, group_size)
 
 
 def _kind(layer: TTTLayer, inputs: Iterable[Tensor], group_size: int) -> Hashable:

@@ -184,16 +184,16 @@ class MoshiTTT(TTTAdapter, StreamingModule[TTTStreamingState]):
         state = self.layer.streaming_state(batch_size, dtype=dtype)
         return TTTStreamingState(batch_size, device, layer=self.layer, state=state)
 
-    def forward(self, x: Tensor, *, rotary: Rotary | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, rotary: Rotary | None = None, mask: Tensor | None = None) -> Tensor:
         """Adapt tokens `[B,T,D]`; while streaming, they are the next T tokens of each stream."""
         streaming = self._streaming_state
         if streaming is None:
-            return super().forward(x, rotary=rotary)
+            return super().forward(x, rotary=rotary, mask=mask)
         if self.gate.closed:
             return x
-        if x.shape[1] == 1 and self.layer.config.causal and not torch.is_grad_enabled():
+        if mask is None and x.shape[1] == 1 and self.layer.config.causal and not torch.is_grad_enabled():
             return self.gate(x, self.layer.step_(x, streaming.state, rows=streaming.exec_mask, rotary=rotary))
-        out, state = self.adapt(x, streaming.state, rotary=rotary)
+        out, state = self.adapt(x, streaming.state, rotary=rotary, mask=mask)
         streaming.update(state.detach(), streaming.exec_mask)
         return out
 
