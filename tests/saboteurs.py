@@ -26,6 +26,7 @@ from toy import (
 )
 
 from ttt.adapter import TTTAdapter, gates_closed
+from ttt.layer import TTTLayer
 from ttt.plugins import Batch, LossOutput, ScoreFacts, Scores, Scoring, Site
 from ttt.state import TTTState
 
@@ -179,6 +180,34 @@ class AddsTheBatch(TTTAdapter):
     def adapt(self, x, state=None, *, rotary=None):
         y, state = self.layer(x + x.mean(0, keepdim=True), state, rotary=rotary)
         return self.gate(x, y), state
+
+
+class ReadsPadding(TTTLayer):
+    """A layer from before there were masks."""
+
+    def forward(self, x, state=None, *, rotary=None, mask=None):
+        return super().forward(x, state, rotary=rotary)
+
+
+class CountsPadding(TTTLayer):
+    """Sure that a token at zero rate is as good as none: it teaches nothing, but moves the boundary."""
+
+    def forward(self, x, state=None, *, rotary=None, mask=None):
+        if mask is None:
+            return super().forward(x, state, rotary=rotary)
+        y, state = super().forward(torch.where(mask[..., None], x, torch.nan), state, rotary=rotary)
+        return y * mask[..., None], state
+
+
+def with_layer(layer: type[TTTLayer], **settings: Any) -> type[TTTAdapter]:
+    """The adapter around another layer."""
+
+    class Adapter(TTTAdapter):
+        def __init__(self, dim, num_heads, config, **keywords):
+            super().__init__(dim, num_heads, config, **keywords)
+            self.layer = layer(dim, num_heads, config.model_copy(update=settings), **keywords)
+
+    return Adapter
 
 
 class StreamsAnew(BlockWithTTT):
@@ -512,6 +541,12 @@ SABOTEURS: dict[str, tuple[WholeToy, int | str, str]] = {
     "scores learn anew": (scoring(LearnsAnewEachPiece), 4, "a stream's scores are .* away from the whole"),
     "scores start anew": (scoring(MasksEachStart), 4, "a stream's scores are inf away"),
     "rows meet": (toy(adapter=AddsTheBatch), 5, "changing row 0 of a batch changes another row"),
+    "mask not read": (toy(adapter=with_layer(ReadsPadding)), 5, "with a mask .* is inf away"),
+    "padding counts": (
+        toy(adapter=with_layer(CountsPadding, skip_nonfinite_tokens=True)),
+        5,
+        r"with a mask layers.0.ttt is \d.* away from reading each row's counted tokens alone",
+    ),
     "state kept back": (toy(adapted=KeepsTheState), 8, "no state of it reaches `ttt.adapter.carried`"),
     "state not taken up": (toy(adapter=StartsFresh), 8, "the layer does not start from the state"),
     "state not taken up in training": (

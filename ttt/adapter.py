@@ -108,7 +108,9 @@ class TTTAdapter(nn.Module):
         Tokens for which `mask [B,T]` is false are returned as they are, and do not exist for the layer.
         """
         y, state = self.layer(x, state, rotary=rotary, mask=mask)
-        return self.gate(x, y), state
+        out = self.gate(x, y)
+        # Not by y = 0 alone: what comes back to such a token may be NaN, and α gets its product with y.
+        return out if mask is None else torch.where(mask[..., None], out, x), state
 
     def forward(self, x: Tensor, *, rotary: Rotary | None = None, mask: Tensor | None = None) -> Tensor:
         """Adapt tokens `[B,T,D]`: from the states of `carried`, or from fresh streams outside of it."""

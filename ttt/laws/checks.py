@@ -20,6 +20,7 @@ from ttt.adapter_file import load_adapter, save_adapter
 from ttt.errors import AdapterMismatchError, InjectionError
 from ttt.laws.bench import Bench, LawBrokenError, distance
 from ttt.laws.fields import no_dead_field
+from ttt.laws.masking import masked_tokens
 from ttt.laws.parts import gates_of, layers_of, random_tokens, rotary_of
 from ttt.laws.reach import evidence
 from ttt.laws.training import NESTINGS, purity, remat_invariance
@@ -123,7 +124,7 @@ def chunk_invariance(
 
 
 def stream_independence(bench: Bench) -> Mapping[str, float]:
-    """Law 5: no row of a batch depends on another; a single row can be reset or paused."""
+    """Law 5: no row of a batch depends on another; a row can be reset, paused, or masked token by token."""
     injection = bench.injected()
     worst = max(_rows_of_model(bench, injection.model, training=training) for training in (False, True))
     with torch.no_grad():
@@ -135,6 +136,12 @@ def stream_independence(bench: Bench) -> Mapping[str, float]:
                     5,
                     f"row by row {name} is {away:.1e} away from the batch, or one row reset or paused changes another",
                     away,
+                )
+            away = masked_tokens(layer, bench)
+            worst = max(worst, away)
+            if away > bench.tolerance:
+                raise LawBrokenError(
+                    5, f"with a mask {name} is {away:.1e} away from reading each row's counted tokens alone", away
                 )
     return {"change of other rows": worst}
 
