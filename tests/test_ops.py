@@ -70,20 +70,20 @@ class Case:
             return Stream(self.weights)
         return Stream(self.weights, self.gradients, torch.tensor(self.count))
 
-    def slow(self):
+    def slow(self, mask=None):
         z, weights, gradients, count = reference(
             self.q, self.k, self.target, self.rate, self.weights, self.gamma, self.beta,
             mini_batch_size=C, causal=self.causal, eps=self.eps, offset_C=self.offset,
-            gradients=self.gradients, count=self.count,
+            gradients=self.gradients, count=self.count, mask=mask,
         )  # fmt: skip
         return [z, *weights, *gradients], count
 
-    def fast(self, pieces=None, group_size=2):
+    def fast(self, pieces=None, group_size=2, mask=None):
         tokens = Tokens(self.q, self.k, self.target, self.rate[..., None])
         parts, stream, start = [], self.stream(), 0
         for piece in pieces or [self.q.shape[2]]:
             part = Tokens(*(x[:, :, start : start + piece] for x in tokens))
-            z, stream = learn(part, stream, self.inner(), group_size=group_size)
+            z, stream = learn(part, stream, self.inner(), group_size=group_size, mask_BT=mask)
             parts.append(z)
             start += piece
         gradients = stream.gradients or tuple(torch.zeros_like(w) for w in stream.weights)
@@ -144,6 +144,29 @@ def test_groups_change_nothing(group_size, open_state):
     """Law 2, at the level of the operation."""
     case = Case(18, (10,), open_state=open_state, seed=30)
     assert_equal_to(case, case.fast(group_size=group_size), case.fast(group_size=0))
+
+
+@pytest.mark.parametrize("ops", ["fused", "generic", "reference"])
+@pytest.mark.parametrize("length", [1, 3 * C + 2])
+@pytest.mark.parametrize("kind", ["boundary", "anywhere", "non-causal"])
+def test_a_mask_passes_tokens_over_whatever_they_hold(kind, length, ops, monkeypatch):
+    """`learn` itself keeps NaN out: of answers and states, and of every gradient but for the zeros of such a token."""
+    monkeypatch.setenv("TTT_OPS", ops)
+    case = Case(length, (7,), causal=kind != "non-causal", open_state=kind == "anywhere", seed=60)
+    mask = torch.rand(B, length, generator=torch.Generator().manual_seed(1)) < 0.6
+    mask[0], mask[1, -1] = False, True
+    expected, count = case.slow(mask.tolist())
+    wanted = gradients(expected, case.leaves)
+    with torch.no_grad():
+        for tensor in (case.q, case.k, case.target, case.rate):
+            tensor.masked_fill_(~mask[:, None].view(B, 1, length, *[1] * (tensor.dim() - 3)), torch.nan)
+    outputs, found_count = case.fast(mask=mask)
+    assert found_count == count
+    for a, b in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert not outputs[0][(~mask)[:, None].expand(B, H, length)].any()
+    for a, b in zip(gradients(outputs, case.leaves), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_a_token_of_zero_rate_teaches_nothing():
