@@ -148,6 +148,30 @@ def test_a_token_that_is_not_finite_stays_out_of_its_stream(pieces):
     assert found.isfinite().all(-1).tolist() == [[True] * 6, [True, True, False, True, True, True]]
 
 
+@pytest.mark.parametrize("pieces", [[1] * 6, [2, 4], [6]])
+def test_a_mask_leaves_tokens_out_of_a_stream(pieces):
+    """Frame by frame and several at a time, and not streaming; with a stream that pauses beside it."""
+    model, injection = tiny(mini_batch_size=4)
+    adapter = injection.adapters["transformer.layers.1.ttt"]
+    mask = torch.tensor([[False, True, True, False, True, True], [True, True, False, True, True, False]])
+    x = torch.randn(2, 6, model.dim, generator=torch.Generator().manual_seed(6)).where(mask[..., None], torch.nan)
+    with torch.no_grad():
+        alone = adapter(x[mask].view(2, 4, -1))
+        with model.streaming(2):
+            parts = [
+                adapter(piece, mask=counted)
+                for piece, counted in zip(x.split(pieces, 1), mask.split(pieces, 1), strict=True)
+            ]
+            assert adapter.streams.count.tolist() == [0, 0]
+            adapter._streaming_state.set_exec_mask(torch.tensor([True, False]))
+            adapter(x[:, 1:3], mask=mask[:, 1:3])
+            assert adapter.streams.count.tolist() == [2, 0]
+        whole = adapter(x, mask=mask)
+    for found in (torch.cat(parts, 1), whole):
+        torch.testing.assert_close(found[mask].view(2, 4, -1), alone, rtol=1e-4, atol=1e-5)
+        assert found[~mask].isnan().all()
+
+
 def test_injection_after_streaming_is_found_by_streaming():
     """kyutai's modules remember their streaming children from the first use; ours must still be among them."""
     model = MOSHI.build(MOSHI.tiny(), device="cpu", dtype=torch.float32)
