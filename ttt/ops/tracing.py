@@ -52,29 +52,29 @@ def trace(tokens: Tokens, stream: Stream, inner: Inner, *, start: Weights, mask_
     """
     if mask_BT is not None:
         return _masked_trace(Rows.of(tokens, mask_BT), mask_BT, stream, inner, start)
-    losses = _losses(tokens, stream, inner, start, None)
+    losses = _losses(tokens, stream, inner, start)
     return InnerTrace(*(loss_BHT.mean(1) for loss_BHT in losses))
 
 
 def _masked_trace(rows: Rows, mask_BT: Tensor, stream: Stream, inner: Inner, start: Weights) -> InnerTrace:
-    """`trace` of the counted tokens of each row, without the gaps between them, put back in their places."""
+    """`trace` of the counted tokens of each row, without the gaps between them, put back in their places.
+
+    Tokens of zero rate fill the ends of the rows; nothing that counts comes after them.
+    """
     places = torch.arange(mask_BT.shape[1], device=mask_BT.device)[None]
-    together_BT = places < rows.length_B[:, None]
-    losses = _losses(rows.at(places), stream, inner, start, together_BT)
+    losses = _losses(rows.at(places), stream, inner, start)
     found = (loss_BHT.mean(1).gather(1, rows.place_BT) for loss_BHT in losses)
     return InnerTrace(*(loss_BT.masked_fill(~mask_BT, torch.nan) for loss_BT in found))
 
 
-def _losses(
-    tokens: Tokens, stream: Stream, inner: Inner, start: Weights, mask_BT: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses of `trace`, `[B,H,T]`; the counted tokens of a row come first."""
+def _losses(tokens: Tokens, stream: Stream, inner: Inner, start: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses of `trace`, `[B,H,T]`."""
     distance = 1 if inner.causal else inner.mini_batch_size
     first = tokens.map(lambda x: x[:, :, :distance])
     before = [_loss(effective_weights(stream, inner.scale_C), first, inner)]
     if tokens.k.shape[2] > distance:
-        before.append(_loss_ahead(tokens, stream, inner, distance, mask_BT)[:, :, :-distance])
-    return _loss(start, tokens, inner), torch.cat(before, dim=2), _loss_ahead(tokens, stream, inner, 0, mask_BT)
+        before.append(_loss_ahead(tokens, stream, inner, distance)[:, :, :-distance])
+    return _loss(start, tokens, inner), torch.cat(before, dim=2), _loss_ahead(tokens, stream, inner, 0)
 
 
 def effective_weights(stream: Stream, scale_C: Tensor) -> Weights:
@@ -91,13 +91,13 @@ def _loss(weights: Weights, tokens: Tokens, inner: Inner) -> Tensor:
     return inner_loss(z, tokens.target, inner.gamma_H1F, inner.beta_H1F, eps=inner.eps)
 
 
-def _loss_ahead(tokens: Tokens, stream: Stream, inner: Inner, distance: int, mask_BT: Tensor | None) -> Tensor:
+def _loss_ahead(tokens: Tokens, stream: Stream, inner: Inner, distance: int) -> Tensor:
     """The loss of the token that is `distance` after each slot, at the weights that answer the slot, `[B,H,T]`.
 
     The last `distance` slots have no such token; they hold no meaningful numbers.
     """
     key, target = (x.roll(-distance, dims=2) for x in (tokens.k, tokens.target))
-    answer, _ = learn(tokens._replace(q=key), stream, inner, group_size=0, mask_BT=mask_BT)
+    answer, _ = learn(tokens._replace(q=key), stream, inner, group_size=0)
     return 0.5 * (answer - key - target).square().sum(dim=-1)
 
 
