@@ -1,7 +1,8 @@
 """TTT in the causal language models of Hugging Face's `transformers`, whatever their architecture.
 
     structure.py      a model's decoder layers, found from its structure
-    passes.py         one forward pass: which tokens count, and which cache the layers share
+    passes.py         one forward pass: which tokens count, and where the cache that its layers share stands
+    masks.py          which tokens count, from what a decoder is told about padding
     states.py         TTT states that travel with a `transformers` cache
     sites.py          the sites: after each decoder layer
     attention.py      attention limited to a window and sinks
