@@ -35,7 +35,7 @@ def test_family(family: str) -> None:
         assert_padded(model, injection.adapters)
         assert_generates(model, ids[:2, :5])
     assert_padded_gradients(model)
-    assert_checkpointing(model, ids)
+    assert_checkpointing(model, ids, next(iter(injection.adapters)))
     model.eval()
     injection.eject()
     assert torch.equal(model(input_ids=ids).logits, plain), "ejected, it is the plain model"
@@ -130,17 +130,23 @@ def assert_same_gradients(one: dict[str, Tensor], other: dict[str, Tensor]) -> N
         assert float((one[name] - value).norm()) < TOLERANCE * max(float(value.norm()), 1e-3 * scale), name
 
 
-def assert_checkpointing(model: PreTrainedModel, ids: Tensor) -> None:
+def assert_checkpointing(model: PreTrainedModel, ids: Tensor, site: str) -> None:
     weights = torch.randn(3, 12, 64, generator=torch.Generator().manual_seed(5), dtype=model.dtype)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     model.train()
     want = gradients(model, [(ids, {"attention_mask": mask}, weights)])
+    calls: list[int] = []
+    # Before it, as recomputation stops at the last tensor that is needed.
+    handle = model.get_submodule(site).register_forward_pre_hook(lambda *_: calls.append(1))
     for reentrant in (False, True):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its name in later versions is another
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        calls.clear()
         assert_same_gradients(gradients(model, [(ids, {"attention_mask": mask}, weights)]), want)
+        assert len(calls) == 2, "the layer is recomputed"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_disable()
+    handle.remove()

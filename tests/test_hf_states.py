@@ -357,34 +357,39 @@ def test_two_streams_in_turns(model: PreTrainedModel, whole: Tensor) -> None:
 
 
 def test_two_threads(model: PreTrainedModel) -> None:
-    """One waits inside of its pass until the other has gone through a whole one, with padding of its own."""
+    """Each is inside of its pass while the other is, with padding of its own."""
     ids, kwargs, _ = padded("left", model)
-    want = model(input_ids=ids, **kwargs).logits
-    inside, done = threading.Event(), threading.Event()
-    first = threading.current_thread()
-
-    def wait(*_: Any) -> None:
-        if threading.current_thread() is not first:
-            inside.set()
-            assert done.wait(30)
-
+    want, other = model(input_ids=ids, **kwargs).logits, model(input_ids=IDS).logits
+    inside = {name: threading.Event() for name in ("one", "other", "done")}
     made: list[Tensor] = []
 
-    def run() -> None:
-        with torch.no_grad():
-            made.append(model(input_ids=ids, **kwargs).logits)
+    def wait(*_: Any) -> None:
+        """The one waits for the other to begin, and that for the one to end."""
+        one = threading.current_thread() is thread
+        inside["one" if one else "other"].set()
+        assert inside["other" if one else "done"].wait(30)
 
+    def run() -> None:
+        try:
+            with torch.no_grad():
+                made.append(model(input_ids=ids, **kwargs).logits)
+        except UsageError:
+            pass
+        finally:
+            inside["done"].set()
+
+    thread = threading.Thread(target=run)
     handle = model.model.layers[0].register_forward_pre_hook(wait)
     try:
-        thread = threading.Thread(target=run)
         thread.start()
-        assert inside.wait(30)
-        model(input_ids=IDS)
-        done.set()
+        assert inside["one"].wait(30)
+        mine = model(input_ids=IDS).logits
         thread.join(30)
     finally:
         handle.remove()
+    assert len(made) == 1
     assert difference(made[0], want) < TOLERANCE
+    assert difference(mine, other) < TOLERANCE
 
 
 # ---- wrong ones, each caught by what is written above
@@ -409,6 +414,43 @@ def test_a_cache_that_forgets_is_caught(model: PreTrainedModel, whole: Tensor, m
     cache.crop(-2)
     with pytest.raises(UsageError, match="holds 6 tokens, of which the TTT layer 0 has read 8"):
         assert_goes_on(model, cache, whole[:1])
+
+
+class OneStack:
+    """Wrong: what `ContextVar` does, but for all threads together."""
+
+    def __init__(self) -> None:
+        self.value: Any = ()
+
+    def get(self) -> Any:
+        return self.value
+
+    def set(self, value: Any) -> Any:
+        before, self.value = self.value, value
+        return before
+
+    def reset(self, before: Any) -> None:
+        self.value = before
+
+
+def test_passes_that_threads_share_are_caught(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ttt.hf.passes._CURRENT", OneStack())
+    with pytest.raises((AssertionError, UsageError)):
+        test_two_threads(model)
+
+
+def test_states_of_one_for_all_caches_are_caught(
+    model: PreTrainedModel, whole: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: Any = cache_of(read(model, IDS[:, :1]))
+
+    def one_for_all(cache: Any, owner: int) -> Any:
+        return shared
+
+    shared.reset()
+    monkeypatch.setattr("ttt.hf.sites.stateful", one_for_all)
+    with pytest.raises(UsageError, match="of which the TTT layer 0 has read"):
+        test_two_streams_in_turns(model, whole)
 
 
 def no_mask(mask: Tensor | None, shape: tuple[int, int], past: int) -> Tensor | None:
