@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -76,6 +77,7 @@ class Passes:
             "is put around single layers; write model.gradient_checkpointing_enable() instead"
         )
 
+    @torch.compiler.disable  # it looks at values, and there is nothing to compile in it
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
         given = dict(zip(self._names, args, strict=False)) | kwargs
         tokens = given.get("input_ids")
