@@ -83,7 +83,7 @@ def _implementation(model: nn.Module) -> str:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -131,13 +131,13 @@ def _own_attention(kind: type[nn.Module], base: str) -> Callable[..., Any]:
         names = vars(sys.modules[ancestor.__module__])
         if "eager_attention_forward" in names:
             functions = names.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-            return functions.get(base, names["eager_attention_forward"])  # type: ignore[no-any-return]
+            return functions.get(base, names["eager_attention_forward"])
     if base == "eager":
         raise UsageError(
             f"the eager attention of {kind.__name__} is not understood, so that it cannot be limited; load the model "
             f"with attn_implementation='sdpa'"
         )
-    return ALL_ATTENTION_FUNCTIONS[base]  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS[base]
 
 
 @dataclass(frozen=True)
@@ -196,11 +196,13 @@ def _require_one_text(mask_function: Callable[..., Tensor], sizes: dict[str, Any
     Raises:
         UsageError: a token may not attend to the one before it.
     """
-    length = sizes.get("q_length", 0)
+    # Older versions give the queries' positions instead of how many there are.
+    length = sizes["q_length"] if "q_length" in sizes else len(sizes["cache_position"])
     if sizes.get("allow_is_causal_skip", True) or sizes.get("use_vmap") or length != sizes["kv_length"] or length < 2:
         return
-    at = torch.arange(1, length, device=sizes.get("device"))
-    batch = torch.arange(sizes["batch_size"], device=sizes.get("device"))
+    device = sizes["device"] if "device" in sizes else sizes["cache_position"].device
+    at = torch.arange(1, length, device=device)
+    batch = torch.arange(sizes["batch_size"], device=device)
     if not bool(mask_function(batch[:, None], torch.zeros_like(at), at, at - 1).all()):
         raise UsageError(
             "position_ids start again within a row, as if several texts were packed into it; attention sinks would be "

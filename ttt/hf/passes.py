@@ -1,10 +1,12 @@
-"""One forward pass of a decoder: which tokens count, and whether the layers must get a cache."""
+"""One forward pass of a decoder: which tokens count, and where the cache that its layers share stands."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,35 +15,52 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ttt.errors import UsageError
-from ttt.hf.states import find_cache
+from ttt.hf.masks import require_one_text, token_mask
+from ttt.hf.states import cached_length, find_cache
 
 
 @dataclass(frozen=True)
 class Pass:
     """What every layer of one forward pass must know."""
 
+    owner: int
+    """The decoder's `Passes.number`; states belong to it."""
+    shape: tuple[int, int]
+    """Rows B and tokens T of the pass."""
     mask: Tensor | None
     """Tokens that count, `[B,T]` bool; None if all do."""
     cache: Cache | None
-    """What the decoder was given. If it was given one, each layer must be given one too."""
+    """What the decoder was given. If it was given one, each layer must be given the same."""
+    past: int
+    """Positions that it held before the pass; 0 if none was given."""
+
+
+_NUMBERS = itertools.count()
+_CURRENT: ContextVar[tuple[Pass, ...]] = ContextVar("ttt_hf_passes", default=())
+"""The passes that are running, the innermost last: one stack for each thread."""
 
 
 class Passes:
-    """The forward pass that a decoder is in; its layers with TTT share this object."""
+    """The forward passes of a decoder; its layers with TTT share this object.
 
-    def __init__(self) -> None:
-        self.current: Pass | None = None
+    Args:
+        forward: the decoder's own forward.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.number = next(_NUMBERS)
         self.layers = 0
         """How many layers share it."""
+        self._names = tuple(inspect.signature(forward).parameters)[1:]
 
     @contextmanager
-    def opened(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """A context in which a decoder's forward pass runs with these arguments."""
-        before, self.current = self.current, _read_pass(forward, args, kwargs)
+    def opened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """A context in which the decoder's forward runs with these arguments."""
+        token = _CURRENT.set((*_CURRENT.get(), self._read(args, kwargs)))
         try:
             yield
         finally:
-            self.current = before
+            _CURRENT.reset(token)
 
     def required(self) -> Pass:
         """The current pass.
@@ -50,39 +69,27 @@ class Passes:
             UsageError: a layer is called outside of its decoder's forward pass, so that nothing says which tokens
                 are padding.
         """
-        if self.current is None:
-            raise UsageError(
-                "a decoder layer with TTT was called outside of its model's forward pass, as when activation "
-                "checkpointing is put around single layers; write model.gradient_checkpointing_enable() instead"
-            )
-        return self.current
-
-
-def _read_pass(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
-    bound = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
-    tokens = bound.get("input_ids")
-    tokens = bound.get("inputs_embeds") if tokens is None else tokens
-    mask = bound.get("attention_mask")
-    length = None if tokens is None else tokens.shape[1]
-    return Pass(_token_mask(mask, length), find_cache(args, kwargs))
-
-
-def _token_mask(mask: Any, length: int | None) -> Tensor | None:
-    """Which of the pass's own tokens count, from an attention mask `[B, past + T]`.
-
-    Raises:
-        UsageError: the mask has another form, which does not say which tokens are padding.
-    """
-    if mask is None or length is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        form = f"a {type(mask).__name__}" if not isinstance(mask, Tensor) else f"of shape {tuple(mask.shape)}"
+        for current in reversed(_CURRENT.get()):
+            if current.owner == self.number:
+                return current
         raise UsageError(
-            f"attention_mask is {form}: TTT layers need the two-dimensional one, [batch, tokens], 0 where a token is "
-            f"padding; give that, or none"
+            "a decoder layer with TTT was called outside of its model's forward pass, as when activation checkpointing "
+            "is put around single layers; write model.gradient_checkpointing_enable() instead"
         )
-    if mask.shape[1] < length:
-        raise UsageError(f"attention_mask has {mask.shape[1]} columns, fewer than the {length} tokens of this pass")
-    own = mask[:, mask.shape[1] - length :] != 0
-    # One look at the device for each pass, as transformers itself takes: without padding the scan is simpler.
-    return None if not torch.compiler.is_compiling() and bool(own.all()) else own
+
+    @torch.compiler.disable  # it looks at values, and there is nothing to compile in it
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+            raise UsageError(
+                "the decoder was given neither input_ids [batch, tokens] nor inputs_embeds [batch, tokens, width], so "
+                "that TTT layers do not know its tokens"
+            )
+        shape = (tokens.shape[0], tokens.shape[1])
+        cache = find_cache(args, kwargs)
+        past = 0 if cache is None else cached_length(cache)
+        mask = token_mask(given.get("attention_mask"), shape, past)
+        require_one_text(given.get("position_ids"), shape, mask, given)
+        return Pass(self.number, shape, mask, cache, past)

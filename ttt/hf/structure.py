@@ -61,8 +61,19 @@ def find_decoder(model: nn.Module) -> Decoder:
             f"{_named(path, decoder)} calls the decoder layers, but its forward takes no attention_mask, which says "
             f"which tokens are padding; it takes {', '.join(_parameters(decoder))}"
         )
+    if not {"input_ids", "inputs_embeds"} & set(_parameters(decoder)):
+        raise InjectionError(
+            f"{_named(path, decoder)} calls the decoder layers, but its forward takes neither input_ids nor "
+            f"inputs_embeds; it takes {', '.join(_parameters(decoder))}"
+        )
+    _require_counting_cache(decoder, path)
     dim, heads = _sizes(decoder, path)
     return Decoder(path, decoder, layers_path, tuple(layers), dim, heads)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module as the model has it: if TTT is in the module, the class that it had before."""
+    return getattr(type(module), "ttt_class", type(module))
 
 
 def cache_index(layer: nn.Module) -> int:
@@ -75,7 +86,7 @@ def _why_not_layers(modules: nn.ModuleList) -> str:
     """What keeps the modules of a list from being decoder layers; empty if they are."""
     if not len(modules):
         return "is empty"
-    kinds = sorted({type(module).__name__ for module in modules})
+    kinds = sorted({own_class(module).__name__ for module in modules})
     if len(kinds) > 1:
         return f"holds modules of several classes ({', '.join(kinds)})"
     for number, module in enumerate(modules):
@@ -83,6 +94,8 @@ def _why_not_layers(modules: nn.ModuleList) -> str:
         if indices != {number}:
             held = ", ".join(map(str, sorted(indices))) or "none"
             return f"number {number}, a {kinds[0]}, should hold the layer_idx {number}, and holds {held}"
+    if any(getattr(part, "is_causal", True) is False for part in modules.modules()):
+        return f"the attention of {kinds[0]} is not causal"
     taken = _parameters(modules[0])
     if not any(_takes_cache(name, parameter) for name, parameter in taken.items()):
         return f"the forward of {kinds[0]} takes no cache; it takes {', '.join(taken)}"
@@ -96,7 +109,7 @@ def _layer_indices(layer: nn.Module) -> set[int]:
 
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     """The parameters of a module's forward, as its class has it before any decorator."""
-    return {name: p for name, p in inspect.signature(type(module).forward).parameters.items() if name != "self"}
+    return {name: p for name, p in inspect.signature(own_class(module).forward).parameters.items() if name != "self"}
 
 
 def _takes_cache(name: str, parameter: inspect.Parameter) -> bool:
@@ -110,6 +123,19 @@ def _sizes(decoder: nn.Module, path: str) -> tuple[int, int]:
         if not isinstance(size, int):
             raise InjectionError(f"{_named(path, decoder)}: its config has no {name}, or not as one number: {size!r}")
     return sizes[0], sizes[1]  # type: ignore[return-value]
+
+
+def _require_counting_cache(decoder: nn.Module, path: str) -> None:
+    """Refuse a model whose cache counts no tokens: nothing would show that it lost the states of TTT."""
+    from transformers import DynamicCache
+
+    try:
+        DynamicCache(config=getattr(decoder, "config")).get_seq_length()  # noqa: B009 -- a module has any attribute
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise InjectionError(
+            f"{_named(path, decoder)} is not understood: looked for attention layers, whose cache counts its tokens; "
+            f"transformers says of its cache: {error}"
+        ) from None
 
 
 def _named(path: str, module: nn.Module) -> str:
