@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import ttt
 from ttt.errors import AdapterFileError, AdapterMismatchError, InjectionError, UsageError
+from ttt.hf import causal_lm_sites
 from ttt.plugins import get_backbone
 from ttt_cli.app import app
 
@@ -157,6 +158,14 @@ def test_what_is_trained_beside_ttt_is_told_and_saved(tmp_path: Path, capsys: py
     assert torch.equal(logits(frozen.unload(), tokens), plain)
 
 
+def test_attention_that_is_limited_is_part_of_what_it_belongs_to(tmp_path: Path) -> None:
+    base = small_llama()
+    base.config._attn_implementation = "ttt_limited_sdpa_128_4"  # as ttt.hf.limit_attention leaves it
+    ttt.get_ttt_model(base, MIDDLE).save_pretrained(tmp_path)
+    with pytest.raises(AdapterMismatchError, match=r"\(128, 4\) in the file, \(None, 0\) here; call ttt\.hf\.limit"):
+        ttt.TTTModel.from_pretrained(small_llama(), tmp_path)
+
+
 def test_tied_weights_and_bfloat16(tmp_path: Path) -> None:
     base = small_llama(tie_word_embeddings=True).to(torch.bfloat16)
     tokens = some_tokens()
@@ -207,9 +216,6 @@ def test_its_forward_is_the_models_own() -> None:
     model = ttt.get_ttt_model(base, MIDDLE)
     assert inspect.signature(model.forward) == own
     assert type(model).__name__ == "LlamaForCausalLM"  # by which transformers finds how to shift labels, and pipelines
-    compiled = torch.compile(opened(model), backend="eager")
-    difference = logits(compiled, some_tokens()) - logits(model, some_tokens())
-    assert difference.abs().max() < 1e-5
 
 
 def test_training_lowers_the_loss_and_leaves_the_backbone(tmp_path: Path) -> None:
@@ -262,9 +268,8 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch, t
 # --- other models ---
 
 
-@pytest.mark.parametrize("name", ["moshi", "videodit"])
-def test_the_backbones_of_plugins_are_recognised(name: str, tmp_path: Path) -> None:
-    backbone = get_backbone(name)
+def test_the_backbone_of_a_plugin_is_recognised(tmp_path: Path) -> None:
+    backbone = get_backbone("videodit")  # and Moshi with its run, in the tests of model cards
     base = backbone.build(backbone.tiny(), device="cpu", dtype=torch.float32)
     batch = backbone.example_batch(base, batch_size=1, tokens=8, seed=0)
     plain = backbone.outputs(base, batch)
@@ -327,9 +332,16 @@ def _meta() -> Any:
         return small_llama()
 
 
+def _injected() -> Any:
+    base = small_llama()
+    ttt.inject.apply(base, causal_lm_sites(base), MIDDLE)
+    return base
+
+
 REFUSED = {
-    "a name": (lambda: "org/model", MIDDLE, "takes a model .* not str 'org/model'; load it first"),
+    "a name": (lambda: "org/model", MIDDLE, "goes into a model .* not str 'org/model'; load it first"),
     "a config as a mapping": (small_llama, {"layers": "all"}, "config must be a ttt.TTTConfig, not dict"),
+    "TTT put in otherwise": (_injected, MIDDLE, "put in by ttt.inject or a plugin; eject that first"),
     "no layer": (small_llama, ttt.TTTConfig(layers="none"), "names no layer"),
     "a layer that is not there": (small_llama, ttt.TTTConfig(layers=(9,)), "layer 9 does not exist"),
     "an update that sees ahead": (
@@ -339,11 +351,6 @@ REFUSED = {
     ),
     "twice": (lambda: ttt.get_ttt_model(small_llama(), MIDDLE), MIDDLE, r"already; call model\.unload\(\) first"),
     "no values": (_meta, MIDDLE, "on the device meta"),
-    "compiled": (
-        lambda: torch.compile(small_llama(), backend="eager"),
-        MIDDLE,
-        "wraps the model; put TTT into the model inside first",
-    ),
     "not understood": (lambda: nn.Linear(2, 2), MIDDLE, "no model of transformers; none of the installed backbones"),
 }
 
@@ -357,6 +364,18 @@ def test_one_sentence_says_why_it_is_refused(case: str) -> None:
         ttt.get_ttt_model(model, config)  # type: ignore[arg-type]
     assert "\n" not in str(raised.value)
     assert type(model) is before
+
+
+def test_wrong_types_are_told() -> None:
+    with pytest.raises(UsageError, match="seed must be a whole number, not 'a'"):
+        ttt.get_ttt_model(small_llama(), MIDDLE, seed="a")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"sites must be ttt\.Site objects"):
+        ttt.get_ttt_model(small_llama(), MIDDLE, sites=["model.layers.0"])  # type: ignore[list-item]
+    for name in (7, "", None):
+        with pytest.raises(UsageError, match="named by its folder or its repository"):
+            ttt.TTTModel.from_pretrained(small_llama(), name)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="goes into a model"):
+        ttt.TTTModel.from_pretrained("org/base", "out")  # type: ignore[arg-type]
 
 
 def test_a_refused_model_is_left_as_it_was() -> None:

@@ -51,7 +51,7 @@ def _losses(trainer: Trainer) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-def test_twenty_steps_saved_and_resumed(tmp_path: Path) -> None:
+def test_twenty_steps_saved_and_resumed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = small_llama()
     before = {name: value.clone() for name, value in base.state_dict().items()}
     trainer = _trainer(ttt.get_ttt_model(base, CONFIG), tmp_path / "run")
@@ -71,6 +71,7 @@ def test_twenty_steps_saved_and_resumed(tmp_path: Path) -> None:
     resumed = _trainer(ttt.get_ttt_model(small_llama(), CONFIG, seed=5), tmp_path / "run")
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10"))
     assert torch.equal(logits(resumed.model, tokens), trained)
+    assert "missing keys" not in caplog.text
 
     trainer.save_model(str(tmp_path / "final"))
     assert not (tmp_path / "final" / "model.safetensors").exists()

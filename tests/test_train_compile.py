@@ -13,14 +13,16 @@ import torch
 from functorch.compile import make_boxed_func
 from rich.console import Console
 from safetensors.torch import load_file
+from small_llama import logits, opened, small_llama, some_tokens
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.exc import CppCompileError
 from torch.utils.checkpoint import checkpoint
 from toy import ToyBackbone, ToyData, ToyOptions
 
+import ttt
 from ttt.config import EvalConfig, RunConfig, TrainConfig, TTTConfig
-from ttt.errors import EnvironmentProblem
+from ttt.errors import EnvironmentProblem, UsageError
 from ttt.layer import TTTLayer
 from ttt.train import compiling, pictures, train
 from ttt.train.compiling import MOST_VERSIONS, CompiledRead
@@ -328,3 +330,15 @@ def test_a_run_that_cannot_be_compiled_is_refused_before_it_writes(
     with pytest.raises(EnvironmentProblem, match=f"train.compile: true, but .*{words}"):
         run(config(tmp_path / "run", compiled=True))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_the_facade_is_compiled_as_any_other_is() -> None:
+    model, tokens = opened(ttt.get_ttt_model(small_llama(), ttt.TTTConfig(layers="middle"))), some_tokens()
+    compiled = torch.compile(model, backend="eager")
+    assert (logits(compiled, tokens) - logits(model, tokens)).abs().max() < 1e-5
+    with model.disable_adapter():
+        closed = logits(model, tokens)
+        assert (logits(compiled, tokens) - closed).abs().max() < 1e-5
+    assert (closed - logits(model, tokens)).abs().max() > 1e-3
+    with pytest.raises(UsageError, match="wraps the model; put TTT into the model inside first"):
+        ttt.get_ttt_model(torch.compile(small_llama(), backend="eager"))

@@ -38,8 +38,8 @@ class Attached:
     """What backbone parameters were before a file of trained ones was loaded, by name."""
     training: dict[str, Any] = field(default_factory=dict)
     """What adapter files say of its training."""
-    measured: Measured | None = None
-    """Figures of the run that it was loaded from."""
+    loaded: Loaded | None = None
+    """What it was loaded from."""
     wrapper: nn.Module | None = None
     """PEFT's wrapper, if it is a `TTTModel` too."""
     wrapper_kind: type[nn.Module] | None = None
@@ -69,16 +69,18 @@ class Attached:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Figures of a model, which hold as long as no weight of it is changed."""
+class Loaded:
+    """What holds of a loaded model as long as none of its weights is changed."""
 
-    lines: tuple[str, ...]
-    """For a model card, as Markdown."""
+    training: Mapping[str, Any]
+    """How it was trained, as its file says."""
+    figures: tuple[str, ...]
+    """What was measured of it, as lines of a model card."""
     versions: Mapping[str, int]
-    """How often each weight had been written to when the figures' model was loaded."""
+    """How often each weight had been written to when it was loaded."""
 
-    def still_of(self, model: nn.Module) -> bool:
-        """Whether the figures are this model's."""
+    def is_still(self, model: nn.Module) -> bool:
+        """Whether this is the model."""
         return weight_versions(model) == self.versions
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,17 +23,19 @@ def fetched(name: str | Path, revision: str | None) -> Path:
         EnvironmentProblem: there is no such folder and no such repository, or the hub cannot be reached.
         UsageError: a revision of a folder is asked for.
     """
+    if not isinstance(name, (str, os.PathLike)) or not str(name):
+        raise UsageError(f"an adapter is named by its folder or its repository on the hub, not by {name!r:.60}")
     path = Path(name)
     if path.exists():
         if revision is not None:
             raise UsageError(f"{path}: is here on the disk, where there is no revision; leave revision out")
         return path
-    if isinstance(name, Path) or not _ID.fullmatch(str(name)):
+    if not isinstance(name, str) or not _ID.fullmatch(name):
         raise EnvironmentProblem(f"{name}: no such file or folder, and no name of a repository on the hub")
-    with _in_words(str(name), revision, to="fetched"):
+    with _in_words(name, revision, to="fetched"):
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=list(_WANTED)))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(_WANTED)))
     if not any(folder.glob("**/adapter_model.safetensors")):
         raise AdapterFileError(f"{name}: this repository of the hub holds no adapter_model.safetensors")
     return folder

@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from ttt.adapter_file import CONFIG, FORMAT, MODEL, AdapterInfo, load_adapter, read_info, trained_backbone
 from ttt.errors import AdapterMismatchError, DamagedFileWarning, EnvironmentProblem, UsageError
 from ttt.eval.unchanged import weight_versions
-from ttt.facade.attached import Attached, Measured, beside_peft, is_attached
+from ttt.facade.attached import Attached, Loaded, beside_peft, is_attached
 from ttt.facade.figures import figures
 from ttt.facade.injecting import frozen
 from ttt.facade.recognising import (
@@ -66,14 +65,14 @@ def load(base: nn.Module, folder: Path, found: Recognised, *, is_trainable: bool
     attached = frozen(inner, injection, found, wrapped=is_peft_model(base))
     attached.is_trainable = is_trainable
     attached.replaced = before
-    attached.training = dict(info.training)
     attached.backbone = {key: value for key, value in info.backbone.items() if key != "peft"}
     if info.backbone_trained is not None and is_trainable:
         for name, parameter in inner.named_parameters():
             if name in before:
                 parameter.requires_grad_(True)
     attached.train_adapters()
-    attached.measured = _measured(info, inner)
+    attached.training |= {key: info.training[key] for key in attached.training.keys() & info.training.keys()}
+    attached.loaded = Loaded(info.training, _figures(info), weight_versions(inner))
     return attached
 
 
@@ -125,10 +124,9 @@ def _values(model: nn.Module, info: AdapterInfo) -> dict[str, Tensor]:
     return {name: own[name].detach().clone() for name in trained_backbone(info) if name in own}
 
 
-def _measured(info: AdapterInfo, model: nn.Module) -> Measured | None:
+def _figures(info: AdapterInfo) -> tuple[str, ...]:
     try:
-        lines: Any = figures(info)
+        return tuple(figures(info))
     except EnvironmentProblem as problem:
         warnings.warn(f"{problem} (its figures are left out of the model card)", DamagedFileWarning, stacklevel=4)
-        return None
-    return Measured(tuple(lines), weight_versions(model)) if lines else None
+        return ()

@@ -168,6 +168,13 @@ class TTTModel(nn.Module):
         restore(attached)
         return self
 
+    @property
+    def _keys_to_ignore_on_save(self) -> list[str]:
+        """Names of a state dict that are not saved; a `Trainer` that resumes warns of others that it misses."""
+        attached = self._attached()
+        saved = attached.injection.state_dict().keys() | attached.trained_backbone().keys()
+        return [name for name in self.state_dict() if name not in saved]
+
     def _attached(self) -> Attached:
         return attached_to(inner_model(self))
 

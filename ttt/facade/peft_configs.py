@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ttt.facade.attached import Attached, attached_to, is_attached
+from ttt.facade.attached import Attached, attached_to, beside_peft, is_attached
 from ttt.facade.options import SaveOptions
 from ttt.facade.saving import BESIDE_PEFT, save
 
@@ -63,7 +63,7 @@ def wrapped_by_peft(attached: Attached, configs: object) -> None:
 def _warn_if_left_out(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """PEFT's wrapper loads what is its own, and knows of no folder below."""
     adapters = tuple(f"{prefix}{name}." for name in attached_to(module).injection.adapters)
-    if not any(name.startswith(adapters) for name in state_dict):
+    if beside_peft(module) and not any(name.startswith(adapters) for name in state_dict):
         warnings.warn(
             "PEFT loads its own weights into a model with TTT, and leaves TTT as it is; to load both, as a Trainer "
             "that resumes has to, give it ttt.get_ttt_model(peft_model)",

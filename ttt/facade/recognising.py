@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ttt.adapter import Gate
 from ttt.errors import InjectionError, TTTError, UsageError
 from ttt.plugins import Site, get_backbone, names
 
@@ -56,6 +57,14 @@ def recognise(model: nn.Module, sites: Sequence[Site] | None, causal: bool | Non
     Raises:
         InjectionError: the model is not understood, or two plugins take it for theirs; the message says what was tried.
     """
+    if any(isinstance(module, Gate) for module in model.modules()):
+        raise UsageError(
+            "there is TTT in this model already, put in by ttt.inject or a plugin; eject that first: injection.eject()"
+        )
+    if sites is not None and not all(isinstance(site, Site) for site in sites):
+        raise UsageError(
+            "sites must be ttt.Site objects, one for each layer, as a backbone plugin's sites(model) gives"
+        )
     found = _found(model) if sites is None else Recognised(sites, True, described(model))
     return found if causal is None else replace(found, causal=causal)
 
@@ -148,11 +157,11 @@ def require_a_plain_model(model: object) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         hint = "; load it first: AutoModelForCausalLM.from_pretrained(name)" if isinstance(model, str) else ""
-        raise UsageError(f"get_ttt_model takes a model (torch.nn.Module), not {_with_type(model)}{hint}")
+        raise UsageError(f"TTT goes into a model (torch.nn.Module), not {_with_type(model)}{hint}")
     kind = type(model)
     if kind.__module__.startswith(_WRAPPERS):
         raise UsageError(
-            f"{kind.__name__} wraps the model; put TTT into the model inside first, and wrap what get_ttt_model returns"
+            f"{kind.__name__} wraps the model; put TTT into the model inside first, and wrap what comes out"
         )
     if kind.__name__ == "PeftMixedModel":
         raise UsageError("PEFT can neither save nor load a PeftMixedModel; use peft.get_peft_model without mixed")

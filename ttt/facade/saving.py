@@ -56,14 +56,24 @@ def save(attached: Attached, folder: Path, options: SaveOptions) -> None:
         attached.injection,
         backbone={**attached.backbone, **({"peft": beside} if beside else {})},
         backbone_tensors={name: value.detach() for name, value in trained.items()},
-        training=attached.training,
+        training=_training(attached),
         tensors=tensors,
     )
     if _CHECKPOINT.fullmatch(folder.name):
         everything = {**(tensors or attached.injection.state_dict()), **{n: v.detach() for n, v in trained.items()}}
         write_tensors(folder / _FOR_TRAINER, everything, {"format": "pt"})
-    measured = attached.measured
-    write_card(file, measured.lines if measured is not None and measured.still_of(attached.model) else ())
+    loaded = attached.loaded
+    write_card(file, loaded.figures if loaded is not None and loaded.is_still(attached.model) else ())
+
+
+def _training(attached: Attached) -> dict[str, Any]:
+    """How it was trained, as far as that is known; of what was loaded and trained further, what it began as."""
+    loaded = attached.loaded
+    if loaded is None:
+        return attached.training
+    if loaded.is_still(attached.model):
+        return {**attached.training, **loaded.training}
+    return {**attached.training, "began_as": dict(loaded.training)}
 
 
 def _gathered(attached: Attached, given: Mapping[str, Any] | None) -> dict[str, Tensor] | None:

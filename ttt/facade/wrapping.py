@@ -43,6 +43,8 @@ def get_ttt_model(
     inner = inner_model(require_a_plain_model(model))
     if config is not None and not isinstance(config, TTTConfig):
         raise UsageError(f"config must be a ttt.TTTConfig, not {type(config).__name__}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise UsageError(f"seed must be a whole number, not {seed!r:.60}")
     if is_attached(inner):
         return _lifted(model, inner, config, sites)
     found = recognise(inner, sites, causal)
