@@ -22,6 +22,7 @@ from ttt.eval.engine import measured, rows_of, setup_of
 from ttt.eval.in_training import numbers_of
 from ttt.eval.items import Item, Measured, Row
 from ttt.eval.listing import chosen_items
+from ttt.eval.positions import TextPositions
 from ttt.eval.recall import Recall
 from ttt.eval.report import summary_text
 from ttt.eval.results import MeasuredTask, TaskSummary, as_results, summed_up
@@ -320,8 +321,19 @@ def test_a_backbone_of_text_recalls_tokens(tmp_path: Path, monkeypatch: pytest.M
     gain = summed_up(Recall(), setup, rows, arms).metrics["gain"]
     assert gain["ttt"].mean == pytest.approx(17 / 20)
     assert gain["reset"].mean == gain["ttt"].mean  # 70 tokens are fewer than the reset's 512
+    (tmp_path / "again").mkdir()
+    for number in range(2):
+        (tmp_path / "again" / f"{number}.txt").write_bytes(2 * random.Random(number).randbytes(60))
+    rows, setup = rows_for(TextPositions(), context, arms, data=str(tmp_path / "again"), positions=118)
+    assert [(row.item.unit, row.error) for row in rows] == [("0.txt", None), ("1.txt", None)]
+    found = summed_up(TextPositions(), setup, rows, arms).metrics
+    for metric in ("loss", "loss_beyond_attention"):  # the second half is known, and attention does not reach back
+        assert found[metric]["reset"].mean == found[metric]["ttt"].mean < found[metric]["closed"].mean
     with pytest.raises(UsageError, match="the backbone toy reads text, and the task is on speech"):
         rows_for(SWuggy(), context, data=str(tmp_path))
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="the backbone toy reads speech, and the task is on text"):
+        rows_for(TextPositions(), planted(), data=str(tmp_path))
 
 
 def test_a_gap_longer_than_the_next_book_is_an_error(tmp_path: Path) -> None:
