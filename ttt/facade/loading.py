@@ -17,13 +17,13 @@ from ttt.facade.injecting import frozen
 from ttt.facade.recognising import (
     Recognised,
     architecture,
-    attention_limit,
     inner_model,
     is_peft_model,
     require_a_plain_model,
 )
 from ttt.facade.saving import BESIDE_PEFT
 from ttt.files import read_header
+from ttt.hf import attention_limit
 
 
 def holds_ttt(folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from torch import nn
 
 from ttt.adapter import Gate
 from ttt.errors import InjectionError, TTTError, UsageError
+from ttt.hf import CausalLMBackbone
 from ttt.plugins import Site, get_backbone, names
 
 
@@ -87,20 +87,10 @@ def described(model: nn.Module) -> dict[str, Any]:
     """What an adapter file says of a model that no config describes: what the plugin `transformers` says of it."""
     if not is_transformers_model(model):
         return {"name": type(model).__name__}
+    from ttt.hf import attention_limit
+
     window, sinks = attention_limit(model)
     return {"name": "transformers", "attention_window": window, "attention_sinks": sinks}
-
-
-_LIMITED = re.compile(r"ttt_limited_\w+_(\d+)_(\d+)")
-"""What `ttt.hf.limit_attention` calls the attention of a model that it has limited."""
-
-
-def attention_limit(model: nn.Module) -> tuple[int | None, int]:
-    """The window and the sinks to which a model's attention is limited; None and 0 if it is not."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = _LIMITED.fullmatch(str(getattr(text, "_attn_implementation", "")))
-    return (int(found[1]), int(found[2])) if found else (None, 0)
 
 
 def origin(model: nn.Module) -> dict[str, Any]:
@@ -126,10 +116,13 @@ def architecture(model: nn.Module) -> str | None:
 
 def _of_a_plugin(model: nn.Module, refusals: list[str]) -> Recognised:
     found: dict[str, Recognised] = {}
-    asked = [name for name in names() if name != "transformers"]  # which would say the same again
-    for name in asked:
+    asked = []
+    for name in names():
         try:
             backbone = get_backbone(name)
+            if isinstance(backbone, CausalLMBackbone):  # which would say the same as the model's structure
+                continue
+            asked.append(name)
             sites = backbone.sites(model)
         except TTTError:  # it is broken, or the model is not its own
             continue

@@ -23,12 +23,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ttt.hf.attention import limit_attention
+    from ttt.hf.attention import attention_limit, limit_attention
     from ttt.hf.backbone import CausalLMBackbone
     from ttt.hf.options import CausalLMOptions, TextData
     from ttt.hf.sites import causal_lm_sites
 
-__all__ = ["CausalLMBackbone", "CausalLMOptions", "TextData", "causal_lm_sites", "limit_attention"]
+__all__ = ["CausalLMBackbone", "CausalLMOptions", "TextData", "attention_limit", "causal_lm_sites", "limit_attention"]
 
 _EXPORTS = {
     "CausalLMBackbone": "ttt.hf.backbone",
@@ -36,6 +36,7 @@ _EXPORTS = {
     "TextData": "ttt.hf.options",
     "causal_lm_sites": "ttt.hf.sites",
     "limit_attention": "ttt.hf.attention",
+    "attention_limit": "ttt.hf.attention",
 }
 
 

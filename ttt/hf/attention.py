@@ -70,6 +70,15 @@ def limit_attention(model: nn.Module, *, window: int | None, sinks: int = 0) -> 
     return AttentionLimit(model, before)
 
 
+def attention_limit(model: nn.Module) -> tuple[int | None, int]:
+    """The window and the sinks to which a model's attention is limited; None and 0 if it is not."""
+    name = str(getattr(_text_config(model), "_attn_implementation", ""))
+    if not name.startswith(_PREFIX):
+        return None, 0
+    window, sinks = name.split("_")[-2:]
+    return int(window), int(sinks)
+
+
 def _implementation(model: nn.Module) -> str:
     name = getattr(_text_config(model), "_attn_implementation", None)
     if isinstance(name, str) and name.startswith(_PREFIX):
