@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ttt.errors import UsageError
@@ -62,6 +63,10 @@ class Passes:
         finally:
             _CURRENT.reset(token)
 
+    def renew(self, *_: object) -> None:
+        """Refuse the caches that were filled so far: other weights are being loaded. A hook of `load_state_dict`."""
+        self.number = next(_NUMBERS)
+
     def required(self) -> Pass:
         """The current pass.
 
@@ -74,7 +79,7 @@ class Passes:
                 return current
         raise UsageError(
             "a decoder layer with TTT was called outside of its model's forward pass, as when activation checkpointing "
-            "is put around single layers; write model.gradient_checkpointing_enable() instead"
+            f"is put around single layers; write model.{checkpointing_method('enable')}() instead"
         )
 
     @torch.compiler.disable  # it looks at values, and there is nothing to compile in it
@@ -93,3 +98,9 @@ class Passes:
         mask = token_mask(given.get("attention_mask"), shape, past)
         require_one_text(given.get("position_ids"), shape, mask, given)
         return Pass(self.number, shape, mask, cache, past)
+
+
+def checkpointing_method(verb: str) -> str:
+    """What the installed version of `transformers` calls the method; `verb` is enable or disable."""
+    new = f"activation_checkpointing_{verb}"
+    return new if hasattr(PreTrainedModel, new) else f"gradient_checkpointing_{verb}"

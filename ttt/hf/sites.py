@@ -154,6 +154,7 @@ class DecoderSite(Site):
             vars(self.module)["ttt_passes"] = passes
             vars(self.module)["ttt_cache_index"] = cache_index(self.module)
             super().attach(adapter)
+        adapter.register_load_state_dict_pre_hook(passes.renew)
 
     def detach(self, original: type[nn.Module]) -> None:
         """Undo `attach`."""

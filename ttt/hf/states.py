@@ -196,7 +196,8 @@ def stateful(cache: Cache, owner: int) -> StatefulCache:
     made = cast("StatefulCache", cache)
     if made.ttt_states and made.ttt_owner != owner:
         raise UsageError(
-            "the cache holds TTT states of another model, or of layers since taken out; start from a new cache"
+            "the cache holds TTT states of another model, of layers since taken out, or of weights that others were "
+            "loaded over; start from a new cache"
         )
     made.ttt_owner = owner
     return made
