@@ -146,9 +146,25 @@ def test_an_adapter_of_peft_that_comes_later_leaves_ttt_alone(tmp_path: Path) ->
     assert {"second/adapter_model.safetensors", "ttt/adapter_model.safetensors"} < set(_files(tmp_path))
     plainly = _ttt_first()  # PEFT's own wrapper
     plainly.add_adapter("second", _lora("all-linear"))
+    plainly.set_adapter("second")
+    tokens = some_tokens()
+    plainly(input_ids=tokens, labels=tokens).loss.backward()
+    assert not [name for name, parameter in plainly.named_parameters() if ".ttt." in name and parameter.grad is None]
+    plainly.set_adapter("default")
     plainly.save_pretrained(tmp_path / "plainly")
     again = ttt.TTTModel.from_pretrained(small_llama(), tmp_path / "plainly")
     assert torch.equal(logits(again, some_tokens()), logits(plainly, some_tokens()))
+
+
+def test_a_copy_that_peft_trains_is_of_the_backbone_alone(tmp_path: Path) -> None:
+    settings = _lora(modules_to_save=["o_proj"])
+    model = _moved(get_peft_model(opened(ttt.get_ttt_model(small_llama(), MIDDLE)), settings))
+    trained = [name for name, parameter in model.named_parameters() if ".ttt." in name and parameter.requires_grad]
+    assert any(name.endswith("ttt.layer.o_proj.weight") for name in trained)
+    assert not [name for name in trained if "modules_to_save" in name]
+    model.save_pretrained(tmp_path)
+    again = ttt.TTTModel.from_pretrained(small_llama(), tmp_path)
+    assert torch.equal(logits(again, some_tokens()), logits(model, some_tokens()))
 
 
 def test_the_model_inside_is_unloaded_and_lora_stays() -> None:

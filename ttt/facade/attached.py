@@ -44,8 +44,8 @@ class Attached:
     """PEFT's wrapper, if it is a `TTTModel` too."""
     wrapper_kind: type[nn.Module] | None = None
     """The wrapper's own class."""
-    guard: RemovableHandle | None = None
-    """Of the hook that warns if a wrapper of PEFT's own loads its part alone."""
+    guards: list[RemovableHandle] = field(default_factory=list)
+    """Of the hooks that warn if a wrapper of PEFT's own loads its part alone, and keep it out of TTT."""
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapters' parameters by name in the model."""
