@@ -142,6 +142,10 @@ def test_an_adapter_of_peft_that_comes_later_leaves_ttt_alone(tmp_path: Path) ->
     model.add_adapter("second", _lora("all-linear"))
     assert _trained(model) == {"lora", "ttt"}
     model.set_adapter("second")
+    model.merge_adapter()
+    with pytest.raises(UsageError, match=r"is merged into the backbone's weights.* call unmerge_adapter\(\) before"):
+        model.save_pretrained(tmp_path)
+    model.unmerge_adapter()
     model.save_pretrained(tmp_path)
     assert {"second/adapter_model.safetensors", "ttt/adapter_model.safetensors"} < set(_files(tmp_path))
     plainly = _ttt_first()  # PEFT's own wrapper
