@@ -65,7 +65,7 @@ def _keep_out_of(adapter: nn.Module) -> None:
 def _wrapped(module: nn.Module) -> nn.Module | None:
     """The module in a wrapper of PEFT's; None if it is none."""
     if "base_layer" in module._modules:
-        return module.get_base_layer()  # type: ignore[operator, no-any-return]
+        return module.get_base_layer()  # type: ignore[operator]
     return module._modules.get("original_module") if "modules_to_save" in module._modules else None
 
 
