@@ -6,9 +6,12 @@ import copy
 import io
 import pickle
 import re
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,7 +149,7 @@ def test_layers_of_a_cache_cut_behind_its_back(model: PreTrainedModel) -> None:
 
 def test_states_of_other_layers_are_not_gone_on_from(model: PreTrainedModel) -> None:
     other = make()
-    with pytest.raises(UsageError, match="TTT states of another model, of layers since taken out"):
+    with pytest.raises(UsageError, match="TTT states of another model or process, of layers since taken out"):
         read(other, IDS[:, 6:], fresh(model))
     once = build("llama")
     injection = with_ttt(once)
@@ -174,6 +177,22 @@ def test_states_of_weights_that_others_were_loaded_over_are_not_gone_on_from(by:
             read(model, IDS[:, 6:], old)
     want = model(input_ids=IDS, use_cache=False).logits[:, 6:]
     assert difference(read(model, IDS[:, 6:], fresh(model)).logits, want) < TOLERANCE
+
+
+def test_states_that_another_process_has_saved_are_not_gone_on_from(tmp_path: Path) -> None:
+    """It cannot be known whether its weights were these."""
+    model = build("llama")
+    with_ttt(model)
+    torch.save((IDS, fresh(model)), tmp_path / "cache.pt")
+    script = (
+        "import sys, torch, pytest; from tiny_lm import build, read, with_ttt; from ttt.errors import UsageError\n"
+        "model = build('llama', seed=1); with_ttt(model)\n"
+        "ids, cache = torch.load(sys.argv[1], weights_only=False)\n"
+        "with pytest.raises(UsageError, match='TTT states of another model or process'): read(model, ids[:, 6:], cache)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "cache.pt")]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_layer_that_is_not_given_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

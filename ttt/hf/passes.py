@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -36,7 +37,8 @@ class Pass:
     """Positions that it held before the pass; 0 if none was given."""
 
 
-_NUMBERS = itertools.count()
+# Each process begins elsewhere, so that a cache that another process has saved is not taken for one of this process.
+_NUMBERS = itertools.count(secrets.randbits(62))
 _CURRENT: ContextVar[tuple[Pass, ...]] = ContextVar("ttt_hf_passes", default=())
 """The passes that are running, the innermost last: one stack for each thread."""
 
