@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from small_llama import logits, opened, small_llama, some_tokens
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -169,6 +169,20 @@ def test_a_copy_that_peft_trains_is_of_the_backbone_alone(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     again = ttt.TTTModel.from_pretrained(small_llama(), tmp_path)
     assert torch.equal(logits(again, some_tokens()), logits(model, some_tokens()))
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # PEFT says it
+def test_prompt_learning(tmp_path: Path) -> None:
+    tokens, prompt = some_tokens(), {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    inside = opened(ttt.get_ttt_model(small_llama(), MIDDLE))
+    model = ttt.get_ttt_model(get_peft_model(inside, PromptTuningConfig(**prompt)))
+    assert {name.partition(".")[0] for name in _trained(model)} == {"ttt", "prompt_encoder"}
+    model.save_pretrained(tmp_path)
+    again = ttt.TTTModel.from_pretrained(small_llama(), tmp_path)
+    assert torch.equal(logits(again.eval(), tokens), logits(model.eval(), tokens))
+    prefix = get_peft_model(opened(ttt.get_ttt_model(small_llama(), MIDDLE)), PrefixTuningConfig(**prompt))
+    with pytest.raises(UsageError, match=r"holds 3 tokens, of which the TTT layer . has read 0: .*prefix tuning"):
+        logits(prefix, tokens)
 
 
 def test_the_model_inside_is_unloaded_and_lora_stays() -> None:
