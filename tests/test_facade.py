@@ -414,7 +414,10 @@ def test_after_unload_it_is_the_backbone_that_is_trained() -> None:
         unload()
     base(input_ids=tokens, labels=tokens).loss.backward()
     assert all(parameter.grad is not None for parameter in base.parameters())
-    assert isinstance(ttt.get_ttt_model(base, MIDDLE), ttt.TTTModel)  # and TTT can go in again
+    model = ttt.get_ttt_model(base, MIDDLE)  # and TTT can go in again
+    assert isinstance(model, ttt.TTTModel)
+    model.resize_token_embeddings(72)  # makes new parameters
+    assert all(parameter.requires_grad for parameter in model.unload().parameters())
 
 
 def test_it_is_made_of_a_model_only() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from small_llama import logits, opened, small_llama, some_tokens
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -142,13 +142,47 @@ def test_an_adapter_of_peft_that_comes_later_leaves_ttt_alone(tmp_path: Path) ->
     model.add_adapter("second", _lora("all-linear"))
     assert _trained(model) == {"lora", "ttt"}
     model.set_adapter("second")
+    model.merge_adapter()
+    with pytest.raises(UsageError, match=r"is merged into the backbone's weights.* call unmerge_adapter\(\) before"):
+        model.save_pretrained(tmp_path)
+    model.unmerge_adapter()
     model.save_pretrained(tmp_path)
     assert {"second/adapter_model.safetensors", "ttt/adapter_model.safetensors"} < set(_files(tmp_path))
     plainly = _ttt_first()  # PEFT's own wrapper
     plainly.add_adapter("second", _lora("all-linear"))
+    plainly.set_adapter("second")
+    tokens = some_tokens()
+    plainly(input_ids=tokens, labels=tokens).loss.backward()
+    assert not [name for name, parameter in plainly.named_parameters() if ".ttt." in name and parameter.grad is None]
+    plainly.set_adapter("default")
     plainly.save_pretrained(tmp_path / "plainly")
     again = ttt.TTTModel.from_pretrained(small_llama(), tmp_path / "plainly")
     assert torch.equal(logits(again, some_tokens()), logits(plainly, some_tokens()))
+
+
+def test_a_copy_that_peft_trains_is_of_the_backbone_alone(tmp_path: Path) -> None:
+    settings = _lora(modules_to_save=["o_proj"])
+    model = _moved(get_peft_model(opened(ttt.get_ttt_model(small_llama(), MIDDLE)), settings))
+    trained = [name for name, parameter in model.named_parameters() if ".ttt." in name and parameter.requires_grad]
+    assert any(name.endswith("ttt.layer.o_proj.weight") for name in trained)
+    assert not [name for name in trained if "modules_to_save" in name]
+    model.save_pretrained(tmp_path)
+    again = ttt.TTTModel.from_pretrained(small_llama(), tmp_path)
+    assert torch.equal(logits(again, some_tokens()), logits(model, some_tokens()))
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # PEFT says it
+def test_prompt_learning(tmp_path: Path) -> None:
+    tokens, prompt = some_tokens(), {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    inside = opened(ttt.get_ttt_model(small_llama(), MIDDLE))
+    model = ttt.get_ttt_model(get_peft_model(inside, PromptTuningConfig(**prompt)))
+    assert {name.partition(".")[0] for name in _trained(model)} == {"ttt", "prompt_encoder"}
+    model.save_pretrained(tmp_path)
+    again = ttt.TTTModel.from_pretrained(small_llama(), tmp_path)
+    assert torch.equal(logits(again.eval(), tokens), logits(model.eval(), tokens))
+    prefix = get_peft_model(opened(ttt.get_ttt_model(small_llama(), MIDDLE)), PrefixTuningConfig(**prompt))
+    with pytest.raises(UsageError, match=r"holds 3 tokens, of which the TTT layer . has read 0: .*prefix tuning"):
+        logits(prefix, tokens)
 
 
 def test_the_model_inside_is_unloaded_and_lora_stays() -> None:

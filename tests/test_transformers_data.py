@@ -334,6 +334,28 @@ def test_a_check_reads_lines_by_their_keys(tmp_path: Path) -> None:
     assert found(tmp_path / "texts") == []
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "told", "fix"),
+    [
+        ("a.txt", b"", "a.txt is empty", "name a text file, a .jsonl, a .parquet, or a folder of them"),
+        ("a.txt", b"\xff", "a.txt is not text in UTF-8 (byte 1)", "save it as text in UTF-8"),
+        ("a.parquet", b"text", "a.parquet is no Parquet file", "write it anew, or give it the ending of what it is"),
+        ("a.parquet", b"", "a.parquet is no Parquet file", "write it anew, or give it the ending of what it is"),
+    ],
+)
+def test_a_check_looks_at_the_beginning_of_files(
+    name: str, content: bytes, told: str, fix: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "fine.txt").write_text("fine", encoding="utf-8")
+    data = {"train_data": str(tmp_path / name), "eval_data": str(tmp_path / "fine.txt")}
+    text = json.dumps({"backbone": {"name": "transformers", "config": CONFIG}, "data": data})
+    found = [each for each in check_config("a.yaml", text=text).findings if each.code == "HF502"]
+    assert [(each.message, each.fix) for each in found] == [
+        (f"{tmp_path}/{told}; the run stops before its first step", fix)
+    ]
+
+
 @pytest.mark.parametrize("code", sorted({code.number for rule in RULES for code in rule.codes} - {"HF601"}))
 def test_each_rule_finds_its_bad_config_alone(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -75,9 +75,8 @@ class Injection:
         ]
         if problems:
             raise InjectionError(f"these tensors do not fit the adapters: {'; '.join(problems)}")
-        with torch.no_grad():
-            for name, value in own.items():
-                value.copy_(tensors[name])
+        for name, adapter in self.adapters.items():  # by its own method, so that its hooks know of it
+            adapter.load_state_dict({key: tensors[f"{name}.{key}"] for key in adapter.state_dict()})
 
     def eject(self) -> None:
         """Restore the model as it was. A second call does nothing."""

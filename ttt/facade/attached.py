@@ -30,8 +30,8 @@ class Attached:
     """Its own class."""
     backbone: Mapping[str, Any]
     """What adapter files say of the model."""
-    flags: list[tuple[nn.Parameter, bool]]
-    """The backbone's parameters with the `requires_grad` that they had."""
+    flags: list[tuple[str, bool]]
+    """The backbone's parameters by name, with the `requires_grad` that they had."""
     is_trainable: bool = True
     """Whether the adapters are to be trained."""
     replaced: dict[str, Tensor] = field(default_factory=dict)
@@ -44,8 +44,8 @@ class Attached:
     """PEFT's wrapper, if it is a `TTTModel` too."""
     wrapper_kind: type[nn.Module] | None = None
     """The wrapper's own class."""
-    guard: RemovableHandle | None = None
-    """Of the hook that warns if a wrapper of PEFT's own loads its part alone."""
+    guards: list[RemovableHandle] = field(default_factory=list)
+    """Of the hooks that warn if a wrapper of PEFT's own loads its part alone, and keep it out of TTT."""
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapters' parameters by name in the model."""
@@ -134,10 +134,11 @@ def detach(attached: Attached) -> None:
 def restore(attached: Attached) -> None:
     """Take the adapters out, and give the backbone's parameters their flags and values back."""
     attached.injection.eject()
-    if not beside_peft(attached.model):  # what PEFT has frozen stays so
-        for parameter, flag in attached.flags:
-            parameter.requires_grad_(flag)
     own = dict(attached.model.named_parameters())
+    if not beside_peft(attached.model):  # what PEFT has frozen stays so
+        for name, flag in attached.flags:
+            if name in own:  # embeddings that were resized are another parameter, under their name
+                own[name].requires_grad_(flag)
     with torch.no_grad():
         for name, value in attached.replaced.items():
             own[name].copy_(value)

@@ -39,7 +39,8 @@ def frozen(model: nn.Module, injection: Injection, found: Recognised, *, wrapped
     attached = Attached(injection, model, type(model), found.backbone, [], training=training)
     if not wrapped:
         own = set(map(id, attached.adapter_parameters().values()))
-        attached.flags = [(each, each.requires_grad) for each in model.parameters() if id(each) not in own]
-        for parameter, _ in attached.flags:
+        backbone = [(name, each) for name, each in model.named_parameters() if id(each) not in own]
+        attached.flags = [(name, each.requires_grad) for name, each in backbone]
+        for _, parameter in backbone:
             parameter.requires_grad_(False)
     return attached

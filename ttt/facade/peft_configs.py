@@ -7,12 +7,14 @@ writes TTT's files too, in a folder below.
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ttt.facade.attached import Attached, attached_to, beside_peft, is_attached
@@ -43,10 +45,28 @@ def keep_out_of_ttt(attached: Attached) -> None:
     their files hold no LoRA.
     """
     for adapter in attached.injection.adapters.values():
-        for module in list(adapter.modules()):
-            for name, child in list(module.named_children()):
-                if "base_layer" in child._modules:
-                    setattr(module, name, child.get_base_layer())  # type: ignore[operator]
+        _keep_out_of(adapter)
+
+
+def _keep_out_of(adapter: nn.Module) -> None:
+    wrapped = [
+        (module, name, own)
+        for module in adapter.modules()
+        for name, child in module.named_children()
+        if (own := _wrapped(child)) is not None
+    ]
+    for module, name, own in wrapped:
+        setattr(module, name, own)
+    trained = any(parameter.requires_grad for parameter in adapter.parameters())
+    for _, _, own in wrapped:  # PEFT freezes what it trains a copy of
+        own.requires_grad_(trained)
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """The module in a wrapper of PEFT's; None if it is none."""
+    if "base_layer" in module._modules:
+        return module.get_base_layer()  # type: ignore[operator]
+    return module._modules.get("original_module") if "modules_to_save" in module._modules else None
 
 
 def wrapped_by_peft(attached: Attached, configs: object) -> None:
@@ -56,8 +76,18 @@ def wrapped_by_peft(attached: Attached, configs: object) -> None:
     if isinstance(configs, Mapping):
         for config in configs.values():
             _make_saving(config, attached.model)
-    if attached.guard is None:
-        attached.guard = attached.model.register_load_state_dict_pre_hook(_warn_if_left_out)
+    if not attached.guards:
+        attached.guards.append(attached.model.register_load_state_dict_pre_hook(_warn_if_left_out))
+        # PEFT's own wrapper tells nobody of an adapter that is added later.
+        for site in attached.injection.sites:
+            hook = functools.partial(_keep_out, site.attribute)
+            attached.guards.append(site.module.register_forward_pre_hook(hook))
+
+
+@torch.compiler.disable
+def _keep_out(attribute: str, layer: nn.Module, _: object) -> None:
+    """A hook of a layer with TTT."""
+    _keep_out_of(getattr(layer, attribute))
 
 
 def _warn_if_left_out(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
@@ -84,9 +114,8 @@ def _make_saving(config: Any, model: nn.Module) -> None:
 
 def release(attached: Attached) -> None:
     """Make the configs what they were."""
-    if attached.guard is not None:
-        attached.guard.remove()
-        attached.guard = None
+    while attached.guards:
+        attached.guards.pop().remove()
     configs = getattr(attached.model, "peft_config", None)
     for config in configs.values() if isinstance(configs, Mapping) else ():
         if isinstance(config, _SavesTTT):

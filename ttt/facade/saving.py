@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttt.adapter_file import save_adapter
 from ttt.errors import UsageError
@@ -44,10 +44,11 @@ def save(attached: Attached, folder: Path, options: SaveOptions) -> None:
 
     Raises:
         EnvironmentProblem: the disk is full or cannot be written.
-        UsageError: the `state_dict` given is not of this model.
+        UsageError: the `state_dict` given is not of this model, or PEFT's adapter is merged at the moment.
     """
     if not options.is_main_process:
         return
+    _require_not_merged(attached.model)
     tensors = _gathered(attached, options.state_dict)
     trained = attached.trained_backbone()
     beside = beside_peft(attached.model)
@@ -64,6 +65,19 @@ def save(attached: Attached, folder: Path, options: SaveOptions) -> None:
         write_tensors(folder / _FOR_TRAINER, everything, {"format": "pt"})
     loaded = attached.loaded
     write_card(file, loaded.figures if loaded is not None and loaded.is_still(attached.model) else ())
+
+
+def _require_not_merged(model: nn.Module) -> None:
+    """Refuse backbone weights that are others as long as PEFT's adapter is merged: TTT would belong to these.
+
+    Raises:
+        UsageError: it is merged.
+    """
+    if any("base_layer" in module._modules and getattr(module, "merged", False) for module in model.modules()):
+        raise UsageError(
+            "PEFT's adapter is merged into the backbone's weights, to which TTT would then belong; call "
+            "unmerge_adapter() before save_pretrained, or merge_and_unload() to keep it merged"
+        )
 
 
 def _training(attached: Attached) -> dict[str, Any]:

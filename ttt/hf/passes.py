@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ttt.errors import UsageError
@@ -35,7 +37,8 @@ class Pass:
     """Positions that it held before the pass; 0 if none was given."""
 
 
-_NUMBERS = itertools.count()
+# Each process begins elsewhere, so that a cache that another process has saved is not taken for one of this process.
+_NUMBERS = itertools.count(secrets.randbits(62))
 _CURRENT: ContextVar[tuple[Pass, ...]] = ContextVar("ttt_hf_passes", default=())
 """The passes that are running, the innermost last: one stack for each thread."""
 
@@ -62,6 +65,10 @@ class Passes:
         finally:
             _CURRENT.reset(token)
 
+    def renew(self, *_: object) -> None:
+        """Refuse the caches that were filled so far: other weights are being loaded. A hook of `load_state_dict`."""
+        self.number = next(_NUMBERS)
+
     def required(self) -> Pass:
         """The current pass.
 
@@ -74,7 +81,7 @@ class Passes:
                 return current
         raise UsageError(
             "a decoder layer with TTT was called outside of its model's forward pass, as when activation checkpointing "
-            "is put around single layers; write model.gradient_checkpointing_enable() instead"
+            f"is put around single layers; write model.{checkpointing_method('enable')}() instead"
         )
 
     @torch.compiler.disable  # it looks at values, and there is nothing to compile in it
@@ -93,3 +100,9 @@ class Passes:
         mask = token_mask(given.get("attention_mask"), shape, past)
         require_one_text(given.get("position_ids"), shape, mask, given)
         return Pass(self.number, shape, mask, cache, past)
+
+
+def checkpointing_method(verb: str) -> str:
+    """What the installed version of `transformers` calls the method; `verb` is enable or disable."""
+    new = f"activation_checkpointing_{verb}"
+    return new if hasattr(PreTrainedModel, new) else f"gradient_checkpointing_{verb}"

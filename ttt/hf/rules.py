@@ -27,6 +27,8 @@ HF501 = _code("HF501", "a pretrained model without data", Severity.ERROR, of_tra
 HF502 = _data("HF502", "texts that cannot be read", Severity.ERROR)
 HF601 = _code("HF601", "a package that is missing", Severity.ERROR, blames=Blame.MACHINE)
 
+_PARQUET = b"PAR1"
+"""What such a file begins with."""
 _START = 1 << 16
 """Bytes of a text file that a check reads, to stay instant."""
 _MOST_FILES = 500
@@ -128,7 +130,8 @@ def texts_can_be_read(config: RunConfig[CausalLMOptions, TextData]) -> Iterator[
             yield HF502.at(error.key or f"data.{key}", error.told.removeprefix(f"{error.key}: "), error.fix)
             continue
         if problem is not None:
-            yield HF502.at(f"data.{key}", f"{problem}; the run stops before its first step", "save it as text in UTF-8")
+            told, fix = problem
+            yield HF502.at(f"data.{key}", f"{told}; the run stops before its first step", fix)
         if any(file.suffix.lower() == ROWS for file in source.files) and find_spec("datasets") is None:
             yield _missing(f"data.{key}", "Parquet", ("datasets",))
 
@@ -163,19 +166,29 @@ def _exists(path: str) -> bool:
         return False
 
 
-def _wrong_with(source: Source) -> str | None:
-    """What is wrong with the first of the text files; None if nothing is."""
-    texts = [file for file in source.files if file.suffix.lower() not in (LINES, ROWS)]
-    for file in texts[:_MOST_READ]:
+def _wrong_with(source: Source) -> tuple[str, str] | None:
+    """What is wrong with the first of the files, and what to do; None if nothing is. A rule of the core reads lines."""
+    files = [file for file in source.files if file.suffix.lower() != LINES]
+    for file in files[:_MOST_READ]:
         try:
             start = read_start(file, _START)
         except OSError as error:
-            return f"{file} cannot be read: {unreadable(error)}"
-        try:
-            start.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            if len(start) < _START or error.start < len(start) - 4:  # else a letter that the end cuts
-                return f"{file} is not text in UTF-8 (byte {error.start + 1:,})"
-    if len(source.files) == 1 and texts and not start:
-        return f"{texts[0]} is empty"
+            return f"{file} cannot be read: {unreadable(error)}", "make it readable, or name others"
+        if file.suffix.lower() == ROWS:
+            if not start.startswith(_PARQUET):
+                return f"{file} is no Parquet file", "write it anew, or give it the ending of what it is"
+        elif (place := _not_utf8(start)) is not None:
+            return f"{file} is not text in UTF-8 (byte {place:,})", "save it as text in UTF-8"
+        elif not start and len(source.files) == 1:
+            return f"{file} is empty", "name a text file, a .jsonl, a .parquet, or a folder of them"
+    return None
+
+
+def _not_utf8(start: bytes) -> int | None:
+    """The number of the first byte that is not; None if all are, but for a letter that the end cuts."""
+    try:
+        start.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if len(start) < _START or error.start < len(start) - 4:
+            return error.start + 1
     return None

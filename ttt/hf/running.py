@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ttt.errors import UsageError
+from ttt.hf.passes import checkpointing_method
 from ttt.plugins.data import LossOutput
 
 IGNORED = -100
@@ -112,15 +113,9 @@ def set_gradient_checkpointing(model: nn.Module, enabled: bool) -> None:
             f"train.gradient_checkpointing: {type(model).__name__} has no activation checkpointing; write false"
         )
     if enabled:
-        _method(model, "enable")({"use_reentrant": False})
+        getattr(model, checkpointing_method("enable"))({"use_reentrant": False})
     elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        _method(model, "disable")()
-
-
-def _method(model: nn.Module, verb: str) -> Callable[..., Any]:
-    """`activation_checkpointing_enable`, or what older versions of `transformers` call it."""
-    found = getattr(model, f"activation_checkpointing_{verb}", None)
-    return found or getattr(model, f"gradient_checkpointing_{verb}")
+        getattr(model, checkpointing_method("disable"))()
 
 
 # --- for the laws ---

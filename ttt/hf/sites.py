@@ -95,8 +95,8 @@ class _LayerWithTTT(_Made):
         if read != ttt_pass.past:
             raise UsageError(
                 f"the cache holds {ttt_pass.past} tokens, of which the TTT layer {self.ttt_cache_index} has read "
-                f"{read}: it was filled with the gates closed, by another model, or copied without its TTT states; "
-                f"start from a new cache"
+                f"{read}: it was filled with the gates closed, by another model or prefix tuning, or copied without "
+                f"its TTT states; start from a new cache"
             )
         port = self.ttt.port
         start = (port.incoming if port else None) if known is None else known.current_state(self.ttt)
@@ -154,6 +154,7 @@ class DecoderSite(Site):
             vars(self.module)["ttt_passes"] = passes
             vars(self.module)["ttt_cache_index"] = cache_index(self.module)
             super().attach(adapter)
+        adapter.register_load_state_dict_pre_hook(passes.renew)
 
     def detach(self, original: type[nn.Module]) -> None:
         """Undo `attach`."""

@@ -188,7 +188,7 @@ def stateful(cache: Cache, owner: int) -> StatefulCache:
     """Make a cache one that holds TTT states, in place; it is returned.
 
     Raises:
-        UsageError: it holds the states of another model.
+        UsageError: it holds the states of another model, or of what this one was before other weights were loaded.
     """
     if not isinstance(cache, StatefulCache):
         cache.__class__ = _stateful_class(type(cache))
@@ -196,7 +196,8 @@ def stateful(cache: Cache, owner: int) -> StatefulCache:
     made = cast("StatefulCache", cache)
     if made.ttt_states and made.ttt_owner != owner:
         raise UsageError(
-            "the cache holds TTT states of another model, or of layers since taken out; start from a new cache"
+            "the cache holds TTT states of another model or process, of layers since taken out, or of weights that "
+            "others were loaded over; start from a new cache"
         )
     made.ttt_owner = owner
     return made
