@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -49,3 +50,22 @@ def pytest_unconfigure() -> None:
     """End the process from which tests fork others."""
     if "forking" in sys.modules:
         sys.modules["forking"].end()
+
+
+UNDRAWN = {
+    "test_facade_hub.py",
+    "test_laws.py",
+    "test_saboteurs.py",
+    "test_transformers_laws.py",
+    "test_videodit_model.py",
+}
+"""Whose runs nobody looks at."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def empty_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Pictures are made and laid out, but not drawn, where no test looks at them: that takes longer than small runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name in UNDRAWN:
+            patch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", lambda canvas, file: None)
+        yield

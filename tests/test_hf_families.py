@@ -59,25 +59,29 @@ def assert_reordered(model: PreTrainedModel, ids: Tensor) -> None:
     assert difference(read(model, ids[:, 7:], cache).logits, want) < TOLERANCE
 
 
+def singles() -> list[Tensor]:
+    """Four texts `[1,T]`."""
+    return [ids[None, :length] for ids, length in zip(text(4, max(LENGTHS), seed=2), LENGTHS, strict=True)]
+
+
 def padded(side: str, model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor], list[slice]]:
     """A batch of four texts, what a model is given beside it, and where each text is."""
-    ids, width = text(4, 12, seed=2), 12
-    mask = torch.zeros(4, width, dtype=torch.long)
+    width = max(LENGTHS)
+    ids, mask = torch.zeros(2, 4, width, dtype=torch.long)
     places = [slice(width - n, width) if side == "left" else slice(0, n) for n in LENGTHS]
-    for row, place in enumerate(places):
-        mask[row, place] = 1
-    ids = ids.masked_fill(mask == 0, 0)
+    for row, (place, single) in enumerate(zip(places, singles(), strict=True)):
+        ids[row, place], mask[row, place] = single[0], 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     takes_positions = model.config.model_type not in ("bloom", "opt")
     return ids, {"attention_mask": mask} | ({"position_ids": positions} if takes_positions else {}), places
 
 
 def assert_padded(model: PreTrainedModel, adapters: dict[str, Any]) -> None:
+    alone = [read(model, ids) for ids in singles()]
     for side in ("left", "right"):
         ids, kwargs, places = padded(side, model)
         batch = read(model, ids, **kwargs)
-        for row, place in enumerate(places):
-            single = read(model, ids[row : row + 1, place])
+        for row, (place, single) in enumerate(zip(places, alone, strict=True)):
             assert difference(batch.logits[row : row + 1, place], single.logits) < TOLERANCE, f"{side}, row {row}"
             for index in range(len(adapters)):
                 assert_same_state(cache_of(batch).ttt_states[index], cache_of(single).ttt_states[index], row)
@@ -101,7 +105,7 @@ def assert_generates(model: PreTrainedModel, prompt: Tensor) -> None:
         made = []
         for use_cache in (True, False):
             torch.manual_seed(3)
-            made.append(model.generate(prompt, attention_mask=mask, max_new_tokens=5, use_cache=use_cache, **options))
+            made.append(model.generate(prompt, attention_mask=mask, max_new_tokens=4, use_cache=use_cache, **options))
         assert torch.equal(*made), f"generate({options}) with and without a cache"
 
 
@@ -118,7 +122,9 @@ def assert_padded_gradients(model: PreTrainedModel) -> None:
     weights = torch.randn(4, 12, 64, generator=torch.Generator().manual_seed(4), dtype=model.dtype)
     counted = weights * kwargs["attention_mask"][..., None]
     batch = gradients(model, [(ids, kwargs, counted)])
-    rows = [(ids[r : r + 1, place], {}, weights[r : r + 1, place]) for r, place in enumerate(places)]
+    rows = [
+        (single, {}, weights[r : r + 1, place]) for r, (single, place) in enumerate(zip(singles(), places, strict=True))
+    ]
     assert_same_gradients(batch, gradients(model, rows))
 
 

@@ -75,6 +75,12 @@ def tensors(result: TrainResult) -> dict[tuple[str, str], Tensor]:
 
 
 @pytest.fixture
+def only_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what PyTorch decides before it differentiates: which versions there are, and which one is taken."""
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+
+
+@pytest.fixture
 def readers(monkeypatch: pytest.MonkeyPatch) -> list[CompiledRead]:
     """Every run's compiled part, in order."""
     made: list[CompiledRead] = []
@@ -127,6 +133,7 @@ def assert_same_run(plain: TrainResult, compiled: TrainResult) -> None:
     assert tensors(plain).keys() == tensors(compiled).keys()
 
 
+@pytest.mark.usefixtures("only_traced")
 def test_a_compiled_run_resumes_bit_for_bit(tmp_path: Path, readers: list[CompiledRead]) -> None:
     """With several passes in a step, and batches that are smaller than others."""
     options: dict[str, dict[str, Any]] = {
@@ -172,6 +179,7 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
+@pytest.mark.usefixtures("only_traced")
 def test_layers_share_what_is_compiled_and_runs_do_not() -> None:
     before = graphs()
     first, second = layers(2)
@@ -188,6 +196,7 @@ def test_layers_share_what_is_compiled_and_runs_do_not() -> None:
         assert layer.compiled.versions == 1
 
 
+@pytest.mark.usefixtures("only_traced")
 def test_no_version_fits_two_sizes() -> None:
     """Of two that fit, a recomputation could take the other one; sizes as variables would fit the third here."""
     before = graphs()
@@ -304,7 +313,7 @@ def test_a_compilation_that_fails_is_one_sentence(
 ) -> None:
     monkeypatch.setattr(compiling, "BACKEND", backend)
     with pytest.raises(EnvironmentProblem) as raised:
-        run(config(tmp_path / "run", compiled=True))
+        run(config(tmp_path / "run", compiled=True, data={"window": 4}))
     assert str(raised.value) == (
         f"train.compile: true: the TTT layers cannot be compiled here ({cause}); write train.compile: false, or run "
         f"`ttt doctor`"
@@ -333,7 +342,7 @@ def test_a_run_that_cannot_be_compiled_is_refused_before_it_writes(
 
 
 def test_a_model_of_the_facade_is_compiled_as_any_other_is() -> None:
-    model, tokens = opened(ttt.get_ttt_model(small_llama(), ttt.TTTConfig(layers="middle"))), some_tokens()
+    model, tokens = opened(ttt.get_ttt_model(small_llama(layers=1), ttt.TTTConfig(layers="all"))), some_tokens(2, 8)
     compiled = torch.compile(model, backend="eager")
     assert (logits(compiled, tokens) - logits(model, tokens)).abs().max() < 1e-5
     with model.disable_adapter():
