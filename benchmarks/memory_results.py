@@ -1,0 +1,143 @@
+"""Tables and the picture of `memory_beyond_attention.py`, from what its arms lost on each held-out document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ttt.eval.statistics import Estimate, estimate, paired_difference
+
+COLORS = {
+    "closed": "#888888",
+    "reset": "#d79b00",
+    "no memory": "#b3446c",
+    "lora": "#7a5195",
+    "ttt": "#1f6fb4",
+    "full": "#17806d",
+}
+WORDS = {
+    "closed": "gates closed (window alone)",
+    "reset": "TTT, fast weights reset at every window",
+    "no memory": "same adapter, inner rate 0",
+    "lora": "LoRA of as many parameters",
+    "ttt": "TTT",
+    "full": "full attention, no TTT",
+}
+AGAINST = (("closed", "ttt"), ("reset", "ttt"), ("no memory", "ttt"), ("lora", "ttt"), ("ttt", "full"))
+"""Which arm's loss less which other's; where it is above zero, the second is better."""
+
+Losses = Mapping[str, Mapping[str, Sequence[Sequence[float | None]]]]
+"""By arm and seed: for each document the mean loss in each bin of positions; None where no token is scored."""
+
+
+def buckets(window: int, length: int) -> dict[str, tuple[int, int]]:
+    """Positions from and to: within the window, up to two windows, and beyond, doubling."""
+    found, begin = {"within the window": (0, window), "1–2 windows": (window, 2 * window)}, 2 * window
+    while begin < length:
+        end = min(2 * begin, length)
+        found[f"{begin // window}–{end // window} windows"] = (begin, end)
+        begin = end
+    return {**found, "beyond 2 windows": (2 * window, length)}
+
+
+def of_documents(losses: Losses, arm: str, bins: range) -> list[float]:
+    """The mean loss of each document over bins and seeds."""
+    by_document = zip(*losses[arm].values(), strict=True)
+    return [
+        fmean(loss for seed in seeds for number in bins if (loss := seed[number]) is not None) for seeds in by_document
+    ]
+
+
+def compare(losses: Losses, works: Sequence[str], bins: range) -> dict[str, Any]:
+    """Each arm's mean, and the paired differences, with errors clustered by work."""
+    units = [str(number) for number in range(len(works))]
+    means = {arm: of_documents(losses, arm, bins) for arm in losses}
+    found: dict[str, Any] = {arm: _told(estimate(values, units, works)) for arm, values in means.items()}
+    for worse, better in AGAINST:
+        if worse in means and better in means:
+            difference = paired_difference(means[worse], means[better], units, works)
+            found[f"{worse} − {better}"] = {**_told(difference), "by_seed": _by_seed(losses, worse, better, bins)}
+    return found
+
+
+def _by_seed(losses: Losses, worse: str, better: str, bins: range) -> list[float]:
+    seeds = max((losses[worse], losses[better]), key=len).keys()
+
+    def mean(arm: str, seed: str) -> float:
+        one = losses[arm].get(seed) or next(iter(losses[arm].values()))
+        return fmean(of_documents({arm: {seed: one}}, arm, bins))
+
+    return [round(mean(worse, seed) - mean(better, seed), 5) for seed in seeds]
+
+
+def _told(one: Estimate) -> dict[str, Any]:
+    stderr = None if one.stderr is None else round(one.stderr, 5)
+    return {"mean": round(one.mean, 5), "stderr": stderr, "documents": one.units, "works": one.clusters}
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: a row for each bucket, the arms' losses and the differences in nats."""
+    names = list(next(iter(found.values())))
+    lines = ["| positions | " + " | ".join(names) + " |", "| --- " + "| ---: " * len(names) + "|"]
+    for bucket, row in found.items():
+        cells = [_cell(row[name], signed="−" in name) for name in names]
+        lines.append(f"| {bucket} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(one: Mapping[str, Any], *, signed: bool) -> str:
+    if not signed:
+        return f"{one['mean']:.3f}"
+    error = "" if one["stderr"] is None else f" ± {one['stderr']:.4f}"
+    return f"{one['mean']:+.4f}{error}"
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Draw loss by position against the closed gates, the differences beyond two windows, and recall, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.5, 4.6), layout="constrained")
+    curves, bars, recall = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
+    size = results["size"]
+    _curves(curves, results, size["window"])
+    beyond = results["held_out"]["beyond 2 windows"]
+    _bars(bars, beyond, "held-out documents, beyond 2 windows")
+    _bars(recall, results["recall"]["repeated"], "a repeated passage, beyond the window")
+    quick = ", quick run: figures mean nothing" if results["quick"] else ""
+    figure.suptitle(
+        f"{results['model']}, attention of {size['window']} tokens and {size['sinks']} sinks, {beyond['ttt']['documents']} "
+        f"held-out documents of {beyond['ttt']['works']} works, {results['seeds']} seeds{quick}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=120)
+
+
+def _curves(axes: Any, results: Mapping[str, Any], window: int) -> None:
+    curves = results["by_position"]
+    step = results["bin"]
+    places = [step * (number + 0.5) for number in range(len(curves["closed"]))]
+    for arm, color in COLORS.items():
+        if arm in curves and arm != "closed":
+            gain = [a - b for a, b in zip(curves["closed"], curves[arm], strict=True)]
+            axes.plot(places, gain, color=color, label=WORDS[arm], linewidth=1.6)
+    axes.axhline(0, color="black", linewidth=0.8)
+    for edge in (window, 2 * window):
+        axes.axvline(edge, color="black", linewidth=0.6, linestyle=":")
+    axes.set_xlabel("position in the document, tokens (dotted: one and two windows)")
+    axes.set_ylabel("nats a token better than with gates closed")
+    axes.legend(fontsize=7, loc="upper left")
+
+
+def _bars(axes: Any, found: Mapping[str, Any], title: str) -> None:
+    names = [name for name in found if "−" in name]
+    for place, name in enumerate(names):
+        one = found[name]
+        error = None if one["stderr"] is None else 1.96 * one["stderr"]
+        axes.bar(place, one["mean"], 0.7, yerr=error, capsize=3, color=COLORS[name.rpartition("− ")[2]])
+        axes.text(place, 0, f" {one['mean']:+.4f}", rotation=90, ha="right", va="bottom", fontsize=7)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(names)))
+    axes.set_xticklabels(names, rotation=30, ha="right", fontsize=8)
+    axes.set_title(title + "\nnats a token, 95 % intervals", fontsize=9)

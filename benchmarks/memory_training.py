@@ -1,0 +1,221 @@
+"""The layers that `memory_beyond_attention.py` runs again and again, what is put into them, and how it learns."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from memory_backbone import cut
+from memory_start import Start
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ttt.hf
+import ttt.inject
+from ttt.adapter import TTTAdapter
+from ttt.config import TTTConfig
+from ttt.seeds import words_of
+
+NO_MEMORY = 1e-9
+"""`base_lr` of the control without memory: its fast weights stay where they are, and all else is the same."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done, and with which settings."""
+
+    window: int
+    """Tokens that attention sees."""
+    sinks: int
+    """First tokens of a document that it sees as well."""
+    length: int
+    """Tokens of a document."""
+    sites: tuple[int, ...]
+    """The layers after which TTT sits."""
+    train: tuple[int, int]
+    """Documents for each work of training, and how many have repeated passages, made of these."""
+    held_out: tuple[int, int, int]
+    """Documents for each held-out work, works, and documents with repeated passages."""
+    steps: int
+    batch: int
+    """Documents in each step."""
+    seeds: int
+    ablation_steps: int
+    lr: float = 1e-3
+    repeated: float = 0.3
+    """How often a step is of documents with repeated passages."""
+    rate_factor: float = 10.0
+    """How much faster gates and inner rates learn than matrices."""
+    gain: float = 0.5
+    """How loud the adapter's answer is at the start."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of TTT."""
+
+    def limited(self, model: nn.Module) -> Any:
+        """A context in which attention sees `window` and `sinks`."""
+        return ttt.hf.limit_attention(model, window=self.window, sinks=self.sinks)
+
+
+@dataclass
+class Texts:
+    """Documents, as the input of the first layer that is run again and again."""
+
+    tokens: Tensor
+    """`[N,T]`"""
+    states: Tensor
+    """`[N,T,D]`, float16"""
+    scored: Tensor
+    """Which tokens are to be predicted, bool `[N,T]`."""
+
+    def rows(self, index: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        return self.tokens[index].to(device), self.states[index].to(device).float(), self.scored[index].to(device)
+
+
+class Upper:
+    """The layers from the first site on, as a model of its own; with adapters or a LoRA inside, if it is given some."""
+
+    def __init__(self, model: nn.Module, size: Size, starts: dict[int, Start]) -> None:
+        self.size, self.starts = size, starts
+        self.whole = model
+        self.first = min(size.sites)
+        self.device = next(model.parameters()).device
+        self.clear()
+
+    def clear(self) -> None:
+        """Take out what was put in."""
+        injection: ttt.inject.Injection | None = getattr(self, "injection", None)
+        if injection is not None:
+            injection.eject()
+        self.injection, self.adapters = None, {}
+        self.model: Any = cut(self.whole, self.first)
+
+    @property
+    def learning(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def inject(self, seed: int, *, drawn: bool = False, **changes: Any) -> None:
+        """Put adapters in.
+
+        Args:
+            seed: of what is drawn.
+            drawn: start as TTT layers do of themselves, not as a memory.
+            changes: settings of TTT, `sites` or `gain`.
+        """
+        sites = sorted(changes.pop("sites", self.size.sites))
+        gain = changes.pop("gain", self.size.gain)
+        numbers = tuple(one - self.first for one in sites)
+        config = TTTConfig(**{**self.size.settings, "layers": numbers, **changes})
+        self.injection = ttt.inject.apply(self.model, ttt.hf.causal_lm_sites(self.model), config, seed=seed)
+        for site, adapter in zip(sites, self.injection.adapters.values(), strict=True):
+            assert isinstance(adapter, TTTAdapter)
+            self.adapters[site] = adapter
+            if not drawn:
+                torch.manual_seed(words_of(seed, "start", site)[0])
+                self.starts[site](adapter, gain=gain * 0.1 / math.tanh(config.initial_gating_alpha))
+
+    def add_lora(self, seed: int, parameters: int) -> int:
+        """Put a LoRA of `peft` on every matrix of these layers; returns its rank, which makes it about as large."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        torch.manual_seed(seed)
+        matrices = [one for one in self.model.model.layers.modules() if isinstance(one, nn.Linear)]
+        rank = max(1, round(parameters / sum(one.in_features + one.out_features for one in matrices)))
+        names = sorted({name.rpartition(".")[2] for name, one in self.model.named_modules() if one in matrices})
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), self.model)
+        return rank
+
+    def hidden(self, states: Tensor) -> Tensor:
+        """The last hidden states `[B,T,D]` of these layers, with attention in its limits."""
+        with self.size.limited(self.model):
+            answer: Tensor = self.model.model(inputs_embeds=states, use_cache=False).last_hidden_state
+        return answer
+
+
+@contextlib.contextmanager
+def reset_every(upper: Upper, window: int) -> Iterator[None]:
+    """Start fast weights anew at every `window` tokens of a document; attention goes on as ever."""
+
+    def anew(forward: Callable[..., Tensor], x: Tensor, **_: Any) -> Tensor:
+        return forward(x.reshape(-1, window, x.shape[-1])).view_as(x)
+
+    for adapter in upper.adapters.values():
+        adapter.forward = functools.partial(anew, adapter.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for adapter in upper.adapters.values():
+            del adapter.forward
+
+
+class Prediction:
+    """Next-token prediction through the frozen layers. The loss is over those tokens that occur in training."""
+
+    def __init__(self, upper: Upper, plain: Texts, repeated: Texts) -> None:
+        self.upper, self.kinds = upper, (plain, repeated)
+        known = torch.unique(torch.cat([one.tokens.flatten() for one in self.kinds]))
+        head = upper.whole.get_parameter("lm_head.weight").detach()
+        place = torch.full((len(head),), -1)
+        place[known] = torch.arange(len(known))
+        self.place, self.head = place.to(upper.device), head[known.to(upper.device)]
+
+    def train(self, seed: int, steps: int) -> list[float]:
+        """Teach what learns; returns each step's loss. The documents of a step depend on the seed alone."""
+        size = self.upper.size
+        parameters = self.upper.learning
+        fast = [p for name, p in parameters.items() if "gating_alpha" in name or "learnable_ttt_lr" in name]
+        slow = [p for p in parameters.values() if all(p is not one for one in fast)]
+        groups = [{"params": slow, "lr": size.lr}, {"params": fast, "lr": size.lr * size.rate_factor}]
+        optimiser = torch.optim.Adam([one for one in groups if one["params"]], betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: min(1.0, (n + 1) / 5) * (1 - 0.9 * n / steps))
+        losses = []
+        for step in range(steps):
+            loss = self._loss(seed, step)
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimiser.step()
+            schedule.step()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise SystemExit(f"the loss of step {step} is {losses[-1]}")
+        return losses
+
+    def _loss(self, seed: int, step: int) -> Tensor:
+        size = self.upper.size
+        texts = self.kinds[words_of(seed, "kind", step)[0] / 2**32 < size.repeated]
+        draw = torch.Generator().manual_seed(words_of(seed, "documents", step)[0])
+        rows = torch.randint(0, len(texts.tokens), (size.batch,), generator=draw).tolist()
+        tokens, states, scored = texts.rows(rows, self.upper.device)
+        hidden = self.upper.hidden(states)[:, :-1][scored[:, 1:]]
+        return F.cross_entropy(hidden @ self.head.T, self.place[tokens[:, 1:][scored[:, 1:]]])
+
+
+@torch.no_grad()
+def losses_by_bin(
+    hidden_of: Callable[[int], Tensor], head: Tensor, texts: Texts, step: int
+) -> list[list[float | None]]:
+    """Each document's mean loss in bins of `step` positions, over all tokens of the vocabulary; None if none is scored.
+
+    Args:
+        hidden_of: the last hidden states `[1,T,D]` of a document, by number.
+        head: `[V,D]`.
+        texts: the documents.
+        step: positions of a bin; it divides their length.
+    """
+    found = []
+    for number in range(len(texts.tokens)):
+        tokens, _, scored = texts.rows([number], head.device)
+        losses = torch.zeros(tokens.shape[1], device=head.device)
+        at = scored[0].clone()
+        at[0] = False  # nothing is before it
+        hidden = hidden_of(number)[0, :-1][at[1:]]
+        losses[at] = F.cross_entropy(hidden @ head.T, tokens[0][at], reduction="none")
+        sums, counts = losses.double().view(-1, step).sum(-1).tolist(), at.view(-1, step).sum(-1).tolist()
+        found.append([round(s / c, 5) if c else None for s, c in zip(sums, counts, strict=True)])
+    return found
