@@ -54,6 +54,9 @@ MEMORY = {
 }
 """Settings of TTT for a memory; `docs/memory.md` tells why."""
 
+ABLATION_DOCUMENTS = 8
+"""Held-out documents, and those with repeated passages, on which an ablation is measured."""
+
 CPU = Size(
     window=64, sinks=4, length=512, sites=(29,), train=(3, 16), held_out=(1, 16, 12), steps=60, batch=2, seeds=3,
     ablation_steps=30, lr=5e-4, rate_factor=20.0, settings=MEMORY,
@@ -129,16 +132,21 @@ class Experiment:
             "recall": repeat(held_out, size.held_out[2], seed=2),
         }
 
-    def texts(self, name: str, first: int) -> Texts:
-        """Documents as inputs of layer `first`. Of training, what is beyond the window is scored; of repeats, those."""
-        tokens = torch.tensor(self.tokens[name])
+    def texts(self, name: str, first: int, *, few: bool = False) -> Texts:
+        """Documents as inputs of layer `first`; of repeated passages only the repetitions are scored.
+
+        Of the documents of training, it is what is beyond the window. If few are asked for, it is the first of them,
+        beyond two windows.
+        """
+        tokens, window = torch.tensor(self.tokens[name]), self.size.window
         scored = torch.zeros_like(tokens, dtype=torch.bool)
         if name in ("train", "held_out"):
-            scored[:, self.size.window + 1 if name == "train" else 1 :] = True
+            scored[:, 2 * window if few else window + 1 if name == "train" else 1 :] = True
         for row, one in zip(scored, self.documents[name], strict=True):
             for begin, end in getattr(one, "spans", ()):
                 row[begin + 1 : end] = True  # the passage's first token cannot be known
-        return Texts(tokens, self.states[name][first], scored)
+        some = slice(ABLATION_DOCUMENTS if few else None)
+        return Texts(tokens[some], self.states[name][first][some], scored[some])
 
     def upper(self, sites: tuple[int, ...]) -> Upper:
         """The layers from the first of these sites on."""
@@ -181,11 +189,11 @@ class Experiment:
         print(f"{time.strftime('%H:%M:%S')} {name}: {time.perf_counter() - begin:.0f} s", flush=True)
         return measured
 
-    def losses(self, upper: Upper) -> dict[str, Any]:
+    def losses(self, upper: Upper, *, few: bool = False) -> dict[str, Any]:
         """What the upper layers lose, on held-out documents by bin and on repeated passages."""
 
         def of(name: str) -> list[list[float | None]]:
-            some = self.texts(name, upper.first)
+            some = self.texts(name, upper.first, few=few)
 
             def hidden_of(number: int) -> Tensor:
                 return upper.hidden(some.rows([number], upper.device)[1])
@@ -211,28 +219,28 @@ class Experiment:
 
         return {name: of(name) for name in ("held_out", "recall")}
 
-    def trained(self, upper: Upper, seed: int, steps: int) -> dict[str, Any]:
+    def trained(self, upper: Upper, seed: int, steps: int, *, few: bool = False) -> dict[str, Any]:
         """Train what is in the upper layers, and measure it."""
         plain, repeated = self.texts("train", upper.first), self.texts("train_repeated", upper.first)
         losses = Prediction(upper, plain, repeated).train(seed, steps)
         found = {
-            **self.losses(upper),
+            **self.losses(upper, few=few),
             "training": losses,
             "parameters": sum(p.numel() for p in upper.learning.values()),
         }
         if upper.adapters:
             with reset_every(upper, self.size.window):
-                found["reset"] = self.losses(upper)
+                found["reset"] = self.losses(upper, few=few)
             gates = [adapter.gate.gating_alpha.abs().mean().item() for adapter in upper.adapters.values()]
             found["gates"] = [round(one, 4) for one in gates]
         upper.clear()
         return found
 
-    def adapters(self, seed: int, steps: int, **changes: Any) -> dict[str, Any]:
+    def adapters(self, seed: int, steps: int, *, few: bool = False, **changes: Any) -> dict[str, Any]:
         """Train adapters with some settings changed, and measure them."""
         upper = self.upper(changes.get("sites", self.size.sites))
         upper.inject(seed, **changes)
-        return self.trained(upper, seed, steps)
+        return self.trained(upper, seed, steps, few=few)
 
     def lora(self, seed: int, parameters: int) -> dict[str, Any]:
         """Train a LoRA that is about as large on the same documents, and measure it."""
@@ -260,26 +268,19 @@ class Experiment:
         return arms
 
     def ablation_table(self) -> dict[str, dict[str, Any]]:
-        """Short runs of one seed with one thing changed: beyond two windows, and on repeated passages."""
-        closed = self.kept("closed", lambda: self.losses(self.upper(self.size.sites)))
-        rows = {}
+        """Short runs of one seed with one thing changed: on some documents beyond two windows, and on repeats."""
+        closed, steps = self.kept("closed", lambda: self.losses(self.upper(self.size.sites))), self.size.ablation_steps
+        rows: dict[str, dict[str, Any]] = {}
         for name, changes in ablations(self.size).items():
-            found = self.kept(f"ablation {name}", partial(self.adapters, 0, self.size.ablation_steps, **changes))
-            rows[name] = {
-                part: {
-                    key: value
-                    for key, value in compare(
-                        {
-                            arm: {"0": one[part]}
-                            for arm, one in (("closed", closed), ("reset", found["reset"]), ("ttt", found))
-                        },
-                        self.works(part),
-                        self.beyond(part),
-                    ).items()
-                    if "−" in key
-                }
-                for part in ("held_out", "recall")
-            }
+            found = self.kept(f"ablation {name}", partial(self.adapters, 0, steps, few=True, **changes))
+            rows[name] = {"gates": found["gates"]}
+            for part in ("held_out", "recall"):
+                some = slice(ABLATION_DOCUMENTS)
+                arms = {"closed": closed[part][some], "reset": found["reset"][part], "ttt": found[part]}
+                compared = compare(
+                    {arm: {"0": one} for arm, one in arms.items()}, self.works(part)[some], self.beyond(part)
+                )
+                rows[name][part] = {key: value for key, value in compared.items() if "−" in key}
         return rows
 
     # --- what is told ---

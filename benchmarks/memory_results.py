@@ -106,11 +106,11 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     _bars(bars, beyond, "held-out documents, beyond 2 windows")
     _bars(recall, results["recall"]["repeated"], "a repeated passage, beyond the window")
     quick = ", quick run: figures mean nothing" if results["quick"] else ""
-    figure.suptitle(
-        f"{results['model']}, attention of {size['window']} tokens and {size['sinks']} sinks, {beyond['ttt']['documents']} "
-        f"held-out documents of {beyond['ttt']['works']} works, {results['seeds']} seeds{quick}",
-        fontsize=10,
-    )
+    documents, works = beyond["ttt"]["documents"], beyond["ttt"]["works"]
+    title = f"{results['model']}, attention of {size['window']} tokens and {size['sinks']} sinks"
+    measured = f"{documents} held-out documents of {works} works, seeds: {results['seeds']}"
+    quick = " (a quick run: its figures mean nothing)" if results["quick"] else ""
+    figure.suptitle(f"{title}; {measured}{quick}", fontsize=9)
     figure.savefig(path, dpi=120)
 
 

@@ -1,11 +1,11 @@
 """Where an adapter of `memory_beyond_attention.py` starts: as a memory of which token followed which.
 
 Drawn at random, an adapter would have to find out from next-token losses alone that a query of now and a key of then
-have to meet, which takes far more tokens than there are here. Yet what such a memory needs stands in the hidden states,
-and least squares find it without one step of descent: the *query* is a code of this token, the *key* a code of the
-token before, the *value* a code of this token again. Then reading `a` answers with what came after the last `a`s. The
-code is the token's embedding, whitened over the tokens of the training documents, so that codes of two tokens are
-nearly orthogonal. The output projection adds the value's code to the residual stream where the head of the model reads it.
+have to meet, which takes far more tokens than there are here. Yet what such a memory needs stands in the hidden
+states, and least squares find it without one step of descent: the *query* is a code of this token, the *key* a code of
+the token before, the *value* a code of this token again. Then reading `a` answers with what came after the last `a`.
+The code is the token's embedding, whitened over the tokens of the training documents, so that codes of two tokens are
+nearly orthogonal. The output projection adds the value's code to the residual stream where the model's head reads it.
 
 The inner model starts from a constant answer, a random bias of unit variance. Without it, what the inner layer norm
 makes of a query that nothing was written for would be as loud as what it makes of a known one.

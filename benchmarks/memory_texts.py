@@ -18,10 +18,44 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-TRAIN = ["sympy==1.14.0", "networkx==3.6.1", "transformers==5.24.0", "diffusers==0.42.1", "mpmath==1.3.0", "pytest==9.2.0", "pyparsing==3.3.3", "fonttools==4.68.0", "huggingface_hub==2.4.0", "tensorboard==2.21.0", "accelerate==1.15.0", "peft==0.21.2"]
+TRAIN = [
+    "sympy==1.14.0",
+    "networkx==3.6.1",
+    "transformers==5.24.0",
+    "diffusers==0.42.1",
+    "mpmath==1.3.0",
+    "pytest==9.2.0",
+    "pyparsing==3.3.3",
+    "fonttools==4.68.0",
+    "huggingface_hub==2.4.0",
+    "tensorboard==2.21.0",
+    "accelerate==1.15.0",
+    "peft==0.21.2",
+]
 DEV = ["rich==15.0.0", "werkzeug==3.1.9", "jsonschema==4.26.0", "pygments==2.21.0", "click==8.5.1", "moshi==0.2.13"]
 """The works on which settings were chosen."""
-HELD_OUT = ["jinja2==3.1.6", "setuptools==84.2.1", "requests==2.34.2", "urllib3==2.8.0", "attrs==26.1.0", "anyio==4.16.0", "einops==0.8.2", "packaging==26.4", "fsspec==2026.9.0", "tqdm==4.70.1", "markdown==3.11.3", "pycparser==3.0", "pip==23.2.1", "typer==0.29.2", "execnet==2.1.2", "h11==0.16.0", "markdown-it-py==4.3.0", "referencing==0.37.0", "pathspec==1.1.1", "absl-py==2.5.1"]
+HELD_OUT = [
+    "jinja2==3.1.6",
+    "setuptools==84.2.1",
+    "requests==2.34.2",
+    "urllib3==2.8.0",
+    "attrs==26.1.0",
+    "anyio==4.16.0",
+    "einops==0.8.2",
+    "packaging==26.4",
+    "fsspec==2026.9.0",
+    "tqdm==4.70.1",
+    "markdown==3.11.3",
+    "pycparser==3.0",
+    "pip==23.2.1",
+    "typer==0.29.2",
+    "execnet==2.1.2",
+    "h11==0.16.0",
+    "markdown-it-py==4.3.0",
+    "referencing==0.37.0",
+    "pathspec==1.1.1",
+    "absl-py==2.5.1",
+]
 
 Tokens = tuple[int, ...]
 Encode = Callable[[str], Sequence[int]]
