@@ -36,7 +36,7 @@ import memory_backbone as backbone
 import memory_texts as texts
 import torch
 from memory_results import buckets, compare, draw, table
-from memory_start import Start, find_start
+from memory_start import Start, find_start, sharpened
 from memory_training import NO_MEMORY, Prediction, Size, Texts, Upper, losses_by_bin, reset_every
 from torch import Tensor, nn
 
@@ -54,16 +54,17 @@ MEMORY = {
 }
 """Settings of TTT for a memory; `docs/memory.md` tells why."""
 
+EPS = 1e-6
 ABLATION_DOCUMENTS = 8
 """Held-out documents, and those with repeated passages, on which an ablation is measured."""
 
 CPU = Size(
-    window=64, sinks=4, length=512, sites=(29,), train=(3, 16), held_out=(1, 16, 12), steps=60, batch=2, seeds=3,
-    ablation_steps=30, lr=5e-4, rate_factor=20.0, settings=MEMORY,
+    window=64, sinks=4, length=512, sites=(29,), train=(3, 16), held_out=(1, 16, 12), steps=80, batch=2, seeds=3,
+    ablation_steps=30, settings=MEMORY,
 )  # fmt: skip
 CUDA = Size(
-    window=128, sinks=4, length=2048, sites=(17, 23, 29), train=(24, 96), held_out=(4, 20, 48), steps=2000, batch=8,
-    seeds=3, ablation_steps=300, lr=5e-4, rate_factor=20.0, settings=MEMORY,
+    window=128, sinks=4, length=2048, sites=(23, 29), train=(24, 96), held_out=(4, 20, 48), steps=2000, batch=8,
+    seeds=3, ablation_steps=300, matrix_lr=1e-4, settings=MEMORY,
 )  # fmt: skip
 QUICK = Size(
     window=16, sinks=2, length=128, sites=(3,), train=(1, 2), held_out=(1, 2, 2), steps=2, batch=2, seeds=1,
@@ -74,7 +75,6 @@ QUICK = Size(
 def ablations(size: Size) -> dict[str, dict[str, Any]]:
     """What is changed in each, from the settings of the main table."""
     c, rate = size.settings["mini_batch_size"], size.settings["base_lr"]
-    mlp = {"layer_type": "mlp", "num_heads": 9 if size.sites == CPU.sites else None}
     by_size = {f"mini-batch {n}": {"mini_batch_size": n, "base_lr": rate * n / c} for n in (1, 64) if n <= size.window}
     by_rate = {f"base_lr {rate * factor:g}": {"base_lr": rate * factor} for factor in (1 / 128, 1 / 4, 4, 16)}
     below = tuple(max(0, one - 6) for one in size.sites)
@@ -83,8 +83,9 @@ def ablations(size: Size) -> dict[str, dict[str, Any]]:
         "drawn at random, as TTT is": {"drawn": True},
         "preset lm, drawn at random": {"drawn": True, "rope": "mini_batch", "input_norm": "none", "base_lr": 1.0,
                                        "num_heads": None, "qkvo_bias": False, "normalize_target": False},
+        "projections learn too": {"matrix_lr": size.drawn_lr},
         "heads of the backbone": {"num_heads": None},
-        "mlp, heads of the backbone": {**mlp, "num_heads": None, "base_lr": rate / 12},
+        "mlp, heads of the backbone": {"layer_type": "mlp", "num_heads": None, "base_lr": rate / 12},
         **by_size,
         **by_rate,
         "gates from 0.01": {"initial_gating_alpha": 0.01},
@@ -112,6 +113,7 @@ class Experiment:
             }
         self.starts: dict[int, Start] = {}
         self.settings = json.dumps([dataclasses.asdict(size), self.tokens], sort_keys=True)
+        self.untrained = json.dumps([size.window, size.sinks, size.sites, self.tokens], sort_keys=True)
 
     def _read(self, encode: texts.Encode) -> dict[str, list[Any]]:
         """The documents of training and the held-out ones, and those with repeated passages made of each."""
@@ -171,14 +173,17 @@ class Experiment:
                     hidden.append(below.model(inputs_embeds=states, use_cache=False).last_hidden_state)
                     tokens.append(ids)
         scale = (lambda whitening: whitening / norm[:, None]) if last else None
-        return find_start(torch.cat(hidden), torch.cat(tokens), embedding, scale, eps=1e-6)
+        seen, read = torch.cat(hidden), torch.cat(tokens)
+        found = find_start(seen, read, embedding, scale, eps=EPS)
+        return sharpened(found, seen, read, window=self.size.window, steps=self.size.sharpening_steps, eps=EPS)
 
     # --- what is measured ---
 
     def kept(self, name: str, measure: Callable[[], Any]) -> Any:
         """What was measured under this name with these settings, in this run or an earlier one."""
         path = self.work / f"{name.replace(' ', '_').replace(',', '')}.json"
-        digest = hashlib.sha256((name + self.settings).encode()).hexdigest()
+        on = self.untrained if name in ("closed", "full") else self.settings
+        digest = hashlib.sha256((name + on).encode()).hexdigest()
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["digest"] == digest:
@@ -222,12 +227,10 @@ class Experiment:
     def trained(self, upper: Upper, seed: int, steps: int, *, few: bool = False) -> dict[str, Any]:
         """Train what is in the upper layers, and measure it."""
         plain, repeated = self.texts("train", upper.first), self.texts("train_repeated", upper.first)
+        size = sum(p.numel() for p in upper.learning.values())
         losses = Prediction(upper, plain, repeated).train(seed, steps)
-        found = {
-            **self.losses(upper, few=few),
-            "training": losses,
-            "parameters": sum(p.numel() for p in upper.learning.values()),
-        }
+        learned = sum(p.numel() for p in upper.learning.values())
+        found = {**self.losses(upper, few=few), "training": losses, "parameters": size, "learned": learned}
         if upper.adapters:
             with reset_every(upper, self.size.window):
                 found["reset"] = self.losses(upper, few=few)
@@ -321,6 +324,7 @@ class Experiment:
             "works": dict(sorted(sources)),
             "bin": step,
             "parameters": {arm: arms[arm]["0"]["parameters"] for arm in ("ttt", "no memory", "lora")},
+            "parameters_that_learn": {arm: arms[arm]["0"]["learned"] for arm in ("ttt", "no memory", "lora")},
             "lora_rank": arms["lora"]["0"]["rank"],
             "gates": {seed: one["gates"] for seed, one in arms["ttt"].items()},
             "held_out": {name: compare(held_out, works, some) for name, some in bins.items()},

@@ -5,7 +5,9 @@ have to meet, which takes far more tokens than there are here. Yet what such a m
 states, and least squares find it without one step of descent: the *query* is a code of this token, the *key* a code of
 the token before, the *value* a code of this token again. Then reading `a` answers with what came after the last `a`.
 The code is the token's embedding, whitened over the tokens of the training documents, so that codes of two tokens are
-nearly orthogonal. The output projection adds the value's code to the residual stream where the model's head reads it.
+nearly orthogonal. Then queries and keys learn for a few seconds, from the same hidden states and without the backbone,
+to meet where a token was followed by the one that comes next (InfoNCE, arXiv 1807.03748). The output projection adds
+the value's code to the residual stream where the model's head reads it.
 
 The inner model starts from a constant answer, a random bias of unit variance. Without it, what the inner layer norm
 makes of a query that nothing was written for would be as loud as what it makes of a known one.
@@ -13,6 +15,7 @@ makes of a query that nothing was written for would be as loud as what it makes 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from ttt.adapter import TTTAdapter
 from ttt.ops.norm import rms_norm
 
 RIDGE = 30.0
+TEMPERATURE = 0.08
 FLOOR = 0.05
 """Least eigenvalue of the embeddings' covariance, as a share of their mean, when it is inverted."""
 
@@ -36,6 +40,8 @@ class Start:
     """`[D+1,D]`, from a normalised hidden state and a one to the code of its token."""
     key: Tensor
     """The same to the code of the token before."""
+    value: Tensor
+    """As `query`, before that is sharpened."""
     out: Tensor
     """`[D,D]`, from a code to the residual stream."""
     hidden: Tensor
@@ -57,7 +63,7 @@ class Start:
         for projection, found, norm in (
             (layer.q_proj, self.query, key_norm),
             (layer.k_proj, self.key, key_norm),
-            (layer.v_proj, self.query, loud),
+            (layer.v_proj, self.value, loud),
         ):
             heads = (wide @ found).unflatten(-1, (layer.num_heads, layer.head_width))
             scaled = found * (norm / heads.norm(dim=-1).mean())
@@ -111,6 +117,45 @@ def least_squares(x: Tensor, y: Tensor) -> Tensor:
     return torch.linalg.solve(gram, wide.T @ y)
 
 
+def sharpened(start: Start, hidden_NTD: Tensor, tokens_NT: Tensor, *, window: int, steps: int, eps: float) -> Start:
+    """Queries and keys that meet more often where they should.
+
+    Position t is to find those earlier s whose token comes next after t: the loss is `−log Σ_s p(s|t)` over them, with
+    `p` the softmax of cosines of query and key at temperature 0.08, over positions with any, beyond the window.
+    """
+    wide = with_one(rms_norm(hidden_NTD, eps=eps).flatten(0, 1)).unflatten(0, hidden_NTD.shape[:2])
+    maps = [nn.Parameter(one / (wide[:4] @ one).norm(dim=-1).mean()) for one in (start.query, start.key)]
+    optimiser = torch.optim.AdamW(maps, lr=5e-5, weight_decay=0.01, betas=(0.9, 0.98))
+    draw = torch.Generator().manual_seed(0)
+    length = tokens_NT.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=tokens_NT.device).tril()
+    for step in range(steps):
+        rows = torch.randint(0, len(wide), (3,), generator=draw)
+        following = torch.roll(tokens_NT[rows], -1, 1)
+        right = (tokens_NT[rows][:, None] == following[..., None]) & earlier
+        right[:, -1] = False  # nothing follows
+        query, key = (nn.functional.normalize(wide[rows] @ one, dim=-1) for one in maps)
+        scores = (query @ key.mT / TEMPERATURE).masked_fill(~earlier, -1e9)
+        found = scores.masked_fill(~right, -1e9).logsumexp(-1) - scores.logsumexp(-1)
+        known = right.any(-1)
+        known[:, :window] = False
+        loss = -found[known].mean() if known.any() else 0 * scores.sum()
+        for group in optimiser.param_groups:
+            group["lr"] = 5e-5 * min(1.0, (step + 1) / 10) * (1 - 0.9 * step / steps)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    query, key = (_centred(one.detach(), wide[:8].flatten(0, 1)) for one in maps)
+    return dataclasses.replace(start, query=query, key=key, value=start.value)
+
+
+def _centred(matrix: Tensor, wide: Tensor) -> Tensor:
+    """The map, so that its answers have no mean: attention is blind to a mean of keys, a linear memory is not."""
+    shifted = matrix.clone()
+    shifted[-1] -= (wide @ matrix).mean(0)
+    return shifted
+
+
 @torch.no_grad()
 def find_start(
     hidden_NTD: Tensor, tokens_NT: Tensor, embedding: Tensor, head: Callable[[Tensor], Tensor] | None, *, eps: float
@@ -131,4 +176,4 @@ def find_start(
     query = least_squares(x.reshape(-1, width), of.reshape(-1, width))
     key = least_squares(x[:, 1:].reshape(-1, width), of[:, :-1].reshape(-1, width))
     out = torch.linalg.inv(whitening) if head is None else head(whitening)
-    return Start(query, key, out, hidden_NTD[:8].reshape(-1, width))
+    return Start(query, key, query, out, hidden_NTD[:8].reshape(-1, width))

@@ -46,11 +46,19 @@ class Size:
     """Documents in each step."""
     seeds: int
     ablation_steps: int
-    lr: float = 1e-3
+    sharpening_steps: int = 120
+    """By which queries and keys of the start learn to meet."""
+    gate_lr: float = 1e-2
+    """Of gates and inner learning rates."""
+    vector_lr: float = 2e-3
+    """Of the adapter's norms, biases and step sizes."""
+    matrix_lr: float = 0.0
+    """Of its projections and `W₀`, which stay where they start at 0: there are too few tokens for a million weights."""
+    drawn_lr: float = 5e-4
+    """Of the projections of an adapter that is drawn at random."""
+    lora_lr: float = 5e-4
     repeated: float = 0.3
     """How often a step is of documents with repeated passages."""
-    rate_factor: float = 10.0
-    """How much faster gates and inner rates learn than matrices."""
     gain: float = 0.5
     """How loud the adapter's answer is at the start."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +92,7 @@ class Upper:
         self.whole = model
         self.first = min(size.sites)
         self.device = next(model.parameters()).device
+        self._matrix_lr = size.matrix_lr
         self.clear()
 
     def clear(self) -> None:
@@ -99,14 +108,24 @@ class Upper:
         """The parameters that learn."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def rate(self, name: str) -> float:
+        """The learning rate of a parameter, by its name."""
+        if "lora" in name:
+            return self.size.lora_lr
+        if "gating_alpha" in name or "learnable_ttt_lr" in name:
+            return self.size.gate_lr
+        matrix = name.endswith("proj.weight") or name.rpartition(".")[2].startswith("W")
+        return self._matrix_lr if matrix else self.size.vector_lr
+
     def inject(self, seed: int, *, drawn: bool = False, **changes: Any) -> None:
         """Put adapters in.
 
         Args:
             seed: of what is drawn.
             drawn: start as TTT layers do of themselves, not as a memory.
-            changes: settings of TTT, `sites` or `gain`.
+            changes: settings of TTT, `sites`, `gain` or `matrix_lr`.
         """
+        self._matrix_lr = changes.pop("matrix_lr", self.size.drawn_lr if drawn else self.size.matrix_lr)
         sites = sorted(changes.pop("sites", self.size.sites))
         gain = changes.pop("gain", self.size.gain)
         numbers = tuple(one - self.first for one in sites)
@@ -166,12 +185,12 @@ class Prediction:
 
     def train(self, seed: int, steps: int) -> list[float]:
         """Teach what learns; returns each step's loss. The documents of a step depend on the seed alone."""
-        size = self.upper.size
         parameters = self.upper.learning
-        fast = [p for name, p in parameters.items() if "gating_alpha" in name or "learnable_ttt_lr" in name]
-        slow = [p for p in parameters.values() if all(p is not one for one in fast)]
-        groups = [{"params": slow, "lr": size.lr}, {"params": fast, "lr": size.lr * size.rate_factor}]
-        optimiser = torch.optim.Adam([one for one in groups if one["params"]], betas=(0.9, 0.95))
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(self.upper.rate(name) > 0)
+        parameters = self.upper.learning
+        groups = [{"params": [p], "lr": self.upper.rate(name)} for name, p in parameters.items()]
+        optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: min(1.0, (n + 1) / 5) * (1 - 0.9 * n / steps))
         losses = []
         for step in range(steps):
