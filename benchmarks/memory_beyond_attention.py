@@ -59,12 +59,12 @@ ABLATION_DOCUMENTS = 8
 """Held-out documents, and those with repeated passages, on which an ablation is measured."""
 
 CPU = Size(
-    window=64, sinks=4, length=512, sites=(29,), train=(3, 16), held_out=(1, 16, 12), steps=80, batch=2, seeds=3,
-    ablation_steps=30, settings=MEMORY,
+    window=64, sinks=4, length=512, sites=(29,), train=(3, 16), held_out=(1, 16, 12), steps=50, batch=2, seeds=3,
+    ablation_steps=12, settings=MEMORY,
 )  # fmt: skip
 CUDA = Size(
     window=128, sinks=4, length=2048, sites=(23, 29), train=(24, 96), held_out=(4, 20, 48), steps=2000, batch=8,
-    seeds=3, ablation_steps=300, matrix_lr=1e-4, settings=MEMORY,
+    seeds=3, ablation_steps=120, matrix_lr=1e-4, settings=MEMORY,
 )  # fmt: skip
 QUICK = Size(
     window=16, sinks=2, length=128, sites=(3,), train=(1, 2), held_out=(1, 2, 2), steps=2, batch=2, seeds=1,
@@ -75,23 +75,31 @@ QUICK = Size(
 def ablations(size: Size) -> dict[str, dict[str, Any]]:
     """What is changed in each, from the settings of the main table."""
     c, rate = size.settings["mini_batch_size"], size.settings["base_lr"]
-    by_size = {f"mini-batch {n}": {"mini_batch_size": n, "base_lr": rate * n / c} for n in (1, 64) if n <= size.window}
+    by_size = {f"mini-batch {n}": {"mini_batch_size": n, "base_lr": rate * n / c} for n in (1, 64)}
     by_rate = {f"base_lr {rate * factor:g}": {"base_lr": rate * factor} for factor in (1 / 128, 1 / 4, 4, 16)}
     below = tuple(max(0, one - 6) for one in size.sites)
     return {
         "as in the table": {},
-        "drawn at random, as TTT is": {"drawn": True},
-        "preset lm, drawn at random": {"drawn": True, "rope": "mini_batch", "input_norm": "none", "base_lr": 1.0,
-                                       "num_heads": None, "qkvo_bias": False, "normalize_target": False},
+        "drawn at random, all of it learns": {"drawn": True},
+        "preset lm, drawn at random": {
+            "drawn": True,
+            "rope": "mini_batch",
+            "input_norm": "none",
+            "base_lr": 1.0,
+            "num_heads": None,
+            "qkvo_bias": False,
+            "normalize_target": False,
+        },
         "projections learn too": {"matrix_lr": size.drawn_lr},
+        **by_rate,
+        "mini-batch 64": by_size["mini-batch 64"],
         "heads of the backbone": {"num_heads": None},
         "mlp, heads of the backbone": {"layer_type": "mlp", "num_heads": None, "base_lr": rate / 12},
-        **by_size,
-        **by_rate,
         "gates from 0.01": {"initial_gating_alpha": 0.01},
         "gates from 1": {"initial_gating_alpha": 1.0},
         f"after layer {', '.join(map(str, below))}": {"sites": below},
-    }  # fmt: skip
+        "mini-batch 1": by_size["mini-batch 1"],
+    }
 
 
 class Experiment:
@@ -231,11 +239,11 @@ class Experiment:
         losses = Prediction(upper, plain, repeated).train(seed, steps)
         learned = sum(p.numel() for p in upper.learning.values())
         found = {**self.losses(upper, few=few), "training": losses, "parameters": size, "learned": learned}
-        if upper.adapters:
+        if any(adapter.layer.config.base_lr > NO_MEMORY for adapter in upper.adapters.values()):
             with reset_every(upper, self.size.window):
                 found["reset"] = self.losses(upper, few=few)
-            gates = [adapter.gate.gating_alpha.abs().mean().item() for adapter in upper.adapters.values()]
-            found["gates"] = [round(one, 4) for one in gates]
+        gates = [adapter.gate.gating_alpha.abs().mean().item() for adapter in upper.adapters.values()]
+        found["gates"] = [round(one, 4) for one in gates]
         upper.clear()
         return found
 

@@ -25,6 +25,10 @@ NO_MEMORY = 1e-9
 """`base_lr` of the control without memory: its fast weights stay where they are, and all else is the same."""
 
 
+OTHERS = 4096
+"""Tokens that do not occur in training, of which each step's softmax has so many."""
+
+
 @dataclass(frozen=True)
 class Size:
     """How much is done, and with which settings."""
@@ -173,15 +177,21 @@ def reset_every(upper: Upper, window: int) -> Iterator[None]:
 
 
 class Prediction:
-    """Next-token prediction through the frozen layers. The loss is over those tokens that occur in training."""
+    """Next-token prediction through the frozen layers.
+
+    The softmax runs over those tokens that occur in training and a sample of the others, which stand for all of them. A
+    loss over the first alone would let an adapter add noise to all other tokens unseen: it looked like a gain, and over
+    the whole vocabulary was none.
+    """
 
     def __init__(self, upper: Upper, plain: Texts, repeated: Texts) -> None:
         self.upper, self.kinds = upper, (plain, repeated)
-        known = torch.unique(torch.cat([one.tokens.flatten() for one in self.kinds]))
-        head = upper.whole.get_parameter("lm_head.weight").detach()
-        place = torch.full((len(head),), -1)
-        place[known] = torch.arange(len(known))
-        self.place, self.head = place.to(upper.device), head[known.to(upper.device)]
+        self.head = upper.whole.get_parameter("lm_head.weight").detach()
+        known = torch.zeros(len(self.head), dtype=torch.bool)
+        for one in self.kinds:
+            known[one.tokens.flatten()] = True
+        self.known, self.others = known.nonzero().flatten(), (~known).nonzero().flatten()
+        self.place = known.cumsum(0).to(upper.device) - 1
 
     def train(self, seed: int, steps: int) -> list[float]:
         """Teach what learns; returns each step's loss. The documents of a step depend on the seed alone."""
@@ -212,7 +222,11 @@ class Prediction:
         rows = torch.randint(0, len(texts.tokens), (size.batch,), generator=draw).tolist()
         tokens, states, scored = texts.rows(rows, self.upper.device)
         hidden = self.upper.hidden(states)[:, :-1][scored[:, 1:]]
-        return F.cross_entropy(hidden @ self.head.T, self.place[tokens[:, 1:][scored[:, 1:]]])
+        sampled = torch.randperm(len(self.others), generator=draw)[:OTHERS]
+        choice = torch.cat([self.known, self.others[sampled]]).to(self.upper.device)
+        stands_for = torch.zeros(len(choice), device=self.upper.device)
+        stands_for[len(self.known) :] = math.log(len(self.others) / max(1, len(sampled))) if len(sampled) else 0.0
+        return F.cross_entropy(hidden @ self.head[choice].T + stands_for, self.place[tokens[:, 1:][scored[:, 1:]]])
 
 
 @torch.no_grad()

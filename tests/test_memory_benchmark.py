@@ -10,11 +10,12 @@ from typing import Any
 import memory_backbone as backbone
 import memory_beyond_attention as experiment
 import memory_texts as texts
+import memory_training
 import pytest
 import torch
 from memory_results import buckets, compare, table
-from memory_start import find_start
-from memory_training import NO_MEMORY, Texts, Upper, losses_by_bin, reset_every
+from memory_start import find_start, sharpened
+from memory_training import NO_MEMORY, Prediction, Texts, Upper, losses_by_bin, reset_every
 
 from ttt.adapter import TTTAdapter
 from ttt.config import TTTConfig
@@ -122,7 +123,70 @@ def test_without_inner_learning_it_recalls_nothing(memory: tuple[TTTAdapter, tor
         torch.testing.assert_close(after[0], getattr(still.layer, name), rtol=0, atol=1e-5)
 
 
+def test_queries_and_keys_learn_to_meet_where_they_should() -> None:
+    draw = torch.Generator().manual_seed(0)
+    embedding = torch.randn(VOCABULARY, WIDTH, generator=draw)
+    cycle = torch.randperm(VOCABULARY, generator=draw)  # each token is followed by one other, most of the time
+    rows = [[0] for _ in range(6)]
+    for row in rows:
+        while len(row) < 48:
+            row.append(
+                int(cycle[row[-1]])
+                if torch.rand(1, generator=draw) < 0.8
+                else int(torch.randint(24, (1,), generator=draw))
+            )
+    tokens = torch.tensor(rows)
+    hidden = _hidden(tokens, embedding)
+    start = find_start(hidden, tokens, embedding, None, eps=1e-6)
+    start.key = start.key + torch.randn(start.key.shape, generator=draw)  # else there is nothing to learn here
+    found = sharpened(start, hidden, tokens, window=4, steps=60, eps=1e-6)
+    assert found.value is start.value
+
+    def contrast(one: Any) -> float:
+        wide = torch.cat([torch.nn.functional.rms_norm(hidden, (WIDTH,)), torch.ones(*hidden.shape[:2], 1)], -1)
+        scores = (
+            torch.nn.functional.normalize(wide @ one.query, dim=-1)
+            @ torch.nn.functional.normalize(wide @ one.key, dim=-1).mT
+        )
+        right = torch.zeros_like(scores, dtype=torch.bool)
+        right[:, :-1] = tokens[:, None] == tokens[:, 1:, None]
+        return ((scores[right].mean() - scores[~right].mean()) / scores[~right].std()).item()
+
+    assert contrast(found) > 1.1 * contrast(start) > 0
+
+
 # --- arms ---
+
+
+def test_what_has_no_rate_does_not_learn(model: Any) -> None:
+    upper = Upper(model, QUICK, {})
+    upper.inject(0, drawn=True, matrix_lr=0.0)
+    (adapter,) = upper.adapters.values()
+    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    tokens = _tokens()
+    some = Texts(tokens, torch.randn(2, QUICK.length, 32), torch.ones_like(tokens, dtype=torch.bool))
+    Prediction(upper, some, some).train(0, 2)
+    moved = {name for name, p in adapter.named_parameters() if not torch.equal(p, before[name])}
+    assert "gate.gating_alpha" in moved
+    assert "layer.learnable_ttt_lr_bias" in moved
+    assert not moved & {"layer.q_proj.weight", "layer.o_proj.weight", "layer.W1"}
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_training_minds_the_whole_vocabulary(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    upper = Upper(model, QUICK, {})
+    tokens = _tokens() % 100  # so that 156 tokens and more do not occur
+    states = torch.randn(2, QUICK.length, 32, generator=torch.Generator().manual_seed(4))
+    some = Texts(tokens[:1], states[:1].half(), torch.ones(1, QUICK.length, dtype=torch.bool))
+    made = Prediction(upper, some, some)
+    with torch.no_grad():
+        logits = upper.hidden(some.states.float())[:, :-1] @ model.lm_head.weight.T
+        whole = torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:])
+        torch.testing.assert_close(made._loss(0, 0), whole)
+        monkeypatch.setattr(memory_training, "OTHERS", 40)
+        sampled = torch.stack([made._loss(0, step) for step in range(30)])
+    assert len(sampled.unique()) > 1
+    assert sampled.mean().item() == pytest.approx(whole.item(), abs=0.02)
 
 
 def test_the_reset_arm_forgets_at_every_window(model: Any) -> None:
