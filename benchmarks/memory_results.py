@@ -98,14 +98,15 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     """Draw loss by position against the closed gates, the differences beyond two windows, and recall, as a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.5, 4.6), layout="constrained")
-    curves, bars, recall = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    axes = figure.subplot_mosaic([["full", "bars", "recall"], ["arms", "bars", "recall"]], width_ratios=(1.6, 1, 1))
     size = results["size"]
-    _curves(curves, results, size["window"])
+    _curves(axes["full"], results, ("full",))
+    _curves(axes["arms"], results, ("reset", "no memory", "lora", "ttt"))
+    axes["arms"].set_xlabel("position in the document, tokens (dotted: one and two windows)")
     beyond = results["held_out"]["beyond 2 windows"]
-    _bars(bars, beyond, "held-out documents, beyond 2 windows")
-    _bars(recall, results["recall"]["repeated"], "a repeated passage, beyond the window")
-    quick = ", quick run: figures mean nothing" if results["quick"] else ""
+    _bars(axes["bars"], beyond, "held-out documents, beyond 2 windows")
+    _bars(axes["recall"], results["recall"]["repeated"], "a repeated passage, beyond the window")
     documents, works = beyond["ttt"]["documents"], beyond["ttt"]["works"]
     title = f"{results['model']}, attention of {size['window']} tokens and {size['sinks']} sinks"
     measured = f"{documents} held-out documents of {works} works, seeds: {results['seeds']}"
@@ -114,30 +115,29 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _curves(axes: Any, results: Mapping[str, Any], window: int) -> None:
-    curves = results["by_position"]
-    step = results["bin"]
+def _curves(axes: Any, results: Mapping[str, Any], arms: Sequence[str]) -> None:
+    curves, step, window = results["by_position"], results["bin"], results["size"]["window"]
     places = [step * (number + 0.5) for number in range(len(curves["closed"]))]
-    for arm, color in COLORS.items():
-        if arm in curves and arm != "closed":
-            gain = [a - b for a, b in zip(curves["closed"], curves[arm], strict=True)]
-            axes.plot(places, gain, color=color, label=WORDS[arm], linewidth=1.6)
+    for arm in arms:
+        gain = [a - b for a, b in zip(curves["closed"], curves[arm], strict=True)]
+        axes.plot(places, gain, color=COLORS[arm], label=WORDS[arm], linewidth=1.6)
     axes.axhline(0, color="black", linewidth=0.8)
     for edge in (window, 2 * window):
         axes.axvline(edge, color="black", linewidth=0.6, linestyle=":")
-    axes.set_xlabel("position in the document, tokens (dotted: one and two windows)")
-    axes.set_ylabel("nats a token better than with gates closed")
-    axes.legend(fontsize=7, loc="upper left")
+    axes.margins(y=0.3)  # room for the legend
+    axes.set_ylabel("nats better than\nwith gates closed", fontsize=8)
+    axes.legend(fontsize=7, loc="upper left", ncols=2)
 
 
 def _bars(axes: Any, found: Mapping[str, Any], title: str) -> None:
-    names = [name for name in found if "−" in name]
+    names = [f"{worse} − {better}" for worse, better in AGAINST if better == "ttt"]
     for place, name in enumerate(names):
         one = found[name]
-        error = None if one["stderr"] is None else 1.96 * one["stderr"]
-        axes.bar(place, one["mean"], 0.7, yerr=error, capsize=3, color=COLORS[name.rpartition("− ")[2]])
-        axes.text(place, 0, f" {one['mean']:+.4f}", rotation=90, ha="right", va="bottom", fontsize=7)
+        error = 1.96 * (one["stderr"] or 0)
+        axes.bar(place, one["mean"], 0.7, yerr=error, capsize=3, color=COLORS[name.partition(" −")[0]])
+        axes.text(place, one["mean"] + error, f"{one['mean']:+.4f}\n", ha="center", va="bottom", fontsize=8)
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(names)))
-    axes.set_xticklabels(names, rotation=30, ha="right", fontsize=8)
-    axes.set_title(title + "\nnats a token, 95 % intervals", fontsize=9)
+    axes.margins(y=0.2)
+    axes.set_xticks(range(len(names)), [name.replace(" −", "\n−") for name in names], fontsize=8)
+    more = found["closed"]["mean"] - found["full"]["mean"]
+    axes.set_title(f"{title}\nnats a token, 95 % intervals\n(closed − full: {more:+.3f})", fontsize=8.5)
