@@ -24,7 +24,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
@@ -35,7 +35,7 @@ from typing import Any
 import memory_backbone as backbone
 import memory_texts as texts
 import torch
-from memory_results import buckets, compare, draw, table
+from memory_results import buckets, compare, draw, report
 from memory_start import Start, find_start, sharpened
 from memory_training import NO_MEMORY, Prediction, Size, Texts, Upper, losses_by_bin, reset_every
 from torch import Tensor, nn
@@ -378,35 +378,6 @@ def _curve(seeds: dict[str, Any]) -> list[float]:
     """The mean loss in each bin, over documents and seeds."""
     documents = [one for some in seeds.values() for one in some]
     return [round(fmean(one for one in column if one is not None), 5) for column in zip(*documents, strict=True)]
-
-
-def report(found: dict[str, Any]) -> str:
-    """Everything as Markdown."""
-    seconds, tokens = found["speed"]["seconds"], found["speed"]["tokens"]
-    lines = ["Loss in nats a token, differences with standard errors clustered by work:", "", table(found["held_out"])]
-    lines += ["A repeated passage, farther back than the window:", "", table(found["recall"])]
-    if found["ablations"] is not None:
-        lines += [f"Short runs of {found['ablations']['steps']} steps and one seed:", ""]
-        lines += ["| changed | beyond 2 windows: closed − ttt | reset − ttt | repeated: closed − ttt | reset − ttt |"]
-        lines += ["| --- | ---: | ---: | ---: | ---: |"]
-        lines += [f"| {name} | {' | '.join(_ablation(row))} |" for name, row in found["ablations"]["rows"].items()]
-        lines += [""]
-    lines += ["| what runs | forward, tokens a second | of plain | forward and backward | of plain |"]
-    lines += ["| --- | ---: | ---: | ---: | ---: |"]
-    for name in dict.fromkeys(key.partition(", ")[0] for key in seconds):
-        cells = []
-        for what in ("forward", "forward and backward"):
-            cells += [f"{tokens / seconds[f'{name}, {what}']:.0f}"]
-            cells += [f"{seconds[f'plain, {what}'] / seconds[f'{name}, {what}']:.2f}"]
-        lines += [f"| {name} | {' | '.join(cells)} |"]
-    return "\n".join(lines) + "\n"
-
-
-def _ablation(row: dict[str, Any]) -> Iterator[str]:
-    for part in ("held_out", "recall"):
-        for name in ("closed − ttt", "reset − ttt"):
-            one = row[part][name]
-            yield f"{one['mean']:+.4f} ± {one['stderr'] or 0:.4f}"
 
 
 def main(arguments: list[str]) -> None:

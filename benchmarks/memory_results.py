@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -92,6 +92,35 @@ def _cell(one: Mapping[str, Any], *, signed: bool) -> str:
         return f"{one['mean']:.3f}"
     error = "" if one["stderr"] is None else f" ± {one['stderr']:.4f}"
     return f"{one['mean']:+.4f}{error}"
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """Everything as Markdown."""
+    seconds, tokens = found["speed"]["seconds"], found["speed"]["tokens"]
+    lines = ["Loss in nats a token, differences with standard errors clustered by work:", "", table(found["held_out"])]
+    lines += ["A repeated passage, farther back than the window:", "", table(found["recall"])]
+    if found["ablations"] is not None:
+        lines += [f"Short runs of {found['ablations']['steps']} steps and one seed:", ""]
+        lines += ["| changed | beyond 2 windows: closed − ttt | reset − ttt | repeated: closed − ttt | reset − ttt |"]
+        lines += ["| --- | ---: | ---: | ---: | ---: |"]
+        lines += [f"| {name} | {' | '.join(_ablation(row))} |" for name, row in found["ablations"]["rows"].items()]
+        lines += [""]
+    lines += ["| what runs | forward, tokens a second | of plain | forward and backward | of plain |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    for name in dict.fromkeys(key.partition(", ")[0] for key in seconds):
+        cells = []
+        for what in ("forward", "forward and backward"):
+            cells += [f"{tokens / seconds[f'{name}, {what}']:.0f}"]
+            cells += [f"{seconds[f'plain, {what}'] / seconds[f'{name}, {what}']:.2f}"]
+        lines += [f"| {name} | {' | '.join(cells)} |"]
+    return "\n".join(lines) + "\n"
+
+
+def _ablation(row: Mapping[str, Any]) -> Iterator[str]:
+    for part in ("held_out", "recall"):
+        for name in ("closed − ttt", "reset − ttt"):
+            one = row[part][name]
+            yield f"{one['mean']:+.4f} ± {one['stderr'] or 0:.4f}"
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:

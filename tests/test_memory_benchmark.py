@@ -13,7 +13,7 @@ import memory_texts as texts
 import memory_training
 import pytest
 import torch
-from memory_results import buckets, compare, table
+from memory_results import buckets, compare, report, table
 from memory_start import find_start, sharpened
 from memory_training import NO_MEMORY, Prediction, Texts, Upper, losses_by_bin, reset_every
 
@@ -294,7 +294,7 @@ def test_the_results_that_are_kept_can_be_read() -> None:
     for path in folder.glob("memory_beyond_attention_*.json"):
         found = json.loads(path.read_text(encoding="utf-8"))
         assert not found["quick"]
-        assert "| beyond 2 windows |" in experiment.report(found)
+        assert "| beyond 2 windows |" in report(found)
         assert path.with_suffix(".png").exists()
 
 
