@@ -109,6 +109,12 @@ def test_a_folder_is_loaded_as_it_was_saved(folder: Path) -> None:
     assert BACKBONE.provenance(_options(model=str(folder))) == {}
 
 
+@pytest.mark.parametrize("name", ["flash_attention_2", "nonsense"])
+def test_attention_that_is_not_there_is_named_with_its_key(name: str) -> None:
+    with pytest.raises(UsageError, match=f"^backbone.attn_implementation: {name} cannot be used here: .*; write sdpa"):
+        _build(config={"model_type": "llama"}, attn_implementation=name)
+
+
 def test_a_config_beside_a_model_must_be_the_models(folder: Path) -> None:
     fine = {**SIZES, "model_type": "llama", "rope_theta": 10000.0}
     assert _build(model=str(folder), config=fine).config.hidden_size == 32
@@ -203,8 +209,8 @@ def test_the_hubs_cache_tells_sizes_and_commit(tmp_path: Path, monkeypatch: pyte
     ("kind", "told"),
     [
         ("GatedRepoError", "its authors want to know who downloads it; accept its terms on its page"),
-        ("RevisionNotFoundError", "it has no branch, tag or commit 'abc'; write another revision"),
-        ("RepositoryNotFoundError", "the hub has no such repository that you may read; correct the name"),
+        ("RevisionNotFoundError", "it has no branch, tag or commit 'abc'; name another revision"),
+        ("RepositoryNotFoundError", "no such repository on the hub that you may read; correct the name"),
     ],
 )
 def test_what_the_hub_refuses_is_one_sentence(kind: str, told: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ttt.errors import AdapterFileError, EnvironmentProblem, TTTError, UsageError
+from ttt.hf.hub import why_not_loaded
 from ttt.words import first_line
 
 _ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -73,41 +74,5 @@ def _in_words(name: str, revision: str | None, *, to: str) -> Iterator[None]:
             fix="pip install huggingface_hub",
         ) from error
     except Exception as error:  # the hub's client, what it speaks HTTP with and the file system raise many kinds
-        why, fix = _why(error, revision)
+        why, fix = why_not_loaded(error, revision)
         raise EnvironmentProblem(f"{name} cannot be {to}: {why}", fix=fix) from error
-
-
-def _why(error: BaseException, revision: str | None) -> tuple[str, str]:
-    """Why it failed, and the way out."""
-    kinds = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
-    status = next((found for cause in _causes(error) if (found := _status(cause)) is not None), None)
-    if "GatedRepoError" in kinds:
-        return "its authors want to know who downloads it", "accept its terms on its page, and run `hf auth login`"
-    if "RevisionNotFoundError" in kinds:
-        return f"it has no branch, tag or commit {revision!r}", "name another revision"
-    if status in (401, 403):
-        return "the hub does not let you", "run `hf auth login`, or give a token that may do that"
-    if "RepositoryNotFoundError" in kinds:
-        told = "there is no folder of that name here, and no such repository on the hub that you may read"
-        return told, "correct the name, or run `hf auth login` if it is private"
-    if status is None and kinds & {
-        *("LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "TransportError"),
-        "TimeoutError",
-    }:
-        told = "it is no folder here and not in the hub's cache, and the hub cannot be reached"
-        return told, "connect to a network, or name a folder"
-    return first_line(error), ""
-
-
-def _status(error: BaseException) -> int | None:
-    found = getattr(getattr(error, "response", None), "status_code", None)
-    return found if isinstance(found, int) else None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what led to it."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__

@@ -108,6 +108,12 @@ def _from_config(config: Any, options: CausalLMOptions, *, meta: bool) -> Any:
                 config, dtype=torch.float32, attn_implementation=options.attn_implementation
             )
         except (ValueError, ImportError, TypeError, RuntimeError) as error:
+            if options.attn_implementation is not None and "ttention" in str(error):
+                raise UsageError(
+                    f"{options.attn_implementation} cannot be used here: {first_line(error).rstrip('.')}",
+                    key="backbone.attn_implementation",
+                    fix="write sdpa or eager, or install what it needs",
+                ) from error
             raise UsageError(
                 f"a model of {config.model_type} cannot be made: {first_line(error)}", key="backbone.config"
             ) from error

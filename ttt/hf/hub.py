@@ -24,7 +24,7 @@ def loading(name: str, revision: str | None = None, *, key: str = "backbone.mode
     except TTTError:
         raise
     except Exception as error:  # transformers, the hub, safetensors and the file system raise errors of many kinds
-        why, fix = _why(error, name, revision)
+        why, fix = why_not_loaded(error, revision, is_folder=as_folder(name) is not None)
         raise EnvironmentProblem(f"{name} cannot be loaded: {why}", key=key, fix=fix) from error
 
 
@@ -55,21 +55,42 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _why(error: BaseException, name: str, revision: str | None) -> tuple[str, str]:
-    """Why something cannot be loaded, and the way out."""
-    kinds = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
-    here = as_folder(name) is not None
+_UNREACHABLE = frozenset(
+    {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "TransportError"}
+    | {"TimeoutError"}
+)
+
+
+def why_not_loaded(error: BaseException, revision: str | None, *, is_folder: bool = False) -> tuple[str, str]:
+    """Why something could not be had from the hub, brought there, or read from a folder, and the way out.
+
+    Args:
+        error: what was raised.
+        revision: which one was asked for.
+        is_folder: it is a folder on the disk, so that no network is to blame.
+    """
+    causes = list(_causes(error))
+    kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
+    status = next((found for cause in causes if (found := _status(cause)) is not None), None)
     if "GatedRepoError" in kinds:
         return "its authors want to know who downloads it", "accept its terms on its page, and run `hf auth login`"
     if "RevisionNotFoundError" in kinds:
-        return f"it has no branch, tag or commit {revision!r}", "write another revision, or null"
+        return f"it has no branch, tag or commit {revision!r}", "name another revision"
+    if status in (401, 403):
+        return "the hub does not let you", "run `hf auth login`, or give a token that may do that"
     if "RepositoryNotFoundError" in kinds or "HFValidationError" in kinds:
-        told = "there is no folder of that name here, and the hub has no such repository that you may read"
+        told = "there is no folder of that name here, and no such repository on the hub that you may read"
         return told, "correct the name, or run `hf auth login` if it is private"
-    if not here and kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError"}:
+    if not is_folder and status is None and kinds & _UNREACHABLE:
         told = "it is no folder here and not in the hub's cache, and the hub cannot be reached"
-        return told, "download it where there is a network, or write the path of a folder"
+        return told, "connect to a network, or name a folder"
     return first_line(error), ""
+
+
+def _status(error: BaseException) -> int | None:
+    """What the hub answered, if it did."""
+    found = getattr(getattr(error, "response", None), "status_code", None)
+    return found if isinstance(found, int) else None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -12,12 +12,11 @@ from torch.nn import functional as F
 
 from ttt.errors import UsageError
 from ttt.hf.passes import checkpointing_method
+from ttt.hf.structure import CACHE_NAMES
 from ttt.plugins.data import LossOutput
 
 IGNORED = -100
 """In `shift_labels`: no token that counts."""
-_CACHE_NAMES = ("cache", "past_key_values")
-"""What versions of `transformers` call a model's cache."""
 
 
 def outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -78,7 +77,7 @@ def cache_name(model: nn.Module) -> str:
         UsageError: it takes none.
     """
     taken = inspect.signature(model.forward).parameters
-    name = next((name for name in _CACHE_NAMES if name in taken), None)
+    name = next((name for name in CACHE_NAMES if name in taken), None)
     if name is None:
         raise UsageError(f"the forward of {type(model).__name__} takes no cache, so that it cannot read in pieces")
     return name

@@ -11,8 +11,8 @@ from torch import nn
 
 from ttt.errors import InjectionError
 
-_CACHE_NAMES = frozenset({"cache", "past_key_values", "past_key_value", "layer_past"})
-"""What versions and architectures of `transformers` call a layer's cache."""
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+"""What versions and architectures of `transformers` call the cache that a model or a layer is given."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
 
 
 def _takes_cache(name: str, parameter: inspect.Parameter) -> bool:
-    return name in _CACHE_NAMES or "Cache" in str(parameter.annotation)
+    return name in CACHE_NAMES or "Cache" in str(parameter.annotation)
 
 
 def _sizes(decoder: nn.Module, path: str) -> tuple[int, int]:
