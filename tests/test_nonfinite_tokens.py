@@ -193,13 +193,13 @@ def test_the_adapter_hands_it_on_as_it_is() -> None:
 
 def test_it_compiles_whole() -> None:
     torch._dynamo.reset()
-    layer = make(scan_checkpoint_group_size=2)
+    layer = make(scan_checkpoint_group_size=1)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
-    x, _ = tokens()
+    x = tokens()[0][:, :7]  # a group of one mini-batch, and an open one
     y, state = compiled(x)
     expected, end = layer(x)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
-    assert state.skipped.tolist() == end.skipped.tolist() == [2, 0, 3]
+    assert state.skipped.tolist() == end.skipped.tolist() == [2, 0, 1]
 
 
 def test_an_adapter_made_without_it_loads_where_it_is_asked_for(tmp_path: Any) -> None:

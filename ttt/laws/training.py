@@ -130,7 +130,8 @@ def _in_turns(
     """
     ways = list(own)
     for place, (nesting, wrappers) in enumerate(nestings.items()):
-        for around in ways if not wrappers else ways[(number + place) % len(ways) :][:1]:
+        turn = (number + place) % max(len(ways), 1)  # none if a plugin refuses to switch its own off too
+        for around in ways[turn : turn + 1] if wrappers else ways:
             yield around, nesting
 
 
