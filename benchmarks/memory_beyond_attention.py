@@ -90,6 +90,7 @@ def ablations(size: Size) -> dict[str, dict[str, Any]]:
             "qkvo_bias": False,
             "normalize_target": False,
         },
+        "beside a LoRA that learns too": {"beside_lora": True},
         "projections learn too": {"matrix_lr": size.drawn_lr},
         **by_rate,
         "mini-batch 64": by_size["mini-batch 64"],
@@ -248,8 +249,10 @@ class Experiment:
         return found
 
     def adapters(self, seed: int, steps: int, *, few: bool = False, **changes: Any) -> dict[str, Any]:
-        """Train adapters with some settings changed, and measure them."""
+        """Train adapters with some settings changed, or beside a LoRA, and measure them."""
         upper = self.upper(changes.get("sites", self.size.sites))
+        if changes.pop("beside_lora", False):
+            upper.add_lora(seed, 5 * self.head.shape[1] ** 2)  # as large as an adapter with one head
         upper.inject(seed, **changes)
         return self.trained(upper, seed, steps, few=few)
 
