@@ -286,6 +286,18 @@ def _does_open_mini_batches(implementation: str) -> str:
     return "yes"
 
 
+def _does_masks(implementation: str) -> str:
+    layer, x = _layer(), _tokens()
+    mask = torch.tensor([[1, 1, 0, 1, 0, 0, 1, 1, 1, 1, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0]]) > 0
+    with forced(implementation):
+        y, _ = layer(x, mask=mask)
+    for row, counted in enumerate(mask):
+        with forced("reference"):
+            alone, _ = layer(x[row : row + 1, counted])
+        torch.testing.assert_close(y[row, counted], alone[0], rtol=1e-9, atol=1e-9)
+    return "yes"
+
+
 def _does_types(implementation: str) -> str:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         layer = _layer().to(dtype)
@@ -366,6 +378,7 @@ CLAIMS = {
     "linear inner models, MLPs of any depth": _does_inner_models,
     "causal and non-causal updates": _does_both_updates,
     "mini-batches that a piece leaves or finds open": _does_open_mini_batches,
+    "tokens that a mask leaves out": _does_masks,
     "tokens in float64, float32, bfloat16, float16": _does_types,
     "groups recomputed in backward": _recomputes,
     "second derivatives": _has_second_derivatives,

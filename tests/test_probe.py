@@ -180,16 +180,16 @@ class NonCausal(TTTLayer):
 class LearnsFromRow0(TTTLayer):
     """Fast weights that learn from row 0 alone, for all rows."""
 
-    def _tokens(self, x, state, rotary):
-        q, *others = super()._tokens(x, state, rotary)
+    def _tokens(self, x, state, rotary, mask):
+        q, *others = super()._tokens(x, state, rotary, mask)
         return Tokens(q, *(other[:1].expand_as(other) for other in others))
 
 
 class KeepsRow0(TTTLayer):
     """The state of row 0, kept for all rows: right in one window, wrong in the next."""
 
-    def forward(self, x, state=None, *, rotary=None):
-        y, state = super().forward(x, state, rotary=rotary)
+    def forward(self, x, state=None, *, rotary=None, mask=None):
+        y, state = super().forward(x, state, rotary=rotary, mask=mask)
         return y, TTTState.from_tensors({key: value[:1].expand_as(value) for key, value in state.tensors().items()})
 
 
@@ -209,8 +209,8 @@ class WithDeafGate(TTTAdapter):
 class GroupDependent(TTTLayer):
     """A rate that shrinks where groups are checkpointed."""
 
-    def _tokens(self, x, state, rotary):
-        tokens = super()._tokens(x, state, rotary)
+    def _tokens(self, x, state, rotary, mask):
+        tokens = super()._tokens(x, state, rotary, mask)
         return tokens._replace(rate=tokens.rate / (1 + self.config.scan_checkpoint_group_size))
 
 

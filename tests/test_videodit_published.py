@@ -281,6 +281,7 @@ def test_bitsandbytes_is_not_imported_along(here: Path) -> None:
     (here / "noisy" / "bitsandbytes" / "__init__.py").write_text("print('noise')\n")
     program = """
 import sys
+sys.modules["peft"] = None  # where it is installed, diffusers imports it, and it imports bitsandbytes
 import ttt_videodit.model
 print(sorted({"bitsandbytes", "diffusers"} & set(sys.modules)))
 import bitsandbytes

@@ -353,6 +353,7 @@ SUPPORT: Mapping[str, Mapping[str, str]] = {
     "linear inner models, MLPs of any depth": _ALL,
     "causal and non-causal updates": _ALL,
     "mini-batches that a piece leaves or finds open": _ALL,
+    "tokens that a mask leaves out": _ALL,
     "tokens in float64, float32, bfloat16, float16": _ALL,
     "groups recomputed in backward": {"fused": "yes", "generic": "yes", "reference": "no"},
     "second derivatives": {"fused": "no", "generic": "group size 0", "reference": "yes"},

@@ -3,7 +3,8 @@
 diffusers imports bitsandbytes, which moshi requires, if it is installed, to support quantised weights; this project
 refuses those (`ttt_videodit.variants`). The import of bitsandbytes takes a third of the time of diffusers' own. If the
 package `kernels` is installed, it asks the hub for a kernel; if not, it prints a warning on processors with
-AVX512-BF16. diffusers looks for bitsandbytes once, at its own import; other users of bitsandbytes are not affected.
+AVX512-BF16. diffusers looks for bitsandbytes once, at its own import; other users of bitsandbytes are not affected. One
+of them is PEFT: where it is installed, diffusers imports it, and it imports bitsandbytes.
 """
 
 from __future__ import annotations
