@@ -19,8 +19,9 @@ from ttt.config import TTTConfig
 from ttt.config.schema import inner_widths
 from ttt.costs import ScanCost, scan_cost
 from ttt.layer import Rotary, TTTLayer
-from ttt.ops.minibatch import Inner, Stream, Tokens, learn
+from ttt.ops.minibatch import Inner, Stream, learn
 from ttt.ops.rotary import rotary_angles
+from ttt.ops.rows import Tokens
 
 PUBLISHED, COMPILED, PRODUCTS, ATTENTION = "published", "published, compiled", "products alone", "attention"
 OURS = ("generic", "fused")

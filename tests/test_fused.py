@@ -27,7 +27,8 @@ from ttt.costs import scan_cost
 from ttt.layer import TTTLayer
 from ttt.ops import fused
 from ttt.ops.fused import layout, operator
-from ttt.ops.minibatch import Inner, Stream, Tokens, learn
+from ttt.ops.minibatch import Inner, Stream, learn
+from ttt.ops.rows import Tokens
 from ttt.ops.select import implementation
 from ttt.state import TTTState
 

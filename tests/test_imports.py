@@ -62,7 +62,16 @@ ROOMS = (
     # the mathematics, this machine, what a run is and costs, what a plugin provides
     *("ttt.ops", "ttt.seeds", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins", "ttt.devices"),
     # the layer, and putting it into a model
-    *("ttt.state", "ttt.layer", "ttt.adapter", "ttt.inject", "ttt.evidence", "ttt.inner_curves", "ttt.adapter_file"),
+    *(
+        "ttt.state",
+        "ttt.layer_inputs",
+        "ttt.layer",
+        "ttt.adapter",
+        "ttt.inject",
+        "ttt.evidence",
+        "ttt.inner_curves",
+        "ttt.adapter_file",
+    ),
     # what the language models of a library have in common
     "ttt.hf",
     # what a run was worth

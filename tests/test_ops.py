@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from ttt.ops.minibatch import Inner, Stream, Tokens, learn
+from ttt.ops.minibatch import Inner, Stream, learn
 from ttt.ops.mlp import gelu, gelu_gradient
 from ttt.ops.norm import (
     inner_loss,
@@ -20,6 +20,7 @@ from ttt.ops.norm import (
 )
 from ttt.ops.reference import reference
 from ttt.ops.rotary import apply_rotary, rotary_angles
+from ttt.ops.rows import Tokens
 from ttt.ops.tracing import trace_minibatches
 
 C = 4

@@ -22,7 +22,7 @@ from ttt.check.probe_codes import LAWS
 from ttt.config.explanation import read_explanations
 from ttt.config.findings import Family
 from ttt.layer import Rotary, TTTLayer
-from ttt.ops.minibatch import Tokens
+from ttt.ops.rows import Tokens
 from ttt.plugins import get_backbone
 from ttt.state import TTTState
 

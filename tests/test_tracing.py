@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from ttt.config import TTTConfig
 from ttt.layer import TTTLayer
-from ttt.ops.minibatch import Inner, Stream, Tokens, learn
+from ttt.ops.minibatch import Inner, Stream, learn
+from ttt.ops.rows import Tokens
 from ttt.ops.tracing import InnerTrace, trace, trace_minibatches
 
 MODELS = {"linear": (), "mlp": (9,)}

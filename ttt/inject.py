@@ -21,7 +21,8 @@ from ttt.adapter import TTTAdapter
 from ttt.config import TTTConfig
 from ttt.config.schema import select_layers
 from ttt.errors import InjectionError
-from ttt.layer import TTTLayer, check_head_width
+from ttt.layer import TTTLayer
+from ttt.layer_inputs import check_head_width
 from ttt.plugins.site import Site
 
 

@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from ttt.config import TTTConfig
 from ttt.config.schema import inner_widths
 from ttt.costs import best_group_size, scan_cost
+from ttt.layer_inputs import check_head_width, check_state, check_tokens
 from ttt.ops.autocast import no_autocast
-from ttt.ops.minibatch import Inner, Stream, Tokens, learn, learn_one_
+from ttt.ops.minibatch import Inner, Stream, learn, learn_one_
 from ttt.ops.norm import normalize, normalize_target, outer_layer_norm, rms_norm
 from ttt.ops.rotary import apply_rotary, rotary_angles
+from ttt.ops.rows import Tokens
 from ttt.ops.tracing import InnerTrace, MinibatchTrace, effective_weights, trace, trace_minibatches
 from ttt.state import Reading, TTTState, weight_names
 
@@ -282,36 +284,13 @@ class TTTLayer(nn.Module):
     def _checked(
         self, x: Tensor, state: TTTState | None, rotary: Rotary | None, mask: Tensor | None = None
     ) -> TTTState:
-        if x.dim() != 3 or x.shape[-1] != self.dim or x.shape[1] == 0:
-            shape = tuple(x.shape)
-            raise ValueError(f"a TTT layer of width {self.dim} reads [B, T, {self.dim}] with T ≥ 1, not {shape}")
-        if not x.is_floating_point():
-            raise ValueError(f"a TTT layer reads floating point, not {x.dtype}")
-        if (rotary is not None) != (self.config.rope == "backbone"):
-            raise ValueError(
-                "rope: backbone needs the backbone's rotary angles; none were given"
-                if rotary is None
-                else f"rotary angles were given, but the config says rope: {self.config.rope}"
-            )
-        _check_mask(mask, x)
+        check_tokens(x, self.dim, self.config, rotary=rotary, mask=mask)
         dtype = torch.promote_types(x.dtype, torch.float32)
         if state is None:
             return self.initial_state(x.shape[0], dtype=dtype)
-        if state.batch_size != x.shape[0]:
-            raise ValueError(f"the state is of {state.batch_size} streams, the tokens of {x.shape[0]}")
-        if state.weights[0].dtype != dtype:
-            raise ValueError(f"the state is {state.weights[0].dtype}; tokens of {x.dtype} need {dtype}")
         # Shapes that broadcast, or an inner model of another depth, would run and answer something else.
         own = [tuple(getattr(self, name).shape) for name in self.weight_names]
-        given = [tuple(w.shape[1:]) for w in state.weights]
-        if given != own:
-            raise ValueError(f"the state is of another layer: its fast weights are {given}, here they are {own}")
-        size = self.config.mini_batch_size
-        if state.count is not None and state.count.device.type == "cpu" and (state.count >= size).any():
-            raise ValueError(
-                f"the state is of another layer: a stream has read {int(state.count.max())} tokens of its open "
-                f"mini-batch, here they are of {size}"
-            )
+        check_state(state, x, own, mini_batch_size=self.config.mini_batch_size)
         return state
 
     def _project(self, name: str, x: Tensor) -> Tensor:
@@ -410,36 +389,6 @@ class TTTLayer(nn.Module):
 
     def _inner(self, dtype: torch.dtype) -> Inner:
         return Inner(*self._norm(dtype), self._scale(dtype), self.config.causal, self.config.ln_eps)
-
-
-def check_head_width(dim: int, num_heads: int, config: TTTConfig) -> None:
-    """Refuse a head count that does not divide the width, and odd heads that need rotary pairs.
-
-    Raises:
-        ValueError: naming the number that does not fit.
-    """
-    if dim % num_heads:
-        raise ValueError(f"width {dim} does not divide into {num_heads} heads; write a ttt.num_heads that divides it")
-    if config.rope != "none" and (dim // num_heads) % 2:
-        raise ValueError(
-            f"heads of odd width {dim // num_heads} have no pairs for rotary embedding; write ttt.rope: none or "
-            f"another ttt.num_heads"
-        )
-
-
-def _check_mask(mask: Tensor | None, x: Tensor) -> None:
-    """Refuse what would be broadcast, or counted as numbers, or moved between devices."""
-    if mask is None:
-        return
-    wanted = f"the mask of {list(x.shape[:2])} tokens is bool {list(x.shape[:2])}, true for those that count"
-    if not isinstance(mask, Tensor):
-        raise ValueError(f"{wanted}; it is not a {type(mask).__name__}")
-    if mask.shape != x.shape[:2]:
-        raise ValueError(f"{wanted}; this one is {list(mask.shape)}")
-    if mask.dtype != torch.bool:
-        raise ValueError(f"{wanted}; this one is {mask.dtype}: write mask.bool()")
-    if mask.device != x.device:
-        raise ValueError(f"{wanted}; this one is on {mask.device}, the tokens are on {x.device}")
 
 
 def _nonfinite(x: Tensor) -> Tensor:

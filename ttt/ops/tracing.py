@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ttt.ops.minibatch import Inner, Rows, Stream, Tokens, Weights, answer_minibatch, learn
+from ttt.ops.minibatch import Inner, Stream, Weights, answer_minibatch, learn
 from ttt.ops.mlp import mlp_model, move
 from ttt.ops.norm import inner_loss
+from ttt.ops.rows import Rows, Tokens
 
 
 class InnerTrace(NamedTuple):
