@@ -46,6 +46,19 @@ def _left_as_it_was(model: nn.Module, before: dict[str, Any], flags: dict[str, b
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_the_readme_itself_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its block as it stands, but for a model of the hub and the arguments that it leaves to its reader."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    block = text.partition("## As a library")[2].partition("```python\n")[2].partition("```")[0]
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda name: small_llama())
+    monkeypatch.chdir(tmp_path)
+    known: dict[str, Any] = {"tokens": some_tokens()}
+    assert "model.generate(...)" in block
+    exec(block.replace("generate(...)", "generate(tokens, max_new_tokens=2, do_sample=False)"), known)
+    assert isinstance(known["model"], ttt.TTTModel)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
 def test_the_lines_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, tokens = small_llama(), some_tokens()
     flags = _flags(base)
