@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 import torch
 from small_llama import logits, opened, small_llama, some_tokens
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from transformers import LlamaModel as Decoder
 from typer.testing import CliRunner
 
@@ -111,6 +110,15 @@ def test_the_lines_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert list(loaded.injection.adapters) == ["model.layers.1.ttt", "model.layers.2.ttt"]
 
 
+def _requires_the_same_bits(folder: str) -> None:
+    """What a process does that knows nothing of this one but the files."""
+    torch.set_num_threads(1)
+    base = AutoModelForCausalLM.from_pretrained(f"{folder}/elsewhere")
+    model = ttt.TTTModel.from_pretrained(base, f"{folder}/out")
+    given = torch.load(f"{folder}/expected.pt")
+    assert torch.equal(logits(model, given["tokens"]), given["logits"])
+
+
 def test_it_is_loaded_in_a_new_process_with_the_same_bits(tmp_path: Path) -> None:
     model, tokens = opened(ttt.get_ttt_model(small_llama(), MIDDLE)), some_tokens()
     base = copy.deepcopy(model).unload()
@@ -120,21 +128,8 @@ def test_it_is_loaded_in_a_new_process_with_the_same_bits(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "out")
     torch.save({"tokens": tokens, "logits": expected}, tmp_path / "expected.pt")
     (tmp_path / "base").rename(tmp_path / "elsewhere")  # which weights they are is known by the weights
-    script = (
-        "import sys, torch, ttt\n"
-        "torch.set_num_threads(1)\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "base = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/elsewhere')\n"
-        "model = ttt.TTTModel.from_pretrained(base, sys.argv[1] + '/out')\n"
-        "given = torch.load(sys.argv[1] + '/expected.pt')\n"
-        "with torch.no_grad():\n"
-        "    found = model(input_ids=given['tokens'], attention_mask=torch.ones_like(given['tokens'])).logits\n"
-        "print(torch.equal(found, given['logits']))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert done.stdout.split()[-1] == "True", done.stdout + done.stderr
+    with forking.start(_requires_the_same_bits, str(tmp_path)) as process:
+        assert process.wait(120) == 0, process.communicate(5)
 
 
 def test_closing_nests_and_an_error_opens_the_gates_again() -> None:
