@@ -64,10 +64,11 @@ def speech() -> Callable[[], Any]:
     """Windows of the recordings in `data.jsonl`."""
     pytest.importorskip("sphn")
     from ttt_moshi.codec import DemoCodec
-    from ttt_moshi.data import SpeechWindows, load_tokenizer
+    from ttt_moshi.data import SpeechWindows
     from ttt_moshi.demo import TOKENIZER
+    from ttt_moshi.weights import read_tokenizer
 
-    codec, tokenizer = DemoCodec.load(), load_tokenizer(TOKENIZER)
+    codec, tokenizer = DemoCodec.load(), read_tokenizer(TOKENIZER)
     return lambda: SpeechWindows("data.jsonl", codec=codec, tokenizer=tokenizer, duration_sec=1)
 
 

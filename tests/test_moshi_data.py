@@ -28,9 +28,10 @@ from ttt.plugins import get_backbone
 from ttt_moshi import demo
 from ttt_moshi.audio import inspect_audio, read_audio, resample
 from ttt_moshi.codec import DemoCodec
-from ttt_moshi.data import SpeechWindows, load_tokenizer, speech_windows
+from ttt_moshi.data import SpeechWindows, speech_windows
 from ttt_moshi.interleave import Word, frames_in, read_alignments, text_stream, words_between
 from ttt_moshi.options import MoshiData, MoshiOptions
+from ttt_moshi.weights import read_tokenizer
 
 MOSHI = get_backbone("moshi")
 PAD, END = 3, 0
@@ -141,7 +142,7 @@ def codec() -> DemoCodec:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(demo.TOKENIZER)
+    return read_tokenizer(demo.TOKENIZER)
 
 
 def demo_windows(split: str, **data: Any) -> SpeechWindows:

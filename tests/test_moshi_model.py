@@ -14,9 +14,9 @@ from ttt.adapter import gates_closed
 from ttt.config import RunConfig, TTTConfig
 from ttt.errors import EnvironmentProblem, InjectionError, UsageError
 from ttt.plugins import get_backbone
-from ttt_moshi.model import checkpoint_info
 from ttt_moshi.options import MoshiOptions
 from ttt_moshi.plugin import MoshiBackbone
+from ttt_moshi.weights import checkpoint_info
 
 MOSHI = get_backbone("moshi")
 

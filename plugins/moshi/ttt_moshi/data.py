@@ -11,30 +11,23 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 import torch
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.nn import functional as F
 
 from ttt.errors import EnvironmentProblem, UsageError
-from ttt.reading import read_file, unreadable
-from ttt.words import first_line
 from ttt_moshi import demo
 from ttt_moshi.audio import UnreadableAudioError, read_audio, resample
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.interleave import Word, frames_in, text_stream, words_between
-from ttt_moshi.options import NOTHING, TEXT_PADDING, MoshiData, MoshiOptions
+from ttt_moshi.options import NOTHING, TEXT_PADDING, MoshiData, MoshiOptions, reads_with_the_demos
 from ttt_moshi.recordings import BrokenTranscriptError, Recording, read_recordings, read_transcript
-
-if TYPE_CHECKING:
-    from moshi.models.loaders import CheckpointInfo
+from ttt_moshi.weights import checkpoint_info, load_mimi, load_tokenizer
 
 END_OF_TEXT_PADDING: Final = 0
 """`LMModel.end_of_text_padding_id`."""
-
-_MAX_TOKENIZER: Final = 64 << 20  # bytes; kyutai's has 0.5 MB
 
 
 class Codec(Protocol):
@@ -224,29 +217,10 @@ def speech_windows(options: MoshiOptions, data: MoshiData, *, split: str, device
             )
         source = str(demo.EVAL_DATA if split == "eval" else demo.TRAIN_DATA)
     codec, _ = load_codec(options, device)
-    tokenizer = load_tokenizer(demo.TOKENIZER if own else _checkpoint(options).tokenizer)
+    tokenizer = load_tokenizer(options)
     return SpeechWindows(
         source, codec=codec, tokenizer=tokenizer, duration_sec=data.duration_sec, device=device, field=field
     )
-
-
-def load_tokenizer(path: str | Path) -> SentencePieceProcessor:
-    """Read a SentencePiece model.
-
-    Raises:
-        EnvironmentProblem: it is missing, or is not a SentencePiece model.
-    """
-    try:
-        return SentencePieceProcessor(model_proto=read_file(path, limit=_MAX_TOKENIZER))
-    except (OSError, RuntimeError) as error:
-        reason = unreadable(error) if isinstance(error, OSError) else "it is not a SentencePiece model"
-        raise EnvironmentProblem(f"{path}: cannot be read as a text tokenizer: {reason}") from None
-
-
-def reads_with_the_demos(options: MoshiOptions) -> bool:
-    """Whether the demo's codec and tokenizer are used: by the demo, and by random weights if none are named."""
-    unnamed = None in (options.mimi_path, options.tokenizer_path)
-    return options.preset == "demo" or (options.random_weights and unnamed)
 
 
 def load_codec(options: MoshiOptions, device: torch.device | str) -> tuple[Codec, Path]:
@@ -258,20 +232,4 @@ def load_codec(options: MoshiOptions, device: torch.device | str) -> tuple[Codec
     if reads_with_the_demos(options):
         demo.require_whole()
         return DemoCodec.load(device=device), demo.CODEC
-    info = _checkpoint(options)
-    if not str(info.mimi_weights).endswith((".safetensors", ".sft", ".sfts")):
-        raise EnvironmentProblem(
-            f"backbone.mimi_path: {info.mimi_weights} is not a safetensors file; pickles are refused"
-        )
-    try:
-        mimi = info.get_mimi(device=device)
-    except Exception as error:  # safetensors, torch and the file system raise errors of many kinds
-        reason = first_line(error)
-        raise EnvironmentProblem(f"{info.mimi_weights}: cannot be loaded as Mimi weights: {reason}") from error
-    return mimi.requires_grad_(False).eval(), Path(info.mimi_weights)
-
-
-def _checkpoint(options: MoshiOptions) -> CheckpointInfo:
-    from ttt_moshi.model import checkpoint_info
-
-    return checkpoint_info(options)
+    return load_mimi(options, device=device), Path(checkpoint_info(options).mimi_weights)

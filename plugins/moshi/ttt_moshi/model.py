@@ -4,27 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from moshi.models import LMModel, loaders
 from moshi.modules.streaming import State, StreamingModule
 from moshi.modules.transformer import StreamingTransformerLayer
 from torch import Tensor, nn
 
 from ttt.adapter import TTTAdapter
-from ttt.errors import EnvironmentProblem, InjectionError, UsageError
+from ttt.errors import InjectionError
 from ttt.layer import Rotary, TTTLayer
 from ttt.plugins import LossOutput, Site
-from ttt.reading import other_kind
 from ttt.state import TTTState
-from ttt.words import first_line
 from ttt_moshi.loss import moshi_loss
 from ttt_moshi.options import DEMO, DEMO_CONTEXT, MoshiOptions
 from ttt_moshi.streaming import exact_streaming
+from ttt_moshi.weights import load_moshi, structure
 
 DEMO_SEED = 20260101
 # The structure of `moshi.models.loaders._lm_kwargs`, but narrower; the vocabularies are those of the demo's codec and
@@ -53,19 +49,8 @@ def build(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dty
     if options.preset == "demo":
         return _demo_model(options, device=device, dtype=dtype)
     if options.random_weights or torch.device(device).type == "meta":
-        kwargs = dict(loaders._lm_kwargs) if options.config_path is None else _lm_config(options)
-        return loaders.get_moshi_lm(None, kwargs, device=device, dtype=dtype)
-    info = checkpoint_info(options)
-    if not str(info.moshi_weights).endswith((".safetensors", ".sft", ".sfts")):
-        raise EnvironmentProblem(
-            f"backbone.moshi_path: {info.moshi_weights} is not a safetensors file; pickles are refused"
-        )
-    try:
-        return info.get_moshi(device=device, dtype=dtype)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise EnvironmentProblem(
-            f"{info.moshi_weights}: cannot be loaded as Moshi weights: {first_line(error)}"
-        ) from error
+        return structure(options, device=device, dtype=dtype)
+    return load_moshi(options, device=device, dtype=dtype)
 
 
 def _demo_model(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dtype) -> LMModel:
@@ -78,59 +63,6 @@ def _demo_model(options: MoshiOptions, *, device: torch.device | str, dtype: tor
         torch.manual_seed(DEMO_SEED)
         model = LMModel(device="cpu", dtype=torch.float32, **kwargs)
     return model.to(device=device, dtype=dtype).eval()
-
-
-@lru_cache(maxsize=1)
-def checkpoint_info(options: MoshiOptions) -> loaders.CheckpointInfo:
-    """The paths of kyutai's weights, codec and tokenizer; downloaded from the hub if the options name no local file.
-
-    Raises:
-        EnvironmentProblem: a local file is missing, or the hub cannot be reached.
-    """
-    local = {key: getattr(options, key) for key in ("moshi_path", "mimi_path", "tokenizer_path", "config_path")}
-    for key, path in local.items():
-        kind = None if path is None else other_kind(path)
-        if kind is not None:
-            raise EnvironmentProblem(f"backbone.{key}: {path} is {kind}, not a file")
-        if path is not None and not Path(path).is_file():
-            raise EnvironmentProblem(f"backbone.{key}: no file {path}")
-    paths = {key: Path(path) for key, path in local.items() if path is not None}
-    if "config_path" not in paths and {"moshi_path", "mimi_path", "tokenizer_path"} <= set(paths):
-        if options.revision is not None:
-            raise UsageError("backbone.revision: is of a repository, and every file is a local one; leave it out")
-        return loaders.CheckpointInfo(paths["moshi_path"], paths["mimi_path"], paths["tokenizer_path"])
-    repo = options.hf_repo or loaders.DEFAULT_REPO
-    try:
-        return loaders.CheckpointInfo.from_hf_repo(
-            repo,
-            moshi_weights=paths.get("moshi_path"),
-            mimi_weights=paths.get("mimi_path"),
-            tokenizer=paths.get("tokenizer_path"),
-            config_path=paths.get("config_path"),
-            revision=options.revision,
-        )
-    except Exception as error:  # the hub's client raises errors of many libraries
-        raise EnvironmentProblem(
-            f"{repo} cannot be fetched from the Hugging Face hub ({first_line(error)}); name local files with "
-            f"backbone.moshi_path, mimi_path, tokenizer_path and config_path, or try the demo preset"
-        ) from error
-
-
-def provenance(options: MoshiOptions) -> dict[str, str]:
-    """The repository of the language model's weights, and its commit if the hub's cache knows it."""
-    if options.preset == "demo" or options.random_weights or options.moshi_path is not None:
-        return {}
-    repo = options.hf_repo or loaders.DEFAULT_REPO
-    cached = try_to_load_from_cache(repo, "config.json", revision=options.revision)
-    commit = {"commit": Path(cached).parent.name} if isinstance(cached, str) else {}
-    return {"repository": repo, **commit}
-
-
-def _lm_config(options: MoshiOptions) -> dict[str, Any]:
-    """The settings of the language model in a config.json, as `CheckpointInfo` reads them."""
-    paths = {key: Path("unused") for key in ("moshi_weights", "mimi_weights", "tokenizer")}
-    info = loaders.CheckpointInfo.from_hf_repo("unused", **paths, config_path=options.config_path)
-    return cast("dict[str, Any]", info.lm_config)
 
 
 def set_gradient_checkpointing(model: LMModel, enabled: bool) -> None:

@@ -31,7 +31,10 @@ NOTHING = -1
 """`LMModel.zero_token_id`: the model reads it as no input, and the loss ignores it."""
 PIECE = 256
 """Frames that model and codec read at once in a long stream."""
-PRETRAINED_KEYS = ("hf_repo", "revision", "moshi_path", "mimi_path", "tokenizer_path", "config_path", "random_weights")
+PRETRAINED_KEYS = (
+    *("hf_repo", "revision", "moshi_path", "mimi_path", "tokenizer_path", "config_path", "lora_path"),
+    "random_weights",
+)
 
 
 class MoshiOptions(BackboneOptions):
@@ -53,6 +56,9 @@ class MoshiOptions(BackboneOptions):
     """7b: local text tokenizer (SentencePiece .model)."""
     config_path: str | None = None
     """7b: local config.json of the model; with the three paths above and none here, the published 7B's."""
+    lora_path: str | None = None
+    """7b: a LoRA by moshi-finetune (lora.safetensors), merged into the weights when they are loaded, then frozen. Its
+    rank is the file's; its scaling is that of the model's config.json, else of the one beside it, else 2.0."""
     random_weights: bool = False
     """7b: leave the language model's weights random, to measure speed and memory without a download."""
     dim: Annotated[int, Field(ge=8, le=1024)] | None = None
@@ -76,6 +82,12 @@ class MoshiOptions(BackboneOptions):
             raise Misfit(
                 f"{given[0]} belongs to preset: {other}; preset: {self.preset} does not read it",
                 keys=(given[0], "preset"),
+            )
+        if self.lora_path is not None and self.random_weights:
+            raise Misfit(
+                "lora_path is merged into pretrained weights, but random_weights leaves them random",
+                keys=("lora_path", "random_weights"),
+                fix="leave one of the two out",
             )
         dim, heads = self.dim or DEMO["dim"], self.num_heads or DEMO["num_heads"]
         if self.preset == "demo" and (dim % heads or (dim // heads) % 2):
@@ -117,6 +129,12 @@ class MoshiScoreOptions(ScoreOptions):
                 fix="write text: padding, or score the audio with streams: weighted",
             )
         return self
+
+
+def reads_with_the_demos(options: MoshiOptions) -> bool:
+    """Whether the demo's codec and tokenizer are used: by the demo, and by random weights if none are named."""
+    unnamed = None in (options.mimi_path, options.tokenizer_path)
+    return options.preset == "demo" or (options.random_weights and unnamed)
 
 
 MoshiRun: TypeAlias = "RunConfig[MoshiOptions, MoshiData]"

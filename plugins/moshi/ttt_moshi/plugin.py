@@ -56,7 +56,7 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiO
     )
     score_options: ClassVar[type[ScoreOptions]] = MoshiScoreOptions
     non_identity_options: ClassVar[frozenset[str]] = frozenset(
-        {"hf_repo", "revision", "moshi_path", "mimi_path", "tokenizer_path", "config_path"}
+        {"hf_repo", "revision", "moshi_path", "mimi_path", "tokenizer_path", "config_path", "lora_path"}
     )
     ttt_defaults: ClassVar[Mapping[str, Any]] = {
         "preset": "lm",
@@ -96,7 +96,7 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiO
 
     def provenance(self, options: MoshiOptions) -> Mapping[str, str]:
         """The repository, and the commit of it that the weights are of."""
-        from ttt_moshi.model import provenance
+        from ttt_moshi.weights import provenance
 
         return provenance(options)
 
