@@ -344,7 +344,7 @@ def corrupt(folder, how):
 
 PLACES = {
     "missing": "no such file|holds no adapter",
-    "empty": "cut short",
+    "empty": "an empty file",
     "cut in the header": "cut short",
     "cut in the tensors": "damaged: its header promises",
     "too long": "damaged: its header promises",

@@ -5,6 +5,7 @@
     tensors.py        safetensors
     json_objects.py   JSON objects
     digests.py        files whose SHA-256 is known from elsewhere
+    kinds.py          what a file is instead, by its first bytes
 
 How files of others are read is in `ttt.reading`; what a checksum is over, in `ttt.checksums`. No torch is imported
 until tensors are read or written.
@@ -16,6 +17,7 @@ from ttt.checksums import DAMAGED
 from ttt.files.atomic import TEMPORARY, sync, temporary_beside, write_bytes, write_folder, write_text, writing
 from ttt.files.digests import require_digests
 from ttt.files.json_objects import read_json, write_json
+from ttt.files.kinds import FileKind, kind_of_content, kind_of_file
 from ttt.files.places import (
     free_bytes,
     lock,
@@ -36,9 +38,12 @@ from ttt.files.tensors import (
 __all__ = [
     "DAMAGED",
     "TEMPORARY",
+    "FileKind",
     "Header",
     "TensorFacts",
     "free_bytes",
+    "kind_of_content",
+    "kind_of_file",
     "lock",
     "mapping_errors",
     "read_header",

@@ -11,6 +11,7 @@ from ttt import checksums
 from ttt.checksums import DAMAGED
 from ttt.errors import EnvironmentProblem, UnreadableError
 from ttt.files.atomic import write_text
+from ttt.files.kinds import KIND_SHOWS, kind_of_content
 from ttt.reading import MAX_JSON, read_file
 
 
@@ -30,12 +31,14 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
         EnvironmentProblem: the file is missing, holds no JSON object, or another one than was written.
     """
     try:
-        text = read_file(path, limit=MAX_JSON).decode("utf-8")
-        content = json.loads(text, object_pairs_hook=checksums.no_duplicates if sealed else None)
+        text = read_file(path, limit=MAX_JSON)
     except FileNotFoundError:
         raise EnvironmentProblem(f"{path}: no such file") from None
     except OSError as error:
         raise UnreadableError(f"{path}: cannot be read: {error.strerror or error}") from error
+    _refuse_other_kind(path, text)
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=checksums.no_duplicates if sealed else None)
     except json.JSONDecodeError as error:
         raise EnvironmentProblem(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
     except (ValueError, RecursionError):  # no UTF-8, a number of too many digits, a key that stands twice
@@ -47,3 +50,14 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
             raise EnvironmentProblem(f"{path}: damaged: its checksum is not that of its content; {DAMAGED}")
         content.pop(checksums.KEY, None)
     return content
+
+
+def _refuse_other_kind(path: Path, content: bytes) -> None:
+    """Say what a file is, if its first bytes tell that it is no JSON.
+
+    Raises:
+        EnvironmentProblem: they do.
+    """
+    kind = kind_of_content(content[:KIND_SHOWS], len(content))
+    if kind is not None and kind.name != "JSON text":
+        raise EnvironmentProblem(f"{path}: not JSON, but {kind}")

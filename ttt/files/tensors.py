@@ -20,6 +20,7 @@ from ttt.amounts import show_bytes
 from ttt.checksums import DAMAGED
 from ttt.errors import EnvironmentProblem, UnreadableError
 from ttt.files.atomic import sync, temporary_beside, writing
+from ttt.files.kinds import kind_of_file
 from ttt.files.places import replaced_file, require_space
 from ttt.reading import open_file
 
@@ -146,6 +147,7 @@ def read_header(path: Path, *, most_bytes: int = _MAX_HEADER) -> Header:
             start = file.read(8) or b""  # None if there is nothing to read yet, as of /proc/kmsg
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > size - 8:
+                _refuse_other_kind(path)
                 raise EnvironmentProblem(f"{path}: no safetensors file, or cut short: {size} bytes hold no header")
             if length > most_bytes:
                 raise EnvironmentProblem(
@@ -160,10 +162,24 @@ def read_header(path: Path, *, most_bytes: int = _MAX_HEADER) -> Header:
     try:
         header, end = _parse_header(text)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        _refuse_other_kind(path)
         raise EnvironmentProblem(f"{path}: no safetensors file: its header does not parse") from None
     if end != size:
         raise EnvironmentProblem(f"{path}: damaged: its header promises {end} bytes, the file has {size}")
     return header
+
+
+def _refuse_other_kind(path: Path) -> None:
+    """Say what a file is, if its first bytes tell that it is no safetensors file.
+
+    Raises:
+        EnvironmentProblem: they do.
+    """
+    with contextlib.suppress(OSError):  # it was read a moment ago
+        kind = kind_of_file(path)
+        if kind is None or kind.name == "safetensors file":
+            return
+        raise EnvironmentProblem(f"{path}: no safetensors file, but {kind}")
 
 
 def _parse_header(text: bytes) -> tuple[Header, int]:

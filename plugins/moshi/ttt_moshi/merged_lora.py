@@ -67,7 +67,7 @@ def _replaced(names: Mapping[str, object]) -> Iterator[str]:
 
 def _require_fit(file: Path, weights: Mapping[str, Tensor]) -> None:
     shapes = {name: facts.shape for name, facts in read_header(file).tensors.items()}
-    odd = [told for told in map(lambda name: _misfit(name, shapes, weights), shapes) if told]
+    odd = [told for told in (_misfit(name, shapes, weights) for name in shapes) if told]
     if not any(name.endswith(_DOWN) for name in shapes):
         raise EnvironmentProblem(f"{file} holds no LoRA: none of its {len(shapes)} tensors is a lora_A")
     if odd:
