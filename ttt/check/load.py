@@ -309,7 +309,9 @@ class _Check:
             tells_cost=self.cost,
             training=self.training,
         )
-        self.findings.extend(run_rules(context, untrusted))
+        found = run_rules(context, untrusted)
+        self._forget_what_follows(found)
+        self.findings.extend(found)
         if backbone is not None:
             self._run_plugin_rules(backbone, map(as_rule, backbone.rules), config, untrusted)
             if self.training:
@@ -321,6 +323,13 @@ class _Check:
         except Exception as error:
             self._add_failed(backbone, error)
             return None
+
+    def _forget_what_follows(self, found: Sequence[Finding]) -> None:
+        """Leave out what the facts' refusal of a file says if a rule has said what is wrong with that file."""
+        told = {finding.path for finding in found if finding.severity is Severity.ERROR}
+        self.findings = [
+            finding for finding in self.findings if finding.code != TTT605.number or finding.path not in told
+        ]
 
     def _of_a_possible_model(self, facts: BackboneFacts | None) -> BackboneFacts | None:
         """The facts; None, with a finding, if the model is impossibly large: sums about it would not end."""

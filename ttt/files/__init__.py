@@ -17,7 +17,7 @@ from ttt.checksums import DAMAGED
 from ttt.files.atomic import TEMPORARY, sync, temporary_beside, write_bytes, write_folder, write_text, writing
 from ttt.files.digests import require_digests
 from ttt.files.json_objects import read_json, write_json
-from ttt.files.kinds import FileKind, kind_of_content, kind_of_file
+from ttt.files.kinds import NEVER_MEANT, FileKind, kind_of_content, kind_of_file
 from ttt.files.places import (
     free_bytes,
     lock,
@@ -37,6 +37,7 @@ from ttt.files.tensors import (
 
 __all__ = [
     "DAMAGED",
+    "NEVER_MEANT",
     "TEMPORARY",
     "FileKind",
     "Header",

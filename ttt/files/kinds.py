@@ -31,6 +31,9 @@ class FileKind(NamedTuple):
         return "; ".join(filter(None, (self.words, self.way_out)))
 
 
+NEVER_MEANT: Final = frozenset({"empty file", "git-lfs pointer", "git-annex pointer", "HTML page", "XML page"})
+"""The names of kinds that no program reads: a file of such a kind stands for another one."""
+
 _AGAIN = "download the file itself again"
 _UNPACK = "unpack it"
 _CONVERT = "convert it to safetensors, or write the path of a file that is"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ttt.plugins.denoising import SegmentLosses, WindowSource
     from ttt.plugins.discovery import GROUP, PluginInfo, discover, find, forget, get_backbone, names
     from ttt.plugins.eval_tasks import AnyEvalTask, EvalContext, EvalTask
-    from ttt.plugins.facts import BackboneFacts, LineFormat, RecordingFormat
+    from ttt.plugins.facts import BackboneFacts, LineFormat, NeededFile, RecordingFormat
     from ttt.plugins.hookspecs import hookimpl
     from ttt.plugins.imported import Import, ImportedConfig
     from ttt.plugins.loggers import Logger
@@ -52,6 +52,7 @@ _EXPORTS = {
     "Logger": "ttt.plugins.loggers",
     "LineFormat": "ttt.plugins.facts",
     "LossOutput": "ttt.plugins.data",
+    "NeededFile": "ttt.plugins.facts",
     "PluginInfo": "ttt.plugins.discovery",
     "Precomputing": "ttt.plugins.capabilities",
     "RecordingFormat": "ttt.plugins.facts",
@@ -102,6 +103,7 @@ __all__ = [
     "LineFormat",
     "Logger",
     "LossOutput",
+    "NeededFile",
     "PluginInfo",
     "Precomputing",
     "RecordingFormat",

@@ -64,6 +64,16 @@ def _facts(backbone: Any, answer: Any) -> Any:
     return answer
 
 
+def _files(backbone: Any, answer: Any) -> Any:
+    from ttt.plugins.facts import NeededFile
+
+    _mapping(NeededFile, "options' names to NeededFiles")(backbone, answer)
+    for name in answer:
+        if name not in backbone.options.model_fields:
+            raise WrongAnswer(f"a file for {name!r}, which is none of its options")
+    return answer
+
+
 def _truth(backbone: Any, answer: Any) -> Any:
     if not isinstance(answer, bool):
         raise WrongAnswer(f"{_named(answer)}, not True or False")
@@ -238,6 +248,7 @@ ANSWERS: Mapping[str, Check] = {
     "explanations": _explanations,
     "presets": _presets,
     "facts": _facts,
+    "files": _files,
     "identity": _mapping(object, "options' names to their values"),
     "has_eval_data": _truth,
     "has_own_eval_data": _truth,

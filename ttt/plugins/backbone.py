@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ttt.plugins.data import Batch, LossOutput, WindowDataset
-    from ttt.plugins.facts import BackboneFacts
+    from ttt.plugins.facts import BackboneFacts, NeededFile
     from ttt.plugins.site import Site
 
 
@@ -80,6 +80,13 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
     @abstractmethod
     def facts(self, config: RunConfig[OptionsT, DataT]) -> BackboneFacts:
         """Widths and lengths of the model and windows that `config` asks for."""
+
+    def files(self, options: OptionsT) -> Mapping[str, NeededFile]:
+        """The files that the options name and that building the model or reading its data needs, by the option's name.
+
+        `ttt check` looks whether each is there, can be read, and is such a file. The default is none.
+        """
+        return {}
 
     def identity(self, options: OptionsT) -> Mapping[str, Any]:
         """The options that say which model it is, as an adapter file keeps them: all but `non_identity_options`.

@@ -7,6 +7,19 @@ from dataclasses import InitVar, dataclass
 
 
 @dataclass(frozen=True)
+class NeededFile:
+    """A file that a backbone reads to build its model or to make its data, so that `ttt check` can look at it."""
+
+    path: str
+    """As the user wrote it; relative ones start at the folder that the command runs in."""
+    what: str
+    """The file in the field's words, "weights of the language model"; completes "write the path of the …"."""
+    kinds: tuple[str, ...] = ()
+    """The kinds of file that it may be, as `ttt.files.FileKind.name` has them: `("safetensors file",)`. Something
+    else that its first bytes tell is refused; empty allows all but pointers, pages, archives and empty files."""
+
+
+@dataclass(frozen=True)
 class RecordingFormat:
     """The format of a backbone's `.jsonl` data, so that `ttt check` can read it without a decoder.
 

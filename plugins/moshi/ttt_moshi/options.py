@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from ttt.config import BackboneOptions, DataOptions, Misfit, RunConfig, ScoreOptions
 from ttt.errors import EnvironmentProblem
 from ttt.files import read_json
+from ttt.plugins import NeededFile
 
 FRAME_RATE = 12.5
 MOSHI_7B = {"dim": 4096, "num_heads": 32, "num_layers": 32}
@@ -83,12 +84,13 @@ class MoshiOptions(BackboneOptions):
                 f"{given[0]} belongs to preset: {other}; preset: {self.preset} does not read it",
                 keys=(given[0], "preset"),
             )
-        if self.lora_path is not None and self.random_weights:
-            raise Misfit(
-                "lora_path is merged into pretrained weights, but random_weights leaves them random",
-                keys=("lora_path", "random_weights"),
-                fix="leave one of the two out",
-            )
+        for key in ("moshi_path", "lora_path"):
+            if self.random_weights and getattr(self, key) is not None:
+                raise Misfit(
+                    f"random_weights leaves the weights random and does not read {key}",
+                    keys=(key, "random_weights"),
+                    fix="leave one of the two out",
+                )
         dim, heads = self.dim or DEMO["dim"], self.num_heads or DEMO["num_heads"]
         if self.preset == "demo" and (dim % heads or (dim // heads) % 2):
             raise Misfit(
@@ -136,6 +138,27 @@ def reads_with_the_demos(options: MoshiOptions) -> bool:
     unnamed = None in (options.mimi_path, options.tokenizer_path)
     return options.preset == "demo" or (options.random_weights and unnamed)
 
+
+def needed_files(options: MoshiOptions) -> dict[str, NeededFile]:
+    """The local files that are read for the options, by the option that names them."""
+    read = dict(_FILES)
+    if options.random_weights:
+        del read["moshi_path"]
+    if reads_with_the_demos(options):
+        del read["mimi_path"], read["tokenizer_path"]
+    named = {name: getattr(options, name) for name in read}
+    return {name: NeededFile(path, *_FILES[name]) for name, path in named.items() if path is not None}
+
+
+_TENSORS = ("safetensors file",)
+_FILES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "moshi_path": ("language model's weights (.safetensors)", _TENSORS),
+    "mimi_path": ("codec Mimi's weights (.safetensors)", _TENSORS),
+    "tokenizer_path": ("text tokenizer (SentencePiece .model)", ("SentencePiece model",)),
+    "config_path": ("model's config.json", ("JSON text",)),
+    "lora_path": ("lora.safetensors by moshi-finetune", _TENSORS),
+}
+"""What each option names, and the kinds of file that it may be."""
 
 MoshiRun: TypeAlias = "RunConfig[MoshiOptions, MoshiData]"
 """The config of a run of this backbone."""

@@ -14,6 +14,7 @@ from ttt.plugins import (
     BackboneFacts,
     Batch,
     LossOutput,
+    NeededFile,
     RecordingFormat,
     ScoreFacts,
     Scoring,
@@ -32,6 +33,7 @@ from ttt_moshi.options import (
     MoshiRun,
     MoshiScoreOptions,
     context_and_codebooks,
+    needed_files,
     sizes,
 )
 
@@ -82,6 +84,10 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiO
             recordings=RecordingFormat(RECORDING_EXAMPLE, data.duration_sec, beside=".json"),
             **_memory_facts(options, config.train, frames_in(data.duration_sec, FRAME_RATE)),
         )
+
+    def files(self, options: MoshiOptions) -> Mapping[str, NeededFile]:
+        """The local files of 7b that the options have read: all of them, or with random weights those of the data."""
+        return needed_files(options)
 
     def has_own_eval_data(self, options: MoshiOptions) -> bool:
         """The demo's data have a held-out part."""

@@ -13,12 +13,14 @@ from ttt.check.rules.rule import FACTS, NEEDED, Context, rule
 from ttt.config.findings import Blame, Code, Family, Finding, Severity
 from ttt.config.schema import select_layers
 from ttt.errors import EnvironmentProblem
-from ttt.reading import other_kind
+from ttt.files import NEVER_MEANT, FileKind, kind_of_file
+from ttt.reading import open_file, other_kind, unreadable
 from ttt.words import first_few
 
 if TYPE_CHECKING:
     from ttt.adapter_file import AdapterInfo, ChangedSetting
     from ttt.config.schema import TTTConfig
+    from ttt.plugins import NeededFile
 
 
 _code = partial(Code, family=Family.DATA, of_training=True, home=__name__)
@@ -33,6 +35,7 @@ TTT508 = _code("TTT508", "recordings without what lies beside them", Severity.ER
 TTT509 = _code("TTT509", "weights to start from that are not there", Severity.ERROR, blames=Blame.MACHINE)
 TTT510 = _code("TTT510", "weights to start from that belong to something else", Severity.ERROR)
 TTT511 = _code("TTT511", "a run that goes on with other settings than what it starts from", Severity.NOTE)
+TTT520 = _code("TTT520", "a file of the model that is something else", Severity.ERROR, blames=Blame.MACHINE)
 
 
 @rule(TTT501, reads=("data.train_data", "data.eval_data"))
@@ -63,6 +66,45 @@ def files_exist(context: Context) -> Iterator[Finding]:
             ),
             value=written,
         )
+
+
+@rule(TTT501, TTT520, reads=("backbone",))
+def files_of_the_model_can_be_read(context: Context) -> Iterator[Finding]:
+    """Each file that the backbone's options name is there, can be read, and is what it should be."""
+    if context.known_backbone is None:
+        return
+    for name, needed in context.backbone.files(context.config.backbone).items():
+        path, fix = f"backbone.{name}", f"write the path of the {needed.what}"
+        missing = _not_there(needed.path)
+        if missing is not None:
+            yield TTT501.at(path, message=f"{needed.path!r} {missing}", fix=fix, value=needed.path)
+            continue
+        kind = _other_kind_than(needed)
+        if kind is not None:
+            told = f"{needed.path!r} is {kind.words}"
+            yield TTT520.at(path, message=told, fix=kind.way_out or fix, value=needed.path)
+
+
+def _not_there(written: str) -> str | None:
+    """Why a file cannot be read, as the rest of a sentence; None if it can."""
+    try:
+        open_file(written).close()
+    except FileNotFoundError:
+        where = "" if Path(written).is_absolute() else f" in {Path.cwd()}, from where relative paths are read"
+        home = "; ~ is not expanded" if written.startswith("~") else ""
+        return f"does not exist{where}{home}"
+    except OSError as error:
+        kind = other_kind(written)
+        return f"is {kind}, not a file" if kind else f"cannot be read: {unreadable(error)}"
+    return None
+
+
+def _other_kind_than(needed: NeededFile) -> FileKind | None:
+    """What a file is if it is not what is needed; None if it may be that."""
+    kind = kind_of_file(needed.path)
+    if kind is None or kind.name in needed.kinds or (not needed.kinds and kind.name not in NEVER_MEANT):
+        return None
+    return kind
 
 
 def _way_to_make(context: Context) -> str:
