@@ -20,8 +20,8 @@ from ttt.errors import EnvironmentProblem
 from ttt.reading import unreadable
 from ttt_moshi.audio import AudioInfo, UnreadableAudioError, inspect_audio, read_resampled, resampled_length
 from ttt_moshi.codec import DemoCodec
-from ttt_moshi.data import Codec, load_codec
-from ttt_moshi.options import NOTHING, PIECE, TEXT_PADDING, MoshiOptions, MoshiScoreOptions
+from ttt_moshi.data import MOSHI_PADDING, Codec, load_codec, text_padding
+from ttt_moshi.options import NOTHING, PIECE, MoshiOptions, MoshiScoreOptions
 from ttt_moshi.streaming import exact_streaming
 
 _VERSION: Final = "1"
@@ -43,15 +43,23 @@ class MoshiClips:
         options: what stands in the text and the user's stream.
         codec_hash: tells this codec from others.
         device: the codec's device.
+        padding: the model's text token while no word is said.
     """
 
     def __init__(
-        self, codec: Codec, options: MoshiScoreOptions, *, codec_hash: str, device: torch.device | str = "cpu"
+        self,
+        codec: Codec,
+        options: MoshiScoreOptions,
+        *,
+        codec_hash: str,
+        device: torch.device | str = "cpu",
+        padding: int = MOSHI_PADDING.padding,
     ) -> None:
         self._codec = codec
         self._options = options
         self._codec_hash = codec_hash
         self._device = torch.device(device)
+        self._padding = padding
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -64,6 +72,7 @@ class MoshiClips:
             "sample_rate": str(self._codec.sample_rate),
             "user_stream": self._options.user_stream,
             "text": self._options.text,
+            **({} if self._padding == MOSHI_PADDING.padding else {"text_padding": str(self._padding)}),
         }
 
     @property
@@ -113,7 +122,7 @@ class MoshiClips:
     def _clip(self, codes: Tensor) -> Tensor:
         """What Moshi reads, `[1 + 2·K, t]`, of the codes of the file and, if it is heard, of silence, `[1|2, K, t]`."""
         own, user = codes[0], codes[1] if len(codes) == 2 else torch.full_like(codes[0], NOTHING)
-        text = TEXT_PADDING if self._options.text == "padding" else NOTHING
+        text = self._padding if self._options.text == "padding" else NOTHING
         return torch.cat([torch.full_like(own[:1], text), own, user])
 
     def _sound(self, path: Path, info: AudioInfo, start: int, stop: int) -> Tensor:
@@ -144,7 +153,8 @@ def clip_reader(options: MoshiOptions, score: MoshiScoreOptions, *, device: torc
         EnvironmentProblem: the codec cannot be had, or is broken.
     """
     codec, file = load_codec(options, device)
-    return MoshiClips(codec, score, codec_hash=_sha256(file), device=device)
+    padding = text_padding(options).padding
+    return MoshiClips(codec, score, codec_hash=_sha256(file), device=device, padding=padding)
 
 
 def _sha256(file: Path) -> str:

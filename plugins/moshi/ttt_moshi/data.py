@@ -11,7 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,12 +22,22 @@ from ttt_moshi import demo
 from ttt_moshi.audio import UnreadableAudioError, read_audio, resample
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.interleave import Word, frames_in, text_stream, words_between
-from ttt_moshi.options import NOTHING, TEXT_PADDING, MoshiData, MoshiOptions, reads_with_the_demos
+from ttt_moshi.options import NOTHING, MoshiData, MoshiOptions, reads_with_the_demos
 from ttt_moshi.recordings import BrokenTranscriptError, Recording, read_recordings, read_transcript
-from ttt_moshi.weights import checkpoint_info, load_mimi, load_tokenizer
+from ttt_moshi.weights import checkpoint_info, load_mimi, load_tokenizer, model_config
 
-END_OF_TEXT_PADDING: Final = 0
-"""`LMModel.end_of_text_padding_id`."""
+
+class TextPadding(NamedTuple):
+    """What the text stream holds while no word is said."""
+
+    padding: int
+    """`LMModel.text_padding_token_id`."""
+    end: int
+    """`LMModel.end_of_text_padding_id`, in the frame before a word."""
+
+
+MOSHI_PADDING: Final = TextPadding(3, 0)
+"""Of Moshi as it was published, and of the demo."""
 
 
 class Codec(Protocol):
@@ -82,6 +92,7 @@ class SpeechWindows:
         tokenizer: encodes the text stream.
         duration_sec: length of a window in seconds.
         device: the codec's device.
+        padding: what the text stream holds while no word is said; Moshi's by default.
         field: the config key of `source`, with which messages begin.
 
     Raises:
@@ -97,6 +108,7 @@ class SpeechWindows:
         tokenizer: Tokenizer,
         duration_sec: float,
         device: torch.device | str = "cpu",
+        padding: TextPadding = MOSHI_PADDING,
         field: str = "data.train_data",
     ) -> None:
         if duration_sec * codec.frame_rate < 1:
@@ -112,6 +124,7 @@ class SpeechWindows:
         self._device = torch.device(device)
         self._duration = duration_sec
         self._field = field
+        self._padding = padding
         self._recordings = read_recordings(Path(source), frame_sec=1 / codec.frame_rate, field=field)
         ranges = []
         start = 0
@@ -179,8 +192,8 @@ class SpeechWindows:
             self._tokenizer.encode,
             frames=audio.shape[-1],
             frame_rate=self._codec.frame_rate,
-            padding_id=TEXT_PADDING,
-            end_of_padding_id=END_OF_TEXT_PADDING,
+            padding_id=self._padding.padding,
+            end_of_padding_id=self._padding.end,
         )
         codes = torch.cat([torch.tensor(text)[None], audio.flatten(0, 1)])
         return F.pad(codes, (0, self.frames - codes.shape[-1]), value=NOTHING)
@@ -219,8 +232,24 @@ def speech_windows(options: MoshiOptions, data: MoshiData, *, split: str, device
     codec, _ = load_codec(options, device)
     tokenizer = load_tokenizer(options)
     return SpeechWindows(
-        source, codec=codec, tokenizer=tokenizer, duration_sec=data.duration_sec, device=device, field=field
+        source,
+        codec=codec,
+        tokenizer=tokenizer,
+        duration_sec=data.duration_sec,
+        device=device,
+        padding=text_padding(options),
+        field=field,
     )
+
+
+def text_padding(options: MoshiOptions) -> TextPadding:
+    """The padding of the model that the options build, as its config.json has it.
+
+    Raises:
+        EnvironmentProblem: that cannot be had.
+    """
+    config = model_config(options)
+    return TextPadding(config.existing_text_padding_id, config.existing_text_end_padding_id)
 
 
 def load_codec(options: MoshiOptions, device: torch.device | str) -> tuple[Codec, Path]:
@@ -229,7 +258,15 @@ def load_codec(options: MoshiOptions, device: torch.device | str) -> tuple[Codec
     Raises:
         EnvironmentProblem: it cannot be had, or is broken.
     """
-    if reads_with_the_demos(options):
-        demo.require_whole()
-        return DemoCodec.load(device=device), demo.CODEC
-    return load_mimi(options, device=device), Path(checkpoint_info(options).mimi_weights)
+    if not reads_with_the_demos(options):
+        return load_mimi(options, device=device), Path(checkpoint_info(options).mimi_weights)
+    demo.require_whole()
+    codec, config = DemoCodec.load(device=device), model_config(options)
+    if codec.num_codebooks != config.codebooks or codec.cardinality > config.card:
+        raise EnvironmentProblem(
+            f"the demo's codec, which stands in here, makes {codec.num_codebooks} codebooks of {codec.cardinality} "
+            f"entries, but this model reads {config.codebooks} of {config.card}",
+            key="backbone.mimi_path",
+            fix="write mimi_path and tokenizer_path of the model",
+        )
+    return codec, demo.CODEC

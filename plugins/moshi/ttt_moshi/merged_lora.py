@@ -6,9 +6,10 @@ it was trained with `ft_embed`, it also has whole embeddings, which take the pla
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from ttt.errors import EnvironmentProblem
 from ttt.files import read_header, read_tensors
 from ttt.words import first_few
+from ttt_moshi.weight_kinds import kind_of_weights
 
 _DOWN, _UP, _FROZEN = ".lora_A.weight", ".lora_B.weight", ".frozen_W.weight"
+_KEY = "backbone.lora_path"
 _FIX = "write the path of a lora.safetensors by moshi-finetune, trained on this very model"
 
 
@@ -43,12 +46,13 @@ def merge_lora(model: nn.Module, file: Path, *, scaling: float) -> None:
         EnvironmentProblem: the file cannot be read, or belongs to another model.
     """
     weights = dict(model.named_parameters())
-    _require_fit(file, weights)
-    device = next(iter(weights.values())).device
-    tensors = read_tensors(file, device=device)
+    try:
+        tensors = _in_todays_names(read_tensors(file, device=next(iter(weights.values())).device), weights)
+    except EnvironmentProblem as problem:
+        raise EnvironmentProblem(str(problem), key=_KEY, fix=_FIX) from None
+    _require_fit(file, tensors, weights)
     for name in _replaced(tensors):
-        own = weights[name.replace(_FROZEN, ".weight")]
-        own.copy_(tensors[name])
+        weights[name.replace(_FROZEN, ".weight")].copy_(tensors[name])
     for name in _adapted(tensors):
         own = weights[name + ".weight"]
         low = _Factors(tensors[name + _DOWN].to(own.dtype), tensors[name + _UP].to(own.dtype))
@@ -65,14 +69,40 @@ def _replaced(names: Mapping[str, object]) -> Iterator[str]:
     return (name for name in names if not name.endswith((_DOWN, _UP)))
 
 
-def _require_fit(file: Path, weights: Mapping[str, Tensor]) -> None:
-    shapes = {name: facts.shape for name, facts in read_header(file).tensors.items()}
-    odd = [told for told in (_misfit(name, shapes, weights) for name in shapes) if told]
+_OLD: Final = re.compile(r"(.*self_attn)\.(in|out)_proj\.(lora_[AB]\.weight)$")
+"""The names of attention in older versions of kyutai's package, whose factors are stacked."""
+
+
+def _in_todays_names(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with attention's older names split into today's, as kyutai's own loading does."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        old = _OLD.match(name)
+        parts = 0 if old is None else sum(own.startswith(f"{old[1]}.{old[2]}_projs.") for own in weights)
+        if old is None or parts == 0 or tensor.dim() != 2 or tensor.shape[0] % parts:
+            renamed[name] = tensor
+            continue
+        for number, part in enumerate(tensor.view(parts, -1, tensor.shape[1])):
+            renamed[f"{old[1]}.{old[2]}_projs.{number}.{old[3]}"] = part
+    return renamed
+
+
+def _require_fit(file: Path, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if not any(name.endswith(_DOWN) for name in shapes):
-        raise EnvironmentProblem(f"{file} holds no LoRA: none of its {len(shapes)} tensors is a lora_A")
+        kind = kind_of_weights(read_header(file))
+        looks = "" if kind is None else f"; it looks like {kind.words}"
+        raise EnvironmentProblem(
+            f"{file} holds no LoRA by moshi-finetune: none of its {len(shapes)} tensors is a lora_A{looks}",
+            key=_KEY,
+            fix=_FIX,
+        )
+    odd = [told for told in (_misfit(name, shapes, weights) for name in shapes) if told]
     if odd:
         raise EnvironmentProblem(
-            f"{file} is no LoRA of this model: {len(odd)} of its {len(shapes)} tensors do not fit: {first_few(odd)}"
+            f"{file} is no LoRA of this model: {len(odd)} of its {len(shapes)} tensors do not fit: {first_few(odd)}",
+            key=_KEY,
+            fix=_FIX,
         )
 
 

@@ -9,25 +9,21 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from ttt.config import BackboneOptions, DataOptions, Misfit, RunConfig, ScoreOptions
-from ttt.errors import EnvironmentProblem
-from ttt.files import read_json
 from ttt.plugins import NeededFile
+from ttt_moshi.model_config import LARGEST_SIZE as LARGEST_SIZE  # the largest of sizes here, too
+from ttt_moshi.model_config import PUBLISHED, ModelConfig, read_model_config, require_lora
 
 FRAME_RATE = 12.5
-MOSHI_7B = {"dim": 4096, "num_heads": 32, "num_layers": 32}
-LARGEST_SIZE = 1 << 20
-"""The largest width, and number of heads and layers, that a config.json is believed."""
+KNOWN_REPOS = ("kyutai/moshiko-pytorch-bf16", "kyutai/moshika-pytorch-bf16")
+"""Repositories that hold Moshi 7B as it was published."""
 RECORDING_EXAMPLE = '{"path": "a.wav", "duration": 61.2}'
 """A good line of `train_data`."""
+MOSHI_7B = {name: getattr(PUBLISHED, name) for name in ("dim", "num_heads", "num_layers")}
 DEMO = {"dim": 128, "num_heads": 4, "num_layers": 4}
 DEMO_CONTEXT = 512
 """Frames that a demo model's attention sees."""
-MOSHI_CONTEXT = 3000
-"""Frames that Moshi's attention sees: 240 s."""
-CODEBOOKS = 8
-"""Codebooks that Moshi predicts, those of its own voice."""
-TEXT_PADDING = 3
-"""`LMModel.text_padding_token_id`."""
+DEMO_MODEL = PUBLISHED.model_copy(update={"text_card": 300, "card": 64, "context": DEMO_CONTEXT})
+"""The demo's model, but for its sizes."""
 NOTHING = -1
 """`LMModel.zero_token_id`: the model reads it as no input, and the loss ignores it."""
 PIECE = 256
@@ -164,48 +160,55 @@ MoshiRun: TypeAlias = "RunConfig[MoshiOptions, MoshiData]"
 """The config of a run of this backbone."""
 
 
+def model_config_of(options: MoshiOptions) -> ModelConfig:
+    """What is known of the options' model without its weights: of the hub's, what this machine has of it.
+
+    Raises:
+        EnvironmentProblem: its config.json cannot be read, or is of a model that cannot be trained here.
+    """
+    if options.preset == "demo":
+        return DEMO_MODEL.model_copy(update=_demo_sizes(options))
+    path, key = config_file(options)
+    if path is None:
+        return PUBLISHED
+    config = read_model_config(path, key=key)
+    if options.lora_path is None and not options.random_weights:
+        weights = options.moshi_path or config.moshi_name
+        require_lora(config, path, weights=None if weights is None else Path(weights))
+    return config
+
+
+def _demo_sizes(options: MoshiOptions) -> dict[str, int]:
+    return {name: getattr(options, name) or default for name, default in DEMO.items()}
+
+
+def config_file(options: MoshiOptions) -> tuple[str | None, str]:
+    """The config.json of 7b as far as it is on this machine, None for that of Moshi 7B; and the key to blame for it."""
+    if options.config_path is not None:
+        return options.config_path, "backbone.config_path"
+    of_the_hub = not options.random_weights and options.hf_repo not in (None, *KNOWN_REPOS)
+    return _cached_config(options) if of_the_hub else None, "backbone.hf_repo"
+
+
+def _cached_config(options: MoshiOptions) -> str | None:
+    """The config.json of the options' repository, if the hub's client has downloaded it before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    assert options.hf_repo is not None
+    try:
+        found = try_to_load_from_cache(options.hf_repo, "config.json", revision=options.revision)
+    except ValueError:  # not a name of a repository
+        return None
+    return found if isinstance(found, str) else None
+
+
 def sizes(options: MoshiOptions) -> dict[str, Any]:
     """Width, heads and layers that the options ask for."""
-    if options.preset == "demo":
-        return {name: getattr(options, name) or default for name, default in DEMO.items()}
-    if options.config_path is None:
-        return MOSHI_7B
-    written = _config_json(options.config_path)
-    found = {name: written.get(name) for name in MOSHI_7B}
-    for name, value in found.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
-            told = f"its {name} is {value!r:.40}" if name in written else f"it has no {name}"
-            raise EnvironmentProblem(
-                f"{options.config_path} is not a config of a Moshi model: {told}",
-                key="backbone.config_path",
-                fix=f"write the path of a Moshi model's config.json, whose {', '.join(MOSHI_7B)} are whole numbers up "
-                f"to {LARGEST_SIZE:,}",
-            )
-    return found
+    config = model_config_of(options)
+    return {name: getattr(config, name) for name in DEMO}
 
 
 def context_and_codebooks(options: MoshiOptions) -> tuple[int | None, int]:
     """Frames that the attention sees, None if all; and how many codebooks the model predicts."""
-    if options.preset == "demo":
-        return DEMO_CONTEXT, CODEBOOKS
-    if options.config_path is None:
-        return MOSHI_CONTEXT, CODEBOOKS
-    written = _config_json(options.config_path)
-    context, codebooks = written.get("context"), written.get("dep_q", CODEBOOKS)
-    for name, value in (("context", context or 1), ("dep_q", codebooks)):
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
-            raise EnvironmentProblem(
-                f"{options.config_path} is not a config of a Moshi model: its {name} is {value!r:.40}",
-                key="backbone.config_path",
-                fix="write the path of a Moshi model's config.json",
-            )
-    return context or None, codebooks
-
-
-def _config_json(path: str) -> Mapping[str, Any]:
-    try:
-        return read_json(Path(path))
-    except (EnvironmentProblem, ValueError) as error:  # the latter of a name that no file can have
-        raise EnvironmentProblem(
-            str(error), key="backbone.config_path", fix="write the path of a Moshi model's config.json"
-        ) from None
+    config = model_config_of(options)
+    return config.context, config.dep_q

@@ -23,6 +23,7 @@ from ttt.plugins import (
     hookimpl,
 )
 from ttt_moshi.interleave import frames_in
+from ttt_moshi.model_config import PUBLISHED
 from ttt_moshi.options import (
     FRAME_RATE,
     NOTHING,
@@ -33,6 +34,7 @@ from ttt_moshi.options import (
     MoshiRun,
     MoshiScoreOptions,
     context_and_codebooks,
+    model_config_of,
     needed_files,
     sizes,
 )
@@ -226,7 +228,7 @@ def _before_moshi_is_imported(device: torch.device | str) -> None:
 def _memory_facts(options: MoshiOptions, train: TrainConfig, frames: int) -> dict[str, Any]:
     """Parameters, and the measured bytes that autograd keeps for one token, if the model is a known one."""
     dtype, checkpointing = train.param_dtype, train.gradient_checkpointing
-    if options.config_path is not None:
+    if options.preset == "7b" and model_config_of(options) is not PUBLISHED:
         return {}
     if options.preset == "7b":
         layer, head, head_checkpointing = {
