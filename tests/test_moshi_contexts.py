@@ -297,7 +297,8 @@ def test_scores_know_how_far_attention_sees() -> None:
 
 def test_a_probe_has_the_configs_contexts() -> None:
     """On both sides of law 2: the model that keeps everything is the same model."""
-    run = RunConfig(backbone=MoshiOptions(**BY_LAYER), ttt=config())
-    setting = small_setting(run, MOSHI)
+    run = check_config("c.yaml", text=yaml.safe_dump({"backbone": {"name": "moshi", **BY_LAYER}}), backbone=MOSHI)
+    assert run.config is not None
+    setting = small_setting(run.config, MOSHI)
     for given in (setting.exact.options, setting.exact.bare):
         assert {key: getattr(given, key) for key in BY_LAYER} == BY_LAYER
