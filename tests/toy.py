@@ -411,6 +411,7 @@ class TwoWayToy(WholeToy):
     name: ClassVar[str] = "twoway"
     causal: ClassVar[bool] = False
     options: ClassVar[type[BackboneOptions]] = TwoWayOptions
+    non_identity_options: ClassVar[frozenset[str]] = frozenset({"recompute_forward", "recompute_reverse"})
     ttt_defaults: ClassVar[dict[str, Any]] = {"preset": "video", "mini_batch_size": 4}
     model: ClassVar[type[ToyModel]] = TwoWayModel
     adapted: ClassVar[type[Block]] = TwoWayBlockWithTTT

@@ -222,6 +222,16 @@ def apply(
     return Injection(model, planned, originals)
 
 
+def prepare(sites: Sequence[Site], config: TTTConfig, *, causal: bool = True) -> None:
+    """Give the plain model what layers with TTT have beside their adapters (`Site.prepare`), where the config names it.
+
+    Raises:
+        InjectionError: see `plan`.
+    """
+    for site in plan(sites, config, causal=causal).sites:
+        site.prepare()
+
+
 def bare_adapter(
     site: Site, config: TTTConfig, *, device: torch.device | str = "meta", dtype: torch.dtype = torch.float32
 ) -> nn.Module:

@@ -54,9 +54,16 @@ def _facts(adapter: AdapterInfo, *, verified: bool) -> dict[str, Any]:
             {"layer": site.layer, "name": site.name, "dim": site.dim, "num_heads": site.num_heads}
             for site in adapter.sites
         ],
+        "model": _measured(adapter),
         "ttt": adapter.ttt.model_dump(mode="json"),
-        "training": dict(adapter.training),
+        "training": {key: value for key, value in adapter.training.items() if key != "model"},
     }
+
+
+def _measured(adapter: AdapterInfo) -> list[str]:
+    """What the run measured on its model (`Backbone.describe_model`)."""
+    told = adapter.training.get("model")
+    return [sentence for sentence in told if isinstance(sentence, str)][:_KEYS] if isinstance(told, list) else []
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
@@ -69,6 +76,10 @@ def _print_facts(facts: dict[str, Any]) -> None:
     print("\nsites")
     for site in facts["sites"]:
         show(f"  {site['name']}  layer {site['layer']}, width {site['dim']}, {site['num_heads']} heads")
+    if facts["model"]:
+        print("\nmodel, as measured when it was built")
+        for sentence in facts["model"]:
+            show(f"  {shortened(sentence, _VALUE)}")
     _print_section("ttt", facts["ttt"])
     if facts["training"]:
         _print_section("training", facts["training"])

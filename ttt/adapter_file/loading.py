@@ -52,7 +52,8 @@ def load_adapter(
         model: the backbone, plain or injected.
         sites: what the backbone offers, for a plain model.
         injection: of an injected model, instead of `sites`.
-        backbone: name and options, as `backbone_identity` gives them; None leaves them unchecked.
+        backbone: name and options, as `backbone_identity` gives them; of None, those are checked that can be read off
+            the model (`Site.known_options`).
         causal: whether the backbone is, for a plain model.
         check_weights: compare the backbone's weights with those that the adapter was trained on.
         as_start: for a run that goes on from there: settings that change no tensor, such as `mini_batch_size` and
@@ -69,7 +70,7 @@ def load_adapter(
     if (sites is None) == (injection is None):
         raise TypeError("load_adapter takes either sites, for a plain model, or injection")
     info = read_info(path, verify=verify)
-    differences = [] if backbone is None else option_differences(info.backbone, backbone)
+    differences = _backbone_differences(info, sites if injection is None else injection.sites, backbone)
     if injection is not None:
         free = free_settings(as_start=as_start)
         differences += setting_differences(info.ttt, injection.config, free)
@@ -86,6 +87,16 @@ def load_adapter(
         made.eject()
         raise
     return made
+
+
+def _backbone_differences(
+    info: AdapterInfo, sites: Sequence[Site] | None, backbone: Mapping[str, Any] | None
+) -> list[str]:
+    """How the file's backbone differs from this one, as far as its options are given or can be read off the model."""
+    known = dict(sites[0].known_options) if sites else {}
+    theirs = {key: info.backbone.get(key) for key in known}
+    given = [] if backbone is None else option_differences(info.backbone, backbone)
+    return list(dict.fromkeys([*given, *option_differences(theirs, known)]))
 
 
 def _inject(

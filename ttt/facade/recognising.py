@@ -65,8 +65,12 @@ def recognise(model: nn.Module, sites: Sequence[Site] | None, causal: bool | Non
         raise UsageError(
             "sites must be ttt.Site objects, one for each layer, as a backbone plugin's sites(model) gives"
         )
-    found = _found(model) if sites is None else Recognised(sites, True, described(model))
+    found = _found(model) if sites is None else Recognised(sites, True, _told_by(model, sites))
     return found if causal is None else replace(found, causal=causal)
+
+
+def _told_by(model: nn.Module, sites: Sequence[Site]) -> dict[str, Any]:
+    return {**described(model), **(sites[0].known_options if sites else {})}
 
 
 def _found(model: nn.Module) -> Recognised:
@@ -127,7 +131,8 @@ def _of_a_plugin(model: nn.Module, refusals: list[str]) -> Recognised:
         except TTTError:  # it is broken, or the model is not its own
             continue
         if sites:
-            found[name] = Recognised(sites, backbone.causal, {"name": name}, backbone.ttt_defaults)
+            known = {"name": name, **sites[0].known_options}
+            found[name] = Recognised(sites, backbone.causal, known, backbone.ttt_defaults)
     if len(found) == 1:
         return next(iter(found.values()))
     if found:

@@ -127,6 +127,12 @@ class Bench:
             self.backbone.set_gradient_checkpointing(model, True)
         return model
 
+    def prepared(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The plain tiny model with what its layers have beside TTT, where the config names them (`Site.prepare`)."""
+        model = self.model(dtype)
+        inject.prepare(self.backbone.sites(model), self.config(), causal=self.backbone.causal)
+        return model
+
     def inject(self, model: nn.Module, config: TTTConfig | None = None) -> Injection:
         """Inject TTT into the model."""
         return inject.apply(

@@ -16,7 +16,7 @@ from torch import nn
 
 from ttt import inject
 from ttt.adapter import gates_closed
-from ttt.adapter_file import load_adapter, save_adapter
+from ttt.adapter_file import backbone_identity, load_adapter, save_adapter
 from ttt.errors import AdapterMismatchError, InjectionError
 from ttt.laws.bench import Bench, LawBrokenError, distance
 from ttt.laws.fields import no_dead_field
@@ -176,12 +176,12 @@ def _rows_meet_without_ttt(bench: Bench, row: int) -> bool:
 
 
 def identity(bench: Bench, *, dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16)) -> Mapping[str, float]:
-    """Law 6: with its gates closed, or α at 0, the adapted model is the plain one bit for bit."""
+    """Law 6: with its gates closed, or α at 0, the adapted model is the plain one, its sites prepared, bit for bit."""
     for dtype in dtypes:
-        model = bench.model(dtype)
+        model = bench.prepared(dtype)
         batch = bench.batch(model)
         plain = bench.outputs(model, batch)
-        trained = bench.outputs(bench.model(dtype), batch, training=True)  # a pass that may write buffers
+        trained = bench.outputs(bench.prepared(dtype), batch, training=True)  # a pass that may write buffers
         injection = bench.inject(model)
         adapted = bench.outputs(model, batch)
         if injection.adapters and torch.equal(adapted, plain):
@@ -260,7 +260,12 @@ def reversibility(bench: Bench) -> Mapping[str, float]:
 def self_describing_files(bench: Bench) -> Mapping[str, float]:
     """Law 9: an adapter file alone rebuilds the adapter; loading it into anything else is refused."""
     injection = bench.injected()
-    options = (bench.options or bench.backbone.tiny()).model_dump(mode="json")
+    options = backbone_identity(bench.backbone, bench.options or bench.backbone.tiny())
+    for site in injection.sites:
+        for key, known in site.known_options.items():
+            if key not in options or options[key] != known:
+                said = options.get(key)
+                raise LawBrokenError(9, f"{site.path} knows of {key}: {known!r}, and `identity` says {said!r}")
     with torch.no_grad():
         for number, parameter in enumerate(injection.state_dict().values()):
             parameter.add_(0.01 * (number + 1))

@@ -281,6 +281,8 @@ def model_and_batches(bench: Bench) -> None:
             raise MethodBrokenError(method, "the same options and seed give another model the second time")
         if torch.bfloat16 not in {parameter.dtype for parameter in bench.model(torch.bfloat16).parameters()}:
             raise MethodBrokenError(method, "asked for dtype bfloat16, it makes no parameter of that type")
+    with method_of(bench, "describe_model"):
+        bench.backbone.describe_model(bench.injected().model)
     with method_of(bench, "example_batch") as method:
         batch, again, other = (bench.batch(model, seed=seed) for seed in (0, 0, 1))
         if not same(batch, again):

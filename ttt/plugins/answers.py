@@ -128,6 +128,15 @@ def _module(backbone: Any, answer: Any) -> Any:
     return instance(lambda _: nn.Module, name="model (torch.nn.Module)")(backbone, answer)
 
 
+def _sentences(backbone: Any, answer: Any) -> Any:
+    if isinstance(answer, str) or not isinstance(answer, Sequence):
+        raise WrongAnswer(f"{_named(answer)}, not a sequence of sentences")
+    for number, sentence in enumerate(answer):
+        if not isinstance(sentence, str) or not sentence.strip() or "\n" in sentence:
+            raise WrongAnswer(f"{sentence!r:.80} as number {number}, not a sentence on one line")
+    return tuple(answer)
+
+
 def _sites(backbone: Any, answer: Any) -> Any:
     from ttt.plugins.site import Site
 
@@ -157,6 +166,9 @@ def _wrong_in(site: Any) -> Iterable[str]:
         yield f"layer is {site.layer!r}, not the number of a layer"
     if not isinstance(site.path, str):
         yield f"path is {_named(site.path)}, not text"
+    known = site.known_options
+    if not isinstance(known, Mapping) or not all(isinstance(key, str) for key in known):
+        yield f"known_options are {in_short(known)}, not a mapping of options' names to their values"
     if not isinstance(site.module, nn.Module):
         yield f"module is {_named(site.module)}, not a torch.nn.Module"
     if not (isinstance(site.subclass, type) and issubclass(site.subclass, nn.Module)):
@@ -255,6 +267,7 @@ ANSWERS: Mapping[str, Check] = {
     "plan_sample": _plan,
     "build": _module,
     "provenance": _mapping(str, "texts to texts"),
+    "describe_model": _sentences,
     "sites": _sites,
     "dataset": _dataset,
     "loss": _loss,

@@ -123,6 +123,14 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
         """
         return {}
 
+    def describe_model(self, model: nn.Module) -> Sequence[str]:
+        """What a user must know of a built model and cannot see in its config, measured on the model: a sentence each.
+
+        As what the attention of each layer sees. A run announces it, and its adapter files keep it for `ttt info`. TTT
+        is in the model already.
+        """
+        return ()
+
     @abstractmethod
     def sites(self, model: nn.Module) -> Sequence[Site]:
         """The sites where TTT can be attached, one for each layer, in order. Does not change the model."""

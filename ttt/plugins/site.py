@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,11 +32,21 @@ class Site:
     """Name of the adapter as a child of `module`."""
     without_effect: frozenset[str] = frozenset()
     """Parameters of the adapter on which the backbone's output cannot depend there, and so get no gradient."""
+    known_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the backbone that can be read off the built model, by name, as `Backbone.identity` gives them: an
+    adapter file that says otherwise is refused even if its loader knows the model alone. The same at each site."""
 
     @property
     def name(self) -> str:
         """Dotted path of the adapter in the model."""
         return f"{self.path}.{self.attribute}" if self.path else self.attribute
+
+    def prepare(self) -> None:
+        """Give `module` what the config gives a layer with TTT beside its adapter, as another span of attention.
+
+        Most sites have nothing of that kind. If one has, its `attach` prepares it too, and its `detach` undoes that.
+        The plain model to which an adapted one with closed gates is equal has prepared sites.
+        """
 
     def attach(self, adapter: nn.Module) -> None:
         """Make `module` call the adapter."""

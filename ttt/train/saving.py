@@ -141,6 +141,7 @@ class Saver:
                 "trainable": parts.config.train.trainable,
                 "config": parts.config.model_dump(mode="json"),
                 "provenance": dict(parts.backbone.provenance(parts.config.backbone)),
+                "model": list(parts.backbone.describe_model(parts.model)),
             },
         )
 

@@ -101,6 +101,7 @@ def build(config: RunConfig, backbone: Backbone, device: torch.device) -> tuple[
     model = backbone.build(config.backbone, device=device, dtype=_DTYPES[config.train.param_dtype])
     sites = backbone.sites(model)
     with asked(backbone, "its sites"):  # a site may bring its own adapter and its own way to attach it
+        inject.prepare(sites, config.ttt, causal=backbone.causal)
         injection = inject.apply(model, sites, config.ttt, causal=backbone.causal, seed=config.train.seed)
     if config.ttt.persistent_states and not all(
         isinstance(adapter, TTTAdapter) for adapter in injection.adapters.values()

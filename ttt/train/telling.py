@@ -24,6 +24,8 @@ def announce(parts: Parts, progress: Progress) -> None:
         f"backbone {parts.backbone.name}: {of_backbone:,} parameters ({config.train.param_dtype}); "
         f"TTT-{config.ttt.layer_type} in layers {layers}: {of_ttt:,}; learning: {learns:,}"
     )
+    for sentence in parts.backbone.describe_model(parts.model):
+        parts.say(sentence)
     parts.say(
         f"data: {len(dataset)} windows in {files} {'file' if files == 1 else 'files'}; "
         f"batches of {config.train.batch_size}{accumulated}; on {device_in_words(parts.device)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from moshi.models import LMModel, loaders
@@ -17,6 +17,7 @@ from ttt.errors import InjectionError
 from ttt.layer import Rotary, TTTLayer
 from ttt.plugins import LossOutput, Site
 from ttt.state import TTTState
+from ttt_moshi.contexts import give_ttt_context, known_contexts, note_context, set_contexts, take_back_context
 from ttt_moshi.loss import moshi_loss
 from ttt_moshi.options import DEMO, DEMO_CONTEXT, MoshiOptions
 from ttt_moshi.streaming import exact_streaming
@@ -46,6 +47,10 @@ def build(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dty
     Raises:
         EnvironmentProblem: weights cannot be had.
     """
+    return set_contexts(_build(options, device=device, dtype=dtype), options)
+
+
+def _build(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dtype) -> LMModel:
     if options.preset == "demo":
         return _demo_model(options, device=device, dtype=dtype)
     if options.random_weights or torch.device(device).type == "meta":
@@ -145,15 +150,28 @@ class MoshiSite(Site):
 
     model: LMModel | None = None
 
-    def attach(self, adapter: nn.Module) -> None:
-        """Attach the adapter, and make kyutai's streaming find the new child."""
+    def prepare(self) -> None:
+        """Let the layer's attention see what it sees in layers with TTT."""
+        assert self.model is not None
         self._forget_children()
+        give_ttt_context(self.model, self._layer)
+
+    def attach(self, adapter: nn.Module) -> None:
+        """Attach the adapter, prepare the layer, and make kyutai's streaming find the new child."""
+        self._forget_children()
+        note_context(adapter, self._layer)
         super().attach(adapter)
+        self.prepare()
 
     def detach(self, original: type[nn.Module]) -> None:
         """Detach the adapter, and make kyutai's streaming forget the child."""
         self._forget_children()
+        take_back_context(getattr(self.module, self.attribute, None), self._layer)
         super().detach(original)
+
+    @property
+    def _layer(self) -> StreamingTransformerLayer:
+        return cast("StreamingTransformerLayer", self.module)
 
     def _forget_children(self) -> None:
         """Drop the lists of streaming children that kyutai's modules cache at their first use.
@@ -171,6 +189,7 @@ class MoshiSite(Site):
 
 def sites(model: LMModel) -> list[MoshiSite]:
     """One site for each layer of the main transformer."""
+    known = known_contexts(model)
     return [
         MoshiSite(
             layer=index,
@@ -181,6 +200,7 @@ def sites(model: LMModel) -> list[MoshiSite]:
             subclass=AdaptedLayer,
             adapter=MoshiTTT,
             model=model,
+            known_options=known,
         )
         for index, layer in enumerate(model.transformer.layers)
     ]

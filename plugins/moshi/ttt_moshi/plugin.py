@@ -22,6 +22,7 @@ from ttt.plugins import (
     WindowDataset,
     hookimpl,
 )
+from ttt_moshi.contexts import identifying, layers_contexts, widest
 from ttt_moshi.interleave import frames_in
 from ttt_moshi.model_config import PUBLISHED
 from ttt_moshi.options import (
@@ -91,6 +92,10 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiO
         """The local files of 7b that the options have read: all of them, or with random weights those of the data."""
         return needed_files(options)
 
+    def identity(self, options: MoshiOptions) -> Mapping[str, Any]:
+        """The options that say which model it is; contexts that come to the same are the same."""
+        return {**super().identity(options), **identifying(options)}
+
     def has_own_eval_data(self, options: MoshiOptions) -> bool:
         """The demo's data have a held-out part."""
         return options.preset == "demo"
@@ -107,6 +112,12 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiO
         from ttt_moshi.weights import provenance
 
         return provenance(options)
+
+    def describe_model(self, model: nn.Module) -> Sequence[str]:
+        """What attention sees in each layer."""
+        from ttt_moshi.contexts import describe
+
+        return describe(model)
 
     def sites(self, model: nn.Module) -> Sequence[Site]:
         """One for each layer of the main transformer, after self-attention and before the feed-forward."""
@@ -141,6 +152,10 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiO
         """The demo, smaller."""
         return MoshiOptions(preset="demo", dim=32, num_heads=2, num_layers=3)
 
+    def tiny_like(self, options: MoshiOptions) -> MoshiOptions:
+        """`tiny`, with attention that ends where it does."""
+        return self.tiny().model_copy(update=identifying(options))
+
     def example_batch(self, model: nn.Module, *, batch_size: int, tokens: int, seed: int) -> Batch:
         """Random codes `[B,17,T]`."""
         from ttt_moshi.model import example_codes
@@ -167,7 +182,7 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiO
 
     def score_facts(self, config: MoshiRun) -> ScoreFacts:
         """The text stream and Moshi's own codebooks, of which the first is semantic."""
-        context, codebooks = context_and_codebooks(config.backbone)
+        _, codebooks = context_and_codebooks(config.backbone)
         acoustic = (1.0,) * (codebooks - 1)
         return ScoreFacts(
             medium="speech",
@@ -180,7 +195,7 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiO
             },
             chosen=_score_options(config).streams,
             positions_per_second=FRAME_RATE,
-            attention_span=context,
+            attention_span=widest(layers_contexts(config)),
             padding=NOTHING,
             piece=PIECE,
         )

@@ -116,7 +116,7 @@ def _setting(
         return Bench(
             backbone,
             options=options,
-            bare=backbone.tiny(),
+            bare=_bare(options, backbone),
             ttt=settings,
             tokens=tokens,
             batch_size=_BATCH,
@@ -128,6 +128,12 @@ def _setting(
 
     exact = bench(torch.float32, tokens)
     return Setting(bench(dtype, tokens), exact, bench(torch.float32, short), exact.config(), layers, group_size, told)
+
+
+def _bare(options: Any, backbone: Backbone) -> Any:
+    """The options of the same model, with what does not identify it, as what is recomputed, from the smallest one."""
+    tiny = backbone.tiny()
+    return options.model_copy(update={name: getattr(tiny, name) for name in backbone.non_identity_options})
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
