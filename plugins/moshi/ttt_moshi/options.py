@@ -65,6 +65,25 @@ class MoshiOptions(BackboneOptions):
     """Weight of padding in the text loss."""
     first_codebook_weight_multiplier: Annotated[float, Field(gt=0, le=1e6)] = 100.0
     """Weight of the first (semantic) codebook in the audio loss."""
+    context: Annotated[int, Field(ge=1, le=LARGEST_SIZE)] | None = None
+    """Frames that self-attention sees, its own among them; null is the model's own: 3000 (240 s), demo 512."""
+    ttt_layer_context: Annotated[int, Field(ge=1, le=LARGEST_SIZE)] | None = None
+    """The same of the layers that `ttt.layers` names; null is `context`."""
+    non_ttt_layer_context: Annotated[int, Field(ge=1, le=LARGEST_SIZE)] | None = None
+    """The same of the other layers; null is `context`."""
+
+    @model_validator(mode="after")
+    def _contexts_act(self) -> MoshiOptions:
+        """Refuse a context that no layer would have."""
+        given = (self.context, self.ttt_layer_context, self.non_ttt_layer_context)
+        if None not in given:
+            raise Misfit(
+                "context is of the layers for which no other context is written, and ttt_layer_context and "
+                "non_ttt_layer_context name all layers",
+                keys=("context", "ttt_layer_context", "non_ttt_layer_context"),
+                fix="leave out context",
+            )
+        return self
 
     @model_validator(mode="after")
     def _options_of_the_preset(self) -> MoshiOptions:
@@ -93,7 +112,7 @@ class MoshiData(DataOptions):
     lies a `.json` with `alignments: [[word, [start, end], "SPEAKER_MAIN"], …]`.
     """
 
-    duration_sec: Annotated[float, Field(ge=0.01, le=240)] = 15.0
+    duration_sec: Annotated[float, Field(ge=0.01, le=3600)] = 15.0
     """Length of a training window in seconds; a file is cut into consecutive windows."""
 
 
