@@ -18,6 +18,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttt.config.sources import sources_of
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.reading import read_file, unreadable
 from ttt.words import first_line
@@ -214,19 +215,25 @@ def speech_windows(options: MoshiOptions, data: MoshiData, *, split: str, device
         UsageError: the config names no data, and the preset has none of its own.
     """
     own = reads_with_the_demos(options)
-    field, source = "data.train_data", data.train_data
-    if split == "eval" and data.eval_data is not None:
-        field, source = "data.eval_data", data.eval_data
-    if source is None:
+    key = "eval_data" if split == "eval" and data.eval_data is not None else "train_data"
+    sources = sources_of(data, key)
+    if not sources:
         if not own:
             raise UsageError(
                 "data.train_data: the preset 7b has no data of its own; name a .jsonl file in moshi-finetune's format"
             )
-        source = str(demo.EVAL_DATA if split == "eval" else demo.TRAIN_DATA)
+        sources = (data.source(str(demo.EVAL_DATA if split == "eval" else demo.TRAIN_DATA)),)
+    if len(sources) > 1:
+        raise UsageError(f"data.{key}: several sources are not read yet; name one")
     codec, _ = load_codec(options, device)
     tokenizer = load_tokenizer(demo.TOKENIZER if own else _checkpoint(options).tokenizer)
     return SpeechWindows(
-        source, codec=codec, tokenizer=tokenizer, duration_sec=data.duration_sec, device=device, field=field
+        sources[0].path,
+        codec=codec,
+        tokenizer=tokenizer,
+        duration_sec=data.duration_sec,
+        device=device,
+        field=f"data.{key}",
     )
 
 
