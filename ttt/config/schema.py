@@ -114,7 +114,7 @@ class TTTConfig(Section):
     """Mini-batches per checkpoint of the scan: memory and time only, never the result. 0 keeps everything; auto takes
     the number that needs the least memory, near √(N·S/(S+A))."""
     persistent_states: bool = False
-    """Carry fast weights from window to window of a file while training; needs windows in order."""
+    """Carry fast weights from window to window of a file while training; needs `data.shuffle: files` or false."""
     skip_nonfinite_tokens: bool = False
     """Keep tokens with NaN or infinity out of the fast weights, and count them; for inference. If false, they spoil
     their stream, so that training stops where they come from."""

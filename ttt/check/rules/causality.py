@@ -48,7 +48,7 @@ def persistent_states_with_shuffle(context: Context) -> Iterator[Finding]:
                 "persistent_states: true starts a window with what the window before it taught, but "
                 f"data.shuffle: true{'' if written else ', the default,'} reads windows in random order"
             ),
-            fix="write data.shuffle: files (files in random order) or false, or persistent_states: false",
+            fix="write data.shuffle: false, or files for files in random order, or persistent_states: false",
         )
 
 
