@@ -106,7 +106,7 @@ CASES = [
         ERROR,
         "ttt.persistent_states",
         "ttt: {persistent_states: true}",
-        "ttt: {persistent_states: false}",
+        "{ttt: {persistent_states: true}, data: {shuffle: files}}",
         "the default",
     ),
     Case(

@@ -42,6 +42,7 @@ from ttt.train.checkpoint import OPTIMIZER
 from ttt.train.evaluation import Evaluation, evaluate
 from ttt.train.metrics import read_metrics
 from ttt.train.optim import Optimizer
+from ttt.train.order import WindowOrder
 from ttt.train.passes import reset_rows
 from ttt.train.rundir import RunDir
 from ttt.train.setup import build, choose_device
@@ -337,6 +338,22 @@ def test_carried_states_reach_the_next_window_and_stop_at_the_next_file(tmp_path
     assert result.evaluation.loss == pytest.approx(expected, abs=1e-5)
 
 
+def test_with_files_shuffled_carried_states_reach_the_next_window_and_stop_at_the_next_file(tmp_path):
+    """Again what differs from fresh states is every window but a file's first, wherever the file comes."""
+    data = {"windows_of_files": (3, 2, 1)}
+    common = {"data": {**data, "shuffle": "files"}, "train": {"max_steps": 12, "lr": 1e-12}}
+    run(config(tmp_path / "carried", ttt={"persistent_states": True, "initial_gating_alpha": 0.5}, **common))
+    run(config(tmp_path / "fresh", ttt={"initial_gating_alpha": 0.5}, **common))
+    differ = [
+        abs(one["loss"] - other["loss"]) > 1e-4
+        for one, other in zip(lines(tmp_path / "carried"), lines(tmp_path / "fresh"), strict=True)
+    ]
+    order = WindowOrder([range(0, 3), range(3, 5), range(5, 6)], batch_size=1, shuffle="files", seed=0)
+    read = [order.at(number) for number in range(12)]
+    assert [reading.windows for reading in read[:6]] != [(number,) for number in range(6)]
+    assert differ == [not reading.starts[0] for reading in read]
+
+
 def test_rows_that_start_a_file_are_fresh_and_learn_the_initial_weights(tmp_path):
     backbone = ToyBackbone()
     model = backbone.build(ToyOptions(**TINY), device="cpu", dtype=torch.float32)
@@ -403,6 +420,11 @@ RESUMED = {
     "states carried": {
         "ttt": {"persistent_states": True, "mini_batch_size": 5},
         "data": {"shuffle": False},
+        "train": {"batch_size": 3, "num_microbatches": 2},
+    },
+    "states carried, files shuffled": {
+        "ttt": {"persistent_states": True, "mini_batch_size": 5},
+        "data": {"shuffle": "files"},
         "train": {"batch_size": 3, "num_microbatches": 2},
     },
     "everything learns, with dropout": {"backbone": {"dropout": 0.1}, "train": {"trainable": "all", "batch_size": 3}},

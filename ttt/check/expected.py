@@ -109,7 +109,8 @@ def expected(problem: Problem, model: type[BaseModel]) -> Expected:
 def _any_of(members: Iterable[Expected]) -> Expected:
     found = list(members)
     words = " or ".join(dict.fromkeys(member.words for member in found if member.words))
-    return Expected(frozenset().union(*(member.kinds for member in found)), words, words, wrong_type=True)
+    choices = tuple(choice for member in found for choice in member.choices)
+    return Expected(frozenset().union(*(member.kinds for member in found)), words, words, choices, wrong_type=True)
 
 
 def _takes_fractions(problem: Problem, model: type[BaseModel]) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,16 @@ class Recordings(Lines):
     """Good lines."""
     seconds: list[float] = field(default_factory=list)
     """Their durations."""
+
+    @classmethod
+    def together(cls, parts: Sequence[Recordings]) -> Recordings:
+        """What the lines of several sources say."""
+        whole = cls(count=sum(part.count for part in parts), complete=all(part.complete for part in parts))
+        for part in parts:
+            for each in fields(cls):
+                if isinstance(getattr(part, each.name), list):
+                    getattr(whole, each.name).extend(getattr(part, each.name))
+        return whole
 
 
 def read_recordings(source: str | None, *, beside: str | None = None) -> Recordings | None:

@@ -16,6 +16,7 @@ from ttt.config.evaluation import EvalConfig
 from ttt.config.group_size import cost_of_groups_of_one
 from ttt.config.misfit import Misfit
 from ttt.config.section import Section
+from ttt.config.sources import DataSource
 from ttt.config.values import (
     MOST_FACTOR,
     MOST_HEADS,
@@ -113,7 +114,7 @@ class TTTConfig(Section):
     """Mini-batches per checkpoint of the scan: memory and time only, never the result. 0 keeps everything; auto takes
     the number that needs the least memory, near √(N·S/(S+A))."""
     persistent_states: bool = False
-    """Carry fast weights from window to window of a file while training; needs windows in order."""
+    """Carry fast weights from window to window of a file while training; needs `data.shuffle: files` or false."""
     skip_nonfinite_tokens: bool = False
     """Keep tokens with NaN or infinity out of the fast weights, and count them; for inference. If false, they spoil
     their stream, so that training stops where they come from."""
@@ -319,8 +320,12 @@ class DataOptions(Section):
     """Training data, in the backbone's format; null takes the demo data, if the preset has some."""
     eval_data: str | None = None
     """Held-out data in the same format; null evaluates on the training data, and says so."""
-    shuffle: bool = True
-    """Read windows in a random order, anew each epoch."""
+    shuffle: bool | Literal["files"] = True
+    """Read windows in a random order, anew each epoch; files: files in a random order, the windows of each in order."""
+
+    def source(self, path: str) -> DataSource:
+        """What a text in `train_data` or `eval_data` names."""
+        return DataSource(path=path)
 
 
 OptionsT = TypeVar("OptionsT", bound=BackboneOptions)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         has_capability,
     )
     from ttt.plugins.capable import capability
-    from ttt.plugins.data import Batch, LossOutput, WindowDataset
+    from ttt.plugins.data import Batch, LossOutput, SourceFiles, WindowDataset
     from ttt.plugins.denoising import SegmentLosses, WindowSource
     from ttt.plugins.discovery import GROUP, PluginInfo, discover, find, forget, get_backbone, names
     from ttt.plugins.eval_tasks import AnyEvalTask, EvalContext, EvalTask
@@ -69,6 +69,7 @@ _EXPORTS = {
     "SegmentLosses": "ttt.plugins.denoising",
     "SegmentReset": "ttt.plugins.capabilities",
     "Site": "ttt.plugins.site",
+    "SourceFiles": "ttt.plugins.data",
     "StepRows": "ttt.plugins.rows",
     "Streaming": "ttt.plugins.capabilities",
     "WeightImport": "ttt.plugins.capabilities",
@@ -119,6 +120,7 @@ __all__ = [
     "SegmentReset",
     "Site",
     "SoundReader",
+    "SourceFiles",
     "StepRows",
     "Streaming",
     "WeightImport",

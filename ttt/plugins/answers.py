@@ -187,6 +187,7 @@ def _dataset(backbone: Any, answer: Any) -> Any:
         if not callable(getattr(answer, name)):
             raise WrongAnswer(f"{_named(answer)} whose `{name}` is not a method")
     _require_files(answer)
+    _require_sources(answer)
     if not isinstance(answer.notice, str | None):
         raise WrongAnswer(f"{_named(answer)} whose `notice` is {_named(answer.notice)}, not text or None")
     return AskedDataset(backbone, answer)
@@ -206,6 +207,27 @@ def _require_files(dataset: Any) -> None:
         end = file.stop if len(file) else end
     if end != len(dataset):
         raise WrongAnswer(f"{_named(dataset)} of {len(dataset)} windows whose `files` cover {end}")
+
+
+def _require_sources(dataset: Any) -> None:
+    """Refuse `sources` unless they are ranges of files that follow each other and cover every file, with weights."""
+    from ttt.plugins.data import SourceFiles, source_files
+
+    end = 0
+    for number, source in enumerate(source_files(dataset)):
+        if not isinstance(source, SourceFiles):
+            raise WrongAnswer(f"{_named(dataset)} whose `sources` has {_named(source)}, not a SourceFiles")
+        if not isinstance(source.files, range) or source.files.step != 1 or source.files.start != end:
+            raise WrongAnswer(
+                f"{_named(dataset)} whose `sources` has the files {source.files!r:.80} as number {number}, not the "
+                f"range of files that begins with {end}"
+            )
+        weight = source.weight
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 1e-6 <= weight < float("inf"):
+            raise WrongAnswer(f"{_named(dataset)} whose source {source.name!r:.80} has the weight {weight!r:.40}")
+        end = source.files.stop
+    if end != len(dataset.files):
+        raise WrongAnswer(f"{_named(dataset)} of {len(dataset.files)} files whose `sources` cover {end}")
 
 
 def _loss(backbone: Any, answer: Any) -> Any:

@@ -26,8 +26,30 @@ class LossOutput:
     """Detached scalars to record in `metrics.jsonl`, such as `text_loss`."""
 
 
+@dataclass(frozen=True)
+class SourceFiles:
+    """The files of one of several sources of data."""
+
+    name: str
+    """What the user calls it."""
+    files: range
+    """Which of the dataset's files they are, by number."""
+    weight: float = 1.0
+    """Its share of the windows that training reads is its weight of the sum of all weights, whatever its length."""
+
+
+def source_files(dataset: WindowDataset) -> Sequence[SourceFiles]:
+    """The sources of a dataset: what it says in `sources`, else all its files as one."""
+    sources: Sequence[SourceFiles] = getattr(dataset, "sources", ())
+    return sources or (SourceFiles("the data", range(len(dataset.files))),)
+
+
 class WindowDataset(Protocol):
-    """Windows of training data, addressed by number, the windows of a file in order of time."""
+    """Windows of training data, addressed by number, the windows of a file in order of time.
+
+    If the data are of several sources with weights, it also has `sources`, a sequence of `SourceFiles` that cover its
+    files in order.
+    """
 
     def __len__(self) -> int:
         """Number of windows."""

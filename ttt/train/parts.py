@@ -18,9 +18,8 @@ from ttt.plugins.installed_tasks import ChosenTask, chosen_tasks
 from ttt.printable import say
 from ttt.train.compiling import compile_layers
 from ttt.train.optim import Learnable, Optimizer, choose_learnable
-from ttt.train.order import LaneOrder, WindowOrder
 from ttt.train.rundir import RunDir
-from ttt.train.setup import build, order
+from ttt.train.setup import Order, build, order
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Parts:
     eval_dataset: WindowDataset
     eval_split: str
     """`eval`, or `train` if there is no held-out data."""
-    order: WindowOrder | LaneOrder
+    order: Order
     model: nn.Module
     injection: Injection
     learnable: list[Learnable]

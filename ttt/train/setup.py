@@ -19,7 +19,8 @@ from ttt.inject import Injection
 from ttt.machine import processes_launched
 from ttt.plugins import Backbone, WindowDataset, run_config_model
 from ttt.plugins.asking import asked, is_out_of_memory
-from ttt.train.order import LaneOrder, WindowOrder
+from ttt.plugins.data import source_files
+from ttt.train.order import FileLaneOrder, Group, LaneOrder, WindowOrder
 from ttt.train.passes import seed_pass
 from ttt.words import first_line
 
@@ -114,17 +115,28 @@ def build(config: RunConfig, backbone: Backbone, device: torch.device) -> tuple[
     return model, injection
 
 
-def order(config: RunConfig, dataset: WindowDataset) -> WindowOrder | LaneOrder:
+Order = WindowOrder | LaneOrder | FileLaneOrder
+"""What training reads, pass by pass."""
+
+
+def order(config: RunConfig, dataset: WindowDataset) -> Order:
     """The order in which training reads its windows.
 
     Raises:
-        ConfigError: states are carried, but the data is shuffled or has too few files.
+        ConfigError: states are carried, but windows are shuffled or there are too few files.
     """
-    size, seed = config.train.batch_size, config.train.seed
+    size, seed, shuffle = config.train.batch_size, config.train.seed, config.data.shuffle
+    groups = [Group(source.files, source.weight, source.name) for source in source_files(dataset)]
     if not config.ttt.persistent_states:
-        return WindowOrder(dataset.files, batch_size=size, shuffle=config.data.shuffle, seed=seed)
-    if config.data.shuffle:
-        raise ConfigError("ttt.persistent_states: true needs windows in order; write data.shuffle: false")
+        return WindowOrder(dataset.files, batch_size=size, shuffle=shuffle, seed=seed, groups=groups)
+    if shuffle is True:
+        raise ConfigError(
+            "ttt.persistent_states: true needs windows in order; write data.shuffle: false, or files for files in a "
+            "random order"
+        )
+    if shuffle == "files" or len(groups) > 1:
+        random = shuffle == "files"
+        return FileLaneOrder(dataset.files, batch_size=size, shuffle=random, seed=seed, groups=groups)
     return LaneOrder(dataset.files, batch_size=size)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ttt.adapter_file import AdapterInfo, changed_at_start, trained_backbone
+from ttt.plugins.data import SourceFiles, source_files
 from ttt.train.parts import Parts
 from ttt.train.progress import Progress
 from ttt.train.setup import device_in_words
@@ -18,6 +20,7 @@ def announce(parts: Parts, progress: Progress) -> None:
     layers = ", ".join(str(site.layer) for site in parts.injection.sites) or "none"
     learns = sum(entry.parameter.numel() for entry in parts.learnable)
     files = len(dataset.files)
+    by_file = ", in random order, the windows of each in order" if config.data.shuffle == "files" else ""
     accumulated = f" × {config.train.num_microbatches}" if config.train.num_microbatches > 1 else ""
     resumed = f", resumed after step {progress.done} of {config.train.max_steps}" if progress.done else ""
     parts.say(
@@ -27,14 +30,27 @@ def announce(parts: Parts, progress: Progress) -> None:
     for sentence in parts.backbone.describe_model(parts.model):
         parts.say(sentence)
     parts.say(
-        f"data: {len(dataset)} windows in {files} {'file' if files == 1 else 'files'}; "
+        f"data: {len(dataset)} windows in {files} {'file' if files == 1 else 'files'}{by_file}; "
         f"batches of {config.train.batch_size}{accumulated}; on {device_in_words(parts.device)}"
     )
+    _announce_sources(source_files(dataset), parts)
     parts.say(f"run: {parts.directory.path}{resumed}")
     if parts.start is not None:
         _announce_start(parts, parts.start)
     if dataset.notice:
         parts.say(dataset.notice)
+
+
+def _announce_sources(sources: Sequence[SourceFiles], parts: Parts) -> None:
+    """If the data are of several sources, report what each holds and gives."""
+    total, files = math.fsum(source.weight for source in sources), parts.dataset.files
+    for source in sources if len(sources) > 1 else ():
+        windows = sum(len(files[number]) for number in source.files)
+        parts.say(
+            f"data: of these, {windows} windows in {len(source.files)} "
+            f"{'file' if len(source.files) == 1 else 'files'} are of {source.name}, which gives "
+            f"{source.weight / total:.1%} of what is read"
+        )
 
 
 def _announce_start(parts: Parts, start: AdapterInfo) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttt.config.sources import sources_of
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt_moshi import demo
 from ttt_moshi.audio import UnreadableAudioError, read_audio, resample
@@ -220,25 +221,26 @@ def speech_windows(options: MoshiOptions, data: MoshiData, *, split: str, device
         UsageError: the config names no data, and the preset has none of its own.
     """
     own = reads_with_the_demos(options)
-    field, source = "data.train_data", data.train_data
-    if split == "eval" and data.eval_data is not None:
-        field, source = "data.eval_data", data.eval_data
-    if source is None:
+    key = "eval_data" if split == "eval" and data.eval_data is not None else "train_data"
+    sources = sources_of(data, key)
+    if not sources:
         if not own:
             raise UsageError(
                 "data.train_data: the preset 7b has no data of its own; name a .jsonl file in moshi-finetune's format"
             )
-        source = str(demo.EVAL_DATA if split == "eval" else demo.TRAIN_DATA)
+        sources = (data.source(str(demo.EVAL_DATA if split == "eval" else demo.TRAIN_DATA)),)
+    if len(sources) > 1:
+        raise UsageError(f"data.{key}: several sources are not read yet; name one")
     codec, _ = load_codec(options, device)
     tokenizer = load_tokenizer(options)
     return SpeechWindows(
-        source,
+        sources[0].path,
         codec=codec,
         tokenizer=tokenizer,
         duration_sec=data.duration_sec,
         device=device,
         padding=text_padding(options),
-        field=field,
+        field=f"data.{key}",
     )
 
 

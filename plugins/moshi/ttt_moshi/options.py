@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
 from ttt.config import BackboneOptions, DataOptions, Misfit, RunConfig, ScoreOptions
+from ttt.config.sources import DATA_KEYS, DataSource, Sources, require_distinct, require_unweighted, sources_of
 from ttt.plugins import NeededFile
 from ttt_moshi.model_config import LARGEST_SIZE as LARGEST_SIZE  # the largest of sizes here, too
 from ttt_moshi.model_config import PUBLISHED, ModelConfig, read_model_config, require_lora
@@ -115,15 +116,97 @@ class MoshiOptions(BackboneOptions):
         return self
 
 
-class MoshiData(DataOptions):
-    """The `data` section for Moshi: moshi-finetune's format.
+Format: TypeAlias = Literal["transcribed", "audio"]
+Channel: TypeAlias = Literal["left", "right", "mean"]
 
-    A `.jsonl` file of `{"path": …, "duration": …}` names stereo audio (left Moshi, right the user); beside each file
-    lies a `.json` with `alignments: [[word, [start, end], "SPEAKER_MAIN"], …]`.
+
+class MoshiSource(DataSource):
+    """One of several sources of speech."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A .jsonl file or a folder, as `train_data` itself names one."""
+    format: Format | None = None
+    """What its recordings are; null is the section's `format`."""
+    channel: Channel | None = None
+    """Which channel of them is Moshi's voice, with format: audio; null is the section's `channel`."""
+
+
+class MoshiData(DataOptions):
+    """The `data` section for Moshi: dialogues with transcripts as moshi-finetune has them, and speech without.
+
+    `format: transcribed`: a `.jsonl` file of `{"path": …, "duration": …}` names stereo audio (left Moshi, right the
+    user); beside each file lies a `.json` with `alignments: [[word, [start, end], "SPEAKER_MAIN"], …]`.
+
+    `format: audio`: such a `.jsonl`, or a folder of sound files at any depth, Libri-Light's layout among them. One
+    channel is Moshi's voice, the user is silent, and the text stream holds padding.
     """
+
+    train_data: str | Sources[MoshiSource] | None = None  # type: ignore[assignment]  # wider than the base's: see ttt.config.sources
+    """A .jsonl file, or a folder; or a list of several, each {path, weight}; null takes the demo's, if it is that."""
+    eval_data: str | Sources[MoshiSource] | None = None  # type: ignore[assignment]
+    """Held-out data, named in the same way, without weights; null evaluates on the training data, and says so."""
+    format: Format = "transcribed"
+    """Stereo dialogues with transcripts, or audio: speech of one voice without transcripts."""
+    channel: Channel | None = None
+    """format audio: which channel of a recording with several is Moshi's voice; null refuses such recordings."""
 
     duration_sec: Annotated[float, Field(ge=0.01, le=3600)] = 15.0
     """Length of a training window in seconds; a file is cut into consecutive windows."""
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> MoshiData:
+        """Refuse what would do nothing: a source named twice, weights of an evaluation, a format that no source has."""
+        named = {key: sources_of(self, key) for key in DATA_KEYS}
+        for key, sources in named.items():
+            require_distinct(sources, key)
+            for source in sources:
+                self._require_voice(source, key)
+        require_unweighted(named["eval_data"], "eval_data")
+        own = () if self.train_data is not None else (self.source("the demo's"),)
+        self._require_use(own + named["train_data"] + named["eval_data"])
+        return self
+
+    def _require_voice(self, source: DataSource, key: str) -> None:
+        if getattr(source, "channel", None) is not None and self.format_of(source) != "audio":
+            raise Misfit(
+                f"{source.path!r} has a channel, but Moshi's voice in format: transcribed is the left one",
+                keys=(key, "format"),
+                fix="write format: audio beside it, or leave out channel",
+            )
+
+    def _require_use(self, sources: Sequence[DataSource]) -> None:
+        """Refuse the section's `format` or `channel` if no source takes it from there."""
+        if self.format != "transcribed" and all(getattr(source, "format", None) for source in sources):
+            raise Misfit(
+                f"format: {self.format} is for sources without a format of their own, and each has one",
+                keys=("format",),
+                fix="leave it out",
+            )
+        heard = [source for source in sources if self.format_of(source) == "audio"]
+        if self.channel is not None and not heard:
+            raise Misfit(
+                f"channel: {self.channel} acts with format: audio; in format: transcribed Moshi's voice is the left",
+                keys=("channel", "format"),
+                fix="write format: audio, or leave out channel",
+            )
+        if self.channel is not None and all(getattr(source, "channel", None) for source in heard):
+            raise Misfit(
+                f"channel: {self.channel} is for sources without a channel of their own, and each has one",
+                keys=("channel",),
+                fix="leave it out",
+            )
+
+    def source(self, path: str) -> MoshiSource:
+        """What a text in `train_data` or `eval_data` names."""
+        return MoshiSource(path=path)
+
+    def format_of(self, source: DataSource) -> Format:
+        """What the recordings of a source are."""
+        return getattr(source, "format", None) or self.format
+
+    def channel_of(self, source: DataSource) -> Channel | None:
+        """Which channel of its recordings is Moshi's voice; None if they have but one."""
+        return getattr(source, "channel", None) or self.channel
 
 
 class MoshiScoreOptions(ScoreOptions):

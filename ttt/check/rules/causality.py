@@ -7,6 +7,7 @@ from functools import partial
 
 from ttt.check.rules.rule import FACTS, Context, rule
 from ttt.config.findings import Code, Family, Finding, Severity
+from ttt.config.sources import sources_of
 
 _code = partial(Code, family=Family.CAUSALITY, home=__name__)
 TTT301 = _code("TTT301", "a non-causal update in a causal backbone", Severity.ERROR)
@@ -39,7 +40,7 @@ def leaks_the_future(context: Context) -> Iterator[Finding]:
 @rule(TTT302, reads=("ttt.persistent_states", "ttt.layers", "data.shuffle"))
 def persistent_states_with_shuffle(context: Context) -> Iterator[Finding]:
     """Fast weights are carried only to the window that follows."""
-    if context.config.ttt.persistent_states and context.config.data.shuffle:
+    if context.config.ttt.persistent_states and context.config.data.shuffle is True:
         written = context.is_written("data.shuffle")
         yield TTT302.at(
             "data.shuffle" if written else "ttt.persistent_states",
@@ -47,7 +48,7 @@ def persistent_states_with_shuffle(context: Context) -> Iterator[Finding]:
                 "persistent_states: true starts a window with what the window before it taught, but "
                 f"data.shuffle: true{'' if written else ', the default,'} reads windows in random order"
             ),
-            fix="write data.shuffle: false, or persistent_states: false",
+            fix="write data.shuffle: false, or files for files in random order, or persistent_states: false",
         )
 
 
@@ -73,16 +74,17 @@ def never_a_second_mini_batch(context: Context) -> Iterator[Finding]:
 def carries_across_a_file(context: Context) -> Iterator[Finding]:
     """If states are carried, files are longer than a window, and there is more than one."""
     ttt, facts, data = context.config.ttt, context.facts, context.config.data
-    if not ttt.persistent_states or data.shuffle or facts.recordings is None or not context.has_layers:
+    if not ttt.persistent_states or data.shuffle is True or facts.recordings is None or not context.has_layers:
         return
     lines = context.recordings("train_data")
     if lines is None or not lines.complete or not lines.seconds:
         return
+    named = sources_of(data, "train_data")[0].path
     if len(lines.seconds) == 1 and context.config.train.batch_size == 1:
         yield TTT304.at(
             "ttt.persistent_states",
             message=(
-                f"{data.train_data} is one recording of {lines.seconds[0]:g} s: carried states have no file boundary "
+                f"{named} is one recording of {lines.seconds[0]:g} s: carried states have no file boundary "
                 f"to start over at, so nothing in the run shows the layers a beginning but the first window"
             ),
             fix="write one line for each recording in the data, or persistent_states: false",

@@ -12,6 +12,7 @@ from ttt.check.recordings import Lines
 from ttt.check.rules.rule import FACTS, NEEDED, Context, rule
 from ttt.config.findings import Blame, Code, Family, Finding, Severity
 from ttt.config.schema import select_layers
+from ttt.config.sources import DATA_KEYS, places_of, sources_of
 from ttt.errors import EnvironmentProblem
 from ttt.files import NEVER_MEANT, FileKind, kind_of_file
 from ttt.reading import open_file, other_kind, unreadable
@@ -41,31 +42,36 @@ TTT520 = _code("TTT520", "a file of the model that is something else", Severity.
 @rule(TTT501, reads=("data.train_data", "data.eval_data"))
 def files_exist(context: Context) -> Iterator[Finding]:
     """The data that a config names exists."""
-    for key in ("train_data", "eval_data"):
-        written = getattr(context.config.data, key)
-        if written is None:
-            continue
-        kind = other_kind(written)
-        if kind not in (None, "a folder"):
-            yield TTT501.at(
-                f"data.{key}",
-                message=f"{written!r} is {kind}, not a file; data are read more than once",
-                fix="write the path of a file or of a folder of them",
-                value=written,
-            )
-        if _exists(written):
-            continue
-        where = "" if Path(written).is_absolute() else f" in {Path.cwd()}, from where relative paths are read"
-        home = "; ~ is not expanded" if written.startswith("~") else ""
+    data = context.config.data
+    for key in DATA_KEYS:
+        for place, source in places_of(data, key).items():
+            yield from _not_there(context, key, place, source.path)
+
+
+def _not_there(context: Context, key: str, place: str, written: str) -> Iterator[Finding]:
+    kind = other_kind(written)
+    if kind not in (None, "a folder"):
         yield TTT501.at(
-            f"data.{key}",
-            message=f"{written!r} does not exist{where}{home}",
-            fix=(
-                f"write the path of the data{_way_to_make(context)}, or null"
-                + (" for the demo data" if key == "train_data" else "")
-            ),
+            place,
+            message=f"{written!r} is {kind}, not a file; data are read more than once",
+            fix="write the path of a file or of a folder of them",
             value=written,
         )
+    if _exists(written):
+        return
+    where = "" if Path(written).is_absolute() else f" in {Path.cwd()}, from where relative paths are read"
+    home = "; ~ is not expanded" if written.startswith("~") else ""
+    alone = place == f"data.{key}"
+    yield TTT501.at(
+        place,
+        message=f"{written!r} does not exist{where}{home}",
+        fix=(
+            f"write the path of the data{_way_to_make(context)}"
+            + (", or null" if alone else "")
+            + (" for the demo data" if alone and key == "train_data" else "")
+        ),
+        value=written,
+    )
 
 
 @rule(TTT501, TTT520, reads=("backbone",))
@@ -125,8 +131,9 @@ def _exists(path: str) -> bool:
 def measures_unseen_data(context: Context) -> Iterator[Finding]:
     """A config with its own training data has its own held-out data."""
     data = context.config.data
-    same = data.eval_data is not None and data.eval_data == data.train_data
-    if data.train_data is not None and _exists(data.train_data) and (data.eval_data is None or same):
+    of_training, of_evaluation = ({source.path for source in sources_of(data, key)} for key in DATA_KEYS)
+    same = bool(of_training & of_evaluation)
+    if any(map(_exists, of_training)) and (data.eval_data is None or same):
         yield TTT502.at(
             "data.eval_data" if same else "data.train_data",
             message="the evaluation reads the training data, so it does not tell learning from memorising",
@@ -168,27 +175,29 @@ def lines_can_be_read(context: Context) -> Iterator[Finding]:
     if form is None:
         return
     beside = getattr(form, "beside", None)
-    for key in ("train_data", "eval_data"):
-        lines = context.lines(key)
-        if lines is None:
-            continue
-        if not lines.count:
-            source = getattr(context.config.data, key)
-            yield TTT501.at(
-                f"data.{key}",
-                message=f"{source!r} holds no line of data; the run stops before its first step",
-                fix=f"write a .jsonl with lines such as {form.example}",
-            )
-        for code, kind, words, fix in _BROKEN:
-            places = getattr(lines, kind, ())
-            if places:
-                told = f"{_share(places, lines)} {words.format(beside=beside, lacking=form.lacking)}"
-                yield code.at(
-                    f"data.{key}",
-                    message=f"{told}: {first_few(places)}; the run stops before its first step",
-                    fix=fix.replace("{example}", form.example).replace("{beside}", beside or ""),
-                    value=len(places),
+    for key in DATA_KEYS:
+        for place, lines in context.lines(key).items():
+            if not lines.count:
+                source = places_of(context.config.data, key)[place].path
+                yield TTT501.at(
+                    place,
+                    message=f"{source!r} holds no line of data; the run stops before its first step",
+                    fix=f"write a .jsonl with lines such as {form.example}",
                 )
+            yield from _broken(lines, place, form.example, beside=beside, lacking=form.lacking)
+
+
+def _broken(lines: Lines, place: str, example: str, *, beside: str | None, lacking: str) -> Iterator[Finding]:
+    for code, kind, words, fix in _BROKEN:
+        places = getattr(lines, kind, ())
+        if places:
+            told = f"{_share(places, lines)} {words.format(beside=beside, lacking=lacking)}"
+            yield code.at(
+                place,
+                message=f"{told}: {first_few(places)}; the run stops before its first step",
+                fix=fix.replace("{example}", example).replace("{beside}", beside or ""),
+                value=len(places),
+            )
 
 
 @rule(TTT507, reads=("data", FACTS))
@@ -197,7 +206,7 @@ def recordings_fill_windows(context: Context) -> Iterator[Finding]:
     form = context.facts.recordings
     if form is None:
         return
-    for key in ("train_data", "eval_data"):
+    for key in DATA_KEYS:
         lines = context.recordings(key)
         if lines is None or not lines.seconds:
             continue

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ttt.check.estimate import Estimate, estimate
 from ttt.check.recordings import Lines, Recordings, read_lines_of, read_recordings
 from ttt.config.schema import RunConfig
+from ttt.config.sources import DataSource, places_of
 from ttt.errors import EnvironmentProblem
 from ttt.plugins.rules import rule
 
@@ -47,8 +48,7 @@ class Context:
     """Whether the caller asks what the run costs."""
     training: bool = True
     """Whether the config is for training. If not, its tasks are not listed: the command that measures them does."""
-    _recordings: dict[str, Recordings | None] = field(default_factory=dict)
-    _lines: dict[str, Lines | None] = field(default_factory=dict)
+    _lines: dict[str, Mapping[str, Lines]] = field(default_factory=dict)
 
     @property
     def backbone(self) -> Backbone:
@@ -80,20 +80,31 @@ class Context:
         return self.config.ttt.layers not in ("none", ())
 
     def recordings(self, key: str) -> Recordings | None:
-        """What the lines of `data.train_data` or `data.eval_data` say; only for rules that read `data` and `FACTS`."""
-        form = self.facts.recordings
-        if form is not None and key not in self._recordings:
-            self._recordings[key] = read_recordings(getattr(self.config.data, key), beside=form.beside)
-        return self._recordings.get(key)
+        """What the lines of `data.train_data` or `data.eval_data` say; only for rules that read `data` and `FACTS`.
 
-    def lines(self, key: str) -> Lines | None:
-        """The lines of that data, whether they name recordings or hold the data themselves."""
-        form = self.facts.lines
-        if form is None:
-            return self.recordings(key)
+        Of several sources, those of all together; None if none of them can be read.
+        """
+        read = [lines for lines in self.lines(key).values() if isinstance(lines, Recordings)]
+        return Recordings.together(read) if read else None
+
+    def lines(self, key: str) -> Mapping[str, Lines]:
+        """The lines of each source of that data that can be read, by the key that names it.
+
+        They name recordings, or hold the data themselves; empty if the backbone's data have no lines.
+        """
         if key not in self._lines:
-            self._lines[key] = read_lines_of(getattr(self.config.data, key), form)
+            named = places_of(self.config.data, key).items()
+            read = {place: self._read(source) for place, source in named}
+            self._lines[key] = {place: lines for place, lines in read.items() if lines is not None}
         return self._lines[key]
+
+    def _read(self, source: DataSource) -> Lines | None:
+        facts = self.facts
+        if facts.lines is not None:
+            return read_lines_of(source.path, facts.lines)
+        if facts.recordings is None:
+            return None
+        return read_recordings(source.path, beside=facts.recordings.beside)
 
     @functools.cached_property
     def start(self) -> AdapterInfo | EnvironmentProblem | None:
