@@ -19,6 +19,7 @@ from ttt.config.section import Section
 from ttt.config.values import (
     MOST_FACTOR,
     MOST_HEADS,
+    MOST_RANK,
     MOST_RATE,
     MOST_STEPS,
     MOST_WINDOWS,
@@ -222,7 +223,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 _TRAINABLE_ALIASES = {"sft": "all", "qkvo": "ttt+attention"}
 """TTT-Video's names for what learns (its `adapter_method`), and this project's."""
 Trainable = Annotated[
-    Literal["ttt", "ttt+attention", "all", "sft", "qkvo"],
+    Literal["ttt", "ttt+attention", "ttt+ttt_layer_attention", "all", "sft", "qkvo"],
     AfterValidator(lambda value: _TRAINABLE_ALIASES.get(value, value)),
 ]
 """What learns, stored under this project's name."""
@@ -247,8 +248,11 @@ class TrainConfig(Section):
     """Multiplier of `lr` for the gates α."""
     backbone_lr_multiplier: Annotated[float, Field(ge=0, le=MOST_FACTOR)] = 1.0
     """Multiplier of `lr` for the unfrozen parts of the backbone."""
+    lora_lr_multiplier: Annotated[float, Field(ge=0, le=MOST_FACTOR)] = 1.0
+    """Multiplier of `lr` for LoRA."""
     trainable: Trainable = "ttt"
-    """What learns: the TTT layers and gates, also the backbone's attention (qkvo), or everything (sft)."""
+    """What learns: the adapters (TTT layers and gates, LoRA), also the backbone's attention (qkvo) or only that of the
+    layers that have TTT, or everything (sft)."""
     weight_decay: Annotated[float, Field(ge=0, le=MOST_FACTOR)] = 0.1
     """AdamW's decay, on matrices; gates, norms, biases and learned rates have none."""
     betas: Annotated[
@@ -301,6 +305,30 @@ class TrainConfig(Section):
         return self
 
 
+Adapter = Literal["ttt", "lora", "ttt+lora"]
+"""What is added to the backbone."""
+Linears = Literal["all", "transformer", "attention", "feed_forward"]
+"""Which of a backbone's linear layers LoRA goes into."""
+
+
+class LoraConfig(Section):
+    """The `lora` section: LoRA (arXiv 2106.09685) in the backbone's linear layers, alone or beside TTT.
+
+    `W x` becomes `W x + scaling · B A x`, where A starts at random and B at zero.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=MOST_RANK)] | Literal["match"] = 64
+    """Rows of A. match takes the rank with which LoRA's parameters come nearest to those of the TTT layers that the
+    `ttt` section describes, whether they are there or not."""
+    scaling: Annotated[float, Field(gt=0, le=MOST_FACTOR)] = 2.0
+    """Factor of B A x: as moshi-finetune has it, and PEFT's `lora_alpha / r`."""
+    linears: Linears = "all"
+    """Which linear layers: all of the model (as moshi-finetune has it), those of the main transformer, or of its
+    attention or feed-forward alone."""
+    init_from: str | None = None
+    """A LoRA to start from, in the backbone's own format, as moshi-finetune's `lora.safetensors`; null starts anew."""
+
+
 STAND_IN_WINDOWS = 64
 """How many windows of training data an evaluation reads if there is no held-out data; whole batches."""
 
@@ -334,8 +362,12 @@ class RunConfig(Section, Generic[OptionsT, DataT]):
 
     backbone: OptionsT
     """The pretrained model."""
+    adapter: Adapter = "ttt"
+    """What is added to the backbone: TTT layers, LoRA, or both."""
     ttt: TTTConfig = Field(default_factory=lambda: TTTConfig.model_validate({}))
-    """The TTT layers."""
+    """The TTT layers. With `adapter: lora` none is added, and the section only says what `lora.rank: match` counts."""
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    """LoRA, if `adapter` names it."""
     data: DataT = Field(default_factory=dict, validate_default=True)
     """What it is trained on."""
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -344,6 +376,16 @@ class RunConfig(Section, Generic[OptionsT, DataT]):
     """How it is measured."""
     run_dir: str | None = None
     """Where the run's files go; null makes a new folder under `runs/`."""
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the run adds LoRA to the backbone."""
+        return self.adapter != "ttt"
+
+    @property
+    def injected(self) -> TTTConfig:
+        """The TTT layers that the run adds: the `ttt` section, without layers if `adapter: lora`."""
+        return self.ttt.model_copy(update={"layers": "none"}) if self.adapter == "lora" else self.ttt
 
 
 def select_layers(layers: Literal["all", "middle", "none"] | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
