@@ -60,12 +60,13 @@ ROOMS = (
     *("ttt.reading", "ttt.jsonl", "ttt.files", "ttt.packaged", "ttt.checkpoint_folder", "ttt.dotted", "ttt.interrupt"),
     *("ttt.prompts", "ttt.drawing"),
     # the mathematics, this machine, what a run is and costs, what a plugin provides
-    *("ttt.ops", "ttt.seeds", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins", "ttt.devices"),
+    *("ttt.ops", "ttt.seeds", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins", "ttt.devices", "ttt.lora_file"),
     # the layer, and putting it into a model
     *(
         "ttt.state",
         "ttt.layer_inputs",
         "ttt.layer",
+        "ttt.lora",
         "ttt.adapter",
         "ttt.inject",
         "ttt.evidence",

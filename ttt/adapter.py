@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ttt.config import TTTConfig
 from ttt.layer import Rotary, TTTLayer
+from ttt.lora import LoraLinear
 from ttt.state import TTTState
 
 
@@ -126,16 +127,21 @@ class TTTAdapter(nn.Module):
 
 @contextlib.contextmanager
 def gates_closed(model: nn.Module) -> Iterator[None]:
-    """Run the model as if nothing had been injected: inside, every gate returns its first argument."""
+    """Run the model as if nothing had been injected: inside, every gate returns its first argument, and LoRA is off."""
     gates = [module for module in model.modules() if isinstance(module, Gate)]
-    before = [gate.closed for gate in gates]
+    linears = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    before = [gate.closed for gate in gates], [linear.lora_off for linear in linears]
     try:
         for gate in gates:
             gate.closed = True
+        for linear in linears:
+            linear.lora_off = True
         yield
     finally:
-        for gate, closed in zip(gates, before, strict=True):
+        for gate, closed in zip(gates, before[0], strict=True):
             gate.closed = closed
+        for linear, off in zip(linears, before[1], strict=True):
+            linear.lora_off = off
 
 
 @dataclass

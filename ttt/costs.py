@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ttt.config.schema import TTTConfig, inner_widths
@@ -239,6 +240,21 @@ def layer_activation_bytes(config: TTTConfig, *, dim: int, num_heads: int, token
     heads = config.num_heads or num_heads
     per_head = heads * (3 + 4 * config.normalize_qk + 2 * config.normalize_target)
     return WIDE * batch_size * tokens * (widths * dim + per_head)
+
+
+# --- LoRA ---
+
+
+def lora_parameters(shapes: Mapping[tuple[int, int], int], rank: int) -> int:
+    """How many parameters LoRA of a rank has, in so many linear layers by input and output width."""
+    return rank * sum(count * (fan_in + fan_out) for (fan_in, fan_out), count in shapes.items())
+
+
+def matched_rank(shapes: Mapping[tuple[int, int], int], parameters: int) -> int:
+    """The rank, at least 1, with which LoRA in these linear layers comes nearest to so many parameters."""
+    of_one = lora_parameters(shapes, 1)
+    below = max(1, parameters // of_one)
+    return min((below, below + 1), key=lambda rank: abs(rank * of_one - parameters))
 
 
 # --- arithmetic ---

@@ -12,17 +12,18 @@ import itertools
 import keyword
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttt.adapter import TTTAdapter
 from ttt.config import TTTConfig
+from ttt.config.lora import LoraSettings
 from ttt.config.schema import select_layers
 from ttt.errors import InjectionError
 from ttt.layer import TTTLayer
 from ttt.layer_inputs import check_head_width
+from ttt.lora import Lora, LoraPlan, keep_where_absent
 from ttt.plugins.site import Site
 
 
@@ -37,13 +38,17 @@ class Plan:
 class Injection:
     """TTT in a model: its adapters, and `eject` to take them out again."""
 
-    def __init__(self, model: nn.Module, plan: Plan, originals: Sequence[type[nn.Module]]) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, originals: Sequence[type[nn.Module]], lora: Lora | None = None
+    ) -> None:
         self.model = model
         """The adapted model: the object that was given to `apply`."""
         self.config = plan.config
         """The `ttt` section."""
         self.sites = plan.sites
         """The sites that have an adapter, in order of layers."""
+        self.lora = lora
+        """LoRA beside the adapters, or alone; None if there is none."""
         self._originals = tuple(originals)
         self._ejected = False
 
@@ -53,12 +58,23 @@ class Injection:
         return {} if self._ejected else {site.name: getattr(site.module, site.attribute) for site in self.sites}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The adapters' parameters under their names in the model; none of the backbone's."""
-        return {
+        """The adapters' parameters, LoRA's included, under their names in the model; none of the backbone's."""
+        of_ttt = {
             f"{name}.{key}": value
             for name, adapter in self.adapters.items()
             for key, value in adapter.state_dict().items()
         }
+        return {**of_ttt, **{name: value.detach() for name, value in self.lora_parameters.items()}}
+
+    @property
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        """LoRA's parameters under their names in the model; empty if there is none."""
+        return {} if self.lora is None else self.lora.parameters()
+
+    @property
+    def lora_settings(self) -> LoraSettings | None:
+        """Rank, scaling and linear layers of LoRA; None if there is none."""
+        return None if self.lora is None else self.lora.settings
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values into the adapters' parameters.
@@ -78,10 +94,15 @@ class Injection:
             raise InjectionError(f"these tensors do not fit the adapters: {'; '.join(problems)}")
         for name, adapter in self.adapters.items():  # by its own method, so that its hooks know of it
             adapter.load_state_dict({key: tensors[f"{name}.{key}"] for key in adapter.state_dict()})
+        with torch.no_grad():
+            for name, parameter in self.lora_parameters.items():
+                parameter.copy_(tensors[name])
 
     def eject(self) -> None:
         """Restore the model as it was. A second call does nothing."""
         if not self._ejected:
+            if self.lora is not None:
+                self.lora.remove()
             _detach_all(self.sites, self._originals)
             self._ejected = True
 
@@ -191,8 +212,9 @@ def apply(
     *,
     causal: bool = True,
     seed: int = 0,
+    lora: LoraPlan | None = None,
 ) -> Injection:
-    """Inject TTT into the model, in place.
+    """Inject TTT into the model, in place; LoRA beside it, or, if the config names no layer, alone.
 
     Each adapter is made on its site's device and in its train or eval mode, in float32, or in float64 if the site is.
     Its values depend on the seed and the layer alone. A state dict of the plain backbone still loads into the adapted
@@ -204,9 +226,10 @@ def apply(
         config: the `ttt` section.
         causal: whether the backbone is causal.
         seed: seed of the adapters' initial values.
+        lora: where LoRA goes; None leaves it out.
 
     Raises:
-        InjectionError: see `plan`; the model is then unchanged.
+        InjectionError: see `plan` and `ttt.lora.Lora`; the model is then unchanged.
     """
     planned = plan(sites, config, causal=causal, model=model)
     adapters = [_make_adapter(model, site, config, seed) for site in planned.sites]
@@ -216,10 +239,11 @@ def apply(
     try:
         for site, adapter in zip(planned.sites, adapters, strict=True):
             site.attach(adapter)
+        added = None if lora is None else Lora(model, lora, seed=seed)
     except BaseException:
         _detach_all(planned.sites, originals)
         raise
-    return Injection(model, planned, originals)
+    return Injection(model, planned, originals, added)
 
 
 def prepare(sites: Sequence[Site], config: TTTConfig, *, causal: bool = True) -> None:
@@ -249,14 +273,8 @@ def _make_adapter(model: nn.Module, site: Site, config: TTTConfig, seed: int) ->
         if isinstance(module, TTTLayer):
             module.reset_parameters(generator)
     adapter.train(site.module.training)
-    adapter.register_load_state_dict_pre_hook(_keep_where_absent)
+    adapter.register_load_state_dict_pre_hook(keep_where_absent)
     return adapter
-
-
-def _keep_where_absent(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a state dict of the plain backbone load strictly: give it the adapter's own values."""
-    if not any(name.startswith(prefix) for name in state_dict):
-        state_dict.update(module.state_dict(prefix=prefix))
 
 
 def _detach_all(sites: Sequence[Site], originals: Sequence[type[nn.Module]]) -> None:

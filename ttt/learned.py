@@ -76,10 +76,11 @@ def learned_model(
 
 
 def _require_fit(info: AdapterInfo, config: RunConfig, backbone: Backbone, *, as_start: bool) -> None:
-    layers = select_layers(config.ttt.layers, backbone.facts(config).num_layers)
+    layers = select_layers(config.injected.layers, backbone.facts(config).num_layers)
     identity = backbone_identity(backbone, config.backbone)
-    differences = config_differences(info, config.ttt, backbone=identity, layers=layers, as_start=as_start)
-    way_out = way_to_fit(info, config.ttt, as_start=as_start)
+    lora = config.lora if config.has_lora else None
+    differences = config_differences(info, config.ttt, backbone=identity, layers=layers, lora=lora, as_start=as_start)
+    way_out = way_to_fit(info, config.ttt, has_ttt=bool(layers), lora=lora, as_start=as_start)
     if differences:
         raise AdapterMismatchError(
             f"{info.path}: belongs to something else: {'; '.join(differences)}{way_out and f'; {way_out}'}"

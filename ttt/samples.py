@@ -49,6 +49,7 @@ def shared_origin(config: RunConfig, learned: AdapterInfo | None, *, as_start: b
     return {
         "adapter": None if learned is None else _content_of(learned),
         **dotted({"backbone": settings["backbone"], "ttt": settings["ttt"], "data": data}),
+        **(dotted({"lora": settings["lora"]}) | {"ttt.layers": str(config.injected.layers)} if config.has_lora else {}),
         "train.param_dtype": config.train.param_dtype,
         **seed,
         "ttt_version": __version__,

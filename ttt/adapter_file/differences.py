@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ttt.adapter_file.format import AdapterInfo, SiteInfo
+from ttt.config.lora import Adapter, LoraConfig, LoraSettings
 from ttt.config.schema import TTTConfig
 from ttt.dotted import dotted
 from ttt.files import TensorFacts
@@ -28,7 +29,13 @@ def free_settings(*, as_start: bool) -> frozenset[str]:
 
 
 def config_differences(
-    info: AdapterInfo, ttt: TTTConfig, *, backbone: Mapping[str, Any], layers: Sequence[int], as_start: bool = False
+    info: AdapterInfo,
+    ttt: TTTConfig,
+    *,
+    backbone: Mapping[str, Any],
+    layers: Sequence[int],
+    lora: LoraConfig | None = None,
+    as_start: bool = False,
 ) -> list[str]:
     """What keeps an adapter from being loaded into a config's model, as far as settings say; needs no torch.
 
@@ -37,6 +44,7 @@ def config_differences(
         ttt: the config's settings.
         backbone: name and options of its backbone, as `backbone_identity` gives them.
         layers: its TTT layers.
+        lora: its LoRA; None if it has none.
         as_start: as in `load_adapter`.
 
     Returns:
@@ -44,16 +52,60 @@ def config_differences(
         what it says.
     """
     before, here = sorted(site.layer for site in info.sites), sorted(layers)
+    differences = option_differences(info.backbone, backbone) + adapter_differences(info, bool(here), lora)
+    if info.kind != kind_of(bool(here), lora):
+        return differences
+    if says_of_ttt(info):
+        differences += setting_differences(info.ttt, ttt, free_settings(as_start=as_start))
+    return differences + ([] if before == here else [_difference("ttt.layers", before, here)])
+
+
+def kind_of(has_ttt: bool, lora: LoraConfig | LoraSettings | None) -> Adapter:
+    """What is added to a backbone, as `adapter` in a config says it."""
+    if lora is None:
+        return "ttt"
+    return "ttt+lora" if has_ttt else "lora"
+
+
+def says_of_ttt(info: AdapterInfo) -> bool:
+    """Whether an adapter's TTT settings mean something: not those of LoRA alone."""
+    return info.kind != "lora"
+
+
+def adapter_differences(info: AdapterInfo, has_ttt: bool, lora: LoraConfig | LoraSettings | None) -> list[str]:
+    """How what a file adds to the backbone differs from what a config or a model adds: TTT, LoRA and its settings."""
     return [
-        *option_differences(info.backbone, backbone),
-        *setting_differences(info.ttt, ttt, free_settings(as_start=as_start)),
-        *([] if before == here else [_difference("ttt.layers", before, here)]),
+        _difference(key, value, kind_of(has_ttt, lora) if key == "adapter" else getattr(lora, key.partition(".")[2]))
+        for key, value in _other_lora(info, has_ttt, lora).items()
     ]
 
 
-def way_to_fit(info: AdapterInfo, ttt: TTTConfig, *, as_start: bool = False) -> str:
+def _other_lora(info: AdapterInfo, has_ttt: bool, lora: LoraConfig | LoraSettings | None) -> dict[str, Any]:
+    """The keys of LoRA that differ, as the file has them. A rank that is yet to be matched differs from none."""
+    if info.kind != kind_of(has_ttt, lora):
+        return {"adapter": info.kind}
+    return {
+        f"lora.{key}": getattr(info.lora, key)
+        for key in (("rank", "scaling", "linears") if lora is not None else ())
+        if getattr(lora, key) not in ("match", getattr(info.lora, key))
+    }
+
+
+def way_to_fit(
+    info: AdapterInfo,
+    ttt: TTTConfig,
+    *,
+    has_ttt: bool = True,
+    lora: LoraConfig | LoraSettings | None = None,
+    as_start: bool = False,
+) -> str:
     """What to write so that a config's settings are those of an adapter; empty if they are."""
-    return way_out(differing(info.ttt, ttt, free_settings(as_start=as_start)))
+    keys = _other_lora(info, has_ttt, lora)
+    if says_of_ttt(info):
+        free = free_settings(as_start=as_start)
+        keys |= {f"ttt.{key}": value for key, value in differing(info.ttt, ttt, free).items()}
+    given = (f"--set {shell_word(f'{key}={json.dumps(value)}')}" for key, value in keys.items())
+    return f"give the config the file's: {' '.join(given)}" if keys else ""
 
 
 @dataclass(frozen=True)
@@ -81,7 +133,7 @@ def changed_at_start(info: AdapterInfo, ttt: TTTConfig) -> list[ChangedSetting]:
     return [
         ChangedSetting(f"ttt.{key}", getattr(info.ttt, key), getattr(ttt, key))
         for key in _COMPUTED_WITH
-        if getattr(info.ttt, key) != getattr(ttt, key)
+        if says_of_ttt(info) and getattr(info.ttt, key) != getattr(ttt, key)
     ]
 
 
@@ -105,12 +157,6 @@ def differing(theirs: TTTConfig, ours: TTTConfig, free: frozenset[str]) -> dict[
     """The settings that differ, as the file has them."""
     before, here = theirs.model_dump(mode="json"), ours.model_dump(mode="json")
     return {key: value for key, value in before.items() if value != here[key] and key not in free}
-
-
-def way_out(settings: Mapping[str, Any]) -> str:
-    """What to write, or to give a command, so that a config's settings are those of a file."""
-    given = (f"--set {shell_word(f'ttt.{key}={json.dumps(value)}')}" for key, value in settings.items())
-    return f"give the config the file's: {' '.join(given)}" if settings else ""
 
 
 def site_differences(theirs: Sequence[SiteInfo], ours: Sequence[SiteInfo]) -> list[str]:

@@ -83,11 +83,12 @@ def _ranks(values: str) -> list[int]:
 def _backbone_parameters(
     injection: Injection, without: set[str] | frozenset[str]
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    adapters = tuple(f"{name}." for name in injection.adapters)
     wrapped = _wrapped_modules(injection.model)
+    of_adapters = {id(parameter) for adapter in injection.adapters.values() for parameter in adapter.parameters()}
+    of_adapters |= {id(parameter) for parameter in injection.lora_parameters.values()}
     for name, parameter in injection.model.named_parameters():
         plain = _plain_name(name, wrapped)
-        if plain is not None and name not in without and not name.startswith(adapters):
+        if plain is not None and name not in without and id(parameter) not in of_adapters:
             yield plain, parameter
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ttt.config.lora import Adapter, LoraSettings
 from ttt.config.schema import BackboneOptions, TTTConfig
 from ttt.files import TensorFacts
 
@@ -19,9 +20,10 @@ CONFIG = "adapter_config.json"
 BACKBONE = "backbone_model.safetensors"
 
 FORMAT = "ttt-adapter"
-VERSION = 3
+VERSION = 4
 """Of the files' layout; a file with a greater one is refused. From 2 on each file carries a checksum, and from 3 on the
-normalised target has an ε of its own (`with_its_target_eps`)."""
+normalised target has an ε of its own (`with_its_target_eps`). Only files with LoRA are of version 4."""
+VERSION_WITHOUT_LORA = 3
 MAX_HEADER = 8_000_000
 """Bytes of a header's JSON: settings, and some 60,000 tensors."""
 MAX_SITES = 10_000
@@ -62,11 +64,20 @@ class AdapterInfo:
     backbone_trained: str | None
     """Ties it to the `backbone_model.safetensors` that it needs; None if the backbone was frozen."""
     ttt: TTTConfig
-    """Every TTT setting."""
+    """Every TTT setting; if there are no sites, no layer has TTT and they say nothing."""
     sites: tuple[SiteInfo, ...]
+    lora: LoraSettings | None
+    """Of the LoRA among its tensors; None if there is none."""
     training: Mapping[str, Any]
     """How it was trained, as far as the writer said."""
     tensors: Mapping[str, TensorFacts]
+
+    @property
+    def kind(self) -> Adapter:
+        """What it adds to the backbone, as `adapter` in a config says it."""
+        if self.lora is None:
+            return "ttt"
+        return "ttt+lora" if self.sites else "lora"
 
     @property
     def parameters(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,25 @@ from torch import nn
 
 from ttt import inject
 from ttt.adapter_file.differences import (
-    differing,
+    adapter_differences,
     free_settings,
     option_differences,
+    says_of_ttt,
     setting_differences,
     shapes,
     site_differences,
     tensor_differences,
-    way_out,
+    way_to_fit,
 )
 from ttt.adapter_file.fingerprint import same_weights
 from ttt.adapter_file.format import BACKBONE, AdapterInfo, site_infos
 from ttt.adapter_file.reading import read_info, trained_backbone
+from ttt.config.lora import Linears
 from ttt.errors import AdapterFileError, AdapterMismatchError, EnvironmentProblem, InjectionError
 from ttt.files import read_tensors
 from ttt.inject import Injection
-from ttt.plugins import Site
+from ttt.lora import LoraPlan
+from ttt.plugins import LoraSite, Site
 from ttt.printable import shell_word
 from ttt.words import first_line
 
@@ -36,6 +39,7 @@ def load_adapter(
     model: nn.Module,
     *,
     sites: Sequence[Site] | None = None,
+    lora_sites: LoraSites | None = None,
     injection: Injection | None = None,
     backbone: Mapping[str, Any] | None = None,
     causal: bool = True,
@@ -51,6 +55,7 @@ def load_adapter(
         path: the safetensors file, its folder, or a run's folder (then its last checkpoint).
         model: the backbone, plain or injected.
         sites: what the backbone offers, for a plain model.
+        lora_sites: the backbone's `lora_sites`, for a plain model and a file with LoRA.
         injection: of an injected model, instead of `sites`.
         backbone: name and options, as `backbone_identity` gives them; of None, those are checked that can be read off
             the model (`Site.known_options`).
@@ -73,16 +78,18 @@ def load_adapter(
     differences = _backbone_differences(info, sites if injection is None else injection.sites, backbone)
     if injection is not None:
         free = free_settings(as_start=as_start)
-        differences += setting_differences(info.ttt, injection.config, free)
+        differences += adapter_differences(info, bool(injection.sites), injection.lora_settings)
+        differences += setting_differences(info.ttt, injection.config, free) if says_of_ttt(info) else []
         differences += site_differences(info.sites, site_infos(injection.sites, injection.config))
-        _check_and_copy(info, model, injection, differences, check_weights=check_weights, free=free)
+        _check_and_copy(info, model, injection, differences, check_weights=check_weights, as_start=as_start)
         return injection
     assert sites is not None
-    _require_fit(info, sites, causal, differences)  # before memory is taken that the settings alone ask for
-    made = _inject(info, model, sites, causal, differences)
+    plan = _plan_of_lora(info, model, lora_sites)
+    _require_fit(info, sites, plan, causal, differences)  # before memory is taken that the settings alone ask for
+    made = _inject(info, model, sites, plan, causal, differences)
     try:
         differences += site_differences(info.sites, site_infos(made.sites, made.config))
-        _check_and_copy(info, model, made, differences, check_weights=check_weights, free=free_settings(as_start=False))
+        _check_and_copy(info, model, made, differences, check_weights=check_weights)
     except BaseException:
         made.eject()
         raise
@@ -99,17 +106,42 @@ def _backbone_differences(
     return list(dict.fromkeys([*given, *option_differences(theirs, known)]))
 
 
+LoraSites = Callable[[nn.Module, Linears], Sequence[LoraSite]]
+"""`LowRank.lora_sites` of a backbone."""
+
+
+def _plan_of_lora(info: AdapterInfo, model: nn.Module, lora_sites: LoraSites | None) -> LoraPlan | None:
+    """Where the LoRA of a file goes; None if it has none.
+
+    Raises:
+        AdapterMismatchError: nobody says which linear layers it is of.
+    """
+    if info.lora is None:
+        return None
+    if lora_sites is None:
+        _refuse(info.path, ["it holds LoRA, and no lora_sites are given; give those of the backbone"])
+    assert lora_sites is not None
+    return LoraPlan(tuple(lora_sites(model, info.lora.linears)), info.lora)
+
+
 def _inject(
-    info: AdapterInfo, model: nn.Module, sites: Sequence[Site], causal: bool, differences: Sequence[str]
+    info: AdapterInfo,
+    model: nn.Module,
+    sites: Sequence[Site],
+    lora: LoraPlan | None,
+    causal: bool,
+    differences: Sequence[str],
 ) -> Injection:
     try:
-        return inject.apply(model, sites, info.ttt, causal=causal)
+        return inject.apply(model, sites, info.ttt, causal=causal, lora=lora)
     except InjectionError as error:
         _refuse(info.path, [*differences, str(error)])
         raise
 
 
-def _require_fit(info: AdapterInfo, sites: Sequence[Site], causal: bool, differences: Sequence[str]) -> None:
+def _require_fit(
+    info: AdapterInfo, sites: Sequence[Site], lora: LoraPlan | None, causal: bool, differences: Sequence[str]
+) -> None:
     """Compare the file's tensors with those that its settings would make here, without memory for any of them.
 
     Raises:
@@ -126,6 +158,7 @@ def _require_fit(info: AdapterInfo, sites: Sequence[Site], causal: bool, differe
                     for site in planned.sites
                     for name, tensor in inject.bare_adapter(site, info.ttt).state_dict().items()
                 }
+            made |= {} if lora is None else lora.shapes()
             found = tensor_differences(shapes(info.tensors), made, complete=True)
     except InjectionError as error:
         found.append(str(error))
@@ -141,7 +174,7 @@ def _check_and_copy(
     differences: list[str],
     *,
     check_weights: bool,
-    free: frozenset[str],
+    as_start: bool = False,
 ) -> None:
     """Check what is left to check, then copy every tensor.
 
@@ -159,7 +192,10 @@ def _check_and_copy(
     known = info.backbone_weights if check_weights and not differences else None
     if known and not same_weights(known, injection, without=set(trained)):
         differences.append("the backbone's weights: other values here than those that it was trained on")
-    _refuse(info.path, differences, way_out=way_out(differing(info.ttt, injection.config, free)))
+    way_out = way_to_fit(
+        info, injection.config, has_ttt=bool(injection.sites), lora=injection.lora_settings, as_start=as_start
+    )
+    _refuse(info.path, differences, way_out=way_out)
     try:
         tensors = read_tensors(info.path, verify=False)  # done, if it is asked for
         of_backbone = read_tensors(info.path.with_name(BACKBONE), verify=False) if trained else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -22,6 +23,7 @@ from ttt.adapter_file.format import (
 )
 from ttt.checkpoint_folder import newest_checkpoint
 from ttt.checksums import no_duplicates
+from ttt.config.lora import LoraConfig, LoraSettings
 from ttt.config.schema import TTTConfig, with_its_target_eps
 from ttt.dotted import dotted
 from ttt.errors import AdapterFileError, EnvironmentProblem
@@ -99,15 +101,27 @@ def _parse(file: Path, text: str, header: Header) -> AdapterInfo:
                 SiteInfo(int(site["layer"]), str(site["name"]), int(site["dim"]), int(site["num_heads"]))
                 for site in settings["sites"]
             ),
+            lora=_lora(settings.get("lora")),
             training=dict(settings["training"]),
             tensors=header.tensors,
         )
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, ("ttt", *first["loc"])))
+        section = "lora" if error.title == LoraConfig.__name__ else "ttt"
+        where = ".".join(map(str, (section, *first["loc"])))
         raise AdapterFileError(f"{file}: the settings in its header do not hold: {where}: {first['msg']}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise AdapterFileError(f"{file}: the settings in its header do not parse") from None
+
+
+def _lora(settings: Mapping[str, Any] | None) -> LoraSettings | None:
+    """The settings of LoRA, if a header has some."""
+    if settings is None:
+        return None
+    checked = LoraConfig.model_validate(settings)
+    if checked.rank == "match":
+        raise ValueError("rank")
+    return LoraSettings(checked.rank, checked.scaling, checked.linears)
 
 
 def _require_same_json(file: Path, text: str) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ttt.adapter_file.fingerprint import weights_fingerprint
-from ttt.adapter_file.format import BACKBONE, CONFIG, FORMAT, MODEL, SETTINGS, VERSION, site_infos
+from ttt.adapter_file.format import BACKBONE, CONFIG, FORMAT, MODEL, SETTINGS, VERSION, VERSION_WITHOUT_LORA, site_infos
 from ttt.files import write_tensors, write_text, writing
 from ttt.inject import Injection
 from ttt.printable import json_text
@@ -46,9 +47,9 @@ def save_adapter(
     folder = Path(folder)
     trained = set(backbone_tensors or ())
     pair = uuid.uuid4().hex if trained else None
-    settings = {
+    settings: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION_WITHOUT_LORA if injection.lora is None else VERSION,
         "ttt_version": __version__,
         "backbone": dict(backbone),
         "backbone_weights": weights_fingerprint(injection, without=trained),
@@ -57,6 +58,8 @@ def save_adapter(
         "sites": [vars(site) for site in site_infos(injection.sites, injection.config)],
         "training": dict(training or {}),
     }
+    if injection.lora is not None:
+        settings["lora"] = asdict(injection.lora.settings)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if backbone_tensors:

@@ -118,7 +118,7 @@ def _set_defaults(properties: dict[str, Any], backbones: Sequence[Backbone]) -> 
 def _property(key: str, alternatives: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The schema of one top-level key. A section may also be null: all its keys commented out."""
     described = {"description": alternatives[0].get("description", "")}
-    if key == "run_dir":
+    if key in ("adapter", "run_dir"):
         return dict(alternatives[0])
     references = [{"$ref": f"#/$defs/{_target(each)}"} for each in alternatives]
     distinct = [reference for at, reference in enumerate(references) if reference not in references[:at]]

@@ -32,7 +32,7 @@ from ttt.plugins.rules import Rule
 from ttt.plugins.run_config import run_config_model, with_defaults
 from ttt.printable import printable
 
-_SECTIONS = tuple(name for name in RunConfig.model_fields if name != "run_dir")
+_SECTIONS = tuple(name for name in RunConfig.model_fields if name not in ("adapter", "run_dir"))
 
 _MOST = {
     **{"dim": 1 << 24, "num_heads": 1 << 20, "num_layers": 1 << 16, "layers_per_checkpoint": 1 << 20, "gates": 1 << 10},
@@ -378,7 +378,7 @@ class _Check:
 
     def _add_refused(self, error: TTTError) -> None:
         """Add a finding about a key, or a whole section, that a plugin refused."""
-        path = error.key if error.key is not None and error.key.split(".")[0] in _SECTIONS else "backbone"
+        path = error.key if error.key is not None and error.key.split(".")[0] in RunConfig.model_fields else "backbone"
         code = TTT605 if isinstance(error, EnvironmentProblem) else TTT106
         self._add(code, path, error.told, error.fix)
 

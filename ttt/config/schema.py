@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ttt.config.evaluation import EvalConfig
 from ttt.config.group_size import cost_of_groups_of_one
+from ttt.config.lora import Adapter, LoraConfig
 from ttt.config.misfit import Misfit
 from ttt.config.section import Section
 from ttt.config.sources import DataSource
@@ -223,7 +224,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 _TRAINABLE_ALIASES = {"sft": "all", "qkvo": "ttt+attention"}
 """TTT-Video's names for what learns (its `adapter_method`), and this project's."""
 Trainable = Annotated[
-    Literal["ttt", "ttt+attention", "all", "sft", "qkvo"],
+    Literal["ttt", "ttt+attention", "ttt+ttt_layer_attention", "all", "sft", "qkvo"],
     AfterValidator(lambda value: _TRAINABLE_ALIASES.get(value, value)),
 ]
 """What learns, stored under this project's name."""
@@ -248,8 +249,11 @@ class TrainConfig(Section):
     """Multiplier of `lr` for the gates α."""
     backbone_lr_multiplier: Annotated[float, Field(ge=0, le=MOST_FACTOR)] = 1.0
     """Multiplier of `lr` for the unfrozen parts of the backbone."""
+    lora_lr_multiplier: Annotated[float, Field(ge=0, le=MOST_FACTOR)] = 1.0
+    """Multiplier of `lr` for LoRA."""
     trainable: Trainable = "ttt"
-    """What learns: the TTT layers and gates, also the backbone's attention (qkvo), or everything (sft)."""
+    """What learns: the adapters (TTT layers and gates, LoRA), also the backbone's attention (qkvo) or only that of the
+    layers that have TTT, or everything (sft)."""
     weight_decay: Annotated[float, Field(ge=0, le=MOST_FACTOR)] = 0.1
     """AdamW's decay, on matrices; gates, norms, biases and learned rates have none."""
     betas: Annotated[
@@ -339,8 +343,12 @@ class RunConfig(Section, Generic[OptionsT, DataT]):
 
     backbone: OptionsT
     """The pretrained model."""
+    adapter: Adapter = "ttt"
+    """What is added to the backbone: TTT layers, LoRA, or both."""
     ttt: TTTConfig = Field(default_factory=lambda: TTTConfig.model_validate({}))
-    """The TTT layers."""
+    """The TTT layers. With `adapter: lora` none is added, and the section only says what `lora.rank: match` counts."""
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    """LoRA, if `adapter` names it."""
     data: DataT = Field(default_factory=dict, validate_default=True)
     """What it is trained on."""
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -349,6 +357,16 @@ class RunConfig(Section, Generic[OptionsT, DataT]):
     """How it is measured."""
     run_dir: str | None = None
     """Where the run's files go; null makes a new folder under `runs/`."""
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the run adds LoRA to the backbone."""
+        return self.adapter != "ttt"
+
+    @property
+    def injected(self) -> TTTConfig:
+        """The TTT layers that the run adds: the `ttt` section, without layers if `adapter: lora`."""
+        return self.ttt.model_copy(update={"layers": "none"}) if self.adapter == "lora" else self.ttt
 
 
 def select_layers(layers: Literal["all", "middle", "none"] | tuple[int, ...], num_layers: int) -> tuple[int, ...]:

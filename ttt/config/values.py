@@ -24,6 +24,8 @@ MOST_LAYERS = 4096
 """Layers of a backbone, and numbers of them in a list."""
 MOST_HEADS = 1 << 16
 """Heads of a layer."""
+MOST_RANK = 1 << 20
+"""Of LoRA."""
 MOST_UNITS = 10**12
 """Width of an inner model's hidden layer."""
 MOST_RATE = 1e30

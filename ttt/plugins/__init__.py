@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ttt.plugins.capabilities import (
         Capability,
         DiffusionScoring,
+        LowRank,
         Precomputing,
         Sampling,
         Scoring,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ttt.plugins.hookspecs import hookimpl
     from ttt.plugins.imported import Import, ImportedConfig
     from ttt.plugins.loggers import Logger
+    from ttt.plugins.lora_site import LoraSite
     from ttt.plugins.rows import StepRows, rows_of_step
     from ttt.plugins.rules import Rule, rule
     from ttt.plugins.run_config import run_config_model
@@ -51,6 +53,8 @@ _EXPORTS = {
     "ImportedConfig": "ttt.plugins.imported",
     "Logger": "ttt.plugins.loggers",
     "LineFormat": "ttt.plugins.facts",
+    "LoraSite": "ttt.plugins.lora_site",
+    "LowRank": "ttt.plugins.capabilities",
     "LossOutput": "ttt.plugins.data",
     "NeededFile": "ttt.plugins.facts",
     "PluginInfo": "ttt.plugins.discovery",
@@ -103,7 +107,9 @@ __all__ = [
     "ImportedConfig",
     "LineFormat",
     "Logger",
+    "LoraSite",
     "LossOutput",
+    "LowRank",
     "NeededFile",
     "PluginInfo",
     "Precomputing",

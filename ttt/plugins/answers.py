@@ -13,7 +13,9 @@ from ttt.plugins.asking import AskedDataset, WrongAnswer, asked
 from ttt.plugins.asking import with_its_type as _named
 from ttt.plugins.scoring_answers import SCORING_ANSWERS
 
-_OF_A_LINE = frozenset({"step", "loss", "layers", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes"})
+_OF_A_LINE = frozenset(
+    {"step", "loss", "layers", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "lora_share"}
+)
 """Names in a line of `metrics.jsonl` that a backbone must not use."""
 _OF_A_DATASET = ("__len__", "__getitem__", "collate", "files", "describe", "notice")
 
@@ -179,6 +181,56 @@ def _wrong_in(site: Any) -> Iterable[str]:
         yield f"attribute is {site.attribute!r}, not the name of a child module"
 
 
+def _lora_sites(backbone: Any, answer: Any) -> Any:
+    from ttt.plugins.lora_site import LoraSite
+
+    if not isinstance(answer, Sequence) or not answer:
+        raise WrongAnswer(f"{in_short(answer)}, not a sequence of LoraSite, one for each linear layer")
+    for number, site in enumerate(answer):
+        if not isinstance(site, LoraSite):
+            raise WrongAnswer(f"{_named(site)} as number {number}, not a LoraSite")
+        wrong = next(iter(_wrong_in_lora(site)), None)
+        if wrong is not None:
+            raise WrongAnswer(f"a LoraSite, number {number}, whose {wrong}")
+    return answer
+
+
+def _wrong_in_lora(site: Any) -> Iterable[str]:
+    """What is wrong with the fields of a place for LoRA, a clause each."""
+    from torch import nn
+
+    if not isinstance(site.path, str) or not site.path:
+        yield f"path is {_named(site.path)}, not the name of a module"
+    if not isinstance(site.linear, nn.Linear):
+        yield f"linear is {_named(site.linear)}, not a torch.nn.Linear"
+    if (site.host is None) != (site.host_class is None):
+        yield "host and host_class are not given together"
+    if site.host is not None and not isinstance(site.host, nn.Module):
+        yield f"host is {_named(site.host)}, not a torch.nn.Module"
+    if site.host_class is not None and not (
+        isinstance(site.host_class, type) and issubclass(site.host_class, nn.Module)
+    ):
+        yield f"host_class is {site.host_class!r:.80}, not a subclass of torch.nn.Module"
+
+
+def _lora_shapes(backbone: Any, answer: Any) -> Any:
+    if answer is None:
+        return answer
+    if not isinstance(answer, Mapping) or not answer:
+        raise WrongAnswer(f"{_named(answer)}, not a mapping of (input width, output width) to how many there are")
+    for shape, count in answer.items():
+        pair = isinstance(shape, tuple) and len(shape) == 2 and all(is_whole(width, least=1) for width in shape)
+        if not pair or not is_whole(count, least=1):
+            raise WrongAnswer(f"the shape {shape!r:.80} {count!r:.80} times, not a pair of widths and a count")
+    return answer
+
+
+def _lora_tensors(backbone: Any, answer: Any) -> Any:
+    from torch import Tensor
+
+    return _mapping(Tensor, "names to tensors")(backbone, answer)
+
+
 def _dataset(backbone: Any, answer: Any) -> Any:
     missing = [name for name in _OF_A_DATASET if not hasattr(type(answer), name) and not hasattr(answer, name)]
     if missing:
@@ -303,6 +355,9 @@ ANSWERS: Mapping[str, Check] = {
     "outputs": _outputs,
     "perturb": _batch,
     "stream": _outputs,
+    "lora_sites": _lora_sites,
+    "lora_shapes": _lora_shapes,
+    "read_lora": _lora_tensors,
     "reset_at_segments": _context_manager,
 }
 """The check of each method's answer, by the method's name. The other methods return nothing."""

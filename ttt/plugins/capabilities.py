@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeGuard, TypeVar
 
 from ttt.config.evaluation import ScoreOptions
+from ttt.config.lora import Linears
 from ttt.config.schema import DataT, OptionsT, RunConfig
 from ttt.errors import UsageError
 from ttt.plugins.guarding import guard
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from ttt.plugins.data import Batch, WindowDataset
     from ttt.plugins.denoising import SegmentLosses, WindowSource
+    from ttt.plugins.lora_site import LoraSite
     from ttt.plugins.sampling import SamplePlan, SampleRequest
     from ttt.plugins.scoring import ClipReader, ScoreFacts, Scores, ScoreStream
 
@@ -268,6 +270,34 @@ class SegmentReset(Capability):
         """
 
 
+class LowRank(Capability, Generic[OptionsT]):
+    """LoRA in the backbone's linear layers: `adapter: lora` and `adapter: ttt+lora`. The core puts it in."""
+
+    @abstractmethod
+    def lora_sites(self, model: nn.Module, linears: Linears) -> Sequence[LoraSite]:
+        """The linear layers that `lora.linears` names, in order; `all` is every one whose output the loss depends on.
+
+        `model` is what `build` made, without TTT; it is not changed.
+        """
+
+    def lora_shapes(self, options: OptionsT, linears: Linears) -> Mapping[tuple[int, int], int] | None:
+        """How many linear layers `lora_sites` has, by input and output width; None if only the built model tells.
+
+        With it `ttt check` says the rank of `lora.rank: match`, and what LoRA takes. Must work without torch.
+        """
+        return None
+
+    def read_lora(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The tensors of a `lora.init_from` as `PATH.lora_A.weight` and `PATH.lora_B.weight`, if a file names them
+        otherwise.
+
+        Args:
+            model: with LoRA.
+            tensors: everything that the file holds.
+        """
+        return tensors
+
+
 class InWords(NamedTuple):
     """A capability in words."""
 
@@ -284,6 +314,7 @@ CAPABILITIES: Mapping[type[Capability], InWords] = {
     Streaming: InWords("stream", "streaming: it reads sequences whole"),
     Scoring: InWords("score", "scoring: it does not tell how likely it finds what it reads"),
     DiffusionScoring: InWords("score-diffusion", "scoring of diffusion: it does not tell how well it denoises"),
+    LowRank: InWords("lora", "LoRA: its linear layers are not known; write adapter: ttt"),
     SegmentReset: InWords("reset", "reset: its fast weights cannot start anew inside a window that is read whole"),
 }
 """The capabilities that this project asks for."""

@@ -45,7 +45,13 @@ def require_active(evidence: Observation, parts: Parts) -> None:
     """
     layers = evidence.layers()
     touched: dict[str, bool] = {}
+    of_lora = parts.injection.lora_parameters
     for name, gradient in parts.optimizer.gradients():
+        if gradient is None and name in of_lora:
+            raise InactiveLayerError(
+                f"{name}: no gradient reaches this LoRA: the backbone {parts.backbone.name} reads the weight of the "
+                f"linear layer without calling it, or the loss does not depend on it; write another lora.linears"
+            )
         for site in parts.injection.adapters:
             if name.startswith(f"{site}."):
                 arrived = gradient is not None and bool(gradient.count_nonzero())

@@ -49,6 +49,7 @@ def finish(
         result,
         {
             "layers": layers,
+            **{key: progress.line[key] for key in ("lora_share",) if key in progress.line},
             "tokens": progress.tokens,
             "seconds": round(progress.seconds, 3),
             "peak_memory_bytes": peak_memory_bytes(parts.device),
@@ -62,6 +63,8 @@ def finish(
             f"{layer['inner_loss_after']:.4f} after; fast weights moved {layer['movement']:.3g} of their norm; "
             f"gate {layer['gate']:.4f}"
         )
+    if (share := progress.line.get("lora_share")) is not None:
+        parts.say(f"LoRA moved its linears by {share:.3g} of their norm")
     for told in (evaluation.in_words(), *evaluation.tasks_in_words()):
         parts.say(told)
     parts.say(f"{progress.done} steps in {duration_in_words(progress.seconds)}; adapter: {result.checkpoint}")

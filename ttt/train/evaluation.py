@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ttt.adapter import carried, gates_closed
+from ttt.config.lora import Adapter
 from ttt.config.schema import STAND_IN_WINDOWS, RunConfig
 from ttt.inject import Injection
 from ttt.plugins import Backbone, Batch, LossOutput, WindowDataset
@@ -38,6 +39,8 @@ class Evaluation:
     """Number and rows of that batch's pass."""
     tasks: Mapping[str, float] = field(default_factory=dict)
     """The numbers of `eval.tasks` by `task/metric`; a task that failed has none."""
+    adapter: Adapter = "ttt"
+    """What the plain backbone is compared with."""
 
     @property
     def is_finite(self) -> bool:
@@ -78,9 +81,16 @@ class Evaluation:
             effect = "makes no difference"
         else:
             effect = f"{'lowers' if change < 0 else 'RAISES'} it by {abs(change):.2%}"
-        return (
-            f"outer loss on {where}: {self.loss:.4f}; with the gates closed {self.loss_gates_closed:.4f}: TTT {effect}"
-        )
+        closed, added = _IN_WORDS[self.adapter]
+        return f"outer loss on {where}: {self.loss:.4f}; {closed} {self.loss_gates_closed:.4f}: {added} {effect}"
+
+
+_IN_WORDS: Mapping[Adapter, tuple[str, str]] = {
+    "ttt": ("with the gates closed", "TTT"),
+    "lora": ("with LoRA off", "LoRA"),
+    "ttt+lora": ("with the gates closed and LoRA off", "TTT with LoRA"),
+}
+"""How the plain backbone is reached, and what it is compared with."""
 
 
 @torch.no_grad()
@@ -135,7 +145,15 @@ def evaluate(
             tally.add(*losses, reading.windows, (number, rows))
         tell(tally.windows, total)
     available = sum(len(reading.windows) for reading in every)
-    return Evaluation(split, tally.windows, *tally.means(), available, tally.first_not_finite, tally.not_finite_pass)
+    return Evaluation(
+        split,
+        tally.windows,
+        *tally.means(),
+        available,
+        tally.first_not_finite,
+        tally.not_finite_pass,
+        adapter=config.adapter,
+    )
 
 
 @contextlib.contextmanager

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from ttt.adapter import Gate
 from ttt.config.schema import TrainConfig
 from ttt.errors import ConfigError, EnvironmentProblem, NonFiniteError
+from ttt.inject import Injection
+from ttt.plugins import Site
 
-Role = Literal["ttt", "gate", "backbone"]
+Role = Literal["ttt", "gate", "lora", "backbone"]
 
 _HALF = {torch.bfloat16, torch.float16}
 _ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}
@@ -23,6 +25,7 @@ _ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}
 _MULTIPLIERS: dict[Role, str] = {
     "ttt": "weight_lr_multiplier",
     "gate": "alpha_lr_multiplier",
+    "lora": "lora_lr_multiplier",
     "backbone": "backbone_lr_multiplier",
 }
 _NO_DECAY = re.compile(r"norm|bias|(^|\.)b\d+$|learnable_ttt_lr|learnable_token_idx", re.IGNORECASE)
@@ -57,48 +60,71 @@ def learning_rate_factor(step: int, config: TrainConfig, role: Role = "ttt") -> 
 
 
 def choose_learnable(
-    model: nn.Module,
-    adapters: Mapping[str, nn.Module],
-    config: TrainConfig,
-    *,
-    is_attention: Callable[[str], bool],
+    model: nn.Module, injection: Injection, config: TrainConfig, *, is_attention: Callable[[str], bool]
 ) -> list[Learnable]:
     """Set `requires_grad` of every parameter as `train.trainable` says, and list those that learn.
 
     A group whose learning-rate multiplier is 0 is frozen. Shared parameters are listed once.
 
     Raises:
-        ConfigError: nothing would learn, or `ttt+attention` finds no attention.
+        ConfigError: nothing would learn, or `train.trainable` names attention that is not there.
     """
-    gates = {
-        id(parameter)
-        for adapter in adapters.values()
-        for module in adapter.modules()
-        if isinstance(module, Gate)
-        for parameter in module.parameters()
-    }
-    of_adapters = {id(parameter) for adapter in adapters.values() for parameter in adapter.parameters()}
+    roles = _roles(injection)
+    unfrozen = _unfrozen(injection, config.trainable, is_attention)
     learnable = []
     attention_found = False
     for name, parameter in model.named_parameters():
-        role: Role = "gate" if id(parameter) in gates else "ttt" if id(parameter) in of_adapters else "backbone"
-        wanted = role != "backbone" or config.trainable == "all"
-        if role == "backbone" and config.trainable == "ttt+attention" and is_attention(name):
-            wanted = attention_found = True
+        role = roles.get(id(parameter), "backbone")
+        wanted = role != "backbone" or unfrozen(name)
+        attention_found |= role == "backbone" and wanted
         learns = wanted and parameter.is_floating_point() and getattr(config, _MULTIPLIERS[role]) > 0
         parameter.requires_grad_(learns)
         if learns:
             learnable.append(Learnable(name, parameter, role, role != "gate" and _decays(name, parameter)))
-    if config.trainable == "ttt+attention" and not attention_found:
-        raise ConfigError(
-            "train.trainable: ttt+attention: the backbone names none of its parameters as attention; write ttt or all"
-        )
+    if "attention" in config.trainable and not attention_found:
+        raise ConfigError(_no_attention(injection, config.trainable))
     if not learnable:
         raise ConfigError(
-            "train.trainable: nothing would learn: there is no TTT layer (ttt.layers) and no unfrozen backbone "
-            "parameter, or their learning-rate multipliers are 0"
+            "train.trainable: nothing would learn: there is no TTT layer (ttt.layers), no LoRA (adapter) and no "
+            "unfrozen backbone parameter, or their learning-rate multipliers are 0"
         )
     return learnable
+
+
+def _roles(injection: Injection) -> dict[int, Role]:
+    """The role of each parameter that was added to the backbone, by its `id`."""
+    roles: dict[int, Role] = {id(parameter): "lora" for parameter in injection.lora_parameters.values()}
+    for adapter in injection.adapters.values():
+        roles |= {id(parameter): "ttt" for parameter in adapter.parameters()}
+        gates = [module for module in adapter.modules() if isinstance(module, Gate)]
+        roles |= {id(parameter): "gate" for gate in gates for parameter in gate.parameters()}
+    return roles
+
+
+def _unfrozen(injection: Injection, trainable: str, is_attention: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Which of the backbone's parameters learn, by name."""
+    if trainable == "all":
+        return lambda name: True
+    if trainable == "ttt+attention":
+        return is_attention
+    if trainable == "ttt+ttt_layer_attention":
+        layers = tuple(f"{layer_path(site)}." for site in injection.sites)
+        return lambda name: name.startswith(layers) and is_attention(name)
+    return lambda name: False
+
+
+def layer_path(site: Site) -> str:
+    """Dotted path of the layer that a site is in: the site's own, up to the layer's number if it has that."""
+    parts = site.path.split(".")
+    number = str(site.layer)
+    return ".".join(parts[: parts.index(number) + 1]) if number in parts else site.path
+
+
+def _no_attention(injection: Injection, trainable: str) -> str:
+    why = "the backbone names none of its parameters as attention"
+    if trainable != "ttt+attention":
+        why = f"{why} in the layers that have TTT" if injection.sites else "no layer has TTT"
+    return f"train.trainable: {trainable}: {why}; write ttt or all"
 
 
 def _decays(name: str, parameter: Tensor) -> bool:

@@ -17,6 +17,7 @@ from ttt.plugins import Backbone, WindowDataset
 from ttt.plugins.installed_tasks import ChosenTask, chosen_tasks
 from ttt.printable import say
 from ttt.train.compiling import compile_layers
+from ttt.train.lora import load_lora_start
 from ttt.train.optim import Learnable, Optimizer, choose_learnable
 from ttt.train.rundir import RunDir
 from ttt.train.setup import Order, build, order
@@ -93,9 +94,11 @@ def build_parts(
     stop_if_asked()
     if config.train.compile:
         compile_layers(injection, device)
-    learnable = choose_learnable(model, injection.adapters, config.train, is_attention=backbone.is_attention)
+    learnable = choose_learnable(model, injection, config.train, is_attention=backbone.is_attention)
     if start is not None:  # before the optimiser, which copies parameters in half precision
         _load_start(start, model, injection, backbone, config)
+    if resumed is None:
+        load_lora_start(injection, backbone, config)
     before = start if resumed is None else read_info(resumed.path)
     return Parts(
         config=config,

@@ -79,6 +79,7 @@ def finished(run: RunDir, checkpoint: Checkpoint, config: RunConfig) -> TrainRes
             _float(summary["eval_loss_gates_closed"]),
             int(summary.get("eval_windows_available", 0)),
             tasks={key: _float(value) for key, value in summary.items() if "/" in key},
+            adapter=config.adapter,
         )
         loss = _float(summary["loss"])
     except (KeyError, TypeError, ValueError):

@@ -20,6 +20,7 @@ from ttt.machine import processes_launched
 from ttt.plugins import Backbone, WindowDataset, run_config_model
 from ttt.plugins.asking import asked, is_out_of_memory
 from ttt.plugins.data import source_files
+from ttt.train.lora import lora_plan
 from ttt.train.order import FileLaneOrder, Group, LaneOrder, WindowOrder
 from ttt.train.passes import seed_pass
 from ttt.words import first_line
@@ -103,7 +104,10 @@ def build(config: RunConfig, backbone: Backbone, device: torch.device) -> tuple[
     sites = backbone.sites(model)
     with asked(backbone, "its sites"):  # a site may bring its own adapter and its own way to attach it
         inject.prepare(sites, config.ttt, causal=backbone.causal)
-        injection = inject.apply(model, sites, config.ttt, causal=backbone.causal, seed=config.train.seed)
+        lora = lora_plan(config, backbone, model, sites)
+        injection = inject.apply(
+            model, sites, config.injected, causal=backbone.causal, seed=config.train.seed, lora=lora
+        )
     if config.ttt.persistent_states and not all(
         isinstance(adapter, TTTAdapter) for adapter in injection.adapters.values()
     ):

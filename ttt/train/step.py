@@ -15,6 +15,7 @@ from ttt.plugins.rows import reading_rows
 from ttt.state import TTTState
 from ttt.train.active import require_active, require_gradient, require_reached
 from ttt.train.divergence import StepNotFiniteError
+from ttt.train.lora import mean_share
 from ttt.train.metrics import finite
 from ttt.train.order import Reading
 from ttt.train.parts import Parts
@@ -163,6 +164,8 @@ class Stepper:
             "tokens_per_second": tokens_per_second,
             "peak_memory_bytes": peak_memory_bytes(self._parts.device),
         }
+        if evidence and self._parts.injection.lora is not None:
+            line["lora_share"] = mean_share(self._parts.injection.lora)
         if evidence:
             line["layers"] = {name: vars(layer) for name, layer in evidence.layers().items()}
         checked: dict[str, Any] = finite(line)

@@ -53,6 +53,8 @@ MAY_DIFFER = frozenset(
 tasks' measurements are not part of training."""
 
 _MAX_CONFIG = 1 << 20
+_LATER = ("adapter", "lora")
+"""Sections that a config without a checksum may lack: its run was of a version that had none of them."""
 _COMMENT = re.compile(r"(^|\s)#", re.MULTILINE)
 _CHECKSUM = "# sha256 of the lines above, which tells a later change: "
 
@@ -219,4 +221,5 @@ def _is_resolved(text: str) -> bool:
     if as_written is not None:
         return as_written
     sections = re.findall(r"^(\w+):", text, re.MULTILINE)
-    return sections == list(RunConfig.model_fields) and not re.search(r"(^|\s)#", text)
+    known = [name for name in RunConfig.model_fields if name in sections or name not in _LATER]
+    return sections == known and not re.search(r"(^|\s)#", text)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ttt.adapter_file import AdapterInfo, changed_at_start, trained_backbone
 from ttt.plugins.data import SourceFiles, source_files
+from ttt.train.lora import lora_in_words
 from ttt.train.parts import Parts
 from ttt.train.progress import Progress
 from ttt.train.setup import device_in_words
@@ -15,9 +16,8 @@ from ttt.train.setup import device_in_words
 def announce(parts: Parts, progress: Progress) -> None:
     """Report what is trained, on which data and device, and from which weights."""
     config, dataset = parts.config, parts.dataset
-    of_ttt = sum(tensor.numel() for tensor in parts.injection.state_dict().values())
-    of_backbone = sum(parameter.numel() for parameter in parts.model.parameters()) - of_ttt
-    layers = ", ".join(str(site.layer) for site in parts.injection.sites) or "none"
+    added = sum(tensor.numel() for tensor in parts.injection.state_dict().values())
+    of_backbone = sum(parameter.numel() for parameter in parts.model.parameters()) - added
     learns = sum(entry.parameter.numel() for entry in parts.learnable)
     files = len(dataset.files)
     by_file = ", in random order, the windows of each in order" if config.data.shuffle == "files" else ""
@@ -25,7 +25,7 @@ def announce(parts: Parts, progress: Progress) -> None:
     resumed = f", resumed after step {progress.done} of {config.train.max_steps}" if progress.done else ""
     parts.say(
         f"backbone {parts.backbone.name}: {of_backbone:,} parameters ({config.train.param_dtype}); "
-        f"TTT-{config.ttt.layer_type} in layers {layers}: {of_ttt:,}; learning: {learns:,}"
+        f"{_added_in_words(parts)}; learning: {learns:,}"
     )
     for sentence in parts.backbone.describe_model(parts.model):
         parts.say(sentence)
@@ -37,6 +37,8 @@ def announce(parts: Parts, progress: Progress) -> None:
     parts.say(f"run: {parts.directory.path}{resumed}")
     if parts.start is not None:
         _announce_start(parts, parts.start)
+    if parts.config.lora.init_from is not None and parts.injection.lora is not None and not progress.done:
+        parts.say(f"LoRA starts from {parts.config.lora.init_from}")
     if dataset.notice:
         parts.say(dataset.notice)
 
@@ -51,6 +53,18 @@ def _announce_sources(sources: Sequence[SourceFiles], parts: Parts) -> None:
             f"{'file' if len(source.files) == 1 else 'files'} are of {source.name}, which gives "
             f"{source.weight / total:.1%} of what is read"
         )
+
+
+def _added_in_words(parts: Parts) -> str:
+    """What was added to the backbone, with its parameters."""
+    injection, told = parts.injection, []
+    if injection.sites or injection.lora is None:
+        layers = ", ".join(str(site.layer) for site in injection.sites) or "none"
+        of_ttt = sum(tensor.numel() for each in injection.adapters.values() for tensor in each.state_dict().values())
+        told.append(f"TTT-{parts.config.ttt.layer_type} in layers {layers}: {of_ttt:,}")
+    if injection.lora is not None:
+        told.append(lora_in_words(injection.lora))
+    return "; ".join(told)
 
 
 def _announce_start(parts: Parts, start: AdapterInfo) -> None:

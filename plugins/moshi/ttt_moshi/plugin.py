@@ -14,6 +14,7 @@ from ttt.plugins import (
     BackboneFacts,
     Batch,
     LossOutput,
+    LowRank,
     NeededFile,
     RecordingFormat,
     ScoreFacts,
@@ -46,10 +47,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ttt.plugins import ClipReader, ImportedConfig, Scores, ScoreStream, Site
+    from ttt.config.lora import Linears
+    from ttt.plugins import ClipReader, ImportedConfig, LoraSite, Scores, ScoreStream, Site
 
 
-class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiOptions, MoshiData]):
+class MoshiBackbone(
+    Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiOptions, MoshiData], LowRank[MoshiOptions]
+):
     """Moshi: autoregressive over 12.5 frames a second of 17 streams (1 text, 8 own audio, 8 of the user)."""
 
     name: ClassVar[str] = "moshi"
@@ -179,6 +183,24 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiO
         from ttt_moshi.model import stream
 
         return stream(model, batch, pieces=pieces)
+
+    def lora_sites(self, model: nn.Module, linears: Linears) -> Sequence[LoraSite]:
+        """The linear layers that moshi-finetune gives LoRA, or those of the main transformer."""
+        from ttt_moshi.lora import lora_sites
+
+        return lora_sites(model, linears)
+
+    def lora_shapes(self, options: MoshiOptions, linears: Linears) -> Mapping[tuple[int, int], int] | None:
+        """By preset or config.json."""
+        from ttt_moshi.linears import linear_shapes
+
+        return linear_shapes(options, linears)
+
+    def read_lora(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A `lora.safetensors` of moshi-finetune."""
+        from ttt_moshi.lora import read_lora
+
+        return read_lora(model, tensors)
 
     def score_facts(self, config: MoshiRun) -> ScoreFacts:
         """The text stream and Moshi's own codebooks, of which the first is semantic."""

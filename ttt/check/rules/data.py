@@ -20,7 +20,7 @@ from ttt.words import first_few
 
 if TYPE_CHECKING:
     from ttt.adapter_file import AdapterInfo, ChangedSetting
-    from ttt.config.schema import TTTConfig
+    from ttt.config.schema import RunConfig
     from ttt.plugins import NeededFile
 
 
@@ -250,9 +250,10 @@ def start_fits(context: Context) -> Iterator[Finding]:
     from ttt.adapter_file import backbone_identity, changed_at_start, config_differences
 
     config, backbone = context.config, context.backbone
-    layers = select_layers(config.ttt.layers, context.facts.num_layers)
+    layers = select_layers(config.injected.layers, context.facts.num_layers)
     identity = backbone_identity(backbone, config.backbone)
-    differences = config_differences(start, config.ttt, backbone=identity, layers=layers, as_start=True)
+    lora = config.lora if config.has_lora else None
+    differences = config_differences(start, config.ttt, backbone=identity, layers=layers, lora=lora, as_start=True)
     changed = changed_at_start(start, config.ttt)
     # A setting that the user writes may change on purpose; a default may not.
     differences += [str(setting) for setting in changed if not context.is_written(setting.key)]
@@ -267,18 +268,20 @@ def start_fits(context: Context) -> Iterator[Finding]:
         yield TTT510.at(
             "train.init_from",
             message=f"{config.train.init_from!r} belongs to something else: {'; '.join(differences)}",
-            fix=_as_in_the_file(start, config.ttt, changed)
-            or "write these as they are in the file, or another init_from",
+            fix=_as_in_the_file(start, config, changed) or "write these as they are in the file, or another init_from",
             value=len(differences),
         )
 
 
-def _as_in_the_file(start: AdapterInfo, ttt: TTTConfig, changed: Sequence[ChangedSetting]) -> str:
+def _as_in_the_file(start: AdapterInfo, config: RunConfig, changed: Sequence[ChangedSetting]) -> str:
     """The fix if settings differ from the file's; empty if none does."""
     from ttt.adapter_file import way_to_fit
 
     given = " ".join(setting.way_out for setting in changed)
-    way_out = way_to_fit(start, ttt, as_start=True) or ("give the config the file's:" if changed else "")
+    lora = config.lora if config.has_lora else None
+    has_ttt = config.injected.layers not in ("none", ())
+    way_out = way_to_fit(start, config.ttt, has_ttt=has_ttt, lora=lora, as_start=True)
+    way_out = way_out or ("give the config the file's:" if changed else "")
     return f"{way_out} {given}".strip() + (", or another init_from" if way_out else "")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ttt.config.evaluation import EvalConfig
 from ttt.config.findings import Code, Finding, Place, Severity, is_code
-from ttt.config.schema import RunConfig, TrainConfig, TTTConfig
+from ttt.config.schema import LoraConfig, RunConfig, TrainConfig, TTTConfig
 from ttt.config.spelling import nearest
 from ttt.errors import PluginError
 from ttt.plugins.asking import WAY_OUT, WrongAnswer, asked, owner
@@ -27,6 +27,7 @@ _KINDS_OR_NONE = {"place": Place, "replacement": str, "moves_to": str, "declared
 _KEYS = (
     *RunConfig.model_fields,
     *(f"ttt.{name}" for name in TTTConfig.model_fields),
+    *(f"lora.{name}" for name in LoraConfig.model_fields),
     *(f"train.{name}" for name in TrainConfig.model_fields),
     *(f"eval.{name}" for name in EvalConfig.model_fields),
 )
