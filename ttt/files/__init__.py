@@ -18,6 +18,7 @@ from ttt.files.digests import require_digests
 from ttt.files.json_objects import read_json, write_json
 from ttt.files.places import (
     free_bytes,
+    is_locked,
     lock,
     replaced_file,
     require_place,
@@ -39,6 +40,7 @@ __all__ = [
     "Header",
     "TensorFacts",
     "free_bytes",
+    "is_locked",
     "lock",
     "mapping_errors",
     "read_header",

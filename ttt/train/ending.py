@@ -50,6 +50,7 @@ def finish(
         {
             "layers": layers,
             "tokens": progress.tokens,
+            "learned_parameters": parts.learned_parameters,
             "seconds": round(progress.seconds, 3),
             "peak_memory_bytes": peak_memory_bytes(parts.device),
             "device": device_in_words(parts.device),

@@ -16,13 +16,12 @@ def announce(parts: Parts, progress: Progress) -> None:
     of_ttt = sum(tensor.numel() for tensor in parts.injection.state_dict().values())
     of_backbone = sum(parameter.numel() for parameter in parts.model.parameters()) - of_ttt
     layers = ", ".join(str(site.layer) for site in parts.injection.sites) or "none"
-    learns = sum(entry.parameter.numel() for entry in parts.learnable)
     files = len(dataset.files)
     accumulated = f" × {config.train.num_microbatches}" if config.train.num_microbatches > 1 else ""
     resumed = f", resumed after step {progress.done} of {config.train.max_steps}" if progress.done else ""
     parts.say(
         f"backbone {parts.backbone.name}: {of_backbone:,} parameters ({config.train.param_dtype}); "
-        f"TTT-{config.ttt.layer_type} in layers {layers}: {of_ttt:,}; learning: {learns:,}"
+        f"TTT-{config.ttt.layer_type} in layers {layers}: {of_ttt:,}; learning: {parts.learned_parameters:,}"
     )
     parts.say(
         f"data: {len(dataset)} windows in {files} {'file' if files == 1 else 'files'}; "
