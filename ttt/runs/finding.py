@@ -76,7 +76,9 @@ def _require_folder(folder: Path) -> None:
     except ValueError:
         raise UsageError(f"{str(folder)[:300]!r}: no folder can have such a name") from None
     except OSError as error:
-        raise EnvironmentProblem(f"{folder}: cannot be read: {unreadable(error)}; name a folder that holds runs") from None
+        raise EnvironmentProblem(
+            f"{folder}: cannot be read: {unreadable(error)}; name a folder that holds runs"
+        ) from None
 
 
 def _holds_a_run(names: dict[str, bool]) -> bool:

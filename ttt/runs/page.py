@@ -1,4 +1,7 @@
-"""The table and the curves as one HTML file that needs no network: it sorts itself, and follows the reader's dark mode."""
+"""The table and the curves as one HTML file that needs no network.
+
+It sorts itself, and is dark where its reader wants it dark.
+"""
 
 from __future__ import annotations
 
@@ -92,9 +95,7 @@ def _heads(table: Table) -> str:
 
 
 def _rows(table: Table) -> str:
-    rows = (
-        "".join(_cell(column, column.values[row]) for column in table.columns) for row in range(len(table.runs))
-    )
+    rows = ("".join(_cell(column, column.values[row]) for column in table.columns) for row in range(len(table.runs)))
     return "\n".join(f"<tr>{row}</tr>" for row in rows)
 
 

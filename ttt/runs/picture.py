@@ -117,7 +117,9 @@ def curves_figure(drawn: Sequence[Drawn]) -> Figure | None:
         draw(panel, drawn)
         panel.set_title(title, fontsize=10, loc="left", color=INK)
     if len(drawn) > IN_COLOR:
-        figure.suptitle(f"{IN_COLOR} of {len(drawn)} runs in colour, the first of the table", x=0.01, ha="left", fontsize=10)
+        figure.suptitle(
+            f"{IN_COLOR} of {len(drawn)} runs in colour, the first of the table", x=0.01, ha="left", fontsize=10
+        )
     return figure
 
 
@@ -140,7 +142,7 @@ def _training(axes: Axes, drawn: Sequence[Drawn]) -> None:
 
 
 def _evaluation(axes: Axes, drawn: Sequence[Drawn]) -> None:
-    """Evaluations over the steps; if each run has only one, a line per run from the plain backbone's loss to its own."""
+    """Evaluations over the steps; if each run has only one, a line from the plain backbone's loss to its own."""
     if all(len(run.curves.evaluations) < 2 for run in drawn):
         _single_evaluations(axes, [run for run in drawn if run.curves.evaluations])
         return
@@ -184,10 +186,10 @@ def _gate(axes: Axes, drawn: Sequence[Drawn]) -> None:
 
 
 def _movement(axes: Axes, drawn: Sequence[Drawn]) -> None:
-    _of_layers(axes, drawn, "movement")
-    values = [value for run in drawn for _, value in run.curves.layers.get("movement", ()) if value > 0]
-    if values and max(values) > 50 * min(values):
+    values = [value for run in drawn for _, value in run.curves.layers.get("movement", ())]
+    if min(values) > 0 and max(values) > 50 * min(values):
         axes.set_yscale("log")
+    _of_layers(axes, drawn, "movement")
 
 
 def _of_layers(axes: Axes, drawn: Sequence[Drawn], key: str) -> None:
@@ -220,9 +222,8 @@ def _name_at_the_ends(axes: Axes, ends: Sequence[tuple[Drawn, float, float]]) ->
     """
     ordered = sorted(ends, key=lambda end: end[2])
     room = 1 / max(12, len(ordered))
-    low, high = min(y for _, _, y in ordered), max(y for _, _, y in ordered)
-    bottom, top = axes.get_ylim()
-    wanted = [(y - bottom) / (top - bottom) if high > low else 0.5 for _, _, y in ordered]
+    to_axes = axes.transData + axes.transAxes.inverted()
+    wanted = [float(to_axes.transform((x, y))[1]) for _, x, y in ordered]
     for (run, x, y), height in zip(ordered, _apart(wanted, room), strict=True):
         axes.annotate(
             run.name,
@@ -239,15 +240,19 @@ def _name_at_the_ends(axes: Axes, ends: Sequence[tuple[Drawn, float, float]]) ->
 
 
 def _apart(heights: Sequence[float], room: float) -> list[float]:
-    """Rising heights moved as little as needed so that neighbours are `room` apart, and all stay in the panel."""
-    found: list[float] = []
-    for height in heights:
-        found.append(max(height, found[-1] + room) if found else max(height, 0.0))
-    top = 1.0
-    for place in reversed(range(len(found))):
-        found[place] = min(found[place], top)
-        top = found[place] - room
-    return found
+    """Rising heights, moved as little as needed so that neighbours are `room` apart and all stay between 0 and 1.
+
+    Heights that are too close become a group around their mean (isotonic regression, by pooling neighbours).
+    """
+    groups: list[tuple[float, int]] = []  # mean of what is left of each height below `room` per place; how many
+    for place, height in enumerate(heights):
+        groups.append((height - place * room, 1))
+        while len(groups) > 1 and groups[-2][0] > groups[-1][0]:
+            (one, count), (other, more) = groups[-2:]
+            groups[-2:] = [((one * count + other * more) / (count + more), count + more)]
+    highest = 1.0 - (len(heights) - 1) * room
+    left = [min(max(mean, 0.0), highest) for mean, count in groups for _ in range(count)]
+    return [rest + place * room for place, rest in enumerate(left)]
 
 
 def _number(value: float | None) -> float:

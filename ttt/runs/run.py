@@ -45,7 +45,7 @@ class Run:
     config: Mapping[str, Any]
     """Plain data as it was written, by a ttt of whatever version, for a backbone that may not be installed."""
     numbers: Mapping[str, Any]
-    """By name, in the order of the table: numbers, and None for one that is not finite. What is not known is missing."""
+    """By name, in the order of the table; None is a number that is not finite. What is not known is missing."""
     results: Evaluated = field(default_factory=Evaluated)
     """What `ttt eval` found."""
     notes: tuple[str, ...] = ()
@@ -80,9 +80,9 @@ def read_run(path: Path, name: str) -> Run | LeftOut:
         return LeftOut(path, f"cannot be read: {unreadable(error)}")
     if isinstance(config, str):
         return LeftOut(path, config)
-    if not files.summary and not files.checkpoint and files.ends.last is None and not files.failure:
-        if not _is_held(path):
-            return LeftOut(path, _why_empty(notes))
+    has_begun = files.summary or files.checkpoint or files.failure or files.ends.last is not None
+    if not has_begun and not _is_held(path):
+        return LeftOut(path, _why_empty(notes))
     state = _state(path, files)
     results, problems = evaluated(path)
     notes += [*problems, *_failure_in_words(files)]
@@ -91,7 +91,8 @@ def read_run(path: Path, name: str) -> Run | LeftOut:
 
 def _read(path: Path, notes: list[str]) -> _Files:
     summary = _json(path / SUMMARY, notes)
-    folder, checkpoint = None, {}
+    folder: Path | None = None
+    checkpoint: Mapping[str, Any] = {}
     for folder in reversed(step_folders(path)):
         checkpoint = _json(folder / TRAINER_STATE, notes)
         if checkpoint:

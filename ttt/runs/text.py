@@ -78,6 +78,7 @@ def as_text(column: Column, value: Any) -> str:
         return MISSING
     if column.is_config:
         told = value if isinstance(value, str) else json_text(value, indent=None)
+        told = f"{value:.6g}" if isinstance(value, float) else told  # 0.0003, not 0.00030000000000000003
         return shortened(as_line(told), _WIDEST)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return NOT_FINITE
