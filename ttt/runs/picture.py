@@ -24,6 +24,8 @@ DASHES: tuple[Any, ...] = ("-", (0, (6, 2)))
 IN_COLOR = len(COLORS) * len(DASHES)
 """How many runs have a colour or dashes of their own; more are drawn in grey behind them."""
 _LONGEST_NAME = 26
+_LINE = 0.046
+"""Height of a name beside a panel, in parts of the panel's."""
 
 
 @dataclass(frozen=True)
@@ -221,10 +223,10 @@ def _name_at_the_ends(axes: Axes, ends: Sequence[tuple[Drawn, float, float]]) ->
     A legend would have to be read by colour, which not everybody can.
     """
     ordered = sorted(ends, key=lambda end: end[2])
-    room = 1 / max(12, len(ordered))
+    axes.get_ylim()  # brings the limits up to date
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = [float(to_axes.transform((x, y))[1]) for _, x, y in ordered]
-    for (run, x, y), height in zip(ordered, _apart(wanted, room), strict=True):
+    for (run, x, y), height in zip(ordered, _apart(wanted, _LINE), strict=True):
         axes.annotate(
             run.name,
             xy=(x, y),
