@@ -188,5 +188,8 @@ def _as_one(key: str, values: list[float | None]) -> float | None:
 
 
 def number(value: Any) -> float | None:
-    """A number as a float; None for anything else."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    """A number as a float; None for anything else, and for one that no float holds."""
+    try:
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    except OverflowError:
+        return None

@@ -24,6 +24,7 @@ FINISHED, RUNNING, FAILED, INTERRUPTED = STATES = ("finished", "running", "faile
 """A run whose process was killed counts as interrupted: nothing tells it from one that somebody stopped."""
 
 _MAX_CONFIG = 1 << 20
+_TOO_LARGE = 1 << 63  # for a count; a float may not hold it
 _OF_EVALUATION = ("eval_split", "eval_windows", "eval_loss", "eval_loss_gates_closed")
 _NO_METRICS = {
     *("step", "loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "layers", "eval_windows_available"),
@@ -229,7 +230,8 @@ def _is_metric(key: str) -> bool:
 
 def _plain(value: Any) -> Any:
     """A number, a text or None: whatever else a file may hold, as text."""
-    return value if value is None or isinstance(value, (int, float, str)) else str(value)
+    fits = isinstance(value, (float, str)) or (isinstance(value, int) and abs(value) < _TOO_LARGE)
+    return value if value is None or fits else str(value)
 
 
 def _gain(line: Mapping[str, Any]) -> float | None:
