@@ -12,7 +12,7 @@ from ttt.checksums import parse_line
 from ttt.reading import MAX_LINE, open_file
 
 _BLOCK = 1 << 20
-_POINTS = 1000
+POINTS = 1000
 """Points of a curve are thinned beyond twice as many; a picture is about as many dots wide."""
 _EVALUATION, _LAYERS = b'"eval_loss"', b'"layers"'
 
@@ -82,7 +82,7 @@ def _step_line(raw: bytes) -> dict[str, Any] | None:
 class Thinned:
     """Keeps every line at first, and fewer the more there are: every second, every fourth, and so on."""
 
-    def __init__(self, most: int = _POINTS) -> None:
+    def __init__(self, most: int = POINTS) -> None:
         self.lines: list[dict[str, Any]] = []
         self._most = most
         self._every = 1
@@ -116,13 +116,17 @@ class Curves:
         return bool(self.loss or self.evaluations)
 
 
-def curves(path: Path) -> Curves:
+def curves(path: Path, *, most: int = POINTS) -> Curves:
     """The curves of a `metrics.jsonl`, thinned if it is long. Damaged lines are left out.
+
+    Args:
+        path: the file.
+        most: of more than twice as many points, some are left out.
 
     Raises:
         OSError: it cannot be read.
     """
-    steps, measured, evaluated = Thinned(), Thinned(), Thinned()
+    steps, measured, evaluated = Thinned(most), Thinned(most), Thinned(most)
     last = b""
     for raw in _lines(path):
         last = raw

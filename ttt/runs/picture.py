@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ttt.drawing import FAINT, INK, dress, new_figure
 from ttt.printable import printable
-from ttt.runs.metrics_ends import Curves, curves
+from ttt.runs.metrics_ends import POINTS, Curves, curves
 from ttt.runs.run import Run
 from ttt.train.pictures import smoothed
 
@@ -23,6 +23,8 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES: tuple[Any, ...] = ("-", (0, (6, 2)))
 IN_COLOR = len(COLORS) * len(DASHES)
 """How many runs have a colour or dashes of their own; more are drawn in grey behind them."""
+_FEWEST = 50
+"""Points of a curve among very many."""
 _LONGEST_NAME = 26
 _LINE = 0.046
 """Height of a name beside a panel, in parts of the panel's."""
@@ -50,7 +52,7 @@ def drawn_runs(runs: Sequence[Run], *, tell: Callable[[str], None] = lambda prob
     names = _without_what_all_share([run.name for run in runs])
     for run, name in zip(runs, names, strict=True):
         try:
-            read = curves(run.metrics)
+            read = curves(run.metrics, most=min(POINTS, max(_FEWEST, IN_COLOR * POINTS // len(runs))))
         except OSError as error:
             if run.metrics.exists():
                 tell(f"{run.metrics}: is not drawn: {error.strerror or error}")
