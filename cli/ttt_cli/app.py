@@ -20,6 +20,7 @@ COMMANDS = {
     "init": "ttt_cli.init:init",
     "check": "ttt_cli.check:check",
     "diff": "ttt_cli.diff:diff",
+    "runs": "ttt_cli.runs:runs",
     "import-config": "ttt_cli.import_config:import_config",
     "import-weights": "ttt_cli.import_weights:import_weights",
     "precompute": "ttt_cli.precompute:precompute",

@@ -20,6 +20,7 @@ from ttt.files.json_objects import read_json, write_json
 from ttt.files.kinds import NEVER_MEANT, FileKind, kind_of_content, kind_of_file
 from ttt.files.places import (
     free_bytes,
+    is_locked,
     lock,
     replaced_file,
     require_place,
@@ -43,6 +44,7 @@ __all__ = [
     "Header",
     "TensorFacts",
     "free_bytes",
+    "is_locked",
     "kind_of_content",
     "kind_of_file",
     "lock",

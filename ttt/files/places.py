@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import IO, Any
 
 from ttt.amounts import show_bytes
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.reading import other_kind
+
+_TRIES, _ONE_LOOK = 4, 0.005
+"""How often a lock is tried, with how many seconds between: `is_locked` may be looking just then."""
 
 
 def _existing(path: Path) -> Path:
@@ -71,14 +75,44 @@ def lock(file: IO[Any] | int, path: Path) -> None:
         import fcntl
     except ImportError:  # Windows
         return
+    for left in reversed(range(_TRIES)):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not left:
+                raise UsageError(
+                    f"{path.parent}: another process is training in this run_dir; wait for it, or name another"
+                ) from None
+            time.sleep(_ONE_LOOK)
+        except OSError:  # a file system without locks
+            return
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a file or a folder. To look is to hold it for a moment together with others who look.
+
+    False where a system has no locks, or what is there cannot be opened.
+    """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    if other_kind(path) not in (None, "a folder"):  # opening a FIFO would block
+        return False
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except (OSError, ValueError):
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
     except BlockingIOError:
-        raise UsageError(
-            f"{path.parent}: another process is training in this run_dir; wait for it, or name another"
-        ) from None
-    except OSError:  # a file system without locks
-        return
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
 
 
 def replaced_file(path: Path) -> Path:

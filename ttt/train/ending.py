@@ -51,6 +51,7 @@ def finish(
             "layers": layers,
             **{key: progress.line[key] for key in ("lora_share",) if key in progress.line},
             "tokens": progress.tokens,
+            "learned_parameters": parts.learned_parameters,
             "seconds": round(progress.seconds, 3),
             "peak_memory_bytes": peak_memory_bytes(parts.device),
             "device": device_in_words(parts.device),

@@ -9,6 +9,7 @@ from typing import Any
 from ttt.files import writing
 from ttt.train.claim import METRICS, SUMMARY
 from ttt.train.display import Display
+from ttt.train.failure import FAILURE
 from ttt.train.loggers import Loggers
 from ttt.train.metrics import MetricsFile
 from ttt.train.parts import Parts
@@ -54,7 +55,8 @@ def opened_log(parts: Parts, progress: Progress) -> Iterator[RunLog]:
         directory.stored_config.write(parts.config)
         with writing(directory / SUMMARY):
             directory.remove_unfinished()
-            (directory / SUMMARY).unlink(missing_ok=True)  # stale: the run is no longer finished
+            for stale in (SUMMARY, FAILURE):  # the run is no longer finished, and no longer failed
+                (directory / stale).unlink(missing_ok=True)
         with (
             contextlib.closing(
                 Loggers(parts.config, directory.path, first_step=keep + 1, warn=parts.say),

@@ -13,6 +13,7 @@ from ttt.checkpoint_folder import Checkpoint
 from ttt.interrupt import FINISHING, STEPPING, Interrupt, interruptible
 from ttt.train.ending import finish, tell_interrupted
 from ttt.train.evaluation import Evaluation, evaluate
+from ttt.train.failure import recorded
 from ttt.train.log import RunLog, opened_log
 from ttt.train.parts import Parts
 from ttt.train.pictures import Pictures
@@ -37,14 +38,16 @@ def run(parts: Parts, progress: Progress, *, resumed: Checkpoint | None) -> Trai
         interrupt.told = STEPPING
         announce(parts, progress)
         pictures = Pictures(parts.directory, parts.say)
-        with opened_log(parts, progress) as log:
+        folder = parts.directory.path
+        with opened_log(parts, progress) as log, recorded(folder, lambda: progress.done):
             saver = Saver(parts, progress, metrics=log.metrics, pictures=pictures, resumed=resumed)
             rescue = Rescue(parts, progress, saver)
             evaluation = Loop(parts, progress, log, saver, rescue, interrupt).run()
         interrupt.told = FINISHING
         if evaluation is None:
             return tell_interrupted(parts, progress, saver.saved, pictures)
-        result = finish(parts, progress, saver, rescue, pictures, evaluation)
+        with recorded(folder, lambda: progress.done):
+            result = finish(parts, progress, saver, rescue, pictures, evaluation)
         if interrupt.requested:
             parts.say("asked to stop when all steps were done: nothing is left to do")
         return result

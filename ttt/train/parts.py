@@ -52,6 +52,11 @@ class Parts:
         """Print a line."""
         say(self.console, text)
 
+    @property
+    def learned_parameters(self) -> int:
+        """How many numbers learn."""
+        return sum(entry.parameter.numel() for entry in self.learnable)
+
     def trained_tensors(self) -> dict[str, Tensor]:
         """Backbone parameters, by name, that differ from what the backbone was built with."""
         learn = {entry.name for entry in self.learnable if entry.role == "backbone"}

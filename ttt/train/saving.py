@@ -121,6 +121,7 @@ class Saver:
         return {
             "seconds": progress.seconds,
             "tokens": progress.tokens,
+            "learned_parameters": self._parts.learned_parameters,
             "line": progress.line,
             "config": self._parts.config.model_dump(mode="json"),
         }

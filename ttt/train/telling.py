@@ -18,14 +18,13 @@ def announce(parts: Parts, progress: Progress) -> None:
     config, dataset = parts.config, parts.dataset
     added = sum(tensor.numel() for tensor in parts.injection.state_dict().values())
     of_backbone = sum(parameter.numel() for parameter in parts.model.parameters()) - added
-    learns = sum(entry.parameter.numel() for entry in parts.learnable)
     files = len(dataset.files)
     by_file = ", in random order, the windows of each in order" if config.data.shuffle == "files" else ""
     accumulated = f" × {config.train.num_microbatches}" if config.train.num_microbatches > 1 else ""
     resumed = f", resumed after step {progress.done} of {config.train.max_steps}" if progress.done else ""
     parts.say(
         f"backbone {parts.backbone.name}: {of_backbone:,} parameters ({config.train.param_dtype}); "
-        f"{_added_in_words(parts)}; learning: {learns:,}"
+        f"{_added_in_words(parts)}; learning: {parts.learned_parameters:,}"
     )
     for sentence in parts.backbone.describe_model(parts.model):
         parts.say(sentence)

@@ -1,0 +1,35 @@
+"""`failure.json`: why a run ended with an error, until it goes on. Whoever looks at many runs finds it there.
+
+A run that somebody interrupted, or whose process was killed, leaves none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ttt.errors import TTTError
+from ttt.files import write_json
+from ttt.printable import printable, shortened
+from ttt.words import first_line
+
+FAILURE = "failure.json"
+_MOST = 2000  # letters of an error
+
+
+@contextlib.contextmanager
+def recorded(run: Path, done: Callable[[], int]) -> Iterator[None]:
+    """A context whose error is recorded in the run's folder. Enter it only while the run is locked.
+
+    Args:
+        run: the run's folder.
+        done: how many optimiser steps are done by then.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = shortened(printable(first_line(error)), _MOST)
+        with contextlib.suppress(TTTError):  # the disk is full, say: the error itself is what has to be told
+            write_json(run / FAILURE, {"step": done(), "error": told, "type": type(error).__name__})
+        raise
