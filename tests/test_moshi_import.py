@@ -141,7 +141,8 @@ def test_a_config_without_ttt_gets_this_projects_layers() -> None:
     config = _config(PLAIN)
     assert config["backbone"]["hf_repo"] == "kyutai/moshiko-pytorch-bf16"
     assert config["backbone"]["preset"] == "7b"
-    assert config["ttt"]["layers"] == [29, 30, 31]
+    assert (config["adapter"], config["lora"]["rank"], config["lora"]["scaling"]) == ("lora", 128, 2.0)
+    assert config["ttt"]["layers"] == [29, 30, 31]  # for rank: match
     assert config["data"] == {"train_data": None, "eval_data": None, "shuffle": True, "duration_sec": 100.0}
     train = config["train"]
     assert (train["lr"], train["warmup_steps"], train["max_steps"]) == (2e-6, 100, 2000)
@@ -228,7 +229,8 @@ def _written(text: str) -> dict[str, Any]:
 
 
 def test_what_a_fork_measures_is_a_list_of_tasks() -> None:
-    assert _written(EVALUATED)["eval"] == {"eval_freq": 500, "tasks": TASKS, "score": {"user_stream": "silence"}}
+    expected = {"eval_freq": 500, "max_batches": 40, "tasks": TASKS, "score": {"user_stream": "silence"}}
+    assert _written(EVALUATED)["eval"] == expected
     text = write_imported(_imported(EVALUATED), origin="old.yaml")
     assert "\n    - name: swuggy                   # a task here\n      data: set " in text
     account = render_account(_imported(EVALUATED))
@@ -339,7 +341,7 @@ def test_a_file_is_written_checked_and_accounted_for(capsys: pytest.CaptureFixtu
     out, err = capsys.readouterr()
     assert err == ""
     assert out.startswith("old.yaml (moshi-finetune)  →  new.yaml\n")
-    assert re.search(r"^  optim\.lr → train\.lr: 2e-06$", out, re.MULTILINE)
+    assert re.search(r"^  optim\.lr → train\.lr: 2e-06    LoRA's; new TTT layers want 1e-4", out, re.MULTILINE)
     assert re.search(r"^new\.yaml: ", out.splitlines()[-1])
     assert load_config("new.yaml").config.train.lr == 2e-6
     assert Path("new.yaml").read_text().startswith("# yaml-language-server: $schema=")
