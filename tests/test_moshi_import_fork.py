@@ -216,7 +216,7 @@ NO_LORA = {"lora: {enable: true": "lora: {enable: false"}
         ({'unfrozen_attention_layers: "29,30,31"': "unfrozen_attention_layers: all"}, "ttt+lora", "29,30,31",
          "ttt+attention"),
         ({'unfrozen_attention_layers: "29,30,31"': "unfrozen_attention_layers: none"}, "ttt+lora", "29,30,31", "ttt"),
-        ({'unfrozen_attention_layers: "29,30,31"': "unfrozen_attention_layers: '28,29'"}, "ttt+lora", "29,30,31", "ttt"),
+        ({'unfrozen_attention_layers: "29,30,31"': "unfrozen_attention_layers: '28'"}, "ttt+lora", "29,30,31", "ttt"),
     ],
 )  # fmt: skip
 def test_what_learns(changes: dict[str, str], adapter: str | None, layers: Any, trainable: str) -> None:
@@ -369,7 +369,7 @@ def test_the_config_that_a_checkpoint_of_the_fork_keeps_is_read_too() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("ttt: {enable: true, layers: '1'}\n", "has the section `ttt`, and says neither what is trained nor on which data"),
+        ("ttt: {enable: true, layers: '1'}\n", "has the section `ttt`, and says neither what is trained nor"),
         ("ttt: {enable: true}\nmodel: {name: moshi}\n", "(beside `model`, which no config has)"),
         ("paper_metrics: {use_silence_codes: true}\n", "has the section `paper_metrics`"),
         ("first: {ttt: {enable: true}, lora: {rank: 4}}\nsecond: {ttt: {enable: false}}\ntips: {a: b}\n",
