@@ -135,7 +135,7 @@ CASES = [
     ),
     Case(
         "TTT502",
-        NOTE,
+        WARNING,
         "data.eval_data",
         "data: {train_data: here.jsonl, eval_data: here.jsonl}",
         "data: {eval_data: here.jsonl}",
@@ -148,6 +148,30 @@ CASES = [
         "{train: {max_steps: 5}, eval: {eval_freq: 6}}",
         "{train: {max_steps: 5}, eval: {eval_freq: 5}}",
         "a run of 5",
+    ),
+    Case(
+        "TTT517",
+        WARNING,
+        "train.ckpt_freq",
+        "train: {max_steps: 5, ckpt_freq: 6}",
+        "train: {max_steps: 5, ckpt_freq: 5}",
+        "a checkpoint every 6 steps never comes in a run of 5",
+    ),
+    Case(
+        "TTT517",
+        NOTE,
+        "train.log_freq",
+        "train: {max_steps: 5, log_freq: 6}",
+        "train: {max_steps: 5, log_freq: 5}",
+        "only the first step and the last have one",
+    ),
+    Case(
+        "TTT517",
+        NOTE,
+        "train.evidence_freq",
+        "train: {max_steps: 5, evidence_freq: 6}",
+        "train: {max_steps: 5, evidence_freq: 10}",  # the default
+        "a measurement of the layers every 6 steps",
     ),
     Case("TTT601", ERROR, "run_dir", "run_dir: here.jsonl/run", "run_dir: new/run", "here.jsonl is a file"),
     Case(
@@ -174,6 +198,27 @@ CASES = [
         "train: {autocast: bfloat16, param_dtype: bfloat16}",
         "train: {autocast: bfloat16}",
         "spares nothing",
+    ),
+    Case(
+        "TTT707",
+        WARNING,
+        "train.lr",
+        "train: {lr: 2e-6, max_steps: 2000, min_lr_ratio: 4e-6, warmup_steps: 100}",  # as moshi-finetune tunes LoRA
+        "train: {lr: 2e-6, max_steps: 2000, min_lr_ratio: 4e-6, warmup_steps: 100, weight_lr_multiplier: 50.0}",
+        "write weight_lr_multiplier: 1.5 or more, or lr: 1e-4",
+    ),
+    Case("TTT707", WARNING, "train.lr", "train: {lr: 1e-6, max_steps: 1000}", "train: {lr: 1e-4}", "gain nothing"),
+    Case(
+        "TTT707",
+        WARNING,
+        "train.weight_lr_multiplier",
+        "train: {weight_lr_multiplier: 0.0}",
+        "{adapter: lora, train: {weight_lr_multiplier: 0.0}}",
+        "write weight_lr_multiplier: 1.0 or more",
+    ),
+    Case("TTT707", WARNING, "train.lr", "train: {lr: 2e-6}", "train: {lr: 2e-6, max_steps: 50000}", "new TTT layers"),
+    Case(
+        "TTT707", WARNING, "train.lr", "train: {lr: 2e-5, max_steps: 3}", "train: {lr: 1e-4, max_steps: 3}", "3 steps"
     ),
     Case("TTT801", ERROR, "backbone.name", "backbone: {name: toys}", "backbone: {name: toy}", "no backbone 'toys'"),
 ]

@@ -52,6 +52,8 @@ class Recordings(Lines):
     """Good lines."""
     seconds: list[float] = field(default_factory=list)
     """Their durations."""
+    files: list[str] = field(default_factory=list)
+    """Their files."""
 
     @classmethod
     def together(cls, parts: Sequence[Recordings]) -> Recordings:
@@ -122,4 +124,5 @@ def _sort_in(recordings: Recordings, line: Line, beside: str | None) -> None:
         recordings.alone.append(place)
     else:
         recordings.places.append(place)
+        recordings.files.append(os.fspath(file))
         recordings.seconds.append(seconds)

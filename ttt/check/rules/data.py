@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ttt.check.overlap import overlap, shared
 from ttt.check.recordings import Lines
 from ttt.check.rules.rule import FACTS, NEEDED, Context, rule
 from ttt.config.findings import Blame, Code, Family, Finding, Severity
@@ -28,6 +29,7 @@ _code = partial(Code, family=Family.DATA, of_training=True, home=__name__)
 TTT501 = _code("TTT501", "data that is not there", Severity.ERROR, blames=Blame.MACHINE)
 TTT502 = _code("TTT502", "evaluation on the training data", Severity.NOTE)
 TTT503 = _code("TTT503", "an evaluation that never comes", Severity.WARNING)
+TTT517 = _code("TTT517", "a number of steps that the run does not have", Severity.WARNING)
 TTT504 = _code("TTT504", "lines of data that are not JSON", Severity.ERROR, blames=Blame.MACHINE)
 TTT505 = _code("TTT505", "lines of data without their keys", Severity.ERROR, blames=Blame.MACHINE)
 TTT506 = _code("TTT506", "recordings that are not there", Severity.ERROR, blames=Blame.MACHINE)
@@ -129,16 +131,46 @@ def _exists(path: str) -> bool:
 
 @rule(TTT502, reads=("data.train_data", "data.eval_data"))
 def measures_unseen_data(context: Context) -> Iterator[Finding]:
-    """A config with its own training data has its own held-out data."""
+    """A config with its own training data has its own held-out data, and training does not read these."""
     data = context.config.data
-    of_training, of_evaluation = ({source.path for source in sources_of(data, key)} for key in DATA_KEYS)
-    same = bool(of_training & of_evaluation)
-    if any(map(_exists, of_training)) and (data.eval_data is None or same):
-        yield TTT502.at(
-            "data.eval_data" if same else "data.train_data",
-            message="the evaluation reads the training data, so it does not tell learning from memorising",
-            fix="write data.eval_data with data that is held out",
-        )
+    if data.eval_data is not None:
+        for place, (path, how) in _read_by_training(context).items():
+            yield _seen(place, f"the held-out data {path!r} {how} training data", Severity.WARNING)
+    elif any(_exists(source.path) for source in sources_of(data, "train_data")):
+        yield _seen("data.train_data", "the evaluation reads the training data", Severity.NOTE)
+
+
+@rule(TTT502, reads=("data", FACTS))
+def measures_unseen_recordings(context: Context) -> Iterator[Finding]:
+    """No recording of the held-out data is in the lists of training too, whatever lists name it."""
+    if context.config.data.eval_data is None or _read_by_training(context):
+        return
+    of_training, of_evaluation = (context.recordings(key) for key in DATA_KEYS)
+    if of_training is not None and of_evaluation is not None:
+        count, known = shared(of_evaluation.files, of_training.files), len(of_evaluation.files)
+        if count:
+            told = f"{count} of {known} recordings of the held-out data {'is' if count == 1 else 'are'} training data"
+            yield _seen("data.eval_data", told, Severity.WARNING)
+
+
+def _read_by_training(context: Context) -> dict[str, tuple[str, str]]:
+    """The sources of held-out data that training reads, by their keys: the path, and what it is to training."""
+    data = context.config.data
+    trained = [source.path for source in sources_of(data, "train_data")]
+    found = {
+        place: (source.path, overlap(source.path, trained)) for place, source in places_of(data, "eval_data").items()
+    }
+    return {place: (path, how) for place, (path, how) in found.items() if how is not None}
+
+
+def _seen(place: str, what: str, severity: Severity) -> Finding:
+    subject = "it" if severity is Severity.NOTE else "the evaluation"
+    return TTT502.at(
+        place,
+        message=f"{what}, so {subject} does not tell learning from memorising",
+        fix="write data.eval_data with data that is held out",
+        severity=severity,
+    )
 
 
 @rule(TTT503, reads=("eval.eval_freq", "train.max_steps"))
@@ -151,7 +183,33 @@ def evaluates(context: Context) -> Iterator[Finding]:
             message=f"an evaluation every {freq} steps never comes in a run of {steps}; only the one at the end does",
             fix=f"write eval_freq: 0 for the end alone, or at most {steps}",
             value=freq,
+            replacement="0",
         )
+
+
+_EVERY = {
+    "ckpt_freq": (Severity.WARNING, "a checkpoint", "the one at the end does", "0 for the end alone"),
+    "log_freq": (Severity.NOTE, "a line of metrics.jsonl", "the first step and the last have one", "10"),
+    "evidence_freq": (Severity.NOTE, "a measurement of the layers", "the first step and the last have one", "10"),
+}
+"""Keys of `train` that count steps between two of something: what that is, what comes all the same, what to write."""
+
+
+@rule(TTT517, reads=("train",))
+def counts_steps_of_the_run(context: Context) -> Iterator[Finding]:
+    """What a run does every so many steps, it does before its end."""
+    train = context.config.train
+    for key, (severity, what, anyway, instead) in _EVERY.items():
+        freq, default = getattr(train, key), type(train).model_fields[key].default
+        if freq > train.max_steps and freq != default:  # a default is nobody's mistake, also if a stored config has it
+            yield TTT517.at(
+                f"train.{key}",
+                message=f"{what} every {freq} steps never comes in a run of {train.max_steps}; only {anyway}",
+                fix=f"write {key}: {instead}, or at most {train.max_steps}",
+                value=freq,
+                severity=severity,
+                replacement="0" if key == "ckpt_freq" else None,
+            )
 
 
 _BROKEN = (

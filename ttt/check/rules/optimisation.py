@@ -16,9 +16,19 @@ TTT703 = _code("TTT703", "gates that can never open", Severity.ERROR)
 TTT704 = _code("TTT704", "gates that hardly open within the run", Severity.WARNING)
 TTT705 = _code("TTT705", "an inner learning rate outside the literature", Severity.WARNING)
 TTT706 = _code("TTT706", "autocast on parameters that need none", Severity.WARNING)
+TTT707 = _code("TTT707", "a learning rate too low for new TTT layers", Severity.WARNING)
 
 _CLOSED = 0.01
 """Below this α a gate is nearly closed; tanh(α) ≈ α."""
+_MOVED = 3e-3
+"""How far AdamW must be able to move a new TTT layer's weights in a run. They start at a spread of 0.02 and more.
+
+In Moshi's demo the gain of TTT is about 2,500 % × this sum of rates while it is small: at 2e-6 0.2 % after 60 steps
+and 0.6 % after 200; at 1e-4, 3e-3 after 60 steps, 5.4 % (`ttt train --backbone moshi --set train.lr=2e-6 --set
+train.alpha_lr_multiplier=1`; percentage points of loss against the untrained layers).
+"""
+_LOW_RATE = 3e-5
+"""A peak rate that LoRA and whole models are tuned with. At a higher one a run is short, not its rate low."""
 
 
 @rule(TTT701, reads=("train.warmup_steps", "train.max_steps"))
@@ -49,12 +59,12 @@ def something_learns(context: Context) -> Iterator[Finding]:
 
 
 def _reach(context: Context) -> float:
-    """How far AdamW can move a gate's α in the whole run: the sum of its learning rate over all steps."""
+    """How far AdamW can move a parameter of multiplier 1 in the whole run: the sum of `lr` over all steps."""
     train = context.config.train
     rising = min(train.warmup_steps, train.max_steps)
     falling = train.max_steps - rising
     steps = rising / 2 + falling * (1 if train.lr_schedule == "constant" else (1 + train.min_lr_ratio) / 2)
-    return steps * train.lr * train.alpha_lr_multiplier
+    return steps * train.lr
 
 
 @rule(TTT703, TTT704, reads=("ttt.layers", "ttt.initial_gating_alpha", "train"))
@@ -73,8 +83,10 @@ def gates_open(context: Context) -> Iterator[Finding]:
             fix="write initial_gating_alpha: 0.1, or alpha_lr_multiplier: 10.0",
             value=0,
         )
-    elif abs(alpha) < _CLOSED and abs(alpha) + _reach(context) < _CLOSED:
-        reach, needed = _reach(context), _CLOSED / max(_reach(context), 1e-300)
+        return
+    reach = _reach(context) * train.alpha_lr_multiplier
+    if abs(alpha) < _CLOSED and abs(alpha) + reach < _CLOSED:
+        needed = _CLOSED / max(reach, 1e-300)
         longer = f"alpha_lr_multiplier: {train.alpha_lr_multiplier * needed:.2g}" if train.alpha_lr_multiplier else ""
         yield TTT704.at(
             context.first_written("train.alpha_lr_multiplier", "ttt.initial_gating_alpha"),
@@ -86,6 +98,28 @@ def gates_open(context: Context) -> Iterator[Finding]:
             fix=f"write {longer or 'alpha_lr_multiplier: 10.0'} or more, or initial_gating_alpha: 0.1",
             value=reach,
         )
+
+
+@rule(TTT707, reads=("adapter", "ttt.layers", "train"))
+def new_layers_can_learn(context: Context) -> Iterator[Finding]:
+    """A rate that was chosen to tune what is trained already leaves new layers where they started."""
+    config, train = context.config, context.config.train
+    if not context.has_layers or config.adapter == "lora" or train.init_from is not None:
+        return
+    rate, reach = train.lr * train.weight_lr_multiplier, _reach(context) * train.weight_lr_multiplier
+    if rate >= _LOW_RATE or reach >= _MOVED:
+        return
+    factor = f"weight_lr_multiplier: {train.weight_lr_multiplier * _MOVED / reach:.2g}" if reach else ""
+    yield TTT707.at(
+        context.first_written("train.lr", "train.weight_lr_multiplier"),
+        message=(
+            f"new TTT layers learn at lr × weight_lr_multiplier = {rate:g}, which moves their weights by {reach:.1g} "
+            f"at most in {train.max_steps} steps: a rate for what is trained already, such as LoRA's. In Moshi's demo, "
+            f"60 steps at 2e-6 gain nothing, at 1e-4 5 %"
+        ),
+        fix=f"write {factor or 'weight_lr_multiplier: 1.0'} or more, or lr: 1e-4",
+        value=rate,
+    )
 
 
 @rule(TTT705, reads=("ttt",))
