@@ -83,7 +83,7 @@ def files_of_the_model_can_be_read(context: Context) -> Iterator[Finding]:
         return
     for name, needed in context.backbone.files(context.config.backbone).items():
         path, fix = f"backbone.{name}", f"write the path of the {needed.what}"
-        missing = _not_there(needed.path)
+        missing = _unreadable(needed.path)
         if missing is not None:
             yield TTT501.at(path, message=f"{needed.path!r} {missing}", fix=fix, value=needed.path)
             continue
@@ -93,7 +93,7 @@ def files_of_the_model_can_be_read(context: Context) -> Iterator[Finding]:
             yield TTT520.at(path, message=told, fix=kind.way_out or fix, value=needed.path)
 
 
-def _not_there(written: str) -> str | None:
+def _unreadable(written: str) -> str | None:
     """Why a file cannot be read, as the rest of a sentence; None if it can."""
     try:
         open_file(written).close()
