@@ -373,7 +373,7 @@ def _others(files: dict[str, str]) -> dict[str, dict[str, torch.Tensor]]:
             **hugging,
             "depth_decoder.x": torch.zeros(1),
         },
-        "a language model of transformers": dict.fromkeys(("model.layers.0.x", "model.embed_tokens.y"), torch.ones(1)),
+        "a language model of transformers": {f"model.{x}": torch.ones(1) for x in ("layers.0.x", "embed_tokens.y")},
         "weights of the codec Mimi": mimi(mimi_config()).state_dict(),
     }  # fmt: skip
 
@@ -447,11 +447,11 @@ def test_codecs_of_another_kind_are_told_what_they_are(tmp_path: Path) -> None:
         save_file(hugging, tmp_path / "hf.safetensors")
         with pytest.raises(EnvironmentProblem, match=rf"backbone\.mimi_path: {path}: .*{told}"):
             load_mimi(options(files, mimi_path=str(path)))
-    small = {**mimi_config(), "quantizer": {**mimi_config()["quantizer"], "bins": 32}}
-    (tmp_path / "mimi.json").write_text(json.dumps(small))
-    save_file(mimi(small).state_dict(), tmp_path / "mimi.safetensors")
+    large = {**mimi_config(), "quantizer": {**mimi_config()["quantizer"], "bins": 128}}
+    (tmp_path / "mimi.json").write_text(json.dumps(large))
+    save_file(mimi(large).state_dict(), tmp_path / "mimi.safetensors")
     with pytest.raises(
-        EnvironmentProblem, match=r"backbone\.mimi_path: .*codes of 0 to 31, but the model reads 0 to 63"
+        EnvironmentProblem, match=r"backbone\.mimi_path: .*codes of 0 to 127, but the model reads 0 to 63"
     ):
         load_mimi(options(files))
     few = {**mimi_config(), "quantizer": {**mimi_config()["quantizer"], "n_q": 4}}

@@ -186,7 +186,7 @@ def load_mimi(options: MoshiOptions, *, device: torch.device | str = "cpu") -> M
         empty = _shapes(loaders.get_mimi(None, info.mimi_config))
         require_weights(Path(info.mimi_weights), empty, option="mimi_path", key=key, fix=_KYUTAIS_MIMI)
         mimi = info.get_mimi(device=device)
-    if mimi.cardinality != config.card:
+    if mimi.cardinality > config.card:
         raise EnvironmentProblem(
             f"{info.mimi_weights}: a Mimi with codes of 0 to {mimi.cardinality - 1}, but the model reads 0 to "
             f"{config.card - 1}",
