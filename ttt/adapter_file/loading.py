@@ -20,7 +20,7 @@ from ttt.adapter_file.differences import (
     tensor_differences,
     way_out,
 )
-from ttt.adapter_file.fingerprint import same_weights
+from ttt.adapter_file.fingerprint import backbone_dtype, other_weights, same_weights
 from ttt.adapter_file.format import BACKBONE, AdapterInfo, site_infos
 from ttt.adapter_file.reading import read_info, trained_backbone
 from ttt.errors import AdapterFileError, AdapterMismatchError, EnvironmentProblem, InjectionError
@@ -147,7 +147,7 @@ def _check_and_copy(
     )
     known = info.backbone_weights if check_weights and not differences else None
     if known and not same_weights(known, injection, without=set(trained)):
-        differences.append("the backbone's weights: other values here than those that it was trained on")
+        differences.append(other_weights(info.backbone_dtype, backbone_dtype(injection, without=set(trained))))
     _refuse(info.path, differences, way_out=way_out(differing(info.ttt, injection.config, free)))
     try:
         tensors = read_tensors(info.path, verify=False)  # done, if it is asked for
