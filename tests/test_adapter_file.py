@@ -513,6 +513,53 @@ def test_settings_that_ask_for_more_than_the_file_holds_are_refused_before_memor
 # --- trained backbone parameters ---
 
 
+@pytest.mark.parametrize(
+    ("dtype", "told"),
+    [
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.float64, None),
+        (
+            torch.float16,
+            "in float16 here, not in float32, in which .* load the backbone in float32 (dtype=torch.float32)",
+        ),
+        (torch.int8, "quantised or stored as int8 here, not in float32, in which .* load the backbone in float32"),
+    ],
+)
+def test_a_backbone_in_another_dtype_is_known_again_or_the_dtype_is_named(saved, dtype, told):
+    """float16 rounds otherwise; what is quantised has other values. Before, both were just "other values"."""
+    model = build()
+    with torch.no_grad():
+        model.layers[1].linear1.weight[0, 0] = 1e-7
+    first = inject.apply(model, BACKEND.sites(model), TTTConfig(**SETTINGS), seed=5)
+    save_adapter(saved[0], first, backbone=backbone_identity(BACKEND, OPTIONS))
+    first.eject()
+    if dtype == torch.int8:
+        weight = model.layers[1].linear1.weight
+        model.layers[1].linear1.weight = torch.nn.Parameter((weight * 99).to(dtype), requires_grad=False)
+    else:
+        model.to(dtype)
+    if told is None:
+        load_adapter(saved[0], model, sites=BACKEND.sites(model))
+        return
+    with pytest.raises(AdapterMismatchError) as refused:
+        load_adapter(saved[0], model, sites=BACKEND.sites(model))
+    assert all(part in str(refused.value) for part in told.split(" .* "))
+
+
+def test_an_adapter_of_a_float16_backbone_says_so(tmp_path):
+    model = build().half()
+    injection = inject.apply(model, BACKEND.sites(model), TTTConfig(**SETTINGS), seed=5)
+    save_adapter(tmp_path, injection, backbone=backbone_identity(BACKEND, OPTIONS))
+    injection.eject()
+    load_adapter(tmp_path, model, sites=BACKEND.sites(model)).eject()
+    plain = build()
+    with pytest.raises(AdapterMismatchError, match=r"float32 here, .* in float16, .*; load the backbone in float16"):
+        load_adapter(tmp_path, plain, sites=BACKEND.sites(plain))
+    header = read_info(tmp_path)
+    assert header.backbone_dtype == "float16"
+
+
 @pytest.fixture
 def saved_with_backbone(tmp_path):
     injection = injected(seed=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -352,11 +353,13 @@ def test_the_facts_name_the_streams_and_weigh_them(tmp_path):
     assert seven.attention_span == loaders._lm_kwargs["context"]
     written = tmp_path / "config.json"
     options = MoshiOptions(preset="7b", config_path=str(written))
-    for text, span, streams in (('{"context": 500, "dep_q": 16}', 500, 17), ("{}", None, 9)):
-        written.write_text(text)
+    own = {key: value for key, value in loaders._lm_kwargs.items() if key != "context"}
+    sixteen = {"context": 500, "n_q": 32, "dep_q": 16, "delays": [0] * 33}
+    for changes, span, streams in ((sixteen, 500, 17), ({}, None, 9)):
+        written.write_text(json.dumps({**own, **changes}))
         facts = MOSHI.score_facts(RunConfig(backbone=options))
         assert (facts.attention_span, len(facts.streams)) == (span, streams)
-    written.write_text('{"context": "long"}')
+    written.write_text(json.dumps({**own, "context": "long"}))
     with pytest.raises(EnvironmentProblem, match="its context is 'long'"):
         MOSHI.score_facts(RunConfig(backbone=options))
 

@@ -179,15 +179,20 @@ def test_the_hubs_config_may_name_a_lora_or_lack_it(tmp_path: Path, monkeypatch:
     written = json.loads(Path(files["config_path"]).read_text())
     tensors = lora(config_json())
     save_file(tensors, tmp_path / "lora.safetensors")
-    monkeypatch.setattr(loaders, "hf_hub_download", lambda repo, name, **_: str(tmp_path / name))
+    fetched: list[str] = []
+    monkeypatch.setattr(loaders, "hf_hub_download", lambda _, name, **__: fetched.append(name) or str(tmp_path / name))
     monkeypatch.setattr("ttt_moshi.options._cached_config", lambda _: files["config_path"])
     of_the_hub = {key: path for key, path in files.items() if key in ("tokenizer_path", "mimi_path")}
     with pytest.raises(EnvironmentProblem, match=r"me/mine/config\.json says lora: true"):
         load(of_the_hub, hf_repo="me/mine")
+    assert fetched == ["config.json"]  # no weights of a model that cannot be trained
     Path(files["config_path"]).write_text(json.dumps({**written, "lora_name": "lora.safetensors"}))
     found = load(of_the_hub, hf_repo="me/mine").state_dict()["linears.0.weight"]
     added = tensors["linears.0.lora_B.weight"] @ tensors["linears.0.lora_A.weight"]
     torch.testing.assert_close(found, load_file(files["moshi_path"])["linears.0.weight"] + 0.5 * added)
+    Path(files["config_path"]).write_text(json.dumps({**written, "lora": False, "dep_q": 0}))
+    with pytest.raises(EnvironmentProblem, match=r"backbone\.hf_repo: me/mine/config\.json is of a model that cannot"):
+        load_mimi(options(of_the_hub, hf_repo="me/mine"))
 
 
 def test_an_adapter_on_merged_weights_belongs_to_them_alone(tmp_path: Path) -> None:
@@ -373,7 +378,7 @@ def _others(files: dict[str, str]) -> dict[str, dict[str, torch.Tensor]]:
             **hugging,
             "depth_decoder.x": torch.zeros(1),
         },
-        "a language model of transformers": dict.fromkeys(("model.layers.0.x", "model.embed_tokens.y"), torch.ones(1)),
+        "a language model of transformers": {f"model.{x}": torch.ones(1) for x in ("layers.0.x", "embed_tokens.y")},
         "weights of the codec Mimi": mimi(mimi_config()).state_dict(),
     }  # fmt: skip
 
@@ -447,11 +452,11 @@ def test_codecs_of_another_kind_are_told_what_they_are(tmp_path: Path) -> None:
         save_file(hugging, tmp_path / "hf.safetensors")
         with pytest.raises(EnvironmentProblem, match=rf"backbone\.mimi_path: {path}: .*{told}"):
             load_mimi(options(files, mimi_path=str(path)))
-    small = {**mimi_config(), "quantizer": {**mimi_config()["quantizer"], "bins": 32}}
-    (tmp_path / "mimi.json").write_text(json.dumps(small))
-    save_file(mimi(small).state_dict(), tmp_path / "mimi.safetensors")
+    large = {**mimi_config(), "quantizer": {**mimi_config()["quantizer"], "bins": 128}}
+    (tmp_path / "mimi.json").write_text(json.dumps(large))
+    save_file(mimi(large).state_dict(), tmp_path / "mimi.safetensors")
     with pytest.raises(
-        EnvironmentProblem, match=r"backbone\.mimi_path: .*codes of 0 to 31, but the model reads 0 to 63"
+        EnvironmentProblem, match=r"backbone\.mimi_path: .*codes of 0 to 127, but the model reads 0 to 63"
     ):
         load_mimi(options(files))
     few = {**mimi_config(), "quantizer": {**mimi_config()["quantizer"], "n_q": 4}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -68,6 +69,45 @@ def same_weights(fingerprint: str, injection: Injection, *, without: set[str] | 
         return False
     away = [abs(a - b) for a, b in zip(one, other, strict=True)]
     return max(away, default=0) <= 1 and sum(away) <= max(2, len(away) // 1000)
+
+
+_EXACT = frozenset({"float32", "bfloat16", "float64"})
+"""The dtypes in which the fingerprint of the same weights is the same."""
+
+
+def backbone_dtype(injection: Injection, *, without: set[str] | frozenset[str] = frozenset()) -> str | None:
+    """The dtype of most of a backbone's parameters, as `float16`; of quantised ones if it has any; None if it has none.
+
+    Quantisation leaves embeddings and norms as they were, which may be most of a small model.
+    """
+    counted: Counter[torch.dtype] = Counter()
+    for _, parameter in _backbone_parameters(injection, without):
+        counted[parameter.dtype] += parameter.numel()
+    quantised = Counter({dtype: count for dtype, count in counted.items() if not dtype.is_floating_point})
+    most = (quantised or counted).most_common(1)
+    return str(most[0][0]).removeprefix("torch.") if most else None
+
+
+def other_weights(theirs: str | None, ours: str | None) -> str:
+    """What is said of weights that are not those of a file: whether their dtype may be why, and the way out.
+
+    Args:
+        theirs: `backbone_dtype` of the backbone that the adapter was trained on; None if the file does not say.
+        ours: that of the backbone here.
+    """
+    if ours not in _EXACT and ours != theirs and ours is not None:
+        before = theirs or "bfloat16 or float32"
+        kind = "in float16" if ours == "float16" else f"quantised or stored as {ours}"
+        return (
+            f"the backbone's weights: {kind} here, not in {before}, in which the adapter was trained and which has "
+            f"other values; load the backbone in {before} (dtype=torch.{before.split()[0]})"
+        )
+    if theirs is not None and theirs not in _EXACT and ours != theirs:
+        return (
+            f"the backbone's weights: {ours} here, but the adapter was trained on them in {theirs}, which has other "
+            f"values; load the backbone in {theirs} (dtype=torch.{theirs})"
+        )
+    return "the backbone's weights: other values here than those that it was trained on"
 
 
 def _ranks(values: str) -> list[int]:

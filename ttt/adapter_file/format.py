@@ -63,6 +63,8 @@ class AdapterInfo:
     """Fingerprint of that backbone's weights (`weights_fingerprint`); None if they were not known."""
     backbone_trained: str | None
     """Ties it to the `backbone_model.safetensors` that it needs; None if the backbone was frozen."""
+    backbone_dtype: str | None
+    """The dtype of that backbone's parameters, as `bfloat16`; None in files that do not say."""
     ttt: TTTConfig
     """Every TTT setting; if there are no sites, no layer has TTT and they say nothing."""
     sites: tuple[SiteInfo, ...]

@@ -21,7 +21,7 @@ from ttt.adapter_file.differences import (
     tensor_differences,
     way_to_fit,
 )
-from ttt.adapter_file.fingerprint import same_weights
+from ttt.adapter_file.fingerprint import backbone_dtype, other_weights, same_weights
 from ttt.adapter_file.format import BACKBONE, AdapterInfo, site_infos
 from ttt.adapter_file.reading import read_info, trained_backbone
 from ttt.config.lora import Linears
@@ -191,7 +191,7 @@ def _check_and_copy(
     )
     known = info.backbone_weights if check_weights and not differences else None
     if known and not same_weights(known, injection, without=set(trained)):
-        differences.append("the backbone's weights: other values here than those that it was trained on")
+        differences.append(other_weights(info.backbone_dtype, backbone_dtype(injection, without=set(trained))))
     way_out = way_to_fit(
         info, injection.config, has_ttt=bool(injection.sites), lora=injection.lora_settings, as_start=as_start
     )

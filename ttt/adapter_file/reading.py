@@ -82,6 +82,8 @@ def _parse(file: Path, text: str, header: Header) -> AdapterInfo:
             raise ValueError(version)
         if not all(isinstance(settings[key], str | None) for key in ("backbone_weights", "backbone_trained")):
             raise ValueError("backbone")
+        if not isinstance(settings.get("backbone_dtype"), str | None):  # older files have none
+            raise ValueError("backbone_dtype")
         if version > VERSION:
             raise AdapterFileError(
                 f"{file}: adapter format {version}, but this ttt ({__version__}) reads up to {VERSION}; install "
@@ -96,6 +98,7 @@ def _parse(file: Path, text: str, header: Header) -> AdapterInfo:
             backbone=dict(settings["backbone"]),
             backbone_weights=settings["backbone_weights"],
             backbone_trained=settings["backbone_trained"],
+            backbone_dtype=settings.get("backbone_dtype"),
             ttt=config,
             sites=tuple(
                 SiteInfo(int(site["layer"]), str(site["name"]), int(site["dim"]), int(site["num_heads"]))

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ttt.adapter_file.fingerprint import weights_fingerprint
+from ttt.adapter_file.fingerprint import backbone_dtype, weights_fingerprint
 from ttt.adapter_file.format import BACKBONE, CONFIG, FORMAT, MODEL, SETTINGS, VERSION, VERSION_WITHOUT_LORA, site_infos
 from ttt.files import write_tensors, write_text, writing
 from ttt.inject import Injection
@@ -53,6 +53,7 @@ def save_adapter(
         "ttt_version": __version__,
         "backbone": dict(backbone),
         "backbone_weights": weights_fingerprint(injection, without=trained),
+        "backbone_dtype": backbone_dtype(injection, without=trained),
         "backbone_trained": pair,
         "ttt": injection.config.model_dump(mode="json"),
         "sites": [vars(site) for site in site_infos(injection.sites, injection.config)],

@@ -326,10 +326,8 @@ class _Check:
 
     def _forget_what_follows(self, found: Sequence[Finding]) -> None:
         """Leave out what the facts' refusal of a file says if a rule has said what is wrong with that file."""
-        told = {finding.path for finding in found if finding.severity is Severity.ERROR}
-        self.findings = [
-            finding for finding in self.findings if finding.code != TTT605.number or finding.path not in told
-        ]
+        blamed = {finding.path for finding in found if finding.severity is Severity.ERROR}
+        self.findings = [each for each in self.findings if each.code != TTT605.number or each.path not in blamed]
 
     def _of_a_possible_model(self, facts: BackboneFacts | None) -> BackboneFacts | None:
         """The facts; None, with a finding, if the model is impossibly large: sums about it would not end."""

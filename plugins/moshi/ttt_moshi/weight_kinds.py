@@ -54,7 +54,7 @@ def require_weights(file: Path, expected: Mapping[str, tuple[int, ...]], *, opti
     try:
         header = read_header(file)
     except EnvironmentProblem as problem:
-        raise EnvironmentProblem(str(problem), key=key, fix=fix) from None
+        raise EnvironmentProblem(str(problem), key=key, fix="fetch it again, or write the path of another") from None
     shapes = {name: facts.shape for name, facts in header.tensors.items()}
     odd = [f"{name} is not in the model" for name in shapes if not _has_place(name, expected)]
     lacking = [f"{name} is missing" for name in expected if name not in shapes and not _is_stacked(name, shapes)]

@@ -72,15 +72,34 @@ def checkpoint_info(options: MoshiOptions) -> loaders.CheckpointInfo:
             moshi_weights=paths.get("moshi_path"),
             mimi_weights=paths.get("mimi_path"),
             tokenizer=paths.get("tokenizer_path"),
-            config_path=paths.get("config_path"),
+            config_path=paths.get("config_path") or _checked_config(repo, options),
             lora_weights=paths.get("lora_path"),
             revision=options.revision,
         )
+    except TTTError:
+        raise
     except Exception as error:  # the hub's client raises errors of many libraries
         raise EnvironmentProblem(
             f"{repo} cannot be fetched from the Hugging Face hub ({first_line(error)}); name local files with "
             f"backbone.moshi_path, mimi_path, tokenizer_path and config_path, or try the demo preset"
         ) from error
+
+
+def _checked_config(repo: str, options: MoshiOptions) -> Path | None:
+    """The config.json of a repository, before gigabytes of what cannot be trained are fetched; None without one.
+
+    Raises:
+        EnvironmentProblem: it is of a model that cannot be trained here, or whose LoRA is not named.
+    """
+    try:
+        file = Path(loaders.hf_get("config.json", repo, revision=options.revision))
+    except loaders.EntryNotFoundError:
+        return None
+    config = parse_model_config(read_json(file), *_place(options))
+    if options.lora_path is None:
+        weights = options.moshi_path or config.moshi_name
+        require_lora(config, _place(options)[0], weights=None if weights is None else Path(weights))
+    return file
 
 
 def provenance(options: MoshiOptions) -> dict[str, str]:
@@ -186,7 +205,7 @@ def load_mimi(options: MoshiOptions, *, device: torch.device | str = "cpu") -> M
         empty = _shapes(loaders.get_mimi(None, info.mimi_config))
         require_weights(Path(info.mimi_weights), empty, option="mimi_path", key=key, fix=_KYUTAIS_MIMI)
         mimi = info.get_mimi(device=device)
-    if mimi.cardinality != config.card:
+    if mimi.cardinality > config.card:
         raise EnvironmentProblem(
             f"{info.mimi_weights}: a Mimi with codes of 0 to {mimi.cardinality - 1}, but the model reads 0 to "
             f"{config.card - 1}",
