@@ -8,10 +8,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from moshi.models.lm import LMOutput
+from moshi.modules.transformer import RMSNorm
 from torch import Tensor
 
+from ttt import inject
+from ttt.config import RunConfig, TTTConfig
+from ttt.errors import PluginError
 from ttt.plugins import get_backbone
+from ttt_moshi.long_windows import _mask
 from ttt_moshi.loss import moshi_loss
+from ttt_moshi.options import MoshiOptions
 
 MOSHI = get_backbone("moshi")
 BATCH, STREAMS, OWN, FRAMES, AUDIO_CARD, TEXT_CARD = 3, 9, 4, 5, 6, 7
@@ -157,3 +163,104 @@ def test_on_the_model_every_gradient_is_finite():
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert len(gradients) > 50
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+# --- long windows ---
+
+
+def in_float64(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with norms in float64 too; kyutai's compute in float32."""
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.dtype = torch.float64
+    return model
+
+
+def gradients_of_loss(model: torch.nn.Module, codes: Tensor, **options: float) -> dict[str, Tensor]:
+    """The loss, its parts, and every gradient."""
+    model.zero_grad()
+    found = MOSHI.loss(model, codes, RunConfig(backbone=MoshiOptions(**options)))
+    found.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": found.loss.detach(), **found.metrics, **gradients}
+
+
+def worst_of(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - value).norm() / value.norm()) for name, value in expected.items() if value.any())
+
+
+@pytest.fixture
+def adapted() -> torch.nn.Module:
+    """Moshi with TTT, attention that sees 3 and 5 frames, in float64."""
+    options = MoshiOptions(dim=16, num_heads=2, num_layers=2, ttt_layer_context=3, non_ttt_layer_context=5)
+    model = in_float64(MOSHI.build(options, device="cpu", dtype=torch.float64))
+    settings = {**MOSHI.ttt_defaults, "layers": (1,), "mini_batch_size": 4}
+    inject.apply(model, MOSHI.sites(model), TTTConfig.model_validate(settings), seed=1)
+    return model
+
+
+@pytest.fixture
+def long_windows(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called, it makes every window a long one: 10 steps' logits at once, and 4 queries."""
+
+    def make() -> None:
+        for module in ("model", "long_windows"):
+            monkeypatch.setattr(f"ttt_moshi.{module}.LONG_WINDOW", 4)
+        monkeypatch.setattr("ttt_moshi.heads.HEAD_ROWS", 20)
+        monkeypatch.setattr("ttt_moshi.long_windows.attention_block", lambda context: 4)
+
+    return make
+
+
+def codes_with_holes(model: torch.nn.Module) -> Tensor:
+    codes = MOSHI.example_batch(model, batch_size=2, tokens=23, seed=0)
+    codes[:, 0, ::2] = 3
+    codes[1, :, 18:] = -1
+    codes[0, 3, 7] = -1
+    return codes
+
+
+@pytest.mark.parametrize(
+    ("options", "checkpointing"),
+    [({}, False), ({}, True), ({"text_padding_weight": 0.0, "first_codebook_weight_multiplier": 1.0}, False)],
+)
+def test_a_long_window_has_the_loss_and_gradients_of_a_short_one(adapted, long_windows, options, checkpointing):
+    """Attention in blocks, logits in pieces, both made again in backward."""
+    codes = codes_with_holes(adapted)
+    expected = gradients_of_loss(adapted, codes, **options)
+    assert len(expected) > 50
+    long_windows()
+    MOSHI.set_gradient_checkpointing(adapted, checkpointing)
+    assert worst_of(gradients_of_loss(adapted, codes, **options), expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("place", "saboteur"),
+    [
+        ("ttt_moshi.long_windows._mask", lambda block, context, like: _mask(block, context + 1, like)[:, 1:]),
+        ("ttt_moshi.long_windows.weights_of_codebooks", lambda dep_q, first, **kind: torch.ones(dep_q, 1, **kind)),
+        ("ttt_moshi.long_windows._delay_sequence", lambda delays, codes, initial: codes),
+    ],
+)
+def test_each_part_of_a_long_window_is_compared(adapted, long_windows, monkeypatch, place, saboteur):
+    codes = codes_with_holes(adapted)
+    expected = gradients_of_loss(adapted, codes)
+    long_windows()
+    monkeypatch.setattr(place, saboteur)
+    assert worst_of(gradients_of_loss(adapted, codes), expected) > 1e-6
+
+
+def test_a_window_of_240_s_is_read_at_once_and_a_longer_one_in_pieces(monkeypatch):
+    """As far as windows went before, the loss is kyutai's model's own, bit for bit."""
+    model = MOSHI.build(MoshiOptions(dim=8, num_heads=1, num_layers=1, context=2), device="cpu", dtype=torch.float32)
+    codes = MOSHI.example_batch(model, batch_size=1, tokens=3001, seed=0)
+    config = RunConfig(backbone=MoshiOptions())
+    seen: list[int] = []
+    monkeypatch.setattr(model, "forward", lambda codes: seen.append(codes.shape[2]) or 1 / 0)
+    with pytest.raises(PluginError, match="ZeroDivisionError"):
+        MOSHI.loss(model, codes[:, :, :3000], config)
+    assert seen == [3000]
+    with torch.no_grad():
+        assert MOSHI.loss(model, codes, config).loss.isfinite()
+    assert seen == [3000]

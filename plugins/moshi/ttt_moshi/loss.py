@@ -38,18 +38,32 @@ def moshi_loss(
         in which nothing has weight is 0.
     """
     text, audio = codes[:, :1], codes[:, 1 : 1 + dep_q]
-    text_weights = output.text_mask.to(_precision(output.text_logits))
-    for padding in text_padding_ids:
-        text_weights = torch.where(text == padding, text_weights * text_padding_weight, text_weights)
-    codebook_weights = torch.ones(dep_q, 1, dtype=_precision(output.logits), device=codes.device)
-    codebook_weights[0] = first_codebook_weight_multiplier
-    audio_weights = output.mask * codebook_weights
+    mask = output.text_mask.to(precision_of(output.text_logits))
+    text_weights = weights_of_text(mask, text, padding_weight=text_padding_weight, padding_ids=text_padding_ids)
+    audio_weights = output.mask * weights_of_codebooks(
+        dep_q, first_codebook_weight_multiplier, dtype=precision_of(output.logits), device=codes.device
+    )
     text_loss = _weighted_mean(output.text_logits, text, text_weights)
     audio_loss = _weighted_mean(output.logits, audio, audio_weights)
     return text_loss + audio_loss, {"text_loss": text_loss.detach(), "audio_loss": audio_loss.detach()}
 
 
-def _precision(logits: Tensor) -> torch.dtype:
+def weights_of_text(mask: Tensor, text: Tensor, *, padding_weight: float, padding_ids: Collection[int]) -> Tensor:
+    """The weights of text `[B,1,T]` to predict, 0 where the mask is."""
+    for padding in padding_ids:
+        mask = torch.where(text == padding, mask * padding_weight, mask)
+    return mask
+
+
+def weights_of_codebooks(dep_q: int, first: float, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The weights of Moshi's own codebooks, `[K,1]`."""
+    weights = torch.ones(dep_q, 1, dtype=dtype, device=device)
+    weights[0] = first
+    return weights
+
+
+def precision_of(logits: Tensor) -> torch.dtype:
+    """What losses of logits are computed and summed in."""
     return torch.promote_types(logits.dtype, torch.float32)
 
 

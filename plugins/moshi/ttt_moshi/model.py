@@ -18,8 +18,9 @@ from ttt.layer import Rotary, TTTLayer
 from ttt.plugins import LossOutput, Site
 from ttt.state import TTTState
 from ttt_moshi.contexts import give_ttt_context, known_contexts, note_context, set_contexts, take_back_context
+from ttt_moshi.long_windows import long_window_loss, read_long_windows_in_blocks
 from ttt_moshi.loss import moshi_loss
-from ttt_moshi.options import DEMO, DEMO_CONTEXT, MoshiOptions
+from ttt_moshi.options import DEMO, DEMO_CONTEXT, LONG_WINDOW, MoshiOptions
 from ttt_moshi.streaming import exact_streaming
 from ttt_moshi.weights import load_moshi, structure
 
@@ -47,7 +48,7 @@ def build(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dty
     Raises:
         EnvironmentProblem: weights cannot be had.
     """
-    return set_contexts(_build(options, device=device, dtype=dtype), options)
+    return set_contexts(read_long_windows_in_blocks(_build(options, device=device, dtype=dtype)), options)
 
 
 def _build(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dtype) -> LMModel:
@@ -211,15 +212,15 @@ def sites(model: LMModel) -> list[MoshiSite]:
 
 def loss(model: LMModel, codes: Tensor, options: MoshiOptions) -> LossOutput:
     """The loss of codes `[B,17,T]`: text cross-entropy plus audio cross-entropy over Moshi's own codebooks."""
-    output = model(codes)
-    total, parts = moshi_loss(
-        output,
-        codes,
-        dep_q=model.dep_q,
-        text_padding_weight=options.text_padding_weight,
-        first_codebook_weight_multiplier=options.first_codebook_weight_multiplier,
-        text_padding_ids={model.text_padding_token_id, model.end_of_text_padding_id},
-    )
+    weights: dict[str, Any] = {
+        "text_padding_weight": options.text_padding_weight,
+        "first_codebook_weight_multiplier": options.first_codebook_weight_multiplier,
+        "text_padding_ids": {model.text_padding_token_id, model.end_of_text_padding_id},
+    }
+    if codes.shape[2] > LONG_WINDOW:
+        total, parts = long_window_loss(model, codes, **weights)
+    else:
+        total, parts = moshi_loss(model(codes), codes, dep_q=model.dep_q, **weights)
     return LossOutput(total, tokens=codes.shape[0] * codes.shape[2], metrics=parts)
 
 

@@ -29,6 +29,10 @@ NOTHING = -1
 """`LMModel.zero_token_id`: the model reads it as no input, and the loss ignores it."""
 PIECE = 256
 """Frames that model and codec read at once in a long stream."""
+HEAD_ROWS = 1024
+"""Frames, of all rows together, whose logits are made at once: 128 MiB of Moshi's text logits in float32."""
+LONG_WINDOW = 3000
+"""Frames of the longest window that is read as kyutai's model reads it, at once: 240 s."""
 PRETRAINED_KEYS = (
     *("hf_repo", "revision", "moshi_path", "mimi_path", "tokenizer_path", "config_path", "lora_path"),
     "random_weights",
@@ -314,3 +318,8 @@ def context_and_codebooks(options: MoshiOptions) -> tuple[int | None, int]:
     """Frames that the attention sees, None if all; and how many codebooks the model predicts."""
     config = model_config_of(options)
     return config.context, config.dep_q
+
+
+def attention_block(context: int) -> int:
+    """Queries of a long window that attend at once: a mask of one block is small, and few keys are read in vain."""
+    return min(max(256, context), 1024)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
 
 import torch
 from moshi.models import LMModel
@@ -18,12 +17,10 @@ from torch.nn import functional as F
 
 from ttt.errors import UsageError
 from ttt.plugins import Scores
+from ttt_moshi.heads import hidden_states, logits_of, some_steps
 from ttt_moshi.model import MoshiTTT
 from ttt_moshi.options import PIECE
 from ttt_moshi.streaming import exact_streaming
-
-_ROWS: Final = 1024
-"""Frames, of all rows together, whose logits are made at once: 128 MiB of Moshi's text logits in float32."""
 
 
 @torch.no_grad()
@@ -150,7 +147,7 @@ class _Reading:
         delayed = [joined[:, k, start - delay :][:, :steps] for k, delay in enumerate(self._delays)]
         targets = torch.stack(delayed, 1)
         inputs = torch.cat([self._input, targets[:, :, :-1]], 2)
-        nll = _losses(self._model, _hidden(self._model, inputs), targets)
+        nll = _losses(self._model, hidden_states(self._model, inputs), targets)
         mask = self._predicted(codes, targets)
         self._nll = torch.cat([self._nll, torch.where(mask, nll, 0)], 2)
         self._mask = torch.cat([self._mask, mask], 2)
@@ -194,27 +191,15 @@ def _joined(scores: list[Scores]) -> Scores:
     return Scores(torch.cat([part.nll for part in scores], 2), torch.cat([part.mask for part in scores], 2))
 
 
-def _hidden(model: LMModel, inputs: Tensor) -> Tensor:
-    """The main transformer's output `[B,t,D]`: as `LMModel.forward_text`, but without the logits of all text tokens."""
-    embedded = model.emb[0](inputs[:, 1])
-    for embedding, codes in zip(list(model.emb)[1:], inputs.unbind(1)[2:], strict=True):
-        embedded = embedded + embedding(codes)
-    embedded = embedded + model.text_emb(inputs[:, 0])
-    hidden: Tensor = model.out_norm(model.transformer(embedded))
-    return hidden
-
-
 def _losses(model: LMModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of targets `[B,17,t]` given the output `[B,t,D]` before each, `[B,K,t]`; some frames at a time."""
-    frames = max(1, _ROWS // max(1, hidden.shape[0]))
-    parts = zip(hidden.split(frames, 1), targets.split(frames, 2), strict=True)
-    return torch.cat([_losses_of_logits(model, *part) for part in parts], 2)
+    return torch.cat([_losses_of_logits(model, *part) for part in some_steps(hidden, targets)], 2)
 
 
 def _losses_of_logits(model: LMModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    text = _cross_entropy(model.text_linear(hidden)[:, None], targets[:, :1])
-    audio = _cross_entropy(model.forward_depformer_training(targets, hidden), targets[:, 1 : 1 + model.dep_q])
-    return torch.cat([text, audio], 1)
+    logits = logits_of(model, hidden, targets)
+    text = _cross_entropy(logits.text, targets[:, :1])
+    return torch.cat([text, _cross_entropy(logits.audio, targets[:, 1 : 1 + model.dep_q])], 1)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
