@@ -23,7 +23,7 @@ from ttt.reading import other_kind
 from ttt.state import TTTState
 from ttt.words import first_line
 from ttt_moshi.loss import moshi_loss
-from ttt_moshi.options import DEMO, DEMO_CONTEXT, MoshiOptions
+from ttt_moshi.options import DEMO, DEMO_CONTEXT, NO_TRANSCRIPT, MoshiOptions
 from ttt_moshi.streaming import exact_streaming
 
 DEMO_SEED = 20260101
@@ -259,14 +259,18 @@ def sites(model: LMModel) -> list[MoshiSite]:
 
 def loss(model: LMModel, codes: Tensor, options: MoshiOptions) -> LossOutput:
     """The loss of codes `[B,17,T]`: text cross-entropy plus audio cross-entropy over Moshi's own codebooks."""
-    output = model(codes)
+    untranscribed = codes[:, :1] == NO_TRANSCRIPT
+    read = torch.where(codes == NO_TRANSCRIPT, model.text_padding_token_id, codes)
+    output = model(read)
     total, parts = moshi_loss(
         output,
-        codes,
+        read,
         dep_q=model.dep_q,
         text_padding_weight=options.text_padding_weight,
         first_codebook_weight_multiplier=options.first_codebook_weight_multiplier,
         text_padding_ids={model.text_padding_token_id, model.end_of_text_padding_id},
+        untranscribed=untranscribed,
+        untranscribed_text_weight=options.untranscribed_text_weight,
     )
     return LossOutput(total, tokens=codes.shape[0] * codes.shape[2], metrics=parts)
 

@@ -17,6 +17,8 @@ FRAME_RATE = 12.5
 MOSHI_7B = {"dim": 4096, "num_heads": 32, "num_layers": 32}
 LARGEST_SIZE = 1 << 20
 """The largest width, and number of heads and layers, that a config.json is believed."""
+SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff")
+"""Endings of the files that a folder of recordings without transcripts is searched for."""
 RECORDING_EXAMPLE = '{"path": "a.wav", "duration": 61.2}'
 """A good line of `train_data`."""
 DEMO = {"dim": 128, "num_heads": 4, "num_layers": 4}
@@ -28,6 +30,8 @@ CODEBOOKS = 8
 """Codebooks that Moshi predicts, those of its own voice."""
 TEXT_PADDING = 3
 """`LMModel.text_padding_token_id`."""
+NO_TRANSCRIPT = -2
+"""The text token of a frame of speech without transcript, in our windows: the model reads padding there."""
 NOTHING = -1
 """`LMModel.zero_token_id`: the model reads it as no input, and the loss ignores it."""
 PIECE = 256
@@ -64,6 +68,8 @@ class MoshiOptions(BackboneOptions):
     """demo: layers; null is 4."""
     text_padding_weight: Annotated[float, Field(ge=0, le=1e6)] = 0.5
     """Weight of padding in the text loss."""
+    untranscribed_text_weight: Annotated[float, Field(ge=0, le=1e6)] = 0.01
+    """format audio: weight of the text loss of its windows, where all text is padding; that of other windows has 1."""
     first_codebook_weight_multiplier: Annotated[float, Field(gt=0, le=1e6)] = 100.0
     """Weight of the first (semantic) codebook in the audio loss."""
     context: Annotated[int, Field(ge=1, le=LARGEST_SIZE)] | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ttt.config import BackboneOptions, DataOptions, ScoreOptions, TrainConfig
+from ttt.config.sources import DATA_KEYS, sources_of
 from ttt.packaged import packaged_presets
 from ttt.plugins import (
     Backbone,
@@ -27,6 +28,7 @@ from ttt_moshi.options import (
     NOTHING,
     PIECE,
     RECORDING_EXAMPLE,
+    SOUND_FILES,
     MoshiData,
     MoshiOptions,
     MoshiRun,
@@ -79,7 +81,7 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiO
             **sizes(options),
             tokens_per_window=frames_in(data.duration_sec, FRAME_RATE),
             window=f"{data.duration_sec:g} s of Moshi",
-            recordings=RecordingFormat(RECORDING_EXAMPLE, data.duration_sec, beside=".json"),
+            recordings=_recording_format(data),
             **_memory_facts(options, config.train, frames_in(data.duration_sec, FRAME_RATE)),
         )
 
@@ -200,6 +202,13 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiO
         from ttt_moshi.scoring import score_stream
 
         return score_stream(model, batch_size=batch_size)
+
+
+def _recording_format(data: MoshiData) -> RecordingFormat:
+    """What the recordings of the sources are, which may differ in that."""
+    named = [source for key in DATA_KEYS for source in sources_of(data, key)]
+    bare = frozenset(source for source in named if data.format_of(source) == "audio")
+    return RecordingFormat(RECORDING_EXAMPLE, data.duration_sec, beside=".json", bare=bare, suffixes=SOUND_FILES)
 
 
 def _score_options(config: MoshiRun) -> MoshiScoreOptions:

@@ -136,11 +136,16 @@ def lines_can_be_read(context: Context) -> Iterator[Finding]:
     for key in DATA_KEYS:
         for place, lines in context.lines(key).items():
             if not lines.count:
-                source = places_of(context.config.data, key)[place].path
+                source = places_of(context.config.data, key)[place]
+                bare = source in getattr(form, "bare", ())
                 yield TTT501.at(
                     place,
-                    message=f"{source!r} holds no line of data; the run stops before its first step",
-                    fix=f"write a .jsonl with lines such as {form.example}",
+                    message=(
+                        f"{source.path!r} holds no line of data{', and no recording' if bare else ''}; the run stops "
+                        f"before its first step"
+                    ),
+                    fix=f"write a .jsonl with lines such as {form.example}"
+                    + (f", or put recordings there ({', '.join(getattr(form, 'suffixes', ()))})" if bare else ""),
                 )
             yield from _broken(lines, place, form.example, beside=beside, lacking=form.lacking)
 
