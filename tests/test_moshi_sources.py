@@ -14,17 +14,29 @@ import torch
 from rich.console import Console
 
 from ttt.check import check_config, load_config
+from ttt.check.json_schema import json_schema
+from ttt.config import RunConfig, dump_config
+from ttt.config.sources import sources_of
 from ttt.errors import ConfigError, EnvironmentProblem
 from ttt.plugins import get_backbone
 from ttt.train import train
 from ttt.train.metrics import read_metrics
+from ttt_cli.main import main
 from ttt_moshi import data as windows_of_moshi
 from ttt_moshi import demo
 from ttt_moshi.clips import MoshiClips
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.data import SpeechWindows, speech_windows
 from ttt_moshi.model import loss
-from ttt_moshi.options import NO_TRANSCRIPT, NOTHING, TEXT_PADDING, MoshiData, MoshiOptions, MoshiScoreOptions
+from ttt_moshi.options import (
+    NO_TRANSCRIPT,
+    NOTHING,
+    TEXT_PADDING,
+    MoshiData,
+    MoshiOptions,
+    MoshiScoreOptions,
+    MoshiSource,
+)
 
 MOSHI = get_backbone("moshi")
 RATE = 16_000
@@ -159,11 +171,13 @@ def test_codes_of_long_data_do_not_grow_without_end(speech, monkeypatch):
 # --- the loss of their text ---
 
 
-def text_loss(codes: torch.Tensor, **options: Any) -> tuple[float, torch.Tensor]:
+def text_loss(codes: torch.Tensor, weight: float | None = None, **options: Any) -> tuple[float, torch.Tensor]:
     """The text loss, and its gradient at the text head."""
     chosen = MoshiOptions(dim=32, num_heads=2, num_layers=1, **options)
+    data = MoshiData(format="audio") if weight is None else MoshiData(format="audio", untranscribed_text_weight=weight)
+    config = RunConfig[MoshiOptions, MoshiData](backbone=chosen, data=data)
     model = MOSHI.build(chosen, device="cpu", dtype=torch.float32)
-    output = loss(model, codes, chosen)
+    output = MOSHI.loss(model, codes, config)
     output.loss.backward()
     return float(output.metrics["text_loss"]), model.text_linear.weight.grad
 
@@ -186,8 +200,8 @@ def test_the_text_of_an_untranscribed_window_hardly_counts_whatever_its_batch(wi
     assert whole > 1  # a window that is all padding has its whole mean, whatever text_padding_weight
     assert little == pytest.approx(0.01 * whole)
     torch.testing.assert_close(its_gradient, 0.01 * gradient, rtol=1e-3, atol=1e-8)
-    assert text_loss(audio, untranscribed_text_weight=0)[0] == 0
-    assert text_loss(audio, untranscribed_text_weight=1)[0] == whole
+    assert text_loss(audio, 0)[0] == 0
+    assert text_loss(audio, 1)[0] == whole
     assert text_loss(audio, text_padding_weight=0)[0] == 0
     # beside a window with words, its share is that of its padding
     together, _ = text_loss(torch.cat([transcribed, audio]), text_padding_weight=1)
@@ -258,6 +272,78 @@ def test_each_source_is_checked_as_what_it_is(speech, tmp_path):
     ]
 
 
+# --- the keys ---
+
+
+@pytest.mark.parametrize(
+    ("data", "path", "message", "fix"),
+    [
+        (
+            "train_data: [{path: a}, {path: a, weight: 3}]",
+            "data.train_data",
+            "names 'a' twice",
+            "the sum of the weights",
+        ),
+        ("train_data: []", "data.train_data", "must be text or a list of at least 1", ""),
+        ("train_data: {path: a}", "data.train_data", "must be text or a list, not a section", ""),
+        ("train_data: [a, b]", "data.train_data.0", "must be a section of", "`path`, `weight`, `format`, `channel`"),
+        ("train_data: [{weight: 1}]", "data.train_data.0.path", "is missing", "write `path: …`"),
+        ("train_data: [{pth: a}]", "data.train_data.0.pth", "unknown key `pth`", "write `path`"),
+        ("train_data: [{path: a, weight: 0}]", "data.train_data.0.weight", "at least 1e-06, not 0", ""),
+        ("train_data: [{path: a, weight: .nan}]", "data.train_data.0.weight", "a finite number", ""),
+        (
+            "train_data: [{path: a, format: adio}]",
+            "data.train_data.0.format",
+            "`transcribed`, `audio`",
+            "write `audio`",
+        ),
+        ("train_data: [{path: a, channel: left}]", "data.train_data", "'a' has a channel", "write format: audio"),
+        ("eval_data: [{path: a, weight: 2}]", "data.eval_data", "reads each window once", "leave out weight"),
+        (
+            "{format: audio, train_data: [{path: a, format: transcribed}]}",
+            "data.format",
+            "each has one",
+            "leave it out",
+        ),
+        ("channel: right", "data.channel", "acts with format: audio", "write format: audio"),
+        (
+            "{channel: left, train_data: [{path: a, format: audio, channel: right}]}",
+            "data.channel",
+            "each has one",
+            "leave it out",
+        ),
+        ("untranscribed_text_weight: 0", "data.untranscribed_text_weight", "acts with format: audio", "leave out"),
+        ("shuffle: file", "data.shuffle", "must be true or false or `files`", "write `files`"),
+        (
+            "train_data: 'a.jsonl:1,b.jsonl:2'",
+            "data.train_data",
+            "does not exist",
+            "[{path: a.jsonl, weight: 1}, {path",
+        ),
+    ],
+)
+def test_what_is_wrong_with_sources_is_said_at_its_key(data, path, message, fix):
+    text = f"{MODEL}\ndata: {data if data[0] == '{' else '{' + data + '}'}"
+    found = [finding for finding in check_config(None, text=text).findings if finding.path == path]
+    assert any(message in finding.message and fix in finding.fix for finding in found), found
+
+
+def test_sources_are_kept_in_every_form_of_a_config():
+    """Written, overridden, stored and read again, in the schema, in Python."""
+    sources = "[{path: a, weight: 2}, {path: b, format: audio, channel: left}]"
+    given = [f"data.train_data={sources}", "data.shuffle=files"]
+    written = check_config(None, text=f"{MODEL}\ndata: {{train_data: {sources}, shuffle: files}}").config
+    overridden = check_config(None, text=MODEL, overrides=given).config
+    assert written is not None
+    assert written == overridden == check_config(None, text=dump_config(written)).config
+    assert [(each.path, each.weight) for each in sources_of(written.data, "train_data")] == [("a", 2.0), ("b", 1.0)]
+    assert sources_of(MoshiData(train_data="a"), "train_data") == (MoshiSource(path="a"),)
+    assert sources_of(MoshiData(), "train_data") == ()
+    data = json_schema([MOSHI])["$defs"]["MoshiData"]["properties"]
+    assert {"$ref": "#/$defs/MoshiSource"} in [each.get("items") for each in data["train_data"]["anyOf"]]
+    assert {"const": "files", "type": "string"} in data["shuffle"]["anyOf"]
+
+
 # --- training ---
 
 
@@ -317,3 +403,73 @@ eval: {{max_batches: 1}}"""
             data__shuffle="files",
             train__batch_size=2,
         )
+
+
+# --- the index of a folder ---
+
+
+def indexed(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    code = main(["index", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def test_an_index_is_of_the_folders_order_and_reads_as_the_folder_does(speech, tmp_path, capsys):
+    out = tmp_path / "lists" / "data.jsonl"
+    out.parent.mkdir()
+    code, told = indexed(capsys, speech, "--out", out)
+    assert code == 0
+    assert "4 recordings, 13 s" in told
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [Path(line["path"]).name for line in lines] == [
+        "chapter_2.flac",
+        "chapter_10.flac",
+        "last.flac",
+        "chapter_2.flac",
+    ]
+    assert [line["duration"] for line in lines] == [5.6, 2.6, 1.5, 3.0]
+    assert not any(Path(line["path"]).is_absolute() for line in lines)
+    listed, found = (
+        of({"train_data": str(source), "format": "audio", "duration_sec": 2.0}) for source in (out, speech)
+    )
+    assert all(torch.equal(listed[number], found[number]) for number in range(len(found)))
+
+    before = out.read_bytes()
+    code, told = indexed(capsys, speech / "man", "--out", out)
+    assert (code, out.read_bytes()) == (2, before)
+    assert "is already there; write another file with --out, or replace it with --force" in told
+    assert indexed(capsys, speech, "--out", out, "--force", "--backbone", "moshi")[0] == 0
+    assert out.read_bytes() == before
+
+
+def test_files_that_cannot_be_read_are_named_and_left_out_only_if_that_is_wanted(speech, tmp_path, capsys):
+    folder = tmp_path / "speech"
+    shutil.copytree(speech, folder)
+    (folder / "broken.wav").write_bytes(b"RIFF")
+    (folder / "w\u00f6rter \U0001f600.flac").write_bytes((speech / "woman/more/last.flac").read_bytes())
+    out = tmp_path / "data.jsonl"
+    code, told = indexed(capsys, folder, "--out", out)
+    assert code == 3
+    assert "broken.wav: cannot be decoded" in told
+    assert "leave them out with --leave-out" in told
+    assert not out.exists()
+    code, told = indexed(capsys, folder, "--out", out, "--leave-out")
+    assert code == 0
+    assert "left out:" in told
+    assert len(of({"train_data": str(out), "format": "audio"}).files) == 5
+    assert '"speech/w\u00f6rter \U0001f600.flac"' in out.read_text(encoding="utf-8")
+
+
+def test_what_an_index_cannot_be_made_of(speech, tmp_path, capsys):
+    out = tmp_path / "data.jsonl"
+    (tmp_path / "empty").mkdir()
+    for arguments, expected, words in (
+        ((tmp_path / "empty", "--out", out), 3, "empty: holds no recording"),
+        ((tmp_path / "gone", "--out", out), 3, "gone: no such folder"),
+        ((speech, "--out", tmp_path / "data.txt"), 2, "an index is a .jsonl file; write --out"),
+        ((speech, "--out", out, "--backbone", "videodit"), 2, "the backbone videodit has no index"),
+    ):
+        code, told = indexed(capsys, *arguments)
+        assert code == expected
+        assert words in told
+    assert not out.exists()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ttt.plugins.capabilities import (
         Capability,
         DiffusionScoring,
+        Indexing,
         Precomputing,
         Sampling,
         Scoring,
@@ -48,6 +49,7 @@ _EXPORTS = {
     "EvalTask": "ttt.plugins.eval_tasks",
     "GROUP": "ttt.plugins.discovery",
     "Import": "ttt.plugins.imported",
+    "Indexing": "ttt.plugins.capabilities",
     "ImportedConfig": "ttt.plugins.imported",
     "Logger": "ttt.plugins.loggers",
     "LineFormat": "ttt.plugins.facts",
@@ -100,6 +102,7 @@ __all__ = [
     "EvalTask",
     "Import",
     "ImportedConfig",
+    "Indexing",
     "LineFormat",
     "Logger",
     "LossOutput",

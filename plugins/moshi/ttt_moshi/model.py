@@ -257,8 +257,11 @@ def sites(model: LMModel) -> list[MoshiSite]:
 # --- running ---
 
 
-def loss(model: LMModel, codes: Tensor, options: MoshiOptions) -> LossOutput:
-    """The loss of codes `[B,17,T]`: text cross-entropy plus audio cross-entropy over Moshi's own codebooks."""
+def loss(model: LMModel, codes: Tensor, options: MoshiOptions, *, untranscribed_text_weight: float = 1.0) -> LossOutput:
+    """The loss of codes `[B,17,T]`: text cross-entropy plus audio cross-entropy over Moshi's own codebooks.
+
+    Where the text is `NO_TRANSCRIPT`, the model reads padding, and the text loss is weighted.
+    """
     untranscribed = codes[:, :1] == NO_TRANSCRIPT
     read = torch.where(codes == NO_TRANSCRIPT, model.text_padding_token_id, codes)
     output = model(read)
@@ -270,7 +273,7 @@ def loss(model: LMModel, codes: Tensor, options: MoshiOptions) -> LossOutput:
         first_codebook_weight_multiplier=options.first_codebook_weight_multiplier,
         text_padding_ids={model.text_padding_token_id, model.end_of_text_padding_id},
         untranscribed=untranscribed,
-        untranscribed_text_weight=options.untranscribed_text_weight,
+        untranscribed_text_weight=untranscribed_text_weight,
     )
     return LossOutput(total, tokens=codes.shape[0] * codes.shape[2], metrics=parts)
 

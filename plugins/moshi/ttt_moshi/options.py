@@ -68,8 +68,6 @@ class MoshiOptions(BackboneOptions):
     """demo: layers; null is 4."""
     text_padding_weight: Annotated[float, Field(ge=0, le=1e6)] = 0.5
     """Weight of padding in the text loss."""
-    untranscribed_text_weight: Annotated[float, Field(ge=0, le=1e6)] = 0.01
-    """format audio: weight of the text loss of its windows, where all text is padding; that of other windows has 1."""
     first_codebook_weight_multiplier: Annotated[float, Field(gt=0, le=1e6)] = 100.0
     """Weight of the first (semantic) codebook in the audio loss."""
     context: Annotated[int, Field(ge=1, le=LARGEST_SIZE)] | None = None
@@ -145,6 +143,8 @@ class MoshiData(DataOptions):
     """Stereo dialogues with transcripts, or audio: speech of one voice without transcripts."""
     channel: Channel | None = None
     """format audio: which channel of a recording with several is Moshi's voice; null refuses such recordings."""
+    untranscribed_text_weight: Annotated[float, Field(ge=0, le=1e6)] = 0.01
+    """format audio: weight of the text loss of its windows, where all text is padding; that of other windows has 1."""
 
     duration_sec: Annotated[float, Field(ge=0.01, le=3600)] = 15.0
     """Length of a training window in seconds; a file is cut into consecutive windows."""
@@ -171,7 +171,7 @@ class MoshiData(DataOptions):
             )
 
     def _require_use(self, sources: Sequence[DataSource]) -> None:
-        """Refuse the section's `format` or `channel` if no source takes it from there."""
+        """Refuse what the section says of sources if no source takes it from there."""
         if self.format != "transcribed" and all(getattr(source, "format", None) for source in sources):
             raise Misfit(
                 f"format: {self.format} is for sources without a format of their own, and each has one",
@@ -184,6 +184,13 @@ class MoshiData(DataOptions):
                 f"channel: {self.channel} acts with format: audio; in format: transcribed Moshi's voice is the left",
                 keys=("channel", "format"),
                 fix="write format: audio, or leave out channel",
+            )
+        weight = self.untranscribed_text_weight
+        if weight != MoshiData.model_fields["untranscribed_text_weight"].default and not heard:
+            raise Misfit(
+                f"untranscribed_text_weight: {weight:g} acts with format: audio; other windows have transcripts",
+                keys=("untranscribed_text_weight", "format"),
+                fix="write format: audio, or leave out untranscribed_text_weight",
             )
         if self.channel is not None and all(getattr(source, "channel", None) for source in heard):
             raise Misfit(

@@ -14,6 +14,7 @@ from ttt.plugins import (
     Backbone,
     BackboneFacts,
     Batch,
+    Indexing,
     LossOutput,
     RecordingFormat,
     ScoreFacts,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from ttt.plugins import ClipReader, ImportedConfig, Scores, ScoreStream, Site
 
 
-class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiOptions, MoshiData]):
+class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Indexing, Streaming, Scoring[MoshiOptions, MoshiData]):
     """Moshi: autoregressive over 12.5 frames a second of 17 streams (1 text, 8 own audio, 8 of the user)."""
 
     name: ClassVar[str] = "moshi"
@@ -119,7 +120,8 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiO
         """Text and audio cross-entropy, weighted as moshi-finetune does."""
         from ttt_moshi.model import loss
 
-        return loss(model, batch, config.backbone)
+        weight = config.data.untranscribed_text_weight
+        return loss(model, batch, config.backbone, untranscribed_text_weight=weight)
 
     def set_gradient_checkpointing(self, model: nn.Module, enabled: bool) -> None:
         """Switch kyutai's own checkpointing, around every layer of both transformers."""
@@ -158,6 +160,18 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiO
         from ttt_moshi.model import stream
 
         return stream(model, batch, pieces=pieces)
+
+    def find_recordings(self, folder: Path) -> Sequence[Path]:
+        """The sound files, by their endings."""
+        from ttt_moshi.sources import sound_files
+
+        return sound_files(folder)
+
+    def measure_recording(self, file: Path) -> float:
+        """By its header, and the end decoded."""
+        from ttt_moshi.sources import measure
+
+        return measure(file)
 
     def score_facts(self, config: MoshiRun) -> ScoreFacts:
         """The text stream and Moshi's own codebooks, of which the first is semantic."""

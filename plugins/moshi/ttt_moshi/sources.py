@@ -19,7 +19,7 @@ from ttt.errors import EnvironmentProblem
 from ttt.jsonl import jsonl_files, read_jsonl
 from ttt.reading import unreadable
 from ttt_moshi.audio import UnreadableAudioError, inspect_audio
-from ttt_moshi.options import RECORDING_EXAMPLE, SOUND_FILES, Channel, MoshiData
+from ttt_moshi.options import FRAME_RATE, RECORDING_EXAMPLE, SOUND_FILES, Channel, MoshiData
 from ttt_moshi.recordings import BadLineError, Recording, read_line, read_recordings
 
 
@@ -121,6 +121,18 @@ def _in_order(file: Path) -> tuple[tuple[str | int, ...], ...]:
     return tuple(
         tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)) for name in file.parts
     )
+
+
+def measure(file: Path) -> float:
+    """Length of a sound file in seconds.
+
+    Raises:
+        EnvironmentProblem: it cannot be decoded, or is shorter than a frame; the message names it.
+    """
+    read = _read_file(file, 1 / FRAME_RATE)
+    if isinstance(read, str):
+        raise EnvironmentProblem(f"{file}: {read}")
+    return read.info.seconds
 
 
 def _read_file(file: Path, frame_sec: float) -> Recording | str:
