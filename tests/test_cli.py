@@ -221,7 +221,7 @@ def test_plugins_lists_the_good_and_the_broken(capsys: pytest.CaptureFixture[str
     assert toy.split() == ["toy", "1.2", "ttt-toy", "(toy_plugin)", "backbone"]
     assert broken.endswith("BROKEN")
     moshi, videodit = (next(line for line in lines if line.startswith(name)) for name in ("moshi", "videodit"))
-    assert moshi.split(maxsplit=4)[-1] == "backbone (can stream, score), import of configs"
+    assert moshi.split(maxsplit=4)[-1] == "backbone (can index, stream, score), import of configs"
     assert videodit.endswith(
         "  backbone (can sample, precompute, import-weights, score-diffusion, reset), import of configs"
     )
@@ -242,7 +242,7 @@ def test_plugins_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         "capabilities": [],
         "tasks": [],
     }
-    assert found["moshi"]["capabilities"] == ["stream", "score"]
+    assert found["moshi"]["capabilities"] == ["index", "stream", "score"]
     assert found["videodit"]["capabilities"] == ["sample", "precompute", "import-weights", "score-diffusion", "reset"]
     assert not found["broken"]["works"]
     assert "ModuleNotFoundError" in found["broken"]["error"]

@@ -79,6 +79,7 @@ ROOMS = (
     "ttt.eval",
     # what is said about a run before it starts, the run, and what it learned in use
     *("ttt.check", "ttt.train", "ttt.runs", "ttt.learned", "ttt.samples", "ttt.sample", "ttt.evaluate"),
+    "ttt.indexing",
     # the library in a notebook
     "ttt.facade",
     # what all of it is held to

@@ -574,9 +574,9 @@ def test_sources_that_are_none(tmp_path, windows_of):
         (tmp_path / "nowhere.jsonl", r"nowhere.jsonl does not exist; name a .jsonl file or a folder of them$"),
         (tmp_path / "empty", r"empty holds no .jsonl file; write one with lines such as"),
         (tmp_path / "blank.jsonl", r"blank.jsonl: no recordings; write lines such as"),
-        (f"{index}:2", r"lists of files and weights such as a.jsonl:2 are not supported: name one .jsonl file"),
-        (f"{index}:2,{index}:1", r"lists of files and weights"),
-        (f"{index},{index}", r"lists of files and weights"),
+        (f"{index}:2", r"jsonl:2 is not a file; write several files and their weights as a list, \[\{path: a"),
+        (f"{index}:2,{index}:1", r"write several files and their weights as a list"),
+        (f"{index},{index}", r"write several files and their weights as a list"),
     ):
         with pytest.raises(EnvironmentProblem, match=message) as caught:
             windows_of(source)

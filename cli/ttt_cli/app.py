@@ -24,6 +24,7 @@ COMMANDS = {
     "import-config": "ttt_cli.import_config:import_config",
     "import-weights": "ttt_cli.import_weights:import_weights",
     "precompute": "ttt_cli.precompute:precompute",
+    "index": "ttt_cli.index:index",
     "schema": "ttt_cli.schema:schema",
     "new-backbone": "ttt_cli.new_backbone:new_backbone",
     "plugins": "ttt_cli.plugins:plugins",

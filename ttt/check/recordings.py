@@ -82,6 +82,19 @@ def read_recordings(source: str | None, *, beside: str | None = None) -> Recordi
     return recordings
 
 
+def is_folder_of(source: str, suffixes: Sequence[str]) -> bool:
+    """Whether a folder holds files with one of the endings at any depth, and no `.jsonl`, which would name them."""
+    try:
+        folder = Path(source)
+        return (
+            folder.is_dir()
+            and not jsonl_files(folder)
+            and any(file.suffix.lower() in suffixes for file in folder.rglob("*"))
+        )
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
 def read_lines_of(source: str | None, form: LineFormat) -> Lines | None:
     """Read lines that hold the data themselves; None if the source is no `.jsonl` file, and no folder with one.
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ttt.plugins.capabilities import (
         Capability,
         DiffusionScoring,
+        Indexing,
         LowRank,
         Precomputing,
         Sampling,
@@ -50,6 +51,7 @@ _EXPORTS = {
     "EvalTask": "ttt.plugins.eval_tasks",
     "GROUP": "ttt.plugins.discovery",
     "Import": "ttt.plugins.imported",
+    "Indexing": "ttt.plugins.capabilities",
     "ImportedConfig": "ttt.plugins.imported",
     "Logger": "ttt.plugins.loggers",
     "LineFormat": "ttt.plugins.facts",
@@ -105,6 +107,7 @@ __all__ = [
     "EvalTask",
     "Import",
     "ImportedConfig",
+    "Indexing",
     "LineFormat",
     "Logger",
     "LoraSite",

@@ -282,6 +282,16 @@ def _require_sources(dataset: Any) -> None:
         raise WrongAnswer(f"{_named(dataset)} of {len(dataset.files)} files whose `sources` cover {end}")
 
 
+def _recordings(backbone: Any, answer: Any) -> Any:
+    return paths(backbone, answer) if answer else ()
+
+
+def _seconds(backbone: Any, answer: Any) -> Any:
+    if isinstance(answer, bool) or not isinstance(answer, int | float) or not 0 < answer < 1e9:
+        raise WrongAnswer(f"{answer!r:.40}, not a length in seconds")
+    return answer
+
+
 def _loss(backbone: Any, answer: Any) -> Any:
     import numpy as np
     from torch import Tensor
@@ -359,5 +369,7 @@ ANSWERS: Mapping[str, Check] = {
     "lora_shapes": _lora_shapes,
     "read_lora": _lora_tensors,
     "reset_at_segments": _context_manager,
+    "find_recordings": _recordings,
+    "measure_recording": _seconds,
 }
 """The check of each method's answer, by the method's name. The other methods return nothing."""

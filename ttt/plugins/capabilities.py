@@ -144,6 +144,22 @@ class Precomputing(Capability, Generic[OptionsT, DataT]):
         """
 
 
+class Indexing(Capability):
+    """Making the list of recordings that training reads, of a folder of sound files: `ttt index`."""
+
+    @abstractmethod
+    def find_recordings(self, folder: Path) -> Sequence[Path]:
+        """The files in a folder, at any depth, that may be recordings, in an order that depends on names alone."""
+
+    @abstractmethod
+    def measure_recording(self, file: Path) -> float:
+        """Length of a recording in seconds, as training would measure it.
+
+        Raises:
+            ttt.errors.EnvironmentProblem: the file is not a recording that training can read; the message names it.
+        """
+
+
 class WeightImport(Capability):
     """Reading another program's checkpoints: `ttt import-weights`."""
 
@@ -310,6 +326,7 @@ class InWords(NamedTuple):
 CAPABILITIES: Mapping[type[Capability], InWords] = {
     Sampling: InWords("sample", "sampling: it cannot make anything from prompts"),
     Precomputing: InWords("precompute", "precomputation: it reads its data as they are"),
+    Indexing: InWords("index", "index: it reads no recordings"),
     WeightImport: InWords("import-weights", "import of weights: it knows no other program's checkpoints"),
     Streaming: InWords("stream", "streaming: it reads sequences whole"),
     Scoring: InWords("score", "scoring: it does not tell how likely it finds what it reads"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 
+from ttt.config.sources import DataSource
+
 
 @dataclass(frozen=True)
 class NeededFile:
@@ -32,6 +34,10 @@ class RecordingFormat:
     """Length of a window, seconds; each line's `duration` gives that of its file."""
     beside: str | None = None
     """Suffix of a file that must be beside each named file, as `.json`."""
+    bare: frozenset[DataSource] = frozenset()
+    """Sources whose files need nothing beside them; they may also be folders of such files, without a `.jsonl`."""
+    suffixes: tuple[str, ...] = ()
+    """Endings of the files in such folders."""
 
     @property
     def lacking(self) -> str:

@@ -1,14 +1,15 @@
-"""Windows of Moshi's 17 streams from two-channel speech in moshi-finetune's format.
+"""Windows of Moshi's 17 streams from speech: dialogues in moshi-finetune's format, or one voice without transcripts.
 
 A `.jsonl` file names recordings, one `{"path": …, "duration": seconds}` on each line, with paths relative to its
-folder. A recording is stereo: Moshi on the left, the user on the right. Beside `a.wav` is `a.json` with `alignments:
-[[word, [start, end], "SPEAKER_MAIN"], …]`; this label marks Moshi's own words.
+folder. A dialogue is stereo: Moshi on the left, the user on the right. Beside `a.wav` is `a.json` with `alignments:
+[[word, [start, end], "SPEAKER_MAIN"], …]`; this label marks Moshi's own words. `ttt_moshi.sources` has the rest.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
@@ -17,15 +18,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttt.config.sources import sources_of
 from ttt.errors import EnvironmentProblem, UsageError
+from ttt.plugins import SourceFiles
 from ttt_moshi import demo
 from ttt_moshi.audio import UnreadableAudioError, read_audio, resample
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.interleave import Word, frames_in, text_stream, words_between
-from ttt_moshi.options import NOTHING, MoshiData, MoshiOptions, reads_with_the_demos
-from ttt_moshi.recordings import BrokenTranscriptError, Recording, read_recordings, read_transcript
+from ttt_moshi.options import NO_TRANSCRIPT, NOTHING, MoshiData, MoshiOptions, reads_with_the_demos
+from ttt_moshi.recordings import BrokenTranscriptError, Recording, read_transcript
+from ttt_moshi.sources import SpeechSource, sources_in
 from ttt_moshi.weights import checkpoint_info, load_mimi, load_tokenizer, model_config
+
+MOST_KEPT: Final = 1 << 30
+"""Bytes of codes that windows keep, those of 350 hours of Moshi; what is older is encoded again."""
 
 
 class TextPadding(NamedTuple):
@@ -81,20 +86,23 @@ class SpeechWindows:
     """Windows of `duration_sec` of each recording: codes `[1 + 2·codebooks, T]`, text, Moshi's audio, the user's.
 
     Windows follow one another from the start of the recording. Each is encoded by itself when it is first read, and
-    then kept (4 bytes a code: an hour of Moshi is 3 MB). T is `ceil(duration_sec * frame_rate)` for every window. The
-    last window of a recording is filled with -1, which the model reads as no input and the loss ignores. A rest
-    shorter than a frame is left out.
+    then kept (4 bytes a code: an hour of Moshi is 3 MB), up to 1 GiB. T is `ceil(duration_sec * frame_rate)` for every
+    window. The last window of a recording is filled with -1, which the model reads as no input and the loss ignores. A
+    rest shorter than a frame is left out.
 
     The constructor checks everything that needs no decoding of all audio: every line, header and transcript.
 
+    Of speech without transcripts, Moshi's audio is the voice, the user's is digital silence, and the text stream holds
+    `NO_TRANSCRIPT`, which the model reads as padding.
+
     Args:
-        source: a `.jsonl` file, or a folder with such files at any depth.
+        source: a `.jsonl` file, or a folder with such files at any depth; or several sources.
         codec: encodes the audio streams, on `device`.
         tokenizer: encodes the text stream.
         duration_sec: length of a window in seconds.
         device: the codec's device.
         padding: what the text stream holds while no word is said; Moshi's by default.
-        field: the config key of `source`, with which messages begin.
+        field: the config key of `source`, with which messages begin, if that is a path.
 
     Raises:
         EnvironmentProblem: data is missing or broken; the message names file and line.
@@ -103,7 +111,7 @@ class SpeechWindows:
 
     def __init__(
         self,
-        source: str | Path,
+        source: str | Path | Sequence[SpeechSource],
         *,
         codec: Codec,
         tokenizer: Tokenizer,
@@ -124,16 +132,28 @@ class SpeechWindows:
         self._tokenizer = tokenizer
         self._device = torch.device(device)
         self._duration = duration_sec
-        self._field = field
         self._padding = padding
-        self._recordings = read_recordings(Path(source), frame_sec=1 / codec.frame_rate, field=field)
+        frame = 1 / codec.frame_rate
+        named = [SpeechSource(str(source), field)] if isinstance(source, str | Path) else list(source)
+        self._recordings: list[Recording] = []
+        self._source_of: list[SpeechSource] = []
+        self.sources: list[SourceFiles] = []
+        """Which recordings are of which source."""
+        for each in named:
+            found = each.recordings(frame_sec=frame)
+            first = len(self._recordings)
+            self._recordings += found
+            self._source_of += [each] * len(found)
+            self.sources.append(SourceFiles(each.path, range(first, first + len(found)), each.weight))
         ranges = []
         start = 0
         for recording in self._recordings:
             # every full window, and one more for a rest of at least a frame
-            whole = max(0.0, recording.info.seconds - 1 / codec.frame_rate)
+            whole = max(0.0, recording.info.seconds - frame)
             ranges.append(range(start, start := start + 1 + math.floor(whole / duration_sec)))
         self._files = tuple(ranges)
+        self._names = _distinct_names([recording.audio for recording in self._recordings])
+        self._silence: Tensor | None = None
         self._codes: dict[int, Tensor] = {}
         self._transcript: tuple[Path, list[Word]] | None = None
 
@@ -150,7 +170,10 @@ class SpeechWindows:
             EnvironmentProblem: the window's audio cannot be decoded, or a file has changed.
         """
         if index not in self._codes:
-            self._codes[index] = self._encode(*self._locate(index)).int()
+            codes = self._encode(*self._locate(index)).int()
+            while self._codes and (len(self._codes) + 1) * codes.nbytes > MOST_KEPT:
+                del self._codes[next(iter(self._codes))]
+            self._codes[index] = codes
         return self._codes[index].long()
 
     def collate(self, samples: Sequence[Tensor]) -> Tensor:
@@ -164,30 +187,35 @@ class SpeechWindows:
 
     def describe(self, index: int) -> str:
         """A window in the user's words, "dialogue.flac, 15.0-30.0 s"."""
-        recording, start, end = self._locate(index)
-        return f"{recording.audio.name}, {start:.1f}-{min(end, recording.info.seconds):.1f} s"
+        number, start, end = self._locate(index)
+        return f"{self._names[number]}, {start:.1f}-{min(end, self._recordings[number].info.seconds):.1f} s"
 
     # --- a window ---
 
-    def _locate(self, index: int) -> tuple[Recording, float, float]:
+    def _locate(self, index: int) -> tuple[int, float, float]:
         """The recording of a window, and its start and end there in seconds; the end may be past the recording's."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         number = bisect_right(self._files, index, key=lambda windows: windows.start) - 1
-        recording, place = self._recordings[number], index - self._files[number].start
-        return recording, place * self._duration, (place + 1) * self._duration
+        place = index - self._files[number].start
+        return number, place * self._duration, (place + 1) * self._duration
 
-    def _encode(self, recording: Recording, start: float, end: float) -> Tensor:
+    def _encode(self, number: int, start: float, end: float) -> Tensor:
+        recording, source = self._recordings[number], self._source_of[number]
         rate = recording.info.sample_rate
         begin, stop = round(start * rate), min(round(end * rate), recording.info.samples)
         try:
             sound = read_audio(recording.audio, recording.info, begin, stop)
-            words = self._words(recording)
+            words = self._words(recording) if source.transcribed else []
         except (UnreadableAudioError, BrokenTranscriptError) as error:
-            raise EnvironmentProblem(f"{self._field}: {recording.place}: {recording.audio}: {error}") from None
+            raise EnvironmentProblem(f"{source.field}: {recording.place}: {recording.audio}: {error}") from None
+        if not source.transcribed:
+            sound = source.voice(sound)
         sound = resample(sound, rate, self._codec.sample_rate).to(self._device)
         with torch.no_grad():
-            audio = self._codec.encode(sound[:, None]).cpu()[..., : self.frames]
+            audio = self._codec.encode(sound[:, None]).cpu()[..., : self.frames].flatten(0, 1)
+        if not source.transcribed:
+            return self._padded(self._without_transcript(audio))
         text = text_stream(
             words_between(words, start, end),
             self._tokenizer.encode,
@@ -196,14 +224,34 @@ class SpeechWindows:
             padding_id=self._padding.padding,
             end_of_padding_id=self._padding.end,
         )
-        codes = torch.cat([torch.tensor(text)[None], audio.flatten(0, 1)])
+        return self._padded(torch.cat([torch.tensor(text)[None], audio]))
+
+    def _padded(self, codes: Tensor) -> Tensor:
         return F.pad(codes, (0, self.frames - codes.shape[-1]), value=NOTHING)
+
+    def _without_transcript(self, voice: Tensor) -> Tensor:
+        """The streams of a voice `[K, t]` whose user is silent: `[1 + 2·K, t]`."""
+        if self._silence is None:
+            silence = torch.zeros(1, 1, self.frames * self._codec.frame_size, device=self._device)
+            with torch.no_grad():  # codes depend on nothing later, so of a shorter window they are the first ones
+                self._silence = self._codec.encode(silence).cpu()[0]
+        frames = voice.shape[-1]
+        return torch.cat([torch.full((1, frames), NO_TRANSCRIPT), voice, self._silence[:, :frames]])
 
     def _words(self, recording: Recording) -> list[Word]:
         """The transcript of a recording, cached, since windows of a file are often read one after another."""
         if self._transcript is None or self._transcript[0] != recording.transcript:
             self._transcript = recording.transcript, read_transcript(recording)
         return self._transcript[1]
+
+
+def _distinct_names(files: Sequence[Path]) -> list[str]:
+    """A name for each file: its own, with its folder's if others are called the same, or its path."""
+    names = [file.name for file in files]
+    for longer in (lambda file: f"{file.parent.name}/{file.name}", str):
+        taken = Counter(names)
+        names = [name if taken[name] == 1 else longer(file) for name, file in zip(names, files, strict=True)]
+    return names
 
 
 # --- the plugin's datasets ---
@@ -222,25 +270,23 @@ def speech_windows(options: MoshiOptions, data: MoshiData, *, split: str, device
     """
     own = reads_with_the_demos(options)
     key = "eval_data" if split == "eval" and data.eval_data is not None else "train_data"
-    sources = sources_of(data, key)
+    sources = sources_in(data, key)
     if not sources:
         if not own:
             raise UsageError(
                 "data.train_data: the preset 7b has no data of its own; name a .jsonl file in moshi-finetune's format"
             )
-        sources = (data.source(str(demo.EVAL_DATA if split == "eval" else demo.TRAIN_DATA)),)
-    if len(sources) > 1:
-        raise UsageError(f"data.{key}: several sources are not read yet; name one")
+        shipped = demo.EVAL_DATA if split == "eval" else demo.TRAIN_DATA
+        sources = [SpeechSource.of(data.source(str(shipped)), data, f"data.{key}")]
     codec, _ = load_codec(options, device)
     tokenizer = load_tokenizer(options)
     return SpeechWindows(
-        sources[0].path,
+        sources,
         codec=codec,
         tokenizer=tokenizer,
         duration_sec=data.duration_sec,
         device=device,
         padding=text_padding(options),
-        field=f"data.{key}",
     )
 
 

@@ -32,6 +32,8 @@ def long_window_loss(
     text_padding_weight: float,
     first_codebook_weight_multiplier: float,
     text_padding_ids: Collection[int],
+    untranscribed: Tensor | None = None,
+    untranscribed_text_weight: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`moshi_loss` of the model's own output, with the logits of some steps at a time.
 
@@ -40,9 +42,11 @@ def long_window_loss(
     Args:
         model: whose heads and depformer are run again in backward.
         codes: `[B,17,T]`.
-        text_padding_weight: as of `moshi_loss`, with the next two.
+        text_padding_weight: as of `moshi_loss`, with those that follow.
         first_codebook_weight_multiplier: >= 0.
         text_padding_ids: text tokens that are padding.
+        untranscribed: `[B,1,T]`, true in frames of speech without transcript.
+        untranscribed_text_weight: >= 0; what their text adds to the text loss, but not to its divisor.
 
     Returns:
         As `moshi_loss`.
@@ -62,9 +66,13 @@ def long_window_loss(
     audio = counts[:, 1:] * weights_of_codebooks(
         model.dep_q, first_codebook_weight_multiplier, dtype=kind, device=codes.device
     )
+    counted = text
+    if untranscribed is not None:
+        late = F.pad(untranscribed, (model.delays[0], 0))[..., : codes.shape[2]]
+        counted = torch.where(late, text * untranscribed_text_weight, text)
     sums = [torch.zeros((), dtype=kind, device=codes.device) for _ in range(2)]
     summed = partial(_weighted_sums, model)
-    for piece in some_steps(hidden, targets, text, audio):
+    for piece in some_steps(hidden, targets, counted, audio):
         more = checkpoint(summed, *piece, use_reentrant=False, preserve_rng_state=False)
         sums = [total + part for total, part in zip(sums, more, strict=True)]
     tiny = torch.finfo(kind).tiny

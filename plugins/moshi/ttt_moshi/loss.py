@@ -18,6 +18,8 @@ def moshi_loss(
     text_padding_weight: float,
     first_codebook_weight_multiplier: float,
     text_padding_ids: Collection[int],
+    untranscribed: Tensor | None = None,
+    untranscribed_text_weight: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Text cross-entropy plus audio cross-entropy, each `Σ w·ce / Σ w` over the positions that the masks allow.
 
@@ -32,6 +34,10 @@ def moshi_loss(
         text_padding_weight: >= 0.
         first_codebook_weight_multiplier: >= 0.
         text_padding_ids: text tokens that are padding; with Moshi its padding and its end of padding.
+        untranscribed: `[B, 1, T]`, true in frames of speech without transcript, whose text is padding throughout.
+        untranscribed_text_weight: >= 0; multiplies what the text of those frames adds to the text loss, but not the
+            divisor: that of a batch without transcripts is so much of its mean, and not the mean again. So a window has
+            the same part in a loss in whichever batch it is.
 
     Returns:
         The sum in float32 (float64 for float64 logits), and its detached parts `text_loss` and `audio_loss`. A part
@@ -43,8 +49,11 @@ def moshi_loss(
     audio_weights = output.mask * weights_of_codebooks(
         dep_q, first_codebook_weight_multiplier, dtype=precision_of(output.logits), device=codes.device
     )
-    text_loss = _weighted_mean(output.text_logits, text, text_weights)
-    audio_loss = _weighted_mean(output.logits, audio, audio_weights)
+    counted = text_weights
+    if untranscribed is not None:
+        counted = torch.where(untranscribed, text_weights * untranscribed_text_weight, text_weights)
+    text_loss = _weighted_mean(output.text_logits, text, counted, text_weights.sum())
+    audio_loss = _weighted_mean(output.logits, audio, audio_weights, audio_weights.sum())
     return text_loss + audio_loss, {"text_loss": text_loss.detach(), "audio_loss": audio_loss.detach()}
 
 
@@ -67,8 +76,8 @@ def precision_of(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _weighted_mean(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Mean cross-entropy, `[B,K,T,card]` against `[B,K,T]`, by weights `[B,K,T]`.
+def _weighted_mean(logits: Tensor, targets: Tensor, weights: Tensor, divisor: Tensor) -> Tensor:
+    """Cross-entropy, `[B,K,T,card]` against `[B,K,T]`, summed with weights `[B,K,T]` and divided.
 
     Positions without weight are set to zero before the cross-entropy, not after. If a delay leaves a position without a
     prediction, kyutai's model fills it with NaN, and the gradient of NaN times zero is NaN.
@@ -77,4 +86,4 @@ def _weighted_mean(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     logits = torch.where(counts[..., None], logits.to(weights.dtype), 0.0)
     targets = torch.where(counts, targets, 0)
     losses = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
-    return (losses * weights.flatten()).sum() / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+    return (losses * weights.flatten()).sum() / divisor.clamp_min(torch.finfo(weights.dtype).tiny)

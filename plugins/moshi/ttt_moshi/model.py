@@ -20,7 +20,7 @@ from ttt.state import TTTState
 from ttt_moshi.contexts import give_ttt_context, known_contexts, note_context, set_contexts, take_back_context
 from ttt_moshi.long_windows import long_window_loss, read_long_windows_in_blocks
 from ttt_moshi.loss import moshi_loss
-from ttt_moshi.options import DEMO, DEMO_CONTEXT, LONG_WINDOW, MoshiOptions
+from ttt_moshi.options import DEMO, DEMO_CONTEXT, LONG_WINDOW, NO_TRANSCRIPT, MoshiOptions
 from ttt_moshi.streaming import exact_streaming
 from ttt_moshi.weights import load_moshi, structure
 
@@ -210,17 +210,23 @@ def sites(model: LMModel) -> list[MoshiSite]:
 # --- running ---
 
 
-def loss(model: LMModel, codes: Tensor, options: MoshiOptions) -> LossOutput:
-    """The loss of codes `[B,17,T]`: text cross-entropy plus audio cross-entropy over Moshi's own codebooks."""
+def loss(model: LMModel, codes: Tensor, options: MoshiOptions, *, untranscribed_text_weight: float = 1.0) -> LossOutput:
+    """The loss of codes `[B,17,T]`: text cross-entropy plus audio cross-entropy over Moshi's own codebooks.
+
+    Where the text is `NO_TRANSCRIPT`, the model reads padding, and the text loss is weighted.
+    """
+    read = torch.where(codes == NO_TRANSCRIPT, model.text_padding_token_id, codes)
     weights: dict[str, Any] = {
         "text_padding_weight": options.text_padding_weight,
         "first_codebook_weight_multiplier": options.first_codebook_weight_multiplier,
         "text_padding_ids": {model.text_padding_token_id, model.end_of_text_padding_id},
+        "untranscribed": codes[:, :1] == NO_TRANSCRIPT,
+        "untranscribed_text_weight": untranscribed_text_weight,
     }
     if codes.shape[2] > LONG_WINDOW:
-        total, parts = long_window_loss(model, codes, **weights)
+        total, parts = long_window_loss(model, read, **weights)
     else:
-        total, parts = moshi_loss(model(codes), codes, dep_q=model.dep_q, **weights)
+        total, parts = moshi_loss(model(read), read, dep_q=model.dep_q, **weights)
     return LossOutput(total, tokens=codes.shape[0] * codes.shape[2], metrics=parts)
 
 

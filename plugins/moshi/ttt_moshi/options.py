@@ -17,6 +17,8 @@ from ttt_moshi.model_config import PUBLISHED, ModelConfig, read_model_config, re
 FRAME_RATE = 12.5
 KNOWN_REPOS = ("kyutai/moshiko-pytorch-bf16", "kyutai/moshika-pytorch-bf16")
 """Repositories that hold Moshi 7B as it was published."""
+SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff")
+"""Endings of the files that a folder of recordings without transcripts is searched for."""
 RECORDING_EXAMPLE = '{"path": "a.wav", "duration": 61.2}'
 """A good line of `train_data`."""
 MOSHI_7B = {name: getattr(PUBLISHED, name) for name in ("dim", "num_heads", "num_layers")}
@@ -25,6 +27,8 @@ DEMO_CONTEXT = 512
 """Frames that a demo model's attention sees."""
 DEMO_MODEL = PUBLISHED.model_copy(update={"text_card": 300, "card": 64, "context": DEMO_CONTEXT})
 """The demo's model, but for its sizes."""
+NO_TRANSCRIPT = -2
+"""The text token of a frame of speech without transcript, in our windows: the model reads padding there."""
 NOTHING = -1
 """`LMModel.zero_token_id`: the model reads it as no input, and the loss ignores it."""
 PIECE = 256
@@ -153,6 +157,8 @@ class MoshiData(DataOptions):
     """Stereo dialogues with transcripts, or audio: speech of one voice without transcripts."""
     channel: Channel | None = None
     """format audio: which channel of a recording with several is Moshi's voice; null refuses such recordings."""
+    untranscribed_text_weight: Annotated[float, Field(ge=0, le=1e6)] = 0.01
+    """format audio: weight of the text loss of its windows, where all text is padding; that of other windows has 1."""
 
     duration_sec: Annotated[float, Field(ge=0.01, le=3600)] = 15.0
     """Length of a training window in seconds; a file is cut into consecutive windows."""
@@ -179,7 +185,7 @@ class MoshiData(DataOptions):
             )
 
     def _require_use(self, sources: Sequence[DataSource]) -> None:
-        """Refuse the section's `format` or `channel` if no source takes it from there."""
+        """Refuse what the section says of sources if no source takes it from there."""
         if self.format != "transcribed" and all(getattr(source, "format", None) for source in sources):
             raise Misfit(
                 f"format: {self.format} is for sources without a format of their own, and each has one",
@@ -192,6 +198,13 @@ class MoshiData(DataOptions):
                 f"channel: {self.channel} acts with format: audio; in format: transcribed Moshi's voice is the left",
                 keys=("channel", "format"),
                 fix="write format: audio, or leave out channel",
+            )
+        weight = self.untranscribed_text_weight
+        if weight != MoshiData.model_fields["untranscribed_text_weight"].default and not heard:
+            raise Misfit(
+                f"untranscribed_text_weight: {weight:g} acts with format: audio; other windows have transcripts",
+                keys=("untranscribed_text_weight", "format"),
+                fix="write format: audio, or leave out untranscribed_text_weight",
             )
         if self.channel is not None and all(getattr(source, "channel", None) for source in heard):
             raise Misfit(

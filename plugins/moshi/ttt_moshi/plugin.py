@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ttt.config import BackboneOptions, DataOptions, ScoreOptions, TrainConfig
+from ttt.config.sources import DATA_KEYS, sources_of
 from ttt.packaged import packaged_presets
 from ttt.plugins import (
     Backbone,
     BackboneFacts,
     Batch,
+    Indexing,
     LossOutput,
     LowRank,
     NeededFile,
@@ -31,6 +33,7 @@ from ttt_moshi.options import (
     NOTHING,
     PIECE,
     RECORDING_EXAMPLE,
+    SOUND_FILES,
     MoshiData,
     MoshiOptions,
     MoshiRun,
@@ -52,7 +55,11 @@ if TYPE_CHECKING:
 
 
 class MoshiBackbone(
-    Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiOptions, MoshiData], LowRank[MoshiOptions]
+    Backbone[MoshiOptions, MoshiData],
+    Indexing,
+    Streaming,
+    Scoring[MoshiOptions, MoshiData],
+    LowRank[MoshiOptions],
 ):
     """Moshi: autoregressive over 12.5 frames a second of 17 streams (1 text, 8 own audio, 8 of the user)."""
 
@@ -88,7 +95,7 @@ class MoshiBackbone(
             **sizes(options),
             tokens_per_window=frames_in(data.duration_sec, FRAME_RATE),
             window=f"{data.duration_sec:g} s of Moshi",
-            recordings=RecordingFormat(RECORDING_EXAMPLE, data.duration_sec, beside=".json"),
+            recordings=_recording_format(data),
             **_memory_facts(options, config.train, frames_in(data.duration_sec, FRAME_RATE)),
         )
 
@@ -140,7 +147,8 @@ class MoshiBackbone(
         """Text and audio cross-entropy, weighted as moshi-finetune does."""
         from ttt_moshi.model import loss
 
-        return loss(model, batch, config.backbone)
+        weight = config.data.untranscribed_text_weight
+        return loss(model, batch, config.backbone, untranscribed_text_weight=weight)
 
     def set_gradient_checkpointing(self, model: nn.Module, enabled: bool) -> None:
         """Switch kyutai's own checkpointing, around every layer of both transformers."""
@@ -202,6 +210,18 @@ class MoshiBackbone(
 
         return read_lora(model, tensors)
 
+    def find_recordings(self, folder: Path) -> Sequence[Path]:
+        """The sound files, by their endings."""
+        from ttt_moshi.sources import sound_files
+
+        return sound_files(folder)
+
+    def measure_recording(self, file: Path) -> float:
+        """By its header, and the end decoded."""
+        from ttt_moshi.sources import measure
+
+        return measure(file)
+
     def score_facts(self, config: MoshiRun) -> ScoreFacts:
         """The text stream and Moshi's own codebooks, of which the first is semantic."""
         _, codebooks = context_and_codebooks(config.backbone)
@@ -245,6 +265,13 @@ class MoshiBackbone(
         from ttt_moshi.scoring import score_stream
 
         return score_stream(model, batch_size=batch_size)
+
+
+def _recording_format(data: MoshiData) -> RecordingFormat:
+    """What the recordings of the sources are, which may differ in that."""
+    named = [source for key in DATA_KEYS for source in sources_of(data, key)]
+    bare = frozenset(source for source in named if data.format_of(source) == "audio")
+    return RecordingFormat(RECORDING_EXAMPLE, data.duration_sec, beside=".json", bare=bare, suffixes=SOUND_FILES)
 
 
 def _score_options(config: MoshiRun) -> MoshiScoreOptions:

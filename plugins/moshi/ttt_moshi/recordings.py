@@ -100,15 +100,15 @@ def _index_files(source: Path, field: str) -> list[Path]:
         written = str(source)
         if "," in written or written.rpartition(":")[0].endswith("jsonl"):
             raise EnvironmentProblem(
-                f"{field}: {written} is not a file; lists of files and weights such as a.jsonl:2 are not supported: "
-                f"name one .jsonl file, or a folder of them"
+                f"{field}: {written} is not a file; write several files and their weights as a list, "
+                f"[{{path: a.jsonl, weight: 2}}, {{path: b.jsonl, weight: 1}}]"
             )
         raise EnvironmentProblem(f"{field}: {written} does not exist; name a .jsonl file or a folder of them")
     return [source]
 
 
-def read_line(line: Line, frame_sec: float) -> Recording:
-    """Check one line of an index and the audio that it names."""
+def read_line(line: Line, frame_sec: float, *, stereo: bool = True) -> Recording:
+    """Check one line of an index and the audio that it names; `stereo` says whether that must have two channels."""
     try:
         entry = parse_object(line.content)
     except ValueError as error:
@@ -127,7 +127,7 @@ def read_line(line: Line, frame_sec: float) -> Recording:
         raise BadLineError(f"{shortened(str(audio), 120)}: cannot be read: {unreadable(error)}") from None
     except UnreadableAudioError as error:
         raise BadLineError(f"{audio}: cannot be decoded: {error}") from None
-    if info.channels != 2:
+    if stereo and info.channels != 2:
         channels = "mono" if info.channels == 1 else f"{info.channels} channels"
         raise BadLineError(f"{audio}: {channels}; Moshi needs two channels: left its own voice, right the user's")
     if info.seconds < frame_sec:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_origin
 
+from ttt.check.model_keys import types_at
 from ttt.check.overlap import overlap, shared
 from ttt.check.recordings import Lines
 from ttt.check.rules.rule import FACTS, NEEDED, Context, rule
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from ttt.plugins import NeededFile
 
 
+_WEIGHT = re.compile(r"[0-9]*\.?[0-9]+")
 _code = partial(Code, family=Family.DATA, of_training=True, home=__name__)
 TTT501 = _code("TTT501", "data that is not there", Severity.ERROR, blames=Blame.MACHINE)
 TTT502 = _code("TTT502", "evaluation on the training data", Severity.NOTE)
@@ -64,10 +67,12 @@ def _not_there(context: Context, key: str, place: str, written: str) -> Iterator
     where = "" if Path(written).is_absolute() else f" in {Path.cwd()}, from where relative paths are read"
     home = "; ~ is not expanded" if written.startswith("~") else ""
     alone = place == f"data.{key}"
+    several = _several(written) if alone and _takes_several(context, key) else ""
     yield TTT501.at(
         place,
         message=f"{written!r} does not exist{where}{home}",
-        fix=(
+        fix=several
+        or (
             f"write the path of the data{_way_to_make(context)}"
             + (", or null" if alone else "")
             + (" for the demo data" if alone and key == "train_data" else "")
@@ -113,6 +118,23 @@ def _other_kind_than(needed: NeededFile) -> FileKind | None:
     if kind is None or kind.name in needed.kinds or (not needed.kinds and kind.name not in NEVER_MEANT):
         return None
     return kind
+
+
+def _takes_several(context: Context, key: str) -> bool:
+    """Whether the backbone's data may be a list of sources."""
+    return any(get_origin(kind) is tuple for kind in types_at(type(context.config), ("data", key)))
+
+
+def _several(written: str) -> str:
+    """The fix for what moshi-finetune takes as several sources, `a.jsonl:2,b.jsonl`; empty if it is one path."""
+    parts = [part.strip().rpartition(":") for part in written.split(",") if part.strip()]
+    named = [
+        (path, weight) if path and _WEIGHT.fullmatch(weight) else (path + colon + weight, "1")
+        for path, colon, weight in parts
+    ]
+    if len(named) < 2 and named == [(written, "1")]:
+        return ""
+    return "write a list, [" + ", ".join(f"{{path: {path}, weight: {weight}}}" for path, weight in named) + "]"
 
 
 def _way_to_make(context: Context) -> str:
@@ -236,11 +258,16 @@ def lines_can_be_read(context: Context) -> Iterator[Finding]:
     for key in DATA_KEYS:
         for place, lines in context.lines(key).items():
             if not lines.count:
-                source = places_of(context.config.data, key)[place].path
+                source = places_of(context.config.data, key)[place]
+                bare = source in getattr(form, "bare", ())
                 yield TTT501.at(
                     place,
-                    message=f"{source!r} holds no line of data; the run stops before its first step",
-                    fix=f"write a .jsonl with lines such as {form.example}",
+                    message=(
+                        f"{source.path!r} holds no line of data{', and no recording' if bare else ''}; the run stops "
+                        f"before its first step"
+                    ),
+                    fix=f"write a .jsonl with lines such as {form.example}"
+                    + (f", or put recordings there ({', '.join(getattr(form, 'suffixes', ()))})" if bare else ""),
                 )
             yield from _broken(lines, place, form.example, beside=beside, lacking=form.lacking)
 

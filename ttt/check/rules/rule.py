@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ttt.check.estimate import Estimate, estimate
-from ttt.check.recordings import Lines, Recordings, read_lines_of, read_recordings
+from ttt.check.recordings import Lines, Recordings, is_folder_of, read_lines_of, read_recordings
 from ttt.config.schema import RunConfig
 from ttt.config.sources import DataSource, places_of
 from ttt.errors import EnvironmentProblem
@@ -99,12 +99,14 @@ class Context:
         return self._lines[key]
 
     def _read(self, source: DataSource) -> Lines | None:
-        facts = self.facts
-        if facts.lines is not None:
-            return read_lines_of(source.path, facts.lines)
-        if facts.recordings is None:
+        form, of_lines = self.facts.recordings, self.facts.lines
+        if of_lines is not None:
+            return read_lines_of(source.path, of_lines)
+        if form is None:
             return None
-        return read_recordings(source.path, beside=facts.recordings.beside)
+        if source not in form.bare:
+            return read_recordings(source.path, beside=form.beside)
+        return None if is_folder_of(source.path, form.suffixes) else read_recordings(source.path)
 
     @functools.cached_property
     def start(self) -> AdapterInfo | EnvironmentProblem | None:
