@@ -27,7 +27,8 @@ from ttt_moshi.audio import UnreadableAudioError, read_audio, resample
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.interleave import Word, frames_in, text_stream, words_between
 from ttt_moshi.options import NOTHING, TEXT_PADDING, MoshiData, MoshiOptions
-from ttt_moshi.recordings import BrokenTranscriptError, Recording, read_recordings, read_transcript
+from ttt_moshi.recordings import Recording, read_recordings, read_transcript
+from ttt_moshi.transcripts import BrokenTranscriptError
 
 if TYPE_CHECKING:
     from moshi.models.loaders import CheckpointInfo
@@ -111,8 +112,6 @@ class SpeechWindows:
             raise UsageError(
                 f"data.duration_sec: {duration_sec:g} s is shorter than a frame ({1 / codec.frame_rate:g} s)"
             )
-        self.notice: str | None = getattr(codec, "stand_in", None)
-        """A note for the user about these codes, if a substitute codec made them."""
         self.frames = frames_in(duration_sec, codec.frame_rate)
         """T, frames of a window."""
         self._codec = codec
@@ -120,7 +119,10 @@ class SpeechWindows:
         self._device = torch.device(device)
         self._duration = duration_sec
         self._field = field
-        self._recordings = read_recordings(Path(source), frame_sec=1 / codec.frame_rate, field=field)
+        notes: list[str] = []
+        self._recordings = read_recordings(Path(source), frame_sec=1 / codec.frame_rate, field=field, notes=notes)
+        self.notice: str | None = "\n".join((*filter(None, (getattr(codec, "stand_in", None),)), *notes)) or None
+        """What the user must know of these data: that a substitute codec made the codes, what is not read or is odd."""
         ranges = []
         start = 0
         for recording in self._recordings:
