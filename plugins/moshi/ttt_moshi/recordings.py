@@ -103,6 +103,15 @@ def read_recordings(
     return recordings
 
 
+def index_lines(source: Path, field: str) -> Iterator[Line]:
+    """The lines of every index under a source, as far as they can be read.
+
+    Raises:
+        EnvironmentProblem: there is no such source.
+    """
+    return _lines(_index_files(source, field), [])
+
+
 def _lines(indexes: Sequence[Path], problems: list[str]) -> Iterator[Line]:
     """The lines of all indexes. What is wrong with an index itself is added to `problems`."""
     for index in indexes:
