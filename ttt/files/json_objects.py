@@ -11,8 +11,7 @@ from ttt import checksums
 from ttt.checksums import DAMAGED
 from ttt.errors import EnvironmentProblem, UnreadableError
 from ttt.files.atomic import write_text
-from ttt.files.kinds import KIND_SHOWS, kind_of_content
-from ttt.reading import MAX_JSON, read_file
+from ttt.reading import MAX_JSON, read_text
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -31,17 +30,15 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
         EnvironmentProblem: the file is missing, holds no JSON object, or another one than was written.
     """
     try:
-        text = read_file(path, limit=MAX_JSON)
+        text = read_text(path, limit=MAX_JSON)
+        content = json.loads(text, object_pairs_hook=checksums.no_duplicates if sealed else None)
     except FileNotFoundError:
         raise EnvironmentProblem(f"{path}: no such file") from None
     except OSError as error:
         raise UnreadableError(f"{path}: cannot be read: {error.strerror or error}") from error
-    _refuse_other_kind(path, text)
-    try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=checksums.no_duplicates if sealed else None)
     except json.JSONDecodeError as error:
         raise EnvironmentProblem(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
-    except (ValueError, RecursionError):  # no UTF-8, a number of too many digits, a key that stands twice
+    except (ValueError, RecursionError):  # a number of too many digits, a key that stands twice
         raise EnvironmentProblem(f"{path}: not JSON") from None
     if not isinstance(content, dict):
         raise EnvironmentProblem(f"{path}: not a JSON object")
@@ -50,14 +47,3 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
             raise EnvironmentProblem(f"{path}: damaged: its checksum is not that of its content; {DAMAGED}")
         content.pop(checksums.KEY, None)
     return content
-
-
-def _refuse_other_kind(path: Path, content: bytes) -> None:
-    """Say what a file is, if its first bytes tell that it is no JSON.
-
-    Raises:
-        EnvironmentProblem: they do.
-    """
-    kind = kind_of_content(content[:KIND_SHOWS], len(content))
-    if kind is not None and kind.name != "JSON text":
-        raise EnvironmentProblem(f"{path}: not JSON, but {kind}")

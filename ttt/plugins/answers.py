@@ -356,6 +356,7 @@ ANSWERS: Mapping[str, Check] = {
     "dataset": _dataset,
     "loss": _loss,
     "is_attention": _truth,
+    "read_data": _sentences,
     "sample": paths,
     "prepare_samples": _sampler,
     "import_weights": paths,

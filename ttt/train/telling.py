@@ -38,8 +38,10 @@ def announce(parts: Parts, progress: Progress) -> None:
         _announce_start(parts, parts.start)
     if parts.config.lora.init_from is not None and parts.injection.lora is not None and not progress.done:
         parts.say(f"LoRA starts from {parts.config.lora.init_from}")
-    if dataset.notice:
-        parts.say(dataset.notice)
+    notices = (dataset.notice or "", parts.eval_dataset.notice or "")
+    for line in dict.fromkeys("\n".join(notices).split("\n")):
+        if line:
+            parts.say(line)
 
 
 def _announce_sources(sources: Sequence[SourceFiles], parts: Parts) -> None:

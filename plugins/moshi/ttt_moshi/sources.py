@@ -17,10 +17,12 @@ from torch import Tensor
 from ttt.config.sources import DataSource, places_of
 from ttt.errors import EnvironmentProblem
 from ttt.jsonl import jsonl_files, read_jsonl
+from ttt.progress import Steps
 from ttt.reading import unreadable
 from ttt_moshi.audio import UnreadableAudioError, inspect_audio
+from ttt_moshi.hearing import Listening
 from ttt_moshi.options import FRAME_RATE, RECORDING_EXAMPLE, SOUND_FILES, Channel, MoshiData
-from ttt_moshi.recordings import BadLineError, Recording, read_line, read_recordings
+from ttt_moshi.recordings import BadLineError, Recording, index_lines, read_line, read_recordings
 
 
 @dataclass(frozen=True)
@@ -45,31 +47,58 @@ class SpeechSource:
         channel = None if transcribed else data.channel_of(source)
         return cls(source.path, field, source.weight, transcribed, channel)
 
-    def recordings(self, *, frame_sec: float) -> list[Recording]:
-        """Its recordings, checked as far as possible without decoding.
+    def recordings(
+        self,
+        *,
+        frame_sec: float,
+        notes: list[str] | None = None,
+        wholly: bool = False,
+        steps: Steps | None = None,
+    ) -> list[Recording]:
+        """Its recordings, checked as `read_recordings` does.
 
         Args:
             frame_sec: length of the codec's frame in seconds; a shorter recording is refused.
+            notes: where sentences are put about what trains, but hardly as it was meant.
+            wholly: decode everything, whatever it takes.
+            steps: tells how far it is.
 
         Raises:
             EnvironmentProblem: a recording is missing or broken; the message names file and line.
         """
         if self.transcribed:
-            return read_recordings(Path(self.path), frame_sec=frame_sec, field=self.field)
+            counted = iter if steps is None else steps.counted
+            return read_recordings(
+                Path(self.path), frame_sec=frame_sec, field=self.field, notes=notes, wholly=wholly, counted=counted
+            )
         found: list[Recording] = []
         problems: list[str] = []
-        for place, read in self._named(frame_sec):
-            if isinstance(read, str):
-                problems.append(f"{place}: {read}")
-            elif (wrong := self._wrong_channels(read)) is not None:
+        listening = Listening(wholly, channels_matter=False)
+        named = self._named(frame_sec)
+        for place, read in named if steps is None else steps.counted(named):
+            wrong = read if isinstance(read, str) else self._wrong_channels(read) or _not_whole(read, listening)
+            if wrong is not None:
                 problems.append(f"{place}: {wrong}")
-            else:
+            elif not isinstance(read, str):
                 found.append(read)
         if not found and not problems:
             problems.append(f"{self.path}: no recordings; write lines such as {RECORDING_EXAMPLE}")
         if problems:
             raise EnvironmentProblem.about(problems, "recordings cannot be used", where=self.field)
+        if notes is not None:
+            notes += [f"{self.field}: {told}" for told in listening.told()]
         return found
+
+    def count(self) -> int:
+        """How many recordings it names.
+
+        Raises:
+            EnvironmentProblem: there is no such source.
+        """
+        source = Path(self.path)
+        if not self.transcribed and source.is_dir() and not jsonl_files(source):
+            return len(sound_files(source))
+        return sum(1 for _ in index_lines(source, self.field))
 
     def voice(self, sound: Tensor) -> Tensor:
         """The voice in the sound `[channels, S]` of a recording without transcript, `[1, S]`."""
@@ -133,6 +162,15 @@ def measure(file: Path) -> float:
     if isinstance(read, str):
         raise EnvironmentProblem(f"{file}: {read}")
     return read.info.seconds
+
+
+def _not_whole(recording: Recording, listening: Listening) -> str | None:
+    """Why a recording cannot be decoded to its end; None if it can, as far as it was decoded."""
+    try:
+        listening.listen(recording.audio, recording.info, ())
+    except UnreadableAudioError as error:
+        return f"{recording.audio}: cannot be decoded: {error}"
+    return None
 
 
 def _read_file(file: Path, frame_sec: float) -> Recording | str:
