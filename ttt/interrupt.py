@@ -1,5 +1,7 @@
 r"""Signals as a request to stop after the step, and a second one as an order to stop at once.
 
+A program that has nothing to lose yet ends with the first one, there and then.
+
     SIGINT      Ctrl-C
     SIGTERM     batch systems, `kill`, `timeout`
     SIGHUP      the terminal was closed; left alone if it is ignored, as under nohup
@@ -14,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -31,9 +34,12 @@ SIGNALS = tuple(
 """Those of them that the system has."""
 
 _ALWAYS = (signal.SIGINT, signal.SIGTERM)
+_LOST_AFTER_SECONDS = 10.0
+"""A program whose order to stop was swallowed ends by then; its files are cleared away in less."""
 _SAME_REQUEST_SECONDS = 0.2
 """Signals this close together are one: `timeout` sends its signal twice, and so does a terminal that is closed."""
 
+NOT_BEGUN = "interrupted before the run began; nothing was written: the same command starts it again"
 STARTING = "stopping before the first step; once more stops at once"
 STEPPING = "stopping after this step, then saving; once more stops at once"
 FINISHING = "writing the last files, then stopping; once more stops at once"
@@ -52,8 +58,10 @@ class Interrupt:
 
     Args:
         at_once: the first signal raises KeyboardInterrupt.
-        own_process: this is a program's whole process. Where an exception could be swallowed, inside an import, the
-            process ends by itself instead, with `INTERRUPTED`; and afterwards signals are ignored: everything is done.
+        own_process: this is a program's whole process. Until `begin` the first signal ends it there and then, with
+            `INTERRUPTED`. If the first signal raises, it ends so too where the exception could be swallowed, inside an
+            import or where Python ignores exceptions, or was swallowed after all. Afterwards signals are ignored:
+            everything is done.
     """
 
     _active: ClassVar[Interrupt | None] = None
@@ -69,6 +77,12 @@ class Interrupt:
         self._last = -_SAME_REQUEST_SECONDS
         self._held = False
         self._ordered = False
+        self._begun = not own_process or at_once
+        self._hook: Any = None
+
+    def begin(self) -> None:
+        """From now on there is something to lose: the first signal is a request."""
+        self._begun = True
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -87,6 +101,8 @@ class Interrupt:
             for number in SIGNALS:
                 if self._takes(number):
                     self._before[number] = signal.signal(number, self._handle)
+            if self._own_process:
+                self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         return self
 
     def __exit__(
@@ -98,6 +114,14 @@ class Interrupt:
             # None: it was installed by something that is not Python, and cannot be put back from here
             after = signal.SIG_IGN if self._own_process else signal.SIG_DFL if handler is None else handler
             signal.signal(number, after)
+        if self._hook is not None:
+            sys.unraisablehook, self._hook = self._hook, None
+
+    def _unraisable(self, ignored: Any) -> None:
+        """End the process if what Python is about to ignore, in a finaliser say, is the order to stop."""
+        if issubclass(ignored.exc_type, KeyboardInterrupt) and os.getpid() == self._process:
+            os._exit(INTERRUPTED)
+        (self._hook or sys.__unraisablehook__)(ignored)
 
     def _takes(self, number: int) -> bool:
         """Whether a signal is handled here."""
@@ -116,22 +140,27 @@ class Interrupt:
         if now - self._last < _SAME_REQUEST_SECONDS:
             return
         self._last = now
+        if not self._begun:
+            _tell(NOT_BEGUN)
+            os._exit(INTERRUPTED)
         if self.requested or self._at_once:
             self.requested = True
             self._order(frame)
             return
         self.requested = True
-        # a handler may run inside a print, so it writes past Python's buffers; the terminal may be gone
-        with contextlib.suppress(OSError):
-            os.write(2, f"\n{self.told}\n".encode())
+        _tell(self.told)
 
     def _order(self, frame: FrameType | None) -> None:
         """Stop at once."""
         again, self._ordered = self._ordered, True
         if self._held:
             return
-        if self._own_process and (again or _importing(frame)):
-            os._exit(INTERRUPTED)
+        if self._own_process:
+            if again or _importing(frame):
+                os._exit(INTERRUPTED)
+            late = threading.Timer(_LOST_AFTER_SECONDS, os._exit, [INTERRUPTED])
+            late.daemon = True
+            late.start()
         raise KeyboardInterrupt
 
 
@@ -145,6 +174,12 @@ def interruptible() -> Iterator[Interrupt]:
         yield interrupt
 
 
+def begin() -> None:
+    """Say to the `Interrupt` in force, if there is one, that from now on there is something to lose."""
+    if Interrupt._active is not None:
+        Interrupt._active.begin()
+
+
 def stop_if_asked() -> None:
     """End what has not begun.
 
@@ -153,6 +188,12 @@ def stop_if_asked() -> None:
     """
     if Interrupt._active is not None and Interrupt._active.requested:
         raise StopRequested
+
+
+def _tell(line: str) -> None:
+    """Write a line. A handler may run inside a print, so it writes past Python's buffers; the terminal may be gone."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{line}\n".encode())
 
 
 def _importing(frame: FrameType | None) -> bool:

@@ -39,7 +39,7 @@ def train(
     ends with 130. Before the first step nothing is written; once all steps are done the pictures are finished. A second
     signal stops at once. Under nohup, SIGHUP is ignored.
     """
-    from ttt.interrupt import StopRequested, stop_if_asked
+    from ttt.interrupt import NOT_BEGUN, StopRequested, stop_if_asked
 
     try:
         loaded = _loaded(config, backbone, overrides or [], resume=resume)
@@ -52,7 +52,7 @@ def train(
         stop_if_asked()
         result = run(loaded.config, loaded.backbone, resume=resume, verify=verify)
     except StopRequested:
-        show_note("interrupted before the run began; nothing was written: the same command starts it again")
+        show_note(NOT_BEGUN)
         raise
     except KeyboardInterrupt:
         show_note("stopped at once; what came after the last checkpoint is lost: --resume goes on from there")

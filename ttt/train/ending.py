@@ -21,9 +21,6 @@ from ttt.train.setup import device_in_words, peak_memory_bytes
 def tell_interrupted(parts: Parts, progress: Progress, saved: Path | None, pictures: Pictures) -> TrainResult:
     """Report that a run was interrupted and how to go on with it."""
     result = _result(parts, progress, saved, None)
-    if result.checkpoint is None:
-        parts.say("interrupted before the first step was done; nothing to save: start it again as it was")
-        return result
     pictures.draw()
     parts.say(f"interrupted after step {progress.done} of {parts.config.train.max_steps}, saved")
     parts.say(f"resume with: {result.resume_command}")

@@ -77,12 +77,16 @@ class Loop:
         evaluation = None
         if self._log.metrics.last_step < self._progress.done:
             evaluation = self._settle()
-        while self._progress.done < self._train.max_steps and not self._interrupt.requested:
+        while self._progress.done < self._train.max_steps and not self._ends():
             evaluation = self._one_step()
         if self._progress.done < self._train.max_steps or evaluation is None:
             self._saver.save()
             return None
         return evaluation
+
+    def _ends(self) -> bool:
+        """Whether to stop: somebody asked, and there is a step to save. A run without one would leave half a folder."""
+        return self._interrupt.requested and self._progress.done > 0
 
     def _one_step(self) -> Evaluation | None:
         """Make a step and, if they are due, its checkpoint, its evaluation and its line."""

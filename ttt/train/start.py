@@ -10,7 +10,7 @@ from rich.console import Console
 from ttt.adapter_file import read_info
 from ttt.checkpoint_folder import Checkpoint
 from ttt.config.schema import RunConfig
-from ttt.interrupt import StopRequested, interruptible, stop_if_asked
+from ttt.interrupt import NOT_BEGUN, StopRequested, begin, interruptible, stop_if_asked
 from ttt.plugins import Backbone
 from ttt.printable import say
 from ttt.train import loop, rundir
@@ -75,6 +75,7 @@ def _train(config: RunConfig, backbone: Backbone, *, resume: bool, console: Cons
         checkpoint = _standing(run, config, backbone, console, resume=resume, verify=verify)
         ended = None if checkpoint is None else finished(run, checkpoint, config)
         if ended is not None:
+            begin()
             return _tidied(run, ended, config, console)
         init_from = config.train.init_from if checkpoint is None else None
         start = None if init_from is None else read_info(init_from, verify=verify)
@@ -91,6 +92,7 @@ def _train(config: RunConfig, backbone: Backbone, *, resume: bool, console: Cons
                 stop_if_asked()
             except StopRequested:
                 return _not_begun(run, checkpoint, console)
+            begin()  # what is written now can be saved
             if checkpoint is None:
                 run.create(config)
                 _say_taken_over(run, console)
@@ -135,7 +137,7 @@ def _tidied(run: RunDir, ended: TrainResult, config: RunConfig, console: Console
 
 def _not_begun(run: RunDir, checkpoint: Checkpoint | None, console: Console) -> TrainResult:
     """Report that a run was interrupted before its first step, or before it went on."""
-    say(console, "interrupted before the run began; nothing was written: the same command starts it again")
+    say(console, NOT_BEGUN)
     return TrainResult(
         run_dir=run.path,
         steps=0 if checkpoint is None else checkpoint.step,
