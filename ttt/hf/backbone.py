@@ -103,6 +103,10 @@ class CausalLMBackbone(
 
         return text_of(split) if options.model is None else None
 
+    def has_own_data(self, options: CausalLMOptionsT) -> bool:
+        """Whether there is a text of its own for training."""
+        return self.own_text(options, "train") is not None
+
     def has_own_eval_data(self, options: CausalLMOptionsT) -> bool:
         """Whether there is a text of its own for evaluation."""
         return self.own_text(options, "eval") is not None

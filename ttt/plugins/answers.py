@@ -347,6 +347,7 @@ ANSWERS: Mapping[str, Check] = {
     "files": _files,
     "identity": _mapping(object, "options' names to their values"),
     "has_eval_data": _truth,
+    "has_own_data": _truth,
     "has_own_eval_data": _truth,
     "plan_sample": _plan,
     "build": _module,

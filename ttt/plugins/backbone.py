@@ -102,6 +102,14 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
         data = config.data
         return data.eval_data is not None or (data.train_data is None and self.has_own_eval_data(config.backbone))
 
+    def has_own_data(self, options: OptionsT) -> bool:
+        """Whether the plugin has data of its own, which are read if the config names none.
+
+        `ttt check` advises `train_data: null` only if it has. A plugin without should say with a rule of its own that
+        data are missing.
+        """
+        return True
+
     def has_own_eval_data(self, options: OptionsT) -> bool:
         """Whether the plugin's own data, which is read if the config names none, has a part for evaluation."""
         return False

@@ -27,7 +27,7 @@ from ttt.plugins import (
     hookimpl,
 )
 from ttt_moshi.contexts import identifying, layers_contexts, widest
-from ttt_moshi.data_rules import RULES
+from ttt_moshi.data_rules import RULES as DATA_RULES
 from ttt_moshi.interleave import frames_in
 from ttt_moshi.model_config import PUBLISHED
 from ttt_moshi.options import (
@@ -43,8 +43,10 @@ from ttt_moshi.options import (
     context_and_codebooks,
     model_config_of,
     needed_files,
+    reads_with_the_demos,
     sizes,
 )
+from ttt_moshi.rules import RULES
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -68,10 +70,10 @@ class MoshiBackbone(
     """Moshi: autoregressive over 12.5 frames a second of 17 streams (1 text, 8 own audio, 8 of the user)."""
 
     name: ClassVar[str] = "moshi"
-    rules: ClassVar[Sequence[Callable[[RunConfig], Iterable[Any]]]] = RULES
     causal: ClassVar[bool] = True
     options: ClassVar[type[BackboneOptions]] = MoshiOptions
     data_options: ClassVar[type[DataOptions]] = MoshiData
+    rules: ClassVar[Sequence[Callable[[RunConfig], Iterable[Any]]]] = (*RULES, *DATA_RULES)
     own_tasks_notice: ClassVar[str] = (
         "synthetic: a few recordings by espeak-ng, for trying an evaluation; near chance is expected of pairs"
     )
@@ -111,6 +113,10 @@ class MoshiBackbone(
     def identity(self, options: MoshiOptions) -> Mapping[str, Any]:
         """The options that say which model it is; contexts that come to the same are the same."""
         return {**super().identity(options), **identifying(options)}
+
+    def has_own_data(self, options: MoshiOptions) -> bool:
+        """Only the demo has, and random weights that are read with the demo's codec."""
+        return reads_with_the_demos(options)
 
     def has_own_eval_data(self, options: MoshiOptions) -> bool:
         """The demo's data have a held-out part."""

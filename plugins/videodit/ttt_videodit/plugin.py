@@ -99,6 +99,10 @@ class VideoDiTBackbone(
             head_activation_bytes=round(4.5 * _BYTES[config.train.param_dtype] * size["dim"]),
         )
 
+    def has_own_data(self, options: VideoDiTOptions) -> bool:
+        """The demo has a clip; with random weights latents are random too."""
+        return options.preset == "demo" or options.random_weights
+
     def has_own_eval_data(self, options: VideoDiTOptions) -> bool:
         """The demo's data have a held-out part."""
         return options.preset == "demo"

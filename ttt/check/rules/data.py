@@ -71,12 +71,7 @@ def _not_there(context: Context, key: str, place: str, written: str) -> Iterator
     yield TTT501.at(
         place,
         message=f"{written!r} does not exist{where}{home}",
-        fix=several
-        or (
-            f"write the path of the data{_way_to_make(context)}"
-            + (", or null" if alone else "")
-            + (" for the demo data" if alone and key == "train_data" else "")
-        ),
+        fix=several or f"write the path of the data{_way_to_make(context)}{_or_null(context, key) if alone else ''}",
         value=written,
     )
 
@@ -135,6 +130,15 @@ def _several(written: str) -> str:
     if len(named) < 2 and named == [(written, "1")]:
         return ""
     return "write a list, [" + ", ".join(f"{{path: {path}, weight: {weight}}}" for path, weight in named) + "]"
+
+
+def _or_null(context: Context, key: str) -> str:
+    """What null means for data, as the rest of a sentence; empty for training data that the backbone does not have."""
+    if key == "eval_data":
+        return ", or null"
+    backbone = context.known_backbone
+    own = backbone is not None and backbone.has_own_data(context.config.backbone)
+    return ", or null for the demo data" if own else ""
 
 
 def _way_to_make(context: Context) -> str:
