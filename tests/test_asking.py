@@ -32,6 +32,7 @@ from ttt.plugins import (
     Sampling,
     Scores,
     SegmentReset,
+    SourceFiles,
     Streaming,
     WeightImport,
     capability,
@@ -347,6 +348,10 @@ def _with_dataset(kind: type) -> Any:
     return dataset
 
 
+def _with_sources(*sources: SourceFiles) -> Any:
+    return _with_dataset(type("Sourced", (ToyDataset,), {"sources": sources}))
+
+
 def _site(**changes: Any) -> Any:
     from dataclasses import replace
 
@@ -376,6 +381,16 @@ TRAINED: dict[str, tuple[dict[str, Any], str, str]] = {
     "dataset raises": ({"dataset": lambda self, config, **_: config.dat}, "`dataset`", "AttributeError"),
     "dataset: a list": ({"dataset": lambda self, config, **_: [1, 2]}, "`dataset`", "a list without `collate`"),
     "dataset: no files": ({"dataset": _with_dataset(Fileless)}, "`dataset`", "whose `files` is None"),
+    "dataset: sources": (
+        {"dataset": _with_sources(SourceFiles("a", range(0, 1)))},
+        "`dataset`",
+        "of 4 files whose `sources` cover 1",
+    ),
+    "dataset: weights": (
+        {"dataset": _with_sources(SourceFiles("a", range(0, 4), float("nan")))},
+        "`dataset`",
+        "whose source 'a' has the weight nan",
+    ),
     "a window raises": ({"dataset": _with_dataset(Unreadable)}, "`__getitem__` of its dataset", "AttributeError"),
     "collate raises": ({"dataset": _with_dataset(Uncollated)}, "`collate` of its dataset", "TypeError"),
     "loss raises": ({"loss": lambda self, model, batch, config: model(batch["inptus"])}, "`loss`", "KeyError"),
