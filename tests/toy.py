@@ -30,6 +30,7 @@ from ttt.plugins import (
     BackboneFacts,
     Batch,
     DiffusionScoring,
+    Indexing,
     LossOutput,
     Precomputing,
     SamplePlan,
@@ -431,7 +432,7 @@ class TwoWayToy(WholeToy):
 # --- the same with everything that a plugin may have ---
 
 
-class MakingToy(ToyBackbone, Sampling, Precomputing, WeightImport, DiffusionScoring, SegmentReset):
+class MakingToy(ToyBackbone, Sampling, Precomputing, Indexing, WeightImport, DiffusionScoring, SegmentReset):
     """The toy that makes its data, samples, and reads weights of a program that calls the same things otherwise."""
 
     sample_suffix: ClassVar[str] = ".txt"
@@ -482,6 +483,12 @@ class MakingToy(ToyBackbone, Sampling, Precomputing, WeightImport, DiffusionScor
         ]
         write_text(Path(data.train_data), "".join(" ".join(map(str, s.tolist())) + "\n" for s in streams))
         console.print(f"{len(streams)} streams")
+
+    def find_recordings(self, folder: Path) -> Sequence[Path]:
+        return sorted(folder.rglob("*.txt"))
+
+    def measure_recording(self, file: Path) -> float:
+        return float(len(file.read_text().split()))
 
     def num_timesteps(self, config: RunConfig) -> int:
         return 10
