@@ -27,12 +27,14 @@ from ttt.plugins import (
     Capability,
     DataReading,
     DiffusionScoring,
+    Indexing,
     LossOutput,
     PluginInfo,
     Precomputing,
     Sampling,
     Scores,
     SegmentReset,
+    SourceFiles,
     Streaming,
     WeightImport,
     capability,
@@ -348,6 +350,10 @@ def _with_dataset(kind: type) -> Any:
     return dataset
 
 
+def _with_sources(*sources: SourceFiles) -> Any:
+    return _with_dataset(type("Sourced", (ToyDataset,), {"sources": sources}))
+
+
 def _site(**changes: Any) -> Any:
     from dataclasses import replace
 
@@ -377,6 +383,16 @@ TRAINED: dict[str, tuple[dict[str, Any], str, str]] = {
     "dataset raises": ({"dataset": lambda self, config, **_: config.dat}, "`dataset`", "AttributeError"),
     "dataset: a list": ({"dataset": lambda self, config, **_: [1, 2]}, "`dataset`", "a list without `collate`"),
     "dataset: no files": ({"dataset": _with_dataset(Fileless)}, "`dataset`", "whose `files` is None"),
+    "dataset: sources": (
+        {"dataset": _with_sources(SourceFiles("a", range(0, 1)))},
+        "`dataset`",
+        "of 4 files whose `sources` cover 1",
+    ),
+    "dataset: weights": (
+        {"dataset": _with_sources(SourceFiles("a", range(0, 4), float("nan")))},
+        "`dataset`",
+        "whose source 'a' has the weight nan",
+    ),
     "a window raises": ({"dataset": _with_dataset(Unreadable)}, "`__getitem__` of its dataset", "AttributeError"),
     "collate raises": ({"dataset": _with_dataset(Uncollated)}, "`collate` of its dataset", "TypeError"),
     "loss raises": ({"loss": lambda self, model, batch, config: model(batch["inptus"])}, "`loss`", "KeyError"),
@@ -658,9 +674,8 @@ def test_a_capability_is_asked_for_and_who_lacks_it_learns_who_has_it(tmp_path: 
         assert not has_capability(plain, kind)
         assert not has_capability(None, kind)
     assert set(kinds_of(type(able))) == set(CAPABILITIES)
-    assert kinds_of(toy.MakingToy) == [
-        *(Streaming, Sampling, Precomputing, DataReading, WeightImport, DiffusionScoring, SegmentReset)
-    ]
+    kinds = [Streaming, Sampling, Precomputing, DataReading, Indexing, WeightImport, DiffusionScoring, SegmentReset]
+    assert kinds_of(toy.MakingToy) == kinds
     with importable(tmp_path), pytest.raises(UsageError) as caught:
         capability(plain, Streaming)
     told = "the backbone twoway has no streaming: it reads sequences whole; of the installed backbones "

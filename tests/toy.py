@@ -31,6 +31,7 @@ from ttt.plugins import (
     Batch,
     DataReading,
     DiffusionScoring,
+    Indexing,
     LossOutput,
     Precomputing,
     SamplePlan,
@@ -433,7 +434,9 @@ class TwoWayToy(WholeToy):
 # --- the same with everything that a plugin may have ---
 
 
-class MakingToy(ToyBackbone, Sampling, Precomputing, DataReading, WeightImport, DiffusionScoring, SegmentReset):
+class MakingToy(
+    ToyBackbone, Sampling, Precomputing, DataReading, Indexing, WeightImport, DiffusionScoring, SegmentReset
+):
     """The toy that makes its data, samples, and reads weights of a program that calls the same things otherwise."""
 
     sample_suffix: ClassVar[str] = ".txt"
@@ -493,6 +496,12 @@ class MakingToy(ToyBackbone, Sampling, Precomputing, DataReading, WeightImport, 
         ]
         console.print(f"{len(windows)} windows")
         return [f"{len(odd)} of {len(windows)} windows hold one token: {odd[0]}; write more"] if odd else []
+
+    def find_recordings(self, folder: Path) -> Sequence[Path]:
+        return sorted(folder.rglob("*.txt"))
+
+    def measure_recording(self, file: Path) -> float:
+        return float(len(file.read_text().split()))
 
     def num_timesteps(self, config: RunConfig) -> int:
         return 10

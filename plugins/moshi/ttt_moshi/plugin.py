@@ -164,8 +164,9 @@ class MoshiBackbone(
         """Text and audio cross-entropy, weighted as moshi-finetune does."""
         from ttt_moshi.model import loss
 
-        weight = config.data.untranscribed_text_weight
-        return loss(model, batch, config.backbone, untranscribed_text_weight=weight)
+        # the section is not ours if the config was not made for this backbone
+        data = config.data if isinstance(config.data, MoshiData) else MoshiData()
+        return loss(model, batch, config.backbone, untranscribed_text_weight=data.untranscribed_text_weight)
 
     def set_gradient_checkpointing(self, model: nn.Module, enabled: bool) -> None:
         """Switch kyutai's own checkpointing, around every layer of both transformers."""
