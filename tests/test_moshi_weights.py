@@ -240,6 +240,7 @@ def test_sixteen_codebooks_of_each_speaker_are_trained_scored_and_saved(
     assert (model.num_codebooks, codec.num_codebooks) == (33, 16)
     data = MoshiData(train_data=str(demo.TRAIN_DATA), duration_sec=4.0)
     windows = MOSHI.dataset(RunConfig(backbone=chosen, data=data), split="train", device="cpu")
+    assert windows.notice is None
     codes = windows[0]
     assert codes.shape == (33, 50)
     assert codes[1:].min() >= 0

@@ -11,7 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ttt_moshi import demo
 from ttt_moshi.audio import UnreadableAudioError, read_audio, resample
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.interleave import Word, frames_in, text_stream, words_between
+from ttt_moshi.model_config import ModelConfig
 from ttt_moshi.options import NOTHING, MoshiData, MoshiOptions, reads_with_the_demos
 from ttt_moshi.recordings import BrokenTranscriptError, Recording, read_recordings, read_transcript
 from ttt_moshi.weights import checkpoint_info, load_mimi, load_tokenizer, model_config
@@ -231,7 +232,7 @@ def speech_windows(options: MoshiOptions, data: MoshiData, *, split: str, device
         source = str(demo.EVAL_DATA if split == "eval" else demo.TRAIN_DATA)
     codec, _ = load_codec(options, device)
     tokenizer = load_tokenizer(options)
-    return SpeechWindows(
+    windows = SpeechWindows(
         source,
         codec=codec,
         tokenizer=tokenizer,
@@ -239,6 +240,24 @@ def speech_windows(options: MoshiOptions, data: MoshiData, *, split: str, device
         device=device,
         padding=text_padding(options),
         field=field,
+    )
+    if not own:
+        windows.notice = unused_entries(codec, tokenizer, model_config(options))
+    return windows
+
+
+def unused_entries(codec: Any, tokenizer: Any, config: ModelConfig) -> str | None:
+    """A note that a codec or tokenizer has fewer entries than the model reads: it may be another model's."""
+    told = [
+        f"the {what} has {count} {entries}, but the model reads {most}"
+        for what, count, entries, most in (
+            ("tokenizer", tokenizer.vocab_size(), "tokens", config.text_card),
+            ("codec", codec.cardinality, "codes a codebook", config.card),
+        )
+        if count < most
+    ]
+    return (
+        f"{'; '.join(told)}: was the model trained with {'another' if len(told) == 1 else 'others'}?" if told else None
     )
 
 
