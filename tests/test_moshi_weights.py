@@ -491,7 +491,9 @@ def test_the_settings_of_a_config_json_reach_kyutais_package_as_they_are() -> No
     written = {**config_json(), "lora": True, "lora_rank": 4, "moshi_name": "x", "conditioners": {}}
     settings = lm_settings(written, ModelConfig.model_validate(written))
     assert settings == config_json()
-    assert model_config(MoshiOptions()).text_card == 300
+    built = MOSHI.build(MoshiOptions(), device="meta", dtype=torch.float32)
+    for name in ("n_q", "dep_q", "card", "text_card", "context", "existing_text_padding_id"):
+        assert getattr(model_config(MoshiOptions()), name) == getattr(built, name), name
     assert language_model(config_json()).num_codebooks == 17
 
 
@@ -513,6 +515,19 @@ def test_check_reads_what_headers_tell_before_torch_is_imported(tmp_path: Path) 
                 assert path == f"backbone.{key}"
                 assert f"{files[other]} looks like {words}, not " in told
                 assert f"; write it as backbone.{other}" in told
+    model = load(files)
+    settings = TTTConfig.model_validate({**MOSHI.ttt_defaults, "layers": (1,)})
+    adapter = save_adapter(
+        tmp_path / "adapter",
+        inject.apply(model, MOSHI.sites(model), settings),
+        backbone={"name": "moshi"},
+        backbone_tensors={"text_linear.weight": model.text_linear.weight},
+    )
+    for file, words in ((adapter, "an adapter by ttt"), (adapter.with_name("backbone_model.safetensors"), "beside an")):
+        for key in kinds:
+            ((path, told),) = findings({**files, key: str(file)}, tmp_path)
+            assert path == f"backbone.{key}"
+            assert words in told
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(Path(files["moshi_path"]).read_bytes()[:-100])
     for key in kinds:
