@@ -42,7 +42,7 @@ def findings(files: dict[str, str], folder: Path, **more: str) -> list[tuple[str
     """Key, message and fix of each error that `ttt check` finds; the same ends `ttt train` with 3."""
     (folder / "data").mkdir(exist_ok=True)
     named = "".join(f"  {key}: {path}\n" for key, path in {**files, **more}.items())
-    text = f"backbone:\n  name: moshi\n  preset: 7b\n{named}data: {{train_data: {demo.TRAIN_DATA}}}\n"
+    text = f"backbone:\n  name: moshi\n  preset: 7b\n{named}data: {{train_data: {demo.EVAL_DATA}}}\n"
     (folder / "c.yaml").write_text(text)
     found = check_config(folder / "c.yaml").findings
     return [(one.path, f"{one.message}; {one.fix}") for one in found if one.severity.value == "error"]
@@ -240,6 +240,7 @@ def test_sixteen_codebooks_of_each_speaker_are_trained_scored_and_saved(
     assert (model.num_codebooks, codec.num_codebooks) == (33, 16)
     data = MoshiData(train_data=str(demo.TRAIN_DATA), duration_sec=4.0)
     windows = MOSHI.dataset(RunConfig(backbone=chosen, data=data), split="train", device="cpu")
+    assert windows.notice is None
     codes = windows[0]
     assert codes.shape == (33, 50)
     assert codes[1:].min() >= 0
@@ -398,7 +399,7 @@ def test_weights_of_another_kind_are_told_what_they_are(tmp_path: Path, capsys: 
         assert "; it looks like " in said
         assert told in said
         assert len(said.split("; ")) >= 3  # the last is the way out
-    findings(files, tmp_path, moshi_path=str(path))
+    assert findings(files, tmp_path, moshi_path=str(path))
     assert main(["train", str(tmp_path / "c.yaml"), "--set", "train.param_dtype=float32"]) == 3
     assert "Traceback" not in capsys.readouterr().err
 
@@ -490,5 +491,56 @@ def test_the_settings_of_a_config_json_reach_kyutais_package_as_they_are() -> No
     written = {**config_json(), "lora": True, "lora_rank": 4, "moshi_name": "x", "conditioners": {}}
     settings = lm_settings(written, ModelConfig.model_validate(written))
     assert settings == config_json()
-    assert model_config(MoshiOptions()).text_card == 300
+    built = MOSHI.build(MoshiOptions(), device="meta", dtype=torch.float32)
+    for name in ("n_q", "dep_q", "card", "text_card", "context", "existing_text_padding_id"):
+        assert getattr(model_config(MoshiOptions()), name) == getattr(built, name), name
     assert language_model(config_json()).num_codebooks == 17
+
+
+def test_check_reads_what_headers_tell_before_torch_is_imported(tmp_path: Path) -> None:
+    """Each kind of weights at each key that it is not for, a cut file, and another model's sizes."""
+    files = checkpoint(tmp_path, with_mimi=True)
+    save_file(lora(config_json()), tmp_path / "lora.safetensors")
+    files["lora_path"] = str(tmp_path / "lora.safetensors")
+    assert not findings(files, tmp_path)
+    kinds = {
+        "moshi_path": "weights of a Moshi language model",
+        "mimi_path": "weights of the codec Mimi",
+        "lora_path": "a LoRA by moshi-finetune",
+    }
+    for key in kinds:
+        for other, words in kinds.items():
+            if other != key:
+                ((path, told),) = findings({**files, key: files[other]}, tmp_path)
+                assert path == f"backbone.{key}"
+                assert f"{files[other]} looks like {words}, not " in told
+                assert f"; write it as backbone.{other}" in told
+    model = load(files)
+    settings = TTTConfig.model_validate({**MOSHI.ttt_defaults, "layers": (1,)})
+    adapter = save_adapter(
+        tmp_path / "adapter",
+        inject.apply(model, MOSHI.sites(model), settings),
+        backbone={"name": "moshi"},
+        backbone_tensors={"text_linear.weight": model.text_linear.weight},
+    )
+    for file, words in ((adapter, "an adapter by ttt"), (adapter.with_name("backbone_model.safetensors"), "beside an")):
+        for key in kinds:
+            ((path, told),) = findings({**files, key: str(file)}, tmp_path)
+            assert path == f"backbone.{key}"
+            assert words in told
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(Path(files["moshi_path"]).read_bytes()[:-100])
+    for key in kinds:
+        ((path, told),) = findings({**files, key: str(cut)}, tmp_path)
+        assert (path, "header promises" in told, told.endswith("; fetch it again, or write the path of another")) == (
+            f"backbone.{key}",
+            True,
+            True,
+        )
+    sixteen = checkpoint(tmp_path / "sixteen", codebooks=16, num_layers=1, text_card=310)
+    ((path, told),) = findings({**files, "moshi_path": sixteen["moshi_path"]}, tmp_path)
+    assert path == "backbone.moshi_path"
+    for words in ("n_q is 16 there, but the weights have 32", "num_layers is 2 there, but the weights have 1"):
+        assert words in told
+    ((path, told),) = findings({key: path for key, path in files.items() if key != "config_path"}, tmp_path)
+    assert "num_layers is 32 there, but the weights have 2" in told

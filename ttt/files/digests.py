@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ttt import checksums
 from ttt.errors import EnvironmentProblem
+from ttt.files.kinds import NEVER_MEANT, kind_of_file
 
 
 def require_digests(folder: Path, digests: Mapping[str, str], *, way_out: str) -> None:
@@ -28,4 +29,6 @@ def require_digests(folder: Path, digests: Mapping[str, str], *, way_out: str) -
                 f"{folder / name}: cannot be read: {error.strerror or error}; {way_out}"
             ) from error
         if found != digest:
-            raise EnvironmentProblem(f"{folder / name}: damaged: its SHA-256 is another; {way_out}")
+            kind = kind_of_file(folder / name)
+            told = f"it is {kind.words}" if kind is not None and kind.name in NEVER_MEANT else "its SHA-256 is another"
+            raise EnvironmentProblem(f"{folder / name}: damaged: {told}; {way_out}")

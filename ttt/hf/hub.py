@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from ttt.errors import EnvironmentProblem, TTTError
+from ttt.files import NEVER_MEANT, kind_of_file
 from ttt.hf.facts import as_folder
 from ttt.words import first_line
 
@@ -24,8 +26,26 @@ def loading(name: str, revision: str | None = None, *, key: str = "backbone.mode
     except TTTError:
         raise
     except Exception as error:  # transformers, the hub, safetensors and the file system raise errors of many kinds
-        why, fix = why_not_loaded(error, revision, is_folder=as_folder(name) is not None)
+        folder = as_folder(name)
+        why, fix = _stand_in(folder) or why_not_loaded(error, revision, is_folder=folder is not None)
         raise EnvironmentProblem(f"{name} cannot be loaded: {why}", key=key, fix=fix) from error
+
+
+def _stand_in(folder: Path | None) -> tuple[str, str] | None:
+    """What stands in a folder for a file of the model, such as a pointer of git-lfs, and the way out; None if nothing.
+
+    Whoever loads such a file tells that it is no JSON, or that its header is too long.
+    """
+    for file in () if folder is None else sorted(folder.iterdir()):
+        with suppress(OSError):  # a folder, a FIFO, or not to be read
+            kind = kind_of_file(file)
+            if kind is not None and kind.name in NEVER_MEANT and file.suffix in _OF_A_MODEL:
+                return f"its {file.name} is {kind.words}", kind.way_out
+    return None
+
+
+_OF_A_MODEL = frozenset({".safetensors", ".json", ".model", ".gguf"})
+"""Suffixes of the files that a model is loaded from."""
 
 
 def require_transformers() -> None:

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ttt_moshi import demo
 from ttt_moshi.audio import UnreadableAudioError, read_audio, resample
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.interleave import Word, frames_in, text_stream, words_between
+from ttt_moshi.model_config import ModelConfig
 from ttt_moshi.options import NO_TRANSCRIPT, NOTHING, MoshiData, MoshiOptions, reads_with_the_demos
 from ttt_moshi.recordings import Recording, read_transcript
 from ttt_moshi.sources import SpeechSource, sources_in
@@ -282,13 +283,32 @@ def speech_windows(options: MoshiOptions, data: MoshiData, *, split: str, device
         sources = [SpeechSource.of(data.source(str(shipped)), data, f"data.{key}")]
     codec, _ = load_codec(options, device)
     tokenizer = load_tokenizer(options)
-    return SpeechWindows(
+    windows = SpeechWindows(
         sources,
         codec=codec,
         tokenizer=tokenizer,
         duration_sec=data.duration_sec,
         device=device,
         padding=text_padding(options),
+    )
+    if not own:
+        told = (windows.notice, unused_entries(codec, tokenizer, model_config(options)))
+        windows.notice = "\n".join(filter(None, told)) or None
+    return windows
+
+
+def unused_entries(codec: Any, tokenizer: Any, config: ModelConfig) -> str | None:
+    """A note that a codec or tokenizer has fewer entries than the model reads: it may be another model's."""
+    told = [
+        f"the {what} has {count} {entries}, but the model reads {most}"
+        for what, count, entries, most in (
+            ("tokenizer", tokenizer.vocab_size(), "tokens", config.text_card),
+            ("codec", codec.cardinality, "codes a codebook", config.card),
+        )
+        if count < most
+    ]
+    return (
+        f"{'; '.join(told)}: was the model trained with {'another' if len(told) == 1 else 'others'}?" if told else None
     )
 
 

@@ -47,6 +47,7 @@ from ttt_moshi.options import (
     sizes,
 )
 from ttt_moshi.rules import RULES
+from ttt_moshi.weight_kinds import look_at_weights
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -96,8 +97,14 @@ class MoshiBackbone(
         return packaged_presets("ttt_moshi", ("demo", "7b"))
 
     def facts(self, config: MoshiRun) -> BackboneFacts:
-        """Widths by preset or config.json; tokens by `duration_sec`."""
+        """Widths by preset or config.json; tokens by `duration_sec`.
+
+        Raises:
+            EnvironmentProblem: the config.json or the weights are of another model than can be trained here.
+        """
         options, data = config.backbone, config.data
+        if options.preset == "7b":
+            look_at_weights(needed_files(options), model_config_of(options))
         return BackboneFacts(
             **sizes(options),
             tokens_per_window=frames_in(data.duration_sec, FRAME_RATE),

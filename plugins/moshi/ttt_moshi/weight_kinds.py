@@ -7,13 +7,15 @@ end in a list of a thousand missing keys. This module imports no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from ttt.errors import EnvironmentProblem
-from ttt.files import Header, read_header
+from ttt.files import Header, kind_of_file, read_header
+from ttt.plugins import NeededFile
 from ttt.words import first_few
+from ttt_moshi.model_config import ModelConfig
 
 FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 """The types of weights that are not quantised, in safetensors' words."""
@@ -54,7 +56,7 @@ def require_weights(file: Path, expected: Mapping[str, tuple[int, ...]], *, opti
     try:
         header = read_header(file)
     except EnvironmentProblem as problem:
-        raise EnvironmentProblem(str(problem), key=key, fix="fetch it again, or write the path of another") from None
+        raise EnvironmentProblem(str(problem), key=key, fix=_AGAIN) from None
     shapes = {name: facts.shape for name, facts in header.tensors.items()}
     odd = [f"{name} is not in the model" for name in shapes if not _has_place(name, expected)]
     lacking = [f"{name} is missing" for name in expected if name not in shapes and not _is_stacked(name, shapes)]
@@ -77,7 +79,74 @@ def require_weights(file: Path, expected: Mapping[str, tuple[int, ...]], *, opti
     raise EnvironmentProblem(f"{told}; it looks like {kind.words}", key=key, fix=kind.fix)
 
 
-_MODELS: Final = {"moshi_path": "the language model", "mimi_path": "the codec Mimi"}
+_MODELS: Final = {
+    "moshi_path": "the language model",
+    "mimi_path": "the codec Mimi",
+    "lora_path": "a LoRA by moshi-finetune",
+}
+
+
+def look_at_weights(files: Mapping[str, NeededFile], config: ModelConfig) -> None:
+    """What the headers of local weights tell before torch is imported: their kind, and the sizes of the language model.
+
+    Files that are missing or no safetensors files are left to the rules of `ttt check`.
+
+    Args:
+        files: by option, as `needed_files` gives them.
+        config: of the model.
+
+    Raises:
+        EnvironmentProblem: one is cut short, or of another kind or size.
+    """
+    for option in _MODELS:
+        file = None if option not in files else Path(files[option].path)
+        if file is None or not _is_safetensors(file):
+            continue
+        key = f"backbone.{option}"
+        try:
+            header = read_header(file)
+        except EnvironmentProblem as problem:
+            raise EnvironmentProblem(str(problem), key=key, fix=_AGAIN) from None
+        kind = kind_of_weights(header)
+        if kind is not None and kind.option != option:
+            raise EnvironmentProblem(f"{file} looks like {kind.words}, not {_MODELS[option]}", key=key, fix=kind.fix)
+        odd = list(_other_sizes(header, config)) if option == "moshi_path" else []
+        if odd:
+            raise EnvironmentProblem(
+                f"{file} is not of the model that the config.json describes: {first_few(odd)}", key=key, fix=SAME_MODEL
+            )
+
+
+_AGAIN: Final = "fetch it again, or write the path of another"
+SAME_MODEL: Final = "write the weights and, as backbone.config_path, the config.json of the same model"
+
+
+def _is_safetensors(file: Path) -> bool:
+    try:
+        kind = kind_of_file(file)
+    except (OSError, ValueError):
+        return False
+    return kind is not None and kind.name == "safetensors file"
+
+
+def _other_sizes(header: Header, config: ModelConfig) -> Iterator[str]:
+    """The sizes in which weights of a language model are not those of its config."""
+    numbers = dict.fromkeys(("emb", "transformer.layers", "linears"), -1)
+    for name in header.tensors:
+        found = _NUMBERED.match(name)
+        if found is not None:
+            numbers[found[1]] = max(numbers[found[1]], int(found[2]))
+    wanted = {"emb": config.n_q, "transformer.layers": config.num_layers, "linears": config.dep_q}
+    for part, name in (("emb", "n_q"), ("transformer.layers", "num_layers"), ("linears", "dep_q")):
+        if numbers[part] + 1 != wanted[part]:
+            yield f"{name} is {wanted[part]} there, but the weights have {numbers[part] + 1}"
+    text = header.tensors.get("text_emb.weight")
+    shape = (config.text_card + 1, config.dim)
+    if text is not None and text.shape != shape:
+        yield f"text_emb.weight has the shape {list(text.shape)}, not {list(shape)}"
+
+
+_NUMBERED: Final = re.compile(r"(emb|transformer\.layers|linears)\.(\d+)\.")
 
 
 def _has_place(name: str, expected: Mapping[str, tuple[int, ...]]) -> bool:

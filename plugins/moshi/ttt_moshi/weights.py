@@ -37,7 +37,7 @@ from ttt_moshi.model_config import (
     require_lora,
 )
 from ttt_moshi.options import MoshiOptions, config_file, model_config_of, reads_with_the_demos
-from ttt_moshi.weight_kinds import require_weights
+from ttt_moshi.weight_kinds import SAME_MODEL, require_weights
 
 _MAX_TOKENIZER: Final = 64 << 20  # bytes; kyutai's has 0.5 MB
 _LOCAL: Final = ("moshi_path", "mimi_path", "tokenizer_path", "config_path", "lora_path")
@@ -148,16 +148,13 @@ def load_moshi(options: MoshiOptions, *, device: torch.device | str, dtype: torc
     key = _key(options, "moshi_path")
     _require_safetensors(info.moshi_weights, key)
     expected = _shapes(_structure(info.raw_config, config, _place(options), device="meta", dtype=dtype))
-    require_weights(Path(info.moshi_weights), expected, option="moshi_path", key=key, fix=_ANOTHER_MODEL)
+    require_weights(Path(info.moshi_weights), expected, option="moshi_path", key=key, fix=SAME_MODEL)
     plain = None if info.raw_config is None else lm_settings(info.raw_config, config)
     with _loading(info.moshi_weights, "Moshi weights", key):
         model = replace(info, lm_config=plain, lora_weights=None).get_moshi(device=device, dtype=dtype)
     if info.lora_weights is not None:
         merge_lora(model, info.lora_weights, scaling=lora_scaling(config, info.lora_weights))
     return model
-
-
-_ANOTHER_MODEL: Final = "write the weights and, as backbone.config_path, the config.json of the same model"
 
 
 def structure(options: MoshiOptions, *, device: torch.device | str, dtype: torch.dtype) -> LMModel:
@@ -223,15 +220,18 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _require_safetensors(file: Path | str, key: str) -> None:
-    if not str(file).endswith((".safetensors", ".sft", ".sfts")):
-        with suppress(OSError):
-            kind = kind_of_file(file)
-            told = f", but {kind.words}" if kind is not None and kind.name != "safetensors file" else ""
-            raise EnvironmentProblem(
-                f"{file} is not a safetensors file{told}; pickles are refused",
-                key=key,
-                fix="write the path of a file that is, and ends in .safetensors",
-            )
+    """Refuse a name by which kyutai's loader would read a pickle."""
+    if str(file).endswith((".safetensors", ".sft", ".sfts")):
+        return
+    kind = None
+    with suppress(OSError):
+        kind = kind_of_file(file)
+    told = f", but {kind.words}" if kind is not None and kind.name != "safetensors file" else ""
+    raise EnvironmentProblem(
+        f"{file} is not a safetensors file{told}; pickles are refused",
+        key=key,
+        fix="write the path of a file that is, and whose name ends in .safetensors",
+    )
 
 
 @contextmanager
