@@ -127,6 +127,14 @@ def test_a_linear_layer_of_another_class_keeps_what_it_is() -> None:
     assert not {"lora_scaling", "lora_off"} & vars(model[0]).keys()
 
 
+def _offloaded(model: nn.Module) -> LoraSite:
+    """A layer whose forward is one of its own, as offloading makes it."""
+    linear = model.get_submodule("head")
+    assert isinstance(linear, nn.Linear)
+    linear.forward = linear.forward  # type: ignore[method-assign]
+    return LoraSite("head", linear)
+
+
 def test_what_cannot_have_lora_is_refused_and_nothing_is_changed() -> None:
     model, lora = toy_with_lora("attention")
     plan = LoraPlan(tuple(TOY.lora_sites(model, "all")), LoraSettings(2, 2.0, "all"))
@@ -137,6 +145,7 @@ def test_what_cannot_have_lora_is_refused_and_nothing_is_changed() -> None:
         ((), "names no linear layer"),
         ((LoraSite("nowhere", nn.Linear(2, 2)),), "is not the one that the backbone offers"),
         ((plan.sites[0], plan.sites[0]), "has LoRA already"),
+        ((_offloaded(model),), "forward is replaced on the object itself"),
         ((replace(plan.sites[0], host=model, host_class=nn.Linear),), "not a subclass of ToyModel"),
     ):
         names = [name for name, _ in model.named_modules()]
