@@ -29,6 +29,7 @@ from ttt.plugins import (
     DiffusionScoring,
     Indexing,
     LossOutput,
+    LowRank,
     PluginInfo,
     Precomputing,
     Sampling,
@@ -674,8 +675,17 @@ def test_a_capability_is_asked_for_and_who_lacks_it_learns_who_has_it(tmp_path: 
         assert not has_capability(plain, kind)
         assert not has_capability(None, kind)
     assert set(kinds_of(type(able))) == set(CAPABILITIES)
-    kinds = [Streaming, Sampling, Precomputing, DataReading, Indexing, WeightImport, DiffusionScoring, SegmentReset]
-    assert kinds_of(toy.MakingToy) == kinds
+    assert kinds_of(toy.MakingToy) == [
+        Streaming,
+        Sampling,
+        Precomputing,
+        DataReading,
+        Indexing,
+        WeightImport,
+        DiffusionScoring,
+        SegmentReset,
+        LowRank,
+    ]
     with importable(tmp_path), pytest.raises(UsageError) as caught:
         capability(plain, Streaming)
     told = "the backbone twoway has no streaming: it reads sequences whole; of the installed backbones "

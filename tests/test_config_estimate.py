@@ -371,7 +371,7 @@ def test_the_models_parameters_and_checkpoints(trainable: str, dtype: str) -> No
     assert facts.parameters == sum(p.numel() for p in model.parameters())
     assert facts.attention_parameters == sum(p.numel() for n, p in model.named_parameters() if MOSHI.is_attention(n))
     injection = inject.apply(model, MOSHI.sites(model), config.ttt, causal=True)
-    learnable = choose_learnable(model, injection.adapters, config.train, is_attention=MOSHI.is_attention)
+    learnable = choose_learnable(model, injection, config.train, is_attention=MOSHI.is_attention)
     needs = estimate(config, facts)
     assert needs.complete
     assert needs.adapter_bytes == sum(t.numel() * t.element_size() for t in injection.state_dict().values())
@@ -429,7 +429,7 @@ def test_a_training_step_stays_in_the_printed_range(settings: dict[str, Any]) ->
     model = MOSHI.build(config.backbone, device="cpu", dtype=dtype)
     injection = inject.apply(model, MOSHI.sites(model), config.ttt, causal=True)
     MOSHI.set_gradient_checkpointing(model, config.train.gradient_checkpointing)
-    learnable = choose_learnable(model, injection.adapters, config.train, is_attention=MOSHI.is_attention)
+    learnable = choose_learnable(model, injection, config.train, is_attention=MOSHI.is_attention)
     optimizer = Optimizer(learnable, config.train)
     assert facts.tokens_per_window is not None
     batch = MOSHI.example_batch(model, batch_size=config.train.batch_size, tokens=facts.tokens_per_window, seed=0)

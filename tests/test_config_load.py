@@ -483,6 +483,7 @@ def test_a_dumped_config_is_plain_and_complete() -> None:
     assert [line.rstrip(":") for line in dumped.splitlines() if line.endswith(":") and line[0] != " "] == [
         "backbone",
         "ttt",
+        "lora",
         "data",
         "train",
         "eval",

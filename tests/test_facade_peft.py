@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from small_llama import logits, opened, small_llama, some_tokens
 from torch import nn
 from transformers import LlamaForCausalLM
 
 import ttt
+from ttt.adapter import gates_closed
+from ttt.config.lora import LoraSettings
 from ttt.errors import AdapterMismatchError, UsageError
+from ttt.lora import Lora, LoraPlan
+from ttt.plugins import LoraSite
 
 MIDDLE = ttt.TTTConfig(layers="middle")
 
@@ -224,3 +228,18 @@ def test_pefts_own_wrapper_says_that_it_loads_its_part_alone(tmp_path: Path) -> 
     lifted.load_adapter(str(tmp_path), "default", is_trainable=True)  # without a warning, which would be an error
     assert torch.equal(logits(lifted, some_tokens()), expected)
     assert _trained(lifted) == {"lora", "ttt"}
+
+
+def test_the_lora_of_configs_computes_what_pefts_does() -> None:
+    """`adapter: lora` has a LoRA of its own, in which each parameter keeps its name."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 20))
+    theirs: Any = inject_adapter_in_model(LoraConfig(r=3, lora_alpha=6, target_modules=["0"]), copy.deepcopy(model))
+    lora = Lora(model, LoraPlan((LoraSite("0", model[0]),), LoraSettings(3, 2.0, "all")))
+    _moved(model)
+    named = {f"{name.removesuffix('weight')}default.weight": value for name, value in lora.parameters().items()}
+    assert not theirs.load_state_dict(named, strict=False).unexpected_keys
+    x = torch.randn(4, 12)
+    assert torch.allclose(model(x), theirs(x), rtol=0, atol=1e-7)
+    with gates_closed(model):
+        assert not torch.allclose(model(x), theirs(x), rtol=0, atol=1e-7)

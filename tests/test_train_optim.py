@@ -24,7 +24,7 @@ def adapted(config=None, *, layers="all"):
 
 def chosen(layers="all", **settings):
     model, injection = adapted(layers=layers)
-    learnable = choose_learnable(model, injection.adapters, TrainConfig(**settings), is_attention=BACKEND.is_attention)
+    learnable = choose_learnable(model, injection, TrainConfig(**settings), is_attention=BACKEND.is_attention)
     assert {entry.name for entry in learnable} == {name for name, p in model.named_parameters() if p.requires_grad}
     return {entry.name: entry for entry in learnable}, dict(model.named_parameters())
 
@@ -70,9 +70,7 @@ def test_nothing_to_learn_is_refused(layers, settings):
 def test_attention_that_cannot_be_found_is_refused():
     model, injection = adapted()
     with pytest.raises(ConfigError, match=r"ttt\+attention"):
-        choose_learnable(
-            model, injection.adapters, TrainConfig(trainable="ttt+attention"), is_attention=lambda name: False
-        )
+        choose_learnable(model, injection, TrainConfig(trainable="ttt+attention"), is_attention=lambda name: False)
 
 
 def test_only_matrices_decay():

@@ -259,3 +259,23 @@ def test_gradient_checkpointing_reaches_a_frozen_model(folder: Path) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     assert BACKBONE.is_attention("model.layers.0.self_attn.q_proj.weight")
     assert not BACKBONE.is_attention("model.layers.0.post_attention_layernorm.weight")
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt_neox", "phi3"])
+def test_lora_goes_into_the_linear_layers_that_are_named(kind: str) -> None:
+    model = _build("meta", config={"model_type": kind, **THREE, "vocab_size": 64})
+    found = {
+        linears: [site.path for site in BACKBONE.lora_sites(model, linears)]  # type: ignore[attr-defined]
+        for linears in ("all", "transformer", "attention", "feed_forward")
+    }
+    assert sorted(found["transformer"]) == sorted(found["attention"] + found["feed_forward"])
+    assert len(set(found["all"]) - set(found["transformer"])) == 1  # the output head
+    assert found["attention"]
+    assert all("attn" in path or "attention" in path for path in found["attention"])
+    assert not any("attn" in path or "attention" in path for path in found["feed_forward"])
+
+
+def test_lora_is_refused_where_there_is_no_linear_layer() -> None:
+    model = _build("meta", config={"model_type": "gpt2", **THREE, "vocab_size": 64})
+    with pytest.raises(UsageError, match=r"lora.linears: attention: GPT2LMHeadModel has no torch.nn.Linear there"):
+        BACKBONE.lora_sites(model, "attention")  # type: ignore[attr-defined]

@@ -7,7 +7,8 @@ only knows the statistics of all files together.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ttt.adapter import Gate, TTTAdapter
+from ttt.config.lora import Linears
 from ttt.config.schema import BackboneOptions, DataOptions, RunConfig, TTTConfig
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import read_tensors, write_tensors, write_text
@@ -32,7 +34,9 @@ from ttt.plugins import (
     DataReading,
     DiffusionScoring,
     Indexing,
+    LoraSite,
     LossOutput,
+    LowRank,
     Precomputing,
     SamplePlan,
     SampleRequest,
@@ -435,11 +439,26 @@ class TwoWayToy(WholeToy):
 
 
 class MakingToy(
-    ToyBackbone, Sampling, Precomputing, DataReading, Indexing, WeightImport, DiffusionScoring, SegmentReset
+    ToyBackbone, Sampling, Precomputing, DataReading, Indexing, WeightImport, DiffusionScoring, SegmentReset, LowRank
 ):
     """The toy that makes its data, samples, and reads weights of a program that calls the same things otherwise."""
 
     sample_suffix: ClassVar[str] = ".txt"
+
+    def lora_sites(self, model: nn.Module, linears: Linears) -> Sequence[LoraSite]:
+        inside = {"transformer": ("layers.",), "attention": ("self_attn.",), "feed_forward": ("linear1", "linear2")}
+        return [
+            LoraSite(path, module)
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear) and any(part in path for part in inside.get(linears, ("",)))
+        ]
+
+    def lora_shapes(self, options: BackboneOptions, linears: Linears) -> Mapping[tuple[int, int], int]:
+        assert isinstance(options, ToyOptions)
+        dim = options.dim
+        widths = {"attention": [(dim, 3 * dim), (dim, dim)], "feed_forward": [(dim, 4 * dim), (4 * dim, dim)]}
+        chosen = widths.get(linears, [*widths["attention"], *widths["feed_forward"]]) * options.num_layers
+        return Counter([*chosen, (dim, options.vocabulary)] if linears == "all" else chosen)
 
     def plan_sample(self, config: RunConfig, *, seconds: float, out: Path) -> SamplePlan:
         if seconds % 2 or out.suffix != ".txt":

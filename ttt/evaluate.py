@@ -201,6 +201,8 @@ def _plan(config: RunConfig, backbone: Backbone, chosen: ChosenTask, arms: Seque
     with asked(chosen.plugin, f"the items of its task {task.name}", type(task)):
         listing = chosen_items(task, setup)
     found = task.arms_among(arms)
+    if arms is None and setup.has_no_ttt:  # nobody asked for an arm that is not there
+        found = tuple(arm for arm in found if arm != "reset")
     for arm in found:
         refused = task.refuses(setup, arm)
         if refused is not None:

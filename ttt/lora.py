@@ -178,6 +178,11 @@ def _require_possible(model: nn.Module, sites: Sequence[LoraSite]) -> None:
             raise InjectionError(
                 f"LoRA at {site.path!r}: the model's linear layer there is not the one that the backbone offers"
             )
+        if "forward" in vars(site.linear):
+            raise InjectionError(
+                f"LoRA at {site.path}: the layer's forward is replaced on the object itself, as offloading does, so "
+                f"that LoRA would never be called; add it before that"
+            )
         if isinstance(site.linear, LoraLinear) or id(site.linear) in seen:
             raise InjectionError(f"{site.path} has LoRA already; eject the first injection before another")
         seen.add(id(site.linear))

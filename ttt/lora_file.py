@@ -31,11 +31,15 @@ class LoraFile:
     """None if nothing beside the file says it."""
 
     def problem_with(self, rank: int | Literal["match"], scaling: float) -> Misfit | None:
-        """What of a config's `lora` section does not fit the file; None if nothing does not."""
-        if rank != self.rank:
-            told = f"rank: {rank}"
+        """What of a config's `lora` section does not fit the file; None if nothing does not.
+
+        A rank that is yet to be matched is not compared.
+        """
+        if rank not in ("match", self.rank):
             return Misfit(
-                f"{self.path} has rank {self.rank}, the config {told}", keys=("rank",), fix=f"write rank: {self.rank}"
+                f"{self.path} has rank {self.rank}, the config's is {rank}",
+                keys=("rank",),
+                fix=f"write rank: {self.rank}",
             )
         if self.scaling is not None and self.scaling != scaling:
             return Misfit(

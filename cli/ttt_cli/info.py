@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 _KEYS, _KEY, _VALUE = 100, 80, 4000
 """How much of a header is shown, since anybody may have written it: keys of a section, letters of a key, of a value."""
+
+
+_KINDS = {"ttt": "a TTT adapter", "lora": "a LoRA adapter", "ttt+lora": "an adapter of TTT and LoRA"}
 
 
 def info(
@@ -55,7 +59,9 @@ def _facts(adapter: AdapterInfo, *, verified: bool) -> dict[str, Any]:
             for site in adapter.sites
         ],
         "model": _measured(adapter),
+        "adapter": adapter.kind,
         "ttt": adapter.ttt.model_dump(mode="json"),
+        "lora": None if adapter.lora is None else asdict(adapter.lora),
         "training": {key: value for key, value in adapter.training.items() if key != "model"},
     }
 
@@ -67,20 +73,23 @@ def _measured(adapter: AdapterInfo) -> list[str]:
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
-    show(f"{facts['path']}: a TTT adapter, written by {facts['written_by']}")
+    show(f"{facts['path']}: {_KINDS[facts['adapter']]}, written by {facts['written_by']}")
     trained = "trained along, in backbone_model.safetensors" if facts["backbone_trained"] else "frozen"
     show(f"  parameters  {facts['parameters']:,}")
     show(f"  checksum    {_checksum_in_words(facts)}")
     show(f"  backbone    {trained}")
     _print_section("backbone", facts["backbone"])
-    print("\nsites")
-    for site in facts["sites"]:
-        show(f"  {site['name']}  layer {site['layer']}, width {site['dim']}, {site['num_heads']} heads")
     if facts["model"]:
         print("\nmodel, as measured when it was built")
         for sentence in facts["model"]:
             show(f"  {shortened(sentence, _VALUE)}")
-    _print_section("ttt", facts["ttt"])
+    if facts["adapter"] != "lora":
+        print("\nsites")
+        for site in facts["sites"]:
+            show(f"  {site['name']}  layer {site['layer']}, width {site['dim']}, {site['num_heads']} heads")
+        _print_section("ttt", facts["ttt"])
+    if facts["lora"] is not None:
+        _print_section("lora", facts["lora"])
     if facts["training"]:
         _print_section("training", facts["training"])
 

@@ -11,7 +11,17 @@ from ttt.config.schema import RunConfig, select_layers
 if TYPE_CHECKING:
     from ttt.plugins import BackboneFacts
 from ttt.amounts import show_bytes
-from ttt.costs import WIDE, ScanCost, bytes_of, layer_activation_bytes, layer_flops, layer_parameters, scan_cost
+from ttt.costs import (
+    WIDE,
+    ScanCost,
+    bytes_of,
+    layer_activation_bytes,
+    layer_flops,
+    layer_parameters,
+    lora_parameters,
+    matched_rank,
+    scan_cost,
+)
 
 # --- the run ---
 
@@ -36,6 +46,10 @@ class Estimate:
     """Bytes of the adapter on disk."""
     checkpoint_bytes: int
     """Bytes of one checkpoint on disk: the adapter, trained parameters of the backbone, the optimiser's state."""
+    lora_parameters: int
+    """Parameters of LoRA; 0 if there is none, or its linear layers are not known."""
+    lora_rank: int | None
+    """The rank of it, `match` worked out; None if it is not known."""
     forward_flops: int
     """FLOPs of all TTT layers in one forward pass over a batch; over one mini-batch if windows have no known length."""
     training_flops: int
@@ -53,8 +67,10 @@ def enclosing_checkpoints(config: RunConfig, facts: BackboneFacts) -> tuple[int,
     return (int(config.train.gradient_checkpointing),) if stated is None else stated
 
 
-def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
+def estimate(config: RunConfig, facts: BackboneFacts, lora: Shapes | None = None) -> Estimate:
     """Estimate what a run needs from its config and its backbone's facts.
+
+    With LoRA, `lora` has its linear layers by input and output width; without them the estimate is not complete.
 
     Both ends of the range count parameters, moments and the scan. The backbone's activations depend on kernels and on
     what is frozen: the lower end counts half of them, the upper end one and a half times. Gradients and activations
@@ -62,7 +78,7 @@ def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
     and what backward and the optimiser hold for a moment.
     """
     ttt, train = config.ttt, config.train
-    layers = select_layers(ttt.layers, facts.num_layers)
+    layers = select_layers(config.injected.layers, facts.num_layers)
     tokens, size = facts.tokens_per_window, bytes_of(train.param_dtype)
     shape = {"dim": facts.dim, "num_heads": facts.num_heads, "tokens": tokens or 0, "batch_size": train.batch_size}
     scan = scan_cost(ttt, **shape) if layers and tokens else None
@@ -72,8 +88,11 @@ def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
 
     own, learning = _adapter_parameters(config, facts, len(layers))
     trained = _trained_in_backbone(config, facts)
-    optimizer = 2 * WIDE * (learning + (trained or 0)) + (WIDE * (trained or 0) if size < WIDE else 0)
-    gradients = WIDE * (learning + (trained or 0))
+    rank = rank_of(config, facts, lora) if config.has_lora and lora else None
+    of_lora = lora_parameters(lora, rank) if lora and rank else 0
+    learns = (trained or 0) + (of_lora if train.lora_lr_multiplier else 0)  # what has the backbone's type
+    optimizer = 2 * WIDE * (learning + learns) + (WIDE * learns if size < WIDE else 0)
+    gradients = WIDE * (learning + learns)
 
     lasting, at_once = _waiting_scans(config, facts, len(layers), scans)
     carries = scan.carries_kept_bytes * at_once if scan else 0
@@ -81,13 +100,15 @@ def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
     waiting = inside * at_once
     passing_scan = scan.passing_bytes if scan else 0
     model = _backbone_activation_bytes(config, facts, layers)
+    if model is not None and lora and rank and tokens:  # A x, for the gradient of B
+        model += sum(lora.values()) * rank * size * tokens * train.batch_size
     state = scan.carry_bytes * len(layers) * 2 if scan and ttt.persistent_states else 0
-    parameters = (facts.parameters or 0) * size + own * WIDE
+    parameters = ((facts.parameters or 0) + of_lora) * size + own * WIDE
 
     # Temporaries: gradients of the scan's inputs and of one layer, the projections in the tokens' dtype, gradients in
     # half precision before they are summed in float32, and AdamW's for all parameters at once.
     passing = (around + scan.activation_bytes + scan.carry_bytes) if scan else 0
-    passing += 4 * facts.dim * facts.dim * size + gradients + (trained or 0) * size
+    passing += 4 * facts.dim * facts.dim * size + gradients + learns * size
     always = parameters + optimizer + state
     return Estimate(
         scan=scan,
@@ -103,13 +124,30 @@ def estimate(config: RunConfig, facts: BackboneFacts) -> Estimate:
         },
         low=always + max(gradients, (scan.carries_kept_bytes + inside if scan else 0) * lasting + (model or 0) // 2),
         high=always + gradients + carries + waiting + passing_scan + (model or 0) * 3 // 2 + passing,
-        complete=None not in (facts.parameters, trained, model),
-        adapter_bytes=own * WIDE,
-        checkpoint_bytes=own * WIDE + (trained or 0) * size + optimizer,
+        complete=None not in (facts.parameters, trained, model) and (lora is not None or not config.has_lora),
+        adapter_bytes=own * WIDE + of_lora * size,
+        checkpoint_bytes=own * WIDE + (of_lora + (trained or 0)) * size + optimizer,
+        lora_parameters=of_lora,
+        lora_rank=rank,
         forward_flops=len(layers) * len(scans) * flops.forward,
         training_flops=len(layers)
         * sum(flops.training(scan.forwards(enclosing=level) if scan else 1, enclosing=level) for level in scans),
     )
+
+
+Shapes = Mapping[tuple[int, int], int]
+"""How many linear layers there are, by input and output width."""
+
+
+def rank_of(config: RunConfig, facts: BackboneFacts, lora: Shapes) -> int:
+    """The rank of LoRA in these linear layers; for `match`, the one that comes nearest to TTT's parameters."""
+    rank = config.lora.rank
+    return matched_rank(lora, parameters_to_match(config, facts)) if rank == "match" else rank
+
+
+def parameters_to_match(config: RunConfig, facts: BackboneFacts) -> int:
+    """Parameters of the TTT layers that the `ttt` section describes, whether the run has them or not."""
+    return _adapter_parameters(config, facts, len(select_layers(config.ttt.layers, facts.num_layers)))[0]
 
 
 def _adapter_parameters(config: RunConfig, facts: BackboneFacts, layers: int) -> tuple[int, int]:
@@ -134,7 +172,11 @@ def _trained_in_backbone(config: RunConfig, facts: BackboneFacts) -> int | None:
     """The number of the backbone's parameters that are trained; None if unknown."""
     if config.train.trainable == "ttt" or not config.train.backbone_lr_multiplier:
         return 0
-    return facts.parameters if config.train.trainable == "all" else facts.attention_parameters
+    if config.train.trainable == "all" or facts.attention_parameters is None:
+        return facts.parameters if config.train.trainable == "all" else None
+    if config.train.trainable == "ttt+attention":
+        return facts.attention_parameters
+    return facts.attention_parameters * len(select_layers(config.injected.layers, facts.num_layers)) // facts.num_layers
 
 
 def _backbone_activation_bytes(config: RunConfig, facts: BackboneFacts, layers: tuple[int, ...]) -> int | None:
@@ -143,7 +185,8 @@ def _backbone_activation_bytes(config: RunConfig, facts: BackboneFacts, layers: 
     if tokens is None or facts.layer_activation_bytes is None or facts.head_activation_bytes is None:
         return None
     # The backward pass ends at the first layer that is trained.
-    first = 0 if train.trainable != "ttt" and train.backbone_lr_multiplier else min(layers, default=0)
+    unfrozen = train.trainable in ("ttt+attention", "all") and train.backbone_lr_multiplier
+    first = 0 if unfrozen or config.has_lora else min(layers, default=0)
     reached = facts.num_layers - first
     if train.gradient_checkpointing:
         together = min(facts.layers_per_checkpoint, reached)

@@ -54,6 +54,8 @@ def comparison(one: Path, other: Path) -> Iterator[str]:
         raise UsageError.about(wrong, "things differ, so that they cannot be compared", where=f"{one}, {other}")
     found = {name: compared(*pairs[name]) if name in pairs else None for name in names}
     yield f"{other} minus {one}, item by item, ± one standard error"
+    if first.adapter != second.adapter:
+        yield f"the arm ttt is the model as trained: adapter: {second.adapter} minus adapter: {first.adapter}"
     for name, task in found.items():
         yield f"{name}: {_nothing_in_common(pairs.get(name)) if task is None else _task_in_words(task)}"
     yield from _average(found)
@@ -110,6 +112,11 @@ class _Results:
         self._content = read_json(self._file, sealed=True)
         self.tasks = self._section("results", dict)
         self._config, self._backbone = self._its_config()
+
+    @property
+    def adapter(self) -> str:
+        """What was added to the backbone, as the config says it."""
+        return self._config.adapter
 
     def _section(self, name: str, kind: type) -> Any:
         if not isinstance(self._content.get(name), kind):

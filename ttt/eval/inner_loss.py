@@ -50,6 +50,7 @@ class InnerLoss(ItemTask):
     arms: ClassVar[tuple[str, ...]] = ("ttt",)
     arms_without: ClassVar[tuple[str, ...]] = ("closed",)
     batched: ClassVar[bool] = False
+    needs_ttt: ClassVar[bool] = True
     folder: ClassVar[str | None] = "librilight"
 
     def items(self, setup: Setup) -> Sequence[Item]:

@@ -73,10 +73,10 @@ def _conditions(measured: Sequence[MeasuredTask], described: Mapping[str, Any]) 
     learned = "none: the model as training would start it" if adapter is None else adapter["path"]
     lines = [
         "± is one standard error, clustered by what is not independent. `ttt` is the model as trained; `closed` the "
-        "same with its gates closed, which is the plain backbone; `reset` starts fast weights anew every now and then. "
-        "A difference is paired, item by item. ↓: less is better.",
+        "same with its gates closed and LoRA off, which is the plain backbone; `reset` starts fast weights anew every "
+        "now and then. A difference is paired, item by item. ↓: less is better.",
         "",
-        f"- adapter: {learned}",
+        f"- adapter: {config.get('adapter', 'ttt')}, {learned}",
         f"- backbone: {', '.join(f'{key} {value}' for key, value in config['backbone'].items() if value is not None)}",
         f"- score: {', '.join(f'{key} {value}' for key, value in config['eval']['score'].items())}",
         f"- device: {described['device']}, {config['train']['param_dtype']}",

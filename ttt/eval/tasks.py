@@ -58,6 +58,11 @@ class Setup:
     """The folder of the task's data among what a backbone brings; None is its name."""
 
     @property
+    def has_no_ttt(self) -> bool:
+        """Whether the model has no TTT layer: LoRA alone, or the plain backbone."""
+        return self.config.injected.layers in ("none", ())
+
+    @property
     def notice(self) -> str | None:
         """What a user must know of the task's data, if it is what the backbone brings; None if it is not."""
         own = hasattr(self.options, "data") and self.options.data is None
@@ -111,6 +116,8 @@ class ItemTask(AnyEvalTask):
     """The folder of its data among what a backbone brings; None is its name."""
     higher_is_better: ClassVar[bool] = True
     """Whether a larger outcome is the better one; a loss has False."""
+    needs_ttt: ClassVar[bool] = False
+    """Whether it measures TTT layers themselves, so that there is nothing to measure of a model without."""
     writes_files: ClassVar[bool] = False
     """Whether it makes files in the evaluation's folder. Then `ttt eval` measures it, and training leaves it out."""
 
@@ -120,6 +127,8 @@ class ItemTask(AnyEvalTask):
             if not has_capability(setup.backbone, kind):
                 words = CAPABILITIES.get(kind)
                 return f"has no {kind.__name__ if words is None else words.lacking}"
+        if self.needs_ttt and setup.has_no_ttt:
+            return "has no TTT layer in this config"
         if self.medium is not None and has_capability(setup.backbone, Scoring):
             medium = setup.backbone.score_facts(setup.config).medium
             if medium != self.medium:
@@ -129,8 +138,11 @@ class ItemTask(AnyEvalTask):
     def refuses(self, setup: Setup, arm: str) -> str | None:
         """Why the backbone cannot be measured under an arm, completing "the backbone NAME …"; None if it can be.
 
-        By default `reset` needs streams of clips, which the core cuts, or a backbone that resets by itself.
+        By default `reset` needs TTT layers, and streams of clips, which the core cuts, or a backbone that resets by
+        itself.
         """
+        if arm == "reset" and setup.has_no_ttt:
+            return "has no TTT layer in this config whose fast weights could start anew"
         if arm != "reset" or Scoring in self.requires:
             return None
         if not has_capability(setup.backbone, SegmentReset):

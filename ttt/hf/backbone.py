@@ -30,7 +30,7 @@ from ttt.hf.facts import known_config, provenance, required_sizes
 from ttt.hf.options import NOTHING, CausalLMOptions, CausalLMOptionsT, TextData, TextDataT
 from ttt.hf.rules import RULES
 from ttt.plugins.backbone import Backbone
-from ttt.plugins.capabilities import Scoring, Streaming
+from ttt.plugins.capabilities import LowRank, Scoring, Streaming
 from ttt.plugins.data import Batch, LossOutput
 from ttt.plugins.facts import BackboneFacts, LineFormat
 from ttt.plugins.scoring import ScoreFacts
@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from ttt.config.lora import Linears
     from ttt.plugins.data import WindowDataset
+    from ttt.plugins.lora_site import LoraSite
     from ttt.plugins.scoring import ClipReader, Scores, ScoreStream
     from ttt.plugins.site import Site
 
@@ -55,6 +57,7 @@ class CausalLMBackbone(
     Backbone[CausalLMOptionsT, TextDataT],
     Streaming,
     Scoring[CausalLMOptionsT, TextDataT],
+    LowRank[CausalLMOptionsT],
     Generic[CausalLMOptionsT, TextDataT],
 ):
     """Any causal language model of `transformers`, with TTT after its decoder layers.
@@ -167,6 +170,12 @@ class CausalLMBackbone(
     def is_attention(self, parameter_name: str) -> bool:
         """The projections, biases and norms inside the decoder layers' attention."""
         return not _ATTENTION.isdisjoint(parameter_name.split("."))
+
+    def lora_sites(self, model: nn.Module, linears: Linears) -> Sequence[LoraSite]:
+        """The model's `nn.Linear`; for all but `all`, those inside the decoder layers."""
+        from ttt.hf.lora import lora_sites
+
+        return lora_sites(model, linears, is_attention=self.is_attention)
 
     # --- for the laws ---
 

@@ -4,7 +4,7 @@
 plugin's other methods; they raise `MethodBrokenError`.
 """
 
-from ttt.laws import checks, plugin, run
+from ttt.laws import checks, lora, plugin, run
 from ttt.laws.bench import Bench, LawBrokenError
 from ttt.laws.plugin import MethodBrokenError
 
@@ -30,6 +30,7 @@ CHECKS = {
     "dataset": run.dataset_keeps_its_protocol,
     "loss": run.loss_trains,
     "run": run.demo_trains,
+    "lora": lora.lora_acts,
 }
 """The checks of a plugin's other methods by name."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ttt.plugins.backbone import Backbone
     from ttt.plugins.capabilities import (
+        CAPABILITIES,
         Capability,
         DataReading,
         DiffusionScoring,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from ttt.plugins.site import Site
 
 _EXPORTS = {
+    "CAPABILITIES": "ttt.plugins.capabilities",
     "Backbone": "ttt.plugins.backbone",
     "BackboneFacts": "ttt.plugins.facts",
     "Batch": "ttt.plugins.data",
@@ -97,6 +99,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "CAPABILITIES",
     "GROUP",
     "AnyEvalTask",
     "Backbone",

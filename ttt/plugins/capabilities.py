@@ -355,7 +355,7 @@ CAPABILITIES: Mapping[type[Capability], InWords] = {
     Streaming: InWords("stream", "streaming: it reads sequences whole"),
     Scoring: InWords("score", "scoring: it does not tell how likely it finds what it reads"),
     DiffusionScoring: InWords("score-diffusion", "scoring of diffusion: it does not tell how well it denoises"),
-    LowRank: InWords("lora", "LoRA: its linear layers are not known; write adapter: ttt"),
+    LowRank: InWords("lora", "LoRA: its linear layers are not known"),
     SegmentReset: InWords("reset", "reset: its fast weights cannot start anew inside a window that is read whole"),
 }
 """The capabilities that this project asks for."""

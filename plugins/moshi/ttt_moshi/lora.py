@@ -9,16 +9,21 @@ they are `LoRALinear`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
-from moshi.models import LMModel
+from moshi.models import LMModel, loaders
 from moshi.modules.gating import ActivationGating, gating_forward_generic
 from moshi.modules.transformer import StreamingMultiheadAttention
 from torch import Tensor, nn
 
+from ttt.adapter_file import read_info
 from ttt.config.lora import Linears
 from ttt.errors import UsageError
+from ttt.files import read_tensors, write_tensors, write_text, writing
 from ttt.lora import LoraLinear
 from ttt.plugins import LoraSite
+from ttt.printable import json_text
 
 _ATTENTION = ".self_attn."
 
@@ -80,3 +85,36 @@ def _attentions(model: LMModel) -> Iterator[tuple[str, StreamingMultiheadAttenti
     for path, module in model.named_modules():
         if isinstance(module, StreamingMultiheadAttention):
             yield path, module
+
+
+def export_lora(
+    adapter: str | Path, out: str | Path, *, model_config: Mapping[str, Any] | None = None
+) -> tuple[Path, Path]:
+    """Write an adapter's LoRA as moshi-finetune leaves it: `lora.safetensors` and `config.json`.
+
+    kyutai's server reads them: `python -m moshi.server --lora-weight lora.safetensors --config-path config.json`.
+
+    Args:
+        adapter: a run's folder, an adapter's or its file.
+        out: folder for the two files; made if need be.
+        model_config: the content of the model's own config.json; None is that of the published 7B.
+
+    Returns:
+        The two files.
+
+    Raises:
+        UsageError: the adapter holds no LoRA, or TTT layers beside it, which kyutai's server does not have.
+        EnvironmentProblem: a file is missing or damaged, or the disk is full.
+    """
+    info, out = read_info(adapter, verify=True), Path(out)
+    if info.lora is None or info.sites:
+        has = "no LoRA" if info.lora is None else "TTT layers beside its LoRA, and kyutai's server has none"
+        raise UsageError(f"{info.path}: has {has}; export a run of adapter: lora")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    weights, settings = out / "lora.safetensors", out / "config.json"
+    write_tensors(weights, read_tensors(info.path), {})
+    written = dict(loaders._lm_kwargs if model_config is None else model_config)
+    lora = {"lora": True, "lora_rank": info.lora.rank, "lora_scaling": info.lora.scaling}
+    write_text(settings, json_text({**written, **lora}) + "\n")
+    return weights, settings

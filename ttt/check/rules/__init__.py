@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 from ttt.check.rules import (
+    adapters,
     causality,
     checkpointing,
     compiling,
@@ -21,7 +22,7 @@ from ttt.config.findings import Finding
 from ttt.config.places import KeyPath
 from ttt.plugins.rules import Rule
 
-_MODULES = (shape, checkpointing, causality, memory, data, evaluation, environment, compiling, optimisation)
+_MODULES = (shape, checkpointing, causality, memory, data, evaluation, environment, compiling, optimisation, adapters)
 RULES: tuple[Rule[Context], ...] = tuple(
     each for module in _MODULES for each in vars(module).values() if isinstance(each, Rule)
 )

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from ttt.amounts import show_bytes, show_flops
-from ttt.check.estimate import Estimate, estimate
+from ttt.check.estimate import Estimate, estimate, parameters_to_match
 from ttt.check.rules.rule import NEEDS, Context, rule
 from ttt.config.findings import Blame, Code, Family, Finding, Severity
 from ttt.config.group_size import times_in_words
@@ -43,7 +43,7 @@ def _with_groups(context: Context) -> tuple[int, Estimate] | None:
     if not best:
         return None
     ttt = context.config.ttt.model_copy(update={"scan_checkpoint_group_size": best})
-    return best, estimate(context.config.model_copy(update={"ttt": ttt}), context.facts)
+    return best, estimate(context.config.model_copy(update={"ttt": ttt}), context.facts, context.lora_shapes)
 
 
 @rule(TTT205, TTT401, TTT402, reads=NEEDS)
@@ -178,10 +178,12 @@ def what_it_costs(context: Context) -> Iterator[Finding]:
     if not context.tells_cost:
         return
     needs, facts, train = context.needs, context.facts, context.config.train
-    layers = len(select_layers(context.config.ttt.layers, facts.num_layers))
+    layers = len(select_layers(context.config.injected.layers, facts.num_layers))
     tokens = train.batch_size * (facts.tokens_per_window or context.config.ttt.mini_batch_size)
     forward, training = needs.forward_flops / tokens, needs.training_flops / tokens
     arithmetic = f"TTT in {layers} layer{'s' * (layers != 1)} multiplies {show_flops(forward)} for a token"
+    if context.config.has_lora:
+        arithmetic = f"{_lora_in_words(context)}; {arithmetic}" if layers else _lora_in_words(context)
     if needs.scan is not None:
         again = times_in_words([needs.scan.forwards(enclosing=level) for level in needs.scans])
         arithmetic += (
@@ -191,7 +193,8 @@ def what_it_costs(context: Context) -> Iterator[Finding]:
         )
         if context.config.ttt.scan_checkpoint_group_size == "auto":
             arithmetic += f"; scan_checkpoint_group_size: auto is {needs.scan.group_size} here"
-    about = "the run needs" if needs.complete else "TTT alone needs at least"
+    alone = "LoRA" if not layers else "TTT with LoRA" if context.config.has_lora else "TTT"
+    about = "the run needs" if needs.complete else f"{alone} alone needs at least"
     memory = f"{show_bytes(needs.low)}" + (f" to {show_bytes(needs.high)}" if needs.complete else "")
     yield TTT405.at(
         context.first_written("ttt.layers", "ttt"),
@@ -207,5 +210,20 @@ def what_it_costs(context: Context) -> Iterator[Finding]:
             "memory_bytes": {"low": needs.low, "high": needs.high, "whole_run": needs.complete, **needs.parts},
             "adapter_bytes": needs.adapter_bytes,
             "checkpoint_bytes": needs.checkpoint_bytes,
+            "lora": {"rank": needs.lora_rank, "parameters": needs.lora_parameters},
         },
+    )
+
+
+def _lora_in_words(context: Context) -> str:
+    """The rank of LoRA, its linear layers and parameters, and what they match."""
+    shapes, needs, lora = context.lora_shapes, context.needs, context.config.lora
+    if shapes is None:
+        return f"LoRA of rank {lora.rank}, in linear layers that only the built model tells"
+    matched = ""
+    if lora.rank == "match":
+        matched = f" (matched to TTT's {parameters_to_match(context.config, context.facts):,})"
+    return (
+        f"LoRA of rank {needs.lora_rank} in {sum(shapes.values())} linears: {needs.lora_parameters:,} "
+        f"parameters{matched}"
     )

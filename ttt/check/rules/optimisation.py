@@ -47,10 +47,10 @@ def warms_up_in_time(context: Context) -> Iterator[Finding]:
         )
 
 
-@rule(TTT702, reads=("ttt.layers", "train.trainable"))
+@rule(TTT702, reads=("adapter", "ttt.layers", "train.trainable"))
 def something_learns(context: Context) -> Iterator[Finding]:
     """There is something to train."""
-    if not context.has_layers and context.config.train.trainable == "ttt":
+    if not context.has_layers and not context.config.has_lora and context.config.train.trainable == "ttt":
         yield TTT702.at(
             context.first_written("ttt.layers", "train.trainable"),
             message="nothing learns: trainable: ttt trains TTT layers, and the config has none",

@@ -65,7 +65,17 @@ class Context:
     @functools.cached_property
     def needs(self) -> Estimate:
         """What the run needs; only for rules that read `NEEDS`."""
-        return estimate(self.config, self.facts)
+        return estimate(self.config, self.facts, self.lora_shapes)
+
+    @functools.cached_property
+    def lora_shapes(self) -> Mapping[tuple[int, int], int] | None:
+        """The linear layers of LoRA by width; None if there is none, or only the built model tells."""
+        from ttt.plugins.capabilities import LowRank, has_capability
+
+        backbone = self.known_backbone
+        if not self.config.has_lora or not has_capability(backbone, LowRank):
+            return None
+        return backbone.lora_shapes(self.config.backbone, self.config.lora.linears)
 
     @functools.cached_property
     def can_be_built(self) -> bool:
@@ -77,7 +87,7 @@ class Context:
     @property
     def has_layers(self) -> bool:
         """Whether the config has TTT layers at all."""
-        return self.config.ttt.layers not in ("none", ())
+        return self.config.injected.layers not in ("none", ())
 
     def recordings(self, key: str) -> Recordings | None:
         """What the lines of `data.train_data` or `data.eval_data` say; only for rules that read `data` and `FACTS`.
