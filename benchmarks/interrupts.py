@@ -71,10 +71,15 @@ def seconds_to_its_first_step(folder: Path, words: list[str], steps: str | None)
     while process.poll() is None and not (steps and file.exists() and file.stat().st_size > before):
         time.sleep(0.01)
     taken = time.monotonic() - begun
+    ended(process)
+    return taken
+
+
+def ended(process: subprocess.Popen[str]) -> None:
+    """End the command and what it has started, if it is still there."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return taken
 
 
 def one(template: Path, words: list[str], delay: float, number: int, steps: str | None) -> tuple[str, str]:
@@ -84,25 +89,28 @@ def one(template: Path, words: list[str], delay: float, number: int, steps: str 
         shutil.copytree(template, folder)
         before = _files(folder)
         process = started(folder, words)
-        time.sleep(delay)
-        process.send_signal(number)
-        sent = time.monotonic()
         try:
+            time.sleep(delay)
+            process.send_signal(number)
+            sent = time.monotonic()
             code = process.wait(timeout=120)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
             return "does not end", ""
+        finally:
+            ended(process)
         taken = time.monotonic() - sent
         said = folder.with_suffix(".out").read_text(errors="replace")
         new = sorted(_files(folder) - before)
     saved = steps is not None and "saved" in said and code == 130
-    ended = {130: "130", -number: "130"}.get(code, f"exit {code}")  # a shell reports a signal as 128 and its number
-    ended = "by the signal" if code == -number and number != signal.SIGINT else ended
+    how = {130: "130", -signal.SIGINT: "130"}.get(
+        code, f"exit {code}"
+    )  # a shell reports a signal as 128 and its number
+    how = "by the signal" if code == -number and number != signal.SIGINT else how
     told = [
-        "done" if steps is None and code not in (130, -number) and "Traceback" not in said else ended,
+        "done" if steps is None and code not in (130, -number) and "Traceback" not in said else how,
         *(["after its step"] if saved else []),
         *(["traceback"] if "Traceback" in said or "Error:" in said or "ignored" in said else []),
-        *([f"left {', '.join(new[:3])}"] if new and not saved and ended in ("130", "by the signal") else []),
+        *([f"left {', '.join(new[:3])}"] if new and not saved and how in ("130", "by the signal") else []),
         *(["late"] if taken > 3 and not saved else []),
     ]
     return ", ".join(told), said
@@ -133,6 +141,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(words)
     number = signal.Signals[options.signal]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends this ends the try too
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tries inherit what this process ignores, as under nohup
     wrong = 0
     with tempfile.TemporaryDirectory() as above:
@@ -145,11 +154,11 @@ def main(words: list[str] | None = None) -> int:
             ends: collections.Counter[str] = collections.Counter()
             for _ in range(options.runs):
                 delay = drawn.uniform(0, seconds)
-                ended, said = one(base, COMMANDS[name], delay, number, STEPS.get(name))
-                ends[ended] += 1
-                if ended not in ("130", "by the signal", "done", "130, after its step"):
+                how, said = one(base, COMMANDS[name], delay, number, STEPS.get(name))
+                ends[how] += 1
+                if how not in ("130", "by the signal", "done", "130, after its step"):
                     wrong += 1
-                    print(f"  {name}, {delay:.3f} s of {seconds:.1f}: {ended}: {said.strip()[-300:]!r}", flush=True)
+                    print(f"  {name}, {delay:.3f} s of {seconds:.1f}: {how}: {said.strip()[-300:]!r}", flush=True)
             told = "; ".join(f"{count} × {ended}" for ended, count in ends.most_common())
             print(f"{options.signal} in {name}, {options.runs} tries within {seconds:.1f} s: {told}", flush=True)
     return int(bool(wrong))
