@@ -216,9 +216,12 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
     "nothing": ("", "gold.csv: has no column filename, id, voice"),
     "a column is missing": (WORDS.replace("voice", "speaker"), "gold.csv: has no column voice; a gold.csv begins with"),
     "a column stands twice": (WORDS.replace("phones", "phones,id"), "gold.csv: has the column id twice"),
-    "another encoding": (WORDS.replace("w0", "é").encode("latin-1"), "gold.csv: is not text in UTF-8; write it as"),
-    "UTF-16": (WORDS.encode("utf-16"), "gold.csv: is not text in UTF-8"),
-    "UTF-16 without its mark": (WORDS.encode("utf-16-le"), "gold.csv:1: holds a NUL"),
+    "another encoding": (
+        WORDS.replace("w0", "é").encode("latin-1"),
+        "gold.csv: cannot be read: it is not text in UTF-8: byte ",
+    ),
+    "UTF-16": (WORDS.encode("utf-16"), "gold.csv: cannot be read: it is text in UTF-16; save it as UTF-8: iconv"),
+    "UTF-16 without its mark": (WORDS.encode("utf-16-le"), "gold.csv: cannot be read: it is text in UTF-16"),
     "a NUL": (WORDS.replace("w0", "w\0"), "gold.csv:2: holds a NUL"),
     "a field without end": (
         WORDS.replace("w er d", "w" * 200_000, 1),

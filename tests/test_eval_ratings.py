@@ -157,7 +157,7 @@ BROKEN: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "a quote": (lambda sheet, _: edit(sheet, 7, '",', '"x,'), "SHEET:7: is not CSV: "),
     "no text": (
         lambda sheet, _: sheet.write_bytes(b"\xff\xfe\x00"),
-        "SHEET: is not UTF-8 text; save it as CSV in UTF-8",
+        "SHEET: it is text in UTF-16; save it as UTF-8: iconv",
     ),
     "nothing": (lambda sheet, _: sheet.write_text(""), "SHEET: is empty; its first line names the columns comparison"),
     "no key": (lambda _, key: key.unlink(), "KEY: no such file"),

@@ -57,7 +57,16 @@ def _imported(folder: Path, *, package_root: Path) -> dict[str, set[str]]:
 ROOMS = (
     # what knows nothing of the rest: errors, words, files, a process
     *("ttt.words", "ttt.errors", "ttt.version", "ttt.printable", "ttt.amounts", "ttt.progress", "ttt.checksums"),
-    *("ttt.reading", "ttt.jsonl", "ttt.files", "ttt.packaged", "ttt.checkpoint_folder", "ttt.dotted", "ttt.interrupt"),
+    *(
+        "ttt.foreign",
+        "ttt.reading",
+        "ttt.jsonl",
+        "ttt.files",
+        "ttt.packaged",
+        "ttt.checkpoint_folder",
+        "ttt.dotted",
+        "ttt.interrupt",
+    ),
     *("ttt.prompts", "ttt.drawing"),
     # the mathematics, this machine, what a run is and costs, what a plugin provides
     *("ttt.ops", "ttt.seeds", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins", "ttt.devices"),
@@ -327,10 +336,10 @@ def test_the_plugin_is_on_top_of_its_package(plugin: str) -> None:
     assert [source for source, target in arrows if target == f"{plugin}.plugin"] == []
 
 
-def test_what_a_run_is_rests_on_errors_alone() -> None:
+def test_what_a_run_is_rests_on_errors_and_what_a_file_is_alone() -> None:
     arrows = _arrows(_modules(PACKAGES["ttt"]))
     below = {target for source, target in arrows if _room(source) == "ttt.config" and _room(target) != "ttt.config"}
-    assert below == {"ttt.errors"}
+    assert below == {"ttt.errors", "ttt.foreign"}
 
 
 def test_the_mathematics_rests_on_torch_alone() -> None:

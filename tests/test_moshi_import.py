@@ -375,7 +375,7 @@ def test_a_result_with_errors_ends_with_1(capsys: pytest.CaptureFixture[str]) ->
         ("broken.yaml", "lora: [", 2, "error TTT001"),
         ("nowhere.yaml", None, 3, "no such file"),
         ("large.yaml", "#" * (1 << 21), 2, "larger than 1 MiB"),
-        ("latin.yaml", b"lora: \xe9", 2, "not UTF-8 text"),
+        ("latin.yaml", b"lora: \xe9", 2, "not text in UTF-8"),
     ],
 )
 def test_files_that_cannot_be_imported(

@@ -73,8 +73,8 @@ def test_lists_of_texts_and_of_objects(
         ('["a cat",\n "a dog"', r"prompts.json:2:9: is not JSON"),
         ('["a cat", NaN]', "is not JSON that can be read"),
         ("[" * 100_000, "is not JSON that can be read"),
-        (b'["\xff"]', "is not UTF-8 text"),
-        ('["a"]'.encode("utf-16"), "is not UTF-8 text"),
+        (b'["\xff"]', "it is not text in UTF-8"),
+        ('["a"]'.encode("utf-16"), "it is text in UTF-16; save it as UTF-8: iconv -f UTF-16"),
         (b" " * (MAX_BYTES + 1), "larger than 16 MiB"),
     ],
     ids=lambda value: str(value)[:40],
@@ -129,7 +129,7 @@ def test_many_samples_of_one_file(tmp_path: Path) -> None:
         ('["a"]\nnull', r"prompts.jsonl:2: segment 1 of 1 is missing"),
         ('["a"]\n[]', r"prompts.jsonl:2: has no prompts"),
         ("\n \r\n", r"prompts.jsonl: has no prompts"),
-        (b'["a"]\n["\xff"]', r"prompts.jsonl:2: is not UTF-8 text"),
+        (b'["a"]\n["\xff"]', r"prompts.jsonl: it is not text in UTF-8: byte 9, in line 2"),
     ],
 )
 def test_a_mistake_is_told_at_its_line(tmp_path: Path, content: Any, words: str) -> None:

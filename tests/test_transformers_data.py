@@ -118,7 +118,11 @@ def test_folders_hold_texts_lines_and_rows_in_order_of_their_names(tmp_path: Pat
     [
         ("none.txt", None, "none.txt does not exist; name a text file"),
         ("empty.txt", b"", "empty.txt is empty, or a single token, so that there is nothing to predict"),
-        ("latin.txt", "é è".encode("latin-1"), "latin.txt: is not text in UTF-8 (byte 1); save it as UTF-8"),
+        (
+            "latin.txt",
+            "é è".encode("latin-1"),
+            "latin.txt: cannot be read: it is not text in UTF-8: byte 1, in line 1, is 0xe9; save it as UTF-8",
+        ),
         ("a.jsonl", b"", "a.jsonl holds no document"),
         ("a.jsonl", b'{"text": "fine"}\n{"text": fine}\n', "a.jsonl:2: no JSON ("),
         ("a.jsonl", b'{"text": "fine"}\n["fine"]\n', "a.jsonl:2: not an object; write lines such as {"),

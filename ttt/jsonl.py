@@ -59,6 +59,8 @@ class Excerpt:
     """Whether they are all."""
     broken_off: Mapping[Path, str] = field(default_factory=dict)
     """Lists with a line that is longer than a run reads, and which: the lines before it were read."""
+    foreign: Mapping[Path, str] = field(default_factory=dict)
+    """Lists that are something else, such as compressed: what they are, and the way out. Nothing of them was read."""
 
 
 def jsonl_files(source: Path) -> list[Path]:
@@ -108,6 +110,7 @@ def read_excerpt(source: str | Path, *, most_lines: int, most_bytes: int, limit:
     """
     lines: list[Line] = []
     broken_off: dict[Path, str] = {}
+    foreign: dict[Path, str] = {}
     complete = True
     try:
         if not Path(source).exists():
@@ -117,18 +120,21 @@ def read_excerpt(source: str | Path, *, most_lines: int, most_bytes: int, limit:
             try:
                 for line in _lines(file, limit, most_bytes):
                     if len(lines) == most_lines:
-                        return Excerpt(lines, complete=False, broken_off=broken_off)
+                        return Excerpt(lines, complete=False, broken_off=broken_off, foreign=foreign)
                     lines.append(line)
             except OSError as error:
-                if error.errno != errno.EFBIG:
+                if error.errno not in (errno.EFBIG, errno.EILSEQ):
                     raise
-                broken_off[file], complete = unreadable(error), False
+                if error.errno == errno.EILSEQ:
+                    foreign[file] = unreadable(error)
+                else:
+                    broken_off[file], complete = unreadable(error), False
                 continue
             complete = complete and size <= most_bytes
             most_bytes = max(most_bytes - size, 0)
     except (OSError, ValueError):  # gone, not readable, or a name that no file can have
         return None
-    return Excerpt(lines, complete, broken_off)
+    return Excerpt(lines, complete, broken_off, foreign)
 
 
 def parse_object(content: bytes, *, unique_keys: bool = False) -> dict[str, Any]:
@@ -142,14 +148,31 @@ def parse_object(content: bytes, *, unique_keys: bool = False) -> dict[str, Any]
         ValueError: there is none; the message says why, "no JSON (…)" or "not an object".
     """
     try:
-        entry = json.loads(
-            content.removeprefix(BOM_UTF8).decode("utf-8"), object_pairs_hook=no_duplicates if unique_keys else None
-        )
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        entry = json.loads(_decoded(content), object_pairs_hook=no_duplicates if unique_keys else None)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and b"\r" in content:
+            raise ValueError("no JSON (its lines end with CR alone, so all are one; end them with LF)") from None
         raise ValueError(f"no JSON ({shortened(str(error), _SHOWN)})") from None
     if not isinstance(entry, dict):
         raise ValueError("not an object")
     return entry
+
+
+def _decoded(content: bytes) -> str:
+    """The text of a line.
+
+    Raises:
+        ValueError: it is none; the message says what it is instead.
+    """
+    if b"\0" in content:
+        raise ValueError("it holds NUL bytes: UTF-16 without its mark, or a file not written to its end")
+    try:
+        return content.removeprefix(BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"byte {error.start + 1}, 0x{content[error.start]:02x}, is not UTF-8; save the file as UTF-8, from Latin-1 "
+            f"by iconv -f LATIN1 -t UTF-8"
+        ) from None
 
 
 def path_in(entry: Mapping[str, Any], key: str) -> str | None:

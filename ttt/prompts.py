@@ -17,7 +17,7 @@ from ttt.checksums import DuplicateKeyError, no_duplicates
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.jsonl import numbered_lines
 from ttt.printable import shortened
-from ttt.reading import is_stream, read_start, unreadable, wrong_with
+from ttt.reading import as_text, is_stream, read_start, unreadable, wrong_with
 
 MAX_BYTES = 16 << 20
 """The most bytes of a prompt file."""
@@ -118,10 +118,9 @@ def _text(content: bytes, file: str) -> str:
     if len(content) > MAX_BYTES:
         raise UsageError(f"{file}: larger than {show_bytes(MAX_BYTES)}; {_FORMAT}")
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{file}:{line}: is not UTF-8 text; {_FORMAT}") from None
+        return as_text(content, file)
+    except OSError as error:
+        raise UsageError(f"{file}: {unreadable(error)}; {_FORMAT}") from None
 
 
 def _samples(text: str, file: str) -> Iterator[tuple[str, list[Any]]]:

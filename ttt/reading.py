@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ttt.amounts import show_bytes
+from ttt.foreign import ENOUGH, Foreign, foreign, foreign_list, foreign_page, not_utf8
 
 MAX_JSON = 64 << 20
 """Bytes of a JSON file: settings, a transcript, an index of shards."""
@@ -94,6 +95,35 @@ def read_file(path: str | Path, *, limit: int) -> bytes:
     return content
 
 
+def read_text(path: str | Path, *, limit: int, prose: bool = False) -> str:
+    """All of a file of text in UTF-8, without a byte order mark.
+
+    Args:
+        path: the file.
+        limit: the most bytes that are read.
+        prose: whether it may be any text, a web page too.
+
+    Raises:
+        OSError: as for `read_file`; or it is something else, such as compressed or in another encoding: `strerror` says
+            what it is, and how it becomes text.
+    """
+    return as_text(read_file(path, limit=limit), path, prose=prose)
+
+
+def as_text(content: bytes, path: str | Path, *, prose: bool = False) -> str:
+    """The text that is all of a file's content.
+
+    Raises:
+        OSError: it is no text in UTF-8; `path` is the name in the message.
+    """
+    start = content[:ENOUGH]
+    _refuse_foreign(foreign(start) or (None if prose else foreign_page(start)), path)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OSError(errno.EILSEQ, not_utf8(content, error, path), str(path)) from None
+
+
 def read_start(path: str | Path, count: int) -> bytes:
     """The first `count` bytes of a file, or all of a shorter one; of a stream that this process was handed, likewise.
 
@@ -123,10 +153,13 @@ def read_lines(path: str | Path, *, limit: int = MAX_LINE, most: int | None = No
         most: bytes to read; a line that they cut is left out.
 
     Raises:
-        OSError: as for `open_file`; or a line is longer.
+        OSError: as for `open_file`; a line is longer; or the file has no lines of JSON, but is something else that
+            `ttt.foreign` knows, such as compressed.
     """
     left = most
     with open_file(path) as file:
+        start = _read_ahead(file)
+        _refuse_foreign(foreign(start) or foreign_page(start) or foreign_list(start), path)
         number = 0
         while left is None or left > 0:
             line = file.readline(limit + 2 if left is None else min(limit + 2, left + 1))
@@ -159,6 +192,18 @@ def wrong_with(text: str, *, most: int = MAX_TEXT) -> str | None:
     if "\0" in text:
         return "holds U+0000, which is not a letter"
     return None
+
+
+def _read_ahead(file: BinaryIO) -> bytes:
+    """The first bytes of a file, which are still to be read."""
+    start = _read(file, ENOUGH)
+    file.seek(0)
+    return start
+
+
+def _refuse_foreign(kind: Foreign | None, path: str | Path) -> None:
+    if kind is not None:
+        raise OSError(errno.EILSEQ, kind.told(path), str(path))
 
 
 def _refuse(facts: os.stat_result, path: str | Path) -> None:

@@ -80,11 +80,12 @@ def _text(file: str) -> str:
     from ttt.check.reading import read_bytes
     from ttt.config.nodes import MAX_BYTES
     from ttt.errors import UsageError
+    from ttt.reading import as_text, unreadable
 
     content = read_bytes(file)
     if len(content) > MAX_BYTES:
         raise UsageError(f"{file}: larger than {show_bytes(MAX_BYTES)}; name a config, they are short")
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"{file}: is not UTF-8 text; name a config") from None
+        return as_text(content, file)
+    except OSError as error:
+        raise UsageError(f"{file}: {unreadable(error)}") from None

@@ -27,6 +27,8 @@ class Lines:
     """Lines read."""
     complete: bool = True
     """Whether every line was read."""
+    foreign: list[str] = field(default_factory=list)
+    """Files that are no lists but something else, such as compressed: what, and the way out."""
     unparsed: list[str] = field(default_factory=list)
     """Lines that are not a JSON object."""
     lacking: list[str] = field(default_factory=list)
@@ -37,6 +39,7 @@ class Lines:
         """The lines that were read, none of them looked at."""
         lines = cls(count=len(read.lines) + len(read.broken_off), complete=read.complete)
         lines.unparsed.extend(f"{file.name}: {why}" for file, why in read.broken_off.items())
+        lines.foreign.extend(f"{file.name}: {what}" for file, what in read.foreign.items())
         return lines
 
 

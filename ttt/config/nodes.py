@@ -19,6 +19,7 @@ import yaml
 from ttt.config.findings import Code, Family, Finding, Place, Severity
 from ttt.config.places import KeyPath, Located, dotted
 from ttt.config.scalars import resolve
+from ttt.foreign import ENOUGH, foreign
 
 _code = partial(Code, severity=Severity.ERROR, family=Family.SYNTAX, home=__name__)
 TTT001 = _code("TTT001", "not valid YAML")
@@ -42,12 +43,6 @@ _TOO_DEEP = f"nested more than {MAX_LEVELS} levels deep", "a config has two or t
 LINE_BREAK = re.compile(r"\r\n|[\n\r\x85\u2028\u2029]")
 """What ends a line in YAML."""
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
-_BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # both give the same events; libyaml is the fast one
 
 
@@ -84,9 +79,10 @@ def decode(content: str | bytes, file: str) -> str:
             f"the file is larger than {MAX_BYTES >> 20} MiB",
             "name a config; they are short",
         )
-    for mark, encoding in _BYTE_ORDER_MARKS.items():
-        if content.startswith(mark):
-            raise SourceError(TTT008, Place(file, 1, 1), f"the file is {encoding}, not UTF-8", "save it as UTF-8")
+    kind = foreign(content[:ENOUGH])
+    if kind is not None:
+        way_out = kind.way_out.replace("{file}", file)
+        raise SourceError(TTT008, Place(file, 1, 1), f"the file is {kind.words}, not a config", way_out)
     content = content.removeprefix(codecs.BOM_UTF8)
     try:
         text = content.decode("utf-8")

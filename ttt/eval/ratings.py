@@ -13,6 +13,7 @@ What follows from ratings is in `strengths.py`. This module imports no torch.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import random
 import shutil
@@ -24,7 +25,7 @@ from typing import NamedTuple
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import write_text, writing
 from ttt.printable import shortened
-from ttt.reading import MAX_JSON, read_file, unreadable
+from ttt.reading import MAX_JSON, read_text, unreadable
 from ttt.words import first_few
 
 SHEET = "ratings.csv"
@@ -235,13 +236,13 @@ def _rows(file: Path, columns: Sequence[str]) -> Iterator[_Row]:
 
 def _text(file: Path) -> str:
     try:
-        return read_file(file, limit=MAX_JSON).decode("utf-8-sig")
+        return read_text(file, limit=MAX_JSON)
     except FileNotFoundError:
         raise EnvironmentProblem(f"{file}: no such file") from None
     except OSError as error:
+        if error.errno == errno.EILSEQ:
+            raise UsageError(f"{file}: {unreadable(error)}; it is to be CSV in UTF-8") from None
         raise EnvironmentProblem(f"{file}: cannot be read: {unreadable(error)}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{file}: is not UTF-8 text; save it as CSV in UTF-8") from None
 
 
 def _delimiter(text: str) -> str:

@@ -11,7 +11,7 @@ from ttt import checksums
 from ttt.checksums import DAMAGED
 from ttt.errors import EnvironmentProblem, UnreadableError
 from ttt.files.atomic import write_text
-from ttt.reading import MAX_JSON, read_file
+from ttt.reading import MAX_JSON, read_text
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -30,7 +30,7 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
         EnvironmentProblem: the file is missing, holds no JSON object, or another one than was written.
     """
     try:
-        text = read_file(path, limit=MAX_JSON).decode("utf-8")
+        text = read_text(path, limit=MAX_JSON)
         content = json.loads(text, object_pairs_hook=checksums.no_duplicates if sealed else None)
     except FileNotFoundError:
         raise EnvironmentProblem(f"{path}: no such file") from None
@@ -38,7 +38,7 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
         raise UnreadableError(f"{path}: cannot be read: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         raise EnvironmentProblem(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
-    except (ValueError, RecursionError):  # no UTF-8, a number of too many digits, a key that stands twice
+    except (ValueError, RecursionError):  # a number of too many digits, a key that stands twice
         raise EnvironmentProblem(f"{path}: not JSON") from None
     if not isinstance(content, dict):
         raise EnvironmentProblem(f"{path}: not a JSON object")

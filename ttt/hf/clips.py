@@ -16,7 +16,7 @@ from ttt.hf.documents import LARGEST
 from ttt.hf.facts import known_config, size_in
 from ttt.hf.options import CausalLMOptions
 from ttt.hf.tokens import DocumentTokens, load_tokenizer
-from ttt.reading import read_file, unreadable
+from ttt.reading import read_text, unreadable
 
 _PIECE = 4096
 """Tokens of a piece."""
@@ -71,11 +71,9 @@ class TextClips:
 
     def _read(self, path: Path) -> Tensor:
         try:
-            text = read_file(path, limit=LARGEST).decode("utf-8-sig")
+            text = read_text(path, limit=LARGEST, prose=True)
         except OSError as error:
             raise EnvironmentProblem(f"{path}: cannot be read: {unreadable(error)}") from None
-        except UnicodeDecodeError as error:
-            raise EnvironmentProblem(f"{path}: is not text in UTF-8 (byte {error.start + 1:,})") from None
         ids = self._tokens.encode(text)
         if not len(ids):
             raise EnvironmentProblem(f"{path}: is empty")

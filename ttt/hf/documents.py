@@ -5,6 +5,7 @@ They are checked as far as possible before the first is read, so that a run that
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 from ttt.errors import EnvironmentProblem
 from ttt.jsonl import Line, parse_object, read_jsonl, value_in_words
-from ttt.reading import other_kind, read_file, unreadable
+from ttt.reading import other_kind, read_text, unreadable
 from ttt.words import first_few, first_line
 
 LARGEST = 1 << 30
@@ -135,15 +136,10 @@ def read_documents(source: Source, *, text_key: str, field: str) -> Iterator[Doc
 
 def _read_text(file: Path, field: str) -> str:
     try:
-        return read_file(file, limit=LARGEST).decode("utf-8-sig")
+        return read_text(file, limit=LARGEST, prose=True)
     except OSError as error:
-        raise EnvironmentProblem(f"{file}: cannot be read: {unreadable(error)}", key=field) from None
-    except UnicodeDecodeError as error:
-        raise EnvironmentProblem(
-            f"{file}: is not text in UTF-8 (byte {error.start + 1:,})",
-            key=field,
-            fix="save it as UTF-8, or leave it out",
-        ) from None
+        fix = "or leave it out" if error.errno == errno.EILSEQ else ""
+        raise EnvironmentProblem(f"{file}: cannot be read: {unreadable(error)}", key=field, fix=fix) from None
 
 
 # --- lines ---

@@ -9,7 +9,7 @@ from typing import Any
 
 from ttt.errors import EnvironmentProblem
 from ttt.hf.options import CausalLMOptions
-from ttt.reading import MAX_JSON, read_file, unreadable
+from ttt.reading import MAX_JSON, read_text, unreadable
 
 SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers")
 """What a check must know."""
@@ -157,7 +157,7 @@ def _read_config(file: Path) -> dict[str, Any]:
         EnvironmentProblem: it cannot be read, or holds something else.
     """
     try:
-        config = json.loads(read_file(file, limit=MAX_JSON).decode("utf-8-sig"))
+        config = json.loads(read_text(file, limit=MAX_JSON))
     except OSError as error:
         raise EnvironmentProblem(f"{file}: cannot be read: {unreadable(error)}", key="backbone.model") from None
     except (ValueError, RecursionError):

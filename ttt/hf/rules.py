@@ -10,6 +10,7 @@ from pathlib import Path
 from ttt.config import Blame, Code, Finding, RunConfig, Severity
 from ttt.config.spelling import nearest
 from ttt.errors import EnvironmentProblem
+from ttt.foreign import ENOUGH, foreign
 from ttt.hf.documents import LINES, ROWS, Source, find_source
 from ttt.hf.facts import BYTE_VOCABULARY, OTHER_NAMES, known_config, loaded_config, size_in, small_config
 from ttt.hf.options import CausalLMOptions, TextData
@@ -177,6 +178,8 @@ def _wrong_with(source: Source) -> tuple[str, str] | None:
         if file.suffix.lower() == ROWS:
             if not start.startswith(_PARQUET):
                 return f"{file} is no Parquet file", "write it anew, or give it the ending of what it is"
+        elif (kind := foreign(start[:ENOUGH])) is not None:
+            return f"{file} is {kind.words}, not a text", kind.way_out.replace("{file}", str(file))
         elif (place := _not_utf8(start)) is not None:
             return f"{file} is not text in UTF-8 (byte {place:,})", "save it as text in UTF-8"
         elif not start and len(source.files) == 1:

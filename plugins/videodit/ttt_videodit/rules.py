@@ -140,9 +140,10 @@ def _read_index(source: str | None, wanted: Wanted) -> _Index | None:
     read = None if source is None else read_excerpt(source, most_lines=_MOST_LINES, most_bytes=_MOST_BYTES)
     if read is None:
         return None
-    index = _Index(count=len(read.lines) + len(read.broken_off), complete=read.complete)
-    if read.broken_off:
-        index.problems["line"] = [f"{file}: cannot be read: {why}" for file, why in read.broken_off.items()]
+    unreadable = {**read.broken_off, **read.foreign}
+    index = _Index(count=len(read.lines) + len(unreadable), complete=read.complete)
+    if unreadable:
+        index.problems["line"] = [f"{file}: cannot be read: {why}" for file, why in unreadable.items()]
     try:
         for line in read.lines:
             _sort_in(index, line, wanted)

@@ -157,7 +157,14 @@ def lines_can_be_read(context: Context) -> Iterator[Finding]:
     beside = getattr(form, "beside", None)
     for key in DATA_KEYS:
         for place, lines in context.lines(key).items():
-            if not lines.count:
+            if lines.foreign:
+                yield TTT504.at(
+                    place,
+                    message=f"{first_few(lines.foreign)}; the run stops before its first step",
+                    fix=f"a list is text, with lines such as {form.example}",
+                    value=len(lines.foreign),
+                )
+            elif not lines.count:
                 source = places_of(context.config.data, key)[place]
                 bare = source in getattr(form, "bare", ())
                 yield TTT501.at(

@@ -6,6 +6,7 @@ The table is not trusted: encodings, quotes, missing columns and rows that stand
 from __future__ import annotations
 
 import csv
+import errno
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from ttt.errors import EnvironmentProblem
 from ttt.printable import shortened
-from ttt.reading import read_file, require_file, unreadable
+from ttt.reading import read_text, require_file, unreadable
 from ttt.words import first_entries
 
 _MOST_TABLE = 1 << 28  # bytes; the largest published one has 10 MB
@@ -141,12 +142,10 @@ def _require_columns(gold: Path, header: Sequence[str], columns: Sequence[str]) 
 
 def _text(gold: Path) -> str:
     try:
-        text = read_file(gold, limit=_MOST_TABLE).decode("utf-8-sig")
+        text = read_text(gold, limit=_MOST_TABLE)
     except OSError as error:
-        fix = "name the table with gold: FILE"
+        fix = "" if error.errno == errno.EILSEQ else "name the table with gold: FILE"
         raise EnvironmentProblem(f"{gold}: cannot be read: {unreadable(error)}", fix=fix) from None
-    except UnicodeDecodeError:
-        raise EnvironmentProblem(f"{gold}: is not text in UTF-8", fix="write it as UTF-8") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise EnvironmentProblem(f"{gold}:{line}: holds a NUL, so it is no text", fix="write it as UTF-8")
