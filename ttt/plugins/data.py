@@ -74,5 +74,5 @@ class WindowDataset(Protocol):
 
     @property
     def notice(self) -> str | None:
-        """What a user must know about this data, for example that it is a stand-in. It is printed when a run starts."""
+        """What a user must know about this data, as that it is a stand-in; lines that are printed when a run starts."""
         ...

@@ -35,8 +35,10 @@ def announce(parts: Parts, progress: Progress) -> None:
     parts.say(f"run: {parts.directory.path}{resumed}")
     if parts.start is not None:
         _announce_start(parts, parts.start)
-    if dataset.notice:
-        parts.say(dataset.notice)
+    notices = (dataset.notice or "", parts.eval_dataset.notice or "")
+    for line in dict.fromkeys("\n".join(notices).split("\n")):
+        if line:
+            parts.say(line)
 
 
 def _announce_sources(sources: Sequence[SourceFiles], parts: Parts) -> None:

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import sphn
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttt.reading import require_file, unreadable
+from ttt.reading import unreadable
+from ttt_moshi.containers import UnreadableAudioError
+from ttt_moshi.decoding import Decoder, open_sound
+
+__all__ = [
+    "AudioInfo",
+    "UnreadableAudioError",
+    "inspect_audio",
+    "read_audio",
+    "read_resampled",
+    "read_wholly",
+    "resample",
+    "resampled_length",
+]
 
 # What an encoder may have dropped from or padded to the end of a file: mp3 and Vorbis do, by some frames of theirs.
-_LENIENCY_SEC = 0.25
+_LENIENCY_SEC: Final = 0.25
+_LENIENCY_LOSSLESS_SEC: Final = 0.01
+_TAIL_SEC: Final = 1.0
+_PIECE_SEC: Final = 30
+_AGAIN: Final = "copy or download it again, or leave it out"
 _PHASES_AT_ONCE: Final = 320  # of resampling, as from 11,025 to 24,000 samples a second
 _RATES: Final = (1_000, 1_000_000)  # samples a second; telephones have 8,000, studios 192,000
-
-
-class UnreadableAudioError(ValueError):
-    """A file is not sound, or not whole; the message says why, but does not name the file."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,10 @@ class AudioInfo:
     """Samples a second."""
     samples: int
     """Samples of each channel."""
+    leniency: int = 0
+    """How many of them may be missing at the end: an encoder may have dropped or padded some."""
+    compressed: bool = False
+    """Whether only decoding all of it shows that nothing in the middle is missing."""
 
     @property
     def seconds(self) -> float:
@@ -52,38 +65,111 @@ def inspect_audio(path: Path) -> AudioInfo:
         UnreadableAudioError: it is not sound, or not whole.
         OSError: it is missing, cannot be read, or is not a file.
     """
-    reader = _open(path)
-    rate = int(reader.sample_rate)
-    if not _RATES[0] <= rate <= _RATES[1]:
-        raise UnreadableAudioError(f"its header says {rate} samples a second; sound has {_RATES[0]} to {_RATES[1]}")
-    info = AudioInfo(channels=int(reader.channels), sample_rate=rate, samples=round(reader.duration_sec * rate))
+    sound = open_sound(path)
+    if not _RATES[0] <= sound.rate <= _RATES[1]:
+        raise UnreadableAudioError(
+            f"its header says {sound.rate} samples a second; sound has {_RATES[0]} to {_RATES[1]}"
+        )
+    info = AudioInfo(sound.channels, sound.rate, sound.samples, _leniency(sound), sound.kind.compressed)
     if info.samples:
-        tail = min(info.samples, max(1, round(_LENIENCY_SEC * rate)))
-        _decode(path, reader.decode, *_span(info.samples - tail, info.samples, rate))
+        _require_end(sound, info)
     return info
 
 
 def read_audio(path: Path, info: AudioInfo, begin: int, end: int) -> Tensor:
     """Samples `begin` to `end` of each channel, `[channels, end - begin]` float32.
 
+    At the end of a file that an encoder made, up to a quarter of a second may be missing, which is read as silence.
+
     Raises:
-        UnreadableAudioError: they cannot be decoded, or are not finite.
+        UnreadableAudioError: they cannot be decoded, are fewer, or are not finite.
     """
     try:
-        reader = _open(path)
+        decoder = open_sound(path)
     except OSError as error:
         raise UnreadableAudioError(unreadable(error)) from None
-    sound = torch.from_numpy(_decode(path, reader.decode, *_span(begin, end, info.sample_rate)))
-    missing = end - begin - sound.shape[-1]
-    if missing > _LENIENCY_SEC * info.sample_rate:
+    return _samples(decoder, info, begin, end)
+
+
+def read_wholly(path: Path, info: AudioInfo) -> Iterator[Tensor]:
+    """All of a file in pieces of half a minute, `[channels, samples]` float32.
+
+    Raises:
+        UnreadableAudioError: a part of it cannot be decoded, is missing, or is not finite; the message says where.
+    """
+    try:
+        decoder = open_sound(path)
+    except OSError as error:
+        raise UnreadableAudioError(unreadable(error)) from None
+    size = _PIECE_SEC * info.sample_rate
+    for begin in range(0, info.samples, size):
+        yield _samples(decoder, info, begin, min(begin + size, info.samples))
+
+
+def _samples(decoder: Decoder, info: AudioInfo, begin: int, end: int) -> Tensor:
+    rate, wanted = info.sample_rate, end - begin
+    try:
+        sound = torch.from_numpy(decoder.read(begin, end))
+    except UnreadableAudioError as error:
+        raise UnreadableAudioError(f"breaks off: {_share(decoder, info)} ({error}); {_AGAIN}") from None
+    missing = wanted - sound.shape[-1]
+    lenient = info.leniency if end + info.leniency >= info.samples else 0
+    if missing > lenient:
         raise UnreadableAudioError(
-            f"breaks off {missing / info.sample_rate:.2f} s before the length that its header gives"
+            f"breaks off: of the {wanted / rate:.2f} s from {begin / rate:.2f} s on, {sound.shape[-1] / rate:.2f} s "
+            f"({sound.shape[-1]:,} of {wanted:,} samples) can be decoded, so it is damaged there; {_AGAIN}"
         )
     finite = sound.isfinite().all(0)
     if not bool(finite.all()):
-        at = (begin + int(finite.int().argmin())) / info.sample_rate
+        at = (begin + int(finite.int().argmin())) / rate
         raise UnreadableAudioError(f"holds samples that are not finite, the first at {at:.2f} s")
     return F.pad(sound, (0, missing))
+
+
+def _leniency(sound: Decoder) -> int:
+    return round((_LENIENCY_LOSSLESS_SEC if sound.kind.lossless else _LENIENCY_SEC) * sound.rate)
+
+
+def _require_end(sound: Decoder, info: AudioInfo) -> None:
+    """Decode the end of a file.
+
+    Raises:
+        UnreadableAudioError: it is not there; the message says how much is.
+    """
+    tail = min(info.samples, round(_TAIL_SEC * info.sample_rate))
+    with contextlib.suppress(UnreadableAudioError):
+        if tail - sound.read(info.samples - tail, info.samples).shape[-1] <= info.leniency:
+            return
+    raise UnreadableAudioError(f"it was cut, or is damaged: {_share(sound, info)}; {_AGAIN}")
+
+
+def _share(sound: Decoder, info: AudioInfo) -> str:
+    """How much of a file can be decoded, in words."""
+    there, rate = _decodable(sound, info), info.sample_rate
+    return (
+        f"{there / rate:.2f} s ({there:,} samples) of the {info.seconds:.2f} s ({info.samples:,}) that its header "
+        f"gives can be decoded"
+    )
+
+
+def _decodable(sound: Decoder, info: AudioInfo) -> int:
+    """How many samples can be decoded, up to the first that cannot, to a second."""
+    there = _whole_pieces(sound, info, 0, size=_PIECE_SEC * info.sample_rate)
+    return _whole_pieces(sound, info, there, size=info.sample_rate)
+
+
+def _whole_pieces(sound: Decoder, info: AudioInfo, there: int, *, size: int) -> int:
+    """Where the first piece begins that cannot be decoded, or all of it where it breaks off, if pieces are short."""
+    while there < info.samples:
+        wanted = min(size, info.samples - there)
+        try:
+            read = sound.read(there, there + wanted).shape[-1]
+        except UnreadableAudioError:
+            return there
+        if read < wanted:
+            return there + read if size == info.sample_rate else there
+        there += wanted
+    return there
 
 
 def read_resampled(path: Path, info: AudioInfo, target_rate: int, begin: int, end: int) -> Tensor:
@@ -178,52 +264,3 @@ class _Resampling:
         at = torch.arange(-self.half, self.half + 1, dtype=torch.float64) - phase * self.down % self.up / self.up
         weights = torch.sinc(self.cutoff * at) * torch.cos(at * (math.pi / (2 * (self.half + 1)))).square()
         return weights / weights.sum()
-
-
-def _span(begin: int, end: int, rate: int) -> tuple[float, float]:
-    """Start and duration in seconds; half a sample more, because the decoder rounds both down."""
-    return (begin + 0.5) / rate, (end - begin + 0.5) / rate
-
-
-def _open(path: Path) -> Any:
-    require_file(path)
-    return _decode(path, sphn.FileReader, str(path))
-
-
-def _decode(path: Path, function: Any, *arguments: Any) -> Any:
-    with _held_back() as said:
-        try:
-            return function(*arguments)
-        except BaseException as error:
-            # The decoder is Rust: some broken headers make it panic, which is no Exception in Python.
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            said.clear()
-            reason = str(error).removeprefix(f'"{path}": ') or type(error).__name__
-            raise UnreadableAudioError(reason) from None
-
-
-@contextlib.contextmanager
-def _held_back() -> Iterator[list[bool]]:
-    """Hold back output to standard error inside, such as the backtrace of a panic in the decoder.
-
-    Yields:
-        A list. If it is not empty at the end, the output is written then; else it is dropped.
-    """
-    wanted = [True]
-    try:
-        sys.stderr.flush()
-        shown = os.dup(2)
-    except (AttributeError, OSError, ValueError):  # there is no standard error
-        yield wanted
-        return
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield wanted
-        finally:
-            os.dup2(shown, 2)
-            os.close(shown)
-            held.seek(0)
-            if wanted:
-                os.write(2, held.read())

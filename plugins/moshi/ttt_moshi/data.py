@@ -28,8 +28,9 @@ from ttt_moshi.audio import UnreadableAudioError, read_audio, resample
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.interleave import Word, frames_in, text_stream, words_between
 from ttt_moshi.options import NO_TRANSCRIPT, NOTHING, TEXT_PADDING, MoshiData, MoshiOptions
-from ttt_moshi.recordings import BrokenTranscriptError, Recording, read_transcript
+from ttt_moshi.recordings import Recording, read_transcript
 from ttt_moshi.sources import SpeechSource, sources_in
+from ttt_moshi.transcripts import BrokenTranscriptError
 
 if TYPE_CHECKING:
     from moshi.models.loaders import CheckpointInfo
@@ -118,8 +119,6 @@ class SpeechWindows:
             raise UsageError(
                 f"data.duration_sec: {duration_sec:g} s is shorter than a frame ({1 / codec.frame_rate:g} s)"
             )
-        self.notice: str | None = getattr(codec, "stand_in", None)
-        """A note for the user about these codes, if a substitute codec made them."""
         self.frames = frames_in(duration_sec, codec.frame_rate)
         """T, frames of a window."""
         self._codec = codec
@@ -132,12 +131,15 @@ class SpeechWindows:
         self._source_of: list[SpeechSource] = []
         self.sources: list[SourceFiles] = []
         """Which recordings are of which source."""
+        notes: list[str] = []
         for each in named:
-            found = each.recordings(frame_sec=frame)
+            found = each.recordings(frame_sec=frame, notes=notes)
             first = len(self._recordings)
             self._recordings += found
             self._source_of += [each] * len(found)
             self.sources.append(SourceFiles(each.path, range(first, first + len(found)), each.weight))
+        self.notice: str | None = "\n".join((*filter(None, (getattr(codec, "stand_in", None),)), *notes)) or None
+        """What the user must know of these data: that a substitute codec made the codes, what is not read or is odd."""
         ranges = []
         start = 0
         for recording in self._recordings:

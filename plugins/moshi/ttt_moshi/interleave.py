@@ -44,10 +44,18 @@ def read_alignments(content: Any) -> list[Word]:
     Raises:
         ValueError: it holds something else; the message names the item, counted from 1.
     """
+    return sorted((word for word in read_words(content) if word.start < word.end), key=lambda word: word.start)
+
+
+def read_words(content: Any) -> list[Word]:
+    """All words of a parsed alignment file, in its order.
+
+    Raises:
+        ValueError: it holds something else; the message names the item, counted from 1.
+    """
     if not isinstance(content, dict) or not isinstance(content.get("alignments"), list):
         raise ValueError('it is not an object with a list "alignments"')
-    words = [_read_word(item, number) for number, item in enumerate(content["alignments"], start=1)]
-    return sorted((word for word in words if word.start < word.end), key=lambda word: word.start)
+    return [_read_word(item, number) for number, item in enumerate(content["alignments"], start=1)]
 
 
 def _read_word(item: Any, number: int) -> Word:

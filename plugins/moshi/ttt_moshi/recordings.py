@@ -6,8 +6,7 @@ folder. Beside `a.wav` is `a.json` with `alignments: [[word, [start, end], "SPEA
 
 from __future__ import annotations
 
-import json
-from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,21 +14,20 @@ from typing import Final
 from ttt.errors import EnvironmentProblem
 from ttt.jsonl import Line, jsonl_files, number_in, parse_object, path_in, read_jsonl, value_in_words
 from ttt.printable import shortened
-from ttt.reading import MAX_JSON, read_file, unreadable
+from ttt.reading import unreadable
 from ttt.words import first_few
 from ttt_moshi.audio import AudioInfo, UnreadableAudioError, inspect_audio
-from ttt_moshi.interleave import MAIN_SPEAKER, Word, read_alignments
+from ttt_moshi.containers import wav_length
+from ttt_moshi.hearing import Listening
+from ttt_moshi.interleave import MAIN_SPEAKER, Word
 from ttt_moshi.options import RECORDING_EXAMPLE
+from ttt_moshi.transcripts import BrokenTranscriptError, Transcript, Unread
 
 _TOLERANCE_SEC: Final = 0.5
 
 
 class BadLineError(ValueError):
     """A line of an index cannot be used."""
-
-
-class BrokenTranscriptError(ValueError):
-    """A recording's alignments cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,27 @@ class Recording:
         return self.audio.with_suffix(".json")
 
 
-def read_recordings(source: Path, *, frame_sec: float, field: str) -> list[Recording]:
-    """The recordings of every index under `source`, checked as far as possible without decoding.
+def read_recordings(
+    source: Path,
+    *,
+    frame_sec: float,
+    field: str,
+    notes: list[str] | None = None,
+    wholly: bool = False,
+    counted: Callable[[Iterable[Line]], Iterable[Line]] = iter,
+) -> list[Recording]:
+    """The recordings of every index under `source`: each line, header, end of audio and transcript.
+
+    What is compressed is decoded wholly, if it is no more than five hours in all. Of the rest, the size of a file
+    shows whether it is whole, or its end was decoded.
 
     Args:
         source: a `.jsonl` file, or a folder with such files at any depth.
         frame_sec: length of the codec's frame in seconds; a shorter recording is refused.
         field: the config key of `source`, with which messages begin.
+        notes: where sentences are put about what trains, but hardly as it was meant.
+        wholly: decode everything, whatever it takes.
+        counted: tells how far the lines are.
 
     Raises:
         EnvironmentProblem: a recording is missing or broken; the message names file and line.
@@ -61,16 +73,22 @@ def read_recordings(source: Path, *, frame_sec: float, field: str) -> list[Recor
     indexes = _index_files(source, field)
     recordings: list[Recording] = []
     problems: list[str] = []
-    speakers: Counter[str] = Counter()
-    for index in indexes:
-        for line in read_jsonl(index):
-            try:
-                recording = read_line(line, frame_sec)
-                speakers.update(word.speaker for word in read_transcript(recording))
-            except (BadLineError, BrokenTranscriptError) as error:
-                problems.append(f"{line.place}: {error}")
-            else:
-                recordings.append(recording)
+    speakers: set[str] = set()
+    unread = Unread()
+    listening = Listening(wholly)
+    for line in counted(lines_of(indexes, problems)):
+        try:
+            recording = read_line(line, frame_sec)
+            transcript = Transcript.read(recording.transcript, recording.info.seconds)
+            listening.listen(recording.audio, recording.info, transcript.words)
+        except (BadLineError, BrokenTranscriptError) as error:
+            problems.append(f"{line.place}: {error}")
+        except UnreadableAudioError as error:
+            problems.append(f"{line.place}: {recording.audio}: cannot be decoded: {error}")
+        else:
+            speakers |= transcript.speakers
+            unread.add(transcript, recording.info.seconds)
+            recordings.append(recording)
     if not recordings and not problems:
         problems.append(f"{first_few(indexes)}: no recordings; write lines such as {RECORDING_EXAMPLE}")
     if not problems and speakers and MAIN_SPEAKER not in speakers:
@@ -80,7 +98,18 @@ def read_recordings(source: Path, *, frame_sec: float, field: str) -> list[Recor
         )
     if problems:
         raise EnvironmentProblem.about(problems, "recordings cannot be used", where=field)
+    if notes is not None:
+        notes += [f"{field}: {told}" for told in (*unread.told(), *listening.told())]
     return recordings
+
+
+def lines_of(indexes: Sequence[Path], problems: list[str]) -> Iterator[Line]:
+    """The lines of all indexes. What is wrong with an index itself is added to `problems`."""
+    for index in indexes:
+        try:
+            yield from read_jsonl(index)
+        except EnvironmentProblem as problem:
+            problems.append(problem.message)
 
 
 def _index_files(source: Path, field: str) -> list[Path]:
@@ -134,29 +163,25 @@ def read_line(line: Line, frame_sec: float, *, stereo: bool = True) -> Recording
         raise BadLineError(f"{audio}: {info.seconds:.3f} s are less than one frame ({frame_sec:g} s); leave it out")
     if abs(info.seconds - duration) > _TOLERANCE_SEC:
         raise BadLineError(
-            f'{audio}: "duration" is {duration:g}, but the audio lasts {info.seconds:.2f} s; correct the line, or '
-            f"the file that it names"
+            f'{audio}: "duration" is {duration:g}, but the audio lasts {info.seconds:.2f} s{_uncounted(audio)}; '
+            f"correct the line, or the file that it names"
         )
     return Recording(line.place, audio, info)
 
 
+def _uncounted(audio: Path) -> str:
+    """What follows the sound that a WAV file's header counts, in words; empty if it is little."""
+    length = wav_length(audio)
+    more = 0 if length is None else length.there - length.promised
+    if length is None or more <= _TOLERANCE_SEC * max(length.bytes_a_second, 1):
+        return ""
+    return f" by its header, and {more:,} bytes follow that it does not count"
+
+
 def read_transcript(recording: Recording) -> list[Word]:
-    """The words of a recording in order of time."""
-    file = recording.transcript
-    try:
-        words = read_alignments(json.loads(read_file(file, limit=MAX_JSON).decode("utf-8-sig")))
-    except FileNotFoundError:
-        raise BrokenTranscriptError(
-            f'no file {file}; write its words beside the audio as {{"alignments": [["hello", [0.5, 0.9], '
-            f'"{MAIN_SPEAKER}"]]}}, or as moshi-finetune\'s annotate.py does'
-        ) from None
-    except OSError as error:
-        raise BrokenTranscriptError(f"{file}: cannot be read: {unreadable(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise BrokenTranscriptError(f"{file}: {shortened(str(error), 120)}") from None
-    if words and words[-1].start > recording.info.seconds + _TOLERANCE_SEC:
-        raise BrokenTranscriptError(
-            f"{file}: {words[-1].text!r} starts at {words[-1].start:g} s, but the audio lasts "
-            f"{recording.info.seconds:.2f} s; times are in seconds"
-        )
-    return words
+    """The words of a recording that windows read, in order of time.
+
+    Raises:
+        BrokenTranscriptError: they cannot be read.
+    """
+    return Transcript.read(recording.transcript, recording.info.seconds).words

@@ -8,9 +8,10 @@ sound is read; what lies beside it (Libri-Light's `.json`) is not.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from ttt.errors import EnvironmentProblem
 from ttt.jsonl import jsonl_files, read_jsonl
 from ttt.reading import unreadable
 from ttt_moshi.audio import UnreadableAudioError, inspect_audio
+from ttt_moshi.hearing import Listening
 from ttt_moshi.options import FRAME_RATE, RECORDING_EXAMPLE, SOUND_FILES, Channel, MoshiData
 from ttt_moshi.recordings import BadLineError, Recording, read_line, read_recordings
 
@@ -45,31 +47,56 @@ class SpeechSource:
         channel = None if transcribed else data.channel_of(source)
         return cls(source.path, field, source.weight, transcribed, channel)
 
-    def recordings(self, *, frame_sec: float) -> list[Recording]:
-        """Its recordings, checked as far as possible without decoding.
+    def recordings(
+        self,
+        *,
+        frame_sec: float,
+        notes: list[str] | None = None,
+        wholly: bool = False,
+        counted: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    ) -> list[Recording]:
+        """Its recordings, checked; `ttt_moshi.recordings.read_recordings` says how far.
 
         Args:
             frame_sec: length of the codec's frame in seconds; a shorter recording is refused.
+            notes: where sentences are put about what trains, but hardly as it was meant.
+            wholly: decode everything, whatever it takes.
+            counted: tells how far they are.
 
         Raises:
             EnvironmentProblem: a recording is missing or broken; the message names file and line.
         """
         if self.transcribed:
-            return read_recordings(Path(self.path), frame_sec=frame_sec, field=self.field)
+            return read_recordings(
+                Path(self.path), frame_sec=frame_sec, field=self.field, notes=notes, wholly=wholly, counted=counted
+            )
         found: list[Recording] = []
         problems: list[str] = []
-        for place, read in self._named(frame_sec):
+        listening = Listening(wholly, dialogues=False)
+        for place, read in counted(self._named(frame_sec)):
             if isinstance(read, str):
                 problems.append(f"{place}: {read}")
             elif (wrong := self._wrong_channels(read)) is not None:
                 problems.append(f"{place}: {wrong}")
+            elif (broken := _broken(listening, read)) is not None:
+                problems.append(f"{place}: {broken}")
             else:
                 found.append(read)
         if not found and not problems:
             problems.append(f"{self.path}: no recordings; write lines such as {RECORDING_EXAMPLE}")
         if problems:
             raise EnvironmentProblem.about(problems, "recordings cannot be used", where=self.field)
+        if notes is not None:
+            notes += [f"{self.field}: {told}" for told in listening.told()]
         return found
+
+    def count(self) -> int:
+        """How many recordings it names, as far as its lists can be read."""
+        source = Path(self.path)
+        indexes = jsonl_files(source)
+        if not indexes:
+            return 0 if self.transcribed else len(sound_files(source))
+        return sum(1 for _ in lines_of(indexes, [])) if source.exists() else 0
 
     def voice(self, sound: Tensor) -> Tensor:
         """The voice in the sound `[channels, S]` of a recording without transcript, `[1, S]`."""
@@ -121,6 +148,15 @@ def _in_order(file: Path) -> tuple[tuple[str | int, ...], ...]:
     return tuple(
         tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)) for name in file.parts
     )
+
+
+def _broken(listening: Listening, recording: Recording) -> str | None:
+    """What is wrong with a recording that is decoded; None if nothing is."""
+    try:
+        listening.listen(recording.audio, recording.info, ())
+    except UnreadableAudioError as error:
+        return f"{recording.audio}: cannot be decoded: {error}"
+    return None
 
 
 def measure(file: Path) -> float:
