@@ -25,6 +25,7 @@ from ttt.plugins import (
     Backbone,
     BackboneFacts,
     Capability,
+    DataReading,
     DiffusionScoring,
     Indexing,
     LossOutput,
@@ -673,7 +674,7 @@ def test_a_capability_is_asked_for_and_who_lacks_it_learns_who_has_it(tmp_path: 
         assert not has_capability(plain, kind)
         assert not has_capability(None, kind)
     assert set(kinds_of(type(able))) == set(CAPABILITIES)
-    kinds = [Streaming, Sampling, Precomputing, Indexing, WeightImport, DiffusionScoring, SegmentReset]
+    kinds = [Streaming, Sampling, Precomputing, Indexing, DataReading, WeightImport, DiffusionScoring, SegmentReset]
     assert kinds_of(toy.MakingToy) == kinds
     with importable(tmp_path), pytest.raises(UsageError) as caught:
         capability(plain, Streaming)

@@ -16,6 +16,7 @@ from ttt.check.explain import catalogue, explain, page
 from ttt.config import Explanation, Finding
 from ttt.config.findings import Family
 from ttt.errors import UsageError
+from ttt_cli.check_files import _read_data
 
 ROOT = Path(__file__).parent.parent
 EXPLANATIONS = {code: entry for code, entry in explanations().items() if DECLARED[code].family is not Family.LAWS}
@@ -46,12 +47,13 @@ def _installed(code: str, folder: Path) -> Iterator[None]:
 
 
 def _findings(content: bytes, options: tuple[str, ...]) -> tuple[Finding, ...]:
-    cost = "--cost" in options
-    options = tuple(option for option in options if option != "--cost")
+    cost, data = "--cost" in options, "--data" in options
+    options = tuple(option for option in options if option not in ("--cost", "--data"))
     named = dict(zip(options[::2], options[1::2], strict=True))
     memory = parse_bytes(named["--memory"]) if "--memory" in named else None
     overrides = [named["--set"]] if "--set" in named else []
-    return check_config("config.yaml", text=content, overrides=overrides, memory=memory, cost=cost).findings
+    checked = check_config("config.yaml", text=content, overrides=overrides, memory=memory, cost=cost)
+    return (*checked.findings, *(_read_data(checked, show=False) if data else ()))
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,7 @@ from ttt.plugins import (
     Backbone,
     BackboneFacts,
     Batch,
+    DataReading,
     DiffusionScoring,
     Indexing,
     LossOutput,
@@ -432,7 +433,9 @@ class TwoWayToy(WholeToy):
 # --- the same with everything that a plugin may have ---
 
 
-class MakingToy(ToyBackbone, Sampling, Precomputing, Indexing, WeightImport, DiffusionScoring, SegmentReset):
+class MakingToy(
+    ToyBackbone, Sampling, Precomputing, Indexing, DataReading, WeightImport, DiffusionScoring, SegmentReset
+):
     """The toy that makes its data, samples, and reads weights of a program that calls the same things otherwise."""
 
     sample_suffix: ClassVar[str] = ".txt"
@@ -489,6 +492,15 @@ class MakingToy(ToyBackbone, Sampling, Precomputing, Indexing, WeightImport, Dif
 
     def measure_recording(self, file: Path) -> float:
         return float(len(file.read_text().split()))
+
+    def read_data(self, config: RunConfig, *, split: str, console: Console) -> Sequence[str]:
+        """Streams of a single token are odd."""
+        windows = self.dataset(config, split=split, device="cpu")
+        odd = [
+            windows.describe(number) for number in range(len(windows)) if len(windows[number]["inputs"].unique()) == 1
+        ]
+        console.print(f"{len(windows)} windows")
+        return [f"{len(odd)} of {len(windows)} windows hold one token: {odd[0]}; write more"] if odd else []
 
     def num_timesteps(self, config: RunConfig) -> int:
         return 10

@@ -62,6 +62,14 @@ def check(
             help="Also build the backbone, so small that it runs in seconds, and prove the laws on it. Needs torch.",
         ),
     ] = False,
+    data: Annotated[
+        bool,
+        typer.Option(
+            "--data",
+            help="Also read all data wholly, as a run would: each recording is decoded, each window made. It takes "
+            "about 2 s for an hour of sound. Without it only lists, and what is beside them, are looked at.",
+        ),
+    ] = False,
     explain: Annotated[
         str | None,
         typer.Option(
@@ -97,6 +105,7 @@ def check(
         memory=memory,
         cost=cost,
         probe=probe,
+        data=data,
         fix=fix,
         write=write,
     )

@@ -40,6 +40,7 @@ def check_files(
     memory: str | None = None,
     cost: bool = False,
     probe: bool = False,
+    data: bool = False,
     fix: bool = False,
     write: bool = False,
 ) -> int:
@@ -54,9 +55,9 @@ def check_files(
     from ttt.config.findings import has_errors
     from ttt.errors import TTTError
 
-    _require_consistent(names, output=output, probe=probe, fix=fix, write=write)
+    _require_consistent(names, output=output, probe=probe, data=data, fix=fix, write=write)
     size = None if memory is None else parse_memory(memory)
-    checker = _Checker(backbone, list(overrides), size, cost, _Filter.of(select, ignore), probe)
+    checker = _Checker(backbone, list(overrides), size, cost, _Filter.of(select, ignore), probe, data)
 
     everything: list[Finding] = []
     problems: list[TTTError] = []
@@ -77,7 +78,9 @@ def check_files(
     return problems[-1].exit_code if problems else int(failed)
 
 
-def _require_consistent(names: Sequence[str], *, output: Format, probe: bool, fix: bool, write: bool) -> None:
+def _require_consistent(
+    names: Sequence[str], *, output: Format, probe: bool, data: bool, fix: bool, write: bool
+) -> None:
     """Refuse arguments that contradict each other.
 
     Raises:
@@ -99,6 +102,8 @@ def _require_consistent(names: Sequence[str], *, output: Format, probe: bool, fi
         raise UsageError(f"ttt check: {stream} is a stream, which cannot be written to; leave --write out")
     if fix and probe:
         raise UsageError("ttt check: --fix and --probe are two steps; fix first")
+    if fix and data:
+        raise UsageError("ttt check: --fix and --data are two steps; fix first")
     if fix and output is not Format.TEXT:
         raise UsageError(f"ttt check: --fix shows a diff; leave --format {output.value} out")
 
@@ -193,11 +198,14 @@ class _Checker:
     cost: bool
     filter: _Filter
     probe: bool
+    data: bool
 
     def check(self, file: str, content: bytes, *, show: bool) -> Sequence[Finding]:
-        """The findings of a file, including those of the probe."""
+        """The findings of a file, including those of its data and of the probe."""
         checked = self._check(file, content)
         findings = checked.findings
+        if self.data:
+            findings = (*findings, *self.filter(_read_data(checked, show=show)))
         if self.probe:
             findings = (*findings, *self.filter(_probe(checked, show=show)))
         if show:
@@ -230,6 +238,31 @@ class _Checker:
             file, text=text, backbone=self.backbone, overrides=self.overrides, memory=self.memory, cost=self.cost
         )
         return replace(checked, findings=self.filter(checked.findings))
+
+
+def _read_data(checked: CheckedConfig, *, show: bool) -> list[Finding]:
+    """Read all data; returns what is wrong or odd. Tells how far it is, away from the output if that is data.
+
+    Raises:
+        TTTError: the plugin failed, or hidden errors are in the way.
+    """
+    from ttt.check.placing import placed
+    from ttt.config.findings import blames_environment, has_errors
+    from ttt.errors import UsageError
+
+    own = [finding for finding in checked.findings if not blames_environment(finding)]
+    if checked.config is None or checked.backbone is None or has_errors(own):
+        if not has_errors(own):
+            raise UsageError(f"{checked.source.file}: its data are not read: errors that --ignore hides come first")
+        show_note(f"{checked.source.file}: its data are not read: its errors come first")
+        return []
+    from rich.console import Console
+
+    from ttt.check.whole_data import read_all_data
+
+    console = Console(file=sys.stdout if show else sys.stderr, no_color=not has_color(sys.stdout), soft_wrap=False)
+    found = read_all_data(checked.config, checked.backbone, console=console)
+    return [placed(finding, checked.source) for finding in found]
 
 
 def _probe(checked: CheckedConfig, *, show: bool) -> list[Finding]:

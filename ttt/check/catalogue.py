@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from ttt.check import codes
+from ttt.check import codes, data_codes
 from ttt.check.probe_codes import LAWS
 from ttt.check.rules import RULES
 from ttt.check.rules.of_plugins import house_rules
@@ -21,7 +21,12 @@ from ttt.plugins.asking import WAY_OUT, owner
 from ttt.plugins.rules import Rule
 
 _ALL = (
-    *(each for module in (nodes, source, codes) for each in vars(module).values() if isinstance(each, Code)),
+    *(
+        each
+        for module in (nodes, source, codes, data_codes)
+        for each in vars(module).values()
+        if isinstance(each, Code)
+    ),
     *(code for rule in RULES for code in rule.codes),
     *LAWS.values(),
 )

@@ -15,7 +15,8 @@ ABC101:
 
 The keys are the fields of `Explanation`, without severity and title, which the code has. Contents that are hard to
 write as text have other forms. An entry of `files` may be `safetensors: {metadata: {…}, zeros: {name: [2, 3]}}`, a file
-of zeros in float16; with `cut: 100` beside it, only its first 100 letters. `bad_bytes` is a text whose letters are
+of zeros in float16; with `cut: 100` beside it, only its first 100 letters; or `silence: {channels: 2, seconds: 1}`, a
+WAV file. `bad_bytes` is a text whose letters are
 bytes, or a list of pieces, in which `{"#": 1000}` repeats a piece 1000 times.
 """
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -147,6 +149,8 @@ def _file(content: str | Mapping[str, Any]) -> str:
     """A file's text: the text itself, or that of a safetensors file of zeros with the given metadata and shapes."""
     if isinstance(content, str):
         return content
+    if "silence" in content:
+        return _silence(**content["silence"])
     said, end = content["safetensors"], 0
     header: dict[str, Any] = {}
     if "metadata" in said:
@@ -158,6 +162,15 @@ def _file(content: str | Mapping[str, Any]) -> str:
     text = json.dumps(header)
     text += " " * (-len(text) % 256)  # with this length, the length's own bytes are ASCII, so the file is a text
     return (len(text).to_bytes(8, "little").decode("ascii") + text + "\0" * end)[: content.get("cut")]
+
+
+def _silence(channels: int, seconds: int) -> str:
+    """The text of a WAV file of 16-bit zeros, at a rate with which all bytes of its header are ASCII."""
+    rate, frame = 4096, 2 * channels
+    head = struct.pack("<IHHIIHH", 16, 1, channels, rate, rate * frame, frame, 16)
+    size = rate * frame * seconds
+    file = b"RIFF" + struct.pack("<I", 36 + size) + b"WAVEfmt " + head + b"data" + struct.pack("<I", size) + bytes(size)
+    return file.decode("ascii")
 
 
 def _bytes(pieces: str | list[str | dict[str, int]]) -> bytes:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ttt.plugins.backbone import Backbone
     from ttt.plugins.capabilities import (
         Capability,
+        DataReading,
         DiffusionScoring,
         Indexing,
         Precomputing,
@@ -44,6 +45,7 @@ _EXPORTS = {
     "Batch": "ttt.plugins.data",
     "Capability": "ttt.plugins.capabilities",
     "AnyEvalTask": "ttt.plugins.eval_tasks",
+    "DataReading": "ttt.plugins.capabilities",
     "DiffusionScoring": "ttt.plugins.capabilities",
     "EvalContext": "ttt.plugins.eval_tasks",
     "EvalTask": "ttt.plugins.eval_tasks",
@@ -97,6 +99,7 @@ __all__ = [
     "Batch",
     "Capability",
     "ClipReader",
+    "DataReading",
     "DiffusionScoring",
     "EvalContext",
     "EvalTask",

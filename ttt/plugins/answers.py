@@ -92,6 +92,12 @@ def _sampler(backbone: Any, answer: Any) -> Any:
     return make
 
 
+def _sentences(backbone: Any, answer: Any) -> Any:
+    if isinstance(answer, str) or not isinstance(answer, Sequence) or not all(isinstance(told, str) for told in answer):
+        raise WrongAnswer(f"{_named(answer)}, not a sequence of sentences")
+    return answer
+
+
 def _mapping(values: type, what: str) -> Check:
     def check(backbone: Any, answer: Any) -> Any:
         if not isinstance(answer, Mapping) or not all(
@@ -280,6 +286,7 @@ ANSWERS: Mapping[str, Check] = {
     "dataset": _dataset,
     "loss": _loss,
     "is_attention": _truth,
+    "read_data": _sentences,
     "sample": paths,
     "prepare_samples": _sampler,
     "import_weights": paths,

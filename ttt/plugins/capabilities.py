@@ -158,6 +158,29 @@ class Indexing(Capability):
         """
 
 
+class DataReading(Capability, Generic[OptionsT, DataT]):
+    """Reading all data of a config to find what is wrong with them: `ttt check --data`.
+
+    Of a backbone without it, every window is made as training would make it.
+    """
+
+    @abstractmethod
+    def read_data(self, config: RunConfig[OptionsT, DataT], *, split: str, console: Console) -> Sequence[str]:
+        """Read the data of a split wholly: everything that training would decode.
+
+        Args:
+            config: resolved.
+            split: `train`, or `eval` if it has data of its own.
+            console: where to tell how far it is.
+
+        Returns:
+            What trains, but hardly as it was meant, with the way out: a sentence for each kind, with its count.
+
+        Raises:
+            ttt.errors.TTTError: data that cannot be used, all of them named.
+        """
+
+
 class WeightImport(Capability):
     """Reading another program's checkpoints: `ttt import-weights`."""
 
@@ -297,6 +320,7 @@ CAPABILITIES: Mapping[type[Capability], InWords] = {
     Sampling: InWords("sample", "sampling: it cannot make anything from prompts"),
     Precomputing: InWords("precompute", "precomputation: it reads its data as they are"),
     Indexing: InWords("index", "index: it reads no recordings"),
+    DataReading: InWords("read-data", "reading of data: what it reads is known once its windows are made"),
     WeightImport: InWords("import-weights", "import of weights: it knows no other program's checkpoints"),
     Streaming: InWords("stream", "streaming: it reads sequences whole"),
     Scoring: InWords("score", "scoring: it does not tell how likely it finds what it reads"),

@@ -21,6 +21,7 @@ _PLAIN: Final = (0x01, 0x03, 0x06, 0x07, 0xFFFE)
 _UNKNOWN: Final = (range(1), range(0x7FFFF000, 0x80000000), range(0xFFFFFF00, 0x100000000))
 """Lengths that programs write which do not know it yet, since they write to a pipe."""
 _W64: Final = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
+_M4A: Final = "M4A (AAC or ALAC)"
 _MOST_CHUNKS: Final = 1000
 _AUDIO: Final = ("a WAV", "a FLAC", "an Ogg", "an AIFF", "an MP3", "an MP4", "a Matroska", "an AVI", "an RF64")
 
@@ -78,7 +79,7 @@ def _kind(start: bytes) -> SoundKind:
     if start[:4] == b".snd":
         return SoundKind("Sun/NeXT audio", lossless=True, compressed=False, by_sphn=False)
     if start[4:8] == b"ftyp":
-        return SoundKind("M4A (AAC or ALAC)", by_sphn=False)
+        return SoundKind(_M4A, by_sphn=False)
     if start[:4] == b"\x1a\x45\xdf\xa3":
         return SoundKind("WebM or Matroska")
     return SoundKind("")
@@ -97,6 +98,26 @@ def _ogg_kind(start: bytes) -> SoundKind:
     if b"OpusHead" in start:
         return SoundKind("Opus", by_sphn=False)
     return SoundKind("Ogg FLAC", lossless=True) if b"\x7fFLAC" in start else SoundKind("Ogg")
+
+
+def require_readable(path: Path) -> None:
+    """Refuse, without a decoder, a file that was cut, is no sound, or is of a kind that nothing here reads.
+
+    Raises:
+        UnreadableAudioError: the message says what it is, and the way out.
+        OSError: it is missing, cannot be read, or is not a file.
+    """
+    kind, length = sound_kind(path), wav_length(path)
+    if length is not None:
+        length.require_whole()
+    if kind.name == _M4A:
+        raise UnreadableAudioError(f"{kind.name} is not read; {convert(path)}")
+
+
+def convert(path: Path) -> str:
+    """The way out of a kind of file that is not read: the command that makes another of it."""
+    out = path.with_suffix(".wav" if path.suffix.lower() != ".wav" else ".flac")
+    return f"convert it: ffmpeg -i {path.name} {out.name}"
 
 
 # --- WAV files ---

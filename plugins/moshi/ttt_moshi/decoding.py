@@ -18,7 +18,7 @@ import sphn
 from numpy.typing import NDArray
 
 from ttt.reading import require_file
-from ttt_moshi.containers import SoundKind, UnreadableAudioError, sound_kind, wav_length
+from ttt_moshi.containers import SoundKind, UnreadableAudioError, convert, sound_kind, wav_length
 
 _NO_KIND: Final = "unsupported feature: core (probe): no suitable format reader found"
 _SAID: Final = {
@@ -121,12 +121,6 @@ def _soundfile(path: Path, kind: SoundKind) -> Decoder:
         return _SoundFile(path, kind, soundfile)
     except UnreadableAudioError as error:
         raise UnreadableAudioError(f"{kind.name} is not read here ({error}); {convert(path)}") from None
-
-
-def convert(path: Path) -> str:
-    """The way out of a kind of file that is not read: the command that makes another of it."""
-    out = path.with_suffix(".wav" if path.suffix.lower() != ".wav" else ".flac")
-    return f"convert it: ffmpeg -i {path.name} {out.name}"
 
 
 def decode(path: Path, function: Any, *arguments: Any) -> Any:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ttt.config import BackboneOptions, DataOptions, ScoreOptions, TrainConfig
+from ttt.config import BackboneOptions, DataOptions, RunConfig, ScoreOptions, TrainConfig
 from ttt.config.sources import DATA_KEYS, sources_of
 from ttt.packaged import packaged_presets
 from ttt.plugins import (
     Backbone,
     BackboneFacts,
     Batch,
+    DataReading,
     Indexing,
     LossOutput,
     RecordingFormat,
@@ -23,6 +24,7 @@ from ttt.plugins import (
     WindowDataset,
     hookimpl,
 )
+from ttt_moshi.data_rules import RULES
 from ttt_moshi.interleave import frames_in
 from ttt_moshi.options import (
     FRAME_RATE,
@@ -42,15 +44,23 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     import torch
+    from rich.console import Console
     from torch import Tensor, nn
 
     from ttt.plugins import ClipReader, ImportedConfig, Scores, ScoreStream, Site
 
 
-class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Indexing, Streaming, Scoring[MoshiOptions, MoshiData]):
+class MoshiBackbone(
+    Backbone[MoshiOptions, MoshiData],
+    Indexing,
+    DataReading[MoshiOptions, MoshiData],
+    Streaming,
+    Scoring[MoshiOptions, MoshiData],
+):
     """Moshi: autoregressive over 12.5 frames a second of 17 streams (1 text, 8 own audio, 8 of the user)."""
 
     name: ClassVar[str] = "moshi"
+    rules: ClassVar[Sequence[Callable[[RunConfig], Iterable[Any]]]] = RULES
     causal: ClassVar[bool] = True
     options: ClassVar[type[BackboneOptions]] = MoshiOptions
     data_options: ClassVar[type[DataOptions]] = MoshiData
@@ -115,6 +125,12 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Indexing, Streaming, Scor
         from ttt_moshi.data import speech_windows
 
         return speech_windows(config.backbone, config.data, split=split, device=device)
+
+    def read_data(self, config: MoshiRun, *, split: str, console: Console) -> Sequence[str]:
+        """Decode every recording to its end, and read every transcript. No codec is loaded."""
+        from ttt_moshi.reading_data import read_data
+
+        return read_data(config.data, split=split, console=console)
 
     def loss(self, model: nn.Module, batch: Batch, config: MoshiRun) -> LossOutput:
         """Text and audio cross-entropy, weighted as moshi-finetune does."""

@@ -22,7 +22,7 @@ from ttt.reading import unreadable
 from ttt_moshi.audio import UnreadableAudioError, inspect_audio
 from ttt_moshi.hearing import Listening
 from ttt_moshi.options import FRAME_RATE, RECORDING_EXAMPLE, SOUND_FILES, Channel, MoshiData
-from ttt_moshi.recordings import BadLineError, Recording, read_line, read_recordings
+from ttt_moshi.recordings import BadLineError, Recording, lines_of, read_line, read_recordings
 
 
 @dataclass(frozen=True)

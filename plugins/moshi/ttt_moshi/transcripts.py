@@ -151,4 +151,5 @@ class Unread:
     def told(self) -> list[str]:
         """Sentences for a user."""
         words, conditions = self.words_told(), self.conditions_told()
-        return [*([f"left out: {words}"] if words else []), *([conditions] if conditions else [])]
+        left_out = f"no window reads {words}; they are left out, as moshi-finetune does"
+        return [*([left_out] if words else []), *([conditions] if conditions else [])]

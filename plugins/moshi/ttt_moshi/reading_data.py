@@ -1,0 +1,52 @@
+"""`ttt check --data` for Moshi: every recording of every source decoded to its end, every transcript read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from ttt.errors import EnvironmentProblem
+from ttt.progress import Steps
+from ttt_moshi import demo
+from ttt_moshi.options import FRAME_RATE, MoshiData
+from ttt_moshi.sources import SpeechSource, sources_in
+
+
+def read_data(data: MoshiData, *, split: str, console: Console) -> Sequence[str]:
+    """Read the data of a split.
+
+    Args:
+        data: the config's section.
+        split: `train` or `eval`.
+        console: where to tell how far it is.
+
+    Returns:
+        What is odd, a sentence for each kind of it.
+
+    Raises:
+        EnvironmentProblem: recordings that cannot be used, of all sources.
+    """
+    key = "eval_data" if split == "eval" and data.eval_data is not None else "train_data"
+    own = SpeechSource(str(demo.EVAL_DATA if split == "eval" else demo.TRAIN_DATA), f"data.{key}")
+    notes: list[str] = []
+    problems: list[str] = []
+    for source in sources_in(data, key) or [own]:
+        try:
+            _read(source, notes, console)
+        except EnvironmentProblem as problem:
+            problems += problem.details or (problem.message.removeprefix(f"{source.field}: "),)
+    if problems:
+        raise EnvironmentProblem.about(problems, "recordings cannot be used", where=f"data.{key}")
+    return notes
+
+
+def _read(source: SpeechSource, notes: list[str], console: Console) -> None:
+    total = max(source.count(), 1)
+    with Steps(console, f"{source.path}: decoding", total=total, tenths=True, rated="recording") as steps:
+
+        def counted(things: Iterable[Any]) -> Iterator[Any]:
+            return steps.counted(things)
+
+        source.recordings(frame_sec=1 / FRAME_RATE, notes=notes, wholly=True, counted=counted)
