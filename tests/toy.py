@@ -507,6 +507,12 @@ class MakingToy(
         write_text(Path(data.train_data), "".join(" ".join(map(str, s.tolist())) + "\n" for s in streams))
         console.print(f"{len(streams)} streams")
 
+    def find_recordings(self, folder: Path) -> Sequence[Path]:
+        return sorted(folder.rglob("*.txt"))
+
+    def measure_recording(self, file: Path) -> float:
+        return float(len(file.read_text().split()))
+
     def read_data(self, config: RunConfig, *, split: str, console: Console) -> Sequence[str]:
         """Streams of a single token are odd."""
         windows = self.dataset(config, split=split, device="cpu")
@@ -515,12 +521,6 @@ class MakingToy(
         ]
         console.print(f"{len(windows)} windows")
         return [f"{len(odd)} of {len(windows)} windows hold one token: {odd[0]}; write more"] if odd else []
-
-    def find_recordings(self, folder: Path) -> Sequence[Path]:
-        return sorted(folder.rglob("*.txt"))
-
-    def measure_recording(self, file: Path) -> float:
-        return float(len(file.read_text().split()))
 
     def num_timesteps(self, config: RunConfig) -> int:
         return 10

@@ -33,6 +33,7 @@ _LENIENCY_SEC: Final = 0.25
 _LENIENCY_LOSSLESS_SEC: Final = 0.01
 _TAIL_SEC: Final = 1.0
 _PIECE_SEC: Final = 30
+_MOST_AT_ONCE: Final = 1 << 27  # samples of all channels together: 47 minutes of stereo at 24 kHz
 _AGAIN: Final = "copy or download it again, or leave it out"
 _PHASES_AT_ONCE: Final = 320  # of resampling, as from 11,025 to 24,000 samples a second
 _RATES: Final = (1_000, 1_000_000)  # samples a second; telephones have 8,000, studios 192,000
@@ -94,6 +95,9 @@ def read_audio(path: Path, info: AudioInfo, begin: int, end: int) -> Tensor:
 def read_wholly(path: Path, info: AudioInfo) -> Iterator[Tensor]:
     """All of a file in pieces of half a minute, `[channels, samples]` float32.
 
+    It is decoded at once, because a decoder passes over what it cannot read: if it begins anew for each piece, only the
+    last one shows that something is missing. More than half a GiB of samples is decoded in parts of that size.
+
     Raises:
         UnreadableAudioError: a part of it cannot be decoded, is missing, or is not finite; the message says where.
     """
@@ -101,9 +105,9 @@ def read_wholly(path: Path, info: AudioInfo) -> Iterator[Tensor]:
         decoder = open_sound(path)
     except OSError as error:
         raise UnreadableAudioError(unreadable(error)) from None
-    size = _PIECE_SEC * info.sample_rate
-    for begin in range(0, info.samples, size):
-        yield _samples(decoder, info, begin, min(begin + size, info.samples))
+    for begin in range(0, info.samples, size := _MOST_AT_ONCE // max(info.channels, 1)):
+        sound = _samples(decoder, info, begin, min(begin + size, info.samples))
+        yield from sound.split(_PIECE_SEC * info.sample_rate, 1)
 
 
 def _samples(decoder: Decoder, info: AudioInfo, begin: int, end: int) -> Tensor:

@@ -135,11 +135,11 @@ class SpeechWindows:
         self._padding = padding
         frame = 1 / codec.frame_rate
         named = [SpeechSource(str(source), field)] if isinstance(source, str | Path) else list(source)
-        notes: list[str] = []
         self._recordings: list[Recording] = []
         self._source_of: list[SpeechSource] = []
         self.sources: list[SourceFiles] = []
         """Which recordings are of which source."""
+        notes: list[str] = []
         for each in named:
             found = each.recordings(frame_sec=frame, notes=notes)
             first = len(self._recordings)

@@ -133,12 +133,12 @@ class Listening:
 
     Args:
         wholly: whether to hear all of each.
-        channels_matter: whether the channels are two voices, of which something may be odd.
+        dialogues: whether their channels are Moshi and the user, so that they are compared.
     """
 
-    def __init__(self, wholly: bool, *, channels_matter: bool = True) -> None:
+    def __init__(self, wholly: bool, *, dialogues: bool = True) -> None:
         self._wholly = wholly
-        self._channels_matter = channels_matter
+        self._dialogues = dialogues
         self._decoded = self._unheard = 0.0  # seconds
         self._ends_only = 0
         self._in_part = 0
@@ -158,7 +158,7 @@ class Listening:
         if info.compressed:
             self._ends_only += 1
             self._unheard += info.seconds
-        if self._channels_matter and info.channels == 2 and self._in_part < _MOST_IN_PART:
+        if self._dialogues and self._in_part < _MOST_IN_PART:
             self._in_part += 1
             self._judge(heard_in_part(audio, info), audio, words)
 
@@ -166,10 +166,8 @@ class Listening:
         return self._wholly or (info.compressed and self._decoded + info.seconds <= _MOST_WHOLE_SEC)
 
     def _judge(self, heard: Heard, audio: Path, words: Sequence[Word]) -> None:
-        if not self._channels_matter:
-            return
         self._count += 1
-        verdict = heard.verdict(words)
+        verdict = heard.verdict(words) if self._dialogues else None
         if verdict is not None:
             self._verdicts.append((verdict, audio.name))
 

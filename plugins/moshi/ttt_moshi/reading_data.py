@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from rich.console import Console
 
@@ -28,10 +29,10 @@ def read_data(data: MoshiData, *, split: str, console: Console) -> Sequence[str]
         EnvironmentProblem: recordings that cannot be used, of all sources.
     """
     key = "eval_data" if split == "eval" and data.eval_data is not None else "train_data"
-    sources = sources_in(data, key) or [SpeechSource(str(demo.EVAL_DATA if split == "eval" else demo.TRAIN_DATA))]
+    own = SpeechSource(str(demo.EVAL_DATA if split == "eval" else demo.TRAIN_DATA), f"data.{key}")
     notes: list[str] = []
     problems: list[str] = []
-    for source in sources:
+    for source in sources_in(data, key) or [own]:
         try:
             _read(source, notes, console)
         except EnvironmentProblem as problem:
@@ -44,4 +45,8 @@ def read_data(data: MoshiData, *, split: str, console: Console) -> Sequence[str]
 def _read(source: SpeechSource, notes: list[str], console: Console) -> None:
     total = max(source.count(), 1)
     with Steps(console, f"{source.path}: decoding", total=total, tenths=True, rated="recording") as steps:
-        source.recordings(frame_sec=1 / FRAME_RATE, notes=notes, wholly=True, steps=steps)
+
+        def counted(things: Iterable[Any]) -> Iterator[Any]:
+            return steps.counted(things)
+
+        source.recordings(frame_sec=1 / FRAME_RATE, notes=notes, wholly=True, counted=counted)

@@ -76,7 +76,7 @@ def read_recordings(
     speakers: set[str] = set()
     unread = Unread()
     listening = Listening(wholly)
-    for line in counted(_lines(indexes, problems)):
+    for line in counted(lines_of(indexes, problems)):
         try:
             recording = read_line(line, frame_sec)
             transcript = Transcript.read(recording.transcript, recording.info.seconds)
@@ -103,16 +103,7 @@ def read_recordings(
     return recordings
 
 
-def index_lines(source: Path, field: str) -> Iterator[Line]:
-    """The lines of every index under a source, as far as they can be read.
-
-    Raises:
-        EnvironmentProblem: there is no such source.
-    """
-    return _lines(_index_files(source, field), [])
-
-
-def _lines(indexes: Sequence[Path], problems: list[str]) -> Iterator[Line]:
+def lines_of(indexes: Sequence[Path], problems: list[str]) -> Iterator[Line]:
     """The lines of all indexes. What is wrong with an index itself is added to `problems`."""
     for index in indexes:
         try:

@@ -8,21 +8,21 @@ sound is read; what lies beside it (Libri-Light's `.json`) is not.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ttt.config.sources import DataSource, places_of
 from ttt.errors import EnvironmentProblem
 from ttt.jsonl import jsonl_files, read_jsonl
-from ttt.progress import Steps
 from ttt.reading import unreadable
 from ttt_moshi.audio import UnreadableAudioError, inspect_audio
 from ttt_moshi.hearing import Listening
 from ttt_moshi.options import FRAME_RATE, RECORDING_EXAMPLE, SOUND_FILES, Channel, MoshiData
-from ttt_moshi.recordings import BadLineError, Recording, index_lines, read_line, read_recordings
+from ttt_moshi.recordings import BadLineError, Recording, lines_of, read_line, read_recordings
 
 
 @dataclass(frozen=True)
@@ -53,33 +53,34 @@ class SpeechSource:
         frame_sec: float,
         notes: list[str] | None = None,
         wholly: bool = False,
-        steps: Steps | None = None,
+        counted: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> list[Recording]:
-        """Its recordings, checked as `read_recordings` does.
+        """Its recordings, checked; `ttt_moshi.recordings.read_recordings` says how far.
 
         Args:
             frame_sec: length of the codec's frame in seconds; a shorter recording is refused.
             notes: where sentences are put about what trains, but hardly as it was meant.
             wholly: decode everything, whatever it takes.
-            steps: tells how far it is.
+            counted: tells how far they are.
 
         Raises:
             EnvironmentProblem: a recording is missing or broken; the message names file and line.
         """
         if self.transcribed:
-            counted = iter if steps is None else steps.counted
             return read_recordings(
                 Path(self.path), frame_sec=frame_sec, field=self.field, notes=notes, wholly=wholly, counted=counted
             )
         found: list[Recording] = []
         problems: list[str] = []
-        listening = Listening(wholly, channels_matter=False)
-        named = self._named(frame_sec)
-        for place, read in named if steps is None else steps.counted(named):
-            wrong = read if isinstance(read, str) else self._wrong_channels(read) or _not_whole(read, listening)
-            if wrong is not None:
+        listening = Listening(wholly, dialogues=False)
+        for place, read in counted(self._named(frame_sec)):
+            if isinstance(read, str):
+                problems.append(f"{place}: {read}")
+            elif (wrong := self._wrong_channels(read)) is not None:
                 problems.append(f"{place}: {wrong}")
-            elif not isinstance(read, str):
+            elif (broken := _broken(listening, read)) is not None:
+                problems.append(f"{place}: {broken}")
+            else:
                 found.append(read)
         if not found and not problems:
             problems.append(f"{self.path}: no recordings; write lines such as {RECORDING_EXAMPLE}")
@@ -90,15 +91,12 @@ class SpeechSource:
         return found
 
     def count(self) -> int:
-        """How many recordings it names.
-
-        Raises:
-            EnvironmentProblem: there is no such source.
-        """
+        """How many recordings it names, as far as its lists can be read."""
         source = Path(self.path)
-        if not self.transcribed and source.is_dir() and not jsonl_files(source):
-            return len(sound_files(source))
-        return sum(1 for _ in index_lines(source, self.field))
+        indexes = jsonl_files(source)
+        if not indexes:
+            return 0 if self.transcribed else len(sound_files(source))
+        return sum(1 for _ in lines_of(indexes, [])) if source.exists() else 0
 
     def voice(self, sound: Tensor) -> Tensor:
         """The voice in the sound `[channels, S]` of a recording without transcript, `[1, S]`."""
@@ -152,6 +150,15 @@ def _in_order(file: Path) -> tuple[tuple[str | int, ...], ...]:
     )
 
 
+def _broken(listening: Listening, recording: Recording) -> str | None:
+    """What is wrong with a recording that is decoded; None if nothing is."""
+    try:
+        listening.listen(recording.audio, recording.info, ())
+    except UnreadableAudioError as error:
+        return f"{recording.audio}: cannot be decoded: {error}"
+    return None
+
+
 def measure(file: Path) -> float:
     """Length of a sound file in seconds.
 
@@ -162,15 +169,6 @@ def measure(file: Path) -> float:
     if isinstance(read, str):
         raise EnvironmentProblem(f"{file}: {read}")
     return read.info.seconds
-
-
-def _not_whole(recording: Recording, listening: Listening) -> str | None:
-    """Why a recording cannot be decoded to its end; None if it can, as far as it was decoded."""
-    try:
-        listening.listen(recording.audio, recording.info, ())
-    except UnreadableAudioError as error:
-        return f"{recording.audio}: cannot be decoded: {error}"
-    return None
 
 
 def _read_file(file: Path, frame_sec: float) -> Recording | str:
