@@ -24,6 +24,7 @@ from ttt.words import first_line
 from ttt_moshi import demo
 from ttt_moshi.audio import UnreadableAudioError, read_audio, resample
 from ttt_moshi.codec import DemoCodec
+from ttt_moshi.encoding import encode_window
 from ttt_moshi.interleave import Word, frames_in, text_stream, words_between
 from ttt_moshi.options import NOTHING, TEXT_PADDING, MoshiData, MoshiOptions
 from ttt_moshi.recordings import BrokenTranscriptError, Recording, read_recordings, read_transcript
@@ -180,7 +181,7 @@ class SpeechWindows:
             raise EnvironmentProblem(f"{self._field}: {recording.place}: {recording.audio}: {error}") from None
         sound = resample(sound, rate, self._codec.sample_rate).to(self._device)
         with torch.no_grad():
-            audio = self._codec.encode(sound[:, None]).cpu()[..., : self.frames]
+            audio = encode_window(self._codec, sound[:, None]).cpu()[..., : self.frames]
         text = text_stream(
             words_between(words, start, end),
             self._tokenizer.encode,
