@@ -16,6 +16,7 @@ from ttt.files import verify_tensors
 from ttt_moshi import demo
 from ttt_moshi.audio import inspect_audio, read_audio
 from ttt_moshi.codec import CodecSettings, DemoCodec, mel_filters
+from ttt_moshi.encoding import encode_window
 
 FRAME = 1280
 
@@ -197,3 +198,17 @@ def test_a_file_that_is_no_codec_is_refused(tmp_path, write, reason):
 def test_the_demo_is_small():
     assert sum(path.stat().st_size for path in demo.FOLDER.iterdir() if path.is_file()) <= 2_000_000
     assert (demo.FOLDER / "NOTICE.md").is_file()
+
+
+def test_a_long_window_is_encoded_in_pieces_to_the_codes_of_the_whole(monkeypatch):
+    """Two rows, an end that is no whole frame; a short window is read at once."""
+    codec = DemoCodec.load()
+    sound = 0.1 * torch.randn(2, 1, codec.frame_size * 23 + 77, generator=torch.Generator().manual_seed(0))
+    lengths, encode = [], codec.encode
+    monkeypatch.setattr(codec, "encode", lambda wav, **more: lengths.append(wav.shape[2]) or encode(wav, **more))
+    expected = encode_window(codec, sound)
+    assert lengths == [sound.shape[2]]
+    monkeypatch.setattr("ttt_moshi.encoding.LONG_WINDOW", 20)
+    monkeypatch.setattr("ttt_moshi.encoding.PIECE", 10)
+    assert torch.equal(encode_window(codec, sound), expected)
+    assert lengths[1:] == [10 * codec.frame_size, 10 * codec.frame_size, 4 * codec.frame_size]

@@ -302,3 +302,33 @@ def test_a_probe_has_the_configs_contexts() -> None:
     setting = small_setting(run.config, MOSHI)
     for given in (setting.exact.options, setting.exact.bare):
         assert {key: getattr(given, key) for key in BY_LAYER} == BY_LAYER
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layers", "found"),
+    [
+        ({"ttt_layer_context": 3}, "none", ["backbone.ttt_layer_context"]),
+        ({"non_ttt_layer_context": 3}, "all", ["backbone.non_ttt_layer_context"]),
+        ({"context": 3, "ttt_layer_context": 2}, "all", ["backbone.context"]),
+        ({"context": 3, "non_ttt_layer_context": 2}, "none", ["backbone.context"]),
+        (BY_LAYER, [0, 1, 2, 3], ["backbone.non_ttt_layer_context"]),
+        (BY_LAYER, "middle", []),
+        ({"context": 3}, "none", []),
+        ({"context": 3, "ttt_layer_context": 2}, [9], []),
+    ],
+)
+def test_a_context_that_no_layer_has_is_found(backbone: dict[str, int], layers: Any, found: list[str]) -> None:
+    text = yaml.safe_dump({"backbone": {"name": "moshi", **backbone}, "ttt": {"layers": layers}})
+    findings = check_config("c.yaml", text=text, backbone=MOSHI).findings
+    assert [finding.path for finding in findings if finding.code == "MSH201"] == found
+
+
+def test_contexts_are_told_by_their_keys() -> None:
+    text = "backbone: {name: moshi, context: 3, ttt_layer_context: 2, non_ttt_layer_context: 4}"
+    (finding,) = check_config("c.yaml", text=text, backbone=MOSHI).findings
+    assert finding.path == "backbone.context"
+    assert "ttt_layer_context and non_ttt_layer_context name all layers" in finding.message
+    assert finding.fix == "leave out context"
+    text = "backbone: {name: moshi, context: 0}\ndata: {duration_sec: 3601}"
+    paths = [finding.path for finding in check_config("c.yaml", text=text, backbone=MOSHI).findings]
+    assert paths == ["backbone.context", "data.duration_sec"]

@@ -24,6 +24,7 @@ from ttt_moshi import demo, scoring, streaming
 from ttt_moshi.audio import inspect_audio, read_audio, read_resampled, resample
 from ttt_moshi.clips import MoshiClips
 from ttt_moshi.codec import DemoCodec
+from ttt_moshi.encoding import encode_window
 from ttt_moshi.loss import moshi_loss
 from ttt_moshi.options import MoshiOptions, MoshiScoreOptions
 from ttt_moshi.plugin import MoshiBackbone
@@ -519,6 +520,12 @@ def test_mimi_in_pieces_is_mimi_on_the_whole(mimi, tmp_path, monkeypatch):
         torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(found[1], silence, rtol=0, atol=1e-5)
     assert not mimi.is_streaming
+    monkeypatch.setattr("ttt_moshi.encoding.LONG_WINDOW", 10)  # frames: so it is a long window of training
+    monkeypatch.setattr("ttt_moshi.encoding.PIECE", 7)
+    quantised.clear()
+    assert (encode_window(mimi, sound) == codes).float().mean() > 0.9
+    assert [part.shape[2] for part in quantised] == [7, 7, 7, 7, 7, 3]
+    torch.testing.assert_close(torch.cat(quantised, 2)[0], expected, rtol=0, atol=1e-5)
     monkeypatch.setattr(clips_module, "PIECE", 2)
     twins = zip(reader.stream(path), reader.stream(path), strict=True)  # two streams in turn
     assert all(torch.equal(one, other) for one, other in twins)

@@ -11,7 +11,6 @@ from typing import Any, Final
 import numpy as np
 import torch
 from moshi.models import MimiModel
-from moshi.utils.compile import no_cuda_graph
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,8 +20,8 @@ from ttt.reading import unreadable
 from ttt_moshi.audio import AudioInfo, UnreadableAudioError, inspect_audio, read_resampled, resampled_length
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.data import MOSHI_PADDING, Codec, load_codec, text_padding
+from ttt_moshi.encoding import piecewise
 from ttt_moshi.options import NOTHING, PIECE, MoshiOptions, MoshiScoreOptions
-from ttt_moshi.streaming import exact_streaming
 
 _VERSION: Final = "1"
 """Of how clips are made of sound; another version makes other clips of the same file."""
@@ -186,32 +185,18 @@ def _encoder(codec: Any, *, with_silence: bool) -> Encode:
 
 
 def _demo_encoder(codec: DemoCodec, with_silence: bool) -> Encode:
-    """With the samples before a piece, which its first frame depends on. All frames of silence have the same codes."""
-    before = codec.window.new_zeros(1, 1, codec.overlap)
+    """All frames of silence have the same codes."""
+    alone = piecewise(codec, 1)
     silence = codec.encode(codec.window.new_zeros(1, 1, codec.frame_size)) if with_silence else None
 
     def encode(sound: Tensor) -> Tensor:
-        nonlocal before
-        codes = codec.encode(sound, before=before)
-        before = torch.cat([before, sound], 2)[:, :, sound.shape[2] :]
+        codes = alone(sound)
         return codes if silence is None else torch.cat([codes, silence.expand(-1, -1, codes.shape[2])])
 
     return encode
 
 
 def _mimi_encoder(codec: MimiModel, with_silence: bool) -> Encode:
-    """Through Mimi's streaming state, which is with the function: Mimi itself streams only while it encodes a piece."""
-    steps = round(PIECE * codec.encoder_frame_rate / codec.frame_rate)
-    with exact_streaming(codec, 2 if with_silence else 1, longest=steps):
-        states = codec.get_streaming_state()
-
-    def encode(sound: Tensor) -> Tensor:
-        heard = torch.cat([sound, torch.zeros_like(sound)]) if with_silence else sound
-        codec.set_streaming_state(states)
-        try:
-            with torch.no_grad(), no_cuda_graph():  # a graph would fit pieces of one length only
-                return codec.encode(heard)
-        finally:
-            codec.set_streaming_state(dict.fromkeys(states))
-
-    return encode
+    """Mimi hears silence as a second stream."""
+    both = piecewise(codec, 2 if with_silence else 1)
+    return lambda sound: both(torch.cat([sound, torch.zeros_like(sound)]) if with_silence else sound)

@@ -23,6 +23,7 @@ from ttt.plugins import SourceFiles
 from ttt_moshi import demo
 from ttt_moshi.audio import UnreadableAudioError, read_audio, resample
 from ttt_moshi.codec import DemoCodec
+from ttt_moshi.encoding import encode_window
 from ttt_moshi.interleave import Word, frames_in, text_stream, words_between
 from ttt_moshi.model_config import ModelConfig
 from ttt_moshi.options import NO_TRANSCRIPT, NOTHING, MoshiData, MoshiOptions, reads_with_the_demos
@@ -216,7 +217,7 @@ class SpeechWindows:
             sound = source.voice(sound)
         sound = resample(sound, rate, self._codec.sample_rate).to(self._device)
         with torch.no_grad():
-            audio = self._codec.encode(sound[:, None]).cpu()[..., : self.frames].flatten(0, 1)
+            audio = encode_window(self._codec, sound[:, None]).cpu()[..., : self.frames].flatten(0, 1)
         if not source.transcribed:
             return self._padded(self._without_transcript(audio))
         text = text_stream(
@@ -237,7 +238,7 @@ class SpeechWindows:
         if self._silence is None:
             silence = torch.zeros(1, 1, self.frames * self._codec.frame_size, device=self._device)
             with torch.no_grad():  # codes depend on nothing later, so of a shorter window they are the first ones
-                self._silence = self._codec.encode(silence).cpu()[0]
+                self._silence = encode_window(self._codec, silence).cpu()[0]
         frames = voice.shape[-1]
         return torch.cat([torch.full((1, frames), NO_TRANSCRIPT), voice, self._silence[:, :frames]])
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ttt.config import BackboneOptions, DataOptions, RunConfig, ScoreOptions, TrainConfig
+from ttt.config import BackboneOptions, DataOptions, RunConfig, ScoreOptions
 from ttt.config.sources import DATA_KEYS, sources_of
 from ttt.packaged import packaged_presets
 from ttt.plugins import (
@@ -26,10 +26,11 @@ from ttt.plugins import (
     WindowDataset,
     hookimpl,
 )
+from ttt_moshi.context_rules import RULES as CONTEXT_RULES
 from ttt_moshi.contexts import identifying, layers_contexts, widest
 from ttt_moshi.data_rules import RULES as DATA_RULES
 from ttt_moshi.interleave import frames_in
-from ttt_moshi.model_config import PUBLISHED
+from ttt_moshi.memory import memory_facts
 from ttt_moshi.options import (
     FRAME_RATE,
     NOTHING,
@@ -74,7 +75,7 @@ class MoshiBackbone(
     causal: ClassVar[bool] = True
     options: ClassVar[type[BackboneOptions]] = MoshiOptions
     data_options: ClassVar[type[DataOptions]] = MoshiData
-    rules: ClassVar[Sequence[Callable[[RunConfig], Iterable[Any]]]] = (*RULES, *DATA_RULES)
+    rules: ClassVar[Sequence[Callable[[RunConfig], Iterable[Any]]]] = (*RULES, *CONTEXT_RULES, *DATA_RULES)
     own_tasks_notice: ClassVar[str] = (
         "synthetic: a few recordings by espeak-ng, for trying an evaluation; near chance is expected of pairs"
     )
@@ -110,7 +111,7 @@ class MoshiBackbone(
             tokens_per_window=frames_in(data.duration_sec, FRAME_RATE),
             window=f"{data.duration_sec:g} s of Moshi",
             recordings=_recording_format(data),
-            **_memory_facts(options, config.train, frames_in(data.duration_sec, FRAME_RATE)),
+            **memory_facts(config, frames_in(data.duration_sec, FRAME_RATE)),
         )
 
     def files(self, options: MoshiOptions) -> Mapping[str, NeededFile]:
@@ -312,29 +313,6 @@ def _before_moshi_is_imported(device: torch.device | str) -> None:
     """
     if str(device).startswith("cpu"):
         os.environ.setdefault("NO_TORCH_COMPILE", "1")
-
-
-def _memory_facts(options: MoshiOptions, train: TrainConfig, frames: int) -> dict[str, Any]:
-    """Parameters, and the measured bytes that autograd keeps for one token, if the model is a known one."""
-    dtype, checkpointing = train.param_dtype, train.gradient_checkpointing
-    if options.preset == "7b" and model_config_of(options) is not PUBLISHED:
-        return {}
-    if options.preset == "7b":
-        layer, head, head_checkpointing = {
-            "float32": (368_648, 4_429_485, 472_365),
-            "bfloat16": (254_047, 3_028_827, 349_529),
-        }[dtype]
-        head = head_checkpointing if checkpointing else head
-        counts = {"parameters": 7_687_729_152, "attention_parameters": 2_147_483_648}
-        return {**counts, "layer_activation_bytes": layer, "head_activation_bytes": head}
-    dim, layers = (sizes(options)[name] for name in ("dim", "num_layers"))
-    size = {"float32": 4.0, "bfloat16": 2.8}[dtype]  # norms and the softmax of the losses stay float32
-    return {
-        "parameters": layers * (10 * dim * dim + 2 * dim) + 2154 * dim + 736_768,
-        "attention_parameters": layers * 4 * dim * dim,
-        "layer_activation_bytes": round(size * (21.25 * dim + frames + 6)),
-        "head_activation_bytes": round(size * (3 * dim + (2_434 if checkpointing else 20_066))),
-    }
 
 
 _BACKBONE = MoshiBackbone()
