@@ -40,6 +40,7 @@ from ttt_moshi.options import (
 
 MOSHI = get_backbone("moshi")
 RATE = 16_000
+TEXT_PADDING = 3
 MODEL = "backbone: {name: moshi, dim: 32, num_heads: 2, num_layers: 2}"
 
 
