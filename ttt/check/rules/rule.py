@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from ttt.plugins.rules import rule
 
 if TYPE_CHECKING:
     from ttt.adapter_file import AdapterInfo
-    from ttt.plugins import Backbone, BackboneFacts
+    from ttt.plugins import Backbone, BackboneFacts, NeededFile
 
 FACTS = "facts"
 """In `reads`: the rule uses `Context.facts`, which depend on the sections `backbone` and `data`."""
@@ -47,6 +47,8 @@ class Context:
     """Whether the caller asks what the run costs."""
     training: bool = True
     """Whether the config is for training. If not, its tasks are not listed: the command that measures them does."""
+    needed_files: Mapping[str, NeededFile] = field(default_factory=dict)
+    """The files that the backbone's options name, by option; only for rules that read `backbone`."""
     _recordings: dict[str, Recordings | None] = field(default_factory=dict)
     _lines: dict[str, Lines | None] = field(default_factory=dict)
 
