@@ -259,6 +259,18 @@ ASKED = {
         "its rule rule",
         "a Finding whose code is 'TOY1",
     ),
+    "files that raise": ("def files(self, options):\n        return options.path", "`files`", "AttributeError"),
+    "files without their kind": (
+        "def files(self, options):\n        return {'width': 'weights.safetensors'}",
+        "`files`",
+        "not a mapping of options' names to NeededFiles",
+    ),
+    "files of no option": (
+        "def files(self, options):\n        from ttt.plugins import NeededFile\n"
+        "        return {'wights': NeededFile('x', 'weights')}",
+        "`files`",
+        "a file for 'wights', which is none of its options",
+    ),
     "explanations": ("def explanations(self):\n        return {'TOY1': 'bad'}", "`explanations`", "not an Explanation"),
 }
 

@@ -261,6 +261,8 @@ def test_the_revision_reaches_the_hubs_client_and_the_adapter_file(tmp_path, mon
         options = MoshiOptions(preset="7b", hf_repo="me/mine", revision=revision)
         assert backbone.provenance(options) == {"repository": "me/mine", "commit": commit}
     assert backbone.provenance(MoshiOptions(preset="7b", hf_repo="me/other")) == {"repository": "me/other"}
+    merged = MoshiOptions(preset="7b", hf_repo="me/other", lora_path="runs/lora.safetensors")
+    assert backbone.provenance(merged) == {"repository": "me/other", "lora": "lora.safetensors"}
     assert backbone.provenance(MoshiOptions()) == {}
 
 

@@ -25,7 +25,7 @@ from ttt.config.schema import RunConfig, with_its_target_eps
 from ttt.config.source import Source, parse_source
 from ttt.config.spelling import nearest
 from ttt.errors import ConfigEnvironmentError, ConfigError, EnvironmentProblem, PluginError, TTTError
-from ttt.plugins import Backbone, BackboneFacts
+from ttt.plugins import Backbone, BackboneFacts, NeededFile
 from ttt.plugins.asking import WAY_OUT, asked, in_one_line
 from ttt.plugins.registry import Plugin, unreadable_metadata
 from ttt.plugins.rules import Rule
@@ -308,6 +308,7 @@ class _Check:
             resuming=self.resuming,
             tells_cost=self.cost,
             training=self.training,
+            needed_files={} if backbone is None else self._files(backbone, config),
         )
         found = run_rules(context, untrusted)
         self._forget_what_follows(found)
@@ -323,6 +324,13 @@ class _Check:
         except Exception as error:
             self._add_failed(backbone, error)
             return None
+
+    def _files(self, backbone: Backbone, config: RunConfig) -> Mapping[str, NeededFile]:
+        try:
+            return backbone.files(config.backbone)
+        except Exception as error:
+            self._add_failed(backbone, error)
+            return {}
 
     def _forget_what_follows(self, found: Sequence[Finding]) -> None:
         """Leave out what the facts' refusal of a file says if a rule has said what is wrong with that file."""

@@ -103,13 +103,14 @@ def _checked_config(repo: str, options: MoshiOptions) -> Path | None:
 
 
 def provenance(options: MoshiOptions) -> dict[str, str]:
-    """The repository of the language model's weights, and its commit if the hub's cache knows it."""
+    """The repository of the language model's weights, its commit if the hub's cache knows it, and a LoRA merged in."""
     if options.preset == "demo" or options.random_weights or options.moshi_path is not None:
         return {}
     repo = options.hf_repo or loaders.DEFAULT_REPO
     cached = try_to_load_from_cache(repo, "config.json", revision=options.revision)
     commit = {"commit": Path(cached).parent.name} if isinstance(cached, str) else {}
-    return {"repository": repo, **commit}
+    merged = {} if options.lora_path is None else {"lora": Path(options.lora_path).name}
+    return {"repository": repo, **commit, **merged}
 
 
 def model_config(options: MoshiOptions) -> ModelConfig:

@@ -79,9 +79,7 @@ def _not_there(context: Context, key: str, place: str, written: str) -> Iterator
 @rule(TTT501, TTT520, reads=("backbone",))
 def files_of_the_model_can_be_read(context: Context) -> Iterator[Finding]:
     """Each file that the backbone's options name is there, can be read, and is what it should be."""
-    if context.known_backbone is None:
-        return
-    for name, needed in context.backbone.files(context.config.backbone).items():
+    for name, needed in context.needed_files.items():
         path, fix = f"backbone.{name}", f"write the path of the {needed.what}"
         missing = _unreadable(needed.path)
         if missing is not None:

@@ -16,7 +16,7 @@ from ttt.plugins.rules import rule
 
 if TYPE_CHECKING:
     from ttt.adapter_file import AdapterInfo
-    from ttt.plugins import Backbone, BackboneFacts
+    from ttt.plugins import Backbone, BackboneFacts, NeededFile
 
 FACTS = "facts"
 """In `reads`: the rule uses `Context.facts`, which depend on the sections `backbone` and `data`."""
@@ -48,6 +48,8 @@ class Context:
     """Whether the caller asks what the run costs."""
     training: bool = True
     """Whether the config is for training. If not, its tasks are not listed: the command that measures them does."""
+    needed_files: Mapping[str, NeededFile] = field(default_factory=dict)
+    """The files that the backbone's options name, by option; only for rules that read `backbone`."""
     _lines: dict[str, Mapping[str, Lines]] = field(default_factory=dict)
 
     @property
