@@ -244,6 +244,25 @@ def test_a_frozen_baseline_says_how_it_is_measured(capsys: pytest.CaptureFixture
     assert "error TTT702" in out
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({**NO_LORA, "weight_lr_multiplier: 10.0": "weight_lr_multiplier: 1.0"}, True),
+        (NO_LORA, False),  # ten times 1e-6 over 2,000 steps is enough
+        ({ON: OFF, "weight_lr_multiplier: 10.0": "weight_lr_multiplier: 1.0"}, False),  # LoRA's own rate
+    ],
+)
+def test_a_rate_for_lora_given_to_new_layers_is_told(
+    changes: dict[str, str], told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "old.yaml"
+    old.write_text(_with(changes))
+    main(["import-config", str(old), "--out", str(tmp_path / "new.yaml")])
+    out = capsys.readouterr().out
+    assert ("warning TTT707" in out) == told
+    assert "new TTT layers want 1e-4 or more" in " ".join(out.split())
+
+
 def test_a_checkpoint_to_resume_from_is_another_programs() -> None:
     text = _with(
         {"resume_from: null": "resume_from: /far/checkpoint/consolidated", "reset_step: false": "reset_step: on"}

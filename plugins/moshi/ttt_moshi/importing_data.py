@@ -30,7 +30,7 @@ def move_data(moving: Import) -> None:
 
 
 _EMPTY = "an empty text is null"
-_ORDERS = {"train_data": "drawn by weight, as there", "eval_data": "read one after another, as there"}
+_ORDERS = {"train_data": "by weight: in turn here, at random there", "eval_data": "read one after another, as there"}
 
 
 def _sources(written: Any) -> list[tuple[str, float]]:
