@@ -31,7 +31,6 @@ from ttt_moshi.model import loss
 from ttt_moshi.options import (
     NO_TRANSCRIPT,
     NOTHING,
-    TEXT_PADDING,
     MoshiData,
     MoshiOptions,
     MoshiScoreOptions,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from ttt.check.rules import reliable, run_rules
 from ttt.check.rules.of_plugins import as_rule, found_by, house_rules
 from ttt.check.rules.rule import Context
 from ttt.check.validation import Validated, validate
+from ttt.checkpoint_folder import CHECKPOINTS
 from ttt.config.findings import Code, Finding, Place, Severity, blames_environment, has_errors, summary
+from ttt.config.paths import moved_along
 from ttt.config.places import KeyPath
 from ttt.config.schema import RunConfig, with_its_target_eps
 from ttt.config.source import Source, parse_source
@@ -192,6 +195,8 @@ class _Check:
             from ttt.check.tasks import resolve_tasks  # only configs with tasks need it
 
             resolve_tasks(result, self.source)
+        if result.config is not None:
+            result.config = _found_again(result.config, Path(self.source.file))
         self.findings.extend(result.findings)
         as_meant = backbone is not None and not result.findings and not has_errors(self.source.findings)
         if result.config is not None:
@@ -387,6 +392,15 @@ class _Check:
         path = error.key if error.key is not None and error.key.split(".")[0] in RunConfig.model_fields else "backbone"
         code = TTT605 if isinstance(error, EnvironmentProblem) else TTT106
         self._add(code, path, error.told, error.fix)
+
+
+def _found_again(config: RunConfig, file: Path) -> RunConfig:
+    """A run's config with the paths that are where they were beside the run's folder, if that was moved with them."""
+    before, folder = config.run_dir, file.parent
+    of_a_run = file.name == "config.yaml" and (folder / CHECKPOINTS).is_dir()
+    if not of_a_run or before is None or not os.path.isabs(before):
+        return config
+    return moved_along(config, before=before, now=str(folder))
 
 
 def _decides_facts(path: KeyPath, config: RunConfig) -> bool:

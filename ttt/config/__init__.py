@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ttt.config.evaluation import EvalConfig, ScoreOptions
 from ttt.config.misfit import Misfit
+from ttt.config.paths import LocalPath
 from ttt.config.schema import (
     BackboneOptions,
     DataOptions,
@@ -45,6 +46,7 @@ __all__ = [
     "EvalConfig",
     "Explanation",
     "Finding",
+    "LocalPath",
     "Misfit",
     "Place",
     "RunConfig",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from ttt.config.paths import LocalPath
 from ttt.config.section import Section
 from ttt.config.values import MOST_FACTOR, MOST_RANK
 
@@ -30,7 +31,7 @@ class LoraConfig(Section):
     linears: Linears = "all"
     """Which linear layers: all of the model (as moshi-finetune has it), those of the main transformer, or of its
     attention or feed-forward alone."""
-    init_from: str | None = None
+    init_from: Annotated[str | None, LocalPath()] = None
     """A LoRA to start from, in the backbone's own format, as moshi-finetune's `lora.safetensors`; null starts anew."""
 
 

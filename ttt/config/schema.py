@@ -16,6 +16,7 @@ from ttt.config.evaluation import EvalConfig
 from ttt.config.group_size import cost_of_groups_of_one
 from ttt.config.lora import Adapter, LoraConfig
 from ttt.config.misfit import Misfit
+from ttt.config.paths import LocalPath
 from ttt.config.section import Section
 from ttt.config.sources import DataSource
 from ttt.config.values import (
@@ -233,7 +234,7 @@ Trainable = Annotated[
 class TrainConfig(Section):
     """The `train` section: how long, how fast, what learns."""
 
-    init_from: str | None = None
+    init_from: Annotated[str | None, LocalPath()] = None
     """Folder of a run or an adapter whose weights to start from, trained backbone included; null starts anew."""
     max_steps: Annotated[WholeNumber, Field(ge=1, le=MOST_STEPS)] = 1000
     """Optimiser steps."""
@@ -320,9 +321,9 @@ class BackboneOptions(Section):
 class DataOptions(Section):
     """Base of a plugin's `data` section."""
 
-    train_data: str | None = None
+    train_data: Annotated[str | None, LocalPath()] = None
     """Training data, in the backbone's format; null takes the demo data, if the preset has some."""
-    eval_data: str | None = None
+    eval_data: Annotated[str | None, LocalPath()] = None
     """Held-out data in the same format; null evaluates on the training data, and says so."""
     shuffle: bool | Literal["files"] = True
     """Read windows in a random order, anew each epoch; files: files in a random order, the windows of each in order."""

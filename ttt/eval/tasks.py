@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from ttt.config.paths import LocalPath
 from ttt.config.schema import MOST_STEPS, RunConfig
 from ttt.config.tasks import TaskOptions
 from ttt.errors import UsageError
@@ -37,7 +38,7 @@ SUBMISSION = "submission"
 class ItemOptions(TaskOptions):
     """Options of a task that consists of items."""
 
-    data: str | None = None
+    data: Annotated[str | None, LocalPath()] = None
     """Folder with the task's data; null is what the backbone brings."""
     limit: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
     """How many units of it, as pairs or stories, drawn by `seed`; null is all."""

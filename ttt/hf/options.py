@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from ttt.config import BackboneOptions, DataOptions, Misfit
+from ttt.config import BackboneOptions, DataOptions, LocalPath, Misfit
 
 MOST_TOKENS = 1 << 24
 """Tokens of a window, and of what attention sees."""
@@ -21,7 +21,7 @@ class CausalLMOptions(BackboneOptions):
     A subclass says `name: Literal["mybackbone"] = "mybackbone"`, and adds what its model needs.
     """
 
-    model: str | None = None
+    model: Annotated[str | None, LocalPath()] = None
     """Repository on the Hugging Face hub, as Qwen/Qwen3-0.6B, or folder of a model; null makes a random one."""
     gguf_file: str | None = None
     """Name of a GGUF file in it, whose weights and tokenizer are read (needs the packages gguf and accelerate)."""
@@ -39,7 +39,7 @@ class CausalLMOptions(BackboneOptions):
     """How many tokens attention sees, the newest among them; null leaves it as the model has it."""
     attention_sinks: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
     """How many tokens at the beginning it sees beside the window."""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, LocalPath(words=("bytes",))] = None
     """null is the model's own; bytes is one token for each byte, for random models; else a repository or folder."""
 
     @field_validator("config")

@@ -123,7 +123,7 @@ class Saver:
             "tokens": progress.tokens,
             "learned_parameters": self._parts.learned_parameters,
             "line": progress.line,
-            "config": self._parts.config.model_dump(mode="json"),
+            "config": self._parts.directory.stored_config.record(self._parts.config),
         }
 
     def _write(self, folder: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from ttt.check.load import load_config
 from ttt.checkpoint_folder import Checkpoint
 from ttt.config.dumping import dump_config
+from ttt.config.paths import moved_path, with_absolute_paths
 from ttt.config.schema import RunConfig, with_its_target_eps
 from ttt.dotted import dotted
 from ttt.errors import ConfigError
@@ -72,8 +73,16 @@ class StoredConfig:
         Raises:
             EnvironmentProblem: it cannot be written.
         """
-        text = dump_config(config.model_copy(update={"run_dir": str(self._run)}))
+        text = dump_config(self._to_store(config))
         write_text(self.path, f"{text}{_CHECKSUM}{_digest_of(text)}\n")
+
+    def record(self, config: RunConfig) -> dict[str, Any]:
+        """The config as a checkpoint keeps it."""
+        return self._to_store(config).model_dump(mode="json")
+
+    def _to_store(self, config: RunConfig) -> RunConfig:
+        """The config with absolute paths, so that it means the same in every folder."""
+        return with_absolute_paths(config).model_copy(update={"run_dir": os.path.abspath(self._run)})
 
     def keep_original(self) -> None:
         """Copy a config that was written by hand to `config.original.yaml`, before `write` replaces it.
@@ -135,8 +144,15 @@ class StoredConfig:
         recorded = checkpoint.state.get("config")
         if self.is_as_written() is not False or not isinstance(recorded, dict):
             return None
-        before, now = dotted(recorded), dotted(config.model_dump(mode="json"))
-        differing = [key for key in before if key in now and before[key] != now[key] and key != "run_dir"]
+        before, now = dotted(recorded), dotted(self.record(config))
+        differing = [
+            key
+            for key in before
+            if key in now
+            and before[key] != now[key]
+            and key != "run_dir"
+            and not self._moved(recorded, before[key], now[key])
+        ]
         listed = "; ".join(f"{key}: {_in_words(before[key])} then, {_in_words(now[key])} now" for key in differing)
         return f"{self.path} was changed since the run wrote it ({listed})" if differing else None
 
@@ -148,7 +164,11 @@ class StoredConfig:
         """
         recorded = self._recorded(checkpoint, backbone)
         known = dotted(recorded)  # keys that a later ttt added are missing here
-        differences = [found for found in _differences(recorded, config.model_dump(mode="json")) if found[0] in known]
+        differences = [
+            (key, before, now)
+            for key, before, now in _differences(recorded, self.record(config))
+            if key in known and not self._moved(recorded, before, now)
+        ]
         if differences:
             listed = "; ".join(
                 f"{key}: {_in_words(before)} in the run, {_in_words(now)} now" for key, before, now in differences
@@ -158,6 +178,15 @@ class StoredConfig:
                 f"{self._run}: the run to resume was started with another config ({listed}); take these back, or "
                 f"start a new run in another run_dir{changed}"
             )
+
+    def _moved(self, recorded: Mapping[str, Any], before: Any, now: Any) -> bool:
+        """Whether two values mean one place: by an older run a path was kept as written, and places move with a run."""
+        if not isinstance(before, str) or not isinstance(now, str) or not os.path.isabs(now):
+            return False
+        run = recorded.get("run_dir")
+        if not os.path.isabs(before):
+            return os.path.abspath(before) == now
+        return isinstance(run, str) and os.path.isabs(run) and moved_path(before, before=run, now=str(self._run)) == now
 
     def _recorded(self, checkpoint: Checkpoint, backbone: Backbone) -> dict[str, Any]:
         """The run's config as the checkpoint recorded it; for an older run without a record, the stored config.

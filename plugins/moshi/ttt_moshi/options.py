@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from ttt.config import BackboneOptions, DataOptions, Misfit, RunConfig, ScoreOptions
+from ttt.config import BackboneOptions, DataOptions, LocalPath, Misfit, RunConfig, ScoreOptions
 from ttt.config.sources import DATA_KEYS, DataSource, Sources, require_distinct, require_unweighted, sources_of
 from ttt.plugins import NeededFile
 from ttt_moshi.model_config import LARGEST_SIZE as LARGEST_SIZE  # the largest of sizes here, too
@@ -54,15 +54,15 @@ class MoshiOptions(BackboneOptions):
     """7b: repository on the Hugging Face hub; null is kyutai/moshiko-pytorch-bf16."""
     revision: str | None = None
     """7b: branch, tag or commit of the repository; null is its newest. A commit pins what is downloaded."""
-    moshi_path: str | None = None
+    moshi_path: Annotated[str | None, LocalPath()] = None
     """7b: local weights of the language model (.safetensors), instead of the repository's."""
-    mimi_path: str | None = None
+    mimi_path: Annotated[str | None, LocalPath()] = None
     """7b: local weights of the Mimi codec (.safetensors)."""
-    tokenizer_path: str | None = None
+    tokenizer_path: Annotated[str | None, LocalPath()] = None
     """7b: local text tokenizer (SentencePiece .model)."""
-    config_path: str | None = None
+    config_path: Annotated[str | None, LocalPath()] = None
     """7b: local config.json of the model; with the three paths above and none here, the published 7B's."""
-    lora_path: str | None = None
+    lora_path: Annotated[str | None, LocalPath()] = None
     """7b: a LoRA by moshi-finetune (lora.safetensors), merged into the weights when they are loaded, then frozen. Its
     rank is the file's; its scaling is that of the model's config.json, else of the one beside it, else 2.0."""
     random_weights: bool = False

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
-from ttt.config import BackboneOptions, DataOptions, Misfit, RunConfig
+from ttt.config import BackboneOptions, DataOptions, LocalPath, Misfit, RunConfig
 from ttt.errors import EnvironmentProblem
 from ttt.files import read_json
 from ttt_videodit.geometry import PATCH_SIZE, SEGMENT_SEC, SPATIAL_COMPRESSION, Segments
@@ -45,7 +45,7 @@ class VideoDiTOptions(BackboneOptions):
     """The backbone's name."""
     preset: Literal["5b", "demo"] = "demo"
     """CogVideoX 5B, or a tiny transformer of the same structure (random weights) that runs anywhere."""
-    pretrained: str | None = None
+    pretrained: Annotated[str | None, LocalPath()] = None
     """5b: repository on the Hugging Face hub, or a folder in diffusers' layout; null is THUDM/CogVideoX-5b."""
     revision: str | None = None
     """5b: branch, tag or commit of the repository; null is its newest. A commit pins what is downloaded."""
@@ -132,9 +132,9 @@ class VideoDiTData(DataOptions):
     """Height of the videos, pixels; null is 480 for 5b and 64 for the demo."""
     width: Annotated[int, Field(ge=16, le=MOST_PIXELS)] | None = None
     """Width of the videos, pixels; null is 720 for 5b and 64 for the demo."""
-    videos: str | None = None
+    videos: Annotated[str | None, LocalPath()] = None
     """What `ttt precompute` makes `train_data` of: lines of `{"path": "a.mp4", "captions": ["…"]}`, one each 3 s."""
-    eval_videos: str | None = None
+    eval_videos: Annotated[str | None, LocalPath()] = None
     """What it makes `eval_data` of, in the same format."""
     verify: bool = True
     """Compare each file of latents and texts with its checksum when it is first read, which reads all of it."""

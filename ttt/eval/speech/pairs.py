@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from ttt.config.paths import LocalPath
 from ttt.config.tasks import TaskOptions
 from ttt.eval.items import Item, Measured, Row
 from ttt.eval.speech.layouts import Pair, lexical_pairs, story_pairs, syntactic_pairs
@@ -103,7 +104,7 @@ class ZeroSpeechOptions(ItemOptions):
 
     split: Literal["dev", "test"] = "dev"
     """Which folder of the set."""
-    gold: str | None = None
+    gold: Annotated[str | None, LocalPath()] = None
     """The table of the pairs; null is the `gold.csv` beside the recordings."""
 
 

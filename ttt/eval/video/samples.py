@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from ttt.checksums import file_digest
+from ttt.config.paths import LocalPath
 from ttt.config.schema import MOST_STEPS
 from ttt.config.tasks import TaskOptions
 from ttt.errors import EnvironmentProblem, UsageError
@@ -46,7 +47,7 @@ _SHEET = ".png"
 class SamplesOptions(TaskOptions):
     """Options of the task."""
 
-    prompts: str | None = None
+    prompts: Annotated[str | None, LocalPath()] = None
     """A file of prompts as `ttt sample --prompts` reads it, or a folder of such files."""
     seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Length of each sample."""
