@@ -595,7 +595,7 @@ def test_every_method_is_guarded_and_nearly_every_answer_checked() -> None:
         stream = staticmethod(lambda *_, **__: 1 / 0)  # type: ignore[assignment]
 
     methods = {name for base in (Backbone, *CAPABILITIES) for name in methods_of(base)}
-    assert set(ANSWERS) | {"check_sample", "precompute", "set_gradient_checkpointing"} == methods
+    assert set(ANSWERS) | {"check_sample", "check_answer", "precompute", "set_gradient_checkpointing"} == methods
     with pytest.raises(PluginError, match="ZeroDivisionError"):
         Own().stream(None, None, pieces=[])
     assert inspect.signature(ToyBackbone.facts).parameters.keys() == {"self", "config"}
@@ -680,7 +680,7 @@ def test_what_a_caller_raises_between_pieces_is_not_the_plugins() -> None:
 
 
 def test_a_capability_is_asked_for_and_who_lacks_it_learns_who_has_it(tmp_path: Path) -> None:
-    plain, able = toy.TwoWayToy(), type("Able", (toy.MakingToy, ScoringToy), {})()
+    plain, able = toy.TwoWayToy(), type("Able", (toy.MakingToy, ScoringToy, toy.AnsweringToy), {})()
     for kind in CAPABILITIES:
         assert capability(able, kind) is able
         assert has_capability(able, kind)

@@ -552,3 +552,54 @@ def test_a_backbone_without_them_says_so_and_who_has_them(capsys: pytest.Capture
         assert told in " ".join(err.split())
         assert out == ""
     assert not Path("ours").exists()
+
+
+# --- answers ---
+
+
+@pytest.fixture
+def answering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
+    """The toy that answers recordings, in place of the one that samples."""
+    (tmp_path / "toy_plugin.py").write_text(PLUGIN.format(toy="AnsweringToy"))
+    Path("in.txt").write_text("1 2 3 4 5 6 7 8 9 10 11 12")
+    return folder
+
+
+def test_a_backbone_that_answers_is_asked_for_a_recording(answering: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A seed says the same again, closed gates are the model without TTT, and a failed answer leaves what was there."""
+    base = ("sample", "c.yaml", "--audio", "in.txt", "--set", "ttt.initial_gating_alpha=3")
+    assert main([*base, "--out", "a.txt"]) == 0
+    assert "wrote a.txt" in said(capsys)[0]
+    assert main([*base, "--out", "b.txt"]) == 0
+    assert main([*base, "--out", "closed.txt", "--gates", "closed"]) == 0
+    assert main([*base, "--out", "plain.txt", "--set", "ttt.layers=none"]) == 0
+    texts = [Path(f"{name}.txt").read_text() for name in ("a", "b", "closed", "plain")]
+    assert texts[0] == texts[1] != texts[2] == texts[3]
+    assert len(texts[0].splitlines()) == 12
+    capsys.readouterr()
+    assert main([*base, "--out", "a.txt"]) == 2
+    assert "a.txt: is already there" in said(capsys)[1]
+    assert main([*base, "--out", "a.txt", "--overwrite", "--stereo"]) != 0
+    assert Path("a.txt").read_text() == texts[0]
+    assert main([*base, "--out", "new/a.txt", "--stereo"]) != 0
+    assert not list(answering.rglob(".writing-*"))
+    assert not list(answering.rglob("new/*"))
+
+
+def test_what_is_missing_is_asked_for_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
+    """First what it is made of, then where it goes, then how long it is."""
+    told = []
+    for more in ((), ("--prompt", "a"), ("--prompt", "a", "--out", "a.txt")):
+        assert main(["sample", "c.yaml", *more]) == 2
+        told.append(said(capsys)[1])
+    assert [text.count("error:") for text in told] == [1, 1, 1]
+    assert "write what it shows: --prompt TEXT" in told[0]
+    assert "write where the sample goes: --out" in told[1]
+    assert "write how long the sample is: --seconds" in told[2]
+    assert main(["sample", "c.yaml", "--audio", "in.txt", "--out", "a.txt"]) == 2
+    assert "the backbone toy has no answering" in (error := said(capsys)[1])
+    assert "it samples from prompts: write --prompt TEXT" in error
+    assert main(["sample", "--help"]) == 0
+    helped = " ".join(said(capsys)[0].split())
+    assert "From prompts" in helped
+    assert "From a recording" in helped

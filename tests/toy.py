@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -28,6 +28,8 @@ from ttt.files import read_tensors, write_tensors, write_text
 from ttt.layer import TTTLayer
 from ttt.ops.rotary import rotary_angles
 from ttt.plugins import (
+    Answering,
+    AnswerRequest,
     Backbone,
     BackboneFacts,
     Batch,
@@ -587,3 +589,28 @@ def _read_streams(path: Path, vocabulary: int) -> list[Tensor]:
             raise EnvironmentProblem(f"{path}:{number}: tokens are whole numbers below {vocabulary}")
         streams.append(torch.tensor(tokens, dtype=torch.int64))
     return streams
+
+
+class AnsweringToy(ToyBackbone, Answering):
+    """The toy that answers a recording, which is a text of token numbers, with as many numbers."""
+
+    def plan_answer(self, config: RunConfig, request: AnswerRequest) -> Sequence[Path]:
+        return [request.out]
+
+    def prepare_answers(
+        self, model: nn.Module, config: RunConfig, *, console: Console
+    ) -> Callable[[AnswerRequest], Sequence[Path]]:
+        assert isinstance(model, ToyModel)
+
+        def answer(request: AnswerRequest) -> Sequence[Path]:
+            """Writes each number as soon as it is drawn."""
+            tokens = torch.tensor([[int(word) for word in request.audio.read_text().split()]])
+            with request.out.open("w") as file:
+                for logits in model(tokens)[0]:
+                    token = int(torch.multinomial(logits.softmax(-1), 1))
+                    print(token, f"{float(logits.sum()):.3f}", file=file, flush=True)
+                    if request.stereo:
+                        raise OSError(28, "No space left on device")
+            return [request.out]
+
+        return answer

@@ -1,24 +1,26 @@
-"""Makes samples: builds a config's model, loads what it has learned, and runs the backbone's own sampler."""
+"""Makes samples: builds a config's model, loads what it has learned, and has the backbone sample or answer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from torch import nn
 
+from ttt.adapter import gates_closed
 from ttt.adapter_file import (
     AdapterInfo,
 )
 from ttt.config.schema import RunConfig
 from ttt.errors import NonFiniteError, UsageError
-from ttt.files import require_place
+from ttt.files import replaced_file, require_place, writing
 from ttt.learned import fitting, imported_from, learned_model
-from ttt.plugins import Backbone, SampleRequest, Sampling, capability
+from ttt.plugins import Answering, AnswerRequest, Backbone, SampleRequest, Sampling, capability
 from ttt.printable import say
-from ttt.samples import SampleFolder, shared_origin
+from ttt.samples import SampleFolder, put_in_place, remove_unfinished, shared_origin, staged
 from ttt.train.passes import seed_pass
 
 
@@ -108,6 +110,65 @@ def sample_many(
             return []
         with learned_model(config, backbone, info, as_start=as_start, ways=_ways(config)) as (model, _):
             return _made(model, config, sampler, requests, missing, folder, console)
+
+
+def answer(
+    config: RunConfig,
+    backbone: Backbone,
+    requests: Sequence[AnswerRequest],
+    *,
+    adapter: str | Path | None = None,
+    console: Console | None = None,
+    verify: bool = True,
+) -> list[Path]:
+    """Answer recordings with a config's model, one after another. Each is heard from fresh fast weights on.
+
+    An answer is moved to its place when it is complete; one that is interrupted leaves nothing.
+
+    Args:
+        config: as for `sample`.
+        backbone: as for `sample`.
+        requests: the recordings. Files that are there are replaced.
+        adapter: as for `sample`.
+        console: as for `sample`.
+        verify: compare the adapter with its checksums.
+
+    Returns:
+        The files written: of each recording the sound first.
+
+    Raises:
+        UsageError: the backbone cannot answer, or cannot make such an answer.
+        AdapterMismatchError: as for `sample`.
+        EnvironmentProblem: as for `sample`; or a recording is missing or broken.
+    """
+    console = console or Console()
+    answering = capability(backbone, Answering)
+    for request in requests:
+        answering.check_answer(config, request)
+        for file in answering.plan_answer(config, request):
+            require_place(file)
+            replaced_file(file)
+    config, info = fitting(config, backbone, adapter=adapter, verify=verify)
+    written: list[Path] = []
+    with learned_model(config, backbone, info, as_start=adapter is None, ways=_ways(config)) as (model, _):
+        make = answering.prepare_answers(model, config, console=console)
+        for request in requests:
+            files = _answered(model, make, request)
+            say(console, f"wrote {', '.join(map(str, files))}")
+            written += files
+    return written
+
+
+def _answered(model: nn.Module, make: Callable[[AnswerRequest], Sequence[Path]], request: AnswerRequest) -> list[Path]:
+    folder = request.out.parent
+    with writing(request.out):
+        folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder, {request.out.stem})
+    seed_pass(request.seed, "sample", 0)
+    closed = gates_closed(model) if request.gates == "closed" else contextlib.nullcontext()
+    with staged(request.out) as place, closed:
+        files = make(replace(request, out=place))
+        return put_in_place(files, folder)
 
 
 def _made(

@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,46 @@ def _content_of(learned: AdapterInfo) -> str:
     return learned.checksum or file_digest(learned.path)
 
 
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A path of the same name in a temporary folder beside it, which is removed at the end.
+
+    What is to stay is moved by `put_in_place`. So a sample that fails, is interrupted or is killed leaves no half file
+    under its name.
+
+    Raises:
+        EnvironmentProblem: the disk is full or cannot be written.
+    """
+    staging = temporary_beside(out.with_suffix(""))
+    try:
+        with writing(staging):
+            staging.mkdir()
+        yield staging / out.name
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def put_in_place(files: Sequence[Path], folder: Path) -> list[Path]:
+    """Move files to a folder on the same disk, and let no signal come between two of them; returns where they are.
+
+    Raises:
+        EnvironmentProblem: the folder cannot be written.
+    """
+    places = [folder / file.name for file in files]
+    with writing(places[-1]), interruptible() as interrupt, interrupt.held():
+        for file, place in zip(files, places, strict=True):
+            os.replace(file, replaced_file(place))
+        sync(folder)
+    return places
+
+
+def remove_unfinished(folder: Path, stems: Collection[str]) -> None:
+    """Remove what killed processes left of samples of such names."""
+    for left in folder.glob(f"{TEMPORARY}*"):
+        if left.name[len(TEMPORARY) + 9 :] in stems:
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
 class SampleFolder:
     """A folder of samples, each with its record.
 
@@ -97,9 +137,7 @@ class SampleFolder:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         with self._locked():
-            for left in self.path.glob(f"{TEMPORARY}*"):
-                if left.name[len(TEMPORARY) + 9 :] in {request.out.stem for request in self._requests}:
-                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            remove_unfinished(self.path, {request.out.stem for request in self._requests})
             try:
                 yield
             finally:
@@ -202,14 +240,9 @@ class SampleFolder:
         Raises:
             EnvironmentProblem: the disk is full or cannot be written.
         """
-        staging = temporary_beside(request.out.with_suffix(""))
-        try:
-            with writing(staging):
-                staging.mkdir()
-            yield replace(request, out=staging / request.out.name)
-            self._move(staging, request)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with staged(request.out) as place:
+            yield replace(request, out=place)
+            self._move(place.parent, request)
 
     def _move(self, staging: Path, request: SampleRequest) -> None:
         files = [file for file in self._files[request.out] if (staging / file.name).exists()]
@@ -220,10 +253,7 @@ class SampleFolder:
             "files": {file.name: _digest(staging / file.name) for file in files},
         }
         write_json(staging / record.name, content)
-        with writing(request.out), interruptible() as interrupt, interrupt.held():
-            for file in (record, *files):
-                os.replace(staging / file.name, replaced_file(file))
-            sync(self.path)
+        put_in_place([staging / file.name for file in (record, *files)], self.path)
 
 
 def _refusal(problems: Sequence[str], folder: Path) -> UsageError:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ttt.plugins.backbone import Backbone
     from ttt.plugins.capabilities import (
         CAPABILITIES,
+        Answering,
         Capability,
         DataReading,
         DiffusionScoring,
@@ -38,12 +39,14 @@ if TYPE_CHECKING:
     from ttt.plugins.rows import StepRows, rows_of_step
     from ttt.plugins.rules import Rule, rule
     from ttt.plugins.run_config import run_config_model
-    from ttt.plugins.sampling import SamplePlan, SampleRequest
+    from ttt.plugins.sampling import AnswerRequest, SamplePlan, SampleRequest
     from ttt.plugins.scoring import ClipReader, ScoreFacts, Scores, ScoreStream, SoundReader
     from ttt.plugins.site import Site
 
 _EXPORTS = {
     "CAPABILITIES": "ttt.plugins.capabilities",
+    "AnswerRequest": "ttt.plugins.sampling",
+    "Answering": "ttt.plugins.capabilities",
     "Backbone": "ttt.plugins.backbone",
     "BackboneFacts": "ttt.plugins.facts",
     "Batch": "ttt.plugins.data",
@@ -101,6 +104,8 @@ _EXPORTS = {
 __all__ = [
     "CAPABILITIES",
     "GROUP",
+    "AnswerRequest",
+    "Answering",
     "AnyEvalTask",
     "Backbone",
     "BackboneFacts",

@@ -93,15 +93,20 @@ def _plan(backbone: Any, answer: Any) -> Any:
     return answer
 
 
-def _sampler(backbone: Any, answer: Any) -> Any:
-    if not callable(answer):
-        raise WrongAnswer(f"{_named(answer)}, not a function of a SampleRequest")
+def _maker(method: str, of: str) -> Check:
+    """The check for a function that makes files of a request."""
 
-    def make(request: Any) -> Any:
-        with asked(backbone, "what `prepare_samples` returned", answer):
-            return paths(backbone, answer(request))
+    def check(backbone: Any, answer: Any) -> Any:
+        if not callable(answer):
+            raise WrongAnswer(f"{_named(answer)}, not a function of {of}")
 
-    return make
+        def make(request: Any) -> Any:
+            with asked(backbone, f"what `{method}` returned", answer):
+                return paths(backbone, answer(request))
+
+        return make
+
+    return check
 
 
 def _mapping(values: type, what: str) -> Check:
@@ -359,7 +364,9 @@ ANSWERS: Mapping[str, Check] = {
     "is_attention": _truth,
     "read_data": _sentences,
     "sample": paths,
-    "prepare_samples": _sampler,
+    "prepare_samples": _maker("prepare_samples", "a SampleRequest"),
+    "plan_answer": paths,
+    "prepare_answers": _maker("prepare_answers", "an AnswerRequest"),
     "import_weights": paths,
     "tiny": _options,
     "tiny_like": _options,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ttt.plugins.data import Batch, WindowDataset
     from ttt.plugins.denoising import SegmentLosses, WindowSource
     from ttt.plugins.lora_site import LoraSite
-    from ttt.plugins.sampling import SamplePlan, SampleRequest
+    from ttt.plugins.sampling import AnswerRequest, SamplePlan, SampleRequest
     from ttt.plugins.scoring import ClipReader, ScoreFacts, Scores, ScoreStream
 
 
@@ -126,6 +126,46 @@ class Sampling(Capability, Generic[OptionsT, DataT]):
             ttt.errors.TTTError: weights are missing.
         """
         return lambda request: self.sample(model, request, config, console=console)
+
+
+class Answering(Capability, Generic[OptionsT, DataT]):
+    """Answering a recording with the adapted model, which listens while it speaks: `ttt sample --audio`."""
+
+    @abstractmethod
+    def plan_answer(self, config: RunConfig[OptionsT, DataT], request: AnswerRequest) -> Sequence[Path]:
+        """The files that an answer leaves, the sound first, all in the folder of `out`. Must work without torch.
+
+        Raises:
+            ttt.errors.UsageError: it cannot be written to such a file.
+        """
+
+    def check_answer(self, config: RunConfig[OptionsT, DataT], request: AnswerRequest) -> None:
+        """Refuse a request that could not be fulfilled, as far as that is known before the model is built.
+
+        Raises:
+            ttt.errors.UsageError: a number is out of its range; the message names which.
+            ttt.errors.EnvironmentProblem: the recording is missing or broken, or its answer does not fit on the disk.
+        """
+
+    @abstractmethod
+    def prepare_answers(
+        self, model: nn.Module, config: RunConfig[OptionsT, DataT], *, console: Console
+    ) -> Callable[[AnswerRequest], Sequence[Path]]:
+        """A function that answers one recording after another, each from fresh fast weights, which it then keeps.
+
+        Args:
+            model: what `build` made, injected, weights loaded, in eval mode.
+            config: resolved.
+            console: where to report.
+
+        Returns:
+            The function. It is called with each request, accepted by `check_answer`, whose `out` is in a temporary
+            folder, and returns the files that `plan_answer` named. Global generators are seeded from the request's seed
+            before each call.
+
+        Raises:
+            ttt.errors.TTTError: weights are missing.
+        """
 
 
 class Precomputing(Capability, Generic[OptionsT, DataT]):
@@ -348,6 +388,7 @@ class InWords(NamedTuple):
 
 CAPABILITIES: Mapping[type[Capability], InWords] = {
     Sampling: InWords("sample", "sampling: it cannot make anything from prompts"),
+    Answering: InWords("answer", "answering: it cannot listen to a recording and speak"),
     Precomputing: InWords("precompute", "precomputation: it reads its data as they are"),
     Indexing: InWords("index", "index: it reads no recordings"),
     DataReading: InWords("read-data", "reading of data: what it reads is known once its windows are made"),
