@@ -11,6 +11,7 @@ from ttt.config import BackboneOptions, DataOptions, RunConfig, ScoreOptions
 from ttt.config.sources import DATA_KEYS, sources_of
 from ttt.packaged import packaged_presets
 from ttt.plugins import (
+    Answering,
     Backbone,
     BackboneFacts,
     Batch,
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ttt.config.lora import Linears
-    from ttt.plugins import ClipReader, ImportedConfig, LoraSite, Scores, ScoreStream, Site
+    from ttt.plugins import AnswerRequest, ClipReader, ImportedConfig, LoraSite, Scores, ScoreStream, Site
 
 
 class MoshiBackbone(
@@ -67,6 +68,7 @@ class MoshiBackbone(
     DataReading[MoshiOptions, MoshiData],
     Streaming,
     Scoring[MoshiOptions, MoshiData],
+    Answering[MoshiOptions, MoshiData],
     LowRank[MoshiOptions],
 ):
     """Moshi: autoregressive over 12.5 frames a second of 17 streams (1 text, 8 own audio, 8 of the user)."""
@@ -291,6 +293,27 @@ class MoshiBackbone(
         from ttt_moshi.scoring import score_stream
 
         return score_stream(model, batch_size=batch_size)
+
+    def plan_answer(self, config: MoshiRun, request: AnswerRequest) -> Sequence[Path]:
+        """A WAV, and a `.json` with the text beside it."""
+        from ttt_moshi.request import plan
+
+        return plan(request)
+
+    def check_answer(self, config: MoshiRun, request: AnswerRequest) -> None:
+        """That the recording can be heard, and the answer written."""
+        _before_moshi_is_imported("cpu")
+        from ttt_moshi.answers import check
+
+        check(request, config.backbone)
+
+    def prepare_answers(
+        self, model: nn.Module, config: MoshiRun, *, console: Console
+    ) -> Callable[[AnswerRequest], Sequence[Path]]:
+        """Kyutai's `LMGen`, frame by frame."""
+        from ttt_moshi.answers import Answerer
+
+        return Answerer(model, config, console=console)
 
 
 def _recording_format(data: MoshiData) -> RecordingFormat:

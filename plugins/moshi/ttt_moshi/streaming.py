@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from moshi.models import MimiModel
 from moshi.modules.streaming import StreamingModule
 from moshi.modules.transformer import RingKVCache, StreamingMultiheadAttention
 from torch import nn
@@ -31,6 +33,25 @@ def exact_streaming(module: StreamingModule, batch_size: int, *, longest: int) -
     with module.streaming(batch_size):
         for attention in _attentions(module):
             _widen(attention, longest)
+        yield
+
+
+@contextmanager
+def codec_streaming(codec: Any, batch_size: int) -> Iterator[None]:
+    """`codec.streaming(batch_size)`, exact for one frame after another: kyutai's Mimi, or the demo's codec.
+
+    A frame of Mimi is two steps of its transformers, whose cache is then one place too short; see `exact_streaming`.
+
+    Raises:
+        UsageError: the codec is streaming already.
+    """
+    if isinstance(codec, MimiModel):
+        with exact_streaming(codec, batch_size, longest=round(codec.encoder_frame_rate / codec.frame_rate)):
+            yield
+        return
+    if codec.is_streaming:
+        raise UsageError("the codec is streaming already; leave that `streaming` context first")
+    with codec.streaming(batch_size):
         yield
 
 
