@@ -32,6 +32,8 @@ def long_window_loss(
     text_padding_weight: float,
     first_codebook_weight_multiplier: float,
     text_padding_ids: Collection[int],
+    untranscribed: Tensor | None = None,
+    untranscribed_text_weight: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`moshi_loss` of the model's own output, with the logits of some steps at a time.
 
@@ -43,6 +45,8 @@ def long_window_loss(
         text_padding_weight: as of `moshi_loss`, with the next two.
         first_codebook_weight_multiplier: >= 0.
         text_padding_ids: text tokens that are padding.
+        untranscribed: `[B,1,T]`, true in frames whose text is not known.
+        untranscribed_text_weight: multiplies what the text of those frames adds to the loss, but not the divisor.
 
     Returns:
         As `moshi_loss`.
@@ -62,9 +66,13 @@ def long_window_loss(
     audio = counts[:, 1:] * weights_of_codebooks(
         model.dep_q, first_codebook_weight_multiplier, dtype=kind, device=codes.device
     )
+    added = text
+    if untranscribed is not None:
+        late = F.pad(untranscribed, (model.delays[0], 0))[..., : codes.shape[2]]
+        added = torch.where(late, text * untranscribed_text_weight, text)
     sums = [torch.zeros((), dtype=kind, device=codes.device) for _ in range(2)]
     summed = partial(_weighted_sums, model)
-    for piece in some_steps(hidden, targets, text, audio):
+    for piece in some_steps(hidden, targets, added, audio):
         more = checkpoint(summed, *piece, use_reentrant=False, preserve_rng_state=False)
         sums = [total + part for total, part in zip(sums, more, strict=True)]
     tiny = torch.finfo(kind).tiny
