@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ttt.errors import UsageError
 from ttt.hf import limit_attention
+from ttt.hf.attention import describe_limit
 
 IDS = text(3, 14)
 TOLERANCE = 1e-6  # the eager softmax runs in float32
@@ -93,6 +94,16 @@ def test_padding_counts_for_neither_window_nor_sinks(attention: str) -> None:
             real = mask[row] == 1
             single = model(input_ids=IDS[row : row + 1, real]).logits
             assert difference(batch[row : row + 1, real], single) < 1e-5
+
+
+def test_a_limit_is_told_as_the_model_has_it() -> None:
+    model = build("llama")
+    assert describe_limit(model) == []
+    with limit_attention(model, window=5, sinks=2):
+        assert describe_limit(model) == ["attention sees the newest 5 tokens at most, and the first 2 of its text"]
+    with limit_attention(model, window=1):
+        assert describe_limit(model) == ["attention sees the newest 1 token at most"]
+    assert describe_limit(model) == []
 
 
 def test_generate_with_ttt_under_a_limit() -> None:

@@ -332,3 +332,13 @@ def test_contexts_are_told_by_their_keys() -> None:
     text = "backbone: {name: moshi, context: 0}\ndata: {duration_sec: 3601}"
     paths = [finding.path for finding in check_config("c.yaml", text=text, backbone=MOSHI).findings]
     assert paths == ["backbone.context", "data.duration_sec"]
+
+
+def test_a_saved_model_is_refused_by_one_that_sees_something_else(tmp_path: Path) -> None:
+    """Without a config: what the built model shows of its contexts is kept, and compared."""
+    made = ttt.get_ttt_model(build(**BY_LAYER), config())
+    made.save_pretrained(tmp_path)
+    with pytest.raises(AdapterMismatchError, match="non_ttt_layer_context: 6 in the file, null here"):
+        ttt.TTTModel.from_pretrained(build(), tmp_path)
+    loaded = ttt.TTTModel.from_pretrained(build(**BY_LAYER), tmp_path)
+    assert [layer.self_attn.context for layer in loaded.transformer.layers] == [6, 3, 6]

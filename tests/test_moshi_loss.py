@@ -15,7 +15,7 @@ from ttt import inject
 from ttt.config import RunConfig, TTTConfig
 from ttt.errors import PluginError
 from ttt.plugins import get_backbone
-from ttt_moshi.long_windows import _mask
+from ttt_moshi.long_windows import _mask, long_window_loss
 from ttt_moshi.loss import moshi_loss
 from ttt_moshi.options import MoshiOptions
 
@@ -249,6 +249,24 @@ def test_each_part_of_a_long_window_is_compared(adapted, long_windows, monkeypat
     long_windows()
     monkeypatch.setattr(place, saboteur)
     assert worst_of(gradients_of_loss(adapted, codes), expected) > 1e-6
+
+
+@torch.no_grad()
+def test_frames_without_a_transcript_count_for_less_in_a_long_window(adapted):
+    """What their text adds is weighted, the divisor is not: the loss is a line in the weight."""
+    codes = codes_with_holes(adapted)
+    some = torch.zeros(2, 1, 23, dtype=torch.bool)
+    some[0, :, 5:20] = True
+
+    def text_loss(frames: Tensor | None, weight: float) -> float:
+        more = {"untranscribed": frames, "untranscribed_text_weight": weight}
+        given = {name: value for name, value in settings().items() if name != "dep_q"}
+        return float(long_window_loss(adapted, codes, **given, **more)[1]["text_loss"])
+
+    plain, without = text_loss(None, 0.25), text_loss(some, 0.0)
+    assert text_loss(some, 1.0) == plain > without > 0
+    assert text_loss(some, 0.25) == pytest.approx(without + 0.25 * (plain - without), rel=1e-12)
+    assert text_loss(torch.ones_like(some), 0.25) == pytest.approx(0.25 * plain, rel=1e-12)
 
 
 def test_a_window_of_240_s_is_read_at_once_and_a_longer_one_in_pieces(monkeypatch):

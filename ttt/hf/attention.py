@@ -79,6 +79,15 @@ def attention_limit(model: nn.Module) -> tuple[int | None, int]:
     return int(window), int(sinks)
 
 
+def describe_limit(model: nn.Module) -> list[str]:
+    """The limit in a sentence; none if there is none."""
+    window, sinks = attention_limit(model)
+    if window is None:
+        return []
+    beside = f", and the first {sinks:,} of its text" * bool(sinks)
+    return [f"attention sees the newest {window:,} token{'s' * (window != 1)} at most{beside}"]
+
+
 def _implementation(model: nn.Module) -> str:
     name = getattr(_text_config(model), "_attn_implementation", None)
     if isinstance(name, str) and name.startswith(_PREFIX):

@@ -141,6 +141,12 @@ class CausalLMBackbone(
 
         return build(options, device=device, dtype=dtype)
 
+    def describe_model(self, model: nn.Module) -> Sequence[str]:
+        """What attention sees, if it is limited."""
+        from ttt.hf.attention import describe_limit
+
+        return describe_limit(model)
+
     def sites(self, model: nn.Module) -> Sequence[Site]:
         """One for each decoder layer: its output."""
         from ttt.hf.sites import causal_lm_sites
