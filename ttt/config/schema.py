@@ -16,7 +16,6 @@ from ttt.config.evaluation import EvalConfig
 from ttt.config.group_size import cost_of_groups_of_one
 from ttt.config.misfit import Misfit
 from ttt.config.section import Section
-from ttt.config.sources import DataSource
 from ttt.config.values import (
     MOST_FACTOR,
     MOST_HEADS,
@@ -322,10 +321,6 @@ class DataOptions(Section):
     """Held-out data in the same format; null evaluates on the training data, and says so."""
     shuffle: bool | Literal["files"] = True
     """Read windows in a random order, anew each epoch; files: files in a random order, the windows of each in order."""
-
-    def source(self, path: str) -> DataSource:
-        """What a text in `train_data` or `eval_data` names."""
-        return DataSource(path=path)
 
 
 OptionsT = TypeVar("OptionsT", bound=BackboneOptions)
