@@ -375,7 +375,7 @@ eval: {{max_batches: 1}}"""
     shutil.copytree(tmp_path / "whole", killed)
     (killed / "summary.json").unlink()
     for checkpoint in (killed / "checkpoints").iterdir():
-        if checkpoint.name > "step_00000005":
+        if int(checkpoint.name.removeprefix("step_")) > 5:
             shutil.rmtree(checkpoint)
     resumed, said = trained(killed, config, resume=True)
     assert "resumed after step 5 of 14" in said

@@ -18,7 +18,6 @@ from ttt.config.lora import Adapter, LoraConfig
 from ttt.config.misfit import Misfit
 from ttt.config.paths import LocalPath
 from ttt.config.section import Section
-from ttt.config.sources import DataSource
 from ttt.config.values import (
     MOST_FACTOR,
     MOST_HEADS,
@@ -327,10 +326,6 @@ class DataOptions(Section):
     """Held-out data in the same format; null evaluates on the training data, and says so."""
     shuffle: bool | Literal["files"] = True
     """Read windows in a random order, anew each epoch; files: files in a random order, the windows of each in order."""
-
-    def source(self, path: str) -> DataSource:
-        """What a text in `train_data` or `eval_data` names."""
-        return DataSource(path=path)
 
 
 OptionsT = TypeVar("OptionsT", bound=BackboneOptions)

@@ -7,10 +7,11 @@ A backbone whose data can be of several sources gives `train_data` and `eval_dat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from ttt.config.misfit import Misfit
 from ttt.config.section import Section
@@ -36,15 +37,7 @@ Sources = Annotated[tuple[SourceT, ...], Field(min_length=1, max_length=MOST_SOU
 """A list of sources in a config, as `Sources[MySource]`."""
 
 
-class NamesData(Protocol):
-    """What has these keys: the `data` section of a backbone."""
-
-    def source(self, path: str) -> DataSource:
-        """What a text in `train_data` or `eval_data` names."""
-        ...
-
-
-def sources_of(data: NamesData, key: str) -> tuple[DataSource, ...]:
+def sources_of(data: BaseModel, key: str) -> tuple[DataSource, ...]:
     """The sources that `data.train_data` or `data.eval_data` names: none if it is null, one if it is a text.
 
     Args:
@@ -54,10 +47,22 @@ def sources_of(data: NamesData, key: str) -> tuple[DataSource, ...]:
     written: Any = getattr(data, key)
     if written is None:
         return ()
-    return (data.source(written),) if isinstance(written, str) else tuple(written)
+    return (_kind_of(type(data), key)(path=written),) if isinstance(written, str) else tuple(written)
 
 
-def places_of(data: NamesData, key: str) -> dict[str, DataSource]:
+@functools.cache
+def _kind_of(section: type[BaseModel], key: str) -> type[DataSource]:
+    """The class of the sources that a key may list; the base if it is always a text."""
+    return _source_in(section.model_fields[key].annotation) or DataSource
+
+
+def _source_in(annotation: Any) -> type[DataSource] | None:
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation if issubclass(annotation, DataSource) else None
+    return next(filter(None, map(_source_in, get_args(annotation))), None)
+
+
+def places_of(data: BaseModel, key: str) -> dict[str, DataSource]:
     """The same by the key of the config that names each: `data.train_data`, or `data.train_data.0.path`."""
     sources = sources_of(data, key)
     if isinstance(getattr(data, key), str):
