@@ -442,6 +442,28 @@ def test_check_data_names_every_recording_of_every_source(capsys: pytest.Capture
     assert "held.jsonl: decoding: recording 1/1" in err
 
 
+def test_speech_without_transcripts_is_read_to_its_end_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder of sound files, and a list; their one channel is not compared with another."""
+    Path("book").mkdir()
+    for name, change in (("good", bytes), ("holed", hole), ("cut", cut(0.62))):
+        soundfile.write(f"book/{name}.flac", voices(6)[:, 0], RATE)
+        Path(f"book/{name}.flac").write_bytes(change(Path(f"book/{name}.flac").read_bytes()))
+    record("mono.flac", voices(6)[:, 0], change=hole, index="mono.jsonl")
+    for source, names in (("book", ("holed", "cut")), ("mono.jsonl", ("mono",))):
+        Path("c.yaml").write_text(
+            f"backbone: {{name: moshi}}\ndata: {{eval_data: [{{path: {source}, format: audio}}]}}\nrun_dir: r\n"
+        )
+        capsys.readouterr()
+        assert main(["check", "c.yaml", "--data"]) == 1
+        out = capsys.readouterr().out
+        assert all(f"{name}.flac: cannot be decoded: " in out for name in names)
+        assert "good.flac: " not in out
+        assert "TTT522" not in out
+        assert main(["train", "c.yaml"]) == 3
+        err = capsys.readouterr().err
+        assert all(f"{name}.flac: " in err for name in names)
+
+
 def test_check_data_reads_the_demos_data_and_not_those_of_a_broken_config(capsys: pytest.CaptureFixture[str]) -> None:
     Path("c.yaml").write_text("backbone: {name: moshi}\n")
     assert main(["check", "c.yaml", "--data"]) == 0
