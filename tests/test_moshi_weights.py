@@ -329,6 +329,7 @@ FOREIGN = {
     "has the key 'num_layer', which kyutai's LMModel does not take": config_json(num_layer=3),
     "its norm is 'batch_norm', not 'layer_norm', ": config_json(norm="batch_norm"),
     "its dim is -8, not greater than or equal to 2": config_json(dim=-8),
+    "its dim is 1000000, not less than or equal to 65536": config_json(dim=10**6),
     "its delays is 'none', not tuple": config_json(delays="none"),
     "it has 3 delays for 1 + n_q = 17 streams": config_json(delays=[0, 0, 1]),
     "its width of 33 does not divide into 2 heads": config_json(dim=33),

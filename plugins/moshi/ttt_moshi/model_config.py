@@ -22,6 +22,8 @@ WAY_OUT: Final = "write the path of a Moshi model's config.json"
 LARGEST_SIZE: Final = 1 << 20
 """The largest size that a config.json is believed."""
 
+_WIDEST, _DEEPEST = 1 << 16, 1 << 10  # width and layers: more than any model has
+
 _Size: TypeAlias = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
 _Number: TypeAlias = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1e9)]
 _Count: TypeAlias = Annotated[int, Field(ge=0, le=1024)]
@@ -36,12 +38,13 @@ _Betas: TypeAlias = tuple[float, float]
 class ModelConfig(BaseModel):
     """What a config.json says, with kyutai's defaults for what it leaves out."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    # The schema of so many keys takes time to build, which a check of a config without a config.json need not spend.
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True)
 
     # --- LMModel ---
-    dim: Annotated[int, Field(ge=2, le=LARGEST_SIZE)]
-    num_heads: _Size
-    num_layers: Annotated[int, Field(ge=1, le=4096)]
+    dim: Annotated[int, Field(ge=2, le=_WIDEST)]
+    num_heads: Annotated[int, Field(ge=1, le=_WIDEST)]
+    num_layers: Annotated[int, Field(ge=1, le=_DEEPEST)]
     n_q: _Count = 8
     dep_q: _Count = 8
     card: _Size = 1024
@@ -79,9 +82,9 @@ class ModelConfig(BaseModel):
     weights_per_step_schedule: list[_Count] | None = None
 
     # --- its depth transformer ---
-    depformer_dim: _Size = 256
+    depformer_dim: Annotated[int, Field(ge=1, le=_WIDEST)] = 256
     depformer_num_heads: _Size | None = None
-    depformer_num_layers: Annotated[int, Field(ge=1, le=4096)] | None = None
+    depformer_num_layers: Annotated[int, Field(ge=1, le=_DEEPEST)] | None = None
     depformer_dim_feedforward: _Size | list[_Size] | None = None
     depformer_multi_linear: bool = False
     depformer_weights_per_step: bool = False
@@ -119,7 +122,7 @@ class ModelConfig(BaseModel):
         return max(self.dep_q, self.n_q - self.dep_q)
 
 
-PUBLISHED: Final = ModelConfig(
+PUBLISHED: Final = ModelConfig.model_construct(
     dim=4096,
     num_heads=32,
     num_layers=32,
