@@ -58,7 +58,6 @@ UNDRAWN = {
     "test_facade_hub.py",
     "test_hooks.py",
     "test_laws.py",
-    "test_moshi_import.py",
     "test_printable.py",
     "test_saboteurs.py",
     "test_transformers_laws.py",
