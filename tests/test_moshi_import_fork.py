@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import import_configs
 import pytest
 import yaml
 
-from ttt.check import check_config
+from ttt.check import check_config, load_config
 from ttt.check.importing import write_imported
 from ttt.config.source import parse_source
 from ttt.errors import UsageError
@@ -413,3 +414,37 @@ def test_what_is_nobodys_part_is_left_to_others(text: str) -> None:
     assert import_config(text, file="old.yaml") is None
     with pytest.raises(UsageError):
         import_config("ttt: {enable: true}\n", file="old.yaml")
+
+
+# --- a folder of configs ---
+
+
+def test_a_folder_of_configs_is_a_table_with_every_key_accounted_for(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "whole.yaml").write_text(FORK)
+    (tmp_path / "frozen.yaml").write_text(_with({**NO_LORA, ON: OFF}))
+    (tmp_path / "odd.yaml").write_text("lora: {enable: true}\ncolour: red\n")
+    (tmp_path / "part.yaml").write_text("ttt: {enable: true}\n")
+    (tmp_path / "twice.yaml").write_text("lora: {}\nlora: {}\n")
+    rows = {file.name: import_configs.read(file, tmp_path) for file in sorted(tmp_path.rglob("*.yaml"))}
+    whole = rows["whole.yaml"]
+    assert (whole.mapped + whole.explained, whole.unknown) == (len(_leaves(yaml.safe_load(FORK))), [])
+    assert (rows["frozen.yaml"].told, rows["odd.yaml"].unknown) == ("1 TTT702", ["colour"])
+    assert rows["part.yaml"].told.startswith("is a part of a config")
+    assert rows["twice.yaml"].told.startswith("not read: `lora` is written twice")
+    page = "\n".join(import_configs.table(list(rows.values())))
+    assert f"| sub/whole.yaml | {whole.mapped + whole.explained} | {whole.mapped} | {whole.explained} | 0 |  |" in page
+    assert "| **3 of 5** |" in page
+    assert [row.file for row in import_configs.chosen(list(rows.values()), 10)] == ["sub/whole.yaml"]
+
+
+def test_a_config_on_the_demo_is_one_that_can_be_run(tmp_path: Path) -> None:
+    text = _with({"/far/dialogues.jsonl": "/far/librilight.jsonl"})
+    (tmp_path / "whole.yaml").write_text(text)
+    row = import_configs.read(tmp_path / "whole.yaml", tmp_path)
+    new, overrides = import_configs.on_the_demo(row, steps=3, run_dir=tmp_path / "run")
+    config = load_config("new.yaml", text=new, overrides=overrides).config
+    assert (config.train.max_steps, config.ttt.layers, config.adapter) == (3, (1, 2, 3), "ttt+lora")
+    assert config.data.train_data[0].format == "audio"
+    assert import_configs.demo_layers("28,31") == [0, 3]
+    assert import_configs.demo_layers("middle") == "middle"
