@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from ttt.check.rules.rule import Context
 from ttt.check.validation import Validated, validate
 from ttt.checkpoint_folder import CHECKPOINTS
 from ttt.config.findings import Code, Finding, Place, Severity, blames_environment, has_errors, summary
-from ttt.config.paths import moved_along
+from ttt.config.paths import moved_along, noted_folder
 from ttt.config.places import KeyPath
 from ttt.config.schema import RunConfig, with_its_target_eps
 from ttt.config.source import Source, parse_source
@@ -396,11 +395,14 @@ class _Check:
 
 def _found_again(config: RunConfig, file: Path) -> RunConfig:
     """A run's config with the paths that are where they were beside the run's folder, if that was moved with them."""
-    before, folder = config.run_dir, file.parent
-    of_a_run = file.name == "config.yaml" and (folder / CHECKPOINTS).is_dir()
-    if not of_a_run or before is None or not os.path.isabs(before):
+    folder = file.parent
+    if file.name != "config.yaml" or not (folder / CHECKPOINTS).is_dir():
         return config
-    return moved_along(config, before=before, now=str(folder))
+    try:
+        before = noted_folder(file.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return config
+    return config if before is None else moved_along(config, before=before, now=str(folder))
 
 
 def _decides_facts(path: KeyPath, config: RunConfig) -> bool:

@@ -6,6 +6,7 @@ other folders, so it is written with absolute paths.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+_NOTE = "# it is in this folder, from which files that move along with it are found: "
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,28 @@ def moved_along(section: ModelT, *, before: str, now: str) -> ModelT:
 def moved_path(path: str, *, before: str, now: str) -> str:
     """Where a path is, absolute, if it has moved along with a folder."""
     return os.path.normpath(os.path.join(os.path.abspath(now), os.path.relpath(path, before)))
+
+
+def folder_note(folder: str | os.PathLike[str]) -> str:
+    """The line of a stored config that says where it is, so that it shows later whether its folder was moved."""
+    return f"{_NOTE}{json.dumps(os.path.abspath(folder))}\n"
+
+
+def noted_folder(text: str) -> str | None:
+    """The folder of a stored config's note; None if it has none."""
+    for line in text.splitlines():
+        if line.startswith(_NOTE):
+            try:
+                folder = json.loads(line.removeprefix(_NOTE))
+            except ValueError:  # somebody wrote into it
+                return None
+            return folder if isinstance(folder, str) and os.path.isabs(folder) else None
+    return None
+
+
+def without_note(text: str) -> str:
+    """The text of a stored config without its note."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith(_NOTE))
 
 
 def _changed(section: ModelT, change: Callable[[str], str], *, is_source: bool = False) -> ModelT:

@@ -18,7 +18,7 @@ from typing import Any
 from ttt.check.load import load_config
 from ttt.checkpoint_folder import Checkpoint
 from ttt.config.dumping import dump_config
-from ttt.config.paths import moved_path, with_absolute_paths
+from ttt.config.paths import folder_note, moved_path, noted_folder, with_absolute_paths, without_note
 from ttt.config.schema import RunConfig, with_its_target_eps
 from ttt.dotted import dotted
 from ttt.errors import ConfigError
@@ -73,7 +73,7 @@ class StoredConfig:
         Raises:
             EnvironmentProblem: it cannot be written.
         """
-        text = dump_config(self._to_store(config))
+        text = dump_config(self._to_store(config)) + folder_note(self._run)
         write_text(self.path, f"{text}{_CHECKSUM}{_digest_of(text)}\n")
 
     def record(self, config: RunConfig) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class StoredConfig:
 
     def _to_store(self, config: RunConfig) -> RunConfig:
         """The config with absolute paths, so that it means the same in every folder."""
-        return with_absolute_paths(config).model_copy(update={"run_dir": os.path.abspath(self._run)})
+        return with_absolute_paths(config).model_copy(update={"run_dir": str(self._run)})
 
     def keep_original(self) -> None:
         """Copy a config that was written by hand to `config.original.yaml`, before `write` replaces it.
@@ -103,7 +103,7 @@ class StoredConfig:
         with writing(self._run):
             if self.path.is_file():
                 content, found, rest = _text(self.path).rpartition(_CHECKSUM)
-                if _COMMENT.search(content if found else rest):
+                if _COMMENT.search(without_note(content) if found else rest):
                     self._put_aside()
 
     def _put_aside(self) -> None:
@@ -148,10 +148,7 @@ class StoredConfig:
         differing = [
             key
             for key in before
-            if key in now
-            and before[key] != now[key]
-            and key != "run_dir"
-            and not self._moved(recorded, before[key], now[key])
+            if key in now and before[key] != now[key] and key != "run_dir" and not self._moved(before[key], now[key])
         ]
         listed = "; ".join(f"{key}: {_in_words(before[key])} then, {_in_words(now[key])} now" for key in differing)
         return f"{self.path} was changed since the run wrote it ({listed})" if differing else None
@@ -167,7 +164,7 @@ class StoredConfig:
         differences = [
             (key, before, now)
             for key, before, now in _differences(recorded, self.record(config))
-            if key in known and not self._moved(recorded, before, now)
+            if key in known and not self._moved(before, now)
         ]
         if differences:
             listed = "; ".join(
@@ -179,14 +176,14 @@ class StoredConfig:
                 f"start a new run in another run_dir{changed}"
             )
 
-    def _moved(self, recorded: Mapping[str, Any], before: Any, now: Any) -> bool:
+    def _moved(self, before: Any, now: Any) -> bool:
         """Whether two values mean one place: by an older run a path was kept as written, and places move with a run."""
         if not isinstance(before, str) or not isinstance(now, str) or not os.path.isabs(now):
             return False
-        run = recorded.get("run_dir")
         if not os.path.isabs(before):
             return os.path.abspath(before) == now
-        return isinstance(run, str) and os.path.isabs(run) and moved_path(before, before=run, now=str(self._run)) == now
+        folder = noted_folder(_text(self.path)) if self.path.is_file() else None
+        return folder is not None and moved_path(before, before=folder, now=str(self._run)) == now
 
     def _recorded(self, checkpoint: Checkpoint, backbone: Backbone) -> dict[str, Any]:
         """The run's config as the checkpoint recorded it; for an older run without a record, the stored config.
