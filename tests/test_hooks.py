@@ -860,11 +860,7 @@ def test_every_kind_of_plugin_is_listed_working_or_broken(folder: Path, capsys: 
             out,
             re.MULTILINE,
         )
-<<<<<<< ours
-    assert re.search(r"^moshi .*  backbone \(can index, stream, score\), import of configs$", out, re.MULTILINE)
-=======
-    assert re.search(r"^moshi .*  backbone \(can answer, stream, score\), import of configs$", out, re.MULTILINE)
->>>>>>> theirs
+    assert re.search(r"^moshi .*  backbone \(can index, read-data, answer, stream, score, lora\), import of configs$", out, re.MULTILINE)
     wrong = (
         (RULES, WRONG_RULES["raises"][0]),
         (LOGGERS, WRONG_LOGGERS["misspelt"][0]),
