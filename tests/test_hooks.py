@@ -860,7 +860,11 @@ def test_every_kind_of_plugin_is_listed_working_or_broken(folder: Path, capsys: 
             out,
             re.MULTILINE,
         )
-    assert re.search(r"^moshi .*  backbone \(can index, read-data, answer, stream, score, lora\), import of configs$", out, re.MULTILINE)
+    assert re.search(
+        r"^moshi .*  backbone \(can answer, index, read-data, stream, score, lora\), import of configs$",
+        out,
+        re.MULTILINE,
+    )
     wrong = (
         (RULES, WRONG_RULES["raises"][0]),
         (LOGGERS, WRONG_LOGGERS["misspelt"][0]),
