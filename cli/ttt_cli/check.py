@@ -67,7 +67,7 @@ def check(
         typer.Option(
             "--data",
             help="Also read all data wholly, as a run would: each recording is decoded, each window made. It takes "
-            "about 2 s for an hour of sound. Without it only lists, and what is beside them, are looked at.",
+            "some seconds for an hour of sound. Without it lists, headers and transcripts are looked at.",
         ),
     ] = False,
     explain: Annotated[

@@ -35,7 +35,7 @@ _SAME: Final = 1e-4  # of the energy of both channels: −40 dB, which an encode
 _LOUDER: Final = 100.0  # 20 dB, as between a voice and what a microphone picks up of the other
 _MOST_WHOLE_SEC: Final = 5 * 3600.0
 """Seconds of compressed sound that are decoded before a run starts: it takes about 2 s an hour."""
-_MOST_IN_PART: Final = 200
+_MOST_IN_PART: Final = 50
 """Recordings that are heard in part before a run starts."""
 _SPANS: Final = 6
 _SPAN_SEC: Final = 2.0
