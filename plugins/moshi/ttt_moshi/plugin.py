@@ -22,7 +22,7 @@ from ttt.plugins import (
     hookimpl,
 )
 from ttt_moshi.context_rules import RULES
-from ttt_moshi.contexts import identifying, layers_contexts, widest
+from ttt_moshi.contexts import attention_span, identifying
 from ttt_moshi.interleave import frames_in
 from ttt_moshi.memory import memory_facts
 from ttt_moshi.options import (
@@ -190,7 +190,7 @@ class MoshiBackbone(Backbone[MoshiOptions, MoshiData], Streaming, Scoring[MoshiO
             },
             chosen=_score_options(config).streams,
             positions_per_second=FRAME_RATE,
-            attention_span=widest(layers_contexts(config)),
+            attention_span=attention_span(config),
             padding=NOTHING,
             piece=PIECE,
         )
