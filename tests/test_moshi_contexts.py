@@ -256,6 +256,16 @@ def test_a_model_built_elsewhere_says_what_its_attention_sees(tmp_path: Path) ->
     ttt.load_adapter(tmp_path, model, sites=MOSHI.sites(model))
 
 
+def test_a_context_set_by_hand_stays_and_is_known() -> None:
+    """As by kyutai's `set_attention_context`: TTT changes nothing about it, and files say it."""
+    model = build()
+    for layer in model.transformer.layers:
+        layer.self_attn.context = 5
+    inject.apply(model, MOSHI.sites(model), config()).eject()
+    assert MOSHI.describe_model(model) == ("attention sees 5 frames (0.4 s) in every layer",)
+    assert MOSHI.sites(model)[0].known_options["context"] == 5
+
+
 def test_a_run_announces_what_was_measured_and_its_adapter_keeps_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

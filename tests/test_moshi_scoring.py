@@ -190,7 +190,7 @@ def test_logits_are_made_of_some_frames_at_a_time(monkeypatch):
     model, made = adapted(), []
     codes = codes_of(model, batch_size=3, tokens=20)
     whole = MOSHI.score(model, codes)
-    monkeypatch.setattr(scoring, "_ROWS", 16)
+    monkeypatch.setattr("ttt_moshi.heads.HEAD_ROWS", 16)
     handle = model.text_linear.register_forward_hook(lambda module, args, out: made.append(out.shape[:2].numel()))
     assert_same(MOSHI.score(model, codes), whole)
     handle.remove()

@@ -37,6 +37,11 @@ class LayerContexts:
     without: int | None
     """In the others."""
 
+    @property
+    def differ(self) -> bool:
+        """Whether it matters which layers have TTT."""
+        return self.with_ttt != self.without
+
 
 # --- of a config ---
 
@@ -81,6 +86,13 @@ def layers_contexts(config: MoshiRun) -> list[int | None]:
     return [wanted.with_ttt if layer in chosen else wanted.without for layer in range(count)]
 
 
+def attention_span(config: MoshiRun) -> int | None:
+    """The most that a layer's attention sees, None if all."""
+    options = config.backbone
+    wanted = wanted_contexts(options, context_and_codebooks(options)[0])
+    return widest(layers_contexts(config)) if wanted.differ else wanted.without
+
+
 def widest(contexts: Sequence[int | None]) -> int | None:
     """The most that a layer sees, None if one sees all."""
     known = [context for context in contexts if context is not None]
@@ -103,9 +115,9 @@ def set_contexts(model: LMModel, options: MoshiOptions) -> LMModel:
 
 
 def give_ttt_context(model: LMModel, layer: StreamingTransformerLayer) -> None:
-    """Give a layer the context of layers with TTT, if the model was built with contexts."""
+    """Give a layer the context of layers with TTT, if that is another one; else it keeps what it has, by hand too."""
     wanted: LayerContexts | None = getattr(model, _KEY, None)
-    if wanted is not None:
+    if wanted is not None and wanted.differ:
         layer.self_attn.context = wanted.with_ttt
 
 
@@ -121,11 +133,14 @@ def take_back_context(adapter: nn.Module | None, layer: StreamingTransformerLaye
 
 
 def known_contexts(model: LMModel) -> dict[str, int | None]:
-    """The three keys as far as they can be read off a model; of one that was built elsewhere, what its layers see."""
+    """The three keys as far as they can be read off a model.
+
+    Of one that was built elsewhere, or whose contexts were set by hand, they are the most that a layer sees.
+    """
     wanted: LayerContexts | None = getattr(model, _KEY, None)
-    if wanted is None:
-        seen = widest([layer.self_attn.context for layer in model.transformer.layers])
-        wanted = LayerContexts(seen, seen)
+    each = [layer.self_attn.context for layer in model.transformer.layers]
+    if wanted is None or not {wanted.with_ttt, wanted.without}.issuperset(each):
+        wanted = LayerContexts(widest(each), widest(each))
     return _as_options(wanted, model.context)
 
 

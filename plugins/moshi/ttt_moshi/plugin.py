@@ -28,7 +28,7 @@ from ttt.plugins import (
     hookimpl,
 )
 from ttt_moshi.context_rules import RULES as CONTEXT_RULES
-from ttt_moshi.contexts import identifying, layers_contexts, widest
+from ttt_moshi.contexts import attention_span, identifying
 from ttt_moshi.data_rules import RULES as DATA_RULES
 from ttt_moshi.interleave import frames_in
 from ttt_moshi.memory import memory_facts
@@ -265,7 +265,7 @@ class MoshiBackbone(
             },
             chosen=_score_options(config).streams,
             positions_per_second=FRAME_RATE,
-            attention_span=widest(layers_contexts(config)),
+            attention_span=attention_span(config),
             padding=NOTHING,
             piece=PIECE,
         )
