@@ -85,7 +85,9 @@ class Expected:
 def expected(problem: Problem, model: type[BaseModel]) -> Expected:
     """What a key accepts, if pydantic reports that its value does not fit."""
     if problem.members:
-        return _any_of([expected(member, model) for member in problem.members])
+        members = [expected(member, model) for member in problem.members]
+        says_yes_or_no = isinstance(problem.value, str) and problem.value.casefold() in _YES
+        return next((each for each in members if says_yes_or_no and Kind.BOOL in each.kinds), _any_of(members))
     kind, context = problem.kind, problem.context
     choices = tuple(map(plain, choices_at(model, problem.path))) if kind in ("literal_error", "enum") else ()
     if choices:
