@@ -37,7 +37,6 @@ from ttt.train.metrics import read_metrics
 ARMS = {
     "TTT": ["adapter=ttt"],
     "LoRA in attention": ["adapter=lora", "lora.rank=match", "lora.linears=attention"],
-    "LoRA in the transformer": ["adapter=lora", "lora.rank=match", "lora.linears=transformer"],
     "LoRA in all linears": ["adapter=lora", "lora.rank=match", "lora.linears=all"],
     "TTT + LoRA in attention": ["adapter=ttt+lora", "lora.rank=match", "lora.linears=attention"],
 }
@@ -129,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="a config; without it, the demo of Moshi")
     parser.add_argument("--rates", default="1e-3,3e-3,1e-2")
+    parser.add_argument("--arms", default=",".join(ARMS), help="which, by commas")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--set", action="append", default=[], dest="settings", help="section.key=value, for every run")
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs: list[Run] = []
     with tempfile.TemporaryDirectory() as temporary:
         work = asked.work or Path(temporary)
-        for arm in ARMS:
+        for arm in asked.arms.split(","):
             found = [_told(made(arm, rate, 0, base, asked.config, work)) for rate in rates]
             tried += found
             best = min(found, key=lambda run: run.training_loss)

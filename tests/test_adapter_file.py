@@ -382,9 +382,9 @@ def rewrite_settings(folder, change):
 
 def test_a_newer_format_is_refused_with_what_to_install(saved):
     folder, _ = saved
-    rewrite_settings(folder, lambda settings: settings.update(version=4, ttt_version="9.1"))
+    rewrite_settings(folder, lambda settings: settings.update(version=5, ttt_version="9.1"))
     with pytest.raises(
-        AdapterFileError, match=r"adapter format 4, .* reads up to 3; install ttt-adapters 9\.1 or newer"
+        AdapterFileError, match=r"adapter format 5, .* reads up to 4; install ttt-adapters 9\.1 or newer"
     ):
         read_info(folder)
 
