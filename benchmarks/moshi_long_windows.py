@@ -160,6 +160,11 @@ def main() -> None:
             f"{show_bytes(one['process_growth_bytes'])}; loss {one['losses'][0]:.3f} to {one['losses'][-1]:.3f}",
             flush=True,
         )
+        if arguments.only is None and arguments.seconds == 600:
+            _keep(found, arguments)
+
+
+def _keep(found: dict[str, Any], arguments: argparse.Namespace) -> None:
     results = {
         "machine": {"cpu": platform.processor() or platform.machine(), "threads": arguments.threads},
         "torch": torch.__version__,
@@ -167,9 +172,7 @@ def main() -> None:
         "variants": found,
     }
     file = Path(__file__).parent / "results" / "moshi_long_windows.json"
-    if arguments.only is None and arguments.seconds == 600:
-        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(f"results: {file}")
+    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
