@@ -20,7 +20,7 @@ from toy import Attention, Block, MakingToy, ToyBackbone, ToyModel, ToyOptions
 
 from ttt import inject
 from ttt.adapter import gates_closed
-from ttt.adapter_file import MODEL, load_adapter, read_info, save_adapter
+from ttt.adapter_file import MODEL, backbone_identity, load_adapter, read_info, save_adapter
 from ttt.check import check_config
 from ttt.check.estimate import estimate
 from ttt.config import RunConfig
@@ -483,6 +483,36 @@ def test_an_adapter_of_lora_loads_into_a_plain_model_and_not_into_another(tmp_pa
     other, injection = build(config(adapter="ttt+lora", lora={"linears": "attention"}), TOY, CPU)
     with pytest.raises(AdapterMismatchError, match=r'lora\.linears: "all" in the file, "attention" here'):
         load_adapter(tmp_path / "run", other, injection=injection)
+
+
+def test_a_file_of_lora_alone_gives_the_layers_of_ttt_their_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded as the README does it, without the config that names the layers; a file that does not say so is told."""
+    options = MOSHI.tiny().model_copy(update={"context": 7, "ttt_layer_context": 3})
+    config = run_config_model(MOSHI).model_validate(
+        {"backbone": options.model_dump(), "adapter": "lora", "lora": {"rank": 2}, "ttt": {"layers": [1]}}
+    )
+    _, injection = build(config, MOSHI, CPU)
+    identity = backbone_identity(MOSHI, options)
+
+    def contexts(model: Any) -> list[int]:
+        return [layer.self_attn.context for layer in model.transformer.layers]
+
+    def loaded(path: Path) -> Any:
+        model = MOSHI.build(options, device="cpu", dtype=torch.float32)
+        load_adapter(path, model, sites=MOSHI.sites(model), lora_sites=MOSHI.lora_sites)
+        return model
+
+    path = save_adapter(tmp_path / "a", injection, backbone=identity)
+    assert contexts(loaded(path)) == contexts(injection.model) == [7, 3, 7]
+    load_adapter(path, injection.model, injection=injection)
+    monkeypatch.setattr(injection, "prepared", (0,))
+    with pytest.raises(AdapterMismatchError, match=r"as those with TTT: 1 in the file, 0 here"):
+        load_adapter(path, injection.model, injection=injection)
+    monkeypatch.setattr(injection, "prepared", ())
+    without = save_adapter(tmp_path / "b", injection, backbone=identity)
+    assert contexts(loaded(without)) != contexts(injection.model)  # what the key is for
 
 
 def test_a_run_starts_from_a_run_of_lora(tmp_path: Path) -> None:

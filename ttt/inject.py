@@ -47,6 +47,8 @@ class Injection:
         """The `ttt` section."""
         self.sites = plan.sites
         """The sites that have an adapter, in order of layers."""
+        self.prepared: tuple[int, ...] = ()
+        """The layers that `prepare` changed, if they have no adapter, beside LoRA alone."""
         self.lora = lora
         """LoRA beside the adapters, or alone; None if there is none."""
         self._originals = tuple(originals)
@@ -246,14 +248,16 @@ def apply(
     return Injection(model, planned, originals, added)
 
 
-def prepare(sites: Sequence[Site], config: TTTConfig, *, causal: bool = True) -> None:
+def prepare(sites: Sequence[Site], config: TTTConfig, *, causal: bool = True) -> tuple[int, ...]:
     """Give the plain model what layers with TTT have beside their adapters (`Site.prepare`), where the config names it.
+
+    Returns:
+        The layers that this changed.
 
     Raises:
         InjectionError: see `plan`.
     """
-    for site in plan(sites, config, causal=causal).sites:
-        site.prepare()
+    return tuple(site.layer for site in plan(sites, config, causal=causal).sites if site.prepare())
 
 
 def bare_adapter(

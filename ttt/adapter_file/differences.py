@@ -159,6 +159,14 @@ def differing(theirs: TTTConfig, ours: TTTConfig, free: frozenset[str]) -> dict[
     return {key: value for key, value in before.items() if value != here[key] and key not in free}
 
 
+def prepared_differences(theirs: tuple[int, ...], here: tuple[int, ...]) -> list[str]:
+    """Whether other layers than those of a file with LoRA alone have what the backbone gives layers with TTT."""
+    if theirs == here:
+        return []
+    named = [", ".join(map(str, layers)) or "none" for layers in (theirs, here)]
+    return [f"layers that are as those with TTT: {named[0]} in the file, {named[1]} here (ttt.layers names them)"]
+
+
 def site_differences(theirs: Sequence[SiteInfo], ours: Sequence[SiteInfo]) -> list[str]:
     """How the adapters' sites differ."""
     layers, here = sorted(site.layer for site in theirs), sorted(site.layer for site in ours)

@@ -70,6 +70,8 @@ class AdapterInfo:
     sites: tuple[SiteInfo, ...]
     lora: LoraSettings | None
     """Of the LoRA among its tensors; None if there is none."""
+    prepared: tuple[int, ...]
+    """With LoRA alone: the layers that have what the backbone gives layers with TTT (`Site.prepare`)."""
     training: Mapping[str, Any]
     """How it was trained, as far as the writer said."""
     tensors: Mapping[str, TensorFacts]

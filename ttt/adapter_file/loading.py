@@ -14,6 +14,7 @@ from ttt.adapter_file.differences import (
     adapter_differences,
     free_settings,
     option_differences,
+    prepared_differences,
     says_of_ttt,
     setting_differences,
     shapes,
@@ -81,6 +82,7 @@ def load_adapter(
         differences += adapter_differences(info, bool(injection.sites), injection.lora_settings)
         differences += setting_differences(info.ttt, injection.config, free) if says_of_ttt(info) else []
         differences += site_differences(info.sites, site_infos(injection.sites, injection.config))
+        differences += prepared_differences(info.prepared, injection.prepared)
         _check_and_copy(info, model, injection, differences, check_weights=check_weights, as_start=as_start)
         return injection
     assert sites is not None
@@ -93,6 +95,7 @@ def load_adapter(
     except BaseException:
         made.eject()
         raise
+    made.prepared = tuple(site.layer for site in sites if site.layer in info.prepared and site.prepare())
     return made
 
 

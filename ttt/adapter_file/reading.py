@@ -105,6 +105,7 @@ def _parse(file: Path, text: str, header: Header) -> AdapterInfo:
                 for site in settings["sites"]
             ),
             lora=_lora(settings.get("lora")),
+            prepared=tuple(int(layer) for layer in settings.get("prepared", ())),
             training=dict(settings["training"]),
             tensors=header.tensors,
         )

@@ -61,6 +61,8 @@ def save_adapter(
     }
     if injection.lora is not None:
         settings["lora"] = asdict(injection.lora.settings)
+    if injection.prepared:
+        settings["prepared"] = list(injection.prepared)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if backbone_tensors:

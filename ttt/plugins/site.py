@@ -41,12 +41,16 @@ class Site:
         """Dotted path of the adapter in the model."""
         return f"{self.path}.{self.attribute}" if self.path else self.attribute
 
-    def prepare(self) -> None:
+    def prepare(self) -> bool:
         """Give `module` what the config gives a layer with TTT beside its adapter, as another span of attention.
 
         Most sites have nothing of that kind. If one has, its `attach` prepares it too, and its `detach` undoes that.
         The plain model to which an adapted one with closed gates is equal has prepared sites.
+
+        Returns:
+            Whether that changed anything. Files with LoRA alone say which layers it changed.
         """
+        return False
 
     def attach(self, adapter: nn.Module) -> None:
         """Make `module` call the adapter."""

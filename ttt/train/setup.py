@@ -103,11 +103,12 @@ def build(config: RunConfig, backbone: Backbone, device: torch.device) -> tuple[
     model = backbone.build(config.backbone, device=device, dtype=_DTYPES[config.train.param_dtype])
     sites = backbone.sites(model)
     with asked(backbone, "its sites"):  # a site may bring its own adapter and its own way to attach it
-        inject.prepare(sites, config.ttt, causal=backbone.causal)
+        prepared = inject.prepare(sites, config.ttt, causal=backbone.causal)
         lora = lora_plan(config, backbone, model, sites)
         injection = inject.apply(
             model, sites, config.injected, causal=backbone.causal, seed=config.train.seed, lora=lora
         )
+        injection.prepared = () if injection.sites else prepared
     if config.ttt.persistent_states and not all(
         isinstance(adapter, TTTAdapter) for adapter in injection.adapters.values()
     ):

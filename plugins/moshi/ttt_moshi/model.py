@@ -151,11 +151,13 @@ class MoshiSite(Site):
 
     model: LMModel | None = None
 
-    def prepare(self) -> None:
+    def prepare(self) -> bool:
         """Let the layer's attention see what it sees in layers with TTT."""
         assert self.model is not None
         self._forget_children()
+        before = self._layer.self_attn.context
         give_ttt_context(self.model, self._layer)
+        return bool(self._layer.self_attn.context != before)
 
     def attach(self, adapter: nn.Module) -> None:
         """Attach the adapter, prepare the layer, and make kyutai's streaming find the new child."""
