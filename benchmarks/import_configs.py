@@ -154,6 +154,7 @@ def on_the_demo(row: Row, *, steps: int, run_dir: Path) -> tuple[str, list[str]]
         "data.train_data": source,
         "data.eval_data": None,
         "ttt.layers": demo_layers(values.get("ttt.layers", "all")),
+        "train.batch_size": 1,  # the demo's dialogue is one file, of which carried states read one row
         "train.max_steps": steps,
         "train.ckpt_freq": 0,
         "train.log_freq": 1,
