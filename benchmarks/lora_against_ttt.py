@@ -63,7 +63,6 @@ class Run:
     held_out: float
     closed: float
     """The plain backbone on the same windows."""
-    seconds: float
 
 
 def made(arm: str, rate: float, seed: int, base: Sequence[str], config: str | None, work: Path) -> Run:
@@ -85,7 +84,6 @@ def made(arm: str, rate: float, seed: int, base: Sequence[str], config: str | No
         training_loss=statistics.fmean(line["loss"] for line in lines[-_LAST:]),
         held_out=summary["eval_loss"],
         closed=summary["eval_loss_gates_closed"],
-        seconds=summary["seconds"],
     )
 
 
@@ -98,16 +96,15 @@ def _demo() -> str:
 def table(runs: Sequence[Run]) -> str:
     """A line for each arm: parameters, the rate taken, held-out loss as mean ± standard deviation of the seeds."""
     lines = [
-        "| arm | parameters | rank | lr | held-out loss | against the plain backbone | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| arm | parameters | rank | lr | held-out loss | against the plain backbone |",
+        "|---|---|---|---|---|---|",
     ]
     for arm in dict.fromkeys(run.arm for run in runs):
         found = [run for run in runs if run.arm == arm]
         gains = [run.held_out / run.closed - 1 for run in found]
         lines.append(
             f"| {arm} | {found[0].parameters:,} | {found[0].rank or '–'} | {found[0].rate:g} | "
-            f"{_spread([run.held_out for run in found], '.3f')} | {_spread(gains, '+.1%')} | "
-            f"{statistics.fmean(run.seconds for run in found):.0f} |"
+            f"{_spread([run.held_out for run in found], '.3f')} | {_spread(gains, '+.1%')} |"
         )
     return "\n".join(lines)
 
