@@ -27,7 +27,7 @@ from ttt_moshi import demo, hearing
 from ttt_moshi.audio import UnreadableAudioError, inspect_audio, read_audio, read_wholly
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.data import SpeechWindows, load_tokenizer
-from ttt_moshi.data_rules import RULES
+from ttt_moshi.data_rules import DATA_RULES
 from ttt_moshi.interleave import Word
 from ttt_moshi.recordings import read_recordings
 from ttt_moshi.transcripts import Transcript
@@ -509,7 +509,7 @@ def test_a_run_refuses_what_the_check_names(capsys: pytest.CaptureFixture[str]) 
     assert not Path("r").exists()
 
 
-@pytest.mark.parametrize("code", [code.number for rule in RULES for code in rule.codes])
+@pytest.mark.parametrize("code", [code.number for rule in DATA_RULES for code in rule.codes])
 def test_the_codes_are_explained_by_configs_of_their_own(code: str) -> None:
     entry = MOSHI.explanations()[code]
     for name, text in entry.files.items():
