@@ -45,7 +45,8 @@ from ttt.plugins import (
 )
 from ttt.plugins.answers import ANSWERS
 from ttt.plugins.asking import TRACEBACK
-from ttt.plugins.capabilities import CAPABILITIES, kinds_of, members_of
+from ttt.plugins.capabilities import CAPABILITIES
+from ttt.plugins.capability_base import kinds_of, members_of
 from ttt.plugins.guarding import methods_of
 from ttt.sample import sample, sample_many
 from ttt.train import train

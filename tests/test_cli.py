@@ -246,7 +246,7 @@ def test_plugins_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         "capabilities": [],
         "tasks": [],
     }
-    assert found["moshi"]["capabilities"] == ["index", "stream", "score"]
+    assert found["moshi"]["capabilities"] == ["answer", "index", "read-data", "stream", "score", "lora"]
     assert found["videodit"]["capabilities"] == ["sample", "precompute", "import-weights", "score-diffusion", "reset"]
     assert not found["broken"]["works"]
     assert "ModuleNotFoundError" in found["broken"]["error"]
@@ -515,7 +515,7 @@ def test_ctrl_c_saves_prints_the_way_on_and_ends_with_130() -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "no such file"), (b"", "cut short"), (b"\x10\0\0\0\0\0\0\0{not json at all", "does not parse")],
+    [(None, "no such file"), (b"", "an empty file"), (b"\x10\0\0\0\0\0\0\0{not json at all", "does not parse")],
 )
 def test_info_of_what_is_no_adapter_ends_with_3(
     content: bytes | None, words: str, capsys: pytest.CaptureFixture[str]

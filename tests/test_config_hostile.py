@@ -540,7 +540,8 @@ def test_a_file_name_cannot_leave_the_comment_that_it_is_written_into(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = "full_finetuning: false\nmax_steps: 7\n"
+    text = "full_finetuning: false\nmax_steps: 7\ndata: {train_data: data.jsonl}\n"
+    Path("data.jsonl").write_text("")
     Path("plain.yaml").write_text(text)
     Path(name).write_text(text)
     for old, out in (("plain.yaml", "one.yaml"), (name, "other.yaml")):

@@ -41,12 +41,19 @@ def test_a_misspelt_word_gets_the_one_that_was_meant() -> None:
     for word, meant in (("sfts", "sft"), ("qkov", "qkvo"), ("al", "all"), ("ttt_attention", "ttt+attention")):
         ((code, path, message, fix),) = findings(f"train: {{trainable: {word}}}")
         assert (code, path, fix) == ("TTT103", "train.trainable", f"write `{meant}`")
-        assert "one of `ttt`, `ttt+attention`, `all`, `sft`, `qkvo`" in message
+        assert "one of `ttt`, `ttt+attention`, `ttt+ttt_layer_attention`, `all`, `sft`, `qkvo`" in message
 
 
 def test_editors_know_every_word() -> None:
     properties = json_schema([BACKBONE])["$defs"]["TrainConfig"]["properties"]
-    assert set(properties["trainable"]["enum"]) == {"ttt", "ttt+attention", "all", "sft", "qkvo"}
+    assert set(properties["trainable"]["enum"]) == {
+        "ttt",
+        "ttt+attention",
+        "ttt+ttt_layer_attention",
+        "all",
+        "sft",
+        "qkvo",
+    }
     assert properties["trainable"]["default"] == "ttt"
     assert set(properties["lr_schedule"]["enum"]) == {"cosine", "linear", "constant"}
     assert {"type": "null"} in properties["backbone_lr_schedule"]["anyOf"]

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from ttt.errors import EnvironmentProblem
+from ttt.errors import EnvironmentProblem, UnreadableError
 from ttt.files import kind_of_content, kind_of_file, read_header, read_json, read_tensors
+from ttt.foreign import foreign, foreign_page
 
 LFS = (
     b"version https://git-lfs.github.com/spec/v1\n"
@@ -43,19 +44,19 @@ def _tarred() -> bytes:
 
 
 KINDS = {
-    "a git-lfs pointer, 134 bytes; fetch the file itself (git lfs pull)": LFS,
-    "a git-annex pointer, 39 bytes; fetch the file itself (git annex get)": b"/annex/objects/SHA256E-s15--4d.safetens",
+    "a git-lfs pointer to a file of 153750422 bytes; fetch the file itself: git lfs pull": LFS,
+    "a git-annex pointer; fetch the file itself: git annex get": b"/annex/objects/SHA256E-s15--4d.safetens",
     "an empty file; was its download or copy broken off": b"",
-    "an HTML page, not the file that it links to; download": b"\n <!DOCTYPE html>\n<html>",
+    "a web page; download the file itself": b"\n <!DOCTYPE html>\n<html>",
     "an XML page, as a server sends for an error": b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
     "a pickle by torch.save; convert it to safetensors": _torch_saved(zipped=True),
     "a pickle; convert it to safetensors": pickle.dumps({"w": [1.0]}),
-    "a zip archive; unpack it": _zipped(),
-    "a tar archive; unpack it": _tarred(),
-    "compressed with gzip; unpack it (gunzip)": gzip.compress(b"{}"),
+    "a zip archive; unpack it: unzip": _zipped(),
+    "a tar archive; unpack it: tar -xf": _tarred(),
+    "compressed with gzip; unpack it: gunzip": gzip.compress(b"{}"),
     "a GGUF file of llama.cpp": b"GGUF\x03\x00\x00\x00",
-    "UTF-16 text; save it as UTF-8": '{"path": "a"}'.encode("utf-16"),
-    "a recording": b"RIFF\x24\x08\x00\x00WAVEfmt ",
+    "text in UTF-16; save it as UTF-8": '{"path": "a"}'.encode("utf-16"),
+    "a WAV file": b"RIFF\x24\x08\x00\x00WAVEfmt ",
 }
 
 
@@ -64,10 +65,36 @@ def test_weights_and_settings_that_are_something_else_are_told_what_they_are(wor
     file = tmp_path / "model.safetensors"
     file.write_bytes(KINDS[words])
     assert str(kind_of_file(file)).startswith(words)
-    for read, wanted in ((read_header, "safetensors file"), (read_tensors, "safetensors file"), (read_json, "JSON")):
+    for read, told in (
+        (read_header, f"no safetensors file, but {words}"),
+        (read_tensors, f"no safetensors file, but {words}"),
+        (read_json, f"not JSON, but {words.split(';')[0]}; "),
+    ):
         with pytest.raises(EnvironmentProblem) as refused:
             read(file)
-        assert f"{file}: {'not' if wanted == 'JSON' else 'no'} {wanted}, but {words}" in str(refused.value)
+        assert f"{file}: {told}" in str(refused.value)
+        assert not isinstance(refused.value, UnreadableError), "an older checkpoint stands in for one that is damaged"
+    assert "convert" not in str(refused.value), "of settings"
+
+
+@pytest.mark.parametrize("words", KINDS)
+def test_who_wants_text_is_told_the_same(words: str) -> None:
+    content = KINDS[words][:512]
+    if content:
+        kind = kind_of_content(content, len(content))
+        assert (foreign(content) or foreign_page(content)) == kind
+
+
+def test_a_command_has_the_files_name_as_the_shell_reads_it() -> None:
+    kind = kind_of_content(gzip.compress(b"{}"), 22, "my data.json")
+    assert kind is not None
+    assert kind.instead_of_text == "it is compressed with gzip; unpack it: gunzip 'my data.json'"
+
+
+def test_a_safetensors_file_whose_header_begins_like_a_pickle_is_none() -> None:
+    content = (640).to_bytes(8, "little") + b'{"w":'
+    assert content.startswith(b"\x80\x02")
+    assert "safetensors" in str(kind_of_content(content, 2000))
 
 
 def test_an_old_pickle_of_torch_is_one() -> None:

@@ -45,9 +45,9 @@ FOREIGN: dict[str, tuple[bytes, str]] = {
     "zstd": (b"\x28\xb5\x2f\xfd\x04\x00" + bytes(20), "it is compressed with zstd; unpack it: unzstd "),
     "zip": (zipped(LINE), "it is a zip archive; unpack it: unzip "),
     "Parquet": (b"PAR1\x15\x04" + bytes(20), "it is a Parquet table; write its rows as text"),
-    "WAV": (b"RIFF\x24\0\0\0WAVEfmt " + bytes(20), "it is a WAV file; name the list of the files instead"),
-    "FLAC": (b"fLaC\0\0\0\x22" + bytes(20), "it is a FLAC file; name the list"),
-    "MP3": (b"ID3\x04\0\0" + bytes(20), "it is an MP3 file; name the list"),
+    "WAV": (b"RIFF\x24\0\0\0WAVEfmt " + bytes(20), "it is a WAV file; name "),
+    "FLAC": (b"fLaC\0\0\0\x22" + bytes(20), "it is a FLAC file; name "),
+    "MP3": (b"ID3\x04\0\0" + bytes(20), "it is an MP3 file; name "),
     "pickle": (pickle.dumps([{"path": "a.wav"}]), "it is a pickle; "),
     "safetensors": (b"\x20\0\0\0\0\0\0\0{}" + bytes(20), "it is a safetensors file; "),
     "git-lfs": (
@@ -82,7 +82,15 @@ def test_what_is_no_text_is_named_with_its_way_out(kind: str, reader: str, tmp_p
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises((EnvironmentProblem, OSError)) as refused:
         READERS[reader](tmp_path / "a.jsonl")
-    assert told in str(getattr(refused.value, "strerror", None) or refused.value)
+    assert told.removeprefix("it is ") in str(getattr(refused.value, "strerror", None) or refused.value)
+
+
+def test_who_names_a_recording_in_place_of_a_list_is_told_to_name_the_list(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(FOREIGN["WAV"][0])
+    with pytest.raises(EnvironmentProblem, match="it is a WAV file; name the list of the files instead"):
+        list(read_jsonl(tmp_path / "a.jsonl"))
+    with pytest.raises(EnvironmentProblem, match="not JSON, but a WAV file; name another file"):
+        read_json(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("kind", LISTS)

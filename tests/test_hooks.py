@@ -762,7 +762,7 @@ def test_a_wrong_import_is_told_and_the_others_are_asked(
 ) -> None:
     source, told = WRONG_IMPORTS[wrong]
     bring(folder, CONFIG_IMPORTS, source, name="wrong")
-    Path("old.yaml").write_text("moshi_paths: {}\n")
+    Path("old.yaml").write_text("moshi_paths: {}\ndata: {train_data: data.jsonl}\n")
     load_config("c.yaml", text="backbone: {name: moshi}")  # moshi is asked last: the newest plugin is asked first
     assert main(["import-config", "old.yaml", "--out", "new.yaml"]) == 0
     note = " ".join(capsys.readouterr().err.split())

@@ -58,6 +58,7 @@ ROOMS = (
     # what knows nothing of the rest: errors, words, files, a process
     *("ttt.words", "ttt.errors", "ttt.version", "ttt.printable", "ttt.amounts", "ttt.progress", "ttt.checksums"),
     *(
+        "ttt.file_kinds",
         "ttt.foreign",
         "ttt.reading",
         "ttt.jsonl",

@@ -65,9 +65,9 @@ def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (LFS, "is a git-lfs pointer, 74 bytes; fetch the file itself (git lfs pull)"),
+        (LFS, "is a git-lfs pointer to a file of 153750422 bytes; fetch the file itself: git lfs pull"),
         (b"", "is an empty file; was its download"),
-        (b"<!DOCTYPE html><html>", "is an HTML page, not the file that it links to; download the file itself again"),
+        (b"<!DOCTYPE html><html>", "is a web page; download the file itself"),
         (b"\x80\x04\x95\x0c\x00\x00", "is a pickle; convert it to safetensors"),
     ],
 )

@@ -27,7 +27,7 @@ from ttt_moshi import demo, hearing
 from ttt_moshi.audio import UnreadableAudioError, inspect_audio, read_audio, read_wholly
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.data import SpeechWindows, load_tokenizer
-from ttt_moshi.data_rules import RULES
+from ttt_moshi.data_rules import DATA_RULES
 from ttt_moshi.interleave import Word
 from ttt_moshi.recordings import read_recordings
 from ttt_moshi.transcripts import Transcript
@@ -310,7 +310,7 @@ def test_words_that_no_window_reads_are_dropped_and_counted() -> None:
 
 def test_a_word_past_the_end_changes_no_window() -> None:
     """The windows are those of the same transcript without it."""
-    codec, tokenizer = DemoCodec.load(), load_tokenizer(demo.TOKENIZER)
+    codec, tokenizer = DemoCodec.load(), load_tokenizer(MoshiOptions())
     record("a.wav", index="a.jsonl")
     record("b.wav", index="b.jsonl", words=[*WORDS, ["late", [4.7, 5.0], "SPEAKER_MAIN"]])
     windows = [SpeechWindows(f"{x}.jsonl", codec=codec, tokenizer=tokenizer, duration_sec=3.0) for x in "ab"]
@@ -509,7 +509,7 @@ def test_a_run_refuses_what_the_check_names(capsys: pytest.CaptureFixture[str]) 
     assert not Path("r").exists()
 
 
-@pytest.mark.parametrize("code", [code.number for rule in RULES for code in rule.codes])
+@pytest.mark.parametrize("code", [code.number for rule in DATA_RULES for code in rule.codes])
 def test_the_codes_are_explained_by_configs_of_their_own(code: str) -> None:
     entry = MOSHI.explanations()[code]
     for name, text in entry.files.items():
@@ -524,4 +524,4 @@ def test_reading_data_needs_no_codec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ttt_moshi.data.load_codec", None)
     record("a.wav")
     config = check_config("c", text="backbone: {name: moshi}\ndata: {train_data: data.jsonl}\n").config
-    assert MOSHI.read_data(config, split="train", console=Console(quiet=True)) == []
+    assert MOSHI.read_data(config, split="train", console=Console(quiet=True)) == ()

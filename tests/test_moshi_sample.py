@@ -26,7 +26,7 @@ from ttt_moshi.codec import DemoCodec
 from ttt_moshi.model import DEMO_KWARGS
 from ttt_moshi.speaking import SpokenFrame, WordReader, spoken
 from ttt_moshi.streaming import codec_streaming
-from ttt_moshi.user_audio import Heard
+from ttt_moshi.user_audio import UserAudio
 from ttt_moshi.wav import WavWriter
 from ttt_moshi.weights import read_tokenizer
 
@@ -341,7 +341,7 @@ def test_an_answer_too_long_for_a_wav_is_refused_before_anything_is_built(
 def test_what_is_heard_does_not_depend_on_the_pieces_it_is_read_in(tmp_path: Path) -> None:
     """A recording of several pieces is what resampling the whole gives; silence fills the last frame."""
     path = Path(recording(tmp_path / "in.wav", 5.0, rate=8000))
-    heard = Heard(path, inspect_audio(path), "left", 16000, 64, silence_sec=0.01)
+    heard = UserAudio(path, inspect_audio(path), "left", 16000, 64, silence_sec=0.01)
     found = torch.cat(list(heard.frames()), 2)[0]
     info = inspect_audio(path)
     whole = resample(read_audio(path, info, 0, info.samples), 8000, 16000)
@@ -373,7 +373,8 @@ def test_the_readmes_lines_speak_with_a_run(work: Path, monkeypatch: pytest.Monk
     import ttt_moshi
 
     readme = Path(ttt_moshi.__file__).parent.parent / "README.md"
-    lines = readme.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    lines = readme.read_text(encoding="utf-8").split("```python\n")[1:]
+    (lines,) = [block.split("```")[0] for block in lines if "load_run(" in block]
     assert "..." not in lines
     assert len([line for line in lines.splitlines() if line.strip()]) < 15
     recording(work / "in.wav", 0.4)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ttt.amounts import show_bytes
-from ttt.foreign import ENOUGH, Foreign, foreign, foreign_list, foreign_page, not_utf8
+from ttt.foreign import ENOUGH, FileKind, foreign, foreign_list, foreign_page, not_utf8
 
 MAX_JSON = 64 << 20
 """Bytes of a JSON file: settings, a transcript, an index of shards."""
@@ -117,7 +117,7 @@ def as_text(content: bytes, path: str | Path, *, prose: bool = False) -> str:
         OSError: it is no text in UTF-8; `path` is the name in the message.
     """
     start = content[:ENOUGH]
-    _refuse_foreign(foreign(start) or (None if prose else foreign_page(start)), path)
+    _refuse_foreign(foreign(start, path) or (None if prose else foreign_page(start, path)), path)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -159,7 +159,7 @@ def read_lines(path: str | Path, *, limit: int = MAX_LINE, most: int | None = No
     left = most
     with open_file(path) as file:
         start = _read_ahead(file)
-        _refuse_foreign(foreign(start) or foreign_page(start) or foreign_list(start), path)
+        _refuse_foreign(foreign_list(start, path), path)
         number = 0
         while left is None or left > 0:
             line = file.readline(limit + 2 if left is None else min(limit + 2, left + 1))
@@ -201,9 +201,9 @@ def _read_ahead(file: BinaryIO) -> bytes:
     return start
 
 
-def _refuse_foreign(kind: Foreign | None, path: str | Path) -> None:
+def _refuse_foreign(kind: FileKind | None, path: str | Path) -> None:
     if kind is not None:
-        raise OSError(errno.EILSEQ, kind.told(path), str(path))
+        raise OSError(errno.EILSEQ, kind.instead_of_text, str(path))
 
 
 def _refuse(facts: os.stat_result, path: str | Path) -> None:

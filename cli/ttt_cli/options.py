@@ -56,3 +56,16 @@ def require_replaceable(target: Path, *, force: bool) -> None:
     replaced_file(target)
     if target.exists() and not force:
         raise UsageError(f"{target}: is already there; write another file with --out, or replace it with --force")
+
+
+def require_free(file: Path, *, overwrite: bool) -> None:
+    """Refuse to replace files without `--overwrite`, and folders always.
+
+    Raises:
+        UsageError: a file exists already, or is a folder.
+    """
+    from ttt.errors import UsageError
+
+    require_replaceable(file, force=True)
+    if file.exists() and not overwrite:
+        raise UsageError(f"{file}: is already there; name another --out, or replace it with --overwrite")

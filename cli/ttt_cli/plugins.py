@@ -58,7 +58,8 @@ def facts_of_plugin(plugin: InstalledPlugin) -> dict[str, Any]:
 
 def _abilities(plugin: InstalledPlugin) -> list[str]:
     """What a working backbone can do besides training."""
-    from ttt.plugins.capabilities import CAPABILITIES, has_capability
+    from ttt.plugins.capabilities import CAPABILITIES
+    from ttt.plugins.capability_base import has_capability
 
     backbone = plugin.backbone
     return [words.verb for kind, words in CAPABILITIES.items() if has_capability(backbone, kind)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ttt.words import first_few
 from ttt_cli.model import find_model, warn_of_changes
-from ttt_cli.options import require_replaceable
+from ttt_cli.options import require_free
 from ttt_cli.terminal import show
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ Channel = Literal["left", "right", "mean"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedAnswers:
     """What the command line asks of answers."""
 
     audio: tuple[Path, ...]
@@ -36,7 +36,47 @@ class Asked:
     top_k: int | None
     text_top_k: int | None
 
-    def requests(self) -> list[AnswerRequest]:
+    @property
+    def count(self) -> int:
+        """How many answers, each with a seed of its own."""
+        return len(self.audio)
+
+    def make(self, model: str, *, adapter: str | None, overrides: list[str], overwrite: bool, verify: bool) -> None:
+        """Answer the recordings with what a run has learned."""
+        from ttt.check import load_config
+        from ttt.plugins import Answering, capability
+
+        config_file, learned, told = find_model(Path(model), adapter, verify=verify)
+        loaded = load_config(config_file, overrides=overrides, training=False)
+        answering = capability(loaded.backbone, Answering)
+        warn_of_changes(Path(model), learned, loaded.config)
+        requests = self._requests()
+        for request in requests:
+            for file in answering.plan_answer(loaded.config, request):
+                require_free(file, overwrite=overwrite)
+        show(told)
+        if self.gates == "closed":
+            show("gates closed: the plain model, without TTT")
+        sys.stdout.flush()  # importing torch and the backbone's libraries takes seconds
+
+        from rich.console import Console
+
+        from ttt.sample import answer
+        from ttt.train.terminal import lasting
+
+        console = Console()
+        with lasting(console):
+            answer(
+                loaded.config,
+                loaded.backbone,
+                requests,
+                adapter=learned,
+                console=console,
+                # if a run's folder is named, its checkpoint is compared already
+                verify=verify and (adapter is not None or not Path(model).is_dir()),
+            )
+
+    def _requests(self) -> list[AnswerRequest]:
         """A request for each recording; several with seeds one after another."""
         from ttt.plugins import AnswerRequest
 
@@ -72,54 +112,3 @@ class Asked:
                 f"--out {path}: several recordings would be answered in {first_few(twice)}; answer them apart"
             )
         return places
-
-
-def answer_recordings(
-    model: str, asked: Asked, *, adapter: str | None, overrides: list[str], overwrite: bool, verify: bool
-) -> None:
-    """Answer recordings with what a run has learned."""
-    from ttt.check import load_config
-    from ttt.plugins import Answering, capability
-
-    config_file, learned, told = find_model(Path(model), adapter, verify=verify)
-    loaded = load_config(config_file, overrides=overrides, training=False)
-    answering = capability(loaded.backbone, Answering)
-    warn_of_changes(Path(model), learned, loaded.config)
-    requests = asked.requests()
-    for request in requests:
-        for file in answering.plan_answer(loaded.config, request):
-            _require_free(file, overwrite=overwrite)
-    show(told)
-    if asked.gates == "closed":
-        show("gates closed: the plain model, without TTT")
-    sys.stdout.flush()  # importing torch and the backbone's libraries takes seconds
-
-    from rich.console import Console
-
-    from ttt.sample import answer
-    from ttt.train.terminal import lasting
-
-    console = Console()
-    with lasting(console):
-        answer(
-            loaded.config,
-            loaded.backbone,
-            requests,
-            adapter=learned,
-            console=console,
-            # if a run's folder is named, its checkpoint is compared already
-            verify=verify and (adapter is not None or not Path(model).is_dir()),
-        )
-
-
-def _require_free(file: Path, *, overwrite: bool) -> None:
-    """Refuse to replace files without `--overwrite`, and folders always.
-
-    Raises:
-        UsageError: a file exists already, or is a folder.
-    """
-    from ttt.errors import UsageError
-
-    require_replaceable(file, force=True)
-    if file.exists() and not overwrite:
-        raise UsageError(f"{file}: is already there; name another --out, or replace it with --overwrite")

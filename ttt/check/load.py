@@ -11,17 +11,16 @@ from typing import Any
 from pydantic import BaseModel
 
 from ttt import plugins
-from ttt.check.codes import REINSTALL, TTT102, TTT103, TTT104, TTT106, TTT605, TTT801, TTT802, TTT803
+from ttt.check.codes import REINSTALL, TTT102, TTT104, TTT106, TTT605, TTT801, TTT802, TTT803
 from ttt.check.placing import in_order, placed
-from ttt.check.reading import read_source
+from ttt.check.possible import impossible_size
+from ttt.check.reading import found_again, read_source
 from ttt.check.render import render_text
 from ttt.check.rules import reliable, run_rules
 from ttt.check.rules.of_plugins import as_rule, found_by, house_rules
 from ttt.check.rules.rule import Context
 from ttt.check.validation import Validated, validate
-from ttt.checkpoint_folder import CHECKPOINTS
 from ttt.config.findings import Code, Finding, Place, Severity, blames_environment, has_errors, summary
-from ttt.config.paths import moved_along, noted_folder
 from ttt.config.places import KeyPath
 from ttt.config.schema import RunConfig, with_its_target_eps
 from ttt.config.source import Source, parse_source
@@ -35,13 +34,6 @@ from ttt.plugins.run_config import run_config_model, with_defaults
 from ttt.printable import printable
 
 _SECTIONS = tuple(name for name in RunConfig.model_fields if name not in ("adapter", "run_dir"))
-
-_MOST = {
-    **{"dim": 1 << 24, "num_heads": 1 << 20, "num_layers": 1 << 16, "layers_per_checkpoint": 1 << 20, "gates": 1 << 10},
-    **{"tokens_per_window": 1 << 50, "parameters": 1 << 60, "attention_parameters": 1 << 60},
-    **{"layer_activation_bytes": 1 << 60, "head_activation_bytes": 1 << 60},
-}
-"""The largest value that is accepted for each of a backbone's facts."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +187,7 @@ class _Check:
 
             resolve_tasks(result, self.source)
         if result.config is not None:
-            result.config = _found_again(result.config, Path(self.source.file))
+            result.config = found_again(result.config, Path(self.source.file))
         self.findings.extend(result.findings)
         as_meant = backbone is not None and not result.findings and not has_errors(self.source.findings)
         if result.config is not None:
@@ -342,18 +334,11 @@ class _Check:
         self.findings = [each for each in self.findings if each.code != TTT605.number or each.path not in blamed]
 
     def _of_a_possible_model(self, facts: BackboneFacts | None) -> BackboneFacts | None:
-        """The facts; None, with a finding, if the model is impossibly large: sums about it would not end."""
-        for name, most in _MOST.items():
-            size = getattr(facts, name, None)
-            if isinstance(size, int) and size > most:
-                self._add(
-                    TTT103,
-                    "backbone",
-                    f"these options make a model whose {name} is more than {most:,}: nothing is that large",
-                    "write smaller numbers in `backbone` and `data`, or name another model's files",
-                )
-                return None
-        return facts
+        """The facts; None, with a finding, if the model is impossibly large."""
+        found = None if facts is None else impossible_size(facts)
+        if found is not None:
+            self.findings.append(found)
+        return facts if found is None else None
 
     def _run_plugin_rules(
         self,
@@ -391,18 +376,6 @@ class _Check:
         path = error.key if error.key is not None and error.key.split(".")[0] in RunConfig.model_fields else "backbone"
         code = TTT605 if isinstance(error, EnvironmentProblem) else TTT106
         self._add(code, path, error.told, error.fix)
-
-
-def _found_again(config: RunConfig, file: Path) -> RunConfig:
-    """A run's config with the paths that are where they were beside the run's folder, if that was moved with them."""
-    folder = file.parent
-    if file.name != "config.yaml" or not (folder / CHECKPOINTS).is_dir():
-        return config
-    try:
-        before = noted_folder(file.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return config
-    return config if before is None else moved_along(config, before=before, now=str(folder))
 
 
 def _decides_facts(path: KeyPath, config: RunConfig) -> bool:

@@ -79,10 +79,9 @@ def decode(content: str | bytes, file: str) -> str:
             f"the file is larger than {MAX_BYTES >> 20} MiB",
             "name a config; they are short",
         )
-    kind = foreign(content[:ENOUGH])
+    kind = foreign(content[:ENOUGH], file)
     if kind is not None:
-        way_out = kind.way_out.replace("{file}", file)
-        raise SourceError(TTT008, Place(file, 1, 1), f"the file is {kind.words}, not a config", way_out)
+        raise SourceError(TTT008, Place(file, 1, 1), f"the file is {kind.words}, not a config", kind.way_to_text)
     content = content.removeprefix(codecs.BOM_UTF8)
     try:
         text = content.decode("utf-8")

@@ -17,7 +17,8 @@ from ttt.config.schema import RunConfig
 from ttt.errors import UsageError
 from ttt.eval.items import Item, made_by
 from ttt.plugins.backbone import Backbone
-from ttt.plugins.capabilities import Scoring, SegmentReset, has_capability
+from ttt.plugins.capabilities import Scoring, SegmentReset
+from ttt.plugins.capability_base import has_capability
 from ttt.plugins.capable import capability
 from ttt.plugins.eval_tasks import EvalContext
 from ttt.plugins.scoring import ClipReader, ScoreFacts, Scores, ScoreStream

@@ -20,7 +20,8 @@ from ttt.config.tasks import TaskOptions
 from ttt.errors import UsageError
 from ttt.eval.items import Item, Measured, Row
 from ttt.plugins.backbone import Backbone
-from ttt.plugins.capabilities import CAPABILITIES, Capability, Scoring, SegmentReset, has_capability
+from ttt.plugins.capabilities import CAPABILITIES, Scoring, SegmentReset
+from ttt.plugins.capability_base import Capability, has_capability
 from ttt.plugins.eval_tasks import AnyEvalTask
 
 if TYPE_CHECKING:

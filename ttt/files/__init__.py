@@ -5,7 +5,7 @@
     tensors.py        safetensors
     json_objects.py   JSON objects
     digests.py        files whose SHA-256 is known from elsewhere
-    kinds.py          what a file is instead, by its first bytes
+    kinds.py          what a file is instead of what was meant
 
 How files of others are read is in `ttt.reading`; what a checksum is over, in `ttt.checksums`. No torch is imported
 until tensors are read or written.
@@ -14,10 +14,11 @@ until tensors are read or written.
 from __future__ import annotations
 
 from ttt.checksums import DAMAGED
+from ttt.file_kinds import NEVER_MEANT, RECORDINGS, FileKind
 from ttt.files.atomic import TEMPORARY, sync, temporary_beside, write_bytes, write_folder, write_text, writing
 from ttt.files.digests import require_digests
 from ttt.files.json_objects import read_json, write_json
-from ttt.files.kinds import NEVER_MEANT, FileKind, kind_of_content, kind_of_file
+from ttt.files.kinds import kind_of_content, kind_of_file
 from ttt.files.places import (
     free_bytes,
     is_locked,
@@ -39,6 +40,7 @@ from ttt.files.tensors import (
 __all__ = [
     "DAMAGED",
     "NEVER_MEANT",
+    "RECORDINGS",
     "TEMPORARY",
     "FileKind",
     "Header",

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ttt import checksums
 from ttt.errors import EnvironmentProblem
-from ttt.files.kinds import NEVER_MEANT, kind_of_file
+from ttt.file_kinds import NEVER_MEANT
+from ttt.files.kinds import kind_of_file
 
 
 def require_digests(folder: Path, digests: Mapping[str, str], *, way_out: str) -> None:

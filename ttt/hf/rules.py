@@ -178,8 +178,8 @@ def _wrong_with(source: Source) -> tuple[str, str] | None:
         if file.suffix.lower() == ROWS:
             if not start.startswith(_PARQUET):
                 return f"{file} is no Parquet file", "write it anew, or give it the ending of what it is"
-        elif (kind := foreign(start[:ENOUGH])) is not None:
-            return f"{file} is {kind.words}, not a text", kind.way_out.replace("{file}", str(file))
+        elif (kind := foreign(start[:ENOUGH], file)) is not None:
+            return f"{file} is {kind.words}, not a text", kind.way_to_text
         elif (place := _not_utf8(start)) is not None:
             return f"{file} is not text in UTF-8 (byte {place:,})", "save it as text in UTF-8"
         elif not start and len(source.files) == 1:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from ttt.plugins.capabilities import (
         CAPABILITIES,
         Answering,
-        Capability,
         DataReading,
         DiffusionScoring,
         Indexing,
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
         SegmentReset,
         Streaming,
         WeightImport,
-        has_capability,
     )
+    from ttt.plugins.capability_base import Capability, has_capability
     from ttt.plugins.capable import capability
     from ttt.plugins.data import Batch, LossOutput, SourceFiles, WindowDataset
     from ttt.plugins.denoising import SegmentLosses, WindowSource
@@ -50,7 +49,7 @@ _EXPORTS = {
     "Backbone": "ttt.plugins.backbone",
     "BackboneFacts": "ttt.plugins.facts",
     "Batch": "ttt.plugins.data",
-    "Capability": "ttt.plugins.capabilities",
+    "Capability": "ttt.plugins.capability_base",
     "AnyEvalTask": "ttt.plugins.eval_tasks",
     "DataReading": "ttt.plugins.capabilities",
     "DiffusionScoring": "ttt.plugins.capabilities",
@@ -93,7 +92,7 @@ _EXPORTS = {
     "find": "ttt.plugins.discovery",
     "forget": "ttt.plugins.discovery",
     "get_backbone": "ttt.plugins.discovery",
-    "has_capability": "ttt.plugins.capabilities",
+    "has_capability": "ttt.plugins.capability_base",
     "hookimpl": "ttt.plugins.hookspecs",
     "names": "ttt.plugins.discovery",
     "rows_of_step": "ttt.plugins.rows",

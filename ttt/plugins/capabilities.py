@@ -10,17 +10,17 @@ imports no torch.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple
 
 from ttt.config.evaluation import ScoreOptions
 from ttt.config.lora import Linears
 from ttt.config.schema import DataT, OptionsT, RunConfig
 from ttt.errors import UsageError
-from ttt.plugins.guarding import guard
+from ttt.plugins.capability_base import Capability
 
 if TYPE_CHECKING:
     import torch
@@ -32,23 +32,6 @@ if TYPE_CHECKING:
     from ttt.plugins.lora_site import LoraSite
     from ttt.plugins.sampling import AnswerRequest, SamplePlan, SampleRequest
     from ttt.plugins.scoring import ClipReader, ScoreFacts, Scores, ScoreStream
-
-
-class Capability(ABC):  # noqa: B024 - each capability has abstract methods of its own
-    """Base of every capability. A capability is a direct subclass of this class."""
-
-    def __init_subclass__(cls, **more: Any) -> None:
-        super().__init_subclass__(**more)
-        for kind in kinds_of(cls):
-            guard(cls, kind)
-
-
-def kinds_of(cls: type) -> list[type[Capability]]:
-    """The capabilities that a class inherits, in the order of its bases (MRO)."""
-    return [kind for kind in cls.__mro__ if Capability in kind.__bases__]
-
-
-CapabilityT = TypeVar("CapabilityT", bound=Capability)
 
 
 class Sampling(Capability, Generic[OptionsT, DataT]):
@@ -400,13 +383,3 @@ CAPABILITIES: Mapping[type[Capability], InWords] = {
     SegmentReset: InWords("reset", "reset: its fast weights cannot start anew inside a window that is read whole"),
 }
 """The capabilities that this project asks for."""
-
-
-def members_of(kind: type[Capability]) -> list[str]:
-    """The public names that a capability brings."""
-    return [name for name in vars(kind) if not name.startswith("_")]
-
-
-def has_capability(backbone: object, kind: type[CapabilityT]) -> TypeGuard[CapabilityT]:
-    """Whether a backbone can do something."""
-    return isinstance(backbone, kind)

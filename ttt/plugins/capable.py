@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ttt.errors import UsageError
 from ttt.plugins.backbone import Backbone
-from ttt.plugins.capabilities import CAPABILITIES, Capability, CapabilityT, has_capability
+from ttt.plugins.capabilities import CAPABILITIES
+from ttt.plugins.capability_base import Capability, CapabilityT, has_capability
 from ttt.plugins.discovery import discover
 from ttt.words import first_few
 

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ValidationError
 from ttt.config.schema import BackboneOptions, DataOptions, TTTConfig
 from ttt.errors import PluginError
 from ttt.plugins.backbone import Backbone
-from ttt.plugins.capabilities import CAPABILITIES, Streaming, has_capability, kinds_of, members_of
+from ttt.plugins.capabilities import CAPABILITIES, Streaming
+from ttt.plugins.capability_base import has_capability, kinds_of, members_of
 from ttt.plugins.guarding import methods_of
 
 

@@ -11,7 +11,8 @@ from pydantic import Field, create_model
 from ttt.config.evaluation import EvalConfig, ScoreOptions
 from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
 from ttt.plugins.backbone import Backbone
-from ttt.plugins.capabilities import Scoring, has_capability
+from ttt.plugins.capabilities import Scoring
+from ttt.plugins.capability_base import has_capability
 from ttt.plugins.declared import require_options
 
 _OF_THE_INNER_MODEL = ("mlp_layers", "mlp_expansion_factor", "mlp_hidden_dims", "base_lr")

@@ -25,7 +25,7 @@ from ttt_moshi.options import MoshiOptions, MoshiRun, reads_with_the_demos
 from ttt_moshi.repetition import Minute, by_minute, loop_warning, table
 from ttt_moshi.request import text_file
 from ttt_moshi.speaking import SpokenFrame, WordReader, spoken
-from ttt_moshi.user_audio import Heard, channel_of, hear, inspect
+from ttt_moshi.user_audio import UserAudio, channel_of, hear, inspect
 from ttt_moshi.wav import MOST_BYTES, WavWriter, wav_bytes
 from ttt_moshi.weights import checkpoint_info, load_tokenizer
 
@@ -96,7 +96,7 @@ class Answerer:
         answer.tell(self._console)
         return [request.out, text]
 
-    def _heard(self, request: AnswerRequest) -> tuple[Heard, str]:
+    def _heard(self, request: AnswerRequest) -> tuple[UserAudio, str]:
         heard = hear(request.audio, self._codec, channel=request.user_channel, silence_sec=request.seconds)
         return heard, channel_of(heard.info, request.user_channel)[1]
 
@@ -105,7 +105,7 @@ class Answerer:
         asked = {name: getattr(request, key) for key, name in _ARGUMENTS.items()}
         return {**self._defaults, **{name: value for name, value in asked.items() if value is not None}}
 
-    def _written(self, request: AnswerRequest, heard: Heard, sampling: dict[str, Any]) -> _Answer:
+    def _written(self, request: AnswerRequest, heard: UserAudio, sampling: dict[str, Any]) -> _Answer:
         padding = frozenset({self._model.text_padding_token_id, self._model.end_of_text_padding_id})
         answer = _Answer(WordReader(self._tokenizer, padding, frame_rate=self._codec.frame_rate), heard)
         channels = 2 if request.stereo else 1
@@ -129,7 +129,7 @@ def _channels(frame: SpokenFrame, *, stereo: bool) -> Any:
 class _Answer:
     """What was said so far, without its sound."""
 
-    def __init__(self, reader: WordReader, heard: Heard) -> None:
+    def __init__(self, reader: WordReader, heard: UserAudio) -> None:
         self._reader = reader
         self._frame_sec = heard.frame_size / heard.sample_rate
         self._semantic: list[int] = []
@@ -172,7 +172,7 @@ class _Answer:
         )
 
 
-def _made_from(request: AnswerRequest, heard: Heard, sampling: dict[str, Any]) -> dict[str, Any]:
+def _made_from(request: AnswerRequest, heard: UserAudio, sampling: dict[str, Any]) -> dict[str, Any]:
     asked = {key: value for key, value in asdict(request).items() if key not in {"out", *_ARGUMENTS}}
     return {
         **asked,

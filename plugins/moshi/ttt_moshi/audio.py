@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttt.errors import EnvironmentProblem
 from ttt.reading import unreadable
 from ttt_moshi.containers import UnreadableAudioError
 from ttt_moshi.decoding import Decoder, open_sound
+from ttt_moshi.options import Channel
 
 __all__ = [
     "AudioInfo",
@@ -75,6 +77,29 @@ def inspect_audio(path: Path) -> AudioInfo:
     if info.samples:
         _require_end(sound, info)
     return info
+
+
+@contextlib.contextmanager
+def naming_sound(path: Path) -> Iterator[None]:
+    """A context in which an error of a sound file becomes one that names the file.
+
+    Raises:
+        EnvironmentProblem: it is missing, broken, or no sound.
+    """
+    try:
+        yield
+    except UnreadableAudioError as error:
+        raise EnvironmentProblem(f"{path}: cannot be read as sound: {error}") from None
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: cannot be read as sound: {unreadable(error)}") from None
+
+
+def one_channel(sound: Tensor, channel: Channel | None) -> Tensor:
+    """One channel of sound `[channels, S]`, or their mean, `[1, S]`; None is the left."""
+    if len(sound) == 1 or channel == "mean":
+        return sound.mean(0, keepdim=True)
+    number = 1 if channel == "right" else 0
+    return sound[number : number + 1]
 
 
 def read_audio(path: Path, info: AudioInfo, begin: int, end: int) -> Tensor:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttt.checksums import file_digest
 from ttt.errors import EnvironmentProblem
-from ttt.reading import unreadable
-from ttt_moshi.audio import AudioInfo, UnreadableAudioError, inspect_audio, read_resampled, resampled_length
+from ttt_moshi.audio import AudioInfo, inspect_audio, naming_sound, read_resampled, resampled_length
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.data import MOSHI_PADDING, Codec, load_codec, text_padding
 from ttt_moshi.encoding import piecewise
@@ -129,12 +127,12 @@ class MoshiClips:
         rate, size = self._codec.sample_rate, self._codec.frame_size
         begin, end = start * size, stop * size
         length = resampled_length(info.samples, info.sample_rate, rate)
-        with _named(path):
+        with naming_sound(path):
             sound = read_resampled(path, info, rate, begin, min(end, length))
         return F.pad(sound.mean(0), (0, max(0, end - length)))
 
     def _inspect(self, path: Path) -> AudioInfo:
-        with _named(path):
+        with naming_sound(path):
             return inspect_audio(path)
 
     def _frames(self, path: Path, info: AudioInfo) -> int:
@@ -153,26 +151,7 @@ def clip_reader(options: MoshiOptions, score: MoshiScoreOptions, *, device: torc
     """
     codec, file = load_codec(options, device)
     padding = text_padding(options).padding
-    return MoshiClips(codec, score, codec_hash=_sha256(file), device=device, padding=padding)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while piece := opened.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """A context in which an error of a sound file becomes one that names the file."""
-    try:
-        yield
-    except UnreadableAudioError as error:
-        raise EnvironmentProblem(f"{path}: cannot be read as sound: {error}") from None
-    except OSError as error:
-        raise EnvironmentProblem(f"{path}: cannot be read as sound: {unreadable(error)}") from None
+    return MoshiClips(codec, score, codec_hash=file_digest(file), device=device, padding=padding)
 
 
 # --- codecs in pieces ---

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from ttt.foreign import ENOUGH, foreign, foreign_page
+from ttt.files import RECORDINGS, kind_of_content
+from ttt.foreign import ENOUGH
 from ttt.reading import open_file
 
 _ADPCM: Final = (0x02, 0x11)
@@ -23,7 +24,6 @@ _UNKNOWN: Final = (range(1), range(0x7FFFF000, 0x80000000), range(0xFFFFFF00, 0x
 _W64: Final = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
 _M4A: Final = "M4A (AAC or ALAC)"
 _MOST_CHUNKS: Final = 1000
-_AUDIO: Final = ("a WAV", "a FLAC", "an Ogg", "an AIFF", "an MP3", "an MP4", "a Matroska", "an AVI", "an RF64")
 
 
 class UnreadableAudioError(ValueError):
@@ -53,36 +53,34 @@ def sound_kind(path: Path) -> SoundKind:
     """
     with open_file(path) as file:
         start = file.read(ENOUGH)
-    other = foreign(start) or foreign_page(start)
-    if other is not None and not other.words.startswith(_AUDIO):
-        raise UnreadableAudioError(other.told(path))
-    return _kind(start)
+    kind = kind_of_content(start, len(start), path)
+    if kind is not None and kind.name not in RECORDINGS:
+        raise UnreadableAudioError(f"it is {kind}")
+    return _UNKNOWN_KIND if kind is None else _sound_kind(kind.name, start)
 
 
-def _kind(start: bytes) -> SoundKind:
-    form = start[8:12]
-    if start[:4] == b"RIFF" and form == b"WAVE":
+def _sound_kind(name: str, start: bytes) -> SoundKind:
+    if name == "WAV file":
         return _wav_kind(start)
-    if start[:4] in (b"RF64", b"BW64"):
-        return SoundKind("RF64", lossless=True, compressed=False, by_sphn=False)
-    if start.startswith(_W64):
-        return SoundKind("Wave64", lossless=True, compressed=False, by_sphn=False)
-    if start[:4] == b"OggS":
+    if name == "Ogg file":
         return _ogg_kind(start)
-    if start[:4] == b"FORM":
-        return SoundKind(
-            "AIFF", lossless=True, compressed=False, by_sphn=form == b"AIFF" or start[12:].find(b"sowt") >= 0
-        )
-    by_start = {b"fLaC": SoundKind("FLAC", lossless=True), b"caff": SoundKind("CAF", lossless=True, compressed=False)}
-    if start[:4] in by_start:
-        return by_start[start[:4]]
-    if start[:4] == b".snd":
-        return SoundKind("Sun/NeXT audio", lossless=True, compressed=False, by_sphn=False)
-    if start[4:8] == b"ftyp":
-        return SoundKind(_M4A, by_sphn=False)
-    if start[:4] == b"\x1a\x45\xdf\xa3":
-        return SoundKind("WebM or Matroska")
-    return SoundKind("")
+    if name == "AIFF file":
+        by_sphn = start[8:12] == b"AIFF" or b"sowt" in start[12:]
+        return SoundKind("AIFF", lossless=True, compressed=False, by_sphn=by_sphn)
+    return _KINDS.get(name, _UNKNOWN_KIND)
+
+
+_UNKNOWN_KIND: Final = SoundKind("")
+_KINDS: Final = {
+    "FLAC file": SoundKind("FLAC", lossless=True),
+    "CAF file": SoundKind("CAF", lossless=True, compressed=False),
+    "RF64 file": SoundKind("RF64", lossless=True, compressed=False, by_sphn=False),
+    "Wave64 file": SoundKind("Wave64", lossless=True, compressed=False, by_sphn=False),
+    "Sun audio file": SoundKind("Sun/NeXT audio", lossless=True, compressed=False, by_sphn=False),
+    "MP4 file": SoundKind(_M4A, by_sphn=False),
+    "Matroska file": SoundKind("WebM or Matroska"),
+}
+"""By the names of `ttt.files.FileKind`."""
 
 
 def _wav_kind(start: bytes) -> SoundKind:

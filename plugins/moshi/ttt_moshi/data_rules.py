@@ -134,4 +134,4 @@ def _read_transcript(looked: _Looked, file: Path, seconds: float) -> None:
     looked.unread.add(Transcript.read(file, seconds), seconds)
 
 
-RULES = (recordings_are_whole,)
+DATA_RULES = (recordings_are_whole,)

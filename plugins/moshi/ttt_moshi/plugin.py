@@ -27,9 +27,7 @@ from ttt.plugins import (
     WindowDataset,
     hookimpl,
 )
-from ttt_moshi.context_rules import RULES as CONTEXT_RULES
 from ttt_moshi.contexts import attention_span, identifying
-from ttt_moshi.data_rules import RULES as DATA_RULES
 from ttt_moshi.interleave import frames_in
 from ttt_moshi.memory import memory_facts
 from ttt_moshi.options import (
@@ -77,7 +75,7 @@ class MoshiBackbone(
     causal: ClassVar[bool] = True
     options: ClassVar[type[BackboneOptions]] = MoshiOptions
     data_options: ClassVar[type[DataOptions]] = MoshiData
-    rules: ClassVar[Sequence[Callable[[RunConfig], Iterable[Any]]]] = (*RULES, *CONTEXT_RULES, *DATA_RULES)
+    rules: ClassVar[Sequence[Callable[[RunConfig], Iterable[Any]]]] = RULES
     own_tasks_notice: ClassVar[str] = (
         "synthetic: a few recordings by espeak-ng, for trying an evaluation; near chance is expected of pairs"
     )

@@ -19,7 +19,7 @@ from ttt.config.sources import DataSource, places_of
 from ttt.errors import EnvironmentProblem
 from ttt.jsonl import jsonl_files, read_jsonl
 from ttt.reading import unreadable
-from ttt_moshi.audio import UnreadableAudioError, inspect_audio
+from ttt_moshi.audio import UnreadableAudioError, inspect_audio, one_channel
 from ttt_moshi.hearing import Listening
 from ttt_moshi.options import FRAME_RATE, RECORDING_EXAMPLE, SOUND_FILES, Channel, MoshiData
 from ttt_moshi.recordings import BadLineError, Recording, lines_of, read_line, read_recordings
@@ -100,10 +100,7 @@ class SpeechSource:
 
     def voice(self, sound: Tensor) -> Tensor:
         """The voice in the sound `[channels, S]` of a recording without transcript, `[1, S]`."""
-        if sound.shape[0] == 1 or self.channel == "mean":
-            return sound.mean(0, keepdim=True)
-        number = 1 if self.channel == "right" else 0
-        return sound[number : number + 1]
+        return one_channel(sound, self.channel)
 
     def _wrong_channels(self, recording: Recording) -> str | None:
         channels = recording.info.channels

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ttt.errors import EnvironmentProblem
-from ttt.reading import unreadable
-from ttt_moshi.audio import AudioInfo, UnreadableAudioError, inspect_audio, read_resampled, resampled_length
-from ttt_moshi.options import PIECE
-
-Channel = Literal["left", "right", "mean"]
+from ttt_moshi.audio import AudioInfo, inspect_audio, naming_sound, one_channel, read_resampled, resampled_length
+from ttt_moshi.options import PIECE, Channel
 
 
 @dataclass(frozen=True)
-class Heard:
+class UserAudio:
     """A recording and which of its channels is the user.
 
     Args:
@@ -66,15 +62,9 @@ class Heard:
         stop = min(end, self.samples)
         if stop <= begin:
             return torch.zeros(end - begin)
-        with _named(self.path):
+        with naming_sound(self.path):
             channels = read_resampled(self.path, self.info, self.sample_rate, begin, stop)
-        return F.pad(self._user(channels), (0, end - stop))
-
-    def _user(self, channels: Tensor) -> Tensor:
-        """The user's channel of `[channels, S]`."""
-        if self.channel == "mean":
-            return channels.mean(0)
-        return channels[min(1, len(channels) - 1) if self.channel == "right" else 0]
+        return F.pad(one_channel(channels, self.channel)[0], (0, end - stop))
 
 
 def inspect(path: Path) -> AudioInfo:
@@ -83,14 +73,14 @@ def inspect(path: Path) -> AudioInfo:
     Raises:
         EnvironmentProblem: it is missing, broken or empty.
     """
-    with _named(path):
+    with naming_sound(path):
         info = inspect_audio(path)
     if not info.samples:
         raise EnvironmentProblem(f"{path}: holds no sound; name another recording with --audio")
     return info
 
 
-def hear(path: str | Path, codec: Any, *, channel: Channel | None = None, silence_sec: float = 0.0) -> Heard:
+def hear(path: str | Path, codec: Any, *, channel: Channel | None = None, silence_sec: float = 0.0) -> UserAudio:
     """A recording as a codec's user.
 
     Args:
@@ -104,7 +94,7 @@ def hear(path: str | Path, codec: Any, *, channel: Channel | None = None, silenc
     """
     info = inspect(Path(path))
     chosen, _ = channel_of(info, channel)
-    return Heard(Path(path), info, chosen, codec.sample_rate, codec.frame_size, silence_sec)
+    return UserAudio(Path(path), info, chosen, codec.sample_rate, codec.frame_size, silence_sec)
 
 
 def channel_of(info: AudioInfo, wanted: Channel | None) -> tuple[Channel, str]:
@@ -118,14 +108,3 @@ def channel_of(info: AudioInfo, wanted: Channel | None) -> tuple[Channel, str]:
         f"its left channel is the user, as moshi.run_inference has it (of {info.channels}); training data have the "
         f"user on the right: --user-channel right"
     )
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """A context in which an error of a sound file becomes one that names the file."""
-    try:
-        yield
-    except UnreadableAudioError as error:
-        raise EnvironmentProblem(f"{path}: cannot be read as sound: {error}") from None
-    except OSError as error:
-        raise EnvironmentProblem(f"{path}: cannot be read as sound: {unreadable(error)}") from None

@@ -72,7 +72,8 @@ class Context:
     @functools.cached_property
     def lora_shapes(self) -> Mapping[tuple[int, int], int] | None:
         """The linear layers of LoRA by width; None if there is none, or only the built model tells."""
-        from ttt.plugins.capabilities import LowRank, has_capability
+        from ttt.plugins.capabilities import LowRank
+        from ttt.plugins.capability_base import has_capability
 
         backbone = self.known_backbone
         if not self.config.has_lora or not has_capability(backbone, LowRank):

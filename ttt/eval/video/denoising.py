@@ -20,7 +20,8 @@ from ttt.config.tasks import TaskOptions
 from ttt.errors import PluginError, UsageError
 from ttt.eval.items import Item, Measured, Row
 from ttt.eval.tasks import Arrays, ItemTask, Setup
-from ttt.plugins.capabilities import Capability, DiffusionScoring
+from ttt.plugins.capabilities import DiffusionScoring
+from ttt.plugins.capability_base import Capability
 from ttt.plugins.capable import capability
 
 if TYPE_CHECKING:

@@ -32,7 +32,8 @@ from ttt.eval.items import Item, Measured, Row, key_of, made_by
 from ttt.eval.ratings import Comparison, write_sheet
 from ttt.eval.tasks import ItemTask, Setup
 from ttt.files import read_json, write_bytes, write_json, writing
-from ttt.plugins.capabilities import Capability, Sampling
+from ttt.plugins.capabilities import Sampling
+from ttt.plugins.capability_base import Capability
 from ttt.plugins.capable import capability
 from ttt.plugins.sampling import SampleRequest
 from ttt.prompts import Prompts, for_segments, read_prompts
