@@ -213,7 +213,7 @@ CASES = [
         WARNING,
         "train.weight_lr_multiplier",
         "train: {weight_lr_multiplier: 0.0}",
-        "{adapter: lora, train: {weight_lr_multiplier: 0.0}}",
+        "train: {weight_lr_multiplier: 1.0}",
         "write weight_lr_multiplier: 1.0 or more",
     ),
     Case("TTT707", WARNING, "train.lr", "train: {lr: 2e-6}", "train: {lr: 2e-6, max_steps: 50000}", "new TTT layers"),

@@ -23,7 +23,7 @@ from ttt_cli.main import main
 
 KINDS = {"my-model": [], "my_lm": ["--hf"]}
 """The options of `ttt new-backbone` by the name that each backbone is given here."""
-CAPABILITIES = {"my-model": ["stream"], "my_lm": ["stream", "score"]}
+CAPABILITIES = {"my-model": ["stream"], "my_lm": ["stream", "score", "lora"]}
 SHIPPED = {"my-model": {"demo.txt", "presets/demo.yaml"}, "my_lm": {"presets/demo.yaml"}}
 """What is in each package beside code."""
 TRAINED_AND_TESTED = f"""

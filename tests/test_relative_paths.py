@@ -155,7 +155,7 @@ class Options(DataOptions):
     train_data: str | tuple[Source, ...] | None = None  # type: ignore[assignment]
     others: tuple[Source, ...] = ()
     files: Annotated[tuple[str, ...], LocalPath()] = ()
-    either: Annotated[str | None, LocalPath(words=("data",))] = None
+    either: Annotated[str | None, LocalPath(not_paths=("data",))] = None
 
 
 def test_marked_fields_become_absolute_wherever_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -682,6 +682,7 @@ def test_what_is_caught_outside_python_stays():
         with Interrupt() as asked:
             assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL, "the library took over what faulthandler has"
         with Interrupt(own_process=True) as asked:
+            asked.begin()
             signal.raise_signal(signal.SIGUSR2)
             assert asked.requested, "a program of its own heeds every signal"
     finally:

@@ -119,14 +119,14 @@ def test_a_disk_that_does_not_give_the_newest_is_no_reason_to_take_an_older_one(
     """The steps of the newest are there: going on from an older one would lose them, and prune them in the end."""
     save(run, 1)
     save(run, 2)
-    read = json_objects.read_file
+    read = json_objects.read_text
 
     def refuse(path, *, limit):
         if "step_000002" in str(path):
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return read(path, limit=limit)
 
-    monkeypatch.setattr(json_objects, "read_file", refuse)
+    monkeypatch.setattr(json_objects, "read_text", refuse)
     with pytest.raises(UnreadableError, match=r"step_000002/trainer_state.json: cannot be read: Input/output error"):
         run.latest()
 

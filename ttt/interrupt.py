@@ -79,6 +79,7 @@ class Interrupt:
         self._ordered = False
         self._begun = not own_process or at_once
         self._hook: Any = None
+        self._late: threading.Timer | None = None
 
     def begin(self) -> None:
         """From now on there is something to lose: the first signal is a request."""
@@ -114,6 +115,8 @@ class Interrupt:
             # None: it was installed by something that is not Python, and cannot be put back from here
             after = signal.SIG_IGN if self._own_process else signal.SIG_DFL if handler is None else handler
             signal.signal(number, after)
+        if self._late is not None:
+            self._late.cancel()
         if self._hook is not None:
             sys.unraisablehook, self._hook = self._hook, None
 
@@ -158,9 +161,9 @@ class Interrupt:
         if self._own_process:
             if again or _importing(frame):
                 os._exit(INTERRUPTED)
-            late = threading.Timer(_LOST_AFTER_SECONDS, os._exit, [INTERRUPTED])
-            late.daemon = True
-            late.start()
+            self._late = threading.Timer(_LOST_AFTER_SECONDS, os._exit, [INTERRUPTED])
+            self._late.daemon = True
+            self._late.start()
         raise KeyboardInterrupt
 
 

@@ -26,10 +26,10 @@ class LocalPath:
     sources each entry's `path` is one. A subclass that describes the field anew need not mark it again.
 
     Args:
-        words: values that are no paths, whatever lies in the folder.
+        not_paths: values that are no paths, whatever lies in the folder.
     """
 
-    words: tuple[str, ...] = ()
+    not_paths: tuple[str, ...] = ()
 
 
 def with_absolute_paths(section: ModelT) -> ModelT:
@@ -123,7 +123,7 @@ def _value(value: Any, mark: LocalPath | None, change: Callable[[str], str]) -> 
     if isinstance(value, (tuple, list)):
         new = type(value)(_value(each, mark, change) for each in value)
         return new if any(one is not other for one, other in zip(new, value, strict=True)) else value
-    if mark is None or not isinstance(value, str) or value in mark.words:
+    if mark is None or not isinstance(value, str) or value in mark.not_paths:
         return value
     return change(value)
 

@@ -39,7 +39,7 @@ class CausalLMOptions(BackboneOptions):
     """How many tokens attention sees, the newest among them; null leaves it as the model has it."""
     attention_sinks: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
     """How many tokens at the beginning it sees beside the window."""
-    tokenizer: Annotated[str | None, LocalPath(words=("bytes",))] = None
+    tokenizer: Annotated[str | None, LocalPath(not_paths=("bytes",))] = None
     """null is the model's own; bytes is one token for each byte, for random models; else a repository or folder."""
 
     @field_validator("config")

@@ -20,9 +20,8 @@ _SAME_TTT = {
     "rope_theta": "ttt.rope_theta",
     "weight_lr_multiplier": "train.weight_lr_multiplier",
     "alpha_lr_multiplier": "train.alpha_lr_multiplier",
-    "ttt_layer_context": "backbone.ttt_layer_context",
-    "non_ttt_layer_context": "backbone.non_ttt_layer_context",
 }
+_CONTEXTS = ("ttt_layer_context", "non_ttt_layer_context")
 _DEFAULTS: dict[str, tuple[str, Any]] = {
     "layers": ("ttt.layers", "middle"),
     "base_lr": ("ttt.base_lr", 1.0),
@@ -106,16 +105,29 @@ def _move_ttt(moving: Import, section: dict[str, Any], *, has_ttt: bool, lora_al
     for old, new in _SAME_TTT.items():
         note = "" if has_ttt or new.startswith("ttt.") else "ttt.enable: false"
         move_figure(moving, f"ttt.{old}", new, note=note)
+    _move_contexts(moving, named=has_ttt or lora_alone)
     move_flag(moving, "ttt.persistent_states", "ttt.persistent_states")
     rope = is_on(moving, "ttt.use_rope", default=False)
     moving.move("ttt.use_rope", "ttt.rope", value="mini_batch" if rope else "none")
     _move_inner_model(moving, section)
-    handled = {"enable", "layers", "persistent_states", "use_rope", *_SAME_TTT}
+    handled = {"enable", "layers", "persistent_states", "use_rope", *_SAME_TTT, *_CONTEXTS}
     for key in section:
         if key in TTTConfig.model_fields and key not in handled:
             moving.move(f"ttt.{key}", f"ttt.{key}")
     _add_defaults(moving, has_ttt=has_ttt)
     _drop_the_rest(moving)
+
+
+def _move_contexts(moving: Import, *, named: bool) -> None:
+    """What attention sees, unless `ttt.layers` leaves no layer that would."""
+    layers = flag(moving.get("ttt.layers"))
+    for key in _CONTEXTS:
+        if key == "ttt_layer_context" and (not named or layers == "none"):
+            moving.drop(f"ttt.{key}", "no layer has TTT")
+        elif key == "non_ttt_layer_context" and named and layers == "all":
+            moving.drop(f"ttt.{key}", "every layer has TTT")
+        else:
+            move_figure(moving, f"ttt.{key}", f"backbone.{key}")
 
 
 def _move_layers(moving: Import, *, has_ttt: bool, lora_alone: bool) -> None:

@@ -116,6 +116,13 @@ class _Keys:
         self.is_section = isinstance(moving.source.data.get(SECTION), dict)
         """Whether the file has the section, so that the keys of it count."""
 
+    @property
+    def adds_ttt(self) -> bool:
+        """Whether the file's run has TTT layers: it switches them on, or has neither TTT nor LoRA of its own."""
+        if self._moving.source.data.get("ttt"):
+            return is_on(self._moving, "ttt.enable", default=True)
+        return not is_on(self._moving, "lora.enable", default=False)
+
     def place(self, name: str) -> str:
         """The dotted key of a name."""
         return f"{SECTION}.{name}" if self.is_section else name
@@ -204,6 +211,9 @@ def _move_librilight(keys: _Keys, tasks: _Tasks) -> None:
 def _move_inner_losses(keys: _Keys, tasks: _Tasks) -> None:
     """The figure of inner losses, if it is switched on and there are recordings for it."""
     if flag(keys.get("ttt_fig5_enable")) is not True:
+        return
+    if not keys.adds_ttt:
+        keys.drop("ttt_fig5_enable", "no layer has TTT, so there are no inner losses")
         return
     folder = keys.get("librilight_audio_dir")
     if not folder:
