@@ -29,6 +29,7 @@ from ttt_moshi.codec import DemoCodec
 from ttt_moshi.data import SpeechWindows, load_tokenizer
 from ttt_moshi.data_rules import DATA_RULES
 from ttt_moshi.interleave import Word
+from ttt_moshi.options import MoshiOptions
 from ttt_moshi.recordings import read_recordings
 from ttt_moshi.transcripts import Transcript
 
