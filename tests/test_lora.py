@@ -357,6 +357,17 @@ def test_wrong_lora_is_caught_by_the_check(wrong: str, told: str, monkeypatch: p
 # --- training ---
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_share_is_that_of_the_product_in_the_weight(dtype: torch.dtype) -> None:
+    model = TOY.build(TOY.tiny(), device="cpu", dtype=dtype)
+    lora = filled(Lora(model, LoraPlan(tuple(TOY.lora_sites(model, "all")), LoraSettings(2, 2.0, "all"))))
+    for path, share in lora.shares().items():
+        linear = lora.linears[path]
+        product = 2.0 * linear.lora_B.weight.double() @ linear.lora_A.weight.double()
+        assert share == pytest.approx(float(product.norm() / linear.weight.double().norm()), rel=1e-5)
+
+
 def test_a_run_of_lora_learns_saves_and_says_so(tmp_path: Path) -> None:
     asked = config(tmp_path / "run", lora={"rank": "match", "linears": "attention"})
     result, told = run(asked)
