@@ -26,7 +26,7 @@ from ttt.check.estimate import estimate
 from ttt.config import RunConfig
 from ttt.config.lora import Linears, LoraSettings
 from ttt.costs import layer_parameters, lora_parameters, matched_rank
-from ttt.errors import AdapterMismatchError, ConfigError, InactiveLayerError, InjectionError, UsageError
+from ttt.errors import AdapterMismatchError, ConfigError, InactiveLayerError, InjectionError, NonFiniteError, UsageError
 from ttt.laws import CHECKS, Bench, MethodBrokenError
 from ttt.lora import Lora, LoraLinear, LoraPlan, shapes_of
 from ttt.plugins import LoraSite, get_backbone, run_config_model
@@ -357,6 +357,17 @@ def test_wrong_lora_is_caught_by_the_check(wrong: str, told: str, monkeypatch: p
 # --- training ---
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_share_is_that_of_the_product_in_the_weight(dtype: torch.dtype) -> None:
+    model = TOY.build(TOY.tiny(), device="cpu", dtype=dtype)
+    lora = filled(Lora(model, LoraPlan(tuple(TOY.lora_sites(model, "all")), LoraSettings(2, 2.0, "all"))))
+    for path, share in lora.shares().items():
+        linear = lora.linears[path]
+        product = 2.0 * linear.lora_B.weight.double() @ linear.lora_A.weight.double()
+        assert share == pytest.approx(float(product.norm() / linear.weight.double().norm()), rel=1e-5)
+
+
 def test_a_run_of_lora_learns_saves_and_says_so(tmp_path: Path) -> None:
     asked = config(tmp_path / "run", lora={"rank": "match", "linears": "attention"})
     result, told = run(asked)
@@ -568,6 +579,31 @@ def test_a_file_of_lora_that_does_not_fit_is_refused(
     with pytest.raises(ConfigError, match=r"lora.init_from: .*" + told):
         run(config(tmp_path / "run", lora=settings))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_backbone_that_names_no_linear_layer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a rank is to be matched, which no count of parameters allows."""
+    monkeypatch.setattr(type(TOY), "lora_sites", lambda self, model, linears: [])
+    for rank in (4, "match"):
+        with pytest.raises(UsageError, match=r"^lora\.linears: all: the backbone .* names no linear layer"):
+            build(config(lora={"rank": rank}), TOY, CPU)
+
+
+def test_lora_whose_values_are_too_large_is_what_is_blamed(tmp_path: Path) -> None:
+    """Not TTT layers, of which there are none."""
+    file = _lora_file(tmp_path / "theirs")
+    save_file({name: value * 1e30 for name, value in load_file(file).items()}, file)
+    with pytest.raises(NonFiniteError, match=r"With LoRA off the loss is \d.*, so it is LoRA: start it from other"):
+        run(config(tmp_path / "run", lora={"rank": 4, "init_from": str(file)}))
+
+
+def test_an_older_name_whose_tensor_cannot_be_split_is_told() -> None:
+    """The depformer's attention has eight steps in one tensor; the name stays, and is then named as unknown."""
+    from ttt_moshi.lora import read_lora
+
+    model, _ = moshi_with_lora("all")
+    odd = "depformer.layers.0.self_attn.in_proj.lora_A.weight"
+    assert list(read_lora(model, {odd: torch.zeros(9, 64)})) == [odd]
 
 
 def test_a_file_that_is_no_lora_is_told_what_it_is(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from ttt.inject import Injection
 from ttt.laws import LAWS, Bench, LawBrokenError
 from ttt.laws.checks import causality, chunk_invariance, identity, stream_independence
 from ttt.laws.training import remat_invariance
-from ttt.plugins import get_backbone
+from ttt.plugins import get_backbone, run_config_model
+from ttt.train.setup import build as build_run
 from ttt.train.start import train
 from ttt_cli.main import main
 from ttt_moshi import contexts
@@ -110,6 +111,18 @@ def test_every_layer_sees_what_is_written(written: dict[str, int], plain: list[i
     inject.prepare(MOSHI.sites(model), config())
     assert spans(model, streaming=False) == with_ttt
     assert [layer.self_attn.context for layer in model.depformer.layers] == depformer == [None, None]
+
+
+@pytest.mark.parametrize("adapter", ["ttt", "ttt+lora"])
+def test_a_runs_model_sees_what_it_saw_before_once_its_layers_are_ejected(adapter: str) -> None:
+    options = MOSHI.tiny().model_copy(update={"context": 7, "ttt_layer_context": 2})
+    run_config = run_config_model(MOSHI).model_validate(
+        {"backbone": options.model_dump(), "adapter": adapter, "lora": {"rank": 2}, "ttt": {"layers": [1]}}
+    )
+    model, injection = build_run(run_config, MOSHI, torch.device("cpu"))
+    assert [layer.self_attn.context for layer in model.transformer.layers] == [7, 2, 7]
+    injection.eject()
+    assert [layer.self_attn.context for layer in model.transformer.layers] == [7, 7, 7]
 
 
 def _on_a_wrong_attribute(model: LMModel, options: MoshiOptions) -> LMModel:

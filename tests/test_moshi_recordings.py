@@ -526,3 +526,16 @@ def test_reading_data_needs_no_codec(monkeypatch: pytest.MonkeyPatch) -> None:
     record("a.wav")
     config = check_config("c", text="backbone: {name: moshi}\ndata: {train_data: data.jsonl}\n").config
     assert MOSHI.read_data(config, split="train", console=Console(quiet=True)) == ()
+
+
+def test_the_demos_own_data_are_read_as_training_reads_them() -> None:
+    """In the format that the config says: as sound without transcripts, its two channels need a word."""
+    checked = "backbone: {{name: moshi}}\ndata: {{format: audio{}}}\n"
+    config, left = (check_config("c", text=checked.format(more)).config for more in ("", ", channel: left"))
+    for read in (
+        lambda config: MOSHI.read_data(config, split="train", console=Console(quiet=True)),
+        lambda config: MOSHI.dataset(config, split="train", device="cpu"),
+    ):
+        with pytest.raises(EnvironmentProblem, match=r"stereo; write data\.channel"):
+            read(config)
+        read(left)

@@ -361,8 +361,8 @@ def test_the_loss_picture_shows_the_loss_and_the_control():
     (axes,) = loss_figure(entries).axes
     drawn = lines_of(axes)
     assert drawn["training loss"] == [3.0 / step for step in range(1, 11)]
-    assert drawn["held-out windows, TTT acting: 1.2500"] == [1.25]
-    assert drawn["the same, gates closed: 1.5000"] == [1.5]
+    assert drawn["held-out windows, as trained: 1.2500"] == [1.25]
+    assert drawn["the same, plain backbone: 1.5000"] == [1.5]
 
 
 def test_a_long_run_is_smoothed_beside_the_raw_loss():

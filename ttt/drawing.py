@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OPEN, CLOSED, FAINT = "#1668b8", "#c7511f", "#9cb8d4"
-"""TTT acting; gates closed; what lies behind a smoothed line."""
+"""As trained; the plain backbone; what lies behind a smoothed line."""
 RESET = "#3d8c40"
 """Fast weights started anew every now and then."""
 INK, GRID = "#303030", "#e4e4e4"
 ARM_COLORS = {"ttt": OPEN, "closed": CLOSED, "reset": RESET}
-ARM_WORDS = {"ttt": "TTT acting", "closed": "gates closed", "reset": "fast weights reset"}
+ARM_WORDS = {"ttt": "as trained", "closed": "plain backbone", "reset": "fast weights reset"}
 
 
 def new_figure(width: float, height: float) -> Figure:

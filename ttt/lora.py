@@ -158,7 +158,8 @@ def _factors(linear: nn.Linear, rank: int, generator: torch.Generator) -> tuple[
 def _share(linear: LoraLinear) -> float:
     a, b = linear.lora_A.weight.float(), linear.lora_B.weight.float()
     squared = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)  # ‖B A‖², without making B A
-    norm = linear.weight.float().norm()
+    weight = linear.weight  # of a large model, a copy in float32 would take hundreds of MiB
+    norm = torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
     return float(linear.lora_scaling * squared.sqrt() / torch.where(norm > 0, norm, 1))
 
 

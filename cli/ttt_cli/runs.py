@@ -45,8 +45,8 @@ def runs(
 ) -> None:
     """Put the runs of a folder side by side, one line a run.
 
-    How each stands, the keys of their configs in which they differ, losses with and without TTT, gates, how far fast
-    weights moved, what `ttt eval` found, parameters that learned, tokens, time. `closed` is the plain backbone. What is
+    How each stands, the keys of their configs in which they differ, losses as trained and of the plain backbone
+    (`closed`), gates, how far fast weights moved, what `ttt eval` found, parameters that learned, tokens, time. What is
     no run that can be read is named and left out.
 
     Exit codes: 0 done, 2 wrong usage, 3 no run there, or a file that cannot be written.

@@ -95,7 +95,8 @@ def sample(
         Gates | None,
         typer.Option(
             "--gates",
-            help="From a recording: closed is the same model without TTT; with the same seed the same draws. "
+            help="From a recording: closed is the plain backbone, without TTT and LoRA; with the same seed the same "
+            "draws. "
             "[default: open]",
         ),
     ] = None,

@@ -56,7 +56,7 @@ class AskedAnswers:
                 require_free(file, overwrite=overwrite)
         show(told)
         if self.gates == "closed":
-            show("gates closed: the plain model, without TTT")
+            show("gates closed: the plain backbone, without TTT and LoRA")
         sys.stdout.flush()  # importing torch and the backbone's libraries takes seconds
 
         from rich.console import Console

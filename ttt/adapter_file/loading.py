@@ -122,7 +122,8 @@ def _plan_of_lora(info: AdapterInfo, model: nn.Module, lora_sites: LoraSites | N
     if info.lora is None:
         return None
     if lora_sites is None:
-        _refuse(info.path, ["it holds LoRA, and no lora_sites are given; give those of the backbone"])
+        way_out = "load it by ttt.load_adapter(…, lora_sites=backbone.lora_sites)"
+        _refuse(info.path, ["it holds LoRA, and no lora_sites are given"], way_out=way_out)
     assert lora_sites is not None
     return LoraPlan(tuple(lora_sites(model, info.lora.linears)), info.lora)
 

@@ -61,7 +61,7 @@ class AnswerRequest:
     user_channel: Literal["left", "right", "mean"] | None = None
     """Which channel of the recording is the user; None is its only one or, if it has several, the left."""
     gates: Literal["open", "closed"] = "open"
-    """`closed` is the same model without TTT; the core closes the gates, and the backbone writes down which it was."""
+    """`closed` is the plain backbone: the core closes gates and turns LoRA off; the answer says which it is."""
     temperature: float | None = None
     """Of the sampling of sound, 0 takes the likeliest; None is the model's own."""
     text_temperature: float | None = None

@@ -90,8 +90,8 @@ def _middle_left_out(name: str) -> str:
 def curves_figure(drawn: Sequence[Drawn]) -> Figure | None:
     """The curves of several runs; None if none has any.
 
-    Four panels: training loss; evaluation loss, with TTT acting and without; gates; movement of fast weights. Panels
-    of which no run has anything are left out.
+    Four panels: training loss; evaluation loss, as trained and of the plain backbone; gates; movement of fast weights.
+    Panels of which no run has anything are left out.
     """
     panels = [
         (draw, title)
@@ -127,7 +127,7 @@ def curves_figure(drawn: Sequence[Drawn]) -> Figure | None:
     return figure
 
 
-_EVALUATION_TITLE = "evaluation loss: TTT acting (filled), plain backbone (hollow)"
+_EVALUATION_TITLE = "evaluation loss: as trained (filled), plain backbone (hollow)"
 
 
 def _training(axes: Axes, drawn: Sequence[Drawn]) -> None:

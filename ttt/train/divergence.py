@@ -2,7 +2,7 @@
 
 It asks these questions in order, and reports the first one that is answered yes as the cause: Do the weights hold
 values that are not finite? Does the batch? Do the carried fast weights? Is the loss of the previous step's batch no
-longer finite at these weights? Is the loss finite with the gates closed?
+longer finite at these weights? Is the loss of the plain backbone finite, with gates closed and LoRA off?
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttt.config.lora import Adapter
 from ttt.config.schema import LITERATURE_BASE_LR, RunConfig, TrainConfig
 from ttt.errors import NonFiniteError
 from ttt.evidence import Observation
@@ -94,6 +95,14 @@ def lowered(config: RunConfig, *keys: str) -> dict[str, float]:
     return {key: float(f"{min(usual[key][0] / 10, usual[key][1]):.3g}") for key in keys}
 
 
+_WITHOUT: Mapping[Adapter, tuple[str, str]] = {
+    "ttt": ("With the gates closed", "the TTT layers"),
+    "lora": ("With LoRA off", "LoRA"),
+    "ttt+lora": ("With the gates closed and LoRA off", "the TTT layers or LoRA"),
+}
+"""How the plain backbone is reached, and what is to blame if its loss is finite."""
+
+
 class Examination:
     """Looks for the cause of a loss or gradient that was not finite; it changes nothing.
 
@@ -104,7 +113,7 @@ class Examination:
         done: optimiser steps done.
         batch: the batch of the pass.
         states: the carried fast weights before the pass.
-        measure: returns the loss of a batch, without gradient; with `closed`, with the gates closed.
+        measure: returns the loss of a batch, without gradient; with `closed`, that of the plain backbone.
         before: returns the first batch of the previous step and its loss.
     """
 
@@ -200,8 +209,9 @@ class Examination:
         )
 
     def _of_layers(self) -> Diagnosis:
-        """Blame the TTT layers if the loss is finite with the gates closed, else the backbone."""
+        """Blame what was added to the backbone if the loss is finite without it, else the backbone."""
         closed = self._measure(self._batch, True)
+        without, added = _WITHOUT[self._config.adapter]
         if math.isfinite(closed):
             with Observation(self._injection) as evidence:
                 self._measure(self._batch, False)
@@ -211,16 +221,21 @@ class Examination:
                 if not all(map(math.isfinite, (layer.inner_loss_before, layer.inner_loss_after, layer.movement)))
             ]
             where = f" ({listed(sites)}: the inner loss is not finite)" if sites else ""
-            keys = ("ttt.base_lr",) if self._done == 0 else ("ttt.base_lr", "train.lr")
+            of_ttt = ("ttt.base_lr",) if self._injection.sites else ()
+            keys = of_ttt if of_ttt and self._done == 0 else (*of_ttt, "train.lr")
+            if self._done == 0 and not of_ttt:  # LoRA that starts anew changes nothing yet
+                told = "start it from other values than those of lora.init_from"
+                return Diagnosis(
+                    f"{without} the loss is {closed:.4g}, so it is {added}: {told}", sound=False, changes={}
+                )
             return Diagnosis(
-                f"With the gates closed the loss is {closed:.4g}, so it is the TTT layers{where}: lower "
-                f"{self._in_words(keys)}",
+                f"{without} the loss is {closed:.4g}, so it is {added}{where}: lower {self._in_words(keys)}",
                 sound=self._done > 0,
                 changes=lowered(self._config, *keys),
             )
         return Diagnosis(
-            f"With the gates closed it is {closed} too, and every weight is finite, so the backbone cannot read this: "
-            f"look at that data; if it is sound, lower train.lr{self._or_precision()}",
+            f"{without} it is {closed} too, and every weight is finite, so the backbone cannot read this: look at that "
+            f"data; if it is sound, lower train.lr{self._or_precision()}",
             sound=self._done > 0,
             changes=lowered(self._config, "train.lr") if self._done else {},
         )

@@ -13,7 +13,7 @@ from ttt import inject
 from ttt.config.lora import LoraSettings
 from ttt.config.schema import RunConfig
 from ttt.costs import matched_rank
-from ttt.errors import ConfigError
+from ttt.errors import ConfigError, UsageError
 from ttt.files import read_tensors
 from ttt.inject import Injection
 from ttt.lora import Lora, LoraPlan, shapes_of
@@ -26,11 +26,16 @@ def lora_plan(config: RunConfig, backbone: Backbone, model: nn.Module, sites: Se
 
     Raises:
         ConfigError: `lora.rank: match` has no TTT layer to match.
-        UsageError: the backbone has no LoRA.
+        UsageError: the backbone has no LoRA, or no linear layer where `lora.linears` says.
     """
     if not config.has_lora:
         return None
     found = tuple(capability(backbone, LowRank).lora_sites(model, config.lora.linears))
+    if not found:
+        raise UsageError(
+            f"lora.linears: {config.lora.linears}: the backbone {backbone.name} names no linear layer there; write "
+            f"another lora.linears"
+        )
     rank, matched_to = config.lora.rank, None
     if rank == "match":
         matched_to = _parameters_of_ttt(config, backbone, sites)

@@ -156,13 +156,13 @@ def _draw_evaluations(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
             "eval_loss",
             {"marker": "D", "markersize": 5, "zorder": 6},
             INK,
-            f"{where}, TTT acting: {last['eval_loss']:.4f}",
+            f"{where}, as trained: {last['eval_loss']:.4f}",
         ),
         (
             "eval_loss_gates_closed",  # larger, hollow and behind, so that both points show if they are close
             {"marker": "s", "markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.8, "zorder": 5},
             CLOSED,
-            f"the same, gates closed: {last['eval_loss_gates_closed']:.4f}",
+            f"the same, plain backbone: {last['eval_loss_gates_closed']:.4f}",
         ),
     )
     for key, style, color, label in drawn:

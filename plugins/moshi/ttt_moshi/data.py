@@ -28,7 +28,7 @@ from ttt_moshi.interleave import Word, frames_in, text_stream, words_between
 from ttt_moshi.model_config import ModelConfig
 from ttt_moshi.options import NO_TRANSCRIPT, NOTHING, MoshiData, MoshiOptions, reads_with_the_demos
 from ttt_moshi.recordings import Recording, read_transcript
-from ttt_moshi.sources import SpeechSource, sources_in
+from ttt_moshi.sources import SpeechSource, sources_of_split
 from ttt_moshi.transcripts import BrokenTranscriptError
 from ttt_moshi.weights import checkpoint_info, load_mimi, load_tokenizer, model_config
 
@@ -273,19 +273,14 @@ def speech_windows(options: MoshiOptions, data: MoshiData, *, split: str, device
         UsageError: the config names no data, and the preset has none of its own.
     """
     own = reads_with_the_demos(options)
-    key = "eval_data" if split == "eval" and data.eval_data is not None else "train_data"
-    sources = sources_in(data, key)
-    if not sources:
-        if not own:
-            raise UsageError(
-                "data.train_data: the preset 7b has no data of its own; name a .jsonl file in moshi-finetune's format"
-            )
-        shipped = demo.EVAL_DATA if split == "eval" else demo.TRAIN_DATA
-        sources = [SpeechSource.of(data.source(str(shipped)), data, f"data.{key}")]
+    if data.train_data is None and not own and (split != "eval" or data.eval_data is None):
+        raise UsageError(
+            "data.train_data: the preset 7b has no data of its own; name a .jsonl file in moshi-finetune's format"
+        )
     codec, _ = load_codec(options, device)
     tokenizer = load_tokenizer(options)
     windows = SpeechWindows(
-        sources,
+        sources_of_split(data, split),
         codec=codec,
         tokenizer=tokenizer,
         duration_sec=data.duration_sec,

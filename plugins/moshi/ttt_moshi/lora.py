@@ -8,13 +8,12 @@ they are `LoRALinear`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moshi.models import LMModel, loaders
 from moshi.modules.gating import ActivationGating, gating_forward_generic
-from moshi.modules.transformer import StreamingMultiheadAttention
 from torch import Tensor, nn
 
 from ttt.adapter_file import read_info
@@ -24,6 +23,7 @@ from ttt.files import read_tensors, write_tensors, write_text, writing
 from ttt.lora import LoraLinear
 from ttt.plugins import LoraSite
 from ttt.printable import json_text
+from ttt_moshi.merged_lora import in_todays_names
 
 _ATTENTION = ".self_attn."
 
@@ -75,16 +75,7 @@ def _hosts(model: LMModel) -> dict[str, ActivationGating]:
 
 def read_lora(model: LMModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A `lora.safetensors` under today's names: older ones name `in_proj` and `out_proj`, all steps in one tensor."""
-    renamed = dict(tensors)
-    for path, module in _attentions(model):
-        StreamingMultiheadAttention._load_hook(module, renamed, f"{path}.")
-    return renamed
-
-
-def _attentions(model: LMModel) -> Iterator[tuple[str, StreamingMultiheadAttention]]:
-    for path, module in model.named_modules():
-        if isinstance(module, StreamingMultiheadAttention):
-            yield path, module
+    return in_todays_names(tensors, dict(model.named_parameters()))
 
 
 def export_lora(

@@ -47,7 +47,7 @@ def merge_lora(model: nn.Module, file: Path, *, scaling: float) -> None:
     """
     weights = dict(model.named_parameters())
     try:
-        tensors = _in_todays_names(read_tensors(file, device=next(iter(weights.values())).device), weights)
+        tensors = in_todays_names(read_tensors(file, device=next(iter(weights.values())).device), weights)
     except EnvironmentProblem as problem:
         raise EnvironmentProblem(str(problem), key=_KEY, fix=_FIX) from None
     _require_fit(file, tensors, weights)
@@ -73,12 +73,19 @@ _OLD: Final = re.compile(r"(.*self_attn)\.(in|out)_proj\.(lora_[AB]\.weight)$")
 """The names of attention in older versions of kyutai's package, whose factors are stacked."""
 
 
-def _in_todays_names(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with attention's older names split into today's, as kyutai's own loading does."""
+def in_todays_names(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with attention's older names split into today's, as kyutai's own loading does.
+
+    Args:
+        tensors: of a LoRA. What cannot be split keeps its name.
+        weights: the model's parameters by name.
+    """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         old = _OLD.match(name)
-        parts = 0 if old is None else sum(own.startswith(f"{old[1]}.{old[2]}_projs.") for own in weights)
+        parts = 0
+        while old is not None and f"{old[1]}.{old[2]}_projs.{parts}.weight" in weights:
+            parts += 1
         if old is None or parts == 0 or tensor.dim() != 2 or tensor.shape[0] % parts:
             renamed[name] = tensor
             continue

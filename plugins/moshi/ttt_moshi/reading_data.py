@@ -9,9 +9,8 @@ from rich.console import Console
 
 from ttt.errors import EnvironmentProblem
 from ttt.progress import Steps
-from ttt_moshi import demo
 from ttt_moshi.options import FRAME_RATE, MoshiData
-from ttt_moshi.sources import SpeechSource, sources_in
+from ttt_moshi.sources import SpeechSource, sources_of_split
 
 
 def read_data(data: MoshiData, *, split: str, console: Console) -> Sequence[str]:
@@ -28,17 +27,17 @@ def read_data(data: MoshiData, *, split: str, console: Console) -> Sequence[str]
     Raises:
         EnvironmentProblem: recordings that cannot be used, of all sources.
     """
-    key = "eval_data" if split == "eval" and data.eval_data is not None else "train_data"
-    own = SpeechSource(str(demo.EVAL_DATA if split == "eval" else demo.TRAIN_DATA), f"data.{key}")
     notes: list[str] = []
     problems: list[str] = []
-    for source in sources_in(data, key) or [own]:
+    sources = sources_of_split(data, split)
+    for source in sources:
         try:
             _read(source, notes, console)
         except EnvironmentProblem as problem:
             problems += problem.details or (problem.message.removeprefix(f"{source.field}: "),)
     if problems:
-        raise EnvironmentProblem.about(problems, "recordings cannot be used", where=f"data.{key}")
+        key = ".".join(sources[0].field.split(".")[:2])  # of all of them, as data.train_data
+        raise EnvironmentProblem.about(problems, "recordings cannot be used", where=key)
     return notes
 
 

@@ -19,6 +19,7 @@ from ttt.config.sources import DataSource, places_of
 from ttt.errors import EnvironmentProblem
 from ttt.jsonl import jsonl_files, read_jsonl
 from ttt.reading import unreadable
+from ttt_moshi import demo
 from ttt_moshi.audio import UnreadableAudioError, inspect_audio, one_channel
 from ttt_moshi.hearing import Listening
 from ttt_moshi.options import FRAME_RATE, RECORDING_EXAMPLE, SOUND_FILES, Channel, MoshiData
@@ -129,9 +130,16 @@ class SpeechSource:
             yield str(file), _read_file(file, frame_sec)
 
 
-def sources_in(data: MoshiData, key: str) -> list[SpeechSource]:
-    """The sources that `data.train_data` or `data.eval_data` names."""
-    return [SpeechSource.of(source, data, field) for field, source in places_of(data, key).items()]
+def sources_of_split(data: MoshiData, split: str) -> list[SpeechSource]:
+    """The sources of a split, `train` or `eval`: those that the config names, else the demo's own.
+
+    If the config names data for training alone, `eval` is these.
+    """
+    key = "eval_data" if split == "eval" and data.eval_data is not None else "train_data"
+    named = places_of(data, key)
+    if not named:
+        named = {f"data.{key}": data.source(str(demo.EVAL_DATA if split == "eval" else demo.TRAIN_DATA))}
+    return [SpeechSource.of(source, data, field) for field, source in named.items()]
 
 
 def sound_files(folder: Path) -> list[Path]:
