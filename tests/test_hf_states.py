@@ -6,14 +6,13 @@ import copy
 import io
 import pickle
 import re
-import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 import torch
 from test_hf_families import padded
@@ -179,20 +178,20 @@ def test_states_of_weights_that_others_were_loaded_over_are_not_gone_on_from(by:
     assert difference(read(model, IDS[:, 6:], fresh(model)).logits, want) < TOLERANCE
 
 
+def _is_refused_the_cache(file: Path) -> None:
+    with torch.no_grad():
+        model = build("llama", seed=1)
+        with_ttt(model)
+        ids, cache = torch.load(file, weights_only=False)
+        with pytest.raises(UsageError, match="TTT states of another model or process"):
+            read(model, ids[:, 6:], cache)
+
+
 def test_states_that_another_process_has_saved_are_not_gone_on_from(tmp_path: Path) -> None:
     """It cannot be known whether its weights were these."""
-    model = build("llama")
-    with_ttt(model)
-    torch.save((IDS, fresh(model)), tmp_path / "cache.pt")
-    script = (
-        "import sys, torch, pytest; from tiny_lm import build, read, with_ttt; from ttt.errors import UsageError\n"
-        "model = build('llama', seed=1); with_ttt(model)\n"
-        "ids, cache = torch.load(sys.argv[1], weights_only=False)\n"
-        "with pytest.raises(UsageError, match='TTT states of another model or process'): read(model, ids[:, 6:], cache)"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "cache.pt")]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    torch.save((IDS, fresh(make())), tmp_path / "cache.pt")
+    with forking.start(_is_refused_the_cache, tmp_path / "cache.pt") as process:
+        assert process.wait(120) == 0, process.communicate(5)
 
 
 def test_a_layer_that_is_not_given_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -47,6 +48,7 @@ def _imports(file: Path, package_root: Path) -> Iterator[tuple[str, bool]]:
             yield from ((f"{module}.{alias.name}", hidden) for alias in node.names)
 
 
+@functools.cache
 def _imported(folder: Path, *, package_root: Path) -> dict[str, set[str]]:
     """What each file of a package imports, types included."""
     files = sorted(folder.rglob("*.py"))
@@ -140,6 +142,12 @@ def _arrows(modules: dict[str, Path]) -> Arrows:
     return arrows
 
 
+@functools.cache
+def _arrows_in(package: str) -> Arrows:
+    """Who imports whom in one of our packages."""
+    return _arrows(_modules(PACKAGES[package]))
+
+
 def _targets(node: ast.AST, package: str, modules: dict[str, Path]) -> Iterator[str]:
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names if alias.name in modules)
@@ -214,14 +222,14 @@ def test_every_file_is_in_a_room() -> None:
 
 
 def test_no_room_imports_one_above_it() -> None:
-    arrows = _arrows(_modules(PACKAGES["ttt"]))
+    arrows = _arrows_in("ttt")
     assert len(arrows) > 300
     assert _upward(arrows) == []
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_files_import_each_other_in_a_circle(package: str) -> None:
-    arrows = _arrows(_modules(PACKAGES[package]))
+    arrows = _arrows_in(package)
     assert arrows
     assert _circles(arrows) == []
 
@@ -333,13 +341,13 @@ def test_a_plugin_relies_on_public_modules_and_names_alone(plugin: str) -> None:
 
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_the_plugin_is_on_top_of_its_package(plugin: str) -> None:
-    arrows = _arrows(_modules(PLUGINS[plugin]))
+    arrows = _arrows_in(plugin)
     assert (f"{plugin}.plugin", f"{plugin}.options") in arrows
     assert [source for source, target in arrows if target == f"{plugin}.plugin"] == []
 
 
 def test_what_a_run_is_rests_on_errors_and_what_a_file_is_alone() -> None:
-    arrows = _arrows(_modules(PACKAGES["ttt"]))
+    arrows = _arrows_in("ttt")
     below = {target for source, target in arrows if _room(source) == "ttt.config" and _room(target) != "ttt.config"}
     assert below == {"ttt.errors", "ttt.foreign"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,8 +38,19 @@ class Pass:
     """Positions that it held before the pass; 0 if none was given."""
 
 
-# Each process begins elsewhere, so that a cache that another process has saved is not taken for one of this process.
-_NUMBERS = itertools.count(secrets.randbits(62))
+_NUMBERS: Iterator[int]
+
+
+def _begin_elsewhere() -> None:
+    """In each process, so that a cache that another process has saved is not taken for one of this process."""
+    global _NUMBERS
+    _NUMBERS = itertools.count(secrets.randbits(62))
+
+
+_begin_elsewhere()
+if hasattr(os, "register_at_fork"):  # Windows has no forks
+    os.register_at_fork(after_in_child=_begin_elsewhere)
+
 _CURRENT: ContextVar[tuple[Pass, ...]] = ContextVar("ttt_hf_passes", default=())
 """The passes that are running, the innermost last: one stack for each thread."""
 
