@@ -762,9 +762,10 @@ def test_a_wrong_import_is_told_and_the_others_are_asked(
 ) -> None:
     source, told = WRONG_IMPORTS[wrong]
     bring(folder, CONFIG_IMPORTS, source, name="wrong")
-    Path("old.yaml").write_text("moshi_paths: {}\ndata: {train_data: data.jsonl}\n")
+    Path("old.yaml").write_text("moshi_paths: {}\n")
     load_config("c.yaml", text="backbone: {name: moshi}")  # moshi is asked last: the newest plugin is asked first
-    assert main(["import-config", "old.yaml", "--out", "new.yaml"]) == 0
+    assert main(["import-config", "old.yaml", "--out", "new.yaml"]) == 1  # it names no data
+    assert Path("new.yaml").is_file()
     note = " ".join(capsys.readouterr().err.split())
     assert re.search(rf"^note: the plugin wrong \(lab-wrong 1\.2\) .*{told}", note), note
     Path("other.yaml").write_text("what: is this\n")
