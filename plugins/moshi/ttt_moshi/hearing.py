@@ -1,4 +1,4 @@
-"""What recordings sound like: whether a channel is silent, both are equal, or Moshi's words are on the user's.
+"""What recordings sound like: a channel that is silent or too loud, two that are the same, Moshi's words on the user's.
 
 Each of these trains something else than its user means, without an error: Moshi learns to answer itself, or silence.
 """
@@ -18,19 +18,27 @@ from ttt_moshi.audio import AudioInfo, read_audio, read_wholly
 from ttt_moshi.interleave import MAIN_SPEAKER, Word
 
 EQUAL: Final = "both channels are equal, so that the user's channel is Moshi's voice"
+SCALED: Final = "one channel is the other at another level, or inverted, so that the user's channel is Moshi's voice"
 SILENT: Final = "both channels are silent"
+LOUD: Final = "the sound is far beyond full scale, as if its floats were made of integers"
 NO_MOSHI: Final = "Moshi's channel, the left one, is silent"
 NO_USER: Final = "the user's channel, the right one, is silent"
 SWAPPED: Final = f"words of {MAIN_SPEAKER} are on the right channel, the user's, while the left is silent"
+_ONE_VOICE: Final = (
+    "write the user's voice to the right channel, or silence; mono speech is read with data.format: audio"
+)
 _WAYS_OUT: Final = {
-    EQUAL: "write the user's voice to the right channel, or silence; mono speech is read with data.format: audio",
+    EQUAL: _ONE_VOICE,
+    SCALED: _ONE_VOICE,
     SILENT: "leave them out",
+    LOUD: "divide the samples, so that they lie in -1 to 1",
     NO_MOSHI: "write Moshi's voice to the left channel, or leave them out",
     NO_USER: "right if nobody is to be heard",
-    SWAPPED: "swap the channels: ffmpeg -i IN -af channelmap=1|0 OUT",
+    SWAPPED: "swap the channels: ffmpeg -i IN -af 'channelmap=1|0' OUT",
 }
 _FRAMES_A_SECOND: Final = 12.5
 _INAUDIBLE: Final = 1e-7  # mean square of a frame: −70 dB of full scale
+_LOUD: Final = 10.0  # likewise, +10 dB; a file of integers has at most 1
 _SAME: Final = 1e-4  # of the energy of both channels: −40 dB, which an encoder may add
 _LOUDER: Final = 100.0  # 20 dB, as between a voice and what a microphone picks up of the other
 _MOST_WHOLE_SEC: Final = 5 * 3600.0
@@ -49,13 +57,17 @@ class Heard:
     """Mean squares of the left and the right channel, by the number of the frame."""
     difference: float = 0.0
     """Energy of the difference of both channels, summed over all samples."""
-    energy: float = 0.0
-    """Energy of both together."""
+    energies: tuple[float, float] = (0.0, 0.0)
+    """Of the left channel and the right, likewise."""
+    product: float = 0.0
+    """Of both channels, summed over all samples."""
 
     def add(self, sound: Tensor, begin: int, rate: int) -> None:
         """Hear samples `[2, N]` that begin at a sample."""
         self.difference += float((sound[0] - sound[1]).square().sum(dtype=torch.float64))
-        self.energy += float(sound.square().sum(dtype=torch.float64))
+        left, right = sound.square().sum(1, dtype=torch.float64).tolist()
+        self.energies = (self.energies[0] + left, self.energies[1] + right)
+        self.product += float((sound[0] * sound[1]).sum(dtype=torch.float64))
         size = max(1, round(rate / _FRAMES_A_SECOND))
         whole = sound[:, : sound.shape[1] // size * size].unfold(1, size, size).square().mean(2)
         first = round(begin / size)
@@ -71,13 +83,22 @@ class Heard:
         left, right = (max((both[side] for both in self.frames.values()), default=0.0) for side in (0, 1))
         if max(left, right) < _INAUDIBLE:
             return SILENT if self.frames else None
-        if self.difference <= _SAME * self.energy:
+        if max(left, right) > _LOUD:
+            return LOUD
+        if self.difference <= _SAME * sum(self.energies):
             return EQUAL
+        if min(left, right) >= _INAUDIBLE and self._scaled():
+            return SCALED
         if self._swapped(words):
             return SWAPPED
         if left < _INAUDIBLE:
             return NO_MOSHI
         return NO_USER if right < _INAUDIBLE else None
+
+    def _scaled(self) -> bool:
+        """Whether one channel is the other times a number: what is left of it without that is inaudible beside it."""
+        left, right = self.energies
+        return left * right - self.product**2 <= _SAME * left * right
 
     def _swapped(self, words: Sequence[Word]) -> bool:
         """Whether Moshi's words are loud on the right and silent on the left."""
