@@ -266,7 +266,7 @@ OTHERS: dict[str, tuple[bytes, str]] = {
         b"version https://git-lfs\nsize 9876\n",
         "it is a git-lfs pointer to a file of 9876 bytes; fetch the file",
     ),
-    "gzip": (b"\x1f\x8b\x08" + bytes(99), "it is compressed with gzip; unpack it: gunzip a.wav"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(99), "it is compressed with gzip; unpack it: gunzip -c a.wav > NEW"),
     "a page": (b"<!DOCTYPE html><html>", "it is a web page; download the file itself"),
 }
 
@@ -344,7 +344,10 @@ def test_a_transcript_in_milliseconds_is_refused() -> None:
             json.dumps({"alignments": WORDS}).encode("utf-16"),
             "a.json: cannot be read: it is text in UTF-16; save it as",
         ),
-        (b"\x1f\x8b\x08" + bytes(50), "a.json: cannot be read: it is compressed with gzip; unpack it: gunzip a.json"),
+        (
+            b"\x1f\x8b\x08" + bytes(50),
+            "a.json: cannot be read: it is compressed with gzip; unpack it: gunzip -c a.json > NEW",
+        ),
         (
             '{"alignments": [["é", [0, 1], "A"]]}'.encode("latin-1"),
             "a.json: cannot be read: it is not text in UTF-8: byte",
@@ -480,6 +483,16 @@ def test_speech_without_transcripts_is_read_to_its_end_too(capsys: pytest.Captur
         assert main(["train", "c.yaml"]) == 3
         err = capsys.readouterr().err
         assert all(f"{name}.flac: " in err for name in names)
+
+
+def test_the_voice_of_speech_without_transcripts_is_heard() -> None:
+    record("a.wav", RIGHT)
+    for channel, told in (("left", f"in 1 of 1 recordings, {hearing.NO_VOICE}: a.wav; read"), ("right", "")):
+        data = f"{{train_data: data.jsonl, format: audio, channel: {channel}}}"
+        config = check_config("c", text=f"backbone: {{name: moshi}}\ndata: {data}\n").config
+        assert config is not None
+        notes = MOSHI.read_data(config, split="train", console=Console(quiet=True))
+        assert [told in note for note in notes] == [True] * bool(told)
 
 
 def test_check_data_reads_the_demos_data_and_not_those_of_a_broken_config(capsys: pytest.CaptureFixture[str]) -> None:
