@@ -88,7 +88,7 @@ def test_who_wants_text_is_told_the_same(words: str) -> None:
 def test_a_command_has_the_files_name_as_the_shell_reads_it() -> None:
     kind = kind_of_content(gzip.compress(b"{}"), 22, "my data.json")
     assert kind is not None
-    assert kind.instead_of_text == "it is compressed with gzip; unpack it: gunzip 'my data.json'"
+    assert kind.instead_of_text == "it is compressed with gzip; unpack it: gunzip -c 'my data.json' > NEW"
 
 
 def test_a_safetensors_file_whose_header_begins_like_a_pickle_is_none() -> None:

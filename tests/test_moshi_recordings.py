@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import struct
 import sys
 from collections.abc import Callable
@@ -265,7 +266,7 @@ OTHERS: dict[str, tuple[bytes, str]] = {
         b"version https://git-lfs\nsize 9876\n",
         "it is a git-lfs pointer to a file of 9876 bytes; fetch the file",
     ),
-    "gzip": (b"\x1f\x8b\x08" + bytes(99), "it is compressed with gzip; unpack it: gunzip a.wav"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(99), "it is compressed with gzip; unpack it: gunzip -c a.wav > NEW"),
     "a page": (b"<!DOCTYPE html><html>", "it is a web page; download the file itself"),
 }
 
@@ -343,12 +344,17 @@ def test_a_transcript_in_milliseconds_is_refused() -> None:
             json.dumps({"alignments": WORDS}).encode("utf-16"),
             "a.json: cannot be read: it is text in UTF-16; save it as",
         ),
-        (b"\x1f\x8b\x08" + bytes(50), "a.json: cannot be read: it is compressed with gzip; unpack it: gunzip a.json"),
+        (
+            b"\x1f\x8b\x08" + bytes(50),
+            "a.json: cannot be read: it is compressed with gzip; unpack it: gunzip -c a.json > NEW",
+        ),
         (
             '{"alignments": [["é", [0, 1], "A"]]}'.encode("latin-1"),
             "a.json: cannot be read: it is not text in UTF-8: byte",
         ),
-        (b"", "a.json: Expecting value"),
+        (b"", "a.json: it is empty; if nobody speaks, write"),
+        (b'{"alignments": [["a", [0.5', "a.json: it is no JSON to its end, as if it was cut (Expecting"),
+        (b"a b c", "a.json: it is no JSON (Expecting value: line 1 column 1 (char 0)); write it again"),
         (b'{"words": []}', 'a.json: it is not an object with a list "alignments"'),
     ],
 )
@@ -380,6 +386,8 @@ MONO = VOICE[:, :1].repeat(2, 1)
 ODD: dict[str, tuple[np.ndarray, str]] = {
     "equal": (MONO, hearing.EQUAL),
     "nearly equal": (MONO + np.random.default_rng(2).normal(0, 5e-4, MONO.shape), hearing.EQUAL),
+    "the same at half the level": (MONO * [1, 0.5], hearing.SCALED),
+    "the same inverted": (MONO * [1, -1], hearing.SCALED),
     "silent": (SILENCE, hearing.SILENT),
     "no user": (LEFT, hearing.NO_USER),
     "swapped": (RIGHT, hearing.SWAPPED),
@@ -396,6 +404,18 @@ def test_odd_channels_are_told_when_the_run_starts(kind: str, name: str) -> None
     (note,) = started()
     assert note.startswith("data.train_data: in 1 of 2 recordings")
     assert f", {told}: {name}; " in note
+
+
+def test_floats_beyond_full_scale_are_told() -> None:
+    record("good.wav", VOICE)
+    record("a.wav", VOICE)
+    soundfile.write("a.wav", VOICE * 32767, RATE, subtype="FLOAT")
+    (note,) = started()
+    assert f"in 1 of 2 recordings heard in part, {hearing.LOUD}: a.wav; divide the samples" in note
+
+
+def test_channels_are_swapped_by_a_command_that_a_shell_reads() -> None:
+    assert shlex.split(hearing._WAYS_OUT[hearing.SWAPPED].split(": ")[1])[4] == "channelmap=1|0"
 
 
 def test_moshis_silent_channel_without_words_is_told_as_such() -> None:
@@ -463,6 +483,16 @@ def test_speech_without_transcripts_is_read_to_its_end_too(capsys: pytest.Captur
         assert main(["train", "c.yaml"]) == 3
         err = capsys.readouterr().err
         assert all(f"{name}.flac: " in err for name in names)
+
+
+def test_the_voice_of_speech_without_transcripts_is_heard() -> None:
+    record("a.wav", RIGHT)
+    for channel, told in (("left", f"in 1 of 1 recordings, {hearing.NO_VOICE}: a.wav; read"), ("right", "")):
+        data = f"{{train_data: data.jsonl, format: audio, channel: {channel}}}"
+        config = check_config("c", text=f"backbone: {{name: moshi}}\ndata: {data}\n").config
+        assert config is not None
+        notes = MOSHI.read_data(config, split="train", console=Console(quiet=True))
+        assert [told in note for note in notes] == [True] * bool(told)
 
 
 def test_check_data_reads_the_demos_data_and_not_those_of_a_broken_config(capsys: pytest.CaptureFixture[str]) -> None:

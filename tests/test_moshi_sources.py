@@ -134,6 +134,7 @@ def test_what_a_folder_of_speech_may_not_hold_is_named(speech, tmp_path):
     (tmp_path / "notes.txt").write_text("nor this")
     told = refused(tmp_path)
     assert told.startswith("data.train_data: 3 recordings cannot be used")
+    assert told.count("a.wav") == 1
     assert "a.wav: stereo; write data.channel: left or right for the channel that is Moshi's voice, or mean" in told
     assert "b.flac: cannot be decoded" in told
     assert "c.wav: 0.006 s are less than one frame (0.08 s)" in told
@@ -446,11 +447,14 @@ def test_files_that_cannot_be_read_are_named_and_left_out_only_if_that_is_wanted
     folder = tmp_path / "speech"
     shutil.copytree(speech, folder)
     (folder / "broken.wav").write_bytes(b"RIFF")
+    (folder / "empty.wav").write_bytes(b"")
     (folder / "w\u00f6rter \U0001f600.flac").write_bytes((speech / "woman/more/last.flac").read_bytes())
     out = tmp_path / "data.jsonl"
     code, told = indexed(capsys, folder, "--out", out)
     assert code == 3
     assert "broken.wav: cannot be decoded" in told
+    assert "empty.wav: cannot be decoded: it is empty; copy" in told
+    assert "2 recordings cannot be read; mend or remove them" in " ".join(told.split())
     assert "leave them out with --leave-out" in told
     assert not out.exists()
     code, told = indexed(capsys, folder, "--out", out, "--leave-out")
@@ -466,6 +470,7 @@ def test_what_an_index_cannot_be_made_of(speech, tmp_path, capsys):
     for arguments, expected, words in (
         ((tmp_path / "empty", "--out", out), 3, "empty: holds no recording"),
         ((tmp_path / "gone", "--out", out), 3, "gone: no such folder"),
+        ((next(speech.rglob("*.flac")), "--out", out), 3, "a file, not a folder; name the folder that holds it"),
         ((speech, "--out", tmp_path / "data.txt"), 2, "an index is a .jsonl file; write --out"),
         ((speech, "--out", out, "--backbone", "videodit"), 2, "the backbone videodit has no index"),
     ):

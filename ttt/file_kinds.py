@@ -158,7 +158,7 @@ def _encoded(encoding: str) -> FileKind:
 
 
 def _packed(by: str, unpack: str) -> FileKind:
-    return FileKind(f"{by} file", f"compressed with {by}", f"unpack it: {unpack} {{file}}")
+    return FileKind(f"{by} file", f"compressed with {by}", f"unpack it: {unpack} -c {{file}} > NEW")
 
 
 def _table(name: str, words: str) -> FileKind:

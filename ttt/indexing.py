@@ -32,6 +32,8 @@ def write_index(backbone: Indexing, folder: Path, out: Path, *, leave_out: bool,
     Raises:
         EnvironmentProblem: there is no such folder, it holds no recording, or one cannot be read; nothing was written.
     """
+    if folder.is_file():
+        raise EnvironmentProblem(f"{folder}: a file, not a folder; name the folder that holds it")
     if not folder.is_dir():
         raise EnvironmentProblem(f"{folder}: no such folder")
     files = backbone.find_recordings(folder)
@@ -50,11 +52,12 @@ def write_index(backbone: Indexing, folder: Path, out: Path, *, leave_out: bool,
     if problems and not (leave_out and lines):
         error = EnvironmentProblem.about(problems, "recordings cannot be read", where=str(folder))
         way_out = "mend or remove them" if leave_out else "mend or remove them, or leave them out with --leave-out"
-        raise EnvironmentProblem(error.message, details=error.details, fix=way_out)
+        raise EnvironmentProblem(error.message.removesuffix(":"), details=error.details, fix=way_out)
     write_text(out, "".join(lines))
     for told in problems:
         say(console, f"left out: {told}")
-    say(console, f"wrote {out}: {len(lines)} recordings, {duration_in_words(seconds)}")
+    count = f"{len(lines):,} recording" + "s" * (len(lines) != 1)
+    say(console, f"wrote {out}: {count}, {duration_in_words(seconds)}")
 
 
 def _line(file: Path, folder: Path, seconds: float) -> str:

@@ -48,11 +48,13 @@ def sound_kind(path: Path) -> SoundKind:
     """What kind of sound file a file is.
 
     Raises:
-        UnreadableAudioError: it is none, but something that is recognised, such as compressed or a web page.
+        UnreadableAudioError: it is none, but empty or something that is recognised, such as compressed or a web page.
         OSError: it is missing, cannot be read, or is not a file.
     """
     with open_file(path) as file:
         start = file.read(ENOUGH)
+    if not start:
+        raise UnreadableAudioError("it is empty; copy or download it again, or leave it out")
     kind = kind_of_content(start, len(start), path)
     if kind is not None and kind.name not in RECORDINGS:
         raise UnreadableAudioError(f"it is {kind}")

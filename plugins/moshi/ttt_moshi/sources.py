@@ -73,14 +73,12 @@ class SpeechSource:
             )
         found: list[Recording] = []
         problems: list[str] = []
-        listening = Listening(wholly, dialogues=False)
+        listening = Listening(wholly, voice=self.voice)
         for place, read in counted(self._named(frame_sec)):
             if isinstance(read, str):
                 problems.append(f"{place}: {read}")
-            elif (wrong := self._wrong_channels(read)) is not None:
-                problems.append(f"{place}: {wrong}")
-            elif (broken := _broken(listening, read)) is not None:
-                problems.append(f"{place}: {broken}")
+            elif (wrong := self._wrong_channels(read) or _broken(listening, read)) is not None:
+                problems.append(f"{_at(place, read.audio)}: {wrong}")
             else:
                 found.append(read)
         if not found and not problems:
@@ -106,10 +104,10 @@ class SpeechSource:
     def _wrong_channels(self, recording: Recording) -> str | None:
         channels = recording.info.channels
         if channels > 2 and self.channel in ("left", "right"):
-            return f"{recording.audio}: {channels} channels have no left and right; write channel: mean"
+            return f"{channels} channels have no left and right; write channel: mean"
         if channels > 1 and self.channel is None:
             return (
-                f"{recording.audio}: {'stereo' if channels == 2 else f'{channels} channels'}; write data.channel: left "
+                f"{'stereo' if channels == 2 else f'{channels} channels'}; write data.channel: left "
                 f"or right for the channel that is Moshi's voice, or mean"
             )
         return None
@@ -160,8 +158,13 @@ def _broken(listening: Listening, recording: Recording) -> str | None:
     try:
         listening.listen(recording.audio, recording.info, ())
     except UnreadableAudioError as error:
-        return f"{recording.audio}: cannot be decoded: {error}"
+        return f"cannot be decoded: {error}"
     return None
+
+
+def _at(place: str, audio: Path) -> str:
+    """Where a recording is: its line and its file, or its file alone if no line names it."""
+    return place if place == str(audio) else f"{place}: {audio}"
 
 
 def measure(file: Path) -> float:

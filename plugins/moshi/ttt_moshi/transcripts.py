@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ttt.printable import shortened
 from ttt.reading import MAX_JSON, read_text, unreadable
@@ -56,7 +56,7 @@ class Transcript:
             BrokenTranscriptError: it is missing or holds something else, or most of its words lie far beyond the end.
         """
         try:
-            content = json.loads(read_text(file, limit=MAX_JSON))
+            content = _parsed(read_text(file, limit=MAX_JSON))
             words = read_words(content)
         except FileNotFoundError:
             raise BrokenTranscriptError(
@@ -66,7 +66,7 @@ class Transcript:
         except OSError as error:
             raise BrokenTranscriptError(f"{file}: cannot be read: {unreadable(error)}") from None
         except (ValueError, RecursionError) as error:
-            raise BrokenTranscriptError(f"{file}: {shortened(str(error), 120)}") from None
+            raise BrokenTranscriptError(f"{file}: {shortened(str(error), 160)}") from None
         left_out: dict[str, list[Word]] = {}
         for word in words:
             reason = _reason(word, seconds)
@@ -80,6 +80,21 @@ class Transcript:
             frozenset(word.speaker for word in words),
             bool(content.get("text_conditions")),
         )
+
+
+def _parsed(text: str) -> Any:
+    """The JSON in a transcript.
+
+    Raises:
+        ValueError: it holds none, or only its beginning.
+    """
+    if not text.strip():
+        raise ValueError('it is empty; if nobody speaks, write {"alignments": []}')
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        cut = " to its end, as if it was cut" if error.pos >= len(text.rstrip()) else ""
+        raise ValueError(f"it is no JSON{cut} ({error}); write it again, or leave the recording out") from None
 
 
 def _reason(word: Word, seconds: float) -> str | None:

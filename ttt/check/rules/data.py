@@ -212,9 +212,19 @@ def evaluates(context: Context) -> Iterator[Finding]:
 
 
 _EVERY = {
-    "ckpt_freq": (Severity.WARNING, "a checkpoint", "the one at the end does", "0 for the end alone"),
-    "log_freq": (Severity.NOTE, "a line of metrics.jsonl", "the first step and the last have one", "10"),
-    "evidence_freq": (Severity.NOTE, "a measurement of the layers", "the first step and the last have one", "10"),
+    "ckpt_freq": (
+        Severity.WARNING,
+        "a checkpoint",
+        "the one at the end does",
+        "write ckpt_freq: 0 for the end alone, or at most",
+    ),
+    "log_freq": (Severity.NOTE, "a line of metrics.jsonl", "the first step and the last have one", "write at most"),
+    "evidence_freq": (
+        Severity.NOTE,
+        "a measurement of the layers",
+        "the first step and the last have one",
+        "write at most",
+    ),
 }
 """Keys of `train` that count steps between two of something: what that is, what comes all the same, what to write."""
 
@@ -229,7 +239,7 @@ def counts_steps_of_the_run(context: Context) -> Iterator[Finding]:
             yield TTT517.at(
                 f"train.{key}",
                 message=f"{what} every {freq} steps never comes in a run of {train.max_steps}; only {anyway}",
-                fix=f"write {key}: {instead}, or at most {train.max_steps}",
+                fix=f"{instead} {train.max_steps}",
                 value=freq,
                 severity=severity,
                 replacement="0" if key == "ckpt_freq" else None,
