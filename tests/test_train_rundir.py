@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,14 +120,14 @@ def test_a_disk_that_does_not_give_the_newest_is_no_reason_to_take_an_older_one(
     """The steps of the newest are there: going on from an older one would lose them, and prune them in the end."""
     save(run, 1)
     save(run, 2)
-    read = json_objects.read_text
+    read = json_objects.read_file
 
     def refuse(path, *, limit):
         if "step_000002" in str(path):
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return read(path, limit=limit)
 
-    monkeypatch.setattr(json_objects, "read_text", refuse)
+    monkeypatch.setattr(json_objects, "read_file", refuse)
     with pytest.raises(UnreadableError, match=r"step_000002/trainer_state.json: cannot be read: Input/output error"):
         run.latest()
 
@@ -519,3 +520,19 @@ def test_trainer_state_is_json_that_people_can_read(run):
     assert content.pop("files").keys() == {"file"}
     assert len(content.pop("sha256")) == 64
     assert content == {"format": "ttt-checkpoint", "version": 2, "step": 4, "note": 4}
+
+
+def test_a_key_that_the_run_did_not_know_counts_with_its_default(tmp_path):
+    """A run of before LoRA goes on as it was, and not with LoRA; the section `ttt` has defaults of its backbone."""
+    settings = config()
+    stored = StoredConfig(tmp_path)
+    record = stored.record(settings)
+    del record["adapter"], record["lora"], record["train"]["seed"], record["ttt"]["ln_eps"]
+    before = SimpleNamespace(state={"config": record})
+    stored.require_same(before, settings, ToyBackbone())
+    lora = settings.model_copy(update={"adapter": "lora"})
+    with pytest.raises(ConfigError, match=r'adapter: "ttt" in the run, "lora" now'):
+        stored.require_same(before, lora, ToyBackbone())
+    seeded = settings.model_copy(update={"train": settings.train.model_copy(update={"seed": 3})})
+    with pytest.raises(ConfigError, match=r"train\.seed: 0 in the run, 3 now"):
+        stored.require_same(before, seeded, ToyBackbone())

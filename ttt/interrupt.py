@@ -82,8 +82,8 @@ class Interrupt:
         self._late: threading.Timer | None = None
 
     def begin(self) -> None:
-        """From now on there is something to lose: the first signal is a request."""
-        self._begun = True
+        """From now on there is something to lose: the first signal is a request, and a step is made and saved."""
+        self._begun, self.told = True, STEPPING
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

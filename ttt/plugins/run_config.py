@@ -6,10 +6,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, create_model
+from pydantic import BaseModel, Field, create_model
 
 from ttt.config.evaluation import EvalConfig, ScoreOptions
 from ttt.config.schema import BackboneOptions, DataOptions, RunConfig
+from ttt.dotted import dotted
 from ttt.plugins.backbone import Backbone
 from ttt.plugins.capabilities import Scoring
 from ttt.plugins.capability_base import has_capability
@@ -56,3 +57,24 @@ def with_defaults(ttt: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
     if ttt.get("layer_type", usual.get("layer_type", "linear")) != usual.get("layer_type", "linear"):
         usual = {key: value for key, value in usual.items() if key not in _OF_THE_INNER_MODEL}
     return {**usual, **ttt}
+
+
+def default_values(model: type[BaseModel], above: str = "") -> dict[str, Any]:
+    """The defaults of a config's fields by dotted name, as JSON has them; of one that is required there is none.
+
+    A config that was written before a key was added did what the key's default does.
+    """
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        key, inner = f"{above}{name}", field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found.update(default_values(inner, f"{key}."))
+        elif not field.is_required():
+            found.update(dotted({key: _plain(field.get_default(call_default_factory=True))}))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return list(value) if isinstance(value, tuple) else value

@@ -6,11 +6,10 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel
-
 from ttt.config.schema import RunConfig, with_its_target_eps
 from ttt.dotted import dotted
 from ttt.errors import TTTError
+from ttt.plugins.run_config import default_values
 
 _OWN = "run_dir"
 """Every run has its own, and the table names it."""
@@ -81,25 +80,6 @@ def _defaults(backbone: str) -> Mapping[str, Any]:
         model: type[RunConfig] = run_config_model(get_backbone(backbone))
     except TTTError:
         model = RunConfig
-    found = _of_model(model)
+    found = default_values(model)
     found.pop("backbone.name", None)
     return found
-
-
-def _of_model(model: type[BaseModel], above: str = "") -> dict[str, Any]:
-    """The defaults of a model's fields; of one that is required there is none."""
-    found: dict[str, Any] = {}
-    for name, field in model.model_fields.items():
-        key, inner = f"{above}{name}", field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            found.update(_of_model(inner, f"{key}."))
-        elif not field.is_required():
-            found.update(dotted({key: _plain(field.get_default(call_default_factory=True))}))
-    return found
-
-
-def _plain(value: Any) -> Any:
-    """A default as JSON would give it back."""
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    return list(value) if isinstance(value, tuple) else value

@@ -24,6 +24,7 @@ from ttt.dotted import dotted
 from ttt.errors import ConfigError
 from ttt.files import temporary_beside, write_bytes, write_text, writing
 from ttt.plugins import Backbone
+from ttt.plugins.run_config import default_values
 from ttt.reading import other_kind
 
 CONFIG = "config.yaml"
@@ -160,11 +161,12 @@ class StoredConfig:
             ConfigError: the configs differ; the message names every key.
         """
         recorded = self._recorded(checkpoint, backbone)
-        known = dotted(recorded)  # keys that a later ttt added are missing here
+        known = dotted(recorded)
+        later = default_values(type(config))  # a ttt of before a key did what its default does
         differences = [
-            (key, before, now)
+            (key, before if key in known else later[key], now)
             for key, before, now in _differences(recorded, self.record(config))
-            if key in known and not self._moved(before, now)
+            if not self._moved(before, now) and (key in known or _is_new(key, now, later))
         ]
         if differences:
             listed = "; ".join(
@@ -209,6 +211,14 @@ def _differences(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[t
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key not in MAY_DIFFER and not key.startswith("eval.score.")
     ]
+
+
+def _is_new(key: str, now: Any, defaults: Mapping[str, Any]) -> bool:
+    """Whether a key that an older record lacks has another value than its default.
+
+    A backbone has defaults of its own for the section `ttt`, so nothing is known of that.
+    """
+    return key in defaults and not key.startswith("ttt.") and defaults[key] != now
 
 
 def _in_words(value: Any) -> str:
