@@ -644,6 +644,7 @@ def test_the_command_writes_what_it_is_asked_for(
         (["--sort", "beauty"], 2, "--sort: beauty is no column of this table"),
         (["--out", "/dev/null/x.csv"], 3, "/dev/null is not a folder"),
         (["--out", "."], 2, "--out: .: a folder; name a file in it"),
+        (["--out", "x.xlsx"], 2, "x.xlsx: .xlsx does not say which format it is to have; write --format"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(

@@ -74,13 +74,22 @@ def runs(
         show_warning(str(left_out))
 
 
+_ENDINGS = {"": "table", ".txt": "table", ".csv": "csv", ".html": "html", ".htm": "html"}
+"""What the ending of a file means."""
+
+
 def _format(form: str | None, out: str | None) -> str:
     """The format that is asked for, or that the ending of the file means."""
     from ttt.errors import UsageError
 
     if form is None:
-        ending = "" if out is None else Path(out).suffix[1:].lower()
-        return {"csv": "csv", "html": "html", "htm": "html"}.get(ending, "table")
+        ending = "" if out is None or is_standard_output(out) else Path(out).suffix.lower()
+        if ending not in _ENDINGS:
+            raise UsageError(
+                f"--out: {out}: {ending} does not say which format it is to have; write --format, or a file that ends "
+                f"in .csv, .html or .txt"
+            )
+        return _ENDINGS[ending]
     if form not in _FORMATS:
         raise UsageError(f"--format: {form!r} is none of {', '.join(_FORMATS)}")
     return form
