@@ -678,3 +678,12 @@ def test_a_folder_that_may_not_be_read_is_told(here: Path, monkeypatch: pytest.M
     assert str(left_out) == f"{closed}: left out: cannot be read: Permission denied"
     with pytest.raises(EnvironmentProblem, match="failed: cannot be read: Permission denied"):
         table_of(closed)
+
+
+def test_settings_of_lora_are_of_runs_that_have_it() -> None:
+    def of(adapter: str, rank: int) -> dict[str, Any]:
+        return {"backbone": {"name": "toy"}, "adapter": adapter, "lora": {"rank": rank, "scaling": 2.0}}
+
+    assert differing([of("ttt", 64), of("lora", 8)]) == {"adapter": ["ttt", "lora"]}
+    found = differing([of("ttt", 64), of("lora", 8), of("ttt+lora", 16)])
+    assert found == {"adapter": ["ttt", "lora", "ttt+lora"], "lora.rank": [ABSENT, 8, 16]}

@@ -29,7 +29,7 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     flat = [dotted(_with_later_keys(config)) for config in configs]
     keys = list(dict.fromkeys(key for config in flat for key in config if key != _OWN))
     found = {key: [_value(config, key, name) for config, name in zip(flat, names, strict=True)] for key in keys}
-    return {key: found[key] for key in sorted(keys, key=_section) if _differs(found[key], names)}
+    return {key: found[key] for key in sorted(keys, key=_section) if _differs(key, found[key], names)}
 
 
 class _Absent:
@@ -43,11 +43,18 @@ ABSENT = _Absent()
 
 def _with_later_keys(config: Mapping[str, Any]) -> Mapping[str, Any]:
     ttt = config.get("ttt")
-    return {**config, "ttt": with_its_target_eps(ttt)} if isinstance(ttt, Mapping) else config
+    config = {**config, "ttt": with_its_target_eps(ttt)} if isinstance(ttt, Mapping) else config
+    return {key: value for key, value in config.items() if key != "lora" or _has_lora(config)}
+
+
+def _has_lora(config: Mapping[str, Any]) -> bool:
+    return "lora" in str(config.get("adapter"))
 
 
 def _value(config: Mapping[str, Any], key: str, backbone: str) -> Any:
-    return config[key] if key in config else _defaults(backbone).get(key, ABSENT)
+    if key in config:
+        return config[key]
+    return ABSENT if key.startswith("lora.") and not _has_lora(config) else _defaults(backbone).get(key, ABSENT)
 
 
 def _section(key: str) -> int:
@@ -57,11 +64,13 @@ def _section(key: str) -> int:
     return sections.index(name) if name in sections else len(sections)
 
 
-def _differs(values: Sequence[Any], names: Sequence[str]) -> bool:
+def _differs(key: str, values: Sequence[Any], names: Sequence[str]) -> bool:
     """Whether two runs have different values, or one of two runs of the same backbone has none."""
     known = [value for value in values if value is not ABSENT]
     if any(not _same(known[0], value) for value in known[1:]):
         return True
+    if key.startswith("lora."):  # what a run without LoRA lacks, `adapter` says
+        return False
     with_it = {name for value, name in zip(values, names, strict=True) if value is not ABSENT}
     return any(value is ABSENT and name in with_it for value, name in zip(values, names, strict=True))
 
