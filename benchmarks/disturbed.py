@@ -244,7 +244,8 @@ def whole(folder: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             found[name] = _tensors(path.read_bytes())
         elif path.name == "config.yaml":
-            found[name] = path.read_bytes().replace(os.fsencode(folder.resolve()), b".")  # its paths are absolute
+            text = path.read_bytes().rpartition(b"# sha256")[0]
+            found[name] = text.replace(os.fsencode(folder.resolve()), b".")  # its paths are absolute
         elif path.name == "adapter_config.json":
             found[name] = _timeless(json.loads(path.read_text("utf-8")))
         elif path.name == "metrics.jsonl":

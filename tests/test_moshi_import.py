@@ -318,7 +318,7 @@ def test_an_imported_evaluation_loads_where_its_folders_are() -> None:
     (lexical / "gold.csv").write_text(
         "filename,id,voice,frequency,word,phones,length,correct\na,1,v,3,w,p,1,1\nb,1,v,3,w,p,1,0\n"
     )
-    (lexical / "a.wav").touch()
+    (lexical / "a.wav").write_bytes(b"sound")
     (lexical / "b.wav").touch()
     text = "\n".join(line for line in EVALUATED.splitlines() if not line.startswith("sblimp"))
     checked = check_config("new.yaml", text=write_imported(_imported(text), origin="old.yaml"))
@@ -336,7 +336,7 @@ def test_an_imported_evaluation_loads_where_its_folders_are() -> None:
 def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("train.jsonl").write_text('{"path": "a.wav", "duration": 100}\n')
-    Path("a.wav").touch()
+    Path("a.wav").write_bytes(b"sound")
     Path("a.json").write_text('{"alignments": []}')
     Path("old.yaml").write_text(PLAIN.replace("train_data: ''", "train_data: train.jsonl"))
 

@@ -49,7 +49,10 @@ DATA = {
         json.dumps({"0": {"text": "a", "mp4": "e/video_sample_0001.mp4", "scene_start": True, "scene_end": False}}),
         "segments.json:1 (TTT-Video's table of captions, one for each piece of 3 s; list whole videos as",
     ),
-    "a.pt": (None, "a.pt:1 (a file of torch.save, such as TTT-Video's latents and texts, and no list; name a .jsonl)"),
+    "a.pt": (
+        None,
+        "a.pt: cannot be read: it is a pickle by torch.save; write its data as text; TTT-Video's latents and",
+    ),
 }
 """Its index, what `data/precomp_text.py` reads in either form, and what `data/precomp_video.py` writes."""
 

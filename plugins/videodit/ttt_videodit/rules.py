@@ -106,7 +106,7 @@ def videos_can_be_listed(config: VideoDiTRun) -> list[Finding]:
                 except LineError as error:
                     problems.append(f"{line.short_place} ({error})")
         except (EnvironmentProblem, ValueError) as error:
-            findings.append(_list_finding(key, str(error), 1))
+            findings.append(_list_finding(key, f"{error}{_of_ttt_video(source)}", 1))
             continue
         if problems or not count:
             lines = f"{len(problems)} of {count} lines cannot be used: {first_few(problems)}"
@@ -135,6 +135,11 @@ RULES = (weights_are_of_the_model, data_is_there, videos_can_be_read, videos_can
 # --- the index ---
 
 
+def _of_ttt_video(file: str | Path) -> str:
+    """What a file of another kind than a list is in TTT-Video, as the rest of a sentence."""
+    return "; TTT-Video's latents and texts are such files, so name a .jsonl" if str(file).endswith(".pt") else ""
+
+
 def _read_index(source: str | None, wanted: Wanted) -> _Index | None:
     """The lines; None if there is no such file, which one of the core's rules reports."""
     read = None if source is None else read_excerpt(source, most_lines=_MOST_LINES, most_bytes=_MOST_BYTES)
@@ -143,7 +148,9 @@ def _read_index(source: str | None, wanted: Wanted) -> _Index | None:
     unreadable = {**read.broken_off, **read.foreign}
     index = _Index(count=len(read.lines) + len(unreadable), complete=read.complete)
     if unreadable:
-        index.problems["line"] = [f"{file}: cannot be read: {why}" for file, why in unreadable.items()]
+        index.problems["line"] = [
+            f"{file}: cannot be read: {why}{_of_ttt_video(file)}" for file, why in unreadable.items()
+        ]
     try:
         for line in read.lines:
             _sort_in(index, line, wanted)
