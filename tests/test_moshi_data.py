@@ -528,7 +528,7 @@ WRONG_AUDIO = [
 ]
 WRONG_TRANSCRIPTS = [
     (lambda f: transcript(f, None), r"no file .*b.json; write its words beside the audio as \{\"alignments\": "),
-    (lambda f: transcript(f, ""), r"b.json: Expecting value"),
+    (lambda f: transcript(f, ""), r"b.json: it is empty; if nobody speaks"),
     (lambda f: transcript(f, b"\xff\xfe"), r"b.json: cannot be read: it is text in UTF-16; save it as UTF-8"),
     (lambda f: transcript(f, "[" * 100000), r"b.json: "),
     (lambda f: transcript(f, "[]"), r"b.json: it is not an object with a list \"alignments\""),
