@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml plugins/moshi/pyproject.toml plugins/videodit/pyproject
 	  { echo "ttt needs Python 3.10 or newer; this is $$($(PYTHON) --version). Set PYTHON=python3.12, say."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
-	$(UV) pip install --quiet --compile-bytecode --constraint constraints.txt --editable . --editable plugins/moshi --editable plugins/videodit \
+	$(UV) pip install --quiet --constraint constraints.txt --editable . --editable plugins/moshi --editable plugins/videodit \
 	  --editable plugins/transformers --group dev
 	@touch $@
 
