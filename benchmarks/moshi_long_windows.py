@@ -89,7 +89,7 @@ def counted_peak(config: RunConfig) -> int:
     model = MOSHI.build(config.backbone, device="cpu", dtype=torch.float32).train()
     injection = inject.apply(model, MOSHI.sites(model), config.ttt)
     MOSHI.set_gradient_checkpointing(model, config.train.gradient_checkpointing)
-    learnable = choose_learnable(model, injection.adapters, config.train, is_attention=MOSHI.is_attention)
+    learnable = choose_learnable(model, injection, config.train, is_attention=MOSHI.is_attention)
     optimizer = Optimizer(learnable, config.train)
     frames = MOSHI.facts(config).tokens_per_window
     assert frames is not None
