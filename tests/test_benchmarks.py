@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import cuda_oracle
 import pytest
 import scan
 import torch
@@ -279,3 +280,21 @@ def test_the_command_line_refuses_what_it_cannot_do(
             scan.main()
         assert ended.value.code == 2
         assert words in capsys.readouterr().err
+
+
+# --- the device against the definition ---
+
+
+def test_the_oracle_of_a_device_sees_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU it is below its bound; a device whose projection is off by a billionth is not."""
+    setting = ("mlp", True, 37, 4)
+    assert cuda_oracle.difference(*setting, device="cpu")[0] < cuda_oracle.BOUND
+    to = TTTLayer.to
+
+    def off(self: TTTLayer, *where: object, **how: object) -> TTTLayer:
+        with torch.no_grad():
+            self.o_proj.weight.mul_(1 + 1e-9)
+        return to(self, *where, **how)
+
+    monkeypatch.setattr(TTTLayer, "to", off)
+    assert cuda_oracle.difference(*setting, device="cpu")[0] > cuda_oracle.BOUND
