@@ -43,7 +43,7 @@ from ttt_moshi.audio import inspect_audio, read_audio, resample
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.model import DEMO_KWARGS
 from ttt_moshi.speaking import spoken
-from ttt_moshi.user_audio import Heard
+from ttt_moshi.user_audio import UserAudio
 from ttt_moshi.wav import WavWriter
 
 RATE = 44_100
@@ -78,7 +78,7 @@ def by_hand(seconds: float) -> dict[str, Any]:
     model, _ = build(loaded.config, moshi, torch.device("cpu"))
     codec = DemoCodec.load()
     dialogue = Path(demo.__file__).parent / "dialogue.flac"
-    heard = Heard(dialogue, inspect_audio(dialogue), "right", codec.sample_rate, codec.frame_size)
+    heard = UserAudio(dialogue, inspect_audio(dialogue), "right", codec.sample_rate, codec.frame_size)
     frames = list(itertools.islice(heard.frames(), round(seconds * codec.frame_rate)))
     torch.manual_seed(0)
     generator, tokens, sounds = LMGen(model), [], []

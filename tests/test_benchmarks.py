@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -298,3 +300,17 @@ def test_the_oracle_of_a_device_sees_what_differs(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(TTTLayer, "to", off)
     assert cuda_oracle.difference(*setting, device="cpu")[0] > cuda_oracle.BOUND
+
+
+# --- all of them ---
+
+
+@pytest.mark.parametrize("file", sorted((RESULTS.parent).glob("*.py")), ids=lambda file: file.name)
+def test_what_a_benchmark_imports_of_the_house_is_there(file: Path) -> None:
+    """Nobody runs the long ones in a test, so a name that moved would be found on the machine that was rented."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("ttt", "ttt_moshi", "ttt_cli"):
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                assert hasattr(module, alias.name) or importlib.util.find_spec(name) is not None, name
