@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING
 from ttt_cli.terminal import has_color, show, show_diff, show_error, show_findings, show_note
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ttt.check import CheckedConfig
     from ttt.config import Finding
+    from ttt.config.schema import RunConfig
+    from ttt.plugins import Backbone
 
 STANDARD_INPUT = "-"
 STANDARD_INPUT_NAME = "<stdin>"
@@ -246,23 +250,14 @@ def _read_data(checked: CheckedConfig, *, show: bool) -> list[Finding]:
     Raises:
         TTTError: the plugin failed, or hidden errors are in the way.
     """
-    from ttt.check.placing import placed
-    from ttt.config.findings import blames_environment, has_errors
-    from ttt.errors import UsageError
-
-    own = [finding for finding in checked.findings if not blames_environment(finding)]
-    if checked.config is None or checked.backbone is None or has_errors(own):
-        if not has_errors(own):
-            raise UsageError(f"{checked.source.file}: its data are not read: errors that --ignore hides come first")
-        show_note(f"{checked.source.file}: its data are not read: its errors come first")
+    ready = _ready(
+        checked, hidden="its data are not read: errors that --ignore hides come first", not_now="its data are not read"
+    )
+    if ready is None:
         return []
-    from rich.console import Console
-
     from ttt.check.whole_data import read_all_data
 
-    console = Console(file=sys.stdout if show else sys.stderr, no_color=not has_color(sys.stdout), soft_wrap=False)
-    found = read_all_data(checked.config, checked.backbone, console=console)
-    return [placed(finding, checked.source) for finding in found]
+    return _placed(checked, read_all_data(*ready, console=_console(show)))
 
 
 def _probe(checked: CheckedConfig, *, show: bool) -> list[Finding]:
@@ -271,23 +266,44 @@ def _probe(checked: CheckedConfig, *, show: bool) -> list[Finding]:
     Raises:
         TTTError: the model cannot be built, or hidden errors are in the way.
     """
-    from ttt.check.placing import placed
+    ready = _ready(
+        checked, hidden="cannot be probed: errors that --ignore hides stand in the way", not_now="not probed"
+    )
+    if ready is None:
+        return []
+    from ttt.check.probe import probe
+
+    return _placed(checked, probe(*ready, console=_console(show)))
+
+
+def _ready(checked: CheckedConfig, *, hidden: str, not_now: str) -> tuple[RunConfig, Backbone] | None:
+    """The config and its backbone, if the config has no errors of its own; else None, and a note says so.
+
+    Raises:
+        UsageError: the errors are hidden.
+    """
     from ttt.config.findings import blames_environment, has_errors
     from ttt.errors import UsageError
 
     own = [finding for finding in checked.findings if not blames_environment(finding)]
-    if checked.config is None or checked.backbone is None or has_errors(own):
-        if not has_errors(own):
-            raise UsageError(f"{checked.source.file}: cannot be probed: errors that --ignore hides stand in the way")
-        show_note(f"{checked.source.file}: not probed: its errors come first")
-        return []
+    if checked.config is not None and checked.backbone is not None and not has_errors(own):
+        return checked.config, checked.backbone
+    if not has_errors(own):
+        raise UsageError(f"{checked.source.file}: {hidden}")
+    show_note(f"{checked.source.file}: {not_now}: its errors come first")
+    return None
+
+
+def _placed(checked: CheckedConfig, found: Sequence[Finding]) -> list[Finding]:
+    from ttt.check.placing import placed
+
+    return [placed(finding, checked.source) for finding in found]
+
+
+def _console(show: bool) -> Console:
     from rich.console import Console
 
-    from ttt.check.probe import probe
-
-    console = Console(file=sys.stdout if show else sys.stderr, no_color=not has_color(sys.stdout), soft_wrap=False)
-    broken = probe(checked.config, checked.backbone, console=console)
-    return [placed(finding, checked.source) for finding in broken]
+    return Console(file=sys.stdout if show else sys.stderr, no_color=not has_color(sys.stdout), soft_wrap=False)
 
 
 def _show(file: str, findings: Sequence[Finding], *, also: str = "") -> None:
