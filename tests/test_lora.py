@@ -496,10 +496,8 @@ def test_an_adapter_of_lora_loads_into_a_plain_model_and_not_into_another(tmp_pa
         load_adapter(tmp_path / "run", other, injection=injection)
 
 
-def test_a_file_of_lora_alone_gives_the_layers_of_ttt_their_context(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Loaded as the README does it, without the config that names the layers; a file that does not say so is told."""
+def test_a_file_of_lora_alone_gives_the_layers_of_ttt_their_context(tmp_path: Path) -> None:
+    """Loaded as the README does it, without the config that names the layers; ejected, they see what they saw."""
     options = MOSHI.tiny().model_copy(update={"context": 7, "ttt_layer_context": 3})
     config = run_config_model(MOSHI).model_validate(
         {"backbone": options.model_dump(), "adapter": "lora", "lora": {"rank": 2}, "ttt": {"layers": [1]}}
@@ -512,18 +510,24 @@ def test_a_file_of_lora_alone_gives_the_layers_of_ttt_their_context(
 
     def loaded(path: Path) -> Any:
         model = MOSHI.build(options, device="cpu", dtype=torch.float32)
-        load_adapter(path, model, sites=MOSHI.sites(model), lora_sites=MOSHI.lora_sites)
-        return model
+        return load_adapter(path, model, sites=MOSHI.sites(model), lora_sites=MOSHI.lora_sites)
 
     path = save_adapter(tmp_path / "a", injection, backbone=identity)
-    assert contexts(loaded(path)) == contexts(injection.model) == [7, 3, 7]
+    again = loaded(path)
+    assert contexts(again.model) == contexts(injection.model) == [7, 3, 7]
     load_adapter(path, injection.model, injection=injection)
-    monkeypatch.setattr(injection, "prepared", (0,))
+    undo = dict(injection._prepared)
+    injection.takes_over({0: lambda: None})
     with pytest.raises(AdapterMismatchError, match=r"as those with TTT: 1 in the file, 0 here"):
         load_adapter(path, injection.model, injection=injection)
-    monkeypatch.setattr(injection, "prepared", ())
+    injection.takes_over({})
     without = save_adapter(tmp_path / "b", injection, backbone=identity)
-    assert contexts(loaded(without)) != contexts(injection.model)  # what the key is for
+    assert contexts(loaded(without).model) != contexts(injection.model)  # what the key is for
+    injection.takes_over(undo)
+    for made in (injection, again):
+        made.eject()
+        made.eject()
+        assert contexts(made.model) == [7, 7, 7]
 
 
 def test_a_run_starts_from_a_run_of_lora(tmp_path: Path) -> None:

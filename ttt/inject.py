@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import keyword
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +47,7 @@ class Injection:
         """The `ttt` section."""
         self.sites = plan.sites
         """The sites that have an adapter, in order of layers."""
-        self.prepared: tuple[int, ...] = ()
-        """The layers that `prepare` changed, if they have no adapter, beside LoRA alone."""
+        self._prepared: Prepared = {}
         self.lora = lora
         """LoRA beside the adapters, or alone; None if there is none."""
         self._originals = tuple(originals)
@@ -100,9 +99,21 @@ class Injection:
             for name, parameter in self.lora_parameters.items():
                 parameter.copy_(tensors[name])
 
+    @property
+    def prepared(self) -> tuple[int, ...]:
+        """The layers that `prepare` changed and that have no adapter, beside LoRA alone."""
+        return tuple(self._prepared)
+
+    def takes_over(self, prepared: Prepared) -> None:
+        """Undo on ejection what `prepare` did to the plain model."""
+        self._prepared = prepared
+
     def eject(self) -> None:
         """Restore the model as it was. A second call does nothing."""
         if not self._ejected:
+            for undo in self._prepared.values():
+                undo()
+            self._prepared = {}
             if self.lora is not None:
                 self.lora.remove()
             _detach_all(self.sites, self._originals)
@@ -248,16 +259,23 @@ def apply(
     return Injection(model, planned, originals, added)
 
 
-def prepare(sites: Sequence[Site], config: TTTConfig, *, causal: bool = True) -> tuple[int, ...]:
-    """Give the plain model what layers with TTT have beside their adapters (`Site.prepare`), where the config names it.
+Prepared = Mapping[int, Callable[[], None]]
+"""The layers of a plain model that `Site.prepare` changed, each with what undoes it."""
 
-    Returns:
-        The layers that this changed.
+
+def prepare(sites: Sequence[Site], config: TTTConfig, *, causal: bool = True) -> Prepared:
+    """Give the plain model what layers with TTT have beside their adapters (`Site.prepare`), where the config names it.
 
     Raises:
         InjectionError: see `plan`.
     """
-    return tuple(site.layer for site in plan(sites, config, causal=causal).sites if site.prepare())
+    return prepared_of(plan(sites, config, causal=causal).sites)
+
+
+def prepared_of(sites: Sequence[Site]) -> Prepared:
+    """Prepare these sites."""
+    undoing = {site.layer: site.prepare() for site in sites}
+    return {layer: undo for layer, undo in undoing.items() if undo is not None}
 
 
 def bare_adapter(

@@ -95,7 +95,7 @@ def load_adapter(
     except BaseException:
         made.eject()
         raise
-    made.prepared = tuple(site.layer for site in sites if site.layer in info.prepared and site.prepare())
+    made.takes_over(inject.prepared_of([site for site in sites if site.layer in info.prepared]))
     return made
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,16 +41,16 @@ class Site:
         """Dotted path of the adapter in the model."""
         return f"{self.path}.{self.attribute}" if self.path else self.attribute
 
-    def prepare(self) -> bool:
+    def prepare(self) -> Callable[[], None] | None:
         """Give `module` what the config gives a layer with TTT beside its adapter, as another span of attention.
 
         Most sites have nothing of that kind. If one has, its `attach` prepares it too, and its `detach` undoes that.
         The plain model to which an adapted one with closed gates is equal has prepared sites.
 
         Returns:
-            Whether that changed anything. Files with LoRA alone say which layers it changed.
+            What undoes it; None if it changed nothing. Files with LoRA alone say which layers it changed.
         """
-        return False
+        return None
 
     def attach(self, adapter: nn.Module) -> None:
         """Make `module` call the adapter."""

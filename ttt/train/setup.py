@@ -104,12 +104,12 @@ def build(config: RunConfig, backbone: Backbone, device: torch.device) -> tuple[
     sites = backbone.sites(model)
     with asked(backbone, "its sites"):  # a site may bring its own adapter and its own way to attach it
         # with TTT, attaching prepares a site, so that ejecting undoes it
-        prepared = inject.prepare(sites, config.ttt, causal=backbone.causal) if config.adapter == "lora" else ()
+        prepared = inject.prepare(sites, config.ttt, causal=backbone.causal) if config.adapter == "lora" else {}
         lora = lora_plan(config, backbone, model, sites)
         injection = inject.apply(
             model, sites, config.injected, causal=backbone.causal, seed=config.train.seed, lora=lora
         )
-        injection.prepared = prepared
+        injection.takes_over(prepared)
     if config.ttt.persistent_states and not all(
         isinstance(adapter, TTTAdapter) for adapter in injection.adapters.values()
     ):

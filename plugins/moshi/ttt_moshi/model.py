@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -151,13 +151,14 @@ class MoshiSite(Site):
 
     model: LMModel | None = None
 
-    def prepare(self) -> bool:
+    def prepare(self) -> Callable[[], None] | None:
         """Let the layer's attention see what it sees in layers with TTT."""
         assert self.model is not None
         self._forget_children()
-        before = self._layer.self_attn.context
+        attention = self._layer.self_attn
+        before = attention.context
         give_ttt_context(self.model, self._layer)
-        return bool(self._layer.self_attn.context != before)
+        return None if attention.context == before else lambda: setattr(attention, "context", before)
 
     def attach(self, adapter: nn.Module) -> None:
         """Attach the adapter, prepare the layer, and make kyutai's streaming find the new child."""
