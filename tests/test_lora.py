@@ -552,6 +552,12 @@ def _lora_file(folder: Path, *, rank: int = 4, scaling: float | None = 2.0, **mo
     return folder / "lora.safetensors"
 
 
+def test_lora_starts_from_the_folder_of_an_adapter(tmp_path: Path) -> None:
+    first, _ = run(config(tmp_path / "first", lora={"rank": 4}, train={"max_steps": 1}))
+    _, told = run(config(tmp_path / "run", lora={"rank": 4, "init_from": str(first.checkpoint)}))
+    assert f"LoRA starts from {first.checkpoint}" in told
+
+
 @pytest.mark.parametrize("of", ["file", "folder"])
 def test_lora_starts_from_a_file_of_moshi_finetune(tmp_path: Path, of: str) -> None:
     file = _lora_file(tmp_path / "consolidated")
@@ -616,7 +622,8 @@ def test_a_file_that_is_no_lora_is_told_what_it_is(tmp_path: Path) -> None:
     run(config(tmp_path / "both", adapter="ttt+lora"))
     for path, told in (
         (tmp_path / "gone.safetensors", "gone.safetensors"),
-        (embeddings, "holds 1 tensors that are not LoRA (emb.0.weight); embeddings that learned too"),
+        (tmp_path / "both", "holds neither lora.safetensors nor adapter_model.safetensors; name the file, or start"),
+        (embeddings, "holds 1 tensor that is not LoRA (emb.0.weight); embeddings that learned too"),
         (tmp_path / "weights.safetensors", "no LoRA: none of its tensors"),
         (tmp_path / "both/checkpoints/step_000004" / MODEL, "start from it with train.init_from"),
     ):

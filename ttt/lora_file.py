@@ -17,6 +17,7 @@ from ttt.errors import EnvironmentProblem
 from ttt.files import Header, read_header, read_json
 
 LORA = "lora.safetensors"
+ADAPTER = "adapter_model.safetensors"
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 _SHOWN = 3
 
@@ -51,24 +52,35 @@ class LoraFile:
 
 
 def read_lora_file(path: Path) -> LoraFile:
-    """What a `lora.safetensors`, or the one in a folder, says of itself; reads no tensor.
+    """What a file of LoRA, or the one in a folder, says of itself; reads no tensor.
 
     Raises:
         EnvironmentProblem: it is missing, damaged, or holds something else; one sentence says which.
     """
-    file = path / LORA if path.is_dir() else path
+    file = _in_folder(path) if path.is_dir() else path
     header = read_header(file)
     factors = {name: facts.shape for name, facts in header.tensors.items() if name.endswith(FACTORS)}
     others = [name for name in header.tensors if name not in factors]
     if not factors:
         raise EnvironmentProblem(f"{file}: no LoRA: none of its tensors is a lora_A.weight or lora_B.weight")
     if others:
+        told = "1 tensor that is" if len(others) == 1 else f"{len(others)} tensors that are"
         named = ", ".join(others[:_SHOWN]) + (", …" if len(others) > _SHOWN else "")
-        raise EnvironmentProblem(f"{file}: holds {len(others)} tensors that are not LoRA ({named}); {_why(header)}")
+        raise EnvironmentProblem(f"{file}: holds {told} not LoRA ({named}); {_why(header)}")
     ranks = {shape[1] for name, shape in factors.items() if name.endswith(FACTORS[1]) and len(shape) == 2}
     if len(ranks) != 1:
         raise EnvironmentProblem(f"{file}: no LoRA of one rank: its layers have the ranks {sorted(ranks)}")
     return LoraFile(file, ranks.pop(), _scaling(file, header))
+
+
+def _in_folder(folder: Path) -> Path:
+    """The file of LoRA in a folder: moshi-finetune's, or an adapter's of this project."""
+    found = next((folder / name for name in (LORA, ADAPTER) if (folder / name).exists()), None)
+    if found is None:
+        raise EnvironmentProblem(
+            f"{folder}: holds neither {LORA} nor {ADAPTER}; name the file, or start from a run with train.init_from"
+        )
+    return found
 
 
 def _why(header: Header) -> str:
