@@ -34,6 +34,18 @@ def pytest_collection() -> None:
     gc.disable()
 
 
+LONGEST = {
+    *("test_example.py", "test_benchmarks.py", "test_faults.py", "test_train_compile.py", "test_probe.py"),
+    *("test_videodit_published.py", "test_videodit_model.py", "test_doctor.py", "test_moshi_model.py"),
+}
+"""They come first: who is left with one of their tests at the end would be waited for."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with the longest tests first, in their own order."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Keep collections of garbage from walking the million objects that were imported: a second for each full one.
 
