@@ -19,6 +19,7 @@ import torch
 from fake_distributions import importable
 from undrawn import undraw
 
+from ttt import plugins
 from ttt.errors import EnvironmentProblem
 from ttt.laws import CHECKS, LAWS
 from ttt.testing.suite import INNER_MODELS
@@ -150,6 +151,7 @@ def _train_and_test(site: Path) -> int:
     """
     sys.path.insert(0, str(site))
     importlib.invalidate_caches()
+    plugins.forget()  # what was installed when the tests were collected
     torch.set_num_threads(1)
     undraw(pytest.MonkeyPatch())
     for name in KINDS:
