@@ -230,6 +230,44 @@ Trainable = Annotated[
 """What learns, stored under this project's name."""
 
 
+MOST_PROCESSES = 1 << 16
+"""Of one run."""
+Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
+
+
+class ParallelConfig(Section):
+    """The `train.parallel` section: how the processes of a run share its work. Their product is the number of them.
+
+    One size may be `auto`: what the others leave. With `shard: auto` that is not `replicate`, unless it is written.
+    """
+
+    replicate: Processes | Literal["auto"] = "auto"
+    """Copies of the model, which read different rows and add up their gradients (DDP)."""
+    shard: Processes | Literal["auto"] = 1
+    """Processes that split a copy's parameters, gradients and optimiser state, and read different rows (FSDP2)."""
+    tensor: Processes = 1
+    """Processes that split the heads of the TTT layers, and read the same rows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_copy_if_it_is_split_among_all(cls, data: Any) -> Any:
+        """Make `replicate` 1 if it was left out and `shard` is what is left."""
+        if not isinstance(data, Mapping) or data.get("shard") != "auto":
+            return data
+        return {"replicate": 1, **data}
+
+    @model_validator(mode="after")
+    def _one_size_is_left_over(self) -> ParallelConfig:
+        """Refuse two sizes that are both what the other leaves."""
+        if self.replicate == self.shard == "auto":
+            raise Misfit(
+                "replicate and shard cannot both be what the other leaves",
+                keys=("replicate", "shard"),
+                fix="write replicate: 1 to split the parameters among all processes, or shard: 1 to copy them",
+            )
+        return self
+
+
 class TrainConfig(Section):
     """The `train` section: how long, how fast, what learns."""
 
@@ -238,7 +276,7 @@ class TrainConfig(Section):
     max_steps: Annotated[WholeNumber, Field(ge=1, le=MOST_STEPS)] = 1000
     """Optimiser steps."""
     batch_size: Annotated[int, Field(ge=1, le=MOST_WINDOWS)] = 1
-    """Windows per forward pass; with `persistent_states`, streams read side by side."""
+    """Windows per forward pass, over all processes; with `persistent_states`, streams read side by side."""
     num_microbatches: Annotated[int, Field(ge=1, le=MOST_WINDOWS)] = 1
     """Forward passes whose gradients are accumulated into one optimiser step."""
     lr: Annotated[float, Field(gt=0, le=MOST_RATE)] = 1e-4
@@ -277,6 +315,8 @@ class TrainConfig(Section):
     """Type of the backbone's parameters; TTT weights and fast weights stay float32."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Mixed precision: products of the backbone's float32 matrices in bfloat16. TTT keeps to its tokens' type."""
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """How several processes share the run, if it is started as several."""
     compile: bool = False
     """Run the TTT layers through `torch.compile`, which takes minutes at the start of a run and needs a compiler."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
@@ -13,6 +13,7 @@ from ttt.checkpoint_folder import Checkpoint
 from ttt.config.schema import RunConfig
 from ttt.inject import Injection
 from ttt.interrupt import stop_if_asked
+from ttt.parallel.world import World
 from ttt.plugins import Backbone, WindowDataset
 from ttt.plugins.installed_tasks import ChosenTask, chosen_tasks
 from ttt.printable import say
@@ -47,6 +48,8 @@ class Parts:
     """Backbone parameters that learned before this run; checkpoints hold them too, even if they are frozen."""
     tasks: tuple[ChosenTask, ...] = ()
     """Tasks to measure at each evaluation, besides the outer loss."""
+    world: World = field(default_factory=World)
+    """The processes of the run, and the place of this one among them."""
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -72,6 +75,7 @@ def build_parts(
     *,
     start: AdapterInfo | None = None,
     resumed: Checkpoint | None = None,
+    world: World | None = None,
 ) -> Parts:
     """Build the parts of a run, with the weights that it starts from. Writes nothing.
 
@@ -83,6 +87,7 @@ def build_parts(
         console: the console for reports.
         start: the adapter to start from.
         resumed: the checkpoint to go on from; its tensors are not loaded here.
+        world: the processes of the run; None is this one alone.
 
     Raises:
         StopRequested: somebody asked to stop between two stages.
@@ -122,6 +127,7 @@ def build_parts(
         start=start,
         inherited=frozenset(() if before is None else trained_backbone(before)),
         tasks=tasks,
+        world=world or World(),
     )
 
 

@@ -1,0 +1,80 @@
+"""Several processes on one run: which does what, and which rows each reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ttt.config.schema import ParallelConfig, TrainConfig
+from ttt.parallel.layout import Layout, layout_of, uneven
+from ttt.parallel.world import World
+
+
+def _parallel(**sizes: object) -> ParallelConfig:
+    return ParallelConfig.model_validate(sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes", "layout"),
+    [
+        ({}, 1, Layout()),
+        ({}, 4, Layout(replicate=4)),
+        ({"shard": 2}, 4, Layout(replicate=2, shard=2)),
+        ({"shard": 2, "tensor": 2}, 8, Layout(2, 2, 2)),
+        ({"replicate": 1, "shard": "auto"}, 4, Layout(shard=4)),
+        ({"shard": "auto"}, 4, Layout(shard=4)),
+        ({"replicate": 2, "shard": "auto", "tensor": 3}, 12, Layout(2, 2, 3)),
+        ({"replicate": 1, "shard": 2, "tensor": 2}, 4, Layout(1, 2, 2)),
+    ],
+)
+def test_an_auto_size_is_what_the_others_leave(sizes: dict[str, object], processes: int, layout: Layout) -> None:
+    assert layout_of(_parallel(**sizes), processes) == layout
+    assert layout.size == processes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes", "made"),
+    [
+        ({"shard": 2}, 3, "a multiple of 2 processes"),
+        ({"replicate": 1, "shard": 2}, 4, "make 2 processes"),
+        ({"replicate": 4}, 1, "make 4 processes"),
+        ({"replicate": 2, "shard": "auto", "tensor": 3}, 8, "a multiple of 6 processes"),
+        ({"replicate": 1, "shard": 1, "tensor": 1}, 2, "make 1 processes"),
+    ],
+)
+def test_sizes_that_do_not_make_the_processes_are_refused(sizes: dict[str, object], processes: int, made: str) -> None:
+    with pytest.raises(ValueError, match=made):
+        layout_of(_parallel(**sizes), processes)
+
+
+def test_two_sizes_cannot_both_be_what_is_left() -> None:
+    with pytest.raises(ValueError, match="both be what the other leaves"):
+        _parallel(replicate="auto", shard="auto")
+
+
+def test_every_row_is_read_once_and_by_each_of_a_tensor_group() -> None:
+    layout = Layout(2, 3, 2)
+    worlds = [World(rank, layout) for rank in range(layout.size)]
+    assert [world.data_rank for world in worlds] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert [world.tensor_rank for world in worlds] == [0, 1] * 6
+    rows = list(range(12))
+    assert [row for world in worlds[::2] for row in rows[world.rows(12)]] == rows
+    assert all(worlds[rank].rows(12) == worlds[rank + 1].rows(12) for rank in range(0, 12, 2))
+    assert [world.first for world in worlds] == [True] + [False] * 11
+    with pytest.raises(ValueError, match="13 rows cannot be divided evenly among 6 processes"):
+        worlds[0].rows(13)
+
+
+def test_rows_that_cannot_be_divided_are_told() -> None:
+    assert uneven(TrainConfig(batch_size=4), Layout(2, 2, 3)) is None
+    said = uneven(TrainConfig(batch_size=3), Layout(replicate=2))
+    assert said == "the 3 rows of a forward pass cannot be divided evenly among 2 processes (replicate 2)"
+
+
+def test_alone_nothing_is_asked_of_anybody() -> None:
+    world = World()
+    tensor = torch.ones(3, requires_grad=True)
+    assert world.sum(tensor) is tensor
+    assert (world.any(True), world.any(False)) == (True, False)
+    assert world.rows(7) == slice(0, 7)
+    assert (world.mesh, world.alone, world.first, world.size, world.data_size) == (None, True, True, 1, 1)
