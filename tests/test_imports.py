@@ -79,6 +79,7 @@ ROOMS = (
     *(
         "ttt.state",
         "ttt.layer_inputs",
+        "ttt.layer_sharing",
         "ttt.layer",
         "ttt.lora",
         "ttt.adapter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -84,19 +85,16 @@ class Observation:
             with torch.no_grad():
                 trace = layer.trace_minibatches(*args, **kwargs)
                 state = result[1]
-                moved = _norms(
-                    tuple(
-                        w - getattr(layer, key).to(w)
-                        for w, key in zip(layer.effective_weights(state), layer.weight_names, strict=True)
-                    )
-                )
-                start = _norms(layer.initial_state(1, dtype=state.weights[0].dtype).weights)
+                own = layer.initial_state(1, dtype=state.weights[0].dtype).weights
+                moved = _norms(layer, [w - o for w, o in zip(layer.effective_weights(state), own, strict=True)])
+                start = _norms(layer, own)
                 movement = (moved / torch.where(start > 0, start, 1)).mean()
                 self._measured[name] = (trace.before.nanmean(), trace.after.nanmean(), movement)
 
         return measure
 
 
-def _norms(weights: tuple[Tensor, ...]) -> Tensor:
+def _norms(layer: TTTLayer, weights: Sequence[Tensor]) -> Tensor:
     """The norm over all fast weights of each stream, `[B]`."""
-    return torch.stack([w.flatten(1).square().sum(1) for w in weights]).sum(0).sqrt()
+    squares = torch.stack([w.flatten(1).square().sum(1) for w in weights]).sum(0)
+    return layer.sharing.sum_over_heads(squares).sqrt()

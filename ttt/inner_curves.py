@@ -125,8 +125,8 @@ def _set_back(layer: TTTLayer, start: TTTState, state: TTTState) -> TTTState:
 def _is_anew(layer: TTTLayer, state: TTTState) -> Tensor:
     """Which streams hold the layer's own weights bit for bit, `[B]`: those that were set back, or learned nothing."""
     own = layer.initial_state(1, dtype=state.weights[0].dtype).weights
-    same = [(w == o).flatten(1).all(1) for w, o in zip(layer.effective_weights(state), own, strict=True)]
-    return torch.stack(same).all(0)
+    moved = [(w != o).flatten(1).sum(1) for w, o in zip(layer.effective_weights(state), own, strict=True)]
+    return layer.sharing.sum_over_heads(torch.stack(moved).sum(0)) == 0
 
 
 class _Batch:

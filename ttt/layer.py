@@ -13,9 +13,10 @@ from ttt.config import TTTConfig
 from ttt.config.schema import inner_widths
 from ttt.costs import best_group_size, scan_cost
 from ttt.layer_inputs import check_head_width, check_state, check_tokens
+from ttt.layer_sharing import WHOLE, Projection, Sharing, held
 from ttt.ops.autocast import no_autocast
 from ttt.ops.minibatch import Inner, Stream, learn, learn_one_
-from ttt.ops.norm import normalize, normalize_target, outer_layer_norm, rms_norm
+from ttt.ops.norm import normalize, normalize_target, rms_norm
 from ttt.ops.rotary import apply_rotary, rotary_angles
 from ttt.ops.rows import Tokens
 from ttt.ops.tracing import InnerTrace, MinibatchTrace, effective_weights, trace, trace_minibatches
@@ -71,6 +72,8 @@ class TTTLayer(nn.Module):
         """`_read` compiled, which `forward` calls instead if it is set; see `ttt.train.compiling`."""
         self.observers: list[Callable[[TTTLayer, Reading], None]] = []
         """Called by `forward` and `step_` with what they are about to read, before a state is written to."""
+        self.sharing: Sharing = WHOLE
+        """How tokens and heads are shared out among processes: not at all, unless by `ttt.parallel`."""
         heads = config.num_heads or num_heads
         check_head_width(dim, heads, config)
         self.config = config
@@ -83,7 +86,7 @@ class TTTLayer(nn.Module):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            linear = nn.utils.skip_init(nn.Linear, dim, dim, bias=config.qkvo_bias, device=device or "cpu", dtype=dtype)
+            linear = nn.utils.skip_init(Projection, dim, dim, bias=config.qkvo_bias, device=device or "cpu", dtype=dtype)
             self.add_module(name, linear)
         widths = inner_widths(width, config)
         self.weight_names = weight_names(2 * (len(widths) - 1))
@@ -118,7 +121,7 @@ class TTTLayer(nn.Module):
 
     def initial_state(self, batch_size: int, *, dtype: torch.dtype = torch.float32) -> TTTState:
         """The state of B streams that have read nothing: the layer's own W and b, differentiable, not copied."""
-        weights = (getattr(self, name) for name in self.weight_names)
+        weights = (self.sharing.heads(getattr(self, name)) for name in self.weight_names)
         state = TTTState(tuple(w.to(dtype).expand(batch_size, *w.shape) for w in weights))
         return state.counting() if self.config.skip_nonfinite_tokens else state
 
@@ -163,7 +166,7 @@ class TTTLayer(nn.Module):
         for observe in self.observers:
             observe(self, Reading(x, given, rotary, None, mask))
         read = self.compiled or TTTLayer._read
-        group_size = self._group_size(x.shape[1])
+        group_size = self._group_size(self.sharing.tokens(x.shape[1]))
         with no_autocast(x):  # outside the compiled part: a compiled backward runs in the types of its forward
             y, stream = read(self, x, state, rotary, mask, group_size)
         return y, TTTState.of(stream, skipped=self._skipped(x, state, mask))
@@ -188,6 +191,7 @@ class TTTLayer(nn.Module):
             ValueError: the tokens or the state do not fit the layer, the update is not causal, or the state shares
                 memory with the layer's parameters, or its streams share memory.
         """
+        self.sharing.require_step()
         state = self._checked(x, state, rotary)
         if x.shape[1] != 1:
             raise ValueError(f"step_ reads one token of each stream, not {x.shape[1]}; forward reads more")
@@ -200,7 +204,7 @@ class TTTLayer(nn.Module):
         if state.skipped is None and self.config.skip_nonfinite_tokens:
             raise ValueError("the state has no count of skipped tokens to write to; take one from streaming_state")
         for name, weight in zip(self.weight_names, state.weights, strict=True):
-            own = getattr(self, name).untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
+            own = held(getattr(self, name)).untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
             if not own or not weight.is_contiguous():
                 raise ValueError("the state shares its memory; take one from streaming_state, which step_ may write to")
         for observe in self.observers:
@@ -241,7 +245,9 @@ class TTTLayer(nn.Module):
         with torch.no_grad(), no_autocast(x):
             tokens = self._tokens(x, state, rotary, mask)
             inner = self._inner(tokens.q.dtype)
-            found = trace(tokens, state.stream, inner, start=self.effective_weights(start), mask_BT=mask)
+            every = None if mask is None else self.sharing.all_tokens(mask)
+            found = trace(tokens, state.stream, inner, start=self.effective_weights(start), mask_BT=every)
+            found = InnerTrace(*(self.sharing.own_tokens(self.sharing.mean_over_heads(losses)) for losses in found))
             if not self.config.skip_nonfinite_tokens:
                 return found
             skipped = _nonfinite(x).squeeze(-1)
@@ -259,7 +265,9 @@ class TTTLayer(nn.Module):
         state = self._checked(x, state, rotary, mask)
         with torch.no_grad(), no_autocast(x):
             tokens = self._tokens(x, state, rotary, mask)
-            return trace_minibatches(tokens, state.stream, self._inner(tokens.q.dtype), mask_BT=mask)
+            every = None if mask is None else self.sharing.all_tokens(mask)
+            found = trace_minibatches(tokens, state.stream, self._inner(tokens.q.dtype), mask_BT=every)
+            return MinibatchTrace(*(self.sharing.mean_over_heads(losses) for losses in found))
 
     def effective_weights(self, state: TTTState) -> tuple[Tensor, ...]:
         """The weights that answered the last token of each stream: with the step of an open mini-batch taken."""
@@ -278,7 +286,8 @@ class TTTLayer(nn.Module):
         """The part of `forward` that can be compiled: after the arguments are checked, with autocast off."""
         tokens = self._tokens(x, state, rotary, mask)
         inner = self._inner(tokens.q.dtype)
-        z_BHTF, stream = learn(tokens, state.stream, inner, group_size=group_size, mask_BT=mask)
+        every = None if mask is None else self.sharing.all_tokens(mask)
+        z_BHTF, stream = learn(tokens, state.stream, inner, group_size=group_size, mask_BT=every)
         return self._answer(z_BHTF, x, mask), stream
 
     def _checked(
@@ -289,14 +298,9 @@ class TTTLayer(nn.Module):
         if state is None:
             return self.initial_state(x.shape[0], dtype=dtype)
         # Shapes that broadcast, or an inner model of another depth, would run and answer something else.
-        own = [tuple(getattr(self, name).shape) for name in self.weight_names]
+        own = [tuple(self.sharing.heads(getattr(self, name)).shape) for name in self.weight_names]
         check_state(state, x, own, mini_batch_size=self.config.mini_batch_size)
         return state
-
-    def _project(self, name: str, x: Tensor) -> Tensor:
-        linear: nn.Linear = getattr(self, name)
-        bias = None if linear.bias is None else linear.bias.to(x.dtype)
-        return F.linear(x, linear.weight.to(x.dtype), bias)
 
     def _tokens(self, x: Tensor, state: TTTState, rotary: Rotary | None, mask: Tensor | None = None) -> Tokens:
         """Queries, keys, targets and rates of the tokens; of those that do not count they have no meaning."""
@@ -307,21 +311,23 @@ class TTTLayer(nn.Module):
         kept_out = _nonfinite(x) if self.config.skip_nonfinite_tokens else None
         if kept_out is not None:
             x = torch.where(kept_out, 0, x)
+        x = self.sharing.entering(x)
         wide = x.to(dtype)
         if self.config.input_norm == "rms":
             wide = rms_norm(wide, eps=self.config.ln_eps)
             x = wide.to(x.dtype)
 
-        def heads(name: str) -> Tensor:
-            return self._project(name, x).to(dtype).unflatten(-1, (self.num_heads, self.head_width)).transpose(1, 2)
+        def heads(projection: nn.Module) -> Tensor:
+            y: Tensor = projection(x)
+            return y.to(dtype).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
-        q_BHTF, k_BHTF, v_BHTF = heads("q_proj"), heads("k_proj"), heads("v_proj")
+        q_BHTF, k_BHTF, v_BHTF = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
         if self.config.normalize_qk:
             q_BHTF, k_BHTF = normalize(q_BHTF), normalize(k_BHTF)
         if self.config.rope == "mini_batch":
             rotary = self._minibatch_rotary(x.shape[1], state, mask, dtype)
         if rotary is not None:
-            cos, sin = (angle.to(dtype) for angle in rotary)
+            cos, sin = (self.sharing.angles(angle).to(dtype) for angle in rotary)
             if mask is not None:
                 cos, sin = (torch.where(mask[:, None, :, None], angle, 0) for angle in (cos, sin))
             q_BHTF, k_BHTF = apply_rotary(q_BHTF, cos, sin), apply_rotary(k_BHTF, cos, sin)
@@ -330,12 +336,14 @@ class TTTLayer(nn.Module):
             gamma, beta = self._norm(dtype)
             target_BHTF = normalize_target(target_BHTF, gamma, beta, eps=self.config.target_eps)
         rate_BTH = F.linear(
-            wide, self.learnable_ttt_lr_weight.to(dtype).squeeze(1), self.learnable_ttt_lr_bias.to(dtype).squeeze(1)
+            wide,
+            held(self.learnable_ttt_lr_weight).to(dtype).squeeze(1),
+            held(self.learnable_ttt_lr_bias).to(dtype).squeeze(1),
         )
         rate_BHT1 = rate_BTH.sigmoid().transpose(1, 2).unsqueeze(-1) * (self.config.base_lr / self.head_width)
         if kept_out is not None:
             rate_BHT1 = torch.where(kept_out.unsqueeze(1), 0, rate_BHT1)
-        return Tokens(q_BHTF, k_BHTF, target_BHTF, rate_BHT1)
+        return self.sharing.to_heads(Tokens(q_BHTF, k_BHTF, target_BHTF, rate_BHT1))
 
     def _group_size(self, length: int) -> int:
         """`scan_checkpoint_group_size`; if it is `auto`, the group that needs least memory for T tokens."""
@@ -352,30 +360,32 @@ class TTTLayer(nn.Module):
             return state.skipped
         before = state.no_tokens() if state.skipped is None else state.skipped
         skipped = _nonfinite(x).squeeze(-1)
-        return before + (skipped if mask is None else skipped & mask).sum(1)
+        return before + self.sharing.sum_over_tokens((skipped if mask is None else skipped & mask).sum(1))
 
     def _answer(self, z_BHTF: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """`W_o · LN(z)`, heads concatenated, in the type of `x`; zeros for tokens that are skipped or do not count."""
-        z = z_BHTF.transpose(1, 2).flatten(2)
+        z = self.sharing.to_tokens(z_BHTF).transpose(1, 2).flatten(2)
         norm = self.post_norm
-        z = outer_layer_norm(z, norm.weight.to(z), norm.bias.to(z), eps=norm.eps)
-        y = self._project("o_proj", z.to(x.dtype))
+        z = self.sharing.layer_norm(z, held(norm.weight).to(z), held(norm.bias).to(z), eps=norm.eps)
+        y: Tensor = self.o_proj(z.to(x.dtype))
         if self.config.skip_nonfinite_tokens:
             y = torch.where(_nonfinite(x), 0, y)
         return y if mask is None else torch.where(mask[..., None], y, 0)
 
     def _minibatch_rotary(self, length: int, state: TTTState, mask: Tensor | None, dtype: torch.dtype) -> Rotary:
         """The angles by position in the mini-batch, where only tokens that count take a position."""
-        positions = torch.arange(length, device=state.weights[0].device)
-        if mask is not None:
-            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, None]
+        positions = self.sharing.own_tokens(
+            torch.arange(self.sharing.tokens(length), device=state.weights[0].device)
+            if mask is None
+            else (self.sharing.all_tokens(mask).cumsum(1) - 1).clamp_min(0)[:, None]
+        )
         if state.count is not None:
             positions = state.count[:, None, None] + positions
         positions = positions % self.config.mini_batch_size
         return rotary_angles(positions, self.head_width, theta=self.config.rope_theta, dtype=dtype)
 
     def _norm(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.ttt_norm_weight.to(dtype).unsqueeze(1), self.ttt_norm_bias.to(dtype).unsqueeze(1)
+        return held(self.ttt_norm_weight).to(dtype).unsqueeze(1), held(self.ttt_norm_bias).to(dtype).unsqueeze(1)
 
     def _scale(self, dtype: torch.dtype) -> Tensor:
         """The step size by position, `[C]`."""
@@ -384,11 +394,12 @@ class TTTLayer(nn.Module):
             return torch.full((size,), 1 / size, dtype=dtype, device=device)
         scale = 1 / torch.arange(1, size + 1, dtype=dtype, device=device)
         if self.config.learnable_token_idx:
-            scale = (scale + self.learnable_token_idx.to(dtype)).clamp_min(0)
+            scale = (scale + self.sharing.entering(self.learnable_token_idx).to(dtype)).clamp_min(0)
         return scale
 
     def _inner(self, dtype: torch.dtype) -> Inner:
-        return Inner(*self._norm(dtype), self._scale(dtype), self.config.causal, self.config.ln_eps)
+        gamma_H1F, beta_H1F = (self.sharing.heads(x) for x in self._norm(dtype))
+        return Inner(gamma_H1F, beta_H1F, self._scale(dtype), self.config.causal, self.config.ln_eps)
 
 
 def _nonfinite(x: Tensor) -> Tensor:

@@ -1,0 +1,93 @@
+"""How the tokens and heads of a TTT layer are shared out among processes: not at all, unless by `ttt.parallel`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ttt.ops.norm import outer_layer_norm
+from ttt.ops.rows import Tokens
+
+
+def held(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter: all of it, or its shard of a `DTensor`; differentiable."""
+    to_local: Any = getattr(parameter, "to_local", None)
+    return parameter if to_local is None else to_local()
+
+
+class Projection(nn.Linear):
+    """A linear layer that computes in the type of its input, with what this process holds of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[…,in]` to `[…,out]`."""
+        bias = None if self.bias is None else held(self.bias).to(x.dtype)
+        return F.linear(x, held(self.weight).to(x.dtype), bias)
+
+
+class Sharing:
+    """All tokens and all heads are in this process: every method returns what it is given.
+
+    A group of processes that shares a layer gives it another one, whose methods communicate. Every process of the
+    group then calls the layer, with the same arguments but for its own tokens, and in the same order.
+    """
+
+    def tokens(self, count: int) -> int:
+        """How many tokens the streams have in all, if this process has `count` of each."""
+        return count
+
+    def all_tokens(self, x: Tensor) -> Tensor:
+        """Values of this process's tokens, `[B,T']`, as values of all tokens in reading order, `[B,T]`."""
+        return x
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        """Of values of all tokens in reading order, `[…,T]`, those of this process's tokens, `[…,T']`."""
+        return x
+
+    def entering(self, x: Tensor) -> Tensor:
+        """Tokens, or anything else that every process has, before the heads of each process read it."""
+        return x
+
+    def angles(self, x: Tensor) -> Tensor:
+        """Rotary angles `[…,T',F/2]` of the heads that this process projects."""
+        return x
+
+    def heads(self, x: Tensor) -> Tensor:
+        """Of values of heads, `[H,…]`, those of the heads that this process scans."""
+        return held(x)
+
+    def to_heads(self, tokens: Tokens) -> Tokens:
+        """What is scanned, from this process's tokens to its heads."""
+        return tokens
+
+    def to_tokens(self, z_BHTF: Tensor) -> Tensor:
+        """The answers, from this process's heads to its tokens."""
+        return z_BHTF
+
+    def layer_norm(self, z: Tensor, gamma: Tensor, beta: Tensor, *, eps: float) -> Tensor:
+        """The norm over all heads' answers, `[B,T,D]`."""
+        return outer_layer_norm(z, gamma, beta, eps=eps)
+
+    def sum_over_tokens(self, x: Tensor) -> Tensor:
+        """A sum over this process's tokens as a sum over all; has no gradient."""
+        return x
+
+    def sum_over_heads(self, x: Tensor) -> Tensor:
+        """A sum over this process's heads as a sum over all; has no gradient."""
+        return x
+
+    def mean_over_heads(self, x: Tensor) -> Tensor:
+        """A mean over this process's heads as a mean over all; has no gradient."""
+        return x
+
+    def require_step(self) -> None:
+        """Refuse to read one token of each stream, if the tokens are shared out.
+
+        Raises:
+            ValueError: they are.
+        """
+
+
+WHOLE = Sharing()
+"""Of a layer that one process has alone."""
