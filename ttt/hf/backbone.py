@@ -167,6 +167,12 @@ class CausalLMBackbone(
 
         return loss(model, batch)
 
+    def loss_weights(self, batch: Batch, config: RunConfig[CausalLMOptionsT, TextDataT]) -> Tensor:
+        """How many next tokens count."""
+        from ttt.hf.running import loss_weights
+
+        return loss_weights(batch)
+
     def set_gradient_checkpointing(self, model: nn.Module, enabled: bool) -> None:
         """Switch the checkpointing of `transformers` around each decoder layer; it acts in training mode."""
         from ttt.hf.running import set_gradient_checkpointing

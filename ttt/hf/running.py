@@ -36,11 +36,16 @@ def outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput:
-    """Cross-entropy of the next tokens, the mean over those that count, in float32 at least."""
+    """Cross-entropy of the next tokens, the mean over those that count, in float32 at least; 0 if none counts."""
     logits, labels = outputs(model, batch), batch["shift_labels"]
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    mean = F.cross_entropy(precise.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-    return LossOutput(mean, labels.numel())
+    total = F.cross_entropy(precise.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return LossOutput(total / loss_weights(batch).to(total).clamp_min(1).squeeze(), labels.numel())
+
+
+def loss_weights(batch: Mapping[str, Tensor]) -> Tensor:
+    """How many next tokens of a batch count, `[1]`."""
+    return (batch["shift_labels"] != IGNORED).sum(dtype=torch.float64)[None]
 
 
 class PiecewiseReader:

@@ -32,6 +32,7 @@ from ttt.errors import EnvironmentProblem, PluginError, TTTError
 from ttt.inject import bare_adapter, plan
 from ttt.laws.bench import Bench
 from ttt.plugins import Backbone, BackboneFacts, Site
+from ttt.plugins.data import tensors_in as tensors_in
 from ttt.words import first_line
 
 _PLENTY = 1 << 60
@@ -306,18 +307,6 @@ def model_and_batches(bench: Bench) -> None:
 
 
 # --- helpers, also of other checks ---
-
-
-def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """Every tensor in nested mappings and sequences."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from tensors_in(value)
-    elif isinstance(batch, (tuple, list)):
-        for value in batch:
-            yield from tensors_in(value)
 
 
 def same(one: Any, other: Any) -> bool:

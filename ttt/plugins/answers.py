@@ -311,6 +311,7 @@ def _loss(backbone: Any, answer: Any) -> Any:
             f"a LossOutput whose loss is {shown}, not one number as a tensor of floating point and shape []"
         )
     require_whole(answer, "tokens", least=1)
+    _require_means(answer)
     if not isinstance(answer.metrics, Mapping):
         raise WrongAnswer(f"a LossOutput whose metrics are {_named(answer.metrics)}, not a mapping of names to numbers")
     for name, value in answer.metrics.items():
@@ -320,6 +321,32 @@ def _loss(backbone: Any, answer: Any) -> Any:
             )
         if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float, np.number))):
             raise WrongAnswer(f"a metric {name} that is {_named(value)}, not one number")
+    for name, entry in answer.metrics_over.items():
+        if name not in answer.metrics or not is_whole(entry, least=0):
+            raise WrongAnswer(
+                f"a LossOutput whose metrics_over has {name!r}: {entry!r}, not a metric and a whole number"
+            )
+    return answer
+
+
+def _require_means(answer: Any) -> None:
+    """Refuse `means` unless they are numbers `[K]` of floating point, or None."""
+    from torch import Tensor
+
+    means = answer.means
+    if means is None:
+        return
+    if not isinstance(means, Tensor) or means.dim() != 1 or not len(means) or not means.is_floating_point():
+        shown = f"{means.dtype} {list(means.shape)}" if isinstance(means, Tensor) else _named(means)
+        raise WrongAnswer(f"a LossOutput whose means are {shown}, not a tensor [K] of floating point")
+
+
+def _loss_weights(backbone: Any, answer: Any) -> Any:
+    from torch import Tensor
+
+    if not isinstance(answer, Tensor) or answer.dim() != 1 or not len(answer) or answer.is_complex():
+        shown = f"{answer.dtype} {list(answer.shape)}" if isinstance(answer, Tensor) else _named(answer)
+        raise WrongAnswer(f"{shown}, not a tensor [K] of sums of weights")
     return answer
 
 
@@ -361,6 +388,7 @@ ANSWERS: Mapping[str, Check] = {
     "sites": _sites,
     "dataset": _dataset,
     "loss": _loss,
+    "loss_weights": _loss_weights,
     "is_attention": _truth,
     "read_data": _sentences,
     "sample": paths,

@@ -160,6 +160,25 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
         passes, use `ttt.plugins.rows.rows_of_step`.
         """
 
+    def loss_weights(self, batch: Batch, config: RunConfig[OptionsT, DataT]) -> Tensor:
+        """Over what each mean in the loss of a batch is taken: sums of weights `[K]`, without the model.
+
+        A step may read its rows in several passes and processes. The mean over all of them is `Σ w·mean / Σ w`, with
+        the w of each pass from here. If the loss is a sum of several means, as Moshi's is one over text and one over
+        audio, each has an entry, and `LossOutput.means` has the means. The default is one entry, the number of rows:
+        right for a loss in which every row counts alike. A cross-entropy that leaves out padding returns how many
+        tokens count. What has no weight in a batch must have a finite mean there, such as 0.
+
+        Args:
+            batch: as `loss` gets it, possibly still on the CPU.
+            config: of the run.
+        """
+        import torch
+
+        from ttt.plugins.data import rows_of
+
+        return torch.tensor([float(rows_of(batch))])
+
     def set_gradient_checkpointing(self, model: nn.Module, enabled: bool) -> None:
         """Switch the backbone's own activation checkpointing.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
+
+from ttt.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,11 +21,16 @@ class LossOutput:
     """The loss of a batch."""
 
     loss: Tensor
-    """Scalar, differentiable: the mean over the batch."""
+    """Scalar, differentiable: the mean over the batch, or the sum of several means (`means`)."""
     tokens: int
     """Positions that the backbone read (B · T), for throughput."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Detached scalars to record in `metrics.jsonl`, such as `text_loss`."""
+    """Detached scalars to record in `metrics.jsonl`, such as `text_loss`; each is a mean, as the loss is."""
+    means: Tensor | None = None
+    """`[K]`, differentiable: the means whose sum is `loss`, each over its entry of `Backbone.loss_weights`. None if the
+    loss is a single mean."""
+    metrics_over: Mapping[str, int] = field(default_factory=dict)
+    """By a metric's name, the entry of `Backbone.loss_weights` over which it is a mean; 0 for metrics without one."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,32 @@ class SourceFiles:
     """Which of the dataset's files they are, by number."""
     weight: float = 1.0
     """Its share of the windows that training reads is its weight of the sum of all weights, whatever its length."""
+
+
+def rows_of(batch: Batch) -> int:
+    """The rows of a batch: the first size of its first tensor that has one.
+
+    Raises:
+        UsageError: it has no such tensor.
+    """
+    for tensor in tensors_in(batch):
+        if tensor.dim():
+            return int(tensor.shape[0])
+    raise UsageError("a batch without a tensor [B, …], so that its rows cannot be counted")
+
+
+def tensors_in(batch: Batch) -> Iterator[Tensor]:
+    """Every tensor in nested mappings and sequences."""
+    from torch import Tensor
+
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from tensors_in(value)
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            yield from tensors_in(value)
 
 
 def source_files(dataset: WindowDataset) -> Sequence[SourceFiles]:

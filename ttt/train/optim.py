@@ -182,9 +182,9 @@ class Optimizer:
         for name, target in self._targets.items():
             yield name, target.grad
 
-    def clip(self) -> float:
-        """Scale all gradients down to a total norm of at most `max_norm`; returns the norm before."""
-        return float(nn.utils.clip_grad_norm_(self._targets.values(), self._config.max_norm))
+    def clip(self) -> Tensor:
+        """Scale all gradients down to a total norm of at most `max_norm`; returns the norm before, on their device."""
+        return nn.utils.clip_grad_norm_(self._targets.values(), self._config.max_norm)
 
     def step(self, step: int) -> dict[str, float]:
         """Update the parameters at optimiser step `step` (from 0) and clear the gradients.

@@ -33,6 +33,10 @@ class Reading:
     starts: tuple[bool, ...]
     """For each row, whether its window is the first of a file, so that its carried fast weights start over."""
 
+    def part(self, rows: slice) -> Reading:
+        """What some of the rows read."""
+        return Reading(self.windows[rows], self.starts[rows])
+
 
 @dataclass(frozen=True)
 class Group:

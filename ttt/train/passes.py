@@ -48,7 +48,12 @@ def mixed_precision(config: TrainConfig, device: torch.device) -> contextlib.Abs
 
 def load_batch(dataset: WindowDataset, windows: Sequence[int], device: torch.device) -> Batch:
     """Read windows and collate them to a batch on the device."""
-    return to_device(dataset.collate([dataset[window] for window in windows]), device)
+    return to_device(read_batch(dataset, windows), device)
+
+
+def read_batch(dataset: WindowDataset, windows: Sequence[int]) -> Batch:
+    """Read windows and collate them to a batch, where the dataset has it."""
+    return dataset.collate([dataset[window] for window in windows])
 
 
 def describe(dataset: WindowDataset, windows: Sequence[int]) -> str:
@@ -83,7 +88,7 @@ def reset_rows(injection: Injection, states: Mapping[str, TTTState], starts: Seq
         return dict(states)
     reset = {}
     for name, state in states.items():
-        mask = torch.tensor(starts, device=state.weights[0].device)
+        mask = torch.tensor(starts).to(state.weights[0].device, non_blocking=True)  # not waiting for the device
         reset[name] = injection.adapters[name].layer.reset(state, mask)  # type: ignore[union-attr, operator]
     return reset
 

@@ -19,13 +19,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ttt_moshi.heads import hidden_states, logits_of, some_steps
-from ttt_moshi.loss import precision_of, weights_of_codebooks, weights_of_text
+from ttt_moshi.loss import precision_of, summed, weights_of_codebooks, weights_of_text
 from ttt_moshi.options import LONG_WINDOW, attention_block
 
 # --- the loss ---
 
 
-def long_window_loss(
+def long_window_loss(model: LMModel, codes: Tensor, **settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of `long_window_means`, and its detached parts, as `moshi_loss` has them."""
+    return summed(long_window_means(model, codes, **settings))
+
+
+def long_window_means(
     model: LMModel,
     codes: Tensor,
     *,
@@ -34,22 +39,22 @@ def long_window_loss(
     text_padding_ids: Collection[int],
     untranscribed: Tensor | None = None,
     untranscribed_text_weight: float = 1.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`moshi_loss` of the model's own output, with the logits of some steps at a time.
+) -> Tensor:
+    """`moshi_means` of the model's own output, with the logits of some steps at a time.
 
     Codes are read step by step, as kyutai's delays order them: a stream with delay d is at frame t in step t + d.
 
     Args:
         model: whose heads and depformer are run again in backward.
         codes: `[B,17,T]`.
-        text_padding_weight: as of `moshi_loss`, with those that follow.
+        text_padding_weight: as of `moshi_means`, with those that follow.
         first_codebook_weight_multiplier: >= 0.
         text_padding_ids: text tokens that are padding.
         untranscribed: `[B,1,T]`, true in frames of speech without transcript.
         untranscribed_text_weight: >= 0; what their text adds to the text loss, but not to its divisor.
 
     Returns:
-        As `moshi_loss`.
+        As `moshi_means`.
     """
     initial = model._get_initial_token().expand(codes.shape[0], -1, -1)
     delayed = torch.cat([initial, _delay_sequence(model.delays, codes, initial)], 2)
@@ -76,8 +81,7 @@ def long_window_loss(
         more = checkpoint(summed, *piece, use_reentrant=False, preserve_rng_state=False)
         sums = [total + part for total, part in zip(sums, more, strict=True)]
     tiny = torch.finfo(kind).tiny
-    text_loss, audio_loss = sums[0] / text.sum().clamp_min(tiny), sums[1] / audio.sum().clamp_min(tiny)
-    return text_loss + audio_loss, {"text_loss": text_loss.detach(), "audio_loss": audio_loss.detach()}
+    return torch.stack((sums[0] / text.sum().clamp_min(tiny), sums[1] / audio.sum().clamp_min(tiny)))
 
 
 def _weighted_sums(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from moshi.models.lm import LMOutput
@@ -10,7 +11,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def moshi_loss(
+def moshi_loss(output: LMOutput, codes: Tensor, **settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of `moshi_means`, and its detached parts `text_loss` and `audio_loss`."""
+    return summed(moshi_means(output, codes, **settings))
+
+
+def summed(means: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of the means of text and audio `[2]`, and its detached parts `text_loss` and `audio_loss`."""
+    text, audio = means.detach()
+    return means.sum(), {"text_loss": text, "audio_loss": audio}
+
+
+def moshi_means(
     output: LMOutput,
     codes: Tensor,
     *,
@@ -20,8 +32,8 @@ def moshi_loss(
     text_padding_ids: Collection[int],
     untranscribed: Tensor | None = None,
     untranscribed_text_weight: float = 1.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Text cross-entropy plus audio cross-entropy, each `Σ w·ce / Σ w` over the positions that the masks allow.
+) -> Tensor:
+    """Text cross-entropy and audio cross-entropy, each `Σ w·ce / Σ w` over the positions that the masks allow.
 
     A weight is 1, except `text_padding_weight` if the text to predict is padding, and
     `first_codebook_weight_multiplier` for the first of Moshi's own codebooks. The weights also count in the divisor:
@@ -40,8 +52,7 @@ def moshi_loss(
             the same part in a loss in whichever batch it is.
 
     Returns:
-        The sum in float32 (float64 for float64 logits), and its detached parts `text_loss` and `audio_loss`. A part
-        in which nothing has weight is 0.
+        `[2]` in float32 (float64 for float64 logits). A part in which nothing has weight is 0.
     """
     text, audio = codes[:, :1], codes[:, 1 : 1 + dep_q]
     mask = output.text_mask.to(precision_of(output.text_logits))
@@ -54,7 +65,33 @@ def moshi_loss(
         counted = torch.where(untranscribed, text_weights * untranscribed_text_weight, text_weights)
     text_loss = _weighted_mean(output.text_logits, text, counted, text_weights.sum())
     audio_loss = _weighted_mean(output.logits, audio, audio_weights, audio_weights.sum())
-    return text_loss + audio_loss, {"text_loss": text_loss.detach(), "audio_loss": audio_loss.detach()}
+    return torch.stack((text_loss, audio_loss))
+
+
+def sums_of_weights(
+    codes: Tensor,
+    *,
+    delays: Sequence[int],
+    dep_q: int,
+    text_padding_weight: float,
+    first_codebook_weight_multiplier: float,
+    text_padding_ids: Collection[int],
+    zero_id: int,
+) -> Tensor:
+    """The divisors of `moshi_means` for codes `[B, 1 + n_q, T]`, `[2]` in float64, without the model.
+
+    The masks of kyutai's model allow every position but `zero_id` and, of a stream with delay d, the last d frames.
+    """
+    scored, frames = codes[:, : 1 + dep_q], codes.shape[2]
+    ends = torch.tensor([frames - delay for delay in delays[: 1 + dep_q]], device=codes.device)
+    counts = (scored != zero_id) & (torch.arange(frames, device=codes.device) < ends[:, None])
+    text = weights_of_text(
+        counts[:, :1].double(), scored[:, :1], padding_weight=text_padding_weight, padding_ids=text_padding_ids
+    )
+    of_codebooks = weights_of_codebooks(
+        dep_q, first_codebook_weight_multiplier, dtype=torch.float64, device=codes.device
+    )
+    return torch.stack((text.sum(), (counts[:, 1:] * of_codebooks).sum()))
 
 
 def weights_of_text(mask: Tensor, text: Tensor, *, padding_weight: float, padding_ids: Collection[int]) -> Tensor:

@@ -18,9 +18,17 @@ from ttt.layer import Rotary, TTTLayer
 from ttt.plugins import LossOutput, Site
 from ttt.state import TTTState
 from ttt_moshi.contexts import give_ttt_context, known_contexts, note_context, set_contexts, take_back_context
-from ttt_moshi.long_windows import long_window_loss, read_long_windows_in_blocks
-from ttt_moshi.loss import moshi_loss
-from ttt_moshi.options import DEMO, DEMO_CONTEXT, LONG_WINDOW, NO_TRANSCRIPT, MoshiOptions
+from ttt_moshi.long_windows import long_window_means, read_long_windows_in_blocks
+from ttt_moshi.loss import moshi_means, summed, sums_of_weights
+from ttt_moshi.options import (
+    DEMO,
+    DEMO_CONTEXT,
+    LONG_WINDOW,
+    NO_TRANSCRIPT,
+    NOTHING,
+    MoshiOptions,
+    model_config_of,
+)
 from ttt_moshi.streaming import exact_streaming
 from ttt_moshi.weights import load_moshi, structure
 
@@ -227,10 +235,27 @@ def loss(model: LMModel, codes: Tensor, options: MoshiOptions, *, untranscribed_
         "untranscribed_text_weight": untranscribed_text_weight,
     }
     if codes.shape[2] > LONG_WINDOW:
-        total, parts = long_window_loss(model, read, **weights)
+        means = long_window_means(model, read, **weights)
     else:
-        total, parts = moshi_loss(model(read), read, dep_q=model.dep_q, **weights)
-    return LossOutput(total, tokens=codes.shape[0] * codes.shape[2], metrics=parts)
+        means = moshi_means(model(read), read, dep_q=model.dep_q, **weights)
+    total, parts = summed(means)
+    over = {"text_loss": 0, "audio_loss": 1}
+    return LossOutput(total, codes.shape[0] * codes.shape[2], parts, means=means, metrics_over=over)
+
+
+def loss_weights(codes: Tensor, options: MoshiOptions) -> Tensor:
+    """Over what the means of `loss` are taken: the sums of weights of the text and of Moshi's own codebooks, `[2]`."""
+    known = model_config_of(options)
+    padding = known.existing_text_padding_id
+    return sums_of_weights(
+        torch.where(codes == NO_TRANSCRIPT, padding, codes),
+        delays=known.delays,
+        dep_q=known.dep_q,
+        text_padding_weight=options.text_padding_weight,
+        first_codebook_weight_multiplier=options.first_codebook_weight_multiplier,
+        text_padding_ids={padding, known.existing_text_end_padding_id},
+        zero_id=NOTHING,
+    )
 
 
 def example_codes(model: LMModel, *, batch_size: int, tokens: int, seed: int) -> Tensor:

@@ -176,6 +176,12 @@ class MoshiBackbone(
         data = config.data if isinstance(config.data, MoshiData) else MoshiData()
         return loss(model, batch, config.backbone, untranscribed_text_weight=data.untranscribed_text_weight)
 
+    def loss_weights(self, batch: Batch, config: MoshiRun) -> Tensor:
+        """The sums of weights of the text and of Moshi's own codebooks."""
+        from ttt_moshi.model import loss_weights
+
+        return loss_weights(batch, config.backbone)
+
     def set_gradient_checkpointing(self, model: nn.Module, enabled: bool) -> None:
         """Switch kyutai's own checkpointing, around every layer of both transformers."""
         from ttt_moshi.model import set_gradient_checkpointing
