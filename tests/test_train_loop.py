@@ -631,9 +631,37 @@ def test_a_second_signal_waits_while_a_line_is_written(monkeypatch):
     assert written == [True]
 
 
+def test_in_a_job_of_slurm_its_repeated_signals_leave_the_step_time_to_be_saved(tmp_path, monkeypatch):
+    """As it sends them: a warning, SIGTERM as preemption begins, and SIGTERM once more before SIGKILL."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    process = start(tmp_path / "run", {"train": {"max_steps": 1000, "cpu_threads": 1}}, pause=1.0)
+    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(1.2 * interrupt._SAME_REQUEST_SECONDS)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "saved" in out
+    assert err.count("stopping after this step") == 1
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_in_a_job_of_slurm_only_a_second_ctrl_c_orders(monkeypatch, number):
+    monkeypatch.setattr(interrupt, "_SAME_REQUEST_SECONDS", 0.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with Interrupt() as asked:
+        signal.raise_signal(number)
+        for again in set(SIGNALS) - {signal.SIGINT}:
+            signal.raise_signal(again)
+        assert asked.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_every_signal_asks_once_and_orders_twice(monkeypatch, number):
     monkeypatch.setattr(interrupt, "_SAME_REQUEST_SECONDS", 0.0)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     before = signal.getsignal(number)
     with Interrupt() as asked:
         signal.raise_signal(number)

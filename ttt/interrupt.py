@@ -8,7 +8,10 @@ A program that has nothing to lose yet ends with the first one, there and then.
     SIGQUIT     Ctrl-\
     SIGUSR1, SIGUSR2      batch systems, some time before the end of a job (`sbatch --signal=USR1@120`)
 
-All of them mean the same. Importing this module is cheap, so that it can be done before anything else is imported.
+All of them mean the same. In a job of Slurm only a second SIGINT is an order: Slurm repeats its signals (SIGTERM as a
+preempted job's time begins and as it ends, or once one task of several has ended; `--signal` before it), so a step
+that is being finished or saved must outlive them, and SIGKILL is how Slurm stops at once. Importing this module is
+cheap, so that it can be done before anything else is imported.
 """
 
 from __future__ import annotations
@@ -43,6 +46,10 @@ NOT_BEGUN = "interrupted before the run began; nothing was written: the same com
 STARTING = "stopping before the first step; once more stops at once"
 STEPPING = "stopping after this step, then saving; once more stops at once"
 FINISHING = "writing the last files, then stopping; once more stops at once"
+
+
+_JOB = "SLURM_JOB_ID"
+"""Set in every process of a job of Slurm."""
 
 
 class StopRequested(KeyboardInterrupt):
@@ -146,6 +153,8 @@ class Interrupt:
         if not self._begun:
             _tell(NOT_BEGUN)
             os._exit(INTERRUPTED)
+        if self.requested and not self._at_once and _repeats(number):
+            return
         if self.requested or self._at_once:
             self.requested = True
             self._order(frame)
@@ -191,6 +200,11 @@ def stop_if_asked() -> None:
     """
     if Interrupt._active is not None and Interrupt._active.requested:
         raise StopRequested
+
+
+def _repeats(number: int) -> bool:
+    """Whether a second signal only says the first one's request again."""
+    return number != signal.SIGINT and bool(os.environ.get(_JOB))
 
 
 def _tell(line: str) -> None:

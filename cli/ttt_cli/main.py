@@ -39,6 +39,10 @@ def _main(words: list[str], *, own_process: bool) -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     if own_process:
         _open_closed_streams()
+    if "SLURM_STEP_NUM_TASKS" in os.environ:
+        from ttt.slurm import take_torchrun_variables
+
+        take_torchrun_variables()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter must not stop the command
     short = own_process and names_files_only(words)
