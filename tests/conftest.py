@@ -52,6 +52,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     What is imported by then, processes that tests start need not import again.
     """
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)  # and what tests make is seldom garbage that only a collection finds
     gc.enable()
     if session.items and not session.config.option.collectonly:
         import forking

@@ -21,6 +21,7 @@ from ttt.plugins import get_backbone, run_config_model
 from ttt_cli.main import main
 
 TOY_BACKBONE = ToyBackbone()
+OTHERS = ["moshi", "other"]
 OTHER = """\
 from toy_config import *
 class Options(BackboneOptions):
@@ -39,21 +40,30 @@ def ttt_backbone():
 """
 
 
-@pytest.fixture(autouse=True)
-def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("plugins", "work"):
-        (tmp_path / name).mkdir()
-    install(tmp_path / "plugins", "toy", "toy_plugin", TOY)
-    install(tmp_path / "plugins", "other", "other_plugin", OTHER)
-    install(tmp_path / "plugins", "broken", "broken_plugin", "import a_package_that_nobody_has\n")
-    monkeypatch.chdir(tmp_path / "work")
-    with importable(tmp_path / "plugins"):
+@pytest.fixture(scope="module", autouse=True)
+def _plugins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("plugins")
+    install(folder, "toy", "toy_plugin", TOY)
+    install(folder, "other", "other_plugin", OTHER)
+    install(folder, "broken", "broken_plugin", "import a_package_that_nobody_has\n")
+    with importable(folder):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 def _validator(schema: dict[str, Any]) -> Any:
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.fixture(scope="module")
+def validators(_plugins: None) -> list[Any]:
+    """Of the toy alone, and of it among others."""
+    return [_validator(json_schema(all_)) for all_ in ([TOY_BACKBONE], [*map(get_backbone, OTHERS), TOY_BACKBONE])]
 
 
 def _says(validator: Any, text: str) -> bool:
@@ -83,11 +93,10 @@ def test_what_ships_fits_the_schema_however_it_is_written() -> None:
         "data: {window_tokens: 8}",
     ],
 )
-def test_what_the_loader_takes_the_schema_takes(text: str) -> None:
+def test_what_the_loader_takes_the_schema_takes(text: str, validators: list[Any]) -> None:
     text = f"backbone: {{name: toy}}\n{text}\n"
     load_config("c.yaml", text=text)
-    for backbones in ([TOY_BACKBONE], [get_backbone("moshi"), get_backbone("other"), TOY_BACKBONE]):
-        assert _says(_validator(json_schema(backbones)), text)
+    assert all(_says(validator, text) for validator in validators)
 
 
 @pytest.mark.parametrize(
@@ -109,11 +118,10 @@ def test_what_the_loader_takes_the_schema_takes(text: str) -> None:
         "lr: 1",
     ],
 )
-def test_what_the_loader_refuses_of_one_key_the_schema_refuses(text: str) -> None:
+def test_what_the_loader_refuses_of_one_key_the_schema_refuses(text: str, validators: list[Any]) -> None:
     text = text if text.startswith("backbone") else f"backbone: {{name: toy}}\n{text}\n"
     assert any(finding.severity.value == "error" for finding in check_config("c.yaml", text=text).findings)
-    for backbones in ([TOY_BACKBONE], [get_backbone("moshi"), get_backbone("other"), TOY_BACKBONE]):
-        assert not _says(_validator(json_schema(backbones)), text)
+    assert not any(_says(validator, text) for validator in validators)
 
 
 def test_every_key_is_described_and_every_bound_is_one_of_json_schema() -> None:
@@ -193,8 +201,9 @@ def test_options_that_have_no_schema_are_told_with_their_plugin(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = OTHER.replace("spice: int", "spice: __import__('collections').abc.Callable").replace('"other"', '"odd"')
-    install(tmp_path / "plugins", "odd", "odd_plugin", source)
-    with importable(tmp_path / "plugins"):
+    (tmp_path / "odd").mkdir()
+    install(tmp_path / "odd", "odd", "odd_plugin", source)
+    with importable(tmp_path / "odd"):
         assert main(["schema", "--backbone", "odd"]) == 3
         assert "the options of the plugin odd have no JSON schema" in capsys.readouterr().err
         assert main(["schema"]) == 0

@@ -325,9 +325,15 @@ def test_names_are_diffusers_own_and_its_pretrained_folders_load(tmp_path) -> No
 # --- rematerialisation ---
 
 
+def _fraction(parts: tuple[bool, ...]) -> int | None:
+    """Whether layers are rematerialised too with these parts: a quarter of all 64 ways, of resolution IV."""
+    first, second, third, fourth, fifth = parts
+    return second ^ third ^ fourth if fifth == first ^ second ^ third else None
+
+
 @pytest.mark.parametrize("layers", [0, 1, 2])
 def test_five_steps_at_every_combination_of_rematerialised_parts_have_the_same_losses(layers: int) -> None:
-    """Half of the combinations inside of rematerialised layers, half without: any five of the six in every way."""
+    """Eight combinations inside of rematerialised layers, eight without: any three of the six in every way."""
     latents, text, times = (x[:1] for x in video(2, dtype=torch.float64))
     model = build(options(num_layers=2 if layers == 2 else 1), device="cpu", dtype=torch.float64)
     settings = video_config(mini_batch_size=24, scan_checkpoint_group_size=1)  # 40 tokens: two groups, the last short
@@ -352,7 +358,7 @@ def test_five_steps_at_every_combination_of_rematerialised_parts_have_the_same_l
     assert expected[-1] < 0.9 * expected[0]
     combinations = list(itertools.product([False, True], repeat=5))
     ends = [combinations[0], combinations[-1]]
-    for chosen in ends if layers == 2 else [one for one in combinations if one in ends or sum(one) % 2 == layers]:
+    for chosen in ends if layers == 2 else [one for one in combinations if one in ends or _fraction(one) == layers]:
         found = losses(Remat(max(layers, 1), *chosen), layers > 0)
         assert found == pytest.approx(expected, rel=1e-9), chosen
 
