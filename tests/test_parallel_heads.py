@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -14,6 +15,7 @@ from torch import nn
 from ttt.adapter import TTTAdapter
 from ttt.config import TTTConfig
 from ttt.evidence import Observation
+from ttt.inner_curves import InnerCurves
 from ttt.layer import TTTLayer
 from ttt.ops.norm import outer_layer_norm
 from ttt.parallel import heads
@@ -150,6 +152,113 @@ def agrees_by_heads(mesh, case):
         near(parts[name], parameter.grad, tolerance, f"the gradient of {name}")
 
 
+def streams_by_heads(mesh, name):
+    """`step_`, token by token with a paused row, is the whole layer's; so are states that are reset."""
+    whole, rows = make(name), torch.tensor([True, False])
+    mine = shard_heads(copy.deepcopy(whole), mesh)
+    state, other = whole.streaming_state(B, dtype=torch.float64), mine.streaming_state(B, dtype=torch.float64)
+    for seed in range(6):
+        x = draw(B, 1, D, seed=seed)
+        read = rows if seed == 3 else None
+        with torch.no_grad():
+            y, y2 = (of.step_(x, s, rows=read) for of, s in ((whole, state), (mine, other)))
+        near(y2[:1], y[:1], 1e-12, "y")
+    reset, other = whole.reset(state, rows), gather_state(mine.reset(other, rows), mesh)
+    for name, x in reset.tensors().items():
+        near(other.tensors()[name], x, 1e-12, name)
+
+
+def shows_by_heads(mesh, name):
+    """Traces, evidence and inner curves are the whole layer's."""
+    case = Case(name, masked=True)
+    adapters = [TTTAdapter(D, H, case.layer.config, dtype=torch.float64) for _ in range(2)]
+    adapters[0].layer, adapters[1].layer = case.layer, shard_heads(copy.deepcopy(case.layer), mesh)
+    given = {"rotary": case.rotary, "mask": case.mask}
+    found = [[*of.layer.trace(case.x, **given), *of.layer.trace_minibatches(case.x, **given)] for of in adapters]
+    for one, two in zip(*found, strict=True):
+        near(two, one, 1e-12, "a trace")
+    measured = []
+    for adapter in adapters:
+        injection = SimpleNamespace(adapters={"here": adapter})
+        with torch.no_grad(), Observation(injection) as evidence, InnerCurves(injection) as curves:
+            _, state = adapter.adapt(case.x, **given)
+            if case.layer.config.causal:  # the second row is set back to the layer's own weights
+                adapter.adapt(case.x, adapter.layer.reset(state, torch.tensor([False, True])), **given)
+        measured.append((evidence.layers()["here"], curves.curves()["here"]))
+    for one, two in zip(vars(measured[0][0]).values(), vars(measured[1][0]).values(), strict=True):
+        near(torch.tensor(two), torch.tensor(one), 1e-12, "evidence")
+    for one, two in zip(measured[0][1], measured[1][1], strict=True):
+        near(torch.tensor(two), torch.tensor(one), 1e-6, "an inner curve")
+
+
+def reads_angles_of_heads(mesh):
+    """Rotary angles may differ from head to head."""
+    case = Case("video")
+    angles = draw(H, case.x.shape[1], WIDTH // 2, seed=9)
+    case.rotary = angles.cos(), angles.sin()
+    agrees_by_heads(mesh, case)
+
+
+def refuses(mesh):
+    """What cannot be shared out is refused in a sentence, and is as it was."""
+    layer = TTTLayer(10, 5, TTTConfig(), device="meta")
+    before = [*layer.named_parameters()]
+    with pytest.raises(ValueError, match=f"the 5 heads of a TTT layer cannot be divided evenly among {mesh.size()}"):
+        shard_heads(layer, mesh)
+    assert all(a is b for (_, a), (_, b) in zip(before, layer.named_parameters(), strict=True))
+    mine = shard_heads(make("linear"), mesh)
+    with pytest.raises(ValueError, match="shared out among processes already"):
+        shard_heads(mine, mesh)
+    with pytest.raises(ValueError, match="the state is of another layer"):
+        mine(draw(B, 3, D, seed=1), make("linear").initial_state(B, dtype=torch.float64))
+
+
+# --- layers that are wrong: each must be caught ---
+
+
+@contextlib.contextmanager
+def replaced(place, name, function):
+    before = getattr(place, name)
+    setattr(place, name, function)
+    try:
+        yield
+    finally:
+        setattr(place, name, before)
+
+
+def caught(mesh, place, name, function, says, check=lambda mesh: agrees_by_heads(mesh, Case("mlp"))):
+    """Replace a function by a wrong one; the check must fail, and say this."""
+    with replaced(place, name, function), pytest.raises(AssertionError, match=says):
+        check(mesh)
+
+
+def own_norm(self, z, gamma, beta, *, eps):
+    return outer_layer_norm(z, gamma, beta, eps=eps)
+
+
+def counted_by_all(x, mesh):
+    """A sum whose gradient is summed too, although every process has it."""
+    return heads.read_by_all(heads_summed(x, mesh), mesh)
+
+
+heads_summed = heads.summed
+SABOTEURS = {
+    "forgets the all-reduce": (heads, "summed", lambda x, mesh: x, "y differs"),
+    "normalises over its own heads": (heads.SharedHeads, "layer_norm", own_norm, "y differs"),
+    "keeps the gradient of its own heads": (heads, "read_by_all", lambda x, mesh: x, "gradient of x differs"),
+    "counts a replicated gradient in each process": (heads, "summed", counted_by_all, "gradient of (x|W1|.*) differs"),
+    "forgets the other heads' movement": (
+        *(heads.SharedHeads, "sum_over_heads", lambda self, x: x, "a trace|evidence"),
+        lambda mesh: shows_by_heads(mesh, "mlp"),
+    ),
+    "forgets the other heads' step sizes": (
+        *(heads, "read_by_all", lambda x, mesh: x if x.dim() == 1 else heads_read(x, mesh)),
+        *("gradient of learnable_token_idx", lambda mesh: agrees_by_heads(mesh, Case("linear"))),
+    ),
+}
+heads_read = heads.read_by_all
+
+
 # --- what one group of processes checks ---
 
 
@@ -168,6 +277,15 @@ def checks():
         add(f"heads {name} masked", 2, lambda mesh, name=name: agrees_by_heads(mesh, Case(name, masked=True)))
         add(f"heads {name} carried", 3, lambda mesh, name=name: agrees_by_heads(mesh, Case(name, carried=True)))
         add(f"heads {name} float32", 4, lambda mesh, name=name: agrees_by_heads(mesh, Case(name, torch.float32)))
+    for name in ("linear", "mlp"):
+        add(f"streams {name}", 3, lambda mesh, name=name: streams_by_heads(mesh, name))
+    for name in SETTINGS:
+        add(f"shows {name}", 2, lambda mesh, name=name: shows_by_heads(mesh, name))
+    add("refuses", 2, refuses)
+    add("refuses", 4, refuses)
+    add("reads angles of heads", 2, reads_angles_of_heads)
+    for name, wrong in SABOTEURS.items():
+        add(f"saboteur {name}", 2, lambda mesh, wrong=wrong: caught(mesh, *wrong))
     return found
 
 
@@ -176,7 +294,24 @@ def reported(tmp_path_factory):
     return ranks.reports("test_parallel_heads", "checks", max(SIZES), tmp_path_factory.mktemp("group"))
 
 
+def require(reported, *kinds):
+    """Every check of these kinds was made, in every process, and found nothing wrong."""
+    made = {name: text for name, text in reported.items() if name.startswith(kinds)}
+    wrong = [f"{name}: {text}" for name, text in made.items() if text]
+    assert made and not wrong, "\n".join(wrong)
+
+
 def test_a_layer_of_some_heads_in_each_process_is_the_whole_layer(reported):
-    wrong = {name: text for name, text in reported.items() if name.startswith("heads ") and text}
-    assert not wrong, "\n".join(f"{name}: {text}" for name, text in wrong.items())
-    assert sum(name.startswith("heads ") for name in reported) == len(SETTINGS) * 6
+    require(reported, "heads ", "reads ")
+
+
+def test_it_streams_and_shows_what_the_whole_layer_does(reported):
+    require(reported, "streams ", "shows ")
+
+
+def test_heads_that_cannot_be_shared_out_are_refused(reported):
+    require(reported, "refuses")
+
+
+def test_what_is_shared_out_wrongly_is_caught(reported):
+    require(reported, "saboteur ")
