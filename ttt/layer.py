@@ -86,7 +86,9 @@ class TTTLayer(nn.Module):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            linear = nn.utils.skip_init(Projection, dim, dim, bias=config.qkvo_bias, device=device or "cpu", dtype=dtype)
+            linear = nn.utils.skip_init(
+                Projection, dim, dim, bias=config.qkvo_bias, device=device or "cpu", dtype=dtype
+            )
             self.add_module(name, linear)
         widths = inner_widths(width, config)
         self.weight_names = weight_names(2 * (len(widths) - 1))

@@ -346,6 +346,8 @@ class TrainConfig(Section):
         return self
 
 
+MOST_WORKERS = 1024
+"""Processes that read for one process that trains."""
 STAND_IN_WINDOWS = 64
 """How many windows of training data an evaluation reads if there is no held-out data; whole batches."""
 
@@ -366,6 +368,8 @@ class DataOptions(Section):
     """Held-out data in the same format; null evaluates on the training data, and says so."""
     shuffle: bool | Literal["files"] = True
     """Read windows in a random order, anew each epoch; files: files in a random order, the windows of each in order."""
+    num_workers: Annotated[WholeNumber, Field(ge=0, le=MOST_WORKERS)] = 0
+    """Processes that read files ahead of training; 0 reads each batch when it is needed. What is read is the same."""
 
 
 OptionsT = TypeVar("OptionsT", bound=BackboneOptions)

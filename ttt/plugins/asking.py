@@ -21,10 +21,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ttt.errors import PluginError, TTTError
-from ttt.plugins.origin import distribution_of, origin_of, version_of
+from ttt.plugins.origin import brought, distribution_of, origin_of, version_of
 from ttt.printable import printable, shortened
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from torch import Tensor
 
     from ttt.plugins.data import Batch, WindowDataset
@@ -89,6 +91,9 @@ class AskedDataset:
         self._backbone = backbone
         self._dataset = dataset
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self._backbone, origin_of(self._backbone), self._dataset)
+
     def _asked(self, method: str) -> contextlib.AbstractContextManager[None]:
         return asked(self._backbone, f"`{method}` of its dataset", getattr(type(self._dataset), method, self._dataset))
 
@@ -125,8 +130,53 @@ class AskedDataset:
         with self._asked("notice"):
             return self._dataset.notice
 
+    @property
+    def plugin(self) -> object:
+        """The backbone whose dataset it is."""
+        return self._backbone
+
+    @property
+    def reader(self) -> AskedReader | None:
+        """The part of a `StagedDataset` that reads files; None of other datasets."""
+        with self._asked("reader"):
+            reader = getattr(self._dataset, "reader", None)
+        return None if reader is None else AskedReader(self._backbone, reader)
+
+    def finish(self, index: int, read: Any) -> Any:
+        """Make a window of what the reader read."""
+        with self._asked("finish"):
+            return self._dataset.finish(index, read)  # type: ignore[attr-defined]
+
+    def kept(self, index: int) -> bool:
+        """Whether a window need not be read again."""
+        with self._asked("kept"):
+            return bool(self._dataset.kept(index))  # type: ignore[attr-defined]
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._dataset, name)
+
+
+class AskedReader:
+    """The part of a plugin's dataset that reads files, which may go to another process."""
+
+    def __init__(self, backbone: object, reader: Any) -> None:
+        self._backbone = backbone
+        self._reader = reader
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self._backbone, origin_of(self._backbone), self._reader)
+
+    def __getitem__(self, index: int) -> Any:
+        called = getattr(type(self._reader), "__getitem__", self._reader)
+        with asked(self._backbone, "`__getitem__` of its dataset's reader", called):
+            return self._reader[index]
+
+
+def _again(kind: Any, backbone: object, origin: EntryPoint | None, part: Any) -> Any:
+    """An `AskedDataset` or `AskedReader` in another process, where the backbone was not discovered."""
+    if origin is not None:
+        brought(backbone, origin)
+    return kind(backbone, part)
 
 
 class AskedScoring:

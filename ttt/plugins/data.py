@@ -109,3 +109,32 @@ class WindowDataset(Protocol):
     def notice(self) -> str | None:
         """What a user must know about this data, as that it is a stand-in; lines that are printed when a run starts."""
         ...
+
+
+class WindowReader(Protocol):
+    """The part of a dataset that reads files. It can be pickled, and holds nothing that is on a device."""
+
+    def __getitem__(self, index: int) -> Any:
+        """What `StagedDataset.finish` needs of a window."""
+        ...
+
+
+class StagedDataset(WindowDataset, Protocol):
+    """A dataset whose windows need something large, or the device, such as a codec.
+
+    Any dataset that can be pickled is read by worker processes, if `data.num_workers` asks for some. Of one that has
+    `reader`, they get this alone, and the process that trains makes the windows of what they read.
+    """
+
+    @property
+    def reader(self) -> WindowReader | None:
+        """What workers get; None if they get the whole dataset."""
+        ...
+
+    def kept(self, index: int) -> bool:
+        """Whether the dataset has kept a window, so that no file need be read for it."""
+        ...
+
+    def finish(self, index: int, read: Any) -> Any:
+        """Make a window of what `reader[index]` returned; the same as `self[index]`."""
+        ...

@@ -18,8 +18,9 @@ from ttt.inject import Injection
 from ttt.plugins import Backbone, Batch, LossOutput, WindowDataset
 from ttt.plugins.rows import StepRows, reading_rows
 from ttt.state import TTTState
+from ttt.train.loading import Loader
 from ttt.train.order import once
-from ttt.train.passes import load_batch, mixed_precision, reset_rows, seed_pass, states_to_carry, step_seed
+from ttt.train.passes import mixed_precision, reset_rows, seed_pass, states_to_carry, step_seed
 
 
 @dataclass(frozen=True)
@@ -133,12 +134,19 @@ def evaluate(
     seed = step_seed(config.train.seed, "eval", 0)
     tally = _Tally()
     states: dict[str, TTTState] = {}
-    with eval_mode(model):
+    loader = Loader(
+        dataset,
+        lambda number: readings[number].windows,
+        passes=len(readings),
+        device=device,
+        workers=config.data.num_workers,
+    )
+    with eval_mode(model), loader:
         for number, reading in enumerate(readings):
             if stop():
                 return None
             tell(tally.windows, total)
-            batch = load_batch(dataset, reading.windows, device)
+            batch = loader.batch(number)
             rows = StepRows(tally.windows, len(reading.windows), total, seed)
             states = reset_rows(injection, _first_rows(states, rows.count), reading.starts)
             losses, states = _both_losses(model, injection, backbone, config, batch, states, rows, number, device)

@@ -14,6 +14,7 @@ from ttt.interrupt import FINISHING, STEPPING, Interrupt, interruptible
 from ttt.train.ending import finish, tell_interrupted
 from ttt.train.evaluation import Evaluation, evaluate
 from ttt.train.failure import recorded
+from ttt.train.loading import Loader
 from ttt.train.log import RunLog, opened_log
 from ttt.train.parts import Parts
 from ttt.train.pictures import Pictures
@@ -39,10 +40,14 @@ def run(parts: Parts, progress: Progress, *, resumed: Checkpoint | None) -> Trai
         announce(parts, progress)
         pictures = Pictures(parts.directory, parts.say)
         folder = parts.directory.path
-        with opened_log(parts, progress) as log, recorded(folder, lambda: progress.done):
+        with (
+            opened_log(parts, progress) as log,
+            recorded(folder, lambda: progress.done),
+            training_loader(parts) as loader,
+        ):
             saver = Saver(parts, progress, metrics=log.metrics, pictures=pictures, resumed=resumed)
             rescue = Rescue(parts, progress, saver)
-            evaluation = Loop(parts, progress, log, saver, rescue, interrupt).run()
+            evaluation = Loop(parts, progress, loader, log, saver, rescue, interrupt).run()
         interrupt.told = FINISHING
         if evaluation is None:
             return tell_interrupted(parts, progress, saver.saved, pictures)
@@ -53,11 +58,30 @@ def run(parts: Parts, progress: Progress, *, resumed: Checkpoint | None) -> Trai
         return result
 
 
+def training_loader(parts: Parts) -> Loader:
+    """What reads the batches of all forward passes of a run."""
+    train = parts.config.train
+    return Loader(
+        parts.dataset,
+        lambda number: parts.order.at(number).windows,
+        passes=train.max_steps * train.num_microbatches,
+        device=parts.device,
+        workers=parts.config.data.num_workers,
+    )
+
+
 class Loop:
     """Steps, checkpoints and evaluations in turn."""
 
     def __init__(
-        self, parts: Parts, progress: Progress, log: RunLog, saver: Saver, rescue: Rescue, interrupt: Interrupt
+        self,
+        parts: Parts,
+        progress: Progress,
+        loader: Loader,
+        log: RunLog,
+        saver: Saver,
+        rescue: Rescue,
+        interrupt: Interrupt,
     ) -> None:
         self._parts = parts
         self._progress = progress
@@ -65,7 +89,7 @@ class Loop:
         self._saver = saver
         self._rescue = rescue
         self._interrupt = interrupt
-        self._stepper = Stepper(parts, progress)
+        self._stepper = Stepper(parts, progress, loader)
         self._train = parts.config.train
 
     def run(self) -> Evaluation | None:

@@ -18,6 +18,7 @@ from ttt.plugins.rows import StepRows
 from ttt.seeds import seed_pass as seed_pass
 from ttt.seeds import words_of
 from ttt.state import TTTState
+from ttt.train.workers import read_window
 
 
 def training_rows(config: TrainConfig, number: int) -> StepRows:
@@ -53,7 +54,7 @@ def load_batch(dataset: WindowDataset, windows: Sequence[int], device: torch.dev
 
 def read_batch(dataset: WindowDataset, windows: Sequence[int]) -> Batch:
     """Read windows and collate them to a batch, where the dataset has it."""
-    return dataset.collate([dataset[window] for window in windows])
+    return dataset.collate([read_window(dataset, window) for window in windows])
 
 
 def describe(dataset: WindowDataset, windows: Sequence[int]) -> str:

@@ -24,6 +24,7 @@ from ttt.state import TTTState
 from ttt.train.active import require_active, require_gradient, require_reached
 from ttt.train.divergence import StepNotFiniteError
 from ttt.train.host_copy import HostCopy
+from ttt.train.loading import Loader
 from ttt.train.lora import mean_share
 from ttt.train.means import Share, added, even_shares, shares, weighs_rows
 from ttt.train.metrics import finite
@@ -33,7 +34,6 @@ from ttt.train.passes import (
     describe,
     load_batch,
     mixed_precision,
-    read_batch,
     reset_rows,
     seed_pass,
     states_to_carry,
@@ -76,9 +76,10 @@ class _Numbers:
 class Stepper:
     """Makes the optimiser steps of a run, one at a time."""
 
-    def __init__(self, parts: Parts, progress: Progress) -> None:
+    def __init__(self, parts: Parts, progress: Progress, loader: Loader) -> None:
         self._parts = parts
         self._progress = progress
+        self._loader = loader
         self.updating = False
         """Whether the optimiser is changing the weights; if an error occurs then, they may be half updated."""
 
@@ -119,25 +120,25 @@ class Stepper:
         readings = [self._parts.order.at(number) for number in numbers]
         states = self._progress.states
         passes: list[_Pass] = []
-        for number, reading, (batch, share) in zip(numbers, readings, self._batches(readings), strict=True):
+        for number, reading, (batch, share) in zip(numbers, readings, self._batches(numbers), strict=True):
             watched = evidence if not passes else None
             with watched or contextlib.nullcontext():
                 done, states = self._pass(number, reading, batch, share, states, watched)
             passes.append(done)
         return passes, states
 
-    def _batches(self, readings: Sequence[Reading]) -> Iterator[tuple[Batch, Share]]:
+    def _batches(self, numbers: Sequence[int]) -> Iterator[tuple[Batch, Share]]:
         """The batch of each pass, and what it is of the step.
 
         If rows do not count alike, all are read before the first is used: only then is known how much each weighs.
         """
         parts = self._parts
         if weighs_rows(parts.backbone):
-            of_step = even_shares(len(readings), parts.world, parts.device)
-            for reading, share in zip(readings, of_step, strict=True):
-                yield load_batch(parts.dataset, reading.windows, parts.device), share
+            of_step = even_shares(len(numbers), parts.world, parts.device)
+            for number, share in zip(numbers, of_step, strict=True):
+                yield self._loader.batch(number), share
             return
-        batches = [read_batch(parts.dataset, reading.windows) for reading in readings]
+        batches = [self._loader.read(number) for number in numbers]
         of_step = shares(parts.backbone, parts.config, batches, parts.world, parts.device)
         for batch, share in zip(batches, of_step, strict=True):
             yield to_device(batch, parts.device), share

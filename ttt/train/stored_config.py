@@ -48,6 +48,7 @@ MAY_DIFFER = frozenset(
         "train.ckpt_freq",
         "train.ckpt_keep",
         "ttt.scan_checkpoint_group_size",
+        "data.num_workers",
         "data.verify",  # of plugins whose data carry checksums
     }
 )
