@@ -486,7 +486,7 @@ def test_length_place_and_memory_may_change(run):
 def test_keys_that_may_differ_exist():
     keys = {"run_dir"} | {
         f"{section}.{name}"
-        for section in ("ttt", "train", "eval")
+        for section in ("ttt", "train", "eval", "data")
         for name in type(getattr(config(), section)).model_fields
     }
     assert keys >= MAY_DIFFER - {"data.verify"}  # of plugins whose data carry checksums
