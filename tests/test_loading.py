@@ -241,10 +241,8 @@ def test_a_run_with_workers_resumes_after_ctrl_c_and_after_a_kill_bit_for_bit(tm
     assert err.split("\n")[1:] == ["stopping after this step, then saving; once more stops at once", ""]
     assert_ended(others)
 
-    process = start(stopped, 2, resume=True, until=8)
-    others = descendants(process.pid)
-    process.kill()
-    process.wait(60)
+    with start(stopped, 2, resume=True, until=8) as process:  # which kills it
+        others = descendants(process.pid)
     assert_ended(others)
 
     train(settings(stopped, 2), ToyBackbone(), resume=True)
