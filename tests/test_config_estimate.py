@@ -27,6 +27,7 @@ from ttt.errors import UsageError
 from ttt.layer import TTTLayer
 from ttt.ops.fused import layout, operator
 from ttt.ops.rotary import rotary_angles
+from ttt.parallel.layout import Layout
 from ttt.plugins import BackboneFacts, get_backbone
 from ttt.train.optim import Optimizer, choose_learnable
 from ttt_cli.check_files import parse_memory
@@ -363,6 +364,21 @@ def test_three_layers_in_moshi_7b() -> None:
     assert 3 * layer_parameters(_ttt(), dim=4096, num_heads=32) == 214_474_848
 
 
+def test_a_layer_that_is_split_is_whole_for_a_moment() -> None:
+    """Of Moshi 7B: the depth transformer, embeddings and heads, and one layer, as the built model has them."""
+    checked = check_config(None, text=MOSHI.presets()["7b"], training=False).config
+    assert checked is not None
+    options = MOSHI.options.model_validate({"name": "moshi", "preset": "7b", "random_weights": True})
+    model = MOSHI.build(options, device="meta", dtype=torch.bfloat16)
+    layer = sum(p.numel() for p in model.get_submodule(MOSHI.sites(model)[0].path).parameters())
+    facts = MOSHI.facts(checked)
+    assert facts.layer_parameters == layer
+    outside = sum(p.numel() for p in model.parameters()) - 32 * layer
+    needs = estimate(checked, facts, None, Layout(shard=8))
+    adapter = 4 * needs.numbers.adapter // 3
+    assert needs.parts["gathered parameters"] == 2 * (outside + layer) + adapter
+
+
 @pytest.mark.parametrize("trainable", ["ttt", "ttt+attention", "all"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_models_parameters_and_checkpoints(trainable: str, dtype: str) -> None:
@@ -371,6 +387,8 @@ def test_the_models_parameters_and_checkpoints(trainable: str, dtype: str) -> No
     facts = MOSHI.facts(config)
     assert facts.parameters == sum(p.numel() for p in model.parameters())
     assert facts.attention_parameters == sum(p.numel() for n, p in model.named_parameters() if MOSHI.is_attention(n))
+    layer = model.get_submodule(MOSHI.sites(model)[0].path)
+    assert facts.layer_parameters == sum(p.numel() for p in layer.parameters())
     injection = inject.apply(model, MOSHI.sites(model), config.ttt, causal=True)
     learnable = choose_learnable(model, injection, config.train, is_attention=MOSHI.is_attention)
     needs = estimate(config, facts)

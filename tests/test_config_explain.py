@@ -52,7 +52,9 @@ def _findings(content: bytes, options: tuple[str, ...]) -> tuple[Finding, ...]:
     named = dict(zip(options[::2], options[1::2], strict=True))
     memory = parse_bytes(named["--memory"]) if "--memory" in named else None
     overrides = [named["--set"]] if "--set" in named else []
-    checked = check_config("config.yaml", text=content, overrides=overrides, memory=memory, cost=cost)
+    devices = int(named["--devices"]) if "--devices" in named else None
+    asked = {"memory": memory, "devices": devices, "cost": cost}
+    checked = check_config("config.yaml", text=content, overrides=overrides, **asked)
     return (*checked.findings, *(_read_data(checked, show=False) if data else ()))
 
 

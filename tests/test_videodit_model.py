@@ -272,6 +272,8 @@ def test_facts_count_the_parameters_that_are_there(changes: dict) -> None:
     facts = backbone.facts(config)
     model = backbone.build(config.backbone, device="meta", dtype=torch.float32)
     assert facts.parameters == sum(p.numel() for p in model.parameters())
+    block = model.get_submodule("transformer_blocks.0")
+    assert facts.layer_parameters == sum(p.numel() for p in block.parameters())
     named = model.named_parameters()
     assert facts.attention_parameters == sum(p.numel() for name, p in named if backbone.is_attention(name))
     injection = inject.apply(model, backbone.sites(model), config.ttt, causal=False)

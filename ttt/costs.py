@@ -135,7 +135,9 @@ def best_group_size(steps: int, *, carry: int, activation: int, running: int) ->
     return best
 
 
-def scan_cost(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch_size: int) -> ScanCost:
+def scan_cost(
+    config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch_size: int, tensor: int = 1
+) -> ScanCost:
     """What the scan of one layer costs in training.
 
     Args:
@@ -144,8 +146,10 @@ def scan_cost(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch
         num_heads: heads of the backbone.
         tokens: T, tokens of a window.
         batch_size: B.
+        tensor: devices that share the heads; the cost is that of one of them.
     """
-    heads = config.num_heads or num_heads
+    width = dim // (config.num_heads or num_heads)
+    heads = (config.num_heads or num_heads) // tensor
     size = config.mini_batch_size
     open_tokens: tuple[int, ...]
     if config.causal and config.persistent_states and tokens % size:
@@ -153,7 +157,7 @@ def scan_cost(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch
         steps, open_tokens = (tokens - 1) // size, (min(tokens, size),) * 2
     else:
         steps, open_tokens = tokens // size, (tokens % size,)
-    widths = inner_widths(dim // heads, config)
+    widths = inner_widths(width, config)
     pairs = heads * batch_size
     state = _state_numbers(widths) * pairs
 
@@ -220,26 +224,31 @@ def _generic_numbers(widths: tuple[int, ...], count: int, batch_size: int, heads
 # --- the layer ---
 
 
-def layer_parameters(config: TTTConfig, *, dim: int, num_heads: int) -> int:
-    """How many parameters one TTT layer and its gate have."""
-    heads = config.num_heads or num_heads
-    projections = 4 * dim * dim + (4 * dim if config.qkvo_bias else 0)
-    inner = heads * _state_numbers(inner_widths(dim // heads, config))
-    norms = 4 * dim
+def layer_parameters(config: TTTConfig, *, dim: int, num_heads: int, tensor: int = 1) -> int:
+    """How many parameters one TTT layer and its gate have; of `tensor` devices that share its heads, one of them."""
+    width = dim // (config.num_heads or num_heads)
+    heads = (config.num_heads or num_heads) // tensor
+    projections = 4 * dim * dim // tensor + ((3 * dim // tensor + dim) if config.qkvo_bias else 0)
+    inner = heads * _state_numbers(inner_widths(width, config))
+    norms = 2 * dim // tensor + 2 * dim
     rates = heads * (dim + 1) + (config.mini_batch_size if config.learnable_token_idx else 0)
     return projections + inner + norms + rates + dim
 
 
-def layer_activation_bytes(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch_size: int) -> int:
+def layer_activation_bytes(
+    config: TTTConfig, *, dim: int, num_heads: int, tokens: int, batch_size: int, tensor: int = 1
+) -> int:
     """Bytes that autograd keeps for a layer and its gate around the scan, the scan's inputs included.
 
     For each token, of width D: the input, q, k, the target, the input and the output of the output norm, and the
-    answer; 2 more if q and k are normalised, 3 more if the target is, 1 more if the input is.
+    answer; 2 more if q and k are normalised, 3 more if the target is, 1 more if the input is. Of `tensor` devices that
+    share the heads, each has the input and the answer, and its part of the rest.
     """
-    widths = 7 + 2 * config.normalize_qk + 3 * config.normalize_target + (config.input_norm == "rms")
-    heads = config.num_heads or num_heads
+    whole = 2 + (config.input_norm == "rms")
+    by_head = 5 + 2 * config.normalize_qk + 3 * config.normalize_target
+    heads = (config.num_heads or num_heads) // tensor
     per_head = heads * (3 + 4 * config.normalize_qk + 2 * config.normalize_target)
-    return WIDE * batch_size * tokens * (widths * dim + per_head)
+    return WIDE * batch_size * tokens * (whole * dim + by_head * dim // tensor + per_head)
 
 
 # --- LoRA ---

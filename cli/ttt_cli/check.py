@@ -49,6 +49,18 @@ def check(
             show_default=False,
         ),
     ] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            "--devices",
+            metavar="8",
+            min=1,
+            max=65536,
+            help="How many devices of --memory the run is for: say what each layout of replicate, shard and tensor "
+            "needs on them and sends, and the lines to write for the least sharded that fits.",
+            show_default=False,
+        ),
+    ] = None,
     cost: Annotated[
         bool,
         typer.Option(
@@ -103,6 +115,7 @@ def check(
         ignore=ignore or [],
         strict=strict,
         memory=memory,
+        devices=devices,
         cost=cost,
         probe=probe,
         data=data,

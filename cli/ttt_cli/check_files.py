@@ -42,6 +42,7 @@ def check_files(
     ignore: Sequence[str] = (),
     strict: bool = False,
     memory: str | None = None,
+    devices: int | None = None,
     cost: bool = False,
     probe: bool = False,
     data: bool = False,
@@ -61,7 +62,7 @@ def check_files(
 
     _require_consistent(names, output=output, probe=probe, data=data, fix=fix, write=write)
     size = None if memory is None else parse_memory(memory)
-    checker = _Checker(backbone, list(overrides), size, cost, _Filter.of(select, ignore), probe, data)
+    checker = _Checker(backbone, list(overrides), size, devices, cost, _Filter.of(select, ignore), probe, data)
 
     everything: list[Finding] = []
     problems: list[TTTError] = []
@@ -199,6 +200,7 @@ class _Checker:
     backbone: str | None
     overrides: list[str]
     memory: int | None
+    devices: int | None
     cost: bool
     filter: _Filter
     probe: bool
@@ -213,6 +215,8 @@ class _Checker:
         if self.probe:
             findings = (*findings, *self.filter(_probe(checked, show=show)))
         if show:
+            if self.devices is not None:
+                _show_layouts(findings)
             _show(file, findings)
         return findings
 
@@ -239,7 +243,13 @@ class _Checker:
         from ttt.check import check_config
 
         checked = check_config(
-            file, text=text, backbone=self.backbone, overrides=self.overrides, memory=self.memory, cost=self.cost
+            file,
+            text=text,
+            backbone=self.backbone,
+            overrides=self.overrides,
+            memory=self.memory,
+            devices=self.devices,
+            cost=self.cost,
         )
         return replace(checked, findings=self.filter(checked.findings))
 
@@ -311,6 +321,15 @@ def _show(file: str, findings: Sequence[Finding], *, also: str = "") -> None:
 
     show_findings(findings, stream=sys.stdout)
     show(f"{file}: {also}{summary(findings)}")
+
+
+def _show_layouts(findings: Sequence[Finding]) -> None:
+    """Show what each layout needs as a table, if that could be said."""
+    from ttt.check.layout_table import layout_tables
+
+    for table in layout_tables(findings):
+        for line in table:
+            show(line)
 
 
 def _replace(name: str, text: str) -> None:

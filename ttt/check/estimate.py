@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ttt.config.schema import RunConfig, select_layers
-
-if TYPE_CHECKING:
-    from ttt.plugins import BackboneFacts
 from ttt.amounts import show_bytes
+from ttt.config.schema import RunConfig, TrainConfig, select_layers
 from ttt.costs import (
     WIDE,
     ScanCost,
@@ -22,13 +19,20 @@ from ttt.costs import (
     matched_rank,
     scan_cost,
 )
+from ttt.parallel.layout import Layout
+
+if TYPE_CHECKING:
+    from ttt.plugins import BackboneFacts
+
+ALONE = Layout()
+"""One device, which does everything."""
 
 # --- the run ---
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run needs."""
+    """What a run needs; of several devices, what each of them needs."""
 
     scan: ScanCost | None
     """The cost of one TTT layer's scan; None if the length of windows is unknown, or there are no layers."""
@@ -42,6 +46,8 @@ class Estimate:
     """Bytes of device memory. With as much, the run fits."""
     complete: bool
     """Whether the backbone states its own needs, so that `low` and `high` are of the whole run."""
+    numbers: Numbers
+    """How many numbers learn, and how many do not, in the whole run."""
     adapter_bytes: int
     """Bytes of the adapter on disk."""
     checkpoint_bytes: int
@@ -61,16 +67,57 @@ class Estimate:
         return ", ".join(f"{name} {show_bytes(size)}" for name, size in largest if size)
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers that the parameters of a run have, by what is done with them; of one device of a layout, its part."""
+
+    frozen: int
+    """Of the backbone and LoRA, in the backbone's type, that do not learn."""
+    learns: int
+    """Of the backbone and LoRA, in the backbone's type, that learn."""
+    adapter: int
+    """Of the TTT layers and their gates, in float32."""
+    adapter_learns: int
+    """Of these, those that learn."""
+
+    @property
+    def learning(self) -> int:
+        """All that learn."""
+        return self.learns + self.adapter_learns
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Bytes of parameters and what belongs to them on one device."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    """Of the parameters that are whole for a moment: those outside all layers and those of one layer; 0 if none is
+    split."""
+    next_gathered: int
+    """Of those of the next layer, which are fetched meanwhile, and of what they come through; and of one layer's
+    gradients before they are split."""
+
+
+def written_layout(train: TrainConfig) -> Layout:
+    """The layout that `train.parallel` writes; what it leaves to the number of processes counts as 1."""
+    sizes = train.parallel.replicate, train.parallel.shard, train.parallel.tensor
+    return Layout(*(1 if size == "auto" else size for size in sizes))
+
+
 def enclosing_checkpoints(config: RunConfig, facts: BackboneFacts) -> tuple[int, ...]:
     """The number of activation checkpoints that recompute a scan, for each scan of a layer in one forward pass."""
     stated = facts.checkpoints_around_scans
     return (int(config.train.gradient_checkpointing),) if stated is None else stated
 
 
-def estimate(config: RunConfig, facts: BackboneFacts, lora: Shapes | None = None) -> Estimate:
+def estimate(config: RunConfig, facts: BackboneFacts, lora: Shapes | None = None, layout: Layout = ALONE) -> Estimate:
     """Estimate what a run needs from its config and its backbone's facts.
 
     With LoRA, `lora` has its linear layers by input and output width; without them the estimate is not complete.
+    In a layout of several devices the bytes of memory are those of one device; files and operations are of the run.
 
     Both ends of the range count parameters, moments and the scan. The backbone's activations depend on kernels and on
     what is frozen: the lower end counts half of them, the upper end one and a half times. Gradients and activations
@@ -80,53 +127,55 @@ def estimate(config: RunConfig, facts: BackboneFacts, lora: Shapes | None = None
     ttt, train = config.ttt, config.train
     layers = select_layers(config.injected.layers, facts.num_layers)
     tokens, size = facts.tokens_per_window, bytes_of(train.param_dtype)
-    shape = {"dim": facts.dim, "num_heads": facts.num_heads, "tokens": tokens or 0, "batch_size": train.batch_size}
-    scan = scan_cost(ttt, **shape) if layers and tokens else None
-    around = layer_activation_bytes(ttt, **shape) if scan else 0
+    rows = -(-train.batch_size // layout.data_size)
+    shape = {"dim": facts.dim, "num_heads": facts.num_heads, "tokens": tokens or 0, "batch_size": rows}
+    scan = scan_cost(ttt, **shape, tensor=layout.tensor) if layers and tokens else None
+    around = layer_activation_bytes(ttt, **shape, tensor=layout.tensor) if scan else 0
     scans = enclosing_checkpoints(config, facts)
-    flops = layer_flops(ttt, **{**shape, "tokens": tokens or ttt.mini_batch_size})
+    whole = {**shape, "tokens": tokens or ttt.mini_batch_size, "batch_size": train.batch_size}
+    flops = layer_flops(ttt, **whole)
 
-    own, learning = _adapter_parameters(config, facts, len(layers))
-    trained = _trained_in_backbone(config, facts)
     rank = rank_of(config, facts, lora) if config.has_lora and lora else None
     of_lora = lora_parameters(lora, rank) if lora and rank else 0
-    learns = (trained or 0) + (of_lora if train.lora_lr_multiplier else 0)  # what has the backbone's type
-    optimizer = 2 * WIDE * (learning + learns) + (WIDE * learns if size < WIDE else 0)
-    gradients = WIDE * (learning + learns)
+    numbers, held = _numbers(config, facts, of_lora), _held(config, facts, of_lora, layout)
 
     lasting, at_once = _waiting_scans(config, facts, len(layers), scans)
     carries = scan.carries_kept_bytes * at_once if scan else 0
     inside = scan.kept_bytes - scan.carries_kept_bytes + around if scan else 0
     waiting = inside * at_once
     passing_scan = scan.passing_bytes if scan else 0
-    model = _backbone_activation_bytes(config, facts, layers)
+    model = _backbone_activation_bytes(config, facts, layers, rows)
     if model is not None and lora and rank and tokens:  # A x, for the gradient of B
-        model += sum(lora.values()) * rank * size * tokens * train.batch_size
+        model += sum(lora.values()) * rank * size * tokens * rows
     state = scan.carry_bytes * len(layers) * 2 if scan and ttt.persistent_states else 0
-    parameters = ((facts.parameters or 0) + of_lora) * size + own * WIDE
 
     # Temporaries: gradients of the scan's inputs and of one layer, the projections in the tokens' dtype, gradients in
     # half precision before they are summed in float32, and AdamW's for all parameters at once.
     passing = (around + scan.activation_bytes + scan.carry_bytes) if scan else 0
-    passing += 4 * facts.dim * facts.dim * size + gradients + learns * size
-    always = parameters + optimizer + state
+    passing += 4 * facts.dim * facts.dim * size // layout.tensor
+    passing += held.gradients + numbers.learns * size // layout.shard + held.next_gathered
+    always = held.parameters + held.optimizer + held.gathered + state
     return Estimate(
         scan=scan,
         scans=scans,
         parts={
-            "parameters": parameters,
-            "gradients": gradients,
-            "optimizer": optimizer,
+            "parameters": held.parameters,
+            "gradients": held.gradients,
+            "optimizer": held.optimizer,
+            **({"gathered parameters": held.gathered} if layout.shard > 1 else {}),
             "carries": carries,
             "TTT activations": waiting + passing_scan,
             "backbone activations": model or 0,
             "state": state,
         },
-        low=always + max(gradients, (scan.carries_kept_bytes + inside if scan else 0) * lasting + (model or 0) // 2),
-        high=always + gradients + carries + waiting + passing_scan + (model or 0) * 3 // 2 + passing,
-        complete=None not in (facts.parameters, trained, model) and (lora is not None or not config.has_lora),
-        adapter_bytes=own * WIDE + of_lora * size,
-        checkpoint_bytes=own * WIDE + (of_lora + (trained or 0)) * size + optimizer,
+        low=always
+        + max(held.gradients, (scan.carries_kept_bytes + inside if scan else 0) * lasting + (model or 0) // 2),
+        high=always + held.gradients + carries + waiting + passing_scan + (model or 0) * 3 // 2 + passing,
+        complete=None not in (facts.parameters, _trained_in_backbone(config, facts), model)
+        and (lora is not None or not config.has_lora),
+        numbers=numbers,
+        adapter_bytes=numbers.adapter * WIDE + of_lora * size,
+        checkpoint_bytes=_checkpoint_bytes(config, facts, numbers, of_lora),
         lora_parameters=of_lora,
         lora_rank=rank,
         forward_flops=len(layers) * len(scans) * flops.forward,
@@ -150,22 +199,81 @@ def parameters_to_match(config: RunConfig, facts: BackboneFacts) -> int:
     return _adapter_parameters(config, facts, len(select_layers(config.ttt.layers, facts.num_layers)))[0]
 
 
-def _adapter_parameters(config: RunConfig, facts: BackboneFacts, layers: int) -> tuple[int, int]:
-    """Parameters of the adapters in so many layers; and how many of them learn."""
+def _adapter_parameters(config: RunConfig, facts: BackboneFacts, layers: int, tensor: int = 1) -> tuple[int, int]:
+    """Parameters of the adapters in so many layers, on one of `tensor` devices; and how many of them learn."""
     gates = layers * facts.dim * facts.gates
-    own = layers * (layer_parameters(config.ttt, dim=facts.dim, num_heads=facts.num_heads) - facts.dim) + gates
+    shape = {"dim": facts.dim, "num_heads": facts.num_heads, "tensor": tensor}
+    own = layers * (layer_parameters(config.ttt, **shape) - facts.dim) + gates
     train = config.train
     return own, (own - gates if train.weight_lr_multiplier else 0) + (gates if train.alpha_lr_multiplier else 0)
+
+
+def _numbers(config: RunConfig, facts: BackboneFacts, of_lora: int, layout: Layout = ALONE) -> Numbers:
+    """The numbers of a run's parameters; those of one device of a layout."""
+    layers = len(select_layers(config.injected.layers, facts.num_layers))
+    own, learning = _adapter_parameters(config, facts, layers, layout.tensor)
+    learns = (_trained_in_backbone(config, facts) or 0) + (of_lora if config.train.lora_lr_multiplier else 0)
+    return Numbers(
+        *(-(-count // layout.shard) for count in ((facts.parameters or 0) + of_lora - learns, learns, own, learning))
+    )
+
+
+def _held(config: RunConfig, facts: BackboneFacts, of_lora: int, layout: Layout) -> _Held:
+    """Bytes of parameters, gradients and optimiser on one device.
+
+    In half precision the optimiser keeps a float32 master of what learns; parameters that are split and learn are
+    float32 themselves, and are gathered in half precision.
+    """
+    size, here = bytes_of(config.train.param_dtype), _numbers(config, facts, of_lora, layout)
+    split = layout.shard > 1
+    masters = WIDE * here.learns if size < WIDE and not split else 0
+    kept = here.frozen * size + here.learns * (WIDE if split else size) + here.adapter * WIDE
+    outside, layer, learns = _units(config, facts, of_lora, layout) if split else (0, 0, 0)
+    return _Held(
+        parameters=kept,
+        gradients=WIDE * here.learning,
+        optimizer=2 * WIDE * here.learning + masters,
+        gathered=outside + layer,
+        next_gathered=2 * layer + 2 * learns,
+    )
+
+
+def _units(config: RunConfig, facts: BackboneFacts, of_lora: int, layout: Layout) -> tuple[int, int, int]:
+    """Bytes of what is gathered at once: all that is outside the layers, one layer with its adapter; and of the
+    float32 gradients of that layer.
+    """
+    size, numbers = bytes_of(config.train.param_dtype), _numbers(config, facts, of_lora)
+    layers = len(select_layers(config.injected.layers, facts.num_layers))
+    everything = (facts.parameters or 0) + of_lora
+    one = facts.layer_parameters or everything // max(facts.num_layers, 1)
+    outside = max(everything - one * facts.num_layers, 0)
+    adapter, learning = (
+        -(-count // max(layers, 1)) for count in _adapter_parameters(config, facts, layers, layout.tensor)
+    )
+    learns = one if config.train.trainable == "all" else min(one, -(-numbers.learns // max(facts.num_layers, 1)))
+    return outside * size, one * size + adapter * WIDE, WIDE * (learning + learns)
+
+
+def _checkpoint_bytes(config: RunConfig, facts: BackboneFacts, numbers: Numbers, of_lora: int) -> int:
+    """Bytes of one checkpoint on disk."""
+    size = bytes_of(config.train.param_dtype)
+    state = 2 * WIDE * numbers.learning + (WIDE * numbers.learns if size < WIDE else 0)
+    return numbers.adapter * WIDE + (of_lora + (_trained_in_backbone(config, facts) or 0)) * size + state
 
 
 def _waiting_scans(config: RunConfig, facts: BackboneFacts, layers: int, scans: tuple[int, ...]) -> tuple[int, int]:
     """How many scans keep their activations from forward to backward; and how many keep them at the same time.
 
-    A scan under no checkpoint keeps them until backward. The others keep them while their checkpoint is recomputed.
+    A scan under no checkpoint keeps them until backward. The others keep them while their innermost checkpoint is
+    recomputed. That is the one around several layers, or inside it one around a layer's scans, or inside that one
+    around a single scan.
     """
     lasting = layers * scans.count(0)
-    together = facts.layers_per_checkpoint if config.train.gradient_checkpointing else 1
-    return lasting, lasting + min(layers, together) * (len(scans) - scans.count(0))
+    outer = int(config.train.gradient_checkpointing)
+    together = min(layers, facts.layers_per_checkpoint if outer else 1)
+    inner = [level - outer for level in scans if level]
+    at_once = together * inner.count(0) + min(layers, 1) * (inner.count(1) + any(level > 1 for level in inner))
+    return lasting, lasting + at_once
 
 
 def _trained_in_backbone(config: RunConfig, facts: BackboneFacts) -> int | None:
@@ -179,15 +287,21 @@ def _trained_in_backbone(config: RunConfig, facts: BackboneFacts) -> int | None:
     return facts.attention_parameters * len(select_layers(config.injected.layers, facts.num_layers)) // facts.num_layers
 
 
-def _backbone_activation_bytes(config: RunConfig, facts: BackboneFacts, layers: tuple[int, ...]) -> int | None:
-    """Bytes that autograd keeps for the backbone; None if unknown."""
+def backward_reaches(config: RunConfig, facts: BackboneFacts, layers: tuple[int, ...]) -> int:
+    """How many of the backbone's layers the backward pass goes through: it ends at the first that is trained."""
+    unfrozen = config.train.trainable in ("ttt+attention", "all") and config.train.backbone_lr_multiplier
+    first = 0 if unfrozen or config.has_lora else min(layers, default=0)
+    return facts.num_layers - first
+
+
+def _backbone_activation_bytes(
+    config: RunConfig, facts: BackboneFacts, layers: tuple[int, ...], rows: int
+) -> int | None:
+    """Bytes that autograd keeps for the backbone on one device; None if unknown."""
     train, tokens = config.train, facts.tokens_per_window
     if tokens is None or facts.layer_activation_bytes is None or facts.head_activation_bytes is None:
         return None
-    # The backward pass ends at the first layer that is trained.
-    unfrozen = train.trainable in ("ttt+attention", "all") and train.backbone_lr_multiplier
-    first = 0 if unfrozen or config.has_lora else min(layers, default=0)
-    reached = facts.num_layers - first
+    reached = backward_reaches(config, facts, layers)
     if train.gradient_checkpointing:
         together = min(facts.layers_per_checkpoint, reached)
         inputs = -(-reached // max(together, 1)) * facts.dim * bytes_of(train.param_dtype)
@@ -200,4 +314,4 @@ def _backbone_activation_bytes(config: RunConfig, facts: BackboneFacts, layers: 
         held = min(facts.layers_per_checkpoint, reached) if train.gradient_checkpointing else reached
         share = held / max(facts.num_layers, 1)
         casts = bytes_of(train.autocast) * round(share * (facts.parameters or 0))
-    return (per_token + facts.head_activation_bytes) * tokens * train.batch_size + casts
+    return (per_token + facts.head_activation_bytes) * tokens * rows + casts

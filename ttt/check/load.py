@@ -70,6 +70,7 @@ def check_config(
     backbone: Backbone | str | None = None,
     overrides: Sequence[str] = (),
     memory: int | None = None,
+    devices: int | None = None,
     cost: bool = False,
     resuming: bool = False,
     training: bool = True,
@@ -83,6 +84,7 @@ def check_config(
         backbone: for configs that do not name one. A config that names another is refused.
         overrides: `section.key=value`, values as YAML; they replace what the config says.
         memory: bytes of memory of the run's device. If None, ask this machine for its own devices.
+        devices: how many devices of that memory the run is for: add what it needs on them, in each layout.
         cost: add a note that says what the run costs.
         resuming: whether an interrupted run goes on. It has its weights and does not read `train.init_from` again.
         training: whether the config is for training. If not, house rules are left out.
@@ -99,7 +101,7 @@ def check_config(
     else:
         raise ValueError("a config is read from a path or a text")
     looked_up = training if tasks is None else tasks
-    return _Check(source, overrides, memory, resuming, cost, training, looked_up).checked(backbone)
+    return _Check(source, overrides, memory, devices, resuming, cost, training, looked_up).checked(backbone)
 
 
 def load_config(
@@ -160,6 +162,7 @@ class _Check:
         source: Source,
         overrides: Sequence[str],
         memory: int | None,
+        devices: int | None,
         resuming: bool,
         cost: bool,
         training: bool,
@@ -167,6 +170,7 @@ class _Check:
     ) -> None:
         self.findings: list[Finding] = []
         self.memory = memory
+        self.devices = devices
         self.resuming = resuming
         self.cost = cost
         self.training = training
@@ -301,6 +305,7 @@ class _Check:
             facts,
             lambda key: self.source.written(tuple(key.split("."))),
             self.memory,
+            self.devices,
             resuming=self.resuming,
             tells_cost=self.cost,
             training=self.training,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 
 from ttt.config.sources import DataSource
 
@@ -104,6 +104,12 @@ class BackboneFacts:
     """Gates α of D channels in one adapter."""
     layers_per_checkpoint: int = 1
     """The number of layers inside one checkpoint of `train.gradient_checkpointing`."""
+    layer_parameters: int | None = None
+    """Parameters of one of its layers; if parameters are split over devices, a device has one layer's at a time, and
+    those that are in no layer."""
+    less_memory: Mapping[str, object] = field(default_factory=dict)
+    """Options of the backbone that make training keep less and learn the same, with the values that do; without those
+    that the config has. `ttt check --devices` tries them where nothing fits."""
     scans: InitVar[None] = None
     """The name that `checkpoints_around_scans` once had; giving it is a `TypeError` that says so."""
 

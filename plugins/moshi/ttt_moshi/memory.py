@@ -28,7 +28,11 @@ def memory_facts(config: MoshiRun, frames: int) -> dict[str, Any]:
         }[dtype]
         size = {"float32": 4.0, "bfloat16": 2.0}[dtype]
         without_mask = layer - size * 188  # which was measured in windows of so many frames
-        counts = {"parameters": 7_687_729_152, "attention_parameters": 2_147_483_648}
+        counts = {
+            "parameters": 7_687_729_152,
+            "attention_parameters": 2_147_483_648,
+            "layer_parameters": 205_529_088,
+        }
         outside = float(head_checkpointing if checkpointing else head)
     else:
         size = {"float32": 4.0, "bfloat16": 2.8}[dtype]  # norms and the softmax of the losses stay float32
@@ -36,6 +40,7 @@ def memory_facts(config: MoshiRun, frames: int) -> dict[str, Any]:
         counts = {
             "parameters": layers * (10 * dim * dim + 2 * dim) + 2154 * dim + 736_768,
             "attention_parameters": layers * 4 * dim * dim,
+            "layer_parameters": 10 * dim * dim + 2 * dim,
         }
     rows, contexts = config.train.batch_size, layers_contexts(config)
     mask = size * _mask_columns(contexts, frames, rows, all_at_once=not checkpointing)

@@ -92,6 +92,8 @@ class VideoDiTBackbone(
             gates=4,
             layers_per_checkpoint=options.transformer_checkpoint_layer_group_size,
             parameters=_parameters(options, **size),
+            less_memory={name: True for name in REMAT_OPTIONS if getattr(options, name) is False},
+            layer_parameters=_block_parameters(options, dim=size["dim"], num_heads=size["num_heads"]),
             attention_parameters=size["num_layers"]
             * 4
             * (size["dim"] ** 2 + size["dim"] + size["dim"] // size["num_heads"]),
@@ -248,14 +250,23 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 
 def _parameters(options: VideoDiTOptions, *, dim: int, num_heads: int, num_layers: int) -> int:
     """Parameters of the transformer: blocks, embeddings of patches, texts and times, output."""
-    time, text = (DEMO_TIME_DIM, DEMO_TEXT_DIM) if options.preset == "demo" else (512, 4096)
+    time, text = _embedded(options)
     patch = LATENT_CHANNELS * PATCH_SIZE**2
-    modulation = (time + 1) * 6 * dim + 2 * dim
-    attention = 4 * (dim * dim + dim + dim // num_heads)
-    block = 2 * modulation + attention + 8 * dim * dim + 5 * dim
     around = (patch + 1 + text + 1) * dim + (dim + 1 + time + 1) * time
     around += (time + 1) * 2 * dim + 4 * dim + (dim + 1) * patch
-    return num_layers * block + around
+    return num_layers * _block_parameters(options, dim=dim, num_heads=num_heads) + around
+
+
+def _block_parameters(options: VideoDiTOptions, *, dim: int, num_heads: int) -> int:
+    """Parameters of one block: modulation, attention, feed-forward."""
+    modulation = (_embedded(options)[0] + 1) * 6 * dim + 2 * dim
+    attention = 4 * (dim * dim + dim + dim // num_heads)
+    return 2 * modulation + attention + 8 * dim * dim + 5 * dim
+
+
+def _embedded(options: VideoDiTOptions) -> tuple[int, int]:
+    """Widths of the embeddings of times and of texts."""
+    return (DEMO_TIME_DIM, DEMO_TEXT_DIM) if options.preset == "demo" else (512, 4096)
 
 
 def _layer_activation_bytes(options: VideoDiTOptions, dtype: str, dim: int) -> int:

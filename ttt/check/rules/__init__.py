@@ -13,6 +13,7 @@ from ttt.check.rules import (
     data,
     environment,
     evaluation,
+    layouts,
     memory,
     optimisation,
     shape,
@@ -22,7 +23,8 @@ from ttt.config.findings import Finding
 from ttt.config.places import KeyPath
 from ttt.plugins.rules import Rule
 
-_MODULES = (shape, checkpointing, causality, memory, data, evaluation, environment, compiling, optimisation, adapters)
+_CORE = (shape, checkpointing, causality, memory, layouts, data)
+_MODULES = (*_CORE, evaluation, environment, compiling, optimisation, adapters)
 RULES: tuple[Rule[Context], ...] = tuple(
     each for module in _MODULES for each in vars(module).values() if isinstance(each, Rule)
 )

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from ttt.amounts import show_bytes, show_flops
-from ttt.check.estimate import Estimate, estimate, parameters_to_match
+from ttt.check.estimate import Estimate, estimate, parameters_to_match, written_layout
 from ttt.check.rules.rule import NEEDS, Context, rule
 from ttt.config.findings import Blame, Code, Family, Finding, Severity
 from ttt.config.group_size import times_in_words
@@ -26,7 +26,8 @@ TTT405 = _code("TTT405", "what a run costs", Severity.NOTE)
 TTT205 = _code("TTT205", "no rematerialisation where memory will not do", Severity.WARNING, family=Family.CHECKPOINTING)
 
 
-def _memory(context: Context) -> int | None:
+def memory_of(context: Context) -> int | None:
+    """Bytes of memory of the run's device; None if nobody knows."""
     return context.memory_bytes or device_memory(context.config.train.device)
 
 
@@ -43,14 +44,15 @@ def _with_groups(context: Context) -> tuple[int, Estimate] | None:
     if not best:
         return None
     ttt = context.config.ttt.model_copy(update={"scan_checkpoint_group_size": best})
-    return best, estimate(context.config.model_copy(update={"ttt": ttt}), context.facts, context.lora_shapes)
+    config = context.config.model_copy(update={"ttt": ttt})
+    return best, estimate(config, context.facts, context.lora_shapes, written_layout(config.train))
 
 
 @rule(TTT205, TTT401, TTT402, reads=NEEDS)
 def fits_in_memory(context: Context) -> Iterator[Finding]:
     """The device has the memory that the run needs at its peak."""
-    needs, memory = context.needs, _memory(context)
-    if memory is None or memory >= (needs.high if needs.complete else needs.low):
+    needs, memory = context.needs, memory_of(context)
+    if context.devices is not None or memory is None or memory >= (needs.high if needs.complete else needs.low):
         return
     grouped = _with_groups(context)
     if needs.complete and grouped is not None and grouped[1].high <= memory:

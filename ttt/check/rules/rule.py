@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ttt.check.estimate import Estimate, estimate
+from ttt.check.estimate import Estimate, estimate, written_layout
 from ttt.check.recordings import Lines, Recordings, is_folder_of, read_lines_of, read_recordings
 from ttt.config.schema import RunConfig
 from ttt.config.sources import DataSource, places_of
@@ -42,6 +42,8 @@ class Context:
     """Whether the user wrote a key, given as `section.key`."""
     memory_bytes: int | None = None
     """Bytes of memory of the run's device; None if the caller does not know it."""
+    devices: int | None = None
+    """How many devices the caller asks about; None if only about the one of `memory_bytes`."""
     resuming: bool = False
     """Whether an interrupted run goes on. It does not read `train.init_from` again."""
     tells_cost: bool = False
@@ -66,8 +68,8 @@ class Context:
 
     @functools.cached_property
     def needs(self) -> Estimate:
-        """What the run needs; only for rules that read `NEEDS`."""
-        return estimate(self.config, self.facts, self.lora_shapes)
+        """What the run needs, one process of it if `train.parallel` says how many; for rules that read `NEEDS`."""
+        return estimate(self.config, self.facts, self.lora_shapes, written_layout(self.config.train))
 
     @functools.cached_property
     def lora_shapes(self) -> Mapping[tuple[int, int], int] | None:
