@@ -397,9 +397,15 @@ def test_the_models_parameters_and_checkpoints(trainable: str, dtype: str) -> No
     assert needs.parts["parameters"] == sum(p.numel() * p.element_size() for p in model.parameters())
     optimizer = Optimizer(learnable, config.train)
     assert needs.parts["optimizer"] == pytest.approx(optimizer.nbytes(), rel=0.001)  # it also counts steps
+    assert "averages" not in needs.parts
     written = optimizer.nbytes() + needs.adapter_bytes
     written += sum(e.parameter.numel() * e.parameter.element_size() for e in learnable if e.role == "backbone")
     assert needs.checkpoint_bytes == pytest.approx(written, rel=0.001)
+    averaging = config.train.model_copy(update={"ema_decay": 0.999})
+    averaged, more = estimate(config.model_copy(update={"train": averaging}), facts), Optimizer(learnable, averaging)
+    assert averaged.parts["averages"] == more.nbytes() - optimizer.nbytes() == averaged.low - needs.low
+    in_files = 2 * (written - optimizer.nbytes()) + more.nbytes()
+    assert averaged.checkpoint_bytes == pytest.approx(in_files, rel=0.001)
 
 
 def test_what_is_not_known_is_not_made_up() -> None:

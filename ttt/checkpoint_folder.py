@@ -23,6 +23,8 @@ from ttt.files.tensors import read_header, verify_tensors
 
 CHECKPOINTS = "checkpoints"
 """A run's folder of checkpoints."""
+EMA = "ema"
+"""The folder in a checkpoint of the adapter with averaged weights, if the run keeps averages (`train.ema_decay`)."""
 TRAINER_STATE = "trainer_state.json"
 """The record in each of them."""
 
@@ -167,7 +169,8 @@ def write_record(folder: Path, step: int, state: Mapping[str, Any]) -> None:
         step: optimiser steps done.
         state: what else goes into it, as JSON.
     """
-    files = {file.name: _record_of(file) for file in sorted(folder.iterdir())}
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = {file.relative_to(folder).as_posix(): _record_of(file) for file in found}
     content = {"format": _FORMAT, "version": _VERSION, "step": step, "files": files, **state}
     write_json(folder / TRAINER_STATE, content)
 

@@ -93,6 +93,8 @@ class _Held:
     parameters: int
     gradients: int
     optimizer: int
+    averages: int
+    """Of averaged weights."""
     gathered: int
     """Of the parameters that are whole for a moment: those outside all layers and those of one layer; 0 if none is
     split."""
@@ -154,7 +156,7 @@ def estimate(config: RunConfig, facts: BackboneFacts, lora: Shapes | None = None
     passing = (around + scan.activation_bytes + scan.carry_bytes) if scan else 0
     passing += 4 * facts.dim * facts.dim * size // layout.tensor
     passing += held.gradients + numbers.learns * size // layout.shard + held.next_gathered
-    always = held.parameters + held.optimizer + held.gathered + state
+    always = held.parameters + held.optimizer + held.averages + held.gathered + state
     return Estimate(
         scan=scan,
         scans=scans,
@@ -162,6 +164,7 @@ def estimate(config: RunConfig, facts: BackboneFacts, lora: Shapes | None = None
             "parameters": held.parameters,
             "gradients": held.gradients,
             "optimizer": held.optimizer,
+            **({"averages": held.averages} if held.averages else {}),
             **({"gathered parameters": held.gathered} if layout.shard > 1 else {}),
             "carries": carries,
             "TTT activations": waiting + passing_scan,
@@ -233,6 +236,7 @@ def _held(config: RunConfig, facts: BackboneFacts, of_lora: int, layout: Layout)
         parameters=kept,
         gradients=WIDE * here.learning,
         optimizer=2 * WIDE * here.learning + masters,
+        averages=0 if config.train.ema_decay is None else WIDE * here.learning,
         gathered=outside + layer,
         next_gathered=2 * layer + 2 * learns,
     )
@@ -255,10 +259,11 @@ def _units(config: RunConfig, facts: BackboneFacts, of_lora: int, layout: Layout
 
 
 def _checkpoint_bytes(config: RunConfig, facts: BackboneFacts, numbers: Numbers, of_lora: int) -> int:
-    """Bytes of one checkpoint on disk."""
-    size = bytes_of(config.train.param_dtype)
-    state = 2 * WIDE * numbers.learning + (WIDE * numbers.learns if size < WIDE else 0)
-    return numbers.adapter * WIDE + (of_lora + (_trained_in_backbone(config, facts) or 0)) * size + state
+    """Bytes of one checkpoint on disk; of a run that averages its weights: the averages, and the adapter twice."""
+    size, averages = bytes_of(config.train.param_dtype), config.train.ema_decay is not None
+    state = (2 + averages) * WIDE * numbers.learning + (WIDE * numbers.learns if size < WIDE else 0)
+    adapter = numbers.adapter * WIDE + (of_lora + (_trained_in_backbone(config, facts) or 0)) * size
+    return (1 + averages) * adapter + state
 
 
 def _waiting_scans(config: RunConfig, facts: BackboneFacts, layers: int, scans: tuple[int, ...]) -> tuple[int, int]:

@@ -307,6 +307,9 @@ class TrainConfig(Section):
     """Steps of linear warm-up."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Where a schedule that falls ends, as a fraction of the peak."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of what learns, of which so much stays at each step (0.999, say); it is
+    evaluated and saved beside the weights. null keeps none."""
     max_norm: Annotated[float, Field(gt=0, le=MOST_RATE)] = 1.0
     """Gradient norm above which the gradient is scaled down."""
     gradient_checkpointing: bool = False

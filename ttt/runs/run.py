@@ -25,7 +25,7 @@ FINISHED, RUNNING, FAILED, INTERRUPTED = STATES = ("finished", "running", "faile
 
 _MAX_CONFIG = 1 << 20
 _TOO_LARGE = 1 << 63  # for a count; a float may not hold it
-_OF_EVALUATION = ("eval_split", "eval_windows", "eval_loss", "eval_loss_gates_closed")
+_OF_EVALUATION = ("eval_split", "eval_windows", "eval_loss", "eval_loss_ema", "eval_loss_gates_closed")
 _NO_METRICS = {
     *("step", "loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "layers", "eval_windows_available"),
     *_OF_EVALUATION,
@@ -213,7 +213,12 @@ def _numbers(files: _Files, config: Mapping[str, Any], results: Evaluated) -> di
         "peak_memory_bytes": summary.get("peak_memory_bytes", last.get("peak_memory_bytes")),
         "device": summary.get("device"),
     }
-    plain = {"loss", "eval_loss", "eval_loss_gates_closed"}  # None in a file is a number that is not finite
+    plain = {
+        "loss",
+        "eval_loss",
+        "eval_loss_ema",
+        "eval_loss_gates_closed",
+    }  # None in a file is a number that is not finite
     return {
         key: _plain(value)
         for key, value in found.items()

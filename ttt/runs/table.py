@@ -16,6 +16,7 @@ from ttt.runs.run import Run, read_run
 from ttt.words import first_few
 
 _HEADS = {
+    "eval_loss_ema": "averaged",
     "eval_loss_gates_closed": "closed",
     "eval_gain": "gain",
     "learned_parameters": "learned",
@@ -26,7 +27,7 @@ _HEADS = {
 _ALWAYS_BESIDE = {"max_steps", "eval_split", "eval_windows", "evaluated", "device", "peak_memory_bytes"}
 """Not in the narrow table."""
 _IN_NARROW = {
-    *("steps", "loss", "eval_loss", "eval_loss_gates_closed", "eval_gain", "gate", "movement"),
+    *("steps", "loss", "eval_loss", "eval_loss_ema", "eval_loss_gates_closed", "eval_gain", "gate", "movement"),
     *("learned_parameters", "tokens", "seconds", "tokens_per_second"),
 }
 _SAME_DATA = ("eval_split", "eval_windows")

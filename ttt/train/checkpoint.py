@@ -91,7 +91,8 @@ def read_content(
 def content_bytes(injection: Injection, trained: Mapping[str, Tensor], optimizer: Optimizer) -> int:
     """About how many bytes `write_content` writes."""
     kept = [*trained.values(), *injection.state_dict().values()]
-    return optimizer.nbytes() + sum(tensor.numel() * tensor.element_size() for tensor in kept)
+    adapters = 1 if optimizer.averages is None else 2
+    return optimizer.nbytes() + adapters * sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
 def _read_states(path: Path, device: torch.device, *, verify: bool) -> dict[str, TTTState]:

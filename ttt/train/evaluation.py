@@ -42,6 +42,8 @@ class Evaluation:
     """The numbers of `eval.tasks` by `task/metric`; a task that failed has none."""
     adapter: Adapter = "ttt"
     """What the plain backbone is compared with."""
+    loss_ema: float | None = None
+    """The loss with averaged weights; None if the run keeps no averages."""
 
     @property
     def is_finite(self) -> bool:
@@ -56,6 +58,7 @@ class Evaluation:
             "eval_windows_available": self.available,
             "eval_loss": self.loss,
             "eval_loss_gates_closed": self.loss_gates_closed,
+            **({} if self.loss_ema is None else {"eval_loss_ema": self.loss_ema}),
             **self.tasks,
         }
 
@@ -83,7 +86,10 @@ class Evaluation:
         else:
             effect = f"{'lowers' if change < 0 else 'RAISES'} it by {abs(change):.2%}"
         closed, added = _IN_WORDS[self.adapter]
-        return f"outer loss on {where}: {self.loss:.4f}; {closed} {self.loss_gates_closed:.4f}: {added} {effect}"
+        averaged = "" if self.loss_ema is None else f"with averaged weights {self.loss_ema:.4f}; "
+        return (
+            f"outer loss on {where}: {self.loss:.4f}; {averaged}{closed} {self.loss_gates_closed:.4f}: {added} {effect}"
+        )
 
 
 _IN_WORDS: Mapping[Adapter, tuple[str, str]] = {

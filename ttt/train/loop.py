@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from ttt.checkpoint_folder import Checkpoint
 from ttt.interrupt import FINISHING, STEPPING, Interrupt, interruptible
+from ttt.train.ema import with_averages
 from ttt.train.ending import finish, tell_interrupted
 from ttt.train.evaluation import Evaluation, evaluate
 from ttt.train.failure import recorded
@@ -147,7 +148,18 @@ class Loop:
     def _evaluate(self) -> Evaluation | None:
         """The outer loss with open and closed gates, and the tasks; None if somebody asked to stop."""
         parts = self._parts
-        evaluation = evaluate(
+        evaluation = with_averages(parts, self._losses)
+        if evaluation is None:
+            return None
+        measured = measure(
+            parts, self._progress.done, stop=lambda: self._interrupt.requested, display=self._log.display
+        )
+        return None if measured is None else replace(evaluation, tasks=measured)
+
+    def _losses(self) -> Evaluation | None:
+        """The outer loss with open and closed gates; None if somebody asked to stop."""
+        parts = self._parts
+        return evaluate(
             parts.model,
             parts.injection,
             parts.backbone,
@@ -158,12 +170,6 @@ class Loop:
             stop=lambda: self._interrupt.requested,
             tell=self._log.display.evaluating,
         )
-        if evaluation is None:
-            return None
-        measured = measure(
-            parts, self._progress.done, stop=lambda: self._interrupt.requested, display=self._log.display
-        )
-        return None if measured is None else replace(evaluation, tasks=measured)
 
     def _tell(self, evaluation: Evaluation) -> None:
         display = self._log.display

@@ -1,10 +1,10 @@
 """`metrics.jsonl`: one process at a time writes it; reading reports all damage.
 
 A line is one step: `step` (from 1), `loss`, the backbone's own metrics, `lr`, `grad_norm`, `tokens_per_second`,
-`peak_memory_bytes`; if they were measured, `layers` (evidence by site), `lora_share` (how far LoRA has moved
-its linear layers) and `eval_loss`, `eval_loss_gates_closed`,
-`eval_split`, `eval_windows`, `eval_windows_available` and the numbers of `eval.tasks`, each as `task/metric`. Its last
-key, `crc32`, is a checksum over the line before it (`ttt.checksums`).
+`peak_memory_bytes`; if they were measured, `layers` (evidence by site), `lora_share` (how far LoRA has moved its linear
+layers) and `eval_loss`, `eval_loss_ema` (with averaged weights), `eval_loss_gates_closed`, `eval_split`,
+`eval_windows`, `eval_windows_available` and the numbers of `eval.tasks`, each as `task/metric`. Its last key, `crc32`,
+is a checksum over the line before it (`ttt.checksums`).
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from ttt.config.schema import TrainConfig
 from ttt.errors import ConfigError, EnvironmentProblem, NonFiniteError
 from ttt.inject import Injection
 from ttt.plugins import Site
+from ttt.train.averages import KIND, Averages
 
 Role = Literal["ttt", "gate", "lora", "backbone"]
 
@@ -166,6 +167,8 @@ class Optimizer:
             lr=config.lr,
             betas=config.betas,
         )
+        self.averages = None if config.ema_decay is None else Averages(self._targets, config.ema_decay)
+        """Averages of the weights, if the run keeps them."""
 
     def collect(self) -> None:
         """Add the gradients of the last backward pass to those of the masters, and free the former."""
@@ -210,6 +213,8 @@ class Optimizer:
                 f"float32 cannot hold; lower them"
             ) from error
         self.clear()
+        if self.averages is not None:
+            self.averages.update()
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 if self._targets[name] is not parameter:
@@ -227,11 +232,15 @@ class Optimizer:
         masters = sum(
             target.numel() * 4 for name, target in self._targets.items() if target is not self._parameters[name]
         )
-        return moments + masters
+        averages = 0 if self.averages is None else sum(target.numel() * 4 for target in self._targets.values())
+        return moments + masters + averages
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as tensors: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`, and `master.NAME` of masters."""
-        state = {}
+        """The state as tensors: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`, and `master.NAME` of masters; and
+        `ema.NAME` of averages.
+        """
+        averages = {} if self.averages is None else self.averages.tensors()
+        state = {f"{KIND}.{name}": average for name, average in averages.items()}
         for name, target in self._targets.items():
             for key, value in self._adamw.state.get(target, {}).items():
                 state[f"{key}.{name}"] = value
@@ -246,6 +255,9 @@ class Optimizer:
             EnvironmentProblem: it is not the state of these parameters; then nothing is loaded.
         """
         states = self._checked(tensors, place)
+        averages = {name: state.pop(KIND) for name, state in states.items() if KIND in state}
+        if self.averages is not None:
+            self.averages.load(averages)
         with torch.no_grad():
             for name, target in self._targets.items():
                 state = states[name]
@@ -263,7 +275,7 @@ class Optimizer:
         for key, value in tensors.items():
             kind, _, name = key.partition(".")
             target = self._targets.get(name)
-            if kind not in {*_ADAMW_STATE, "master"} or target is None:
+            if kind not in {*_ADAMW_STATE, "master", KIND} or target is None:
                 raise EnvironmentProblem(f"{place}: holds {key!r}, which no learnable parameter of this run has")
             if kind != "step" and value.shape != target.shape:
                 raise EnvironmentProblem(
@@ -275,6 +287,8 @@ class Optimizer:
             if is_master != ("master" in states[name]):
                 there = "lacks" if is_master else "holds"
                 raise EnvironmentProblem(f"{place}: {there} a float32 copy of {name!r}")
+            if (KIND in states[name]) != any(KIND in state for state in states.values()):
+                raise EnvironmentProblem(f"{place}: lacks the average of {name!r}, and has those of others")
             if 0 < len(_ADAMW_STATE & states[name].keys()) < len(_ADAMW_STATE):
                 raise EnvironmentProblem(f"{place}: the moments of {name!r} are not complete")
         return states

@@ -80,6 +80,7 @@ def finished(run: RunDir, checkpoint: Checkpoint, config: RunConfig) -> TrainRes
             int(summary.get("eval_windows_available", 0)),
             tasks={key: _float(value) for key, value in summary.items() if "/" in key},
             adapter=config.adapter,
+            loss_ema=_float(summary["eval_loss_ema"]) if "eval_loss_ema" in summary else None,
         )
         loss = _float(summary["loss"])
     except (KeyError, TypeError, ValueError):

@@ -10,7 +10,8 @@
         adapter_model.safetensors, adapter_config.json    the TTT layers, complete in themselves
         backbone_model.safetensors     the backbone parameters that learn, and those that learned before, in the adapter
                                        that the run started from (`train.init_from`)
-        optimizer.safetensors          moments, step counts, float32 masters
+        optimizer.safetensors          moments, step counts, float32 masters, averages
+        ema/                           the averaged weights as an adapter of the same files, if `train.ema_decay`
         carried_states.safetensors     fast weights of each row, if `persistent_states`
         trainer_state.json             steps done, the config, and the name, size and checksum of every file above
 

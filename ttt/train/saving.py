@@ -11,6 +11,7 @@ from ttt.errors import NonFiniteError
 from ttt.files import require_space
 from ttt.train.checkpoint import content_bytes, read_content, write_content
 from ttt.train.divergence import listed, lowered, not_finite, tensors_of, way_on
+from ttt.train.ema import write_averages
 from ttt.train.metrics import MetricsFile
 from ttt.train.parts import Parts
 from ttt.train.pictures import Pictures
@@ -129,21 +130,34 @@ class Saver:
     def _write(self, folder: Path) -> None:
         """Write every other file of the checkpoint."""
         parts, progress = self._parts, self._progress
+        backbone = backbone_identity(parts.backbone, parts.config.backbone)
+        training = {
+            "steps": progress.done,
+            "tokens": progress.tokens,
+            "trainable": parts.config.train.trainable,
+            "config": parts.config.model_dump(mode="json"),
+            "provenance": dict(parts.backbone.provenance(parts.config.backbone)),
+            "model": list(parts.backbone.describe_model(parts.model)),
+        }
         write_content(
             folder,
             parts.injection,
             parts.trained_tensors(),
             parts.optimizer,
             progress.states if parts.config.ttt.persistent_states else None,
-            backbone=backbone_identity(parts.backbone, parts.config.backbone),
-            training={
-                "steps": progress.done,
-                "tokens": progress.tokens,
-                "trainable": parts.config.train.trainable,
-                "config": parts.config.model_dump(mode="json"),
-                "provenance": dict(parts.backbone.provenance(parts.config.backbone)),
-                "model": list(parts.backbone.describe_model(parts.model)),
-            },
+            backbone=backbone,
+            training=training,
+        )
+        write_averages(
+            folder,
+            parts.injection,
+            parts.learnable,
+            state=parts.optimizer.tensors(),
+            adapters=parts.injection.state_dict(),
+            trained=parts.trained_tensors(),
+            decay=parts.config.train.ema_decay,
+            backbone=backbone,
+            training=training,
         )
 
     def _require_finite(self) -> None:
