@@ -15,6 +15,14 @@ from ttt.reading import other_kind
 _NVIDIA = Path("/proc/driver/nvidia/version")
 
 
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported, without doing so."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # something of its name is in the way
+        return False
+
+
 def device_memory(device: str) -> int | None:
     """Memory in bytes of the device that `train.device` names on this machine; None if it is not known.
 

@@ -332,6 +332,15 @@ class TrainConfig(Section):
     """Steps between lines of `metrics.jsonl`."""
     evidence_freq: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 10
     """Steps between measurements of each layer's inner loss and fast-weight movement."""
+    loggers: (
+        Annotated[
+            tuple[Literal["tensorboard", "wandb", "trackio"], ...],
+            BeforeValidator(as_tuple, json_schema_input_type=list[Literal["tensorboard", "wandb", "trackio"]]),
+        ]
+        | None
+    ) = None
+    """Which of tensorboard, wandb and trackio get the lines of `metrics.jsonl` too; null is TensorBoard, if it is
+    installed."""
     ckpt_freq: Annotated[WholeNumber, Field(ge=0, le=MOST_STEPS)] = 0
     """Steps between checkpoints; 0 saves at the end only."""
     ckpt_keep: Annotated[int, Field(ge=1, le=MOST_WINDOWS)] | None = 3

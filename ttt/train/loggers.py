@@ -1,4 +1,4 @@
-"""The loggers of a run: TensorBoard and those of plugins. If one fails, that is reported once, and the run goes on."""
+"""The loggers of a run: of `train.loggers` and of plugins. If one fails, that is reported once, and the run goes on."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ttt.config.schema import RunConfig
+from ttt.errors import EnvironmentProblem
+from ttt.machine import is_installed
 from ttt.plugins.asking import asked
 from ttt.plugins.hookspecs import LOGGERS
 from ttt.plugins.loggers import Logger
 from ttt.plugins.registry import Plugin, ask, in_its_name, register_own
-from ttt.train import tensorboard
+from ttt.train import tensorboard, trackio, wandb
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,20 @@ class _Held:
             called(*arguments)
 
 
+def require_packages(config: RunConfig) -> None:
+    """Refuse to begin a run that names a logger whose package is not there.
+
+    Raises:
+        EnvironmentProblem: the package is not installed.
+    """
+    missing = next((name for name in config.train.loggers or () if not is_installed(name)), None)
+    if missing is not None:
+        raise EnvironmentProblem(
+            f"train.loggers names {missing}, and there is no package of that name here; pip install {missing}, or "
+            f"leave it out"
+        )
+
+
 class Loggers:
     """Everything that records a run's metrics besides `metrics.jsonl`.
 
@@ -47,7 +63,8 @@ class Loggers:
 
     def __init__(self, config: RunConfig, run_dir: Path, *, first_step: int, warn: Callable[[str], None]) -> None:
         self._warn = warn
-        register_own(tensorboard)
+        for module in (tensorboard, wandb, trackio):
+            register_own(module)
         answers = ask(LOGGERS, config=config, run_dir=run_dir, first_step=first_step)
         for failure in answers.failures:
             self._tell(failure.told)

@@ -4,7 +4,8 @@
     config.original.yaml  a config.yaml that was written or commented by hand (see `ttt.train.stored_config`)
     metrics.jsonl         one line of JSON for each logged step
     loss.png, inner_loss.png
-    tensorboard/          if TensorBoard is installed
+    tensorboard/          if TensorBoard is installed, or `train.loggers` names it
+    wandb/, wandb_run.txt, trackio_run.txt    if it names W&B and Trackio; under which name they know the run
     summary.json          the run's result and its last checkpoint, `final_checkpoint`
     checkpoints/step_000100/
         adapter_model.safetensors, adapter_config.json    the TTT layers, complete in themselves

@@ -16,6 +16,7 @@ from ttt.printable import say
 from ttt.train import loop, rundir
 from ttt.train.claim import METRICS
 from ttt.train.compiling import compile_errors
+from ttt.train.loggers import require_packages
 from ttt.train.metrics import read_metrics
 from ttt.train.parts import build_parts
 from ttt.train.pictures import Pictures, pictures_are_due
@@ -64,6 +65,7 @@ def train(
         InactiveLayerError: on the first step, a TTT layer was not reached, did not learn, or got no gradient.
     """
     require_one_process()
+    require_packages(config)
     console = console or Console()
     with interruptible(), lasting(console):
         return _train(with_backbone_options(config, backbone), backbone, resume=resume, console=console, verify=verify)

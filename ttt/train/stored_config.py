@@ -45,6 +45,7 @@ MAY_DIFFER = frozenset(
         "train.gradient_checkpointing",
         "train.log_freq",
         "train.evidence_freq",
+        "train.loggers",
         "train.ckpt_freq",
         "train.ckpt_keep",
         "ttt.scan_checkpoint_group_size",

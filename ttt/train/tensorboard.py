@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from ttt.config.schema import RunConfig
 from ttt.errors import EnvironmentProblem
 from ttt.plugins import hookimpl
+from ttt.train.line_numbers import numbers_of
 from ttt.train.terminal import cause
 
 
@@ -46,7 +48,7 @@ class TensorBoard:
     def log(self, line: Mapping[str, Any]) -> None:
         """Add a metrics line: every number in it, `layers` by name."""
         with self._telling():
-            self._events.write(int(line["step"]), dict(_numbers(line)))
+            self._events.write(int(line["step"]), dict(numbers_of(line)))
 
     def close(self) -> None:
         """Close the file."""
@@ -66,19 +68,11 @@ def _is_installed() -> bool:
 
 
 @hookimpl
-def ttt_loggers(run_dir: Path, first_step: int) -> TensorBoard | None:
-    """The hook: scalars in the run's folder, if TensorBoard is installed."""
-    return TensorBoard(run_dir / "tensorboard", first_step=first_step) if _is_installed() else None
-
-
-def _numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of a metrics line, with their names in TensorBoard."""
-    for name, value in line.items():
-        if name == "layers":
-            for site, evidence in value.items():
-                yield from ((f"{site}/{key}", number) for key, number in evidence.items() if number is not None)
-        elif name != "step" and isinstance(value, (int, float)):
-            yield name, value
+def ttt_loggers(config: RunConfig, run_dir: Path, first_step: int) -> TensorBoard | None:
+    """The hook: scalars in the run's folder, if the config names it, or names no loggers and it is installed."""
+    named = config.train.loggers
+    wanted = _is_installed() if named is None else "tensorboard" in named
+    return TensorBoard(run_dir / "tensorboard", first_step=first_step) if wanted else None
 
 
 class _EventFile:

@@ -14,6 +14,7 @@ from ttt.check.rules import (
     environment,
     evaluation,
     layouts,
+    loggers,
     memory,
     optimisation,
     shape,
@@ -24,7 +25,7 @@ from ttt.config.places import KeyPath
 from ttt.plugins.rules import Rule
 
 _CORE = (shape, checkpointing, causality, memory, layouts, data)
-_MODULES = (*_CORE, evaluation, environment, compiling, optimisation, adapters)
+_MODULES = (*_CORE, evaluation, environment, compiling, loggers, optimisation, adapters)
 RULES: tuple[Rule[Context], ...] = tuple(
     each for module in _MODULES for each in vars(module).values() if isinstance(each, Rule)
 )
