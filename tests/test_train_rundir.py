@@ -489,7 +489,7 @@ def test_keys_that_may_differ_exist():
         for section in ("ttt", "train", "eval", "data")
         for name in type(getattr(config(), section)).model_fields
     }
-    assert keys >= MAY_DIFFER - {"data.verify"}  # of plugins whose data carry checksums
+    assert keys >= MAY_DIFFER - {"data.verify", "data.codes"}  # of plugins
 
 
 def test_a_moved_run_is_the_same_run(tmp_path, run):

@@ -2,6 +2,7 @@
 
     places.py         whether there is room, whether a file may go there, who else is at it
     atomic.py         files and folders, written under another name, then put into place in one rename
+    beside.py         work in a folder beside other processes
     tensors.py        safetensors
     json_objects.py   JSON objects
     digests.py        files whose SHA-256 is known from elsewhere
@@ -16,6 +17,7 @@ from __future__ import annotations
 from ttt.checksums import DAMAGED
 from ttt.file_kinds import NEVER_MEANT, RECORDINGS, FileKind
 from ttt.files.atomic import TEMPORARY, sync, temporary_beside, write_bytes, write_folder, write_text, writing
+from ttt.files.beside import beside_others
 from ttt.files.digests import require_digests
 from ttt.files.json_objects import read_json, write_json
 from ttt.files.kinds import kind_of_content, kind_of_file
@@ -45,6 +47,7 @@ __all__ = [
     "FileKind",
     "Header",
     "TensorFacts",
+    "beside_others",
     "free_bytes",
     "is_locked",
     "kind_of_content",

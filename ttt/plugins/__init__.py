@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from ttt.plugins.capability_base import Capability, has_capability
     from ttt.plugins.capable import capability
-    from ttt.plugins.data import Batch, LossOutput, SourceFiles, WindowDataset
+    from ttt.plugins.data import Batch, LossOutput, SourceFiles, StagedDataset, WindowDataset, WindowReader
     from ttt.plugins.denoising import SegmentLosses, WindowSource
     from ttt.plugins.discovery import GROUP, PluginInfo, discover, find, forget, get_backbone, names
     from ttt.plugins.eval_tasks import AnyEvalTask, EvalContext, EvalTask
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ttt.plugins.imported import Import, ImportedConfig
     from ttt.plugins.loggers import Logger
     from ttt.plugins.lora_site import LoraSite
+    from ttt.plugins.part import Part
     from ttt.plugins.rows import StepRows, rows_of_step
     from ttt.plugins.rules import Rule, rule
     from ttt.plugins.run_config import run_config_model
@@ -85,7 +86,10 @@ _EXPORTS = {
     "StepRows": "ttt.plugins.rows",
     "Streaming": "ttt.plugins.capabilities",
     "WeightImport": "ttt.plugins.capabilities",
+    "StagedDataset": "ttt.plugins.data",
     "WindowDataset": "ttt.plugins.data",
+    "WindowReader": "ttt.plugins.data",
+    "Part": "ttt.plugins.part",
     "WindowSource": "ttt.plugins.denoising",
     "capability": "ttt.plugins.capable",
     "discover": "ttt.plugins.discovery",
@@ -124,6 +128,7 @@ __all__ = [
     "LossOutput",
     "LowRank",
     "NeededFile",
+    "Part",
     "PluginInfo",
     "Precomputing",
     "RecordingFormat",
@@ -140,10 +145,12 @@ __all__ = [
     "Site",
     "SoundReader",
     "SourceFiles",
+    "StagedDataset",
     "StepRows",
     "Streaming",
     "WeightImport",
     "WindowDataset",
+    "WindowReader",
     "WindowSource",
     "capability",
     "discover",

@@ -49,6 +49,7 @@ MAY_DIFFER = frozenset(
         "train.ckpt_freq",
         "train.ckpt_keep",
         "ttt.scan_checkpoint_group_size",
+        "data.codes",  # of Moshi: the same windows, encoded before
         "data.num_workers",
         "data.verify",  # of plugins whose data carry checksums
     }

@@ -8,8 +8,6 @@ folder. A dialogue is stereo: Moshi on the left, the user on the right. Beside `
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -18,18 +16,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttt.checksums import file_digest
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.plugins import SourceFiles
+from ttt.reading import unreadable
 from ttt_moshi import demo
-from ttt_moshi.audio import UnreadableAudioError, read_audio, resample
 from ttt_moshi.codec import DemoCodec
 from ttt_moshi.encoding import encode_window
-from ttt_moshi.interleave import Word, frames_in, text_stream, words_between
+from ttt_moshi.interleave import frames_in, text_stream, words_between
 from ttt_moshi.model_config import ModelConfig
 from ttt_moshi.options import NO_TRANSCRIPT, NOTHING, MoshiData, MoshiOptions, reads_with_the_demos
-from ttt_moshi.recordings import Recording, read_transcript
+from ttt_moshi.pieces import EncodedPieces, Piece, Pieces, SoundPieces, Spans
+from ttt_moshi.recordings import Recording
 from ttt_moshi.sources import SpeechSource, sources_of_split
-from ttt_moshi.transcripts import BrokenTranscriptError
+from ttt_moshi.stored import StoredCodes
 from ttt_moshi.weights import checkpoint_info, load_mimi, load_tokenizer, model_config
 
 MOST_KEPT: Final = 1 << 30
@@ -100,7 +100,7 @@ class SpeechWindows:
 
     Args:
         source: a `.jsonl` file, or a folder with such files at any depth; or several sources.
-        codec: encodes the audio streams, on `device`.
+        codec: encodes the audio streams, on `device`; or the codes that one has made.
         tokenizer: encodes the text stream.
         duration_sec: length of a window in seconds.
         device: the codec's device.
@@ -116,7 +116,7 @@ class SpeechWindows:
         self,
         source: str | Path | Sequence[SpeechSource],
         *,
-        codec: Codec,
+        codec: Codec | StoredCodes,
         tokenizer: Tokenizer,
         duration_sec: float,
         device: torch.device | str = "cpu",
@@ -129,43 +129,31 @@ class SpeechWindows:
             )
         self.frames = frames_in(duration_sec, codec.frame_rate)
         """T, frames of a window."""
-        self._codec = codec
         self._tokenizer = tokenizer
         self._device = torch.device(device)
-        self._duration = duration_sec
         self._padding = padding
-        frame = 1 / codec.frame_rate
-        named = [SpeechSource(str(source), field)] if isinstance(source, str | Path) else list(source)
-        self._recordings: list[Recording] = []
-        self._source_of: list[SpeechSource] = []
-        self.sources: list[SourceFiles] = []
-        """Which recordings are of which source."""
-        notes: list[str] = []
-        for each in named:
-            found = each.recordings(frame_sec=frame, notes=notes)
-            first = len(self._recordings)
-            self._recordings += found
-            self._source_of += [each] * len(found)
-            self.sources.append(SourceFiles(each.path, range(first, first + len(found)), each.weight))
+        self._frame_rate = codec.frame_rate
+        named = [SpeechSource(str(source), field)] if isinstance(source, str | Path) else source
+        self._spans, self.sources, notes = cut(named, duration_sec, frame_sec=1 / codec.frame_rate)
         self.notice: str | None = "\n".join((*filter(None, (getattr(codec, "stand_in", None),)), *notes)) or None
         """What the user must know of these data: that a substitute codec made the codes, what is not read or is odd."""
-        ranges = []
-        start = 0
-        for recording in self._recordings:
-            # every full window, and one more for a rest of at least a frame
-            whole = max(0.0, recording.info.seconds - frame)
-            ranges.append(range(start, start := start + 1 + math.floor(whole / duration_sec)))
-        self._files = tuple(ranges)
-        self._names = _distinct_names([recording.audio for recording in self._recordings])
-        self._silence: Tensor | None = None
+        self._names = self._spans.names()
         self._codes: dict[int, Tensor] = {}
-        self._transcript: tuple[Path, list[Word]] | None = None
+        self._sounds = SoundPieces(self._spans, codec.sample_rate)
+        self._encoded: EncodedPieces | None = None
+        if isinstance(codec, StoredCodes):
+            self._pieces: Pieces = codec.pieces(self._sounds)
+            self._silence = codec.silence(self._spans)
+        else:
+            self._pieces = self._encoded = EncodedPieces(self._sounds, codec, self._device, self.frames)
+            alone = not all(source.transcribed for source in self._spans.sources)
+            self._silence = codes_of_silence(codec, self._device, self.frames) if alone else None
 
     # --- WindowDataset ---
 
     def __len__(self) -> int:
         """Number of windows."""
-        return self._files[-1].stop
+        return self._spans.files[-1].stop
 
     def __getitem__(self, index: int) -> Tensor:
         """One window's codes, `[1 + 2·codebooks, T]` int64 on the CPU.
@@ -173,12 +161,7 @@ class SpeechWindows:
         Raises:
             EnvironmentProblem: the window's audio cannot be decoded, or a file has changed.
         """
-        if index not in self._codes:
-            codes = self._encode(*self._locate(index)).int()
-            while self._codes and (len(self._codes) + 1) * codes.nbytes > MOST_KEPT:
-                del self._codes[next(iter(self._codes))]
-            self._codes[index] = codes
-        return self._codes[index].long()
+        return self._codes[index].long() if index in self._codes else self.finish(index, self._pieces[index])
 
     def collate(self, samples: Sequence[Tensor]) -> Tensor:
         """Windows to a batch, `[B, 1 + 2·codebooks, T]`."""
@@ -187,75 +170,92 @@ class SpeechWindows:
     @property
     def files(self) -> Sequence[range]:
         """The windows of each recording."""
-        return self._files
+        return self._spans.files
 
     def describe(self, index: int) -> str:
         """A window in the user's words, "dialogue.flac, 15.0-30.0 s"."""
-        number, start, end = self._locate(index)
-        return f"{self._names[number]}, {start:.1f}-{min(end, self._recordings[number].info.seconds):.1f} s"
+        place = self._spans.locate(index)
+        end = min(place.end, self._spans.recordings[place.number].info.seconds)
+        return f"{self._names[place.number]}, {place.start:.1f}-{end:.1f} s"
+
+    # --- StagedDataset ---
+
+    @property
+    def reader(self) -> Pieces:
+        """What reads files: codes if there are some; sound on a GPU, which encodes better itself; on a CPU codes."""
+        return self._pieces if self._encoded is None or self._device.type == "cpu" else self._sounds
+
+    def kept(self, index: int) -> bool:
+        """Whether a window is in memory."""
+        return index in self._codes
+
+    def finish(self, index: int, read: Piece) -> Tensor:
+        """A window's codes, which are kept from now on."""
+        codes = self._window(index, read).int()
+        while self._codes and (len(self._codes) + 1) * codes.nbytes > MOST_KEPT:
+            del self._codes[next(iter(self._codes))]
+        self._codes[index] = codes
+        return codes.long()
 
     # --- a window ---
 
-    def _locate(self, index: int) -> tuple[int, float, float]:
-        """The recording of a window, and its start and end there in seconds; the end may be past the recording's."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        number = bisect_right(self._files, index, key=lambda windows: windows.start) - 1
-        place = index - self._files[number].start
-        return number, place * self._duration, (place + 1) * self._duration
-
-    def _encode(self, number: int, start: float, end: float) -> Tensor:
-        recording, source = self._recordings[number], self._source_of[number]
-        rate = recording.info.sample_rate
-        begin, stop = round(start * rate), min(round(end * rate), recording.info.samples)
-        try:
-            sound = read_audio(recording.audio, recording.info, begin, stop)
-            words = self._words(recording) if source.transcribed else []
-        except (UnreadableAudioError, BrokenTranscriptError) as error:
-            raise EnvironmentProblem(f"{source.field}: {recording.place}: {recording.audio}: {error}") from None
-        if not source.transcribed:
-            sound = source.voice(sound)
-        sound = resample(sound, rate, self._codec.sample_rate).to(self._device)
-        with torch.no_grad():
-            audio = encode_window(self._codec, sound[:, None]).cpu()[..., : self.frames].flatten(0, 1)
-        if not source.transcribed:
-            return self._padded(self._without_transcript(audio))
+    def _window(self, index: int, piece: Piece) -> Tensor:
+        if self._encoded is not None and piece.audio.is_floating_point():
+            piece = self._encoded.encoded(piece)
+        place = self._spans.locate(index)
+        if not self._spans.sources[place.number].transcribed:
+            return self._padded(self._without_transcript(piece.audio))
         text = text_stream(
-            words_between(words, start, end),
+            words_between(piece.words, place.start, place.end),
             self._tokenizer.encode,
-            frames=audio.shape[-1],
-            frame_rate=self._codec.frame_rate,
+            frames=piece.audio.shape[-1],
+            frame_rate=self._frame_rate,
             padding_id=self._padding.padding,
             end_of_padding_id=self._padding.end,
         )
-        return self._padded(torch.cat([torch.tensor(text)[None], audio]))
+        return self._padded(torch.cat([torch.tensor(text)[None], piece.audio]))
 
     def _padded(self, codes: Tensor) -> Tensor:
         return F.pad(codes, (0, self.frames - codes.shape[-1]), value=NOTHING)
 
     def _without_transcript(self, voice: Tensor) -> Tensor:
         """The streams of a voice `[K, t]` whose user is silent: `[1 + 2·K, t]`."""
-        if self._silence is None:
-            silence = torch.zeros(1, 1, self.frames * self._codec.frame_size, device=self._device)
-            with torch.no_grad():  # codes depend on nothing later, so of a shorter window they are the first ones
-                self._silence = encode_window(self._codec, silence).cpu()[0]
+        assert self._silence is not None
         frames = voice.shape[-1]
         return torch.cat([torch.full((1, frames), NO_TRANSCRIPT), voice, self._silence[:, :frames]])
 
-    def _words(self, recording: Recording) -> list[Word]:
-        """The transcript of a recording, cached, since windows of a file are often read one after another."""
-        if self._transcript is None or self._transcript[0] != recording.transcript:
-            self._transcript = recording.transcript, read_transcript(recording)
-        return self._transcript[1]
+
+def codes_of_silence(codec: Codec, device: torch.device, frames: int) -> Tensor:
+    """The codes of digital silence, `[codebooks, frames]`. They depend on nothing later: of less they are the first."""
+    silence = torch.zeros(1, 1, frames * codec.frame_size, device=device)
+    with torch.no_grad():
+        return encode_window(codec, silence).cpu()[0]
 
 
-def _distinct_names(files: Sequence[Path]) -> list[str]:
-    """A name for each file: its own, with its folder's if others are called the same, or its path."""
-    names = [file.name for file in files]
-    for longer in (lambda file: f"{file.parent.name}/{file.name}", str):
-        taken = Counter(names)
-        names = [name if taken[name] == 1 else longer(file) for name, file in zip(names, files, strict=True)]
-    return names
+def cut(
+    sources: Sequence[SpeechSource], duration_sec: float, *, frame_sec: float
+) -> tuple[Spans, list[SourceFiles], list[str]]:
+    """The recordings of sources in windows, which of them are of which source, and what a user must know of them.
+
+    Raises:
+        EnvironmentProblem: a recording is missing or broken; the message names file and line.
+    """
+    recordings: list[Recording] = []
+    of: list[SpeechSource] = []
+    files: list[SourceFiles] = []
+    notes: list[str] = []
+    for source in sources:
+        found = source.recordings(frame_sec=frame_sec, notes=notes)
+        files.append(SourceFiles(source.path, range(len(recordings), len(recordings) + len(found)), source.weight))
+        recordings += found
+        of += [source] * len(found)
+    ranges = []
+    start = 0
+    for recording in recordings:
+        # every full window, and one more for a rest of at least a frame
+        whole = max(0.0, recording.info.seconds - frame_sec)
+        ranges.append(range(start, start := start + 1 + math.floor(whole / duration_sec)))
+    return Spans(tuple(recordings), tuple(of), tuple(ranges), duration_sec), files, notes
 
 
 # --- the plugin's datasets ---
@@ -277,7 +277,7 @@ def speech_windows(options: MoshiOptions, data: MoshiData, *, split: str, device
         raise UsageError(
             "data.train_data: the preset 7b has no data of its own; name a .jsonl file in moshi-finetune's format"
         )
-    codec, _ = load_codec(options, device)
+    codec = load_codec(options, device)[0] if data.codes is None else stored_codes(options, Path(data.codes))
     tokenizer = load_tokenizer(options)
     windows = SpeechWindows(
         sources_of_split(data, split),
@@ -306,6 +306,22 @@ def unused_entries(codec: Any, tokenizer: Any, config: ModelConfig) -> str | Non
     return (
         f"{'; '.join(told)}: was the model trained with {'another' if len(told) == 1 else 'others'}?" if told else None
     )
+
+
+def stored_codes(options: MoshiOptions, folder: Path) -> StoredCodes:
+    """The codes in a folder that the codec of the model that the options build has made.
+
+    Raises:
+        EnvironmentProblem: the codec's weights cannot be read, by which its codes are known.
+    """
+    own, config = reads_with_the_demos(options), model_config(options)
+    file = demo.CODEC if own else Path(checkpoint_info(options).mimi_weights)
+    told = f"{'the demo codec' if own else 'a Mimi'} of {config.codebooks} codebooks"
+    try:
+        identity = f"{told} (sha256 {file_digest(file)[:16]})"
+    except OSError as error:
+        raise EnvironmentProblem(f"{file}: cannot be read: {unreadable(error)}") from None
+    return StoredCodes(folder, identity, config.codebooks, config.card, DemoCodec.stand_in if own else None)
 
 
 def text_padding(options: MoshiOptions) -> TextPadding:

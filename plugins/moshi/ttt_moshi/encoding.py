@@ -19,13 +19,17 @@ Encode = Callable[[Tensor], Tensor]
 """Encodes the next frames of sound `[B, 1, samples]`, whole frames except at the end, to codes `[B, K, t]`."""
 
 
-class _Encoding(Protocol):
-    """The part of a codec's interface that is used here."""
+class Encoding(Protocol):
+    """What encodes sound: the part of a codec's interface that is used here."""
 
     @property
-    def frame_size(self) -> int: ...
+    def frame_size(self) -> int:
+        """Samples of a frame."""
+        ...
 
-    def encode(self, wav: Tensor, /) -> Tensor: ...
+    def encode(self, wav: Tensor, /) -> Tensor:
+        """Codes `[B, K, T]` of sound `[B, 1, samples]`."""
+        ...
 
 
 def piecewise(codec: Any, rows: int) -> Encode:
@@ -34,7 +38,7 @@ def piecewise(codec: Any, rows: int) -> Encode:
 
 
 @torch.no_grad()
-def encode_window(codec: _Encoding, sound: Tensor) -> Tensor:
+def encode_window(codec: Encoding, sound: Tensor) -> Tensor:
     """The codes `[B, K, T]` of a window of sound `[B, 1, samples]`; one of more than 240 s is read in pieces."""
     if sound.shape[2] <= LONG_WINDOW * codec.frame_size:
         return codec.encode(sound)

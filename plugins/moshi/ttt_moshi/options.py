@@ -162,6 +162,8 @@ class MoshiData(DataOptions):
 
     duration_sec: Annotated[float, Field(ge=0.01, le=3600)] = 15.0
     """Length of a training window in seconds; a file is cut into consecutive windows."""
+    codes: Annotated[str | None, LocalPath()] = None
+    """Folder of codes that `ttt precompute` makes of the recordings, once; null encodes them in every run."""
 
     @model_validator(mode="after")
     def _sources_fit(self) -> MoshiData:

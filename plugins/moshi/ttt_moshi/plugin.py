@@ -20,6 +20,7 @@ from ttt.plugins import (
     LossOutput,
     LowRank,
     NeededFile,
+    Precomputing,
     RecordingFormat,
     ScoreFacts,
     Scoring,
@@ -64,6 +65,7 @@ class MoshiBackbone(
     Backbone[MoshiOptions, MoshiData],
     Indexing,
     DataReading[MoshiOptions, MoshiData],
+    Precomputing[MoshiOptions, MoshiData],
     Streaming,
     Scoring[MoshiOptions, MoshiData],
     Answering[MoshiOptions, MoshiData],
@@ -167,6 +169,13 @@ class MoshiBackbone(
         from ttt_moshi.reading_data import read_data
 
         return read_data(config.data, split=split, console=console)
+
+    def precompute(self, config: MoshiRun, *, console: Console) -> None:
+        """Encode the recordings of `data.train_data` and `data.eval_data` by the codec, into `data.codes`."""
+        _before_moshi_is_imported(config.train.device if config.train.device != "auto" else "cpu")
+        from ttt_moshi.precompute import precompute
+
+        precompute(config, console=console)
 
     def loss(self, model: nn.Module, batch: Batch, config: MoshiRun) -> LossOutput:
         """Text and audio cross-entropy, weighted as moshi-finetune does."""

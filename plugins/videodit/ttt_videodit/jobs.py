@@ -7,14 +7,13 @@ import glob
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from ttt.errors import EnvironmentProblem, UnreadableError, UsageError
-from ttt.files import TEMPORARY, lock, read_header, replaced_file, write_bytes, writing
+from ttt.files import TEMPORARY, beside_others, lock, read_header, replaced_file, write_bytes, writing
 from ttt.jsonl import read_jsonl
 from ttt.reading import open_file, other_kind
 from ttt_videodit.encoders import encoders_of
@@ -82,7 +81,7 @@ class Job:
             self.folder.mkdir(parents=True, exist_ok=True)
             replaced_file(name)
             file = name.open("a")
-        with file, _beside_others(self.folder):
+        with file, beside_others(self.folder):
             try:
                 lock(file, name)
             except UsageError:
@@ -202,25 +201,6 @@ class Job:
             path.is_file() and (checksum is None or _checksum_of(path) == checksum)
             for path, checksum in entry.checksums.items()
         )
-
-
-@contextlib.contextmanager
-def _beside_others(folder: Path) -> Iterator[None]:
-    """A context for work in a folder beside other processes; if there are none, it first removes half-written files."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with replaced_file(folder / ".lock").open("a") as file:
-        with contextlib.suppress(OSError):  # others are at work, or the file system has no locks
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # safetensors names what it is writing `.tmp` and six letters; here only what is ours was written so
-            for left in (*folder.glob(f"{TEMPORARY}*"), *folder.glob(".tmp??????")):
-                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_SH)
-        yield
 
 
 def _with_checksums(entry: EncodedVideo) -> EncodedVideo:
