@@ -1,6 +1,6 @@
 """Codes on disk: `ttt precompute` encodes each recording once; training reads its windows from there.
 
-A recording's codes are a safetensors file, `a-CONTENT-SETTINGS.safetensors`. CONTENT is short for what the recording
+A recording's codes are a safetensors file, `CONTENT-SETTINGS.safetensors`. CONTENT is short for what the recording
 holds, wherever it lies and whatever it is called; SETTINGS for the codec and for how it is cut. So recordings may be
 moved, runs with other windows may share a folder, and codes of something else are never read. The file holds `codes`
 `[channels · codebooks, T]` int16 of all windows one after another, each encoded by itself as training would, and
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,8 +108,7 @@ class CodeFile:
             EnvironmentProblem: the recording cannot be read.
         """
         content = Content.of(audio)
-        stem = re.sub(r"[^\w.-]", "_", audio.stem)[:80]
-        return cls(folder / f"{stem}-{content.short}-{settings.short}.safetensors", audio, content, settings)
+        return cls(folder / f"{content.short}-{settings.short}.safetensors", audio, content, settings)
 
     def header(self) -> dict[str, str]:
         """What is kept beside the codes."""
@@ -164,7 +162,7 @@ class CodeFile:
         return kept.get("mtime_ns") != self.content.mtime_ns and kept.get("sha256") != checksums.file_digest(self.audio)
 
     def _missing(self) -> str:
-        others = sorted(self.path.parent.glob(f"*-{self.content.short}-*.safetensors"))
+        others = sorted(self.path.parent.glob(f"{self.content.short}-*.safetensors"))
         for other in others:
             try:
                 differences = self.settings.differences(kept_in(read_header(other)))

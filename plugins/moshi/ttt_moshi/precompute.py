@@ -97,8 +97,11 @@ def precompute(config: MoshiRun, *, console: Console) -> None:
 
 def _sources(config: MoshiRun) -> list[SpeechSource]:
     """The sources of both splits, each once."""
-    splits = [sources_of_split(config.data, split) for split in ("train", "eval")]
-    return list({(each.path, each.transcribed, each.channel): each for split in splits for each in split}.values())
+    sources: dict[tuple[object, ...], SpeechSource] = {}
+    for split in ("train", "eval"):
+        for each in sources_of_split(config.data, split):
+            sources.setdefault((each.path, each.transcribed, each.channel), each)
+    return list(sources.values())
 
 
 def _jobs(spans: Spans, stored: StoredCodes) -> list[_Job]:
