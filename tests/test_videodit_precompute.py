@@ -28,6 +28,7 @@ from ttt.check import check_config
 from ttt.config import RunConfig
 from ttt.errors import EnvironmentProblem, TTTError, UnreadableError, UsageError
 from ttt.files import read_header, write_tensors
+from ttt.plugins import Part
 from ttt_videodit import demo
 from ttt_videodit import precompute as precompute_module
 from ttt_videodit.clip import demo_pictures
@@ -45,6 +46,7 @@ from ttt_videodit.encoders import (
     pieces,
 )
 from ttt_videodit.frames import read_frames, to_tensor
+from ttt_videodit.jobs import Job
 from ttt_videodit.options import VideoDiTOptions
 from ttt_videodit.precompute import precompute
 from ttt_videodit.text import DemoTextEncoder
@@ -86,7 +88,7 @@ def listed(folder: Path, *videos: dict[str, Any], name: str = "videos.jsonl") ->
 
 def video(start_sec: float = 0.0, segments: int = 1, path: str = "city.mp4", **more: Any) -> dict[str, Any]:
     captions = [f"{CAPTIONS[i % 3]} {start_sec:g}" for i in range(segments)]
-    return {"path": path, "captions": captions, "start_sec": start_sec, **more}
+    return {"path": path, "captions": captions, "start_sec": start_sec} | more
 
 
 def run(config: RunConfig) -> str:
@@ -399,6 +401,54 @@ def test_a_run_again_writes_nothing(folder: Path) -> None:
     assert run(config(folder)) == f"{folder / 'train.jsonl'}: 2 of 2 videos\n"
     assert files(folder) == before
     assert (folder / "train.jsonl").stat().st_mtime_ns == stamp
+
+
+def test_parts_make_the_index_of_one_process_and_nothing_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of three first; its process is killed in its last line. Videos 0 and 4 have a text in common."""
+    short = {"attn_length": 2}  # segments of 9 frames
+    whole = folder / "whole"
+    whole.mkdir()
+    shutil.copy2(folder / "city.mp4", whole / "city.mp4")
+    videos = [video(0.25 * number, captions=["waves" if number % 4 == 0 else f"{number}"]) for number in range(6)]
+    for place in (folder, whole):
+        listed(place, *videos)
+    run(config(whole, **short))
+    parts, seen = config(folder, **short), {}
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, done in ((1, 2), (0, 4), (2, 6)):
+        monkeypatch.setenv("RANK", str(rank))
+        assert f"{done} of 6 videos (part {rank + 1} of 3)" in "".join(run(parts).splitlines())
+        assert seen.items() <= files(folder).items()
+        seen = files(folder)
+        if rank == 1:
+            with (folder / "train.jsonl").open("a") as half:
+                half.write('{"video": "city.mp4", ')
+    assert (folder / "train.jsonl").read_bytes() == (whole / "train.jsonl").read_bytes()
+    contents = {name: digest for name, (_, digest) in files(whole).items()}
+    assert {name: digest for name, (_, digest) in seen.items()} == contents
+    monkeypatch.setenv("RANK", "1")
+    assert "frames in" not in run(parts)
+
+
+def test_a_part_that_lacks_a_text_of_another_part_makes_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed(folder, *(video(0.25 * number, captions=["waves"]) for number in range(2)))
+    parts = config(folder, attn_length=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert "1 of 2 videos (part 2 of 2)" in run(parts)
+    assert [line["start_sec"] for line in index(folder)] == [0.25]
+    assert len(files(folder)) == 2
+
+
+def test_a_line_that_a_killed_process_left_half_does_not_spoil_the_next(folder: Path) -> None:
+    listed(folder, video(), video(0.25))
+    made = config(folder, attn_length=2)
+    (job,) = [Job.of(made.backbone, made.data, "videos", "train_data", Part())]
+    run(made)
+    lines = (folder / "train.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "train.jsonl").write_bytes(lines[0] + lines[1][:40])
+    job.append(job.videos[1])
+    assert (folder / "train.jsonl").read_bytes() == b"".join(lines)
 
 
 def _half_a_line(folder: Path) -> None:

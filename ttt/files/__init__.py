@@ -17,7 +17,7 @@ from __future__ import annotations
 from ttt.checksums import DAMAGED
 from ttt.file_kinds import NEVER_MEANT, RECORDINGS, FileKind
 from ttt.files.atomic import TEMPORARY, sync, temporary_beside, write_bytes, write_folder, write_text, writing
-from ttt.files.beside import beside_others
+from ttt.files.beside import beside_others, waiting_lock
 from ttt.files.digests import require_digests
 from ttt.files.json_objects import read_json, write_json
 from ttt.files.kinds import kind_of_content, kind_of_file
@@ -64,6 +64,7 @@ __all__ = [
     "sync",
     "temporary_beside",
     "verify_tensors",
+    "waiting_lock",
     "write_bytes",
     "write_folder",
     "write_json",

@@ -1,4 +1,7 @@
-"""The job of encoding a list of videos into an index, which is locked against other processes meanwhile."""
+"""The job of encoding a list of videos into an index, or a part of it; other processes are kept from the same part.
+
+Processes that make the parts of a list write the same index, one at a time.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from ttt.errors import EnvironmentProblem, UnreadableError, UsageError
-from ttt.files import TEMPORARY, beside_others, lock, read_header, replaced_file, write_bytes, writing
+from ttt.files import TEMPORARY, beside_others, lock, read_header, replaced_file, waiting_lock, write_bytes, writing
 from ttt.jsonl import read_jsonl
+from ttt.plugins import Part
 from ttt.reading import open_file, other_kind
 from ttt_videodit.encoders import encoders_of
 from ttt_videodit.frames import UnreadableVideoError, inspect_video
@@ -44,13 +49,15 @@ class Job:
     index: Path
     wanted: Wanted
     encoders: str
+    part: Part = field(default_factory=Part)
+    """Which of the videos this process encodes."""
     others: list[EncodedVideo] = field(default_factory=list)
     """Videos of the index that the list does not name; they stay."""
     done: dict[ListedVideo, EncodedVideo] = field(default_factory=dict)
     """Videos of the list that are in the index."""
 
     @classmethod
-    def of(cls, options: VideoDiTOptions, data: VideoDiTData, source: str, target: str) -> Job:
+    def of(cls, options: VideoDiTOptions, data: VideoDiTData, source: str, target: str, part: Part) -> Job:
         """Read a list.
 
         Raises:
@@ -66,7 +73,7 @@ class Job:
         replaced_file(Path(written))
         wanted = Wanted.of(options, data)
         videos = _read_list(Path(getattr(data, source)), wanted, f"data.{source}")
-        return cls(videos, Path(written), wanted, encoders_of(options))
+        return cls(videos, Path(written), wanted, encoders_of(options), part)
 
     @property
     def folder(self) -> Path:
@@ -75,8 +82,9 @@ class Job:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Lock the index against other processes, and find out what is done."""
-        name = self.folder / f".{self.index.name}.lock"
+        """Keep other processes from the same part of the index, and find out what is done."""
+        part = "" if self.part.size == 1 else f".{self.part.rank}-of-{self.part.size}"
+        name = self.folder / f".{self.index.name}{part}.lock"
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             replaced_file(name)
@@ -85,14 +93,21 @@ class Job:
             try:
                 lock(file, name)
             except UsageError:
-                raise UsageError(f"{self.index}: another process is making it; wait for it") from None
-            for left in self.index.parent.glob(f"{TEMPORARY}????????-{glob.escape(self.index.name)}"):
-                left.unlink(missing_ok=True)
-            self._read_index()
+                told = f"{self.index}: another process is making it{self.part.in_words()}; wait for it"
+                raise UsageError(told) from None
+            with self._alone():
+                for left in self.index.parent.glob(f"{TEMPORARY}????????-{glob.escape(self.index.name)}"):
+                    left.unlink(missing_ok=True)
+                self._read_index()
             yield
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """A context in which no other process writes the index."""
+        return waiting_lock(self.folder / f".{self.index.name}.writing.lock")
 
     def _read_index(self) -> None:
         """Sort the lines of the index: done, of other lists, or to be made again because a file has changed."""
+        self.others, self.done = [], {}
         if not self.index.exists():
             return
         whole = self._ends_with_a_line()
@@ -120,8 +135,9 @@ class Job:
 
     def _ends_with_a_line(self) -> bool:
         with open_file(self.index) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 1))
-            return file.read() == b"\n"
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - 1))
+            return size == 0 or file.read() == b"\n"
 
     def _require_same_settings(self, entry: EncodedVideo) -> None:
         wanted = self.wanted
@@ -163,9 +179,14 @@ class Job:
         as_tokens = ("scene tokens",) if names_scenes(caption) else ()
         return (caption, self.wanted.text_length, self.encoders, *as_tokens)
 
+    @property
+    def own(self) -> list[ListedVideo]:
+        """The videos of this process's part."""
+        return self.part.of(self.videos)
+
     def to_do(self) -> list[ListedVideo]:
-        """The videos that are not in the index yet."""
-        return [video for video in self.videos if video not in self.done]
+        """Those of them that are not in the index yet."""
+        return [video for video in self.own if video not in self.done]
 
     def numbers_to_write(self) -> int:
         """How many numbers the missing latents have."""
@@ -179,7 +200,9 @@ class Job:
     def append(self, video: ListedVideo) -> None:
         """Add a video whose files exist to the index."""
         entry = _with_checksums(self.plan(video))
-        with writing(self.index), self.index.open("ab") as file:
+        with writing(self.index), self._alone(), self.index.open("ab") as file:
+            if not self._ends_with_a_line():  # another process was killed while it wrote its line
+                file.truncate(self.index.read_bytes().rfind(b"\n") + 1)
             file.write(f"{line_of(entry, self.index.parent)}\n".encode())
             file.flush()
             os.fsync(file.fileno())
@@ -187,6 +210,12 @@ class Job:
 
     def finish(self) -> None:
         """Sort the index: first the videos of other lists, then this list's in its order."""
+        with self._alone():
+            if self.part.size > 1:  # others have added theirs
+                self._read_index()
+            self._sort()
+
+    def _sort(self) -> None:
         self._write([*self.others, *(self.done[video] for video in self.videos if video in self.done)])
 
     def _write(self, entries: Sequence[EncodedVideo]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +25,7 @@ from ttt.files import (
     verify_tensors,
     write_tensors,
 )
+from ttt.plugins import Part
 from ttt.printable import say
 from ttt.progress import Steps
 from ttt.train.setup import choose_device, threads
@@ -38,6 +39,7 @@ from ttt_videodit.geometry import (
 from ttt_videodit.index import (
     VIDEO_EXAMPLE,
     EncodedVideo,
+    ListedVideo,
 )
 from ttt_videodit.jobs import Job, frames_of
 from ttt_videodit.options import VideoDiTOptions, VideoDiTRun
@@ -67,7 +69,10 @@ def precompute(config: VideoDiTRun, *, console: Console) -> None:
             the disk or the memory is full; or, after all the rest is done, videos could not be decoded.
     """
     options, data = config.backbone, config.data
-    jobs = [Job.of(options, data, source, target) for source, target in _SOURCES if getattr(data, source) is not None]
+    part = Part.of_launch()
+    jobs = [
+        Job.of(options, data, source, target, part) for source, target in _SOURCES if getattr(data, source) is not None
+    ]
     if not jobs:
         raise UsageError(f"data.videos: null; name a .jsonl file with lines such as {VIDEO_EXAMPLE}")
     if len({job.index.resolve() for job in jobs}) < len(jobs):
@@ -86,11 +91,17 @@ def precompute(config: VideoDiTRun, *, console: Console) -> None:
                 what="what the videos become",
             )
             with _memory_errors():
-                _encode_texts(jobs, options, console, device=device, dtype=dtype)
-                failed = _encode_videos(jobs, options, console, device=device, dtype=dtype)
+                to_do = [(job, video) for job in jobs for video in job.to_do()]
+                own = _own_texts(jobs, part)
+                _encode_texts(to_do, options, console, device=device, dtype=dtype, texts=own)
+                failed, waiting = _encode_videos(to_do, options, console, device=device, dtype=dtype)
+                if waiting:  # for texts of other parts
+                    _encode_texts(waiting, options, console, device=device, dtype=dtype)
+                for job, video in waiting:
+                    job.append(video)
         for job in jobs:
             job.finish()
-            say(console, f"{job.index}: {len(job.done)} of {len(job.videos)} videos")
+            say(console, f"{job.index}: {len(job.done)} of {len(job.videos)} videos{part.in_words()}")
     if failed:
         raise EnvironmentProblem.about(
             failed,
@@ -117,22 +128,51 @@ def _is_whole(path: Path, console: Console) -> bool:
 # --- the work ---
 
 
+def _own_texts(jobs: Sequence[Job], part: Part) -> set[Path] | None:
+    """The texts that this process makes, each of them the part of its first video; None for all."""
+    if part.size == 1:
+        return None
+    owners: dict[Path, int] = {}
+    for job in jobs:
+        for number, video in enumerate(job.videos):
+            for segment in job.plan(video).segments:
+                owners.setdefault(segment.text, number % part.size)
+    return {text for text, owner in owners.items() if owner == part.rank}
+
+
 def _encode_texts(
-    jobs: Sequence[Job], options: VideoDiTOptions, console: Console, *, device: torch.device, dtype: torch.dtype
+    to_do: Sequence[tuple[Job, ListedVideo]],
+    options: VideoDiTOptions,
+    console: Console,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    texts: Set[Path] | None = None,
 ) -> None:
-    """Make the embeddings that are missing, each once; the encoder is let go before the videos' is loaded."""
+    """Make the embeddings that are missing, each once; the encoder is let go before the videos' is loaded.
+
+    Args:
+        to_do: videos, and whose they are.
+        options: the section `backbone`.
+        console: where to report.
+        device: of the encoder.
+        dtype: of the encoder.
+        texts: those to make; None for all.
+    """
     places: dict[Path, tuple[str, str]] = {}
     whole: set[Path] = set()
-    for job in jobs:
-        for video in job.to_do():
-            for number, segment in enumerate(job.plan(video).segments, start=1):
-                if segment.text in whole or (segment.text not in places and _is_whole(segment.text, console)):
-                    whole.add(segment.text)
-                else:
-                    places.setdefault(segment.text, (segment.caption, f"{video.place}, caption {number}"))
+    for job, video in to_do:
+        for number, segment in enumerate(job.plan(video).segments, start=1):
+            if texts is not None and segment.text not in texts:
+                continue
+            if segment.text in whole or (segment.text not in places and _is_whole(segment.text, console)):
+                whole.add(segment.text)
+            else:
+                places.setdefault(segment.text, (segment.caption, f"{video.place}, caption {number}"))
     if not places:
         return
-    length = jobs[0].wanted.text_length
+    first = to_do[0][0]
+    length = first.wanted.text_length
     encoder = load_text_encoder(options, text_length=length, device=device, dtype=dtype)
     if not encoder.knows_scenes and any(names_scenes(caption) for caption, _ in places.values()):
         say(console, f"captions: {NO_SCENES}: they are read as text")
@@ -144,22 +184,26 @@ def _encode_texts(
             (text,) = encoder([caption])
             if not bool(text.isfinite().all()):
                 raise EnvironmentProblem(f"{place}: T5 gave numbers that are not finite; check its weights")
-            header = {"caption": caption, "text_length": length, "encoder": jobs[0].encoders}
+            header = {"caption": caption, "text_length": length, "encoder": first.encoders}
             write_tensors(file, {"text": text}, {_HEADER: json.dumps(header)})
             report.advance()
 
 
 def _encode_videos(
-    jobs: Sequence[Job], options: VideoDiTOptions, console: Console, *, device: torch.device, dtype: torch.dtype
-) -> list[str]:
+    to_do: Sequence[tuple[Job, ListedVideo]],
+    options: VideoDiTOptions,
+    console: Console,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[list[str], list[tuple[Job, ListedVideo]]]:
     """Make the latents that are missing, and put each video into its index as soon as its files are there.
 
     Returns:
-        What is wrong with each video that could not be encoded.
+        What is wrong with each video that could not be encoded; and those of which texts are missing.
     """
-    to_do = [(job, video) for job in jobs for video in job.to_do()]
     encoder: VideoEncoder | None = None
-    failed = []
+    failed, waiting = [], []
     with Steps(console, "frames", total=sum(frames_of(video, job.wanted) for job, video in to_do)) as report:
         for number, (job, video) in enumerate(to_do, start=1):
             plan, count = job.plan(video), frames_of(video, job.wanted)
@@ -187,8 +231,11 @@ def _encode_videos(
                     continue
                 spent = duration_in_words(time.monotonic() - started)
                 report.line(f"{number}/{len(to_do)}  {video.name}  {count} frames in {spent}")
-            job.append(video)
-    return failed
+            if all(segment.text.exists() for segment in plan.segments):
+                job.append(video)
+            else:
+                waiting.append((job, video))
+    return failed, waiting
 
 
 def _write_latents(plan: EncodedVideo, tensors: dict[str, Tensor], encoders: str, stored: torch.dtype) -> None:
