@@ -15,10 +15,14 @@ def seed_pass(seed: int, purpose: str, number: int) -> None:
     The numbers that the pass draws then depend only on the run's seed and the pass. So no generator state needs to be
     saved, and an evaluation between two passes changes nothing.
     """
-    words = words_of(seed, purpose, number)
-    seed_torch(words[0] << 32 | words[1])
-    random.seed(words[0] << 32 | words[1])
-    np.random.seed(words[0])
+    seed_generators(pass_seed(seed, purpose, number))
+
+
+def seed_generators(seed: int) -> None:
+    """Seed every global generator with a `pass_seed`."""
+    seed_torch(seed)
+    random.seed(seed)
+    np.random.seed(seed >> 32)
 
 
 def seed_torch(seed: int) -> None:
@@ -31,6 +35,12 @@ def seed_torch(seed: int) -> None:
         torch.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
+
+
+def pass_seed(seed: int, purpose: str, number: int) -> int:
+    """A seed of 64 bits, a function of the run's seed, the purpose and the number."""
+    words = words_of(seed, purpose, number)
+    return words[0] << 32 | words[1]
 
 
 def words_of(seed: int, purpose: str, number: int) -> tuple[int, int]:

@@ -155,9 +155,10 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
     def loss(self, model: nn.Module, batch: Batch, config: RunConfig[OptionsT, DataT]) -> LossOutput:
         """The training loss of a batch on the model's device.
 
-        Draw random numbers from torch's global generators. They are seeded for each pass, so that a resumed run draws
-        the same numbers as an uninterrupted one. To spread draws over all rows of a step, which may be read in several
-        passes, use `ttt.plugins.rows.rows_of_step`.
+        Draw random numbers with `ttt.plugins.rows.rows_of_step`: those of a row are then the same in however many
+        passes and processes its step is read. It can also spread draws over all rows of the step. Torch's global
+        generators are seeded by the first row of each pass, so that a resumed run draws the same numbers as an
+        uninterrupted one; but a step that is read in other passes draws others from them.
         """
 
     def loss_weights(self, batch: Batch, config: RunConfig[OptionsT, DataT]) -> Tensor:

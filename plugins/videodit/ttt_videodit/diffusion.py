@@ -107,6 +107,7 @@ def training_loss(model: nn.Module, batch: Mapping[str, Tensor], options: VideoD
     This equals the mean squared error of v, since `x̂₀ − x₀ = −√(1−ᾱ)·(v̂ − v)`, and is computed as that, so that with
     little noise no small difference is divided by a small number. Latents are drawn again for every pass,
     `x₀ = mean + std·ε′`. In training mode, a share `options.text_dropout` of the rows has its text replaced by zeros.
+    All that is drawn for a row is the same in however many passes and processes its step is read.
 
     Args:
         model: predicts v `[B,Fr,C,h,w]` from noisy latents, text embeddings `[B,S,L,E]` and timesteps `[B]`.
@@ -122,11 +123,13 @@ def training_loss(model: nn.Module, batch: Mapping[str, Tensor], options: VideoD
     precision = torch.promote_types(batch["mean"].dtype, torch.float32)
     mean, std, text = batch["mean"].to(precision), batch["std"].to(precision), batch["text"]
     rows, frames, _, height, width = mean.shape
-    timesteps = draw_timesteps(rows_of_step(rows), len(schedule)).to(mean.device)
-    latents = mean + std * torch.randn_like(mean)
-    noise = torch.randn_like(latents)
+    step = rows_of_step(rows)
+    timesteps = draw_timesteps(step, len(schedule)).to(mean.device, non_blocking=True)
+    draws = step.draws(mean.device)
+    latents = mean + std * draws.normal(mean.shape[1:], dtype=precision)
+    noise = draws.normal(mean.shape[1:], dtype=precision)
     if model.training and options.text_dropout:
-        dropped = torch.rand(rows, device=text.device) < options.text_dropout
+        dropped = draws.uniform().to(text.device) < options.text_dropout
         text = text.masked_fill(dropped[:, None, None, None], 0.0)
     errors = _errors_of_v(model, latents, noise, text, timesteps, schedule).flatten(1).mean(dim=1)
     noise_share = 1 - schedule.alphas_cumprod.to(errors.device)[timesteps]
