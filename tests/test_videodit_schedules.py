@@ -198,13 +198,14 @@ def test_the_published_loss(model: nn.Module) -> None:
     watching = model.register_forward_pre_hook(
         lambda _, args, kwargs: asked.append(kwargs["timestep"]), with_kwargs=True
     )
-    torch.manual_seed(6)
-    with torch.no_grad(), reading_rows(training_rows(TrainConfig(batch_size=rows), 0)):
+    step = training_rows(TrainConfig(batch_size=rows), 0)
+    with torch.no_grad(), reading_rows(step):
         found = training_loss(model.train(), batch, dropped).loss
     watching.remove()
-    torch.manual_seed(6)
-    torch.randn(video.shape)  # of the latents' distribution, which has no width here
-    noise = torch.randn(video.shape)
+    generators = [torch.Generator().manual_seed(seed) for seed in step.seeds]
+    for each in generators:
+        torch.randn(video.shape[1:], generator=each)  # of the latents' distribution, which has no width here
+    noise = torch.stack([torch.randn(video.shape[1:], generator=each) for each in generators])
     (times,) = asked
     # TTT-Video's DiscreteSampler with 64 processes: eight of them in each eighth of the timesteps
     assert torch.bincount(times // 125).tolist() == [8] * 8

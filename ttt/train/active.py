@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ttt.errors import InactiveLayerError
-from ttt.evidence import Observation
+from ttt.evidence import LayerEvidence, Observation
 from ttt.plugins import Backbone, LossOutput
 from ttt.plugins.asking import WrongAnswer, asked
 from ttt.train.parts import Parts
@@ -37,13 +39,12 @@ def require_gradient(output: LossOutput, backbone: Backbone) -> None:
             )
 
 
-def require_active(evidence: Observation, parts: Parts) -> None:
-    """Require that every adapter's fast weights moved and that it got a gradient.
+def require_active(layers: Mapping[str, LayerEvidence], parts: Parts) -> None:
+    """Require that every adapter's fast weights moved, as its evidence says, and that it got a gradient.
 
     Raises:
         InactiveLayerError: fast weights did not move, or no gradient arrived.
     """
-    layers = evidence.layers()
     touched: dict[str, bool] = {}
     of_lora = parts.injection.lora_parameters
     for name, gradient in parts.optimizer.gradients():

@@ -22,6 +22,7 @@ from ttt.config.schema import LITERATURE_BASE_LR, RunConfig, TrainConfig
 from ttt.errors import NonFiniteError
 from ttt.evidence import Observation
 from ttt.inject import Injection
+from ttt.plugins.rows import StepRows
 from ttt.printable import shell_word
 from ttt.state import TTTState
 from ttt.train.rundir import RunDir
@@ -33,12 +34,12 @@ class StepNotFiniteError(NonFiniteError):
     """The loss or gradient of a training step was not finite; holds what the step read, to search for the cause."""
 
     def __init__(
-        self, message: str, *, of_gradient: bool, number: int, batch: Any, states: Mapping[str, TTTState]
+        self, message: str, *, of_gradient: bool, rows: StepRows, batch: Any, states: Mapping[str, TTTState]
     ) -> None:
         super().__init__(message)
         self.of_gradient = of_gradient
-        self.number = number
-        """The number of the forward pass."""
+        self.rows = rows
+        """The rows of the forward pass."""
         self.batch = batch
         self.states = states
         """The carried fast weights before the pass."""

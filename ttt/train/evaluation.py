@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ttt.adapter import carried, gates_closed
 from ttt.config.lora import Adapter
 from ttt.config.schema import STAND_IN_WINDOWS, RunConfig
 from ttt.inject import Injection
+from ttt.parallel.world import World
 from ttt.plugins import Backbone, Batch, LossOutput, WindowDataset
-from ttt.plugins.rows import StepRows, reading_rows
+from ttt.plugins.rows import StepRows
+from ttt.seeds import pass_seed
 from ttt.state import TTTState
+from ttt.train.host_copy import HostCopy
 from ttt.train.loading import Loader
-from ttt.train.order import once
-from ttt.train.passes import mixed_precision, reset_rows, seed_pass, states_to_carry, step_seed
+from ttt.train.means import means_of, weights_of
+from ttt.train.order import Reading, once
+from ttt.train.passes import drawing_for, mixed_precision, reset_rows, states_to_carry, step_seed, to_device
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean losses over all positions of the windows read."""
+    """Mean losses over all windows read, as of a single batch of them all."""
 
     split: str
     """`eval`, or `train` if there is no held-out data."""
@@ -35,9 +39,9 @@ class Evaluation:
     available: int = 0
     """How many windows the data has."""
     first_not_finite: tuple[int, ...] = field(default=(), compare=False)
-    """Windows of the first batch whose loss was not finite, with open or closed gates."""
-    not_finite_pass: tuple[int, StepRows] | None = field(default=None, compare=False)
-    """Number and rows of that batch's pass."""
+    """Windows of the first pass whose loss was not finite, with open or closed gates."""
+    not_finite_pass: StepRows | None = field(default=None, compare=False)
+    """Rows of that pass."""
     tasks: Mapping[str, float] = field(default_factory=dict)
     """The numbers of `eval.tasks` by `task/metric`; a task that failed has none."""
     adapter: Adapter = "ttt"
@@ -110,15 +114,19 @@ def evaluate(
     *,
     split: str,
     device: torch.device,
+    world: World | None = None,
     stop: Callable[[], bool] = lambda: False,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation | None:
     """Read the windows in order, each batch with open and with closed gates and the same random numbers.
 
-    If the loss calls `ttt.plugins.rows.rows_of_step`, the whole evaluation counts as one step: its draws are spread
-    over all windows.
+    The whole evaluation counts as one step of `ttt.plugins.rows.rows_of_step`: draws are spread over all windows, and
+    those of a window are its own.
 
     With `persistent_states`, fast weights are carried from window to window of a file, as in training.
+
+    Several processes share the rows of each batch, and all return the same. One that has no row left reads one of the
+    others' and forgets it, since all must run the same forward passes.
 
     Args:
         model: the model with TTT injected.
@@ -128,46 +136,78 @@ def evaluate(
         dataset: the data to read.
         split: `eval`, or `train` if there is no held-out data.
         device: the model's device.
-        stop: asked between two batches whether to stop.
+        world: the processes that evaluate together; None is this one alone.
+        stop: asked between two batches whether to stop; every process must get the same answer.
         tell: called with the numbers of windows read and to read, before each batch and at the end.
 
     Returns:
         The evaluation; None if `stop` returned true.
     """
+    world = world or World()
     every = once(dataset.files, batch_size=config.train.batch_size, lanes=config.ttt.persistent_states)
     readings = every[: _batches(config, split)]
     total = sum(len(reading.windows) for reading in readings)
-    seed = step_seed(config.train.seed, "eval", 0)
-    tally = _Tally()
+    tally = _Tally(backbone, world)
     states: dict[str, TTTState] = {}
+    parts = _parts_of(readings, world, config.train.seed)
+    own = parts[world.data_rank]
     loader = Loader(
         dataset,
-        lambda number: readings[number].windows,
-        passes=len(readings),
+        lambda number: own[number].reading.windows,
+        passes=len(own),
         device=device,
         workers=config.data.num_workers,
     )
     with eval_mode(model), loader:
-        for number, reading in enumerate(readings):
+        for number, part in enumerate(own):
             if stop():
                 return None
-            tell(tally.windows, total)
-            batch = loader.batch(number)
-            rows = StepRows(tally.windows, len(reading.windows), total, seed)
-            states = reset_rows(injection, _first_rows(states, rows.count), reading.starts)
-            losses, states = _both_losses(model, injection, backbone, config, batch, states, rows, number, device)
-            tally.add(*losses, reading.windows, (number, rows))
-        tell(tally.windows, total)
-    available = sum(len(reading.windows) for reading in every)
-    return Evaluation(
-        split,
-        tally.windows,
-        *tally.means(),
-        available,
-        tally.first_not_finite,
-        tally.not_finite_pass,
-        adapter=config.adapter,
+            tell(part.before, total)
+            batch = loader.read(number)
+            weights = weights_of(backbone, config, batch, device)
+            batch = to_device(batch, device)
+            states = reset_rows(injection, _first_rows(states, part.rows.count), part.reading.starts)
+            losses, states = _both_losses(model, injection, backbone, config, batch, states, part.rows, device)
+            tally.add(*losses, weights, counts=part.counts)
+        tell(total, total)
+    return tally.evaluation(
+        split, parts, windows=total, available=sum(len(reading.windows) for reading in every), adapter=config.adapter
     )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one process reads of a batch."""
+
+    reading: Reading
+    rows: StepRows
+    before: int
+    """Windows that all processes have read before the batch."""
+    counts: bool
+    """Whether the rows are this process's own, and not some that it reads only to keep step."""
+
+
+def _parts_of(readings: Sequence[Reading], world: World, seed: int) -> list[list[_Part]]:
+    """The parts of each process, one for each batch.
+
+    A process keeps its rows from batch to batch, so that it has the fast weights that they carry; rows leave a batch at
+    its end.
+    """
+    total, of_step = sum(len(reading.windows) for reading in readings), step_seed(seed, "eval", 0)
+    share = -(-max(len(reading.windows) for reading in readings) // world.data_size)
+    found: list[list[_Part]] = [[] for _ in range(world.data_size)]
+    before = 0
+    for reading in readings:
+        count = len(reading.windows)
+        for data_rank, parts in enumerate(found):
+            own = range(count)[data_rank * share : (data_rank + 1) * share]
+            rows = own or range(1)
+            part = reading.part(slice(rows.start, rows.stop))
+            seeds = tuple(pass_seed(seed, "eval", window) for window in part.windows)
+            of_rows = StepRows(before + rows.start, len(rows), total, of_step, seeds)
+            parts.append(_Part(part, of_rows, before, counts=bool(own)))
+        before += count
+    return found
 
 
 @contextlib.contextmanager
@@ -182,30 +222,48 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 class _Tally:
-    """Sums over the windows read so far."""
+    """Sums over what this process has read so far, on the device; nothing is read on the host before the end."""
 
-    def __init__(self) -> None:
-        self.windows = 0
-        self.first_not_finite: tuple[int, ...] = ()
-        self.not_finite_pass: tuple[int, StepRows] | None = None
-        self._tokens = 0
-        self._open = self._closed = 0.0
+    def __init__(self, backbone: Backbone, world: World) -> None:
+        self._backbone = backbone
+        self._world = world
+        self._sums: list[Tensor] = []
+        """Of each pass: weights, and means times weights with open and with closed gates, `[3,K]`."""
+        self._not_finite: list[Tensor] = []
+        """Of each pass: 1 if one of both losses was not finite."""
 
-    def add(
-        self, output: LossOutput, closed: LossOutput, windows: tuple[int, ...], of_pass: tuple[int, StepRows]
-    ) -> None:
-        """Add a batch: its loss with open and with closed gates, its windows, and its pass's number and rows."""
-        loss, control = float(output.loss), float(closed.loss)
-        self._open += loss * output.tokens
-        self._closed += control * output.tokens
-        if not self.first_not_finite and not math.isfinite(loss + control):
-            self.first_not_finite, self.not_finite_pass = windows, of_pass
-        self._tokens += output.tokens
-        self.windows += len(windows)
+    def add(self, output: LossOutput, closed: LossOutput, weights: Tensor, *, counts: bool) -> None:
+        """Add a pass: its loss with open and with closed gates, and its weights; nothing of it if it does not count."""
+        means = [means_of(each, weights, self._backbone).to(torch.float64) for each in (output, closed)]
+        sums = torch.stack((weights, means[0] * weights, means[1] * weights))
+        bad = ~(output.loss + closed.loss).isfinite()
+        self._sums.append(sums if counts else torch.zeros_like(sums))
+        self._not_finite.append(bad.to(torch.float64) if counts else torch.zeros_like(bad, dtype=torch.float64))
 
-    def means(self) -> tuple[float, float]:
-        """The mean loss of a position, with open and with closed gates."""
-        return self._open / self._tokens, self._closed / self._tokens
+    def evaluation(
+        self, split: str, parts: Sequence[Sequence[_Part]], *, windows: int, available: int, adapter: Adapter
+    ) -> Evaluation:
+        """What all processes have found; waits for the device, once."""
+        world, passes = self._world, len(self._sums)
+        bad = torch.stack(self._not_finite)
+        grid = bad.new_zeros(world.data_size, passes)
+        grid[world.data_rank] = bad
+        sums = torch.stack(self._sums).sum(0)
+        numbers = HostCopy(world.sum(torch.cat((grid.flatten(), sums.flatten())))).numbers()
+        weights, opened, closed = torch.tensor(numbers[grid.numel() :], dtype=torch.float64).view_as(sums).unbind()
+        totals = torch.where(weights > 0, weights, 1)
+        places = [(number, rank) for number in range(passes) for rank in range(world.data_size)]
+        first = next((parts[rank][number] for number, rank in places if numbers[rank * passes + number]), None)
+        return Evaluation(
+            split,
+            windows,
+            float((opened / totals).sum()),
+            float((closed / totals).sum()),
+            available,
+            () if first is None else first.reading.windows,
+            None if first is None else first.rows,
+            adapter=adapter,
+        )
 
 
 def _both_losses(
@@ -216,21 +274,18 @@ def _both_losses(
     batch: Batch,
     states: dict[str, TTTState],
     rows: StepRows,
-    number: int,
     device: torch.device,
 ) -> tuple[tuple[LossOutput, LossOutput], dict[str, TTTState]]:
     """The loss of a batch with open and with closed gates, with the same random numbers; and the states to carry."""
-    seed_pass(config.train.seed, "eval", number)
     with (
-        reading_rows(rows),
+        drawing_for(rows),
         carried(injection, states) if config.ttt.persistent_states else contextlib.nullcontext() as carry,
         mixed_precision(config.train, device),
     ):
         output = backbone.loss(model, batch, config)
     if carry is not None:
         states = states_to_carry(carry, injection, backbone=backbone.name)
-    seed_pass(config.train.seed, "eval", number)
-    with reading_rows(rows), gates_closed(model), mixed_precision(config.train, device):
+    with drawing_for(rows), gates_closed(model), mixed_precision(config.train, device):
         closed = backbone.loss(model, batch, config)
     return (output, closed), states
 

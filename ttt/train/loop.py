@@ -60,11 +60,12 @@ def run(parts: Parts, progress: Progress, *, resumed: Checkpoint | None) -> Trai
 
 
 def training_loader(parts: Parts) -> Loader:
-    """What reads the batches of all forward passes of a run."""
+    """What reads this process's rows of all forward passes of a run."""
     train = parts.config.train
+    own = parts.world.rows(train.batch_size)
     return Loader(
         parts.dataset,
-        lambda number: parts.order.at(number).windows,
+        lambda number: parts.order.at(number).part(own).windows,
         passes=train.max_steps * train.num_microbatches,
         device=parts.device,
         workers=parts.config.data.num_workers,
@@ -167,6 +168,7 @@ class Loop:
             parts.eval_dataset,
             split=parts.eval_split,
             device=parts.device,
+            world=parts.world,
             stop=lambda: self._interrupt.requested,
             tell=self._log.display.evaluating,
         )

@@ -38,13 +38,7 @@ class Share:
         """
         if self.weights is None:
             return output.loss
-        means = output.loss[None] if output.means is None else output.means
-        if len(means) != len(self.weights):
-            with asked(backbone, "`loss`", type(backbone).loss):
-                raise WrongAnswer(
-                    f"a loss of {len(means)} means, but `loss_weights` gives {len(self.weights)} sums of weights"
-                )
-        return self._share(means, slice(None)).sum()
+        return self._share(means_of(output, self.weights, backbone), slice(None)).sum()
 
     def of_metrics(self, output: LossOutput, backbone: Backbone) -> dict[str, Tensor]:
         """What the pass adds to each of the step's metrics, in float64.
@@ -75,6 +69,19 @@ class Share:
         totals = torch.where(self.totals > 0, self.totals, 1)  # what has no weight anywhere is 0
         kind = torch.promote_types(means.dtype, torch.float32)
         return means * self.weights[entry].to(kind) / totals[entry].to(kind)
+
+
+def means_of(output: LossOutput, weights: Tensor, backbone: Backbone) -> Tensor:
+    """The means whose sum a loss is, `[K]`, one for each of its weights.
+
+    Raises:
+        PluginError: there are more or fewer means than weights.
+    """
+    means = output.loss[None] if output.means is None else output.means
+    if len(means) != len(weights):
+        with asked(backbone, "`loss`", type(backbone).loss):
+            raise WrongAnswer(f"a loss of {len(means)} means, but `loss_weights` gives {len(weights)} sums of weights")
+    return means
 
 
 WHOLE = Share()

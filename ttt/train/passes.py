@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,19 +14,39 @@ from ttt.adapter import Carry
 from ttt.config.schema import TrainConfig
 from ttt.errors import InactiveLayerError
 from ttt.inject import Injection
+from ttt.parallel.world import World
 from ttt.plugins import Batch, WindowDataset
-from ttt.plugins.rows import StepRows
+from ttt.plugins.rows import StepRows, reading_rows
+from ttt.seeds import pass_seed, seed_generators, words_of
 from ttt.seeds import seed_pass as seed_pass
-from ttt.seeds import words_of
 from ttt.state import TTTState
 from ttt.train.workers import read_window
 
 
-def training_rows(config: TrainConfig, number: int) -> StepRows:
-    """Which rows of its step training's forward pass `number` (from 0) reads."""
+def training_rows(config: TrainConfig, number: int, rows: slice | None = None) -> StepRows:
+    """Which rows of its step training's forward pass `number` (from 0) reads; of the pass, all or some `rows`."""
     step, within = divmod(number, config.num_microbatches)
     size = config.batch_size
-    return StepRows(within * size, size, size * config.num_microbatches, step_seed(config.seed, "train", step))
+    own = range(size)[rows or slice(None)]
+    first, total = within * size + own.start, size * config.num_microbatches
+    seeds = tuple(pass_seed(config.seed, "train", step * total + place) for place in range(first, first + len(own)))
+    return StepRows(first, len(own), total, step_seed(config.seed, "train", step), seeds)
+
+
+def rows_of_process(world: World, count: int, data_rank: int) -> slice:
+    """The rows of a batch of `count` that the processes of a `data_rank` read; see `World.rows`."""
+    return replace(world, rank=data_rank * world.tensor).rows(count)
+
+
+@contextlib.contextmanager
+def drawing_for(rows: StepRows) -> Iterator[None]:
+    """A context in which a forward pass of these rows draws its random numbers.
+
+    The global generators are seeded with the seed of the first row, so that processes with other rows draw others.
+    """
+    seed_generators(rows.seeds[0])
+    with reading_rows(rows):
+        yield
 
 
 def step_seed(seed: int, purpose: str, step: int) -> int:

@@ -10,12 +10,12 @@ import torch
 from ttt.adapter import carried, gates_closed
 from ttt.errors import NonFiniteError, TTTError
 from ttt.plugins import Batch
-from ttt.plugins.rows import StepRows, reading_rows
+from ttt.plugins.rows import StepRows
 from ttt.state import TTTState
 from ttt.train.divergence import Diagnosis, Examination, StepNotFiniteError, examined, way_on
 from ttt.train.evaluation import Evaluation
 from ttt.train.parts import Parts
-from ttt.train.passes import describe, load_batch, mixed_precision, seed_pass, training_rows
+from ttt.train.passes import describe, drawing_for, load_batch, mixed_precision, rows_of_process
 from ttt.train.progress import Progress
 from ttt.train.saving import Saver
 
@@ -62,7 +62,7 @@ class Rescue:
         def look() -> Diagnosis:
             assert evaluation.not_finite_pass is not None
             batch = load_batch(parts.eval_dataset, evaluation.first_not_finite, parts.device)
-            return self._examination("eval", *evaluation.not_finite_pass, batch, {}).of_loss()
+            return self._examination(evaluation.not_finite_pass, batch, {}).of_loss()
 
         diagnosis = examined(look)
         notes = [
@@ -96,22 +96,18 @@ class Rescue:
 
     def _diagnose(self, error: StepNotFiniteError) -> Diagnosis:
         traceback.clear_frames(error.__traceback__)  # frees the graph of the failed pass, most of the memory
-        rows = training_rows(self._parts.config.train, error.number)
-        examination = self._examination("train", error.number, rows, error.batch, dict(error.states))
+        examination = self._examination(error.rows, error.batch, dict(error.states))
         return (examination.of_gradient if error.of_gradient else examination.of_loss)()
 
-    def _examination(
-        self, purpose: str, number: int, rows: StepRows, batch: Batch, states: dict[str, TTTState]
-    ) -> Examination:
+    def _examination(self, rows: StepRows, batch: Batch, states: dict[str, TTTState]) -> Examination:
         """Prepare the search for what makes a pass not finite."""
         parts, progress, config = self._parts, self._progress, self._parts.config
 
         def measure(read: Batch, closed: bool) -> float:
-            seed_pass(config.train.seed, purpose, number)
             carry = carried(parts.injection, states if read is batch else {})
             with (
                 torch.no_grad(),
-                reading_rows(rows),
+                drawing_for(rows),
                 carry if config.ttt.persistent_states else contextlib.nullcontext(),
                 gates_closed(parts.model) if closed else contextlib.nullcontext(),
                 mixed_precision(config.train, parts.device),
@@ -119,7 +115,8 @@ class Rescue:
                 return float(parts.backbone.loss(parts.model, read, config).loss)
 
         def before() -> tuple[Batch, float | None]:
-            first = parts.order.at((progress.done - 1) * config.train.num_microbatches)
+            rows = rows_of_process(parts.world, config.train.batch_size, 0)  # the same in every process
+            first = parts.order.at((progress.done - 1) * config.train.num_microbatches).part(rows)
             return load_batch(parts.dataset, first.windows, parts.device), progress.line.get("loss")
 
         return Examination(

@@ -2,6 +2,9 @@
 
 Between the first forward pass and the update, the host reads nothing from the device but one tensor with all numbers of
 the step, once (`ttt.train.host_copy`). So losses and gradients that are not finite are found when every pass is done.
+
+Of several processes each reads its rows of every pass. The numbers are of all rows, and every process has all of them,
+so that all go on or all stop.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from torch import Tensor
 
 from ttt.adapter import carried
 from ttt.evidence import Observation
+from ttt.parallel.world import World
 from ttt.plugins import Batch
-from ttt.plugins.rows import reading_rows
 from ttt.state import TTTState
 from ttt.train.active import require_active, require_gradient, require_reached
 from ttt.train.divergence import StepNotFiniteError
@@ -32,10 +35,11 @@ from ttt.train.order import Reading
 from ttt.train.parts import Parts
 from ttt.train.passes import (
     describe,
+    drawing_for,
     load_batch,
     mixed_precision,
     reset_rows,
-    seed_pass,
+    rows_of_process,
     states_to_carry,
     to_device,
     training_rows,
@@ -46,12 +50,13 @@ from ttt.train.setup import peak_memory_bytes
 
 @dataclass(frozen=True)
 class _Pass:
-    """A forward and backward pass over one batch; its numbers are still on the device."""
+    """A forward and backward pass over this process's rows; its numbers are still on the device."""
 
     number: int
-    reading: Reading
     states: Mapping[str, TTTState]
     """The carried fast weights before it."""
+    after: Mapping[str, TTTState]
+    """Those after it."""
     loss: Tensor
     """The batch's own loss."""
     share: Tensor
@@ -69,8 +74,9 @@ class _Numbers:
     loss: float
     norm: float
     metrics: Mapping[str, float]
-    losses: Sequence[float]
-    """Of each pass."""
+    tokens: int
+    losses: Sequence[Sequence[float]]
+    """Of each pass, of each process's rows in it."""
 
 
 class Stepper:
@@ -95,15 +101,15 @@ class Stepper:
         parts.model.train()
         evidence = Observation(parts.injection) if self._measures(progress.done + 1) else None
         passes, states = self._passes(evidence)
-        numbers = _read(passes, parts.optimizer.clip())
+        numbers = _read(passes, parts.optimizer.clip(), parts.world)
         self._require_finite(passes, numbers)
         if progress.done == 0 and evidence:
-            require_active(evidence, parts)
+            require_active(evidence.layers(self._mean_of_processes), parts)
         rates = self._update()
-        seconds, tokens = time.monotonic() - started, sum(read.tokens for read in passes)
-        line = self._line(numbers, rates, tokens_per_second=tokens / max(seconds, 1e-9), evidence=evidence)
+        seconds = time.monotonic() - started
+        line = self._line(numbers, rates, tokens_per_second=numbers.tokens / max(seconds, 1e-9), evidence=evidence)
         progress.seconds += seconds
-        progress.tokens += tokens
+        progress.tokens += numbers.tokens
         progress.states = states
         progress.line = line
         progress.done += 1
@@ -117,7 +123,8 @@ class Stepper:
         """Run every forward and backward pass of the step; also returns the states to carry on from it."""
         count = self._parts.config.train.num_microbatches
         numbers = range(self._progress.done * count, (self._progress.done + 1) * count)
-        readings = [self._parts.order.at(number) for number in numbers]
+        own = self._parts.world.rows(self._parts.config.train.batch_size)
+        readings = [self._parts.order.at(number).part(own) for number in numbers]
         states = self._progress.states
         passes: list[_Pass] = []
         for number, reading, (batch, share) in zip(numbers, readings, self._batches(numbers), strict=True):
@@ -155,14 +162,11 @@ class Stepper:
         """Run forward and backward over one batch; also returns the states to carry."""
         parts, config = self._parts, self._parts.config
         states = reset_rows(parts.injection, carried_in, reading.starts)
-        seed_pass(config.train.seed, "train", number)
+        rows = training_rows(config.train, number, parts.world.rows(config.train.batch_size))
         carried_on = dict(carried_in)
         # a recomputation reads the states too, so backward runs inside this context
         with carried(parts.injection, states) if config.ttt.persistent_states else contextlib.nullcontext() as carry:
-            with (
-                mixed_precision(config.train, parts.device),
-                reading_rows(training_rows(config.train, number)),
-            ):
+            with mixed_precision(config.train, parts.device), drawing_for(rows):
                 output = parts.backbone.loss(parts.model, batch, config)
             if evidence and self._progress.done == 0:
                 require_reached(evidence, parts)
@@ -174,8 +178,8 @@ class Stepper:
         parts.optimizer.collect()
         return _Pass(
             number,
-            reading,
             states,
+            carried_on,
             loss=output.loss.detach(),
             share=own.detach(),
             tokens=output.tokens,
@@ -188,22 +192,34 @@ class Stepper:
         Raises:
             StepNotFiniteError: one is not.
         """
-        for read, loss in zip(passes, numbers.losses, strict=True):
-            if not math.isfinite(loss):
-                raise self._not_finite("the loss", loss, [read], of_gradient=False)
+        for read, losses in zip(passes, numbers.losses, strict=True):
+            for data_rank, loss in enumerate(losses):
+                if not math.isfinite(loss):
+                    windows = self._reading(read, data_rank).windows
+                    raise self._not_finite("the loss", loss, windows, read, data_rank, of_gradient=False)
         if not math.isfinite(numbers.norm):
-            raise self._not_finite("the gradient", numbers.norm, passes, of_gradient=True)
+            windows = tuple(window for read in passes for window in self._parts.order.at(read.number).windows)
+            raise self._not_finite("the gradient", numbers.norm, windows, passes[0], 0, of_gradient=True)
 
-    def _not_finite(self, what: str, value: float, passes: Sequence[_Pass], *, of_gradient: bool) -> StepNotFiniteError:
-        dataset, first = self._parts.dataset, passes[0]
-        windows = list(dict.fromkeys(window for read in passes for window in read.reading.windows))
+    def _reading(self, read: _Pass, data_rank: int) -> Reading:
+        """What the processes of a data rank read in a pass."""
+        rows = rows_of_process(self._parts.world, self._parts.config.train.batch_size, data_rank)
+        return self._parts.order.at(read.number).part(rows)
+
+    def _not_finite(
+        self, what: str, value: float, windows: Sequence[int], read: _Pass, data_rank: int, *, of_gradient: bool
+    ) -> StepNotFiniteError:
+        """The error, with a pass and a process's rows in which to look for the cause: every process looks there."""
+        parts = self._parts
+        rows = rows_of_process(parts.world, parts.config.train.batch_size, data_rank)
         return StepNotFiniteError(
-            f"step {self._progress.done + 1}: {what} is {value} on {describe(dataset, windows)}; stopped "
-            f"before the optimiser step, weights unchanged",
+            f"step {self._progress.done + 1}: {what} is {value} on "
+            f"{describe(parts.dataset, list(dict.fromkeys(windows)))}; stopped before the optimiser step, weights "
+            f"unchanged",
             of_gradient=of_gradient,
-            number=first.number,
-            batch=load_batch(dataset, first.reading.windows, self._parts.device),
-            states=first.states,
+            rows=training_rows(parts.config.train, read.number, rows),
+            batch=load_batch(parts.dataset, self._reading(read, data_rank).windows, parts.device),
+            states=_states_of(data_rank, read, parts.world),
         )
 
     def _update(self) -> dict[str, float]:
@@ -234,21 +250,63 @@ class Stepper:
         if evidence and self._parts.injection.lora is not None:
             line["lora_share"] = mean_share(self._parts.injection.lora)
         if evidence:
-            line["layers"] = {name: vars(layer) for name, layer in evidence.layers().items()}
+            layers = evidence.layers(self._mean_of_processes)
+            line["layers"] = {name: vars(layer) for name, layer in layers.items()}
         checked: dict[str, Any] = finite(line)
         return checked
 
+    def _mean_of_processes(self, measured: Tensor) -> Tensor:
+        """The mean of what each process has measured on equally many rows."""
+        world = self._parts.world
+        return measured if world.data_size == 1 else world.sum(measured) / world.data_size
 
-def _read(passes: Sequence[_Pass], norm: Tensor) -> _Numbers:
-    """The numbers of a step; waits for the device, once."""
+
+def _read(passes: Sequence[_Pass], norm: Tensor, world: World) -> _Numbers:
+    """The numbers of a step, of all processes; waits for the device, once."""
     metrics = added([read.metrics for read in passes])
-    own = [read.share for read in passes]
-    values = [norm.detach(), *metrics.values(), *own, *(read.loss for read in passes)]
-    copied = HostCopy(torch.stack([value.to(own[0].device, torch.float64) for value in values])).numbers()
-    found, count = iter(copied), len(passes)
+    device = passes[0].loss.device
+    tokens = torch.tensor(float(sum(read.tokens for read in passes)), dtype=torch.float64)
+    summed = [*metrics.values(), tokens.to(device, non_blocking=True)]
+    grids = [[read.share for read in passes], [read.loss for read in passes]]
+    packed = torch.cat([_stacked(summed), *(_of_processes(_stacked(grid), world) for grid in grids)])
+    packed = torch.cat([world.sum(packed), _stacked([norm.detach().to(device)])])
+    found = iter(HostCopy(packed).numbers())
+    by_name = {name: next(found) for name in metrics}
+    read_tokens = round(next(found))
+    shares, losses = ([[next(found) for _ in passes] for _ in range(world.data_size)] for _ in grids)
     return _Numbers(
+        loss=math.fsum(share for of_process in shares for share in of_process),
         norm=next(found),
-        metrics={name: next(found) for name in metrics},
-        loss=math.fsum(next(found) for _ in range(count)),
-        losses=list(found),
+        metrics=by_name,
+        tokens=read_tokens,
+        losses=list(zip(*losses, strict=True)),
     )
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([value.to(torch.float64) for value in values])
+
+
+def _of_processes(own: Tensor, world: World) -> Tensor:
+    """Numbers `[P]` at this process's place among those of all, which are zero: the sum over processes has all."""
+    if world.data_size == 1:
+        return own
+    grid = own.new_zeros(world.data_size, len(own))
+    grid[world.data_rank] = own
+    return grid.flatten()
+
+
+def _states_of(data_rank: int, read: _Pass, world: World) -> Mapping[str, TTTState]:
+    """The fast weights that a process had before a pass, in every process."""
+    if world.data_size == 1:
+        return read.states
+    mine = world.data_rank == data_rank
+    if not world.any(mine and bool(read.states)):
+        return {}
+    found = {}
+    for name, after in read.after.items():  # every process has states of these shapes
+        own = read.states[name].opened().counting() if mine else after.opened().counting()
+        found[name] = TTTState.from_tensors(
+            {key: world.sum(value if mine else torch.zeros_like(value)) for key, value in own.tensors().items()}
+        )
+    return found
