@@ -503,6 +503,71 @@ class MetricsWithGraph(ToyBackbone):
         return LossOutput(output.loss, output.tokens, {"nats": output.loss})
 
 
+class CountsSomeTokens(ToyBackbone):
+    """Two means, over the tokens that are even and over those that are odd; some windows have more of one kind."""
+
+    def loss(self, model, batch, config):
+        losses = self._losses(model, batch)
+        even, odd = ((losses * kind).sum() / kind.sum().clamp_min(1) for kind in self._kinds(batch))
+        means = torch.stack((even, 3 * odd))
+        metrics = {"even_loss": even.detach(), "odd_loss": odd.detach()}
+        over = {"even_loss": 0, "odd_loss": 1}
+        return LossOutput(means.sum(), batch["inputs"].numel(), metrics, means=means, metrics_over=over)
+
+    def loss_weights(self, batch, config):
+        return torch.stack([kind.sum(dtype=torch.float64) for kind in self._kinds(batch)])
+
+    def _losses(self, model, batch):
+        logits = model(batch["inputs"]).flatten(0, 1)
+        return F.cross_entropy(logits, batch["targets"].flatten(), reduction="none").view_as(batch["targets"])
+
+    def _kinds(self, batch):
+        return batch["targets"] % 2 == 0, batch["targets"] % 2 == 1
+
+
+class WeighsRows(CountsSomeTokens):
+    """Left out when padding was left out of the loss."""
+
+    def loss_weights(self, batch, config):
+        return torch.full((2,), float(len(batch["inputs"])))
+
+
+class WeighsBatches(ToyBackbone):
+    def loss_weights(self, batch, config):
+        return torch.ones(1)
+
+
+class WeighsInTheOtherOrder(CountsSomeTokens):
+    def loss_weights(self, batch, config):
+        return super().loss_weights(batch, config).flip(0)
+
+
+class MetricOverTheOther(CountsSomeTokens):
+    def loss(self, model, batch, config):
+        return dataclasses.replace(super().loss(model, batch, config), metrics_over={})
+
+
+class MeansOfOther(CountsSomeTokens):
+    """Forgot a factor."""
+
+    def loss(self, model, batch, config):
+        output = super().loss(model, batch, config)
+        return dataclasses.replace(output, means=output.means / 2)
+
+
+class OneMeanTooFew(CountsSomeTokens):
+    def loss(self, model, batch, config):
+        return dataclasses.replace(super().loss(model, batch, config), means=None)
+
+
+class MetricsAsTheyCome(ToyBackbone):
+    """A metric only of batches with more than one window."""
+
+    def loss(self, model, batch, config):
+        output = super().loss(model, batch, config)
+        return output if len(batch["inputs"]) > 1 else dataclasses.replace(output, metrics={})
+
+
 class FailingLoss(ToyBackbone):
     def loss(self, model, batch, config):
         return super().loss(model, {"inputs": batch["tokens"]}, config)
@@ -588,6 +653,17 @@ SABOTEURS: dict[str, tuple[WholeToy, int | str, str]] = {
     "loss without TTT": (LossWithoutTTT(), "loss", "TTT makes no difference"),
     "loss keeps the state": (LossKeepsTheState(), "loss", "hands no state of this TTT layer on"),
     "metrics with their graph": (MetricsWithGraph(), "loss", r"`metrics\['nats'\]` is not a detached scalar"),
+    "weighs rows": (
+        WeighsRows(),
+        "loss",
+        "WeighsRows.loss_weights: the loss of 4 windows is .* read at once, but .* read",
+    ),
+    "weighs batches": (WeighsBatches(), "loss", "the loss of 4 windows is .* read at once, but"),
+    "weighs in the other order": (WeighsInTheOtherOrder(), "loss", "the loss of 4 windows is .* read at once, but"),
+    "metric over the other": (MetricOverTheOther(), "loss", "the metric odd_loss of 4 windows is .* read at once, but"),
+    "means of other": (MeansOfOther(), "loss", "`means` are .*, but `loss`, their sum, is"),
+    "one mean too few": (OneMeanTooFew(), "loss", "a loss of 1 means, but `loss_weights` gives 2 sums of weights"),
+    "metrics as they come": (MetricsAsTheyCome(), "loss", r"metrics are \['accuracy'\] of some windows and \[\] of"),
     "loss that fails": (
         FailingLoss(),
         "loss",

@@ -7,6 +7,7 @@ import io
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,17 @@ from ttt.laws.bench import Bench, running
 from ttt.laws.parts import layers_of
 from ttt.laws.plugin import MethodBrokenError, demo_config, method_of, same, tensors_in
 from ttt.plugins import Batch, LossOutput, WindowDataset
-from ttt.train.passes import load_batch, seed_pass, states_to_carry
+from ttt.plugins.rows import StepRows
+from ttt.train.means import means_of, weights_of
+from ttt.train.passes import drawing_for, load_batch, seed_pass, states_to_carry
 from ttt.train.setup import build, threads
 
 _ITEMS = 4
 """How many windows of the demo's data are read."""
 _AGREES = 1e-3
 """The largest relative difference between the loss of some windows and the loss of the same windows twice."""
+_SAME = 1e-6
+"""The largest difference between two sums of the same numbers in a model of float64, whose loss may be float32."""
 
 
 def dataset_keeps_its_protocol(bench: Bench) -> None:
@@ -143,6 +148,7 @@ def loss_trains(bench: Bench) -> None:
         _require_effect(method, bench, model, one, config)
         _require_mean(method, bench, model, once=one, twice=two, config=config)
         _require_states(bench, injection, one, config)
+        _require_weights(method, bench, model.double(), data, config)
 
 
 def _require_loss(method: str, output: LossOutput) -> None:
@@ -161,6 +167,8 @@ def _require_loss(method: str, output: LossOutput) -> None:
     for name, value in output.metrics.items():
         if not isinstance(value, Tensor) or value.numel() != 1 or value.requires_grad:
             raise MethodBrokenError(method, f"`metrics[{name!r}]` is not a detached scalar")
+    if output.means is not None and not _agree(loss.item(), output.means.sum().item()):
+        raise MethodBrokenError(method, f"`means` are {output.means.tolist()}, but `loss`, their sum, is {loss.item()}")
 
 
 def _require_tokens(
@@ -219,6 +227,80 @@ def _require_mean(method: str, bench: Bench, model: nn.Module, twice: Batch, onc
             method,
             f"`loss` is {first:.4g}, and {doubled:.4g} for the same windows twice: it is not a mean over the batch",
         )
+
+
+def _require_weights(method: str, bench: Bench, model: nn.Module, data: WindowDataset, config: RunConfig) -> None:
+    """Require that some windows at once have the loss and the metrics of their parts, weighed by `loss_weights`.
+
+    A loss that draws from the global generators draws otherwise for each part; nothing is required of it.
+    """
+    windows = _picked(data)
+    parts = [slice(0, 1), slice(1, len(windows))] if len(windows) > 1 else []
+    whole, *found = [_measured(bench, model, data, windows, rows, config) for rows in [slice(0, len(windows)), *parts]]
+    if not found or whole != _measured(bench, model, data, windows, slice(0, len(windows)), config, generators=1):
+        return
+    names = [sorted(each.metrics) for each in (whole, *found)]
+    if any(each != names[0] for each in names):
+        raise MethodBrokenError(method, f"its metrics are {names[0]} of some windows and {names[1]} of others")
+    totals = [sum(of_parts) for of_parts in zip(*(each.weights for each in found), strict=True)]
+    method = f"{type(bench.backbone).__name__}.loss_weights"
+    for name, one in {
+        "the loss": whole.loss,
+        **{f"the metric {name}": value for name, value in whole.metrics.items()},
+    }.items():
+        combined = sum(each.part(name, totals) for each in found)
+        if not _agree(one, combined):
+            raise MethodBrokenError(
+                method,
+                f"{name} of {len(windows)} windows is {one:.6g} read at once, but {combined:.6g} read in two passes "
+                f"that it weighs: it must say over how much each mean is taken",
+            )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The loss of some windows, and over what it is a mean."""
+
+    loss: float
+    means: tuple[float, ...]
+    weights: tuple[float, ...]
+    metrics: Mapping[str, float]
+    over: Mapping[str, int]
+
+    def part(self, name: str, totals: Sequence[float]) -> float:
+        """What the windows add to the loss or a metric of all."""
+        shares = [own / total if total else 0.0 for own, total in zip(self.weights, totals, strict=True)]
+        metric = name.removeprefix("the metric ")
+        if metric in self.metrics:
+            return self.metrics[metric] * shares[self.over.get(metric, 0)]
+        return sum(mean * share for mean, share in zip(self.means, shares, strict=True))
+
+
+def _measured(
+    bench: Bench,
+    model: nn.Module,
+    data: WindowDataset,
+    windows: Sequence[int],
+    rows: slice,
+    config: RunConfig,
+    *,
+    generators: int = 0,
+) -> _Measured:
+    """What some rows of a step that reads all windows give, with other global generators if that is wanted."""
+    own = range(len(windows))[rows]
+    of_step = StepRows(own.start, len(own), len(windows), seed=1, seeds=tuple(own))
+    batch = load_batch(data, windows[rows], torch.device(bench.device))
+    weights = weights_of(bench.backbone, config, batch, torch.device(bench.device))
+    with running(model, training=False), torch.no_grad(), drawing_for(of_step):
+        seed_pass(generators, "law", 0)
+        output = bench.backbone.loss(model, batch, config)
+    means = means_of(output, weights, bench.backbone).tolist()
+    metrics = {name: float(value) for name, value in output.metrics.items()}
+    return _Measured(float(output.loss), tuple(means), tuple(weights.tolist()), metrics, output.metrics_over)
+
+
+def _agree(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=_SAME, abs_tol=_SAME)
 
 
 def _require_states(bench: Bench, injection: Injection, batch: Batch, config: RunConfig) -> None:
