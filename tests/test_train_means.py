@@ -29,6 +29,7 @@ from ttt.plugins.rows import rows_of_step
 from ttt.seeds import seed_pass
 from ttt.train.divergence import StepNotFiniteError
 from ttt.train.evaluation import Evaluation, evaluate
+from ttt.train.loop import training_loader
 from ttt.train.means import shares
 from ttt.train.parts import Parts, build_parts
 from ttt.train.passes import drawing_for, load_batch, training_rows
@@ -143,7 +144,7 @@ class Case:
         """Make steps, then evaluate."""
         parts, progress = self.parts(folder, world, *settings, dtype=dtype), Progress()
         world.any(False)  # all are built
-        stepper, lines = Stepper(parts, progress), []
+        stepper, lines = Stepper(parts, progress, training_loader(parts)), []
         update, gradients = parts.optimizer.step, dict[str, torch.Tensor]()
 
         def watched(step: int) -> dict[str, float]:
@@ -297,7 +298,7 @@ def test_one_pass_in_one_process_is_the_loss_itself(tmp_path: Path, cases: Calla
     with torch.no_grad():
         loss = parts.backbone.loss(parts.model, batch, parts.config).loss
     progress = Progress()
-    Stepper(parts, progress).advance()
+    Stepper(parts, progress, training_loader(parts)).advance()
     assert progress.line["loss"] == loss.item()
     assert progress.line["tokens_per_second"] * progress.seconds == pytest.approx(progress.tokens)
 
@@ -383,7 +384,7 @@ def failed(case: Case, folder: Path, world: World, *settings: str, steps: int) -
     """The message of a step that is not finite, the cause, and whether the weights are those before it."""
     parts, progress = case.parts(folder, world, *settings, dtype=torch.float32), Progress()
     world.any(False)
-    stepper = Stepper(parts, progress)
+    stepper = Stepper(parts, progress, training_loader(parts))
     for _ in range(steps):
         stepper.advance()
     before = {name: each.detach().clone() for name, each in parts.model.named_parameters()}
@@ -486,11 +487,11 @@ def reads_of_a_step(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch, *
     """How often the host reads a tensor from the first forward pass of a step to its update."""
     parts = case.parts(folder, World(), "train.batch_size=2", "train.num_microbatches=2", dtype=torch.float32)
     progress, reads = Progress(), Reads()
-    stepper = Stepper(parts, progress)
-    stepper.advance()  # the first step looks whether TTT acts
+    Stepper(parts, progress, training_loader(parts)).advance()  # the first step looks whether TTT acts
     batches = [load_batch(parts.dataset, parts.order.at(number).windows, parts.device) for number in (2, 3)]
-    monkeypatch.setattr("ttt.train.step.read_batch", lambda *_: batches.pop(0))
-    monkeypatch.setattr("ttt.train.step.load_batch", lambda *_: batches.pop(0))
+    loader = training_loader(parts)
+    stepper = Stepper(parts, progress, loader)
+    monkeypatch.setattr(loader, "read", lambda _: batches.pop(0))  # reading files is another matter
     if not in_model:
         parts.model.register_forward_pre_hook(lambda *_: reads.__exit__(None, None, None))
         parts.model.register_forward_hook(lambda *_: reads.__enter__() and None)
