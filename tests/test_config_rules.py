@@ -324,11 +324,41 @@ def test_a_run_dir_that_no_system_has_is_refused() -> None:
     assert finding.code == "TTT601"
 
 
-@pytest.mark.parametrize(("size", "refused"), [("2", True), ("16", True), ("1", False), ("", False), ("two", False)])
-def test_a_distributed_launch_is_refused(size: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", size)
-    found = [(finding.code, finding.value) for finding in _findings("run_dir: new/run")]
-    assert found == ([("TTT602", int(size))] if refused else [])
+@pytest.mark.parametrize(
+    ("environment", "text", "said"),
+    [
+        ("WORLD_SIZE=2", "{}", "there is no RANK, no MASTER_ADDR, no MASTER_PORT, so the processes cannot find"),
+        ("WORLD_SIZE=2 RANK=1 MASTER_ADDR=a", "{}", "there is no MASTER_PORT"),
+        ("WORLD_SIZE=2 RANK=2 MASTER_ADDR=a MASTER_PORT=1", "{}", "RANK=2: ranks count from 0 to 1"),
+        ("WORLD_SIZE=2 RANK=x MASTER_ADDR=a MASTER_PORT=1", "{}", "RANK=x is not a whole number"),
+        ("OMPI_COMM_WORLD_SIZE=4", "{}", "mpirun started 4 processes, but there is no WORLD_SIZE"),
+        ("WORLD_SIZE=1 OMPI_COMM_WORLD_SIZE=4", "{}", None),
+        ("WORLD_SIZE=1", "{}", None),
+        ("WORLD_SIZE=", "{}", None),
+        ("WORLD_SIZE=two", "{}", None),
+        ("@2", "{train: {batch_size: 2}}", None),
+        ("@2", "{train: {batch_size: 3}}", "the 3 rows of a forward pass cannot be divided evenly among 2 processes"),
+        ("@2", "{train: {batch_size: 1, parallel: {tensor: 2}}}", None),
+        ("@4", "{train: {batch_size: 4, parallel: {shard: 3}}}", "4 processes were started, but the sizes make"),
+        ("@4", "{train: {batch_size: 2, parallel: {shard: 2, tensor: 2}}}", None),
+        (
+            "",
+            "{train: {batch_size: 2, parallel: {replicate: 2, shard: 2}}}",
+            "among 4 processes (replicate",
+        ),
+        ("", "{train: {batch_size: 2, parallel: {shard: 8}}}", None),
+    ],
+)
+def test_processes_that_cannot_share_a_run_are_refused(
+    environment: str, text: str, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if environment.startswith("@"):
+        environment = f"WORLD_SIZE={environment[1:]} RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500"
+    for entry in environment.split():
+        monkeypatch.setenv(*entry.split("="))
+    found = [finding for finding in _findings(text) if finding.code == "TTT602"]
+    assert [said in finding.message for finding in found if said] == [True] * bool(said)
+    assert bool(found) == bool(said)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,16 @@ ROOMS = (
 
 Of two rooms that hold a file the one with the longer name is meant.
 """
-TORCHLESS = ("ttt.errors", "ttt.amounts", "ttt.slurm", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins", "ttt.check")
+TORCHLESS = (
+    "ttt.errors",
+    "ttt.amounts",
+    "ttt.slurm",
+    "ttt.machine",
+    "ttt.config",
+    "ttt.costs",
+    "ttt.plugins",
+    "ttt.check",
+)
 PACKAGES = {"ttt": ROOT / "ttt", "ttt_cli": ROOT / "cli" / "ttt_cli", **PLUGINS}
 KINDS = ("module", "type", "function")
 """When an import is made: with its module, for a type checker alone, or once a function is called."""

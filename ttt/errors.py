@@ -120,6 +120,20 @@ class InactiveLayerError(TTTError):
     """An injected TTT layer that was never reached, or whose fast weights did not move."""
 
 
+class OtherProcessError(TTTError):
+    """Another process of the run has failed and says why; this one ends with it, and with its exit code."""
+
+    def __init__(self, message: str = "", exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]
+
+
+class LostProcessError(TTTError):
+    """Another process of the run is gone without a word, so that this one cannot go on."""
+
+    exit_code = 3
+
+
 class DamagedFileWarning(UserWarning):
     """Something damaged, or changed since it was written, was passed over; what was taken instead is named."""
 

@@ -150,8 +150,9 @@ class Interrupt:
         if now - self._last < _SAME_REQUEST_SECONDS:
             return
         self._last = now
+        silent = _is_told_elsewhere(number)
         if not self._begun:
-            _tell(NOT_BEGUN)
+            _tell("" if silent else NOT_BEGUN)
             os._exit(INTERRUPTED)
         if self.requested and not self._at_once and _repeats(number):
             return
@@ -160,7 +161,7 @@ class Interrupt:
             self._order(frame)
             return
         self.requested = True
-        _tell(self.told)
+        _tell("" if silent else self.told)
 
     def _order(self, frame: FrameType | None) -> None:
         """Stop at once."""
@@ -192,13 +193,18 @@ def begin() -> None:
         Interrupt._active.begin()
 
 
+def is_asked_to_stop() -> bool:
+    """Whether a signal asked this process to stop."""
+    return Interrupt._active is not None and Interrupt._active.requested
+
+
 def stop_if_asked() -> None:
     """End what has not begun.
 
     Raises:
         StopRequested: a signal asked to stop.
     """
-    if Interrupt._active is not None and Interrupt._active.requested:
+    if is_asked_to_stop():
         raise StopRequested
 
 
@@ -209,8 +215,20 @@ def _repeats(number: int) -> bool:
 
 def _tell(line: str) -> None:
     """Write a line. A handler may run inside a print, so it writes past Python's buffers; the terminal may be gone."""
+    if not line:
+        return
     with contextlib.suppress(OSError):
         os.write(2, f"\n{line}\n".encode())
+
+
+def _is_told_elsewhere(number: int) -> bool:
+    """Whether another process tells the user: the first of several, or a launcher, whose SIGTERM says that one failed.
+
+    The launcher is that of `ttt.parallel.launching`; it passes on what the user sends as SIGINT.
+    """
+    one_of_several = os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
+    later = one_of_several and os.environ.get("RANK", "0") != "0"
+    return later or (number == signal.SIGTERM and "TTT_LAUNCHER" in os.environ)
 
 
 def _importing(frame: FrameType | None) -> bool:

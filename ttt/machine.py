@@ -144,5 +144,43 @@ def processes_launched() -> int:
 
     Source: torchrun's documentation, "Environment Variables": `WORLD_SIZE`.
     """
-    count = os.environ.get("WORLD_SIZE", "").strip()
-    return int(count) if count.isascii() and count.isdigit() and len(count) < 10 else 1
+    return _number("WORLD_SIZE") or 1
+
+
+def rank_launched() -> int:
+    """Which of the processes of a distributed launch this one is, from 0; 0 if there was no launcher."""
+    return (_number("RANK") or 0) if processes_launched() > 1 else 0
+
+
+def local_rank_launched() -> int:
+    """Which of those on this machine this one is, from 0; it takes the GPU of that number."""
+    local = _number("LOCAL_RANK")
+    return rank_launched() if local is None else local
+
+
+def launch_is_incomplete() -> str | None:
+    """What a launcher of several processes has not told this one, so that they cannot find each other; None if nothing.
+
+    Source: torch.distributed's documentation, "Environment variable initialization"; Open MPI's, for its variables.
+    """
+    count = processes_launched()
+    if count == 1:
+        others = _number("OMPI_COMM_WORLD_SIZE") or _number("PMI_SIZE") or 1
+        if others > 1 and not os.environ.get("WORLD_SIZE"):
+            return f"mpirun started {others} processes, but there is no WORLD_SIZE"
+        return None
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name, "").strip()]
+    if missing:
+        return f"WORLD_SIZE={count}, but there is no {', no '.join(missing)}"
+    for name in ("RANK", "MASTER_PORT"):
+        if _number(name) is None:
+            return f"WORLD_SIZE={count}, but {name}={os.environ[name]} is not a whole number"
+    if rank_launched() >= count:
+        return f"WORLD_SIZE={count}, but RANK={rank_launched()}: ranks count from 0 to {count - 1}"
+    return None
+
+
+def _number(variable: str) -> int | None:
+    """A whole number in the environment; None if there is none."""
+    text = os.environ.get(variable, "").strip()
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None

@@ -14,6 +14,7 @@ from ttt_cli.terminal import show, show_findings, show_note
 
 if TYPE_CHECKING:
     from ttt.check import LoadedConfig
+    from ttt.train import TrainResult
 
 
 def train(
@@ -32,25 +33,36 @@ def train(
         typer.Option("--resume", help="Continue the run from its last checkpoint; start it if it has none yet."),
     ] = False,
     verify: Verify = True,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            "--nproc",
+            metavar="N",
+            min=1,
+            help="Train in N processes on this machine, one for each GPU; train.parallel says how they share the run.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train TTT layers in a backbone.
+
+    In several processes by --nproc, or one of them each by torchrun: `torchrun --nproc-per-node 8 -m ttt_cli train
+    CONFIG`. If one fails, the others end within 30 s, and the last checkpoint is whole.
 
     SIGINT (Ctrl-C), SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 or SIGUSR2: it finishes the step, saves, says how to go on and
     ends with 130. Before the first step nothing is written; once all steps are done the pictures are finished. A second
     signal stops at once. Under nohup, SIGHUP is ignored.
     """
-    from ttt.interrupt import NOT_BEGUN, StopRequested, stop_if_asked
+    from ttt.interrupt import NOT_BEGUN, StopRequested
+    from ttt_cli.ranks import as_launcher_of, as_one_of_several, run_in_processes
 
+    if nproc is not None and nproc > 1:
+        with as_launcher_of(nproc):
+            _loaded(config, backbone, overrides or [], resume=resume)
+            run_in_processes(nproc)
     try:
-        loaded = _loaded(config, backbone, overrides or [], resume=resume)
-        stop_if_asked()
-        if config is not None:  # a demo has printed a note already
-            show(f"read {config}; loading {loaded.backbone.name}")
-        sys.stdout.flush()  # importing torch and the backbone's libraries takes seconds
-        from ttt.train import train as run
-
-        stop_if_asked()
-        result = run(loaded.config, loaded.backbone, resume=resume, verify=verify)
+        with as_one_of_several():
+            result = _trained(config, backbone, overrides or [], resume=resume, verify=verify)
     except StopRequested:
         show_note(NOT_BEGUN)
         raise
@@ -61,6 +73,25 @@ def train(
         from ttt_cli.outcome import INTERRUPTED
 
         raise typer.Exit(INTERRUPTED)
+
+
+def _trained(
+    config: str | None, backbone: str | None, overrides: list[str], *, resume: bool, verify: bool
+) -> TrainResult:
+    """Load the config and train."""
+    from ttt.interrupt import stop_if_asked
+    from ttt_cli.ranks import told_by_launcher
+
+    with told_by_launcher():
+        loaded = _loaded(config, backbone, overrides, resume=resume)
+    stop_if_asked()
+    if config is not None:  # a demo has printed a note already
+        show(f"read {config}; loading {loaded.backbone.name}")
+    sys.stdout.flush()  # importing torch and the backbone's libraries takes seconds
+    from ttt.train import train as run
+
+    stop_if_asked()
+    return run(loaded.config, loaded.backbone, resume=resume, verify=verify)
 
 
 def _loaded(config: str | None, backbone: str | None, overrides: list[str], *, resume: bool) -> LoadedConfig:

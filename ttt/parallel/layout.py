@@ -58,6 +58,13 @@ def layout_of(parallel: ParallelConfig, processes: int) -> Layout:
     return layout
 
 
+def planned_layout(parallel: ParallelConfig) -> Layout | None:
+    """The layout that a config asks for, whatever is started; None if that decides about one of its sizes."""
+    if parallel.replicate == "auto" or parallel.shard == "auto":
+        return None
+    return Layout(parallel.replicate, parallel.shard, parallel.tensor)
+
+
 def _left(processes: int, others: int) -> int:
     """What is left for an `auto` size: 1 if the others do not divide the processes, which then do not match."""
     return processes // others if processes % others == 0 else 1

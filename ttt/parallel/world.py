@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ttt.errors import OtherProcessError
 from ttt.parallel.layout import Layout
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+T = TypeVar("T")
 DIMENSIONS = ("replicate", "shard", "tensor")
 """Of the mesh, the last one innermost: neighbouring ranks share a tensor."""
 
@@ -105,6 +108,34 @@ class World:
         said = torch.tensor([int(flag)], dtype=torch.int32)  # on the CPU, so that no GPU is waited for
         dist.all_reduce(said, op=dist.ReduceOp.MAX)
         return bool(said.item())
+
+    def gather(self, value: T) -> list[T]:
+        """What each process says, by rank, in each of them; alone its own."""
+        if self.alone:
+            return [value]
+        said: list[Any] = [None] * self.size
+        dist.all_gather_object(said, value)
+        return said
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, in each of them; alone what it makes. The others wait.
+
+        Raises:
+            OtherProcessError: in the others, if it could not be made; the first raises what happened.
+        """
+        if self.alone:
+            return make()
+        sent: list[Any] = [None, None]
+        if self.first:
+            try:
+                sent[0] = make()
+            except BaseException as error:
+                dist.broadcast_object_list([None, (str(error), getattr(error, "exit_code", 1))])
+                raise
+        dist.broadcast_object_list(sent)
+        if sent[1] is not None:
+            raise OtherProcessError(*sent[1])
+        return cast("T", sent[0])
 
     @property
     def data_group(self) -> dist.ProcessGroup | None:

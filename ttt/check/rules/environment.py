@@ -7,11 +7,20 @@ from functools import partial
 
 from ttt.check.rules.rule import Context, rule
 from ttt.config.findings import Blame, Code, Family, Finding, Severity
-from ttt.machine import processes_launched, why_unusable
+from ttt.machine import launch_is_incomplete, processes_launched, why_unusable
+from ttt.parallel.layout import Layout, layout_of, planned_layout, uneven
 
 _code = partial(Code, family=Family.ENVIRONMENT, blames=Blame.MACHINE, of_training=True, home=__name__)
 TTT601 = _code("TTT601", "a run_dir that cannot be written", Severity.ERROR)
-TTT602 = _code("TTT602", "one run in several processes", Severity.ERROR)
+TTT602 = Code(
+    "TTT602",
+    "processes that cannot share the run",
+    Severity.ERROR,
+    family=Family.ENVIRONMENT,
+    blames=Blame.CONFIG,
+    of_training=True,
+    home=__name__,
+)
 
 
 @rule(TTT601, reads=("run_dir",))
@@ -32,17 +41,34 @@ def _shortened(path: str) -> str:
     return path if len(path) <= 300 else f"{path[:300]}…"
 
 
-@rule(TTT602, reads=())
-def one_process(context: Context) -> Iterator[Finding]:
-    """The run is one process on one device. A distributed launch would start it several times."""
-    count = processes_launched()
-    if count > 1:
+@rule(TTT602, reads=("train",))
+def processes_can_share_the_run(context: Context) -> Iterator[Finding]:
+    """The processes of a launch know each other, are as many as `train.parallel` says, and divide the rows evenly."""
+    incomplete, train = launch_is_incomplete(), context.config.train
+    if incomplete:
         yield TTT602.at(
             "run_dir",
-            message=(
-                f"WORLD_SIZE={count}: this is one of {count} processes of a distributed launch, and a run is one "
-                f"process on one device: each would train the same, into the same folder"
-            ),
-            fix="start ttt by itself, without torchrun or mpirun; num_microbatches makes larger batches",
+            message=f"{incomplete}, so the processes cannot find each other, and each would train a run of its own",
+            fix="start them with `ttt train CONFIG --nproc N`, `torchrun` or `ttt submit`",
+            value=incomplete,
+        )
+        return
+    count = processes_launched()
+    try:
+        layout: Layout | None = layout_of(train.parallel, count) if count > 1 else planned_layout(train.parallel)
+    except ValueError as error:
+        yield TTT602.at(
+            "train.parallel",
+            message=f"{count} processes were started, but {error}",
+            fix=f"start as many, or write sizes whose product is {count}",
             value=count,
+        )
+        return
+    cannot = None if layout is None else uneven(train, layout)
+    if cannot:
+        yield TTT602.at(
+            "train.batch_size",
+            message=cannot,
+            fix="write a multiple of that, or more into tensor; num_microbatches makes larger batches",
+            value=train.batch_size,
         )
