@@ -469,9 +469,8 @@ def test_the_attention_of_ttts_layers_alone_is_unfrozen(tmp_path: Path) -> None:
 )
 def test_a_sites_layer_is_found_in_its_path(path: str, layer: int, expected: str) -> None:
     from ttt.plugins import Site
-    from ttt.train.optim import layer_path
 
-    assert layer_path(Site(layer, path, nn.Identity(), 4, 1, nn.Identity)) == expected
+    assert Site(layer, path, nn.Identity(), 4, 1, nn.Identity).layer_path == expected
 
 
 # --- files ---

@@ -25,6 +25,7 @@ from ttt.adapter import TTTAdapter, carried
 from ttt.adapter_file import MODEL, read_info
 from ttt.check import load_config
 from ttt.config import EvalConfig, RunConfig, TrainConfig, TTTConfig
+from ttt.config.schema import ParallelConfig
 from ttt.errors import (
     ConfigError,
     EnvironmentProblem,
@@ -310,10 +311,13 @@ def test_a_weight_used_under_no_grad_first_still_learns_in_autocast(tmp_path):
     assert_same_tensors(once.checkpoint, twice.checkpoint)
 
 
-def test_one_of_several_processes_is_refused_before_it_writes(tmp_path, monkeypatch):
+def test_one_of_several_processes_that_cannot_find_the_others_is_refused_before_it_writes(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(EnvironmentProblem, match=r"one of 4 processes of a distributed launch.*without torchrun"):
+    with pytest.raises(EnvironmentProblem, match=r"no RANK, no MASTER_ADDR, no MASTER_PORT; start the run with `ttt"):
         run(config(tmp_path / "run"))
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(ConfigError, match=r"train.parallel: the sizes make 2 processes, but this is one process; "):
+        run(config(tmp_path / "run", train={"parallel": ParallelConfig(replicate=1, shard=2), "batch_size": 2}))
     assert not (tmp_path / "run").exists()
 
 

@@ -67,6 +67,9 @@ class Port:
 
     incoming: TTTState | None = None
     """The state before a forward pass. A pass does not change it, so that a recomputation starts from the same."""
+    fresh: Tensor | None = None
+    """The streams that start with the layer's own weights instead, `[B]`; None if none does. They are reset inside the
+    forward pass: elsewhere a process that has only its part of the parameters has no weights to reset them to."""
     outgoing: TTTState | None = None
     """The detached state after the last forward pass."""
 
@@ -119,10 +122,26 @@ class TTTAdapter(nn.Module):
             return x
         # No mask is no argument: a subclass whose `adapt` knows of none fails if one is given, and not before.
         masked = {} if mask is None else {"mask": mask}
-        out, state = self.adapt(x, self.port.incoming if self.port else None, rotary=rotary, **masked)
+        out, state = self.adapt(x, self._incoming(), rotary=rotary, **masked)
         if self.port is not None:
-            self.port.outgoing = state.detach()
+            self.port.outgoing = self._owned(state.detach())
         return out
+
+    def _incoming(self) -> TTTState | None:
+        port = self.port
+        if port is None or port.incoming is None or port.fresh is None:
+            return None if port is None else port.incoming
+        return self.layer.reset(port.incoming, port.fresh)
+
+    def _owned(self, state: TTTState) -> TTTState:
+        """The state in memory of its own: a view of a parameter is gone when that is given back after the pass."""
+        own = {parameter.untyped_storage().data_ptr() for parameter in self.layer.parameters()}
+        return TTTState.from_tensors(
+            {
+                name: tensor.clone() if tensor.untyped_storage().data_ptr() in own else tensor
+                for name, tensor in state.tensors().items()
+            }
+        )
 
 
 @contextlib.contextmanager
@@ -157,7 +176,9 @@ class Carry:
 
 
 @contextlib.contextmanager
-def carried(injection: Adapted, states: Mapping[str, TTTState] | None = None) -> Iterator[Carry]:
+def carried(
+    injection: Adapted, states: Mapping[str, TTTState] | None = None, *, fresh: Tensor | None = None
+) -> Iterator[Carry]:
     """Start forward passes from the given states, and keep the states after them.
 
     Every forward pass inside starts from the same states, so a recomputation under activation checkpointing gives
@@ -166,6 +187,7 @@ def carried(injection: Adapted, states: Mapping[str, TTTState] | None = None) ->
     Args:
         injection: what `ttt.inject.apply` returned.
         states: by site name; a site that is missing starts fresh.
+        fresh: streams that start fresh although they have a state, `[B]`; None if none does.
 
     Raises:
         ValueError: there is no such site, or its adapter carries no state.
@@ -179,7 +201,7 @@ def carried(injection: Adapted, states: Mapping[str, TTTState] | None = None) ->
         if not isinstance(adapter, TTTAdapter):
             raise ValueError(f"the adapter at {name} carries no state from window to window")
         adapters[name] = adapter
-    carry = Carry({name: Port(states.get(name)) for name in adapters})
+    carry = Carry({name: Port(states.get(name), fresh) for name in adapters})
     before = {name: adapter.port for name, adapter in adapters.items()}
     try:
         for name, adapter in adapters.items():

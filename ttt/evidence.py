@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ttt.adapter import Gate
 from ttt.inject import Injection
 from ttt.layer import TTTLayer
+from ttt.parallel.gathering import whole
 from ttt.state import TTTState
 
 
@@ -82,7 +83,7 @@ class Observation:
     def _opening(self, name: str) -> Tensor:
         """The mean and the largest `|tanh(α)|` of an adapter's gates, `[2]`."""
         gates = [gate for gate in self._adapters[name].modules() if isinstance(gate, Gate)]
-        opening = torch.cat([torch.tanh(gate.gating_alpha.detach()).abs() for gate in gates])
+        opening = torch.cat([torch.tanh(whole(gate.gating_alpha.detach())).abs() for gate in gates])
         return torch.stack((opening.mean(), opening.max()))
 
     def _hook(self, name: str) -> Any:

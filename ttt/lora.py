@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ttt.config.lora import LoraSettings
 from ttt.errors import InjectionError
+from ttt.parallel.gathering import whole
 from ttt.plugins.lora_site import LoraSite
 
 
@@ -156,9 +157,9 @@ def _factors(linear: nn.Linear, rank: int, generator: torch.Generator) -> tuple[
 
 
 def _share(linear: LoraLinear) -> float:
-    a, b = linear.lora_A.weight.float(), linear.lora_B.weight.float()
+    a, b = whole(linear.lora_A.weight).float(), whole(linear.lora_B.weight).float()
     squared = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)  # ‖B A‖², without making B A
-    weight = linear.weight  # of a large model, a copy in float32 would take hundreds of MiB
+    weight = whole(linear.weight)  # of a large model, a copy in float32 would take hundreds of MiB
     norm = torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
     return float(linear.lora_scaling * squared.sqrt() / torch.where(norm > 0, norm, 1))
 

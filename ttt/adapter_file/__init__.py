@@ -34,7 +34,7 @@ from ttt.adapter_file.format import (
 from ttt.adapter_file.reading import read_info, trained_backbone, verify_adapter
 
 if TYPE_CHECKING:
-    from ttt.adapter_file.fingerprint import same_weights, weights_fingerprint
+    from ttt.adapter_file.fingerprint import BackboneWeights, same_weights, weights_fingerprint
     from ttt.adapter_file.loading import load_adapter
     from ttt.adapter_file.saving import save_adapter
 
@@ -47,6 +47,7 @@ __all__ = [
     "MODEL",
     "VERSION",
     "AdapterInfo",
+    "BackboneWeights",
     "ChangedSetting",
     "SiteInfo",
     "backbone_identity",
@@ -65,6 +66,7 @@ __all__ = [
 _WITH_TORCH = {
     "load_adapter": "ttt.adapter_file.loading",
     "save_adapter": "ttt.adapter_file.saving",
+    "BackboneWeights": "ttt.adapter_file.fingerprint",
     "same_weights": "ttt.adapter_file.fingerprint",
     "weights_fingerprint": "ttt.adapter_file.fingerprint",
 }

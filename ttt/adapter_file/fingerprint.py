@@ -7,6 +7,7 @@ import hashlib
 import struct
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,21 @@ from ttt.inject import Injection
 
 _SAMPLES = 8
 """Values of each backbone parameter that an adapter file keeps, to know the backbone again."""
+
+
+@dataclass(frozen=True)
+class BackboneWeights:
+    """By what an adapter file knows the backbone again."""
+
+    fingerprint: str | None
+    """As `weights_fingerprint` gives it."""
+    dtype: str | None
+    """As `backbone_dtype` gives it."""
+
+    @classmethod
+    def of(cls, injection: Injection, *, without: set[str] | frozenset[str] = frozenset()) -> BackboneWeights:
+        """Of a backbone, without some of its parameters."""
+        return cls(weights_fingerprint(injection, without=without), backbone_dtype(injection, without=without))
 
 
 def weights_fingerprint(injection: Injection, *, without: set[str] | frozenset[str] = frozenset()) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ttt.adapter_file.fingerprint import backbone_dtype, weights_fingerprint
+from ttt.adapter_file.fingerprint import BackboneWeights
 from ttt.adapter_file.format import BACKBONE, CONFIG, FORMAT, MODEL, SETTINGS, VERSION, VERSION_WITHOUT_LORA, site_infos
 from ttt.files import write_tensors, write_text, writing
 from ttt.inject import Injection
@@ -27,6 +27,7 @@ def save_adapter(
     backbone_tensors: Mapping[str, Tensor] | None = None,
     training: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
+    weights: BackboneWeights | None = None,
 ) -> Path:
     """Write an adapter's files into a folder, each whole or not at all.
 
@@ -37,6 +38,7 @@ def save_adapter(
         backbone_tensors: the backbone's parameters that were trained too, by name in the model.
         training: anything worth knowing about how it was trained, as JSON.
         tensors: values to write instead of the adapters' own, under the same names, as gathered from several processes.
+        weights: by what the backbone is known again; None looks at it now, without the parameters that were trained.
 
     Returns:
         The safetensors file.
@@ -46,14 +48,15 @@ def save_adapter(
     """
     folder = Path(folder)
     trained = set(backbone_tensors or ())
+    weights = weights or BackboneWeights.of(injection, without=trained)
     pair = uuid.uuid4().hex if trained else None
     settings: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION_WITHOUT_LORA if injection.lora is None else VERSION,
         "ttt_version": __version__,
         "backbone": dict(backbone),
-        "backbone_weights": weights_fingerprint(injection, without=trained),
-        "backbone_dtype": backbone_dtype(injection, without=trained),
+        "backbone_weights": weights.fingerprint,
+        "backbone_dtype": weights.dtype,
         "backbone_trained": pair,
         "ttt": injection.config.model_dump(mode="json"),
         "sites": [vars(site) for site in site_infos(injection.sites, injection.config)],

@@ -191,6 +191,15 @@ class Backbone(ABC, Generic[OptionsT, DataT]):
                 f"train.gradient_checkpointing: the backbone {self.name} has no activation checkpointing; write false"
             )
 
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The modules, each called as one, into which several processes split the model: one after another is gathered.
+
+        Inner ones come before those that hold them. The default is the layers of the sites, each up to its number in
+        the site's path, as `transformer.layers.3`. What is in none of them is gathered for the whole forward pass.
+        """
+        paths = dict.fromkeys(site.layer_path for site in self.sites(model))
+        return [model.get_submodule(path) for path in paths]
+
     def is_attention(self, parameter_name: str) -> bool:
         """Whether a backbone parameter belongs to its attention (for `trainable: ttt+attention`)."""
         return ".attn" in parameter_name or "attention" in parameter_name or ".self_attn" in parameter_name

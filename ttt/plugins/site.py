@@ -41,6 +41,13 @@ class Site:
         """Dotted path of the adapter in the model."""
         return f"{self.path}.{self.attribute}" if self.path else self.attribute
 
+    @property
+    def layer_path(self) -> str:
+        """Dotted path of the layer that the site is in: its own, up to the layer's number if it has that."""
+        parts = self.path.split(".")
+        number = str(self.layer)
+        return ".".join(parts[: parts.index(number) + 1]) if number in parts else self.path
+
     def prepare(self) -> Callable[[], None] | None:
         """Give `module` what the config gives a layer with TTT beside its adapter, as another span of attention.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ttt.adapter_file import save_adapter
+from ttt.adapter_file import BackboneWeights, save_adapter
 from ttt.checkpoint_folder import EMA
 from ttt.files import sync
 from ttt.inject import Injection
@@ -44,6 +44,7 @@ def write_averages(
     decay: float | None,
     backbone: Mapping[str, Any],
     training: Mapping[str, Any],
+    weights: BackboneWeights | None = None,
 ) -> None:
     """Write the averages as an adapter into the folder `ema` of a checkpoint, if the optimiser's state has any.
 
@@ -57,6 +58,7 @@ def write_averages(
         decay: `train.ema_decay`, for the record.
         backbone: name and options, for the adapter file.
         training: a record of the training, for the adapter file.
+        weights: by what the backbone is known again, if it cannot be looked at.
 
     Raises:
         EnvironmentProblem: the disk is full or cannot be written.
@@ -75,6 +77,7 @@ def write_averages(
         backbone_tensors=_replaced(trained, averages),
         backbone=backbone,
         training={**training, "ema_decay": decay},
+        weights=weights,
     )
     sync(checkpoint / EMA)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ttt.errors import TTTError
+from ttt.errors import NonFiniteError, OtherProcessError, TTTError
 from ttt.eval.choosing import chosen_for
 from ttt.printable import shell_word
 from ttt.train.display import duration_in_words
@@ -25,6 +25,17 @@ def tell_interrupted(parts: Parts, progress: Progress, saved: Path | None, pictu
     parts.say(f"interrupted after step {progress.done} of {parts.config.train.max_steps}, saved")
     parts.say(f"resume with: {result.resume_command}")
     return result
+
+
+def followed(parts: Parts, progress: Progress, saved: Path | None, evaluation: Evaluation | None) -> TrainResult:
+    """The result of a run in a process that neither writes nor prints.
+
+    Raises:
+        OtherProcessError: the closing evaluation is not finite, which the first process says.
+    """
+    if evaluation is not None and not evaluation.is_finite:
+        raise OtherProcessError("the closing evaluation is not finite", NonFiniteError.exit_code)
+    return _result(parts, progress, saved, evaluation)
 
 
 def finish(

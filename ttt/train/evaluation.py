@@ -24,7 +24,7 @@ from ttt.train.host_copy import HostCopy
 from ttt.train.loading import Loader
 from ttt.train.means import means_of, weights_of
 from ttt.train.order import Reading, once
-from ttt.train.passes import drawing_for, mixed_precision, reset_rows, states_to_carry, step_seed, to_device
+from ttt.train.passes import drawing_for, fresh_rows, mixed_precision, states_to_carry, step_seed, to_device
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ def evaluate(
     split: str,
     device: torch.device,
     world: World | None = None,
+    loss: Callable[[Batch], LossOutput] | None = None,
     stop: Callable[[], bool] = lambda: False,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation | None:
@@ -137,6 +138,7 @@ def evaluate(
         split: `eval`, or `train` if there is no held-out data.
         device: the model's device.
         world: the processes that evaluate together; None is this one alone.
+        loss: of a batch, where that is more than the backbone's of the model.
         stop: asked between two batches whether to stop; every process must get the same answer.
         tell: called with the numbers of windows read and to read, before each batch and at the end.
 
@@ -144,6 +146,7 @@ def evaluate(
         The evaluation; None if `stop` returned true.
     """
     world = world or World()
+    loss = loss or (lambda batch: backbone.loss(model, batch, config))
     every = once(dataset.files, batch_size=config.train.batch_size, lanes=config.ttt.persistent_states)
     readings = every[: _batches(config, split)]
     total = sum(len(reading.windows) for reading in readings)
@@ -166,8 +169,8 @@ def evaluate(
             batch = loader.read(number)
             weights = weights_of(backbone, config, batch, device)
             batch = to_device(batch, device)
-            states = reset_rows(injection, _first_rows(states, part.rows.count), part.reading.starts)
-            losses, states = _both_losses(model, injection, backbone, config, batch, states, part.rows, device)
+            start = fresh_rows(_first_rows(states, part.rows.count), part.reading.starts, World(), device)
+            losses, states = _both_losses(model, injection, backbone, config, batch, loss, start, part.rows, device)
             tally.add(*losses, weights, counts=part.counts)
         tell(total, total)
     return tally.evaluation(
@@ -272,21 +275,23 @@ def _both_losses(
     backbone: Backbone,
     config: RunConfig,
     batch: Batch,
-    states: dict[str, TTTState],
+    loss: Callable[[Batch], LossOutput],
+    start: tuple[dict[str, TTTState], Tensor | None],
     rows: StepRows,
     device: torch.device,
 ) -> tuple[tuple[LossOutput, LossOutput], dict[str, TTTState]]:
     """The loss of a batch with open and with closed gates, with the same random numbers; and the states to carry."""
+    states, fresh = start
     with (
         drawing_for(rows),
-        carried(injection, states) if config.ttt.persistent_states else contextlib.nullcontext() as carry,
+        carried(injection, states, fresh=fresh) if config.ttt.persistent_states else contextlib.nullcontext() as carry,
         mixed_precision(config.train, device),
     ):
-        output = backbone.loss(model, batch, config)
+        output = loss(batch)
     if carry is not None:
         states = states_to_carry(carry, injection, backbone=backbone.name)
     with drawing_for(rows), gates_closed(model), mixed_precision(config.train, device):
-        closed = backbone.loss(model, batch, config)
+        closed = loss(batch)
     return (output, closed), states
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from ttt.errors import TTTError
 from ttt.files import write_json
 from ttt.printable import printable, shortened
+from ttt.train.parts import Parts
 from ttt.words import first_line
 
 FAILURE = "failure.json"
@@ -19,17 +19,21 @@ _MOST = 2000  # letters of an error
 
 
 @contextlib.contextmanager
-def recorded(run: Path, done: Callable[[], int]) -> Iterator[None]:
+def recorded(parts: Parts, done: Callable[[], int]) -> Iterator[None]:
     """A context whose error is recorded in the run's folder. Enter it only while the run is locked.
 
+    Of several processes the first records its error, also if that is only that another is gone.
+
     Args:
-        run: the run's folder.
+        parts: the run's parts.
         done: how many optimiser steps are done by then.
     """
     try:
         yield
     except Exception as error:
+        if not parts.world.first:
+            raise
         told = shortened(printable(first_line(error)), _MOST)
         with contextlib.suppress(TTTError):  # the disk is full, say: the error itself is what has to be told
-            write_json(run / FAILURE, {"step": done(), "error": told, "type": type(error).__name__})
+            write_json(parts.directory / FAILURE, {"step": done(), "error": told, "type": type(error).__name__})
         raise

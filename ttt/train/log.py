@@ -19,7 +19,7 @@ from ttt.train.progress import Progress
 class RunLog:
     """The open outputs of a run."""
 
-    def __init__(self, metrics: MetricsFile, loggers: Loggers, display: Display) -> None:
+    def __init__(self, metrics: MetricsFile | _Unwritten, loggers: Loggers | _Nobody, display: Display) -> None:
         self.metrics = metrics
         self.display = display
         self._loggers = loggers
@@ -32,6 +32,46 @@ class RunLog:
         """
         self.metrics.write(line)
         self._loggers.log(line)
+
+
+@contextlib.contextmanager
+def shared_log(parts: Parts, progress: Progress) -> Iterator[RunLog]:
+    """The log of a run: of several processes the first writes it, and the others know how far it is."""
+    world, opened = parts.world, contextlib.ExitStack()
+    with opened:
+        logs: list[RunLog] = []
+
+        def open_it() -> int:
+            logs.append(opened.enter_context(opened_log(parts, progress)))
+            return logs[0].metrics.last_step
+
+        last_step = world.from_first(open_it)
+        if world.first:
+            yield logs[0]
+        else:
+            display = Display(parts.console, total=parts.config.train.max_steps, done=progress.done, log_freq=1 << 60)
+            yield RunLog(_Unwritten(last_step), _Nobody(), display)
+
+
+class _Unwritten:
+    """The metrics file in a process that does not write it."""
+
+    def __init__(self, last_step: int) -> None:
+        self.last_step = last_step
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Note the step."""
+        self.last_step = int(line["step"])
+
+    def sync(self) -> None:
+        """Nothing is to be synced."""
+
+
+class _Nobody:
+    """The loggers in a process that has none."""
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Nobody is told."""
 
 
 @contextlib.contextmanager

@@ -11,14 +11,16 @@ from dataclasses import replace
 
 from ttt.checkpoint_folder import Checkpoint
 from ttt.interrupt import FINISHING, STEPPING, Interrupt, interruptible
+from ttt.parallel.board import noticing_losses
+from ttt.parallel.launching import launcher_is_gone
 from ttt.train.ema import with_averages
-from ttt.train.ending import finish, tell_interrupted
+from ttt.train.ending import finish, followed, tell_interrupted
 from ttt.train.evaluation import Evaluation, evaluate
 from ttt.train.failure import recorded
 from ttt.train.loading import Loader
-from ttt.train.log import RunLog, opened_log
+from ttt.train.log import RunLog, shared_log
 from ttt.train.parts import Parts
-from ttt.train.pictures import Pictures
+from ttt.train.pictures import Pictures, Undrawn
 from ttt.train.progress import Progress
 from ttt.train.rescue import Rescue
 from ttt.train.result import TrainResult
@@ -39,20 +41,22 @@ def run(parts: Parts, progress: Progress, *, resumed: Checkpoint | None) -> Trai
     with interruptible() as interrupt:
         interrupt.told = STEPPING
         announce(parts, progress)
-        pictures = Pictures(parts.directory, parts.say)
-        folder = parts.directory.path
+        pictures = Pictures(parts.directory, parts.say) if parts.world.first else Undrawn()
         with (
-            opened_log(parts, progress) as log,
-            recorded(folder, lambda: progress.done),
+            shared_log(parts, progress) as log,
+            recorded(parts, lambda: progress.done),
+            noticing_losses(parts.world, lambda: f"after step {progress.done}"),
             training_loader(parts) as loader,
         ):
-            saver = Saver(parts, progress, metrics=log.metrics, pictures=pictures, resumed=resumed)
+            saver = Saver(parts, progress, log=log, pictures=pictures, resumed=resumed)
             rescue = Rescue(parts, progress, saver)
             evaluation = Loop(parts, progress, loader, log, saver, rescue, interrupt).run()
         interrupt.told = FINISHING
+        if not parts.world.first:
+            return followed(parts, progress, saver.saved, evaluation)
         if evaluation is None:
             return tell_interrupted(parts, progress, saver.saved, pictures)
-        with recorded(folder, lambda: progress.done):
+        with recorded(parts, lambda: progress.done):
             result = finish(parts, progress, saver, rescue, pictures, evaluation)
         if interrupt.requested:
             parts.say("asked to stop when all steps were done: nothing is left to do")
@@ -112,7 +116,11 @@ class Loop:
 
     def _ends(self) -> bool:
         """Whether to stop: somebody asked, and there is a step to save. A run without one would leave half a folder."""
-        return self._interrupt.requested and self._progress.done > 0
+        return self._is_asked() and self._progress.done > 0
+
+    def _is_asked(self) -> bool:
+        """Whether somebody asked one of the processes to stop; all of them call it at the same places."""
+        return self._parts.world.any(self._interrupt.requested or launcher_is_gone())
 
     def _one_step(self) -> Evaluation | None:
         """Make a step and, if they are due, its checkpoint, its evaluation and its line."""
@@ -169,7 +177,8 @@ class Loop:
             split=parts.eval_split,
             device=parts.device,
             world=parts.world,
-            stop=lambda: self._interrupt.requested,
+            loss=parts.engine.loss,
+            stop=self._is_asked,
             tell=self._log.display.evaluating,
         )
 

@@ -15,7 +15,7 @@ from ttt.adapter import Gate
 from ttt.config.schema import TrainConfig
 from ttt.errors import ConfigError, EnvironmentProblem, NonFiniteError
 from ttt.inject import Injection
-from ttt.plugins import Site
+from ttt.parallel.gathering import split_like, whole
 from ttt.train.averages import KIND, Averages
 
 Role = Literal["ttt", "gate", "lora", "backbone"]
@@ -109,16 +109,9 @@ def _unfrozen(injection: Injection, trainable: str, is_attention: Callable[[str]
     if trainable == "ttt+attention":
         return is_attention
     if trainable == "ttt+ttt_layer_attention":
-        layers = tuple(f"{layer_path(site)}." for site in injection.sites)
+        layers = tuple(f"{site.layer_path}." for site in injection.sites)
         return lambda name: name.startswith(layers) and is_attention(name)
     return lambda name: False
-
-
-def layer_path(site: Site) -> str:
-    """Dotted path of the layer that a site is in: the site's own, up to the layer's number if it has that."""
-    parts = site.path.split(".")
-    number = str(site.layer)
-    return ".".join(parts[: parts.index(number) + 1]) if number in parts else site.path
 
 
 def _no_attention(injection: Injection, trainable: str) -> str:
@@ -142,8 +135,12 @@ class Optimizer:
     Call `collect` after each backward pass, then `clip`, then `step`.
     """
 
-    def __init__(self, learnable: list[Learnable], config: TrainConfig) -> None:
+    def __init__(
+        self, learnable: list[Learnable], config: TrainConfig, *, used_in: Mapping[str, torch.dtype] | None = None
+    ) -> None:
+        """If `used_in` names float32 parameters that are used in half precision, they are their own masters."""
         self._config = config
+        self._used_in = dict(used_in or {})
         self._parameters = {entry.name: entry.parameter for entry in learnable}
         self._targets = {
             entry.name: entry.parameter
@@ -187,7 +184,7 @@ class Optimizer:
 
     def clip(self) -> Tensor:
         """Scale all gradients down to a total norm of at most `max_norm`; returns the norm before, on their device."""
-        return nn.utils.clip_grad_norm_(self._targets.values(), self._config.max_norm)
+        return whole(nn.utils.clip_grad_norm_(self._targets.values(), self._config.max_norm))
 
     def step(self, step: int) -> dict[str, float]:
         """Update the parameters at optimiser step `step` (from 0) and clear the gradients.
@@ -229,9 +226,7 @@ class Optimizer:
     def nbytes(self) -> int:
         """Bytes of the state in a checkpoint, once every parameter has had its first step."""
         moments = sum(2 * target.numel() * 4 + 4 for target in self._targets.values())
-        masters = sum(
-            target.numel() * 4 for name, target in self._targets.items() if target is not self._parameters[name]
-        )
+        masters = sum(target.numel() * 4 for name, target in self._targets.items() if self._has_master(name))
         averages = 0 if self.averages is None else sum(target.numel() * 4 for target in self._targets.values())
         return moments + masters + averages
 
@@ -244,9 +239,24 @@ class Optimizer:
         for name, target in self._targets.items():
             for key, value in self._adamw.state.get(target, {}).items():
                 state[f"{key}.{name}"] = value
-            if target is not self._parameters[name]:
+            if self._has_master(name):
                 state[f"master.{name}"] = target.detach()
         return state
+
+    def _has_master(self, name: str) -> bool:
+        return self._targets[name] is not self._parameters[name] or name in self._used_in
+
+    def room_for(self, shapes: Mapping[str, tuple[int, ...]], *, place: str) -> dict[str, Tensor]:
+        """Tensors of these whole shapes to read a state into, each split as its parameter is; errors name `place`.
+
+        Raises:
+            EnvironmentProblem: they are not of the state of these parameters.
+        """
+        self._checked({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, place)
+        return {
+            key: torch.zeros(shape) if not shape else torch.zeros_like(self._targets[key.partition(".")[2]].detach())
+            for key, shape in shapes.items()
+        }
 
     def load(self, tensors: Mapping[str, Tensor], *, place: str) -> None:
         """Load the state that `tensors()` returned; errors name `place`.
@@ -255,17 +265,19 @@ class Optimizer:
             EnvironmentProblem: it is not the state of these parameters; then nothing is loaded.
         """
         states = self._checked(tensors, place)
-        averages = {name: state.pop(KIND) for name, state in states.items() if KIND in state}
+        averages = {
+            name: split_like(state.pop(KIND), self._targets[name]) for name, state in states.items() if KIND in state
+        }
         if self.averages is not None:
             self.averages.load(averages)
         with torch.no_grad():
             for name, target in self._targets.items():
                 state = states[name]
                 if "master" in state:
-                    target.copy_(state.pop("master"))
+                    target.copy_(split_like(state.pop("master"), target))
                 self._adamw.state[target] = {
                     # the step count stays on the CPU, where AdamW itself keeps it
-                    key: value.clone() if key == "step" else value.to(target.device, copy=True)
+                    key: value.clone() if key == "step" else split_like(value.to(target.device, copy=True), target)
                     for key, value in state.items()
                 }
 
@@ -282,8 +294,8 @@ class Optimizer:
                     f"{place}: {key!r} has shape {list(value.shape)}, the parameter {list(target.shape)}"
                 )
             states[name][kind] = value
-        for name, target in self._targets.items():
-            is_master = target is not self._parameters[name]
+        for name in self._targets:
+            is_master = self._has_master(name)
             if is_master != ("master" in states[name]):
                 there = "lacks" if is_master else "holds"
                 raise EnvironmentProblem(f"{place}: {there} a float32 copy of {name!r}")

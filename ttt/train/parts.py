@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ttt.adapter_file import AdapterInfo, backbone_identity, load_adapter, read_info, trained_backbone
+from ttt.adapter_file import AdapterInfo, BackboneWeights, backbone_identity, load_adapter, read_info, trained_backbone
 from ttt.checkpoint_folder import Checkpoint
 from ttt.config.schema import RunConfig
 from ttt.inject import Injection
 from ttt.interrupt import stop_if_asked
+from ttt.parallel.engine import Engine
 from ttt.parallel.world import World
 from ttt.plugins import Backbone, WindowDataset
 from ttt.plugins.installed_tasks import ChosenTask, chosen_tasks
@@ -42,10 +44,14 @@ class Parts:
     injection: Injection
     learnable: list[Learnable]
     optimizer: Optimizer
+    engine: Engine
+    """Computes the loss, as the layout of the processes says; `engine.loss(batch)` is the backbone's."""
     start: AdapterInfo | None
     """The adapter that the run starts from; None if it starts with fresh weights, or is resumed."""
     inherited: frozenset[str]
     """Backbone parameters that learned before this run; checkpoints hold them too, even if they are frozen."""
+    backbone_weights: BackboneWeights | None = None
+    """By what an adapter file knows the backbone again, if its parameters are split; None if they can be looked at."""
     tasks: tuple[ChosenTask, ...] = ()
     """Tasks to measure at each evaluation, besides the outer loss."""
     world: World = field(default_factory=World)
@@ -61,9 +67,18 @@ class Parts:
         return sum(entry.parameter.numel() for entry in self.learnable)
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """Backbone parameters, by name, that differ from what the backbone was built with."""
-        learn = {entry.name for entry in self.learnable if entry.role == "backbone"}
-        return {name: value for name, value in self.model.named_parameters() if name in learn | self.inherited}
+        """Backbone parameters, by name, that differ from what the backbone was built with, as they are used."""
+        self.engine.settle()
+        names, used_in = self.trained_names(), self.engine.used_in
+        return {
+            name: value.to(used_in[name]) if name in used_in else value
+            for name, value in self.model.named_parameters()
+            if name in names
+        }
+
+    def trained_names(self) -> set[str]:
+        """The names of the backbone parameters that learn, or learned before."""
+        return {entry.name for entry in self.learnable if entry.role == "backbone"} | self.inherited
 
 
 def build_parts(
@@ -86,7 +101,7 @@ def build_parts(
         directory: the run's folder.
         console: the console for reports.
         start: the adapter to start from.
-        resumed: the checkpoint to go on from; its tensors are not loaded here.
+        resumed: the checkpoint to go on from; its weights are loaded here, the rest by `ttt.train.saving.restored`.
         world: the processes of the run; None is this one alone.
 
     Raises:
@@ -105,11 +120,19 @@ def build_parts(
     if config.train.compile:
         compile_layers(injection, device)
     learnable = choose_learnable(model, injection, config.train, is_attention=backbone.is_attention)
-    if start is not None:  # before the optimiser, which copies parameters in half precision
-        _load_start(start, model, injection, backbone, config)
+    # before parameters are split, and before the optimiser, which copies those in half precision
+    if start is not None:
+        _load(start.path, model, injection, backbone, config, as_start=True)
     if resumed is None:
         load_lora_start(injection, backbone, config)
+    else:
+        _load(resumed.path, model, injection, backbone, config, as_start=False)
     before = start if resumed is None else read_info(resumed.path)
+    inherited = frozenset(() if before is None else trained_backbone(before))
+    trained = inherited | {entry.name for entry in learnable if entry.role == "backbone"}
+    weights = BackboneWeights.of(injection, without=trained) if world is not None and world.shard > 1 else None
+    engine = _engine(config, backbone, model, injection, world or World())
+    learnable = _as_they_are_now(learnable, model)
     return Parts(
         config=config,
         backbone=backbone,
@@ -123,22 +146,37 @@ def build_parts(
         model=model,
         injection=injection,
         learnable=learnable,
-        optimizer=Optimizer(learnable, config.train),
+        optimizer=Optimizer(learnable, config.train, used_in=engine.used_in),
+        engine=engine,
         start=start,
-        inherited=frozenset(() if before is None else trained_backbone(before)),
+        inherited=inherited,
+        backbone_weights=weights,
         tasks=tasks,
         world=world or World(),
     )
 
 
-def _load_start(
-    start: AdapterInfo, model: nn.Module, injection: Injection, backbone: Backbone, config: RunConfig
+def _engine(config: RunConfig, backbone: Backbone, model: nn.Module, injection: Injection, world: World) -> Engine:
+    units: list[nn.Module] = []
+    if world.shard > 1:
+        units = [*injection.adapters.values(), *backbone.blocks(model)]
+    return Engine(model, lambda adapted, batch: backbone.loss(adapted, batch, config), world, units)
+
+
+def _as_they_are_now(learnable: list[Learnable], model: nn.Module) -> list[Learnable]:
+    """The parameters of the same names: those that were split are other objects now."""
+    now = dict(model.named_parameters())
+    return [replace(entry, parameter=now[entry.name]) for entry in learnable]
+
+
+def _load(
+    path: Path, model: nn.Module, injection: Injection, backbone: Backbone, config: RunConfig, *, as_start: bool
 ) -> None:
     load_adapter(
-        start.path,
+        path,
         model,
         injection=injection,
         backbone=backbone_identity(backbone, config.backbone),
-        as_start=True,
+        as_start=as_start,
         verify=False,  # it was compared when it was found, if that was wanted
     )

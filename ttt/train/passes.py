@@ -115,6 +115,28 @@ def reset_rows(injection: Injection, states: Mapping[str, TTTState], starts: Seq
     return reset
 
 
+def fresh_rows(
+    states: Mapping[str, TTTState], starts: Sequence[bool], world: World, device: torch.device
+) -> tuple[dict[str, TTTState], Tensor | None]:
+    """What a forward pass starts from: states, and which of this process's rows `[B]` start fresh all the same.
+
+    A fresh row is the layer's own initial weights, so the gradient reaches them. What is given depends on `starts` of
+    all rows alone: processes use the same parameters, and have states of the same kind.
+
+    Args:
+        states: of this process's rows.
+        starts: which of all rows start a file.
+        world: the processes.
+        device: of the mask.
+    """
+    if not states or all(starts):
+        return {}, None
+    if not any(starts):
+        return dict(states), None
+    own = starts[world.rows(len(starts))]
+    return dict(states), torch.tensor(own).to(device, non_blocking=True)  # not waiting for the device
+
+
 def states_to_carry(carry: Carry, injection: Injection, *, backbone: str) -> dict[str, TTTState]:
     """The states of every adapter after a forward pass under `carried`.
 

@@ -45,6 +45,17 @@ class Pictures:
         return made
 
 
+class Undrawn(Pictures):
+    """The pictures in a process that draws none."""
+
+    def __init__(self) -> None:
+        """Nothing is needed."""
+
+    def draw(self) -> list[Path]:
+        """Draw nothing."""
+        return []
+
+
 def draw_run(run: Path) -> list[Path]:
     """Draw the loss of a run and what its TTT layers did; returns the files that were written.
 

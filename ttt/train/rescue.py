@@ -37,7 +37,9 @@ class Rescue:
         """
         parts, done = self._parts, self._progress.done
         notes = []
-        if isinstance(error, StepNotFiniteError):
+        if not parts.world.alone and (parts.engine.is_sharded or not isinstance(error, StepNotFiniteError)):
+            notes += self._of_processes(error)
+        elif isinstance(error, StepNotFiniteError):
             diagnosis = examined(lambda: self._diagnose(error))
             error.args = (f"{error}. {diagnosis.cause}",)
             if diagnosis.sound:
@@ -55,9 +57,25 @@ class Rescue:
             for note in notes:
                 parts.say(note)
 
+    def _of_processes(self, error: Exception) -> list[str]:
+        """Save the steps before a failed one if all processes have failed alike; what one has met alone is not saved.
+
+        The cause is not searched for if parameters are split: no process has all of them.
+        """
+        if not isinstance(error, StepNotFiniteError):
+            return []
+        saved = self._saved_in_words()
+        on = f"; then go on with `{self._parts.directory.resume_command()}`" if self._saver.saved is not None else ""
+        return [*saved, f"lower train.lr, or look for the cause in one process{on}"]
+
     def of_evaluation(self, evaluation: Evaluation) -> NonFiniteError:
         """The error for a closing evaluation that is not finite: with the cause, the checkpoint and what to do next."""
         parts, done = self._parts, self._progress.done
+        if parts.engine.is_sharded:
+            return NonFiniteError(
+                f"{self.not_finite_in_words(evaluation)}; all steps are saved in {self._saver.saved}, and "
+                f"`{parts.directory.resume_command()}` in one process says why"
+            )
 
         def look() -> Diagnosis:
             assert evaluation.not_finite_pass is not None
@@ -112,7 +130,7 @@ class Rescue:
                 gates_closed(parts.model) if closed else contextlib.nullcontext(),
                 mixed_precision(config.train, parts.device),
             ):
-                return float(parts.backbone.loss(parts.model, read, config).loss)
+                return float(parts.engine.loss(read).loss)
 
         def before() -> tuple[Batch, float | None]:
             rows = rows_of_process(parts.world, config.train.batch_size, 0)  # the same in every process

@@ -11,7 +11,8 @@
         adapter_model.safetensors, adapter_config.json    the TTT layers, complete in themselves
         backbone_model.safetensors     the backbone parameters that learn, and those that learned before, in the adapter
                                        that the run started from (`train.init_from`)
-        optimizer.safetensors          moments, step counts, float32 masters, averages
+        optimizer.safetensors          moments, step counts, float32 masters, averages; of several processes instead
+        optimizer-00001-of-00004.safetensors, …           the part that each of them has
         ema/                           the averaged weights as an adapter of the same files, if `train.ema_decay`
         carried_states.safetensors     fast weights of each row, if `persistent_states`
         trainer_state.json             steps done, the config, and the name, size and checksum of every file above
@@ -228,8 +229,29 @@ class RunDir:
         """The path of a folder for a run that goes on from this one with another config; it does not exist yet."""
         return next(path for path in _numbered(self.path) if not os.path.lexists(path))
 
+    def begin_checkpoint(self, step: int) -> Path:
+        """Make the folder, under a temporary name, in which several processes write a checkpoint.
+
+        Raises:
+            EnvironmentProblem: it cannot be made.
+        """
+        temporary = temporary_beside(step_folder(self.path, step))
+        with writing(temporary):
+            temporary.mkdir(parents=True)
+        return temporary
+
+    def give_up(self, unfinished: Path) -> None:
+        """Remove what `begin_checkpoint` made."""
+        shutil.rmtree(unfinished, ignore_errors=True)
+
     def save_checkpoint(
-        self, step: int, state: Mapping[str, Any], write: Callable[[Path], None], *, keep: int | None
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        write: Callable[[Path], None],
+        *,
+        keep: int | None,
+        begun: Path | None = None,
     ) -> Path:
         """Write a checkpoint under a temporary name, rename it, then remove the oldest.
 
@@ -238,15 +260,15 @@ class RunDir:
             state: the JSON content of `trainer_state.json`.
             write: writes every other file into the folder that it is given.
             keep: how many checkpoints stay; None keeps all.
+            begun: from `begin_checkpoint`, with some of the files; None makes it.
 
         Raises:
             EnvironmentProblem: the disk is full or cannot be written; nothing half written is left.
         """
         final = step_folder(self.path, step)
-        temporary = temporary_beside(final)
+        temporary = begun or self.begin_checkpoint(step)
         with writing(final):
             try:
-                temporary.mkdir(parents=True)
                 write(temporary)
                 write_record(temporary, step, state)
                 sync(temporary)

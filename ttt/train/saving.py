@@ -9,13 +9,15 @@ from ttt.adapter_file import backbone_identity
 from ttt.checkpoint_folder import Checkpoint
 from ttt.errors import NonFiniteError
 from ttt.files import require_space
-from ttt.train.checkpoint import content_bytes, read_content, write_content
+from ttt.parallel.gathering import own_part
+from ttt.train.checkpoint import Content, content_bytes, read_content, write_content
 from ttt.train.divergence import listed, lowered, not_finite, tensors_of, way_on
 from ttt.train.ema import write_averages
-from ttt.train.metrics import MetricsFile
+from ttt.train.log import RunLog
 from ttt.train.parts import Parts
 from ttt.train.pictures import Pictures
 from ttt.train.progress import Progress
+from ttt.train.shards import write_shards
 
 _DRAW_SECONDS = 60.0
 """Pictures older than this are drawn again when a checkpoint is written."""
@@ -28,23 +30,22 @@ def require_space_for_one(parts: Parts) -> None:
         EnvironmentProblem: there is not enough space for one.
     """
     needed = content_bytes(parts.injection, parts.trained_tensors(), parts.optimizer)
-    require_space(parts.directory.path, needed, what="one checkpoint of this run")
+    if parts.world.first:
+        require_space(parts.directory.path, needed, what="one checkpoint of this run")
 
 
 def restored(parts: Parts, checkpoint: Checkpoint) -> Progress:
-    """Load everything that a checkpoint holds into the parts of a run; returns how far the run was.
+    """Load what a checkpoint holds besides the weights into the parts of a run; returns how far the run was.
 
     Raises:
         EnvironmentProblem: a file of the checkpoint is damaged.
-        AdapterMismatchError: the run was started with another backbone.
     """
     states = read_content(
         checkpoint.path,
-        parts.injection,
         parts.optimizer,
-        backbone=backbone_identity(parts.backbone, parts.config.backbone),
         persistent=parts.config.ttt.persistent_states,
         device=parts.device,
+        rows=parts.world.rows(parts.config.train.batch_size),
         verify=False,  # it was compared when it was found, if that was wanted
     )
     return Progress(
@@ -65,7 +66,7 @@ class Saver:
     Args:
         parts: the run's parts.
         progress: how far the run is.
-        metrics: synced to the disk before each checkpoint, so that after a power cut no checkpoint is ahead of it.
+        log: its metrics are synced to the disk before each checkpoint, so that after a power cut none is ahead of them.
         pictures: drawn again at a checkpoint if they are old.
         resumed: the checkpoint from which the run goes on.
     """
@@ -75,13 +76,13 @@ class Saver:
         parts: Parts,
         progress: Progress,
         *,
-        metrics: MetricsFile,
+        log: RunLog,
         pictures: Pictures,
         resumed: Checkpoint | None,
     ) -> None:
         self._parts = parts
         self._progress = progress
-        self._metrics = metrics
+        self._metrics = log.metrics
         self._pictures = pictures
         self._step = 0 if resumed is None else resumed.step
         self._proven = resumed is None
@@ -102,10 +103,11 @@ class Saver:
         self._require_finite()
         keep = self._parts.config.train.ckpt_keep
         unproven = None if keep is None or rescuing else max(keep, 2)
-        self._metrics.sync()
-        self.saved = self._parts.directory.save_checkpoint(done, self._state(), self._write, keep=unproven)
+        self.saved = self._written(unproven)
         self._step = done
         self._proven = unproven == keep
+        if not self._parts.world.first:
+            return
         if time.monotonic() - self._drawn > _DRAW_SECONDS and self._metrics.last_step:
             self._pictures.draw()
             self._drawn = time.monotonic()
@@ -113,8 +115,37 @@ class Saver:
     def prove(self) -> None:
         """Mark the last checkpoint as good, because its weights gave finite numbers, and remove the oldest."""
         if not self._proven:
-            self._parts.directory.prune(self._parts.config.train.ckpt_keep)
+            if self._parts.world.first:
+                self._parts.directory.prune(self._parts.config.train.ckpt_keep)
             self._proven = True
+
+    def _content(self) -> Content:
+        parts, states = self._parts, self._progress.states
+        carried = states if parts.config.ttt.persistent_states else None
+        return Content.gathered(parts.injection, parts.trained_tensors(), parts.optimizer, carried, parts.world)
+
+    def _written(self, keep: int | None) -> Path:
+        """Write the checkpoint; returns its folder.
+
+        Of several processes each writes its part of the optimiser's state, and the first everything else.
+        """
+        parts, world, done = self._parts, self._parts.world, self._progress.done
+        content, unfinished = self._content(), None
+        if not world.alone:
+            unfinished = world.from_first(lambda: parts.directory.begin_checkpoint(done))
+            try:
+                write_shards(unfinished, parts.optimizer.tensors(), world)
+            except BaseException:
+                parts.directory.give_up(unfinished)
+                raise
+
+        def place() -> Path:
+            self._metrics.sync()
+            return parts.directory.save_checkpoint(
+                done, self._state(), lambda folder: self._write(folder, content), keep=keep, begun=unfinished
+            )
+
+        return world.from_first(place)
 
     def _state(self) -> dict[str, object]:
         """The content of `trainer_state.json` besides the names of the files."""
@@ -127,7 +158,7 @@ class Saver:
             "config": self._parts.directory.stored_config.record(self._parts.config),
         }
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, content: Content) -> None:
         """Write every other file of the checkpoint."""
         parts, progress = self._parts, self._progress
         backbone = backbone_identity(parts.backbone, parts.config.backbone)
@@ -142,9 +173,8 @@ class Saver:
         write_content(
             folder,
             parts.injection,
-            parts.trained_tensors(),
-            parts.optimizer,
-            progress.states if parts.config.ttt.persistent_states else None,
+            content,
+            weights=parts.backbone_weights,
             backbone=backbone,
             training=training,
         )
@@ -152,13 +182,20 @@ class Saver:
             folder,
             parts.injection,
             parts.learnable,
-            state=parts.optimizer.tensors(),
-            adapters=parts.injection.state_dict(),
-            trained=parts.trained_tensors(),
+            state=content.averages,
+            adapters=content.adapters,
+            trained=content.trained,
             decay=parts.config.train.ema_decay,
             backbone=backbone,
             training=training,
+            weights=parts.backbone_weights,
         )
+
+    def _of_any(self, names: list[str]) -> list[str]:
+        """The names that one of the processes has."""
+        if not self._parts.world.any(bool(names)):
+            return []
+        return list(dict.fromkeys(name for each in self._parts.world.gather(names) for name in each))
 
     def _require_finite(self) -> None:
         parts, done = self._parts, self._progress.done
@@ -167,9 +204,9 @@ class Saver:
             *parts.trained_tensors().items(),
             *parts.optimizer.tensors().items(),
         ]
-        names = not_finite(weights)
+        names = self._of_any(not_finite((name, own_part(tensor)) for name, tensor in weights))
         key = "train.lr" if names else "ttt.base_lr"
-        names = names or not_finite(tensors_of(self._progress.states))
+        names = names or self._of_any(not_finite(tensors_of(self._progress.states)))
         if names:
             on = way_on(parts.directory, parts.config, lowered(parts.config, key), before=done)
             raise NonFiniteError(

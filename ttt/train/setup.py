@@ -16,7 +16,7 @@ from ttt.config.evaluation import EvalConfig
 from ttt.config.schema import RunConfig
 from ttt.errors import ConfigError, EnvironmentProblem
 from ttt.inject import Injection
-from ttt.machine import processes_launched
+from ttt.machine import local_rank_launched, processes_launched
 from ttt.plugins import Backbone, WindowDataset, run_config_model
 from ttt.plugins.asking import asked, is_out_of_memory
 from ttt.plugins.data import source_files
@@ -41,7 +41,25 @@ def choose_device(wanted: str) -> torch.device:
             f"train.device: cuda, but PyTorch {torch.__version__} sees no CUDA device; write auto or cpu, or install a "
             f"CUDA build of PyTorch and its driver"
         )
-    return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", _own_gpu())
+
+
+def _own_gpu() -> int:
+    """The number of this process's GPU: the current one, or of several processes that of its local rank.
+
+    Raises:
+        EnvironmentProblem: there are fewer GPUs than processes on this machine.
+    """
+    if processes_launched() == 1:
+        return torch.cuda.current_device()
+    local, there = local_rank_launched(), torch.cuda.device_count()
+    if local >= there:
+        raise EnvironmentProblem(
+            f"train.device: cuda, but there {'is 1 GPU' if there == 1 else f'are {there} GPUs'} for the process of "
+            f"local rank {local}; start at most {there} processes on this machine"
+        )
+    torch.cuda.set_device(local)
+    return local
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -62,20 +80,6 @@ def device_in_words(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"CPU, {threads} {'thread' if threads == 1 else 'threads'}"
-
-
-def require_one_process() -> None:
-    """Refuse to run as one of several processes: each would train the same run in the same folder.
-
-    Raises:
-        EnvironmentProblem: a distributed launcher started this process.
-    """
-    count = processes_launched()
-    if count > 1:
-        raise EnvironmentProblem(
-            f"WORLD_SIZE={count}: this is one of {count} processes of a distributed launch, and a run is one process "
-            f"on one device; start `ttt train` by itself, without torchrun or mpirun"
-        )
 
 
 def with_backbone_options(config: RunConfig, backbone: Backbone) -> RunConfig:

@@ -5,12 +5,17 @@ The final adapter of a run is in its last checkpoint, which `summary.json` names
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 from rich.console import Console
 
 from ttt.adapter_file import read_info
 from ttt.checkpoint_folder import Checkpoint
 from ttt.config.schema import RunConfig
-from ttt.interrupt import NOT_BEGUN, StopRequested, begin, interruptible, stop_if_asked
+from ttt.interrupt import NOT_BEGUN, StopRequested, begin, interruptible, is_asked_to_stop
+from ttt.parallel.joining import joined
+from ttt.parallel.world import World
 from ttt.plugins import Backbone
 from ttt.printable import say
 from ttt.train import loop, rundir
@@ -27,7 +32,6 @@ from ttt.train.saving import require_space_for_one, restored
 from ttt.train.setup import (
     choose_device,
     memory_errors,
-    require_one_process,
     threads,
     ways_to_less_memory,
     with_backbone_options,
@@ -48,6 +52,9 @@ def train(
     In the main thread, signals can stop the run (`ttt.interrupt`): before the first step nothing is written; after
     that, the current step is finished and saved, and the pictures are drawn. If the output is closed, the run goes on.
 
+    If a launcher started several processes, each calls this, and they train one run together: `config.train.parallel`
+    says how. The first of them writes and prints.
+
     Args:
         config: the resolved config.
         backbone: the plugin that `config.backbone` names.
@@ -58,27 +65,37 @@ def train(
     Raises:
         ConfigError: the config cannot be honoured with this data and backbone.
         UsageError: the run directory is in use, or there is nothing to resume.
-        EnvironmentProblem: a device, a file, memory or disk space is missing, or this is one of several processes of a
-            distributed launch.
+        EnvironmentProblem: a device, a file, memory or disk space is missing, or other processes cannot be reached.
+        OtherProcessError: of several processes another one failed, and says why.
         AdapterMismatchError: `train.init_from` belongs to something else; nothing was written.
         NonFiniteError: a loss or gradient was not finite; the weights are those before that step.
         InactiveLayerError: on the first step, a TTT layer was not reached, did not learn, or got no gradient.
     """
-    require_one_process()
+    config = with_backbone_options(config, backbone)
     require_packages(config)
-    console = console or Console()
-    with interruptible(), lasting(console):
-        return _train(with_backbone_options(config, backbone), backbone, resume=resume, console=console, verify=verify)
+    with (
+        interruptible(),
+        joined(config.train, lambda: choose_device(config.train.device)) as world,
+        lasting(console or Console(quiet=not world.first)) as console,
+    ):
+        return _train(config, backbone, world, resume=resume, console=console, verify=verify)
 
 
-def _train(config: RunConfig, backbone: Backbone, *, resume: bool, console: Console, verify: bool) -> TrainResult:
+def _train(
+    config: RunConfig, backbone: Backbone, world: World, *, resume: bool, console: Console, verify: bool
+) -> TrainResult:
     run = rundir.choose(config, resume=resume)
-    with run.held():
-        checkpoint = _standing(run, config, backbone, console, resume=resume, verify=verify)
-        ended = None if checkpoint is None else finished(run, checkpoint, config)
+    with run.held() if world.first else contextlib.nullcontext():
+
+        def look() -> tuple[Path, Checkpoint | None, TrainResult | None]:
+            found = _standing(run, config, backbone, console, resume=resume, verify=verify)
+            return run.path, found, None if found is None else finished(run, found, config)
+
+        path, checkpoint, ended = world.from_first(look)
+        run = run if world.first else RunDir(path)
         if ended is not None:
             begin()
-            return _tidied(run, ended, config, console)
+            return _tidied(run, ended, config, console) if world.first else ended
         init_from = config.train.init_from if checkpoint is None else None
         start = None if init_from is None else read_info(init_from, verify=verify)
         device = choose_device(config.train.device)
@@ -88,16 +105,17 @@ def _train(config: RunConfig, backbone: Backbone, *, resume: bool, console: Cons
             threads(config.train.cpu_threads),
         ):
             try:
-                parts = build_parts(config, backbone, device, run, console, start=start, resumed=checkpoint)
+                parts = build_parts(
+                    config, backbone, device, run, console, start=start, resumed=checkpoint, world=world
+                )
                 require_space_for_one(parts)
                 progress = Progress() if checkpoint is None else restored(parts, checkpoint)
-                stop_if_asked()
+                _stop_if_one_was_asked(world)
             except StopRequested:
                 return _not_begun(run, checkpoint, console)
             begin()  # what is written now can be saved
             if checkpoint is None:
-                run.create(config)
-                _say_taken_over(run, console)
+                run.path = world.from_first(lambda: _created(run, config, console))
             return loop.run(parts, progress, resumed=checkpoint)
 
 
@@ -116,6 +134,25 @@ def _standing(
         if run.stored_config.is_as_written() is False:
             say(console, f"{run.stored_config.path} was changed since a run wrote it; look at it, if that was not you")
     return checkpoint
+
+
+def _stop_if_one_was_asked(world: World) -> None:
+    """End what has not begun in any of the processes.
+
+    Raises:
+        StopRequested: a signal asked one of them to stop.
+    """
+    if not world.alone:
+        begin()  # from here on a signal is heeded together with the others
+    if world.any(is_asked_to_stop()):
+        raise StopRequested
+
+
+def _created(run: RunDir, config: RunConfig, console: Console) -> Path:
+    """Make the run's folder; returns its path."""
+    run.create(config)
+    _say_taken_over(run, console)
+    return run.path
 
 
 def _say_taken_over(run: RunDir, console: Console) -> None:

@@ -36,6 +36,7 @@ from ttt.train.parts import Parts
 from ttt.train.passes import (
     describe,
     drawing_for,
+    fresh_rows,
     load_batch,
     mixed_precision,
     reset_rows,
@@ -121,7 +122,7 @@ class Stepper:
 
     def _passes(self, evidence: Observation | None) -> tuple[list[_Pass], dict[str, TTTState]]:
         """Run every forward and backward pass of the step; also returns the states to carry on from it."""
-        count = self._parts.config.train.num_microbatches
+        parts, count = self._parts, self._parts.config.train.num_microbatches
         numbers = range(self._progress.done * count, (self._progress.done + 1) * count)
         own = self._parts.world.rows(self._parts.config.train.batch_size)
         readings = [self._parts.order.at(number).part(own) for number in numbers]
@@ -129,7 +130,7 @@ class Stepper:
         passes: list[_Pass] = []
         for number, reading, (batch, share) in zip(numbers, readings, self._batches(numbers), strict=True):
             watched = evidence if not passes else None
-            with watched or contextlib.nullcontext():
+            with watched or contextlib.nullcontext(), parts.engine.backward(last=len(passes) == count - 1):
                 done, states = self._pass(number, reading, batch, share, states, watched)
             passes.append(done)
         return passes, states
@@ -161,13 +162,14 @@ class Stepper:
     ) -> tuple[_Pass, dict[str, TTTState]]:
         """Run forward and backward over one batch; also returns the states to carry."""
         parts, config = self._parts, self._parts.config
-        states = reset_rows(parts.injection, carried_in, reading.starts)
+        # from the starts of all rows: every process resets rows, or none does
+        states, fresh = fresh_rows(carried_in, parts.order.at(number).starts, parts.world, parts.device)
         rows = training_rows(config.train, number, parts.world.rows(config.train.batch_size))
-        carried_on = dict(carried_in)
+        carried_on, carrying = dict(carried_in), config.ttt.persistent_states
         # a recomputation reads the states too, so backward runs inside this context
-        with carried(parts.injection, states) if config.ttt.persistent_states else contextlib.nullcontext() as carry:
+        with carried(parts.injection, states, fresh=fresh) if carrying else contextlib.nullcontext() as carry:
             with mixed_precision(config.train, parts.device), drawing_for(rows):
-                output = parts.backbone.loss(parts.model, batch, config)
+                output = parts.engine.loss(batch)
             if evidence and self._progress.done == 0:
                 require_reached(evidence, parts)
             require_gradient(output, parts.backbone)
@@ -219,8 +221,15 @@ class Stepper:
             of_gradient=of_gradient,
             rows=training_rows(parts.config.train, read.number, rows),
             batch=load_batch(parts.dataset, self._reading(read, data_rank).windows, parts.device),
-            states=_states_of(data_rank, read, parts.world),
+            states=self._states_of(read, data_rank),
         )
+
+    def _states_of(self, read: _Pass, data_rank: int) -> Mapping[str, TTTState]:
+        """The fast weights with which a process began a pass; none if parameters are split: they cannot be reset."""
+        before = _states_of(data_rank, read, self._parts.world)
+        if self._parts.engine.is_sharded:
+            return {}
+        return reset_rows(self._parts.injection, before, self._reading(read, data_rank).starts)
 
     def _update(self) -> dict[str, float]:
         """Change the weights; returns the learning rates."""

@@ -53,10 +53,11 @@ def measure(parts: Parts, step: int, *, stop: Callable[[], bool], display: Displ
         parts.eval_dataset,
         parts.device,
         step=step,
-        stop=stop,
+        stop=stop if parts.world.alone else lambda: False,  # tasks ask when they like, and processes together
         adapters=parts.injection.adapters,
     )
     versions = weight_versions(parts.model)
+    parts.engine.unsplit()
     for chosen in parts.tasks:
         display.measuring(chosen.task.name)
         try:
@@ -67,6 +68,7 @@ def measure(parts: Parts, step: int, *, stop: Callable[[], bool], display: Displ
         _require_unchanged(parts, versions, chosen)
         if stop():
             return None
+    parts.engine.settle()
     display.measuring(None)
     return numbers
 

@@ -33,12 +33,12 @@ class LastingStream:
 
 
 @contextlib.contextmanager
-def lasting(console: Console) -> Iterator[None]:
+def lasting(console: Console) -> Iterator[Console]:
     """A context in which printing to the console raises nothing, even if its output is closed."""
     before: Any = vars(console).get("_file")  # None means the current standard output
     console.file = LastingStream(console.file)  # type: ignore[assignment]
     try:
-        yield
+        yield console
     finally:
         console.file = before
 

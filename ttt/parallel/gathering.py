@@ -1,0 +1,61 @@
+"""Tensors that are split among processes, made whole. All of the processes take part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ttt.parallel.world import World
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be split; a tensor that is not split is returned itself."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be split."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def split_like(value: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, which every process has, split as `other` is; itself if that is not split, or it is itself."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(other, DTensor) or isinstance(value, DTensor):
+        return value
+    value = value.to(other.device)
+    return distribute_tensor(value, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def on_first(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Whole tensors on the first process, on its CPU if they were split; nothing on the others."""
+    found = {}
+    for name, tensor in tensors.items():
+        made = whole(tensor.detach())
+        if world.first:
+            found[name] = made if made is tensor or world.alone else made.cpu()
+    return found
+
+
+def rows_on_first(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Tensors whose rows `[B,…]` are those of each process, as tensors of all rows on the first; nothing on the others.
+
+    Every process has as many rows.
+    """
+    if world.data_size == 1:
+        return dict(tensors) if world.first else {}
+    found = {}
+    for name, tensor in tensors.items():
+        parts = [torch.empty_like(tensor) for _ in range(world.data_size)]
+        dist.all_gather(parts, tensor.contiguous(), group=world.data_group)
+        if world.first:
+            found[name] = torch.cat(parts)
+    return found
