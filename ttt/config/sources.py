@@ -70,6 +70,28 @@ def places_of(data: BaseModel, key: str) -> dict[str, DataSource]:
     return {f"data.{key}.{number}.path": source for number, source in enumerate(sources)}
 
 
+def places_of_split(data: BaseModel, split: str) -> dict[str, DataSource]:
+    """The same for a split, `train` or `eval`, which is the training data if no other is named.
+
+    Empty if the config names none of either, so that it is the backbone's own.
+    """
+    of_its_own = split == "eval" and getattr(data, DATA_KEYS[1]) is not None
+    return places_of(data, "eval_data" if of_its_own else "train_data")
+
+
+def require_sources_fit(data: BaseModel) -> None:
+    """Refuse lists of sources in which something would do nothing: a source twice, weights of an evaluation.
+
+    Raises:
+        Misfit: there is such a source.
+    """
+    for key in DATA_KEYS:
+        written = getattr(data, key)
+        if not isinstance(written, str | None):
+            require_distinct(written, key)
+            require_unweighted(written if key == "eval_data" else (), key)
+
+
 def require_distinct(sources: Iterable[DataSource], key: str) -> None:
     """Refuse sources that differ in nothing but their weight.
 

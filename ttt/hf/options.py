@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, field_validator, model_validator
 
 from ttt.config import BackboneOptions, DataOptions, LocalPath, Misfit
+from ttt.config.sources import DataSource, Sources, require_sources_fit
 
 MOST_TOKENS = 1 << 24
 """Tokens of a window, and of what attention sees."""
@@ -86,6 +87,11 @@ class TextData(DataOptions):
     folder holds such files at any depth.
     """
 
+    train_data: str | Sources[DataSource] | None = None  # type: ignore[assignment]  # wider than the base's: see ttt.config.sources
+    """A file or folder of texts; or a list of several, each {path, weight}; null takes a random model's own."""
+    eval_data: str | Sources[DataSource] | None = None  # type: ignore[assignment]
+    """Held-out texts, named in the same way, without weights; null evaluates on the training data, and says so."""
+
     window_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = 1024
     """Length of a window; a document is cut into consecutive windows, the last of which is padded."""
     text_key: Annotated[str, Field(min_length=1)] = "text"
@@ -94,6 +100,11 @@ class TextData(DataOptions):
     """Begin each document with the tokenizer's beginning-of-sequence token; null does what the tokenizer does."""
     add_eos: bool | None = None
     """End each document with its end-of-sequence token; null does what the tokenizer does."""
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> TextData:
+        require_sources_fit(self)
+        return self
 
 
 CausalLMOptionsT = TypeVar("CausalLMOptionsT", bound=CausalLMOptions)

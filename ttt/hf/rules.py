@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ttt.config import Blame, Code, Finding, RunConfig, Severity
+from ttt.config.sources import DATA_KEYS, places_of
 from ttt.config.spelling import nearest
 from ttt.errors import EnvironmentProblem
 from ttt.foreign import ENOUGH, foreign
@@ -120,21 +121,24 @@ def data_is_named(config: RunConfig[CausalLMOptions, TextData]) -> Iterator[Find
 @rule(HF502, HF601, reads=("data.train_data", "data.eval_data"))
 def texts_can_be_read(config: RunConfig[CausalLMOptions, TextData]) -> Iterator[Finding]:
     """The data are text files, or folders with some; what is not there is told by a rule of the core."""
-    for key in ("train_data", "eval_data"):
-        written = getattr(config.data, key)
-        if written is None or not _exists(written):
-            continue
-        try:
-            source = find_source(written, field=f"data.{key}", most=_MOST_FILES)
-            problem = _wrong_with(source)
-        except EnvironmentProblem as error:
-            yield HF502.at(error.key or f"data.{key}", error.told.removeprefix(f"{error.key}: "), error.fix)
-            continue
-        if problem is not None:
-            told, fix = problem
-            yield HF502.at(f"data.{key}", f"{told}; the run stops before its first step", fix)
-        if any(file.suffix.lower() == ROWS for file in source.files) and find_spec("datasets") is None:
-            yield _missing(f"data.{key}", "Parquet", ("datasets",))
+    for key in DATA_KEYS:
+        for place, source in places_of(config.data, key).items():
+            if _exists(source.path):
+                yield from _text_can_be_read(source.path, place)
+
+
+def _text_can_be_read(written: str, place: str) -> Iterator[Finding]:
+    try:
+        source = find_source(written, field=place, most=_MOST_FILES)
+        problem = _wrong_with(source)
+    except EnvironmentProblem as error:
+        yield HF502.at(error.key or place, error.told.removeprefix(f"{error.key}: "), error.fix)
+        return
+    if problem is not None:
+        told, fix = problem
+        yield HF502.at(place, f"{told}; the run stops before its first step", fix)
+    if any(file.suffix.lower() == ROWS for file in source.files) and find_spec("datasets") is None:
+        yield _missing(place, "Parquet", ("datasets",))
 
 
 @rule(HF601, reads=("backbone.gguf_file",))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ttt.config import RunConfig
+from ttt.config.sources import DataSource, places_of_split
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.hf.demo import require_whole
 from ttt.hf.documents import Document, Source, find_source, place_of, read_documents
@@ -20,6 +21,7 @@ from ttt.hf.facts import known_config, size_in
 from ttt.hf.options import CausalLMOptions, TextData
 from ttt.hf.running import IGNORED
 from ttt.hf.tokens import DocumentTokens, Ids, load_tokenizer
+from ttt.plugins.data import SourceFiles, files_of_sources
 from ttt.words import first_few
 
 _FEWEST = 2
@@ -40,43 +42,54 @@ def text_windows(config: RunConfig[Any, Any], *, split: str, own: Path | None) -
     """
     options: CausalLMOptions = config.backbone
     data: TextData = config.data
-    field, written = "data.train_data", data.train_data
-    if split == "eval" and data.eval_data is not None:
-        field, written = "data.eval_data", data.eval_data
-    if written is None and own is None:
+    named = places_of_split(data, split)
+    if not named and own is None:
         raise UsageError(
             "a pretrained model has no data of its own",
-            key=field,
+            key="data.train_data",
             fix="name a text file, a .jsonl, a .parquet, or a folder of them",
         )
-    if written is None:
+    if not named:
         require_whole()
-    source = find_source(written if written is not None else str(own), field=field)
+        named = {"data.train_data": DataSource(path=str(own))}
+    found = {place: find_source(source.path, field=place) for place, source in named.items()}
     tokens = DocumentTokens(load_tokenizer(options), data)
-    corpus = read_corpus(source, tokens, data, field=field)
+    corpus, counts = Corpus(), []
+    for place, files in found.items():
+        counts.append(read_corpus(corpus, files, tokens, data, field=place))
     corpus.require_in_vocabulary(size_in(known_config(options), "vocab_size"), tokens.tokenizer.name)
-    return TextWindows(corpus, data.window_tokens)
+    return TextWindows(
+        corpus,
+        data.window_tokens,
+        files_of_sources(
+            (source.path, source.weight, count) for source, count in zip(named.values(), counts, strict=True)
+        ),
+    )
 
 
 class Corpus:
-    """The tokens of documents one after another, 4 bytes each, and where each document begins.
+    """The tokens of documents one after another, 4 bytes each, and where each document begins."""
 
-    Args:
-        source: the files that they are from.
-        field: the config key of it.
-    """
-
-    def __init__(self, source: Source, field: str) -> None:
-        self.field = field
-        self.notices = [source.notice] if source.notice else []
+    def __init__(self) -> None:
+        self.notices: list[str] = []
         """What a user must know of it."""
-        self._files = [str(file) for file in source.files]
-        self._numbers = {str(file): number for number, file in enumerate(source.files)}
+        self._files: list[str] = []
+        self._numbers: dict[str, int] = {}
         self._tokens = array("I")
         self._begin = array("q", [0])
         self._file, self._place = array("l"), array("q")
+        self._before = 0
         self._short: list[str] = []
         self._left_out = 0
+
+    def start(self, source: Source) -> None:
+        """Begin with a source of documents."""
+        if source.notice:
+            self.notices.append(source.notice)
+        for file in source.files:
+            if self._numbers.setdefault(str(file), len(self._files)) == len(self._files):
+                self._files.append(str(file))
+        self._before, self._short, self._left_out = len(self), [], 0
 
     def add(self, document: Document, ids: Ids) -> None:
         """Add a document; one in which there is nothing to predict is left out."""
@@ -90,27 +103,28 @@ class Corpus:
         self._file.append(self._numbers[str(document.file)])
         self._place.append(document.number or 0)
 
-    def finish(self) -> None:
-        """Tell what was left out.
+    def finish(self, source: Source, field: str) -> int:
+        """Tell what was left out of a source; returns how many documents are left.
 
         Raises:
-            EnvironmentProblem: nothing is left.
+            EnvironmentProblem: none is.
         """
-        if not len(self):
-            if self._left_out == 1 and len(self._files) == 1:
+        if len(self) == self._before:
+            if self._left_out == 1 and len(source.files) == 1:
                 told = f"{self._short[0]} is empty, or a single token"
             elif self._left_out:
                 told = f"none of the {self._left_out} documents has two tokens: {first_few(self._short)}"
             else:
-                told = f"{first_few(self._files)} holds no document"
+                told = f"{first_few(source.files)} holds no document"
             raise EnvironmentProblem(
-                f"{told}, so that there is nothing to predict", key=self.field, fix="name texts that are longer"
+                f"{told}, so that there is nothing to predict", key=field, fix="name texts that are longer"
             )
         if self._left_out:
             are = "document is" if self._left_out == 1 else "documents are"
             self.notices.append(
                 f"{self._left_out} {are} empty or a single token, and not read: {first_few(self._short)}"
             )
+        return len(self) - self._before
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -144,20 +158,19 @@ class Corpus:
             )
 
 
-def read_corpus(source: Source, tokens: DocumentTokens, data: TextData, *, field: str) -> Corpus:
-    """Read documents and keep their tokens.
+def read_corpus(corpus: Corpus, source: Source, tokens: DocumentTokens, data: TextData, *, field: str) -> int:
+    """Read the documents of a source and keep their tokens; returns how many documents.
 
     Raises:
         EnvironmentProblem: a document cannot be read, or there are none.
     """
-    corpus = Corpus(source, field)
+    corpus.start(source)
     for document in read_documents(source, text_key=data.text_key, field=field):
         try:
             corpus.add(document, tokens.encode(document.text))
         except EnvironmentProblem as error:
             raise EnvironmentProblem(f"{field}: {document.place}: {error}") from error.__cause__
-    corpus.finish()
-    return corpus
+    return corpus.finish(source, field)
 
 
 class TextWindows:
@@ -168,13 +181,15 @@ class TextWindows:
     there, and labels are −100.
     """
 
-    def __init__(self, corpus: Corpus, length: int) -> None:
+    def __init__(self, corpus: Corpus, length: int, sources: Sequence[SourceFiles] = ()) -> None:
         self._corpus = corpus
         self._length = length
         predicted = np.diff(corpus.begin) - 1
         self._first: NDArray[np.int64] = np.concatenate([[0], np.cumsum(-(-predicted // length))])
         self.files: Sequence[range] = _Ranges(self._first)
         """The windows of each document."""
+        self.sources = sources
+        """Which documents are of which source."""
         self.notice: str | None = "; ".join(corpus.notices) or None
         """What a user must know of these documents."""
 

@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     )
     from ttt.plugins.capability_base import Capability, has_capability
     from ttt.plugins.capable import capability
-    from ttt.plugins.data import Batch, LossOutput, SourceFiles, StagedDataset, WindowDataset, WindowReader
+    from ttt.plugins.data import (
+        Batch,
+        LossOutput,
+        SourceFiles,
+        StagedDataset,
+        WindowDataset,
+        WindowReader,
+        files_of_sources,
+    )
     from ttt.plugins.denoising import SegmentLosses, WindowSource
     from ttt.plugins.discovery import GROUP, PluginInfo, discover, find, forget, get_backbone, names
     from ttt.plugins.eval_tasks import AnyEvalTask, EvalContext, EvalTask
@@ -87,6 +95,7 @@ _EXPORTS = {
     "Streaming": "ttt.plugins.capabilities",
     "WeightImport": "ttt.plugins.capabilities",
     "StagedDataset": "ttt.plugins.data",
+    "files_of_sources": "ttt.plugins.data",
     "WindowDataset": "ttt.plugins.data",
     "WindowReader": "ttt.plugins.data",
     "Part": "ttt.plugins.part",
@@ -154,6 +163,7 @@ __all__ = [
     "WindowSource",
     "capability",
     "discover",
+    "files_of_sources",
     "find",
     "forget",
     "get_backbone",

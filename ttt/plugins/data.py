@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -69,6 +69,15 @@ def tensors_in(batch: Batch) -> Iterator[Tensor]:
     elif isinstance(batch, (tuple, list)):
         for value in batch:
             yield from tensors_in(value)
+
+
+def files_of_sources(sources: Iterable[tuple[str, float, int]]) -> list[SourceFiles]:
+    """Which files of a dataset are of which source: by name, weight, and how many files each has, in order."""
+    found: list[SourceFiles] = []
+    for name, weight, count in sources:
+        first = found[-1].files.stop if found else 0
+        found.append(SourceFiles(name, range(first, first + count), weight))
+    return found
 
 
 def source_files(dataset: WindowDataset) -> Sequence[SourceFiles]:

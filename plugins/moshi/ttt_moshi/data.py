@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ttt.checksums import file_digest
 from ttt.errors import EnvironmentProblem, UsageError
-from ttt.plugins import SourceFiles
+from ttt.plugins import SourceFiles, files_of_sources
 from ttt.reading import unreadable
 from ttt_moshi import demo
 from ttt_moshi.codec import DemoCodec
@@ -242,11 +242,11 @@ def cut(
     """
     recordings: list[Recording] = []
     of: list[SpeechSource] = []
-    files: list[SourceFiles] = []
+    counts: list[tuple[str, float, int]] = []
     notes: list[str] = []
     for source in sources:
         found = source.recordings(frame_sec=frame_sec, notes=notes)
-        files.append(SourceFiles(source.path, range(len(recordings), len(recordings) + len(found)), source.weight))
+        counts.append((source.path, source.weight, len(found)))
         recordings += found
         of += [source] * len(found)
     ranges = []
@@ -255,7 +255,7 @@ def cut(
         # every full window, and one more for a rest of at least a frame
         whole = max(0.0, recording.info.seconds - frame_sec)
         ranges.append(range(start, start := start + 1 + math.floor(whole / duration_sec)))
-    return Spans(tuple(recordings), tuple(of), tuple(ranges), duration_sec), files, notes
+    return Spans(tuple(recordings), tuple(of), tuple(ranges), duration_sec), files_of_sources(counts), notes
 
 
 # --- the plugin's datasets ---

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from ttt.config import BackboneOptions, DataOptions, LocalPath, Misfit, RunConfig, ScoreOptions
-from ttt.config.sources import DATA_KEYS, DataSource, Sources, require_distinct, require_unweighted, sources_of
+from ttt.config.sources import DATA_KEYS, DataSource, Sources, require_sources_fit, sources_of
 from ttt.plugins import NeededFile
 from ttt_moshi.model_config import LARGEST_SIZE as LARGEST_SIZE  # the largest of sizes here, too
 from ttt_moshi.model_config import PUBLISHED, ModelConfig, read_model_config, require_lora
@@ -168,12 +168,11 @@ class MoshiData(DataOptions):
     @model_validator(mode="after")
     def _sources_fit(self) -> MoshiData:
         """Refuse what would do nothing: a source named twice, weights of an evaluation, a format that no source has."""
+        require_sources_fit(self)
         named = {key: sources_of(self, key) for key in DATA_KEYS}
         for key, sources in named.items():
-            require_distinct(sources, key)
             for source in sources:
                 self._require_voice(source, key)
-        require_unweighted(named["eval_data"], "eval_data")
         own = () if self.train_data is not None else (self.source("the demo's"),)
         self._require_use(own + named["train_data"] + named["eval_data"])
         return self

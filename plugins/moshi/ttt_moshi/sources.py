@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ttt.config.sources import DataSource, places_of
+from ttt.config.sources import DataSource, places_of_split
 from ttt.errors import EnvironmentProblem
 from ttt.jsonl import jsonl_files, read_jsonl
 from ttt.reading import unreadable
@@ -133,10 +133,8 @@ def sources_of_split(data: MoshiData, split: str) -> list[SpeechSource]:
 
     If the config names data for training alone, `eval` is these.
     """
-    key = "eval_data" if split == "eval" and data.eval_data is not None else "train_data"
-    named = places_of(data, key)
-    if not named:
-        named = {f"data.{key}": data.source(str(demo.EVAL_DATA if split == "eval" else demo.TRAIN_DATA))}
+    own = data.source(str(demo.EVAL_DATA if split == "eval" else demo.TRAIN_DATA))
+    named = places_of_split(data, split) or {"data.train_data": own}
     return [SpeechSource.of(source, data, field) for field, source in named.items()]
 
 

@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ttt.config.sources import DataSource, places_of_split
 from ttt.errors import EnvironmentProblem, UnreadableError, UsageError
 from ttt.files import mapping_errors, verify_tensors
 from ttt.jsonl import jsonl_files, read_jsonl
-from ttt.plugins import WindowSource
+from ttt.plugins import SourceFiles, WindowSource, files_of_sources
 from ttt.reading import require_file
 from ttt_videodit import demo
 from ttt_videodit.clip import CROPS, Split, demo_captions, demo_pictures
@@ -56,6 +57,11 @@ class Video(Protocol):
         ...
 
     @property
+    def field(self) -> str:
+        """The config key of its source, with which messages begin."""
+        ...
+
+    @property
     def start_sec(self) -> float:
         """Its start in the file that it was made from."""
         ...
@@ -88,16 +94,19 @@ class LatentWindows:
     Args:
         videos: each at least as long as a window.
         wanted: the length of a window, and how videos are cut.
-        field: the config key of the data, with which messages begin.
         notice: a note for the user about the data.
+        sources: which videos are of which source, if there are several.
     """
 
-    def __init__(self, videos: Sequence[Video], wanted: Wanted, *, field: str, notice: str | None = None) -> None:
+    def __init__(
+        self, videos: Sequence[Video], wanted: Wanted, *, notice: str | None = None, sources: Sequence[SourceFiles] = ()
+    ) -> None:
+        self.sources = sources
+        """Which videos are of which source."""
         self.notice = notice
         """A note for the user about this data, printed when a run starts."""
         self._videos = tuple(videos)
         self._wanted = wanted
-        self._field = field
         ranges, start = [], 0
         for video in self._videos:
             ranges.append(range(start, start := start + len(video.captions) // wanted.window))
@@ -126,7 +135,7 @@ class LatentWindows:
             texts = [video.text(segment) for segment in range(first, first + self._wanted.window)]
             sample["text"] = torch.stack(texts)
         except LineError as error:
-            raise EnvironmentProblem(f"{self._field}: {video.place}: {error}") from None
+            raise EnvironmentProblem(f"{video.field}: {video.place}: {error}") from None
         return sample
 
     def collate(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -182,17 +191,15 @@ def latent_windows(
         UsageError: the config names no data, and the preset has none of that kind.
     """
     wanted = Wanted.of(options, data)
-    field, source = "data.train_data", data.train_data
-    if split == "eval" and data.eval_data is not None:
-        field, source = "data.eval_data", data.eval_data
-    if source is not None:
-        return _indexed_windows(Path(source), wanted, field, verify=data.verify)
+    named = places_of_split(data, split)
+    if named:
+        return _indexed_windows(named, wanted, verify=data.verify)
     missing = missing_data(options, data)
     if missing is not None:
         raise UsageError(f"{missing[0]}: {missing[1]}; {missing[2]}")
     if options.preset == "demo":
-        return _demo_windows("eval" if split == "eval" else "train", wanted, field)
-    return LatentWindows([_random_video(wanted, split)], wanted, field=field, notice=_RANDOM_NOTICE)
+        return _demo_windows("eval" if split == "eval" else "train", wanted)
+    return LatentWindows([_random_video(wanted, split)], wanted, notice=_RANDOM_NOTICE)
 
 
 # --- precomputed ---
@@ -203,10 +210,12 @@ class _IndexedVideo:
 
     Args:
         entry: the line.
+        field: the config key of its source.
         unverified: files, of other lines too, with the checksums to compare before they are first read.
     """
 
-    def __init__(self, entry: EncodedVideo, unverified: dict[Path, str | None]) -> None:
+    def __init__(self, entry: EncodedVideo, field: str, unverified: dict[Path, str | None]) -> None:
+        self.field = field
         self.name = Path(entry.video).name
         self.place = entry.place
         self.start_sec = entry.start_sec
@@ -266,7 +275,30 @@ def _read_rows(path: Path, name: str, first: int, stop: int) -> Tensor:
     return rows
 
 
-def _indexed_windows(source: Path, wanted: Wanted, field: str, *, verify: bool) -> LatentWindows:
+def _indexed_windows(named: Mapping[str, DataSource], wanted: Wanted, *, verify: bool) -> LatentWindows:
+    videos: list[_IndexedVideo] = []
+    counts: list[int] = []
+    notices: list[str] = []
+    unverified: dict[Path, str | None] = {}
+    for field, source in named.items():
+        entries, notice = _read_source(Path(source.path), wanted, field)
+        counts.append(len(entries))
+        notices += filter(None, (notice,))
+        for entry in entries if verify else ():
+            unverified |= entry.checksums
+        videos += [_IndexedVideo(entry, field, unverified) for entry in entries]
+    sources = files_of_sources(
+        (source.path, source.weight, count) for source, count in zip(named.values(), counts, strict=True)
+    )
+    return LatentWindows(videos, wanted, notice="\n".join(notices) or None, sources=sources)
+
+
+def _read_source(source: Path, wanted: Wanted, field: str) -> tuple[list[EncodedVideo], str | None]:
+    """The videos of an index, or of a folder of them, that are as long as a window; and what is not read of it.
+
+    Raises:
+        EnvironmentProblem: there are none, or some cannot be used; the message names file and line.
+    """
     if not source.exists():
         raise EnvironmentProblem(f"{field}: {source} does not exist; `ttt precompute` makes it from data.videos")
     videos: list[EncodedVideo] = []
@@ -299,11 +331,7 @@ def _indexed_windows(source: Path, wanted: Wanted, field: str, *, verify: bool) 
             f"{left_over} of {sum(len(video.segments) for video in videos)} segments, at the ends of videos, fill no "
             f"window of {seconds} and are not read"
         )
-    notice = f"{source}: {'; '.join(told)}" if told else None
-    unverified: dict[Path, str | None] = {}
-    for video in videos if verify else ():
-        unverified |= video.checksums
-    return LatentWindows([_IndexedVideo(video, unverified) for video in videos], wanted, field=field, notice=notice)
+    return videos, f"{source}: {'; '.join(told)}" if told else None
 
 
 # --- the plugin's own ---
@@ -321,6 +349,7 @@ class _MemoryVideo:
         source: WindowSource,
     ) -> None:
         self.name = self.place = name
+        self.field = "data.train_data"
         self.source = source
         self.start_sec = 0.0
         self.captions = captions
@@ -334,7 +363,7 @@ class _MemoryVideo:
         return self._texts[segment]
 
 
-def _demo_windows(split: Split, wanted: Wanted, field: str) -> LatentWindows:
+def _demo_windows(split: Split, wanted: Wanted) -> LatentWindows:
     """Windows of the clip, encoded as `ttt precompute` would; that takes about a second."""
     count = demo_segments(wanted.segments)
     if split == "eval":  # once through what is held out, if a window is not longer
@@ -343,7 +372,6 @@ def _demo_windows(split: Split, wanted: Wanted, field: str) -> LatentWindows:
     return LatentWindows(
         [_demo_video(split, left, wanted.segments, count, wanted.text_length) for left in CROPS[split]],
         wanted,
-        field=field,
         notice=DemoCodec.stand_in,
     )
 

@@ -65,11 +65,9 @@ class Job:
             EnvironmentProblem: the list is wrong, with file and line.
         """
         written = getattr(data, target)
-        if written is None or not written.endswith(".jsonl"):
-            raise UsageError(
-                f"data.{target}: {'null' if written is None else written}; name the .jsonl index that data.{source} is "
-                f"to become"
-            )
+        if not isinstance(written, str) or not written.endswith(".jsonl"):
+            told = written if isinstance(written, str) else "null" if written is None else "a list"
+            raise UsageError(f"data.{target}: {told}; name the .jsonl index that data.{source} is to become")
         replaced_file(Path(written))
         wanted = Wanted.of(options, data)
         videos = _read_list(Path(getattr(data, source)), wanted, f"data.{source}")

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from ttt.config import BackboneOptions, DataOptions, LocalPath, Misfit, RunConfig
+from ttt.config.sources import DataSource, Sources, require_sources_fit
 from ttt.errors import EnvironmentProblem
 from ttt.files import read_json
 from ttt_videodit.geometry import PATCH_SIZE, SEGMENT_SEC, SPATIAL_COMPRESSION, Segments
@@ -124,6 +125,10 @@ class VideoDiTData(DataOptions):
     `ttt precompute` makes them: a `.jsonl` index, one line for each video, that names safetensors files beside it.
     """
 
+    train_data: str | Sources[DataSource] | None = None  # type: ignore[assignment]  # wider than the base's: see ttt.config.sources
+    """An index or a folder of them, or a list of several, each {path, weight}; null takes the demo's, if it is that."""
+    eval_data: str | Sources[DataSource] | None = None  # type: ignore[assignment]
+    """Held-out data, named in the same way, without weights; null evaluates on the training data, and says so."""
     duration_sec: Annotated[int, Field(ge=SEGMENT_SEC, le=63 * 60)] = SEGMENT_SEC
     """Length of a training window: segments of 3 s, each with its text; a video is cut into consecutive windows."""
     text_length: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -138,6 +143,11 @@ class VideoDiTData(DataOptions):
     """What it makes `eval_data` of, in the same format."""
     verify: bool = True
     """Compare each file of latents and texts with its checksum when it is first read, which reads all of it."""
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> VideoDiTData:
+        require_sources_fit(self)
+        return self
 
     @field_validator("duration_sec")
     @classmethod

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from ttt.config import Blame, Code, Finding, Severity
+from ttt.config.sources import DATA_KEYS, places_of
 from ttt.errors import EnvironmentProblem
 from ttt.jsonl import Line, read_excerpt, read_jsonl
 from ttt.plugins import rule
@@ -80,10 +81,11 @@ def videos_can_be_read(config: VideoDiTRun) -> list[Finding]:
     data = config.data
     wanted = Wanted.of(config.backbone, data)
     findings: list[Finding] = []
-    for key in ("train_data", "eval_data"):
-        index = _read_index(getattr(data, key), wanted)
-        if index is not None:
-            findings += _findings(index, f"data.{key}", wanted)
+    for key in DATA_KEYS:
+        for place, source in places_of(data, key).items():
+            index = _read_index(source.path, wanted)
+            if index is not None:
+                findings += _findings(index, place, wanted)
     return findings
 
 
@@ -140,9 +142,9 @@ def _of_ttt_video(file: str | Path) -> str:
     return "; TTT-Video's latents and texts are such files, so name a .jsonl" if str(file).endswith(".pt") else ""
 
 
-def _read_index(source: str | None, wanted: Wanted) -> _Index | None:
+def _read_index(source: str, wanted: Wanted) -> _Index | None:
     """The lines; None if there is no such file, which one of the core's rules reports."""
-    read = None if source is None else read_excerpt(source, most_lines=_MOST_LINES, most_bytes=_MOST_BYTES)
+    read = read_excerpt(source, most_lines=_MOST_LINES, most_bytes=_MOST_BYTES)
     if read is None:
         return None
     unreadable = {**read.broken_off, **read.foreign}
