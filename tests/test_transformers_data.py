@@ -28,6 +28,7 @@ from ttt.hf.scoring import score, score_stream
 from ttt.hf.tokens import ByteTokenizer, DocumentTokens, load_tokenizer
 from ttt.hf.windows import text_windows
 from ttt.plugins import get_backbone, run_config_model
+from ttt.train.setup import order
 
 BACKBONE = get_backbone("transformers")
 CONFIG = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -78,6 +79,55 @@ def test_windows_hold_each_document_whole_and_apart(tmp_path: Path) -> None:
         _require_documents(_windows(_lines(tmp_path / "b.jsonl", {"text": "".join(documents)})), documents)
     with pytest.raises(AssertionError):
         _require_documents(_windows(_lines(tmp_path / "c.jsonl", *({"text": t[:8]} for t in documents))), documents)
+
+
+def test_several_sources_with_weights_are_read_by_their_shares(tmp_path: Path) -> None:
+    (tmp_path / "books").mkdir()
+    for name in "ab":
+        (tmp_path / "books" / f"{name}.txt").write_text(f"a book named {name}")
+    web = _lines(
+        tmp_path / "web.jsonl", *({"text": f"page {number}, nothing more"} for number in range(5)), {"text": ""}
+    )
+    named = [{"path": str(web), "weight": 3}, {"path": str(tmp_path / "books")}]
+    config = _run({"train_data": named, "window_tokens": 8})
+    windows = text_windows(config, split="train", own=None)
+    assert [(source.name, source.files, source.weight) for source in windows.sources] == [
+        (str(web), range(5), 3.0),
+        (str(tmp_path / "books"), range(5, 7), 1.0),
+    ]
+    alone = [_windows(source["path"]) for source in named]
+    assert len(windows) == sum(map(len, alone))
+    for number in range(len(alone[1])):
+        found, expected = windows[len(alone[0]) + number], alone[1][number]
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert windows.describe(len(alone[0]) + number) == alone[1].describe(number)
+    assert windows.notice == alone[0].notice
+    reading = order(config, windows)
+    read = [window for number in range(40) for window in reading.at(number).windows]
+    assert sum(window < len(alone[0]) for window in read) == 30
+    assert text_windows(config, split="eval", own=None).sources == windows.sources
+
+
+@pytest.mark.parametrize(
+    ("data", "key", "message"),
+    [
+        ("[{path: a.txt}, {path: nothing.txt}]", "data.train_data.1.path", "'nothing.txt' does not exist"),
+        ("[{path: a.txt}, {path: b.txt, weight: 2}]", "data.train_data.1.path", "b.txt is empty"),
+        ("[{path: a.txt}, {path: a.txt, weight: 2}]", "data.train_data", "names 'a.txt' twice"),
+        ("null\n  eval_data: [{path: a.txt, weight: 2}]", "data.eval_data", "an evaluation reads each window once"),
+        ("a.txt:2", "data.train_data", "write a list, [{path: a.txt, weight: 2}]"),
+        ("'a.txt:2,b.txt'", "data.train_data", "write a list, [{path: a.txt, weight: 2}, {path: b.txt, weight: 1}]"),
+    ],
+)
+def test_sources_that_cannot_be_read_are_found_at_their_place(
+    data: str, key: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a text")
+    (tmp_path / "b.txt").touch()
+    text = f"backbone: {{name: transformers, config: {{model_type: llama}}}}\ndata:\n  train_data: {data}\n"
+    findings = check_config("config.yaml", text=text).findings
+    assert any(each.path == key and message in f"{each.message}; {each.fix}" for each in findings), findings
 
 
 def test_documents_of_a_single_token_are_told_and_left_out(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ttt.config import Explanation, Finding
 from ttt.errors import ConfigError, EnvironmentProblem, UsageError
 from ttt.files import read_header, write_tensors
 from ttt.plugins import get_backbone
+from ttt.train.setup import order
 from ttt_videodit.clip import CROPS, Split, demo_frames
 from ttt_videodit.codec import DemoCodec
 from ttt_videodit.data import LatentWindows, latent_windows
@@ -104,6 +105,56 @@ def test_latents_that_changed_are_told_when_they_are_first_read_unless_the_confi
         windows[1]
     changed = latent_windows(VideoDiTOptions(), unlooked, split="train", device="cpu")[1]["text"]
     assert not torch.equal(changed[0], folder.tensors["a-1"]["text"])
+
+
+def test_several_indexes_with_weights_are_read_by_their_shares(tmp_path: Path) -> None:
+    folders = []
+    for name, videos in (("city", (2, 1)), ("sea", (3,))):
+        (tmp_path / name).mkdir()
+        folders.append(Folder(tmp_path / name))
+        for number, segments in enumerate(videos):
+            folders[-1].add(f"{name}{number}", segments)
+        folders[-1].write()
+    city, sea = folders
+    named = [{"path": str(city.index), "weight": 1}, {"path": str(sea.index), "weight": 3}]
+    loaded = reading(train_data=named)
+    windows = latent_windows(loaded.backbone, loaded.data, split="train", device="cpu")
+    assert [(source.name, source.files, source.weight) for source in windows.sources] == [
+        (str(city.index), range(2), 1.0),
+        (str(sea.index), range(2, 3), 3.0),
+    ]
+    assert [windows.describe(number) for number in range(len(windows))] == [
+        each.describe(number) for each in (city.windows(), sea.windows()) for number in range(len(each))
+    ]
+    assert torch.equal(windows[4]["mean"], sea.windows()[1]["mean"])
+    turns = order(loaded, windows)
+    read = [window for number in range(40) for window in turns.at(number).windows]
+    assert sum(window >= 3 for window in read) == 30
+    (sea.path / "sea0.safetensors").unlink()
+    with pytest.raises(EnvironmentProblem, match=r"^data\.train_data\.1\.path: .*sea/train\.jsonl:1: no file"):
+        latent_windows(loaded.backbone, loaded.data, split="train", device="cpu")
+    text = json.dumps({"backbone": {"name": "videodit"}, "data": {"train_data": named}})
+    found = check_config("config.yaml", text=text).findings
+    assert "data.train_data.1.path" in {finding.path for finding in found}
+
+
+def reading(**data: Any) -> Any:
+    text = {"backbone": {"name": "videodit"}, "data": data, "train": {"device": "cpu"}}
+    return load_config("config.yaml", text=json.dumps(text)).config
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"train_data": [{"path": "a.jsonl"}, {"path": "a.jsonl"}]}, "names 'a.jsonl' twice"),
+        ({"eval_data": [{"path": "a.jsonl", "weight": 2}]}, "an evaluation reads each window once"),
+        ({"train_data": "a.jsonl:2,b.jsonl"}, "write a list, [{path: a.jsonl, weight: 2}, {path: b.jsonl, weight: 1}]"),
+    ],
+)
+def test_sources_that_do_not_fit_are_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        reading(**data)
+    assert message in str(caught.value)
 
 
 def test_another_file_under_the_name_of_the_one_that_was_listed_is_told(folder: Folder) -> None:

@@ -696,6 +696,7 @@ def test_a_wrong_list_stops_everything_before_anything_is_done(folder: Path) -> 
     [
         ({"videos": None}, r"data.videos: null; name a .jsonl file with lines such as"),
         ({"train_data": None}, r"data.train_data: null; name the .jsonl index that data.videos is to become"),
+        ({"train_data": [{"path": "a.jsonl"}]}, r"data.train_data: a list; name the .jsonl index that data.videos is"),
         ({"train_data": "latents"}, r"data.train_data: latents; name the .jsonl index"),
         (
             {"eval_videos": "videos.jsonl", "eval_data": "train.jsonl"},
