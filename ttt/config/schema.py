@@ -278,7 +278,7 @@ class TrainConfig(Section):
     batch_size: Annotated[int, Field(ge=1, le=MOST_WINDOWS)] = 1
     """Windows per forward pass, over all processes; with `persistent_states`, streams read side by side."""
     num_microbatches: Annotated[int, Field(ge=1, le=MOST_WINDOWS)] = 1
-    """Forward passes whose gradients are accumulated into one optimiser step."""
+    """Forward passes whose gradients are accumulated into one optimiser step; its loss is one mean over all of them."""
     lr: Annotated[float, Field(gt=0, le=MOST_RATE)] = 1e-4
     """Peak learning rate; the multipliers below apply to it."""
     weight_lr_multiplier: Annotated[float, Field(ge=0, le=MOST_FACTOR)] = 1.0

@@ -1,7 +1,7 @@
 """The training loop.
 
 Each step reads `num_microbatches` batches, sums their gradients, and makes one optimiser step (`ttt.train.step`).
-All random draws are a function of the seed and the number of the forward pass, and everything else is in the
+All random draws are a function of the seed, the step and a row's place in it, and everything else is in the
 checkpoint, so a resumed run goes on as if it had not stopped.
 """
 

@@ -66,7 +66,7 @@ class ExampleBackbone(Backbone[ExampleOptions, ExampleData], Streaming):
         return TextWindows(DEMO if file is None else Path(file), config.data.window_bytes)
 
     def loss(self, model: nn.Module, batch: Batch, config: ExampleRun) -> LossOutput:
-        """Cross-entropy of each next byte."""
+        """Cross-entropy of each next byte. If some did not count, as padding, `loss_weights` would say how many do."""
         from torch.nn.functional import cross_entropy
 
         logits = model(batch[:, :-1])
