@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -369,8 +370,6 @@ def _with_sources(*sources: SourceFiles) -> Any:
 
 
 def _site(**changes: Any) -> Any:
-    from dataclasses import replace
-
     return lambda self, model: [replace(site, **changes) for site in ToyBackbone.sites(self, model)]
 
 
@@ -423,6 +422,27 @@ TRAINED: dict[str, tuple[dict[str, Any], str, str]] = {
         "`loss`",
         "a metric of the name 'step'",
     ),
+    "loss: means": (
+        {"loss": _loss(lambda output: replace(output, means=output.loss.expand(2, 2)))},
+        "`loss`",
+        "whose means are torch.float32 [2, 2], not a tensor [K] of floating point",
+    ),
+    "loss: more means than weights": (
+        {"loss": _loss(lambda output: replace(output, means=output.loss.expand(2) / 2))},
+        "`loss`",
+        "a loss of 2 means, but `loss_weights` gives 1 sums of weights",
+    ),
+    "loss: a metric over no mean": (
+        {"loss": _loss(lambda output: replace(output, metrics_over={"accuracy": "text"}))},
+        "`loss`",
+        "whose metrics_over has 'accuracy': 'text', not a metric and a whole number",
+    ),
+    "loss_weights: a number": (
+        {"loss_weights": lambda self, batch, config: 2.0},
+        "`loss_weights`",
+        "a float, not a tensor [K] of sums of weights",
+    ),
+    "loss_weights raises": ({"loss_weights": lambda self, batch, config: batch["mask"]}, "`loss_weights`", "KeyError"),
     "is_attention: a match": (
         {"is_attention": lambda self, name: re.search("x", name)},
         "`is_attention`",
@@ -509,8 +529,6 @@ def test_a_window_that_cannot_be_described_hides_no_other_error() -> None:
 
 def test_a_layer_that_is_never_called_is_told_before_backward(tmp_path: Path) -> None:
     def sites(self: ToyBackbone, model: nn.Module) -> Any:
-        from dataclasses import replace
-
         return [replace(site, subclass=type(site.module)) for site in ToyBackbone.sites(self, model)]
 
     with pytest.raises(InactiveLayerError, match=r"never reached it; the site that the backbone toy offers there"):

@@ -287,13 +287,8 @@ def test_a_mean_in_which_nothing_counts_is_nothing(cases: Callable[[str], Case])
 
 
 def test_one_pass_in_one_process_is_the_loss_itself(tmp_path: Path, cases: Callable[[str], Case]) -> None:
-    """Bit for bit, and its weights are not even asked for."""
-
-    class Unasked(CountsSomeTokens):
-        def loss_weights(self, batch: Any, config: Any) -> torch.Tensor:
-            raise AssertionError
-
-    parts = Case(TOY, Unasked()).parts(tmp_path, World(), "train.batch_size=4", dtype=torch.float32)
+    """Bit for bit."""
+    parts = cases("two means").parts(tmp_path, World(), "train.batch_size=4", dtype=torch.float32)
     batch = load_batch(parts.dataset, parts.order.at(0).windows, parts.device)
     with torch.no_grad():
         loss = parts.backbone.loss(parts.model, batch, parts.config).loss

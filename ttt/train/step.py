@@ -29,7 +29,7 @@ from ttt.train.divergence import StepNotFiniteError
 from ttt.train.host_copy import HostCopy
 from ttt.train.loading import Loader
 from ttt.train.lora import mean_share
-from ttt.train.means import Share, added, even_shares, shares, weighs_rows
+from ttt.train.means import Share, added, even_shares, means_of, shares, weighs_rows
 from ttt.train.metrics import finite
 from ttt.train.order import Reading
 from ttt.train.parts import Parts
@@ -173,6 +173,8 @@ class Stepper:
             if evidence and self._progress.done == 0:
                 require_reached(evidence, parts)
             require_gradient(output, parts.backbone)
+            if self._progress.done == 0:  # one pass alone needs no weights, but the first evaluation will
+                means_of(output, parts.backbone.loss_weights(batch, config), parts.backbone)
             own = share.of_loss(output, parts.backbone)
             own.backward()
             if carry is not None:
