@@ -18,7 +18,7 @@ import soundfile
 import torch
 from rich.console import Console
 
-from ttt.check import load_config
+from ttt.check import check_config, load_config
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.files import TEMPORARY
 from ttt.plugins import Part, get_backbone
@@ -67,7 +67,7 @@ def config(speech: Path, codes: Path | None, *overrides: str, **data: Any) -> An
     }
     file = speech / "config.yaml"
     file.write_text(json.dumps(text))
-    return load_config(file, overrides=overrides).config
+    return load_config(file, overrides=overrides, training=False).config
 
 
 def make(config: Any) -> str:
@@ -161,6 +161,22 @@ def test_codes_that_are_missing_or_of_something_else_are_told(speech, tmp_path):
     )
     changed = [{"path": str(speech / "talk.jsonl"), "format": "audio", "channel": "right"}]
     assert "are of channel both, not right" in refused(config(speech, codes, train_data=changed))
+
+
+def test_a_check_says_that_codes_are_missing_or_of_something_else(speech, tmp_path):
+    codes = tmp_path / "codes"
+
+    def told(**data: Any) -> list[str]:
+        config(speech, codes, **data)
+        return [each.message for each in check_config(speech / "config.yaml").findings if each.code == "MSH506"]
+
+    assert told()[0].startswith(f"talk.jsonl:1 (talk.wav: no codes of it in {codes})")
+    run = config(speech, codes)
+    make(run)
+    assert told() == []
+    assert "talk.wav: its codes in" in told(duration_sec=3)[0]
+    assert "are of windows of 2.0 s, not 3.0 s); " in told(duration_sec=3)[0]
+    assert load_config(speech / "config.yaml", training=False).config.data.codes == str(codes)  # to precompute them
 
 
 def test_codes_of_another_codec_are_told(speech, tmp_path, monkeypatch):

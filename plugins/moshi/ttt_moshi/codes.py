@@ -63,6 +63,11 @@ class CodeSettings:
         ]
 
 
+def channel_in_words(transcribed: bool, channel: str | None) -> str:
+    """`CodeSettings.channel` of a source."""
+    return "both" if transcribed else channel or "only"
+
+
 @dataclass(frozen=True)
 class Content:
     """What identifies a recording's content without reading all of it."""
@@ -162,15 +167,41 @@ class CodeFile:
         return kept.get("mtime_ns") != self.content.mtime_ns and kept.get("sha256") != checksums.file_digest(self.audio)
 
     def _missing(self) -> str:
-        others = sorted(self.path.parent.glob(f"{self.content.short}-*.safetensors"))
-        for other in others:
-            try:
-                differences = self.settings.differences(kept_in(read_header(other)))
-            except EnvironmentProblem:
-                continue
-            if differences:
-                return f"its codes in {self.path.parent} are of {' and '.join(differences)}; {_AGAIN}"
-        return f"no codes of it in {self.path.parent}; {_AGAIN}"
+        return f"{missing(self.path.parent, self.content, self.settings) or self._none()}; {_AGAIN}"
+
+    def _none(self) -> str:
+        return f"no codes of it in {self.path.parent}"
+
+
+def missing(folder: Path, content: Content, settings: CodeSettings) -> str | None:
+    """Why a folder has no codes of a recording by these settings, in words; None if it has some.
+
+    If `settings.codec` is empty, codes of any codec are meant.
+    """
+    told = f"no codes of it in {folder}"
+    for file in sorted(folder.glob(f"{content.short}-*.safetensors")):
+        try:
+            kept = kept_in(read_header(file))
+        except EnvironmentProblem:
+            continue
+        differences = settings.differences(kept if settings.codec else {**kept, "codec": ""})
+        if not differences:
+            return None
+        told = f"its codes in {folder} are of {' and '.join(differences)}"
+    return told
+
+
+def codec_identity(codebooks: int, weights: Path, *, own: bool) -> str:
+    """Which codec it is that makes so many codebooks: of Mimi or the demo's own, by its weights.
+
+    Raises:
+        EnvironmentProblem: they cannot be read.
+    """
+    try:
+        digest = checksums.file_digest(weights)[:16]
+    except OSError as error:
+        raise EnvironmentProblem(f"{weights}: cannot be read: {unreadable(error)}") from None
+    return f"{'the demo codec' if own else 'a Mimi'} of {codebooks} codebooks (sha256 {digest})"
 
 
 def kept_in(header: Header) -> dict[str, Any]:

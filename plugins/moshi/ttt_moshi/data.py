@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttt.checksums import file_digest
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.plugins import SourceFiles, files_of_sources
-from ttt.reading import unreadable
 from ttt_moshi import demo
 from ttt_moshi.codec import DemoCodec
+from ttt_moshi.codes import codec_identity
 from ttt_moshi.encoding import encode_window
 from ttt_moshi.interleave import frames_in, text_stream, words_between
 from ttt_moshi.model_config import ModelConfig
@@ -315,12 +314,8 @@ def stored_codes(options: MoshiOptions, folder: Path) -> StoredCodes:
         EnvironmentProblem: the codec's weights cannot be read, by which its codes are known.
     """
     own, config = reads_with_the_demos(options), model_config(options)
-    file = demo.CODEC if own else Path(checkpoint_info(options).mimi_weights)
-    told = f"{'the demo codec' if own else 'a Mimi'} of {config.codebooks} codebooks"
-    try:
-        identity = f"{told} (sha256 {file_digest(file)[:16]})"
-    except OSError as error:
-        raise EnvironmentProblem(f"{file}: cannot be read: {unreadable(error)}") from None
+    weights = demo.CODEC if own else Path(checkpoint_info(options).mimi_weights)
+    identity = codec_identity(config.codebooks, weights, own=own)
     return StoredCodes(folder, identity, config.codebooks, config.card, DemoCodec.stand_in if own else None)
 
 

@@ -9,6 +9,7 @@ from ttt.config import Code, Finding, Severity
 from ttt.config.schema import select_layers
 from ttt.errors import EnvironmentProblem
 from ttt.plugins import rule
+from ttt_moshi.codes_rules import CODES_RULES
 from ttt_moshi.data_rules import DATA_RULES
 from ttt_moshi.interleave import frames_in
 from ttt_moshi.options import FRAME_RATE, MoshiRun, reads_with_the_demos, sizes
@@ -81,4 +82,4 @@ def data_are_named(config: MoshiRun) -> Iterator[Finding]:
         )
 
 
-RULES = (contexts_have_layers, contexts_limit_something, data_are_named, *DATA_RULES)
+RULES = (contexts_have_layers, contexts_limit_something, data_are_named, *DATA_RULES, *CODES_RULES)

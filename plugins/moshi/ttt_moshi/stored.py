@@ -13,7 +13,7 @@ from torch import Tensor
 from ttt.errors import EnvironmentProblem
 from ttt.files import mapping_errors, read_tensors, verify_tensors
 from ttt.reading import require_file
-from ttt_moshi.codes import CodeFile, CodeSettings, require_all, silence_file
+from ttt_moshi.codes import CodeFile, CodeSettings, channel_in_words, require_all, silence_file
 from ttt_moshi.options import FRAME_RATE
 from ttt_moshi.pieces import Piece, Place, SoundPieces, Spans
 from ttt_moshi.sources import SpeechSource
@@ -37,8 +37,7 @@ class StoredCodes:
 
     def settings(self, source: SpeechSource, duration_sec: float) -> CodeSettings:
         """What the codes of a source's recordings depend on."""
-        channel = "both" if source.transcribed else source.channel or "only"
-        return CodeSettings(self.codec, float(duration_sec), channel)
+        return CodeSettings(self.codec, float(duration_sec), channel_in_words(source.transcribed, source.channel))
 
     def file(self, spans: Spans, number: int) -> CodeFile:
         """The file of a recording's codes."""
