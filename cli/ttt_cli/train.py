@@ -43,6 +43,14 @@ def train(
             show_default=False,
         ),
     ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="Say where the time of ten steps goes, after three to warm up: a table, and a trace for a browser in "
+            "the run's folder.",
+        ),
+    ] = False,
 ) -> None:
     """Train TTT layers in a backbone.
 
@@ -62,7 +70,7 @@ def train(
             run_in_processes(nproc)
     try:
         with as_one_of_several():
-            result = _trained(config, backbone, overrides or [], resume=resume, verify=verify)
+            result = _trained(config, backbone, overrides or [], resume=resume, verify=verify, profile=profile)
     except StopRequested:
         show_note(NOT_BEGUN)
         raise
@@ -76,7 +84,7 @@ def train(
 
 
 def _trained(
-    config: str | None, backbone: str | None, overrides: list[str], *, resume: bool, verify: bool
+    config: str | None, backbone: str | None, overrides: list[str], *, resume: bool, verify: bool, profile: bool
 ) -> TrainResult:
     """Load the config and train."""
     from ttt.interrupt import stop_if_asked
@@ -91,7 +99,7 @@ def _trained(
     from ttt.train import train as run
 
     stop_if_asked()
-    return run(loaded.config, loaded.backbone, resume=resume, verify=verify)
+    return run(loaded.config, loaded.backbone, resume=resume, verify=verify, profile=profile)
 
 
 def _loaded(config: str | None, backbone: str | None, overrides: list[str], *, resume: bool) -> LoadedConfig:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from ttt.errors import EnvironmentProblem, PluginError
 from ttt.plugins import Batch, WindowDataset
 from ttt.plugins.asking import WAY_OUT, in_one_line, owner
+from ttt.train.parts_of_a_step import DATA, part_of_step
 from ttt.train.passes import read_batch, to_device
 from ttt.train.workers import FEWER, KEY, METHOD, Beginning, Failed, Reads, as_it_is, read_window, starting
 
@@ -60,10 +61,12 @@ class Loader:
     def __exit__(self, *error: object) -> None:
         self._close()
 
+    @part_of_step(DATA)
     def batch(self, number: int) -> Batch:
         """The batch of pass `number` (from 0) on the device."""
         return to_device(self.read(number), self._device)
 
+    @part_of_step(DATA)
     def read(self, number: int) -> Batch:
         """The same where the dataset has it. Passes that are asked for in turn are read ahead.
 

@@ -7,6 +7,7 @@ checkpoint, so a resumed run goes on as if it had not stopped.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from ttt.checkpoint_folder import Checkpoint
@@ -21,6 +22,7 @@ from ttt.train.loading import Loader
 from ttt.train.log import RunLog, shared_log
 from ttt.train.parts import Parts
 from ttt.train.pictures import Pictures, Undrawn
+from ttt.train.profiling import profiled
 from ttt.train.progress import Progress
 from ttt.train.rescue import Rescue
 from ttt.train.result import TrainResult
@@ -30,13 +32,14 @@ from ttt.train.tasks import measure
 from ttt.train.telling import announce
 
 
-def run(parts: Parts, progress: Progress, *, resumed: Checkpoint | None) -> TrainResult:
+def run(parts: Parts, progress: Progress, *, resumed: Checkpoint | None, profile: bool = False) -> TrainResult:
     """Train to the last step, evaluate and write the summary; a request to stop ends the run after its current step.
 
     Args:
         parts: the run's parts.
         progress: how far the run already is.
         resumed: the checkpoint from which the run goes on.
+        profile: say where the time of ten steps goes.
     """
     with interruptible() as interrupt:
         interrupt.told = STEPPING
@@ -47,10 +50,11 @@ def run(parts: Parts, progress: Progress, *, resumed: Checkpoint | None) -> Trai
             recorded(parts, lambda: progress.done),
             noticing_losses(parts.world, lambda: f"after step {progress.done}"),
             training_loader(parts) as loader,
+            profiled(parts, wanted=profile and parts.world.first) as step_done,
         ):
             saver = Saver(parts, progress, log=log, pictures=pictures, resumed=resumed)
             rescue = Rescue(parts, progress, saver)
-            evaluation = Loop(parts, progress, loader, log, saver, rescue, interrupt).run()
+            evaluation = Loop(parts, progress, loader, log, saver, rescue, interrupt).run(step_done)
         interrupt.told = FINISHING
         if not parts.world.first:
             return followed(parts, progress, saver.saved, evaluation)
@@ -98,8 +102,11 @@ class Loop:
         self._stepper = Stepper(parts, progress, loader)
         self._train = parts.config.train
 
-    def run(self) -> Evaluation | None:
+    def run(self, step_done: Callable[[], None] = lambda: None) -> Evaluation | None:
         """Train until all steps are done or somebody asks to stop, and save what is done.
+
+        Args:
+            step_done: called after each step, and what is due after it.
 
         Returns:
             The closing evaluation; None if the run was interrupted before it.
@@ -109,6 +116,7 @@ class Loop:
             evaluation = self._settle()
         while self._progress.done < self._train.max_steps and not self._ends():
             evaluation = self._one_step()
+            step_done()
         if self._progress.done < self._train.max_steps or evaluation is None:
             self._saver.save()
             return None

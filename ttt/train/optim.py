@@ -17,6 +17,7 @@ from ttt.errors import ConfigError, EnvironmentProblem, NonFiniteError
 from ttt.inject import Injection
 from ttt.parallel.gathering import split_like, whole
 from ttt.train.averages import KIND, Averages
+from ttt.train.parts_of_a_step import OPTIMIZER, part_of_step
 
 Role = Literal["ttt", "gate", "lora", "backbone"]
 
@@ -167,6 +168,7 @@ class Optimizer:
         self.averages = None if config.ema_decay is None else Averages(self._targets, config.ema_decay)
         """Averages of the weights, if the run keeps them."""
 
+    @part_of_step(OPTIMIZER)
     def collect(self) -> None:
         """Add the gradients of the last backward pass to those of the masters, and free the former."""
         for name, parameter in self._parameters.items():
@@ -182,10 +184,12 @@ class Optimizer:
         for name, target in self._targets.items():
             yield name, target.grad
 
+    @part_of_step(OPTIMIZER)
     def clip(self) -> Tensor:
         """Scale all gradients down to a total norm of at most `max_norm`; returns the norm before, on their device."""
         return whole(nn.utils.clip_grad_norm_(self._targets.values(), self._config.max_norm))
 
+    @part_of_step(OPTIMIZER)
     def step(self, step: int) -> dict[str, float]:
         """Update the parameters at optimiser step `step` (from 0) and clear the gradients.
 

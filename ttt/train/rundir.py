@@ -6,6 +6,7 @@
     loss.png, inner_loss.png
     tensorboard/          if TensorBoard is installed, or `train.loggers` names it
     wandb/, wandb_run.txt, trackio_run.txt    if it names W&B and Trackio; under which name they know the run
+    profile.txt, trace.json.gz    where the time of a step goes, of `ttt train --profile`
     summary.json          the run's result and its last checkpoint, `final_checkpoint`
     checkpoints/step_000100/
         adapter_model.safetensors, adapter_config.json    the TTT layers, complete in themselves

@@ -25,6 +25,7 @@ from ttt.train.loggers import require_packages
 from ttt.train.metrics import read_metrics
 from ttt.train.parts import build_parts
 from ttt.train.pictures import Pictures, pictures_are_due
+from ttt.train.profiling import require_steps
 from ttt.train.progress import Progress
 from ttt.train.result import TrainResult, finished
 from ttt.train.rundir import RunDir
@@ -46,6 +47,7 @@ def train(
     resume: bool = False,
     console: Console | None = None,
     verify: bool = True,
+    profile: bool = False,
 ) -> TrainResult:
     """Train TTT layers in a backbone.
 
@@ -61,10 +63,11 @@ def train(
         resume: continue the run in `config.run_dir`; if it has no checkpoint yet, start it there.
         console: the console for reports; standard output by default.
         verify: compare the checkpoint or adapter that the run starts from with its checksums; this reads it once more.
+        profile: say where the time of ten steps goes, after three to warm up (`ttt.train.profiling`).
 
     Raises:
         ConfigError: the config cannot be honoured with this data and backbone.
-        UsageError: the run directory is in use, or there is nothing to resume.
+        UsageError: the run directory is in use, there is nothing to resume, or too few steps are left to profile.
         EnvironmentProblem: a device, a file, memory or disk space is missing, or other processes cannot be reached.
         OtherProcessError: of several processes another one failed, and says why.
         AdapterMismatchError: `train.init_from` belongs to something else; nothing was written.
@@ -78,11 +81,18 @@ def train(
         joined(config.train, lambda: choose_device(config.train.device)) as world,
         lasting(console or Console(quiet=not world.first)) as console,
     ):
-        return _train(config, backbone, world, resume=resume, console=console, verify=verify)
+        return _train(config, backbone, world, resume=resume, console=console, verify=verify, profile=profile)
 
 
 def _train(
-    config: RunConfig, backbone: Backbone, world: World, *, resume: bool, console: Console, verify: bool
+    config: RunConfig,
+    backbone: Backbone,
+    world: World,
+    *,
+    resume: bool,
+    console: Console,
+    verify: bool,
+    profile: bool,
 ) -> TrainResult:
     run = rundir.choose(config, resume=resume)
     with run.held() if world.first else contextlib.nullcontext():
@@ -110,13 +120,15 @@ def _train(
                 )
                 require_space_for_one(parts)
                 progress = Progress() if checkpoint is None else restored(parts, checkpoint)
+                if profile:
+                    require_steps(parts, progress)
                 _stop_if_one_was_asked(world)
             except StopRequested:
                 return _not_begun(run, checkpoint, console)
             begin()  # what is written now can be saved
             if checkpoint is None:
                 run.path = world.from_first(lambda: _created(run, config, console))
-            return loop.run(parts, progress, resumed=checkpoint)
+            return loop.run(parts, progress, resumed=checkpoint, profile=profile)
 
 
 def _standing(

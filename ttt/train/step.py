@@ -33,6 +33,7 @@ from ttt.train.means import Share, added, even_shares, means_of, shares, weighs_
 from ttt.train.metrics import finite
 from ttt.train.order import Reading
 from ttt.train.parts import Parts
+from ttt.train.parts_of_a_step import BACKWARD, FORWARD, NUMBERS, part_of_step
 from ttt.train.passes import (
     describe,
     drawing_for,
@@ -168,7 +169,7 @@ class Stepper:
         carried_on, carrying = dict(carried_in), config.ttt.persistent_states
         # a recomputation reads the states too, so backward runs inside this context
         with carried(parts.injection, states, fresh=fresh) if carrying else contextlib.nullcontext() as carry:
-            with mixed_precision(config.train, parts.device), drawing_for(rows):
+            with mixed_precision(config.train, parts.device), drawing_for(rows), part_of_step(FORWARD):
                 output = parts.engine.loss(batch)
             if evidence and self._progress.done == 0:
                 require_reached(evidence, parts)
@@ -176,7 +177,8 @@ class Stepper:
             if self._progress.done == 0:  # one pass alone needs no weights, but the first evaluation will
                 means_of(output, parts.backbone.loss_weights(batch, config), parts.backbone)
             own = share.of_loss(output, parts.backbone)
-            own.backward()
+            with part_of_step(BACKWARD):
+                own.backward()
             if carry is not None:
                 carried_on = states_to_carry(carry, parts.injection, backbone=parts.backbone.name)
         parts.optimizer.collect()
@@ -272,6 +274,7 @@ class Stepper:
         return measured if world.data_size == 1 else world.sum(measured) / world.data_size
 
 
+@part_of_step(NUMBERS)
 def _read(passes: Sequence[_Pass], norm: Tensor, world: World) -> _Numbers:
     """The numbers of a step, of all processes; waits for the device, once."""
     metrics = added([read.metrics for read in passes])
