@@ -7,7 +7,7 @@ import io
 import json
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,8 @@ class Case:
         console = Console(file=io.StringIO())
         device = torch.device("cpu")
         with self._building:
-            parts = build_parts(config, self.backbone, device, RunDir(folder / "run"), console, world=world)
+            parts = build_parts(config, self.backbone, device, RunDir(folder / "run"), console)
+        parts = replace(parts, world=world)  # built as one process: a thread has no process group to join
         parts.model.to(dtype)
         sum_gradients(parts.optimizer, world)
         return parts
