@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import pickletools
 import re
 import signal
 import sys
@@ -29,6 +30,7 @@ from ttt.seeds import seed_pass
 
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 """How workers are started: never forked from a process with threads, a GPU and locked files."""
+_MOST_LOOKED_AT = 64 << 20
 KEY = "data.num_workers"
 FEWER = f"write a smaller {KEY}, or 0, which reads in the process that trains"
 
@@ -50,7 +52,7 @@ def starting(pickled: bytes) -> Iterator[None]:
     Args:
         pickled: what the workers get; if it is of a class of the main module, they need that.
     """
-    multiprocessing.set_forkserver_preload([__name__])
+    multiprocessing.set_forkserver_preload([__name__, *_modules_of(pickled)])
     main = sys.modules["__main__"]
     in_main_thread = threading.current_thread() is threading.main_thread()
     of_children = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
@@ -67,6 +69,14 @@ def starting(pickled: bytes) -> Iterator[None]:
             signal.signal(signal.SIGCHLD, of_children)
         if blocked is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _modules_of(pickled: bytes) -> list[str]:
+    """The modules that workers will import, which the server had better import once for all of them."""
+    if len(pickled) > _MOST_LOOKED_AT:
+        return []
+    texts = {text for _, text, _ in pickletools.genops(pickled) if isinstance(text, str)}
+    return sorted(text for text in texts & sys.modules.keys() if text != "__main__")
 
 
 # --- in a worker ---
