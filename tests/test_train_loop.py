@@ -24,6 +24,7 @@ from ttt import inject, interrupt
 from ttt.adapter import TTTAdapter, carried
 from ttt.adapter_file import MODEL, read_info
 from ttt.check import load_config
+from ttt.checkpoint_folder import read_checkpoint
 from ttt.config import EvalConfig, RunConfig, TrainConfig, TTTConfig
 from ttt.config.schema import ParallelConfig
 from ttt.errors import (
@@ -38,7 +39,7 @@ from ttt.files import read_header, write_tensors
 from ttt.interrupt import SIGNALS, Interrupt, interruptible
 from ttt.plugins import LossOutput, Site
 from ttt.plugins.rows import rows_of_step
-from ttt.train import pictures, train
+from ttt.train import pictures, saving, train
 from ttt.train.checkpoint import OPTIMIZER
 from ttt.train.evaluation import Evaluation, evaluate
 from ttt.train.metrics import read_metrics
@@ -319,6 +320,35 @@ def test_one_of_several_processes_that_cannot_find_the_others_is_refused_before_
     with pytest.raises(ConfigError, match=r"train.parallel: the sizes make 2 processes, but this is one process; "):
         run(config(tmp_path / "run", train={"parallel": ParallelConfig(replicate=1, shard=2), "batch_size": 2}))
     assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_written_beside_the_run_are_those_of_their_steps(tmp_path, monkeypatch):
+    """Whatever the run changes while they are written, slowly; and one that cannot be written ends the run."""
+    common = {"max_steps": 7, "ckpt_freq": 2, "ckpt_keep": None, "trainable": "all"}
+    states = {"data": {"shuffle": False}, "ttt": {"persistent_states": True}}
+    before, _ = run(config(tmp_path / "before", train=common, **states))
+    written = saving.write_content
+
+    def slowly(*arguments, **more):
+        time.sleep(0.2)
+        written(*arguments, **more)
+
+    monkeypatch.setattr(saving, "write_content", slowly)
+    beside, _ = run(config(tmp_path / "beside", train={**common, "ckpt_async": True}, **states))
+    assert beside.checkpoint == tmp_path / "beside" / "checkpoints" / "step_000007"
+    for step in (2, 4, 6, 7):
+        folder = f"checkpoints/step_{step:06d}"
+        assert_same_tensors(tmp_path / "before" / folder, tmp_path / "beside" / folder)
+        assert read_checkpoint(tmp_path / "beside" / folder).state["line"]["step"] == step
+    assert before.loss == beside.loss
+
+    def full(*arguments, **more):
+        raise EnvironmentProblem("the disk is full")
+
+    monkeypatch.setattr(saving, "write_content", full)
+    with pytest.raises(EnvironmentProblem, match="the disk is full"):
+        run(config(tmp_path / "full", train={**common, "ckpt_async": True}))
+    assert list((tmp_path / "full" / "checkpoints").iterdir()) == []
 
 
 def test_carried_states_reach_the_next_window_and_stop_at_the_next_file(tmp_path):

@@ -345,6 +345,9 @@ class TrainConfig(Section):
     """Steps between checkpoints; 0 saves at the end only."""
     ckpt_keep: Annotated[int, Field(ge=1, le=MOST_WINDOWS)] | None = 3
     """How many checkpoints stay; null keeps all."""
+    ckpt_async: bool = False
+    """Write checkpoints while the next steps run: a step that saves waits only until they are copied to the CPU's
+    memory. They appear some steps later, whole as ever."""
 
     @model_validator(mode="after")
     def _schedule_has_parameters(self) -> TrainConfig:

@@ -25,6 +25,10 @@ OPTIMIZER = "optimizer.safetensors"
 CARRIED = "carried_states.safetensors"
 
 
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
 @dataclass(frozen=True)
 class Content:
     """The tensors of a checkpoint, whole; on all processes but the first there are none."""
@@ -59,6 +63,16 @@ class Content:
             optimizer.tensors() if world.alone else None,
             on_first(averages, world),
             None if states is None else rows_on_first(named, world),
+        )
+
+    def copied(self) -> Content:
+        """The same in the CPU's memory, so that the run may change what it was made of."""
+        return Content(
+            _copied(self.adapters),
+            _copied(self.trained),
+            None if self.optimizer is None else _copied(self.optimizer),
+            _copied(self.averages),
+            None if self.states is None else _copied(self.states),
         )
 
 

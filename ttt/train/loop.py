@@ -119,7 +119,9 @@ class Loop:
             step_done()
         if self._progress.done < self._train.max_steps or evaluation is None:
             self._saver.save()
+            self._saver.settle()
             return None
+        self._saver.settle()
         return evaluation
 
     def _ends(self) -> bool:

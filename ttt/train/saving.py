@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ttt.adapter_file import backbone_identity
@@ -10,6 +11,7 @@ from ttt.checkpoint_folder import Checkpoint
 from ttt.errors import NonFiniteError
 from ttt.files import require_space
 from ttt.parallel.gathering import own_part
+from ttt.train.behind import Behind
 from ttt.train.checkpoint import Content, content_bytes, read_content, write_content
 from ttt.train.divergence import listed, lowered, not_finite, tensors_of, way_on
 from ttt.train.ema import write_averages
@@ -87,6 +89,7 @@ class Saver:
         self._step = 0 if resumed is None else resumed.step
         self._proven = resumed is None
         self._drawn = time.monotonic()
+        self._behind: Behind | None = None
         self.saved: Path | None = None if resumed is None else resumed.path
         """The last checkpoint."""
 
@@ -97,13 +100,17 @@ class Saver:
             NonFiniteError: a tensor to be saved is not finite; nothing was written.
             EnvironmentProblem: the disk is full or cannot be written.
         """
+        self.settle()
         done = self._progress.done
         if done == self._step:  # no step is done, or all are saved
             return
         self._require_finite()
         keep = self._parts.config.train.ckpt_keep
         unproven = None if keep is None or rescuing else max(keep, 2)
-        self.saved = self._written(unproven)
+        if self._parts.config.train.ckpt_async and not rescuing:
+            self._behind = self._begun(unproven)
+        else:
+            self.saved = self._written(unproven)
         self._step = done
         self._proven = unproven == keep
         if not self._parts.world.first:
@@ -113,11 +120,51 @@ class Saver:
             self._drawn = time.monotonic()
 
     def prove(self) -> None:
-        """Mark the last checkpoint as good, because its weights gave finite numbers, and remove the oldest."""
+        """Mark the last checkpoint as good, because its weights gave finite numbers, and remove the oldest.
+
+        A checkpoint that was written behind the run's back takes its place, if all of it is written.
+        """
+        self.settle(wait=False)
         if not self._proven:
             if self._parts.world.first:
                 self._parts.directory.prune(self._parts.config.train.ckpt_keep)
             self._proven = True
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Give the checkpoint that is being written beside the run its place, or, unless `wait`, look whether it can.
+
+        Raises:
+            EnvironmentProblem: the disk is full or cannot be written.
+        """
+        behind, parts = self._behind, self._parts
+        if behind is None or (not wait and parts.world.any(not behind.is_written)):
+            return
+        self._behind = None
+        try:
+            behind.wait_for_shards()
+
+            def place() -> Path:
+                behind.wait_for_files()
+                self._metrics.sync()
+                return parts.directory.save_checkpoint(
+                    behind.step, behind.state, lambda folder: None, keep=behind.keep, begun=behind.folder
+                )
+
+            self.saved = parts.world.from_first(place)
+        except BaseException:
+            parts.directory.give_up(behind.folder)
+            raise
+        if self._proven and parts.world.first:
+            parts.directory.prune(parts.config.train.ckpt_keep)
+
+    def _begun(self, keep: int | None) -> Behind:
+        """Copy everything to the CPU's memory, and begin to write it."""
+        parts, world, done = self._parts, self._parts.world, self._progress.done
+        content = self._content().copied()
+        folder = world.from_first(lambda: parts.directory.begin_checkpoint(done))
+        writing = self._writing(content)
+        write = (lambda: writing(folder)) if world.first else None
+        return Behind.begun(done, folder, self._state(), keep, write, parts.optimizer.tensors(), world)
 
     def _content(self) -> Content:
         parts, states = self._parts, self._progress.states
@@ -130,7 +177,7 @@ class Saver:
         Of several processes each writes its part of the optimiser's state, and the first everything else.
         """
         parts, world, done = self._parts, self._parts.world, self._progress.done
-        content, unfinished = self._content(), None
+        write, unfinished = self._writing(self._content()), None
         if not world.alone:
             unfinished = world.from_first(lambda: parts.directory.begin_checkpoint(done))
             try:
@@ -141,9 +188,7 @@ class Saver:
 
         def place() -> Path:
             self._metrics.sync()
-            return parts.directory.save_checkpoint(
-                done, self._state(), lambda folder: self._write(folder, content), keep=keep, begun=unfinished
-            )
+            return parts.directory.save_checkpoint(done, self._state(), write, keep=keep, begun=unfinished)
 
         return world.from_first(place)
 
@@ -158,8 +203,8 @@ class Saver:
             "config": self._parts.directory.stored_config.record(self._parts.config),
         }
 
-    def _write(self, folder: Path, content: Content) -> None:
-        """Write every other file of the checkpoint."""
+    def _writing(self, content: Content) -> Callable[[Path], None]:
+        """A function that writes every other file of the checkpoint into a folder, with what is so now."""
         parts, progress = self._parts, self._progress
         backbone = backbone_identity(parts.backbone, parts.config.backbone)
         training = {
@@ -170,26 +215,30 @@ class Saver:
             "provenance": dict(parts.backbone.provenance(parts.config.backbone)),
             "model": list(parts.backbone.describe_model(parts.model)),
         }
-        write_content(
-            folder,
-            parts.injection,
-            content,
-            weights=parts.backbone_weights,
-            backbone=backbone,
-            training=training,
-        )
-        write_averages(
-            folder,
-            parts.injection,
-            parts.learnable,
-            state=content.averages,
-            adapters=content.adapters,
-            trained=content.trained,
-            decay=parts.config.train.ema_decay,
-            backbone=backbone,
-            training=training,
-            weights=parts.backbone_weights,
-        )
+
+        def write(folder: Path) -> None:
+            write_content(
+                folder,
+                parts.injection,
+                content,
+                weights=parts.backbone_weights,
+                backbone=backbone,
+                training=training,
+            )
+            write_averages(
+                folder,
+                parts.injection,
+                parts.learnable,
+                state=content.averages,
+                adapters=content.adapters,
+                trained=content.trained,
+                decay=parts.config.train.ema_decay,
+                backbone=backbone,
+                training=training,
+                weights=parts.backbone_weights,
+            )
+
+        return write
 
     def _of_any(self, names: list[str]) -> list[str]:
         """The names that one of the processes has."""

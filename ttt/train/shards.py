@@ -50,6 +50,42 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], world: World) -> N
         dcp.save(_with_places(tensors), storage_writer=_Writer(folder, world.rank, world.size))
 
 
+def begin_shards(folder: Path, tensors: Mapping[str, Tensor], world: World) -> Callable[[float | None], bool]:
+    """Begin to write this process's part of tensors, once they are copied to the CPU's memory; all processes call it.
+
+    Returns:
+        A function that waits so many seconds (None: to the end) and says whether all processes have written.
+
+    Raises:
+        EnvironmentProblem: from that function, in all processes, if one cannot write.
+    """
+    writer = _Writer(folder, world.rank, world.size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch calls it experimental
+        future = dcp.async_save(_with_places(tensors), storage_writer=writer, process_group=_beside_the_run())
+
+    def is_written(seconds: float | None) -> bool:
+        if seconds == 0:
+            return bool(future.done())  # type: ignore[union-attr]
+        with _told_by_all():
+            future.result(seconds)  # type: ignore[union-attr]
+        return True
+
+    return is_written
+
+
+_group: tuple[Any, Any] = (None, None)
+
+
+def _beside_the_run() -> Any:
+    """A process group of its own: what is planned in a thread must not mix with what the run sums."""
+    global _group
+    world = torch.distributed.group.WORLD
+    if _group[0] is not world:
+        _group = (world, torch.distributed.new_group(backend="gloo"))
+    return _group[1]
+
+
 def read_shards(
     folder: Path, room_for: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Tensor]]
 ) -> dict[str, Tensor]:

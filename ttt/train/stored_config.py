@@ -51,6 +51,7 @@ MAY_DIFFER = frozenset(
         "train.loggers",
         "train.ckpt_freq",
         "train.ckpt_keep",
+        "train.ckpt_async",
         "ttt.scan_checkpoint_group_size",
         "data.codes",  # of Moshi: the same windows, encoded before
         "data.num_workers",
