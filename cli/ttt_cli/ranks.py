@@ -104,6 +104,8 @@ def as_one_of_several() -> Iterator[None]:
     if processes_launched() == 1:
         yield
         return
+    # before torch is imported: DDP warns in every process if a step happens to use every parameter
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with contextlib.ExitStack() as quiet:
         if rank_launched() > 0:
             nowhere = quiet.enter_context(open(os.devnull, "w"))

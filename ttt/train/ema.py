@@ -28,8 +28,10 @@ def with_averages(parts: Parts, evaluate: Callable[[], Evaluation | None]) -> Ev
     evaluation, averages = evaluate(), parts.optimizer.averages
     if evaluation is None or averages is None or not averages.tensors():
         return evaluation
+    parts.engine.settle()  # what was gathered for the first evaluation is of other weights
     with applied({entry.name: entry.parameter for entry in parts.learnable}, averages.tensors()):
         again = evaluate()
+        parts.engine.settle()
     return None if again is None else replace(evaluation, loss_ema=again.loss)
 
 

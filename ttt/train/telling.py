@@ -21,6 +21,8 @@ def announce(parts: Parts, progress: Progress) -> None:
     files = len(dataset.files)
     by_file = ", in random order, the windows of each in order" if config.data.shuffle == "files" else ""
     accumulated = f" × {config.train.num_microbatches}" if config.train.num_microbatches > 1 else ""
+    world = parts.world
+    several = "" if world.alone else f", in {world.size} processes ({world.layout.in_words()})"
     resumed = f", resumed after step {progress.done} of {config.train.max_steps}" if progress.done else ""
     parts.say(
         f"backbone {parts.backbone.name}: {of_backbone:,} parameters ({config.train.param_dtype}); "
@@ -30,7 +32,7 @@ def announce(parts: Parts, progress: Progress) -> None:
         parts.say(sentence)
     parts.say(
         f"data: {len(dataset)} windows in {files} {'file' if files == 1 else 'files'}{by_file}; "
-        f"batches of {config.train.batch_size}{accumulated}; on {device_in_words(parts.device)}"
+        f"batches of {config.train.batch_size}{accumulated}; on {device_in_words(parts.device)}{several}"
     )
     _announce_sources(source_files(dataset), parts)
     parts.say(f"run: {parts.directory.path}{resumed}")
