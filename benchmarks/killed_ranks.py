@@ -29,6 +29,8 @@ from typing import Any
 import disturbed
 from disturbed import CONFIG, RUN
 
+from ttt.parallel.launching import LOST_SECONDS
+
 LIMIT_SECONDS = 60
 """A process that is still there so long after another was killed has not ended by itself."""
 
@@ -53,6 +55,7 @@ class Forks:
         from torch.distributed import TCPStore
 
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.ended_by_launcher = False
         self.pids = [self._fork(folder, rank, processes) for rank in range(processes)]
 
     def _fork(self, folder: Path, rank: int, processes: int) -> int:
@@ -80,10 +83,20 @@ class Forks:
             os._exit(code)
 
     def wait(self, seconds: float) -> list[int] | None:
-        """Their exit codes; None if one has not ended after so long, and then it is killed."""
+        """Their exit codes; None if one has not ended after so long, and then it is killed.
+
+        Like the launcher, this process ends the others `LOST_SECONDS` after one of them has failed.
+        """
         codes: dict[int, int] = {}
         until = time.monotonic() + seconds
+        lost = float("inf")
         while len(codes) < len(self.pids) and time.monotonic() < until:
+            if any(codes.values()):
+                lost = min(lost, time.monotonic() + LOST_SECONDS)
+            if time.monotonic() > lost:
+                self.ended_by_launcher = True
+                for pid in set(self.pids) - codes.keys():
+                    os.kill(pid, signal.SIGKILL)
             for pid in self.pids:
                 if pid not in codes:
                     ended, status = os.waitpid(pid, os.WNOHANG)
@@ -107,6 +120,7 @@ class Launched:
                 stderr=out,
             )
         self._processes = processes
+        self.ended_by_launcher = False
 
     @property
     def pids(self) -> list[int]:
@@ -128,7 +142,7 @@ class Launched:
 
 
 def _one(number: int, options: argparse.Namespace, place: Path, expected: dict[str, Any], whole_run: float) -> Any:
-    """One try; returns its problems, how far the run was, and how long the others took to end."""
+    """One try; returns its problems, how far the run was, how long the others took to end, and whether by force."""
     start = Launched if options.launcher else Forks
     drawn = random.Random(f"{options.seed} {number}")
     folder = _prepare(place / f"try-{number}" / "work", options.processes, shard=options.shard)
@@ -148,13 +162,14 @@ def _one(number: int, options: argparse.Namespace, place: Path, expected: dict[s
     problems += [] if again is not None and not any(again) else [f"going on ended with {again}:\n{said[-2000:]}"]
     problems += [] if "Traceback" not in said else [f"a traceback:\n{said[-3000:]}"]
     problems += disturbed.differences(expected, disturbed.whole(folder)) if not problems else []
-    return problems, steps, took
+    return problems, steps, took, run.ended_by_launcher
 
 
 def main() -> None:
     """Make the tries, and tell what came of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=30, metavar="N", help="how many tries [30]")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first try [0]")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="of a run [2]")
     parser.add_argument("--shard", action="store_true", help="split the parameters among them")
     parser.add_argument("--launcher", action="store_true", help="start them by `ttt train --nproc`")
@@ -175,17 +190,20 @@ def main() -> None:
         if codes is None or any(codes):
             raise SystemExit(f"the undisturbed run ended with {codes}:\n{Path(f'{reference}.out').read_text('utf-8')}")
         expected, took, saved, bad = disturbed.whole(reference), [], Counter[str](), 0
+        by_launcher = 0
         print(f"an undisturbed run takes {whole_run:.1f} s", flush=True)
-        for number in range(options.runs):
-            problems, steps, seconds = _one(number, options, place, expected, whole_run)
+        for number in range(options.first, options.runs):
+            problems, steps, seconds, helped = _one(number, options, place, expected, whole_run)
             took.append(seconds)
             saved["a checkpoint was there" if steps else "none was there yet"] += 1
             bad += bool(problems)
+            by_launcher += helped
             for problem in problems:
                 print(f"try {number}: {problem}", flush=True)
         print(
             f"{options.runs} tries, {bad} with problems; {dict(saved)}; the others ended after "
-            f"{statistics.median(took):.1f} s (median), {max(took):.1f} s at most"
+            f"{statistics.median(took):.1f} s (median), {max(took):.1f} s at most, {by_launcher} times by force: the "
+            f"one that was killed had not met them yet"
         )
         raise SystemExit(bool(bad))
 

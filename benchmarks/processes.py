@@ -2,10 +2,13 @@
 
 The processes are forked and talk over gloo on this machine. On two cores this says nothing about scaling: four
 processes share what two could use. The bytes are those of the tensors that a process gives to each kind of collective
-in one step, counted where PyTorch dispatches them; beside them is what `ttt check --devices` computes.
+in one step, counted where PyTorch dispatches them; `ttt check --devices` computes what devices send for them.
+
+With `--saving` it is how long a step that saves waits for its checkpoint, by `train.ckpt_async`, of how many bytes.
 
     python benchmarks/processes.py                            the demo of Moshi, made a little wider
     python benchmarks/processes.py --backbone videodit --steps 5
+    python benchmarks/processes.py --saving --set backbone.dim=512
 """
 
 from __future__ import annotations
@@ -62,6 +65,7 @@ def _run(rank: int, options: argparse.Namespace, parallel: str, told: Path) -> N
     from ttt.check import load_config
     from ttt.plugins import get_backbone
     from ttt.train import pictures, train
+    from ttt.train.saving import Saver
     from ttt.train.step import Stepper
 
     torch.set_num_threads(1)
@@ -79,19 +83,46 @@ def _run(rank: int, options: argparse.Namespace, parallel: str, told: Path) -> N
         if counting is not None:
             counted.append(counting.bytes)
 
+    waits: list[float] = []
+    save = Saver.save
+
+    def waited(saver: Saver, *, rescuing: bool = False) -> None:
+        before, begun = saver._step, time.monotonic()
+        save(saver, rescuing=rescuing)
+        if saver._step != before:
+            waits.append(time.monotonic() - begun)
+
+    Saver.save = waited  # type: ignore[method-assign]
     Stepper.advance = timed  # type: ignore[method-assign]
     backbone = get_backbone(options.backbone)
+    saving = ["train.ckpt_freq=4", "train.ckpt_keep=1"] if options.saving else []
     overrides = [
         f"train.max_steps={options.steps + 3}", "train.batch_size=4", "train.cpu_threads=1", "train.device=cpu",
         f"train.trainable={options.trainable}", "train.evidence_freq=1000", "eval.max_batches=1",
-        f"run_dir={told.with_suffix('')}", *options.set, *([f"train.parallel={parallel}"] if parallel else []),
+        f"run_dir={told.with_suffix('')}", *options.set, *saving, *([f"train.parallel={parallel}"] if parallel else []),
     ]  # fmt: skip
     config = load_config("demo", text=backbone.presets()["demo"], backbone=backbone, overrides=overrides).config
-    train(config, backbone)
+    result = train(config, backbone)
     if rank == 0:
+        assert result.checkpoint is not None
+        size = sum(file.stat().st_size for file in result.checkpoint.rglob("*") if file.is_file())
         rest = sorted([*times[1:2], *times[3:]])
-        result = {"seconds": rest[len(rest) // 2], "bytes": counted[0]}
-        told.write_text(json.dumps(result), encoding="utf-8")
+        median = sorted(waits)[len(waits) // 2]
+        found = {"seconds": rest[len(rest) // 2], "bytes": counted[0], "waits": median, "size": size}
+        told.write_text(json.dumps(found), encoding="utf-8")
+
+
+def _measured(together: Any, count: int, options: argparse.Namespace, parallel: str) -> Any:
+    """What a run in forked processes tells of itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder, "told.json")
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os._exit(together(count, _run, options, parallel, told))
+        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+            raise SystemExit(f"{count} processes, {parallel}: failed")
+        return json.loads(told.read_text("utf-8"))
 
 
 def main() -> None:
@@ -101,24 +132,30 @@ def main() -> None:
     parser.add_argument("--trainable", default="all")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--saving", action="store_true", help="how long steps wait for checkpoints")
     options = parser.parse_args()
     os.environ["NO_TORCH_COMPILE"] = "1"
     sys.path.insert(0, str(ROOT / "tests"))
     from several import together
 
-    print(f"{'layout':22} {'s a step':>9} {'steps/s':>8}  bytes of a step, by process")
-    with tempfile.TemporaryDirectory() as folder:
+    if options.saving:
+        print(f"{'layout':22} {'sync s':>8} {'async s':>8} {'s a step':>9}  bytes of a checkpoint")
         for layout, (count, parallel) in LAYOUTS.items():
-            told = Path(folder, layout.replace(" ", "-").replace(",", "") + ".json")
-            pid = os.fork()
-            if pid == 0:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                os._exit(together(count, _run, options, parallel, told))
-            if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
-                raise SystemExit(f"{layout}: failed")
-            found = json.loads(told.read_text("utf-8"))
-            sent = ", ".join(f"{name} {size:,}" for name, size in sorted(found["bytes"].items())) or "none"
-            print(f"{layout:22} {found['seconds']:9.3f} {1 / found['seconds']:8.2f}  {sent}", flush=True)
+            both = []
+            for value in ("false", "true"):
+                options.set.append(f"train.ckpt_async={value}")
+                both.append(_measured(together, count, options, parallel))
+            sync, beside = both
+            print(
+                f"{layout:22} {sync['waits']:8.3f} {beside['waits']:8.3f} {sync['seconds']:9.3f}  {sync['size']:,}",
+                flush=True,
+            )
+        return
+    print(f"{'layout':22} {'s a step':>9} {'steps/s':>8}  bytes of a step, by process")
+    for layout, (count, parallel) in LAYOUTS.items():
+        found = _measured(together, count, options, parallel)
+        sent = ", ".join(f"{name} {size:,}" for name, size in sorted(found["bytes"].items())) or "none"
+        print(f"{layout:22} {found['seconds']:9.3f} {1 / found['seconds']:8.2f}  {sent}", flush=True)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ class Case:
         self.state = None
         if carried:
             with torch.no_grad():
-                self.state = self.layer(draw(B, 8 if self.rotary else 6, D, seed=8, dtype=dtype), rotary=self._before)[1]
+                self.state = self.layer(draw(B, 8 if self.rotary else 6, D, seed=8, dtype=dtype), rotary=self._before)[
+                    1
+                ]
 
     @property
     def _before(self):

@@ -29,24 +29,27 @@ ttt: {mini_batch_size: 4, persistent_states: true}
 data: {window: 12, shuffle: files, windows_of_files: [3, 2, 4, 3, 5]}
 train:
   {max_steps: 10, batch_size: 4, num_microbatches: 2, trainable: all, lr: 3.0e-3, lr_schedule: constant,
-   gradient_checkpointing: true, evidence_freq: 5}
+   gradient_checkpointing: true, evidence_freq: 5, ema_decay: 0.8}
 """
 SMALL = {
     "toy": [],
     "moshi": ["backbone.dim=16", "backbone.num_heads=2", "backbone.num_layers=2", "data.duration_sec=1",
               "train.gradient_checkpointing=true", "train.num_microbatches=2", "train.batch_size=2"],
-    "videodit": ["train.gradient_checkpointing=true", "train.batch_size=2"],
-    "transformers": ["train.batch_size=2", "adapter=ttt+lora"],
+    "videodit": ["train.gradient_checkpointing=true", "train.batch_size=2", "backbone.remat_attention=true",
+                 "backbone.remat_forward_ttt=true", "backbone.remat_reverse_ttt=true"],
+    "transformers": ["train.batch_size=2", "adapter=ttt+lora", "train.lr=1e-4"],
 }  # fmt: skip
 """The backbones, with what makes their demos small."""
 ONE, TWO, FOUR = 1, 2, 4
+SAVED = 6
+"""The steps after which a run on four processes goes on with fewer."""
 RUNS = {
     "replicate 4": ("toy", FOUR, []),
     "shard 4": ("toy", FOUR, ["train.parallel.shard=4"]),
     "shard 2 of 4": ("toy", FOUR, ["train.parallel.shard=2"]),
-    "shard 2": ("toy", TWO, ["train.parallel.shard=2"]),
-    **{f"{name} replicate": (name, TWO, []) for name in ("moshi", "videodit", "transformers")},
-    **{f"{name} shard": (name, TWO, ["train.parallel.shard=2"]) for name in ("moshi", "videodit", "transformers")},
+    "moshi": ("moshi", TWO, ["train.parallel.shard=2"]),
+    "videodit": ("videodit", TWO, ["train.parallel.shard=2"]),
+    "transformers": ("transformers", TWO, []),
 }
 """A run's backbone, processes and layout."""
 
@@ -65,7 +68,14 @@ def _of_rank(rank: int, folder: Path, count: int) -> None:
         if size == count:
             _go(name, folder / run, *overrides)
     if count == FOUR:
-        _go("toy", folder / "saved on 4", "train.parallel.shard=2", "train.max_steps=6", "train.ckpt_freq=3")
+        _go(
+            "toy",
+            folder / "saved on 4",
+            "train.parallel.shard=2",
+            f"train.max_steps={SAVED}",
+            "train.ckpt_freq=2",
+            "train.ckpt_async=true",
+        )
     elif count == TWO:
         _go("toy", folder / "on 2", "train.parallel.shard=2", resume=True)
 
@@ -114,7 +124,10 @@ def _same(one: Path, other: Path) -> None:
     lines, others = read_metrics(one / "metrics.jsonl"), read_metrics(other / "metrics.jsonl")
     assert [line["step"] for line in lines] == [line["step"] for line in others]
     for line, another in zip(lines, others, strict=True):
-        assert _numbers(another) == pytest.approx(_numbers(line), rel=2e-6, abs=1e-6)
+        numbers, more = _numbers(line), _numbers(another)
+        if line["step"] == SAVED and len(more) > len(numbers):  # it was the last step of the run that was saved
+            more = {name: value for name, value in more.items() if name in numbers}
+        assert more == pytest.approx(numbers, rel=2e-6, abs=1e-6)
         assert another["loss"] == pytest.approx(line["loss"], abs=1e-6)
     step = f"checkpoints/step_{lines[-1]['step']:06d}"
     for file in ("adapter_model.safetensors", "backbone_model.safetensors", "carried_states.safetensors"):
@@ -124,6 +137,8 @@ def _same(one: Path, other: Path) -> None:
         tensors, more = load_file(one / step / file), load_file(other / step / file)
         assert tensors.keys() == more.keys()
         for name, tensor in tensors.items():
+            if name.endswith("in_proj.bias"):  # keys' bias has no gradient but rounding, which AdamW makes a full step
+                continue
             torch.testing.assert_close(
                 more[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda told, name=name: name + told
             )
