@@ -1,16 +1,17 @@
-"""A TTT layer shared out among processes, by heads or by tokens, against the whole layer: one group makes every check."""
+"""A TTT layer shared out among processes, by heads or by tokens, against the whole layer; one group checks it all."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from types import SimpleNamespace
 
 import pytest
 import ranks
 import torch
 from torch import distributed as dist
-from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ttt.adapter import TTTAdapter
 from ttt.config import TTTConfig
@@ -20,6 +21,7 @@ from ttt.layer import TTTLayer
 from ttt.ops.norm import outer_layer_norm
 from ttt.parallel import heads
 from ttt.parallel.heads import gather_state, shard_heads, shard_state
+from ttt.parallel.sequence import SharedTokens, backward, own_tokens, shard_tokens, sum_gradients
 from ttt.state import TTTState
 
 D, H, B = 96, 12, 2
@@ -118,7 +120,7 @@ def near(found, expected, tolerance, what):
     """Require equality within the tolerance, relative to the largest number."""
     assert found.shape == expected.shape, what
     assert torch.equal(found.isnan(), expected.isnan()), what
-    found, expected = found.nan_to_num(), expected.nan_to_num()
+    found, expected = found.detach().nan_to_num(), expected.detach().nan_to_num()
     error = float((found - expected).abs().max()) / max(1.0, float(expected.abs().max()))
     assert error <= tolerance, f"{what} differs by {error:.2e}"
 
@@ -149,7 +151,8 @@ def agrees_by_heads(mesh, case):
         near(of_state2[name], share(x), tolerance, f"the gradient of the state's {name}")
     for name, parameter in case.layer.named_parameters():
         if parameter.grad is None:  # W and b, if no stream starts here
-            assert case.state is not None and parts[name] is None
+            assert case.state is not None
+            assert parts[name] is None
             continue
         near(parts[name], parameter.grad, tolerance, f"the gradient of {name}")
 
@@ -215,6 +218,112 @@ def refuses(mesh):
         mine(draw(B, 3, D, seed=1), make("linear").initial_state(B, dtype=torch.float64))
 
 
+def agrees_by_tokens(mesh, case, *, reverse=False, sizes=None):
+    """Answers, states and all gradients of a layer whose tokens are shared out, in one direction or both."""
+    tolerance, size = TOLERANCE[case.dtype], mesh.size()
+
+    def share(x, dim=1):
+        return x.chunk(size, dim)[mesh.get_local_rank()]
+
+    def own(x, dim=1):
+        return x.tensor_split(size, dim) if sizes is None else x.split(sizes, dim)
+
+    def mine_of(x, dim=1):
+        return own(x, dim)[mesh.get_local_rank()]
+
+    def turned(x, dim=1):
+        return x.flip(dim) if reverse else x
+
+    x = turned(case.x).clone().requires_grad_()
+    state = leaves(case.state)
+    y, after = case.layer(x, state, rotary=case.rotary, mask=case.mask)
+    wanted(y, after).backward()
+
+    mine = shard_tokens(copy.deepcopy(case.layer), mesh, lengths=None if sizes is None else sizes)
+    reader = backward(mine) if reverse else mine
+    part = mine_of(case.x).clone().requires_grad_()
+    state2 = leaves(None if case.state is None else shard_state(case.state, mesh))
+    rotary = None if case.rotary is None else tuple(mine_of(turned(a, 0), 0) for a in case.rotary)
+    mask = None if case.mask is None else mine_of(turned(case.mask))
+    y2, after2 = reader(part, state2, rotary=rotary, mask=mask)
+    cotangent = mine_of(turned(draw(*case.x.shape, seed=11, dtype=case.dtype)))
+    loss = (y2 * cotangent).sum()
+    for seed, t in enumerate((*after2.weights, *(after2.gradients or ())), 20):
+        loss = loss + (t * share(draw(B, H, *t.shape[2:], seed=seed, dtype=t.dtype))).sum()
+    loss.backward()
+    sum_gradients(mine.parameters(), mesh)
+
+    whole = gather_state(after2, mesh).tensors()
+    near(y2.detach(), mine_of(turned(y.detach())), tolerance, "y")
+    near(part.grad, mine_of(turned(x.grad)), tolerance, "the gradient of x")
+    for name, t in after.detach().tensors().items():
+        near(whole[name], t, tolerance, f"the state's {name}")
+    if state is not None:
+        for name, t in state.tensors().items():
+            if t.grad is not None:
+                near(state2.tensors()[name].grad, share(t.grad), tolerance, f"the gradient of the state's {name}")
+    for (name, parameter), other in zip(case.layer.named_parameters(), mine.parameters(), strict=True):
+        if parameter.grad is None:
+            assert case.state is not None
+            assert other.grad is None
+            continue
+        near(other.grad, parameter.grad, tolerance, f"the gradient of {name}")
+
+
+def shows_by_tokens(mesh, name):
+    """Traces of a layer whose tokens are shared out are the whole layer's."""
+    case = Case(name, masked=True)
+    mine = shard_tokens(copy.deepcopy(case.layer), mesh)
+    rotary = None if case.rotary is None else tuple(own_tokens(a, mesh, 0) for a in case.rotary)
+    given, part = {"rotary": case.rotary, "mask": case.mask}, own_tokens(case.x, mesh)
+    given2 = {"rotary": rotary, "mask": own_tokens(case.mask, mesh)}
+    for one, two in zip(case.layer.trace(case.x, **given), mine.trace(part, **given2), strict=True):
+        near(two, own_tokens(one, mesh), 1e-12, "a trace")
+    found = case.layer.trace_minibatches(case.x, **given), mine.trace_minibatches(part, **given2)
+    for one, two in zip(*found, strict=True):
+        near(two, one, 1e-12, "a trace")
+
+
+def refuses_tokens(mesh):
+    """A sequence too short, tokens one by one, and other tokens than were told of are refused in a sentence."""
+    mine = shard_tokens(make("linear"), mesh)
+    with pytest.raises(ValueError, match="leave some without any"):
+        mine(draw(B, int(mesh.get_local_rank() > 0), D, seed=1))
+    with pytest.raises(ValueError, match="cannot be read one by one"):
+        mine.step_(draw(B, 1, D, seed=1), mine.streaming_state(B, dtype=torch.float64))
+    told = shard_tokens(make("linear"), mesh, lengths=[3] * mesh.size())
+    with pytest.raises(ValueError, match="was given 2"):
+        told(draw(B, 2, D, seed=1))
+
+
+def keeps_its_own_tokens(mesh, *, checkpointed=True):
+    """Between forward and backward, blocks under activation checkpointing keep bytes of their own tokens alone."""
+    size, length, depth = mesh.size(), 24, 3
+    config = TTTConfig.model_validate({**SETTINGS["video"], "rope": "none"})
+
+    def kept(layer, x):
+        held = {}
+
+        def pack(t):
+            if t.dim():
+                held[t.data_ptr()] = t.numel() * t.element_size()
+            return t
+
+        of = [layer] * depth
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            for one in of:
+                x = checkpoint(lambda x, one=one: x + one(x)[0], x, use_reentrant=False)
+        return sum(held.values())
+
+    x = draw(B, length, D, seed=1).requires_grad_()
+    layer = make("video")
+    layer.config = config
+    whole = kept(layer, x)
+    mine = kept(shard_tokens(copy.deepcopy(layer), mesh), own_tokens(x.detach(), mesh).clone().requires_grad_())
+    assert whole == depth * x.numel() * x.element_size()
+    assert mine * size == whole, f"{mine} bytes are kept of {whole} in {size} processes"
+
+
 # --- layers that are wrong: each must be caught ---
 
 
@@ -261,6 +370,35 @@ SABOTEURS = {
 heads_read = heads.read_by_all
 
 
+def every_own_mask(self, x):
+    """The process's own mask, as if the others' were the same."""
+    return x.tile(1, self.mesh.size() + 1)[:, : sum(self._lengths)]
+
+
+SABOTEURS_OF_TOKENS = {
+    "keeps the gradient of its own tokens": (
+        *(sys.modules[__name__], "sum_gradients", lambda parameters, mesh: None, "gradient of"),
+        lambda mesh: agrees_by_tokens(mesh, Case("video")),
+    ),
+    "counts positions from its first token": (
+        *(SharedTokens, "own_tokens", lambda self, x: x[..., : self._lengths[self.mesh.get_local_rank()]]),
+        *("y differs|gradient of x", lambda mesh: agrees_by_tokens(mesh, Case("mlp"))),
+    ),
+    "masks by its own mask": (
+        *(SharedTokens, "all_tokens", every_own_mask, "y differs|gradient"),
+        lambda mesh: agrees_by_tokens(mesh, Case("video", masked=True)),
+    ),
+    "reads backward within its own tokens": (
+        *(SharedTokens, "_turned", lambda self, x, dim: x, "y differs"),
+        lambda mesh: agrees_by_tokens(mesh, Case("video"), reverse=True),
+    ),
+    "keeps all tokens": (
+        *(sys.modules[__name__], "own_tokens", lambda x, mesh, dim=1: x, "bytes are kept of"),
+        keeps_its_own_tokens,
+    ),
+}
+
+
 # --- what one group of processes checks ---
 
 
@@ -286,8 +424,25 @@ def checks():
     add("refuses", 2, refuses)
     add("refuses", 4, refuses)
     add("reads angles of heads", 2, reads_angles_of_heads)
-    for name, wrong in SABOTEURS.items():
+    for name, wrong in (SABOTEURS | SABOTEURS_OF_TOKENS).items():
         add(f"saboteur {name}", 2, lambda mesh, wrong=wrong: caught(mesh, *wrong))
+    for name in SETTINGS:
+        for size in SIZES:
+            add(f"tokens {name}", size, lambda mesh, name=name: agrees_by_tokens(mesh, Case(name)))
+        add(f"tokens {name} masked", 3, lambda mesh, name=name: agrees_by_tokens(mesh, Case(name, masked=True)))
+        add(f"tokens {name} carried", 2, lambda mesh, name=name: agrees_by_tokens(mesh, Case(name, carried=True)))
+        add(f"tokens {name} float32", 4, lambda mesh, name=name: agrees_by_tokens(mesh, Case(name, torch.float32)))
+        add(f"shows tokens {name}", 3, lambda mesh, name=name: shows_by_tokens(mesh, name))
+        for masked in (False, True):
+            add(
+                f"tokens {name} backward {masked}",
+                3,
+                lambda mesh, name=name, masked=masked: agrees_by_tokens(mesh, Case(name, masked=masked), reverse=True),
+            )
+    add("tokens told", 2, lambda mesh: agrees_by_tokens(mesh, Case("mlp"), sizes=[9, 2]))
+    add("refuses tokens", 2, refuses_tokens)
+    add("keeps", 2, keeps_its_own_tokens)
+    add("keeps", 4, keeps_its_own_tokens)
     return found
 
 
@@ -300,11 +455,20 @@ def require(reported, *kinds):
     """Every check of these kinds was made, in every process, and found nothing wrong."""
     made = {name: text for name, text in reported.items() if name.startswith(kinds)}
     wrong = [f"{name}: {text}" for name, text in made.items() if text]
-    assert made and not wrong, "\n".join(wrong)
+    assert made
+    assert not wrong, "\n".join(wrong)
 
 
 def test_a_layer_of_some_heads_in_each_process_is_the_whole_layer(reported):
     require(reported, "heads ", "reads ")
+
+
+def test_a_layer_of_some_tokens_in_each_process_is_the_whole_layer(reported):
+    require(reported, "tokens ", "shows tokens ")
+
+
+def test_blocks_keep_bytes_of_their_own_tokens(reported):
+    require(reported, "keeps")
 
 
 def test_it_streams_and_shows_what_the_whole_layer_does(reported):

@@ -295,6 +295,7 @@ class TTTLayer(nn.Module):
     def _checked(
         self, x: Tensor, state: TTTState | None, rotary: Rotary | None, mask: Tensor | None = None
     ) -> TTTState:
+        self.sharing.reading(x)
         check_tokens(x, self.dim, self.config, rotary=rotary, mask=mask)
         dtype = torch.promote_types(x.dtype, torch.float32)
         if state is None:
@@ -303,6 +304,10 @@ class TTTLayer(nn.Module):
         own = [tuple(self.sharing.heads(getattr(self, name)).shape) for name in self.weight_names]
         check_state(state, x, own, mini_batch_size=self.config.mini_batch_size)
         return state
+
+    def _project(self, name: str, x: Tensor) -> Tensor:
+        projected: Tensor = getattr(self, name)(x)
+        return projected
 
     def _tokens(self, x: Tensor, state: TTTState, rotary: Rotary | None, mask: Tensor | None = None) -> Tokens:
         """Queries, keys, targets and rates of the tokens; of those that do not count they have no meaning."""
@@ -319,11 +324,10 @@ class TTTLayer(nn.Module):
             wide = rms_norm(wide, eps=self.config.ln_eps)
             x = wide.to(x.dtype)
 
-        def heads(projection: nn.Module) -> Tensor:
-            y: Tensor = projection(x)
-            return y.to(dtype).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        def heads(name: str) -> Tensor:
+            return self._project(name, x).to(dtype).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
-        q_BHTF, k_BHTF, v_BHTF = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
+        q_BHTF, k_BHTF, v_BHTF = heads("q_proj"), heads("k_proj"), heads("v_proj")
         if self.config.normalize_qk:
             q_BHTF, k_BHTF = normalize(q_BHTF), normalize(k_BHTF)
         if self.config.rope == "mini_batch":
@@ -369,7 +373,7 @@ class TTTLayer(nn.Module):
         z = self.sharing.to_tokens(z_BHTF).transpose(1, 2).flatten(2)
         norm = self.post_norm
         z = self.sharing.layer_norm(z, held(norm.weight).to(z), held(norm.bias).to(z), eps=norm.eps)
-        y: Tensor = self.o_proj(z.to(x.dtype))
+        y = self._project("o_proj", z.to(x.dtype))
         if self.config.skip_nonfinite_tokens:
             y = torch.where(_nonfinite(x), 0, y)
         return y if mask is None else torch.where(mask[..., None], y, 0)

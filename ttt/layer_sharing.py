@@ -33,6 +33,9 @@ class Sharing:
     group then calls the layer, with the same arguments but for its own tokens, and in the same order.
     """
 
+    def reading(self, x: Tensor) -> None:
+        """Look at what is about to be read, `[B,T',D]`, before anything else."""
+
     def tokens(self, count: int) -> int:
         """How many tokens the streams have in all, if this process has `count` of each."""
         return count

@@ -1,4 +1,4 @@
-"""Tensor parallelism of TTT layers: the heads are shared out among the processes of a group, which read the same tokens.
+"""Tensor parallelism of TTT layers: heads are shared out among the processes of a group, which read the same tokens.
 
 Fast weights, inner norms, learned rates and the projections to q, k, v go by head, so that the inner learning needs no
 communication. What a forward pass sends, `B·T` tokens of width D in P processes:
@@ -7,8 +7,8 @@ communication. What a forward pass sends, `B·T` tokens of width D in P processe
   from every other one. To gather z itself would take `B·T·D/P`.
 - `o_proj` is row-wise: the processes' parts of y are summed, an all-reduce of `B·T·D`.
 
-Backward sums two numbers of each token for the norm, and the gradient of the tokens: one all-reduce of `B·T·D` for q, k,
-v and the rates together. This is why the projections are not PyTorch's `ColwiseParallel`, which would make one each.
+Backward sums two numbers of each token for the norm, and the gradient of the tokens: one all-reduce of `B·T·D` for q,
+k, v and the rates together. So the projections are not PyTorch's `ColwiseParallel`, which would make one each.
 
 Parameters become DTensors, which the optimizer, `fully_shard` and checkpoints know. Two stay plain tensors, whole in
 every process: the bias of `o_proj`, whose gradient each process has in full, and `learnable_token_idx`, to which each
@@ -81,9 +81,7 @@ def _share_out(module: nn.Module, name: str, mesh: DeviceMesh, *, dim: int) -> N
     """Replace a parameter by this process's part of it, in memory of its own."""
     whole = getattr(module, name)
     part = whole.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()]
-    shared = DTensor.from_local(
-        part.clone(memory_format=torch.contiguous_format), mesh, [Shard(dim)], run_check=False
-    )
+    shared = DTensor.from_local(part.clone(memory_format=torch.contiguous_format), mesh, [Shard(dim)], run_check=False)
     module.register_parameter(name, nn.Parameter(shared, requires_grad=whole.requires_grad))
 
 
@@ -113,6 +111,7 @@ class _RowProjection(Projection):
     mesh: DeviceMesh
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map this process's columns of `[…,in]` to `[…,out]`, and sum over the processes."""
         y = summed(nn.functional.linear(x, held(self.weight).to(x.dtype)), self.mesh)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
@@ -128,7 +127,32 @@ def summed(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return part.redistribute(placements=[Replicate()]).to_local()
 
 
-class SharedHeads(Sharing):
+class Group(Sharing):
+    """A layer of which each process of a group scans `H/P` heads.
+
+    Args:
+        mesh: of one dimension, P processes.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of what the processes have; has no gradient."""
+        total = x.detach().clone()
+        dist.all_reduce(total, group=self.mesh.get_group())
+        return total
+
+    def sum_over_heads(self, x: Tensor) -> Tensor:
+        """Sum over the processes."""
+        return self.sum(x)
+
+    def mean_over_heads(self, x: Tensor) -> Tensor:
+        """Take the mean over the processes, which have equally many heads."""
+        return self.sum(x) / self.mesh.size()
+
+
+class SharedHeads(Group):
     """Every process of a group has all tokens and `H/P` of the heads.
 
     Args:
@@ -137,28 +161,23 @@ class SharedHeads(Sharing):
     """
 
     def __init__(self, mesh: DeviceMesh, heads: int) -> None:
-        self.mesh = mesh
+        super().__init__(mesh)
         self._heads = heads
 
     def entering(self, x: Tensor) -> Tensor:
+        """Sum the gradients of what every process reads for its heads."""
         return read_by_all(x, self.mesh)
 
     def angles(self, x: Tensor) -> Tensor:
+        """Take the angles of this process's heads, if each head has its own."""
         if x.dim() > 2 and x.shape[-3] == self._heads > 1:
             return read_by_all(x, self.mesh).chunk(self.mesh.size(), dim=-3)[self.mesh.get_local_rank()]
         return read_by_all(x, self.mesh)
 
     def layer_norm(self, z: Tensor, gamma: Tensor, beta: Tensor, *, eps: float) -> Tensor:
+        """Normalise over the heads of all processes."""
         normalised: Tensor = _Normalise.apply(z, self.mesh, eps)
         return normalised * gamma + beta
-
-    def sum_over_heads(self, x: Tensor) -> Tensor:
-        total = x.detach().clone()
-        dist.all_reduce(total, group=self.mesh.get_group())
-        return total
-
-    def mean_over_heads(self, x: Tensor) -> Tensor:
-        return self.sum_over_heads(x) / self.mesh.size()
 
 
 class _Normalise(torch.autograd.Function):
