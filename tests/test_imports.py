@@ -85,6 +85,8 @@ ROOMS = (
         "ttt.lora",
         "ttt.adapter",
         "ttt.inject",
+        "ttt.parallel.heads",
+        "ttt.parallel.sequence",
         "ttt.evidence",
         "ttt.inner_curves",
         "ttt.adapter_file",

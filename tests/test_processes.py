@@ -50,6 +50,10 @@ RUNS = {
     "moshi": ("moshi", TWO, ["train.parallel.shard=2"]),
     "videodit": ("videodit", TWO, ["train.parallel.shard=2"]),
     "transformers": ("transformers", TWO, []),
+    "tensor 2": ("toy", TWO, ["train.parallel.tensor=2"]),
+    "shard 2, tensor 2": ("toy", FOUR, ["train.parallel.shard=2", "train.parallel.tensor=2"]),
+    "replicate 2, tensor 2": ("toy", FOUR, ["train.parallel.tensor=2"]),
+    **{f"{name} tensor": (name, TWO, ["train.parallel.tensor=2"]) for name in ("moshi", "videodit")},
 }
 """A run's backbone, processes and layout."""
 
@@ -78,6 +82,7 @@ def _of_rank(rank: int, folder: Path, count: int) -> None:
         )
     elif count == TWO:
         _go("toy", folder / "on 2", "train.parallel.shard=2", resume=True)
+        _go("toy", folder / "on tensor 2", "train.parallel.tensor=2", "train.max_steps=8", resume=True)
 
 
 def _alone(rank: int, folder: Path) -> None:
@@ -87,6 +92,7 @@ def _alone(rank: int, folder: Path) -> None:
 
 def _resumed_alone(rank: int, folder: Path) -> None:
     _go("toy", folder / "on 1", resume=True)
+    _go("toy", folder / "on tensor 2", resume=True)
 
 
 def _everything(folder: str) -> int:
@@ -95,7 +101,7 @@ def _everything(folder: str) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # runs say more than a pipe holds
     place = Path(folder)
     failed = several.together(ONE, _alone, place) + several.together(FOUR, _of_rank, place, FOUR)
-    for copy in ("on 2", "on 1"):
+    for copy in ("on 2", "on 1", "on tensor 2"):
         shutil.copytree(place / "saved on 4", place / copy)
     return failed + several.together(TWO, _of_rank, place, TWO) + several.together(ONE, _resumed_alone, place)
 
@@ -149,6 +155,6 @@ def test_a_run_is_the_same_in_several_processes(run: str, runs: Path) -> None:
     _same(runs / f"{RUNS[run][0]} one", runs / run)
 
 
-@pytest.mark.parametrize("run", ["on 2", "on 1"])
+@pytest.mark.parametrize("run", ["on 2", "on 1", "on tensor 2"])
 def test_what_is_saved_on_four_processes_goes_on_with_fewer(run: str, runs: Path) -> None:
     _same(runs / "toy one", runs / run)

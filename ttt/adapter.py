@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ttt.config import TTTConfig
 from ttt.layer import Rotary, TTTLayer
+from ttt.layer_sharing import held
 from ttt.lora import LoraLinear
 from ttt.state import TTTState
 
@@ -135,7 +136,7 @@ class TTTAdapter(nn.Module):
 
     def _owned(self, state: TTTState) -> TTTState:
         """The state in memory of its own: a view of a parameter is gone when that is given back after the pass."""
-        own = {parameter.untyped_storage().data_ptr() for parameter in self.layer.parameters()}
+        own = {held(parameter).untyped_storage().data_ptr() for parameter in self.layer.parameters()}
         return TTTState.from_tensors(
             {
                 name: tensor.clone() if tensor.untyped_storage().data_ptr() in own else tensor

@@ -22,6 +22,11 @@ from ttt.parallel.world import World
 _HALF = (torch.bfloat16, torch.float16)
 
 
+def splits_parameters(world: World) -> bool:
+    """Whether FSDP2 runs the model: also for whole copies whose heads are shared out, which DDP does not know."""
+    return world.shard > 1 or (world.tensor > 1 and world.data_size > 1)
+
+
 class LossModule(nn.Module):
     """The model and its loss as one module, for what wraps modules."""
 
@@ -57,7 +62,7 @@ class Engine:
     ) -> None:
         self._world = world
         self._module: Any = LossModule(model, loss)
-        self._sharded = world.shard > 1
+        self._sharded = splits_parameters(world)
         self.used_in: Mapping[str, torch.dtype] = {}
         """Trained parameters that are used in half precision, but kept in float32 because they are split: the types."""
         if self._sharded:
@@ -147,7 +152,7 @@ def _shard(root: LossModule, units: Sequence[nn.Module], world: World) -> dict[s
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     assert world.mesh is not None
-    mesh = world.mesh["replicate", "shard"] if world.replicate > 1 else world.mesh["shard"]
+    mesh = world.mesh["shard"] if world.replicate == 1 else world.mesh["replicate", "shard"]
     half = _to_float32(root)
     used_in = {name: half[value] for name, value in root.model.named_parameters() if value in half}
     taken: set[nn.Parameter] = set()

@@ -27,9 +27,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
+from ttt.errors import ConfigError
+from ttt.inject import Injection
 from ttt.layer import TTTLayer
 from ttt.layer_sharing import Projection, Sharing, held
 from ttt.ops.norm import is_constant
+from ttt.parallel.gradients import TENSOR
+from ttt.parallel.world import World
 from ttt.state import TTTState
 
 
@@ -72,6 +76,21 @@ def shard_heads(layer: TTTLayer, mesh: DeviceMesh) -> TTTLayer:
         _share_out(layer, name, mesh, dim=0)
     layer.sharing = SharedHeads(mesh, layer.num_heads)
     return layer
+
+
+def shard_injection(injection: Injection, mesh: DeviceMesh) -> None:
+    """`shard_heads` for every TTT layer of the adapters.
+
+    Raises:
+        ConfigError: the heads of a layer do not divide by P; no layer is changed.
+    """
+    layers = [module for adapter in injection.adapters.values() for module in adapter.modules()]
+    of_ttt = [layer for layer in layers if isinstance(layer, TTTLayer)]
+    for layer in of_ttt:
+        if (problem := uneven_heads(layer.num_heads, mesh.size())) is not None:
+            raise ConfigError(f"train.parallel.tensor: {problem}; write a number that divides {layer.num_heads}")
+    for layer in of_ttt:
+        shard_heads(layer, mesh)
 
 
 _OF_HEADS = ("ttt_norm_weight", "ttt_norm_bias", "learnable_ttt_lr_weight", "learnable_ttt_lr_bias")
@@ -231,6 +250,20 @@ def gather_state(state: TTTState, mesh: DeviceMesh) -> TTTState:
         return torch.cat(parts.unbind(0), dim=1)
 
     return _by_name(state, gathered)
+
+
+def own_states(states: Mapping[str, TTTState], world: World) -> dict[str, TTTState]:
+    """This process's heads of whole states by site; the states themselves if heads are not shared out."""
+    if world.mesh is None or world.tensor == 1:
+        return dict(states)
+    return {site: shard_state(state, world.mesh[TENSOR]) for site, state in states.items()}
+
+
+def whole_states(states: Mapping[str, TTTState], world: World) -> dict[str, TTTState]:
+    """The inverse of `own_states`; every process calls it."""
+    if world.mesh is None or world.tensor == 1:
+        return dict(states)
+    return {site: gather_state(state, world.mesh[TENSOR]) for site, state in states.items()}
 
 
 def _by_name(state: TTTState, function: Any) -> TTTState:

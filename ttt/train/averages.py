@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from ttt.parallel.gathering import own_part
+
 KIND = "ema"
 """Begins the names of the averages among the tensors of the optimiser's state: `ema.NAME`."""
 
@@ -36,7 +38,8 @@ class Averages:
         """Take the weights after a step into the averages."""
         now = {name: weight.detach() for name, weight in self._weights.items()}
         if self._averages:
-            self._update(list(self._averages.values()), list(now.values()), len(now))
+            # by their own parts: PyTorch has no such update for tensors of which some are split
+            self._update([own_part(x) for x in self._averages.values()], [own_part(x) for x in now.values()], len(now))
         else:
             self._averages = {name: weight.clone() for name, weight in now.items()}
 

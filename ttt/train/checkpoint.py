@@ -15,6 +15,7 @@ from ttt.errors import EnvironmentProblem
 from ttt.files import read_tensors, write_tensors
 from ttt.inject import Injection
 from ttt.parallel.gathering import on_first, rows_on_first
+from ttt.parallel.heads import whole_states
 from ttt.parallel.world import World
 from ttt.state import TTTState
 from ttt.train.averages import KIND
@@ -56,7 +57,8 @@ class Content:
     ) -> Content:
         """Put together what the processes have; all of them call it."""
         averages = {name: value for name, value in optimizer.tensors().items() if name.startswith(f"{KIND}.")}
-        named = {f"{site}/{name}": tensor for site in states or {} for name, tensor in states[site].tensors().items()}  # type: ignore[index]
+        found = whole_states(states or {}, world)
+        named = {f"{site}/{name}": tensor for site in found for name, tensor in found[site].tensors().items()}
         return cls(
             on_first(injection.state_dict(), world),
             on_first(trained, world),

@@ -16,6 +16,7 @@ from ttt.config.schema import TrainConfig
 from ttt.errors import ConfigError, EnvironmentProblem, NonFiniteError
 from ttt.inject import Injection
 from ttt.parallel.gathering import split_like, whole
+from ttt.parallel.gradients import are_mixed, clip_
 from ttt.train.averages import KIND, Averages
 from ttt.train.parts_of_a_step import OPTIMIZER, part_of_step
 
@@ -187,6 +188,9 @@ class Optimizer:
     @part_of_step(OPTIMIZER)
     def clip(self) -> Tensor:
         """Scale all gradients down to a total norm of at most `max_norm`; returns the norm before, on their device."""
+        gradients = [target.grad for target in self._targets.values() if target.grad is not None]
+        if are_mixed(gradients):
+            return clip_(gradients, self._config.max_norm)
         return whole(nn.utils.clip_grad_norm_(self._targets.values(), self._config.max_norm))
 
     @part_of_step(OPTIMIZER)

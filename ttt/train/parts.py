@@ -14,7 +14,9 @@ from ttt.checkpoint_folder import Checkpoint
 from ttt.config.schema import RunConfig
 from ttt.inject import Injection
 from ttt.interrupt import stop_if_asked
-from ttt.parallel.engine import Engine
+from ttt.parallel.engine import Engine, splits_parameters
+from ttt.parallel.gradients import TENSOR
+from ttt.parallel.heads import shard_injection
 from ttt.parallel.world import World
 from ttt.plugins import Backbone, WindowDataset
 from ttt.plugins.installed_tasks import ChosenTask, chosen_tasks
@@ -109,6 +111,7 @@ def build_parts(
         AdapterMismatchError: `start` belongs to something else.
         ConfigError: `eval.tasks` names a task that is not installed.
     """
+    world = world or World()
     tasks = chosen_tasks(config)
     dataset = backbone.dataset(config, split="train", device=device)
     eval_split = "eval" if backbone.has_eval_data(config) else "train"
@@ -130,8 +133,10 @@ def build_parts(
     before = start if resumed is None else read_info(resumed.path)
     inherited = frozenset(() if before is None else trained_backbone(before))
     trained = inherited | {entry.name for entry in learnable if entry.role == "backbone"}
-    weights = BackboneWeights.of(injection, without=trained) if world is not None and world.shard > 1 else None
-    engine = _engine(config, backbone, model, injection, world or World())
+    weights = BackboneWeights.of(injection, without=trained) if splits_parameters(world) else None
+    if world.mesh is not None:
+        shard_injection(injection, world.mesh[TENSOR])
+    engine = _engine(config, backbone, model, injection, world)
     learnable = _as_they_are_now(learnable, model)
     return Parts(
         config=config,
@@ -152,13 +157,13 @@ def build_parts(
         inherited=inherited,
         backbone_weights=weights,
         tasks=tasks,
-        world=world or World(),
+        world=world,
     )
 
 
 def _engine(config: RunConfig, backbone: Backbone, model: nn.Module, injection: Injection, world: World) -> Engine:
     units: list[nn.Module] = []
-    if world.shard > 1:
+    if splits_parameters(world):
         units = [*injection.adapters.values(), *backbone.blocks(model)]
     return Engine(model, lambda adapted, batch: backbone.loss(adapted, batch, config), world, units)
 

@@ -11,6 +11,7 @@ from ttt.checkpoint_folder import Checkpoint
 from ttt.errors import NonFiniteError
 from ttt.files import require_space
 from ttt.parallel.gathering import own_part
+from ttt.parallel.heads import own_states
 from ttt.train.behind import Behind
 from ttt.train.checkpoint import Content, content_bytes, read_content, write_content
 from ttt.train.divergence import listed, lowered, not_finite, tensors_of, way_on
@@ -54,7 +55,7 @@ def restored(parts: Parts, checkpoint: Checkpoint) -> Progress:
         done=checkpoint.step,
         seconds=float(checkpoint.state["seconds"]),
         tokens=int(checkpoint.state["tokens"]),
-        states=states,
+        states=own_states(states, parts.world),
         line=dict(checkpoint.state["line"]),
     )
 

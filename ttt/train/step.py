@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ttt.adapter import carried
 from ttt.evidence import Observation
+from ttt.parallel.gradients import make_equal_
 from ttt.parallel.world import World
 from ttt.plugins import Batch
 from ttt.state import TTTState
@@ -103,6 +104,7 @@ class Stepper:
         parts.model.train()
         evidence = Observation(parts.injection) if self._measures(progress.done + 1) else None
         passes, states = self._passes(evidence)
+        make_equal_((gradient for _, gradient in parts.optimizer.gradients() if gradient is not None), parts.world)
         numbers = _read(passes, parts.optimizer.clip(), parts.world)
         self._require_finite(passes, numbers)
         if progress.done == 0 and evidence:
