@@ -73,7 +73,17 @@ ROOMS = (
     ),
     *("ttt.prompts", "ttt.drawing"),
     # the mathematics, this machine, what a run is and costs, what a plugin provides
-    *("ttt.ops", "ttt.seeds", "ttt.machine", "ttt.config", "ttt.costs", "ttt.plugins", "ttt.devices", "ttt.lora_file"),
+    *(
+        "ttt.ops",
+        "ttt.seeds",
+        "ttt.machine",
+        "ttt.config",
+        "ttt.costs",
+        "ttt.communication",
+        "ttt.plugins",
+        "ttt.devices",
+        "ttt.lora_file",
+    ),
     # several processes on one run
     "ttt.parallel",
     # the layer, and putting it into a model
@@ -116,6 +126,7 @@ TORCHLESS = (
     "ttt.machine",
     "ttt.config",
     "ttt.costs",
+    "ttt.communication",
     "ttt.plugins",
     "ttt.check",
 )

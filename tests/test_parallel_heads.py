@@ -11,9 +11,11 @@ import pytest
 import ranks
 import torch
 from torch import distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ttt.adapter import TTTAdapter
+from ttt.communication import Handed, heads_backward, heads_forward, tokens_forward
 from ttt.config import TTTConfig
 from ttt.evidence import Observation
 from ttt.inner_curves import InnerCurves
@@ -324,6 +326,48 @@ def keeps_its_own_tokens(mesh, *, checkpointed=True):
     assert mine * size == whole, f"{mine} bytes are kept of {whole} in {size} processes"
 
 
+KINDS = {
+    **{"all_reduce": "summed", "allreduce_": "summed"},
+    **{"allgather_": "gathered", "all_to_all_single": "exchanged"},
+}
+
+
+class Counting(TorchDispatchMode):
+    """Counts the bytes that are handed to collectives."""
+
+    def __init__(self):
+        super().__init__()
+        self.handed = Handed()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            kind = func._opname
+            given = args[1] if kind == "allgather_" else args[0]
+            size = sum(t.numel() * t.element_size() for t in (given if isinstance(given, (list, tuple)) else [given]))
+            if not kind.startswith(("wait", "_wrap")):
+                self.handed += Handed(**{KINDS[kind]: size})
+        return func(*args, **(kwargs or {}))
+
+
+def hands_over(mesh, name, how):
+    """Forward and backward hand to collectives what the closed forms say, to the byte."""
+    case, size = Case(name, torch.float32, length=12), mesh.size()
+    given = {"dim": D, "tokens": 12, "batch_size": B}
+    if how == "heads":
+        layer, x, rotary = shard_heads(case.layer, mesh), case.x, case.rotary
+        expected = heads_forward(**given), heads_backward(layer.config, **given)
+    else:
+        layer, x = shard_tokens(case.layer, mesh, lengths=[12 // size] * size), own_tokens(case.x, mesh)
+        rotary = None if case.rotary is None else tuple(own_tokens(a, mesh, 0) for a in case.rotary)
+        expected = (tokens_forward(num_heads=H, processes=size, **given),) * 2
+    with Counting() as forward:
+        y, _ = layer(x.clone().requires_grad_(), rotary=rotary)
+    with Counting() as backwards:
+        y.sum().backward()
+    found = forward.handed, backwards.handed
+    assert found == expected, f"{found}, not {expected}"
+
+
 # --- layers that are wrong: each must be caught ---
 
 
@@ -424,6 +468,9 @@ def checks():
     add("refuses", 2, refuses)
     add("refuses", 4, refuses)
     add("reads angles of heads", 2, reads_angles_of_heads)
+    for how in ("heads", "tokens"):
+        add(f"hands over {how} linear", 2, lambda mesh, how=how: hands_over(mesh, "linear", how))
+        add(f"hands over {how} video", 3, lambda mesh, how=how: hands_over(mesh, "video", how))
     for name, wrong in (SABOTEURS | SABOTEURS_OF_TOKENS).items():
         add(f"saboteur {name}", 2, lambda mesh, wrong=wrong: caught(mesh, *wrong))
     for name in SETTINGS:
@@ -469,6 +516,17 @@ def test_a_layer_of_some_tokens_in_each_process_is_the_whole_layer(reported):
 
 def test_blocks_keep_bytes_of_their_own_tokens(reported):
     require(reported, "keeps")
+
+
+def test_collectives_get_what_the_closed_forms_say(reported):
+    require(reported, "hands over")
+
+
+def test_what_is_handed_over_is_sent_in_parts():
+    handed = Handed(summed=400, gathered=100, exchanged=400)
+    assert handed.total == 900
+    assert [handed.sent(processes) for processes in (1, 2, 4)] == [0, 700, 1200]
+    assert handed * 2 + handed == handed * 3
 
 
 def test_it_streams_and_shows_what_the_whole_layer_does(reported):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ttt.check.estimate import Estimate, Shapes, backward_reaches, estimate
+from ttt.communication import heads_backward, heads_forward
 from ttt.config.schema import RunConfig, select_layers
 from ttt.costs import WIDE, bytes_of
 from ttt.parallel.layout import Layout
@@ -178,13 +179,14 @@ def _part(times: int, among: int, count: int) -> int:
 
 
 def _of_heads(config: RunConfig, facts: BackboneFacts, needs: Estimate, layout: Layout, layers: int) -> int:
-    """Bytes of a pass: each time that a layer runs, its answer is summed; and in backward its input's gradient."""
+    """Bytes of a pass: each time that a layer runs, forward and once more for each checkpoint around it; and back."""
     if facts.tokens_per_window is None:
         return 0
     rows = config.train.batch_size // layout.data_size
-    tokens = WIDE * rows * facts.tokens_per_window * facts.dim
-    runs = sum(2 + level for level in needs.scans)  # forward, each checkpoint around it, and backward
-    return layers * runs * _part(2, layout.tensor, tokens)
+    forward = heads_forward(dim=facts.dim, tokens=facts.tokens_per_window, batch_size=rows)
+    backward = heads_backward(config.ttt, dim=facts.dim, tokens=facts.tokens_per_window, batch_size=rows)
+    runs = sum(1 + level for level in needs.scans)
+    return layers * (forward * runs + backward * len(needs.scans)).sent(layout.tensor)
 
 
 # --- what to write ---

@@ -13,9 +13,15 @@ from ttt.parallel.world import World
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be split; a tensor that is not split is returned itself."""
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate
 
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    placements = list(tensor.placements)
+    for dim in range(len(placements)):  # one after the other: PyTorch would too, and warn of it
+        placements[dim] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
 
 
 def own_part(tensor: Tensor) -> Tensor:

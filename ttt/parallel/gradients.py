@@ -58,6 +58,14 @@ def _split_over(tensor: Tensor) -> list[dist.ProcessGroup]:
     return [mesh.get_group(dim) for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
 
 
+def is_zero(gradient: Tensor) -> bool:
+    """Whether a gradient that may be split is zero in all of its parts. Every process calls it, and waits."""
+    count = own_part(gradient.detach()).count_nonzero()
+    for group in _split_over(gradient):
+        dist.all_reduce(count, group=group)
+    return not bool(count)
+
+
 def are_mixed(gradients: Iterable[Tensor]) -> bool:
     """Whether some are split among other processes than others, so that PyTorch cannot take their norm together."""
     return len({_names(_split_over(gradient)) for gradient in gradients}) > 1

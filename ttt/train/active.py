@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ttt.errors import InactiveLayerError
 from ttt.evidence import LayerEvidence, Observation
+from ttt.parallel.gradients import is_zero
 from ttt.plugins import Backbone, LossOutput
 from ttt.plugins.asking import WrongAnswer, asked
 from ttt.train.parts import Parts
@@ -55,7 +56,7 @@ def require_active(layers: Mapping[str, LayerEvidence], parts: Parts) -> None:
             )
         for site in parts.injection.adapters:
             if name.startswith(f"{site}."):
-                arrived = gradient is not None and bool(gradient.count_nonzero())
+                arrived = gradient is not None and not is_zero(gradient)
                 touched[site] = touched.get(site, False) or arrived
     for site in parts.injection.adapters:
         if not layers[site].movement > 0:
