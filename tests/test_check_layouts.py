@@ -156,7 +156,9 @@ def test_bytes_that_are_sent() -> None:
     tokens = 4 * facts.dim * (facts.tokens_per_window or 0)
     runs = sum(2 + level for level in facts.checkpoints_around_scans or ())  # forward, again, and backward
     assert runs == 6
-    assert needs(Layout(4, 1, 2)).sent.heads == 2 * 42 * runs * _ring(2 * tokens, 2)
+    answers = runs * _ring(2 * tokens, 2)
+    read = 2 * (facts.tokens_per_window or 0)  # post-norm gathers four numbers of each, and sums two in backward
+    assert needs(Layout(4, 1, 2)).sent.heads == 2 * 42 * (answers + (runs - 2) * 16 * read + 2 * _ring(8 * read, 2))
 
 
 def test_what_is_frozen_below_the_first_layer_is_gathered_once() -> None:

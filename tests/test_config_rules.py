@@ -347,6 +347,10 @@ def test_a_run_dir_that_no_system_has_is_refused() -> None:
             "among 4 processes (replicate",
         ),
         ("", "{train: {batch_size: 2, parallel: {shard: 8}}}", None),
+        ("", "{train: {parallel: {tensor: 3}}}", "heads of a TTT layer cannot be divided evenly among 3 processes"),
+        ("", "{train: {parallel: {tensor: 3}}, ttt: {num_heads: 3}}", None),
+        ("", "{train: {parallel: {tensor: 2}, trainable: all}, ttt: {layers: none}}", "and no layer has TTT"),
+        ("", "{train: {parallel: {tensor: 2}, compile: true}}", "are not compiled"),
     ],
 )
 def test_processes_that_cannot_share_a_run_are_refused(

@@ -33,15 +33,9 @@ from ttt.layer import TTTLayer
 from ttt.layer_sharing import Projection, Sharing, held
 from ttt.ops.norm import is_constant
 from ttt.parallel.gradients import TENSOR
+from ttt.parallel.layout import NO_HEADS, uneven_heads
 from ttt.parallel.world import World
 from ttt.state import TTTState
-
-
-def uneven_heads(heads: int, processes: int) -> str | None:
-    """Why so many heads cannot be shared out among so many processes; None if they can."""
-    if heads % processes == 0:
-        return None
-    return f"the {heads} heads of a TTT layer cannot be divided evenly among {processes} processes"
 
 
 def shard_heads(layer: TTTLayer, mesh: DeviceMesh) -> TTTLayer:
@@ -82,10 +76,12 @@ def shard_injection(injection: Injection, mesh: DeviceMesh) -> None:
     """`shard_heads` for every TTT layer of the adapters.
 
     Raises:
-        ConfigError: the heads of a layer do not divide by P; no layer is changed.
+        ConfigError: there is no TTT layer, or the heads of one do not divide by P; no layer is changed.
     """
     layers = [module for adapter in injection.adapters.values() for module in adapter.modules()]
     of_ttt = [layer for layer in layers if isinstance(layer, TTTLayer)]
+    if not of_ttt:
+        raise ConfigError(f"train.parallel.tensor: {NO_HEADS}; write 1")
     for layer in of_ttt:
         if (problem := uneven_heads(layer.num_heads, mesh.size())) is not None:
             raise ConfigError(f"train.parallel.tensor: {problem}; write a number that divides {layer.num_heads}")

@@ -70,6 +70,17 @@ def _left(processes: int, others: int) -> int:
     return processes // others if processes % others == 0 else 1
 
 
+NO_HEADS = "processes that share heads share those of TTT layers, and no layer has TTT"
+NOT_COMPILED = "TTT layers whose heads are shared out among processes are not compiled"
+
+
+def uneven_heads(heads: int, processes: int) -> str | None:
+    """Why so many heads of a TTT layer cannot be shared out among so many processes; None if they can."""
+    if heads % processes == 0:
+        return None
+    return f"the {heads} heads of a TTT layer cannot be divided evenly among {processes} processes"
+
+
 def uneven(train: TrainConfig, layout: Layout) -> str | None:
     """What is wrong if the rows of a batch cannot be divided evenly; None if they can."""
     if train.batch_size % layout.data_size == 0:

@@ -28,7 +28,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from ttt.layer import TTTLayer
 from ttt.layer_sharing import Sharing
 from ttt.ops.rows import Tokens
-from ttt.parallel.heads import Group, uneven_heads
+from ttt.parallel.heads import Group
+from ttt.parallel.layout import uneven_heads
 
 
 def shard_tokens(layer: TTTLayer, mesh: DeviceMesh, *, lengths: Sequence[int] | None = None) -> TTTLayer:

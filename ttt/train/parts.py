@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from ttt.adapter_file import AdapterInfo, BackboneWeights, backbone_identity, load_adapter, read_info, trained_backbone
 from ttt.checkpoint_folder import Checkpoint
 from ttt.config.schema import RunConfig
+from ttt.errors import ConfigError
 from ttt.inject import Injection
 from ttt.interrupt import stop_if_asked
 from ttt.parallel.engine import Engine, splits_parameters
 from ttt.parallel.gradients import TENSOR
 from ttt.parallel.heads import shard_injection
+from ttt.parallel.layout import NOT_COMPILED
 from ttt.parallel.world import World
 from ttt.plugins import Backbone, WindowDataset
 from ttt.plugins.installed_tasks import ChosenTask, chosen_tasks
@@ -134,7 +136,9 @@ def build_parts(
     inherited = frozenset(() if before is None else trained_backbone(before))
     trained = inherited | {entry.name for entry in learnable if entry.role == "backbone"}
     weights = BackboneWeights.of(injection, without=trained) if splits_parameters(world) else None
-    if world.mesh is not None:
+    if world.mesh is not None and world.tensor > 1:
+        if config.train.compile:
+            raise ConfigError(f"train.compile: true: {NOT_COMPILED}; write compile: false, or parallel: {{tensor: 1}}")
         shard_injection(injection, world.mesh[TENSOR])
     engine = _engine(config, backbone, model, injection, world)
     learnable = _as_they_are_now(learnable, model)

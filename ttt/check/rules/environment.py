@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from ttt.check.rules.rule import Context, rule
+from ttt.check.rules.rule import FACTS, Context, rule
 from ttt.config.findings import Blame, Code, Family, Finding, Severity
 from ttt.machine import launch_is_incomplete, processes_launched, why_unusable
-from ttt.parallel.layout import Layout, layout_of, planned_layout, uneven
+from ttt.parallel.layout import NO_HEADS, NOT_COMPILED, Layout, layout_of, planned_layout, uneven, uneven_heads
 
 _code = partial(Code, family=Family.ENVIRONMENT, blames=Blame.MACHINE, of_training=True, home=__name__)
 TTT601 = _code("TTT601", "a run_dir that cannot be written", Severity.ERROR)
@@ -71,4 +71,25 @@ def processes_can_share_the_run(context: Context) -> Iterator[Finding]:
             message=cannot,
             fix="write a multiple of that, or more into tensor; num_microbatches makes larger batches",
             value=train.batch_size,
+        )
+
+
+@rule(TTT602, reads=(FACTS, "ttt", "train"))
+def heads_can_be_shared(context: Context) -> Iterator[Finding]:
+    """`train.parallel.tensor` divides the heads of the TTT layers, which are there, and are not compiled."""
+    train, tensor = context.config.train, context.config.train.parallel.tensor
+    if tensor == 1:
+        return
+    heads = context.config.ttt.num_heads or context.facts.num_heads
+    cannot = uneven_heads(heads, tensor) if context.has_layers else NO_HEADS
+    if cannot:
+        yield TTT602.at(
+            "train.parallel.tensor",
+            message=cannot,
+            fix=f"write a number that divides {heads}" if context.has_layers else "write 1",
+            value=tensor,
+        )
+    elif train.compile:
+        yield TTT602.at(
+            "train.compile", message=NOT_COMPILED, fix="write compile: false, or parallel: {tensor: 1}", value=True
         )
