@@ -106,7 +106,7 @@ ROOMS = (
     # what a run was worth
     "ttt.eval",
     # what is said about a run before it starts, the run, and what it learned in use
-    *("ttt.check", "ttt.train", "ttt.runs", "ttt.learned", "ttt.samples", "ttt.sample", "ttt.evaluate"),
+    *("ttt.check", "ttt.train", "ttt.cluster", "ttt.runs", "ttt.learned", "ttt.samples", "ttt.sample", "ttt.evaluate"),
     "ttt.indexing",
     # the library in a notebook
     "ttt.facade",
@@ -129,6 +129,7 @@ TORCHLESS = (
     "ttt.communication",
     "ttt.plugins",
     "ttt.check",
+    "ttt.cluster",
 )
 PACKAGES = {"ttt": ROOT / "ttt", "ttt_cli": ROOT / "cli" / "ttt_cli", **PLUGINS}
 KINDS = ("module", "type", "function")

@@ -15,6 +15,7 @@ from ttt_cli.outcome import exit_code_of
 
 COMMANDS = {
     "train": "ttt_cli.train:train",
+    "submit": "ttt_cli.submit:submit",
     "eval": "ttt_cli.eval:evaluate",
     "sample": "ttt_cli.sample:sample",
     "init": "ttt_cli.init:init",

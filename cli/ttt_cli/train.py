@@ -107,7 +107,7 @@ def _loaded(config: str | None, backbone: str | None, overrides: list[str], *, r
     from ttt.errors import UsageError
 
     if config is not None:
-        loaded = _load(Path(config), backbone, overrides, resume=resume)
+        loaded = load(Path(config), backbone, overrides, resume=resume)
     elif backbone is not None:
         loaded = _load_demo(backbone, overrides)
     else:
@@ -116,7 +116,9 @@ def _loaded(config: str | None, backbone: str | None, overrides: list[str], *, r
     return loaded
 
 
-def _load(path: Path, backbone: str | None, overrides: list[str], *, resume: bool) -> LoadedConfig:
+def load(
+    path: Path, backbone: str | None, overrides: list[str], *, resume: bool, memory: int | None = None
+) -> LoadedConfig:
     """Load the config from a file or, to resume, from a run's folder, even if that folder was moved."""
     from dataclasses import replace
 
@@ -137,7 +139,7 @@ def _load(path: Path, backbone: str | None, overrides: list[str], *, resume: boo
                 f"{path.parent}: holds no run to resume (no {CONFIG}); name the config that the run should have, as "
                 f"`ttt train CONFIG --resume`"
             )
-    loaded = load_config(path, backbone=backbone, overrides=overrides, resuming=resume)
+    loaded = load_config(path, backbone=backbone, overrides=overrides, resuming=resume, memory=memory)
     in_its_run = path.name == CONFIG and (path.parent / CHECKPOINTS).is_dir()
     here = in_its_run or (is_folder and (loaded.config.run_dir is None or is_of_a_run(path)))
     if resume and here and not any(override.startswith("run_dir=") for override in overrides):

@@ -14,7 +14,7 @@ from ttt.reading import other_kind, unreadable
 from ttt.train.claim import METRICS, SUMMARY
 from ttt.train.stored_config import CONFIG
 
-_OF_A_RUN = {CHECKPOINTS, "eval", "tensorboard", "samples"}
+_OF_A_RUN = {CHECKPOINTS, "eval", "tensorboard", "samples", "slurm"}
 """Folders inside a run in which no other run is looked for."""
 _PASSED_OVER = {".git", ".venv", "__pycache__", "node_modules"}
 
