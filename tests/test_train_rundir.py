@@ -5,9 +5,12 @@ import errno
 import hashlib
 import json
 import os
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import forking
 import pytest
 import torch
 from toy import ToyBackbone, ToyData, ToyOptions
@@ -15,9 +18,9 @@ from toy import ToyBackbone, ToyData, ToyOptions
 from ttt.checkpoint_folder import read_checkpoint
 from ttt.config import TrainConfig, TTTConfig
 from ttt.errors import ConfigError, EnvironmentProblem, UnreadableError, UsageError
-from ttt.files import json_objects, read_json, write_json, write_tensors
+from ttt.files import is_locked, json_objects, lock, read_json, write_json, write_tensors
 from ttt.plugins import run_config_model
-from ttt.train import rundir
+from ttt.train import claim, rundir
 from ttt.train.metrics import MetricsFile
 from ttt.train.rundir import RunDir, choose
 from ttt.train.stored_config import MAY_DIFFER, StoredConfig, config_differences
@@ -536,3 +539,42 @@ def test_a_key_that_the_run_did_not_know_counts_with_its_default(tmp_path):
     seeded = settings.model_copy(update={"train": settings.train.model_copy(update={"seed": 3})})
     with pytest.raises(ConfigError, match=r"train\.seed: 0 in the run, 3 now"):
         stored.require_same(before, seeded, ToyBackbone())
+
+
+# --- whose lock it is ---
+
+
+def _holds_and_forks(run: Path) -> None:
+    """Hold a run as training does, beside a process that was forked meanwhile and lives longer."""
+    with claim.Hold() as hold, open(run / "metrics.jsonl", "a") as metrics:
+        hold.take(run)
+        lock(metrics, run / "metrics.jsonl")
+        metrics.write("of the parent, not yet written")
+        child = os.fork()
+        if child == 0:
+            metrics.flush()  # it may, and nothing comes of it
+            print("forked", flush=True)
+            time.sleep(60)
+            os._exit(0)
+        print(child, flush=True)
+        time.sleep(60)
+
+
+def test_a_lock_ends_with_the_process_that_took_it_even_if_one_that_it_forked_lives_on(tmp_path: Path) -> None:
+    """A killed run is queued again at once, and what it forked, such as a plugin's workers, may be a moment behind."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with forking.start(_holds_and_forks, run) as process:
+        told = {process.stdout.readline().strip() for _ in range(2)}
+        child = int(next(iter(told - {"forked"})))
+        try:
+            assert is_locked(run)
+            assert is_locked(run / "metrics.jsonl"), "what was forked ended its parent's lock"
+            process.kill()
+            process.wait(60)
+            assert not is_locked(run)
+            assert not is_locked(run / "metrics.jsonl")
+            os.kill(child, 0)  # it is there still
+            assert (run / "metrics.jsonl").read_text() == ""
+        finally:
+            os.kill(child, signal.SIGKILL)

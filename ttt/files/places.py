@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -14,6 +15,9 @@ from ttt.reading import other_kind
 
 _TRIES, _ONE_LOOK = 4, 0.005
 """How often a lock is tried, with how many seconds between: `is_locked` may be looking just then."""
+
+_locked: dict[int, tuple[int, int]] = {}
+"""Device and file of what this process has locked, by the number of its handle."""
 
 
 def _existing(path: Path) -> Path:
@@ -66,7 +70,10 @@ def require_place(path: Path) -> None:
 
 
 def lock(file: IO[Any] | int, path: Path) -> None:
-    """Hold an open file of a run, or the handle of its folder, until it is closed.
+    """Hold an open file of a run, or the handle of its folder, until it is closed, or this process ends.
+
+    A process that is forked meanwhile has no part in the lock: in it the file is `os.devnull`. Else a killed run would
+    be locked for as long as a process that it forked lives on.
 
     Raises:
         UsageError: another process holds it.
@@ -78,6 +85,8 @@ def lock(file: IO[Any] | int, path: Path) -> None:
     for left in reversed(range(_TRIES)):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            number = file if isinstance(file, int) else file.fileno()
+            _locked[number] = _identity(number)
             return
         except BlockingIOError:
             if not left:
@@ -87,6 +96,26 @@ def lock(file: IO[Any] | int, path: Path) -> None:
             time.sleep(_ONE_LOOK)
         except OSError:  # a file system without locks
             return
+
+
+def _identity(number: int) -> tuple[int, int]:
+    facts = os.fstat(number)
+    return facts.st_dev, facts.st_ino
+
+
+def _leave_locks_to_parent() -> None:
+    """In a forked process: put nothing in the place of each locked file, unless it was closed since."""
+    for number, identity in _locked.items():
+        with contextlib.suppress(OSError):
+            if _identity(number) == identity:
+                nothing = os.open(os.devnull, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+                os.dup2(nothing, number, inheritable=False)
+                os.close(nothing)
+    _locked.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_locks_to_parent)
 
 
 def is_locked(path: Path) -> bool:
