@@ -138,6 +138,8 @@ def test_commands_that_only_look_import_no_torch() -> None:
         "init --backbone toy --out -": 0,
         "train bad.yaml": 2,
         "train bad.yaml --resume": 2,
+        "submit bad.yaml": 2,
+        "submit good.yaml --dry-run": 0,
         "info nowhere": 3,
     }
     program = f"""

@@ -185,7 +185,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(
     }
     (command,) = re.findall(r"^srun .*$", text, re.MULTILINE)
     assert command.endswith(f"{sys.executable} -u -m ttt_cli train {run}/slurm/submitted.yaml --resume")
-    assert "--kill-on-bad-exit=1" in command
+    assert "--kill-on-bad-exit=0 --wait=300" in command, "the others end by themselves, or are killed"
     assert "--cpus-per-task=12" in command, "srun does not take it from sbatch"
     assert text.index("module load cuda") < text.index("srun ")
     assert subprocess.run(["/bin/bash", "-n"], input=text, text=True).returncode == 0

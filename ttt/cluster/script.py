@@ -22,6 +22,10 @@ SUBMITTED = "submitted.yaml"
 
 _FRUITLESS = 5
 """So many times in a row a job that saved nothing is queued again: it may be preempted before its first step."""
+_OTHERS_SECONDS = 300
+"""How long srun lets the other processes run once one has ended, before it kills them: they end by themselves, the
+first by saving. With `--kill-on-bad-exit` they would get SIGTERM at once, as of a scheduler that asks them to stop, and
+a job with a wrong config would be queued again."""
 _STARTING = (10, 12, 15)
 """SIGUSR1, SIGUSR2 and SIGTERM on Linux end a process that has not got as far as hearing them."""
 
@@ -73,7 +77,7 @@ def _parameters(run: Path, request: Request) -> dict[str, Any]:
         "constraint": request.constraint,
         "signal_delay_s": request.warning,
         "stderr_to_stdout": True,
-        "srun_args": ["--open-mode=append", "--kill-on-bad-exit=1", *each],
+        "srun_args": ["--open-mode=append", "--kill-on-bad-exit=0", f"--wait={_OTHERS_SECONDS}", *each],
         "additional_parameters": {"requeue": True, **request.options},
         "setup": [*request.setup, *_before(run)],
         "teardown": _after(run),
