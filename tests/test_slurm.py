@@ -65,6 +65,12 @@ def test_what_the_user_chose_stays() -> None:
     assert torchrun_variables({**STEP, **chosen}).items() >= chosen.items()
 
 
+@pytest.mark.parametrize(("hosts", "address"), [("localhost", "localhost"), ("n[1-2].invalid", "10.1.2.3")])
+def test_a_host_whose_name_is_not_known_is_called_by_its_address(hosts: str, address: str) -> None:
+    step = {**STEP, "SLURM_STEP_NODELIST": hosts, "SLURM_LAUNCH_NODE_IPADDR": "10.1.2.3"}
+    assert torchrun_variables(step)["MASTER_ADDR"] == address
+
+
 @pytest.mark.parametrize(
     ("hosts", "first"),
     [

@@ -43,9 +43,10 @@ _SAME_REQUEST_SECONDS = 0.2
 """Signals this close together are one: `timeout` sends its signal twice, and so does a terminal that is closed."""
 
 NOT_BEGUN = "interrupted before the run began; nothing was written: the same command starts it again"
-STARTING = "stopping before the first step; once more stops at once"
-STEPPING = "stopping after this step, then saving; once more stops at once"
-FINISHING = "writing the last files, then stopping; once more stops at once"
+_AGAIN = "; once more stops at once"
+STARTING = f"stopping before the first step{_AGAIN}"
+STEPPING = f"stopping after this step, then saving{_AGAIN}"
+FINISHING = f"writing the last files, then stopping{_AGAIN}"
 
 
 _JOB = "SLURM_JOB_ID"

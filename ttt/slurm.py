@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping, MutableMapping
 
 JOB = "SLURM_JOB_ID"
@@ -38,7 +39,7 @@ def torchrun_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": str(_number(environ, "SLURM_LOCALID") or 0),
         "LOCAL_WORLD_SIZE": str(_tasks_here(environ)),
-        "MASTER_ADDR": environ.get("MASTER_ADDR") or first_host(_hosts(environ)),
+        "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_address(environ),
         "MASTER_PORT": environ.get("MASTER_PORT") or str(_port(environ)),
     }
 
@@ -51,6 +52,22 @@ def take_torchrun_variables(environ: MutableMapping[str, str] = os.environ) -> N
 def first_host(hosts: str) -> str:
     """The first of a list of hosts as Slurm writes it: `n1` of `n[1-3,7],m2`."""
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", hosts).partition(",")[0] or "localhost"
+
+
+def _first_address(environ: Mapping[str, str]) -> str:
+    """The first host of the step, by name; if it has none that is known, as in a cloud, the address of a job's script.
+
+    That script runs on the first host. A shell of `salloc` need not, so its address is the second choice.
+    """
+    host = first_host(_hosts(environ))
+    address = environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
+    if not address:
+        return host
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return address
+    return host
 
 
 def _hosts(environ: Mapping[str, str]) -> str:
