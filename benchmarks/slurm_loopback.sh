@@ -108,7 +108,7 @@ state() { squeue --noheader --job="$1" --states=all --format=%T 2>/dev/null; }
 await() { # SECONDS, then a command
   local left=$(($1 * 2)); shift
   until "$@"; do
-    left=$((left - 1)); [ $left -gt 0 ] || fail "waited in vain for: $*"
+    left=$((left - 1)); [ $left -gt 0 ] || { cat "$log"; fail "waited in vain for: $*"; }
     sleep 0.5
   done
 }
@@ -123,7 +123,7 @@ all() {
   require
   local nodes=${TASKS:-1} job run
   folder=$(mktemp -d) || exit 1 # not local: the trap outlives this function
-  trap 'down "$folder"; rm -rf "$folder"' EXIT
+  trap 'down "$folder/slurm"; rm -rf "$folder"' EXIT
   up "$folder/slurm"
   cd "$folder" || exit 1
   export NO_TORCH_COMPILE=1
