@@ -4,7 +4,8 @@
 # goes on from its checkpoint, and ends with the losses of a run that nobody disturbed.
 #
 #   apt-get install slurmctld slurmd slurm-client munge   (Debian; as root; no service is started)
-#   benchmarks/slurm_loopback.sh                          all of that; TASKS=2 trains in two processes, on two nodes
+#   benchmarks/slurm_loopback.sh                          all of that; TASKS=2 trains in two processes, on two
+#                                                         nodes; STEPS=20 for so many
 #   benchmarks/slurm_loopback.sh up FOLDER                the daemons alone, for `export SLURM_CONF=FOLDER/slurm.conf`
 #   benchmarks/slurm_loopback.sh down FOLDER              ends them
 #
@@ -124,12 +125,13 @@ all() {
   local nodes=${TASKS:-1} job run
   folder=$(mktemp -d) || exit 1 # not local: the trap outlives this function
   trap 'down "$folder/slurm"; rm -rf "$folder"' EXIT
+  trap 'exit 143' TERM INT HUP
   up "$folder/slurm"
   cd "$folder" || exit 1
   export NO_TORCH_COMPILE=1
   "$TTT" init --backbone moshi --out c.yaml 2>/dev/null || fail "no config"
   run=$folder/run
-  local asked=(--nodes "$nodes" --gpus 0 --time 1:00:00 --set train.max_steps=60 --set train.log_freq=1)
+  local asked=(--nodes "$nodes" --gpus 0 --time 1:00:00 --set train.max_steps="${STEPS:-60}" --set train.log_freq=1)
   echo "--- the script, and what Slurm says of it"
   "$TTT" submit c.yaml "${asked[@]}" --set run_dir="$run" --dry-run > script.sh || fail "no script"
   cat script.sh
@@ -140,7 +142,7 @@ all() {
   "$TTT" submit c.yaml "${asked[@]}" --set run_dir="$run" || fail "not submitted"
   job=$(basename "$run"/slurm/*_submission.sh _submission.sh)
   log=$run/slurm/${job}_0_log.out
-  await 300 has_steps "$run" 8
+  await 300 has_steps "$run" 5
   "$TTT" submit c.yaml "${asked[@]}" --set run_dir="$run" && fail "a second job was submitted"
   sbatch --quiet --partition=high --nodes=2 --ntasks-per-node=1 --time=5 --output=/dev/null --wrap "sleep 3"
   await 200 preempted "$job"

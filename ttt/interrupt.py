@@ -43,14 +43,12 @@ _SAME_REQUEST_SECONDS = 0.2
 """Signals this close together are one: `timeout` sends its signal twice, and so does a terminal that is closed."""
 
 NOT_BEGUN = "interrupted before the run began; nothing was written: the same command starts it again"
-_AGAIN = "; once more stops at once"
+_JOB = "SLURM_JOB_ID"
+"""Set in every process of a job of Slurm."""
+_AGAIN = "" if os.environ.get(_JOB) else "; once more stops at once"
 STARTING = f"stopping before the first step{_AGAIN}"
 STEPPING = f"stopping after this step, then saving{_AGAIN}"
 FINISHING = f"writing the last files, then stopping{_AGAIN}"
-
-
-_JOB = "SLURM_JOB_ID"
-"""Set in every process of a job of Slurm."""
 
 
 class StopRequested(KeyboardInterrupt):
