@@ -18,6 +18,7 @@ STEP = {
     "SLURM_NODEID": "2",
     "SLURM_LOCALID": "1",
     "SLURM_NTASKS": "7",
+    "SLURM_CPUS_PER_TASK": "6",
 }
 """Of one process of seven, as Slurm 22.05 sets them; of the sixth."""
 
@@ -30,7 +31,11 @@ def test_a_task_of_srun_is_a_process_of_torchrun() -> None:
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "n1",
         "MASTER_PORT": "15041",
+        "OMP_NUM_THREADS": "6",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
+    alone_on_its_core = {name: value for name, value in STEP.items() if name != "SLURM_CPUS_PER_TASK"}
+    assert torchrun_variables(alone_on_its_core)["OMP_NUM_THREADS"] == "1"
     last = {**STEP, "SLURM_NODEID": "3", "SLURM_LOCALID": "0", "SLURM_PROCID": "6"}
     assert torchrun_variables(last)["LOCAL_WORLD_SIZE"] == "1"
 
@@ -61,7 +66,7 @@ def test_whoever_srun_did_not_start_beside_others_is_alone(environ: dict[str, st
 
 
 def test_what_the_user_chose_stays() -> None:
-    chosen = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    chosen = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "OMP_NUM_THREADS": "3", "TORCH_CPP_LOG_LEVEL": "INFO"}
     assert torchrun_variables({**STEP, **chosen}).items() >= chosen.items()
 
 

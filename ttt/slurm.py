@@ -28,8 +28,8 @@ def torchrun_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str
     """The variables of `torchrun` for a process that `srun` started beside others.
 
     Returns:
-        Name and value of each; empty if there are no others, or if a launcher has set `WORLD_SIZE`. `MASTER_ADDR` and
-        `MASTER_PORT` are kept if they are set.
+        Name and value of each; empty if there are no others, or if a launcher has set `WORLD_SIZE`. An address, a port,
+        a number of threads and a log level that are set already are kept.
     """
     tasks, rank = _number(environ, TASKS), _number(environ, "SLURM_PROCID")
     if tasks is None or rank is None or tasks < 2 or environ.get("WORLD_SIZE"):
@@ -41,6 +41,9 @@ def torchrun_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str
         "LOCAL_WORLD_SIZE": str(_tasks_here(environ)),
         "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_address(environ),
         "MASTER_PORT": environ.get("MASTER_PORT") or str(_port(environ)),
+        # torchrun's own is 1: a process that took every core would do so beside the others of its node
+        "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or environ.get("SLURM_CPUS_PER_TASK") or "1",
+        "TORCH_CPP_LOG_LEVEL": environ.get("TORCH_CPP_LOG_LEVEL") or "ERROR",  # as `ttt train --nproc` sets it
     }
 
 
