@@ -179,6 +179,23 @@ def test_a_check_says_that_codes_are_missing_or_of_something_else(speech, tmp_pa
     assert load_config(speech / "config.yaml", training=False).config.data.codes == str(codes)  # to precompute them
 
 
+def test_check_data_compares_all_of_each_recording_and_its_codes(speech, tmp_path):
+    run, talk = config(speech, tmp_path / "codes"), speech / "talk.wav"
+    make(run)
+
+    def read() -> Any:
+        return MOSHI.read_data(run, split="train", console=Console(file=io.StringIO()))
+
+    read()
+    dates, content = talk.stat(), bytearray(talk.read_bytes())
+    content[200_000] ^= 1
+    talk.write_bytes(content)
+    os.utime(talk, ns=(dates.st_atime_ns, dates.st_mtime_ns))  # which hides it from a run
+    windows(run)
+    with pytest.raises(EnvironmentProblem, match=r"talk\.wav: .*\.safetensors is damaged, or of another content"):
+        read()
+
+
 def test_codes_of_another_codec_are_told(speech, tmp_path, monkeypatch):
     make(config(speech, tmp_path / "codes"))
     other = tmp_path / "codec.safetensors"

@@ -74,7 +74,7 @@ class Loader:
             EnvironmentProblem: files are missing or broken, or a worker was killed or cannot be started.
             PluginError: the dataset fails, or cannot be handed to workers.
         """
-        if self._workers == 0:
+        if self._workers == 0 or number >= self._passes:
             return read_batch(self._dataset, self._windows_of(number))
         if self._ahead is None or self._ahead.next != number:
             self._close()

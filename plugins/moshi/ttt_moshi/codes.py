@@ -149,8 +149,12 @@ class CodeFile:
             return f"{self.path} holds another number of windows than {windows}; delete it and {_AGAIN}"
         return None
 
-    def is_current(self) -> bool:
-        """Whether the codes are there, whole, and of this content; all of them is read."""
+    def is_current(self, *, wholly: bool = False) -> bool:
+        """Whether the codes are there, whole, and of this content; all of them is read.
+
+        Args:
+            wholly: compare all of the recording, whatever its date.
+        """
         if not self.path.is_file():
             return False
         try:
@@ -160,11 +164,19 @@ class CodeFile:
             raise
         except EnvironmentProblem:
             return False
-        return not self._is_of_another_content(header)
+        return not self._is_of_another_content(header, wholly=wholly)
 
-    def _is_of_another_content(self, header: Header) -> bool:
+    def damage(self) -> str | None:
+        """What is wrong with them if all of them and of the recording is read, and the way out; None if nothing is."""
+        if not self.path.is_file():
+            return self._missing()
+        good = self.is_current(wholly=True)
+        return None if good else f"{self.path} is damaged, or of another content; delete it and {_AGAIN}"
+
+    def _is_of_another_content(self, header: Header, *, wholly: bool = False) -> bool:
         kept = kept_in(header)
-        return kept.get("mtime_ns") != self.content.mtime_ns and kept.get("sha256") != checksums.file_digest(self.audio)
+        look = wholly or kept.get("mtime_ns") != self.content.mtime_ns
+        return look and kept.get("sha256") != checksums.file_digest(self.audio)
 
     def _missing(self) -> str:
         return f"{missing(self.path.parent, self.content, self.settings) or self._none()}; {_AGAIN}"

@@ -165,10 +165,16 @@ class MoshiBackbone(
         return speech_windows(config.backbone, config.data, split=split, device=device)
 
     def read_data(self, config: MoshiRun, *, split: str, console: Console) -> Sequence[str]:
-        """Decode every recording to its end, and read every transcript. No codec is loaded."""
+        """Decode every recording to its end, and read every transcript and all codes. No codec is loaded."""
         from ttt_moshi.reading_data import read_data
 
-        return read_data(config.data, split=split, console=console)
+        codes = None
+        if config.data.codes is not None:
+            _before_moshi_is_imported("cpu")
+            from ttt_moshi.data import stored_codes
+
+            codes = stored_codes(config.backbone, Path(config.data.codes))
+        return read_data(config.data, split=split, console=console, codes=codes)
 
     def precompute(self, config: MoshiRun, *, console: Console) -> None:
         """Encode the recordings of `data.train_data` and `data.eval_data` by the codec, into `data.codes`."""

@@ -1,4 +1,4 @@
-"""`ttt check --data` for Moshi: every recording of every source decoded to its end, every transcript read."""
+"""`ttt check --data` for Moshi: every recording decoded to its end, every transcript and all codes read."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from rich.console import Console
 
 from ttt.errors import EnvironmentProblem
 from ttt.progress import Steps
+from ttt_moshi.codes import CodeFile
 from ttt_moshi.options import FRAME_RATE, MoshiData
 from ttt_moshi.sources import SpeechSource, sources_of_split
+from ttt_moshi.stored import StoredCodes
 
 
-def read_data(data: MoshiData, *, split: str, console: Console) -> Sequence[str]:
+def read_data(data: MoshiData, *, split: str, console: Console, codes: StoredCodes | None = None) -> Sequence[str]:
     """Read the data of a split.
 
     Args:
         data: the config's section.
+        codes: of the recordings, if the run reads some.
         split: `train` or `eval`.
         console: where to tell how far it is.
 
@@ -32,7 +35,7 @@ def read_data(data: MoshiData, *, split: str, console: Console) -> Sequence[str]
     sources = sources_of_split(data, split)
     for source in sources:
         try:
-            _read(source, notes, console)
+            problems += _read(source, notes, console, codes, data.duration_sec)
         except EnvironmentProblem as problem:
             problems += problem.details or (problem.message.removeprefix(f"{source.field}: "),)
     if problems:
@@ -41,11 +44,19 @@ def read_data(data: MoshiData, *, split: str, console: Console) -> Sequence[str]
     return notes
 
 
-def _read(source: SpeechSource, notes: list[str], console: Console) -> None:
+def _read(
+    source: SpeechSource, notes: list[str], console: Console, codes: StoredCodes | None, duration_sec: float
+) -> list[str]:
+    """Read a source; returns what is wrong with the codes of its recordings."""
     total = max(source.count(), 1)
     with Steps(console, f"{source.path}: decoding", total=total, tenths=True, rated="recording") as steps:
 
         def counted(things: Iterable[Any]) -> Iterator[Any]:
             return steps.counted(things)
 
-        source.recordings(frame_sec=1 / FRAME_RATE, notes=notes, wholly=True, counted=counted)
+        found = source.recordings(frame_sec=1 / FRAME_RATE, notes=notes, wholly=True, counted=counted)
+    if codes is None:
+        return []
+    settings = codes.settings(source, duration_sec)
+    files = ((each, CodeFile.of(codes.folder, each.audio, settings)) for each in found)
+    return [f"{each.place}: {each.audio}: {wrong}" for each, file in files if (wrong := file.damage()) is not None]
