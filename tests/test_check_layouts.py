@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from ttt.check import check_config
-from ttt.check.estimate import estimate
+from ttt.check.estimate import estimate, outside_layers
 from ttt.check.layouts import divided_rows, needs_of_layout, needs_of_layouts, possible_layouts, with_keys
 from ttt.check.rules.layouts import in_one_line
 from ttt.config import RunConfig
@@ -144,14 +144,17 @@ def test_bytes_that_are_sent() -> None:
     needs = functools.partial(needs_of_layout, config, facts, None)
     numbers = estimate(config, facts).numbers
     copies = needs(Layout(replicate=8)).sent
-    assert copies.gradients == pytest.approx(_ring(4 * numbers.learning, 8), rel=1e-6)
+    in_half = 2 * numbers.learns + 4 * numbers.adapter  # after each of the two passes
+    assert copies.gradients == pytest.approx(2 * _ring(in_half, 8), rel=1e-6)
     assert copies.parameters == copies.heads == 0
     split = needs(Layout(shard=8)).sent
-    weights = 2 * 2 * numbers.learns + 2 * 4 * numbers.adapter  # twice, in half precision, and the adapters' float32
+    outside = outside_layers(facts)
+    assert outside == (facts.parameters or 0) - 42 * (facts.layer_parameters or 0) > 0
+    weights = 2 * outside + 2 * 2 * (numbers.learns - outside) + 2 * 4 * numbers.adapter  # the layers' twice in a pass
     assert split.parameters == pytest.approx(2 * weights * 7 / 8, rel=1e-6)
-    assert split.gradients == pytest.approx(2 * 4 * numbers.learning * 7 / 8, rel=1e-6)
+    assert split.gradients == pytest.approx(4 * numbers.learning * 7 / 8, rel=1e-6)
     both = needs(Layout(2, 4)).sent
-    assert both.gradients == pytest.approx(_ring(numbers.learning, 2) + 2 * 4 * numbers.learning * 3 / 4, rel=1e-6)
+    assert both.gradients == pytest.approx(_ring(numbers.learning, 2) + 4 * numbers.learning * 3 / 4, rel=1e-6)
     assert needs(Layout()).sent.total == 0
     tokens = 4 * facts.dim * (facts.tokens_per_window or 0)
     runs = sum(2 + level for level in facts.checkpoints_around_scans or ())  # forward, again, and backward
@@ -161,12 +164,25 @@ def test_bytes_that_are_sent() -> None:
     assert needs(Layout(4, 1, 2)).sent.heads == 2 * 42 * (answers + (runs - 2) * 16 * read + 2 * _ring(8 * read, 2))
 
 
+def test_gradients_of_float32_are_summed_once_a_step() -> None:
+    config = _config(VIDEO, "demo", "train.batch_size=8", "train.num_microbatches=3", "train.trainable=all")
+    facts = VIDEO.facts(config)
+    numbers, copies = estimate(config, facts).numbers, needs_of_layout(config, facts, None, Layout(replicate=4))
+    assert copies.sent.gradients == _ring(4 * numbers.learning, 4)
+    assert copies.needs.parts["gradients being summed"] == 4 * numbers.learning  # DDP's buckets
+    split = needs_of_layout(config, facts, None, Layout(shard=4)).needs.parts
+    assert split["gradients being summed"] == 4 * split["gradients"] == 4 * numbers.learning  # of several passes
+    one_pass = with_keys(config, {"train.num_microbatches": 1})
+    assert "gradients being summed" not in needs_of_layout(one_pass, facts, None, Layout(shard=4)).needs.parts
+
+
 def test_what_is_frozen_below_the_first_layer_is_gathered_once() -> None:
     config = _config(MOSHI, "7b")
     facts = MOSHI.facts(config)
     numbers, split = estimate(config, facts).numbers, needs_of_layout(config, facts, None, Layout(shard=2))
-    once = 2 * numbers.frozen / 2
-    assert split.sent.parameters == pytest.approx(once * (1 + 3 / 32) + 4 * numbers.adapter, rel=1e-6)
+    size = 2 * numbers.frozen / 2
+    once = 2 * (numbers.frozen - outside_layers(facts)) / 2  # three layers, and the one before, which is fetched ahead
+    assert split.sent.parameters == pytest.approx(size + once * 4 / 32 + 4 * numbers.adapter, rel=1e-6)
 
 
 # --- what to write ---
@@ -258,7 +274,7 @@ def test_the_command_prints_a_table_and_lines_to_write(tmp_path: Any, capsys: py
     lines = yaml.safe_load(rest.partition("\n\n")[0])
     assert lines == {
         "train": {
-            "parallel": {"replicate": 2, "shard": 4, "tensor": 1},
+            "parallel": {"replicate": 1, "shard": 8, "tensor": 1},
             "batch_size": 8,
             "num_microbatches": 8,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ttt.amounts import show_bytes
@@ -92,6 +92,9 @@ class _Held:
 
     parameters: int
     gradients: int
+    summed: int
+    """Of what gradients are summed in: of copies, buckets of them; if parameters are split, the whole gradients of
+    several passes, which are summed after the last of these."""
     optimizer: int
     averages: int
     """Of averaged weights."""
@@ -156,13 +159,14 @@ def estimate(config: RunConfig, facts: BackboneFacts, lora: Shapes | None = None
     passing = (around + scan.activation_bytes + scan.carry_bytes) if scan else 0
     passing += 4 * facts.dim * facts.dim * size // layout.tensor
     passing += held.gradients + numbers.learns * size // layout.shard + held.next_gathered
-    always = held.parameters + held.optimizer + held.averages + held.gathered + state
+    always = held.parameters + held.optimizer + held.averages + held.gathered + held.summed + state
     return Estimate(
         scan=scan,
         scans=scans,
         parts={
             "parameters": held.parameters,
             "gradients": held.gradients,
+            **({"gradients being summed": held.summed} if held.summed else {}),
             "optimizer": held.optimizer,
             **({"averages": held.averages} if held.averages else {}),
             **({"gathered parameters": held.gathered} if layout.shard > 1 else {}),
@@ -232,14 +236,27 @@ def _held(config: RunConfig, facts: BackboneFacts, of_lora: int, layout: Layout)
     masters = WIDE * here.learns if size < WIDE and not split else 0
     kept = here.frozen * size + here.learns * (WIDE if split else size) + here.adapter * WIDE
     outside, layer, learns = _units(config, facts, of_lora, layout) if split else (0, 0, 0)
+    summed = 0
+    if split and config.train.num_microbatches > 1:
+        summed = WIDE * _numbers(config, facts, of_lora, replace(layout, shard=1)).learning
+    elif not split and layout.data_size > 1:
+        summed = here.learns * size + here.adapter_learns * WIDE
     return _Held(
         parameters=kept,
         gradients=WIDE * here.learning,
+        summed=summed,
         optimizer=2 * WIDE * here.learning + masters,
         averages=0 if config.train.ema_decay is None else WIDE * here.learning,
         gathered=outside + layer,
         next_gathered=2 * layer + 2 * learns,
     )
+
+
+def outside_layers(facts: BackboneFacts) -> int:
+    """How many of the backbone's parameters are in none of its layers; 0 if it is not known."""
+    if facts.layer_parameters is None or facts.parameters is None:
+        return 0
+    return max(facts.parameters - facts.layer_parameters * facts.num_layers, 0)
 
 
 def _units(config: RunConfig, facts: BackboneFacts, of_lora: int, layout: Layout) -> tuple[int, int, int]:
@@ -248,9 +265,8 @@ def _units(config: RunConfig, facts: BackboneFacts, of_lora: int, layout: Layout
     """
     size, numbers = bytes_of(config.train.param_dtype), _numbers(config, facts, of_lora)
     layers = len(select_layers(config.injected.layers, facts.num_layers))
-    everything = (facts.parameters or 0) + of_lora
-    one = facts.layer_parameters or everything // max(facts.num_layers, 1)
-    outside = max(everything - one * facts.num_layers, 0)
+    outside = outside_layers(facts)
+    one = ((facts.parameters or 0) + of_lora - outside) // max(facts.num_layers, 1)
     adapter, learning = (
         -(-count // max(layers, 1)) for count in _adapter_parameters(config, facts, layers, layout.tensor)
     )

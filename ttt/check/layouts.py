@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ttt.check.estimate import Estimate, Shapes, backward_reaches, estimate
+from ttt.check.estimate import Estimate, Shapes, backward_reaches, estimate, outside_layers
 from ttt.communication import heads_backward, heads_forward
 from ttt.config.schema import RunConfig, select_layers
 from ttt.costs import WIDE, bytes_of
@@ -26,11 +26,13 @@ class Sent:
     """
 
     gradients: int
-    """Summed over copies; over devices that split the parameters."""
+    """Summed once a step over copies and over devices that split the parameters; of copies that learn in half precision
+    after each pass."""
     parameters: int
-    """Gathered from devices that split them: once for forward, and once more for backward."""
+    """Gathered from devices that split them: in each pass once for forward, and those of layers once more for backward.
+    """
     heads: int
-    """Exchanged in TTT layers by devices that share the heads."""
+    """Of TTT layers, summed over devices that share the heads."""
 
     @property
     def total(self) -> int:
@@ -159,18 +161,37 @@ def with_keys(config: RunConfig, keys: Mapping[str, Any]) -> RunConfig:
 
 def sent(config: RunConfig, facts: BackboneFacts, needs: Estimate, layout: Layout) -> Sent:
     """What one device sends in a step of this layout."""
-    numbers, passes = needs.numbers, config.train.num_microbatches
-    learning = WIDE * numbers.learning // layout.tensor  # each sums the gradients of its own heads
-    gathered = numbers.frozen + numbers.learns
-    size = bytes_of(config.train.param_dtype)
-    layers = select_layers(config.injected.layers, facts.num_layers)
-    again = backward_reaches(config, facts, layers) / max(facts.num_layers, 1)
-    split = round((1 + again) * gathered * size) + 2 * WIDE * numbers.adapter // layout.tensor
+    layers = len(select_layers(config.injected.layers, facts.num_layers))
     return Sent(
-        gradients=_part(2, layout.replicate, learning // layout.shard) + passes * _part(1, layout.shard, learning),
-        parameters=passes * _part(1, layout.shard, split),
-        heads=passes * _of_heads(config, facts, needs, layout, len(layers)),
+        gradients=_of_gradients(config, needs, layout),
+        parameters=_of_parameters(config, facts, needs, layout) if layout.shard > 1 else 0,
+        heads=config.train.num_microbatches * _of_heads(config, facts, needs, layout, layers),
     )
+
+
+def _of_gradients(config: RunConfig, needs: Estimate, layout: Layout) -> int:
+    """Bytes of gradients, of which each device that shares the heads has those of its own."""
+    numbers, size = needs.numbers, bytes_of(config.train.param_dtype)
+    own = numbers.adapter_learns // layout.tensor
+    if layout.shard > 1:  # float32
+        learning = WIDE * (numbers.learns + own)
+        return _part(2, layout.replicate, learning // layout.shard) + _part(1, layout.shard, learning)
+    half = size < WIDE and numbers.learns
+    passes = config.train.num_microbatches if half else 1
+    return passes * _part(2, layout.replicate, numbers.learns * size + WIDE * own)
+
+
+def _of_parameters(config: RunConfig, facts: BackboneFacts, needs: Estimate, layout: Layout) -> int:
+    """Bytes of parameters that are gathered; for backward those of the layers that it reaches, and of the one before
+    them, which FSDP2 fetches ahead.
+    """
+    numbers, size = needs.numbers, bytes_of(config.train.param_dtype)
+    layers = select_layers(config.injected.layers, facts.num_layers)
+    outside = outside_layers(facts)
+    again = min(backward_reaches(config, facts, layers) + 1, facts.num_layers) / max(facts.num_layers, 1)
+    gathered = size * (outside + round((1 + again) * (numbers.frozen + numbers.learns - outside)))
+    gathered += 2 * WIDE * numbers.adapter // layout.tensor
+    return config.train.num_microbatches * _part(1, layout.shard, gathered)
 
 
 def _part(times: int, among: int, count: int) -> int:
