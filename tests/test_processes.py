@@ -51,7 +51,6 @@ RUNS = {
     "videodit": ("videodit", TWO, ["train.parallel.shard=2"]),
     "transformers": ("transformers", TWO, []),
     "tensor 2": ("toy", TWO, ["train.parallel.tensor=2"]),
-    "shard 2, tensor 2": ("toy", FOUR, ["train.parallel.shard=2", "train.parallel.tensor=2"]),
     "replicate 2, tensor 2": ("toy", FOUR, ["train.parallel.tensor=2"]),
     **{f"{name} tensor": (name, TWO, ["train.parallel.tensor=2"]) for name in ("moshi", "videodit")},
 }
@@ -76,13 +75,14 @@ def _of_rank(rank: int, folder: Path, count: int) -> None:
             "toy",
             folder / "saved on 4",
             "train.parallel.shard=2",
+            "train.parallel.tensor=2",
             f"train.max_steps={SAVED}",
             "train.ckpt_freq=2",
             "train.ckpt_async=true",
         )
     elif count == TWO:
         _go("toy", folder / "on 2", "train.parallel.shard=2", resume=True)
-        _go("toy", folder / "on tensor 2", "train.parallel.tensor=2", "train.max_steps=8", resume=True)
+        _go("toy", folder / "on tensor 2", "train.parallel.tensor=2", resume=True)
 
 
 def _alone(rank: int, folder: Path) -> None:
@@ -92,7 +92,6 @@ def _alone(rank: int, folder: Path) -> None:
 
 def _resumed_alone(rank: int, folder: Path) -> None:
     _go("toy", folder / "on 1", resume=True)
-    _go("toy", folder / "on tensor 2", resume=True)
 
 
 def _everything(folder: str) -> int:
