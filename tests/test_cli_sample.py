@@ -506,7 +506,7 @@ def test_precompute_makes_the_data_that_training_reads(capsys: pytest.CaptureFix
     assert main(["check", "m.yaml"]) == 1
     out = capsys.readouterr().out
     assert "TTT501" in out
-    assert "ttt precompute" not in out  # which Moshi has no use for
+    assert "ttt precompute" not in out  # which makes codes for Moshi, not these
     assert main(["precompute", *arguments]) == 0
     assert said(capsys)[0] == "4 streams\n"
     assert main(["train", *arguments, "--set", "run_dir=run"]) == 0
@@ -540,7 +540,6 @@ def test_a_backbone_without_them_says_so_and_who_has_them(capsys: pytest.Capture
     for arguments, words in (
         (["sample", "m.yaml", *ASKED, "--out", "a.mp4"], "sampling: it cannot make anything from prompts"),
         (["sample", "m.yaml", *many], "sampling: it cannot make anything from prompts"),
-        (["precompute", "m.yaml"], "precomputation: it reads its data as they are"),
         (
             ["import-weights", "theirs", "--backbone", "moshi", "--out", "ours"],
             "import of weights: it knows no other program's checkpoints",

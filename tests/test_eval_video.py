@@ -31,6 +31,7 @@ from ttt.eval.tasks import ItemTask, Setup
 from ttt.eval.video import vbench
 from ttt.eval.video.denoising import DiffusionLoss, bands_of, timesteps_of
 from ttt.plugins import EvalContext, SegmentLosses, WindowSource, run_config_model
+from ttt.plugins.rows import RowDraws
 from ttt.train import pictures
 from ttt_cli.main import main
 from ttt_videodit import diffusion
@@ -119,7 +120,9 @@ def test_by_segment_and_timestep_it_is_the_loss_of_training(monkeypatch: pytest.
 
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     monkeypatch.setattr(
-        torch, "randn_like", lambda x: torch.stack([torch.randn(x.shape[1:], generator=each) for each in generators])
+        RowDraws,
+        "normal",
+        lambda self, shape, dtype: torch.stack([torch.randn(shape, generator=each) for each in generators]),
     )
     losses = []
     for timestep in range(12):

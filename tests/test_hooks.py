@@ -862,7 +862,7 @@ def test_every_kind_of_plugin_is_listed_working_or_broken(folder: Path, capsys: 
             re.MULTILINE,
         )
     assert re.search(
-        r"^moshi .*  backbone \(can answer, index, read-data, stream, score, lora\), import of configs$",
+        r"^moshi .*  backbone \(can answer, precompute, index, read-data, stream, score, lora\), import of configs$",
         out,
         re.MULTILINE,
     )

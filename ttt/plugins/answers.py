@@ -162,6 +162,14 @@ def _sites(backbone: Any, answer: Any) -> Any:
     return answer
 
 
+def _blocks(backbone: Any, answer: Any) -> Any:
+    from torch import nn
+
+    if not isinstance(answer, Sequence) or not all(isinstance(block, nn.Module) for block in answer):
+        raise WrongAnswer(f"{in_short(answer)}, not a sequence of modules")
+    return answer
+
+
 def _wrong_in(site: Any) -> Iterable[str]:
     """What is wrong with the fields of a site, a clause each."""
     from torch import nn
@@ -386,6 +394,7 @@ ANSWERS: Mapping[str, Check] = {
     "provenance": _mapping(str, "texts to texts"),
     "describe_model": _sentences,
     "sites": _sites,
+    "blocks": _blocks,
     "dataset": _dataset,
     "loss": _loss,
     "loss_weights": _loss_weights,

@@ -154,6 +154,9 @@ class Answering(Capability, Generic[OptionsT, DataT]):
 class Precomputing(Capability, Generic[OptionsT, DataT]):
     """Making the training data from its sources: `ttt precompute`."""
 
+    precomputed_data: ClassVar[str] = "train_data"
+    """The key of the section `data` that names what it makes."""
+
     @abstractmethod
     def precompute(self, config: RunConfig[OptionsT, DataT], *, console: Console) -> None:
         """Make the data. After an interruption, finished parts stay and are not made again.

@@ -25,8 +25,8 @@ class LossOutput:
     tokens: int
     """Positions that the backbone read (B · T), for throughput."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Detached scalars to record in `metrics.jsonl`, such as `text_loss`; each is a mean, as the loss is. Every batch has
-    the same names."""
+    """Detached scalars to record in `metrics.jsonl`, such as `text_loss`; each is a mean, as the loss is. All batches
+    have the same names."""
     means: Tensor | None = None
     """`[K]`, differentiable: the means whose sum is `loss`, each over its entry of `Backbone.loss_weights`. None if the
     loss is a single mean."""

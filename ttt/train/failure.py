@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from ttt.errors import TTTError
 from ttt.files import write_json
 from ttt.printable import printable, shortened
-from ttt.train.parts import Parts
 from ttt.words import first_line
+
+if TYPE_CHECKING:
+    from ttt.train.parts import Parts
 
 FAILURE = "failure.json"
 _MOST = 2000  # letters of an error

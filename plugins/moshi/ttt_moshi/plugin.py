@@ -176,6 +176,8 @@ class MoshiBackbone(
             codes = stored_codes(config.backbone, Path(config.data.codes))
         return read_data(config.data, split=split, console=console, codes=codes)
 
+    precomputed_data = "codes"
+
     def precompute(self, config: MoshiRun, *, console: Console) -> None:
         """Encode the recordings of `data.train_data` and `data.eval_data` by the codec, into `data.codes`."""
         _before_moshi_is_imported(config.train.device if config.train.device != "auto" else "cpu")

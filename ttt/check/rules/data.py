@@ -143,7 +143,9 @@ def _way_to_make(context: Context) -> str:
     """The command that makes a backbone's data, if it has one, as the rest of a sentence."""
     from ttt.plugins import Precomputing, has_capability
 
-    return ", make it with `ttt precompute`" if has_capability(context.known_backbone, Precomputing) else ""
+    backbone = context.known_backbone
+    made = has_capability(backbone, Precomputing) and backbone.precomputed_data == "train_data"
+    return ", make it with `ttt precompute`" if made else ""
 
 
 def _exists(path: str) -> bool:
