@@ -245,6 +245,6 @@ def test_a_run_with_workers_resumes_after_ctrl_c_and_after_a_kill_bit_for_bit(tm
         others = descendants(process.pid)
     assert_ended(others)
 
-    train(settings(stopped, 2), ToyBackbone(), resume=True)
+    train(settings(stopped, 0), ToyBackbone(), resume=True)
     assert lines(stopped) == lines(whole)
     assert [line["step"] for line in lines(whole)] == list(range(1, 13))

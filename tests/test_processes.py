@@ -22,14 +22,15 @@ from ttt.check import load_config
 from ttt.plugins import get_backbone
 from ttt.train import pictures, train
 from ttt.train.metrics import read_metrics
+from ttt_videodit import model as _imported_before_processes_are_forked  # noqa: F401
 
 TOY = """
 backbone: {name: toy, num_layers: 2, dim: 16, num_heads: 2}
 ttt: {mini_batch_size: 4, persistent_states: true}
 data: {window: 12, shuffle: files, windows_of_files: [3, 2, 4, 3, 5]}
 train:
-  {max_steps: 10, batch_size: 4, num_microbatches: 2, trainable: all, lr: 3.0e-3, lr_schedule: constant,
-   gradient_checkpointing: true, evidence_freq: 5, ema_decay: 0.8}
+  {max_steps: 6, batch_size: 4, num_microbatches: 2, trainable: all, lr: 3.0e-3, lr_schedule: constant,
+   gradient_checkpointing: true, evidence_freq: 3, ema_decay: 0.8}
 """
 SMALL = {
     "toy": [],
@@ -41,11 +42,10 @@ SMALL = {
 }  # fmt: skip
 """The backbones, with what makes their demos small."""
 ONE, TWO, FOUR = 1, 2, 4
-SAVED = 6
+SAVED = 4
 """The steps after which a run on four processes goes on with fewer."""
 RUNS = {
     "replicate 4": ("toy", FOUR, []),
-    "shard 4": ("toy", FOUR, ["train.parallel.shard=4"]),
     "shard 2 of 4": ("toy", FOUR, ["train.parallel.shard=2"]),
     "moshi": ("moshi", TWO, ["train.parallel.shard=2"]),
     "videodit": ("videodit", TWO, ["train.parallel.shard=2"]),
@@ -132,6 +132,10 @@ def _same(one: Path, other: Path) -> None:
         numbers, more = _numbers(line), _numbers(another)
         if line["step"] == SAVED and len(more) > len(numbers):  # it was the last step of the run that was saved
             more = {name: value for name, value in more.items() if name in numbers}
+        of_weights = {name for name in numbers if name.startswith("layers.")}  # AdamW makes rounding full steps there
+        assert {name: more.pop(name) for name in of_weights} == pytest.approx(
+            {name: numbers.pop(name) for name in of_weights}, rel=1e-5, abs=1e-6
+        )
         assert more == pytest.approx(numbers, rel=2e-6, abs=1e-6)
         assert another["loss"] == pytest.approx(line["loss"], abs=1e-6)
     step = f"checkpoints/step_{lines[-1]['step']:06d}"
