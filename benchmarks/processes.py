@@ -1,13 +1,15 @@
-"""Steps a second of one run in 1, 2 and 4 processes by layout, and the bytes that a step hands to collectives.
+"""Steps a second of one run in 1, 2 and 4 processes by layout, its losses against those of one process, and the bytes
+that a step hands to collectives.
 
 The processes are forked and talk over gloo on this machine. On two cores this says nothing about scaling: four
 processes share what two could use. The bytes are those of the tensors that a process gives to each kind of collective
 in one step, counted where PyTorch dispatches them; `ttt check --devices` computes what devices send for them.
 
-With `--saving` it is how long a step that saves waits for its checkpoint, by `train.ckpt_async`, of how many bytes.
+With `--out` the figures are kept as JSON too. With `--saving` it is how long a step that saves waits for its checkpoint,
+by `train.ckpt_async`, of how many bytes.
 
     python benchmarks/processes.py                            the demo of Moshi, made a little wider
-    python benchmarks/processes.py --backbone videodit --steps 5
+    python benchmarks/processes.py --backbone videodit --steps 7 --out benchmarks/results/processes-videodit.json
     python benchmarks/processes.py --saving --set backbone.dim=512
 """
 
@@ -32,6 +34,9 @@ LAYOUTS = {
     "replicate 4": (4, ""),
     "shard 4": (4, "{shard: 4}"),
     "replicate 2, shard 2": (4, "{shard: 2}"),
+    "tensor 2": (2, "{tensor: 2}"),
+    "shard 2, tensor 2": (4, "{shard: 2, tensor: 2}"),
+    "replicate 2, tensor 2": (4, "{replicate: 2, tensor: 2}"),
 }
 
 
@@ -65,6 +70,7 @@ def _run(rank: int, options: argparse.Namespace, parallel: str, told: Path) -> N
     from ttt.check import load_config
     from ttt.plugins import get_backbone
     from ttt.train import pictures, train
+    from ttt.train.metrics import read_metrics
     from ttt.train.saving import Saver
     from ttt.train.step import Stepper
 
@@ -98,7 +104,7 @@ def _run(rank: int, options: argparse.Namespace, parallel: str, told: Path) -> N
     saving = ["train.ckpt_freq=4", "train.ckpt_keep=1"] if options.saving else []
     overrides = [
         f"train.max_steps={options.steps + 3}", "train.batch_size=4", "train.cpu_threads=1", "train.device=cpu",
-        f"train.trainable={options.trainable}", "train.evidence_freq=1000", "eval.max_batches=1",
+        f"train.trainable={options.trainable}", "train.evidence_freq=1000", "train.log_freq=1", "eval.max_batches=1",
         f"run_dir={told.with_suffix('')}", *options.set, *saving, *([f"train.parallel={parallel}"] if parallel else []),
     ]  # fmt: skip
     config = load_config("demo", text=backbone.presets()["demo"], backbone=backbone, overrides=overrides).config
@@ -108,7 +114,8 @@ def _run(rank: int, options: argparse.Namespace, parallel: str, told: Path) -> N
         size = sum(file.stat().st_size for file in result.checkpoint.rglob("*") if file.is_file())
         rest = sorted([*times[1:2], *times[3:]])
         median = sorted(waits)[len(waits) // 2]
-        found = {"seconds": rest[len(rest) // 2], "bytes": counted[0], "waits": median, "size": size}
+        losses = [line["loss"] for line in read_metrics(result.run_dir / "metrics.jsonl")]
+        found = {"seconds": rest[len(rest) // 2], "bytes": counted[0], "waits": median, "size": size, "losses": losses}
         told.write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -132,6 +139,7 @@ def main() -> None:
     parser.add_argument("--trainable", default="all")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--out", type=Path, help="a JSON file")
     parser.add_argument("--saving", action="store_true", help="how long steps wait for checkpoints")
     options = parser.parse_args()
     os.environ["NO_TORCH_COMPILE"] = "1"
@@ -151,11 +159,17 @@ def main() -> None:
                 flush=True,
             )
         return
-    print(f"{'layout':22} {'s a step':>9} {'steps/s':>8}  bytes of a step, by process")
+    print(f"{'layout':22} {'s a step':>9} {'steps/s':>8} {'losses differ':>13}  bytes of a step, by process")
+    table: dict[str, Any] = {}
     for layout, (count, parallel) in LAYOUTS.items():
-        found = _measured(together, count, options, parallel)
+        found = table[layout] = _measured(together, count, options, parallel)
+        first = next(iter(table.values()))["losses"]
+        off = found["off"] = max(abs(one - other) for one, other in zip(found["losses"], first, strict=True))
         sent = ", ".join(f"{name} {size:,}" for name, size in sorted(found["bytes"].items())) or "none"
-        print(f"{layout:22} {found['seconds']:9.3f} {1 / found['seconds']:8.2f}  {sent}", flush=True)
+        print(f"{layout:22} {found['seconds']:9.3f} {1 / found['seconds']:8.2f} {off:13.1e}  {sent}", flush=True)
+    if options.out:
+        kept = {"backbone": options.backbone, "set": options.set, "trainable": options.trainable, "layouts": table}
+        options.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
