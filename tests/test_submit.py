@@ -374,6 +374,29 @@ def test_what_slurm_refuses_is_told_in_its_words_and_leaves_nothing(
     assert files(work) == before
 
 
+def test_what_another_run_writes_meanwhile_stays_if_slurm_refuses(
+    work: Path, capsys: pytest.CaptureFixture[str], program: Callable[[str, str], Path]
+) -> None:
+    program("squeue", "")
+    program("sbatch", "mkdir -p runs/other; echo kept > runs/other/config.yaml; echo no >&2; exit 1")
+    assert main(["submit", "c.yaml", "--set", "run_dir=runs/own"]) == 3
+    assert (work / "runs" / "other" / "config.yaml").read_text() == "kept\n"
+    assert not (work / "runs" / "own").exists()
+    assert "nothing was submitted" in capsys.readouterr().err
+
+
+def test_a_job_without_a_number_may_be_there_and_keeps_its_config(
+    work: Path, capsys: pytest.CaptureFixture[str], program: Callable[[str, str], Path]
+) -> None:
+    program("squeue", "")
+    program("sbatch", "echo welcome")
+    assert main(["submit", "c.yaml", "--set", "run_dir=runs/own"]) == 3
+    err = capsys.readouterr().err
+    assert "squeue --name ttt-own" in err
+    assert "nothing was submitted" not in err
+    assert (work / "runs" / "own" / "slurm" / "submitted.yaml").is_file()
+
+
 # --- on a real Slurm ---
 
 

@@ -26,8 +26,10 @@ from ttt.slurm import JOB
 _CONF = "SLURM_CONF"
 """Where Slurm's own configuration is."""
 
-REFUSED = (FailedJobError, FailedSubmissionError)
+REFUSED = FailedJobError
 """What submitit raises if sbatch does not take a job."""
+UNCLEAR = FailedSubmissionError
+"""What it raises if sbatch ends well and says no number."""
 
 
 class SlurmCommand(submitit.SlurmExecutor):

@@ -87,29 +87,41 @@ def submit(job: Job) -> str:
             "with --dry-run"
         )
     _require_no_job(job.run)
-    new = next((folder for folder in (*reversed(job.folder.parents), job.folder) if not folder.exists()), None)
+    new = [folder for folder in (job.folder, *job.folder.parents) if not folder.exists()]
     with writing(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
     try:
         write_text(job.folder / script.SUBMITTED, job.config)
         return _started(job)
-    except BaseException:
-        if new is not None:
-            shutil.rmtree(new, ignore_errors=True)
+    except EnvironmentProblem as error:
+        if new and not isinstance(error, _UnclearError):
+            (job.folder / script.SUBMITTED).unlink(missing_ok=True)
         raise
     finally:
         for leftover in job.folder.glob(".submission_file_*.sh"):  # submitit's name for it, before it has a number
             leftover.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: another run may have come into one of them meanwhile
+            for folder in new:
+                folder.rmdir()
+
+
+class _UnclearError(EnvironmentProblem):
+    """Nobody knows whether there is a job: if there is, it needs its config."""
 
 
 def _started(job: Job) -> str:
-    from ttt.cluster.executor import REFUSED
+    from ttt.cluster.executor import REFUSED, UNCLEAR
 
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):  # what sbatch says, which the error says too
             return job.slurm.start()
-    except (*REFUSED, OSError) as error:
+    except UNCLEAR as error:
+        raise _UnclearError(
+            f"sbatch did not say which job it made ({as_line(str(error).splitlines()[0])}); look whether there is one "
+            f"with `squeue --name {script.job_name(job.run)}`"
+        ) from error
+    except (REFUSED, OSError) as error:
         raise _refused("sbatch", str(error)) from error
 
 

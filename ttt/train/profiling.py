@@ -85,6 +85,7 @@ class _Profile:
             self._profiler.step()
             if not self._left:
                 self._stack.close()
+                del self._profiler  # with every event of these steps; the run may go on for weeks
 
     def close(self) -> None:
         """The run ends."""

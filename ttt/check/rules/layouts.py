@@ -80,8 +80,8 @@ def _none_fits(context: Context, listed: Sequence[LayoutNeeds], devices: int, me
     least = min(listed, key=lambda each: each.needs.low)
     return TTT407.at(
         KEY,
-        message=f"{_on(devices, memory)} no layout fits: one device needs at least {_of_one(least)} "
-        f"({least.needs.breakdown()}), with {least.layout.in_words()}",
+        message=f"{_on(devices, memory)} no layout fits: one device needs {_of_one(least)} "
+        f"({least.needs.breakdown()}) even with {least.layout.in_words()}",
         fix=_or(context, devices, memory),
         value={**table, "write": None},
         severity=Severity.ERROR,
