@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_train_loop import assert_same_tensors, config, lines
 from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 from toy import ToyBackbone
 
 from ttt.errors import EnvironmentProblem, UsageError
@@ -148,7 +150,7 @@ def kernel(duration):
 def node(start, end, number, *, launched=0):
     kernels = [kernel(launched)] if launched else []
     name = "autograd::engine::evaluate_function: MmBackward0"
-    return Event(name, start, end, number, thread=2, fwd_thread=1, scope=1, kernels=kernels)
+    return Event(name, start, end, number, thread=1, fwd_thread=1, kernels=kernels)
 
 
 EVENTS = [
@@ -182,3 +184,14 @@ def test_the_time_of_each_part():
     assert (parts[FORWARD].of_ttt.host, parts[FORWARD].of_ttt.device) == (14, 11)
     assert (parts[BACKWARD].of_ttt.host, parts[BACKWARD].of_ttt.device) == (15 + 8, 13)
     assert (whole.host, whole.device) == (100, 18 + 16 + 2 + 1)
+
+
+def test_backward_of_a_layer_is_found_among_the_events_of_pytorch():
+    layer, tokens = torch.nn.Linear(64, 64), torch.randn(64, 64)
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+        with record_function(PREFIX + FORWARD), record_function(TTT_LAYERS):
+            loss = layer(tokens).tanh().sum()
+        with record_function(PREFIX + BACKWARD):
+            loss.backward()
+    parts, _ = times_of_parts([*profiler.events()])
+    assert 0 < parts[BACKWARD].of_ttt.host < parts[BACKWARD].host

@@ -108,7 +108,7 @@ def _backward_of(events: Sequence[Any], layers: _Intervals) -> list[Any]:
     """
     makers: dict[tuple[int, int], Any] = {}
     for event in events:
-        if event.sequence_nr >= 0 and event.scope != 1:
+        if event.sequence_nr >= 0 and event.scope != 1 and not event.name.startswith(_NODE):
             key = event.thread, event.sequence_nr
             if key not in makers or makers[key].time_range.start <= event.time_range.start:
                 makers[key] = event
