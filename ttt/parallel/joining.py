@@ -55,7 +55,7 @@ def joined(train: TrainConfig, choose_device: Callable[[], torch.device]) -> Ite
         ) from None
     cannot = uneven(train, layout)
     if cannot:
-        raise ConfigError(f"train.batch_size: {cannot}; write a multiple of that")
+        raise ConfigError(f"train.batch_size: {cannot}; write a multiple of {layout.data_size}")
     if count == 1:
         yield World()
         return

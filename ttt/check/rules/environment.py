@@ -65,11 +65,12 @@ def processes_can_share_the_run(context: Context) -> Iterator[Finding]:
         )
         return
     cannot = None if layout is None else uneven(train, layout)
-    if cannot:
+    if cannot and layout is not None:
         yield TTT602.at(
             "train.batch_size",
             message=cannot,
-            fix="write a multiple of that, or more into tensor; num_microbatches makes larger batches",
+            fix=f"write a multiple of {layout.data_size}, or a larger parallel.tensor: processes that share heads read "
+            "the same rows",
             value=train.batch_size,
         )
 
