@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import forking
+import several
 
 Check = Callable[[], None]
 
@@ -40,36 +39,15 @@ def reports(module: str, function: str, count: int, folder: Path, timeout: float
 
 def _group(module: str, function: str, count: int, folder: str) -> int:
     """Be the parent of the group: returns 0 if every process ended well."""
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                _member(module, function, rank, count, Path(folder))
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
+    return several.together(count, _member, module, function, Path(folder))
 
 
-def _member(module: str, function: str, rank: int, count: int, folder: Path) -> None:
+def _member(rank: int, module: str, function: str, folder: Path) -> None:
     import importlib
 
     from torch import distributed as dist
 
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(str(folder / "store"), count),
-        rank=rank,
-        world_size=count,
-        timeout=datetime.timedelta(seconds=120),
-    )
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     checks: Mapping[str, Check] = getattr(importlib.import_module(module), function)()
     found = {}
     for name, check in checks.items():

@@ -1,4 +1,7 @@
-"""Several processes of one run, forked by a test at once: without a launcher, and without importing anything anew."""
+"""Several processes of one run, forked by a test at once: without a launcher, and without importing anything anew.
+
+They end with the process that has forked them, also if that is killed.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from forking import end_with
 
 
 def together(count: int, function: Callable[..., Any], *arguments: Any) -> int:
@@ -17,10 +22,11 @@ def together(count: int, function: Callable[..., Any], *arguments: Any) -> int:
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    pids = []
+    pids, parent = [], os.getpid()
     for rank in range(count):
         pid = os.fork()
         if pid == 0:
+            end_with(parent)
             os.environ.update(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True",

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import forking
 import pytest
+import several
 import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from ttt.config.schema import ParallelConfig, TrainConfig
+from ttt.parallel.engine import Engine
 from ttt.parallel.layout import Layout, layout_of, uneven
-from ttt.parallel.world import World
+from ttt.parallel.world import DIMENSIONS, World
+from ttt.plugins import LossOutput
 
 
 def _parallel(**sizes: object) -> ParallelConfig:
@@ -78,3 +87,56 @@ def test_alone_nothing_is_asked_of_anybody() -> None:
     assert (world.any(True), world.any(False)) == (True, False)
     assert world.rows(7) == slice(0, 7)
     assert (world.mesh, world.alone, world.first, world.size, world.data_size) == (None, True, True, 1, 1)
+
+
+# --- two processes ---
+
+
+class Mixed(nn.Module):
+    """Parameters in half precision and in float32, as of a backbone and its adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone, self.adapter = nn.Linear(3, 3).to(torch.bfloat16), nn.Linear(3, 1)
+
+
+def _loss(model: Any, x: Tensor) -> LossOutput:
+    return LossOutput(model.adapter(model.backbone(x.bfloat16()).float()).sum(), tokens=1)
+
+
+def _gradients_of_two_passes(rank: int, world: World) -> None:
+    """Gradients in half precision are taken over after each pass, as the optimiser does; the others are added up."""
+    model, alone, taken = Mixed(), Mixed(), {}
+    engine = Engine(model, _loss, world)
+    for number in range(2):
+        batches = torch.arange(12.0).view(2, 2, 3) + number
+        with engine.backward(last=number == 1):
+            engine.loss(batches[rank]).loss.backward()
+            for name, parameter in model.backbone.named_parameters():
+                taken[name] = taken.get(name, 0) + parameter.grad.float()
+                parameter.grad = None
+        for batch in batches:
+            _loss(alone, batch).loss.backward()
+    for name, parameter in alone.adapter.named_parameters():
+        torch.testing.assert_close(model.adapter.get_parameter(name).grad, parameter.grad)
+    for name, parameter in alone.backbone.named_parameters():
+        torch.testing.assert_close(taken[name], parameter.grad.float(), rtol=0.02, atol=0.02)
+
+
+def _both(rank: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    world = World(rank, Layout(replicate=2), init_device_mesh("cpu", (2, 1, 1), mesh_dim_names=DIMENSIONS))
+    _gradients_of_two_passes(rank, world)
+    dist.destroy_process_group()
+
+
+def _in_two_processes() -> int:
+    return several.together(2, _both)
+
+
+def test_gradients_of_several_passes_count_once_beside_half_precision() -> None:
+    with forking.start(_in_two_processes) as process:
+        _, err = process.communicate(120)
+    assert process.returncode == 0, err

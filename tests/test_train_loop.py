@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 import warnings
+from types import SimpleNamespace
 
 import forking
 import pytest
@@ -37,9 +38,10 @@ from ttt.errors import (
 )
 from ttt.files import read_header, write_tensors
 from ttt.interrupt import SIGNALS, Interrupt, interruptible
+from ttt.parallel.world import World
 from ttt.plugins import LossOutput, Site
 from ttt.plugins.rows import rows_of_step
-from ttt.train import pictures, saving, train
+from ttt.train import loop, pictures, saving, train
 from ttt.train.checkpoint import OPTIMIZER
 from ttt.train.evaluation import Evaluation, evaluate
 from ttt.train.metrics import read_metrics
@@ -349,6 +351,47 @@ def test_checkpoints_written_beside_the_run_are_those_of_their_steps(tmp_path, m
     with pytest.raises(EnvironmentProblem, match="the disk is full"):
         run(config(tmp_path / "full", train={**common, "ckpt_async": True}))
     assert list((tmp_path / "full" / "checkpoints").iterdir()) == []
+
+
+def test_a_checkpoint_that_is_being_written_outlives_what_ends_the_run(tmp_path, monkeypatch):
+    written = saving.write_content
+
+    def slowly(*arguments, **more):
+        time.sleep(0.2)
+        written(*arguments, **more)
+
+    def failing(*arguments, **more):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(saving, "write_content", slowly)
+    train = {"max_steps": 4, "ckpt_freq": 2, "ckpt_async": True}
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "evaluate", failing)
+        with pytest.raises(ZeroDivisionError):
+            run(config(tmp_path / "evaluation", train=train, evaluate={"eval_freq": 2}))
+    assert [path.name for path in (tmp_path / "evaluation" / "checkpoints").iterdir()] == ["step_000002"]
+    read_checkpoint(tmp_path / "evaluation" / "checkpoints" / "step_000002")
+    updated = Optimizer.step
+    monkeypatch.setattr(Optimizer, "step", lambda self, step: failing() if step == 2 else updated(self, step))
+    with pytest.raises(ZeroDivisionError):
+        run(config(tmp_path / "step", train=train))
+    assert [path.name for path in (tmp_path / "step" / "checkpoints").iterdir()] == ["step_000002"]
+
+
+def test_whether_to_stop_between_tasks_is_asked_of_all_processes(monkeypatch):
+    """One alone that stopped would leave the others in a task that they run together."""
+
+    class AnotherWasAsked(World):
+        def any(self, flag):
+            assert not flag
+            return True
+
+    parts = SimpleNamespace(world=AnotherWasAsked(), config=SimpleNamespace(train=None))
+    monkeypatch.setattr(loop, "with_averages", lambda parts, losses: Evaluation("eval", 1, 1.0, 1.0))
+    monkeypatch.setattr(loop, "measure", lambda parts, step, *, stop, display: None if stop() else {})
+    of_run = SimpleNamespace(done=1, display=None)
+    stepping = loop.Loop(parts, of_run, None, of_run, None, None, Interrupt())
+    assert stepping._evaluate() is None
 
 
 def test_carried_states_reach_the_next_window_and_stop_at_the_next_file(tmp_path):

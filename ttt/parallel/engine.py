@@ -88,7 +88,11 @@ class Engine:
         Gradients in half precision are summed after each, since the optimiser takes them over after each.
         """
         if isinstance(self._module, DistributedDataParallel):
-            with contextlib.nullcontext() if last or _has_half(self._module) else self._module.no_sync():
+            if _has_half(self._module):
+                around = _none_of_before(self._module)
+            else:
+                around = contextlib.nullcontext() if last else self._module.no_sync()
+            with around:
                 yield
             return
         if self._sharded:
@@ -109,6 +113,20 @@ class Engine:
 
 def _has_half(module: nn.Module) -> bool:
     return any(parameter.requires_grad and parameter.dtype in _HALF for parameter in module.parameters())
+
+
+@contextlib.contextmanager
+def _none_of_before(module: nn.Module) -> Iterator[None]:
+    """A context in which no parameter has a gradient of an earlier pass; at its end they are added.
+
+    They are sums over the processes already. Summed once more, they would count once for each process.
+    """
+    before = {parameter: parameter.grad for parameter in module.parameters() if parameter.grad is not None}
+    for parameter in before:
+        parameter.grad = None
+    yield
+    for parameter, gradient in before.items():
+        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 def _replicated(module: nn.Module, world: World) -> DistributedDataParallel:

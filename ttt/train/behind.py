@@ -57,7 +57,12 @@ class Behind:
     @property
     def is_written(self) -> bool:
         """Whether this process has nothing left to write."""
-        return (self._files is None or self._files.done()) and (self._shards is None or self._shards(0))
+        return (self._files is None or self._files.done()) and self.has_shards
+
+    @property
+    def has_shards(self) -> bool:
+        """Whether all processes have ended writing their parts of the optimiser's state, or there are none."""
+        return self._shards is None or self._shards(0)
 
     def wait_for_shards(self) -> None:
         """Wait until all processes have written their parts of the optimiser's state.

@@ -111,6 +111,13 @@ class Loop:
         Returns:
             The closing evaluation; None if the run was interrupted before it.
         """
+        try:
+            return self._run(step_done)
+        except Exception:
+            self._saver.keep_begun()
+            raise
+
+    def _run(self, step_done: Callable[[], None]) -> Evaluation | None:
         evaluation = None
         if self._log.metrics.last_step < self._progress.done:
             evaluation = self._settle()
@@ -170,9 +177,7 @@ class Loop:
         evaluation = with_averages(parts, self._losses)
         if evaluation is None:
             return None
-        measured = measure(
-            parts, self._progress.done, stop=lambda: self._interrupt.requested, display=self._log.display
-        )
+        measured = measure(parts, self._progress.done, stop=self._is_asked, display=self._log.display)
         return None if measured is None else replace(evaluation, tasks=measured)
 
     def _losses(self) -> Evaluation | None:

@@ -28,6 +28,11 @@ class Rescue:
         self._progress = progress
         self._saver = saver
 
+    @property
+    def _is_split(self) -> bool:
+        """Whether no process can run the model alone: parameters are split, or heads are shared out."""
+        return self._parts.engine.is_sharded or self._parts.world.tensor > 1
+
     def of_step(self, error: Exception, *, updating: bool) -> None:
         """Save the steps before a failed one if their weights are good, and add to the error what to do next.
 
@@ -37,7 +42,9 @@ class Rescue:
         """
         parts, done = self._parts, self._progress.done
         notes = []
-        if not parts.world.alone and (parts.engine.is_sharded or not isinstance(error, StepNotFiniteError)):
+        if parts.world.alone:  # several settle it together, if they save
+            self._saver.keep_begun()
+        if not parts.world.alone and (self._is_split or not isinstance(error, StepNotFiniteError)):
             notes += self._of_processes(error)
         elif isinstance(error, StepNotFiniteError):
             diagnosis = examined(lambda: self._diagnose(error))
@@ -60,7 +67,7 @@ class Rescue:
     def _of_processes(self, error: Exception) -> list[str]:
         """Save the steps before a failed one if all processes have failed alike; what one has met alone is not saved.
 
-        The cause is not searched for if parameters are split: no process has all of them.
+        The cause is not searched for if parameters or heads are split: no process has all of them.
         """
         if not isinstance(error, StepNotFiniteError):
             return []
@@ -71,7 +78,7 @@ class Rescue:
     def of_evaluation(self, evaluation: Evaluation) -> NonFiniteError:
         """The error for a closing evaluation that is not finite: with the cause, the checkpoint and what to do next."""
         parts, done = self._parts, self._progress.done
-        if parts.engine.is_sharded:
+        if self._is_split:
             return NonFiniteError(
                 f"{self.not_finite_in_words(evaluation)}; all steps are saved in {self._saver.saved}, and "
                 f"`{parts.directory.resume_command()}` in one process says why"

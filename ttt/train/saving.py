@@ -143,20 +143,37 @@ class Saver:
         self._behind = None
         try:
             behind.wait_for_shards()
-
-            def place() -> Path:
-                behind.wait_for_files()
-                self._metrics.sync()
-                return parts.directory.save_checkpoint(
-                    behind.step, behind.state, lambda folder: None, keep=behind.keep, begun=behind.folder
-                )
-
-            self.saved = parts.world.from_first(place)
+            self.saved = parts.world.from_first(lambda: self._placed(behind))
         except BaseException:
-            parts.directory.give_up(behind.folder)
+            if parts.world.first:  # another process might remove what the first is about to give its place
+                parts.directory.give_up(behind.folder)
             raise
         if self._proven and parts.world.first:
             parts.directory.prune(parts.config.train.ckpt_keep)
+
+    def keep_begun(self) -> None:
+        """Give the checkpoint that is being written its place, since the run has failed; asks no other process.
+
+        Of several processes the first does it if all have written, and waits for none that may be gone.
+        """
+        behind, world = self._behind, self._parts.world
+        if behind is None or not (world.alone or (world.first and behind.has_shards)):
+            return
+        self._behind = None
+        try:
+            behind.wait_for_shards()
+            self.saved = self._placed(behind)
+        except Exception:  # the error that ended the run is what has to be told
+            self._step = 0  # whoever saves what is done writes it anew
+            self._parts.directory.give_up(behind.folder)
+
+    def _placed(self, behind: Behind) -> Path:
+        """Give a checkpoint its place once this process has written its files; returns its folder."""
+        behind.wait_for_files()
+        self._metrics.sync()
+        return self._parts.directory.save_checkpoint(
+            behind.step, behind.state, lambda folder: None, keep=behind.keep, begun=behind.folder
+        )
 
     def _begun(self, keep: int | None) -> Behind:
         """Copy everything to the CPU's memory, and begin to write it."""
@@ -184,7 +201,8 @@ class Saver:
             try:
                 write_shards(unfinished, parts.optimizer.tensors(), world)
             except BaseException:
-                parts.directory.give_up(unfinished)
+                if world.first:
+                    parts.directory.give_up(unfinished)
                 raise
 
         def place() -> Path:

@@ -36,7 +36,7 @@ def measure(parts: Parts, step: int, *, stop: Callable[[], bool], display: Displ
     Args:
         parts: the run's parts.
         step: optimiser steps done.
-        stop: returns whether the run shall stop.
+        stop: asked after each task whether the run shall stop; every process must get the same answer.
         display: shows which task is measured, and which failed.
 
     Returns:
@@ -67,6 +67,7 @@ def measure(parts: Parts, step: int, *, stop: Callable[[], bool], display: Displ
             display.say(f"warning: step {step}: the task {chosen.task.name} has no numbers ({told}); the run goes on")
         _require_unchanged(parts, versions, chosen)
         if stop():
+            parts.engine.settle()
             return None
     parts.engine.settle()
     display.measuring(None)
