@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import forking
@@ -17,6 +18,8 @@ from ttt.parallel.engine import Engine
 from ttt.parallel.layout import Layout, layout_of, uneven
 from ttt.parallel.world import DIMENSIONS, World
 from ttt.plugins import LossOutput
+from ttt.train.checkpoint import Content
+from ttt.train.optim import Learnable, Optimizer
 
 
 def _parallel(**sizes: object) -> ParallelConfig:
@@ -87,6 +90,16 @@ def test_alone_nothing_is_asked_of_anybody() -> None:
     assert (world.any(True), world.any(False)) == (True, False)
     assert world.rows(7) == slice(0, 7)
     assert (world.mesh, world.alone, world.first, world.size, world.data_size) == (None, True, True, 1, 1)
+
+
+def test_what_is_kept_in_float32_because_it_is_split_is_written_as_it_is_used() -> None:
+    lora = nn.Parameter(torch.tensor([1.001, 2.0]))
+    optimizer = Optimizer([Learnable("lora", lora, "lora", decays=True)], TrainConfig(), used_in={"lora": torch.half})
+    injection: Any = SimpleNamespace(state_dict=lambda: {"lora": lora.detach(), "w": torch.ones(1)})
+    content = Content.gathered(injection, {}, optimizer, None, World())
+    assert (content.adapters["lora"].dtype, content.adapters["w"].dtype) == (torch.half, torch.float32)
+    assert content.optimizer is not None
+    torch.testing.assert_close(content.optimizer["master.lora"], lora.detach(), rtol=0, atol=0)
 
 
 # --- two processes ---

@@ -60,7 +60,7 @@ class Content:
         found = whole_states(states or {}, world)
         named = {f"{site}/{name}": tensor for site in found for name, tensor in found[site].tensors().items()}
         return cls(
-            on_first(injection.state_dict(), world),
+            on_first({name: optimizer.as_used(name, value) for name, value in injection.state_dict().items()}, world),
             on_first(trained, world),
             optimizer.tensors() if world.alone else None,
             on_first(averages, world),

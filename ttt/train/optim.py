@@ -254,6 +254,10 @@ class Optimizer:
     def _has_master(self, name: str) -> bool:
         return self._targets[name] is not self._parameters[name] or name in self._used_in
 
+    def as_used(self, name: str, value: Tensor) -> Tensor:
+        """A parameter's value in the type in which the model uses it."""
+        return value.to(self._used_in.get(name, value.dtype))
+
     def room_for(self, shapes: Mapping[str, tuple[int, ...]], *, place: str) -> dict[str, Tensor]:
         """Tensors of these whole shapes to read a state into, each split as its parameter is; errors name `place`.
 
