@@ -164,6 +164,7 @@ def _end_with_tests(tests: socket.socket, process: int) -> None:
     try:
         if ended not in select.select([ended, tests], [], [])[0]:
             os.kill(process, signal.SIGKILL)
+            os._exit(0)
     finally:
         os.close(ended)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -153,3 +158,38 @@ def test_gradients_of_several_passes_count_once_beside_half_precision() -> None:
     with forking.start(_in_two_processes) as process:
         _, err = process.communicate(120)
     assert process.returncode == 0, err
+
+
+KILLED = """
+import forking, os, signal, sys, time
+
+def sleep():
+    os.write(int(sys.argv[1]), b"s")
+    time.sleep(120)
+
+def parent():
+    alone = os.getpid()
+    if os.fork() == 0:
+        forking.end_with(alone)
+    sleep()
+
+forking._SOON_NEEDED = ()
+forking.begin()
+forking.start(parent)
+time.sleep(120)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system can end processes with their parent")
+def test_forked_processes_end_with_tests_that_are_killed() -> None:
+    ours, theirs = os.pipe()
+    words = [sys.executable, "-c", KILLED, str(theirs)]
+    told = b""
+    with subprocess.Popen(words, pass_fds=[theirs], env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)}) as it:
+        os.close(theirs)
+        while len(told) < 2:
+            told += os.read(ours, 2)
+        it.kill()
+    assert select.select([ours], [], [], 60)[0], "a process lives on"
+    assert os.read(ours, 1) == b""
+    os.close(ours)
