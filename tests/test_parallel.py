@@ -24,7 +24,9 @@ from ttt.parallel.layout import Layout, layout_of, uneven
 from ttt.parallel.world import DIMENSIONS, World
 from ttt.plugins import LossOutput
 from ttt.train.checkpoint import Content
+from ttt.train.evaluation import Evaluation
 from ttt.train.optim import Learnable, Optimizer
+from ttt.train.rescue import Rescue
 
 
 def _parallel(**sizes: object) -> ParallelConfig:
@@ -105,6 +107,20 @@ def test_what_is_kept_in_float32_because_it_is_split_is_written_as_it_is_used() 
     assert (content.adapters["lora"].dtype, content.adapters["w"].dtype) == (torch.half, torch.float32)
     assert content.optimizer is not None
     torch.testing.assert_close(content.optimizer["master.lora"], lora.detach(), rtol=0, atol=0)
+
+
+def test_no_process_runs_shared_heads_alone_to_find_a_cause() -> None:
+    """The others have left by then, and would be waited for."""
+    parts: Any = SimpleNamespace(
+        world=World(layout=Layout(tensor=2)),
+        engine=SimpleNamespace(is_sharded=False),
+        eval_dataset=SimpleNamespace(describe=lambda window: f"window {window}"),
+        directory=SimpleNamespace(resume_command=lambda: "ttt train c.yaml --resume"),
+    )
+    of_run: Any = SimpleNamespace(done=3, saved="step_000003")
+    evaluation = Evaluation("eval", 1, float("nan"), 1.0, first_not_finite=(0,))
+    told = str(Rescue(parts, of_run, of_run).of_evaluation(evaluation))
+    assert told.endswith("all steps are saved in step_000003, and `ttt train c.yaml --resume` in one process says why")
 
 
 # --- two processes ---

@@ -88,10 +88,11 @@ class Engine:
         Gradients in half precision are summed after each, since the optimiser takes them over after each.
         """
         if isinstance(self._module, DistributedDataParallel):
+            around: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
             if _has_half(self._module):
                 around = _none_of_before(self._module)
-            else:
-                around = contextlib.nullcontext() if last else self._module.no_sync()
+            elif not last:
+                around = self._module.no_sync()
             with around:
                 yield
             return
