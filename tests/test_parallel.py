@@ -23,6 +23,7 @@ from ttt.parallel.engine import Engine
 from ttt.parallel.layout import Layout, layout_of, uneven
 from ttt.parallel.world import DIMENSIONS, World
 from ttt.plugins import LossOutput
+from ttt.train import tasks
 from ttt.train.checkpoint import Content
 from ttt.train.evaluation import Evaluation
 from ttt.train.optim import Learnable, Optimizer
@@ -158,11 +159,30 @@ def _gradients_of_two_passes(rank: int, world: World) -> None:
         torch.testing.assert_close(taken[name], parameter.grad.float(), rtol=0.02, atol=0.02)
 
 
+def _a_task_beside_split_parameters(world: World) -> None:
+    """Parameters that are gathered for a task are not taken for ones that it has changed."""
+    model = nn.Linear(4, 2)
+    engine = Engine(model, lambda model, x: LossOutput(model(x).sum(), tokens=1), world)
+    engine.loss(torch.ones(1, 4)).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    engine.settle()
+    tasks._measured = lambda chosen, context: {"a": 1.0}
+    parts: Any = SimpleNamespace(
+        **dict.fromkeys(("backbone", "config", "eval_dataset", "device")),
+        **{"model": model, "engine": engine, "world": world, "injection": SimpleNamespace(adapters={})},
+        tasks=[SimpleNamespace(task=SimpleNamespace(name="a"), plugin=None)],
+    )
+    display: Any = SimpleNamespace(measuring=lambda name: None)
+    assert tasks.measure(parts, 1, stop=lambda: False, display=display) == {"a": 1.0}
+
+
 def _both(rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     world = World(rank, Layout(replicate=2), init_device_mesh("cpu", (2, 1, 1), mesh_dim_names=DIMENSIONS))
     _gradients_of_two_passes(rank, world)
+    split = World(rank, Layout(shard=2), init_device_mesh("cpu", (1, 2, 1), mesh_dim_names=DIMENSIONS))
+    _a_task_beside_split_parameters(split)
     dist.destroy_process_group()
 
 
@@ -170,7 +190,7 @@ def _in_two_processes() -> int:
     return several.together(2, _both)
 
 
-def test_gradients_of_several_passes_count_once_beside_half_precision() -> None:
+def test_gradients_count_once_beside_half_precision_and_tasks_see_whole_parameters() -> None:
     with forking.start(_in_two_processes) as process:
         _, err = process.communicate(120)
     assert process.returncode == 0, err

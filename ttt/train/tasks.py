@@ -56,8 +56,8 @@ def measure(parts: Parts, step: int, *, stop: Callable[[], bool], display: Displ
         stop=stop if parts.world.alone else lambda: False,  # tasks ask when they like, and processes together
         adapters=parts.injection.adapters,
     )
-    versions = weight_versions(parts.model)
     parts.engine.unsplit()
+    versions = weight_versions(parts.model)  # of what tasks see: a gathered parameter is counted by itself
     for chosen in parts.tasks:
         display.measuring(chosen.task.name)
         try:
