@@ -5,8 +5,8 @@ The processes are forked and talk over gloo on this machine. On two cores this s
 processes share what two could use. The bytes are those of the tensors that a process gives to each kind of collective
 in one step, counted where PyTorch dispatches them; `ttt check --devices` computes what devices send for them.
 
-With `--out` the figures are kept as JSON too. With `--saving` it is how long a step that saves waits for its checkpoint,
-by `train.ckpt_async`, of how many bytes.
+With `--out` the figures are kept as JSON too. With `--saving` it is how long a step that saves waits for its
+checkpoint, by `train.ckpt_async`, of how many bytes.
 
     python benchmarks/processes.py                            the demo of Moshi, made a little wider
     python benchmarks/processes.py --backbone videodit --steps 7 --out benchmarks/results/processes-videodit.json
