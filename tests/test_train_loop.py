@@ -34,14 +34,16 @@ from ttt.errors import (
     InactiveLayerError,
     NestedCheckpointWarning,
     NonFiniteError,
+    PluginError,
     UsageError,
 )
 from ttt.files import read_header, write_tensors
 from ttt.interrupt import SIGNALS, Interrupt, interruptible
+from ttt.parallel.layout import Layout
 from ttt.parallel.world import World
 from ttt.plugins import LossOutput, Site
 from ttt.plugins.rows import rows_of_step
-from ttt.train import loop, pictures, saving, train
+from ttt.train import loop, pictures, saving, tasks, train
 from ttt.train.checkpoint import OPTIMIZER
 from ttt.train.evaluation import Evaluation, evaluate
 from ttt.train.metrics import read_metrics
@@ -392,6 +394,31 @@ def test_whether_to_stop_between_tasks_is_asked_of_all_processes(monkeypatch):
     of_run = SimpleNamespace(done=1, display=None)
     stepping = loop.Loop(parts, of_run, None, of_run, None, None, Interrupt())
     assert stepping._evaluate() is None
+
+
+@pytest.mark.parametrize(("sharded", "tensor"), [(False, 1), (True, 1), (False, 2)])
+def test_a_task_that_fails_ends_the_run_only_if_others_may_wait_for_this_process(monkeypatch, sharded, tensor):
+    def fails(chosen, context):
+        raise MemoryError
+
+    monkeypatch.setattr(tasks, "_measured", fails)
+    monkeypatch.setattr(tasks, "in_its_name", lambda plugin, error: "MemoryError")
+    said = []
+    parts = SimpleNamespace(
+        world=World(layout=Layout(tensor=tensor)),
+        engine=SimpleNamespace(is_sharded=sharded, unsplit=lambda: None, settle=lambda: None),
+        directory=SimpleNamespace(resume_command=lambda: "ttt train run --resume"),
+        tasks=[SimpleNamespace(task=SimpleNamespace(name="words"), plugin=None)],
+        injection=SimpleNamespace(adapters={}),
+        **dict.fromkeys(("backbone", "config", "eval_dataset", "device")),
+        model=torch.nn.Linear(1, 1),
+    )
+    display = SimpleNamespace(measuring=lambda name: None, say=said.append)
+    with contextlib.ExitStack() as ends:
+        if sharded or tensor > 1:
+            ends.enter_context(pytest.raises(PluginError, match=r"task words failed .* cannot go on without each other"))
+        assert tasks.measure(parts, 3, stop=lambda: False, display=display) == {}
+    assert len(said) == (not sharded and tensor == 1)
 
 
 def test_carried_states_reach_the_next_window_and_stop_at_the_next_file(tmp_path):

@@ -43,7 +43,8 @@ def measure(parts: Parts, step: int, *, stop: Callable[[], bool], display: Displ
         Numbers by `task/metric`; None if `stop` returned true.
 
     Raises:
-        PluginError: a task changed a weight, so that the run would go on with another model.
+        PluginError: a task changed a weight, so that the run would go on with another model; or it failed in one of
+            several processes that split the model, where the others would wait for this one.
     """
     numbers: dict[str, float] = {}
     context = EvalContext(
@@ -64,6 +65,7 @@ def measure(parts: Parts, step: int, *, stop: Callable[[], bool], display: Displ
             numbers |= _measured(chosen, context)
         except Exception as error:  # any error of the task's code, and a lack of memory
             told = in_its_name(chosen.plugin, error)
+            _require_apart(parts, chosen, f"step {step}", told, error)
             display.say(f"warning: step {step}: the task {chosen.task.name} has no numbers ({told}); the run goes on")
         _require_unchanged(parts, versions, chosen)
         if stop():
@@ -72,6 +74,20 @@ def measure(parts: Parts, step: int, *, stop: Callable[[], bool], display: Displ
     parts.engine.settle()
     display.measuring(None)
     return numbers
+
+
+def _require_apart(parts: Parts, chosen: ChosenTask, when: str, told: str, error: Exception) -> None:
+    """End the run for a failed task if processes split the model: the others may wait for this one within the task.
+
+    Raises:
+        PluginError: they do.
+    """
+    if parts.engine.is_sharded or parts.world.tensor > 1:
+        raise PluginError(
+            f"{when}: the task {chosen.task.name} failed ({told}), and processes that split the model cannot go on "
+            f"without each other; take it out of eval.tasks, and go on from the last checkpoint with "
+            f"`{parts.directory.resume_command()}`"
+        ) from error
 
 
 def _require_unchanged(parts: Parts, versions: Mapping[str, int], chosen: ChosenTask) -> None:
