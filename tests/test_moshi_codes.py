@@ -277,7 +277,9 @@ def test_a_part_is_known_by_the_variables_of_torchrun_and_of_srun():
     assert Part.of_launch({}) == Part(0, 1)
     assert Part.of_launch({"RANK": "1", "WORLD_SIZE": "3"}).of(range(7)) == [1, 4]
     assert Part.of_launch({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}) == Part(2, 4)
-    assert Part.of_launch({"RANK": "3", "WORLD_SIZE": "3"}) == Part(0, 1)
+    for wrong, told in ({"RANK": "3"}, "RANK=3: ranks"), ({"RANK": "x"}, "RANK=x: ranks"), ({}, "no RANK: ranks"):
+        with pytest.raises(EnvironmentProblem, match=f"WORLD_SIZE=3, but {told} count from 0 to 2"):
+            Part.of_launch({"WORLD_SIZE": "3", **wrong})
 
 
 def test_a_recording_that_cannot_be_decoded_is_told_when_all_others_are_done(speech, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 from ttt.errors import LostProcessError, OtherProcessError
-from ttt.machine import processes_launched, rank_launched
+from ttt.machine import launch_is_incomplete, processes_launched, rank_launched
 from ttt.parallel.world import World
 from ttt.words import first_line
 
@@ -77,6 +77,8 @@ def noticing_losses(world: World, when: Callable[[], str]) -> Iterator[None]:
 def verdict(error: BaseException) -> Verdict:
     """What this process does about its error; waits up to `_PATIENCE_SECONDS` for the others."""
     rank, size = rank_launched(), processes_launched()
+    if launch_is_incomplete():  # nobody can be met, and each says so
+        return Verdict(True)
     post = {
         "lost": is_of_a_lost_process(error),
         "relayed": isinstance(error, OtherProcessError),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ttt.errors import EnvironmentProblem
 from ttt.slurm import torchrun_variables
 
 T = TypeVar("T")
@@ -22,10 +23,22 @@ class Part:
 
     @classmethod
     def of_launch(cls, environ: Mapping[str, str] = os.environ) -> Part:
-        """As torchrun's variables have it, or srun's; all of it if there was no launcher."""
+        """As torchrun's variables have it, or srun's; all of it if there was no launcher.
+
+        Raises:
+            ttt.errors.EnvironmentProblem: there are several processes, and which this one is is not told.
+        """
         told = {**environ, **torchrun_variables(environ)}
         rank, size = (_whole(told.get(name)) for name in ("RANK", "WORLD_SIZE"))
-        return cls(rank, size) if rank is not None and size is not None and rank < size else cls()
+        if size is None or size < 2:
+            return cls()
+        if rank is None or rank >= size:
+            given = f"RANK={told['RANK']}" if told.get("RANK") else "no RANK"
+            raise EnvironmentProblem(
+                f"WORLD_SIZE={size}, but {given}: ranks count from 0 to {size - 1}; start it with --nproc or torchrun, "
+                f"or unset WORLD_SIZE"
+            )
+        return cls(rank, size)
 
     def of(self, things: Sequence[T]) -> list[T]:
         """This process's things: every `size`-th one, so that those that are done are spread evenly."""
