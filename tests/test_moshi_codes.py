@@ -177,6 +177,10 @@ def test_a_check_says_that_codes_are_missing_or_of_something_else(speech, tmp_pa
     assert "talk.wav: its codes in" in told(duration_sec=3)[0]
     assert "are of windows of 2.0 s, not 3.0 s); " in told(duration_sec=3)[0]
     assert load_config(speech / "config.yaml", training=False).config.data.codes == str(codes)  # to precompute them
+    (demos,) = told(train_data=None)
+    assert demos.startswith(f"dialogue.jsonl:1 (dialogue.flac: no codes of it in {codes}); the run")
+    (demos,) = told(train_data=None, eval_data=None)
+    assert "; dialogue_eval.jsonl:1 (" in demos
 
 
 def test_check_data_compares_all_of_each_recording_and_its_codes(speech, tmp_path):

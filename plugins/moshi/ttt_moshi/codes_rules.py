@@ -31,8 +31,11 @@ def codes_are_of_the_recordings(config: MoshiRun) -> Iterator[Finding]:
     if config.data.codes is None:
         return
     folder = Path(config.data.codes)
-    named = [(key, source) for key in DATA_KEYS for source in sources_of(config.data, key)]
-    problems = [told for _, source in named for told in _missing(config, source, folder)]
+    sources = [source for key in DATA_KEYS for source in sources_of(config.data, key)]
+    if config.data.train_data is None and reads_with_the_demos(config.backbone):  # then the demo's own are read
+        own = (demo.TRAIN_DATA, demo.EVAL_DATA) if config.data.eval_data is None else (demo.TRAIN_DATA,)
+        sources += [config.data.source(str(file)) for file in own]
+    problems = [told for source in sources for told in _missing(config, source, folder)]
     if problems:
         yield MSH506.at(
             "data.codes",
