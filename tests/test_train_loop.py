@@ -416,7 +416,9 @@ def test_a_task_that_fails_ends_the_run_only_if_others_may_wait_for_this_process
     display = SimpleNamespace(measuring=lambda name: None, say=said.append)
     with contextlib.ExitStack() as ends:
         if sharded or tensor > 1:
-            ends.enter_context(pytest.raises(PluginError, match=r"task words failed .* cannot go on without each other"))
+            ends.enter_context(
+                pytest.raises(PluginError, match=r"task words failed .* cannot go on without each other")
+            )
         assert tasks.measure(parts, 3, stop=lambda: False, display=display) == {}
     assert len(said) == (not sharded and tensor == 1)
 
