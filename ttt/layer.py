@@ -15,6 +15,7 @@ from ttt.costs import best_group_size, scan_cost
 from ttt.layer_inputs import check_head_width, check_state, check_tokens
 from ttt.layer_sharing import WHOLE, Projection, Sharing, held
 from ttt.ops.autocast import no_autocast
+from ttt.ops.constants import Precision
 from ttt.ops.minibatch import Inner, Stream, learn, learn_one_
 from ttt.ops.norm import normalize, normalize_target, rms_norm
 from ttt.ops.rotary import apply_rotary, rotary_angles
@@ -70,6 +71,8 @@ class TTTLayer(nn.Module):
             Callable[[TTTLayer, Tensor, TTTState, Rotary | None, Tensor | None, int], tuple[Tensor, Stream]] | None
         ) = None
         """`_read` compiled, which `forward` calls instead if it is set; see `ttt.train.compiling`."""
+        self.precision: Precision = "ieee"
+        """In what the operands of the inner model's products are multiplied; a run sets its `train.ttt_precision`."""
         self.observers: list[Callable[[TTTLayer, Reading], None]] = []
         """Called by `forward` and `step_` with what they are about to read, before a state is written to."""
         self.sharing: Sharing = WHOLE
@@ -405,7 +408,7 @@ class TTTLayer(nn.Module):
 
     def _inner(self, dtype: torch.dtype) -> Inner:
         gamma_H1F, beta_H1F = (self.sharing.heads(x) for x in self._norm(dtype))
-        return Inner(gamma_H1F, beta_H1F, self._scale(dtype), self.config.causal, self.config.ln_eps)
+        return Inner(gamma_H1F, beta_H1F, self._scale(dtype), self.config.causal, self.config.ln_eps, self.precision)
 
 
 def _nonfinite(x: Tensor) -> Tensor:

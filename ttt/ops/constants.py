@@ -1,8 +1,13 @@
 """Constants that the arithmetic shares with the closed forms of its cost; importable without torch."""
 
+from typing import Literal
+
 VARIABLE = "TTT_OPS"
 """The environment variable that forces an implementation of the scan."""
 SMALL = 1 << 17
 """On a CPU, a call costs more than its arithmetic if the widest tensor of a mini-batch has fewer numbers than this."""
 BLOCK = 16
 """How many mini-batches the fused scan lays out at a time if the group size does not say."""
+
+Precision = Literal["ieee", "tf32", "bf16"]
+"""In what the operands of the inner model's products are multiplied: whole float32 numbers, or rounded ones."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ttt.ops.constants import Precision
 from ttt.ops.fused import fused_minibatch, fused_scan
 from ttt.ops.mlp import gelu, key_pass, mlp_minibatch, mlp_model, mlp_scan, move
 from ttt.ops.norm import layer_norm
@@ -44,6 +45,8 @@ class Inner(NamedTuple):
     """Step size by position in the mini-batch: `max(1/i + δ_i, 0)` if the update is causal, else 1/C."""
     causal: bool
     eps: float
+    precision: Precision = "ieee"
+    """In what the operands of the inner model's products are multiplied."""
 
     @property
     def mini_batch_size(self) -> int:
@@ -73,9 +76,18 @@ def answer_minibatch(
     """Answer one mini-batch that may be open, with step sizes `[B,C]` or `[1,C]`; also return its summed gradients."""
     norms = inner.gamma_H1F, inner.beta_H1F
     if _chosen(weights, tokens) == "fused":
-        return fused_minibatch(weights, gradients, *tokens, *norms, scale_BC, causal=inner.causal, eps=inner.eps)
+        return fused_minibatch(
+            weights, gradients, *tokens, *norms, scale_BC, causal=inner.causal, eps=inner.eps, precision=inner.precision
+        )
     return mlp_minibatch(
-        weights, gradients, *tokens, *norms, scale_BC[:, None, :, None], causal=inner.causal, eps=inner.eps
+        weights,
+        gradients,
+        *tokens,
+        *norms,
+        scale_BC[:, None, :, None],
+        causal=inner.causal,
+        eps=inner.eps,
+        precision=inner.precision,
     )
 
 
@@ -159,7 +171,13 @@ def _learn_from_boundary(tokens: Tokens, weights: Weights, inner: Inner, group_s
     if length >= size:
         full = tokens.map(lambda x: x[:, :, : length - rest].unflatten(2, (-1, size)))
         z, weights = _scan_for(weights, full)(
-            weights, *full, *inner.learned, causal=inner.causal, eps=inner.eps, group_size=group_size
+            weights,
+            *full,
+            *inner.learned,
+            causal=inner.causal,
+            eps=inner.eps,
+            precision=inner.precision,
+            group_size=group_size,
         )
         parts.append(z.flatten(2, 3))
     if not rest:
@@ -340,7 +358,14 @@ def _scan_rows(
     grid = rows.at(places).map(lambda x: x.unflatten(2, (cells, size)))
     closed_NB = torch.arange(cells, device=start_B.device)[:, None] < closed_B
     z, weights = _scan_for(weights, grid)(
-        weights, *grid, *inner.learned, closed_NB, causal=inner.causal, eps=inner.eps, group_size=group_size
+        weights,
+        *grid,
+        *inner.learned,
+        closed_NB,
+        causal=inner.causal,
+        eps=inner.eps,
+        precision=inner.precision,
+        group_size=group_size,
     )
     return z.flatten(2, 3), weights
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttt.ops.constants import Precision
 from ttt.ops.norm import inner_loss_gradient, layer_norm
 from ttt.ops.scan import scan
 
@@ -77,6 +78,7 @@ def mlp_minibatch(
     *,
     causal: bool,
     eps: float,
+    precision: Precision = "ieee",
 ) -> tuple[Tensor, Weights]:
     """Answer the queries of a mini-batch and sum its gradients, all taken at the weights that opened it.
 
@@ -154,6 +156,7 @@ def mlp_scan(
     causal: bool,
     eps: float,
     group_size: int,
+    precision: Precision = "ieee",
 ) -> tuple[Tensor, Weights]:
     """Answer N closed mini-batches, each learning for the next: `W_{n+1} = W_n − s_C G_n`.
 
@@ -178,7 +181,7 @@ def mlp_scan(
     def step(carry: Weights, x: dict[str, Any], gamma: Tensor, beta: Tensor, scale_C: Tensor) -> tuple[Weights, Tensor]:
         q, k, target, rate = x["tokens"]
         z, gradients = mlp_minibatch(
-            carry, None, q, k, target, rate, gamma, beta, scale_C[:, None], causal=causal, eps=eps
+            carry, None, q, k, target, rate, gamma, beta, scale_C[:, None], causal=causal, eps=eps, precision=precision
         )
         return move(carry, gradients, scale_C[-1], x.get("closed")), z
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ttt.ops.constants import Precision
+
 _CHUNK_NUMBERS = 1 << 20
 """On a CPU, the most numbers that a chunk's keys have at the widest layer of the inner model."""
 _CHUNK_WEIGHTS = 1 << 20
@@ -78,6 +80,8 @@ class Problem(NamedTuple):
     eps: float
     group_size: int
     """Mini-batches that backward recomputes at a time; 0 keeps everything."""
+    precision: Precision = "ieee"
+    """In what the operands of products are multiplied; weights and sums keep the type of the tokens."""
 
     @property
     def dims(self) -> Dims:

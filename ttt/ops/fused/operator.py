@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, library
 
 from ttt.ops.autocast import no_autocast
-from ttt.ops.constants import BLOCK
+from ttt.ops.constants import BLOCK, Precision
 from ttt.ops.fused.backward import BackwardScratch, BackwardViews, Sums, backward_chunk
 from ttt.ops.fused.forward import ForwardViews, Scratch, forward_chunk
 from ttt.ops.fused.layout import (
@@ -35,7 +35,7 @@ _INPUTS = (
     "Tensor q, Tensor k, Tensor target, Tensor rate, Tensor gamma, Tensor beta, Tensor scale, Tensor? last, "
     "Tensor[] weights, Tensor[] gradients"
 )
-_SETTINGS = "bool causal, float eps, int group_size"
+_SETTINGS = "bool causal, float eps, int group_size, str precision"
 _SCHEMA = f"({_INPUTS}, {_SETTINGS}, bool keep) -> (Tensor, Tensor[], Tensor[])"
 _BACKWARD_SCHEMA = (
     f"(Tensor d_answers, Tensor[] d_following, {_INPUTS}, Tensor[] kept, {_SETTINGS}) "
@@ -235,7 +235,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Answered) -> None:
     weights, gradients = problem.weights, problem.gradients
     ctx.save_for_backward(*problem[:8], *weights, *gradients, *kept)
     ctx.counts = len(weights), len(gradients), len(kept)
-    ctx.settings = problem.causal, problem.eps, problem.group_size
+    ctx.settings = problem.causal, problem.eps, problem.group_size, problem.precision
     # Kept tensors get no gradient; do not allocate zeros for it.
     ctx.set_materialize_grads(False)
 
@@ -248,7 +248,7 @@ def _backward(ctx: Any, d_answers: Tensor | None, d_following: list[Tensor | Non
         [torch.zeros_like(w) if d is None else d for d, w in zip(d_following, weights, strict=True)],
         *(*tensors, weights, gradients, kept, *ctx.settings),
     )
-    return (*d_inputs, None if tensors[-1] is None else d_last, d_weights, d_gradients, None, None, None, None)
+    return (*d_inputs, None if tensors[-1] is None else d_last, d_weights, d_gradients, None, None, None, None, None)
 
 
 def _no_second_derivative(ctx: Any, *gradients: Any) -> None:
@@ -278,6 +278,7 @@ def fused_scan(
     causal: bool,
     eps: float,
     group_size: int,
+    precision: Precision = "ieee",
 ) -> tuple[Tensor, Weights]:
     """Answer N closed mini-batches, each learning for the next: `ttt.ops.mlp.mlp_scan`, fused.
 
@@ -290,7 +291,7 @@ def fused_scan(
     inputs = (q_BHNCF, k_BHNCF, target_BHNCF, rate_BHNC1, gamma_H1F, beta_H1F, scale_C[None], last_NB)
     group_size = 0 if group_size >= q_BHNCF.shape[2] else group_size
     keep = _wants_gradient(inputs, weights)
-    z, following, _ = torch.ops.ttt.minibatches(*inputs, list(weights), [], causal, eps, group_size, keep)
+    z, following, _ = torch.ops.ttt.minibatches(*inputs, list(weights), [], causal, eps, group_size, precision, keep)
     return z, tuple(following)
 
 
@@ -307,6 +308,7 @@ def fused_minibatch(
     *,
     causal: bool,
     eps: float,
+    precision: Precision = "ieee",
 ) -> tuple[Tensor, Weights]:
     """Answer the queries of one mini-batch that may be open on either side: `ttt.ops.mlp.mlp_minibatch`, fused.
 
@@ -316,7 +318,7 @@ def fused_minibatch(
     inputs = (*tokens, gamma_H1F, beta_H1F, scale_BC)
     before = list(gradients or ())
     keep = _wants_gradient(inputs, (*weights, *before))
-    z, summed, _ = torch.ops.ttt.minibatches(*inputs, None, list(weights), before, causal, eps, 0, keep)
+    z, summed, _ = torch.ops.ttt.minibatches(*inputs, None, list(weights), before, causal, eps, 0, precision, keep)
     return z.squeeze(2), tuple(summed)
 
 
