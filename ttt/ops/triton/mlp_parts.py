@@ -1,0 +1,177 @@
+"""What the MLP's kernels share: products, GELU, the inner loss's errors, and where tokens and weights lie.
+
+Every function runs inside a kernel. Symbols and numbers in parentheses: `docs/backward.md`. Tiles have a power of two of
+rows, at least 16 (`ROWS`), of which the first `C` hold tokens; the others are zeros where they are read.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+_GELU_SLOPE = tl.constexpr(2 * math.sqrt(2 / math.pi))
+"""`a` of (2)"""
+_GELU_CUBIC = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
+"""`b` of (2)"""
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_EPS = {"fp32": 2.0**-23, "fp64": 2.0**-52}
+
+
+@triton.jit
+def rounded(x):
+    """`x` in float32, rounded to the nearest bfloat16, ties to even; for the interpreter, whose own cast truncates."""
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return bits.to(tl.float32, bitcast=True).to(x.dtype)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """`a b`: operands in the precision's type, sums in float32 (float64 for operands in float64)."""
+    if PRECISION == "bf16":
+        if _INTERPRETED:  # its products of bfloat16 are those of the bits
+            return tl.dot(rounded(a), rounded(b), input_precision="ieee")
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def gelu_parts(z):
+    """`φ(z) = z σ(2u)` and the gate `σ(2u)` (2)."""
+    gate = 1 / (1 + tl.exp(-z * (_GELU_SLOPE + _GELU_CUBIC * z * z)))
+    return z * gate, gate
+
+
+@triton.jit
+def gelu_slope(z, value, gate):
+    """`φ'(z)` (3)."""
+    p = _GELU_SLOPE + 3 * _GELU_CUBIC * z * z
+    return gate + value * (1 - gate) * p
+
+
+@triton.jit
+def gelu_bend(z, slope, gate):
+    """`φ''(z)` (4)."""
+    p = _GELU_SLOPE + 3 * _GELU_CUBIC * z * z
+    return gate * (1 - gate) * (4 * p - 2 * _GELU_SLOPE) + (slope - gate) * p * (1 - 2 * gate)
+
+
+@triton.jit
+def normalised(z, WIDTH: tl.constexpr, EPS: tl.constexpr):
+    """`x̂` and `ι [rows,1]` of each row."""
+    centred = z - (tl.sum(z, 1) / WIDTH)[:, None]
+    inverse = 1 / tl.sqrt(tl.sum(centred * centred, 1) / WIDTH + EPS)
+    return centred * inverse[:, None], inverse[:, None]
+
+
+@triton.jit
+def projected(v, unit, WIDTH: tl.constexpr):
+    """`Π(v) = v − mean(v) − x̂ mean(v ⊙ x̂)`"""
+    return v - (tl.sum(v, 1) / WIDTH)[:, None] - unit * (tl.sum(v * unit, 1) / WIDTH)[:, None]
+
+
+@triton.jit
+def is_constant(z, LEAST: tl.constexpr):
+    """Which rows hold one value throughout, up to rounding, `[rows,1]`; false for a row with a NaN (`ttt.ops.norm`).
+
+    `LEAST` is four times the spacing of the type's numbers at 1.
+    """
+    least, most = tl.min(z, 1), tl.max(z, 1)
+    total = tl.sum(z, 1)
+    near = most - least <= LEAST * tl.maximum(tl.abs(least), tl.abs(most))
+    return (near & (total == total))[:, None]
+
+
+@triton.jit
+def token_rows(n, p, rows, steps, heads, C: tl.constexpr):
+    """The rows of a mini-batch's tokens in a tensor whose memory is `[B,N,C,H,…]`, int64."""
+    return (((p // heads).to(tl.int64) * steps + n) * C + rows) * heads + p % heads
+
+
+@triton.jit
+def load_tokens(x, n, p, steps, heads, C: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """A mini-batch's tokens `[ROWS,WIDTH]`."""
+    rows = tl.arange(0, ROWS)[:, None]
+    at = token_rows(n, p, rows, steps, heads, C) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return tl.load(x + at, mask=rows < C, other=0)
+
+
+@triton.jit
+def store_tokens(x, value, n, p, steps, heads, C: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The inverse of `load_tokens`."""
+    rows = tl.arange(0, ROWS)[:, None]
+    at = token_rows(n, p, rows, steps, heads, C) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(x + at, value, mask=rows < C)
+
+
+@triton.jit
+def load_column(x, n, p, steps, heads, C: tl.constexpr, ROWS: tl.constexpr):
+    """A number of each token, `[ROWS]`."""
+    rows = tl.arange(0, ROWS)
+    return tl.load(x + token_rows(n, p, rows, steps, heads, C), mask=rows < C, other=0)
+
+
+@triton.jit
+def coefficients(eta, scale, CAUSAL: tl.constexpr, ROWS: tl.constexpr):
+    """`κ = −s ηᵀ ⊙ M` (9) and `κᵀ`, `[ROWS,ROWS]`; zeros where a row or column is no token."""
+    i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
+    kappa, turned = -scale[:, None] * eta[None, :], -eta[:, None] * scale[None, :]
+    if CAUSAL:
+        kappa, turned = tl.where(j <= i, kappa, 0), tl.where(i <= j, turned, 0)
+    return kappa, turned
+
+
+@triton.jit
+def place(index, p, pairs, rows, columns, C: tl.constexpr, WIDTH: tl.constexpr):
+    """Where `[rows,columns]` of a tensor `[…,P,C,WIDTH]` lies, whose leading axes together have the place `index`."""
+    return ((index.to(tl.int64) * pairs + p) * C + rows) * WIDTH + columns
+
+
+@triton.jit
+def first_tile(p, tile, bias, F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr):
+    """Where a pair's tile `[F,TILE]` of `W_0 [P,F,HIDDEN]` lies; `bias` 1: of `W̃_0 [P,F+1,HIDDEN]`."""
+    inside = tl.arange(0, F)[:, None] * HIDDEN + tile * TILE + tl.arange(0, TILE)[None, :]
+    return p.to(tl.int64) * (F + bias) * HIDDEN + inside
+
+
+@triton.jit
+def first_bias(p, tile, bias, F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr):
+    """Where a pair's tile `[TILE]` of `b_0` lies, from the bias of the first pair."""
+    return p.to(tl.int64) * (1 + bias * F) * HIDDEN + tile * TILE + tl.arange(0, TILE)
+
+
+@triton.jit
+def second_tile(p, tile, bias, F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr):
+    """Where a pair's tile `[TILE,F]` of `W_1 [P,HIDDEN,F]` lies; `bias` 1: of `W̃_1 [P,HIDDEN+1,F]`."""
+    inside = (tile * TILE + tl.arange(0, TILE)[:, None]) * F + tl.arange(0, F)[None, :]
+    return p.to(tl.int64) * (HIDDEN + bias) * F + inside
+
+
+@triton.jit
+def second_bias(p, bias, F: tl.constexpr, HIDDEN: tl.constexpr):
+    """Where a pair's `b_1 [F]` lies, from the bias of the first pair."""
+    return p.to(tl.int64) * (1 + bias * HIDDEN) * F + tl.arange(0, F)
+
+
+@triton.jit
+def is_tile(tile, index: tl.constexpr, WIDTH: tl.constexpr):
+    """Whether this is the tile of this index, `[WIDTH]`: a mask for what one tile does for all, such as `b_1`."""
+    return tl.zeros([WIDTH], tl.int32) + tile == index
+
+
+@triton.jit
+def summed_tiles(parts, slot, p, pairs, TILES: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The sum over hidden tiles, in their order, of parts `[slots,tiles,P,C,WIDTH]`."""
+    rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
+    total = tl.zeros([ROWS, WIDTH], parts.dtype.element_ty)
+    for tile in range(TILES):
+        at = place(slot * TILES + tile, p, pairs, rows, columns, C, WIDTH)
+        total += tl.load(parts + at, mask=rows < C, other=0)
+    return total
+
+
+def least_spread(dtype: str) -> float:
+    """`LEAST` of `is_constant`."""
+    return 4 * _EPS[dtype]

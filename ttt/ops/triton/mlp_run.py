@@ -1,0 +1,197 @@
+"""What the MLP's two passes share on the host: sizes, where weights lie, and the order of the forward steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ttt.ops.fused.layout import Dims, Problem, room_for_tokens
+from ttt.ops.triton.mlp_parts import least_spread
+from ttt.ops.triton.mlp_step import mlp_answers, mlp_step
+
+TILES = (32, 16)
+"""Widths of a hidden tile, the best first; the first that divides the hidden width is taken."""
+MOST_ROWS = 64
+"""The most tokens of a mini-batch."""
+
+
+class Sizes(NamedTuple):
+    """The sizes of a launch."""
+
+    width: int
+    """`F`"""
+    hidden: int
+    tile: int
+    size: int
+    """`C`"""
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile: `C`, up to the next power of two that a product takes."""
+        return max(16, triton.next_power_of_2(self.size))
+
+    @property
+    def tiles(self) -> int:
+        """Hidden tiles."""
+        return self.hidden // self.tile
+
+    @classmethod
+    def of(cls, dims: Dims) -> Sizes:
+        """The sizes of a problem.
+
+        Raises:
+            ValueError: the kernels have no form for it.
+        """
+        if dims.depth != 2:
+            raise ValueError(f"the Triton kernels of the MLP run inner models of two layers, not {dims.depth}")
+        width, hidden, _ = dims.widths
+        if width < 16 or width & (width - 1):
+            raise ValueError(f"the Triton kernels need a head width that is a power of two, at least 16, not {width}")
+        if hidden % TILES[-1]:
+            raise ValueError(f"the Triton kernels need a hidden width that is a multiple of {TILES[-1]}, not {hidden}")
+        if dims.size > MOST_ROWS:
+            raise ValueError(f"the Triton kernels run mini-batches of at most {MOST_ROWS} tokens, not {dims.size}")
+        return cls(width, hidden, next(tile for tile in TILES if hidden % tile == 0), dims.size)
+
+    @property
+    def warps(self) -> int:
+        """Warps of a program."""
+        return 8 if self.width > 64 or self.rows > 32 else 4
+
+
+class Place(NamedTuple):
+    """Where the weights of all pairs lie, or sums or gradients in their shapes."""
+
+    w0: Tensor
+    b0: Tensor
+    w1: Tensor
+    b1: Tensor
+    bias: int
+    """1 if biases are the last rows of their weights."""
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> Place:
+        """Of `W [B,H,I,O]` and `b [B,H,1,O]` of both layers, each with memory of its own."""
+        w0, b0, w1, b1 = (x.contiguous() for x in tensors)
+        return cls(w0, b0, w1, b1, 0)
+
+    @classmethod
+    def joined(cls, tensors: list[Tensor], index: int) -> Place:
+        """Of one index of `W̃ [M,P,J,O]` of both layers."""
+        first, second = (x[index] for x in tensors)
+        return cls(first, first[:, -1], second, second[:, -1], 1)
+
+
+class Kept(NamedTuple):
+    """What backward reads of a group's mini-batches, one slot for each."""
+
+    hidden: Tensor
+    """`Z_0 [slots,P,C,HIDDEN]`"""
+    asked: Tensor
+    """`y_0`"""
+    pulled: Tensor
+    """`D_0`"""
+    output: Tensor
+    """`Z_1 [slots,P,C,F]`"""
+    answered: Tensor
+    """`y_1`"""
+
+    @classmethod
+    def room(cls, dims: Dims, slots: int, like: Tensor) -> Kept:
+        """Allocate memory for so many mini-batches."""
+        width, hidden, _ = dims.widths
+        shape = slots, dims.pairs, dims.size
+        return cls(*(like.new_empty((*shape, columns)) for columns in (hidden, hidden, hidden, width, width)))
+
+
+def dense(x_BHNCF: Tensor) -> Tensor:
+    """The tokens in the memory order of `room_for_tokens`, as the kernels read them; no copy if they lie so already."""
+    return x_BHNCF.permute(0, 2, 3, 1, 4).contiguous()
+
+
+class Steps:
+    """A problem's tensors as the kernels take them, and its forward steps."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.dims = dims = problem.dims
+        self.sizes = Sizes.of(dims)
+        self.q, self.k, self.target, self.rate = (dense(x) for x in problem[:4])
+        shape = dims.batch, dims.heads, 1, dims.widths[0]
+        self.gamma, self.beta = (x.expand(shape).contiguous() for x in (problem.gamma_H1F, problem.beta_H1F))
+        self.scale = problem.scale_BC.contiguous()
+        self.closes, self.opened, self.causal = problem.last_NB is not None, bool(problem.gradients), problem.causal
+        last = self.scale if problem.last_NB is None else problem.last_NB
+        self.last = last.expand(dims.steps, dims.batch).contiguous() if self.closes else last
+        self.given = Place.of(problem.weights)
+        self.before = Place.of(problem.gradients) if self.opened else self.given
+        self.eps, self.precision = problem.eps, problem.precision
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """How far apart the rows of step sizes and of norms lie."""
+        heads, width = self.dims.heads, self.sizes.width
+        return {
+            "scale_b": self.dims.size if len(self.scale) > 1 else 0,
+            "last_n": self.dims.batch, "last_b": 1, "norm_b": heads * width, "norm_h": width,
+        }  # fmt: skip
+
+    @property
+    def shapes(self) -> dict[str, Any]:
+        """The constants of a kernel that are sizes."""
+        sizes = self.sizes
+        return {
+            "F": sizes.width, "HIDDEN": sizes.hidden, "TILE": sizes.tile, "C": sizes.size, "ROWS": sizes.rows
+        }  # fmt: skip
+
+    @property
+    def least(self) -> float:
+        """`LEAST` of `is_constant`."""
+        return least_spread("fp64" if self.q.dtype == torch.float64 else "fp32")
+
+    def run(
+        self, start: int, stop: int, opening: Callable[[int], Place], *, last_update: int,
+        kept: Kept | None = None, answers: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Run the mini-batches from `start` to `stop`, whose places follow each other from `opening(start)` on.
+
+        Args:
+            start: the first mini-batch.
+            stop: the one after the last.
+            opening: where the weights that open a mini-batch lie; of `stop`: the weights after the last.
+            last_update: the last mini-batch whose opening weights are written; those after it are there already, or
+                nobody reads them.
+            kept: receives what backward reads; its slots are as many as the mini-batches of a group, and groups begin
+                at their multiples.
+            answers: receives the answers, in the memory order of `room_for_tokens`; None with `kept`.
+        """
+        dims, sizes, q = self.dims, self.sizes, self.q
+        parts = (2, sizes.tiles, dims.pairs, dims.size, sizes.width)
+        key_parts, answer_parts = q.new_empty(parts), q.new_empty(parts)
+        slots = 2 if kept is None else len(kept.hidden)
+        hidden = q.new_empty((slots, dims.pairs, dims.size, sizes.hidden)) if kept is None else kept.hidden
+        rooms = (hidden, *((q,) * 4 if kept is None else kept[1:]), key_parts, answer_parts)
+        shown = q if answers is None else answers
+        norms = {"norm_b": self.strides["norm_b"], "norm_h": self.strides["norm_h"]}
+        for n in range(start, stop + 1):
+            finish = n > start
+            source, target = opening(n - 1 if finish else n), opening(n)
+            mlp_step[(dims.pairs, sizes.tiles + (n > start + 1))](
+                q, self.k, self.target, self.rate, self.gamma, self.beta, self.scale, self.last,
+                *source[:4], *target[:4], *self.before[:4], *rooms, shown,
+                n, dims.steps, dims.heads, dims.pairs, slots, source.bias, target.bias, **self.strides,
+                **self.shapes, EPS=self.eps, PRECISION=self.precision, CAUSAL=self.causal, FINISH=finish,
+                BEGIN=n < stop, UPDATE=finish and n <= last_update, CLOSES=self.closes, OPENED=self.opened,
+                KEEP=kept is not None, num_warps=sizes.warps,
+            )  # fmt: skip
+        mlp_answers[(dims.pairs,)](
+            q, self.gamma, self.beta, answer_parts, rooms[4], shown, stop - 1, dims.steps, dims.heads, dims.pairs,
+            slots, **norms, F=sizes.width, TILES=sizes.tiles, C=sizes.size, ROWS=sizes.rows, EPS=self.eps,
+            KEEP=kept is not None, num_warps=sizes.warps,
+        )  # fmt: skip
+
+
+__all__ = ["Kept", "Place", "Sizes", "Steps", "dense", "room_for_tokens"]
