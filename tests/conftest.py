@@ -16,6 +16,10 @@ os.environ.setdefault("NO_TORCH_COMPILE", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 import torch
 
+# Without a GPU, Triton's interpreter runs the kernels; it must be set before a module with kernels is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Tests run in processes side by side on small tensors: more threads would only wait for each other.
 torch.set_num_threads(1)
 

@@ -507,7 +507,7 @@ def test_the_implementation_is_chosen_and_can_be_forced(monkeypatch: pytest.Monk
         chosen(torch.float16)
     monkeypatch.setenv("TTT_OPS", "fast")
     with pytest.raises(
-        ValueError, match="TTT_OPS=fast is not an implementation; write reference, generic, fused, or unset it"
+        ValueError, match="TTT_OPS=fast is not an implementation; write reference, generic, fused, triton, or unset it"
     ):
         chosen(torch.float32)
 

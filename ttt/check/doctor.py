@@ -176,13 +176,14 @@ def _choice(checked: CheckedConfig | None) -> tuple[ScanChoice, Problem | None]:
         forced = select.forced_implementation()
         # Fast weights are float32, whatever the backbone's dtype.
         chosen = select.implementation(device_type=device, dtypes=(torch.float32,), mini_batches=mini_batches or 1)
-    except ValueError:
-        known = ", ".join(get_args(select.Implementation))
-        problem = Problem(
-            Severity.ERROR,
-            f"{select.VARIABLE}={os.environ.get(select.VARIABLE)} names no implementation of the scan",
-            f"write one of {known}, or unset it",
-        )
+    except ValueError as error:
+        if forced is None:
+            known = ", ".join(get_args(select.Implementation))
+            what = f"{select.VARIABLE}={os.environ.get(select.VARIABLE)} names no implementation of the scan"
+            problem = Problem(Severity.ERROR, what, f"write one of {known}, or unset it")
+        else:
+            what, _, fix = str(error).partition("; ")
+            problem = Problem(Severity.ERROR, what, fix)
     choice = ScanChoice(
         chosen,
         forced is not None,
@@ -221,7 +222,7 @@ def _trials() -> Iterator[Trial]:
     x = torch.randn(2, 23, 16, generator=generator)
     right = _pass(copy.deepcopy(layer).double(), x.double(), "reference")
     for device in devices():
-        for name in get_args(select.Implementation):
+        for name in select.PORTABLE:
             try:
                 found = _pass(copy.deepcopy(layer).to(device.name), x.to(device.name), name)
             except Exception as error:  # a driver or a kernel may raise anything; report it
@@ -365,7 +366,7 @@ SUPPORT: Mapping[str, Mapping[str, str]] = {
 
 def support_table() -> str:
     """`SUPPORT` as the Markdown table of docs/ops.md."""
-    names = get_args(select.Implementation)[::-1]
+    names = select.PORTABLE[::-1]
     lines = [f"| | {' | '.join(f'`{name}`' for name in names)} |", "| --- |" + " --- |" * len(names)]
     lines += [f"| {claim} | {' | '.join(answers[name] for name in names)} |" for claim, answers in SUPPORT.items()]
     return "\n".join(lines) + "\n"

@@ -21,6 +21,7 @@ from ttt.ops.norm import layer_norm
 from ttt.ops.reference import reference
 from ttt.ops.rows import Rows, Tokens
 from ttt.ops.select import Implementation, forced_implementation, implementation
+from ttt.ops.triton.operator import triton_minibatch, triton_scan
 
 Weights = tuple[Tensor, ...]
 
@@ -61,12 +62,14 @@ class Inner(NamedTuple):
 
 def _chosen(weights: Weights, tokens: Tokens, mini_batches: int | None = None) -> Implementation:
     q = tokens.q
-    widest = max(w.shape[-1] for w in weights)
+    widths = (q.shape[-1], *(w.shape[-1] for w in weights[::2]))
     return implementation(
         device_type=q.device.type,
         dtypes={x.dtype for x in (*tokens, *weights)},
         mini_batches=mini_batches,
-        numbers=q.shape[0] * q.shape[1] * q.shape[-2] * widest,
+        numbers=q.shape[0] * q.shape[1] * q.shape[-2] * max(widths),
+        widths=widths,
+        size=q.shape[-2],
     )
 
 
@@ -75,8 +78,10 @@ def answer_minibatch(
 ) -> tuple[Tensor, Weights]:
     """Answer one mini-batch that may be open, with step sizes `[B,C]` or `[1,C]`; also return its summed gradients."""
     norms = inner.gamma_H1F, inner.beta_H1F
-    if _chosen(weights, tokens) == "fused":
-        return fused_minibatch(
+    chosen = _chosen(weights, tokens)
+    if chosen in ("fused", "triton"):
+        answered = fused_minibatch if chosen == "fused" else triton_minibatch
+        return answered(
             weights, gradients, *tokens, *norms, scale_BC, causal=inner.causal, eps=inner.eps, precision=inner.precision
         )
     return mlp_minibatch(
@@ -93,7 +98,8 @@ def answer_minibatch(
 
 def _scan_for(weights: Weights, cells: Tokens) -> Callable[..., tuple[Tensor, Weights]]:
     """The implementation that scans closed mini-batches, `[B,H,N,C,F]`."""
-    return fused_scan if _chosen(weights, cells, cells.q.shape[2]) == "fused" else mlp_scan
+    chosen = _chosen(weights, cells, cells.q.shape[2])
+    return fused_scan if chosen == "fused" else triton_scan if chosen == "triton" else mlp_scan
 
 
 def learn(
