@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ttt.ops.constants import Precision
-from ttt.ops.fused.layout import Problem
+from ttt.ops.fused.layout import Problem, room_between_passes
 from ttt.ops.registration import Answered, Gradients, register, wants_gradient
-from ttt.ops.triton.carries import room_for_carries
 
 Weights = tuple[Tensor, ...]
 
@@ -38,11 +37,16 @@ def _backward(problem: Problem, saved: list[Tensor], d_answers: Tensor, d_follow
     return mlp_backward(problem, saved, d_answers, d_following)
 
 
+def _room_between_passes(problem: Problem) -> list[Tensor]:
+    """The weights that open groups after the first: every mini-batch's, if the group size is 0."""
+    return room_between_passes(problem.dims, problem.group_size or 1, problem.q_BHNCF)
+
+
 register(
     "triton_minibatches",
     _forward,
     _backward,
-    room_for_carries,
+    _room_between_passes,
     refusal="the kernels have no second derivative; set TTT_OPS=generic and scan_checkpoint_group_size: 0 for one",
 )
 
