@@ -1,0 +1,35 @@
+"""Triton's interpreter, at half its time: it would look through its whole language again for every function called."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+
+def install() -> None:
+    """Let each launch patch the language once; functions that its kernel calls find it patched."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter, "_patch_each_call"):
+        return
+    interpreter._patch_each_call = patch = interpreter._patch_lang  # type: ignore[attr-defined]
+    everything: Any = SimpleNamespace(__globals__={"tl": language, "core": language.core})
+    running: list[Any] = []
+
+    class Scope(interpreter._LangPatchScope):  # type: ignore[misc]
+        """The language as it is while a launch runs."""
+
+        def restore(self) -> None:
+            running.clear()
+            super().restore()
+
+    def patch_once(function: Any) -> Any:
+        if running:
+            return interpreter._LangPatchScope()
+        patched, scope = patch(everything), Scope()
+        scope.__dict__.update(patched.__dict__)
+        running.append(scope)
+        return scope
+
+    interpreter._patch_lang = patch_once
