@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ttt.ops.constants import Precision
 from ttt.ops.norm import inner_loss_gradient, layer_norm
+from ttt.ops.precision import product
 from ttt.ops.scan import scan
 
 Weights = tuple[Tensor, ...]
@@ -35,17 +36,24 @@ def gelu_gradient(x: Tensor) -> Tensor:
     return 0.5 * (1 + t) + 0.5 * x * (1 - t.square()) * _ROOT * (1 + 3 * _CUBIC * squared)
 
 
-def mlp_model(weights: Weights, x: Tensor) -> Tensor:
+def mlp_model(weights: Weights, x: Tensor, precision: Precision = "ieee") -> Tensor:
     """The inner model: affine maps with GELU between them, `[B,H,C,F]` to `[B,H,C,F]`."""
     for index in range(0, len(weights), 2):
-        x = x @ weights[index] + weights[index + 1]
+        x = product(x, weights[index], precision) + weights[index + 1]
         if index + 2 < len(weights):
             x = gelu(x)
     return x
 
 
 def key_pass(
-    weights: Weights, k_BHCF: Tensor, target_BHCF: Tensor, gamma_H1F: Tensor, beta_H1F: Tensor, *, eps: float
+    weights: Weights,
+    k_BHCF: Tensor,
+    target_BHCF: Tensor,
+    gamma_H1F: Tensor,
+    beta_H1F: Tensor,
+    *,
+    eps: float,
+    precision: Precision = "ieee",
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run the keys forward through the inner model, and the inner loss's errors back.
 
@@ -56,12 +64,13 @@ def key_pass(
     depth = len(weights) // 2
     inputs, outputs = [k_BHCF], []
     for layer in range(depth):
-        outputs.append(inputs[layer] @ weights[2 * layer] + weights[2 * layer + 1])
+        outputs.append(product(inputs[layer], weights[2 * layer], precision) + weights[2 * layer + 1])
         if layer + 1 < depth:
             inputs.append(gelu(outputs[layer]))
     errors = [inner_loss_gradient(outputs[-1], target_BHCF, gamma_H1F, beta_H1F, eps=eps)]
     for layer in range(depth - 1, 0, -1):
-        errors.insert(0, errors[0] @ weights[2 * layer].mT * gelu_gradient(outputs[layer - 1]))
+        pulled = product(errors[0], weights[2 * layer].mT, precision)
+        errors.insert(0, pulled * gelu_gradient(outputs[layer - 1]))
     return inputs, errors
 
 
@@ -97,39 +106,40 @@ def mlp_minibatch(
         scale_C1: `s`, step size by position, broadcastable to `[B,H,C,1]`.
         causal: whether a token learns only from the tokens up to itself.
         eps: of the layer norm.
+        precision: in what the operands of products are multiplied.
 
     Returns:
         `z [B,H,C,F]`, `q + LN(Z̄)`, and the summed gradients `G + Σ_j η_j ∇ℓ_j(W)` in the shapes of `weights`.
 
     Source: TTT-LM (arXiv 2407.04620), appendix A; TTT-Video (arXiv 2504.05298), its `ops/ttt_mlp.py`.
     """
-    inputs, errors = key_pass(weights, k_BHCF, target_BHCF, gamma_H1F, beta_H1F, eps=eps)
+    inputs, errors = key_pass(weights, k_BHCF, target_BHCF, gamma_H1F, beta_H1F, eps=eps, precision=precision)
     x = q_BHCF
     summed: list[Tensor] = []
     for layer, (given, error) in enumerate(zip(inputs, errors, strict=True)):
         pair = slice(2 * layer, 2 * layer + 2)
         before = None if gradients is None else gradients[pair]
-        step, gradient = _dual_step(x, given, rate_BHC1 * error, before, causal=causal)
+        step, gradient = _dual_step(x, given, rate_BHC1 * error, before, causal=causal, precision=precision)
         summed += gradient
         w, b = weights[pair]
-        x = x @ w + b - scale_C1 * step
+        x = product(x, w, precision) + b - scale_C1 * step
         if layer + 1 < len(inputs):
             x = gelu(x)
     return q_BHCF + layer_norm(x, gamma_H1F, beta_H1F, eps=eps), tuple(summed)
 
 
 def _dual_step(
-    x: Tensor, given: Tensor, taught: Tensor, gradients: Weights | None, *, causal: bool
+    x: Tensor, given: Tensor, taught: Tensor, gradients: Weights | None, *, causal: bool, precision: Precision
 ) -> tuple[Tensor, Weights]:
     """How one layer's update changes its answers to the queries `x`; also returns the layer's summed gradients."""
-    attention_BHCC = x @ given.mT + 1
+    attention_BHCC = product(x, given.mT, precision) + 1
     if causal:
         attention_BHCC = attention_BHCC.tril()
-    step = attention_BHCC @ taught
-    gradient_w = given.mT @ taught
+    step = product(attention_BHCC, taught, precision)
+    gradient_w = product(given.mT, taught, precision)
     gradient_b = taught.sum(dim=-2, keepdim=True)
     if gradients is not None:
-        step = step + x @ gradients[0] + gradients[1]
+        step = step + product(x, gradients[0], precision) + gradients[1]
         gradient_w = gradient_w + gradients[0]
         gradient_b = gradient_b + gradients[1]
     return step, (gradient_w, gradient_b)
@@ -173,6 +183,7 @@ def mlp_scan(
         causal: whether a token learns only from the tokens up to itself.
         eps: of the layer norm.
         group_size: mini-batches that backward recomputes at a time; 0, or at least N, keeps everything.
+        precision: in what the operands of products are multiplied.
 
     Returns:
         `z [B,H,N,C,F]` and the weights after the last mini-batch.

@@ -20,7 +20,7 @@ Each module imports only those above it:
 Shape letters, besides those of `ttt.ops`:
 
 - `P`: heads of all rows, `B·H`; every product is one batched product over them
-- `M`: mini-batches of a chunk or a block; `R = M·P`: the same as one batch of matrices; `K = P·C`: single tokens
+- `M`: mini-batches of a chunk or a block; `R = M·P`: the same as one batch of matrices
 - `S = 2C`: rows of the keys, and below them rows of the queries
 - `I`, `O`: input and output width of a layer of the inner model; `J = I + 1`: with the ones, or the bias, at the end
 

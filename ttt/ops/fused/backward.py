@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ttt.ops.fused.forward import Scratch, add_outer, through_norm
+from ttt.ops.fused.forward import Scratch, through_norm
 from ttt.ops.fused.layout import Block, Common, Dims, Kept, by_step
 from ttt.ops.norm import is_constant, is_zero
 
@@ -79,7 +79,7 @@ class BackwardScratch:
         self.pushed_errors_MPCO = [room(size, fan_out) for fan_out in dims.widths[2:]]
         """`c η E_l` for l ≥ 1"""
         self.pair_MPC2F, self.along_MPC2 = room(size, 2, width), room(size, 2)
-        """`(x̂; E)` of each token, and the products of the two with the token's dE."""
+        """`(x̂; E)` of each token, and the sums of the two times the token's dE."""
         self.unit_MPCF, self.slope_MPCF = room(size, width), room(size, width)
         """`x̂` and `r`"""
         self.turned_error_MPCF, self.turned_unit_MPCF = room(size, width), room(size, width)
@@ -144,10 +144,8 @@ class BackwardViews:
             [self.reached_MPCJ, self.d_slope_MPCF, self.block.push_MPC1]
         )
         self.output_PCF, self.means_PC1 = by_step([kept.output_MPCF, kept.mean_MPC1])
-        # `(x̂; E)` of each of the `K = P·C` tokens as a matrix, and the products of its two rows with the token's dE.
         along_MPC2 = scratch.along_MPC2[: self.steps]
-        self.pair_K2F = self.pair_MPC2F.flatten(1, 2).unbind(0)
-        self.along_K21 = along_MPC2.unsqueeze(-1).flatten(1, 2).unbind(0)
+        self.pair_PC2F, self.along_PC2 = by_step([self.pair_MPC2F, along_MPC2])
         self.along_unit_PC1, self.along_error_PC1 = by_step([along_MPC2[..., :1], along_MPC2[..., 1:]])
         self.turned_error_PCF, self.turned_unit_PCF = by_step([self.turned_error_MPCF, self.turned_unit_MPCF])
         self.d_pulled_PCI = [x[..., :-1] for x in scratch.d_pulled_PCJ]
@@ -175,10 +173,10 @@ def backward_chunk(
     d_rate_MPC1 = _coefficient_back(common, views, d_coefficient_MPCC, sums)
     terms = _error_terms(common, views)
     for n in range(views.steps - 1, -1, -1):
-        _update_back(views, sums, n)
+        _update_back(common, views, sums, n)
         d_hidden_PCO = _errors_back(common, views, terms, n)
-        _keys_back(views, d_hidden_PCO, n)
-        _weights_back(views, sums, n)
+        _keys_back(common, views, d_hidden_PCO, n)
+        _weights_back(common, views, sums, n)
     return _tokens_back(common, views, pushes_MP11, d_query_MPCF, d_rate_MPC1, sums)
 
 
@@ -207,21 +205,21 @@ def _queries_back(common: Common, views: BackwardViews, d_y_MPCF: Tensor, sums: 
     d_coefficient_RCC = torch.zeros_like(coefficient_RCC)
     for layer in range(common.dims.depth - 1, -1, -1):
         x_RCJ, seen_RCC = views.queries_RCJ[layer], views.attention_RCC[layer]
-        d_seen_RCC = torch.bmm(d_y_RCO, views.errors_RCO[layer].mT)  # (14)
+        d_seen_RCC = common.products.of(d_y_RCO, views.errors_RCO[layer].mT)  # (14)
         d_coefficient_RCC.addcmul_(d_seen_RCC, seen_RCC)
         d_seen_RCC.mul_(coefficient_RCC)
         d_error_MPCO, d_input_MPCI = views.d_errors_MPCO[layer], views.d_inputs_MPCI[layer]
-        torch.bmm((seen_RCC * coefficient_RCC).mT, d_y_RCO, out=d_error_MPCO.flatten(0, 1))  # (15)
-        torch.bmm(d_seen_RCC.mT, x_RCJ[..., :-1], out=d_input_MPCI.flatten(0, 1))  # (16)
-        d_x_RCI = torch.bmm(d_seen_RCC, views.keys_RCI[layer])
+        common.products.of((seen_RCC * coefficient_RCC).mT, d_y_RCO, d_error_MPCO.flatten(0, 1))  # (15)
+        common.products.of(d_seen_RCC.mT, x_RCJ[..., :-1], d_input_MPCI.flatten(0, 1))  # (16)
+        d_x_RCI = common.products.of(d_seen_RCC, views.keys_RCI[layer])
         if common.gradients_PJO is not None:  # one open mini-batch: y also contains − s x̃ G
             gradient_PJO = common.gradients_PJO[layer]
             d_step_RCO = d_y_RCO * neg_scale_PC1
-            sums.scale_PC1 -= (d_y_RCO * torch.bmm(x_RCJ, gradient_PJO)).sum(-1, keepdim=True)
-            sums.gradients_PJO[layer].baddbmm_(x_RCJ.mT, d_step_RCO)
-            d_x_RCI.baddbmm_(d_step_RCO, gradient_PJO[:, :-1].mT)
+            sums.scale_PC1 -= (d_y_RCO * common.products.of(x_RCJ, gradient_PJO)).sum(-1, keepdim=True)
+            common.products.add(sums.gradients_PJO[layer], x_RCJ.mT, d_step_RCO)
+            common.products.add(d_x_RCI, d_step_RCO, gradient_PJO[:, :-1].mT)
         if layer:
-            d_x_RCI.baddbmm_(d_y_RCO, views.weights_ROI[layer])
+            common.products.add(d_x_RCI, d_y_RCO, views.weights_ROI[layer])
             d_y_MPCO = views.d_answered_MPCO[layer - 1]
             torch.mul(_by_chunk(views, d_x_RCI), views.kept.query_slopes_MPCO[layer - 1], out=d_y_MPCO)  # (17)
             d_y_RCO = d_y_MPCO.flatten(0, 1)
@@ -232,8 +230,9 @@ def _coefficient_back(common: Common, views: BackwardViews, d_coefficient_MPCC: 
     """Backward of `κ = −s ηᵀ ⊙ mask` (14): adds to `ds` and returns `dη`."""
     if common.causal:
         d_coefficient_MPCC.tril_()
-    sums.scale_PC1 -= (d_coefficient_MPCC @ views.block.rate_MPC1).sum(0)
-    return d_coefficient_MPCC.mT @ common.constants.neg_scale_PC1
+    # Sums in float32, not products: these are no operands of the inner model.
+    sums.scale_PC1 -= (d_coefficient_MPCC * views.block.rate_MPC1.mT).sum((0, -1)).unsqueeze(-1)
+    return d_coefficient_MPCC.mul_(common.constants.neg_scale_PC1).sum(-2).unsqueeze(-1)
 
 
 class _ErrorTerms(NamedTuple):
@@ -269,17 +268,19 @@ def _error_terms(common: Common, views: BackwardViews) -> _ErrorTerms:
     return _ErrorTerms(teaching.unbind(0), followed.unbind(0), to_slope.unbind(0))
 
 
-def _update_back(views: BackwardViews, sums: Sums, n: int) -> None:
+def _update_back(common: Common, views: BackwardViews, sums: Sums, n: int) -> None:
     """Backward of a mini-batch's update (18): adds to the gradients of its errors and inputs."""
     for layer, d_next_PJO in enumerate(sums.next_PJO):
-        seen_PCO = torch.bmm(views.keys_PCJ[layer][n], d_next_PJO, out=views.seen_by_next_PCO[layer][n])
+        seen_PCO = common.products.of(views.keys_PCJ[layer][n], d_next_PJO, views.seen_by_next_PCO[layer][n])
         views.d_errors_PCO[layer][n].addcmul_(seen_PCO, views.pushes_PC1[n])
         if layer:
-            views.later_d_inputs_PCI[layer - 1][n].baddbmm_(
-                views.pushed_errors_PCO[layer - 1][n], sums.later_next_POI[layer - 1]
+            common.products.add(
+                views.later_d_inputs_PCI[layer - 1][n],
+                views.pushed_errors_PCO[layer - 1][n],
+                sums.later_next_POI[layer - 1],
             )
         else:
-            torch.bmm(views.errors_PCO[0][n], sums.first_next_POJ, out=views.reached_PCJ[n])
+            common.products.of(views.errors_PCO[0][n], sums.first_next_POJ, views.reached_PCJ[n])
 
 
 def _errors_back(common: Common, views: BackwardViews, terms: _ErrorTerms, n: int) -> list[Tensor]:
@@ -293,7 +294,7 @@ def _errors_back(common: Common, views: BackwardViews, terms: _ErrorTerms, n: in
         torch.mul(d_error, views.slopes_PCO[layer][n], out=views.d_pulled_PCI[layer])
         d_hidden_PCO.append(d_error.mul_(views.bends_PCO[layer][n]))
         d_error = views.d_errors_PCO[layer + 1][n]
-        d_error.baddbmm_(views.d_pulled_PCI[layer], views.later_weights_PIO[layer][n])
+        common.products.add(d_error, views.d_pulled_PCI[layer], views.later_weights_PIO[layer][n])
     # (20)
     output_PCF, mean = views.output_PCF[n], views.means_PC1[n]
     d_slope_PCF = through_norm(d_error, output_PCF, mean, terms.teaching_PC1[n])
@@ -301,29 +302,29 @@ def _errors_back(common: Common, views: BackwardViews, terms: _ErrorTerms, n: in
     scaled = d_slope_PCF * common.constants.gamma_squared_P1F
     d_z_PCF = through_norm(scaled, output_PCF, mean, terms.followed_PC1[n])
     d_z_PCF.addcmul_(d_slope_PCF, terms.to_slope_PC1[n])
-    torch.bmm(views.pair_K2F[n], d_error.view(-1, output_PCF.shape[-1], 1), out=views.along_K21[n])
+    torch.sum(views.pair_PC2F[n].mul_(d_error.unsqueeze(-2)), -1, out=views.along_PC2[n])
     d_z_PCF.addcmul_(views.turned_error_PCF[n], views.along_unit_PC1[n])
     d_z_PCF.addcmul_(views.turned_unit_PCF[n], views.along_error_PC1[n])
     views.d_keys_PCO[-1][n].copy_(d_z_PCF)
     return d_hidden_PCO
 
 
-def _keys_back(views: BackwardViews, d_hidden_PCO: list[Tensor], n: int) -> None:
+def _keys_back(common: Common, views: BackwardViews, d_hidden_PCO: list[Tensor], n: int) -> None:
     """Backward of a mini-batch's keys, from the last layer to the first (21)."""
     for layer in range(len(d_hidden_PCO), 0, -1):
         d_x_PCI = views.later_d_inputs_PCI[layer - 1][n]
-        d_x_PCI.baddbmm_(views.d_keys_PCO[layer][n], views.later_weights_POI[layer - 1][n])
+        common.products.add(d_x_PCI, views.d_keys_PCO[layer][n], views.later_weights_POI[layer - 1][n])
         torch.addcmul(
             d_hidden_PCO[layer - 1], d_x_PCI, views.slopes_PCO[layer - 1][n], out=views.d_keys_PCO[layer - 1][n]
         )
 
 
-def _weights_back(views: BackwardViews, sums: Sums, n: int) -> None:
+def _weights_back(common: Common, views: BackwardViews, sums: Sums, n: int) -> None:
     """Add a mini-batch's share to the gradients of the weights that opened it (22)."""
     for layer, total_PJO in enumerate(sums.weights_PJO):
-        add_outer(total_PJO, views.stacks_PJS[layer][n], views.d_outputs_PSO[layer][n], total_PJO)
+        common.products.add_outer(total_PJO, views.stacks_PJS[layer][n], views.d_outputs_PSO[layer][n], total_PJO)
         if layer:
-            add_outer(total_PJO, views.d_pulled_PJC[layer - 1], views.errors_PCO[layer][n], total_PJO)
+            common.products.add_outer(total_PJO, views.d_pulled_PJC[layer - 1], views.errors_PCO[layer][n], total_PJO)
 
 
 def _tokens_back(
@@ -337,7 +338,7 @@ def _tokens_back(
     """The rest of the tokens' gradients, (23) to (25); it does not depend on the carry."""
     block, size, gamma_P1F = views.block, common.dims.size, common.constants.gamma_P1F
     d_stack_MPSF, reached_MPCJ = views.d_stack_MPSF, views.reached_MPCJ
-    torch.bmm(views.d_outputs_MPSO[0].flatten(0, 1), views.weights_ROI[0], out=d_stack_MPSF.flatten(0, 1))
+    common.products.of(views.d_outputs_MPSO[0].flatten(0, 1), views.weights_ROI[0], d_stack_MPSF.flatten(0, 1))
     d_query_MPCF += d_stack_MPSF[:, :, size:]
     d_key_MPCF = views.d_inputs_MPCI[0].addcmul_(reached_MPCJ[..., :-1], block.push_MPC1)
     d_key_MPCF.add_(d_stack_MPSF[:, :, :size])

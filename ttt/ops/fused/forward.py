@@ -50,20 +50,6 @@ def _gelu_bend(gate: Tensor, slope: Tensor, p: Tensor, bend: Tensor) -> None:
     bend.addcmul_(spread, gate, value=-2)
 
 
-def add_outer(base: Tensor, columns: Tensor, rows: Tensor, out: Tensor) -> None:
-    """`base + columns rows`, `[P,a,C]` and `[P,C,b]`, into `out`, which may be `base`."""
-    count = rows.shape[-2]
-    if count == 1:  # bound by memory: one pass over the weights
-        torch.addcmul(base, columns, rows, out=out)
-    elif count == 2:
-        torch.addcmul(base, columns[..., :1], rows[:, :1], out=out)
-        out.addcmul_(columns[..., 1:], rows[:, 1:])
-    elif out is base:
-        base.baddbmm_(columns, rows)
-    else:
-        torch.baddbmm(base, columns, rows, out=out)
-
-
 def through_norm(d: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
     """`ι Π(d)`: the gradient `d` taken back through the normalisation of `x`, given its `μ` and `ι`."""
     return _layer_norm_backward(d, x, (x.shape[-1],), mean, inverse, None, None, (True, False, False))[0]
@@ -186,19 +172,19 @@ def forward_chunk(common: Common, views: ForwardViews, following_PJO: list[Tenso
 
 def _keys_forward(common: Common, views: ForwardViews, n: int) -> None:
     """Run a mini-batch's keys through the inner model, (1) to (3), and its queries through the first product."""
-    weights_PJO, last = views.weights_PJO, common.dims.depth - 1
-    torch.bmm(views.stacked_PSJ[n], weights_PJO[0][n], out=views.first_PSO[n])  # (1), and the first part of (10)
+    products, weights_PJO, last = common.products, views.weights_PJO, common.dims.depth - 1
+    products.of(views.stacked_PSJ[n], weights_PJO[0][n], views.first_PSO[n])  # (1), and the first part of (10)
     for layer in range(last):
         z, value, squared, gate = (
             views.outputs_PCO[layer][n], views.values_PCO[layer][n], views.squared_PCO[layer][n],
             views.gates_PCO[layer][n],
         )  # fmt: skip
         if layer:
-            torch.bmm(views.later_keys_PCJ[layer - 1][n], weights_PJO[layer][n], out=z)
+            products.of(views.later_keys_PCJ[layer - 1][n], weights_PJO[layer][n], z)
         _gelu(z, value, squared, gate)
         _gelu_slope(value, squared, gate, views.slopes_PCO[layer][n])
     if last:
-        torch.bmm(views.later_keys_PCJ[-1][n], weights_PJO[-1][n], out=views.output_PCF[n])
+        products.of(views.later_keys_PCJ[-1][n], weights_PJO[-1][n], views.output_PCF[n])
     else:
         views.output_PCF[n].copy_(views.outputs_PCO[0][n])
 
@@ -215,7 +201,7 @@ def _errors(common: Common, views: ForwardViews, n: int, *, keep: bool) -> None:
         views.inverses_PC1[n].copy_(inverse)
     for layer in range(common.dims.depth - 2, -1, -1):
         pulled = views.pulled_PCO[layer][n]
-        torch.bmm(errors_PCO[layer + 1][n], views.later_weights_POI[layer][n], out=pulled)  # (7)
+        common.products.of(errors_PCO[layer + 1][n], views.later_weights_POI[layer][n], pulled)  # (7)
         torch.mul(pulled, views.slopes_PCO[layer][n], out=errors_PCO[layer][n])
 
 
@@ -226,11 +212,11 @@ def _update(common: Common, views: ForwardViews, n: int, targets_PJO: Sequence[T
         if layer:
             right = right * views.pushes_PC1[n]
         if common.closes:
-            add_outer(views.weights_PJO[layer][n], left, right, target)
+            common.products.add_outer(views.weights_PJO[layer][n], left, right, target)
         elif common.gradients_PJO is not None:
-            add_outer(common.gradients_PJO[layer], left, right, target)
+            common.products.add_outer(common.gradients_PJO[layer], left, right, target)
         else:
-            torch.bmm(left, right, out=target)
+            common.products.of(left, right, target)
 
 
 def _bends(views: ForwardViews) -> None:
@@ -243,18 +229,18 @@ def _bends(views: ForwardViews) -> None:
 
 def _queries(common: Common, views: ForwardViews, *, keep: bool) -> Tensor:
     """The rest of the queries of a whole chunk: (9), the rest of (10), (11). Returns `LN(y)`."""
-    constants, kept, depth = common.constants, views.kept, common.dims.depth
+    constants, products, kept, depth = common.constants, common.products, views.kept, common.dims.depth
     for layer in range(depth):
         x, y = views.queries_RCJ[layer], views.answered_RCO[layer]
-        seen = torch.bmm(x, views.keys_RJC[layer], out=views.attention_RCC[layer])
+        seen = products.of(x, views.keys_RJC[layer], views.attention_RCC[layer])
         seen = seen * views.coefficient_RCC
         if layer:
-            torch.bmm(x, views.later_weights_RJO[layer - 1], out=y)
-            y.baddbmm_(seen, views.errors_RCO[layer])
+            products.of(x, views.later_weights_RJO[layer - 1], y)
+            products.add(y, seen, views.errors_RCO[layer])
         else:
-            torch.baddbmm(views.first_queries_RCO, seen, views.errors_RCO[layer], out=y)
+            products.add(views.first_queries_RCO, seen, views.errors_RCO[layer], y)
         if common.gradients_PJO is not None:
-            y.addcmul_(torch.bmm(x, common.gradients_PJO[layer]), constants.neg_scale_PC1)
+            y.addcmul_(products.of(x, common.gradients_PJO[layer]), constants.neg_scale_PC1)
         if layer + 1 < depth:
             value, squared, gate = (
                 views.query_values_MPCO[layer], views.squared_MPCO[layer], views.gates_MPCO[layer]

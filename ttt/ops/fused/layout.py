@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ttt.ops.constants import Precision
+from ttt.ops.fused.products import Products
 
 _CHUNK_NUMBERS = 1 << 20
 """On a CPU, the most numbers that a chunk's keys have at the widest layer of the inner model."""
@@ -114,15 +115,15 @@ class Common(NamedTuple):
     are returned."""
     causal: bool
     eps: float
+    products: Products
 
     @classmethod
     def of(cls, problem: Problem) -> Common:
         """The layout of a whole problem."""
         dims = problem.dims
         opened = joined(dims, problem.gradients) if problem.gradients else None
-        return cls(
-            dims, _constants(dims, problem), opened, problem.last_NB is not None, problem.causal, problem.eps
-        )  # fmt: skip
+        closes, products = problem.last_NB is not None, Products(problem.precision)
+        return cls(dims, _constants(dims, problem), opened, closes, problem.causal, problem.eps, products)
 
 
 def _constants(dims: Dims, problem: Problem) -> Constants:

@@ -27,6 +27,7 @@ from ttt.ops.fused.layout import (
     room_between_passes,
     room_for_tokens,
 )
+from ttt.ops.precision import multiplying
 
 Weights = tuple[Tensor, ...]
 Views = TypeVar("Views")
@@ -55,7 +56,8 @@ library.define("ttt::minibatches_backward", _BACKWARD_SCHEMA)
 @library.impl("ttt::minibatches", "default")
 def _run(*inputs: Any) -> Answered:
     problem, keep = Problem(*inputs[:-1]), inputs[-1]
-    with no_autocast(problem.q_BHNCF):  # `learn` may be called with autocast on
+    q, precision = problem.q_BHNCF, problem.precision
+    with no_autocast(q), multiplying(q, precision):  # a caller may have set both otherwise
         return _run_forward(problem, keep=keep)
 
 
@@ -132,7 +134,8 @@ def _chunks(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
 @library.impl("ttt::minibatches_backward", "default")
 def _run_backward(d_answers: Tensor, d_following: list[Tensor], *inputs: Any) -> tuple[Any, ...]:
     problem, saved = _parted_inputs(inputs)
-    with no_autocast(problem.q_BHNCF):  # backward may be called with autocast on
+    q, precision = problem.q_BHNCF, problem.precision
+    with no_autocast(q), multiplying(q, precision):
         return _Backward(problem, saved, d_following).run(d_answers)
 
 
