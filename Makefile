@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # plugins/example is not installed: tests/test_example.py builds it and installs it into a folder of its own.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test rounding bench lint types format clean constraints rules example
+.PHONY: help setup demo test rounding kernels interpret bench lint types format clean constraints rules example
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,12 @@ test: $(STAMP) ## run the tests
 rounding: $(STAMP) ## run what asks for equal bits under another instruction set and another maker's rounding
 	TTT_OTHER_ROUNDING=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
 	  $(BIN)/python -m pytest -q -n 2 --dist worksteal $(SHAPED)
+
+kernels: $(STAMP) ## compile every form of the kernels for GPUs, without one, and write the table anew
+	$(BIN)/python benchmarks/kernels.py --compile
+
+interpret: $(STAMP) ## run the whole product of cases through the kernels in Triton's interpreter: hours
+	$(BIN)/python benchmarks/kernels.py --interpret
 
 bench: $(STAMP) ## time and weigh the scan beside what is published, on this CPU: about an hour
 	$(BIN)/python benchmarks/scan.py

@@ -1,14 +1,22 @@
 """The forms in which kernels are shipped: what is compiled, for which sizes, with how many warps and stages.
 
-A test compiles every form without a GPU and reads registers, spills and shared memory; `benchmarks/kernels.py` writes
-them as a table.
+A test compiles forms without a GPU and reads registers, spills and shared memory; `benchmarks/kernels.py` writes all of
+them as a table. Importing this imports no Triton; `shipped` and `fingerprint` do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+import hashlib
+import importlib
+import inspect
+import pkgutil
+import textwrap
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+PACKAGE = "ttt.ops.triton"
 
 
 @dataclass(frozen=True)
@@ -29,3 +37,80 @@ class Form:
     """The most bytes a thread may spill to memory."""
     aligned: frozenset[str] = field(default_factory=frozenset)
     """Parameters that are always multiples of 16 (pointers, strides)."""
+
+
+def modules(package: str = PACKAGE) -> list[Any]:
+    """The modules of a package that hold kernels: those with a function `forms`."""
+    root = importlib.import_module(package)
+    found = [importlib.import_module(f"{package}.{each.name}") for each in pkgutil.iter_modules(root.__path__)]
+    return [module for module in found if hasattr(module, "forms")]
+
+
+def shipped(package: str = PACKAGE) -> dict[str, Form]:
+    """Every form of every module, by name.
+
+    Raises:
+        ValueError: two forms have one name.
+    """
+    found: dict[str, Form] = {}
+    for module in modules(package):
+        for form in module.forms():
+            if form.name in found:
+                raise ValueError(f"two forms are called {form.name}; a form's name says how it differs from all others")
+            found[form.name] = form
+    return found
+
+
+def parts(kernel: Any) -> dict[str, Any]:
+    """A kernel and every `triton.jit` function that it calls, in turn, by module and name."""
+    found: dict[str, Any] = {}
+    waiting = [kernel]
+    while waiting:
+        function = waiting.pop().fn
+        name = f"{function.__module__}.{function.__qualname__}"
+        if name not in found:
+            found[name] = function
+            waiting += [value for _, value in _globals_of(function) if _is_ours(value)]
+    return found
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether it is a `triton.jit` function that is no part of Triton."""
+    return inspect.isfunction(getattr(value, "fn", None)) and not value.fn.__module__.startswith("triton.")
+
+
+def fingerprint(form: Form) -> str:
+    """What a form compiles to depends on this alone, besides Triton's version: its code, types and constants.
+
+    The code is that of the kernel and of the `triton.jit` functions that it calls, without comments and docstrings,
+    with the global constants that they read.
+    """
+    content = [repr((form.signature, form.constants, form.num_warps, form.num_stages, sorted(form.aligned)))]
+    for name, function in sorted(parts(form.kernel).items()):
+        constants = sorted(
+            f"{key} = {getattr(value, 'value', value)!r}"
+            for key, value in _globals_of(function)
+            if isinstance(getattr(value, "value", value), (bool, int, float, str))
+        )
+        content += [name, ast.dump(_tree(function)), *constants]
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
+
+
+def _tree(function: Any) -> ast.FunctionDef:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    assert isinstance(tree, ast.FunctionDef)
+    if ast.get_docstring(tree) is not None:
+        tree.body = tree.body[1:]
+    tree.decorator_list = []
+    return tree
+
+
+def _globals_of(function: Any) -> Iterator[tuple[str, Any]]:
+    """What a function's code names outside itself: globals, and attributes of modules among them."""
+    for node in ast.walk(_tree(function)):
+        if isinstance(node, ast.Name) and node.id in function.__globals__:
+            yield node.id, function.__globals__[node.id]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = function.__globals__.get(node.value.id)
+            if inspect.ismodule(module) and hasattr(module, node.attr):
+                yield f"{node.value.id}.{node.attr}", getattr(module, node.attr)

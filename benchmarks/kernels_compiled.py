@@ -1,0 +1,217 @@
+"""Compiles kernels for GPUs that are not there, and reads what they would take of one.
+
+    python benchmarks/kernels_compiled.py < work.jsonl > found.jsonl      # what `compiled` starts
+
+A line of work is `{"package": …, "form": …, "arch": …}`. Triton compiles it and ptxas, which comes with Triton, says
+how many registers a thread takes and how many bytes it spills. `benchmarks/kernels.py --compile` makes the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100)
+"""A100, H100 and H200, B200."""
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Shared memory that a block may take (CUDA C++ Programming Guide, "Compute Capabilities")."""
+TENSOR_MEMORY_COLUMNS = 512
+"""Tensor memory of a multiprocessor of sm_100."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One form on one architecture."""
+
+    form: str
+    arch: int
+    fingerprint: str
+    num_warps: int
+    num_stages: int
+    registers: int = 0
+    spilled_bytes: int = 0
+    """A thread's, the larger of stores and loads."""
+    stated_bytes: int = 0
+    """What the form says that it may spill."""
+    stack_bytes: int = 0
+    """A thread's local memory: what spills, and arrays whose index is not known."""
+    shared_bytes: int = 0
+    tensor_memory: int = 0
+    """Columns of sm_100's tensor memory."""
+    seconds: float = 0.0
+    """To compile it."""
+    turned: bool = False
+    """Whether a dot's result is transposed."""
+    error: str | None = None
+    """Why it does not compile, in one line."""
+
+    def faults(self) -> Iterator[str]:
+        """What forbids to ship it."""
+        if self.error is not None:
+            yield f"does not compile: {self.error}"
+        if self.spilled_bytes > self.stated_bytes:
+            yield f"spills {self.spilled_bytes} bytes a thread, and states {self.stated_bytes}"
+        if self.shared_bytes > SHARED_BYTES[self.arch]:
+            yield f"takes {self.shared_bytes} bytes of shared memory of {SHARED_BYTES[self.arch]}"
+        if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
+            yield f"takes {self.tensor_memory} columns of tensor memory of {TENSOR_MEMORY_COLUMNS}"
+        if self.turned:
+            yield "transposes a dot's result, which has been miscompiled on Hopper"
+
+
+def compiled(work: Sequence[tuple[str, str, int]], *, processes: int = 2) -> list[Compiled]:
+    """Compile forms in processes of their own, since this one may have Triton's interpreter.
+
+    Args:
+        work: package, name of the form, and architecture (90 is sm_90).
+        processes: at a time.
+    """
+    with ThreadPoolExecutor(processes) as threads:
+        parts = [work[i::processes] for i in range(processes)]
+        found = list(threads.map(_in_a_process, [part for part in parts if part]))
+    order = {(form, arch): place for place, (_, form, arch) in enumerate(work)}
+    return sorted((one for part in found for one in part), key=lambda one: order[one.form, one.arch])
+
+
+def _in_a_process(work: Sequence[tuple[str, str, int]]) -> list[Compiled]:
+    lines = "\n".join(json.dumps({"package": p, "form": f, "arch": a}) for p, f, a in work)
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        environment |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        done = subprocess.run(
+            [sys.executable, __file__], input=lines, env=environment, capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        raise RuntimeError(f"the compiling process failed:\n{done.stderr}")
+    return [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
+
+
+# --- in the process that compiles ---
+
+
+def compile_form(form: Any, arch: int) -> Compiled:
+    """Compile a form for an architecture, and read what it takes."""
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ttt.ops.triton.forms import fingerprint
+
+    named = {"form": form.name, "arch": arch, "fingerprint": fingerprint(form)}
+    named |= {"num_warps": form.num_warps, "num_stages": form.num_stages, "stated_bytes": form.spilled_bytes}
+    names = form.kernel.arg_names
+    source = ASTSource(
+        fn=form.kernel,
+        signature={name: form.signature.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in form.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in form.aligned},
+    )
+    options = {"num_warps": form.num_warps, "num_stages": form.num_stages}
+    knobs.nvidia.dump_ptxas_log = True  # prints what ptxas says,
+    knobs.compilation.always_compile = True  # which it does not of what is cached, be it under another name
+    start = time.perf_counter()
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    except Exception as error:  # the compiler may raise anything; the table says what
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        return Compiled(**named, seconds=time.perf_counter() - start, error=cause)
+    log = said.getvalue()
+    spilled = max(_number(r"(\d+) bytes spill stores", log), _number(r"(\d+) bytes spill loads", log))
+    return Compiled(
+        **named,
+        registers=_number(r"Used (\d+) registers", log),
+        spilled_bytes=spilled,
+        stack_bytes=_number(r"(\d+) bytes stack frame", log),
+        shared_bytes=kernel.metadata.shared,
+        tensor_memory=getattr(kernel.metadata, "tmem_size", 0) or 0,
+        seconds=time.perf_counter() - start,
+        turned=transposes_a_dot(kernel.asm["ttir"]),
+    )
+
+
+def _number(pattern: str, log: str) -> int:
+    """The largest number that the pattern finds.
+
+    Raises:
+        RuntimeError: it finds none, so that nothing is known.
+    """
+    found = [int(number) for number in re.findall(pattern, log)]
+    if not found:
+        raise RuntimeError(f"ptxas did not say {pattern}; it said: {log}")
+    return max(found)
+
+
+def transposes_a_dot(ttir: str) -> bool:
+    """Whether a `tl.trans` reads what a `tl.dot` made, be it through arithmetic, branches or loops.
+
+    Values are followed by name: a value made of one that comes from a dot comes from it too, until it goes through
+    memory or is reduced to fewer dimensions. Loops carry values to where they begin, so the search runs until it finds
+    nothing new.
+    """
+    lines = [line for line in ttir.splitlines() if not line.lstrip().startswith("//")]
+    made: set[str] = set()
+    while True:
+        before = len(made)
+        loops: list[tuple[list[str], list[str]]] = []
+        for line in lines:
+            _follow(line, made, loops)
+        if len(made) == before:
+            break
+    return any("tt.trans" in line and made & set(_NAMES.findall(line.split("=", 1)[-1])) for line in lines)
+
+
+_NAMES = re.compile(r"%[\w]+(?:#\d+)?")
+_ENDS = ("tt.reduce", "tt.load", "tt.store", "tt.descriptor")
+"""Operations behind which a value is no longer what a dot left in registers."""
+
+
+def _follow(line: str, made: set[str], loops: list[tuple[list[str], list[str]]]) -> None:
+    """Add to `made` what this line makes of a dot's result; `loops` are the open ones, their results and carries."""
+    results, _, rest = line.partition(" = ") if " = " in line else ("", "", line)
+    if "scf.for" in rest or "scf.while" in rest or "scf.if" in rest:
+        name, _, count = results.strip().partition(":")
+        out = [f"{name}#{i}" for i in range(int(count))] if count else [name] if name else []
+        carried = re.search(r"iter_args\((.*?)\) ->", rest)
+        pairs = re.findall(r"(%\w+) = (%[\w#]+)", carried.group(1)) if carried else []
+        made.update(inner for inner, given in pairs if given in made)
+        loops.append((out, [inner for inner, _ in pairs]))
+    elif "scf.yield" in rest and loops:
+        out, carries = loops[-1]
+        given = _NAMES.findall(rest)
+        for names in (out, carries):
+            made.update(name for name, value in zip(names, given, strict=False) if value in made)
+    elif rest.strip().startswith("}") and "else" not in rest and loops:
+        loops.pop()
+    elif results and ("tt.dot" in rest or (made & set(_NAMES.findall(rest)) and not any(e in rest for e in _ENDS))):
+        made.update(_NAMES.findall(results))
+
+
+def main() -> None:
+    """Compile what is asked for, a line for each."""
+    from ttt.ops.triton.forms import shipped
+
+    forms: dict[str, dict[str, Any]] = {}
+    for line in sys.stdin:
+        asked = json.loads(line)
+        package = asked["package"]
+        if package not in forms:
+            forms[package] = shipped(package)
+        print(json.dumps(asdict(compile_form(forms[package][asked["form"]], asked["arch"]))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""What can be known of kernels without a GPU: they compile, fit, spill no more than they say, and each has a form."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import pkgutil
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import planted_kernels.planted as planted
+from kernels_compiled import ARCHITECTURES, Compiled, compiled, transposes_a_dot
+
+from ttt.ops.triton.forms import PACKAGE, Form, fingerprint, parts, shipped
+
+ROOT = Path(__file__).parent.parent
+TABLE = json.loads((ROOT / "benchmarks" / "results" / "kernels-compiled.json").read_text())
+
+
+def _faults(found: list[Compiled]) -> list[str]:
+    return [f"{one.form}, sm_{one.arch}: {fault}" for one in found for fault in one.faults()]
+
+
+# --- the gate ---
+
+
+def test_the_gate_catches_each_fault_and_nothing_else() -> None:
+    names = ("sound", "spilling", "hoarding", "turning", "broken")
+    found = {one.form: one for one in compiled([("planted_kernels", name, 90) for name in names])}
+    said = {name: " and ".join(found[name].faults()) for name in names}
+    assert said["sound"] == ""
+    assert not list(replace(found["spilling"], stated_bytes=1 << 16).faults())
+    assert re.fullmatch(r"spills \d+ bytes a thread, and states 0", said["spilling"])
+    assert re.fullmatch(r"takes 262144 bytes of shared memory of 232448", said["hoarding"])
+    assert re.fullmatch(r"transposes a dot's result, .*", said["turning"])
+    assert re.fullmatch(r"does not compile: CompilationError.*incompatible dimensions.*", said["broken"])
+    sound = found["sound"]
+    assert 16 <= sound.registers <= 255
+    assert sound.shared_bytes == 2 * 4 * 32 * 32  # a tile of each operand
+
+
+TRANSPOSES = """
+  %a = tt.dot %x, %y, %zero : tensor<32x32xf32>
+  %loop:2 = scf.for %i = %lo to %hi step %one iter_args(%carried = %zero, %other = %x) -> (T, T)  : i32 {
+    %scaled = arith.mulf %carried, %half : tensor<32x32xf32>
+    %sum = arith.addf %scaled, CARRIED : tensor<32x32xf32>
+    scf.yield %sum, %other : tensor<32x32xf32>, tensor<32x32xf32>
+  }
+  %turned = tt.trans RESULT {order = array<i32: 1, 0>} : tensor<32x32xf32> -> tensor<32x32xf32>
+"""
+
+
+@pytest.mark.parametrize(
+    ("carried", "result", "wrong"),
+    [
+        ("%a", "%a", True),
+        ("%a", "%x", False),
+        ("%a", "%loop#0", True),
+        ("%a", "%loop#1", False),
+        ("%x", "%loop#0", False),
+        ("%x", "%scaled", False),
+        ("%a", "%scaled", True),  # the loop's second turn reads what its first made
+    ],
+)
+def test_a_dots_result_is_followed_to_where_it_is_transposed(carried: str, result: str, wrong: bool) -> None:
+    assert transposes_a_dot(TRANSPOSES.replace("CARRIED", carried).replace("RESULT", result)) is wrong
+
+
+def test_a_fingerprint_sees_what_the_compiler_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = shipped("planted_kernels")["sound"]
+    first = fingerprint(sound)
+    assert fingerprint(sound) == first
+    assert len({fingerprint(form) for form in planted.forms()}) == len(planted.forms())
+    changed = [
+        replace(sound, signature={**sound.signature, "a": "*bf16"}),
+        replace(sound, constants={"SIZE": 64}),
+        replace(sound, num_warps=8),
+        replace(sound, num_stages=3),
+        replace(sound, aligned=frozenset()),
+    ]
+    assert len({first, *map(fingerprint, changed)}) == 1 + len(changed)
+    assert fingerprint(replace(sound, name="another", spilled_bytes=8)) == first
+    monkeypatch.setattr(planted, "SCALE", planted.tl.constexpr(3.0))  # a global that a function of the kernel reads
+    assert fingerprint(sound) != first
+    monkeypatch.undo()
+    monkeypatch.setattr(planted, "_doubled", planted.sound)  # the code of what it calls
+    assert fingerprint(sound) != first
+
+
+# --- what is shipped ---
+
+
+def test_every_kernel_has_a_form() -> None:
+    formed = {name for form in shipped().values() for name in parts(form.kernel)}
+    package = importlib.import_module(PACKAGE)
+    for each in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{PACKAGE}.{each.name}")
+        for value in vars(module).values():
+            function = getattr(value, "fn", None)
+            if inspect.isfunction(function) and function.__module__ == module.__name__:
+                assert f"{function.__module__}.{function.__qualname__}" in formed
+
+
+def test_the_table_has_exactly_todays_forms_and_none_of_them_has_a_fault() -> None:
+    kept = [Compiled(**row) for row in TABLE["forms"]]
+    today = {(name, arch): fingerprint(form) for name, form in shipped().items() for arch in ARCHITECTURES}
+    assert {(one.form, one.arch): one.fingerprint for one in kept} == today, "run `make kernels`"
+    assert {name: form.spilled_bytes for name, form in shipped().items()} == {
+        one.form: one.stated_bytes for one in kept
+    }
+    assert not _faults(kept)
+    assert f"triton=={TABLE['triton']}" in (ROOT / "constraints.txt").read_text(), "run `make kernels`"
+
+
+def _smallest_form_of_each_kernel() -> list[Form]:
+    smallest: dict[object, Form] = {}
+    for form in sorted(shipped().values(), key=lambda form: (sum(_sizes(form)), form.name)):
+        smallest.setdefault(form.kernel, form)
+    return list(smallest.values())
+
+
+def _sizes(form: Form) -> list[int]:
+    return [value for value in form.constants.values() if type(value) is int]
+
+
+def test_a_form_of_every_kernel_compiles_for_hopper_as_the_table_says() -> None:
+    chosen = [form.name for form in _smallest_form_of_each_kernel()]
+    found = compiled([(PACKAGE, name, 90) for name in chosen])
+    assert not _faults(found)
+    kept = {row["form"]: row for row in TABLE["forms"] if row["arch"] == 90}
+    for one in found:
+        row = kept[one.form]
+        assert (one.shared_bytes, one.spilled_bytes) == (row["shared_bytes"], row["spilled_bytes"])
+        assert one.registers == row["registers"]
