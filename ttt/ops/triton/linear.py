@@ -41,7 +41,8 @@ def linear_forward_kernel(
     heads, steps, openings, group,
     C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, EPS: tl.constexpr, CAUSAL: tl.constexpr,
     CLOSES: tl.constexpr, OPENED: tl.constexpr, ANSWERS: tl.constexpr, KEEPS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: on
+):
+    # fmt: on
     """Run all mini-batches of one row and head.
 
     Token t of row b and head h begins `b x_b + h x_h + t x_t` numbers after `x`; answers lie in memory as `[B,T,H,F]`.
@@ -139,7 +140,7 @@ class LinearRun:
     def __init__(self, problem: Problem) -> None:
         self.problem, self.dims = problem, problem.dims
         batch, heads, width = self.dims.batch, self.dims.heads, self.dims.widths[0]
-        self.tokens = [_addressable(x) for x in problem[:4]]
+        self.tokens = [addressable(x) for x in problem[:4]]
         self.gamma, self.beta = (
             x.expand(batch, heads, 1, width).contiguous() for x in (problem.gamma_H1F, problem.beta_H1F)
         )
@@ -156,9 +157,9 @@ class LinearRun:
             **launch_of(width),
         }  # fmt: skip
 
-    def strides(self, start: int) -> tuple[int, ...]:
+    def strides(self) -> tuple[int, ...]:
         """Strides of rows, heads and tokens of q, k, target and rate, then those of mini-batches and rows of `last`."""
-        return (*(stride for x in self.tokens for stride in _strides(x)), self.last.stride(0), self.last.stride(1))
+        return (*(stride for x in self.tokens for stride in strides_of(x)), self.last.stride(0), self.last.stride(1))
 
     def of_steps(self, start: int, stop: int) -> list[Tensor]:
         """What mini-batches from `start` to `stop` read besides weights, in the kernels' order."""
@@ -192,7 +193,7 @@ class LinearRun:
             linear_forward_kernel[(self.dims.pairs,)](
                 *self.of_steps(start, stop), *opening, *self.summed,
                 self.tokens[0] if answers is None else answers, *following, *(carries or self.weights[:1]),
-                *self.strides(start), self.dims.heads, steps, steps if answered else steps + 1, group,
+                *self.strides(), self.dims.heads, steps, steps if answered else steps + 1, group,
                 ANSWERS=answered, KEEPS=bool(carries), **self.constants,
             )  # fmt: skip
 
@@ -207,7 +208,7 @@ def launch_of(width: int) -> dict[str, Any]:
     return {"num_warps": 4 if width <= 64 else 8, "num_stages": 1}
 
 
-def _addressable(x: Tensor) -> Tensor:
+def addressable(x: Tensor) -> Tensor:
     """`x [B,H,N,C,F]` with its vectors in one piece and its tokens evenly spaced; a copy where they are not."""
     steps, size, width = x.shape[2:]
     even = steps == 1 or size == 1 or x.stride(2) == size * x.stride(3)
@@ -216,6 +217,6 @@ def _addressable(x: Tensor) -> Tensor:
     return room_for_tokens(x).copy_(x)
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
+def strides_of(x: Tensor) -> tuple[int, int, int]:
     """The strides of rows, heads and tokens of `x [B,H,N,C,F]`."""
     return x.stride(0), x.stride(1), x.stride(3) if x.shape[3] > 1 else x.stride(2)
