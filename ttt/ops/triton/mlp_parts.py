@@ -1,7 +1,7 @@
 """What the MLP's kernels share: products, GELU, the inner loss's errors, and where tokens and weights lie.
 
-Every function runs inside a kernel. Symbols and numbers in parentheses: `docs/backward.md`. Tiles have a power of two of
-rows, at least 16 (`ROWS`), of which the first `C` hold tokens; the others are zeros where they are read.
+Every function runs inside a kernel. Symbols and numbers in parentheses: `docs/backward.md`. Tiles have a power of
+two of rows, at least 16 (`ROWS`), of which the first `C` hold tokens; the others are zeros where they are read.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def normalised(z, WIDTH: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def projected(v, unit, WIDTH: tl.constexpr):
-    """`Π(v) = v − mean(v) − x̂ mean(v ⊙ x̂)`"""
+    """`Π(v) = v − mean(v) − x̂ mean(v ⊙ x̂)`, by rows."""
     return v - (tl.sum(v, 1) / WIDTH)[:, None] - unit * (tl.sum(v * unit, 1) / WIDTH)[:, None]
 
 
@@ -130,29 +130,29 @@ def place(index, p, pairs, rows, columns, C: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def first_tile(p, tile, bias, F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr):
-    """Where a pair's tile `[F,TILE]` of `W_0 [P,F,HIDDEN]` lies; `bias` 1: of `W̃_0 [P,F+1,HIDDEN]`."""
+def first_tile(p, tile, F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr):
+    """Where a pair's tile `[F,TILE]` of `W_0 [P,F,HIDDEN]` lies."""
     inside = tl.arange(0, F)[:, None] * HIDDEN + tile * TILE + tl.arange(0, TILE)[None, :]
-    return p.to(tl.int64) * (F + bias) * HIDDEN + inside
+    return p.to(tl.int64) * F * HIDDEN + inside
 
 
 @triton.jit
-def first_bias(p, tile, bias, F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr):
-    """Where a pair's tile `[TILE]` of `b_0` lies, from the bias of the first pair."""
-    return p.to(tl.int64) * (1 + bias * F) * HIDDEN + tile * TILE + tl.arange(0, TILE)
+def first_bias(p, tile, HIDDEN: tl.constexpr, TILE: tl.constexpr):
+    """Where a pair's tile `[TILE]` of `b_0 [P,HIDDEN]` lies."""
+    return p * HIDDEN + tile * TILE + tl.arange(0, TILE)
 
 
 @triton.jit
-def second_tile(p, tile, bias, F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr):
-    """Where a pair's tile `[TILE,F]` of `W_1 [P,HIDDEN,F]` lies; `bias` 1: of `W̃_1 [P,HIDDEN+1,F]`."""
+def second_tile(p, tile, F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr):
+    """Where a pair's tile `[TILE,F]` of `W_1 [P,HIDDEN,F]` lies."""
     inside = (tile * TILE + tl.arange(0, TILE)[:, None]) * F + tl.arange(0, F)[None, :]
-    return p.to(tl.int64) * (HIDDEN + bias) * F + inside
+    return p.to(tl.int64) * HIDDEN * F + inside
 
 
 @triton.jit
-def second_bias(p, bias, F: tl.constexpr, HIDDEN: tl.constexpr):
-    """Where a pair's `b_1 [F]` lies, from the bias of the first pair."""
-    return p.to(tl.int64) * (1 + bias * HIDDEN) * F + tl.arange(0, F)
+def second_bias(p, F: tl.constexpr):
+    """Where a pair's `b_1 [P,F]` lies."""
+    return p * F + tl.arange(0, F)
 
 
 @triton.jit
