@@ -1,0 +1,116 @@
+"""TTT-MLP backward as Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt.ops.fused.layout import Problem, room_for_tokens
+from ttt.ops.triton.mlp_run import Kept, Place, Steps, dense
+from ttt.ops.triton.mlp_walk import mlp_tokens, mlp_walk
+
+
+def mlp_backward(
+    problem: Problem, saved: list[Tensor], d_answers: Tensor, d_following: list[Tensor]
+) -> tuple[Any, ...]:
+    """The gradients of an inner model of two layers.
+
+    Args:
+        problem: the arguments of `mlp_forward`.
+        saved: the tensors that it kept.
+        d_answers: the gradient of its answers, `[B,H,N,C,F]`.
+        d_following: the gradients of the weights or sums that it returned.
+
+    Returns:
+        Gradients of all tensors of the problem, in its order; those of tokens in the memory order of `room_for_tokens`.
+    """
+    steps = Steps(problem)
+    n, group_size = steps.dims.steps, problem.group_size or steps.dims.steps
+    walk = _Walk(problem, steps, d_answers, d_following, min(group_size, n))
+    like = problem.q_BHNCF
+    kept = Kept.room(steps.dims, min(group_size, n), like)
+    again = [w.new_empty((group_size - 1, *w.shape)) for w in problem.weights] if problem.group_size else saved
+    for start in range((n - 1) // group_size * group_size, -1, -group_size):
+        stop = min(start + group_size, n)
+        first = steps.given if not start else Place.at(saved, start // group_size - 1)
+
+        def opening(n: int, start: int = start, stop: int = stop, first: Place = first) -> Place:
+            return first if n in (start, stop) else Place.at(again, n - start - 1)
+
+        last_update = stop - 1 if problem.group_size else start
+        steps.run(start, stop, opening, last_update=last_update, kept=kept)
+        walk.back(start, stop, opening, kept)
+    return walk.gradients()
+
+
+class _Walk:
+    """The walk from the last mini-batch to the first, and the gradients that it has found so far."""
+
+    def __init__(
+        self, problem: Problem, steps: Steps, d_answers: Tensor, d_following: list[Tensor], slots: int
+    ) -> None:
+        self.problem, self.steps, self.slots = problem, steps, slots
+        dims, sizes, like = steps.dims, steps.sizes, problem.q_BHNCF
+        self.d_answers = dense(d_answers)
+        self.next = Place.of(d_following)
+        self.d_weights, self.d_before = (
+            Place(*(torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in tensors)) if tensors else self.next
+            for tensors in (problem.weights, problem.gradients)
+        )
+        self.d_tokens = [room_for_tokens(x) for x in problem[:4]]
+        self.d_gamma, self.d_beta = (like.new_zeros((dims.pairs, sizes.width)) for _ in range(2))
+        self.d_scale = like.new_zeros((dims.pairs, sizes.size))
+        self.d_push = like.new_empty((dims.steps, dims.pairs))
+
+        def parts(columns: int, slots: int = 2) -> Tensor:
+            return like.new_empty((slots, sizes.tiles, dims.pairs, sizes.size, columns))
+
+        self.d_error, self.d_asked = (like.new_empty((2, dims.pairs, sizes.size, sizes.hidden)) for _ in range(2))
+        self.error_parts = parts(sizes.width)
+        self.token_parts = parts(sizes.width), parts(sizes.width), parts(sizes.size, 3), parts(4, 3)
+
+    def back(self, start: int, stop: int, opening: Callable[[int], Place], kept: Kept) -> None:
+        """Go back through the mini-batches of a group, of which `kept` holds what the kernels read."""
+        steps, sizes, dims = self.steps, self.steps.sizes, self.steps.dims
+        d_q, d_k, d_target, d_rate = self.d_tokens
+        ends = {"PRECISION": steps.precision, "CAUSAL": steps.causal, "CLOSES": steps.closes}
+        counts = dims.steps, dims.heads, dims.pairs
+        for n in range(stop - 1, start - 2, -1):
+            begin, finish = n >= start, n + 1 < stop
+            begun, finished = (opening(min(max(m, start), stop - 1)) for m in (n, n + 1))
+            mlp_walk[(dims.pairs, sizes.tiles + (n + 2 < stop))](
+                steps.q, steps.k, steps.target, steps.rate, steps.gamma, steps.beta, steps.scale, steps.last,
+                self.d_answers, begun.w1, finished.w0, finished.w1, *self.next, *self.d_weights, *steps.before,
+                *self.d_before, *kept, self.d_error, self.d_asked, self.error_parts, *self.token_parts,
+                d_q, d_k, d_target, d_rate, self.d_gamma, self.d_beta, self.d_scale, self.d_push,
+                n, *counts, self.slots, **steps.strides, **steps.shapes, EPS=steps.eps, LEAST=steps.least, **ends,
+                FINISH=finish, BEGIN=begin, OPENED=steps.opened, num_warps=sizes.warps,
+            )  # fmt: skip
+            if finish:
+                self.next = self.d_weights
+        strides = {name: steps.strides[name] for name in ("scale_b", "last_n", "last_b")}
+        mlp_tokens[(dims.pairs,)](
+            steps.q, steps.k, steps.rate, steps.scale, steps.last, self.d_answers, *self.token_parts,
+            d_q, d_k, d_rate, self.d_scale, self.d_push, start, *counts, **strides,
+            F=sizes.width, TILES=sizes.tiles, C=sizes.size, ROWS=sizes.rows, **ends, num_warps=sizes.warps,
+        )  # fmt: skip
+
+    def gradients(self) -> tuple[Any, ...]:
+        """All gradients, once every group has been walked."""
+        problem, dims = self.problem, self.steps.dims
+        shape = dims.batch, dims.heads
+        d_gamma, d_beta = (
+            x.view(*shape, 1, -1).sum_to_size(problem.gamma_H1F.shape) for x in (self.d_gamma, self.d_beta)
+        )
+        d_scale = self.d_scale.view(*shape, -1).sum(1).sum_to_size(problem.scale_BC.shape)
+        d_last = -self.d_push.view(dims.steps, *shape).sum(2)
+        if problem.last_NB is not None:
+            d_last = d_last.sum_to_size(problem.last_NB.shape)
+        d_weights, d_before = (
+            [x.view(w.shape) for x, w in zip(place, tensors, strict=False)]
+            for place, tensors in ((self.d_weights, problem.weights), (self.d_before, problem.gradients))
+        )
+        return (*self.d_tokens, d_gamma, d_beta, d_scale, d_last, d_weights, d_before)
