@@ -218,6 +218,7 @@ def _made_from(config: RunConfig, backbone: Backbone, info: AdapterInfo | None, 
         **shared_origin(config, info, as_start=as_start),
         **{f"eval.{key}": value for key, value in kept.items()},
         "train.autocast": config.train.autocast,
+        "train.ttt_precision": config.train.ttt_precision,
         "torch": torch.__version__.partition("+")[0],
         "device": choose_device(config.train.device).type,
     }

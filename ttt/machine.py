@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from ttt.ops.constants import VARIABLE
+from ttt.ops.constants import VARIABLE, Precision
 from ttt.reading import other_kind
 
 _NVIDIA = Path("/proc/driver/nvidia/version")
@@ -62,7 +62,7 @@ def _cuda_memory() -> int | None:
 
 
 class Obstacle(NamedTuple):
-    """Why the model cannot be compiled."""
+    """Why this machine cannot run what a config asks for."""
 
     problem: str
     """What is wrong."""
@@ -108,6 +108,35 @@ def missing_compiler(device: str) -> Obstacle | None:
                 "install gcc, name a C compiler in the variable CC, or write compile: false",
             )
     return None
+
+
+def exact_implementation(precision: Precision) -> Obstacle | None:
+    """The obstacle if `TTT_OPS` forces the implementation that rounds no operands, and some are to be rounded."""
+    if precision == "ieee" or os.environ.get(VARIABLE) != "reference":
+        return None
+    return Obstacle(
+        f"{VARIABLE}=reference computes from the definition and rounds no operands",
+        f"unset {VARIABLE}, or write ttt_precision: ieee",
+    )
+
+
+def missing_precision(precision: Precision, device: str, capability: tuple[int, int] | None = None) -> Obstacle | None:
+    """What keeps a device from multiplying in a precision; None if nothing does, as far as is known.
+
+    Args:
+        precision: of the inner products.
+        device: `cpu`, `cuda`, …
+        capability: of the GPU, if it is known.
+
+    Source: NVIDIA's A100 whitepaper, which introduces TF32 with compute capability 8.0.
+    """
+    if precision != "tf32" or (device == "cuda" and (capability is None or capability >= (8, 0))):
+        return None
+    where = "this GPU has " + ".".join(map(str, capability)) if capability else f"the run is on {device}"
+    return Obstacle(
+        f"TF32 needs an NVIDIA GPU of compute capability 8.0 or later, and {where}",
+        "write ttt_precision: ieee, or bf16, which rounds on any device",
+    )
 
 
 _CXX = {"darwin": "clang++", "win32": "cl"}

@@ -146,6 +146,8 @@ def _learn_by_definition(tokens: Tokens, stream: Stream, inner: Inner, mask_BT: 
     """`learn` token by token, by `ttt.ops.reference`."""
     if tokens.q.is_meta:
         raise ValueError("TTT_OPS=reference computes on real tensors, not on the device meta; unset it")
+    if inner.precision != "ieee":
+        raise ValueError(f"TTT_OPS=reference rounds no operands to {inner.precision}; unset it, or write ieee")
     offset_C = inner.scale_C - 1 / torch.arange(1, inner.mini_batch_size + 1).to(inner.scale_C)
     with contextlib.nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
         z, weights, gradients, counts = reference(

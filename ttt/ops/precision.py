@@ -27,18 +27,8 @@ from ttt.ops.constants import Precision
 
 _OF_BACKEND = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 """Whether each backend has its own setting; PyTorch before 2.9 has one for all."""
-_BACKENDS: dict[str, Any] = {"cpu": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}
+_BACKENDS: dict[str, Any] = {"cpu": getattr(torch.backends.mkldnn, "matmul", None), "cuda": torch.backends.cuda.matmul}
 _OF_LEGACY = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
-
-
-def why_not(precision: Precision, device: torch.device) -> str | None:
-    """Why a device cannot multiply so; None if it can."""
-    if precision != "tf32":
-        return None
-    if device.type != "cuda":
-        return f"tf32 is a type of NVIDIA's matrix units, and the run is on {device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"tf32 needs compute capability 8.0, and this GPU has {major}.{minor}"
 
 
 @contextlib.contextmanager
@@ -122,4 +112,4 @@ def product(a: Tensor, b: Tensor, precision: Precision) -> Tensor:
         return a @ b
     if not torch.is_grad_enabled() or not (a.requires_grad or b.requires_grad):
         return _multiply(a, b, precision)
-    return _Product.apply(a, b, precision)  # type: ignore[no-any-return]
+    return _Product.apply(a, b, precision)

@@ -88,7 +88,7 @@ def effective_weights(stream: Stream, scale_C: Tensor) -> Weights:
 
 def _loss(weights: Weights, tokens: Tokens, inner: Inner) -> Tensor:
     """The inner loss of every token at the same weights, `[B,H,T]`."""
-    z = mlp_model(weights, tokens.k)
+    z = mlp_model(weights, tokens.k, inner.precision)
     return inner_loss(z, tokens.target, inner.gamma_H1F, inner.beta_H1F, eps=inner.eps)
 
 

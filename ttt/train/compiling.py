@@ -79,7 +79,7 @@ def _kind(layer: TTTLayer, inputs: Iterable[Tensor], group_size: int) -> Hashabl
     """The kind of input that a version is compiled for: everything that PyTorch's guards check."""
     tensors = itertools.chain(inputs, layer.parameters())
     facts = tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
-    return facts, group_size, layer.config, layer.num_heads, layer.training, torch.is_grad_enabled()
+    return facts, group_size, layer.precision, layer.config, layer.num_heads, layer.training, torch.is_grad_enabled()
 
 
 def compile_layers(injection: Injection, device: torch.device) -> None:

@@ -16,7 +16,9 @@ from ttt.config.evaluation import EvalConfig
 from ttt.config.schema import RunConfig
 from ttt.errors import ConfigError, EnvironmentProblem
 from ttt.inject import Injection
-from ttt.machine import local_rank_launched, processes_launched
+from ttt.layer import TTTLayer
+from ttt.machine import exact_implementation, local_rank_launched, missing_precision, processes_launched
+from ttt.ops.constants import Precision
 from ttt.plugins import Backbone, WindowDataset, run_config_model
 from ttt.plugins.asking import asked, is_out_of_memory
 from ttt.plugins.data import source_files
@@ -122,7 +124,26 @@ def build(config: RunConfig, backbone: Backbone, device: torch.device) -> tuple[
             f"write false"
         )
     backbone.set_gradient_checkpointing(model, config.train.gradient_checkpointing)
+    _set_precision(injection, config.train.ttt_precision, device)
     return model, injection
+
+
+def _set_precision(injection: Injection, precision: Precision, device: torch.device) -> None:
+    """Let the TTT layers multiply in the run's precision.
+
+    Raises:
+        EnvironmentProblem: the device or the implementation of the scan cannot.
+    """
+    layers = [m for adapter in injection.adapters.values() for m in adapter.modules() if isinstance(m, TTTLayer)]
+    obstacle = exact_implementation(precision) or missing_precision(precision, device.type, _capability(device))
+    if layers and obstacle is not None:
+        raise EnvironmentProblem(f"train.ttt_precision: {precision}, but {obstacle.problem}; {obstacle.fix}")
+    for layer in layers:
+        layer.precision = precision
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 Order = WindowOrder | LaneOrder | FileLaneOrder

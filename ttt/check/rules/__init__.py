@@ -17,6 +17,7 @@ from ttt.check.rules import (
     loggers,
     memory,
     optimisation,
+    precision,
     shape,
 )
 from ttt.check.rules.rule import FACTS, NEEDED, Context
@@ -25,7 +26,7 @@ from ttt.config.places import KeyPath
 from ttt.plugins.rules import Rule
 
 _CORE = (shape, checkpointing, causality, memory, layouts, data)
-_MODULES = (*_CORE, evaluation, environment, compiling, loggers, optimisation, adapters)
+_MODULES = (*_CORE, evaluation, environment, compiling, precision, loggers, optimisation, adapters)
 RULES: tuple[Rule[Context], ...] = tuple(
     each for module in _MODULES for each in vars(module).values() if isinstance(each, Rule)
 )

@@ -53,12 +53,14 @@ library.define("ttt::minibatches_backward", _BACKWARD_SCHEMA)
 # --- forward ---
 
 
-@library.impl("ttt::minibatches", "default")
 def _run(*inputs: Any) -> Answered:
     problem, keep = Problem(*inputs[:-1]), inputs[-1]
     q, precision = problem.q_BHNCF, problem.precision
     with no_autocast(q), multiplying(q, precision):  # a caller may have set both otherwise
         return _run_forward(problem, keep=keep)
+
+
+library.impl("ttt::minibatches", "default", _run)
 
 
 @library.register_fake("ttt::minibatches")
@@ -131,12 +133,14 @@ def _chunks(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
 # --- backward ---
 
 
-@library.impl("ttt::minibatches_backward", "default")
 def _run_backward(d_answers: Tensor, d_following: list[Tensor], *inputs: Any) -> tuple[Any, ...]:
     problem, saved = _parted_inputs(inputs)
     q, precision = problem.q_BHNCF, problem.precision
     with no_autocast(q), multiplying(q, precision):
         return _Backward(problem, saved, d_following).run(d_answers)
+
+
+library.impl("ttt::minibatches_backward", "default", _run_backward)
 
 
 @library.register_fake("ttt::minibatches_backward")
