@@ -1,0 +1,241 @@
+"""Kernels beside the definition: answers, final states and every gradient, over the product of cases; and their times.
+
+The definition is `ttt/ops/reference.py`, token by token, in float64 on the CPU. In Triton's interpreter the kernels run
+in float64 too, unless a precision rounds their operands; on a GPU in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt.check.doctor import forced
+from ttt.ops.minibatch import Inner, Stream, learn
+from ttt.ops.rows import Tokens
+
+PAIRS = {1: (1, 1), 3: (3, 1), 32: (4, 8)}
+"""B and H of each B · H."""
+BOUNDS = {"float64": 1e-12, "ieee": 1e-5, "tf32": 5e-3, "bf16": 5e-2}
+"""Of the largest difference, relative to the largest number of its tensor. The last two are what 11 and 8 bits of an
+operand allow after a few mini-batches; they are there to find what is wrong, not to say how good it is."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem."""
+
+    kind: str
+    """`linear` or `mlp`"""
+    width: int
+    """F"""
+    size: int
+    """C"""
+    tokens: int
+    pairs: int
+    """B · H"""
+    causal: bool
+    opened: bool = False
+    """Whether each row finds its mini-batch open, and elsewhere than the other rows."""
+    precision: str = "ieee"
+
+    @property
+    def name(self) -> str:
+        """For people, and for `--only`."""
+        kind = "causal" if self.causal else "non-causal"
+        opened = ", opened" if self.opened else ""
+        shape = f"F {self.width}, C {self.size}, T {self.tokens}, B·H {self.pairs}"
+        return f"{self.kind}, {shape}, {kind}{opened}, {self.precision}"
+
+
+def cases() -> Iterator[Case]:
+    """The whole product."""
+    for kind, width, size, pairs, causal in itertools.product(
+        ("linear", "mlp"), (64, 128), (1, 16, 64), PAIRS, (True, False)
+    ):
+        for tokens in dict.fromkeys((1, size - 1, size, size + 1, 3 * size + 2)):
+            if tokens:
+                yield Case(kind, width, size, tokens, pairs, causal)
+                if causal and size > 1:
+                    yield Case(kind, width, size, tokens, pairs, causal, opened=True)
+        for precision in ("tf32", "bf16"):
+            yield Case(kind, width, size, 2 * size + 1, pairs, causal, precision=precision)
+
+
+def quick_cases() -> Iterator[Case]:
+    """One of each kind, small: the answer in a minute."""
+    for kind, causal in itertools.product(("linear", "mlp"), (True, False)):
+        yield Case(kind, 64, 16, 50, 1, causal, opened=causal)
+
+
+# --- one case ---
+
+
+class Problem:
+    """A case's tensors, values that vary, in float64."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.generator = torch.Generator().manual_seed(0)
+        batch, heads = PAIRS[case.pairs]
+        shape = batch, heads, case.tokens
+        q, k, target = (self._normal(*shape, case.width) for _ in range(3))
+        rate = torch.rand(*shape, 1, dtype=torch.float64, generator=self.generator) / case.width
+        widths = (case.width, case.width) if case.kind == "linear" else (case.width, 4 * case.width, case.width)
+        weights = [
+            self._normal(batch, heads, rows, columns) / inside**0.5
+            for inside, columns in itertools.pairwise(widths)
+            for rows in (inside, 1)
+        ]
+        gamma, beta = 1 + 0.2 * self._normal(heads, 1, case.width), 0.2 * self._normal(heads, 1, case.width)
+        scale = 1 / torch.arange(1, case.size + 1, dtype=torch.float64) if case.causal else None
+        scale = torch.full((case.size,), 1 / case.size, dtype=torch.float64) if scale is None else 1.1 * scale
+        before = [0.1 * self._normal(*w.shape) for w in weights] if case.opened else []
+        self.count = torch.arange(1, batch + 1) % case.size if case.opened else None
+        self.inputs = [q, k, target, rate, gamma, beta, scale, *weights, *before]
+        self.names = ["q", "k", "target", "rate", "gamma", "beta", *(["scale"] if case.causal else [])]
+        self.names += [f"{what} {i}" for what, of in (("weights", weights), ("sums", before)) for i in range(len(of))]
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=self.generator)
+
+    def run(self, implementation: str, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Answers, final state and every gradient, on the CPU in float64."""
+        answer, inputs = self.prepared(implementation, device, dtype)
+        z, after = answer()
+        ends = {f"final weights {i}": w for i, w in enumerate(after.weights)}
+        ends |= {f"final sums {i}": g for i, g in enumerate(after.gradients or ())}
+        results = {"answers": z, **ends}
+        loss = torch.zeros((), dtype=dtype, device=device)
+        for value in results.values():
+            weight = torch.linspace(0.5, 1.5, value.numel(), dtype=dtype, device=device).view_as(value)
+            loss = loss + (value * weight).sum()
+        gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+        for name, gradient, given in zip(self.names, gradients, inputs, strict=True):
+            results[f"gradient of {name}"] = torch.zeros_like(given) if gradient is None else gradient
+        return {name: value.detach().cpu().double() for name, value in results.items()}
+
+    def prepared(
+        self, implementation: str, device: str, dtype: torch.dtype
+    ) -> tuple[Callable[[], tuple[Tensor, Stream]], list[Tensor]]:
+        """A forward pass that is ready to run, and its inputs, which want gradients."""
+        case = self.case
+        moved = [x.to(device, dtype) for x in self.inputs]
+        q, k, target, rate, gamma, beta, scale, *rest = moved
+        # A non-causal step is 1/C by definition.
+        inputs = [x.requires_grad_() for x in moved if case.causal or x is not scale]
+        half = len(rest) // 2 if case.opened else len(rest)
+        before = tuple(rest[half:]) or None
+        count = None if self.count is None else self.count.to(device)
+        exact = implementation == "reference"
+        inner = Inner(gamma, beta, scale, case.causal, 1e-6, "ieee" if exact else case.precision)  # type: ignore[arg-type]
+
+        def answer() -> tuple[Tensor, Stream]:
+            stream = Stream(tuple(rest[:half]), before, count)
+            with forced(implementation):
+                return learn(Tokens(q, k, target, rate), stream, inner, group_size=2)
+
+        return answer, inputs
+
+
+def differences(case: Case, implementation: str, device: str, dtype: torch.dtype) -> dict[str, float]:
+    """How far an implementation's tensors are from the definition's, relative to the largest number of each.
+
+    Raises:
+        AssertionError: the two do not give the same tensors.
+    """
+    problem = Problem(case)
+    expected = problem.run("reference", "cpu", torch.float64)
+    found = problem.run(implementation, device, dtype)
+    assert expected.keys() == found.keys(), (sorted(expected), sorted(found))
+    return {name: _distance(found[name], value) for name, value in expected.items()}
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    largest = float(expected.abs().max())
+    return float((found - expected).abs().max()) / (largest or 1.0)
+
+
+def bound_of(case: Case, dtype: torch.dtype) -> float:
+    """How far is too far."""
+    return BOUNDS["float64" if dtype == torch.float64 and case.precision != "bf16" else case.precision]
+
+
+# --- times ---
+
+
+def times(case: Case, implementation: str, repeats: int = 20) -> dict[str, float]:
+    """Median milliseconds on the GPU of a forward pass without gradients, and of forward and backward."""
+    answer, inputs = Problem(case).prepared(implementation, "cuda", torch.float32)
+
+    def both() -> None:
+        z, _ = answer()
+        torch.autograd.grad(z.sum(), inputs, allow_unused=True)
+
+    return {
+        "forward": milliseconds(torch.no_grad()(answer), repeats),
+        "forward and backward": milliseconds(both, repeats),
+    }
+
+
+def milliseconds(function: Callable[[], Any], repeats: int, device: str = "cuda") -> float:
+    """The median of some calls, by CUDA's events (by the clock on a CPU); three calls before are not counted."""
+    for _ in range(3):
+        function()
+    found = []
+    for _ in range(repeats):
+        if device == "cpu":
+            start = time.perf_counter()
+            function()
+            found.append(1e3 * (time.perf_counter() - start))
+            continue
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        function()
+        last.record()
+        last.synchronize()
+        found.append(first.elapsed_time(last))
+    return statistics.median(found)
+
+
+# --- all of it ---
+
+
+def compare_and_time(arguments: argparse.Namespace, device: str) -> int:
+    """Compare every case, then time it if there is a GPU; how many are too far.
+
+    Memory that is newly allocated holds NaN, so that what is read before it is written shows.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    dtype = torch.float64 if device == "cpu" else torch.float32
+    rows, wrong = [], 0
+    for case in quick_cases() if arguments.quick else cases():
+        if arguments.only not in case.name or (device == "cpu" and case.precision == "tf32"):
+            continue  # the interpreter does not round to TF32
+        row: dict[str, Any] = {"case": case.name, **asdict(case)}
+        try:
+            far = differences(case, arguments.implementation, device, dtype)
+            worst = max(far, key=lambda name: far[name] if far[name] == far[name] else float("inf"))
+            row |= {"difference": far[worst], "of": worst, "bound": bound_of(case, dtype)}
+            row["agrees"] = far[worst] <= row["bound"]
+        except Exception as error:  # the next form may run where this one does not
+            row |= {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300], "agrees": False}
+        if device != "cpu" and row["agrees"]:
+            row["milliseconds"] = {name: times(case, name) for name in ("fused", arguments.implementation)}
+        rows.append(row)
+        wrong += not row["agrees"]
+        said = row.get("error") or f"{row['difference']:.1e} ({row['of']})"
+        print(f"{'ok   ' if row['agrees'] else 'WRONG'} {case.name}: {said}", flush=True)
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(rows)} cases, {wrong} too far")
+    return wrong
