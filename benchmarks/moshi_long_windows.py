@@ -32,8 +32,9 @@ from ttt.check import load_config
 from ttt.check.estimate import estimate
 from ttt.config import RunConfig
 from ttt.plugins import get_backbone
+from ttt.train.learnable import choose_learnable
 from ttt.train.metrics import read_metrics
-from ttt.train.optim import Optimizer, choose_learnable
+from ttt.train.optim import Optimizer
 from ttt.train.setup import peak_memory_bytes
 from ttt.train.start import train
 

@@ -29,7 +29,8 @@ from ttt.ops.fused import layout, operator
 from ttt.ops.rotary import rotary_angles
 from ttt.parallel.layout import Layout
 from ttt.plugins import BackboneFacts, get_backbone
-from ttt.train.optim import Optimizer, choose_learnable
+from ttt.train.learnable import choose_learnable
+from ttt.train.optim import Optimizer
 from ttt_cli.check_files import parse_memory
 
 MOSHI = get_backbone("moshi")

@@ -26,7 +26,8 @@ from ttt.plugins import LossOutput
 from ttt.train import tasks
 from ttt.train.checkpoint import Content
 from ttt.train.evaluation import Evaluation
-from ttt.train.optim import Learnable, Optimizer
+from ttt.train.learnable import Learnable
+from ttt.train.optim import Optimizer
 from ttt.train.rescue import Rescue
 
 

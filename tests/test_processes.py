@@ -34,6 +34,7 @@ train:
 """
 SMALL = {
     "toy": [],
+    "toy muon": ["train.optimizer=muon"],
     "moshi": ["backbone.dim=16", "backbone.num_heads=2", "backbone.num_layers=2", "data.duration_sec=1",
               "train.gradient_checkpointing=true", "train.num_microbatches=2", "train.batch_size=2"],
     "videodit": ["train.gradient_checkpointing=true", "train.batch_size=2", "backbone.remat_attention=true",
@@ -51,6 +52,7 @@ RUNS = {
     "videodit": ("videodit", TWO, ["train.parallel.shard=2"]),
     "transformers": ("transformers", TWO, []),
     "tensor 2": ("toy", TWO, ["train.parallel.tensor=2"]),
+    "muon": ("toy muon", TWO, []),
     "replicate 2, tensor 2": ("toy", FOUR, ["train.parallel.tensor=2"]),
     **{f"{name} tensor": (name, TWO, ["train.parallel.tensor=2"]) for name in ("moshi", "videodit")},
 }
@@ -58,9 +60,10 @@ RUNS = {
 
 
 def _go(name: str, folder: Path, *overrides: str, resume: bool = False) -> None:
-    plugin: Any = ToyBackbone() if name == "toy" else get_backbone(name)
-    text = TOY if name == "toy" else plugin.presets()["demo"]
-    short = [] if name == "toy" else ["train.max_steps=4", "train.trainable=all", "train.lr_schedule=constant"]
+    is_toy = name.startswith("toy")
+    plugin: Any = ToyBackbone() if is_toy else get_backbone(name)
+    text = TOY if is_toy else plugin.presets()["demo"]
+    short = [] if is_toy else ["train.max_steps=4", "train.trainable=all", "train.lr_schedule=constant"]
     common = ["train.device=cpu", "train.cpu_threads=1", "eval.max_batches=1", f"run_dir={folder}"]
     config = load_config("c.yaml", text=text, backbone=plugin, overrides=[*short, *SMALL[name], *common, *overrides])
     train(config.config, plugin, resume=resume)

@@ -17,7 +17,8 @@ from ttt.train import pictures
 from ttt.train.averages import Averages, applied
 from ttt.train.checkpoint import OPTIMIZER
 from ttt.train.evaluation import evaluate
-from ttt.train.optim import Optimizer, choose_learnable
+from ttt.train.learnable import choose_learnable
+from ttt.train.optim import Optimizer
 from ttt.train.setup import build
 from ttt_cli.main import main
 

@@ -10,7 +10,8 @@ from toy import ToyBackbone, ToyOptions
 from ttt import inject
 from ttt.config import TrainConfig, TTTConfig
 from ttt.errors import ConfigError, EnvironmentProblem
-from ttt.train.optim import Learnable, Optimizer, choose_learnable, learning_rate_factor
+from ttt.train.learnable import Learnable, choose_learnable, learning_rate_factor
+from ttt.train.optim import Optimizer
 
 BACKEND = ToyBackbone()
 

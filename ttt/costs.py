@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ttt.config.schema import TTTConfig, inner_widths
 from ttt.ops.constants import BLOCK, SMALL
@@ -224,15 +225,54 @@ def _generic_numbers(widths: tuple[int, ...], count: int, batch_size: int, heads
 # --- the layer ---
 
 
-def layer_parameters(config: TTTConfig, *, dim: int, num_heads: int, tensor: int = 1) -> int:
-    """How many parameters one TTT layer and its gate have; of `tensor` devices that share its heads, one of them."""
+class Tensors(NamedTuple):
+    """So many tensors of a kind among the parameters."""
+
+    tensors: int
+    numbers: int
+    """Of each."""
+    is_matrix: bool = False
+    """Whether each is a matrix, or a stack of matrices, that Muon updates."""
+
+
+def layer_tensors(config: TTTConfig, *, dim: int, num_heads: int, tensor: int = 1) -> list[Tensors]:
+    """The parameters of one TTT layer without its gate; of `tensor` devices that share its heads, one of them."""
     width = dim // (config.num_heads or num_heads)
     heads = (config.num_heads or num_heads) // tensor
-    projections = 4 * dim * dim // tensor + ((3 * dim // tensor + dim) if config.qkvo_bias else 0)
-    inner = heads * _state_numbers(inner_widths(width, config))
-    norms = 2 * dim // tensor + 2 * dim
-    rates = heads * (dim + 1) + (config.mini_batch_size if config.learnable_token_idx else 0)
-    return projections + inner + norms + rates + dim
+    own = dim // tensor
+    tensors = [Tensors(4, dim * own, is_matrix=True)]
+    if config.qkvo_bias:
+        tensors += [Tensors(3, own), Tensors(1, dim)]
+    for fan_in, fan_out in itertools.pairwise(inner_widths(width, config)):
+        tensors += [Tensors(1, heads * fan_in * fan_out, is_matrix=True), Tensors(1, heads * fan_out)]
+    tensors += [Tensors(2, own), Tensors(2, dim)]  # the inner norm, and the one after the layer
+    tensors += [Tensors(1, heads * dim), Tensors(1, heads)]  # the learned rates
+    return [*tensors, *([Tensors(1, config.mini_batch_size)] if config.learnable_token_idx else [])]
+
+
+def layer_parameters(config: TTTConfig, *, dim: int, num_heads: int, tensor: int = 1) -> int:
+    """How many parameters one TTT layer and its gate have; of `tensor` devices that share its heads, one of them."""
+    tensors = layer_tensors(config, dim=dim, num_heads=num_heads, tensor=tensor)
+    return sum(each.tensors * each.numbers for each in tensors) + dim
+
+
+SMALL_8BIT = 4096
+"""bitsandbytes keeps float32 moments of parameters with fewer numbers (`min_8bit_size`)."""
+BLOCK_8BIT = 256
+"""Numbers of an 8-bit moment that share a scale."""
+
+
+def moment_bytes(optimizer: str, tensors: Iterable[Tensors]) -> int:
+    """Bytes of what a `train.optimizer` keeps of these parameters beside them, without its counts of steps."""
+    return sum(each.tensors * _moment_bytes(optimizer, each) for each in tensors)
+
+
+def _moment_bytes(optimizer: str, tensor: Tensors) -> int:
+    if optimizer == "muon" and tensor.is_matrix:
+        return WIDE * tensor.numbers
+    if optimizer == "adamw_8bit" and tensor.numbers >= SMALL_8BIT:
+        return 2 * (tensor.numbers + WIDE * -(-tensor.numbers // BLOCK_8BIT))
+    return 2 * WIDE * tensor.numbers
 
 
 def layer_activation_bytes(

@@ -70,6 +70,24 @@ class Obstacle(NamedTuple):
     """What to do about it."""
 
 
+def missing_for_8bit(device: str) -> Obstacle | None:
+    """What AdamW with moments of 8 bits lacks on `cpu` or `cuda`; None if nothing is known to be, as for `auto`.
+
+    Source: bitsandbytes' `functional.py`, `optimizer_update_8bit_blockwise`, which takes tensors on a GPU alone.
+    """
+    if not is_installed("bitsandbytes"):
+        return Obstacle(
+            "optimizer: adamw_8bit is that of bitsandbytes, and there is no package of that name here",
+            "pip install bitsandbytes, or write optimizer: adamw",
+        )
+    if device == "cpu":
+        return Obstacle(
+            "optimizer: adamw_8bit runs on a GPU alone, and the run is on the CPU",
+            "write device: cuda, or optimizer: adamw",
+        )
+    return None
+
+
 def wrong_implementation() -> Obstacle | None:
     """The obstacle if `TTT_OPS` forces an implementation of the scan that cannot be compiled whole."""
     forced = os.environ.get(VARIABLE)

@@ -11,12 +11,15 @@ from ttt.config.schema import RunConfig, TrainConfig, select_layers
 from ttt.costs import (
     WIDE,
     ScanCost,
+    Tensors,
     bytes_of,
     layer_activation_bytes,
     layer_flops,
     layer_parameters,
+    layer_tensors,
     lora_parameters,
     matched_rank,
+    moment_bytes,
     scan_cost,
 )
 from ttt.parallel.layout import Layout
@@ -142,7 +145,8 @@ def estimate(config: RunConfig, facts: BackboneFacts, lora: Shapes | None = None
 
     rank = rank_of(config, facts, lora) if config.has_lora and lora else None
     of_lora = lora_parameters(lora, rank) if lora and rank else 0
-    numbers, held = _numbers(config, facts, of_lora), _held(config, facts, of_lora, layout)
+    moments = moment_bytes(train.optimizer, learning_tensors(config, facts, lora, rank))
+    numbers, held = _numbers(config, facts, of_lora), _held(config, facts, of_lora, moments, layout)
 
     lasting, at_once = _waiting_scans(config, facts, len(layers), scans)
     carries = scan.carries_kept_bytes * at_once if scan else 0
@@ -182,13 +186,29 @@ def estimate(config: RunConfig, facts: BackboneFacts, lora: Shapes | None = None
         and (lora is not None or not config.has_lora),
         numbers=numbers,
         adapter_bytes=numbers.adapter * WIDE + of_lora * size,
-        checkpoint_bytes=_checkpoint_bytes(config, facts, numbers, of_lora),
+        checkpoint_bytes=_checkpoint_bytes(config, facts, numbers, of_lora, moments),
         lora_parameters=of_lora,
         lora_rank=rank,
         forward_flops=len(layers) * len(scans) * flops.forward,
         training_flops=len(layers)
         * sum(flops.training(scan.forwards(enclosing=level) if scan else 1, enclosing=level) for level in scans),
     )
+
+
+def learning_tensors(config: RunConfig, facts: BackboneFacts, lora: Shapes | None, rank: int | None) -> list[Tensors]:
+    """The tensors that learn; those of the backbone as one in its layers and one outside, as if all were matrices."""
+    train, layers = config.train, len(select_layers(config.injected.layers, facts.num_layers))
+    found: list[Tensors] = []
+    if train.weight_lr_multiplier:
+        of_layer = layer_tensors(config.ttt, dim=facts.dim, num_heads=facts.num_heads)
+        found += [each._replace(tensors=each.tensors * layers) for each in of_layer]
+    if train.alpha_lr_multiplier:
+        found.append(Tensors(layers * facts.gates, facts.dim))
+    if train.lora_lr_multiplier and lora and rank:
+        found += [Tensors(count, rank * width, rank > 1) for widths, count in lora.items() for width in widths]
+    learns = _trained_in_backbone(config, facts) or 0
+    outside = outside_layers(facts) if train.trainable == "all" and learns else 0
+    return [*found, Tensors(1, learns - outside, is_matrix=True), Tensors(1, outside)]
 
 
 Shapes = Mapping[tuple[int, int], int]
@@ -225,9 +245,10 @@ def _numbers(config: RunConfig, facts: BackboneFacts, of_lora: int, layout: Layo
     )
 
 
-def _held(config: RunConfig, facts: BackboneFacts, of_lora: int, layout: Layout) -> _Held:
-    """Bytes of parameters, gradients and optimiser on one device.
+def _held(config: RunConfig, facts: BackboneFacts, of_lora: int, moments: int, layout: Layout) -> _Held:
+    """Bytes of parameters, gradients and optimiser on one device; `moments` are those of a whole copy.
 
+    Only AdamW's are split (`ttt.parallel.layout.needs_whole_matrices`).
     In half precision the optimiser keeps a float32 master of what learns; parameters that are split and learn are
     float32 themselves, and are gathered in half precision.
     """
@@ -245,7 +266,7 @@ def _held(config: RunConfig, facts: BackboneFacts, of_lora: int, layout: Layout)
         parameters=kept,
         gradients=WIDE * here.learning,
         summed=summed,
-        optimizer=2 * WIDE * here.learning + masters,
+        optimizer=(2 * WIDE * here.learning if split or layout.tensor > 1 else moments) + masters,
         averages=0 if config.train.ema_decay is None else WIDE * here.learning,
         gathered=outside + layer,
         next_gathered=2 * layer + 2 * learns,
@@ -274,10 +295,10 @@ def _units(config: RunConfig, facts: BackboneFacts, of_lora: int, layout: Layout
     return outside * size, one * size + adapter * WIDE, WIDE * (learning + learns)
 
 
-def _checkpoint_bytes(config: RunConfig, facts: BackboneFacts, numbers: Numbers, of_lora: int) -> int:
+def _checkpoint_bytes(config: RunConfig, facts: BackboneFacts, numbers: Numbers, of_lora: int, moments: int) -> int:
     """Bytes of one checkpoint on disk; of a run that averages its weights: the averages, and the adapter twice."""
     size, averages = bytes_of(config.train.param_dtype), config.train.ema_decay is not None
-    state = (2 + averages) * WIDE * numbers.learning + (WIDE * numbers.learns if size < WIDE else 0)
+    state = moments + averages * WIDE * numbers.learning + (WIDE * numbers.learns if size < WIDE else 0)
     adapter = numbers.adapter * WIDE + (of_lora + (_trained_in_backbone(config, facts) or 0)) * size
     return (1 + averages) * adapter + state
 

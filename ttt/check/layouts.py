@@ -10,7 +10,7 @@ from ttt.check.estimate import Estimate, Shapes, backward_reaches, estimate, out
 from ttt.communication import heads_backward, heads_forward
 from ttt.config.schema import RunConfig, select_layers
 from ttt.costs import WIDE, bytes_of
-from ttt.parallel.layout import Layout
+from ttt.parallel.layout import Layout, needs_whole_matrices
 from ttt.plugins import BackboneFacts
 
 FactsOf = Callable[[RunConfig], BackboneFacts]
@@ -97,7 +97,8 @@ class LayoutNeeds:
 def possible_layouts(config: RunConfig, facts: BackboneFacts, devices: int) -> list[Layout]:
     """The layouts of so many devices in which the run can be started, the least sharded first.
 
-    Heads are shared only if there are TTT layers and their heads divide evenly.
+    Heads are shared only if there are TTT layers and their heads divide evenly; and nothing is split that the optimiser
+    needs whole.
     """
     heads = config.ttt.num_heads or facts.num_heads
     shares = bool(select_layers(config.injected.layers, facts.num_layers))
@@ -107,6 +108,7 @@ def possible_layouts(config: RunConfig, facts: BackboneFacts, devices: int) -> l
         if tensor == 1 or (shares and heads % tensor == 0)
         for shard in _divisors(devices // tensor)
     ]
+    layouts = [layout for layout in layouts if needs_whole_matrices(config.train, layout) is None]
     return sorted(layouts, key=lambda layout: (layout.shard * layout.tensor, layout.tensor))
 
 

@@ -279,6 +279,9 @@ class TrainConfig(Section):
     """Windows per forward pass, over all processes; with `persistent_states`, streams read side by side."""
     num_microbatches: Annotated[int, Field(ge=1, le=MOST_WINDOWS)] = 1
     """Forward passes whose gradients are accumulated into one optimiser step; its loss is one mean over all of them."""
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    """AdamW; AdamW whose moments have 8 bits (bitsandbytes, on a GPU); or Muon for the matrices of layers, and AdamW
+    for the rest. `lr` and what belongs to it mean the same for all."""
     lr: Annotated[float, Field(gt=0, le=MOST_RATE)] = 1e-4
     """Peak learning rate; the multipliers below apply to it."""
     weight_lr_multiplier: Annotated[float, Field(ge=0, le=MOST_FACTOR)] = 1.0
@@ -293,12 +296,12 @@ class TrainConfig(Section):
     """What learns: the adapters (TTT layers and gates, LoRA), also the backbone's attention (qkvo) or only that of the
     layers that have TTT, or everything (sft)."""
     weight_decay: Annotated[float, Field(ge=0, le=MOST_FACTOR)] = 0.1
-    """AdamW's decay, on matrices; gates, norms, biases and learned rates have none."""
+    """Decay of matrices; gates, norms, biases and learned rates have none."""
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
         BeforeValidator(as_tuple, json_schema_input_type=list[float]),
     ] = (0.9, 0.95)
-    """AdamW's moment decays."""
+    """AdamW's moment decays; the first is Muon's momentum."""
     lr_schedule: Schedule = "cosine"
     """What the learning rate of TTT layers and gates does after the warm-up: it falls to `min_lr_ratio`, or stays."""
     backbone_lr_schedule: Schedule | None = None

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ttt.config.schema import TrainConfig
 from ttt.errors import ConfigError, EnvironmentProblem
 from ttt.machine import launch_is_incomplete, processes_launched
-from ttt.parallel.layout import layout_of, uneven
+from ttt.parallel.layout import NOT_SPLIT, layout_of, needs_whole_matrices, uneven
 from ttt.parallel.world import DIMENSIONS, World
 from ttt.words import first_line
 
@@ -56,6 +56,9 @@ def joined(train: TrainConfig, choose_device: Callable[[], torch.device]) -> Ite
     cannot = uneven(train, layout)
     if cannot:
         raise ConfigError(f"train.batch_size: {cannot}; write a multiple of {layout.data_size}")
+    split = needs_whole_matrices(train, layout)
+    if split:
+        raise ConfigError(f"train.parallel: {split}; write {NOT_SPLIT}")
     if count == 1:
         yield World()
         return

@@ -71,6 +71,7 @@ def _left(processes: int, others: int) -> int:
 
 
 NO_HEADS = "processes that share heads share those of TTT layers, and no layer has TTT"
+NOT_SPLIT = "optimizer: adamw, or parallel: {shard: 1, tensor: 1}"
 NOT_COMPILED = "TTT layers whose heads are shared out among processes are not compiled"
 
 
@@ -79,6 +80,14 @@ def uneven_heads(heads: int, processes: int) -> str | None:
     if heads % processes == 0:
         return None
     return f"the {heads} heads of a TTT layer cannot be divided evenly among {processes} processes"
+
+
+def needs_whole_matrices(train: TrainConfig, layout: Layout) -> str | None:
+    """Why the optimiser cannot update parameters that this layout splits; None if it can, or none is split."""
+    if train.optimizer == "adamw" or layout.shard * layout.tensor == 1:
+        return None
+    needs = {"muon": "orthogonalises whole matrices", "adamw_8bit": "scales moments by blocks of whole tensors"}
+    return f"optimizer: {train.optimizer} {needs[train.optimizer]}, and {layout.in_words()} splits them"
 
 
 def uneven(train: TrainConfig, layout: Layout) -> str | None:

@@ -19,7 +19,7 @@ from ttt.files import sync
 from ttt.inject import Injection
 from ttt.train.averages import KIND, applied
 from ttt.train.evaluation import Evaluation
-from ttt.train.optim import Learnable
+from ttt.train.learnable import Learnable
 from ttt.train.parts import Parts
 
 

@@ -1,135 +1,27 @@
-"""Which parameters learn, their learning rates, and the optimiser: AdamW in float32 for parameters of any type."""
+"""The optimiser of a run, in float32 for parameters of any type: its rates, gradients, and state in a checkpoint."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ttt.adapter import Gate
 from ttt.config.schema import TrainConfig
-from ttt.errors import ConfigError, EnvironmentProblem, NonFiniteError
-from ttt.inject import Injection
+from ttt.errors import EnvironmentProblem, NonFiniteError
 from ttt.parallel.gathering import split_like, whole
 from ttt.parallel.gradients import are_mixed, clip_
 from ttt.train.averages import KIND, Averages
+from ttt.train.learnable import Learnable, learning_rate_factor
 from ttt.train.parts_of_a_step import OPTIMIZER, part_of_step
-
-Role = Literal["ttt", "gate", "lora", "backbone"]
+from ttt.train.updates import Room, Update, updates
 
 _HALF = {torch.bfloat16, torch.float16}
-_ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}
-
-_MULTIPLIERS: dict[Role, str] = {
-    "ttt": "weight_lr_multiplier",
-    "gate": "alpha_lr_multiplier",
-    "lora": "lora_lr_multiplier",
-    "backbone": "backbone_lr_multiplier",
-}
-_NO_DECAY = re.compile(r"norm|bias|(^|\.)b\d+$|learnable_ttt_lr|learnable_token_idx", re.IGNORECASE)
-"""Names of norms, biases (the inner model's `b1`, `b2`, … too) and learned rates."""
-
-
-@dataclass(frozen=True)
-class Learnable:
-    """A parameter that learns."""
-
-    name: str
-    parameter: nn.Parameter
-    role: Role
-    decays: bool
-    """Whether weight decay applies."""
-
-
-def learning_rate_factor(step: int, config: TrainConfig, role: Role = "ttt") -> float:
-    """Multiplier of the peak learning rate at optimiser step `step` (from 0) for parameters of a role.
-
-    It rises linearly to the peak over `warmup_steps` steps. Then the role's schedule falls to `min_lr_ratio` at the
-    last step, as half a cosine or linearly, or stays at the peak.
-    """
-    schedule = (config.backbone_lr_schedule if role == "backbone" else None) or config.lr_schedule
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    if schedule == "constant":
-        return 1.0
-    progress = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - 1 - config.warmup_steps))
-    left = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0 - progress
-    return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left
-
-
-def choose_learnable(
-    model: nn.Module, injection: Injection, config: TrainConfig, *, is_attention: Callable[[str], bool]
-) -> list[Learnable]:
-    """Set `requires_grad` of every parameter as `train.trainable` says, and list those that learn.
-
-    A group whose learning-rate multiplier is 0 is frozen. Shared parameters are listed once.
-
-    Raises:
-        ConfigError: nothing would learn, or `train.trainable` names attention that is not there.
-    """
-    roles = _roles(injection)
-    unfrozen = _unfrozen(injection, config.trainable, is_attention)
-    learnable = []
-    attention_found = False
-    for name, parameter in model.named_parameters():
-        role = roles.get(id(parameter), "backbone")
-        wanted = role != "backbone" or unfrozen(name)
-        attention_found |= role == "backbone" and wanted
-        learns = wanted and parameter.is_floating_point() and getattr(config, _MULTIPLIERS[role]) > 0
-        parameter.requires_grad_(learns)
-        if learns:
-            learnable.append(Learnable(name, parameter, role, role != "gate" and _decays(name, parameter)))
-    if "attention" in config.trainable and not attention_found:
-        raise ConfigError(_no_attention(injection, config.trainable))
-    if not learnable:
-        raise ConfigError(
-            "train.trainable: nothing would learn: there is no TTT layer (ttt.layers), no LoRA (adapter) and no "
-            "unfrozen backbone parameter, or their learning-rate multipliers are 0"
-        )
-    return learnable
-
-
-def _roles(injection: Injection) -> dict[int, Role]:
-    """The role of each parameter that was added to the backbone, by its `id`."""
-    roles: dict[int, Role] = {id(parameter): "lora" for parameter in injection.lora_parameters.values()}
-    for adapter in injection.adapters.values():
-        roles |= {id(parameter): "ttt" for parameter in adapter.parameters()}
-        gates = [module for module in adapter.modules() if isinstance(module, Gate)]
-        roles |= {id(parameter): "gate" for gate in gates for parameter in gate.parameters()}
-    return roles
-
-
-def _unfrozen(injection: Injection, trainable: str, is_attention: Callable[[str], bool]) -> Callable[[str], bool]:
-    """Which of the backbone's parameters learn, by name."""
-    if trainable == "all":
-        return lambda name: True
-    if trainable == "ttt+attention":
-        return is_attention
-    if trainable == "ttt+ttt_layer_attention":
-        layers = tuple(f"{site.layer_path}." for site in injection.sites)
-        return lambda name: name.startswith(layers) and is_attention(name)
-    return lambda name: False
-
-
-def _no_attention(injection: Injection, trainable: str) -> str:
-    why = "the backbone names none of its parameters as attention"
-    if trainable != "ttt+attention":
-        why = f"{why} in the layers that have TTT" if injection.sites else "no layer has TTT"
-    return f"train.trainable: {trainable}: {why}; write ttt or all"
-
-
-def _decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices, but not to norms, biases and learned rates."""
-    return sum(size > 1 for size in parameter.shape) > 1 and not _NO_DECAY.search(name)
+_MASTER = "master"
 
 
 class Optimizer:
-    """AdamW over learnable parameters, with a float32 master copy of each parameter in half precision.
+    """`train.optimizer` over learnable parameters, with a float32 master copy of each parameter in half precision.
 
     A bfloat16 parameter has 8 bits of precision: an update smaller than 1/512 of it would be rounded away at every
     step. So gradients, moments and updates use a float32 copy, which is then rounded into the parameter.
@@ -150,22 +42,8 @@ class Optimizer:
             else nn.Parameter(entry.parameter.detach().to(torch.float32, copy=True))
             for entry in learnable
         }
-        groups: dict[tuple[Role, bool], list[nn.Parameter]] = {}
-        for entry in learnable:
-            groups.setdefault((entry.role, entry.decays), []).append(self._targets[entry.name])
-        self._adamw = torch.optim.AdamW(
-            [
-                {
-                    "params": parameters,
-                    "role": role,
-                    "multiplier": getattr(config, _MULTIPLIERS[role]),
-                    "weight_decay": config.weight_decay if decays else 0.0,
-                }
-                for (role, decays), parameters in groups.items()
-            ],
-            lr=config.lr,
-            betas=config.betas,
-        )
+        self._updates = updates(learnable, self._targets, config)
+        self._update_of: dict[str, Update] = {name: each for each in self._updates for name in each.targets}
         self.averages = None if config.ema_decay is None else Averages(self._targets, config.ema_decay)
         """Averages of the weights, if the run keeps them."""
 
@@ -202,14 +80,16 @@ class Optimizer:
             schedule.
         """
         peak = self._config.lr
-        for group in self._adamw.param_groups:
+        groups = [group for each in self._updates for group in each.groups]
+        for group in groups:
             group["lr"] = peak * learning_rate_factor(step, self._config, group["role"]) * group["multiplier"]
         rates = {"lr": peak * learning_rate_factor(step, self._config)}
-        learns = any(group["role"] == "backbone" for group in self._adamw.param_groups)
+        learns = any(group["role"] == "backbone" for group in groups)
         if learns and self._config.backbone_lr_schedule not in (None, self._config.lr_schedule):
             rates["backbone_lr"] = peak * learning_rate_factor(step, self._config, "backbone")
         try:
-            self._adamw.step()
+            for each in self._updates:
+                each.step()
         except RuntimeError as error:
             if "without overflow" not in str(error):
                 raise
@@ -233,23 +113,27 @@ class Optimizer:
 
     def nbytes(self) -> int:
         """Bytes of the state in a checkpoint, once every parameter has had its first step."""
-        moments = sum(2 * target.numel() * 4 + 4 for target in self._targets.values())
+        state = sum(room.nbytes for name in self._targets for room in self._keeps(name).values())
         masters = sum(target.numel() * 4 for name, target in self._targets.items() if self._has_master(name))
         averages = 0 if self.averages is None else sum(target.numel() * 4 for target in self._targets.values())
-        return moments + masters + averages
+        return state + masters + averages
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as tensors: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`, and `master.NAME` of masters; and
-        `ema.NAME` of averages.
+        """The state as tensors: what `train.optimizer` keeps of each parameter, as `exp_avg.NAME`; `master.NAME` of
+        masters; and `ema.NAME` of averages.
         """
         averages = {} if self.averages is None else self.averages.tensors()
         state = {f"{KIND}.{name}": average for name, average in averages.items()}
         for name, target in self._targets.items():
-            for key, value in self._adamw.state.get(target, {}).items():
-                state[f"{key}.{name}"] = value
+            for kind, value in self._update_of[name].state(name).items():
+                state[f"{kind}.{name}"] = value
             if self._has_master(name):
-                state[f"master.{name}"] = target.detach()
+                state[f"{_MASTER}.{name}"] = target.detach()
         return state
+
+    def _keeps(self, name: str) -> dict[str, Room]:
+        """What is kept of a parameter beside its master and its average, by kind."""
+        return self._update_of[name].keeps(name)
 
     def _has_master(self, name: str) -> bool:
         return self._targets[name] is not self._parameters[name] or name in self._used_in
@@ -265,10 +149,14 @@ class Optimizer:
             EnvironmentProblem: they are not of the state of these parameters.
         """
         self._checked({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, place)
-        return {
-            key: torch.zeros(shape) if not shape else torch.zeros_like(self._targets[key.partition(".")[2]].detach())
-            for key, shape in shapes.items()
-        }
+        return {key: self._room(*key.split(".", 1)) for key in shapes}
+
+    def _room(self, kind: str, name: str) -> Tensor:
+        target = self._targets[name].detach()
+        room = self._keeps(name).get(kind)
+        if room is None or room.shape == target.shape:
+            return torch.zeros_like(target, dtype=None if room is None else room.dtype)
+        return torch.zeros(room.shape, dtype=room.dtype)
 
     def load(self, tensors: Mapping[str, Tensor], *, place: str) -> None:
         """Load the state that `tensors()` returned; errors name `place`.
@@ -285,13 +173,9 @@ class Optimizer:
         with torch.no_grad():
             for name, target in self._targets.items():
                 state = states[name]
-                if "master" in state:
-                    target.copy_(split_like(state.pop("master"), target))
-                self._adamw.state[target] = {
-                    # the step count stays on the CPU, where AdamW itself keeps it
-                    key: value.clone() if key == "step" else split_like(value.to(target.device, copy=True), target)
-                    for key, value in state.items()
-                }
+                if _MASTER in state:
+                    target.copy_(split_like(state.pop(_MASTER), target))
+                self._update_of[name].load(name, state)
 
     def _checked(self, tensors: Mapping[str, Tensor], place: str) -> dict[str, dict[str, Tensor]]:
         """Check that the tensors fit, and return them by parameter and kind."""
@@ -299,20 +183,30 @@ class Optimizer:
         for key, value in tensors.items():
             kind, _, name = key.partition(".")
             target = self._targets.get(name)
-            if kind not in {*_ADAMW_STATE, "master", KIND} or target is None:
+            if target is None:
                 raise EnvironmentProblem(f"{place}: holds {key!r}, which no learnable parameter of this run has")
-            if kind != "step" and value.shape != target.shape:
+            room = Room(target.shape, torch.float32) if kind in (_MASTER, KIND) else self._keeps(name).get(kind)
+            if room is None:
+                raise self._of_another(place, key)
+            if kind != "step" and tuple(value.shape) != tuple(room.shape):
                 raise EnvironmentProblem(
-                    f"{place}: {key!r} has shape {list(value.shape)}, the parameter {list(target.shape)}"
+                    f"{place}: {key!r} has shape {list(value.shape)}, the parameter {list(room.shape)}"
                 )
             states[name][kind] = value
         for name in self._targets:
             is_master = self._has_master(name)
-            if is_master != ("master" in states[name]):
+            if is_master != (_MASTER in states[name]):
                 there = "lacks" if is_master else "holds"
                 raise EnvironmentProblem(f"{place}: {there} a float32 copy of {name!r}")
             if (KIND in states[name]) != any(KIND in state for state in states.values()):
                 raise EnvironmentProblem(f"{place}: lacks the average of {name!r}, and has those of others")
-            if 0 < len(_ADAMW_STATE & states[name].keys()) < len(_ADAMW_STATE):
+            kept = self._keeps(name).keys()
+            if 0 < len(kept & states[name].keys()) < len(kept):
                 raise EnvironmentProblem(f"{place}: the moments of {name!r} are not complete")
         return states
+
+    def _of_another(self, place: str, key: str) -> EnvironmentProblem:
+        return EnvironmentProblem(
+            f"{place}: holds {key!r}, which train.optimizer: {self._config.optimizer} does not keep; write the "
+            f"optimizer with which the checkpoint was trained"
+        )

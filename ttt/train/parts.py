@@ -24,8 +24,9 @@ from ttt.plugins import Backbone, WindowDataset
 from ttt.plugins.installed_tasks import ChosenTask, chosen_tasks
 from ttt.printable import say
 from ttt.train.compiling import compile_layers
+from ttt.train.learnable import Learnable, choose_learnable
 from ttt.train.lora import load_lora_start
-from ttt.train.optim import Learnable, Optimizer, choose_learnable
+from ttt.train.optim import Optimizer
 from ttt.train.rundir import RunDir
 from ttt.train.setup import Order, build, order
 
@@ -124,7 +125,9 @@ def build_parts(
     stop_if_asked()
     if config.train.compile:
         compile_layers(injection, device)
-    learnable = choose_learnable(model, injection, config.train, is_attention=backbone.is_attention)
+    learnable = choose_learnable(
+        model, injection, config.train, is_attention=backbone.is_attention, blocks=backbone.blocks(model)
+    )
     # before parameters are split, and before the optimiser, which copies those in half precision
     if start is not None:
         _load(start.path, model, injection, backbone, config, as_start=True)

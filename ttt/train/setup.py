@@ -13,11 +13,17 @@ from torch import nn
 from ttt import inject
 from ttt.adapter import TTTAdapter
 from ttt.config.evaluation import EvalConfig
-from ttt.config.schema import RunConfig
+from ttt.config.schema import RunConfig, TrainConfig
 from ttt.errors import ConfigError, EnvironmentProblem
 from ttt.inject import Injection
 from ttt.layer import TTTLayer
-from ttt.machine import exact_implementation, local_rank_launched, missing_precision, processes_launched
+from ttt.machine import (
+    exact_implementation,
+    local_rank_launched,
+    missing_for_8bit,
+    missing_precision,
+    processes_launched,
+)
 from ttt.ops.constants import Precision
 from ttt.plugins import Backbone, WindowDataset, run_config_model
 from ttt.plugins.asking import asked, is_out_of_memory
@@ -44,6 +50,19 @@ def choose_device(wanted: str) -> torch.device:
             f"CUDA build of PyTorch and its driver"
         )
     return torch.device("cuda", _own_gpu())
+
+
+def require_optimizer(train: TrainConfig) -> None:
+    """Refuse to begin a run whose `train.optimizer` cannot run on its device.
+
+    Raises:
+        EnvironmentProblem: 8-bit AdamW lacks its package, or a GPU.
+    """
+    if train.optimizer != "adamw_8bit":
+        return
+    missing = missing_for_8bit(choose_device(train.device).type)
+    if missing is not None:
+        raise EnvironmentProblem(f"train.{missing.problem}; {missing.fix}")
 
 
 def _own_gpu() -> int:

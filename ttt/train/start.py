@@ -33,6 +33,7 @@ from ttt.train.saving import require_space_for_one, restored
 from ttt.train.setup import (
     choose_device,
     memory_errors,
+    require_optimizer,
     threads,
     ways_to_less_memory,
     with_backbone_options,
@@ -76,6 +77,7 @@ def train(
     """
     config = with_backbone_options(config, backbone)
     require_packages(config)
+    require_optimizer(config.train)
     with (
         interruptible(),
         joined(config.train, lambda: choose_device(config.train.device)) as world,

@@ -17,6 +17,7 @@ from ttt.check.rules import (
     loggers,
     memory,
     optimisation,
+    optimizers,
     precision,
     shape,
 )
@@ -26,7 +27,7 @@ from ttt.config.places import KeyPath
 from ttt.plugins.rules import Rule
 
 _CORE = (shape, checkpointing, causality, memory, layouts, data)
-_MODULES = (*_CORE, evaluation, environment, compiling, precision, loggers, optimisation, adapters)
+_MODULES = (*_CORE, evaluation, environment, compiling, precision, loggers, optimizers, optimisation, adapters)
 RULES: tuple[Rule[Context], ...] = tuple(
     each for module in _MODULES for each in vars(module).values() if isinstance(each, Rule)
 )
