@@ -143,7 +143,7 @@ def test_which_codes_blame_the_machine_and_which_training_alone_minds() -> None:
 
     assert numbers(Blame.MACHINE) == {
         *("TTT403", "TTT501", "TTT504", "TTT505", "TTT506", "TTT508", "TTT509", "TTT520", "TTT521", "TTT522", "TTT725"),
-        *("TTT601", "TTT603", "TTT604", "TTT605", "TTT607", "TTT608"),
+        *("TTT601", "TTT603", "TTT604", "TTT605", "TTT607", "TTT608", "TTT610"),
     }
     assert numbers(Blame.EITHER) == {"TTT401", "TTT402", "TTT404"}
     assert numbers(Blame.PLUGIN) == {"TTT802", "TTT803"}

@@ -16,7 +16,7 @@ from toy import ToyBackbone, ToyOptions
 from ttt import inject
 from ttt.check import check_config
 from ttt.check.layouts import possible_layouts
-from ttt.check.rules.optimizers import TTT608, TTT609
+from ttt.check.rules.optimizers import TTT610, TTT609
 from ttt.config import TrainConfig, TTTConfig
 from ttt.errors import ConfigError, EnvironmentProblem
 from ttt.files import read_json, read_tensors, write_json, write_tensors
@@ -315,8 +315,8 @@ def findings(train):
 def test_a_check_says_what_8_bit_adamw_lacks(monkeypatch, installed, device):
     monkeypatch.setattr("ttt.machine.is_installed", lambda package: installed)
     found = findings(f"optimizer: adamw_8bit, device: {device}")
-    assert (TTT608.number in found) is (not installed or device == "cpu")
-    assert TTT608.number not in findings(f"optimizer: muon, device: {device}")
+    assert (TTT610.number in found) is (not installed or device == "cpu")
+    assert TTT610.number not in findings(f"optimizer: muon, device: {device}")
 
 
 # --- several processes ---

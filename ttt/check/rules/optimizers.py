@@ -1,4 +1,4 @@
-"""Whether `train.optimizer` can run: on this machine (TTT608), and in the layout of the processes (TTT609)."""
+"""Whether `train.optimizer` can run: on this machine (TTT610), and in the layout of the processes (TTT609)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ttt.config.findings import Blame, Code, Family, Finding, Severity
 from ttt.machine import missing_for_8bit, processes_launched
 from ttt.parallel.layout import NOT_SPLIT, Layout, layout_of, needs_whole_matrices
 
-TTT608 = Code(
-    "TTT608",
+TTT610 = Code(
+    "TTT610",
     "8-bit AdamW without its package or a GPU",
     Severity.ERROR,
     family=Family.ENVIRONMENT,
@@ -30,13 +30,13 @@ TTT609 = Code(
 )
 
 
-@rule(TTT608, reads=("train.optimizer", "train.device"))
+@rule(TTT610, reads=("train.optimizer", "train.device"))
 def optimizer_runs_here(context: Context) -> Iterator[Finding]:
     """The optimiser's package is installed, and the run is not on a CPU if it needs a GPU."""
     train = context.config.train
     missing = missing_for_8bit(train.device) if train.optimizer == "adamw_8bit" else None
     if missing is not None:
-        yield TTT608.at("train.optimizer", message=missing.problem, fix=missing.fix, value=train.optimizer)
+        yield TTT610.at("train.optimizer", message=missing.problem, fix=missing.fix, value=train.optimizer)
 
 
 @rule(TTT609, reads=("train.optimizer", "train.parallel"))
