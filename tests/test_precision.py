@@ -16,7 +16,7 @@ from toy import ToyBackbone
 from ttt.errors import EnvironmentProblem
 from ttt.layer import TTTLayer
 from ttt.machine import missing_precision
-from ttt.ops.fused import operator, products
+from ttt.ops.fused import operator, products, registration
 from ttt.ops.minibatch import Inner, Stream, learn
 from ttt.ops.norm import inner_loss_gradient, layer_norm
 from ttt.ops.precision import global_precision, product
@@ -41,8 +41,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inside = {
-            torch.ops.ttt.minibatches.default: operator._run,
-            torch.ops.ttt.minibatches_backward.default: operator._run_backward,
+            torch.ops.ttt.minibatches.default: operator.RUN,
+            torch.ops.ttt.minibatches_backward.default: operator.RUN_BACKWARD,
         }
         if func in inside:
             with self:
@@ -125,7 +125,7 @@ def test_a_global_setting_reaches_no_inner_product(
 
 def test_it_would_be_seen_if_a_global_setting_reached_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTT_OPS", "fused")
-    monkeypatch.setattr(operator, "multiplying", lambda x, precision: contextlib.nullcontext())
+    monkeypatch.setattr(registration, "multiplying", lambda x, precision: contextlib.nullcontext())
     with globally("medium"), Watch() as watch:
         answers(problem(size=4, length=8, dtype=torch.float32), "ieee")
     assert watch.settings == {"bf16"}

@@ -12,10 +12,12 @@ for a chunk of mini-batches at a time.
 
 Each module imports only those above it:
 
+- `products`: matrix products in the precision of a problem
 - `layout`: the operation's inputs, tokens laid out for the products, and the tensors that backward reads
 - `forward`: the forward pass of one chunk of mini-batches
 - `backward`: the backward pass of one chunk
-- `operator`: the order in which mini-batches run, the registration with PyTorch, `fused_scan` and `fused_minibatch`
+- `registration`: makes two passes one operation of PyTorch
+- `operator`: the order in which mini-batches run, `fused_scan` and `fused_minibatch`
 
 Shape letters, besides those of `ttt.ops`:
 

@@ -6,14 +6,12 @@ Shape letters: see `ttt.ops.fused`.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
-from ttt.ops.autocast import no_autocast
 from ttt.ops.constants import BLOCK, Precision
 from ttt.ops.fused.backward import BackwardScratch, BackwardViews, Sums, backward_chunk
 from ttt.ops.fused.forward import ForwardViews, Scratch, forward_chunk
@@ -27,48 +25,12 @@ from ttt.ops.fused.layout import (
     room_between_passes,
     room_for_tokens,
 )
-from ttt.ops.precision import multiplying
+from ttt.ops.fused.registration import Answered, Gradients, register, wants_gradient
 
 Weights = tuple[Tensor, ...]
 Views = TypeVar("Views")
 
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor target, Tensor rate, Tensor gamma, Tensor beta, Tensor scale, Tensor? last, "
-    "Tensor[] weights, Tensor[] gradients"
-)
-_SETTINGS = "bool causal, float eps, int group_size, str precision"
-_SCHEMA = f"({_INPUTS}, {_SETTINGS}, bool keep) -> (Tensor, Tensor[], Tensor[])"
-_BACKWARD_SCHEMA = (
-    f"(Tensor d_answers, Tensor[] d_following, {_INPUTS}, Tensor[] kept, {_SETTINGS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])"
-)
-Answered = tuple[Tensor, list[Tensor], list[Tensor]]
-"""`z [B,H,N,C,F]`, the weights after the last mini-batch (or the sums of one that stays open), and the kept tensors."""
-
-# Registered part by part: `custom_op` would import the compiler at the first call, which takes some seconds.
-library.define("ttt::minibatches", _SCHEMA)
-library.define("ttt::minibatches_backward", _BACKWARD_SCHEMA)
-
-
 # --- forward ---
-
-
-def _run(*inputs: Any) -> Answered:
-    problem, keep = Problem(*inputs[:-1]), inputs[-1]
-    q, precision = problem.q_BHNCF, problem.precision
-    with no_autocast(q), multiplying(q, precision):  # a caller may have set both otherwise
-        return _run_forward(problem, keep=keep)
-
-
-library.impl("ttt::minibatches", "default", _run)
-
-
-@library.register_fake("ttt::minibatches")
-def _(*inputs: Any) -> Answered:
-    problem, keep = Problem(*inputs[:-1]), inputs[-1]
-    q = problem.q_BHNCF
-    kept = room_between_passes(problem.dims, problem.group_size, q) if keep else []
-    return room_for_tokens(q), [w.new_empty(w.shape) for w in problem.weights], kept
 
 
 def _run_forward(problem: Problem, *, keep: bool) -> Answered:
@@ -133,37 +95,6 @@ def _chunks(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
 # --- backward ---
 
 
-def _run_backward(d_answers: Tensor, d_following: list[Tensor], *inputs: Any) -> tuple[Any, ...]:
-    problem, saved = _parted_inputs(inputs)
-    q, precision = problem.q_BHNCF, problem.precision
-    with no_autocast(q), multiplying(q, precision):
-        return _Backward(problem, saved, d_following).run(d_answers)
-
-
-library.impl("ttt::minibatches_backward", "default", _run_backward)
-
-
-@library.register_fake("ttt::minibatches_backward")
-def _(d_answers: Tensor, d_following: list[Tensor], *inputs: Any) -> tuple[Any, ...]:
-    def like(x: Tensor) -> Tensor:
-        return x.new_empty(x.shape)
-
-    problem, _ = _parted_inputs(inputs)
-    q, last = problem.q_BHNCF, problem.last_NB
-    return (
-        *(room_for_tokens(x) for x in problem[:4]),
-        *(like(x) for x in problem[4:7]),
-        q.new_empty((q.shape[2], q.shape[0])) if last is None else like(last),
-        [like(w) for w in problem.weights],
-        [like(g) for g in problem.gradients],
-    )
-
-
-def _parted_inputs(inputs: tuple[Any, ...]) -> tuple[Problem, list[Tensor]]:
-    """The problem and the kept tensors; the schema has the kept ones between tensors and settings."""
-    return Problem(*inputs[:10], *inputs[11:]), inputs[10]
-
-
 class _Backward:
     """One backward pass over all mini-batches: the last block first, and in each block the last chunk first."""
 
@@ -187,7 +118,7 @@ class _Backward:
             lambda block, kept: BackwardViews(dims, block, kept, scratch_back), self.block, self.kept, again=again
         )
 
-    def run(self, d_answers: Tensor) -> tuple[Any, ...]:
+    def run(self, d_answers: Tensor) -> Gradients:
         """All gradients, in the order of the schema."""
         problem, common, sums = self.problem, self.common, self.sums
         dims, pushes_NP11 = common.dims, common.constants.pushes_NP11
@@ -234,38 +165,18 @@ class _Backward:
         return d_gamma, d_beta, d_scale, d_last
 
 
-# --- autograd ---
+def _run_backward(problem: Problem, saved: list[Tensor], d_answers: Tensor, d_following: list[Tensor]) -> Gradients:
+    return _Backward(problem, saved, d_following).run(d_answers)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Answered) -> None:
-    problem, kept = Problem(*inputs[:-1]), output[2]
-    weights, gradients = problem.weights, problem.gradients
-    ctx.save_for_backward(*problem[:8], *weights, *gradients, *kept)
-    ctx.counts = len(weights), len(gradients), len(kept)
-    ctx.settings = problem.causal, problem.eps, problem.group_size, problem.precision
-    # Kept tensors get no gradient; do not allocate zeros for it.
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, d_answers: Tensor | None, d_following: list[Tensor | None], _: Any) -> tuple[Any, ...]:
-    saved = iter(ctx.saved_tensors)  # read once: under a checkpoint each tensor is available one time
-    tensors, weights, gradients, kept = (list(itertools.islice(saved, count)) for count in (8, *ctx.counts))
-    *d_inputs, d_last, d_weights, d_gradients = torch.ops.ttt.minibatches_backward(
-        torch.zeros_like(tensors[0]) if d_answers is None else d_answers,
-        [torch.zeros_like(w) if d is None else d for d, w in zip(d_following, weights, strict=True)],
-        *(*tensors, weights, gradients, kept, *ctx.settings),
-    )
-    return (*d_inputs, None if tensors[-1] is None else d_last, d_weights, d_gradients, None, None, None, None, None)
-
-
-def _no_second_derivative(ctx: Any, *gradients: Any) -> None:
-    raise RuntimeError(
-        "the fused scan has no second derivative; set TTT_OPS=generic and scan_checkpoint_group_size: 0 for one"
-    )
-
-
-library.register_autograd("ttt::minibatches", _backward, setup_context=_save)
-library.register_autograd("ttt::minibatches_backward", _no_second_derivative)
+RUN, RUN_BACKWARD = register(
+    "minibatches",
+    _run_forward,
+    _run_backward,
+    lambda problem: room_between_passes(problem.dims, problem.group_size, problem.q_BHNCF),
+    refusal="the fused scan has no second derivative; set TTT_OPS=generic and scan_checkpoint_group_size: 0 for one",
+)
+"""The operation's two passes as they are registered."""
 
 
 # --- the functions that call it ---
@@ -297,7 +208,7 @@ def fused_scan(
     last_NB = scale_C[-1:, None] if closed_NB is None else torch.where(closed_NB, scale_C[-1], 0)
     inputs = (q_BHNCF, k_BHNCF, target_BHNCF, rate_BHNC1, gamma_H1F, beta_H1F, scale_C[None], last_NB)
     group_size = 0 if group_size >= q_BHNCF.shape[2] else group_size
-    keep = _wants_gradient(inputs, weights)
+    keep = wants_gradient(inputs, weights)
     z, following, _ = torch.ops.ttt.minibatches(*inputs, list(weights), [], causal, eps, group_size, precision, keep)
     return z, tuple(following)
 
@@ -324,10 +235,6 @@ def fused_minibatch(
     tokens = tuple(x.unsqueeze(2) for x in (q_BHCF, k_BHCF, target_BHCF, rate_BHC1))
     inputs = (*tokens, gamma_H1F, beta_H1F, scale_BC)
     before = list(gradients or ())
-    keep = _wants_gradient(inputs, (*weights, *before))
+    keep = wants_gradient(inputs, (*weights, *before))
     z, summed, _ = torch.ops.ttt.minibatches(*inputs, None, list(weights), before, causal, eps, 0, precision, keep)
     return z.squeeze(2), tuple(summed)
-
-
-def _wants_gradient(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *weights))

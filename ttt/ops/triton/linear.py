@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ttt.ops.fused.layout import Problem, room_between_passes, room_for_tokens
-from ttt.ops.registration import Answered
+from ttt.ops.fused.registration import Answered
 from ttt.ops.triton.mlp_parts import coefficients, normalised, product, projected
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, library
 
 from ttt.ops.autocast import no_autocast
 from ttt.ops.fused.layout import Problem, room_for_tokens
+from ttt.ops.precision import multiplying
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor target, Tensor rate, Tensor gamma, Tensor beta, Tensor scale, Tensor? last, "
@@ -42,15 +43,18 @@ def register(
     room_between_passes: Callable[[Problem], list[Tensor]],
     *,
     refusal: str,
-) -> None:
+) -> tuple[Callable[..., Answered], Callable[..., Gradients]]:
     """Register `ttt::<name>` and `ttt::<name>_backward`.
 
     Args:
         name: of the operation.
-        forward: called as `forward(problem, keep=…)`; autocast is off.
-        backward: called as `backward(problem, kept, d_answers, d_following)`; autocast is off.
+        forward: called as `forward(problem, keep=…)`; autocast is off, and products are in the problem's precision.
+        backward: called as `backward(problem, kept, d_answers, d_following)`, with the same settings.
         room_between_passes: allocates tensors of the shapes and types that `forward` keeps.
         refusal: what to say where a gradient of a gradient is asked for.
+
+    Returns:
+        The two passes as they are registered.
     """
     # Registered part by part: `custom_op` would import the compiler at the first call, which takes some seconds.
     library.define(f"ttt::{name}", _SCHEMA)
@@ -58,12 +62,14 @@ def register(
 
     def run(*inputs: Any) -> Answered:
         problem, keep = Problem(*inputs[:-1]), inputs[-1]
-        with no_autocast(problem.q_BHNCF):  # `learn` may be called with autocast on
+        q, precision = problem.q_BHNCF, problem.precision
+        with no_autocast(q), multiplying(q, precision):  # `learn` may be called with other settings
             return forward(problem, keep=keep)
 
     def run_backward(d_answers: Tensor, d_following: list[Tensor], *inputs: Any) -> Gradients:
         problem, kept = _parted_inputs(inputs)
-        with no_autocast(problem.q_BHNCF):  # backward may be called with autocast on
+        q, precision = problem.q_BHNCF, problem.precision
+        with no_autocast(q), multiplying(q, precision):  # and so may backward
             return backward(problem, kept, d_answers, d_following)
 
     def shapes(*inputs: Any) -> Answered:
@@ -85,6 +91,7 @@ def register(
 
     library.register_autograd(f"ttt::{name}", differentiate, setup_context=_save)
     library.register_autograd(f"ttt::{name}_backward", refuse)
+    return run, run_backward
 
 
 def wants_gradient(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
