@@ -136,9 +136,7 @@ def expected(streams: Streaming) -> Curves:
     given: dict[str, list[tuple[Tensor, TTTState]]] = {name: [] for name in streams.injection.adapters}
     handles = [
         adapter.layer.register_forward_hook(
-            lambda layer, args, _, name=name: given[name].append(
-                (args[0], TTTState(*map(_copy, vars(args[1]).values())))
-            )
+            lambda layer, args, _, name=name: given[name].append((args[0], _copy(args[1])))
         )
         for name, adapter in streams.injection.adapters.items()
     ]
@@ -155,10 +153,8 @@ def expected(streams: Streaming) -> Curves:
     return curves
 
 
-def _copy(value: object) -> object:
-    if isinstance(value, tuple):
-        return tuple(map(_copy, value))
-    return value.clone() if isinstance(value, Tensor) else value
+def _copy(state: TTTState) -> TTTState:
+    return TTTState.from_tensors({name: tensor.clone() for name, tensor in state.tensors().items()})
 
 
 def test_w0_is_the_state_from_which_the_stream_started_until_it_is_set_back(streams: Streaming, right: Curves) -> None:

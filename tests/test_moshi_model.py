@@ -111,13 +111,13 @@ def test_streaming_keeps_addresses_and_leaves_nothing_behind():
     adapter = injection.adapters["transformer.layers.1.ttt"]
     with torch.no_grad(), model.streaming(2):
         state = adapter._streaming_state.state
-        addresses = {name: tensor.data_ptr() for name, tensor in state.tensors().items()}
+        addresses = {name: tensor.data_ptr() for name, tensor in state.memory().items()}
         before = {name: tensor.clone() for name, tensor in state.tensors().items()}
         for step in range(5):
             model.forward_text(codes[:, :, step : step + 1])
         model.reset_streaming(torch.tensor([True, False]))
         state = adapter._streaming_state.state
-        assert {name: tensor.data_ptr() for name, tensor in state.tensors().items()} == addresses
+        assert {name: tensor.data_ptr() for name, tensor in state.memory().items()} == addresses
         assert state.count.tolist() == [0, 1]
         for name, tensor in state.tensors().items():
             assert torch.equal(tensor[0], before[name][0]), name

@@ -125,7 +125,7 @@ def test_streamed_in_place_it_is_kept_out_and_counted_where_rows_read(size: int)
     layer = make(mini_batch_size=size)
     x, bad = tokens()
     state = layer.streaming_state(B, dtype=torch.float64)
-    places = {name: tensor.data_ptr() for name, tensor in state.tensors().items()}
+    places = {name: tensor.data_ptr() for name, tensor in state.memory().items()}
     rows = torch.tensor([True, True, False])
     with torch.no_grad():
         paused = layer.step_(x[:, :1], state, rows=rows)
@@ -137,7 +137,7 @@ def test_streamed_in_place_it_is_kept_out_and_counted_where_rows_read(size: int)
     torch.testing.assert_close(torch.cat([paused, *steps], 1)[:2], straight, rtol=1e-11, atol=1e-11)
     assert end.skipped is not None
     assert state.skipped.tolist() == [*end.skipped.tolist(), int(bad[2, 1:].sum())]
-    assert {name: tensor.data_ptr() for name, tensor in state.tensors().items()} == places
+    assert {name: tensor.data_ptr() for name, tensor in state.memory().items()} == places
     with (
         torch.no_grad(),
         pytest.raises(ValueError, match="no count of skipped tokens to write to"),

@@ -16,7 +16,8 @@ from ttt.layer_inputs import check_head_width, check_state, check_tokens
 from ttt.layer_sharing import WHOLE, Projection, Sharing, held
 from ttt.ops.autocast import no_autocast
 from ttt.ops.constants import Precision
-from ttt.ops.minibatch import Inner, Stream, learn, learn_one_
+from ttt.ops.decode import learn_one_
+from ttt.ops.minibatch import Inner, Stream, learn
 from ttt.ops.norm import normalize, normalize_target, rms_norm
 from ttt.ops.rotary import apply_rotary, rotary_angles
 from ttt.ops.rows import Tokens
@@ -134,10 +135,7 @@ class TTTLayer(nn.Module):
         """`initial_state` for `step_` to write to: in memory of its own, with the open mini-batches written out."""
         with torch.no_grad():
             state = self.initial_state(batch_size, dtype=dtype)
-            if self.config.causal and self.config.mini_batch_size > 1:
-                state = state.opened()
-            own = state.tensors().items()
-            return TTTState.from_tensors({name: x.clone(memory_format=torch.contiguous_format) for name, x in own})
+            return state.streaming(self.config.mini_batch_size if self.config.causal else 1)
 
     def reset(self, state: TTTState, rows: Tensor) -> TTTState:
         """The state, with the streams for which `rows [B]` is true set back to the initial state."""
@@ -184,7 +182,8 @@ class TTTLayer(nn.Module):
 
         Args:
             x: tokens `[B,1,D]`.
-            state: from `streaming_state`, or a copy of another state; its values change.
+            state: from `streaming_state` or `TTTState.streaming`; its values change. A copy of another state does too,
+                without factors: each token is then summed at once.
             rows: `[B]`, the streams that read their token; the others keep their state. None means all.
             rotary: as in `forward`.
 
@@ -219,7 +218,8 @@ class TTTLayer(nn.Module):
             if state.skipped is not None and self.config.skip_nonfinite_tokens:
                 kept_out = _nonfinite(x).flatten()
                 state.skipped.add_(kept_out if rows is None else kept_out & rows)
-            z_BHTF = learn_one_(tokens, state.stream, self._inner(tokens.q.dtype), rows)
+            stream, inner = Stream(state.weights, state.gradients, state.count), self._inner(tokens.q.dtype)
+            z_BHTF = learn_one_(tokens, stream, inner, rows, state.factors, wait=x.device.type == "cpu")
             return self._answer(z_BHTF, x)
 
     def trace(

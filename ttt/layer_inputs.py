@@ -67,9 +67,10 @@ def check_state(state: TTTState, x: Tensor, own: Sequence[tuple[int, ...]], *, m
     given = [tuple(w.shape[1:]) for w in state.weights]
     if given != own:
         raise ValueError(f"the state is of another layer: its fast weights are {given}, here they are {own}")
-    if state.count is not None and state.count.device.type == "cpu" and (state.count >= mini_batch_size).any():
+    counts = [0] if state.count is None or state.count.device.type != "cpu" else state.count.tolist()
+    if max(counts) >= mini_batch_size:
         raise ValueError(
-            f"the state is of another layer: a stream has read {int(state.count.max())} tokens of its open "
+            f"the state is of another layer: a stream has read {max(counts)} tokens of its open "
             f"mini-batch, here they are of {mini_batch_size}"
         )
 

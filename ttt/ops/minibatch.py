@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ttt.ops.constants import Precision
 from ttt.ops.fused import fused_minibatch, fused_scan
-from ttt.ops.mlp import gelu, key_pass, mlp_minibatch, mlp_model, mlp_scan, move
-from ttt.ops.norm import layer_norm
+from ttt.ops.mlp import mlp_minibatch, mlp_scan, move
 from ttt.ops.reference import reference
 from ttt.ops.rows import Rows, Tokens
 from ttt.ops.select import Implementation, forced_implementation, implementation
@@ -215,70 +214,6 @@ def _learn_one(tokens: Tokens, stream: Stream, inner: Inner, mask_B1: Tensor | N
     if mask_B1 is None:
         return z, after
     return torch.where(read, z, 0), _read_by(mask_B1[:, 0], after, stream)
-
-
-@torch.no_grad()
-def learn_one_(tokens: Tokens, stream: Stream, inner: Inner, rows_B: Tensor | None = None) -> Tensor:
-    """`learn` for one token of each row, in place: it writes the new state into the tensors of `stream`.
-
-    The token's own gradient is summed before the token is answered. So the answer is `x (W − s_i G)` with no other
-    term, and every update passes once over the tensors that it changes. No gradient flows through it.
-
-    Args:
-        tokens: `[B,H,1,F]` and rates `[B,H,1,1]`.
-        stream: every tensor has memory of its own; if C is 1, gradients and count may be None.
-        inner: norms, step sizes, kind of update.
-        rows_B: rows that read their token; the others keep their state bit for bit. None means all.
-
-    Returns:
-        `z [B,H,1,F]`; rows that read no token hold no meaningful numbers.
-    """
-    weights, summed, count_B = stream.weights, stream.gradients, stream.count_B
-    q, k, target, rate = tokens
-    norms = inner.gamma_H1F, inner.beta_H1F
-    inputs, errors = key_pass(weights, k, target, *norms, eps=inner.eps)
-    taught = [rate * error for error in errors]
-    if rows_B is not None:  # zero both factors: a paused row may hold NaN or infinity
-        read = rows_B[:, None, None, None]
-        inputs = [torch.where(read, x, 0) for x in inputs]
-        taught = [torch.where(read, u, 0) for u in taught]
-
-    if summed is None or count_B is None:  # every token closes its mini-batch
-        scale = inner.scale_C[-1]
-        for layer, (x, u) in enumerate(zip(inputs, taught, strict=True)):
-            weights[2 * layer].addcmul_(x.mT, u * -scale)
-            weights[2 * layer + 1].sub_(u * scale)
-        return q + layer_norm(mlp_model(weights, q), *norms, eps=inner.eps)
-
-    for layer, (x, u) in enumerate(zip(inputs, taught, strict=True)):
-        summed[2 * layer].addcmul_(x.mT, u)
-        summed[2 * layer + 1].add_(u)
-    scale = inner.scale_C[count_B][:, None, None, None]
-    z = q + layer_norm(_stepped_model(weights, summed, scale, q), *norms, eps=inner.eps)
-    count_B.add_(1 if rows_B is None else rows_B)
-    _close_(weights, summed, count_B, inner)
-    return z
-
-
-def _stepped_model(weights: Weights, gradients: Weights, scale: Tensor, x: Tensor) -> Tensor:
-    """The inner model at the weights `W − s G`, computed without storing them."""
-    for index in range(0, len(weights), 2):
-        given = x
-        x = given @ weights[index] + weights[index + 1]
-        x = x - scale * (given @ gradients[index] + gradients[index + 1])
-        if index + 2 < len(weights):
-            x = gelu(x)
-    return x
-
-
-def _close_(weights: Weights, summed: Weights, count_B: Tensor, inner: Inner) -> None:
-    """In rows whose mini-batch is full, move the weights and start a new mini-batch."""
-    closed = count_B == inner.mini_batch_size
-    taken = torch.where(closed, -inner.scale_C[-1], 0)[:, None, None, None]
-    for w, g in zip(weights, summed, strict=True):
-        w.addcmul_(g, taken)
-        g.masked_fill_(closed[:, None, None, None], 0)
-    count_B.masked_fill_(closed, 0)
 
 
 def _learn_from_anywhere(rows: Rows, stream: Stream, inner: Inner, group_size: int) -> tuple[Tensor, Stream]:

@@ -103,9 +103,7 @@ class TTTStreamingState(State):
     @torch.no_grad()
     def update(self, new: TTTState, rows: Tensor) -> None:
         """Take the streams for which `rows [B]` is true from `new`."""
-        kept = new.where(rows, self.state).tensors()
-        for name, buffer in self.state.tensors().items():
-            buffer.copy_(kept[name])
+        self.state.take_(new, rows)
 
     @torch.no_grad()
     def reset(self, reset_mask: Tensor) -> None:
