@@ -26,6 +26,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as `ttt train --nproc`: DDP warns of what it looks for
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = {
     "1 process": (1, ""),

@@ -13,7 +13,7 @@ import yaml
 
 from ttt.check import check_config
 from ttt.check.estimate import estimate, outside_layers
-from ttt.check.layouts import divided_rows, needs_of_layout, needs_of_layouts, possible_layouts, with_keys
+from ttt.check.layouts import divided_rows, needs_of_layout, needs_of_layouts, possible_layouts, proposal, with_keys
 from ttt.check.rules.layouts import in_one_line
 from ttt.config import RunConfig
 from ttt.config.findings import Finding, Severity
@@ -258,6 +258,56 @@ def test_what_a_backbone_does_not_tell_is_not_promised() -> None:
     facts = BackboneFacts(dim=64, num_heads=4, num_layers=2)
     config = _config(MOSHI, "demo")
     assert all(each.sent.heads == 0 for each in needs_of_layouts(config, facts, None, 4))
+
+
+def test_sizes_that_are_for_other_devices_are_told() -> None:
+    demo = MOSHI.presets()["demo"]
+    for written, told in (
+        ("{replicate: 2, shard: 3}", "for others: the sizes make 6 processes"),
+        ("{shard: 3}", "for others: the sizes make a multiple of 3 processes"),
+        ("{replicate: 2, shard: 4}", None),
+        ("{shard: 2}", None),
+    ):
+        for memory in (80 * GIB, 1 << 20):
+            message = _asked(demo, f"train.parallel={written}", "train.batch_size=24", memory=memory).message
+            assert ("train.parallel as it is written" in message) is (told is not None)
+            assert told is None or message.endswith(told)
+
+
+def test_a_layout_with_larger_steps_that_splits_less_is_not_passed_over_in_silence() -> None:
+    demo = MOSHI.presets()["demo"]
+    fewer = _asked(demo, "train.batch_size=2", "train.num_microbatches=1", devices=4)
+    (chosen,) = [each for each in fewer.value["layouts"] if each["layout"] == fewer.value["write"]["train.parallel"]]
+    assert not chosen["larger_step"]
+    assert any(each["larger_step"] and each["layout"]["tensor"] == 1 for each in fewer.value["layouts"])
+    assert "the least sharded layout that fits with the config's windows in a step is" in fewer.message
+    even = _asked(demo, "train.batch_size=4", devices=4)
+    assert "the least sharded layout that fits is replicate 4" in even.message
+
+
+def test_what_is_said_to_fit_surely_has_been_computed() -> None:
+    """Of a model whose parameters fit once more devices split them; and in memory that no number of devices makes."""
+    everything = ("train.trainable=all", "train.lr=1e-4", "train.batch_size=2")
+    config, memory = _config(MOSHI, "demo", *everything), 20 << 20
+    found = _asked(MOSHI.presets()["demo"], *everything, devices=2, memory=memory)
+    ways = found.fix.partition("what surely fits: ")[2].split(", or ")
+    assert len(ways) > 1
+
+    def surely(changed: RunConfig, devices: int) -> bool:
+        made = proposal(changed, MOSHI.facts, None, devices, memory)
+        return made is not None and made.surely
+
+    assert not surely(config, 2)
+    for way in ways:
+        key, _, value = way.partition(": ")
+        if value:
+            assert surely(with_keys(config, {f"train.{key}": value}), 2)
+        else:
+            number = int(way.removesuffix(" devices"))
+            assert surely(config, number)
+            assert not surely(config, number // 2)
+    least = _asked(MOSHI.presets()["demo"], *everything, devices=2, memory=1 << 18)
+    assert least.fix.endswith("surely fits: take devices of more memory")
 
 
 # --- the command ---

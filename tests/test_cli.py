@@ -528,3 +528,26 @@ def test_info_of_what_is_no_adapter_ends_with_3(
     err = capsys.readouterr().err
     assert err.startswith("error: adapter_model.safetensors")
     assert words in err
+
+
+# --- several processes ---
+
+
+def test_a_layout_of_several_processes_is_refused_to_one_before_it_loads_anything(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("c.yaml").write_text("backbone: {name: toy}\ntrain: {batch_size: 2, parallel: {shard: 2}}\n")
+    assert main(["train", "c.yaml"]) == 2
+    printed = capsys.readouterr()
+    assert "loading" not in printed.out
+    assert "train.parallel: the sizes make a multiple of 2 processes, but this is one process; start as" in printed.err
+
+
+@pytest.mark.parametrize(("command", "number"), [("train", 0), ("train", -3), ("precompute", 0), ("precompute", 2000)])
+def test_a_number_of_processes_that_cannot_be_is_told_in_a_sentence(
+    command: str, number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("c.yaml").write_text("backbone: {name: toy}\n")
+    assert main([command, "c.yaml", "--nproc", str(number)]) == 2
+    told = "at most 1,024 processes" if number > 0 else "a run has at least one process; leave --nproc out for one"
+    assert f"--nproc {number}: {told}\n" in capsys.readouterr().err

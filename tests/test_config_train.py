@@ -77,6 +77,12 @@ def test_how_far_a_gate_can_move_hangs_on_the_schedule() -> None:
         assert "by 0.005 at most" in message
 
 
+def test_a_logger_that_is_named_twice_is_refused() -> None:
+    ((code, path, message, fix),) = findings("train: {loggers: [tensorboard, wandb, wandb]}")
+    assert (code, path, fix) == ("TTT103", "train.loggers", "write wandb once")
+    assert message.endswith("wandb is named twice, and would get every line twice")
+
+
 def test_the_config_as_a_python_object_takes_the_words_too() -> None:
     assert TrainConfig(trainable="sft") == TrainConfig(trainable="all")
     assert RunConfig.model_validate({"backbone": {"name": "x"}, "train": {"trainable": "qkvo"}}).train == TrainConfig(

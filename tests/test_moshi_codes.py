@@ -248,8 +248,21 @@ def test_damaged_codes_are_told_and_made_anew(speech, tmp_path):
     file.write_bytes(content)
     stored = windows(config(speech, codes))
     number = next(n for n in range(len(stored)) if stored.describe(n).startswith("two.wav"))
-    with pytest.raises(EnvironmentProblem, match=r"^data\.codes: .*\.safetensors: .*run ttt precompute again$"):
+    with pytest.raises(
+        EnvironmentProblem, match=r"^data\.codes: .*\.safetensors: .*run ttt precompute again$"
+    ) as caught:
         stored[number + 1]
+    assert str(caught.value).count(file.name) == 1
+    shutil.move(file, tmp_path / file.name)
+    file.mkdir()
+    with pytest.raises(EnvironmentProblem, match=r"cannot be read: a folder, not a file; run ttt pre") as caught:
+        stored[number + 1]
+    assert str(caught.value).count(file.name) == 1
+    assert f"{file} is a folder, not a file of codes; move it away and run" in refused(config(speech, codes))
+    with pytest.raises(EnvironmentProblem, match=rf"^{file}: "):
+        make(config(speech, codes))
+    file.rmdir()
+    shutil.move(tmp_path / file.name, file)
     before = files(codes)
     make(config(speech, codes))
     assert {name for name, time in files(codes).items() if time != before[name]} == {file.name}

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ttt_cli.options import Overrides
+from ttt_cli.ranks import require_number
 from ttt_cli.terminal import show_note
 
 _INTERRUPTED = "interrupted; what is done stays: the same command goes on"
@@ -19,9 +20,7 @@ _INTERRUPTED = "interrupted; what is done stays: the same command goes on"
 def precompute(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A config file; its data section says what to make.")],
     overrides: Overrides = None,
-    nproc: Annotated[
-        int, typer.Option("--nproc", min=1, max=1024, help="Processes on this machine, each of which makes a part.")
-    ] = 1,
+    nproc: Annotated[int, typer.Option("--nproc", help="Processes on this machine, each of which makes a part.")] = 1,
 ) -> None:
     """Make a backbone's training data: latents from videos, codes from recordings.
 
@@ -34,6 +33,7 @@ def precompute(
     from ttt.plugins import Precomputing, capability
     from ttt.train.terminal import lasting
 
+    require_number(nproc, most=1024)
     loaded = load_config(config, overrides=overrides or [], training=False)
     maker = capability(loaded.backbone, Precomputing)
     if nproc > 1:

@@ -15,6 +15,20 @@ from typing import NoReturn
 import typer
 
 
+def require_number(count: int | None, *, most: int | None = None) -> None:
+    """Refuse a number of processes that cannot be started.
+
+    Raises:
+        UsageError: it is below 1, or above `most`.
+    """
+    from ttt.errors import UsageError
+
+    if count is not None and count < 1:
+        raise UsageError(f"--nproc {count}: a run has at least one process; leave --nproc out for one")
+    if count is not None and most is not None and count > most:
+        raise UsageError(f"--nproc {count}: at most {most:,} processes")
+
+
 @contextlib.contextmanager
 def as_launcher_of(count: int) -> Iterator[None]:
     """A context in which configs are checked as of one of so many processes.

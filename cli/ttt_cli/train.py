@@ -38,7 +38,6 @@ def train(
         typer.Option(
             "--nproc",
             metavar="N",
-            min=1,
             help="Train in N processes on this machine, one for each GPU; train.parallel says how they share the run.",
             show_default=False,
         ),
@@ -62,8 +61,9 @@ def train(
     signal stops at once. Under nohup, SIGHUP is ignored.
     """
     from ttt.interrupt import NOT_BEGUN, StopRequested
-    from ttt_cli.ranks import as_launcher_of, as_one_of_several, run_in_processes
+    from ttt_cli.ranks import as_launcher_of, as_one_of_several, require_number, run_in_processes
 
+    require_number(nproc)
     if nproc is not None and nproc > 1:
         with as_launcher_of(nproc):
             _loaded(config, backbone, overrides or [], resume=resume)
@@ -88,10 +88,12 @@ def _trained(
 ) -> TrainResult:
     """Load the config and train."""
     from ttt.interrupt import stop_if_asked
+    from ttt.parallel.layout import launched_layout
     from ttt_cli.ranks import told_by_launcher
 
     with told_by_launcher():
         loaded = _loaded(config, backbone, overrides, resume=resume)
+    launched_layout(loaded.config.train)
     stop_if_asked()
     if config is not None:  # a demo has printed a note already
         show(f"read {config}; loading {loaded.backbone.name}")

@@ -109,7 +109,12 @@ def possible_layouts(config: RunConfig, facts: BackboneFacts, devices: int) -> l
         for shard in _divisors(devices // tensor)
     ]
     layouts = [layout for layout in layouts if needs_whole_matrices(config.train, layout) is None]
-    return sorted(layouts, key=lambda layout: (layout.shard * layout.tensor, layout.tensor))
+    return sorted(layouts, key=sharded)
+
+
+def sharded(layout: Layout) -> tuple[int, int]:
+    """How much a layout splits, to compare by: among how many devices, and of these how many share heads."""
+    return layout.shard * layout.tensor, layout.tensor
 
 
 def _divisors(number: int) -> list[int]:

@@ -11,9 +11,9 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from ttt.config.schema import TrainConfig
-from ttt.errors import ConfigError, EnvironmentProblem
-from ttt.machine import launch_is_incomplete, processes_launched
-from ttt.parallel.layout import NOT_SPLIT, layout_of, needs_whole_matrices, uneven
+from ttt.errors import EnvironmentProblem
+from ttt.machine import launch_is_incomplete
+from ttt.parallel.layout import launched_layout
 from ttt.parallel.world import DIMENSIONS, World
 from ttt.words import first_line
 
@@ -45,21 +45,8 @@ def joined(train: TrainConfig, choose_device: Callable[[], torch.device]) -> Ite
     incomplete = launch_is_incomplete()
     if incomplete:
         raise EnvironmentProblem(f"{incomplete}; start the run with `ttt train CONFIG --nproc N` or torchrun")
-    count = processes_launched()
-    try:
-        layout = layout_of(train.parallel, count)
-    except ValueError as error:
-        started = "this is one process" if count == 1 else f"{count} processes were started"
-        raise ConfigError(
-            f"train.parallel: {error}, but {started}; start as many with --nproc or torchrun, or write other sizes"
-        ) from None
-    cannot = uneven(train, layout)
-    if cannot:
-        raise ConfigError(f"train.batch_size: {cannot}; write a multiple of {layout.data_size}")
-    split = needs_whole_matrices(train, layout)
-    if split:
-        raise ConfigError(f"train.parallel: {split}; write {NOT_SPLIT}")
-    if count == 1:
+    layout = launched_layout(train)
+    if layout.size == 1:
         yield World()
         return
     device, ours = choose_device(), not dist.is_initialized()

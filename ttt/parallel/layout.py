@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ttt.config.schema import ParallelConfig, TrainConfig
+from ttt.errors import ConfigError
+from ttt.machine import processes_launched
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,29 @@ def layout_of(parallel: ParallelConfig, processes: int) -> Layout:
     if layout.size != processes:
         auto = "auto" in (parallel.replicate, parallel.shard)
         raise ValueError(f"the sizes make {'a multiple of ' if auto else ''}{layout.size} processes")
+    return layout
+
+
+def launched_layout(train: TrainConfig) -> Layout:
+    """The layout of the processes that were started, this one alone or those of a launcher.
+
+    Raises:
+        ConfigError: `train.parallel`, `train.batch_size` or `train.optimizer` does not fit their number.
+    """
+    count = processes_launched()
+    try:
+        layout = layout_of(train.parallel, count)
+    except ValueError as error:
+        started = "this is one process" if count == 1 else f"{count} processes were started"
+        raise ConfigError(
+            f"train.parallel: {error}, but {started}; start as many with --nproc or torchrun, or write other sizes"
+        ) from None
+    cannot = uneven(train, layout)
+    if cannot:
+        raise ConfigError(f"train.batch_size: {cannot}; write a multiple of {layout.data_size}")
+    split = needs_whole_matrices(train, layout)
+    if split:
+        raise ConfigError(f"train.parallel: {split}; write {NOT_SPLIT}")
     return layout
 
 

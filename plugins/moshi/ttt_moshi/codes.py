@@ -132,6 +132,8 @@ class CodeFile:
             rows: channels · codebooks.
             windows: of the recording.
         """
+        if self.path.is_dir():
+            return f"{self.path} is a folder, not a file of codes; move it away and {_AGAIN}"
         if not self.path.is_file():
             return self._missing()
         try:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ttt.errors import EnvironmentProblem
 from ttt.files import mapping_errors, read_tensors, verify_tensors
-from ttt.reading import require_file
+from ttt.reading import require_file, unreadable
 from ttt_moshi.codes import CodeFile, CodeSettings, channel_in_words, require_all, silence_file
 from ttt_moshi.options import FRAME_RATE
 from ttt_moshi.pieces import Piece, Place, SoundPieces, Spans
@@ -118,6 +118,9 @@ class StoredPieces:
                 frames = opened.get_tensor("frames").tolist()
                 start = sum(frames[: place.window])
                 codes: Tensor = opened.get_slice("codes")[:, start : start + frames[place.window]]
-        except (OSError, SafetensorError, EnvironmentProblem) as error:
-            raise EnvironmentProblem(f"data.codes: {file}: cannot be read: {error}; run ttt precompute again") from None
+        except EnvironmentProblem as error:  # it names the file
+            raise EnvironmentProblem(f"data.codes: {error}; run ttt precompute again") from None
+        except (OSError, SafetensorError) as error:
+            why = unreadable(error) if isinstance(error, OSError) else str(error)
+            raise EnvironmentProblem(f"data.codes: {file}: cannot be read: {why}; run ttt precompute again") from None
         return codes.long()

@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 from ttt.amounts import show_bytes
-from ttt.check.layouts import LayoutNeeds, Proposal, longest_window, needs_of_layouts, proposal
+from ttt.check.layouts import LayoutNeeds, Proposal, longest_window, needs_of_layouts, proposal, sharded, with_keys
 from ttt.check.rules.memory import memory_of
 from ttt.check.rules.rule import NEEDS, Context, rule
 from ttt.config.findings import Code, Family, Finding, Severity
+from ttt.parallel.layout import layout_of
 
 _code = partial(Code, family=Family.MEMORY, of_training=True, home=__name__)
 TTT406 = _code("TTT406", "what a run needs on several devices", Severity.NOTE)
@@ -28,9 +29,8 @@ def layouts_of_the_devices(context: Context) -> Iterator[Finding]:
     listed = needs_of_layouts(context.config, context.facts, context.lora_shapes, devices)
     table = {"devices": devices, "memory_bytes": memory, "layouts": [each.as_data(memory) for each in listed]}
     if memory is None:
-        yield TTT406.at(
-            KEY, f"{_on(devices, None)} {_range(listed)}", "say how much memory one has: --memory 80GiB", value=table
-        )
+        told = f"{_on(devices, None)} {_range(listed)}{_written_otherwise(context, devices)}"
+        yield TTT406.at(KEY, told, "say how much memory one has: --memory 80GiB", value=table)
         return
     found = proposal(context.config, context.backbone.facts, context.lora_shapes, devices, memory)
     if found is None:
@@ -40,17 +40,28 @@ def layouts_of_the_devices(context: Context) -> Iterator[Finding]:
     code = TTT406 if found.surely else TTT407
     yield code.at(
         KEY,
-        message=_proposed(context, found, devices, memory),
+        message=_proposed(context, found, listed, devices, memory) + _written_otherwise(context, devices),
         fix=f"write {in_one_line(keys)}{_or_larger_steps(context, found, listed, memory)}"
         + ("" if found.surely else f"; {_or(context, devices, memory)}"),
         value={**table, "write": keys},
     )
 
 
-def _proposed(context: Context, found: Proposal, devices: int, memory: int) -> str:
+def _written_otherwise(context: Context, devices: int) -> str:
+    """What there is to say if `train.parallel` is of another number of devices."""
+    try:
+        layout_of(context.config.train.parallel, devices)
+    except ValueError as error:
+        return f"; train.parallel as it is written is for others: {error}"
+    return ""
+
+
+def _proposed(context: Context, found: Proposal, listed: Sequence[LayoutNeeds], devices: int, memory: int) -> str:
     """What the proposed layout is, needs and sends."""
     needs, sizes = found.needs.needs, found.needs.layout
-    verb = "that fits" if found.surely else "surely fits; the one that may and needs the least"
+    less = any(each.grows and each.fits(memory) and sharded(each.layout) < sharded(sizes) for each in listed)
+    same = " with the config's windows in a step" if less and not found.needs.grows else ""
+    verb = f"that fits{same}" if found.surely else "surely fits; the one that may and needs the least"
     which = f"{'the least sharded layout' if found.surely else 'no layout'} {verb}"
     about = "" if needs.complete else ", as far as the backbone tells (TTT alone)"
     told = (
@@ -81,7 +92,7 @@ def _none_fits(context: Context, listed: Sequence[LayoutNeeds], devices: int, me
     return TTT407.at(
         KEY,
         message=f"{_on(devices, memory)} no layout fits: one device needs {_of_one(least)} "
-        f"({least.needs.breakdown()}) even with {least.layout.in_words()}",
+        f"({least.needs.breakdown()}) even with {least.layout.in_words()}{_written_otherwise(context, devices)}",
         fix=_or(context, devices, memory),
         value={**table, "write": None},
         severity=Severity.ERROR,
@@ -89,18 +100,39 @@ def _none_fits(context: Context, listed: Sequence[LayoutNeeds], devices: int, me
 
 
 def _or(context: Context, devices: int, memory: int) -> str:
-    """What else would make it fit: shorter windows, or more devices, or what takes less."""
-    longest = longest_window(context.config, context.facts, context.lora_shapes, devices, memory)
-    ways = ["more devices", "fewer ttt.layers"]
-    if context.config.train.param_dtype == "float32":
-        ways.insert(0, "param_dtype: bfloat16")
-    if context.config.train.trainable == "all":
-        ways.insert(0, "trainable: ttt")
+    """What else would make it fit, each by itself: shorter windows, smaller types, more devices; all of it computed.
+
+    Of the last two it is enough if one fits beside settings that take less memory, which a check of it names.
+    """
+    config, train = context.config, context.config.train
+
+    def fits(changed: Mapping[str, Any], among: int) -> bool:
+        found = proposal(with_keys(config, changed), context.backbone.facts, context.lora_shapes, among, memory)
+        return found is not None and found.surely
+
+    ways = []
+    longest = longest_window(config, context.facts, context.lora_shapes, devices, memory)
     if longest is not None:
-        ways.insert(
-            0, f"windows of at most {longest:,} tokens, where this config has {context.facts.tokens_per_window:,}"
-        )
-    return f"what surely fits: {', or '.join(ways[:3])}"
+        ways.append(f"windows of at most {longest:,} tokens, where this config has {context.facts.tokens_per_window:,}")
+    if train.trainable == "all" and fits({"train.trainable": "ttt"}, devices):
+        ways.append("trainable: ttt")
+    if train.param_dtype == "float32" and fits({"train.param_dtype": "bfloat16"}, devices):
+        ways.append("param_dtype: bfloat16")
+    more = next((number for number in _more_than(devices) if fits({}, number)), None)
+    if more is not None:
+        ways.append(f"{more} devices")
+    if ways:
+        return f"what surely fits: {', or '.join(ways[:3])}"
+    return "no shorter window, smaller type or larger number of devices surely fits: take devices of more memory"
+
+
+_MOST_DEVICES = 1024
+"""As many are tried."""
+
+
+def _more_than(devices: int) -> Iterator[int]:
+    while (devices := 2 * devices) <= _MOST_DEVICES:
+        yield devices
 
 
 def _on(devices: int, memory: int | None) -> str:
