@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,14 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
 import quick_interpreter
+from triton.runtime import interpreter
 
+from ttt.ops.fused.layout import Problem
 from ttt.ops.minibatch import Inner, Stream, learn
 from ttt.ops.rows import Tokens
+from ttt.ops.triton import mlp_run
+from ttt.ops.triton.mlp_backward import mlp_backward
+from ttt.ops.triton.mlp_forward import mlp_forward
 
 pytestmark = pytest.mark.skipif(
     os.environ["TRITON_INTERPRET"] != "1", reason="compares in the interpreter; benchmarks compare on a GPU"

@@ -12,28 +12,56 @@ if a backward will follow, and at the end. For one mini-batch, with the numbers 
     (11)  z = Q + γ ŷ + β
     (8)   W' = W + Kᵀ (c η E),   b' = b + Σ c η E   or G' = G + Kᵀ (η E), …, if it stays open
 
-Tiles have at least 16 rows, which `tl.dot` needs; the rows after the C tokens are zeros at zero rate. Memory on the chip:
-`W` in registers (F 128: 64 numbers a thread at 8 warps) and once more, with the tokens, as operands.
+Tiles have at least 16 rows, which `tl.dot` needs; the rows after the C tokens are zeros at zero rate. On the chip are `W`
+in registers (F 128: 64 numbers a thread at 8 warps) and, as operands, once more in shared memory, beside the tokens.
 
 A lower precision rounds both operands of every product above, `W` among them; not the state, sums and biases.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Iterator
+from typing import Any, get_args
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttt.ops.constants import Precision
 from ttt.ops.fused.layout import Problem, room_between_passes, room_for_tokens
-from ttt.ops.fused.registration import Answered
+from ttt.ops.registration import Answered
+from ttt.ops.triton.forms import Form
 from ttt.ops.triton.mlp_parts import coefficients, normalised, product, projected
 
 
-# fmt: off
 @triton.jit
+def tokens_at(at, spacing, C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr):
+    """The tokens of a mini-batch `[ROWS,F]` that begins at the pointer `at`, `spacing` numbers from token to token."""
+    i, f = tl.arange(0, ROWS)[:, None], tl.arange(0, F)[None, :]
+    return tl.load(at + (i * spacing + f), mask=i < C, other=0)
+
+
+@triton.jit
+def square(F: tl.constexpr):
+    """Where the numbers of `W [F,F]` lie."""
+    return tl.arange(0, F)[:, None] * F + tl.arange(0, F)[None, :]
+
+
+@triton.jit
+def errors_of(
+    k_CF, weight_FF, bias_1F, offset_CF, gamma_1F, F: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """`Z`, `x̂`, `ι`, `r` and `E` of a mini-batch's keys, (1) to (6); `offset` is `β − t`."""
+    output_CF = bias_1F + product(k_CF, weight_FF, PRECISION)
+    unit_CF, inverse_C1 = normalised(output_CF, F, EPS)
+    slope_CF = gamma_1F * (gamma_1F * unit_CF + offset_CF)
+    return output_CF, unit_CF, inverse_C1, slope_CF, inverse_C1 * projected(slope_CF, unit_CF, F)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["steps", "openings", "group", "last_n", "last_b"])
 def linear_forward_kernel(
     q, k, target, rate, gamma, beta, scale, last, weight, bias, summed, summed_bias,
     answers, following, following_bias, carries,
@@ -46,70 +74,57 @@ def linear_forward_kernel(
     """Run all mini-batches of one row and head.
 
     Token t of row b and head h begins `b x_b + h x_h + t x_t` numbers after `x`; answers lie in memory as `[B,T,H,F]`.
-    `CLOSES`: mini-batches close; else the one mini-batch stays open, and `following` are its sums. `OPENED`: `summed` is
-    what it had summed before. `ANSWERS`: queries are answered; else only the weights move. `KEEPS`: `carries [G,P,F+1,F]`
-    receives `(W; b)` that open the mini-batches `group`, `2 group`, … before `openings`.
+    `CLOSES`: mini-batches close; else the one mini-batch stays open, and `following` are its sums. `OPENED`: `summed`
+    is what it had summed before. `ANSWERS`: queries are answered; else only the weights move. `KEEPS`: `carries
+    [G,P,F+1,F]` receives the `(W; b)` that open the mini-batches `group`, `2 group`, … before `openings`.
     """
-    pair = tl.program_id(0).to(tl.int64)
+    pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     row, head = pair // heads, pair % heads
     i, f = tl.arange(0, ROWS), tl.arange(0, F)
-    live = i < C
-    square = f[:, None] * F + f[None, :]
     gamma_1F = tl.load(gamma + pair * F + f)[None, :]
     beta_1F = tl.load(beta + pair * F + f)[None, :]
-    scale_C = tl.load(scale + row * C + i, mask=live, other=0)
-    weight_FF = tl.load(weight + pair * F * F + square)
+    scale_C = tl.load(scale + row * C + i, mask=i < C, other=0)
+    weight_FF = tl.load(weight + pair * F * F + square(F))
     bias_F = tl.load(bias + pair * F + f)
-    zeros_CF = tl.zeros((ROWS, F), weight_FF.dtype)
-    k_at = k + row * k_b + head * k_h + i.to(tl.int64)[:, None] * k_t + f[None, :]
-    q_at = q + row * q_b + head * q_h + i.to(tl.int64)[:, None] * q_t + f[None, :]
-    target_at = target + row * target_b + head * target_h + i.to(tl.int64)[:, None] * target_t + f[None, :]
-    rate_at = rate + row * rate_b + head * rate_h + i.to(tl.int64) * rate_t
-    answer_at = answers + ((row * steps * C + i[:, None]) * heads + head) * F + f[None, :]
+    q, k, target = q + row * q_b + head * q_h, k + row * k_b + head * k_h, target + row * target_b + head * target_h
+    rate, last = rate + row * rate_b + head * rate_h, last + row * last_b
+    answers += (row * steps * C * heads + head) * F
     for n in range(steps):
-        k_CF = tl.load(k_at, mask=live[:, None], other=0)
-        target_CF = tl.load(target_at, mask=live[:, None], other=0)
-        rate_C = tl.load(rate_at, mask=live, other=0)
-        output_CF = zeros_CF + bias_F[None, :] + product(k_CF, weight_FF, PRECISION)  # (1)
-        unit_CF, inverse_C1 = normalised(output_CF, F, EPS)
-        slope_CF = gamma_1F * (gamma_1F * unit_CF + beta_1F - target_CF)  # (5)
-        error_CF = inverse_C1 * projected(slope_CF, unit_CF, F)  # (6)
+        k_CF = tokens_at(k, k_t, C, ROWS, F)
+        offset_CF = beta_1F - tokens_at(target, target_t, C, ROWS, F)
+        rate_C = tl.load(rate + i * rate_t, mask=i < C, other=0)
+        _, _, _, _, error_CF = errors_of(k_CF, weight_FF, bias_F[None, :], offset_CF, gamma_1F, F, EPS, PRECISION)
         if ANSWERS:
-            q_CF = tl.load(q_at, mask=live[:, None], other=0)
+            q_CF = tokens_at(q, q_t, C, ROWS, F)
             seen_CC = product(q_CF, tl.trans(k_CF), PRECISION) + 1
             kappa_CC, _ = coefficients(rate_C, scale_C, CAUSAL, ROWS)  # (9)
             answer_CF = bias_F[None, :] + product(q_CF, weight_FF, PRECISION)
             answer_CF += product(seen_CC * kappa_CC, error_CF, PRECISION)  # (10)
             if OPENED:
-                summed_FF = tl.load(summed + pair * F * F + square)
-                summed_F = tl.load(summed_bias + pair * F + f)
-                answer_CF -= scale_C[:, None] * (product(q_CF, summed_FF, PRECISION) + summed_F[None, :])
-            normed_CF, _ = normalised(answer_CF, F, EPS)
-            tl.store(answer_at, q_CF + (gamma_1F * normed_CF + beta_1F), mask=live[:, None])  # (11)
+                step_CF = product(q_CF, tl.load(summed + pair * F * F + square(F)), PRECISION)
+                answer_CF -= scale_C[:, None] * (step_CF + tl.load(summed_bias + pair * F + f)[None, :])
+            unit_CF, _ = normalised(answer_CF, F, EPS)
+            answer_at = answers + (i[:, None] * heads * F + f[None, :])
+            tl.store(answer_at, q_CF + (gamma_1F * unit_CF + beta_1F), mask=(i < C)[:, None])  # (11)
         if CLOSES:
-            pushed_CF = error_CF * (rate_C * -tl.load(last + n * last_n + row * last_b))[:, None]
+            rate_C *= -tl.load(last + n * last_n)
+        elif OPENED:
+            weight_FF = tl.load(summed + pair * F * F + square(F))
+            bias_F = tl.load(summed_bias + pair * F + f)
         else:
-            pushed_CF = error_CF * rate_C[:, None]
-            if OPENED:
-                weight_FF = tl.load(summed + pair * F * F + square)
-                bias_F = tl.load(summed_bias + pair * F + f)
-            else:
-                weight_FF = tl.zeros_like(weight_FF)
-                bias_F = tl.zeros_like(bias_F)
+            weight_FF = tl.zeros_like(weight_FF)
+            bias_F = tl.zeros_like(bias_F)
+        pushed_CF = error_CF * rate_C[:, None]
         weight_FF += product(tl.trans(k_CF), pushed_CF, PRECISION)  # (8)
         bias_F += tl.sum(pushed_CF, 0)
-        if KEEPS:
-            if (n + 1 < openings) & ((n + 1) % group == 0):
-                carry = carries + (((n + 1) // group - 1) * tl.num_programs(0) + pair) * (F + 1) * F
-                tl.store(carry + square, weight_FF)
-                tl.store(carry + F * F + f, bias_F)
-        k_at += C * k_t
-        q_at += C * q_t
-        target_at += C * target_t
-        rate_at += C * rate_t
-        answer_at += C * heads * F
+        if KEEPS and (n + 1 < openings) & ((n + 1) % group == 0):
+            carry = carries + (((n + 1) // group - 1) * pairs + pair) * (F + 1) * F
+            tl.store(carry + square(F), weight_FF)
+            tl.store(carry + F * F + f, bias_F)
+        q, k, target, rate = q + C * q_t, k + C * k_t, target + C * target_t, rate + C * rate_t
+        answers += C * heads * F
     if ANSWERS:
-        tl.store(following + pair * F * F + square, weight_FF)
+        tl.store(following + pair * F * F + square(F), weight_FF)
         tl.store(following_bias + pair * F + f, bias_F)
 
 
@@ -154,7 +169,6 @@ class LinearRun:
         self.constants = {
             "C": size, "ROWS": rows_of(size), "F": width, "EPS": problem.eps, "CAUSAL": problem.causal,
             "CLOSES": self.closes, "OPENED": bool(problem.gradients), "PRECISION": problem.precision,
-            **launch_of(width),
         }  # fmt: skip
 
     def strides(self) -> tuple[int, ...]:
@@ -195,6 +209,7 @@ class LinearRun:
                 self.tokens[0] if answers is None else answers, *following, *(carries or self.weights[:1]),
                 *self.strides(), self.dims.heads, steps, steps if answered else steps + 1, group,
                 ANSWERS=answered, KEEPS=bool(carries), **self.constants,
+                **launch_of(self.dims.widths[0], self.dims.size, self.problem.precision),
             )  # fmt: skip
 
 
@@ -203,9 +218,9 @@ def rows_of(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def launch_of(width: int) -> dict[str, Any]:
-    """How many warps run a program, and how far ahead tokens are read."""
-    return {"num_warps": 4 if width <= 64 else 8, "num_stages": 1}
+def launch_of(width: int, size: int, precision: Precision, *, back: bool = False) -> dict[str, Any]:
+    """How many warps run a program, and how far ahead it reads tokens."""
+    return {"num_warps": 8, "num_stages": 1}
 
 
 def addressable(x: Tensor) -> Tensor:
@@ -220,3 +235,41 @@ def addressable(x: Tensor) -> Tensor:
 def strides_of(x: Tensor) -> tuple[int, int, int]:
     """The strides of rows, heads and tokens of `x [B,H,N,C,F]`."""
     return x.stride(0), x.stride(1), x.stride(3) if x.shape[3] > 1 else x.stride(2)
+
+
+# --- the forms that are shipped ---
+
+_POINTERS = (
+    "q", "k", "target", "rate", "gamma", "beta", "scale", "last", "weight", "bias", "summed", "summed_bias",
+    "answers", "following", "following_bias", "carries",
+)  # fmt: skip
+STRIDES = (*(f"{x}_{axis}" for x in ("q", "k", "target", "rate") for axis in "bht"), "last_n", "last_b")
+"""The names of what `LinearRun.strides` returns."""
+
+
+def configurations() -> Iterator[tuple[str, dict[str, Any], frozenset[str]]]:
+    """Name, constants that both kernels have, and the strides that are multiples of 16, of every shipped form."""
+    spaced = frozenset(f"{x}_{axis}" for x in ("q", "k", "target") for axis in "bht")
+    for width, size, causal, precision in itertools.product(
+        (64, 128), (1, 16, 64), (True, False), get_args(Precision)
+    ):
+        constants = {
+            "C": size, "ROWS": rows_of(size), "F": width, "EPS": 1e-6, "CAUSAL": causal, "CLOSES": True,
+            "OPENED": False, "PRECISION": precision,
+        }  # fmt: skip
+        yield f"F {width}, C {size}, {'causal' if causal else 'non-causal'}, {precision}", constants, spaced
+
+
+def forms() -> list[Form]:
+    """Every configuration of the forward kernel that is shipped."""
+    signature = {name: "*fp32" for name in _POINTERS}
+    signature |= dict.fromkeys((*STRIDES, "heads", "steps", "openings", "group"), "i32")
+    found = []
+    for name, constants, aligned in configurations():
+        constants = {**constants, "ANSWERS": True, "KEEPS": True}
+        launch = launch_of(constants["F"], constants["C"], constants["PRECISION"])
+        aligned = aligned | set(_POINTERS) - {"scale", "last", "rate"}
+        found.append(
+            Form(f"linear forward, {name}", linear_forward_kernel, signature, constants, aligned=aligned, **launch)
+        )
+    return found

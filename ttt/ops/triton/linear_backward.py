@@ -2,8 +2,8 @@
 
 Groups run from the last to the first. The forward kernel, without its answers, writes the weights that open the group's
 mini-batches; then one launch goes through them in reverse. It carries `dW̃'` in registers, reads each `W̃` once, and
-computes again what belongs to one mini-batch: Z, E, A, y. For one mini-batch, with the numbers of `docs/backward.md` and
-its symbols:
+computes again what belongs to one mini-batch: Z, E, A, y. For one mini-batch, with the numbers and symbols of
+`docs/backward.md`:
 
     (13)  dy = ι Π(γ dz)                             dβ += Σ dz,   dγ += Σ dz ŷ
     (14)  dB = dy Eᵀ,   dκ = dB A ⊙ M                ds −= dκ η,   dη −= dκᵀ s
@@ -34,13 +34,71 @@ import triton.language as tl
 from torch import Tensor
 
 from ttt.ops.fused.layout import Problem, parted, room_for_tokens
-from ttt.ops.fused.registration import Gradients
-from ttt.ops.triton.linear import LinearRun, addressable, strides_of
+from ttt.ops.registration import Gradients
+from ttt.ops.triton.forms import Form
+from ttt.ops.triton.linear import (
+    STRIDES,
+    LinearRun,
+    addressable,
+    configurations,
+    errors_of,
+    launch_of,
+    square,
+    strides_of,
+    tokens_at,
+)
 from ttt.ops.triton.mlp_parts import coefficients, is_constant, normalised, product, projected
 
 
-# fmt: off
 @triton.jit
+def _turned(x_CF, room, heads, C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr):
+    """`xᵀ [F,ROWS]`, through the memory `room` of a mini-batch's tokens; it may be written again at once."""
+    i, f = tl.arange(0, ROWS), tl.arange(0, F)
+    tl.store(room + (i[:, None] * heads * F + f[None, :]), x_CF, mask=(i < C)[:, None])
+    tl.debug_barrier()
+    turned_FC = tl.load(room + (i[None, :] * heads * F + f[:, None]), mask=(i < C)[None, :], other=0)
+    tl.debug_barrier()
+    return turned_FC
+
+
+@triton.jit
+def _turned_back(x_FC, room, heads, C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr):
+    """The inverse of `_turned`."""
+    i, f = tl.arange(0, ROWS), tl.arange(0, F)
+    tl.store(room + (i[None, :] * heads * F + f[:, None]), x_FC, mask=(i < C)[None, :])
+    tl.debug_barrier()
+    turned_CF = tl.load(room + (i[:, None] * heads * F + f[None, :]), mask=(i < C)[:, None], other=0)
+    tl.debug_barrier()
+    return turned_CF
+
+
+@triton.jit
+def _norm_back(d_answer_CF, answer_CF, gamma_1F, F: tl.constexpr, EPS: tl.constexpr, LEAST: tl.constexpr):
+    """`dy` of (13), and `ŷ`."""
+    unit_CF, inverse_C1 = normalised(answer_CF, F, EPS)
+    d_answered_CF = inverse_C1 * projected(gamma_1F * d_answer_CF, unit_CF, F)
+    # A constant vector gets no gradient (`ttt.ops.norm`).
+    return tl.where(is_constant(answer_CF, LEAST), 0, d_answered_CF), unit_CF
+
+
+@triton.jit
+def _errors_back(
+    d_error_CF, output_CF, unit_CF, inverse_C1, slope_CF, error_CF, gamma_1F, F: tl.constexpr, LEAST: tl.constexpr
+):
+    """`dr` and `dZ` of (20)."""
+    constant_C1 = is_constant(output_CF, LEAST)
+    silent_C1 = (tl.max(tl.abs(error_CF), 1) == 0)[:, None]
+    d_slope_CF = tl.where(constant_C1 & silent_C1, 0, inverse_C1) * projected(d_error_CF, unit_CF, F)
+    along_unit_C1 = (tl.sum(d_error_CF * unit_CF, 1) / F)[:, None]
+    along_error_C1 = (tl.sum(d_error_CF * error_CF, 1) / F)[:, None]
+    to_slope_C1 = (tl.sum(slope_CF * unit_CF, 1) / F)[:, None]
+    d_output_CF = projected(gamma_1F * gamma_1F * d_slope_CF, unit_CF, F) - to_slope_C1 * d_slope_CF
+    d_output_CF -= error_CF * along_unit_C1 + unit_CF * along_error_C1
+    return d_slope_CF, tl.where(constant_C1, 0, inverse_C1) * d_output_CF
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["steps", "last_n", "last_b", "d_answers_b", "d_answers_h", "d_answers_t"])
 def linear_backward_kernel(
     q, k, target, rate, gamma, beta, scale, last, weight, bias, carries, summed, summed_bias,
     d_answers, d_q, d_k, d_target, d_rate, d_next, d_next_bias, d_weight, d_bias, d_summed, d_summed_bias,
@@ -54,77 +112,60 @@ def linear_backward_kernel(
     """Run the mini-batches of one row and head from the last to the first.
 
     Arguments are named as in `linear_forward_kernel`; `weight` and `bias` open the first mini-batch, `carries` the
-    others. `d_next` is the gradient of what they leave behind, `d_weight` receives that of `weight`, and may be the same
-    memory. Tokens' gradients lie in memory as `[B,length,H,F]`. `d_gamma [P,F]`, `d_beta`, `d_scale [P,C]` are added to.
+    others. `d_next` is the gradient of what they leave behind; `d_weight` receives that of `weight`, and may be the
+    same memory. Tokens' gradients lie in memory as `[B,length,H,F]`. What the mini-batches share, `d_gamma [P,F]`,
+    `d_beta` and `d_scale [P,C]`, is added to.
     """
-    pair = tl.program_id(0).to(tl.int64)
+    pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     row, head = pair // heads, pair % heads
     i, f = tl.arange(0, ROWS), tl.arange(0, F)
     live = i < C
-    live_C1 = live[:, None]
-    square = f[:, None] * F + f[None, :]
     gamma_1F = tl.load(gamma + pair * F + f)[None, :]
     beta_1F = tl.load(beta + pair * F + f)[None, :]
     scale_C = tl.load(scale + row * C + i, mask=live, other=0)
-    d_next_FF = tl.load(d_next + pair * F * F + square)
+    d_next_FF = tl.load(d_next + pair * F * F + square(F))
     d_next_F = tl.load(d_next_bias + pair * F + f)
     d_gamma_F = tl.load(d_gamma + pair * F + f)
     d_beta_F = tl.load(d_beta + pair * F + f)
     d_scale_C = tl.load(d_scale + pair * C + i, mask=live, other=0)
-    start = tl.cast(steps - 1, tl.int64) * C
-    token_C = start + i
-    q_at = q + row * q_b + head * q_h + token_C[:, None] * q_t + f[None, :]
-    k_at = k + row * k_b + head * k_h + token_C[:, None] * k_t + f[None, :]
-    target_at = target + row * target_b + head * target_h + token_C[:, None] * target_t + f[None, :]
-    rate_at = rate + row * rate_b + head * rate_h + token_C * rate_t
-    d_answer_at = d_answers + row * d_answers_b + head * d_answers_h + token_C[:, None] * d_answers_t + f[None, :]
-    place_C = (row * length + token_C) * heads + head
+    token = tl.cast(steps, tl.int64) * C  # of the mini-batch after this one
+    q, k, target = q + row * q_b + head * q_h, k + row * k_b + head * k_h, target + row * target_b + head * target_h
+    rate, last = rate + row * rate_b + head * rate_h, last + row * last_b
+    d_answers += row * d_answers_b + head * d_answers_h
     for back in range(steps):
         n = steps - 1 - back
-        q_CF = tl.load(q_at, mask=live_C1, other=0)
-        k_CF = tl.load(k_at, mask=live_C1, other=0)
-        offset_CF = beta_1F - tl.load(target_at, mask=live_C1, other=0)
-        rate_C = tl.load(rate_at, mask=live, other=0)
-        d_answer_CF = tl.load(d_answer_at, mask=live_C1, other=0)
-        if n == 0:
-            weight_at, bias_at = weight + pair * F * F, bias + pair * F
-        else:
-            weight_at = carries + ((n - 1) * tl.num_programs(0) + pair) * (F + 1) * F
+        token -= C
+        place = (row * length + token) * heads + head
+        q_CF = tokens_at(q + token * q_t, q_t, C, ROWS, F)
+        k_CF = tokens_at(k + token * k_t, k_t, C, ROWS, F)
+        offset_CF = beta_1F - tokens_at(target + token * target_t, target_t, C, ROWS, F)
+        rate_C = tl.load(rate + token * rate_t + i * rate_t, mask=live, other=0)
+        d_answer_CF = tokens_at(d_answers + token * d_answers_t, d_answers_t, C, ROWS, F)
+        weight_at, bias_at = weight + pair * F * F, bias + pair * F
+        if n > 0:
+            weight_at = carries + ((n - 1) * pairs + pair) * (F + 1) * F
             bias_at = weight_at + F * F
-        weight_FF = tl.load(weight_at + square)
-        bias_1F = tl.load(bias_at + f)[None, :]
+        weight_FF, bias_1F = tl.load(weight_at + square(F)), tl.load(bias_at + f)[None, :]
         push = tl.full((), 1, rate_C.dtype)
         if CLOSES:
-            push = -tl.load(last + n * last_n + row * last_b)
-        push_C1 = (push * rate_C)[:, None]
-        rows_at, columns_at = place_C[:, None] * F + f[None, :], place_C[None, :] * F + f[:, None]
+            push = -tl.load(last + n * last_n)
 
-        # The keys once more, (1) to (6).
-        output_CF = bias_1F + product(k_CF, weight_FF, PRECISION)
-        unit_CF, inverse_C1 = normalised(output_CF, F, EPS)
-        slope_CF = gamma_1F * (gamma_1F * unit_CF + offset_CF)
-        error_CF = inverse_C1 * projected(slope_CF, unit_CF, F)
-        tl.store(d_k + rows_at, error_CF, mask=live_C1)
-        tl.debug_barrier()
-        error_FC = tl.load(d_k + columns_at, mask=live[None, :], other=0)
-
-        # The queries once more, (9) and (10), and back, (11) and (13).
+        output_CF, unit_CF, inverse_C1, slope_CF, error_CF = errors_of(
+            k_CF, weight_FF, bias_1F, offset_CF, gamma_1F, F, EPS, PRECISION
+        )
+        error_FC = _turned(error_CF, d_k + place * F, heads, C, ROWS, F)
         seen_CC = product(q_CF, tl.trans(k_CF), PRECISION) + 1
-        seen_by_key_CC = product(k_CF, tl.trans(q_CF), PRECISION) + 1
         kappa_CC, kappa_by_key_CC = coefficients(rate_C, scale_C, CAUSAL, ROWS)
-        answer_CF = bias_1F + product(q_CF, weight_FF, PRECISION)
-        answer_CF += product(seen_CC * kappa_CC, error_CF, PRECISION)
+        answer_CF = bias_1F + product(q_CF, weight_FF, PRECISION) + product(seen_CC * kappa_CC, error_CF, PRECISION)
         if OPENED:
-            summed_FF = tl.load(summed + pair * F * F + square)
-            step_CF = product(q_CF, summed_FF, PRECISION) + tl.load(summed_bias + pair * F + f)[None, :]
+            step_CF = product(q_CF, tl.load(summed + pair * F * F + square(F)), PRECISION)
+            step_CF += tl.load(summed_bias + pair * F + f)[None, :]
             answer_CF -= scale_C[:, None] * step_CF
-        answer_unit_CF, answer_inverse_C1 = normalised(answer_CF, F, EPS)
+        d_y_CF, answer_unit_CF = _norm_back(d_answer_CF, answer_CF, gamma_1F, F, EPS, LEAST)
         d_beta_F += tl.sum(d_answer_CF, 0)
         d_gamma_F += tl.sum(d_answer_CF * answer_unit_CF, 0)
-        d_y_CF = answer_inverse_C1 * projected(gamma_1F * d_answer_CF, answer_unit_CF, F)
-        d_y_CF = tl.where(is_constant(answer_CF, LEAST), 0, d_y_CF)
 
-        # The queries' step, (14) to (16); dK and the update (18) by columns.
+        # The queries, (14) to (16).
         d_mixed_CC = product(d_y_CF, error_FC, PRECISION)
         d_kappa_CC = d_mixed_CC * seen_CC
         if CAUSAL:
@@ -132,65 +173,46 @@ def linear_backward_kernel(
         d_scale_C -= tl.sum(d_kappa_CC * rate_C[None, :], 1)
         d_rate_C = -tl.sum(d_kappa_CC * scale_C[:, None], 0)
         d_seen_CC = d_mixed_CC * kappa_CC
+        d_q_CF = d_answer_CF + product(d_seen_CC, k_CF, PRECISION) + product(d_y_CF, tl.trans(weight_FF), PRECISION)
+        seen_by_key_CC = product(k_CF, tl.trans(q_CF), PRECISION) + 1
         d_error_CF = product(seen_by_key_CC * kappa_by_key_CC, d_y_CF, PRECISION)
-        by_next_CF = product(k_CF, d_next_FF, PRECISION) + d_next_F[None, :]
-        d_error_CF += push_C1 * by_next_CF
-        d_k_FC = product(tl.trans(q_CF), d_seen_CC, PRECISION)
-        d_k_FC += product(d_next_FF, error_FC * (push * rate_C)[None, :], PRECISION)
-        tl.debug_barrier()
-        tl.store(d_k + columns_at, d_k_FC, mask=live[None, :])
-        d_push_C = tl.sum(by_next_CF * error_CF, 1)  # (24)
-        d_rate_C += push * d_push_C
-        tl.store(d_rate + place_C, d_rate_C, mask=live)
-        if CLOSES:
-            tl.store(d_pushes + n * tl.num_programs(0) + pair, tl.sum(rate_C * d_push_C, 0))
-        d_q_CF = d_answer_CF + product(d_seen_CC, k_CF, PRECISION)
-        d_q_CF += product(d_y_CF, tl.trans(weight_FF), PRECISION)
         if OPENED:
             d_scale_C -= tl.sum(d_y_CF * step_CF, 1)
             d_step_CF = -scale_C[:, None] * d_y_CF
-            summed_FF = tl.load(summed + pair * F * F + square)
-            d_q_CF += product(d_step_CF, tl.trans(summed_FF), PRECISION)
+            d_q_CF += product(d_step_CF, tl.trans(tl.load(summed + pair * F * F + square(F))), PRECISION)
             d_summed_FF = d_next_FF + product(tl.trans(q_CF), d_step_CF, PRECISION)
-            tl.store(d_summed + pair * F * F + square, d_summed_FF)
+            tl.store(d_summed + pair * F * F + square(F), d_summed_FF)
             tl.store(d_summed_bias + pair * F + f, d_next_F + tl.sum(d_step_CF, 0))
-        tl.store(d_q + rows_at, d_q_CF, mask=live_C1)
+        at_CF = place * F + (i[:, None] * heads * F + f[None, :])
+        tl.store(d_q + at_CF, d_q_CF, mask=live[:, None])
 
-        # Through the inner loss's gradient (20), to the target and the norm (25).
-        silent_C1 = (tl.max(tl.abs(error_CF), 1) == 0)[:, None]
-        flat_C1 = is_constant(output_CF, LEAST)
-        followed_C1 = tl.where(flat_C1, 0, inverse_C1)
-        d_slope_CF = tl.where(flat_C1 & silent_C1, 0, inverse_C1) * projected(d_error_CF, unit_CF, F)
-        d_target_CF = -gamma_1F * d_slope_CF
-        tl.store(d_target + rows_at, d_target_CF, mask=live_C1)
-        d_beta_F -= tl.sum(d_target_CF, 0)
+        # The update, (18) and (24).
+        by_next_CF = product(k_CF, d_next_FF, PRECISION) + d_next_F[None, :]
+        d_error_CF += (push * rate_C)[:, None] * by_next_CF
+        d_push_C = tl.sum(by_next_CF * error_CF, 1)
+        tl.store(d_rate + place + i * heads, d_rate_C + push * d_push_C, mask=live)
+        if CLOSES:
+            tl.store(d_pushes + n * pairs + pair, tl.sum(rate_C * d_push_C, 0))
+        d_k_FC = product(tl.trans(q_CF), d_seen_CC, PRECISION)
+        d_k_FC += product(d_next_FF, error_FC * (push * rate_C)[None, :], PRECISION)
+        d_k_CF = _turned_back(d_k_FC, d_k + place * F, heads, C, ROWS, F)
+
+        # Through the inner loss's gradient (20), to target and norm (25), keys (23) and weights (22).
+        d_slope_CF, d_output_CF = _errors_back(
+            d_error_CF, output_CF, unit_CF, inverse_C1, slope_CF, error_CF, gamma_1F, F, LEAST
+        )
+        tl.store(d_target + at_CF, -gamma_1F * d_slope_CF, mask=live[:, None])
+        d_beta_F += tl.sum(gamma_1F * d_slope_CF, 0)
         d_gamma_F += tl.sum(d_slope_CF * (2 * gamma_1F * unit_CF + offset_CF), 0)
-        along_unit_C1 = (tl.sum(d_error_CF * unit_CF, 1) / F)[:, None]
-        along_error_C1 = (tl.sum(d_error_CF * error_CF, 1) / F)[:, None]
-        to_slope_C1 = (tl.sum(slope_CF * unit_CF, 1) / F)[:, None]
-        d_output_CF = projected(gamma_1F * gamma_1F * d_slope_CF, unit_CF, F) - to_slope_C1 * d_slope_CF
-        d_output_CF = followed_C1 * (d_output_CF - error_CF * along_unit_C1 - unit_CF * along_error_C1)
-
-        # The weights (22) and the keys (23).
+        d_k_CF += product(d_output_CF, tl.trans(weight_FF), PRECISION)
+        tl.store(d_k + at_CF, d_k_CF, mask=live[:, None])
         if not CLOSES:
             d_next_FF = tl.zeros_like(d_next_FF)
             d_next_F = tl.zeros_like(d_next_F)
         d_next_FF += product(tl.trans(k_CF), d_output_CF, PRECISION)
         d_next_FF += product(tl.trans(q_CF), d_y_CF, PRECISION)
         d_next_F += tl.sum(d_output_CF + d_y_CF, 0)
-        tl.debug_barrier()
-        d_k_CF = tl.load(d_k + rows_at, mask=live_C1, other=0)
-        d_k_CF += product(d_output_CF, tl.trans(weight_FF), PRECISION)
-        tl.debug_barrier()
-        tl.store(d_k + rows_at, d_k_CF, mask=live_C1)
-
-        q_at -= C * q_t
-        k_at -= C * k_t
-        target_at -= C * target_t
-        rate_at -= C * rate_t
-        d_answer_at -= C * d_answers_t
-        place_C -= C * heads
-    tl.store(d_weight + pair * F * F + square, d_next_FF)
+    tl.store(d_weight + pair * F * F + square(F), d_next_FF)
     tl.store(d_bias + pair * F + f, d_next_F)
     tl.store(d_gamma + pair * F + f, d_gamma_F)
     tl.store(d_beta + pair * F + f, d_beta_F)
@@ -260,6 +282,7 @@ class LinearBackward(LinearRun):
                 *self.d_summed, self.d_gamma, self.d_beta, self.d_scale, self.d_pushes[start:],
                 *self.strides(), *strides_of(self.d_answers), dims.heads, stop - start, dims.steps * dims.size,
                 LEAST=self.least, **self.constants,
+                **launch_of(dims.widths[0], dims.size, self.problem.precision, back=True),
             )  # fmt: skip
         self.d_next = self.d_weights
 
@@ -279,3 +302,28 @@ class LinearBackward(LinearRun):
         d_q, d_k, d_target, d_rate = self.d_tokens
         d_summed = self.d_summed if problem.gradients else []
         return d_q, d_k, d_target, d_rate, d_gamma, d_beta, d_scale, d_last, self.d_weights, d_summed
+
+
+# --- the forms that are shipped ---
+
+_POINTERS = (
+    "q", "k", "target", "rate", "gamma", "beta", "scale", "last", "weight", "bias", "carries", "summed", "summed_bias",
+    "d_answers", "d_q", "d_k", "d_target", "d_rate", "d_next", "d_next_bias", "d_weight", "d_bias", "d_summed",
+    "d_summed_bias", "d_gamma", "d_beta", "d_scale", "d_pushes",
+)  # fmt: skip
+
+
+def forms() -> list[Form]:
+    """Every configuration of the backward kernel that is shipped."""
+    signature = {name: "*fp32" for name in _POINTERS}
+    signature |= dict.fromkeys((*STRIDES, *(f"d_answers_{axis}" for axis in "bht"), "heads", "steps", "length"), "i32")
+    found = []
+    for name, constants, aligned in configurations():
+        constants = {**constants, "LEAST": 4 * torch.finfo(torch.float32).eps}
+        launch = launch_of(constants["F"], constants["C"], constants["PRECISION"], back=True)
+        aligned = aligned | set(_POINTERS) - {"scale", "last", "rate", "d_rate", "d_scale", "d_pushes"}
+        form = Form(
+            f"linear backward, {name}", linear_backward_kernel, signature, constants, aligned=aligned, **launch
+        )
+        found.append(form)
+    return found

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt.ops.fused.layout import Problem, room_for_tokens
+from ttt.ops.fused.layout import Problem, room_between_passes, room_for_tokens
 from ttt.ops.triton.mlp_run import Kept, Place, Steps, dense
 from ttt.ops.triton.mlp_walk import mlp_tokens, mlp_walk
 
@@ -32,13 +32,13 @@ def mlp_backward(
     walk = _Walk(problem, steps, d_answers, d_following, min(group_size, n))
     like = problem.q_BHNCF
     kept = Kept.room(steps.dims, min(group_size, n), like)
-    again = [w.new_empty((group_size - 1, *w.shape)) for w in problem.weights] if problem.group_size else saved
+    again = room_between_passes(steps.dims._replace(steps=min(group_size, n)), 1, like) if problem.group_size else saved
     for start in range((n - 1) // group_size * group_size, -1, -group_size):
         stop = min(start + group_size, n)
-        first = steps.given if not start else Place.at(saved, start // group_size - 1)
+        first = steps.given if not start else Place.joined(saved, start // group_size - 1)
 
         def opening(n: int, start: int = start, stop: int = stop, first: Place = first) -> Place:
-            return first if n in (start, stop) else Place.at(again, n - start - 1)
+            return first if n in (start, stop) else Place.joined(again, n - start - 1)
 
         last_update = stop - 1 if problem.group_size else start
         steps.run(start, stop, opening, last_update=last_update, kept=kept)
@@ -57,7 +57,7 @@ class _Walk:
         self.d_answers = dense(d_answers)
         self.next = Place.of(d_following)
         self.d_weights, self.d_before = (
-            Place(*(torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in tensors)) if tensors else self.next
+            Place.of([torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in tensors]) if tensors else self.next
             for tensors in (problem.weights, problem.gradients)
         )
         self.d_tokens = [room_for_tokens(x) for x in problem[:4]]
@@ -83,10 +83,10 @@ class _Walk:
             begun, finished = (opening(min(max(m, start), stop - 1)) for m in (n, n + 1))
             mlp_walk[(dims.pairs, sizes.tiles + (n + 2 < stop))](
                 steps.q, steps.k, steps.target, steps.rate, steps.gamma, steps.beta, steps.scale, steps.last,
-                self.d_answers, begun.w1, finished.w0, finished.w1, *self.next, *self.d_weights, *steps.before,
-                *self.d_before, *kept, self.d_error, self.d_asked, self.error_parts, *self.token_parts,
+                self.d_answers, begun.w1, finished.w0, finished.w1, *self.next[:4], *self.d_weights[:4], *steps.before[:4],
+                *self.d_before[:4], *kept, self.d_error, self.d_asked, self.error_parts, *self.token_parts,
                 d_q, d_k, d_target, d_rate, self.d_gamma, self.d_beta, self.d_scale, self.d_push,
-                n, *counts, self.slots, **steps.strides, **steps.shapes, EPS=steps.eps, LEAST=steps.least, **ends,
+                n, *counts, self.slots, begun.bias, finished.bias, **steps.strides, **steps.shapes, EPS=steps.eps, LEAST=steps.least, **ends,
                 FINISH=finish, BEGIN=begin, OPENED=steps.opened, num_warps=sizes.warps,
             )  # fmt: skip
             if finish:

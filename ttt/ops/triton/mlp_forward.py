@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttt.ops.fused.layout import Problem, room_for_tokens
-from ttt.ops.triton.carries import room_for_carries
+from ttt.ops.fused.layout import Problem, room_between_passes, room_for_tokens
 from ttt.ops.triton.mlp_run import Place, Steps
 
 
@@ -19,8 +18,8 @@ def mlp_forward(problem: Problem, *, keep: bool) -> tuple[Tensor, list[Tensor], 
 
     Returns:
         `z [B,H,N,C,F]` in the memory order of `room_for_tokens`; the weights after the last mini-batch, or the sums of
-        one that stays open, in the shapes of `problem.weights`; and the kept tensors, those of `room_for_carries`: the
-        weights that open the groups after the first, or with group size 0 every mini-batch after the first.
+        one that stays open, in the shapes of `problem.weights`; and the kept tensors: `W̃_l [groups − 1,P,J,O]` that
+        open the groups after the first; group size 0 counts as 1.
 
     Raises:
         ValueError: the kernels have no form for these sizes.
@@ -29,14 +28,14 @@ def mlp_forward(problem: Problem, *, keep: bool) -> tuple[Tensor, list[Tensor], 
     dims, group_size = steps.dims, problem.group_size or 1
     answers = room_for_tokens(problem.q_BHNCF)
     following = Place.of([torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in problem.weights])
-    saved = room_for_carries(problem) if keep else []
+    saved = room_between_passes(dims, group_size, problem.q_BHNCF) if keep else []
 
     def opening(n: int) -> Place:
         if not n:
             return steps.given
         if keep and n < dims.steps and n % group_size == 0:
-            return Place.at(saved, n // group_size - 1)
+            return Place.joined(saved, n // group_size - 1)
         return following
 
     steps.run(0, dims.steps, opening, last_update=dims.steps, answers=answers)
-    return answers, list(following), saved
+    return answers, list(following[:4]), saved

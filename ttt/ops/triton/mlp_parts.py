@@ -30,11 +30,12 @@ def rounded(x):
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
     """`a b`: operands in the precision's type, sums in float32 (float64 for operands in float64)."""
-    if PRECISION == "bf16":
-        if _INTERPRETED:  # its products of bfloat16 are those of the bits
-            return tl.dot(rounded(a), rounded(b), input_precision="ieee")
+    if PRECISION != "bf16":
+        return tl.dot(a, b, input_precision=PRECISION)
+    elif _INTERPRETED:  # its products of bfloat16 are those of the bits  # noqa: RET505
+        return tl.dot(rounded(a), rounded(b), input_precision="ieee")
+    else:
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
-    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -130,29 +131,29 @@ def place(index, p, pairs, rows, columns, C: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def first_tile(p, tile, F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr):
-    """Where a pair's tile `[F,TILE]` of `W_0 [P,F,HIDDEN]` lies."""
+def first_tile(p, tile, bias, F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr):
+    """Where a pair's tile `[F,TILE]` of `W_0 [P,F,HIDDEN]` lies; with `bias` 1, of `W̃_0 [P,F+1,HIDDEN]`."""
     inside = tl.arange(0, F)[:, None] * HIDDEN + tile * TILE + tl.arange(0, TILE)[None, :]
-    return p.to(tl.int64) * F * HIDDEN + inside
+    return p.to(tl.int64) * (F + bias) * HIDDEN + inside
 
 
 @triton.jit
-def first_bias(p, tile, HIDDEN: tl.constexpr, TILE: tl.constexpr):
-    """Where a pair's tile `[TILE]` of `b_0 [P,HIDDEN]` lies."""
-    return p * HIDDEN + tile * TILE + tl.arange(0, TILE)
+def first_bias(p, tile, bias, F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr):
+    """Where a pair's tile `[TILE]` of `b_0 [P,HIDDEN]` lies; with `bias` 1, from the bias of the first pair."""
+    return p.to(tl.int64) * (1 + bias * F) * HIDDEN + tile * TILE + tl.arange(0, TILE)
 
 
 @triton.jit
-def second_tile(p, tile, F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr):
-    """Where a pair's tile `[TILE,F]` of `W_1 [P,HIDDEN,F]` lies."""
+def second_tile(p, tile, bias, F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr):
+    """Where a pair's tile `[TILE,F]` of `W_1 [P,HIDDEN,F]` lies; with `bias` 1, of `W̃_1 [P,HIDDEN+1,F]`."""
     inside = (tile * TILE + tl.arange(0, TILE)[:, None]) * F + tl.arange(0, F)[None, :]
-    return p.to(tl.int64) * HIDDEN * F + inside
+    return p.to(tl.int64) * (HIDDEN + bias) * F + inside
 
 
 @triton.jit
-def second_bias(p, F: tl.constexpr):
-    """Where a pair's `b_1 [P,F]` lies."""
-    return p * F + tl.arange(0, F)
+def second_bias(p, bias, F: tl.constexpr, HIDDEN: tl.constexpr):
+    """Where a pair's `b_1 [P,F]` lies; with `bias` 1, from the bias of the first pair."""
+    return p.to(tl.int64) * (1 + bias * HIDDEN) * F + tl.arange(0, F)
 
 
 @triton.jit

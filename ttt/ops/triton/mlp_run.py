@@ -70,16 +70,20 @@ class Place(NamedTuple):
     b0: Tensor
     w1: Tensor
     b1: Tensor
+    bias: int
+    """1 if biases are the last rows of their weights."""
 
     @classmethod
     def of(cls, tensors: list[Tensor]) -> Place:
         """Of `W [B,H,I,O]` and `b [B,H,1,O]` of both layers, each with memory of its own."""
-        return cls(*(x.contiguous() for x in tensors))
+        w0, b0, w1, b1 = (x.contiguous() for x in tensors)
+        return cls(w0, b0, w1, b1, 0)
 
     @classmethod
-    def at(cls, tensors: list[Tensor], index: int) -> Place:
-        """Of one of several, `W [M,P,I,O]` and `b [M,P,1,O]` of both layers."""
-        return cls(*(x[index] for x in tensors))
+    def joined(cls, tensors: list[Tensor], index: int) -> Place:
+        """Of one of several, `W̃ [M,P,J,O]` of both layers."""
+        first, second = (x[index] for x in tensors)
+        return cls(first, first[:, -1], second, second[:, -1], 1)
 
 
 class Kept(NamedTuple):
@@ -177,8 +181,8 @@ class Steps:
             source, target = opening(n - 1 if finish else n), opening(n)
             mlp_step[(dims.pairs, sizes.tiles + (n > start + 1))](
                 q, self.k, self.target, self.rate, self.gamma, self.beta, self.scale, self.last,
-                *source, *target, *self.before, *rooms, shown,
-                n, dims.steps, dims.heads, dims.pairs, slots, **self.strides,
+                *source[:4], *target[:4], *self.before[:4], *rooms, shown,
+                n, dims.steps, dims.heads, dims.pairs, slots, source.bias, target.bias, **self.strides,
                 **self.shapes, EPS=self.eps, PRECISION=self.precision, CAUSAL=self.causal, FINISH=finish,
                 BEGIN=n < stop, UPDATE=finish and n <= last_update, CLOSES=self.closes, OPENED=self.opened,
                 KEEP=kept is not None, num_warps=sizes.warps,

@@ -27,7 +27,7 @@ from ttt.ops.triton.mlp_parts import (
     summed_tiles,
 )
 
-_NEVER_SPECIALISED = ["n", "steps", "slots", "scale_b", "last_n", "last_b", "norm_b", "norm_h"]
+_NEVER_SPECIALISED = ["n", "steps", "slots", "from_bias", "to_bias", "scale_b", "last_n", "last_b", "norm_b", "norm_h"]
 
 
 @triton.jit(do_not_specialize=_NEVER_SPECIALISED)
@@ -35,22 +35,23 @@ def mlp_step(
     q, k, target, rate, gamma, beta, scale, last,
     from_w0, from_b0, from_w1, from_b1, to_w0, to_b0, to_w1, to_b1, before_w0, before_b0, before_w1, before_b1,
     hidden, asked, pulled, output, answered, key_parts, answer_parts, answers,
-    n, steps, heads, pairs, slots, scale_b, last_n, last_b, norm_b, norm_h,
+    n, steps, heads, pairs, slots, from_bias, to_bias, scale_b, last_n, last_b, norm_b, norm_h,
     F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
     EPS: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, FINISH: tl.constexpr, BEGIN: tl.constexpr,
     UPDATE: tl.constexpr, CLOSES: tl.constexpr, OPENED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Finish mini-batch n − 1 and begin n, for one tile of one pair; the program after the last tile answers n − 2.
 
-    Args:
-        q: tokens in the memory order `[B,N,C,H,F]`, as `k`, `target`, `answers`; `rate` `[B,N,C,H]`.
-        from_w0: the weights that opened mini-batch n − 1 (n, if there is nothing to finish).
-        to_w0: receives the weights that open n, or the sums of a mini-batch that stays open; may be `from_w0`. Without
-            `UPDATE` it holds these weights already.
-        before_w0: with `OPENED`, the sums so far of the only mini-batch.
-        hidden: `Z_0 [slots,P,C,HIDDEN]`, in the slot n modulo `slots`; with `KEEP` also `asked` `y_0`, `pulled` `D_0`,
-            and `output` `Z_1`, `answered` `y_1`, both `[slots,P,C,F]`.
-        key_parts: a tile's part of `Z_1`, `[2,tiles,P,C,F]`, by n modulo 2; `answer_parts`: of `y_1`.
+    `q`, `k`, `target` and `answers` are tokens in the memory order `[B,N,C,H,F]`, `rate` `[B,N,C,H]`.
+
+    `from_*` are the weights that opened n − 1 (n, if there is nothing to finish), `to_*` receive those that open n, or the
+    sums of a mini-batch that stays open, and may be the same; without `UPDATE` they hold these weights already.
+    `from_bias` or `to_bias` is 1 if biases are the last rows of their weights, so that pairs lie that much further apart.
+    `before_*` are, with `OPENED`, the sums so far of the only mini-batch.
+
+    `hidden` holds `Z_0 [slots,P,C,HIDDEN]`, in the slot n modulo `slots`; with `KEEP` so do `asked` `y_0` and `pulled`
+    `D_0`, and `output` `Z_1` and `answered` `y_1`, both `[slots,P,C,F]`. `key_parts` and `answer_parts` are the tiles'
+    parts of `Z_1` and `y_1`, `[2,tiles,P,C,F]`, by the mini-batch modulo 2.
     """
     p, tile = tl.program_id(0), tl.program_id(1)
     if tile == HIDDEN // TILE:
@@ -59,8 +60,8 @@ def mlp_step(
             F, HIDDEN // TILE, C, ROWS, EPS, KEEP,
         )  # fmt: skip
     else:
-        w0_at, b0_at = first_tile(p, tile, F, HIDDEN, TILE), first_bias(p, tile, HIDDEN, TILE)
-        w1_at, b1_at = second_tile(p, tile, F, HIDDEN, TILE), second_bias(p, F)
+        w0_at, b0_at = first_tile(p, tile, from_bias, F, HIDDEN, TILE), first_bias(p, tile, from_bias, F, HIDDEN, TILE)
+        w1_at, b1_at = second_tile(p, tile, from_bias, F, HIDDEN, TILE), second_bias(p, from_bias, F, HIDDEN)
         w0, b0 = tl.load(from_w0 + w0_at), tl.load(from_b0 + b0_at)
         w1, b1 = tl.load(from_w1 + w1_at), tl.load(from_b1 + b1_at, mask=is_tile(tile, 0, F), other=0)
         if FINISH:
@@ -69,6 +70,8 @@ def mlp_step(
                 hidden, asked, pulled, output, key_parts, answer_parts, n - 1, p, tile, steps, heads, pairs, slots,
                 scale_b, norm_b, norm_h, F, HIDDEN, TILE, C, ROWS, EPS, PRECISION, CAUSAL, UPDATE, OPENED, KEEP,
             )  # fmt: skip
+            w0_at, b0_at = first_tile(p, tile, to_bias, F, HIDDEN, TILE), first_bias(p, tile, to_bias, F, HIDDEN, TILE)
+            w1_at, b1_at = second_tile(p, tile, to_bias, F, HIDDEN, TILE), second_bias(p, to_bias, F, HIDDEN)
             if UPDATE:  # (8)
                 if CLOSES:
                     push = -tl.load(last + (n - 1) * last_n + (p // heads) * last_b)
@@ -144,10 +147,10 @@ def _finish(
     keys = load_tokens(k, n, p, steps, heads, C, ROWS, F)
     g0, c0, g1, c1 = tl.zeros_like(w0), tl.zeros_like(b0), tl.zeros_like(w1), tl.zeros_like(b1)
     if OPENED:
-        g0 += tl.load(before_w0 + first_tile(p, tile, F, HIDDEN, TILE))
-        c0 += tl.load(before_b0 + first_bias(p, tile, HIDDEN, TILE))
-        g1 += tl.load(before_w1 + second_tile(p, tile, F, HIDDEN, TILE))
-        c1 += tl.load(before_b1 + second_bias(p, F), mask=is_tile(tile, 0, F), other=0)
+        g0 += tl.load(before_w0 + first_tile(p, tile, 0, F, HIDDEN, TILE))
+        c0 += tl.load(before_b0 + first_bias(p, tile, 0, F, HIDDEN, TILE))
+        g1 += tl.load(before_w1 + second_tile(p, tile, 0, F, HIDDEN, TILE))
+        c1 += tl.load(before_b1 + second_bias(p, 0, F, HIDDEN), mask=is_tile(tile, 0, F), other=0)
     queries = load_tokens(q, n, p, steps, heads, C, ROWS, F)
     if CAUSAL:  # dual form
         kappa, _ = coefficients(eta, s, CAUSAL, ROWS)

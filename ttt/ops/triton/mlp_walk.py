@@ -31,7 +31,7 @@ from ttt.ops.triton.mlp_parts import (
     token_rows,
 )
 
-_NEVER_SPECIALISED = ["n", "steps", "slots", "scale_b", "last_n", "last_b", "norm_b", "norm_h"]
+_NEVER_SPECIALISED = ["n", "steps", "slots", "begun_bias", "bias", "scale_b", "last_n", "last_b", "norm_b", "norm_h"]
 
 
 @triton.jit(do_not_specialize=_NEVER_SPECIALISED)
@@ -42,7 +42,7 @@ def mlp_walk(
     hidden, asked, pulled, output, answered, d_error, d_asked,
     error_parts, query_parts, key_parts, seen_parts, row_parts,
     d_q, d_k, d_target, d_rate, d_gamma, d_beta, d_scale, d_push,
-    n, steps, heads, pairs, slots, scale_b, last_n, last_b, norm_b, norm_h,
+    n, steps, heads, pairs, slots, begun_bias, bias, scale_b, last_n, last_b, norm_b, norm_h,
     F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
     EPS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, FINISH: tl.constexpr,
     BEGIN: tl.constexpr, CLOSES: tl.constexpr, OPENED: tl.constexpr,
@@ -50,7 +50,7 @@ def mlp_walk(
     """Finish mini-batch n + 1 and begin n, for one tile of one pair; the program after the last tile does n + 2's tokens.
 
     Tokens, `hidden` to `answered` and `before_*` are those of `mlp_step`; `begun_w1` is the `W_1` that opened n, `w0`
-    and `w1` opened n + 1. `next_*` hold `dW'` of n + 1 (of n, if there is nothing to finish) and may be `to_*`, which
+    and `w1` opened n + 1; `begun_bias` and `bias` are 1 if a bias is the last row of each pair's. `next_*` hold `dW'` of n + 1 (of n, if there is nothing to finish) and may be `to_*`, which
     receive its `dW`, the `dW'` of n. What one launch leaves for the next lies in two slots, by the mini-batch modulo 2:
     `d_error` `dE_0` and `d_asked` `dy_0` `[2,P,C,HIDDEN]`, and the tiles' parts of `dE_1`, `dQ`, `dK`
     `[2,tiles,P,C,F]`. What it leaves for the one after the next lies in three: the parts of `dB_0` `[3,tiles,P,C,C]`,
@@ -64,26 +64,29 @@ def mlp_walk(
             F, HIDDEN // TILE, C, ROWS, PRECISION, CAUSAL, CLOSES,
         )  # fmt: skip
     else:
-        w0_at, b0_at = first_tile(p, tile, F, HIDDEN, TILE), first_bias(p, tile, HIDDEN, TILE)
-        w1_at, b1_at = second_tile(p, tile, F, HIDDEN, TILE), second_bias(p, F)
-        next0, nextb0 = tl.load(next_w0 + w0_at), tl.load(next_b0 + b0_at)
-        next1, nextb1 = tl.load(next_w1 + w1_at), tl.load(next_b1 + b1_at, mask=is_tile(tile, 0, F), other=0)
+        w0_at, b0_at = first_tile(p, tile, 0, F, HIDDEN, TILE), first_bias(p, tile, 0, F, HIDDEN, TILE)
+        w1_at, b1_at = second_tile(p, tile, 0, F, HIDDEN, TILE), second_bias(p, 0, F, HIDDEN)
+        only = is_tile(tile, 0, F)
+        next0, nextb0, next1, nextb1 = next_w0 + w0_at, next_b0 + b0_at, next_w1 + w1_at, next_b1 + b1_at
         if FINISH:
-            next0, nextb0, next1, nextb1 = _finish(
-                next0, nextb0, next1, nextb1, tl.load(w0 + w0_at), tl.load(w1 + w1_at),
-                q, k, target, rate, gamma, beta, scale, last, d_answers, before_w0, before_w1,
+            d_w0, d_b0, d_w1, d_b1 = _finish(
+                next0, nextb0, next1, nextb1, w0 + first_tile(p, tile, bias, F, HIDDEN, TILE),
+                w1 + second_tile(p, tile, bias, F, HIDDEN, TILE),
+                q, k, target, rate, gamma, beta, scale, last, d_answers, before_w0,
                 d_before_w0, d_before_b0, d_before_w1, d_before_b1, hidden, asked, pulled, output, answered,
                 d_error, d_asked, error_parts, query_parts, key_parts, d_target, d_gamma, d_beta,
                 n + 1, p, tile, steps, heads, pairs, slots, scale_b, last_n, last_b, norm_b, norm_h,
                 F, HIDDEN, TILE, C, ROWS, EPS, LEAST, PRECISION, CAUSAL, CLOSES, OPENED,
             )  # fmt: skip
-            tl.store(to_w0 + w0_at, next0)
-            tl.store(to_b0 + b0_at, nextb0)
-            tl.store(to_w1 + w1_at, next1)
-            tl.store(to_b1 + b1_at, nextb1, mask=is_tile(tile, 0, F))
+            tl.store(to_w0 + w0_at, d_w0)
+            tl.store(to_b0 + b0_at, d_b0)
+            tl.store(to_w1 + w1_at, d_w1)
+            tl.store(to_b1 + b1_at, d_b1, mask=only)
+        elif BEGIN:
+            d_w0, d_b0, d_w1, d_b1 = tl.load(next0), tl.load(nextb0), tl.load(next1), tl.load(nextb1, only, 0)
         if BEGIN:
             _begin(
-                next0, nextb0, next1, nextb1, tl.load(begun_w1 + w1_at),
+                d_w0, d_b0, d_w1, d_b1, begun_w1 + second_tile(p, tile, begun_bias, F, HIDDEN, TILE),
                 q, k, target, rate, gamma, beta, scale, last, d_answers, before_w0, before_b0, before_w1, before_b1,
                 hidden, asked, pulled, output, answered, d_error, d_asked, error_parts, seen_parts, row_parts,
                 n, p, tile, steps, heads, pairs, slots, scale_b, last_n, last_b, norm_b, norm_h,
@@ -128,7 +131,7 @@ def _push(last, n, p, heads, last_n, last_b, CLOSES: tl.constexpr):
 
 @triton.jit
 def _begin(
-    next0, nextb0, next1, nextb1, w1, q, k, target, rate, gamma, beta, scale, last, d_answers,
+    next0, nextb0, next1, nextb1, w1_at, q, k, target, rate, gamma, beta, scale, last, d_answers,
     before_w0, before_b0, before_w1, before_b1, hidden, asked, pulled, output, answered, d_error, d_asked,
     error_parts, seen_parts, row_parts, n, p, tile, steps, heads, pairs, slots,
     scale_b, last_n, last_b, norm_b, norm_h,
@@ -136,57 +139,61 @@ def _begin(
     EPS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, CLOSES: tl.constexpr,
     OPENED: tl.constexpr,
 ):  # fmt: skip
-    """A tile's part of the way back up to `dE_1`: the queries (14) to (17), the update (18), the errors (19)."""
+    """A tile's part of the way back up to `dE_1`: the queries (14) to (17), the update (18), the errors (19).
+
+    What takes much room in registers is used first, or loaded late.
+    """
     rows, across, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, TILE)[None, :], tl.arange(0, F)[None, :]
     others = tl.arange(0, ROWS)[None, :]
-    norm_at = (p // heads) * norm_b + (p % heads) * norm_h + columns
-    width, shift = tl.load(gamma + norm_at), tl.load(beta + norm_at)
-    _, _, _, _, error1 = _errors(target, output, width, shift, n, p, steps, heads, pairs, slots, F, C, ROWS, EPS)
-    _, _, d_y1 = _answers_back(d_answers, answered, width, n, p, steps, heads, pairs, slots, F, C, ROWS, EPS, LEAST)
     tile_at = place(n % slots, p, pairs, rows, tile * TILE + across, C, HIDDEN)
     z = tl.load(hidden + tile_at, mask=rows < C, other=0)
     value, gate = gelu_parts(z)
     slope = gelu_slope(z, value, gate)
-    y = tl.load(asked + tile_at, mask=rows < C, other=0)
-    asking, asking_gate = gelu_parts(y)
+    keys = load_tokens(k, n, p, steps, heads, C, ROWS, F)
+    seen_by_next0 = product(keys, next0, PRECISION) + nextb0[None, :]
+    seen_by_next1 = product(value, next1, PRECISION) + nextb1[None, :]
+    norm_at = (p // heads) * norm_b + (p % heads) * norm_h + columns
+    width, shift = tl.load(gamma + norm_at), tl.load(beta + norm_at)
+    _, _, _, _, error1 = _errors(target, output, width, shift, n, p, steps, heads, pairs, slots, F, C, ROWS, EPS)
     error0 = tl.load(pulled + tile_at, mask=rows < C, other=0) * slope
+    d_taught = tl.sum(seen_by_next0 * error0, 1) + tl.sum(seen_by_next1 * error1, 1)
     eta = load_column(rate, n, p, steps, heads, C, ROWS)
+    taught = (_push(last, n, p, heads, last_n, last_b, CLOSES) * eta)[:, None]
+    d_e0, part = taught * seen_by_next0, taught * seen_by_next1
+    # The queries, from the last layer to the first.
+    _, _, d_y1 = _answers_back(d_answers, answered, width, n, p, steps, heads, pairs, slots, F, C, ROWS, EPS, LEAST)
     s = tl.load(scale + (p // heads) * scale_b + tl.arange(0, ROWS), mask=tl.arange(0, ROWS) < C, other=0)
     kappa, turned = coefficients(eta, s, CAUSAL, ROWS)
-    first = (tile == 0).to(w1.dtype)
-    queries = load_tokens(q, n, p, steps, heads, C, ROWS, F)
-    keys = load_tokens(k, n, p, steps, heads, C, ROWS, F)
-    # The queries, from the last layer to the first.
+    y = tl.load(asked + tile_at, mask=rows < C, other=0)
+    asking, asking_gate = gelu_parts(y)
+    first = (tile == 0).to(kappa.dtype)
+    part += product((product(value, tl.trans(asking), PRECISION) + first) * turned, d_y1, PRECISION)
     d_seen1 = product(d_y1, tl.trans(error1), PRECISION)
     d_kappa = d_seen1 * (product(asking, tl.trans(value), PRECISION) + first)
+    w1 = tl.load(w1_at)
     d_x = product(d_y1, tl.trans(w1), PRECISION) + product(d_seen1 * kappa, value, PRECISION)
-    d_s = tl.zeros([ROWS], w1.dtype)
+    d_s = tl.zeros_like(eta)
     if OPENED:
-        g1 = tl.load(before_w1 + second_tile(p, tile, F, HIDDEN, TILE))
-        c1 = tl.load(before_b1 + second_bias(p, F), mask=is_tile(tile, 0, F), other=0)
+        g1 = tl.load(before_w1 + second_tile(p, tile, 0, F, HIDDEN, TILE))
+        c1 = tl.load(before_b1 + second_bias(p, 0, F, HIDDEN), mask=is_tile(tile, 0, F), other=0)
         d_x -= product(d_y1 * s[:, None], tl.trans(g1), PRECISION)
         d_s -= tl.sum(d_y1 * (product(asking, g1, PRECISION) + c1[None, :]), 1)
     d_y0 = d_x * gelu_slope(y, asking, asking_gate)
     d_seen0 = product(d_y0, tl.trans(error0), PRECISION)
+    queries = load_tokens(q, n, p, steps, heads, C, ROWS, F)
     d_kappa += d_seen0 * (product(queries, tl.trans(keys), PRECISION) + 1)
     if OPENED:
-        g0 = tl.load(before_w0 + first_tile(p, tile, F, HIDDEN, TILE))
-        c0 = tl.load(before_b0 + first_bias(p, tile, HIDDEN, TILE))
+        g0 = tl.load(before_w0 + first_tile(p, tile, 0, F, HIDDEN, TILE))
+        c0 = tl.load(before_b0 + first_bias(p, tile, 0, F, HIDDEN, TILE))
         d_s -= tl.sum(d_y0 * (product(queries, g0, PRECISION) + c0[None, :]), 1)
     if CAUSAL:
         d_kappa = tl.where(others <= rows, d_kappa, 0)
     d_s -= tl.sum(d_kappa * eta[None, :], 1)
     d_eta = -tl.sum(d_kappa * s[:, None], 0)
-    # The update, and the errors from the first layer to the last.
-    taught = (_push(last, n, p, heads, last_n, last_b, CLOSES) * eta)[:, None]
-    seen_by_next = product(keys, next0, PRECISION) + nextb0[None, :]
-    d_taught = tl.sum(seen_by_next * error0, 1)
+    # The errors, from the first layer to the last.
     around = (product(keys, tl.trans(queries), PRECISION) + 1) * turned
-    d_e0 = product(around, d_y0, PRECISION) + taught * seen_by_next
-    seen_by_next1 = product(value, next1, PRECISION) + nextb1[None, :]
-    d_taught += tl.sum(seen_by_next1 * error1, 1)
-    around = (product(value, tl.trans(asking), PRECISION) + first) * turned
-    part = product(around, d_y1, PRECISION) + taught * seen_by_next1 + product(d_e0 * slope, w1, PRECISION)
+    d_e0 += product(around, d_y0, PRECISION)
+    part += product(d_e0 * slope, w1, PRECISION)
     # What `_finish` and the tokens' program read.
     own_at = place(n % 2, p, pairs, rows, tile * TILE + across, C, HIDDEN)
     tl.store(d_error + own_at, d_e0, mask=rows < C)
@@ -204,8 +211,8 @@ def _begin(
 
 @triton.jit
 def _finish(
-    next0, nextb0, next1, nextb1, w0, w1, q, k, target, rate, gamma, beta, scale, last, d_answers,
-    before_w0, before_w1, d_before_w0, d_before_b0, d_before_w1, d_before_b1,
+    next_w0, next_b0, next_w1, next_b1, w0_at, w1_at, q, k, target, rate, gamma, beta, scale, last, d_answers,
+    before_w0, d_before_w0, d_before_b0, d_before_w1, d_before_b1,
     hidden, asked, pulled, output, answered, d_error, d_asked, error_parts, query_parts, key_parts,
     d_target, d_gamma, d_beta, n, p, tile, steps, heads, pairs, slots, scale_b, last_n, last_b, norm_b, norm_h,
     F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
@@ -256,35 +263,46 @@ def _finish(
     s = tl.load(scale + (p // heads) * scale_b + tl.arange(0, ROWS), mask=tl.arange(0, ROWS) < C, other=0)
     _, turned = coefficients(eta, s, CAUSAL, ROWS)
     taught = (_push(last, n, p, heads, last_n, last_b, CLOSES) * eta)[:, None]
-    # The keys, from the last layer to the first.
+    if OPENED:
+        at, step = second_tile(p, tile, 0, F, HIDDEN, TILE), d_y1 * -s[:, None]
+        tl.store(d_before_w1 + at, tl.load(next_w1) + product(tl.trans(asking), step, PRECISION))
+        at = second_bias(p, 0, F, HIDDEN)
+        tl.store(d_before_b1 + at, tl.load(next_b1, mask=only, other=0) + tl.sum(step, 0), mask=only)
+    # The second layer: its keys, then its weights.
+    next1 = tl.load(next_w1)
     d_x = product(product(error1, tl.trans(d_y1), PRECISION) * turned, asking, PRECISION)
-    d_x += taught * product(error1, tl.trans(next1), PRECISION) + product(d_z1, tl.trans(w1), PRECISION)
+    d_x += taught * product(error1, tl.trans(next1), PRECISION)
+    d_x += product(d_z1, tl.trans(tl.load(w1_at)), PRECISION)
     d_z0 = d_e0 * d * gelu_bend(z, slope, gate) + d_x * slope
-    d_key = taught * product(d * slope, tl.trans(next0), PRECISION) + product(d_z0, tl.trans(w0), PRECISION)
+    d_w1 = product(tl.trans(value), d_z1, PRECISION) + product(tl.trans(asking), d_y1, PRECISION)
+    d_w1 += product(tl.trans(d_e0 * slope), error1, PRECISION)
+    d_b1 = tl.where(tile == 0, tl.sum(d_z1 + d_y1, 0), 0)
+    if CLOSES:  # else W passes nothing on: G' does
+        d_w1 += next1
+        d_b1 += tl.load(next_b1, mask=only, other=0)
+    # The first layer.
+    index = (n % 2) * (HIDDEN // TILE) + tile
+    parts_at = place(index, p, pairs, rows, columns, C, F)
+    w0 = tl.load(w0_at)
     d_query = product(d_y0, tl.trans(w0), PRECISION)
     queries = load_tokens(q, n, p, steps, heads, C, ROWS, F)
-    keys = load_tokens(k, n, p, steps, heads, C, ROWS, F)
     if OPENED:
-        w0_at, w1_at = first_tile(p, tile, F, HIDDEN, TILE), second_tile(p, tile, F, HIDDEN, TILE)
-        step0, step1 = d_y0 * -s[:, None], d_y1 * -s[:, None]
-        d_query += product(step0, tl.trans(tl.load(before_w0 + w0_at)), PRECISION)
-        tl.store(d_before_w0 + w0_at, next0 + product(tl.trans(queries), step0, PRECISION))
-        tl.store(d_before_b0 + first_bias(p, tile, HIDDEN, TILE), nextb0 + tl.sum(step0, 0))
-        tl.store(d_before_w1 + w1_at, next1 + product(tl.trans(asking), step1, PRECISION))
-        tl.store(d_before_b1 + second_bias(p, F), nextb1 + tl.sum(step1, 0), mask=only)
-    index = (n % 2) * (HIDDEN // TILE) + tile
-    tl.store(query_parts + place(index, p, pairs, rows, columns, C, F), d_query, mask=rows < C)
-    tl.store(key_parts + place(index, p, pairs, rows, columns, C, F), d_key, mask=rows < C)
-    # The weights.
-    if not CLOSES:  # W passes nothing on: G' does
-        next0, nextb0 = tl.zeros_like(next0), tl.zeros_like(nextb0)
-        next1, nextb1 = tl.zeros_like(next1), tl.zeros_like(nextb1)
-    next0 += product(tl.trans(keys), d_z0, PRECISION) + product(tl.trans(queries), d_y0, PRECISION)
-    nextb0 += tl.sum(d_z0 + d_y0, 0)
-    next1 += product(tl.trans(value), d_z1, PRECISION) + product(tl.trans(asking), d_y1, PRECISION)
-    next1 += product(tl.trans(d_e0 * slope), error1, PRECISION)
-    nextb1 += tl.where(tile == 0, tl.sum(d_z1 + d_y1, 0), 0)
-    return next0, nextb0, next1, nextb1
+        at, step = first_tile(p, tile, 0, F, HIDDEN, TILE), d_y0 * -s[:, None]
+        d_query += product(step, tl.trans(tl.load(before_w0 + at)), PRECISION)
+        tl.store(d_before_w0 + at, tl.load(next_w0) + product(tl.trans(queries), step, PRECISION))
+        at = first_bias(p, tile, 0, F, HIDDEN, TILE)
+        tl.store(d_before_b0 + at, tl.load(next_b0) + tl.sum(step, 0))
+    tl.store(query_parts + parts_at, d_query, mask=rows < C)
+    next0 = tl.load(next_w0)
+    d_key = product(d_z0, tl.trans(w0), PRECISION) + taught * product(d * slope, tl.trans(next0), PRECISION)
+    tl.store(key_parts + parts_at, d_key, mask=rows < C)
+    keys = load_tokens(k, n, p, steps, heads, C, ROWS, F)
+    d_w0 = product(tl.trans(keys), d_z0, PRECISION) + product(tl.trans(queries), d_y0, PRECISION)
+    d_b0 = tl.sum(d_z0 + d_y0, 0)
+    if CLOSES:
+        d_w0 += next0
+        d_b0 += tl.load(next_b0)
+    return d_w0, d_b0, d_w1, d_b1
 
 
 @triton.jit
