@@ -1,0 +1,309 @@
+"""One token at a time in place, its open mini-batch as factors: against the definition, and against `forward`."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ttt import TTTConfig, TTTLayer, TTTState
+from ttt.files import read_tensors
+from ttt.ops.decode import learn_one_, slots_for
+from ttt.ops.minibatch import Inner, Stream
+from ttt.ops.reference import reference
+from ttt.ops.rows import Tokens
+
+TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
+HEADS = 2
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@dataclass
+class Case:
+    """Streams of an inner model with widths `F, …, F`, and what they read."""
+
+    width: int
+    layers: int
+    size: int
+    length: int
+    rows: int = 3
+    counts: tuple[int, ...] | None = None
+    """Tokens read of the open mini-batches, whose gradients are of full rank; None starts the streams fresh."""
+
+    def __post_init__(self) -> None:
+        self.mask = torch.ones(self.rows, self.length, dtype=torch.bool)
+        widths = [self.width, *[2 * self.width] * (self.layers - 1), self.width]
+        shapes = [(a, b) for i, o in itertools.pairwise(widths) for a, b in ((i, o), (1, o))]
+        self.weights = tuple(0.3 * draw(self.rows, HEADS, *shape, seed=i) for i, shape in enumerate(shapes))
+        count = torch.tensor(self.counts or [0] * self.rows)
+        held = (count > 0)[:, None, None, None]
+        gradients = tuple(held * 0.05 * draw(*w.shape, seed=20 + i) for i, w in enumerate(self.weights))
+        self.state = TTTState(self.weights, gradients, count) if self.counts else TTTState(self.weights)
+        shape = (self.rows, HEADS, self.length, self.width)
+        q, k, target = (draw(*shape, seed=seed) for seed in (40, 41, 42))
+        rate = 0.2 * draw(self.rows, HEADS, self.length, 1, seed=43).sigmoid() / self.width
+        self.tokens = Tokens(q, k, target, rate)
+        self.offset = 0.1 * draw(self.size, seed=44)
+        scale = (1 / torch.arange(1, self.size + 1, dtype=torch.float64) + self.offset).clamp_min(0)
+        gamma, beta = 1 + 0.1 * draw(HEADS, 1, self.width, seed=45), 0.1 * draw(HEADS, 1, self.width, seed=46)
+        self.inner = Inner(gamma, beta, scale, True, 1e-6)
+
+    def pausing(self) -> Case:
+        """The same, with rows that pause: at places of their own, and where a mini-batch is full or new."""
+        generator = torch.Generator().manual_seed(47)
+        self.mask = torch.rand(self.rows, self.length, generator=generator) < 0.7
+        self.mask[0, self.size - 1 : self.size + 2] = False
+        return self
+
+    def expected(self) -> tuple[Tensor, TTTState]:
+        opened = self.state.opened()
+        assert opened.count is not None
+        z, weights, gradients, counts = reference(
+            *self.tokens[:3], self.tokens.rate.squeeze(-1), self.weights, self.inner.gamma_H1F.squeeze(1),
+            self.inner.beta_H1F.squeeze(1), mini_batch_size=self.size, causal=True, eps=1e-6, offset_C=self.offset,
+            gradients=opened.gradients, count=opened.count.tolist(), mask=self.mask.tolist(),
+        )  # fmt: skip
+        return z, TTTState(weights, gradients, torch.tensor(counts))
+
+    def read(self, state: TTTState, *, wait: bool) -> Tensor:
+        """Read every token; rows that pause are fed NaN, and must stand still bit for bit."""
+        answers = []
+        for t in range(self.length):
+            read = self.mask[:, t]
+            before = {name: x[~read].clone() for name, x in state.tensors().items()}
+            token = self.tokens.map(
+                lambda x, t=t, read=read: torch.where(read[:, None, None, None], x[:, :, t : t + 1], torch.nan)
+            )
+            rows = None if bool(read.all()) else read
+            stream = Stream(state.weights, state.gradients, state.count)
+            z = learn_one_(token, stream, self.inner, rows, state.factors, wait=wait)
+            assert all(torch.equal(x[~read], before[name]) for name, x in state.tensors().items())
+            answers.append(torch.where(read[:, None, None, None], z, 0))
+        return torch.cat(answers, 2)
+
+
+CASES = {
+    "one token, linear": lambda: Case(8, 1, 1, 4),
+    "one token, three layers": lambda: Case(8, 3, 1, 4).pausing(),
+    "linear": lambda: Case(8, 1, 3, 11),
+    "linear, wide": lambda: Case(128, 1, 16, 18, rows=1),
+    "MLP": lambda: Case(8, 2, 3, 11).pausing(),
+    "MLP, wide": lambda: Case(64, 2, 3, 5, rows=2, counts=(0, 2)),
+    "MLP, 16 tokens": lambda: Case(8, 2, 16, 37, rows=2).pausing(),
+    "three layers, anywhere": lambda: Case(8, 3, 3, 9, counts=(2, 0, 1)).pausing(),
+    "anywhere, together": lambda: Case(8, 2, 4, 9, counts=(2, 2, 2)),
+    "more tokens than slots": lambda: Case(8, 1, 37, 45, rows=2).pausing(),
+    "more tokens than slots, anywhere": lambda: Case(8, 1, 37, 45, rows=2, counts=(30, 5)),
+    "more tokens than slots, together": lambda: Case(8, 1, 37, 45, rows=1, counts=(5,)),
+}
+
+
+@pytest.mark.parametrize("wait", [True, False], ids=["places known", "places unknown"])
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_one_by_one_are_the_definition(name: str, wait: bool) -> None:
+    case = CASES[name]()
+    expected, end = case.expected()
+    state = case.state.streaming(case.size)
+    assert case.size == 1 or (state.factors is not None and state.factors.slots == slots_for(case.weights, case.size))
+    places = {name: x.data_ptr() for name, x in state.memory().items()}
+    torch.testing.assert_close(case.read(state, wait=wait), expected, **TOLERANCE)
+    assert {name: x.data_ptr() for name, x in state.memory().items()} == places
+    last = end.opened().tensors()
+    for name, x in state.opened().tensors().items():
+        torch.testing.assert_close(x, last[name], **TOLERANCE)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_state_without_factors_is_summed_at_once(wait: bool) -> None:
+    case = Case(8, 2, 3, 8, counts=(2, 0, 1)).pausing()
+    expected, end = case.expected()
+    state = TTTState.from_tensors({name: x.clone() for name, x in case.state.tensors().items()})
+    torch.testing.assert_close(case.read(state, wait=wait), expected, **TOLERANCE)
+    for name, x in end.tensors().items():
+        torch.testing.assert_close(state.tensors()[name], x, **TOLERANCE)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_no_row_needs_is_not_touched(together: bool) -> None:
+    """Memory that holds NaN: the base, and on the way to the first mini-batch's end the slots after the last token."""
+    case = Case(8, 2, 4, 9)
+    if not together:
+        case.pausing()
+    expected, _ = case.expected()
+    state = case.state.streaming(case.size)
+    assert state.gradients is not None
+    assert state.factors is not None
+    for base in state.gradients[::2]:
+        base.fill_(torch.nan)
+    if together:
+        for slots in (*state.factors.inputs, *state.factors.taught):
+            slots.fill_(torch.nan)
+    answers = []
+    for t in range(case.length):
+        stream = Stream(state.weights, state.gradients, state.count)
+        rows = None if together else case.mask[:, t]
+        token = case.tokens.map(lambda x, t=t: x[:, :, t : t + 1])
+        answers.append(learn_one_(token, stream, case.inner, rows, state.factors, wait=True))
+    z = torch.where(case.mask[:, None, :, None], torch.cat(answers, 2), 0)
+    torch.testing.assert_close(z, expected, **TOLERANCE)
+    assert all(bool(base.isnan().all()) for base in state.gradients[::2])
+
+
+def test_slots_are_as_many_as_tokens_unless_the_gradient_is_smaller() -> None:
+    def slots(size: int, *widths: int) -> int:
+        shapes = [(a, b) for i, o in itertools.pairwise(widths) for a, b in ((i, o), (1, o))]
+        return slots_for(tuple(torch.empty(1, 1, *shape, device="meta") for shape in shapes), size)
+
+    assert slots(16, 128, 512, 128) == slots(16, 64, 64) == slots(16, 8, 8) == 16
+    assert slots(64, 128, 512, 128) == 64
+    assert slots(64, 64, 256, 64) == (2 * 64 * 256 + 256 + 64) // (2 * 64 + 2 * 256) == 51
+    assert slots(64, 8, 8) == 16
+
+
+# --- in a layer ---
+
+
+def layer_of(dim: int = 16, **options: Any) -> TTTLayer:
+    torch.manual_seed(0)
+    settings = {"layer_type": "mlp", "mini_batch_size": 4, "base_lr": 1.0} | options
+    layer = TTTLayer(dim, 2, TTTConfig(**settings), dtype=torch.float64)
+    with torch.no_grad():
+        for index, parameter in enumerate(layer.parameters()):
+            parameter.add_(draw(*parameter.shape, seed=index), alpha=0.2)
+    return layer
+
+
+def same(found: TTTState, expected: TTTState, tolerance: float = 1e-12) -> None:
+    wanted = expected.opened().tensors()
+    for name, x in found.opened().tensors().items():
+        torch.testing.assert_close(x, wanted[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_type": "linear", "mini_batch_size": 20}, {"mini_batch_size": 1}])
+@torch.no_grad()
+def test_pieces_of_any_length_in_turn_with_steps_are_the_whole(options: dict[str, Any]) -> None:
+    """`forward` reads a streaming state, and a streaming state takes what `forward` leaves, anywhere."""
+    layer, x = layer_of(**options), draw(2, 31, 16, seed=50)
+    expected, end = layer(x)
+    state, parts, start = layer.streaming_state(2, dtype=torch.float64), [], 0
+    places = {name: tensor.data_ptr() for name, tensor in state.memory().items()}
+    for piece in (1, 1, 2, 1, 1, 3, 1, 5, 1, 1, 1, 1, 1, 1, 9, 1):
+        tokens = x[:, start : start + piece]
+        if piece == 1:
+            y = layer.step_(tokens, state)
+        else:
+            y, after = layer(tokens, state)
+            state.take_(after)
+        parts.append(y)
+        start += piece
+    assert start == 31
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-11, atol=1e-11)
+    same(state, end, 1e-11)
+    assert {name: tensor.data_ptr() for name, tensor in state.memory().items()} == places
+
+
+@torch.no_grad()
+def test_a_stream_goes_on_from_a_file_in_another_process(tmp_path: Path) -> None:
+    """The file has the names and values that a state without factors has, and is written again bit for bit."""
+    layer, x = layer_of(), draw(2, 13, 16, seed=51)
+    expected, end = layer(x)
+    state = layer.streaming_state(2, dtype=torch.float64)
+    for t in range(6):
+        layer.step_(x[:, t : t + 1], state)
+    state.save(tmp_path / "one")
+    _, plain = layer(x[:, :6])
+    plain.save(tmp_path / "plain")
+    one, other = read_tensors(tmp_path / "one"), read_tensors(tmp_path / "plain")
+    assert list(one) == list(other)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-12, atol=1e-12)
+    for file in ("one", "plain"):
+        loaded = TTTState.load(tmp_path / file)
+        goes_on = loaded.streaming(4)
+        goes_on.save(tmp_path / "again")
+        assert (tmp_path / "again").read_bytes() == (tmp_path / file).read_bytes()
+        y = torch.cat([layer.step_(x[:, t : t + 1], goes_on) for t in range(6, 13)], 1)
+        torch.testing.assert_close(y, expected[:, 6:], rtol=1e-11, atol=1e-11)
+        same(goes_on, end, 1e-11)
+
+
+@torch.no_grad()
+def test_a_streaming_state_serves_as_any_other() -> None:
+    layer, x = layer_of(skip_nonfinite_tokens=True), draw(3, 7, 16, seed=52)
+    _, plain = layer(x[:, :6])
+    state = layer.streaming_state(3, dtype=torch.float64)
+    for t in range(6):
+        layer.step_(x[:, t : t + 1], state)
+    assert state.factors is not None
+    rows, fresh = torch.tensor([True, False, True]), layer.initial_state(3, dtype=torch.float64)
+    for function in (
+        TTTState.detach, TTTState.opened, lambda s: s.to("cpu"), lambda s: s.where(rows, fresh),
+        lambda s: fresh.where(rows, s), lambda s: layer.reset(s, rows), lambda s: layer(x[:, 6:], s)[1],
+        lambda s: s.streaming(4), lambda s: replace(s, skipped=None).counting(), TTTState.counting,
+    ):  # fmt: skip
+        same(function(state), function(plain))
+    for found, expected in zip(layer.effective_weights(state), layer.effective_weights(plain), strict=True):
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+    copy = state.streaming(4)
+    mine = {tensor.data_ptr() for tensor in state.memory().values()}
+    assert not mine & {tensor.data_ptr() for tensor in copy.memory().values()}
+
+
+@pytest.mark.parametrize("wait", [True, False])
+@torch.no_grad()
+def test_rows_that_are_taken_forget_and_the_rest_stays(wait: bool) -> None:
+    """A row that has read NaN is set back, and reads on as a new stream; the row beside it does not notice."""
+    case = Case(8, 2, 4, 11, rows=2)
+    state, beside = case.state.streaming(4), case.state.streaming(4)
+    for t in range(6):
+        token = case.tokens.map(lambda x, t=t: x[:, :, t : t + 1])
+        bad = token._replace(k=torch.where(torch.tensor([[[[t == 5]]], [[[False]]]]), torch.nan, token.k))
+        for one, given in ((state, bad), (beside, token)):
+            learn_one_(given, Stream(one.weights, one.gradients, one.count), case.inner, None, one.factors, wait=wait)
+    assert not state.tensors()["W1_grad"][0].isfinite().any()
+    before = {name: x[1].clone() for name, x in state.memory().items()}
+    state.take_(case.state, torch.tensor([True, False]))
+    assert all(torch.equal(x[1], before[name]) for name, x in state.memory().items())
+    assert all(bool(x.isfinite().all()) for x in state.memory().values())
+    fresh, answers = case.state.streaming(4), []
+    for t in range(11):
+        token = case.tokens.map(lambda x, t=t: x[:, :, t : t + 1])
+        answers.append(
+            [
+                learn_one_(
+                    token, Stream(one.weights, one.gradients, one.count), case.inner, None, one.factors, wait=wait
+                )
+                for one in (state, fresh, beside)
+            ]
+        )
+    found, anew, on = (torch.cat(parts, 2) for parts in zip(*answers, strict=True))
+    torch.testing.assert_close(found[0], anew[0], **TOLERANCE)
+    torch.testing.assert_close(found[1], on[1], **TOLERANCE)
+
+
+@torch.no_grad()
+def test_products_are_exact_whatever_pytorch_is_set_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 they would be a thousandth off."""
+    case = Case(64, 1, 4, 3, rows=1)
+    wide = case.read(case.state.streaming(4), wait=True)
+    narrow = TTTState(tuple(w.float() for w in case.weights)).streaming(4)
+    case.tokens, case.inner = (
+        case.tokens.map(Tensor.float),
+        Inner(*(x.float() for x in case.inner.learned), True, 1e-6, "bf16"),
+    )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = case.read(narrow, wait=True)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(found.double(), wide, rtol=1e-5, atol=1e-5)
