@@ -168,7 +168,7 @@ def test_what_is_saved_on_four_processes_goes_on_with_fewer(run: str, runs: Path
 
 
 def test_the_losses_of_muon_are_the_same_in_several_processes(runs: Path) -> None:
-    """Of a few steps: Muon makes the rounding of gradients, in directions that have nothing else, as large as the rest."""
+    """Of a few steps: where a gradient is rounding alone, Muon makes that as large as the rest."""
     one, other = (read_metrics(runs / name / "metrics.jsonl") for name in ("toy muon one", MUON))
     losses = [line["loss"] for line in one]
     assert [line["loss"] for line in other] == pytest.approx(losses, abs=1e-6)
