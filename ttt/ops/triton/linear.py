@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ttt.ops.constants import Precision
 from ttt.ops.fused.layout import Problem, room_between_passes, room_for_tokens
-from ttt.ops.registration import Answered
+from ttt.ops.fused.registration import Answered
 from ttt.ops.triton.forms import Form
 from ttt.ops.triton.mlp_parts import coefficients, normalised, product, projected
 

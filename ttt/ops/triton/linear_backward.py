@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ttt.ops.fused.layout import Problem, parted, room_for_tokens
-from ttt.ops.registration import Gradients
+from ttt.ops.fused.registration import Gradients
 from ttt.ops.triton.forms import Form
 from ttt.ops.triton.linear import (
     STRIDES,

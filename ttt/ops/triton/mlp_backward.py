@@ -83,10 +83,11 @@ class _Walk:
             begun, finished = (opening(min(max(m, start), stop - 1)) for m in (n, n + 1))
             mlp_walk[(dims.pairs, sizes.tiles + (n + 2 < stop))](
                 steps.q, steps.k, steps.target, steps.rate, steps.gamma, steps.beta, steps.scale, steps.last,
-                self.d_answers, begun.w1, finished.w0, finished.w1, *self.next[:4], *self.d_weights[:4], *steps.before[:4],
-                *self.d_before[:4], *kept, self.d_error, self.d_asked, self.error_parts, *self.token_parts,
-                d_q, d_k, d_target, d_rate, self.d_gamma, self.d_beta, self.d_scale, self.d_push,
-                n, *counts, self.slots, begun.bias, finished.bias, **steps.strides, **steps.shapes, EPS=steps.eps, LEAST=steps.least, **ends,
+                self.d_answers, begun.w1, finished.w0, finished.w1, *self.next[:4], *self.d_weights[:4],
+                *steps.before[:4], *self.d_before[:4], *kept, self.d_error, self.d_asked, self.error_parts,
+                *self.token_parts, d_q, d_k, d_target, d_rate, self.d_gamma, self.d_beta, self.d_scale, self.d_push,
+                n, *counts, self.slots, begun.bias, finished.bias, **steps.strides, **steps.shapes,
+                EPS=steps.eps, LEAST=steps.least, **ends,
                 FINISH=finish, BEGIN=begin, OPENED=steps.opened, num_warps=sizes.warps,
             )  # fmt: skip
             if finish:

@@ -44,9 +44,10 @@ def mlp_step(
 
     `q`, `k`, `target` and `answers` are tokens in the memory order `[B,N,C,H,F]`, `rate` `[B,N,C,H]`.
 
-    `from_*` are the weights that opened n − 1 (n, if there is nothing to finish), `to_*` receive those that open n, or the
-    sums of a mini-batch that stays open, and may be the same; without `UPDATE` they hold these weights already.
-    `from_bias` or `to_bias` is 1 if biases are the last rows of their weights, so that pairs lie that much further apart.
+    `from_*` are the weights that opened n − 1 (n, if there is nothing to finish), `to_*` receive those that open n, or
+    the sums of a mini-batch that stays open, and may be the same; without `UPDATE` they hold these weights already.
+    `from_bias` or `to_bias` is 1 if biases are the last rows of their weights, so that pairs lie that much further
+    apart.
     `before_*` are, with `OPENED`, the sums so far of the only mini-batch.
 
     `hidden` holds `Z_0 [slots,P,C,HIDDEN]`, in the slot n modulo `slots`; with `KEEP` so do `asked` `y_0` and `pulled`

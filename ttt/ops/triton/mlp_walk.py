@@ -1,6 +1,6 @@
 """The MLP's backward step as a kernel: finish the way back of one mini-batch, begin that of the one before.
 
-Symbols and numbers in parentheses: `docs/backward.md`, with the layers counted from 0. `mlp_backward` says how the steps
+Symbols and numbers in parentheses: `docs/backward.md`, with the layers counted from 0. `mlp_backward` says how steps
 follow each other. No product's result is transposed: what is needed so is computed so, or read from memory.
 """
 
@@ -47,14 +47,16 @@ def mlp_walk(
     EPS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, FINISH: tl.constexpr,
     BEGIN: tl.constexpr, CLOSES: tl.constexpr, OPENED: tl.constexpr,
 ):  # fmt: skip
-    """Finish mini-batch n + 1 and begin n, for one tile of one pair; the program after the last tile does n + 2's tokens.
+    """Finish mini-batch n + 1, begin n, for one tile of one pair; the program after the last tile does n + 2's tokens.
 
     Tokens, `hidden` to `answered` and `before_*` are those of `mlp_step`; `begun_w1` is the `W_1` that opened n, `w0`
-    and `w1` opened n + 1; `begun_bias` and `bias` are 1 if a bias is the last row of each pair's. `next_*` hold `dW'` of n + 1 (of n, if there is nothing to finish) and may be `to_*`, which
-    receive its `dW`, the `dW'` of n. What one launch leaves for the next lies in two slots, by the mini-batch modulo 2:
-    `d_error` `dE_0` and `d_asked` `dy_0` `[2,P,C,HIDDEN]`, and the tiles' parts of `dE_1`, `dQ`, `dK`
-    `[2,tiles,P,C,F]`. What it leaves for the one after the next lies in three: the parts of `dB_0` `[3,tiles,P,C,C]`,
-    and of `dη` through `κ`, of `ds` and of `d(cη)` `[3,tiles,P,C,4]`.
+    and `w1` opened n + 1; `begun_bias` and `bias` are 1 if a bias is the last row of each pair's. `next_*` hold `dW'`
+    of n + 1 (of n, if there is nothing to finish) and may be `to_*`, which receive its `dW`, the `dW'` of n.
+
+    What a launch leaves for the next lies in two slots, by the mini-batch modulo 2: `d_error` `dE_0` and `d_asked`
+    `dy_0` `[2,P,C,HIDDEN]`, and the tiles' parts of `dE_1`, `dQ`, `dK` `[2,tiles,P,C,F]`. What it leaves for the one
+    after the next lies in three: the parts of `dB_0` `[3,tiles,P,C,C]`, and of `dη` through `κ`, of `ds` and of `d(cη)`
+    `[3,tiles,P,C,4]`.
     """
     p, tile = tl.program_id(0), tl.program_id(1)
     if tile == HIDDEN // TILE:

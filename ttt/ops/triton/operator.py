@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ttt.ops.constants import Precision
 from ttt.ops.fused.layout import Problem, room_between_passes
-from ttt.ops.registration import Answered, Gradients, register, wants_gradient
+from ttt.ops.fused.registration import Answered, Gradients, register, wants_gradient
 
 Weights = tuple[Tensor, ...]
 
