@@ -7,6 +7,7 @@ in float64 too, unless a precision rounds their operands; on a GPU in float32.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import statistics
@@ -76,6 +77,18 @@ def quick_cases() -> Iterator[Case]:
         yield Case(kind, 64, 16, 50, 1, causal, opened=causal)
 
 
+def first_cases() -> Iterator[Case]:
+    """The whole product, the most telling first: one of every kernel, then lengths, precisions, and the rest."""
+    first = [
+        Case(kind, width, size, 3 * size + 2, 32, causal, precision=precision)
+        for width, size, causal in ((128, 16, True), (64, 64, False), (64, 16, True), (128, 1, True))
+        for precision in ("ieee", "tf32", "bf16")
+        for kind in ("mlp", "linear")
+    ]
+    yield from first
+    yield from (case for case in cases() if case not in first)
+
+
 # --- one case ---
 
 
@@ -107,9 +120,9 @@ class Problem:
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=self.generator)
 
-    def run(self, implementation: str, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Answers, final state and every gradient, on the CPU in float64."""
-        answer, inputs = self.prepared(implementation, device, dtype)
+    def run(self, implementation: str, device: str, dtype: torch.dtype, *, exactly: bool = False) -> dict[str, Tensor]:
+        """Answers, final state and every gradient, on the CPU in float64; exactly, or in the case's precision."""
+        answer, inputs = self.prepared(implementation, device, dtype, "ieee" if exactly else self.case.precision)
         z, after = answer()
         ends = {f"final weights {i}": w for i, w in enumerate(after.weights)}
         ends |= {f"final sums {i}": g for i, g in enumerate(after.gradients or ())}
@@ -124,7 +137,7 @@ class Problem:
         return {name: value.detach().cpu().double() for name, value in results.items()}
 
     def prepared(
-        self, implementation: str, device: str, dtype: torch.dtype
+        self, implementation: str, device: str, dtype: torch.dtype, precision: str
     ) -> tuple[Callable[[], tuple[Tensor, Stream]], list[Tensor]]:
         """A forward pass that is ready to run, and its inputs, which want gradients."""
         case = self.case
@@ -135,8 +148,7 @@ class Problem:
         half = len(rest) // 2 if case.opened else len(rest)
         before = tuple(rest[half:]) or None
         count = None if self.count is None else self.count.to(device)
-        exact = implementation == "reference"
-        inner = Inner(gamma, beta, scale, case.causal, 1e-6, "ieee" if exact else case.precision)  # type: ignore[arg-type]
+        inner = Inner(gamma, beta, scale, case.causal, 1e-6, precision)  # type: ignore[arg-type]
 
         def answer() -> tuple[Tensor, Stream]:
             stream = Stream(tuple(rest[:half]), before, count)
@@ -146,14 +158,23 @@ class Problem:
         return answer, inputs
 
 
-def differences(case: Case, implementation: str, device: str, dtype: torch.dtype) -> dict[str, float]:
+def differences(
+    case: Case, implementation: str, device: str, dtype: torch.dtype, *, against: str = "reference"
+) -> dict[str, float]:
     """How far an implementation's tensors are from the definition's, relative to the largest number of each.
+
+    Args:
+        case: the problem.
+        implementation: what is compared.
+        device: where it runs.
+        dtype: in which it runs.
+        against: what stands for the definition, in float64; `reference` runs on the CPU, another on the device.
 
     Raises:
         AssertionError: the two do not give the same tensors.
     """
     problem = Problem(case)
-    expected = problem.run("reference", "cpu", torch.float64)
+    expected = problem.run(against, "cpu" if against == "reference" else device, torch.float64, exactly=True)
     found = problem.run(implementation, device, dtype)
     assert expected.keys() == found.keys(), (sorted(expected), sorted(found))
     return {name: _distance(found[name], value) for name, value in expected.items()}
@@ -174,7 +195,7 @@ def bound_of(case: Case, dtype: torch.dtype) -> float:
 
 def times(case: Case, implementation: str, repeats: int = 20) -> dict[str, float]:
     """Median milliseconds on the GPU of a forward pass without gradients, and of forward and backward."""
-    answer, inputs = Problem(case).prepared(implementation, "cuda", torch.float32)
+    answer, inputs = Problem(case).prepared(implementation, "cuda", torch.float32, case.precision)
 
     def both() -> None:
         z, _ = answer()
@@ -187,16 +208,15 @@ def times(case: Case, implementation: str, repeats: int = 20) -> dict[str, float
 
 
 def milliseconds(function: Callable[[], Any], repeats: int, device: str = "cuda") -> float:
-    """The median of some calls, by CUDA's events (by the clock on a CPU); three calls before are not counted."""
+    """The median of some calls, by CUDA's events, after three that do not count. On a CPU, of one call by the clock."""
+    if device == "cpu":
+        start = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - start)
     for _ in range(3):
         function()
     found = []
     for _ in range(repeats):
-        if device == "cpu":
-            start = time.perf_counter()
-            function()
-            found.append(1e3 * (time.perf_counter() - start))
-            continue
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()
         function()
@@ -209,33 +229,49 @@ def milliseconds(function: Callable[[], Any], repeats: int, device: str = "cuda"
 # --- all of it ---
 
 
-def compare_and_time(arguments: argparse.Namespace, device: str) -> int:
-    """Compare every case, then time it if there is a GPU; how many are too far.
-
-    Memory that is newly allocated holds NaN, so that what is read before it is written shows.
-    """
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+def row_of(case: Case, implementation: str, device: str, *, against: str = "reference") -> dict[str, Any]:
+    """A case compared, and timed beside the fused scan if there is a GPU; what fails is told, not raised."""
     dtype = torch.float64 if device == "cpu" else torch.float32
-    rows, wrong = [], 0
+    row: dict[str, Any] = {"case": case.name, **asdict(case), "agrees": False}
+    try:
+        with _nan_in_new_memory():
+            far = differences(case, implementation, device, dtype, against=against)
+        worst = max(far, key=lambda name: far[name] if far[name] == far[name] else float("inf"))
+        row |= {"difference": far[worst], "of": worst, "bound": bound_of(case, dtype)}
+        row["agrees"] = far[worst] <= row["bound"]
+        if device != "cpu" and row["agrees"]:
+            row["milliseconds"] = {name: times(case, name) for name in ("fused", implementation)}
+    except Exception as error:  # the next form may run where this one does not
+        row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return row
+
+
+@contextlib.contextmanager
+def _nan_in_new_memory() -> Iterator[None]:
+    """What is read before it is written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    before, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        True,
+    )
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+def compare_and_time(arguments: argparse.Namespace, device: str) -> int:
+    """Compare every case, then time it if there is a GPU; how many are too far."""
+    rows: list[dict[str, Any]] = []
     for case in quick_cases() if arguments.quick else cases():
         if arguments.only not in case.name or (device == "cpu" and case.precision == "tf32"):
             continue  # the interpreter does not round to TF32
-        row: dict[str, Any] = {"case": case.name, **asdict(case)}
-        try:
-            far = differences(case, arguments.implementation, device, dtype)
-            worst = max(far, key=lambda name: far[name] if far[name] == far[name] else float("inf"))
-            row |= {"difference": far[worst], "of": worst, "bound": bound_of(case, dtype)}
-            row["agrees"] = far[worst] <= row["bound"]
-        except Exception as error:  # the next form may run where this one does not
-            row |= {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300], "agrees": False}
-        if device != "cpu" and row["agrees"]:
-            row["milliseconds"] = {name: times(case, name) for name in ("fused", arguments.implementation)}
-        rows.append(row)
-        wrong += not row["agrees"]
+        rows.append(row := row_of(case, arguments.implementation, device))
         said = row.get("error") or f"{row['difference']:.1e} ({row['of']})"
         print(f"{'ok   ' if row['agrees'] else 'WRONG'} {case.name}: {said}", flush=True)
         if arguments.out is not None:
             arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    wrong = sum(not row["agrees"] for row in rows)
     print(f"{len(rows)} cases, {wrong} too far")
     return wrong
