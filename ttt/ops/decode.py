@@ -28,6 +28,7 @@ from ttt.ops.minibatch import Inner, Stream, Weights
 from ttt.ops.mlp import gelu
 from ttt.ops.precision import multiplying
 from ttt.ops.rows import Tokens
+from ttt.ops.select import forced_implementation
 
 LEAST_SLOTS = 16
 """Slots that a mini-batch of at least so many tokens has, even if its factors are larger than the gradient then."""
@@ -111,6 +112,10 @@ def learn_one_(
     Returns:
         `z [B,H,1,F]`; rows that read no token hold no meaningful numbers.
     """
+    if factors is not None and forced_implementation() == "triton":
+        from ttt.ops.triton.decode import triton_learn_one_  # imports Triton
+
+        return triton_learn_one_(tokens, stream, inner, rows_B, factors)
     if wait and rows_B is not None and all(rows_B.tolist()):
         rows_B = None
     with multiplying(tokens.q, "ieee"):
