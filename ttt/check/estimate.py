@@ -109,6 +109,20 @@ class _Held:
     gradients before they are split."""
 
 
+@dataclass(frozen=True)
+class _KeptByScans:
+    """Bytes that the scans of TTT layers need on one device."""
+
+    lasting: int
+    """Kept from forward to backward by scans under no checkpoint, carries included."""
+    carries: int
+    """Carries that are kept at the same time."""
+    activations: int
+    """Of everything else that is kept at the same time, and of the group that runs."""
+    passing: int
+    """Gradients for a moment."""
+
+
 def written_layout(train: TrainConfig) -> Layout:
     """The layout that `train.parallel` writes; what it leaves to the number of processes counts as 1."""
     sizes = train.parallel.replicate, train.parallel.shard, train.parallel.tensor
@@ -148,11 +162,7 @@ def estimate(config: RunConfig, facts: BackboneFacts, lora: Shapes | None = None
     moments = moment_bytes(train.optimizer, learning_tensors(config, facts, lora, rank))
     numbers, held = _numbers(config, facts, of_lora), _held(config, facts, of_lora, moments, layout)
 
-    lasting, at_once = _waiting_scans(config, facts, len(layers), scans)
-    carries = scan.carries_kept_bytes * at_once if scan else 0
-    inside = scan.kept_bytes - scan.carries_kept_bytes + around if scan else 0
-    waiting = inside * at_once
-    passing_scan = scan.passing_bytes if scan else 0
+    kept = _kept_by_scans(config, facts, len(layers), scans, scan, around)
     model = _backbone_activation_bytes(config, facts, layers, rows)
     if model is not None and lora and rank and tokens:  # A x, for the gradient of B
         model += sum(lora.values()) * rank * size * tokens * rows
@@ -160,28 +170,15 @@ def estimate(config: RunConfig, facts: BackboneFacts, lora: Shapes | None = None
 
     # Temporaries: gradients of the scan's inputs and of one layer, the projections in the tokens' dtype, gradients in
     # half precision before they are summed in float32, and AdamW's for all parameters at once.
-    passing = (around + scan.activation_bytes + scan.carry_bytes) if scan else 0
-    passing += 4 * facts.dim * facts.dim * size // layout.tensor
+    passing = kept.passing + 4 * facts.dim * facts.dim * size // layout.tensor
     passing += held.gradients + numbers.learns * size // layout.shard + held.next_gathered
     always = held.parameters + held.optimizer + held.averages + held.gathered + held.summed + state
     return Estimate(
         scan=scan,
         scans=scans,
-        parts={
-            "parameters": held.parameters,
-            "gradients": held.gradients,
-            **({"gradients being summed": held.summed} if held.summed else {}),
-            "optimizer": held.optimizer,
-            **({"averages": held.averages} if held.averages else {}),
-            **({"gathered parameters": held.gathered} if layout.shard > 1 else {}),
-            "carries": carries,
-            "TTT activations": waiting + passing_scan,
-            "backbone activations": model or 0,
-            "state": state,
-        },
-        low=always
-        + max(held.gradients, (scan.carries_kept_bytes + inside if scan else 0) * lasting + (model or 0) // 2),
-        high=always + held.gradients + carries + waiting + passing_scan + (model or 0) * 3 // 2 + passing,
+        parts=_parts(held, kept, model or 0, state, layout),
+        low=always + max(held.gradients, kept.lasting + (model or 0) // 2),
+        high=always + held.gradients + kept.carries + kept.activations + (model or 0) * 3 // 2 + passing,
         complete=None not in (facts.parameters, _trained_in_backbone(config, facts), model)
         and (lora is not None or not config.has_lora),
         numbers=numbers,
@@ -193,6 +190,22 @@ def estimate(config: RunConfig, facts: BackboneFacts, lora: Shapes | None = None
         training_flops=len(layers)
         * sum(flops.training(scan.forwards(enclosing=level) if scan else 1, enclosing=level) for level in scans),
     )
+
+
+def _parts(held: _Held, kept: _KeptByScans, model: int, state: int, layout: Layout) -> dict[str, int]:
+    """Bytes by part; those that a run of this kind does not have are left out."""
+    return {
+        "parameters": held.parameters,
+        "gradients": held.gradients,
+        **({"gradients being summed": held.summed} if held.summed else {}),
+        "optimizer": held.optimizer,
+        **({"averages": held.averages} if held.averages else {}),
+        **({"gathered parameters": held.gathered} if layout.shard > 1 else {}),
+        "carries": kept.carries,
+        "TTT activations": kept.activations,
+        "backbone activations": model,
+        "state": state,
+    }
 
 
 def learning_tensors(config: RunConfig, facts: BackboneFacts, lora: Shapes | None, rank: int | None) -> list[Tensors]:
@@ -301,6 +314,22 @@ def _checkpoint_bytes(config: RunConfig, facts: BackboneFacts, numbers: Numbers,
     state = moments + averages * WIDE * numbers.learning + (WIDE * numbers.learns if size < WIDE else 0)
     adapter = numbers.adapter * WIDE + (of_lora + (_trained_in_backbone(config, facts) or 0)) * size
     return (1 + averages) * adapter + state
+
+
+def _kept_by_scans(
+    config: RunConfig, facts: BackboneFacts, layers: int, scans: tuple[int, ...], scan: ScanCost | None, around: int
+) -> _KeptByScans:
+    """What the scans need; `around` is what is kept around each of them."""
+    if scan is None:
+        return _KeptByScans(0, 0, 0, 0)
+    lasting, at_once = _waiting_scans(config, facts, layers, scans)
+    inside = scan.kept_bytes - scan.carries_kept_bytes + around
+    return _KeptByScans(
+        lasting=(scan.carries_kept_bytes + inside) * lasting,
+        carries=scan.carries_kept_bytes * at_once,
+        activations=inside * at_once + scan.passing_bytes,
+        passing=around + scan.activation_bytes + scan.carry_bytes,
+    )
 
 
 def _waiting_scans(config: RunConfig, facts: BackboneFacts, layers: int, scans: tuple[int, ...]) -> tuple[int, int]:

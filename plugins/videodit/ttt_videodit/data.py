@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,24 +18,13 @@ from ttt.jsonl import jsonl_files, read_jsonl
 from ttt.plugins import SourceFiles, WindowSource, files_of_sources
 from ttt.reading import require_file
 from ttt_videodit import demo
-from ttt_videodit.clip import CROPS, Split, demo_captions, demo_pictures
+from ttt_videodit.clip import CROPS, Split
 from ttt_videodit.codec import DemoCodec
-from ttt_videodit.encoders import DemoVideoEncoder, encode_video
-from ttt_videodit.geometry import (
-    FRAMES_PER_SECOND,
-    LATENT_CHANNELS,
-    SEGMENT_SEC,
-    SPATIAL_COMPRESSION,
-    TEMPORAL_COMPRESSION,
-    Segments,
-    pixel_frames,
-)
 from ttt_videodit.index import NOT_LISTED, EncodedVideo, LineError, check_encoded, parse_encoded, windows_in
 from ttt_videodit.options import VideoDiTData, VideoDiTOptions
-from ttt_videodit.text import DemoTextEncoder
+from ttt_videodit.own_videos import demo_video, random_video
 from ttt_videodit.wanted import Wanted, demo_segments, missing_data
 
-_RANDOM_SEEDS: Final = {"train": 0, "eval": 1}
 _RANDOM_NOTICE: Final = (
     "random_weights without data.train_data: latents and texts are random numbers too, so that speed and memory can be "
     "measured; losses mean nothing."
@@ -199,7 +187,7 @@ def latent_windows(
         raise UsageError(f"{missing[0]}: {missing[1]}; {missing[2]}")
     if options.preset == "demo":
         return _demo_windows("eval" if split == "eval" else "train", wanted)
-    return LatentWindows([_random_video(wanted, split)], wanted, notice=_RANDOM_NOTICE)
+    return LatentWindows([random_video(wanted, split)], wanted, notice=_RANDOM_NOTICE)
 
 
 # --- precomputed ---
@@ -337,32 +325,6 @@ def _read_source(source: Path, wanted: Wanted, field: str) -> tuple[list[Encoded
 # --- the plugin's own ---
 
 
-class _MemoryVideo:
-    """A video whose latents and texts are in memory."""
-
-    def __init__(
-        self,
-        name: str,
-        captions: tuple[str, ...],
-        latents: Mapping[str, Tensor],
-        texts: Tensor,
-        source: WindowSource,
-    ) -> None:
-        self.name = self.place = name
-        self.field = "data.train_data"
-        self.source = source
-        self.start_sec = 0.0
-        self.captions = captions
-        self._latents = latents
-        self._texts = texts
-
-    def rows(self, name: str, first: int, stop: int) -> Tensor:
-        return self._latents[name][first:stop]
-
-    def text(self, segment: int) -> Tensor:
-        return self._texts[segment]
-
-
 def _demo_windows(split: Split, wanted: Wanted) -> LatentWindows:
     """Windows of the clip, encoded as `ttt precompute` would; that takes about a second."""
     count = demo_segments(wanted.segments)
@@ -370,33 +332,7 @@ def _demo_windows(split: Split, wanted: Wanted) -> LatentWindows:
         once = demo_segments(wanted.segments, demo.HELD_OUT_FRAMES)
         count = once if once >= wanted.window else count
     return LatentWindows(
-        [_demo_video(split, left, wanted.segments, count, wanted.text_length) for left in CROPS[split]],
+        [demo_video(split, left, wanted.segments, count, wanted.text_length) for left in CROPS[split]],
         wanted,
         notice=DemoCodec.stand_in,
     )
-
-
-@functools.cache
-def _demo_video(split: Split, left: int, segments: Segments, count: int, text_length: int) -> _MemoryVideo:
-    frames = pixel_frames(segments.frames(count))
-    starts = [segments.attn_length * TEMPORAL_COMPRESSION * segment for segment in range(count)]
-    latents = encode_video(
-        demo_pictures(split, left)[:frames], frames=frames, starts=starts, encoder=DemoVideoEncoder(DemoCodec.load())
-    )
-    written = demo_captions(split, left)
-    captions = tuple(written[start // (SEGMENT_SEC * FRAMES_PER_SECOND)] for start in starts)
-    name = f"{demo.CLIP.name} from column {left}"
-    source = WindowSource(demo.CLIP.name, (demo.CLIP, demo.CAPTIONS, demo.CODEC))
-    return _MemoryVideo(name, captions, latents, DemoTextEncoder(text_length=text_length)(captions), source)
-
-
-def _random_video(wanted: Wanted, split: str) -> _MemoryVideo:
-    """A window of noise for a model of random weights."""
-    generator = torch.Generator().manual_seed(_RANDOM_SEEDS[split])
-    assert wanted.text_dim is not None  # the transformer is CogVideoX 5B's
-    shape = (LATENT_CHANNELS, wanted.height // SPATIAL_COMPRESSION, wanted.width // SPATIAL_COMPRESSION)
-    mean = torch.randn(wanted.segments.frames(wanted.window), *shape, generator=generator)
-    texts = torch.randn(wanted.window, wanted.text_length, wanted.text_dim, generator=generator)
-    latents = {"mean": mean, "std": torch.zeros_like(mean)}
-    name = "random numbers"
-    return _MemoryVideo(name, ("",) * wanted.window, latents, texts, WindowSource(name))
