@@ -110,8 +110,6 @@ class _Walk:
         d_last = -self.d_push.view(dims.steps, *shape).sum(2)
         if problem.last_NB is not None:
             d_last = d_last.sum_to_size(problem.last_NB.shape)
-        d_weights, d_before = (
-            [x.view(w.shape) for x, w in zip(place, tensors, strict=False)]
-            for place, tensors in ((self.d_weights, problem.weights), (self.d_before, problem.gradients))
-        )
+        d_weights = [x.view(w.shape) for x, w in zip(self.d_weights[:4], problem.weights, strict=True)]
+        d_before = [x.view(g.shape) for x, g in zip(self.d_before[:4], problem.gradients, strict=False)]
         return (*self.d_tokens, d_gamma, d_beta, d_scale, d_last, d_weights, d_before)

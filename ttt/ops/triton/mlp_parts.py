@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """What the MLP's kernels share: products, GELU, the inner loss's errors, and where tokens and weights lie.
 
 Every function runs inside a kernel. Symbols and numbers in parentheses: `docs/backward.md`. Tiles have a power of

@@ -60,7 +60,7 @@ class Sizes(NamedTuple):
     @property
     def warps(self) -> int:
         """Warps of a program."""
-        return 8 if self.width > 64 or self.rows > 32 else 4
+        return 8
 
 
 class Place(NamedTuple):

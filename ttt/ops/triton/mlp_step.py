@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """The MLP's forward step as a kernel: finish one mini-batch, begin the next. `mlp_forward` says how steps follow.
 
 Symbols and numbers in parentheses: `docs/backward.md`, with the layers counted from 0.

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """The MLP's backward step as a kernel: finish the way back of one mini-batch, begin that of the one before.
 
 Symbols and numbers in parentheses: `docs/backward.md`, with the layers counted from 0. `mlp_backward` says how steps
