@@ -44,20 +44,17 @@ def tokens_at(at, spacing, C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr)
 
 
 @triton.jit
-def square(F: tl.constexpr):
-    """Where the numbers of `W [F,F]` lie."""
-    return tl.arange(0, F)[:, None] * F + tl.arange(0, F)[None, :]
+def rows_of_weights(ROWS: tl.constexpr, F: tl.constexpr):
+    """Where the numbers of consecutive rows of `W [F,F]` lie."""
+    return tl.arange(0, ROWS)[:, None] * F + tl.arange(0, F)[None, :]
 
 
 @triton.jit
-def errors_of(
-    k_CF, weight_FF, bias_1F, offset_CF, gamma_1F, F: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr
-):
-    """`Z`, `x̂`, `ι`, `r` and `E` of a mini-batch's keys, (1) to (6); `offset` is `β − t`."""
-    output_CF = bias_1F + product(k_CF, weight_FF, PRECISION)
+def errors_of(output_CF, offset_CF, gamma_1F, F: tl.constexpr, EPS: tl.constexpr):
+    """`x̂`, `ι`, `r` and `E` of a mini-batch's keys, (5) and (6); `output` is `Z`, `offset` is `β − t`."""
     unit_CF, inverse_C1 = normalised(output_CF, F, EPS)
     slope_CF = gamma_1F * (gamma_1F * unit_CF + offset_CF)
-    return output_CF, unit_CF, inverse_C1, slope_CF, inverse_C1 * projected(slope_CF, unit_CF, F)
+    return unit_CF, inverse_C1, slope_CF, inverse_C1 * projected(slope_CF, unit_CF, F)
 
 
 # fmt: off
@@ -84,7 +81,7 @@ def linear_forward_kernel(
     gamma_1F = tl.load(gamma + pair * F + f)[None, :]
     beta_1F = tl.load(beta + pair * F + f)[None, :]
     scale_C = tl.load(scale + row * C + i, mask=i < C, other=0)
-    weight_FF = tl.load(weight + pair * F * F + square(F))
+    weight_FF = tl.load(weight + pair * F * F + rows_of_weights(F, F))
     bias_F = tl.load(bias + pair * F + f)
     q, k, target = q + row * q_b + head * q_h, k + row * k_b + head * k_h, target + row * target_b + head * target_h
     rate, last = rate + row * rate_b + head * rate_h, last + row * last_b
@@ -93,7 +90,8 @@ def linear_forward_kernel(
         k_CF = tokens_at(k, k_t, C, ROWS, F)
         offset_CF = beta_1F - tokens_at(target, target_t, C, ROWS, F)
         rate_C = tl.load(rate + i * rate_t, mask=i < C, other=0)
-        _, _, _, _, error_CF = errors_of(k_CF, weight_FF, bias_F[None, :], offset_CF, gamma_1F, F, EPS, PRECISION)
+        output_CF = bias_F[None, :] + product(k_CF, weight_FF, PRECISION)  # (1)
+        _, _, _, error_CF = errors_of(output_CF, offset_CF, gamma_1F, F, EPS)
         if ANSWERS:
             q_CF = tokens_at(q, q_t, C, ROWS, F)
             seen_CC = product(q_CF, tl.trans(k_CF), PRECISION) + 1
@@ -101,7 +99,7 @@ def linear_forward_kernel(
             answer_CF = bias_F[None, :] + product(q_CF, weight_FF, PRECISION)
             answer_CF += product(seen_CC * kappa_CC, error_CF, PRECISION)  # (10)
             if OPENED:
-                step_CF = product(q_CF, tl.load(summed + pair * F * F + square(F)), PRECISION)
+                step_CF = product(q_CF, tl.load(summed + pair * F * F + rows_of_weights(F, F)), PRECISION)
                 answer_CF -= scale_C[:, None] * (step_CF + tl.load(summed_bias + pair * F + f)[None, :])
             unit_CF, _ = normalised(answer_CF, F, EPS)
             answer_at = answers + (i[:, None] * heads * F + f[None, :])
@@ -109,7 +107,7 @@ def linear_forward_kernel(
         if CLOSES:
             rate_C *= -tl.load(last + n * last_n)
         elif OPENED:
-            weight_FF = tl.load(summed + pair * F * F + square(F))
+            weight_FF = tl.load(summed + pair * F * F + rows_of_weights(F, F))
             bias_F = tl.load(summed_bias + pair * F + f)
         else:
             weight_FF = tl.zeros_like(weight_FF)
@@ -119,12 +117,12 @@ def linear_forward_kernel(
         bias_F += tl.sum(pushed_CF, 0)
         if KEEPS and (n + 1 < openings) & ((n + 1) % group == 0):
             carry = carries + (((n + 1) // group - 1) * pairs + pair) * (F + 1) * F
-            tl.store(carry + square(F), weight_FF)
+            tl.store(carry + rows_of_weights(F, F), weight_FF)
             tl.store(carry + F * F + f, bias_F)
         q, k, target, rate = q + C * q_t, k + C * k_t, target + C * target_t, rate + C * rate_t
         answers += C * heads * F
     if ANSWERS:
-        tl.store(following + pair * F * F + square(F), weight_FF)
+        tl.store(following + pair * F * F + rows_of_weights(F, F), weight_FF)
         tl.store(following_bias + pair * F + f, bias_F)
 
 

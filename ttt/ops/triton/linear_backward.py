@@ -1,26 +1,29 @@
-"""TTT-Linear in Triton, the backward pass: one program for each row and head, the weights' gradient in registers.
+"""TTT-Linear in Triton, the backward pass: one program for each row and head.
 
 Groups run from the last to the first. The forward kernel, without its answers, writes the weights that open the group's
-mini-batches; then one launch goes through them in reverse. It carries `dW̃'` in registers, reads each `W̃` once, and
-computes again what belongs to one mini-batch: Z, E, A, y. For one mini-batch, with the numbers and symbols of
-`docs/backward.md`:
+mini-batches; then one launch goes through them in reverse. It computes again what belongs to one mini-batch: Z, E, A, y.
+With the numbers and symbols of `docs/backward.md`:
 
     (13)  dy = ι Π(γ dz)                             dβ += Σ dz,   dγ += Σ dz ŷ
     (14)  dB = dy Eᵀ,   dκ = dB A ⊙ M                ds −= dκ η,   dη −= dκᵀ s
     (15)  dA = dB κ,    dE = Bᵀ dy
-    (16)  dKᵀ = Qᵀ dA                                dx = dA K + dy Wᵀ
+    (16)  dKᵀ = Qᵀ dA                                dQ = dz + dA K
     (18)  dE += c η ρ,  ρ = K dW' + db'              dKᵀ += dW' (c η E)ᵀ
-    (20)  dr = ι Π(dE)                               dZ = ι Π(γ² dr) − ι mean(r x̂) dr − ι (E mean(dE x̂) + x̂ mean(dE E))
-    (22)  dW = dW' + Kᵀ dZ + Qᵀ dy,   db = db' + Σ (dZ + dy)
-    (23)  dK += dZ Wᵀ,  dQ = dz + dx
     (24)  d(cη) = ⟨ρ, E⟩                             dη += c d(cη),   dc = Σ η d(cη)
+    (20)  dr = ι Π(dE)                  dZ = ι (Π(γ² dr) − mean(r x̂) dr − E mean(dE x̂) − x̂ mean(dE E))
+    (22)  dW = dW' + Kᵀ dZ + Qᵀ dy,   db = db' + Σ (dZ + dy)
+    (23)  dKᵀ += W dZᵀ,   dQ += dy Wᵀ
     (25)  dt = −γ dr,   dβ += Σ γ dr                 dγ += Σ dr (2 γ x̂ + β − t)
 
-A mini-batch that was open before adds to (13) ff. `dG = dG' + Qᵀ (−s dy)`, `dx −= s dy Gᵀ`, `ds −= ⟨dy, Q G + g⟩`; one
-that stays open has `c = 1`, `dG'` in place of `dW'`, and its `dW` starts at zero.
+A mini-batch that was open before adds `dG = dG' + Qᵀ (−s dy)`, `dQ −= s dy Gᵀ` and `ds −= ⟨dy, Q G + g⟩`; one that stays
+open has `c = 1`, `dG'` in place of `dW'`, and its `dW` starts at zero.
+
+W and dW together would not fit into registers at F 128. So both stay in memory, where a program's own are near: each
+mini-batch goes twice through their rows in blocks, and reads of each 2 and writes of dW 1. Beside a block, a program
+holds some tiles `[C,F]`.
 
 No result of a product is turned round on the chip, which compilers have got wrong: what must be read by columns, E and
-`dKᵀ`, passes through the memory of dK. What all mini-batches share is summed by each program alone, and over rows by
+dZ, passes through the memory of dK. What all mini-batches share is summed by each program alone, and over rows by
 PyTorch, so that no sum depends on the order in which programs run.
 
 A lower precision rounds both operands of every product above.
@@ -43,11 +46,14 @@ from ttt.ops.triton.linear import (
     configurations,
     errors_of,
     launch_of,
-    square,
+    rows_of_weights,
     strides_of,
     tokens_at,
 )
 from ttt.ops.triton.mlp_parts import coefficients, is_constant, normalised, product, projected
+
+BLOCK = 16
+"""Rows of the weights that are on the chip at a time."""
 
 
 @triton.jit
@@ -59,17 +65,6 @@ def _turned(x_CF, room, heads, C: tl.constexpr, ROWS: tl.constexpr, F: tl.conste
     turned_FC = tl.load(room + (i[None, :] * heads * F + f[:, None]), mask=(i < C)[None, :], other=0)
     tl.debug_barrier()
     return turned_FC
-
-
-@triton.jit
-def _turned_back(x_FC, room, heads, C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr):
-    """The inverse of `_turned`."""
-    i, f = tl.arange(0, ROWS), tl.arange(0, F)
-    tl.store(room + (i[None, :] * heads * F + f[:, None]), x_FC, mask=(i < C)[None, :])
-    tl.debug_barrier()
-    turned_CF = tl.load(room + (i[:, None] * heads * F + f[None, :]), mask=(i < C)[:, None], other=0)
-    tl.debug_barrier()
-    return turned_CF
 
 
 @triton.jit
@@ -98,6 +93,64 @@ def _errors_back(
 
 
 # fmt: off
+@triton.jit
+def _products(
+    q, k, q_t, k_t, weight, bias_1F, d_next, d_next_1F, summed, summed_1F,
+    C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, OPENED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # fmt: on
+    """`Z`, `Q W + b`, `ρ`, `Q Kᵀ + 1`, `K Qᵀ + 1` and `Q G + g`, a block of rows of the weights at a time."""
+    output_CF = tl.zeros((ROWS, F), bias_1F.dtype) + bias_1F
+    answer_CF = tl.zeros((ROWS, F), bias_1F.dtype) + bias_1F
+    by_next_CF = tl.zeros((ROWS, F), bias_1F.dtype) + d_next_1F
+    step_CF = tl.zeros((ROWS, F), bias_1F.dtype) + summed_1F
+    seen_CC = tl.zeros((ROWS, ROWS), bias_1F.dtype) + 1
+    seen_by_key_CC = tl.zeros((ROWS, ROWS), bias_1F.dtype) + 1
+    for at in range(0, F, BLOCK):
+        q_CB, k_CB = tokens_at(q + at, q_t, C, ROWS, BLOCK), tokens_at(k + at, k_t, C, ROWS, BLOCK)
+        weight_BF = tl.load(weight + at * F + rows_of_weights(BLOCK, F))
+        output_CF += product(k_CB, weight_BF, PRECISION)
+        answer_CF += product(q_CB, weight_BF, PRECISION)
+        by_next_CF += product(k_CB, tl.load(d_next + at * F + rows_of_weights(BLOCK, F)), PRECISION)
+        seen_CC += product(q_CB, tl.trans(k_CB), PRECISION)
+        seen_by_key_CC += product(k_CB, tl.trans(q_CB), PRECISION)
+        if OPENED:
+            step_CF += product(q_CB, tl.load(summed + at * F + rows_of_weights(BLOCK, F)), PRECISION)
+    return output_CF, answer_CF, by_next_CF, seen_CC, seen_by_key_CC, step_CF
+
+
+# fmt: off
+@triton.jit
+def _finish(
+    q, k, d_answers, q_t, k_t, d_answers_t, weight, d_next, summed, d_weight, d_summed, d_q, d_k,
+    d_seen_CC, d_y_CF, d_step_CF, d_output_CF, d_output_FC, pushed_FC, heads,
+    C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, CLOSES: tl.constexpr,
+    OPENED: tl.constexpr, PRECISION: tl.constexpr,
+):
+    # fmt: on
+    """What is left of (16), (18), (22) and (23), a block of rows of the weights at a time: `dQ`, `dK`, `dW` and `dG`."""
+    i, j = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    for at in range(0, F, BLOCK):
+        q_CB, k_CB = tokens_at(q + at, q_t, C, ROWS, BLOCK), tokens_at(k + at, k_t, C, ROWS, BLOCK)
+        block = at * F + rows_of_weights(BLOCK, F)
+        weight_BF, d_next_BF = tl.load(weight + block), tl.load(d_next + block)
+        d_q_CB = tokens_at(d_answers + at, d_answers_t, C, ROWS, BLOCK) + product(d_seen_CC, k_CB, PRECISION)
+        d_q_CB += product(d_y_CF, tl.trans(weight_BF), PRECISION)
+        d_k_BC = product(tl.trans(q_CB), d_seen_CC, PRECISION) + product(d_next_BF, pushed_FC, PRECISION)
+        d_k_BC += product(weight_BF, d_output_FC, PRECISION)
+        if OPENED:
+            d_q_CB += product(d_step_CF, tl.trans(tl.load(summed + block)), PRECISION)
+            tl.store(d_summed + block, d_next_BF + product(tl.trans(q_CB), d_step_CF, PRECISION))
+        if not CLOSES:
+            d_next_BF = tl.zeros_like(d_next_BF)
+        d_next_BF += product(tl.trans(k_CB), d_output_CF, PRECISION) + product(tl.trans(q_CB), d_y_CF, PRECISION)
+        tl.store(d_weight + block, d_next_BF)
+        tl.store(d_q + at + (i[:, None] * heads * F + j[None, :]), d_q_CB, mask=(i < C)[:, None])
+        tl.store(d_k + at + (i[None, :] * heads * F + j[:, None]), d_k_BC, mask=(i < C)[None, :])
+
+
+# fmt: off
 @triton.jit(do_not_specialize=["steps", "last_n", "last_b", "d_answers_b", "d_answers_h", "d_answers_t"])
 def linear_backward_kernel(
     q, k, target, rate, gamma, beta, scale, last, weight, bias, carries, summed, summed_bias,
@@ -105,16 +158,16 @@ def linear_backward_kernel(
     d_gamma, d_beta, d_scale, d_pushes,
     q_b, q_h, q_t, k_b, k_h, k_t, target_b, target_h, target_t, rate_b, rate_h, rate_t, last_n, last_b,
     d_answers_b, d_answers_h, d_answers_t, heads, steps, length,
-    C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, EPS: tl.constexpr, LEAST: tl.constexpr, CAUSAL: tl.constexpr,
-    CLOSES: tl.constexpr, OPENED: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
+    LEAST: tl.constexpr, CAUSAL: tl.constexpr, CLOSES: tl.constexpr, OPENED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     # fmt: on
     """Run the mini-batches of one row and head from the last to the first.
 
     Arguments are named as in `linear_forward_kernel`; `weight` and `bias` open the first mini-batch, `carries` the
-    others. `d_next` is the gradient of what they leave behind; `d_weight` receives that of `weight`, and may be the
-    same memory. Tokens' gradients lie in memory as `[B,length,H,F]`. What the mini-batches share, `d_gamma [P,F]`,
-    `d_beta` and `d_scale [P,C]`, is added to.
+    others. `d_next` is the gradient of what a mini-batch leaves behind, `d_weight` receives that of the weights that
+    open it: the same memory, if mini-batches close. Tokens' gradients lie in memory as `[B,length,H,F]`. What the
+    mini-batches share, `d_gamma [P,F]`, `d_beta` and `d_scale [P,C]`, is added to.
     """
     pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     row, head = pair // heads, pair % heads
@@ -123,96 +176,83 @@ def linear_backward_kernel(
     gamma_1F = tl.load(gamma + pair * F + f)[None, :]
     beta_1F = tl.load(beta + pair * F + f)[None, :]
     scale_C = tl.load(scale + row * C + i, mask=live, other=0)
-    d_next_FF = tl.load(d_next + pair * F * F + square(F))
     d_next_F = tl.load(d_next_bias + pair * F + f)
+    summed_F = tl.load(summed_bias + pair * F + f)
     d_gamma_F = tl.load(d_gamma + pair * F + f)
     d_beta_F = tl.load(d_beta + pair * F + f)
     d_scale_C = tl.load(d_scale + pair * C + i, mask=live, other=0)
-    token = tl.cast(steps, tl.int64) * C  # of the mini-batch after this one
+    token = tl.cast(steps, tl.int64) * C  # the first of the mini-batch after this one
     q, k, target = q + row * q_b + head * q_h, k + row * k_b + head * k_h, target + row * target_b + head * target_h
     rate, last = rate + row * rate_b + head * rate_h, last + row * last_b
     d_answers += row * d_answers_b + head * d_answers_h
+    d_next, summed = d_next + pair * F * F, summed + pair * F * F
     for back in range(steps):
         n = steps - 1 - back
         token -= C
         place = (row * length + token) * heads + head
-        q_CF = tokens_at(q + token * q_t, q_t, C, ROWS, F)
-        k_CF = tokens_at(k + token * k_t, k_t, C, ROWS, F)
+        q_n, k_n, d_answers_n = q + token * q_t, k + token * k_t, d_answers + token * d_answers_t
         offset_CF = beta_1F - tokens_at(target + token * target_t, target_t, C, ROWS, F)
         rate_C = tl.load(rate + token * rate_t + i * rate_t, mask=live, other=0)
-        d_answer_CF = tokens_at(d_answers + token * d_answers_t, d_answers_t, C, ROWS, F)
-        weight_at, bias_at = weight + pair * F * F, bias + pair * F
+        d_answer_CF = tokens_at(d_answers_n, d_answers_t, C, ROWS, F)
+        weight_n, bias_n = weight + pair * F * F, bias + pair * F
         if n > 0:
-            weight_at = carries + ((n - 1) * pairs + pair) * (F + 1) * F
-            bias_at = weight_at + F * F
-        weight_FF, bias_1F = tl.load(weight_at + square(F)), tl.load(bias_at + f)[None, :]
+            weight_n = carries + ((n - 1) * pairs + pair) * (F + 1) * F
+            bias_n = weight_n + F * F
         push = tl.full((), 1, rate_C.dtype)
         if CLOSES:
             push = -tl.load(last + n * last_n)
 
-        output_CF, unit_CF, inverse_C1, slope_CF, error_CF = errors_of(
-            k_CF, weight_FF, bias_1F, offset_CF, gamma_1F, F, EPS, PRECISION
+        output_CF, answer_CF, by_next_CF, seen_CC, seen_by_key_CC, step_CF = _products(
+            q_n, k_n, q_t, k_t, weight_n, tl.load(bias_n + f)[None, :], d_next, d_next_F[None, :], summed,
+            summed_F[None, :], C, ROWS, F, BLOCK, OPENED, PRECISION,
         )
+        unit_CF, inverse_C1, slope_CF, error_CF = errors_of(output_CF, offset_CF, gamma_1F, F, EPS)
         error_FC = _turned(error_CF, d_k + place * F, heads, C, ROWS, F)
-        seen_CC = product(q_CF, tl.trans(k_CF), PRECISION) + 1
         kappa_CC, kappa_by_key_CC = coefficients(rate_C, scale_C, CAUSAL, ROWS)
-        answer_CF = bias_1F + product(q_CF, weight_FF, PRECISION) + product(seen_CC * kappa_CC, error_CF, PRECISION)
+        answer_CF += product(seen_CC * kappa_CC, error_CF, PRECISION)
         if OPENED:
-            step_CF = product(q_CF, tl.load(summed + pair * F * F + square(F)), PRECISION)
-            step_CF += tl.load(summed_bias + pair * F + f)[None, :]
             answer_CF -= scale_C[:, None] * step_CF
         d_y_CF, answer_unit_CF = _norm_back(d_answer_CF, answer_CF, gamma_1F, F, EPS, LEAST)
         d_beta_F += tl.sum(d_answer_CF, 0)
         d_gamma_F += tl.sum(d_answer_CF * answer_unit_CF, 0)
 
-        # The queries, (14) to (16).
+        # The queries, (14) and (15), and the update, (18) and (24).
         d_mixed_CC = product(d_y_CF, error_FC, PRECISION)
         d_kappa_CC = d_mixed_CC * seen_CC
         if CAUSAL:
             d_kappa_CC = tl.where(i[None, :] <= i[:, None], d_kappa_CC, 0)
         d_scale_C -= tl.sum(d_kappa_CC * rate_C[None, :], 1)
-        d_rate_C = -tl.sum(d_kappa_CC * scale_C[:, None], 0)
-        d_seen_CC = d_mixed_CC * kappa_CC
-        d_q_CF = d_answer_CF + product(d_seen_CC, k_CF, PRECISION) + product(d_y_CF, tl.trans(weight_FF), PRECISION)
-        seen_by_key_CC = product(k_CF, tl.trans(q_CF), PRECISION) + 1
-        d_error_CF = product(seen_by_key_CC * kappa_by_key_CC, d_y_CF, PRECISION)
+        d_step_CF = -scale_C[:, None] * d_y_CF
         if OPENED:
             d_scale_C -= tl.sum(d_y_CF * step_CF, 1)
-            d_step_CF = -scale_C[:, None] * d_y_CF
-            d_q_CF += product(d_step_CF, tl.trans(tl.load(summed + pair * F * F + square(F))), PRECISION)
-            d_summed_FF = d_next_FF + product(tl.trans(q_CF), d_step_CF, PRECISION)
-            tl.store(d_summed + pair * F * F + square(F), d_summed_FF)
             tl.store(d_summed_bias + pair * F + f, d_next_F + tl.sum(d_step_CF, 0))
-        at_CF = place * F + (i[:, None] * heads * F + f[None, :])
-        tl.store(d_q + at_CF, d_q_CF, mask=live[:, None])
-
-        # The update, (18) and (24).
-        by_next_CF = product(k_CF, d_next_FF, PRECISION) + d_next_F[None, :]
+        d_error_CF = product(seen_by_key_CC * kappa_by_key_CC, d_y_CF, PRECISION)
         d_error_CF += (push * rate_C)[:, None] * by_next_CF
         d_push_C = tl.sum(by_next_CF * error_CF, 1)
-        tl.store(d_rate + place + i * heads, d_rate_C + push * d_push_C, mask=live)
+        d_rate_C = push * d_push_C - tl.sum(d_kappa_CC * scale_C[:, None], 0)
+        tl.store(d_rate + place + i * heads, d_rate_C, mask=live)
         if CLOSES:
             tl.store(d_pushes + n * pairs + pair, tl.sum(rate_C * d_push_C, 0))
-        d_k_FC = product(tl.trans(q_CF), d_seen_CC, PRECISION)
-        d_k_FC += product(d_next_FF, error_FC * (push * rate_C)[None, :], PRECISION)
-        d_k_CF = _turned_back(d_k_FC, d_k + place * F, heads, C, ROWS, F)
 
-        # Through the inner loss's gradient (20), to target and norm (25), keys (23) and weights (22).
+        # Through the inner loss's gradient (20), to target and norm (25), queries, keys and weights.
         d_slope_CF, d_output_CF = _errors_back(
             d_error_CF, output_CF, unit_CF, inverse_C1, slope_CF, error_CF, gamma_1F, F, LEAST
         )
-        tl.store(d_target + at_CF, -gamma_1F * d_slope_CF, mask=live[:, None])
+        d_target_at = d_target + place * F + (i[:, None] * heads * F + f[None, :])
+        tl.store(d_target_at, -gamma_1F * d_slope_CF, mask=live[:, None])
         d_beta_F += tl.sum(gamma_1F * d_slope_CF, 0)
         d_gamma_F += tl.sum(d_slope_CF * (2 * gamma_1F * unit_CF + offset_CF), 0)
-        d_k_CF += product(d_output_CF, tl.trans(weight_FF), PRECISION)
-        tl.store(d_k + at_CF, d_k_CF, mask=live[:, None])
+        d_output_FC = _turned(d_output_CF, d_k + place * F, heads, C, ROWS, F)
+        _finish(
+            q_n, k_n, d_answers_n, q_t, k_t, d_answers_t, weight_n, d_next, summed, d_weight + pair * F * F,
+            d_summed + pair * F * F, d_q + place * F, d_k + place * F, d_mixed_CC * kappa_CC, d_y_CF, d_step_CF,
+            d_output_CF, d_output_FC, error_FC * (push * rate_C)[None, :], heads, C, ROWS, F, BLOCK, CLOSES, OPENED,
+            PRECISION,
+        )
         if not CLOSES:
-            d_next_FF = tl.zeros_like(d_next_FF)
             d_next_F = tl.zeros_like(d_next_F)
-        d_next_FF += product(tl.trans(k_CF), d_output_CF, PRECISION)
-        d_next_FF += product(tl.trans(q_CF), d_y_CF, PRECISION)
         d_next_F += tl.sum(d_output_CF + d_y_CF, 0)
-    tl.store(d_weight + pair * F * F + square(F), d_next_FF)
+        tl.debug_barrier()  # the next mini-batch reads what others have written
     tl.store(d_bias + pair * F + f, d_next_F)
     tl.store(d_gamma + pair * F + f, d_gamma_F)
     tl.store(d_beta + pair * F + f, d_beta_F)
@@ -256,8 +296,11 @@ class LinearBackward(LinearRun):
         pairs, width, q = self.dims.pairs, self.dims.widths[0], problem.q_BHNCF
         self.d_answers = addressable(d_answers)
         self.d_tokens = [room_for_tokens(x) for x in problem[:4]]
-        self.d_next = [d.contiguous() for d in d_following]
-        self.d_weights = [torch.empty_like(w) for w in self.weights]
+        if self.closes:  # each mini-batch moves the gradient of the weights in place
+            self.d_weights = self.d_next = [d.clone(memory_format=torch.contiguous_format) for d in d_following]
+        else:
+            self.d_next = [d.contiguous() for d in d_following]
+            self.d_weights = [torch.empty_like(w) for w in self.weights]
         self.d_summed = [torch.empty_like(g) for g in self.summed] if problem.gradients else self.d_weights
         self.d_gamma, self.d_beta, self.d_scale = (
             q.new_zeros((pairs, size)) for size in (width, width, self.dims.size)
@@ -281,10 +324,9 @@ class LinearBackward(LinearRun):
                 *(x[:, :, start:stop] for x in (self.d_answers, *self.d_tokens)), *self.d_next, *self.d_weights,
                 *self.d_summed, self.d_gamma, self.d_beta, self.d_scale, self.d_pushes[start:],
                 *self.strides(), *strides_of(self.d_answers), dims.heads, stop - start, dims.steps * dims.size,
-                LEAST=self.least, **self.constants,
+                BLOCK=BLOCK, LEAST=self.least, **self.constants,
                 **launch_of(dims.widths[0], dims.size, self.problem.precision, back=True),
             )  # fmt: skip
-        self.d_next = self.d_weights
 
     def gradients(self) -> Gradients:
         """The gradients in the shapes of the inputs."""
@@ -319,7 +361,7 @@ def forms() -> list[Form]:
     signature |= dict.fromkeys((*STRIDES, *(f"d_answers_{axis}" for axis in "bht"), "heads", "steps", "length"), "i32")
     found = []
     for name, constants, aligned in configurations():
-        constants = {**constants, "LEAST": 4 * torch.finfo(torch.float32).eps}
+        constants = {**constants, "LEAST": 4 * torch.finfo(torch.float32).eps, "BLOCK": BLOCK}
         launch = launch_of(constants["F"], constants["C"], constants["PRECISION"], back=True)
         aligned = aligned | set(_POINTERS) - {"scale", "last", "rate", "d_rate", "d_scale", "d_pushes"}
         form = Form(

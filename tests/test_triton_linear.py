@@ -1,0 +1,399 @@
+"""The linear inner model's Triton kernels, in Triton's interpreter: outputs, final state, gradients, precision."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+import quick_interpreter
+
+from ttt.config import TTTConfig
+from ttt.layer import TTTLayer
+from ttt.ops.constants import Precision
+from ttt.ops.minibatch import Inner, Stream, learn
+from ttt.ops.rows import Tokens
+from ttt.ops.select import implementation
+
+pytestmark = pytest.mark.skipif(
+    os.environ["TRITON_INTERPRET"] != "1", reason="compares in the interpreter; benchmarks compare on a GPU"
+)
+Found = tuple[list[Tensor], list[Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def new_memory_holds_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is allocated holds NaN until it is written."""
+    monkeypatch.setenv("TTT_OPS", "triton")
+    quick_interpreter.install()
+    torch.set_deterministic_debug_mode("error")
+    yield
+    torch.set_deterministic_debug_mode("default")
+
+
+@dataclass
+class Case:
+    """A sequence and a state, of values that vary, every tensor a leaf that wants a gradient."""
+
+    length: int
+    size: int = 4
+    width: int = 16
+    batch: int = 1
+    heads: int = 1
+    causal: bool = True
+    counts: tuple[int, ...] = ()
+    """Tokens that each row has read of its open mini-batch; empty: every row begins."""
+    lengths: tuple[int, ...] = ()
+    """How many tokens of each row count; empty: all."""
+    group_size: int = 2
+    dtype: torch.dtype = torch.float64
+    precision: Precision = "ieee"
+    leaves: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.length)
+
+        def normal(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+            x = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale + shift
+            return x.to(self.dtype).requires_grad_()
+
+        rows, width = (self.batch, self.heads), self.width
+        tokens = [normal(self.batch, self.length, self.heads, width) for _ in range(3)]
+        rate = torch.rand(self.batch, self.length, self.heads, 1, generator=generator, dtype=torch.float64)
+        shapes = ((width, width), (1, width))
+        weights = [normal(*rows, *shape, scale=scale) for shape, scale in zip(shapes, (width**-0.5, 0.2), strict=True)]
+        summed = [normal(*rows, *shape, scale=0.1) for shape in shapes] if self.counts else []
+        norms = [normal(self.heads, 1, width, scale=0.3, shift=1.0), normal(self.heads, 1, width, scale=0.3)]
+        # A quarter at the most below 1/i: every step size stays above zero, so that every one gets a gradient.
+        offset = torch.rand(self.size, generator=generator, dtype=torch.float64) - 0.25 / self.size
+        self.leaves = [
+            *tokens, (rate / width + 0.02).to(self.dtype).requires_grad_(), *norms,
+            offset.to(self.dtype).requires_grad_(), *weights, *summed,
+        ]  # fmt: skip
+
+    def as_type(self, dtype: torch.dtype) -> Case:
+        """The same numbers in another type."""
+        made = Case(**{name: getattr(self, name) for name in self.__dataclass_fields__ if name != "leaves"})
+        made.leaves = [x.detach().to(dtype).requires_grad_() for x in self.leaves]
+        return made
+
+    def learn(self, name: str) -> Found:
+        """Outputs, final state included, and the gradients of all leaves, by one implementation."""
+        q, k, target, rate, gamma, beta, offset, *state = self.leaves
+        scale = 1 / torch.arange(1, self.size + 1).to(offset)
+        scale = scale + offset if self.causal else torch.full_like(scale, 1 / self.size)
+        stream = Stream(
+            tuple(state[:2]), tuple(state[2:]) or None, torch.tensor(self.counts) if self.counts else None
+        )  # fmt: skip
+        mask = torch.arange(self.length) < torch.tensor(self.lengths)[:, None] if self.lengths else None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TTT_OPS", name)
+            z, end = learn(
+                # As a layer has them: heads inside tokens.
+                Tokens(*(x.transpose(1, 2) for x in (q, k, target, rate))), stream,
+                Inner(gamma, beta, scale, self.causal, 1e-6, self.precision),
+                group_size=self.group_size, mask_BT=mask,
+            )  # fmt: skip
+            outputs = [z, *end.weights, *(end.gradients or ())]
+            total = sum((weighed(x) for x in outputs), torch.zeros((), dtype=z.dtype))
+            found = torch.autograd.grad(total, self.leaves, allow_unused=True)
+        return outputs, [torch.zeros_like(x) if g is None else g for x, g in zip(self.leaves, found, strict=True)]
+
+
+def weighed(x: Tensor) -> Tensor:
+    """A sum that weighs every number differently."""
+    return (x * torch.linspace(0.3, 1.7, x.numel(), dtype=x.dtype).view_as(x)).sum()
+
+
+def distances(found: Found, expected: Found) -> list[float]:
+    """How far each result is from the expected one, relative to its length."""
+    pairs = zip(itertools.chain(*found), itertools.chain(*expected), strict=True)
+    return [((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs]
+
+
+CASES = {
+    "3C + 2 tokens, groups of 2": Case(length=14),
+    "3C + 2 tokens, everything kept": Case(length=14, group_size=0),
+    "groups of 1": Case(length=9, group_size=1),
+    "groups beyond the sequence": Case(length=9, group_size=16),
+    "C + 1 tokens, the first of three": Case(length=6, size=5, batch=2, group_size=0, lengths=(6, 3)),
+    "C tokens, three heads": Case(length=4, heads=3),
+    "C - 1 tokens": Case(length=3),
+    "one token": Case(length=1),
+    "open in every row elsewhere": Case(length=8, batch=3, counts=(0, 1, 3), group_size=1),
+    "one token of an open mini-batch": Case(length=1, batch=2, counts=(1, 3)),
+    "two tokens of open mini-batches, one of which closes": Case(length=2, batch=2, counts=(1, 2)),
+    "open, masked": Case(length=6, batch=2, counts=(2, 3), lengths=(6, 0)),
+    "not causal": Case(length=14, batch=2, causal=False),
+    "not causal, masked": Case(length=7, batch=2, causal=False, lengths=(7, 2)),
+    "C 1, F 64": Case(length=5, size=1, width=64),
+    "C 16, F 128": Case(length=17, size=16, width=128),
+    "C 64, F 64": Case(length=65, size=64, width=64),
+    "C 64, F 32, not causal": Case(length=70, size=64, width=32, causal=False),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_outputs_and_gradients_are_the_definitions(case: Case) -> None:
+    found = case.learn("triton")
+    assert max(distances(found, case.learn("reference"))) <= 1e-12
+
+
+def test_thirty_two_programs() -> None:
+    case = Case(length=4, size=3, batch=4, heads=8)
+    with torch.no_grad():
+        q, k, target, rate, gamma, beta, offset, *weights = case.leaves
+        inner = Inner(gamma, beta, 1 / torch.arange(1, 4) + offset, True, 1e-6)
+        tokens = Tokens(*(x.transpose(1, 2) for x in (q, k, target, rate)))
+        z, end = learn(tokens, Stream(tuple(weights)), inner, group_size=2)
+        for row, head in ((0, 0), (1, 7), (3, 2)):
+            alone = Tokens(*(x[row : row + 1, head : head + 1] for x in tokens))
+            its = Inner(gamma[head : head + 1], beta[head : head + 1], inner.scale_C, True, 1e-6)
+            own = Stream(tuple(w[row : row + 1, head : head + 1] for w in weights))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("TTT_OPS", "generic")
+                expected, its_end = learn(alone, own, its, group_size=2)
+            torch.testing.assert_close(z[row, head], expected[0, 0], rtol=1e-12, atol=1e-12)
+            for a, b in zip((*end.weights, *end.gradients), (*its_end.weights, *its_end.gradients), strict=True):
+                torch.testing.assert_close(a[row, head], b[0, 0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("teaches", [False, True], ids=["zeros", "targets alone"])
+@pytest.mark.parametrize("opened", [False, True])
+def test_constant_vectors_get_no_gradient(opened: bool, teaches: bool) -> None:
+    """Tokens of zeros while biases are zero: a mini-batch of nothing else, and some among others."""
+    case = Case(length=10, counts=(2,) if opened else ())
+    with torch.no_grad():
+        for x in case.leaves[: 2 if teaches else 3]:
+            x[:, [0, 1, 2, 3, 4, 8]] = 0
+        case.leaves[3].mul_(1e-3 if teaches else 1)  # 1/√ε is much to learn by
+        for x in (case.leaves[5], *case.leaves[8::2]):  # β, b and the bias of the sums
+            x.zero_()
+    expected = case.learn("reference")
+    assert max(distances(case.learn("triton"), expected)) <= 1e-9
+    assert all(gradient.abs().max() < 1e5 for gradient in expected[1])  # the formula's own: 1e6 a token
+
+
+# --- precision ---
+
+
+def test_float32_is_within_rounding() -> None:
+    for size, width in ((1, 16), (16, 64)):
+        case = Case(length=2 * size + 3, size=size, width=width, dtype=torch.float32)
+        found = case.learn("triton")
+        assert all(x.dtype == torch.float32 for x in itertools.chain(*found))
+        assert max(distances(found, case.as_type(torch.float64).learn("reference"))) <= 1e-5
+
+
+def _forward_by_hand(case: Case, rounded: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The equations of `ttt.ops.triton.linear` for one row and head, both operands of every product rounded."""
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return rounded(a) @ rounded(b)
+
+    def normed(x: Tensor) -> tuple[Tensor, Tensor]:
+        centred = x - x.mean(-1, keepdim=True)
+        inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
+        return centred * inverse, inverse
+
+    q, k, target, rate, gamma, beta, offset, w, b = (x.detach() for x in case.leaves)
+    gamma, beta, w, b, s = gamma[0], beta[0], w[0, 0], b[0, 0], 1 / torch.arange(1, case.size + 1) + offset
+    answers = []
+    for n in range(case.length // case.size):
+        of_n = slice(n * case.size, (n + 1) * case.size)
+        Q, K, t, eta = (x[0, of_n, 0] for x in (q, k, target, rate))  # noqa: N806
+        unit, inverse = normed(product(K, w) + b)
+        r = gamma * (gamma * unit + beta - t)
+        error = inverse * (r - r.mean(-1, keepdim=True) - unit * (r * unit).mean(-1, keepdim=True))
+        mixed = (product(Q, K.mT) + 1) * (-s[:, None] * eta.mT).tril()
+        answers.append(Q + gamma * normed(product(Q, w) + b + product(mixed, error))[0] + beta)
+        pushed = -s[-1] * eta * error
+        w, b = w + product(K.mT, pushed), b + pushed.sum(0)
+    return [torch.cat(answers), w, b]
+
+
+def test_bfloat16_rounds_the_operands_of_products_alone() -> None:
+    case = Case(length=24, size=8, width=32, dtype=torch.float32, precision="bf16")
+    found = case.learn("triton")
+    outputs = [x.detach().squeeze() for x in found[0]]
+    rounded = _forward_by_hand(case, lambda x: x.bfloat16().float())
+    whole = _forward_by_hand(case, lambda x: x)
+    for a, b, c in zip(outputs, rounded, whole, strict=True):
+        b, c = b.squeeze(), c.squeeze()
+        assert (a - b).norm() <= 1e-4 * b.norm()
+        assert (a - c).norm() >= 5e-4 * c.norm()
+    # Backward rounds its own products; the gradients are those of whole numbers, to a few bfloat16's 2⁻⁹.
+    exact = case.as_type(torch.float64)
+    exact.precision = "ieee"
+    apart = distances(([], found[1]), ([], exact.learn("fused")[1]))
+    assert max(apart) <= 3e-2
+    assert min(apart[:5] + apart[6:]) >= 1e-4  # β's is a sum of gradients, nearly without a product
+
+
+def test_tf32_is_left_to_the_device() -> None:
+    """The interpreter multiplies whole numbers; float64 is never rounded for it."""
+    case = Case(length=6, dtype=torch.float32)
+    expected = case.learn("triton")
+    case.precision = "tf32"
+    assert all(
+        torch.equal(a, b) for a, b in zip(*map(lambda f: [*f[0], *f[1]], (case.learn("triton"), expected)), strict=True)
+    )
+
+
+# --- the operation ---
+
+
+def _arguments(*, closes: bool = True, opened: bool = False, keep: bool = True) -> list[Any]:
+    """Arguments of `ttt::triton_minibatches`: step sizes of each row, and mini-batches some of which do not close."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).requires_grad_()
+
+    batch, heads, size, width, steps = 2, 2, 3, 16, 3 if closes else 1
+    shape = (batch, heads, steps, size, width)
+    tokens = [normal(*shape), normal(*shape[:-1], 2 * width)[..., ::2], normal(*shape).detach().requires_grad_()]
+    rate = torch.rand(*shape[:-1], 1, generator=generator, dtype=torch.float64).mul_(0.1).requires_grad_()
+    scale = torch.rand(batch, size, generator=generator, dtype=torch.float64).add_(0.1).requires_grad_()
+    last = torch.rand(steps, batch, generator=generator, dtype=torch.float64).add_(0.1)
+    last[-1, 1] = 0
+    weights = [normal(batch, heads, width, width, scale=0.25), normal(batch, heads, 1, width, scale=0.2)]
+    sums = [normal(batch, heads, width, width, scale=0.1), normal(batch, heads, 1, width, scale=0.1)]
+    return [
+        *tokens, rate, normal(1, 1, width), normal(heads, 1, width), scale, last.requires_grad_() if closes else None,
+        weights, sums if opened else [], True, 1e-6, 2, "ieee", keep,
+    ]  # fmt: skip
+
+
+def _gradients(operation: Any, arguments: list[Any], weigh: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], Any]:
+    z, following, _ = operation(*arguments)
+    outputs = [z, *following]
+    leaves = [x for x in arguments[:8] if x is not None] + arguments[8] + arguments[9]
+    total = sum((weigh(x) for x in outputs), torch.zeros((), dtype=z.dtype))
+    return outputs, list(torch.autograd.grad(total, leaves))
+
+
+@pytest.mark.parametrize(("closes", "opened"), [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize("weigh", [weighed, torch.sum], ids=["varied", "expanded"])
+def test_the_operation_is_the_fused_one(closes: bool, opened: bool, weigh: Callable[[Tensor], Tensor]) -> None:
+    """With tokens, and gradients of answers, whose memory is neither dense nor even."""
+    arguments = _arguments(closes=closes, opened=opened)
+    found = _gradients(torch.ops.ttt.triton_minibatches, arguments, weigh)
+    assert max(distances(found, _gradients(torch.ops.ttt.minibatches, arguments, weigh))) <= 1e-12
+
+
+def test_step_sizes_get_the_slope_of_the_loss() -> None:
+    """Of each position and row, and of each mini-batch's update; by differences, from no formula."""
+    arguments = _arguments()
+
+    def loss(scale: Tensor, last: Tensor) -> Tensor:
+        z, following, _ = torch.ops.ttt.triton_minibatches(*arguments[:6], scale, last, *arguments[8:])
+        return weighed(z) + weighed(following[0]) + weighed(following[1])
+
+    assert torch.autograd.gradcheck(loss, (arguments[6], arguments[7]), rtol=1e-6, atol=1e-6)
+
+
+def test_it_keeps_the_openings_of_groups_alone() -> None:
+    arguments = _arguments()
+    for group_size, openings in ((0, 2), (1, 2), (2, 1), (3, 0)):
+        arguments[-3] = group_size
+        (kept,) = torch.ops.ttt.triton_minibatches(*arguments)[2]
+        assert kept.shape == (openings, 4, 17, 16)
+    assert torch.ops.ttt.triton_minibatches(*arguments[:-1], False)[2] == []
+
+
+@pytest.mark.parametrize(("closes", "opened"), [(True, False), (False, True)])
+def test_pytorch_takes_the_operation(closes: bool, opened: bool) -> None:
+    arguments = _arguments(closes=closes, opened=opened)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.ttt.triton_minibatches.default, tuple(arguments), test_utils=checks)
+
+
+def test_a_second_derivative_is_refused_in_words() -> None:
+    z, _, _ = torch.ops.ttt.triton_minibatches(*(arguments := _arguments()))
+    (gradient,) = torch.autograd.grad(z.square().sum(), arguments[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative; set TTT_OPS=generic"):
+        gradient.sum().backward()
+
+
+# --- in a layer ---
+
+
+def _layer(**options: Any) -> tuple[TTTLayer, Tensor]:
+    config = TTTConfig.model_validate(
+        {"mini_batch_size": 4, "layer_type": "linear", "base_lr": 0.5, "scan_checkpoint_group_size": 2, **options}
+    )
+    layer = TTTLayer(16, 1, config, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    layer.reset_parameters(generator)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.1)
+    return layer, torch.randn(1, 14, 16, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def test_inside_checkpoints_inside_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = _layer()
+
+    def gradients(run: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        # What follows a checkpoint needs its output, so it really runs again.
+        return list(torch.autograd.grad(weighed(run(x).sin()), [x, *layer.parameters()]))
+
+    def nested(x: Tensor) -> Tensor:
+        def inside(y: Tensor) -> Tensor:
+            z: Tensor = checkpoint(lambda v: layer(v)[0], y, use_reentrant=False, determinism_check="none")
+            return z.sin()
+
+        z: Tensor = checkpoint(inside, x, use_reentrant=True)
+        return z
+
+    found = gradients(nested)
+    monkeypatch.setenv("TTT_OPS", "fused")
+    expected = gradients(lambda x: layer(x)[0].sin())
+    assert max(distances((found, []), (expected, []))) <= 1e-11
+
+
+def test_it_compiles_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = _layer()
+    torch._dynamo.reset()
+    found = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)(x)[0]
+    (gradient,) = torch.autograd.grad(weighed(found), x)
+    monkeypatch.setenv("TTT_OPS", "fused")
+    expected = layer(x)[0]
+    (right,) = torch.autograd.grad(weighed(expected), x)
+    assert max(distances(([found], [gradient]), ([expected], [right]))) <= 1e-11
+
+
+# --- the choice ---
+
+
+def test_it_runs_where_it_is_asked_to_and_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(*widths: int, size: int = 16, dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
+        return implementation(device_type=device, dtypes={dtype}, mini_batches=2, widths=widths, size=size)
+
+    assert chosen(64, 64) == chosen(128, 512, 128) == chosen(64, 64, device="cuda") == "triton"
+    for arguments, why in (
+        ({"widths": (24, 24)}, "heads of 16, 32, 64, 128, not 24"),
+        ({"widths": (64, 64), "size": 65}, "at most 64 tokens, not 65"),
+        ({"widths": (64, 8, 8, 64)}, "inner models of one or two layers, not 3"),
+        ({"widths": (64, 64), "dtype": torch.bfloat16}, "in float32, not bfloat16"),
+        ({"widths": (64, 64), "dtype": torch.float64, "device": "cuda"}, "in float32, not float64"),
+        ({"widths": (64, 64), "device": "mps"}, "needs a GPU, not the device mps"),
+    ):
+        with pytest.raises(ValueError, match=f"^TTT_OPS=triton .*{why}.*; write another implementation, or unset it$"):
+            chosen(*arguments.pop("widths"), **arguments)  # type: ignore[arg-type,misc]
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly"):
+        chosen(64, 64)
+    monkeypatch.delenv("TTT_OPS")
+    assert chosen(64, 64, device="cuda") == "fused"
