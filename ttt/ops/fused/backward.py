@@ -5,14 +5,14 @@ Shape letters and symbols: see `ttt.ops.fused`. Numbers in parentheses are the e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ttt.ops.fused.forward import Scratch, through_norm
-from ttt.ops.fused.layout import Block, Common, Dims, Kept, by_step
+from ttt.ops.fused.forward import through_norm
+from ttt.ops.fused.layout import Common
+from ttt.ops.fused.rooms import BackwardViews
 from ttt.ops.norm import is_constant, is_zero
 
 
@@ -28,7 +28,7 @@ class Sums:
         self.next_PJO = d_next_PJO
         """`dW̃'` of the weights that open the next mini-batch, or `dG̃'` of the sums that an open one passes on."""
         self.first_next_POJ = d_next_PJO[0].mT
-        self.later_next_POI = [x[:, :-1].mT for x in d_next_PJO[1:]]
+        self.later_next_POI = [x[:, :hidden].mT for x, hidden in zip(d_next_PJO[1:], dims.widths[1:], strict=False)]
         self.weights_PJO = d_next_PJO if common.closes else [torch.zeros_like(x) for x in d_next_PJO]
         """`dW̃`. If mini-batches close, these are the tensors of `next_PJO`: `W' = W − …` passes its gradient on."""
         self.gradients_PJO = [] if common.gradients_PJO is None else [x.clone() for x in d_next_PJO]
@@ -49,109 +49,6 @@ class TokenGradients(NamedTuple):
     """`dc`"""
 
 
-# --- room and views ---
-
-
-class BackwardScratch:
-    """Scratch memory of backward, which chunks use in turn: the scratch of forward, and more.
-
-    It may use forward's scratch because a whole group runs forward before its backward starts, and backward reads only
-    what was kept.
-    """
-
-    def __init__(self, dims: Dims, chunk: int, forward: Scratch) -> None:
-        size, width, like = dims.size, dims.widths[0], forward.first_MPSO
-
-        def room(*shape: int) -> Tensor:
-            return like.new_empty((chunk, dims.pairs, *shape))
-
-        self.d_outputs_MPSO = [forward.first_MPSO, *(room(2 * size, fan_out) for fan_out in dims.widths[2:])]
-        """`(dZ_l; dy_l)`: rows of the keys and of the queries together, as the layers' inputs are kept."""
-        self.d_errors_MPCO = [*forward.squared_MPCO, room(size, width)]
-        self.d_inputs_MPCI = [room(size, width), *forward.gates_MPCO]
-        """`dX_l`"""
-        self.seen_by_next_MPCO = [*forward.pulled_MPCO, room(size, width)]
-        """`ρ_l`"""
-        self.reached_MPCJ = room(size, width + 1)
-        """`V_0`"""
-        self.d_slope_MPCF = room(size, width)
-        """`dr`"""
-        self.pushed_errors_MPCO = [room(size, fan_out) for fan_out in dims.widths[2:]]
-        """`c η E_l` for l ≥ 1"""
-        self.pair_MPC2F, self.along_MPC2 = room(size, 2, width), room(size, 2)
-        """`(x̂; E)` of each token, and the sums of the two times the token's dE."""
-        self.unit_MPCF, self.slope_MPCF = room(size, width), room(size, width)
-        """`x̂` and `r`"""
-        self.turned_error_MPCF, self.turned_unit_MPCF = room(size, width), room(size, width)
-        """`−ι E / F` and `−ι x̂ / F`: the factors of `along` in (20), with the divisor of its mean."""
-        self.d_stack_MPSF = room(2 * size, width)
-        """`(dZ_0; dy_0) W_0ᵀ`"""
-        # `dD_l`, with a last column of zeros for the bias of the next layer.
-        self.d_pulled_PCJ = [like.new_zeros((dims.pairs, size, hidden + 1)) for hidden in dims.widths[1:-1]]
-
-
-class BackwardViews:
-    """Views of the tensors that backward of a chunk reads and writes; made and named like `ForwardViews`."""
-
-    def __init__(self, dims: Dims, block: Block, kept: Kept, scratch: BackwardScratch) -> None:
-        self.steps, self.block, self.kept = len(block.rate_MPC1), block, kept
-        self.stacks_MPSJ = [block.stacked_MPSJ, *kept.inputs_MPSJ]
-        self._view_chunk(dims.size, scratch)
-        self._view_steps(dims.size, scratch)
-
-    def _view_chunk(self, size: int, scratch: BackwardScratch) -> None:
-        kept, steps = self.kept, self.steps
-
-        def of_chunk(rooms: Iterable[Tensor]) -> list[Tensor]:
-            return [x[:steps] for x in rooms]
-
-        self.d_outputs_MPSO, self.d_errors_MPCO, self.d_inputs_MPCI = (
-            of_chunk(rooms) for rooms in (scratch.d_outputs_MPSO, scratch.d_errors_MPCO, scratch.d_inputs_MPCI)
-        )
-        self.seen_by_next_MPCO, self.pushed_errors_MPCO = (
-            of_chunk(rooms) for rooms in (scratch.seen_by_next_MPCO, scratch.pushed_errors_MPCO)
-        )
-        self.reached_MPCJ, self.d_slope_MPCF, self.pair_MPC2F, self.d_stack_MPSF = of_chunk(
-            (scratch.reached_MPCJ, scratch.d_slope_MPCF, scratch.pair_MPC2F, scratch.d_stack_MPSF)
-        )
-        self.unit_MPCF, self.slope_MPCF, self.turned_error_MPCF, self.turned_unit_MPCF = of_chunk(
-            (scratch.unit_MPCF, scratch.slope_MPCF, scratch.turned_error_MPCF, scratch.turned_unit_MPCF)
-        )
-        self.d_answered_MPCO = [x[:, :, size:] for x in self.d_outputs_MPSO]
-        self.queries_RCJ = [x[:, :, size:].flatten(0, 1) for x in self.stacks_MPSJ]
-        self.keys_RCI = [x[:, :, :size, :-1].flatten(0, 1) for x in self.stacks_MPSJ]
-        self.errors_RCO = [x.flatten(0, 1) for x in kept.errors_MPCO]
-        self.attention_RCC = [x.flatten(0, 1) for x in kept.attention_MPCC]
-        self.weights_ROI = [x[:, :, :-1].flatten(0, 1).mT for x in kept.weights_MPJO]
-        self.coefficient_RCC = self.block.coefficient_MPCC.flatten(0, 1)
-
-    def _view_steps(self, size: int, scratch: BackwardScratch) -> None:
-        kept = self.kept
-        later_MPIO = [x[:, :, :-1] for x in kept.weights_MPJO[1:]]
-        self.later_weights_PIO, self.later_weights_POI = by_step(later_MPIO), by_step([x.mT for x in later_MPIO])
-        self.keys_PCJ = by_step([x[:, :, :size] for x in self.stacks_MPSJ])
-        self.stacks_PJS = by_step([x.mT for x in self.stacks_MPSJ])
-        self.errors_PCO, self.slopes_PCO, self.bends_PCO = (
-            by_step(x) for x in (kept.errors_MPCO, kept.slopes_MPCO, kept.bends_MPCO)
-        )
-        self.d_errors_PCO, self.d_outputs_PSO = by_step(self.d_errors_MPCO), by_step(self.d_outputs_MPSO)
-        self.later_d_inputs_PCI = by_step(self.d_inputs_MPCI[1:])
-        self.d_keys_PCO = by_step([x[:, :, :size] for x in self.d_outputs_MPSO])
-        self.seen_by_next_PCO, self.pushed_errors_PCO = (
-            by_step(x) for x in (self.seen_by_next_MPCO, self.pushed_errors_MPCO)
-        )
-        self.reached_PCJ, self.d_slope_PCF, self.pushes_PC1 = by_step(
-            [self.reached_MPCJ, self.d_slope_MPCF, self.block.push_MPC1]
-        )
-        self.output_PCF, self.means_PC1 = by_step([kept.output_MPCF, kept.mean_MPC1])
-        along_MPC2 = scratch.along_MPC2[: self.steps]
-        self.pair_PC2F, self.along_PC2 = by_step([self.pair_MPC2F, along_MPC2])
-        self.along_unit_PC1, self.along_error_PC1 = by_step([along_MPC2[..., :1], along_MPC2[..., 1:]])
-        self.turned_error_PCF, self.turned_unit_PCF = by_step([self.turned_error_MPCF, self.turned_unit_MPCF])
-        self.d_pulled_PCI = [x[..., :-1] for x in scratch.d_pulled_PCJ]
-        self.d_pulled_PJC = [x.mT for x in scratch.d_pulled_PCJ]
-
-
 # --- arithmetic ---
 
 
@@ -168,11 +65,17 @@ def backward_chunk(
         sums: the sums over the mini-batches after the chunk; the chunk's own are added.
     """
     d_y_MPCF = _answers_back(common, views, d_answers_MPCF, sums)
-    d_x_MPCF, d_coefficient_MPCC = _queries_back(common, views, d_y_MPCF, sums)
+    if common.dims.dual:
+        d_x_MPCF, d_coefficient_MPCC = _queries_back(common, views, d_y_MPCF, sums)
+        d_rate_MPC1 = _coefficient_back(common, views, d_coefficient_MPCC, sums)
+    else:
+        d_x_MPCF = _queries_back_to_weights_after(common, views, d_y_MPCF)
+        d_rate_MPC1 = torch.zeros_like(views.block.rate_MPC1)
     d_query_MPCF = d_x_MPCF.add_(d_answers_MPCF)
-    d_rate_MPC1 = _coefficient_back(common, views, d_coefficient_MPCC, sums)
     terms = _error_terms(common, views)
     for n in range(views.steps - 1, -1, -1):
+        if not common.dims.dual:
+            _answering_back(common, views, sums, n)
         _update_back(common, views, sums, n)
         d_hidden_PCO = _errors_back(common, views, terms, n)
         _keys_back(common, views, d_hidden_PCO, n)
@@ -196,7 +99,7 @@ def _answers_back(common: Common, views: BackwardViews, d_answers_MPCF: Tensor, 
 
 
 def _queries_back(common: Common, views: BackwardViews, d_y_MPCF: Tensor, sums: Sums) -> tuple[Tensor, Tensor]:
-    """Backward of the queries from the last layer to the first, (14) to (17); it does not depend on the carry.
+    """Backward of queries in dual form from the last layer to the first, (14) to (17); it does not depend on the carry.
 
     Writes its shares of the keys' gradients, `dE_l` and `dX_l`. Returns `dx_0` without the term `dy_0 W_0ᵀ`, and `dκ`.
     """
@@ -210,20 +113,41 @@ def _queries_back(common: Common, views: BackwardViews, d_y_MPCF: Tensor, sums: 
         d_seen_RCC.mul_(coefficient_RCC)
         d_error_MPCO, d_input_MPCI = views.d_errors_MPCO[layer], views.d_inputs_MPCI[layer]
         common.products.of((seen_RCC * coefficient_RCC).mT, d_y_RCO, d_error_MPCO.flatten(0, 1))  # (15)
-        common.products.of(d_seen_RCC.mT, x_RCJ[..., :-1], d_input_MPCI.flatten(0, 1))  # (16)
+        common.products.of(d_seen_RCC.mT, x_RCJ[..., : d_input_MPCI.shape[-1]], d_input_MPCI.flatten(0, 1))  # (16)
         d_x_RCI = common.products.of(d_seen_RCC, views.keys_RCI[layer])
         if common.gradients_PJO is not None:  # one open mini-batch: y also contains − s x̃ G
             gradient_PJO = common.gradients_PJO[layer]
             d_step_RCO = d_y_RCO * neg_scale_PC1
             sums.scale_PC1 -= (d_y_RCO * common.products.of(x_RCJ, gradient_PJO)).sum(-1, keepdim=True)
             common.products.add(sums.gradients_PJO[layer], x_RCJ.mT, d_step_RCO)
-            common.products.add(d_x_RCI, d_step_RCO, gradient_PJO[:, :-1].mT)
+            common.products.add(d_x_RCI, d_step_RCO, gradient_PJO[:, : d_x_RCI.shape[-1]].mT)
         if layer:
-            common.products.add(d_x_RCI, d_y_RCO, views.weights_ROI[layer])
+            common.products.add(d_x_RCI, d_y_RCO, views.answering_ROI[layer])
             d_y_MPCO = views.d_answered_MPCO[layer - 1]
             torch.mul(_by_chunk(views, d_x_RCI), views.kept.query_slopes_MPCO[layer - 1], out=d_y_MPCO)  # (17)
             d_y_RCO = d_y_MPCO.flatten(0, 1)
     return _by_chunk(views, d_x_RCI), _by_chunk(views, d_coefficient_RCC)
+
+
+def _queries_back_to_weights_after(common: Common, views: BackwardViews, d_y_MPCF: Tensor) -> Tensor:
+    """Backward of queries that answer with the weights after their mini-batch, (16') and (17). Returns `dx_0`."""
+    d_y_RCO = d_y_MPCF.flatten(0, 1)
+    for layer in range(common.dims.depth - 1, -1, -1):
+        d_x_RCI = common.products.of(d_y_RCO, views.answering_ROI[layer])  # (16')
+        if layer:
+            d_y_MPCO = views.d_answered_MPCO[layer - 1]
+            torch.mul(_by_chunk(views, d_x_RCI), views.kept.query_slopes_MPCO[layer - 1], out=d_y_MPCO)  # (17)
+            d_y_RCO = d_y_MPCO.flatten(0, 1)
+    for x in (*views.d_errors_MPCO, *views.d_inputs_MPCI):  # nothing of these comes from the queries
+        x.zero_()
+    return _by_chunk(views, d_x_RCI)
+
+
+def _answering_back(common: Common, views: BackwardViews, sums: Sums, n: int) -> None:
+    """Add the share of a mini-batch's queries to the gradients of the weights after it (12')."""
+    for layer, d_next_PJO in enumerate(sums.next_PJO):
+        d_y_PCO = views.d_answered_PCO[layer][n]
+        common.products.add_outer(d_next_PJO, views.queries_PJC[layer][n], d_y_PCO, d_next_PJO)
 
 
 def _coefficient_back(common: Common, views: BackwardViews, d_coefficient_MPCC: Tensor, sums: Sums) -> Tensor:
@@ -338,9 +262,10 @@ def _tokens_back(
     """The rest of the tokens' gradients, (23) to (25); it does not depend on the carry."""
     block, size, gamma_P1F = views.block, common.dims.size, common.constants.gamma_P1F
     d_stack_MPSF, reached_MPCJ = views.d_stack_MPSF, views.reached_MPCJ
-    common.products.of(views.d_outputs_MPSO[0].flatten(0, 1), views.weights_ROI[0], d_stack_MPSF.flatten(0, 1))
-    d_query_MPCF += d_stack_MPSF[:, :, size:]
-    d_key_MPCF = views.d_inputs_MPCI[0].addcmul_(reached_MPCJ[..., :-1], block.push_MPC1)
+    common.products.of(views.d_outputs_MPSO[0].flatten(0, 1), views.first_weights_ROI, d_stack_MPSF.flatten(0, 1))
+    if common.dims.dual:
+        d_query_MPCF += d_stack_MPSF[:, :, size:]
+    d_key_MPCF = views.d_inputs_MPCI[0].addcmul_(reached_MPCJ[..., : common.dims.widths[0]], block.push_MPC1)
     d_key_MPCF.add_(d_stack_MPSF[:, :, :size])
     d_push_MPC1 = reached_MPCJ.mul_(block.stacked_MPSJ[:, :, :size]).sum(-1, keepdim=True)  # (24)
     for seen, error in zip(views.seen_by_next_MPCO[1:], views.kept.errors_MPCO[1:], strict=True):

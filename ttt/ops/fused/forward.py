@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ttt.ops.fused.layout import Block, Common, Dims, Kept, by_step
+from ttt.ops.fused.layout import Common
+from ttt.ops.fused.rooms import ForwardViews
 
 # GELU in its tanh form is x σ(2u) with 2u = x (SLOPE + CUBIC x²): one sigmoid, which is cheaper than one tanh.
 _SLOPE = 2 * math.sqrt(2 / math.pi)
@@ -55,91 +56,6 @@ def through_norm(d: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
     return _layer_norm_backward(d, x, (x.shape[-1],), mean, inverse, None, None, (True, False, False))[0]
 
 
-# --- room and views ---
-
-
-class Scratch:
-    """Scratch memory of forward, which chunks of mini-batches use in turn."""
-
-    def __init__(self, dims: Dims, chunk: int, like: Tensor) -> None:
-        hidden = dims.widths[1:-1]
-
-        def room(width: int, rows: int = dims.size) -> Tensor:
-            return like.new_empty((chunk, dims.pairs, rows, width))
-
-        self.first_MPSO = room(dims.widths[1], 2 * dims.size)
-        """The first layer's outputs for keys and queries."""
-        self.outputs_MPCO = [room(width) for width in hidden[1:]]
-        """The outputs of the later hidden layers: for the keys, then for the queries."""
-        self.squared_MPCO = [room(width) for width in hidden]
-        self.gates_MPCO = [room(width) for width in hidden]
-        self.pulled_MPCO = [room(width) for width in hidden]
-        """`D_l`"""
-
-
-class ForwardViews:
-    """Views of the tensors that forward of a chunk reads and writes.
-
-    Making a view takes as long as a small product. So the views are made once for each place of a chunk in a group, and
-    the next group, which is laid out in the same memory, uses them again. If every mini-batch has memory of its own,
-    each chunk has its own views.
-
-    A name ends in the shape of one tensor. `_PCO` and the like are lists by mini-batch, inside a list by layer if each
-    layer has one; `_MPCO` is the whole chunk, and `_RCO` the same as one batch of R = M·P matrices.
-    """
-
-    def __init__(self, dims: Dims, block: Block, kept: Kept, scratch: Scratch) -> None:
-        self.steps = len(block.rate_MPC1)
-        self.kept = kept
-        self._view_steps(dims.size, block, kept, scratch)
-        self._view_chunk(dims.size, block, kept, scratch)
-
-    def _view_steps(self, size: int, block: Block, kept: Kept, scratch: Scratch) -> None:
-        """Make the views for the loop over mini-batches; `later` lists begin at the second layer."""
-        steps = self.steps
-        first_MPSO = scratch.first_MPSO[:steps]
-        self.stacked_PSJ, self.first_PSO = block.stacked_MPSJ.unbind(0), first_MPSO.unbind(0)
-        self.anchors_PCF, self.pushes_PC1 = block.anchor_MPCF.unbind(0), block.push_MPC1.unbind(0)
-        self.weights_PJO = by_step(kept.weights_MPJO)
-        self.later_weights_POI = by_step([x[:, :, :-1].mT for x in kept.weights_MPJO[1:]])
-        keys_MPCJ = [x[:, :, :size] for x in kept.inputs_MPSJ]
-        self.later_keys_PCJ = by_step(keys_MPCJ)
-        # The left factor of (8): pushed keys for the first layer, and each later layer's inputs.
-        self.updates_PJC = by_step([x.mT for x in (block.pushed_keys_MPCJ, *keys_MPCJ)])
-        self.outputs_PCO = by_step([first_MPSO[:, :, :size], *(x[:steps] for x in scratch.outputs_MPCO)])
-        self.values_PCO = by_step([x[..., :-1] for x in keys_MPCJ])
-        self.squared_PCO, self.gates_PCO, self.pulled_PCO = (
-            by_step([x[:steps] for x in room])
-            for room in (scratch.squared_MPCO, scratch.gates_MPCO, scratch.pulled_MPCO)
-        )
-        self.slopes_PCO, self.errors_PCO = by_step(kept.slopes_MPCO), by_step(kept.errors_MPCO)
-        self.output_PCF, self.means_PC1, self.inverses_PC1 = by_step(
-            [kept.output_MPCF, kept.mean_MPC1, kept.inverse_MPC1]
-        )
-
-    def _view_chunk(self, size: int, block: Block, kept: Kept, scratch: Scratch) -> None:
-        """Make the views for the whole chunk: what GELU left behind, and what the queries need."""
-        steps = self.steps
-        stacks_MPSJ = [block.stacked_MPSJ, *kept.inputs_MPSJ]
-        self.squared_MPCO, self.gates_MPCO, self.pulled_MPCO = (
-            [x[:steps] for x in room] for room in (scratch.squared_MPCO, scratch.gates_MPCO, scratch.pulled_MPCO)
-        )
-        self.query_values_MPCO = [x[:, :, size:, :-1] for x in kept.inputs_MPSJ]
-        # `y_l`. Products are fast only into contiguous rows, and the first layer's rows alternate with those of the
-        # keys. So they are summed in the memory of `pulled`, which is not read any more.
-        self.answered_MPCO = [
-            *(x[:steps] for x in (*scratch.pulled_MPCO[:1], *scratch.outputs_MPCO)), kept.answer_MPCF
-        ]  # fmt: skip
-        self.answered_RCO = [x.flatten(0, 1) for x in self.answered_MPCO]
-        self.queries_RCJ = [x[:, :, size:].flatten(0, 1) for x in stacks_MPSJ]
-        self.keys_RJC = [x[:, :, :size].flatten(0, 1).mT for x in stacks_MPSJ]
-        self.attention_RCC = [x.flatten(0, 1) for x in kept.attention_MPCC]
-        self.coefficient_RCC = block.coefficient_MPCC.flatten(0, 1)
-        self.first_queries_RCO = scratch.first_MPSO[:steps][:, :, size:].flatten(0, 1)
-        self.later_weights_RJO = [x.flatten(0, 1) for x in kept.weights_MPJO[1:]]
-        self.errors_RCO = [x.flatten(0, 1) for x in kept.errors_MPCO]
-
-
 # --- arithmetic ---
 
 
@@ -150,23 +66,28 @@ def forward_chunk(common: Common, views: ForwardViews, following_PJO: list[Tenso
         common: what all chunks share.
         views: the chunk's tokens, and the memory for what backward needs.
         following_PJO: receives the weights after the chunk, or the sums of a mini-batch that stays open; None if they
-            are not needed.
+            are not needed, or have their place behind the chunk's.
         keep: whether to write what backward reads.
 
     Returns:
         `LN(y) [M,P,C,F]`.
     """
+    dual, last = common.dims.dual, views.steps - 1
     for n in range(views.steps):
         _keys_forward(common, views, n)
         _errors(common, views, n, keep=keep)
-        if n + 1 < views.steps:
+        if n < last or not dual:
             _update(common, views, n, [w[n + 1] for w in views.weights_PJO])
     if keep:
         _bends(views)
     normed_MPCF = _queries(common, views, keep=keep)
     # Only after the queries: these weights may overwrite the chunk's first.
-    if following_PJO is not None:
-        _update(common, views, views.steps - 1, following_PJO)
+    if following_PJO is not None and dual:
+        _update(common, views, last, following_PJO)
+    elif following_PJO is not None:
+        for following, moved in zip(following_PJO, views.weights_PJO, strict=True):
+            if following is not moved[-1]:
+                following.copy_(moved[-1])
     return normed_MPCF
 
 
@@ -228,19 +149,14 @@ def _bends(views: ForwardViews) -> None:
 
 
 def _queries(common: Common, views: ForwardViews, *, keep: bool) -> Tensor:
-    """The rest of the queries of a whole chunk: (9), the rest of (10), (11). Returns `LN(y)`."""
-    constants, products, kept, depth = common.constants, common.products, views.kept, common.dims.depth
+    """The queries of a whole chunk, (9) to (11) or (9') and (11). Returns `LN(y)`."""
+    constants, kept, depth = common.constants, views.kept, common.dims.depth
     for layer in range(depth):
-        x, y = views.queries_RCJ[layer], views.answered_RCO[layer]
-        seen = products.of(x, views.keys_RJC[layer], views.attention_RCC[layer])
-        seen = seen * views.coefficient_RCC
-        if layer:
-            products.of(x, views.later_weights_RJO[layer - 1], y)
-            products.add(y, seen, views.errors_RCO[layer])
+        x_RCJ, y_RCO = views.queries_RCJ[layer], views.answered_RCO[layer]
+        if common.dims.dual:
+            _answer_in_dual_form(common, views, layer, keep=keep)
         else:
-            products.add(views.first_queries_RCO, seen, views.errors_RCO[layer], y)
-        if common.gradients_PJO is not None:
-            y.addcmul_(products.of(x, common.gradients_PJO[layer]), constants.neg_scale_PC1)
+            common.products.of(x_RCJ, views.answering_RJO[layer], y_RCO)  # (9')
         if layer + 1 < depth:
             value, squared, gate = (
                 views.query_values_MPCO[layer], views.squared_MPCO[layer], views.gates_MPCO[layer]
@@ -254,3 +170,17 @@ def _queries(common: Common, views: ForwardViews, *, keep: bool) -> Tensor:
         kept.query_mean_MPC1.copy_(mean)
         kept.query_inverse_MPC1.copy_(inverse)
     return unit.mul_(constants.gamma_P1F).add_(constants.beta_P1F)
+
+
+def _answer_in_dual_form(common: Common, views: ForwardViews, layer: int, *, keep: bool) -> None:
+    """`y` of a layer: what the queries see of the keys (9), and the rest of (10)."""
+    products, x_RCJ, y_RCO = common.products, views.queries_RCJ[layer], views.answered_RCO[layer]
+    seen_RCC = products.of(x_RCJ, views.keys_RJC[layer], views.attention_RCC[layer] if keep else None)
+    seen_RCC = seen_RCC * views.coefficient_RCC if keep else seen_RCC.mul_(views.coefficient_RCC)
+    if layer:
+        products.of(x_RCJ, views.answering_RJO[layer], y_RCO)
+        products.add(y_RCO, seen_RCC, views.errors_RCO[layer])
+    else:
+        products.add(views.first_queries_RCO, seen_RCC, views.errors_RCO[layer], y_RCO)
+    if common.gradients_PJO is not None:
+        y_RCO.addcmul_(products.of(x_RCJ, common.gradients_PJO[layer]), common.constants.neg_scale_PC1)

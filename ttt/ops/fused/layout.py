@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ _CHUNK_NUMBERS = 1 << 20
 """On a CPU, the most numbers that a chunk's keys have at the widest layer of the inner model."""
 _CHUNK_WEIGHTS = 1 << 20
 """On a CPU, the most numbers that a chunk's weights have if they need not be kept."""
+_GPU_CHUNK_NUMBERS = 1 << 24
+_GPU_CHUNK_WEIGHTS = 1 << 26
+"""The same two on a GPU, for a pass that keeps nothing; what is kept runs in chunks of whole groups there."""
+_MOST_MATRICES = 65_535
+"""The most matrices of one batched product: a grid of a GPU is no larger in its third dimension."""
+_BLOCK_NUMBERS = 1 << 22
+"""The most numbers that the keys of a block have which is laid out in a pass that keeps nothing."""
+_ALIGNED = 4
+"""Rows have a multiple of so many numbers: 16 bytes of float32, as the products of GPUs and CPUs read them."""
 
 
 class Dims(NamedTuple):
@@ -34,6 +43,9 @@ class Dims(NamedTuple):
     """`C`"""
     widths: tuple[int, ...]
     """The input widths of the inner model's layers, then the output width of the last: `F, …, F`."""
+    dual: bool = True
+    """Whether each position answers with weights of its own, in dual form. If the update is not causal, all of a
+    mini-batch answer with the weights after it."""
 
     @property
     def pairs(self) -> int:
@@ -45,19 +57,35 @@ class Dims(NamedTuple):
         """`L`, the layers of the inner model."""
         return len(self.widths) - 1
 
+    @property
+    def rows(self) -> int:
+        """`S`, the rows that go through the first product with the keys: in dual form those of the queries too."""
+        return 2 * self.size if self.dual else self.size
+
+    def joined(self, width: int) -> int:
+        """`J`: a width, the column of ones or the row of the bias, and zeros up to a multiple of `_ALIGNED`."""
+        return -(-(width + 1) // _ALIGNED) * _ALIGNED
+
+    def block(self, most: int) -> int:
+        """How many mini-batches a pass that keeps nothing lays out at a time."""
+        return max(1, min(most, _BLOCK_NUMBERS // (self.pairs * self.size * self.widths[0])))
+
     def chunk(self, device: torch.device, most: int, *, keep: bool) -> int:
         """How many mini-batches run at a time in the part that does not depend on the carry.
 
-        On a CPU they are just enough for calls to cost little compared with their arithmetic. If weights need not be
-        kept, their size is bounded too; a chunk of one mini-batch updates them in place.
+        On a CPU they are just enough for calls to cost little compared with their arithmetic; on a GPU, whose launches
+        cost more, all that there are. If weights need not be kept, their size is bounded too; a chunk of one mini-batch
+        updates them in place.
         """
-        if device.type != "cpu":
-            return most
-        chunk = _CHUNK_NUMBERS // (self.pairs * self.size * max(self.widths))
+        cpu = device.type == "cpu"
+        keys = self.pairs * self.size * max(self.widths)
+        weights = self.pairs * sum(a * b for a, b in itertools.pairwise(self.widths))
+        bounds = [most, _CHUNK_NUMBERS // keys if cpu else _MOST_MATRICES // self.pairs]
         if not keep:
-            weights = sum(a * b for a, b in itertools.pairwise(self.widths))
-            chunk = min(chunk, _CHUNK_WEIGHTS // (self.pairs * weights))
-        return max(1, min(most, chunk))
+            bounds += (
+                [_CHUNK_WEIGHTS // weights] if cpu else [_GPU_CHUNK_NUMBERS // keys, _GPU_CHUNK_WEIGHTS // weights]
+            )
+        return max(1, min(bounds))
 
 
 class Problem(NamedTuple):
@@ -88,7 +116,8 @@ class Problem(NamedTuple):
     def dims(self) -> Dims:
         """The sizes."""
         batch, heads, steps, size, width = self.q_BHNCF.shape
-        return Dims(steps, batch, heads, size, (width, *(w.shape[-1] for w in self.weights[::2])))
+        widths = width, *(w.shape[-1] for w in self.weights[::2])
+        return Dims(steps, batch, heads, size, widths, self.causal or self.last_NB is None)
 
 
 class Constants(NamedTuple):
@@ -157,22 +186,20 @@ class Block(NamedTuple):
     pushed_keys_MPCJ: Tensor
     """`c η K̃`"""
     coefficient_MPCC: Tensor
-    """`κ = −s ηᵀ ⊙ mask`"""
+    """`κ = −s ηᵀ ⊙ mask`; no columns if the queries do not answer in dual form"""
 
     @classmethod
     def room(cls, dims: Dims, steps: int, like: Tensor) -> Block:
-        """Allocate memory for `steps` mini-batches; the last column of keys and queries is 1."""
+        """Allocate memory for `steps` mini-batches, with the ones beside keys and queries."""
         size, width = dims.size, dims.widths[0]
+        wide = dims.joined(width)
 
         def room(rows: int, columns: int) -> Tensor:
             return like.new_empty((steps, dims.pairs, rows, columns))
 
-        stacked = room(2 * size, width + 1)
-        stacked[..., width] = 1
-        narrow, column = (size, width), (size, 1)
-        return cls(
-            stacked, room(*column), room(*narrow), room(*narrow), room(*column), room(size, width + 1), room(size, size)
-        )
+        stacked = _with_ones(room(2 * size, wide), width)
+        narrow, column, among = (size, width), (size, 1), (size, size if dims.dual else 0)
+        return cls(stacked, room(*column), room(*narrow), room(*narrow), room(*column), room(size, wide), room(*among))
 
     def part(self, start: int, stop: int) -> Block:
         """The mini-batches from `start` to `stop`."""
@@ -191,16 +218,29 @@ class Block(NamedTuple):
         torch.mul(self.offset_MPCF, constants.gamma_P1F, out=self.anchor_MPCF)
         torch.mul(self.rate_MPC1, constants.pushes_NP11[start:stop], out=self.push_MPC1)
         torch.mul(self.stacked_MPSJ[:, :, :size], self.push_MPC1, out=self.pushed_keys_MPCJ)
-        torch.mul(constants.neg_scale_PC1, self.rate_MPC1.mT, out=self.coefficient_MPCC)
-        if common.causal:
+        if dims.dual:
+            torch.mul(constants.neg_scale_PC1, self.rate_MPC1.mT, out=self.coefficient_MPCC)
+        if dims.dual and common.causal:
             self.coefficient_MPCC.tril_()
 
 
+def _with_ones(x: Tensor, width: int) -> Tensor:
+    """The same tensor, with a one after the first `width` columns, and zeros in the others."""
+    x[..., width] = 1
+    x[..., width + 1 :] = 0
+    return x
+
+
 class Kept(NamedTuple):
-    """What backward needs of mini-batches besides their tokens."""
+    """What backward needs of mini-batches besides their tokens.
+
+    A pass that keeps nothing has the same tensors for one chunk, as far as it reads them itself. What it reads within
+    one mini-batch alone has room for one.
+    """
 
     weights_MPJO: list[Tensor]
-    """`W̃_l` that opened them."""
+    """`W̃_l` that opened them; if the queries answer with the weights after a mini-batch, those after the last
+    too. Where there is room for one, updates are in place."""
     inputs_MPSJ: list[Tensor]
     """`(X̃_l; x̃_l)` for l ≥ 1: the inputs of the layers after the first, for keys and queries."""
     slopes_MPCO: list[Tensor]
@@ -212,7 +252,7 @@ class Kept(NamedTuple):
     errors_MPCO: list[Tensor]
     """`E_l = ∂ℓ/∂Z_l`"""
     attention_MPCC: list[Tensor]
-    """`A_l = x̃_l X̃_lᵀ`"""
+    """`A_l = x̃_l X̃_lᵀ`; none if the queries do not answer in dual form."""
     output_MPCF: Tensor
     """`Z` of the last layer."""
     answer_MPCF: Tensor
@@ -231,47 +271,58 @@ class Kept(NamedTuple):
         ]  # fmt: skip
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], depth: int) -> Kept:
+    def of(cls, tensors: Sequence[Tensor], dims: Dims) -> Kept:
         """The inverse of `flat`."""
-        found = iter(tensors)
-        hidden = depth - 1
-        counts = depth, hidden, hidden, hidden, hidden, depth, depth
+        found, depth, hidden = iter(tensors), dims.depth, dims.depth - 1
+        counts = depth, hidden, hidden, hidden, hidden, depth, depth if dims.dual else 0
         return cls(*(list(itertools.islice(found, count)) for count in counts), *found)  # type: ignore[arg-type]
 
     @classmethod
-    def room(cls, dims: Dims, steps: int, like: Tensor) -> Kept:
-        """Allocate memory for `steps` mini-batches; the last column of the layers' inputs is 1."""
-        size, depth, hidden = dims.size, dims.depth, dims.widths[1:-1]
+    def room(cls, dims: Dims, steps: int, like: Tensor, *, keep: bool = True) -> Kept:
+        """Allocate memory for `steps` mini-batches, with the ones beside the layers' inputs."""
+        size, hidden, last = dims.size, dims.widths[1:-1], dims.widths[-1]
+        within = steps if keep else 1
 
-        def room(rows: int, columns: int) -> Tensor:
-            return like.new_empty((steps, dims.pairs, rows, columns))
+        def room(count: int, rows: int, columns: int) -> Tensor:
+            return like.new_empty((count, dims.pairs, rows, columns))
 
-        kept = cls(
-            weights_MPJO=[room(fan_in + 1, fan_out) for fan_in, fan_out in itertools.pairwise(dims.widths)],
-            inputs_MPSJ=[room(2 * size, width + 1) for width in hidden],
-            slopes_MPCO=[room(size, width) for width in hidden],
-            bends_MPCO=[room(size, width) for width in hidden],
-            query_slopes_MPCO=[room(size, width) for width in hidden],
-            errors_MPCO=[room(size, width) for width in dims.widths[1:]],
-            attention_MPCC=[room(size, size) for _ in range(depth)],
-            output_MPCF=room(size, dims.widths[-1]),
-            answer_MPCF=room(size, dims.widths[-1]),
-            mean_MPC1=room(size, 1),
-            inverse_MPC1=room(size, 1),
-            query_mean_MPC1=room(size, 1),
-            query_inverse_MPC1=room(size, 1),
+        def derivatives() -> list[Tensor]:
+            return [room(steps, size, width) for width in hidden] if keep else []
+
+        def opening(layer: int) -> int:
+            """How many weights of a layer there are; in dual form no query reads those of the first layer again."""
+            if keep or (steps > 1 and (layer > 0 or not dims.dual)):
+                return steps if dims.dual else steps + 1
+            return 1
+
+        matrices = list(itertools.pairwise(dims.widths))
+        return cls(
+            weights_MPJO=[room(opening(layer), dims.joined(a), b) for layer, (a, b) in enumerate(matrices)],
+            inputs_MPSJ=[_with_ones(room(steps, 2 * size, dims.joined(width)), width) for width in hidden],
+            slopes_MPCO=[room(within, size, width) for width in hidden],
+            bends_MPCO=derivatives(),
+            query_slopes_MPCO=derivatives(),
+            errors_MPCO=[room(steps if dims.dual else within, size, width) for width in dims.widths[1:]],
+            attention_MPCC=[room(steps, size, size) for _ in matrices] if keep and dims.dual else [],
+            output_MPCF=room(within, size, last),
+            answer_MPCF=room(steps, size, last),
+            **{name: room(steps if keep else 0, size, 1) for name in cls._fields[-4:]},
         )
-        for x in kept.inputs_MPSJ:
-            x[..., -1] = 1
-        return kept
 
-    def part(self, start: int, stop: int) -> Kept:
+    def part(self, start: int, stop: int, *, dual: bool) -> Kept:
         """The same for the mini-batches from `start` to `stop`."""
-        return Kept.of([x[start:stop] for x in self.flat()], len(self.weights_MPJO))
+
+        def of(found: list[Tensor] | Tensor, more: int = 0) -> Any:
+            return [x[start : stop + more] for x in found] if isinstance(found, list) else found[start:stop]
+
+        return Kept(of(self.weights_MPJO, 0 if dual else 1), *(of(found) for found in self[1:]))
 
 
 def room_between_passes(dims: Dims, group_size: int, like: Tensor) -> list[Tensor]:
-    """Allocate what the operation keeps: all of every mini-batch, or the weights that open groups after the first."""
+    """Allocate what the operation keeps: all of every mini-batch, or the weights that open groups after the first.
+
+    Those are `(W; b) [P,I+1,O]`, without the zeros.
+    """
     if not group_size:
         return Kept.room(dims, dims.steps, like).flat()
     groups = -(-dims.steps // group_size)
@@ -287,23 +338,37 @@ def room_for_tokens(like: Tensor) -> Tensor:
     return like.new_empty((batch, steps, size, heads, width)).permute(0, 3, 1, 2, 4)
 
 
+def join(weights: Sequence[Tensor], into_PJO: Sequence[Tensor]) -> None:
+    """Write `W [B,H,I,O]` and `b [B,H,1,O]` as `W̃ [P,J,O]`, for each layer, with zeros below the bias."""
+    for whole, w, b in zip(into_PJO, weights[::2], weights[1::2], strict=True):
+        fan_in, by_head = w.shape[-2], whole.unflatten(0, w.shape[:2])
+        by_head[:, :, :fan_in] = w
+        by_head[:, :, fan_in : fan_in + 1] = b
+        whole[:, fan_in + 1 :] = 0
+
+
 def joined(dims: Dims, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Join `W [B,H,I,O]` and `b [B,H,1,O]` to `W̃ [P,J,O]`, for each layer."""
-    return [
-        torch.cat((weights[index], weights[index + 1]), -2).reshape(dims.pairs, -1, weights[index].shape[-1])
-        for index in range(0, len(weights), 2)
-    ]
+    """`join` into new memory."""
+    found = [w.new_empty((dims.pairs, dims.joined(w.shape[-2]), w.shape[-1])) for w in weights[::2]]
+    join(weights, found)
+    return found
 
 
 def parted(dims: Dims, weights_PJO: Sequence[Tensor]) -> list[Tensor]:
     """The inverse of `joined`; each tensor has memory of its own."""
     found = []
-    for whole in weights_PJO:
-        whole = whole.view(dims.batch, dims.heads, *whole.shape[1:])
-        found += [part.clone(memory_format=torch.contiguous_format) for part in (whole[:, :, :-1], whole[:, :, -1:])]
+    for whole, fan_in in zip(weights_PJO, dims.widths, strict=False):
+        by_head = whole.unflatten(0, (dims.batch, dims.heads))
+        parts = by_head[:, :, :fan_in], by_head[:, :, fan_in : fan_in + 1]
+        found += [part.clone(memory_format=torch.contiguous_format) for part in parts]
     return found
 
 
 def by_step(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     """Split every tensor `[M,…]` into its M mini-batches."""
     return [x.unbind(0) for x in tensors]
+
+
+def each(tensors: Sequence[Tensor], steps: int) -> list[tuple[Tensor, ...]]:
+    """The same for so many mini-batches; a tensor with room for one is used by all of them in turn."""
+    return [x.unbind(0) * (steps if len(x) == 1 else 1) for x in tensors]

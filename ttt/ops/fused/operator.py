@@ -6,26 +6,28 @@ Shape letters: see `ttt.ops.fused`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ttt.ops.constants import BLOCK, Precision
-from ttt.ops.fused.backward import BackwardScratch, BackwardViews, Sums, backward_chunk
-from ttt.ops.fused.forward import ForwardViews, Scratch, forward_chunk
+from ttt.ops.fused.backward import Sums, backward_chunk
+from ttt.ops.fused.forward import forward_chunk
 from ttt.ops.fused.layout import (
     Block,
     Common,
     Kept,
     Problem,
+    join,
     joined,
     parted,
     room_between_passes,
     room_for_tokens,
 )
 from ttt.ops.fused.registration import Answered, Gradients, register, wants_gradient
+from ttt.ops.fused.rooms import BackwardScratch, BackwardViews, ForwardViews, Scratch
 
 Weights = tuple[Tensor, ...]
 Views = TypeVar("Views")
@@ -42,38 +44,56 @@ def _run_forward(problem: Problem, *, keep: bool) -> Answered:
     shown, queries = answers.permute(2, 0, 1, 3, 4), q.movedim(2, 0)
     everything = keep and not group_size
     saved = room_between_passes(dims, group_size, q) if keep else []
-    block_size = min(group_size or BLOCK, dims.steps)
+    block_size = dims.block(min(group_size or BLOCK, dims.steps))
     chunk = dims.chunk(q.device, block_size, keep=everything)
     scratch = Scratch(dims, chunk, q)
     block = Block.room(dims, block_size, q)
-    kept = Kept.of(saved, dims.depth) if everything else Kept.room(dims, chunk, q)
-    carry = joined(dims, problem.weights)
-    following = [torch.empty_like(x) for x in carry]
-    _open(kept, carry)
+    kept = Kept.of(saved, dims) if everything else Kept.room(dims, chunk, q, keep=False)
+    opening = [w[0] for w in kept.weights_MPJO]
+    join(problem.weights, opening)
     views_of = _views(lambda block, kept: ForwardViews(dims, block, kept, scratch), block, kept, again=not everything)
-    for start in range(0, dims.steps, block_size):
-        stop = min(start + block_size, dims.steps)
-        if keep and group_size and start:
-            for x, w in zip(saved, kept.weights_MPJO, strict=True):
-                x[start // group_size - 1] = w[0]
-        block.part(0, stop - start).lay_out(problem, common, start)
-        for a, b in _chunks(start, stop, chunk):
-            views = views_of(a - start, b - start, a if everything else 0)
-            if not common.closes or b == dims.steps:
-                to = following
-            elif everything:
-                to = [w[b] for w in kept.weights_MPJO]
-            else:
-                to = [w[0] for w in views.weights_PJO]
-            normed = forward_chunk(common, views, to, keep=everything)
-            torch.add(queries[a:b], normed.unflatten(1, (dims.batch, dims.heads)), out=shown[a:b])
-    return answers, parted(dims, following), saved
+    places = _Places(common, kept, everything=everything)
+    for first, stop in _parts(0, dims.steps, group_size or dims.steps):
+        if keep and first:
+            for x, w in zip(saved, opening, strict=True):
+                x[first // group_size - 1] = w[:, : x.shape[2]]
+        for start, end in _parts(first, stop, block_size):
+            block.part(0, end - start).lay_out(problem, common, start)
+            for a, b in _parts(start, end, chunk):
+                views = views_of(a - start, b - start, a if everything else 0)
+                normed = forward_chunk(common, views, places.after(b), keep=everything)
+                torch.add(queries[a:b], normed.unflatten(1, (dims.batch, dims.heads)), out=shown[a:b])
+    return answers, parted(dims, places.last), saved
 
 
-def _open(kept: Kept, weights_PJO: Sequence[Tensor]) -> None:
-    """Write the weights that open the first mini-batch of `kept`."""
-    for x, w in zip(kept.weights_MPJO, weights_PJO, strict=True):
-        x[0] = w
+class _Places:
+    """Where forward writes weights: those after each chunk, and what the operation returns.
+
+    Args:
+        common: of the problem.
+        kept: of all mini-batches, or of one chunk.
+        everything: whether it is of all.
+    """
+
+    def __init__(self, common: Common, kept: Kept, *, everything: bool) -> None:
+        dims = common.dims
+        self._kept_MPJO = kept.weights_MPJO if everything else None
+        self._opening = [w[0] for w in kept.weights_MPJO]
+        self._follow = everything and not dims.dual
+        self._steps = dims.steps
+        if not common.closes or (everything and dims.dual):
+            self.last = [torch.empty_like(w) for w in self._opening]
+        else:
+            self.last = [w[-1] for w in kept.weights_MPJO] if everything else self._opening
+        """The weights after the last mini-batch, or the sums of one that stays open."""
+
+    def after(self, stop: int) -> list[Tensor] | None:
+        """Where the chunk that ends at a mini-batch writes; None if the weights after it are among those kept."""
+        if self._follow:
+            return None
+        if stop == self._steps:
+            return self.last
+        return self._opening if self._kept_MPJO is None else [w[stop] for w in self._kept_MPJO]
 
 
 def _views(make: Callable[[Block, Kept], Views], block: Block, kept: Kept, *, again: bool) -> Callable[..., Views]:
@@ -81,15 +101,16 @@ def _views(make: Callable[[Block, Kept], Views], block: Block, kept: Kept, *, ag
 
     With `again` it makes them once for each place. If everything is kept, no place is used twice.
     """
+    dual = block.coefficient_MPCC.shape[-1] > 0
 
     def at(a: int, b: int, row: int) -> Views:
-        return make(block.part(a, b), kept.part(row, row + b - a))
+        return make(block.part(a, b), kept.part(row, row + b - a, dual=dual))
 
     return functools.cache(at) if again else at
 
 
-def _chunks(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
-    return [(a, min(a + chunk, stop)) for a in range(start, stop, chunk)]
+def _parts(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    return [(a, min(a + size, stop)) for a in range(start, stop, size)]
 
 
 # --- backward ---
@@ -107,7 +128,7 @@ class _Backward:
         self.chunk = dims.chunk(q.device, self.block_size, keep=True)
         self.block = Block.room(dims, self.block_size, q)
         again = problem.group_size > 0
-        self.kept = Kept.room(dims, self.block_size, q) if again else Kept.of(saved, dims.depth)
+        self.kept = Kept.room(dims, self.block_size, q) if again else Kept.of(saved, dims)
         # The views hold tensors, not this object: a reference cycle would keep the memory until garbage collection.
         scratch = Scratch(dims, self.chunk, q)
         scratch_back = BackwardScratch(dims, self.chunk, scratch)
@@ -132,7 +153,7 @@ class _Backward:
             self.block.part(0, stop - start).lay_out(problem, common, start)
             if problem.group_size:
                 self._recompute(start, stop)
-            for a, b in reversed(_chunks(start, stop, self.chunk)):
+            for a, b in reversed(_parts(start, stop, self.chunk)):
                 views = self.views_back_of(a - start, b - start, a - start if problem.group_size else a)
                 d_chunk = d_answers[a:b].reshape(b - a, dims.pairs, dims.size, -1)
                 found = backward_chunk(common, views, pushes_NP11[a:b], d_chunk, sums)
@@ -143,11 +164,16 @@ class _Backward:
 
     def _recompute(self, start: int, stop: int) -> None:
         """Run a group forward again from the weights that opened it."""
-        group = start // self.problem.group_size
-        opening = [x[group - 1] for x in self.saved] if start else joined(self.common.dims, self.problem.weights)
-        _open(self.kept, opening)
-        for a, b in _chunks(start, stop, self.chunk):
-            to = [w[b - start] for w in self.kept.weights_MPJO] if b < stop else None
+        group, weights_MPJO = start // self.problem.group_size, self.kept.weights_MPJO
+        opening = [w[0] for w in weights_MPJO]
+        if start:
+            for x, w in zip(self.saved, opening, strict=True):
+                w[:, : x.shape[2]] = x[group - 1]
+                w[:, x.shape[2] :] = 0
+        else:
+            join(self.problem.weights, opening)
+        for a, b in _parts(start, stop, self.chunk):
+            to = [w[b - start] for w in weights_MPJO] if b < stop and self.common.dims.dual else None
             forward_chunk(self.common, self.views_of(a - start, b - start, a - start), to, keep=True)
 
     def _summed(self, d_pushes_NP11: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
