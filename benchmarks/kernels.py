@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from kernels_compiled import ARCHITECTURES, Compiled, compiled
@@ -25,24 +25,44 @@ RESULTS = Path(__file__).parent / "results" / "kernels-compiled.json"
 
 
 def compile_all(only: str, architectures: Sequence[int], out: Path | None) -> int:
-    """Compile forms, print and keep what they take; how many must not be shipped."""
-    from ttt.ops.triton.forms import PACKAGE, shipped
+    """Compile forms, print and keep what they take; how many faults forbid to ship them.
 
-    names = [name for name in shipped() if only in name]
-    if not names:
+    What `out` has of forms that have not changed since is not compiled again.
+    """
+    import triton
+
+    from ttt.ops.triton.forms import PACKAGE, fingerprint, shipped
+
+    forms = {name: form for name, form in shipped().items() if only in name}
+    if not forms:
         sys.exit(f"no form's name has {only!r} in it; there are {', '.join(shipped())}")
-    found = compiled([(PACKAGE, name, arch) for name in names for arch in architectures])
+    wanted = {(name, arch): fingerprint(form) for name, form in forms.items() for arch in architectures}
+    before = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else {"triton": None}
+    rows: dict[tuple[str, int], Compiled] = {}
+    for one in (Compiled(**row) for row in (before["forms"] if before["triton"] == triton.__version__ else ())):
+        if wanted.get((one.form, one.arch)) == one.fingerprint:
+            rows[one.form, one.arch] = replace(one, stated_bytes=forms[one.form].spilled_bytes)
+
+    def keep(one: Compiled | None = None) -> None:
+        if one is not None:
+            rows[one.form, one.arch] = one
+            print(f"{one.form}, sm_{one.arch}: {_cell(one)}, {one.seconds:.1f} s", file=sys.stderr, flush=True)
+        if out is not None:
+            ordered = [asdict(rows[key]) for key in wanted if key in rows]
+            for row in ordered:
+                del row["seconds"]  # they say something of this machine alone
+            out.write_text(
+                json.dumps({"triton": triton.__version__, "forms": ordered}, indent=1) + "\n", encoding="utf-8"
+            )
+
+    compiled([(PACKAGE, name, arch) for name, arch in wanted if (name, arch) not in rows], tell=keep)
+    keep()
+    found = [rows[key] for key in wanted]
     print(table(found))
+    if out is not None:
+        out.with_suffix(".md").write_text(f"{_HEAD.format(triton.__version__)}\n{table(found)}\n", encoding="utf-8")
     faults = [f"{one.form}, sm_{one.arch}: {fault}" for one in found for fault in one.faults()]
     print("\n".join(faults) or "every form can be shipped")
-    if out is not None:
-        import triton
-
-        # Seconds say something of this machine alone.
-        rows = [{key: value for key, value in asdict(one).items() if key != "seconds"} for one in found]
-        content = {"triton": triton.__version__, "forms": rows}
-        out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        out.with_suffix(".md").write_text(f"{_HEAD.format(triton.__version__)}\n{table(found)}\n", encoding="utf-8")
     return len(faults)
 
 

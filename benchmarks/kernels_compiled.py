@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -70,31 +70,40 @@ class Compiled:
             yield "transposes a dot's result, which has been miscompiled on Hopper"
 
 
-def compiled(work: Sequence[tuple[str, str, int]], *, processes: int = 2) -> list[Compiled]:
+def compiled(
+    work: Sequence[tuple[str, str, int]], *, processes: int = 2, tell: Callable[[Compiled], None] = lambda one: None
+) -> list[Compiled]:
     """Compile forms in processes of their own, since this one may have Triton's interpreter.
 
     Args:
         work: package, name of the form, and architecture (90 is sm_90).
         processes: at a time.
+        tell: is given each as it comes.
     """
     with ThreadPoolExecutor(processes) as threads:
-        parts = [work[i::processes] for i in range(processes)]
-        found = list(threads.map(_in_a_process, [part for part in parts if part]))
+        parts = [part for i in range(processes) if (part := work[i::processes])]
+        found = list(threads.map(lambda part: _in_a_process(part, tell), parts))
     order = {(form, arch): place for place, (_, form, arch) in enumerate(work)}
     return sorted((one for part in found for one in part), key=lambda one: order[one.form, one.arch])
 
 
-def _in_a_process(work: Sequence[tuple[str, str, int]]) -> list[Compiled]:
+def _in_a_process(work: Sequence[tuple[str, str, int]], tell: Callable[[Compiled], None]) -> list[Compiled]:
     lines = "\n".join(json.dumps({"package": p, "form": f, "arch": a}) for p, f, a in work)
-    with tempfile.TemporaryDirectory() as cache:
+    found = []
+    with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryFile("w+") as asked:
+        asked.write(lines)
+        asked.seek(0)
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        done = subprocess.run(
-            [sys.executable, __file__], input=lines, env=environment, capture_output=True, text=True, check=False
-        )
-    if done.returncode:
-        raise RuntimeError(f"the compiling process failed:\n{done.stderr}")
-    return [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
+        command = [sys.executable, __file__]
+        with subprocess.Popen(command, stdin=asked, stdout=subprocess.PIPE, env=environment, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                found.append(Compiled(**json.loads(line)))
+                tell(found[-1])
+    if process.returncode:
+        raise RuntimeError(f"the compiling process ended with {process.returncode}; it says why above")
+    return found
 
 
 # --- in the process that compiles ---

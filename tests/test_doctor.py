@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from ttt.config.findings import Severity
 from ttt.errors import ConfigError
 from ttt.layer import TTTLayer
 from ttt.ops import minibatch, select
+from ttt.ops.triton import available
 from ttt_cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -121,6 +123,54 @@ def test_an_implementation_that_fails_or_errs_is_found(monkeypatch: pytest.Monke
         assert not report.healthy
         assert {trial.implementation for trial in report.trials if not trial.works} == {"fused"}
         assert cause in _problem(report.problems, "the implementation fused fails on cpu").message
+
+
+def test_the_kernels_are_tried_where_there_is_a_gpu_and_only_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._implementations("cpu") == select.PORTABLE
+    with monkeypatch.context() as patch:
+        patch.setattr(available, "INSTALLED", True)
+        assert doctor._implementations("cuda:0") == (*select.PORTABLE, "triton")
+        patch.setattr(available, "INSTALLED", False)
+        assert doctor._implementations("cuda:0") == select.PORTABLE
+
+    def failing(*args: object, **keywords: object) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(doctor, "_implementations", lambda device: ("triton",))
+    monkeypatch.setattr(select, "obstacle", lambda **about: None)
+    monkeypatch.setattr(minibatch, "triton_scan", failing)
+    report = examine()
+    assert report.healthy
+    problem = _problem(report.problems, "the implementation triton fails on cpu: RuntimeError: no kernel image")
+    assert problem.severity is Severity.WARNING
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import torch
+import ttt
+from ttt.check.doctor import examine, forced
+from ttt.ops.triton import forms
+layer, x = ttt.TTTLayer(32, 2, ttt.TTTConfig(mini_batch_size=4)), torch.randn(1, 9, 32)
+layer(x)[0].sum().backward()
+assert examine().healthy
+for call in (lambda: layer(x), lambda: examine().problems):
+    with forced("triton"):
+        try:
+            print(*(each.message for each in call() if hasattr(each, "message")), sep="\\n")
+        except ValueError as error:
+            print(error)
+"""
+
+
+def test_everything_but_the_kernels_runs_without_triton() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    why = "TTT_OPS=triton needs Triton, which is not installed"
+    first, *problems = done.stdout.splitlines()
+    assert first == f"{why}; write another implementation, or unset it"
+    assert why in problems
 
 
 def test_forcing_an_implementation_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

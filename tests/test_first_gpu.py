@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -26,8 +27,9 @@ TINY = ["--device", "cpu", "--tiny"]
 
 def _stage(arguments: Sequence[str], log: str) -> int:
     with open(log, "w", encoding="utf-8") as out:
-        sys.stdout = sys.stderr = out
-        first_gpu_stages.main(list(arguments))
+        for stream in (1, 2):
+            os.dup2(out.fileno(), stream)
+    first_gpu_stages.main(list(arguments))
     return 0
 
 
