@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from ttt.ops.fused.layout import Problem, room_between_passes, room_for_tokens
-from ttt.ops.triton.mlp_run import Kept, Place, Steps, dense
+from ttt.ops.triton.forms import Form
+from ttt.ops.triton.mlp_run import SHIPPED, Kept, Place, Sizes, Steps, dense, form
 from ttt.ops.triton.mlp_walk import mlp_tokens, mlp_walk
+
+_SPILLED: dict[tuple[int, int, str], int] = {}
+"""Bytes that a thread may spill, by `F`, `C` and precision."""
 
 
 def mlp_backward(
@@ -113,3 +117,19 @@ class _Walk:
         d_weights = [x.view(w.shape) for x, w in zip(self.d_weights[:4], problem.weights, strict=True)]
         d_before = [x.view(g.shape) for x, g in zip(self.d_before[:4], problem.gradients, strict=False)]
         return (*self.d_tokens, d_gamma, d_beta, d_scale, d_last, d_weights, d_before)
+
+
+def forms() -> list[Form]:
+    """Steps in the middle of a group, which do the most, sums of tokens, and the step of an open mini-batch."""
+    found = []
+    middle = {"FINISH": True, "BEGIN": True, "CLOSES": True, "OPENED": False}
+    for width, size, causal, precision in SHIPPED:
+        sizes = Sizes.of_shape(width, 4 * width, size)
+        name = f"F {width}, C {size}, {'causal' if causal else 'non-causal'}, {precision}"
+        constants = {**middle, "CAUSAL": causal, "PRECISION": precision}
+        found.append(form(f"MLP walk, {name}", mlp_walk, sizes, constants, _SPILLED.get((width, size, precision), 0)))
+        if precision == "tf32":
+            found.append(form(f"MLP tokens, {name}", mlp_tokens, sizes, constants))
+    opened = {**constants, "BEGIN": False, "CLOSES": False, "OPENED": True, "CAUSAL": True}
+    found.append(form("MLP walk, F 128, C 16, open, tf32", mlp_walk, Sizes.of_shape(128, 512, 16), opened, 0))
+    return found

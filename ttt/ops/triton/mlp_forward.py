@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from ttt.ops.fused.layout import Problem, room_between_passes, room_for_tokens
-from ttt.ops.triton.mlp_run import Place, Steps
+from ttt.ops.triton.forms import Form
+from ttt.ops.triton.mlp_run import SHIPPED, Place, Sizes, Steps, form
+from ttt.ops.triton.mlp_step import mlp_answers, mlp_step
+
+_SPILLED: dict[tuple[int, int, str], int] = {}
+"""Bytes that a thread may spill, by `F`, `C` and precision."""
 
 
 def mlp_forward(problem: Problem, *, keep: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -39,3 +44,20 @@ def mlp_forward(problem: Problem, *, keep: bool) -> tuple[Tensor, list[Tensor], 
 
     steps.run(0, dims.steps, opening, last_update=dims.steps, answers=answers)
     return answers, list(following[:4]), saved
+
+
+def forms() -> list[Form]:
+    """Steps in the middle of a group, as backward runs them, which do the most; answers; an open mini-batch's step."""
+    found = []
+    middle = {"FINISH": True, "BEGIN": True, "UPDATE": True, "CLOSES": True, "OPENED": False, "KEEP": True}
+    for width, size, causal, precision in SHIPPED:
+        sizes = Sizes.of_shape(width, 4 * width, size)
+        name = f"F {width}, C {size}, {'causal' if causal else 'non-causal'}, {precision}"
+        constants = {**middle, "CAUSAL": causal, "PRECISION": precision}
+        spilled = _SPILLED.get((width, size, precision), 0)
+        found.append(form(f"MLP step, {name}", mlp_step, sizes, constants, spilled))
+        if precision == "tf32":
+            found.append(form(f"MLP answers, F {width}, C {size}", mlp_answers, sizes, {"KEEP": False}))
+    opened = {**constants, "BEGIN": False, "CLOSES": False, "OPENED": True, "CAUSAL": True}
+    found.append(form("MLP step, F 128, C 16, open, tf32", mlp_step, Sizes.of_shape(128, 512, 16), opened, 0))
+    return found

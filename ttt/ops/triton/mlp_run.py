@@ -9,7 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ttt.ops.fused.layout import Dims, Problem, room_for_tokens
+from ttt.ops.constants import Precision
+from ttt.ops.fused.layout import Dims, Problem
+from ttt.ops.triton.forms import Form
 from ttt.ops.triton.mlp_parts import least_spread
 from ttt.ops.triton.mlp_step import mlp_answers, mlp_step
 
@@ -40,6 +42,11 @@ class Sizes(NamedTuple):
         return self.hidden // self.tile
 
     @classmethod
+    def of_shape(cls, width: int, hidden: int, size: int) -> Sizes:
+        """The sizes of a shape that has a form."""
+        return cls(width, hidden, next(tile for tile in TILES if hidden % tile == 0), size)
+
+    @classmethod
     def of(cls, dims: Dims) -> Sizes:
         """The sizes of a problem.
 
@@ -55,7 +62,7 @@ class Sizes(NamedTuple):
             raise ValueError(f"the Triton kernels need a hidden width that is a multiple of {TILES[-1]}, not {hidden}")
         if dims.size > MOST_ROWS:
             raise ValueError(f"the Triton kernels run mini-batches of at most {MOST_ROWS} tokens, not {dims.size}")
-        return cls(width, hidden, next(tile for tile in TILES if hidden % tile == 0), dims.size)
+        return cls.of_shape(width, hidden, dims.size)
 
     @property
     def warps(self) -> int:
@@ -106,6 +113,32 @@ class Kept(NamedTuple):
         width, hidden, _ = dims.widths
         shape = slots, dims.pairs, dims.size
         return cls(*(like.new_empty((*shape, columns)) for columns in (hidden, hidden, hidden, width, width)))
+
+
+COUNTS = frozenset(
+    {"n", "steps", "heads", "pairs", "slots", "from_bias", "to_bias", "begun_bias", "bias"}
+    | {"scale_b", "last_n", "last_b", "norm_b", "norm_h"}
+)
+"""The kernels' arguments that are integers; the others are pointers."""
+SHIPPED: tuple[tuple[int, int, bool, Precision], ...] = (
+    (128, 16, True, "ieee"), (128, 16, True, "tf32"), (128, 16, True, "bf16"), (128, 1, True, "tf32"),
+    (64, 16, True, "tf32"), (64, 64, False, "ieee"), (64, 64, False, "tf32"), (64, 64, False, "bf16"),
+    (128, 64, False, "tf32"),
+)  # fmt: skip
+"""`F`, `C`, whether it is causal, and the precision of the forms: every value of each, not all products of them."""
+
+
+def form(name: str, kernel: Any, sizes: Sizes, constants: dict[str, Any], spilled_bytes: int = 0) -> Form:
+    """A form of one of the kernels; `constants` may have more than it takes."""
+    every = {
+        "F": sizes.width, "HIDDEN": sizes.hidden, "TILE": sizes.tile, "TILES": sizes.tiles, "C": sizes.size,
+        "ROWS": sizes.rows, "EPS": 1e-6, "LEAST": least_spread("fp32"), **constants,
+    }  # fmt: skip
+    taken = {key: value for key, value in every.items() if key in kernel.arg_names}
+    signature = {key: "i32" if key in COUNTS else "*fp32" for key in kernel.arg_names if key not in taken}
+    return Form(
+        name, kernel, signature, taken, sizes.warps, spilled_bytes=spilled_bytes, aligned=frozenset(signature) - COUNTS
+    )
 
 
 def dense(x_BHNCF: Tensor) -> Tensor:
@@ -192,6 +225,3 @@ class Steps:
             slots, **norms, F=sizes.width, TILES=sizes.tiles, C=sizes.size, ROWS=sizes.rows, EPS=self.eps,
             KEEP=kept is not None, num_warps=sizes.warps,
         )  # fmt: skip
-
-
-__all__ = ["Kept", "Place", "Sizes", "Steps", "dense", "room_for_tokens"]
