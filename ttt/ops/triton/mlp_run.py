@@ -16,7 +16,7 @@ from ttt.ops.triton.mlp_parts import least_spread
 from ttt.ops.triton.mlp_step import mlp_answers, mlp_step
 
 TILES = (32, 16)
-"""Widths of a hidden tile, the best first; the first that divides the hidden width is taken."""
+"""Widths of a hidden tile: the first if it divides the hidden width and a mini-batch is short, since registers are few."""
 MOST_ROWS = 64
 """The most tokens of a mini-batch."""
 
@@ -44,7 +44,8 @@ class Sizes(NamedTuple):
     @classmethod
     def of_shape(cls, width: int, hidden: int, size: int) -> Sizes:
         """The sizes of a shape that has a form."""
-        return cls(width, hidden, next(tile for tile in TILES if hidden % tile == 0), size)
+        wide, narrow = TILES
+        return cls(width, hidden, wide if size <= 32 and hidden % wide == 0 else narrow, size)
 
     @classmethod
     def of(cls, dims: Dims) -> Sizes:
