@@ -144,7 +144,7 @@ class _Backward:
         problem, common, sums = self.problem, self.common, self.sums
         dims, pushes_NP11 = common.dims, common.constants.pushes_NP11
         shape = dims.batch, dims.heads
-        d_tokens = [room_for_tokens(x) for x in problem[:4]]
+        d_q, d_k, d_target, d_rate = d_tokens = [room_for_tokens(x) for x in problem[:4]]
         shown = [x.permute(2, 0, 1, 3, 4) for x in d_tokens]
         d_pushes = torch.empty_like(pushes_NP11)
         d_answers = d_answers.movedim(2, 0)
@@ -160,7 +160,8 @@ class _Backward:
                 for whole, part in zip(shown, found[:4], strict=True):
                     whole[a:b] = part.unflatten(1, shape)
                 d_pushes[a:b] = found.pushes_MP11
-        return (*d_tokens, *self._summed(d_pushes), parted(dims, sums.weights_PJO), parted(dims, sums.gradients_PJO))
+        d_weights, d_gradients = parted(dims, sums.weights_PJO), parted(dims, sums.gradients_PJO)
+        return d_q, d_k, d_target, d_rate, *self._summed(d_pushes), d_weights, d_gradients
 
     def _recompute(self, start: int, stop: int) -> None:
         """Run a group forward again from the weights that opened it."""
