@@ -4,16 +4,16 @@ with somebody's data."""
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forking
 import numpy as np
 import pytest
 import soundfile
@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from moshi.models import loaders
 from safetensors.torch import save_file
 
+from ttt import plugins
+from ttt.check import load_config
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.plugins import get_backbone
 from ttt_moshi import demo
@@ -251,17 +253,25 @@ def test_the_dialogues_words_tell_their_turns():
             assert other == 0
 
 
-def test_data_before_the_model_leaves_moshis_compiler_off():
+def _data_before_the_model():
+    before = importlib.import_module("moshi.modules.rope")
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("moshi", "ttt_moshi")]:
+        del sys.modules[name]
+    plugins.forget()
+    loaded = load_config(None, text=plugins.get_backbone("moshi").presets()["demo"])
+    loaded.backbone.dataset(loaded.config, split="train", device="cpu")
+    loaded.backbone.build(loaded.backbone.tiny(), device="cpu", dtype=torch.float32)
+    rope = importlib.import_module("moshi.modules.rope")
+    assert rope is not before  # it was imported anew, without the switch that `conftest.py` sets
+    assert not hasattr(rope.apply_rope, "__wrapped__"), "would compile"
+
+
+def test_data_before_the_model_leaves_moshis_compiler_off(monkeypatch):
     """Moshi reads the switch when it is first imported: whoever comes first has to have set it, on a CPU."""
-    program = (
-        "import torch; from ttt.check import load_config; from ttt.plugins import get_backbone;"
-        "loaded = load_config(None, text=get_backbone('moshi').presets()['demo']);"
-        "loaded.backbone.dataset(loaded.config, split='train', device='cpu');"
-        "loaded.backbone.build(loaded.backbone.tiny(), device='cpu', dtype=torch.float32);"
-        "from moshi.modules.rope import apply_rope; assert not hasattr(apply_rope, '__wrapped__'), 'would compile'"
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "NO_TORCH_COMPILE"}
-    assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == 0
+    monkeypatch.delenv("NO_TORCH_COMPILE", raising=False)
+    with forking.start(_data_before_the_model) as process:
+        _, err = process.communicate(300)
+    assert process.returncode == 0, err
 
 
 # --- the preset 7b ---
