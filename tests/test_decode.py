@@ -112,7 +112,7 @@ def test_tokens_one_by_one_are_the_definition(name: str, wait: bool) -> None:
     case = CASES[name]()
     expected, end = case.expected()
     state = case.state.streaming(case.size)
-    assert case.size == 1 or (state.factors is not None and state.factors.slots == slots_for(case.weights, case.size))
+    assert case.size == 1 or (state.factors is not None and state.factors.slots == slots_for(case.size))
     places = {name: x.data_ptr() for name, x in state.memory().items()}
     torch.testing.assert_close(case.read(state, wait=wait), expected, **TOLERANCE)
     assert {name: x.data_ptr() for name, x in state.memory().items()} == places
@@ -157,15 +157,11 @@ def test_what_no_row_needs_is_not_touched(together: bool) -> None:
     assert all(bool(base.isnan().all()) for base in state.gradients[::2])
 
 
-def test_slots_are_as_many_as_tokens_unless_the_gradient_is_smaller() -> None:
-    def slots(size: int, *widths: int) -> int:
-        shapes = [(a, b) for i, o in itertools.pairwise(widths) for a, b in ((i, o), (1, o))]
-        return slots_for(tuple(torch.empty(1, 1, *shape, device="meta") for shape in shapes), size)
-
-    assert slots(16, 128, 512, 128) == slots(16, 64, 64) == slots(16, 8, 8) == 16
-    assert slots(64, 128, 512, 128) == 64
-    assert slots(64, 64, 256, 64) == (2 * 64 * 256 + 256 + 64) // (2 * 64 + 2 * 256) == 51
-    assert slots(64, 8, 8) == 16
+@pytest.mark.parametrize(("size", "slots"), [(2, 2), (16, 16), (17, 16), (64, 16)])
+def test_factors_hold_a_mini_batch_or_16_tokens(size: int, slots: int) -> None:
+    state = TTTState((torch.zeros(2, 3, 8, 6), torch.zeros(2, 3, 1, 6))).streaming(size)
+    assert state.factors is not None
+    assert [x.shape for x in (*state.factors.inputs, *state.factors.taught)] == [(2, 3, slots, 8), (2, 3, slots, 6)]
 
 
 # --- in a layer ---

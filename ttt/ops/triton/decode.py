@@ -25,6 +25,7 @@ None of this has run on a GPU; it is proven in Triton's interpreter.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttt.ops.decode import Factors
+from ttt.ops.decode import Factors, slots_for
 from ttt.ops.minibatch import Inner, Stream
 from ttt.ops.rows import Tokens
 from ttt.ops.triton.forms import Form
@@ -296,7 +297,7 @@ def triton_learn_one_(tokens: Tokens, stream: Stream, inner: Inner, rows_B: Tens
         (x1,), (u1,), reads = factors.inputs, factors.taught, {"ROWS": rows_B is not None}
         linear_token[(pairs,)](
             q, k, target, rate, *learned, *weights, *stream.gradients, x1, u1, *flags, answers, heads,
-            F=width, **slots, **once, **reads, num_warps=_linear_warps(width),
+            F=width, **slots, **once, **reads, num_warps=_warps(width),
         )  # fmt: skip
         linear_counts[(q.shape[0],)](*flags, K=factors.slots, C=inner.mini_batch_size, **reads, num_warps=1)
         return answers
@@ -316,7 +317,8 @@ def triton_learn_one_(tokens: Tokens, stream: Stream, inner: Inner, rows_B: Tens
     )
     mlp_errors[(pairs, tiles)](
         q, k, target, rate, *learned, w1, b1, w2, b2, g1, c1, g2, c2, x1, u1, x2, u2,
-        own, asked, seen, parts, answered, hidden_seen, places, heads, **shape, **slots, **once,
+        own, asked, seen, parts, answered, hidden_seen, places, heads,
+        **shape, **slots, **once, num_warps=_warps(width),
     )  # fmt: skip
     mlp_answers[(pairs,)](
         q, *learned, b2, c2, u2, answered, hidden_seen, answers, places, stream.count_B, flags[2], heads,
@@ -325,32 +327,29 @@ def triton_learn_one_(tokens: Tokens, stream: Stream, inner: Inner, rows_B: Tens
     return answers
 
 
-def _linear_warps(width: int) -> int:
-    """So many warps that W takes 64 registers of a thread or fewer."""
+def _warps(width: int) -> int:
+    """So many that a tile takes 64 registers of a thread or fewer."""
     return 8 if width > 64 else 4
 
 
 def forms() -> list[Form]:
-    """Every kernel at F 64 and 128, with 16 slots, and with those of C 64."""
+    """Every kernel at F 64 and 128, with C 16 and 64."""
     found = []
-    for width, size, slots in ((64, 16, 16), (128, 16, 16), (64, 64, 51), (128, 64, 64)):
-        name, held = f"decode, MLP, F {width}, C {size}", {"K": slots, "SLOTS": 16 if slots == 16 else 64}
-        shape, once = {"F": width, "HIDDEN": 4 * width, "TILE": TILE}, {"C": size, "EPS": 1e-6}
+    for width, size in itertools.product((64, 128), (16, 64)):
+        mlp, linear = (f"decode, {kind}, F {width}, C {size}" for kind in ("MLP", "linear"))
+        held, once = {"K": slots_for(size), "SLOTS": 16}, {"C": size, "EPS": 1e-6}
+        shape, reads, warps = {"F": width, "HIDDEN": 4 * width, "TILE": TILE}, {"ROWS": True}, _warps(width)
         found += [
-            _form(f"{name}: keys", mlp_keys, {**shape, **held, "ROWS": True}),
-            _form(f"{name}: errors", mlp_errors, {**shape, **held, **once}),
-            _form(f"{name}: answers", mlp_answers, {"F": width, "TILES": 4 * width // TILE, **held, **once}),
+            _form(f"{mlp}: keys", mlp_keys, {**shape, **held, **reads}, 4),
+            _form(f"{mlp}: errors", mlp_errors, {**shape, **held, **once}, warps),
+            _form(f"{mlp}: answers", mlp_answers, {"F": width, "TILES": 4 * width // TILE, **held, **once}, 4),
+            _form(linear, linear_token, {"F": width, **held, **once, **reads}, warps),
         ]
-    for width, size, slots in ((64, 16, 16), (128, 16, 16), (64, 64, 32), (128, 64, 64)):
-        held = {"K": slots, "SLOTS": slots}
-        constants = {"F": width, **held, "C": size, "EPS": 1e-6, "ROWS": True}
-        found.append(_form(f"decode, linear, F {width}, C {size}", linear_token, constants, _linear_warps(width)))
-    found.append(_form("decode, linear: counts", linear_counts, {"K": 16, "C": 16, "ROWS": True}, 1))
-    return found
+    return [*found, _form("decode, linear: counts", linear_counts, {"K": 16, "C": 16, "ROWS": True}, 1)]
 
 
-def _form(name: str, kernel: Any, constants: dict[str, Any], num_warps: int = 4) -> Form:
+def _form(name: str, kernel: Any, constants: dict[str, Any], num_warps: int) -> Form:
     types = {"heads": "i32", "places": "*i32", "count_b": "*i64", "rows_b": "*i8", "based_b": "*i8"}
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
-    aligned = frozenset(name for name, kind in signature.items() if kind.startswith("*") and kind == "*fp32")
+    aligned = frozenset(name for name, kind in signature.items() if kind == "*fp32")
     return Form(name, kernel, signature, constants, num_warps=num_warps, aligned=aligned)
