@@ -211,7 +211,7 @@ def _forward_by_hand(case: Case, rounded: Callable[[Tensor], Tensor]) -> list[Te
     answers = []
     for n in range(case.length // case.size):
         of_n = slice(n * case.size, (n + 1) * case.size)
-        Q, K, t, eta = (x[0, of_n, 0] for x in (q, k, target, rate))  # noqa: N806
+        Q, K, t, eta = (x[0, of_n, 0] for x in (q, k, target, rate))
         unit, inverse = normed(product(K, w) + b)
         r = gamma * (gamma * unit + beta - t)
         error = inverse * (r - r.mean(-1, keepdim=True) - unit * (r * unit).mean(-1, keepdim=True))
@@ -245,9 +245,8 @@ def test_tf32_is_left_to_the_device() -> None:
     case = Case(length=6, dtype=torch.float32)
     expected = case.learn("triton")
     case.precision = "tf32"
-    assert all(
-        torch.equal(a, b) for a, b in zip(*map(lambda f: [*f[0], *f[1]], (case.learn("triton"), expected)), strict=True)
-    )
+    found = case.learn("triton")
+    assert all(torch.equal(a, b) for a, b in zip(itertools.chain(*found), itertools.chain(*expected), strict=True))
 
 
 # --- the operation ---

@@ -12,8 +12,8 @@ if a backward will follow, and at the end. For one mini-batch, with the numbers 
     (11)  z = Q + γ ŷ + β
     (8)   W' = W + Kᵀ (c η E),   b' = b + Σ c η E   or G' = G + Kᵀ (η E), …, if it stays open
 
-Tiles have at least 16 rows, which `tl.dot` needs; the rows after the C tokens are zeros at zero rate. On the chip are `W`
-in registers (F 128: 64 numbers a thread at 8 warps) and, as operands, once more in shared memory, beside the tokens.
+Tiles have at least 16 rows, which `tl.dot` needs; the rows after the C tokens are zeros at zero rate. On the chip are
+`W` in registers (F 128: 64 numbers a thread at 8 warps) and, as an operand, once more in shared memory, and the tokens.
 
 A lower precision rounds both operands of every product above, `W` among them; not the state, sums and biases.
 """
@@ -260,7 +260,7 @@ def configurations() -> Iterator[tuple[str, dict[str, Any], frozenset[str]]]:
 
 def forms() -> list[Form]:
     """Every configuration of the forward kernel that is shipped."""
-    signature = {name: "*fp32" for name in _POINTERS}
+    signature = dict.fromkeys(_POINTERS, "*fp32")
     signature |= dict.fromkeys((*STRIDES, "heads", "steps", "openings", "group"), "i32")
     found = []
     for name, constants, aligned in configurations():

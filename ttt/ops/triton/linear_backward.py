@@ -1,30 +1,31 @@
 """TTT-Linear in Triton, the backward pass: one program for each row and head.
 
-Groups run from the last to the first. The forward kernel, without its answers, writes the weights that open the group's
-mini-batches; then one launch goes through them in reverse. It computes again what belongs to one mini-batch: Z, E, A, y.
-With the numbers and symbols of `docs/backward.md`:
+Groups run from the last to the first. The forward kernel, without its answers, writes the weights that open the
+group's mini-batches; then one launch goes through them in reverse. It computes again what belongs to one mini-batch: Z,
+E, A, y. With the numbers and symbols of `docs/backward.md`:
 
     (13)  dy = ι Π(γ dz)                             dβ += Σ dz,   dγ += Σ dz ŷ
     (14)  dB = dy Eᵀ,   dκ = dB A ⊙ M                ds −= dκ η,   dη −= dκᵀ s
     (15)  dA = dB κ,    dE = Bᵀ dy
-    (16)  dKᵀ = Qᵀ dA                                dQ = dz + dA K
-    (18)  dE += c η ρ,  ρ = K dW' + db'              dKᵀ += dW' (c η E)ᵀ
+    (16)  dK = dAᵀ Q                                 dQ = dz + dA K
+    (18)  dE += c η ρ,  ρ = K dW' + db'              dK += c η E dW'ᵀ
     (24)  d(cη) = ⟨ρ, E⟩                             dη += c d(cη),   dc = Σ η d(cη)
     (20)  dr = ι Π(dE)                  dZ = ι (Π(γ² dr) − mean(r x̂) dr − E mean(dE x̂) − x̂ mean(dE E))
     (22)  dW = dW' + Kᵀ dZ + Qᵀ dy,   db = db' + Σ (dZ + dy)
-    (23)  dKᵀ += W dZᵀ,   dQ += dy Wᵀ
+    (23)  dK += dZ Wᵀ,  dQ += dy Wᵀ
     (25)  dt = −γ dr,   dβ += Σ γ dr                 dγ += Σ dr (2 γ x̂ + β − t)
 
-A mini-batch that was open before adds `dG = dG' + Qᵀ (−s dy)`, `dQ −= s dy Gᵀ` and `ds −= ⟨dy, Q G + g⟩`; one that stays
-open has `c = 1`, `dG'` in place of `dW'`, and its `dW` starts at zero.
+A mini-batch that was open before adds `dG = dG' + Qᵀ (−s dy)`, `dQ −= s dy Gᵀ` and `ds −= ⟨dy, Q G + g⟩`; one that
+stays open has `c = 1`, `dG'` in place of `dW'`, and its `dW` starts at zero.
 
-W and dW together would not fit into registers at F 128. So both stay in memory, where a program's own are near: each
-mini-batch goes twice through their rows in blocks, and reads of each 2 and writes of dW 1. Beside a block, a program
-holds some tiles `[C,F]`.
+W and dW together would not fit into registers at F 128. So both stay in memory, where a program's own are near. Each
+mini-batch goes through them twice, in blocks of rows, then of columns: it reads both twice and writes dW once. Beside a
+block a program holds some tiles `[C,F]`. `dy`, `dZ` and E lie where dQ, dK and dt will be written, so that their columns
+can be had without the rest, and so that no result of a product is turned round on the chip, which compilers have got
+wrong: a product with a transpose reads both factors from memory.
 
-No result of a product is turned round on the chip, which compilers have got wrong: what must be read by columns, E and
-dZ, passes through the memory of dK. What all mini-batches share is summed by each program alone, and over rows by
-PyTorch, so that no sum depends on the order in which programs run.
+What all mini-batches share is summed by each program alone, and over rows by PyTorch, so that no sum depends on the
+order in which programs run.
 
 A lower precision rounds both operands of every product above.
 """
@@ -52,19 +53,38 @@ from ttt.ops.triton.linear import (
 )
 from ttt.ops.triton.mlp_parts import coefficients, is_constant, normalised, product, projected
 
-BLOCK = 16
-"""Rows of the weights that are on the chip at a time."""
+BLOCK = 32
+"""Rows or columns of the weights that are on the chip at a time."""
 
 
 @triton.jit
-def _turned(x_CF, room, heads, C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr):
-    """`xᵀ [F,ROWS]`, through the memory `room` of a mini-batch's tokens; it may be written again at once."""
-    i, f = tl.arange(0, ROWS), tl.arange(0, F)
-    tl.store(room + (i[:, None] * heads * F + f[None, :]), x_CF, mask=(i < C)[:, None])
-    tl.debug_barrier()
-    turned_FC = tl.load(room + (i[None, :] * heads * F + f[:, None]), mask=(i < C)[None, :], other=0)
-    tl.debug_barrier()
-    return turned_FC
+def _store_tokens(at, x_CF, heads, C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr):
+    """Write the tokens of a mini-batch that begins at the pointer `at` of memory `[B,T,H,F]`."""
+    i, f = tl.arange(0, ROWS)[:, None], tl.arange(0, F)[None, :]
+    tl.store(at + (i * heads * F + f), x_CF, mask=i < C)
+
+
+@triton.jit
+def _mixed_back(
+    d_y,
+    error,
+    spacing,
+    like,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`dB = dy Eᵀ` (14) and its transpose, of tiles in memory."""
+    d_mixed_CC = tl.zeros((ROWS, ROWS), like.dtype)
+    d_mixed_by_key_CC = tl.zeros((ROWS, ROWS), like.dtype)
+    for at in range(0, F, BLOCK):
+        d_y_CB = tokens_at(d_y + at, spacing, C, ROWS, BLOCK)
+        error_CB = tokens_at(error + at, spacing, C, ROWS, BLOCK)
+        d_mixed_CC += product(d_y_CB, tl.trans(error_CB), PRECISION)
+        d_mixed_by_key_CC += product(error_CB, tl.trans(d_y_CB), PRECISION)
+    return d_mixed_CC, d_mixed_by_key_CC
 
 
 @triton.jit
@@ -122,32 +142,35 @@ def _products(
 
 # fmt: off
 @triton.jit
-def _finish(
-    q, k, d_answers, q_t, k_t, d_answers_t, weight, d_next, summed, d_weight, d_summed, d_q, d_k,
-    d_seen_CC, d_y_CF, d_step_CF, d_output_CF, d_output_FC, pushed_FC, heads,
+def _weights_back(
+    q_CF, k_CF, d_y, d_output, error, spacing, push_C1, scale_C1, weight, d_next, summed, d_weight, d_summed,
     C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, CLOSES: tl.constexpr,
     OPENED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     # fmt: on
-    """What is left of (16), (18), (22) and (23), a block of rows of the weights at a time: `dQ`, `dK`, `dW` and `dG`."""
-    i, j = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    """`dW` and `dG` (22), a block of columns at a time, and what the weights give `dQ` and `dK`, (18) and (23).
+
+    `dy`, `dZ` and `E` are read from memory, where their columns can be had without the rest.
+    """
+    d_q_CF, d_k_CF = tl.zeros_like(q_CF), tl.zeros_like(k_CF)
     for at in range(0, F, BLOCK):
-        q_CB, k_CB = tokens_at(q + at, q_t, C, ROWS, BLOCK), tokens_at(k + at, k_t, C, ROWS, BLOCK)
-        block = at * F + rows_of_weights(BLOCK, F)
-        weight_BF, d_next_BF = tl.load(weight + block), tl.load(d_next + block)
-        d_q_CB = tokens_at(d_answers + at, d_answers_t, C, ROWS, BLOCK) + product(d_seen_CC, k_CB, PRECISION)
-        d_q_CB += product(d_y_CF, tl.trans(weight_BF), PRECISION)
-        d_k_BC = product(tl.trans(q_CB), d_seen_CC, PRECISION) + product(d_next_BF, pushed_FC, PRECISION)
-        d_k_BC += product(weight_BF, d_output_FC, PRECISION)
+        d_y_CB = tokens_at(d_y + at, spacing, C, ROWS, BLOCK)
+        d_output_CB = tokens_at(d_output + at, spacing, C, ROWS, BLOCK)
+        pushed_CB = push_C1 * tokens_at(error + at, spacing, C, ROWS, BLOCK)
+        block = at + tl.arange(0, F)[:, None] * F + tl.arange(0, BLOCK)[None, :]
+        weight_FB, d_next_FB = tl.load(weight + block), tl.load(d_next + block)
+        d_q_CF += product(d_y_CB, tl.trans(weight_FB), PRECISION)
+        d_k_CF += product(d_output_CB, tl.trans(weight_FB), PRECISION)
+        d_k_CF += product(pushed_CB, tl.trans(d_next_FB), PRECISION)
         if OPENED:
-            d_q_CB += product(d_step_CF, tl.trans(tl.load(summed + block)), PRECISION)
-            tl.store(d_summed + block, d_next_BF + product(tl.trans(q_CB), d_step_CF, PRECISION))
+            d_step_CB = -scale_C1 * d_y_CB
+            d_q_CF += product(d_step_CB, tl.trans(tl.load(summed + block)), PRECISION)
+            tl.store(d_summed + block, d_next_FB + product(tl.trans(q_CF), d_step_CB, PRECISION))
         if not CLOSES:
-            d_next_BF = tl.zeros_like(d_next_BF)
-        d_next_BF += product(tl.trans(k_CB), d_output_CF, PRECISION) + product(tl.trans(q_CB), d_y_CF, PRECISION)
-        tl.store(d_weight + block, d_next_BF)
-        tl.store(d_q + at + (i[:, None] * heads * F + j[None, :]), d_q_CB, mask=(i < C)[:, None])
-        tl.store(d_k + at + (i[None, :] * heads * F + j[:, None]), d_k_BC, mask=(i < C)[None, :])
+            d_next_FB = tl.zeros_like(d_next_FB)
+        d_next_FB += product(tl.trans(k_CF), d_output_CB, PRECISION) + product(tl.trans(q_CF), d_y_CB, PRECISION)
+        tl.store(d_weight + block, d_next_FB)
+    return d_q_CF, d_k_CF
 
 
 # fmt: off
@@ -207,7 +230,6 @@ def linear_backward_kernel(
             summed_F[None, :], C, ROWS, F, BLOCK, OPENED, PRECISION,
         )
         unit_CF, inverse_C1, slope_CF, error_CF = errors_of(output_CF, offset_CF, gamma_1F, F, EPS)
-        error_FC = _turned(error_CF, d_k + place * F, heads, C, ROWS, F)
         kappa_CC, kappa_by_key_CC = coefficients(rate_C, scale_C, CAUSAL, ROWS)
         answer_CF += product(seen_CC * kappa_CC, error_CF, PRECISION)
         if OPENED:
@@ -215,17 +237,22 @@ def linear_backward_kernel(
         d_y_CF, answer_unit_CF = _norm_back(d_answer_CF, answer_CF, gamma_1F, F, EPS, LEAST)
         d_beta_F += tl.sum(d_answer_CF, 0)
         d_gamma_F += tl.sum(d_answer_CF * answer_unit_CF, 0)
+        d_y_n, d_output_n, error_n = d_q + place * F, d_k + place * F, d_target + place * F
+        _store_tokens(error_n, error_CF, heads, C, ROWS, F)
+        _store_tokens(d_y_n, d_y_CF, heads, C, ROWS, F)
+        tl.debug_barrier()
 
         # The queries, (14) and (15), and the update, (18) and (24).
-        d_mixed_CC = product(d_y_CF, error_FC, PRECISION)
+        d_mixed_CC, d_mixed_by_key_CC = _mixed_back(
+            d_y_n, error_n, heads * F, scale_C, C, ROWS, F, BLOCK, PRECISION
+        )
         d_kappa_CC = d_mixed_CC * seen_CC
         if CAUSAL:
             d_kappa_CC = tl.where(i[None, :] <= i[:, None], d_kappa_CC, 0)
         d_scale_C -= tl.sum(d_kappa_CC * rate_C[None, :], 1)
-        d_step_CF = -scale_C[:, None] * d_y_CF
         if OPENED:
             d_scale_C -= tl.sum(d_y_CF * step_CF, 1)
-            tl.store(d_summed_bias + pair * F + f, d_next_F + tl.sum(d_step_CF, 0))
+            tl.store(d_summed_bias + pair * F + f, d_next_F - tl.sum(scale_C[:, None] * d_y_CF, 0))
         d_error_CF = product(seen_by_key_CC * kappa_by_key_CC, d_y_CF, PRECISION)
         d_error_CF += (push * rate_C)[:, None] * by_next_CF
         d_push_C = tl.sum(by_next_CF * error_CF, 1)
@@ -238,17 +265,22 @@ def linear_backward_kernel(
         d_slope_CF, d_output_CF = _errors_back(
             d_error_CF, output_CF, unit_CF, inverse_C1, slope_CF, error_CF, gamma_1F, F, LEAST
         )
-        d_target_at = d_target + place * F + (i[:, None] * heads * F + f[None, :])
-        tl.store(d_target_at, -gamma_1F * d_slope_CF, mask=live[:, None])
         d_beta_F += tl.sum(gamma_1F * d_slope_CF, 0)
         d_gamma_F += tl.sum(d_slope_CF * (2 * gamma_1F * unit_CF + offset_CF), 0)
-        d_output_FC = _turned(d_output_CF, d_k + place * F, heads, C, ROWS, F)
-        _finish(
-            q_n, k_n, d_answers_n, q_t, k_t, d_answers_t, weight_n, d_next, summed, d_weight + pair * F * F,
-            d_summed + pair * F * F, d_q + place * F, d_k + place * F, d_mixed_CC * kappa_CC, d_y_CF, d_step_CF,
-            d_output_CF, d_output_FC, error_FC * (push * rate_C)[None, :], heads, C, ROWS, F, BLOCK, CLOSES, OPENED,
+        _store_tokens(d_output_n, d_output_CF, heads, C, ROWS, F)
+        tl.debug_barrier()
+        q_CF, k_CF = tokens_at(q_n, q_t, C, ROWS, F), tokens_at(k_n, k_t, C, ROWS, F)
+        d_q_CF, d_k_CF = _weights_back(
+            q_CF, k_CF, d_y_n, d_output_n, error_n, heads * F, (push * rate_C)[:, None], scale_C[:, None], weight_n,
+            d_next, summed, d_weight + pair * F * F, d_summed + pair * F * F, C, ROWS, F, BLOCK, CLOSES, OPENED,
             PRECISION,
         )
+        d_q_CF += d_answer_CF + product(d_mixed_CC * kappa_CC, k_CF, PRECISION)
+        d_k_CF += product(d_mixed_by_key_CC * kappa_by_key_CC, q_CF, PRECISION)
+        tl.debug_barrier()  # all have read what is now written over
+        _store_tokens(d_target + place * F, -gamma_1F * d_slope_CF, heads, C, ROWS, F)
+        _store_tokens(d_q + place * F, d_q_CF, heads, C, ROWS, F)
+        _store_tokens(d_k + place * F, d_k_CF, heads, C, ROWS, F)
         if not CLOSES:
             d_next_F = tl.zeros_like(d_next_F)
         d_next_F += tl.sum(d_output_CF + d_y_CF, 0)
@@ -278,7 +310,7 @@ def linear_backward(
     if group < 2:
         run.group(0, steps, run.weights, saved[0])
         return run.gradients()
-    room = torch.empty_like(saved[0][:1]).expand(group - 1, -1, -1, -1).contiguous()
+    room = saved[0].new_empty((group - 1, *saved[0].shape[1:]))
     for start in range((steps - 1) // group * group, -1, -group):
         stop = min(start + group, steps)
         opening = parted(run.dims, [saved[0][start // group - 1]]) if start else run.weights
@@ -324,7 +356,7 @@ class LinearBackward(LinearRun):
                 *(x[:, :, start:stop] for x in (self.d_answers, *self.d_tokens)), *self.d_next, *self.d_weights,
                 *self.d_summed, self.d_gamma, self.d_beta, self.d_scale, self.d_pushes[start:],
                 *self.strides(), *strides_of(self.d_answers), dims.heads, stop - start, dims.steps * dims.size,
-                BLOCK=BLOCK, LEAST=self.least, **self.constants,
+                BLOCK=min(BLOCK, dims.widths[0]), LEAST=self.least, **self.constants,
                 **launch_of(dims.widths[0], dims.size, self.problem.precision, back=True),
             )  # fmt: skip
 
@@ -357,7 +389,7 @@ _POINTERS = (
 
 def forms() -> list[Form]:
     """Every configuration of the backward kernel that is shipped."""
-    signature = {name: "*fp32" for name in _POINTERS}
+    signature = dict.fromkeys(_POINTERS, "*fp32")
     signature |= dict.fromkeys((*STRIDES, *(f"d_answers_{axis}" for axis in "bht"), "heads", "steps", "length"), "i32")
     found = []
     for name, constants, aligned in configurations():
