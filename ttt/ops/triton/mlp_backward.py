@@ -11,7 +11,7 @@ from torch import Tensor
 from ttt.ops.fused.layout import Problem, room_between_passes, room_for_tokens
 from ttt.ops.triton.forms import Form
 from ttt.ops.triton.mlp_run import SHIPPED, Kept, Place, Sizes, Steps, dense, form
-from ttt.ops.triton.mlp_walk import mlp_tokens, mlp_walk
+from ttt.ops.triton.mlp_walk import mlp_walk
 
 _SPILLED: dict[tuple[int, int, str], int] = {}
 """Bytes that a thread may spill, by `F`, `C` and precision."""
@@ -69,39 +69,32 @@ class _Walk:
         self.d_scale = like.new_zeros((dims.pairs, sizes.size))
         self.d_push = like.new_empty((dims.steps, dims.pairs))
 
-        def parts(columns: int, slots: int = 2) -> Tensor:
-            return like.new_empty((slots, sizes.tiles, dims.pairs, sizes.size, columns))
+        def parts(columns: int, *slots: int) -> Tensor:
+            return like.new_empty((*slots, sizes.tiles, dims.pairs, sizes.size, columns))
 
-        self.d_error, self.d_asked = (like.new_empty((2, dims.pairs, sizes.size, sizes.hidden)) for _ in range(2))
-        self.error_parts = parts(sizes.width)
-        self.token_parts = parts(sizes.width), parts(sizes.width), parts(sizes.size, 3), parts(4, 3)
+        shape = 2, dims.pairs, sizes.size
+        self.left = [like.new_empty((*shape, columns)) for columns in (sizes.hidden, sizes.hidden, sizes.width)]
+        """`dE_0`, `dy_0` and `dE_1`, as beginning a mini-batch leaves them for finishing it."""
+        self.parts = [*(parts(sizes.width) for _ in range(3)), parts(sizes.size, 2), parts(4, 2)]
+        self.tickets = torch.zeros(dims.pairs, dtype=torch.int32, device=like.device)
 
     def back(self, start: int, stop: int, opening: Callable[[int], Place], kept: Kept) -> None:
         """Go back through the mini-batches of a group, of which `kept` holds what the kernels read."""
         steps, sizes, dims = self.steps, self.steps.sizes, self.steps.dims
-        d_q, d_k, d_target, d_rate = self.d_tokens
-        ends = {"PRECISION": steps.precision, "CAUSAL": steps.causal, "CLOSES": steps.closes}
-        counts = dims.steps, dims.heads, dims.pairs
         for n in range(stop - 1, start - 2, -1):
             begin, finish = n >= start, n + 1 < stop
             begun, finished = (opening(min(max(m, start), stop - 1)) for m in (n, n + 1))
-            mlp_walk[(dims.pairs, sizes.tiles + (n + 2 < stop))](
+            mlp_walk[(dims.pairs, sizes.tiles)](
                 steps.q, steps.k, steps.target, steps.rate, steps.gamma, steps.beta, steps.scale, steps.last,
                 self.d_answers, begun.w1, finished.w0, finished.w1, *self.next[:4], *self.d_weights[:4],
-                *steps.before[:4], *self.d_before[:4], *kept, self.d_error, self.d_asked, self.error_parts,
-                *self.token_parts, d_q, d_k, d_target, d_rate, self.d_gamma, self.d_beta, self.d_scale, self.d_push,
-                n, *counts, self.slots, begun.bias, finished.bias, **steps.strides, **steps.shapes,
-                EPS=steps.eps, LEAST=steps.least, **ends,
-                FINISH=finish, BEGIN=begin, OPENED=steps.opened, num_warps=sizes.warps,
+                *steps.before[:4], *self.d_before[:4], *kept, *self.left, *self.parts, self.tickets,
+                *self.d_tokens, self.d_gamma, self.d_beta, self.d_scale, self.d_push,
+                n, dims.steps, dims.heads, dims.pairs, self.slots, begun.bias, finished.bias, **steps.strides,
+                **steps.shapes, EPS=steps.eps, LEAST=steps.least, PRECISION=steps.precision, CAUSAL=steps.causal,
+                FINISH=finish, BEGIN=begin, CLOSES=steps.closes, OPENED=steps.opened, num_warps=sizes.warps,
             )  # fmt: skip
             if finish:
                 self.next = self.d_weights
-        strides = {name: steps.strides[name] for name in ("scale_b", "last_n", "last_b")}
-        mlp_tokens[(dims.pairs,)](
-            steps.q, steps.k, steps.rate, steps.scale, steps.last, self.d_answers, *self.token_parts,
-            d_q, d_k, d_rate, self.d_scale, self.d_push, start, *counts, **strides,
-            F=sizes.width, TILES=sizes.tiles, C=sizes.size, ROWS=sizes.rows, **ends, num_warps=sizes.warps,
-        )  # fmt: skip
 
     def gradients(self) -> tuple[Any, ...]:
         """All gradients, once every group has been walked."""
@@ -120,7 +113,7 @@ class _Walk:
 
 
 def forms() -> list[Form]:
-    """Steps in the middle of a group, which do the most, sums of tokens, and the step of an open mini-batch."""
+    """Steps in the middle of a group, which do the most, and an open mini-batch's."""
     found = []
     middle = {"FINISH": True, "BEGIN": True, "CLOSES": True, "OPENED": False}
     for width, size, causal, precision in SHIPPED:
@@ -128,8 +121,6 @@ def forms() -> list[Form]:
         name = f"F {width}, C {size}, {'causal' if causal else 'non-causal'}, {precision}"
         constants = {**middle, "CAUSAL": causal, "PRECISION": precision}
         found.append(form(f"MLP walk, {name}", mlp_walk, sizes, constants, _SPILLED.get((width, size, precision), 0)))
-        if precision == "tf32":
-            found.append(form(f"MLP tokens, {name}", mlp_tokens, sizes, constants))
     opened = {**constants, "BEGIN": False, "CLOSES": False, "OPENED": True, "CAUSAL": True}
     found.append(form("MLP walk, F 128, C 16, open, tf32", mlp_walk, Sizes.of_shape(128, 512, 16), opened, 0))
     return found

@@ -8,7 +8,7 @@ from torch import Tensor
 from ttt.ops.fused.layout import Problem, room_between_passes, room_for_tokens
 from ttt.ops.triton.forms import Form
 from ttt.ops.triton.mlp_run import SHIPPED, Place, Sizes, Steps, form
-from ttt.ops.triton.mlp_step import mlp_answers, mlp_step
+from ttt.ops.triton.mlp_step import mlp_step
 
 _SPILLED: dict[tuple[int, int, str], int] = {}
 """Bytes that a thread may spill, by `F`, `C` and precision."""
@@ -47,7 +47,7 @@ def mlp_forward(problem: Problem, *, keep: bool) -> tuple[Tensor, list[Tensor], 
 
 
 def forms() -> list[Form]:
-    """Steps in the middle of a group, as backward runs them, which do the most; answers; an open mini-batch's step."""
+    """Steps in the middle of a group, as backward runs them again, which do the most, and an open mini-batch's."""
     found = []
     middle = {"FINISH": True, "BEGIN": True, "UPDATE": True, "CLOSES": True, "OPENED": False, "KEEP": True}
     for width, size, causal, precision in SHIPPED:
@@ -56,8 +56,6 @@ def forms() -> list[Form]:
         constants = {**middle, "CAUSAL": causal, "PRECISION": precision}
         spilled = _SPILLED.get((width, size, precision), 0)
         found.append(form(f"MLP step, {name}", mlp_step, sizes, constants, spilled))
-        if precision == "tf32":
-            found.append(form(f"MLP answers, F {width}, C {size}", mlp_answers, sizes, {"KEEP": False}))
     opened = {**constants, "BEGIN": False, "CLOSES": False, "OPENED": True, "CAUSAL": True}
     found.append(form("MLP step, F 128, C 16, open, tf32", mlp_step, Sizes.of_shape(128, 512, 16), opened, 0))
     return found

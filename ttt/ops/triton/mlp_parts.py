@@ -164,14 +164,24 @@ def is_tile(tile, index: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def summed_tiles(parts, slot, p, pairs, TILES: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The sum over hidden tiles, in their order, of parts `[slots,tiles,P,C,WIDTH]`."""
+def summed_tiles(parts, p, pairs, TILES: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The sum over hidden tiles, in their order, of parts `[tiles,P,C,WIDTH]`."""
     rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
     total = tl.zeros([ROWS, WIDTH], parts.dtype.element_ty)
     for tile in range(TILES):
-        at = place(slot * TILES + tile, p, pairs, rows, columns, C, WIDTH)
-        total += tl.load(parts + at, mask=rows < C, other=0)
+        total += tl.load(parts + (tile * pairs + p).to(tl.int64) * C * WIDTH + rows * WIDTH + columns, rows < C, 0)
     return total
+
+
+@triton.jit
+def comes_last(tickets, p, TILES: tl.constexpr):
+    """Whether all other tiles of this pair have stored their parts; what they have stored can be read then.
+
+    Each tile of a launch asks once. Which one comes last is up to chance, but no number depends on it: the sums have
+    the order of the tiles. Nobody waits.
+    """
+    tl.debug_barrier()  # the ticket tells of the whole program's stores
+    return tl.atomic_add(tickets + p, 1, sem="acq_rel") % TILES == TILES - 1
 
 
 def least_spread(dtype: str) -> float:

@@ -13,10 +13,10 @@ from ttt.ops.constants import Precision
 from ttt.ops.fused.layout import Dims, Problem
 from ttt.ops.triton.forms import Form
 from ttt.ops.triton.mlp_parts import least_spread
-from ttt.ops.triton.mlp_step import mlp_answers, mlp_step
+from ttt.ops.triton.mlp_step import mlp_step
 
 TILES = (32, 16)
-"""Widths of a hidden tile: the first if it divides the hidden width and a mini-batch is short, since registers are few."""
+"""Widths of a hidden tile: the first if it divides the hidden width and the mini-batch is short; registers are few."""
 MOST_ROWS = 64
 """The most tokens of a mini-batch."""
 
@@ -99,21 +99,25 @@ class Kept(NamedTuple):
 
     hidden: Tensor
     """`Z_0 [slots,P,C,HIDDEN]`"""
+    output: Tensor
+    """`Z_1 [slots,P,C,F]`"""
     asked: Tensor
     """`y_0`"""
     pulled: Tensor
     """`D_0`"""
-    output: Tensor
-    """`Z_1 [slots,P,C,F]`"""
     answered: Tensor
     """`y_1`"""
 
     @classmethod
-    def room(cls, dims: Dims, slots: int, like: Tensor) -> Kept:
-        """Allocate memory for so many mini-batches."""
+    def room(cls, dims: Dims, slots: int, like: Tensor, *, all_of_it: bool = True) -> Kept:
+        """Allocate memory for so many mini-batches; only the first two, if no backward follows."""
         width, hidden, _ = dims.widths
-        shape = slots, dims.pairs, dims.size
-        return cls(*(like.new_empty((*shape, columns)) for columns in (hidden, hidden, hidden, width, width)))
+
+        def room(columns: int) -> Tensor:
+            return like.new_empty((slots, dims.pairs, dims.size, columns))
+
+        z0, z1 = room(hidden), room(width)
+        return cls(z0, z1, room(hidden), room(hidden), room(width)) if all_of_it else cls(z0, z1, z0, z0, z1)
 
 
 COUNTS = frozenset(
@@ -203,26 +207,19 @@ class Steps:
             answers: receives the answers, in the memory order of `room_for_tokens`; None with `kept`.
         """
         dims, sizes, q = self.dims, self.sizes, self.q
-        parts = (2, sizes.tiles, dims.pairs, dims.size, sizes.width)
-        key_parts, answer_parts = q.new_empty(parts), q.new_empty(parts)
+        key_parts, answer_parts = (q.new_empty((sizes.tiles, dims.pairs, dims.size, sizes.width)) for _ in range(2))
+        tickets = torch.zeros(dims.pairs, dtype=torch.int32, device=q.device)
         slots = 2 if kept is None else len(kept.hidden)
-        hidden = q.new_empty((slots, dims.pairs, dims.size, sizes.hidden)) if kept is None else kept.hidden
-        rooms = (hidden, *((q,) * 4 if kept is None else kept[1:]), key_parts, answer_parts)
+        room = Kept.room(dims, slots, q, all_of_it=False) if kept is None else kept
         shown = q if answers is None else answers
-        norms = {"norm_b": self.strides["norm_b"], "norm_h": self.strides["norm_h"]}
         for n in range(start, stop + 1):
             finish = n > start
             source, target = opening(n - 1 if finish else n), opening(n)
-            mlp_step[(dims.pairs, sizes.tiles + (n > start + 1))](
+            mlp_step[(dims.pairs, sizes.tiles)](
                 q, self.k, self.target, self.rate, self.gamma, self.beta, self.scale, self.last,
-                *source[:4], *target[:4], *self.before[:4], *rooms, shown,
+                *source[:4], *target[:4], *self.before[:4], *room, key_parts, answer_parts, tickets, shown,
                 n, dims.steps, dims.heads, dims.pairs, slots, source.bias, target.bias, **self.strides,
                 **self.shapes, EPS=self.eps, PRECISION=self.precision, CAUSAL=self.causal, FINISH=finish,
                 BEGIN=n < stop, UPDATE=finish and n <= last_update, CLOSES=self.closes, OPENED=self.opened,
                 KEEP=kept is not None, num_warps=sizes.warps,
             )  # fmt: skip
-        mlp_answers[(dims.pairs,)](
-            q, self.gamma, self.beta, answer_parts, rooms[4], shown, stop - 1, dims.steps, dims.heads, dims.pairs,
-            slots, **norms, F=sizes.width, TILES=sizes.tiles, C=sizes.size, ROWS=sizes.rows, EPS=self.eps,
-            KEEP=kept is not None, num_warps=sizes.warps,
-        )  # fmt: skip

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ttt.ops.triton.mlp_parts import (
     coefficients,
+    comes_last,
     first_bias,
     first_tile,
     gelu_bend,
@@ -40,61 +41,65 @@ def mlp_walk(
     q, k, target, rate, gamma, beta, scale, last, d_answers,
     begun_w1, w0, w1, next_w0, next_b0, next_w1, next_b1, to_w0, to_b0, to_w1, to_b1,
     before_w0, before_b0, before_w1, before_b1, d_before_w0, d_before_b0, d_before_w1, d_before_b1,
-    hidden, asked, pulled, output, answered, d_error, d_asked,
-    error_parts, query_parts, key_parts, seen_parts, row_parts,
+    hidden, output, asked, pulled, answered, d_error, d_asked, d_output,
+    error_parts, query_parts, key_parts, seen_parts, row_parts, tickets,
     d_q, d_k, d_target, d_rate, d_gamma, d_beta, d_scale, d_push,
     n, steps, heads, pairs, slots, begun_bias, bias, scale_b, last_n, last_b, norm_b, norm_h,
     F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
     EPS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, FINISH: tl.constexpr,
     BEGIN: tl.constexpr, CLOSES: tl.constexpr, OPENED: tl.constexpr,
 ):  # fmt: skip
-    """Finish mini-batch n + 1, begin n, for one tile of one pair; the program after the last tile does n + 2's tokens.
+    """Finish mini-batch n + 1 and begin n, for one tile of one pair; the program that comes last sums what they leave.
 
     Tokens, `hidden` to `answered` and `before_*` are those of `mlp_step`; `begun_w1` is the `W_1` that opened n, `w0`
     and `w1` opened n + 1; `begun_bias` and `bias` are 1 if a bias is the last row of each pair's. `next_*` hold `dW'`
     of n + 1 (of n, if there is nothing to finish) and may be `to_*`, which receive its `dW`, the `dW'` of n.
 
-    What a launch leaves for the next lies in two slots, by the mini-batch modulo 2: `d_error` `dE_0` and `d_asked`
-    `dy_0` `[2,P,C,HIDDEN]`, and the tiles' parts of `dE_1`, `dQ`, `dK` `[2,tiles,P,C,F]`. What it leaves for the one
-    after the next lies in three: the parts of `dB_0` `[3,tiles,P,C,C]`, and of `dη` through `κ`, of `ds` and of `d(cη)`
-    `[3,tiles,P,C,4]`.
+    What beginning leaves for finishing lies in two slots, by the mini-batch modulo 2: `d_error` `dE_0` and `d_asked`
+    `dy_0` `[2,P,C,HIDDEN]`, `d_output` `dE_1` `[2,P,C,F]`, the tiles' parts of `dB_0` `[2,tiles,P,C,C]`, and of `dη`
+    through `κ`, of `ds` and of `d(cη)` `[2,tiles,P,C,4]`. The tiles' parts of `dE_1`, `dQ` and `dK`, `[tiles,P,C,F]`,
+    are summed in the launch that makes them. `tickets [P]` begin at 0.
     """
     p, tile = tl.program_id(0), tl.program_id(1)
-    if tile == HIDDEN // TILE:
-        tokens_back(
-            q, k, rate, scale, last, d_answers, query_parts, key_parts, seen_parts, row_parts, d_q, d_k, d_rate,
-            d_scale, d_push, n + 2, p, steps, heads, pairs, scale_b, last_n, last_b,
-            F, HIDDEN // TILE, C, ROWS, PRECISION, CAUSAL, CLOSES,
+    w0_at, b0_at = first_tile(p, tile, 0, F, HIDDEN, TILE), first_bias(p, tile, 0, F, HIDDEN, TILE)
+    w1_at, b1_at = second_tile(p, tile, 0, F, HIDDEN, TILE), second_bias(p, 0, F, HIDDEN)
+    only = is_tile(tile, 0, F)
+    next0, nextb0, next1, nextb1 = next_w0 + w0_at, next_b0 + b0_at, next_w1 + w1_at, next_b1 + b1_at
+    if FINISH:
+        d_w0, d_b0, d_w1, d_b1 = _finish(
+            next0, nextb0, next1, nextb1, w0 + first_tile(p, tile, bias, F, HIDDEN, TILE),
+            w1 + second_tile(p, tile, bias, F, HIDDEN, TILE),
+            q, k, target, rate, gamma, beta, scale, last, d_answers, before_w0,
+            d_before_w0, d_before_b0, d_before_w1, d_before_b1, hidden, asked, pulled, output, answered,
+            d_error, d_asked, d_output, query_parts, key_parts, d_target, d_gamma, d_beta,
+            n + 1, p, tile, steps, heads, pairs, slots, scale_b, last_n, last_b, norm_b, norm_h,
+            F, HIDDEN, TILE, C, ROWS, EPS, LEAST, PRECISION, CAUSAL, CLOSES, OPENED,
         )  # fmt: skip
-    else:
-        w0_at, b0_at = first_tile(p, tile, 0, F, HIDDEN, TILE), first_bias(p, tile, 0, F, HIDDEN, TILE)
-        w1_at, b1_at = second_tile(p, tile, 0, F, HIDDEN, TILE), second_bias(p, 0, F, HIDDEN)
-        only = is_tile(tile, 0, F)
-        next0, nextb0, next1, nextb1 = next_w0 + w0_at, next_b0 + b0_at, next_w1 + w1_at, next_b1 + b1_at
+        tl.store(to_w0 + w0_at, d_w0)
+        tl.store(to_b0 + b0_at, d_b0)
+        tl.store(to_w1 + w1_at, d_w1)
+        tl.store(to_b1 + b1_at, d_b1, mask=only)
+    elif BEGIN:
+        d_w0, d_b0, d_w1, d_b1 = tl.load(next0), tl.load(nextb0), tl.load(next1), tl.load(nextb1, only, 0)
+    if BEGIN:
+        _begin(
+            d_w0, d_b0, d_w1, d_b1, begun_w1 + second_tile(p, tile, begun_bias, F, HIDDEN, TILE),
+            q, k, target, rate, gamma, beta, scale, last, d_answers, before_w0, before_b0, before_w1, before_b1,
+            hidden, asked, pulled, output, answered, d_error, d_asked, error_parts, seen_parts, row_parts,
+            n, p, tile, steps, heads, pairs, slots, scale_b, last_n, last_b, norm_b, norm_h,
+            F, HIDDEN, TILE, C, ROWS, EPS, LEAST, PRECISION, CAUSAL, CLOSES, OPENED,
+        )  # fmt: skip
+    if comes_last(tickets, p, HIDDEN // TILE):
         if FINISH:
-            d_w0, d_b0, d_w1, d_b1 = _finish(
-                next0, nextb0, next1, nextb1, w0 + first_tile(p, tile, bias, F, HIDDEN, TILE),
-                w1 + second_tile(p, tile, bias, F, HIDDEN, TILE),
-                q, k, target, rate, gamma, beta, scale, last, d_answers, before_w0,
-                d_before_w0, d_before_b0, d_before_w1, d_before_b1, hidden, asked, pulled, output, answered,
-                d_error, d_asked, error_parts, query_parts, key_parts, d_target, d_gamma, d_beta,
-                n + 1, p, tile, steps, heads, pairs, slots, scale_b, last_n, last_b, norm_b, norm_h,
-                F, HIDDEN, TILE, C, ROWS, EPS, LEAST, PRECISION, CAUSAL, CLOSES, OPENED,
+            _tokens_back(
+                q, k, rate, scale, last, d_answers, query_parts, key_parts, seen_parts, row_parts, d_q, d_k, d_rate,
+                d_scale, d_push, n + 1, p, steps, heads, pairs, scale_b, last_n, last_b,
+                F, HIDDEN // TILE, C, ROWS, PRECISION, CAUSAL, CLOSES,
             )  # fmt: skip
-            tl.store(to_w0 + w0_at, d_w0)
-            tl.store(to_b0 + b0_at, d_b0)
-            tl.store(to_w1 + w1_at, d_w1)
-            tl.store(to_b1 + b1_at, d_b1, mask=only)
-        elif BEGIN:
-            d_w0, d_b0, d_w1, d_b1 = tl.load(next0), tl.load(nextb0), tl.load(next1), tl.load(nextb1, only, 0)
         if BEGIN:
-            _begin(
-                d_w0, d_b0, d_w1, d_b1, begun_w1 + second_tile(p, tile, begun_bias, F, HIDDEN, TILE),
-                q, k, target, rate, gamma, beta, scale, last, d_answers, before_w0, before_b0, before_w1, before_b1,
-                hidden, asked, pulled, output, answered, d_error, d_asked, error_parts, seen_parts, row_parts,
-                n, p, tile, steps, heads, pairs, slots, scale_b, last_n, last_b, norm_b, norm_h,
-                F, HIDDEN, TILE, C, ROWS, EPS, LEAST, PRECISION, CAUSAL, CLOSES, OPENED,
-            )  # fmt: skip
+            rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, F)[None, :]
+            d_e1 = summed_tiles(error_parts, p, pairs, HIDDEN // TILE, C, ROWS, F)
+            tl.store(d_output + place(n % 2, p, pairs, rows, columns, C, F), d_e1, mask=rows < C)
 
 
 @triton.jit
@@ -197,13 +202,12 @@ def _begin(
     around = (product(keys, tl.trans(queries), PRECISION) + 1) * turned
     d_e0 += product(around, d_y0, PRECISION)
     part += product(d_e0 * slope, w1, PRECISION)
-    # What `_finish` and the tokens' program read.
+    # What finishing and `_tokens_back` read.
     own_at = place(n % 2, p, pairs, rows, tile * TILE + across, C, HIDDEN)
     tl.store(d_error + own_at, d_e0, mask=rows < C)
     tl.store(d_asked + own_at, d_y0, mask=rows < C)
+    tl.store(error_parts + place(tile, p, pairs, rows, columns, C, F), part, mask=rows < C)
     index = (n % 2) * (HIDDEN // TILE) + tile
-    tl.store(error_parts + place(index, p, pairs, rows, columns, C, F), part, mask=rows < C)
-    index = (n % 3) * (HIDDEN // TILE) + tile
     tl.store(seen_parts + place(index, p, pairs, rows, others, C, C), d_seen0, mask=(rows < C) & (others < C))
     row = tl.arange(0, ROWS)
     row_at = place(index, p, pairs, row, 0, C, 4)
@@ -216,7 +220,7 @@ def _begin(
 def _finish(
     next_w0, next_b0, next_w1, next_b1, w0_at, w1_at, q, k, target, rate, gamma, beta, scale, last, d_answers,
     before_w0, d_before_w0, d_before_b0, d_before_w1, d_before_b1,
-    hidden, asked, pulled, output, answered, d_error, d_asked, error_parts, query_parts, key_parts,
+    hidden, asked, pulled, output, answered, d_error, d_asked, d_output, query_parts, key_parts,
     d_target, d_gamma, d_beta, n, p, tile, steps, heads, pairs, slots, scale_b, last_n, last_b, norm_b, norm_h,
     F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
     EPS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, CLOSES: tl.constexpr,
@@ -232,8 +236,8 @@ def _finish(
     d_z, answer_unit, d_y1 = _answers_back(
         d_answers, answered, width, n, p, steps, heads, pairs, slots, F, C, ROWS, EPS, LEAST
     )
-    # (20): every tile sums all parts, in the same order.
-    d_e1 = summed_tiles(error_parts, n % 2, p, pairs, HIDDEN // TILE, C, ROWS, F)
+    # (20), in every tile again.
+    d_e1 = tl.load(d_output + place(n % 2, p, pairs, rows, columns, C, F), mask=rows < C, other=0)
     constant = is_constant(z1, LEAST)
     silent = constant & (tl.max(tl.abs(error1), 1) == 0)[:, None]
     d_r = tl.where(silent, 0, inverse) * projected(d_e1, unit, F)
@@ -284,8 +288,7 @@ def _finish(
         d_w1 += next1
         d_b1 += tl.load(next_b1, mask=only, other=0)
     # The first layer.
-    index = (n % 2) * (HIDDEN // TILE) + tile
-    parts_at = place(index, p, pairs, rows, columns, C, F)
+    parts_at = place(tile, p, pairs, rows, columns, C, F)
     w0 = tl.load(w0_at)
     d_query = product(d_y0, tl.trans(w0), PRECISION)
     queries = load_tokens(q, n, p, steps, heads, C, ROWS, F)
@@ -309,7 +312,7 @@ def _finish(
 
 
 @triton.jit
-def tokens_back(
+def _tokens_back(
     q, k, rate, scale, last, d_answers, query_parts, key_parts, seen_parts, row_parts, d_q, d_k, d_rate,
     d_scale, d_push, n, p, steps, heads, pairs, scale_b, last_n, last_b,
     F: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
@@ -322,11 +325,11 @@ def tokens_back(
     d_eta, d_s, d_taught = tl.zeros_like(eta), tl.zeros_like(eta), tl.zeros_like(eta)
     d_seen = tl.zeros([ROWS, ROWS], eta.dtype)
     for tile in range(TILES):
-        row_at = place((n % 3) * TILES + tile, p, pairs, row, 0, C, 4)
+        row_at = place((n % 2) * TILES + tile, p, pairs, row, 0, C, 4)
         d_eta += tl.load(row_parts + row_at, mask=row < C, other=0)
         d_s += tl.load(row_parts + row_at + 1, mask=row < C, other=0)
         d_taught += tl.load(row_parts + row_at + 2, mask=row < C, other=0)
-        seen_at = place((n % 3) * TILES + tile, p, pairs, row[:, None], row[None, :], C, C)
+        seen_at = place((n % 2) * TILES + tile, p, pairs, row[:, None], row[None, :], C, C)
         d_seen += tl.load(seen_parts + seen_at, mask=(row[:, None] < C) & (row[None, :] < C), other=0)
     d_eta += _push(last, n, p, heads, last_n, last_b, CLOSES) * d_taught
     tl.store(d_rate + token_rows(n, p, row, steps, heads, C), d_eta, mask=row < C)
@@ -338,23 +341,8 @@ def tokens_back(
     queries = load_tokens(q, n, p, steps, heads, C, ROWS, F)
     keys = load_tokens(k, n, p, steps, heads, C, ROWS, F)
     d_query = load_tokens(d_answers, n, p, steps, heads, C, ROWS, F) + product(d_attention, keys, PRECISION)
-    d_query += summed_tiles(query_parts, n % 2, p, pairs, TILES, C, ROWS, F)
+    d_query += summed_tiles(query_parts, p, pairs, TILES, C, ROWS, F)
     store_tokens(d_q, d_query, n, p, steps, heads, C, ROWS, F)
     d_key = product(tl.trans(d_attention), queries, PRECISION)
-    d_key += summed_tiles(key_parts, n % 2, p, pairs, TILES, C, ROWS, F)
+    d_key += summed_tiles(key_parts, p, pairs, TILES, C, ROWS, F)
     store_tokens(d_k, d_key, n, p, steps, heads, C, ROWS, F)
-
-
-@triton.jit(do_not_specialize=["n", "steps", "scale_b", "last_n", "last_b"])
-def mlp_tokens(
-    q, k, rate, scale, last, d_answers, query_parts, key_parts, seen_parts, row_parts, d_q, d_k, d_rate,
-    d_scale, d_push, n, steps, heads, pairs, scale_b, last_n, last_b,
-    F: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
-    CAUSAL: tl.constexpr, CLOSES: tl.constexpr,
-):  # fmt: skip
-    """`tokens_back` by itself: for a group's first mini-batch, which is walked last."""
-    tokens_back(
-        q, k, rate, scale, last, d_answers, query_parts, key_parts, seen_parts, row_parts, d_q, d_k, d_rate,
-        d_scale, d_push, n, tl.program_id(0), steps, heads, pairs, scale_b, last_n, last_b,
-        F, TILES, C, ROWS, PRECISION, CAUSAL, CLOSES,
-    )  # fmt: skip
