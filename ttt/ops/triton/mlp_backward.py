@@ -1,4 +1,32 @@
-"""TTT-MLP backward as Triton kernels."""
+"""TTT-MLP backward in Triton: each group forward again, then back with the tiles of the weights' gradients in hand.
+
+Groups run from the last to the first. The forward steps write the weights that open the group's mini-batches, `Z_0`,
+`y_0`, `D_0`, `Z_1` and `y_1`. Then launch n of the walk finishes mini-batch n + 1 and begins n. The programs are those
+of forward, and again there is one sum of `C·F` numbers over tiles between beginning and finishing, `dE_1`. With the
+numbers of `docs/backward.md`, `ρ_l = X̃_l dW̃'_l`, and tiles as in `mlp_forward`:
+
+    begin n          dB_1 = dy_1 E_1ᵀ,  dx = dy_1 W_1ᵀ + (dB_1 ⊙ κ) X,  dy_0 = dx ⊙ φ'(y_0)           (13) to (17)
+                     dB_0's part = dy_0 E_0ᵀ;  parts of dη and ds from dκ = dB_0 ⊙ A_0 + dB_1 ⊙ A_1     (14)
+                     dE_0 = (κ ⊙ A_0)ᵀ dy_0 + c η ⊙ ρ_0                                               (15), (18)
+                     dE_1's part = (κ ⊙ A_1)ᵀ dy_1 + c η ⊙ ρ_1 + (dE_0 ⊙ φ'(Z_0)) W_1                 (15), (18), (19)
+    who comes last   dE_1, the sum of its parts
+    finish n         dr, dZ_1 from dE_1;  dt, dγ, dβ by the first tile                                (20), (25)
+                     dX = (κ ⊙ dB_1)ᵀ x + c η ⊙ E_1 dW_1'ᵀ + dZ_1 W_1ᵀ                                (16), (18), (21)
+                     dZ_0 = dE_0 ⊙ D_0 ⊙ φ''(Z_0) + dX ⊙ φ'(Z_0)                                      (19), (21)
+                     parts of dK = c η ⊙ E_0 dW_0'ᵀ + dZ_0 W_0ᵀ and of dQ = dy_0 W_0ᵀ                 (18), (23)
+                     dW_0 = dW_0' + Kᵀ dZ_0 + Qᵀ dy_0                                                 (22), in place
+                     dW_1 = dW_1' + Xᵀ dZ_1 + xᵀ dy_1 + (dE_0 ⊙ φ'(Z_0))ᵀ E_1
+    who comes last   dQ, dK, dη, dc and ds: the sums of the parts, and (dB_0 ⊙ κ) K, (dB_0 ⊙ κ)ᵀ Q     (16), (24)
+
+Attention is computed twice, as `A` and as `Aᵀ`, so that no product's result is transposed. A non-causal mini-batch
+takes the same way, with a mask of ones: it answers with `W − s G`, which is what (10) says. `dγ`, `dβ` and `ds` of a
+pair are added to by one program of each launch, so that every sum has one order.
+
+A group of g mini-batches is `2 (g + 1)` launches. Traffic of one mini-batch: forward `2 S`, the walk `3.5 S` (`dW` read
+and written, `W_0` read once and `W_1` twice); and the parts, `5·(HIDDEN/h)·C·F` numbers written and read once more.
+Group size 0 keeps the weights that open every mini-batch, so that this pass writes none. Room for each pair and each
+mini-batch of a group: `S + 3 C·HIDDEN + 2 C·F` numbers.
+"""
 
 from __future__ import annotations
 
