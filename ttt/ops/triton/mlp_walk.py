@@ -227,6 +227,9 @@ def _finish(
     OPENED: tl.constexpr,
 ):  # fmt: skip
     """A tile's way back from `dE_1`: the inner loss (20), the keys (21), and the tile's `dW` (22), which it returns."""
+    only = is_tile(tile, 0, F)
+    # Several threads read each of these, and one will write it: all read before the first barrier.
+    next0_bias, next1_bias = tl.load(next_b0), tl.load(next_b1, mask=only, other=0)
     rows, across, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, TILE)[None, :], tl.arange(0, F)[None, :]
     norm_at = (p // heads) * norm_b + (p % heads) * norm_h + columns
     width, shift = tl.load(gamma + norm_at), tl.load(beta + norm_at)
@@ -248,7 +251,6 @@ def _finish(
         - error1 * (tl.sum(d_e1 * unit, 1) / F)[:, None]
         - unit * (tl.sum(d_e1 * error1, 1) / F)[:, None]
     )
-    only = is_tile(tile, 0, F)
     total = p * F + tl.arange(0, F)
     share = tl.sum(d_z * answer_unit + d_r * (width * unit + gap), 0)
     tl.store(d_gamma + total, tl.load(d_gamma + total, mask=only, other=0) + share, mask=only)
@@ -274,7 +276,7 @@ def _finish(
         at, step = second_tile(p, tile, 0, F, HIDDEN, TILE), d_y1 * -s[:, None]
         tl.store(d_before_w1 + at, tl.load(next_w1) + product(tl.trans(asking), step, PRECISION))
         at = second_bias(p, 0, F, HIDDEN)
-        tl.store(d_before_b1 + at, tl.load(next_b1, mask=only, other=0) + tl.sum(step, 0), mask=only)
+        tl.store(d_before_b1 + at, next1_bias + tl.sum(step, 0), mask=only)
     # The second layer: its keys, then its weights.
     next1 = tl.load(next_w1)
     d_x = product(product(error1, tl.trans(d_y1), PRECISION) * turned, asking, PRECISION)
@@ -286,7 +288,7 @@ def _finish(
     d_b1 = tl.where(tile == 0, tl.sum(d_z1 + d_y1, 0), 0)
     if CLOSES:  # else W passes nothing on: G' does
         d_w1 += next1
-        d_b1 += tl.load(next_b1, mask=only, other=0)
+        d_b1 += next1_bias
     # The first layer.
     parts_at = place(tile, p, pairs, rows, columns, C, F)
     w0 = tl.load(w0_at)
@@ -297,7 +299,7 @@ def _finish(
         d_query += product(step, tl.trans(tl.load(before_w0 + at)), PRECISION)
         tl.store(d_before_w0 + at, tl.load(next_w0) + product(tl.trans(queries), step, PRECISION))
         at = first_bias(p, tile, 0, F, HIDDEN, TILE)
-        tl.store(d_before_b0 + at, tl.load(next_b0) + tl.sum(step, 0))
+        tl.store(d_before_b0 + at, next0_bias + tl.sum(step, 0))
     tl.store(query_parts + parts_at, d_query, mask=rows < C)
     next0 = tl.load(next_w0)
     d_key = product(d_z0, tl.trans(w0), PRECISION) + taught * product(d * slope, tl.trans(next0), PRECISION)
@@ -307,7 +309,7 @@ def _finish(
     d_b0 = tl.sum(d_z0 + d_y0, 0)
     if CLOSES:
         d_w0 += next0
-        d_b0 += tl.load(next_b0)
+        d_b0 += next0_bias
     return d_w0, d_b0, d_w1, d_b1
 
 
