@@ -281,7 +281,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"width": 24}, "a power of two, at least 16, not 24"),
+        ({"width": 24}, "heads of 16, 32, 64, 128, not 24"),
         ({"hidden": 40}, "a multiple of 16, not 40"),
         ({"length": 65, "size": 65}, "at most 64 tokens, not 65"),
     ],

@@ -17,6 +17,8 @@ from ttt.ops.triton.mlp_step import mlp_step
 
 TILES = (32, 16)
 """Widths of a hidden tile: the first if it divides the hidden width and the mini-batch is short; registers are few."""
+WIDTHS = (16, 32, 64, 128)
+"""Widths of a head, F."""
 MOST_ROWS = 64
 """The most tokens of a mini-batch."""
 
@@ -57,8 +59,8 @@ class Sizes(NamedTuple):
         if dims.depth != 2:
             raise ValueError(f"the Triton kernels of the MLP run inner models of two layers, not {dims.depth}")
         width, hidden, _ = dims.widths
-        if width < 16 or width & (width - 1):
-            raise ValueError(f"the Triton kernels need a head width that is a power of two, at least 16, not {width}")
+        if width not in WIDTHS:
+            raise ValueError(f"the Triton kernels run heads of {', '.join(map(str, WIDTHS))}, not {width}")
         if hidden % TILES[-1]:
             raise ValueError(f"the Triton kernels need a hidden width that is a multiple of {TILES[-1]}, not {hidden}")
         if dims.size > MOST_ROWS:
@@ -134,9 +136,9 @@ SHIPPED: tuple[tuple[int, int, bool, Precision], ...] = (
 
 
 def form(name: str, kernel: Any, sizes: Sizes, constants: dict[str, Any], spilled_bytes: int = 0) -> Form:
-    """A form of one of the kernels; `constants` may have more than it takes."""
+    """A form of one of the kernels, which takes some of the constants."""
     every = {
-        "F": sizes.width, "HIDDEN": sizes.hidden, "TILE": sizes.tile, "TILES": sizes.tiles, "C": sizes.size,
+        "F": sizes.width, "HIDDEN": sizes.hidden, "TILE": sizes.tile, "C": sizes.size,
         "ROWS": sizes.rows, "EPS": 1e-6, "LEAST": least_spread("fp32"), **constants,
     }  # fmt: skip
     taken = {key: value for key, value in every.items() if key in kernel.arg_names}
