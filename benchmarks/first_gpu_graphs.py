@@ -128,9 +128,7 @@ def _step(device: str, tiny: bool) -> dict[str, Any]:
         return [layer.step_(here, state)]
 
     def read(call: Callable[[], object], results: Sequence[Tensor]) -> list[Tensor]:
-        fresh = layer.streaming_state(1)
-        for mine, start in zip(state.tensors().values(), fresh.tensors().values(), strict=True):
-            mine.detach().copy_(start)
+        state.take_(layer.streaming_state(1))
         answers = []
         for token in tokens:
             here.copy_(token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -405,7 +406,8 @@ class TTTLayer(nn.Module):
         size, device = self.config.mini_batch_size, self.ttt_norm_weight.device
         if not self.config.causal:
             return torch.full((size,), 1 / size, dtype=dtype, device=device)
-        scale = 1 / torch.arange(1, size + 1, dtype=dtype, device=device)
+        known = device.type == "cpu" and not _recorded()
+        scale = _step_sizes(size, dtype) if known else 1 / torch.arange(1, size + 1, dtype=dtype, device=device)
         if self.config.learnable_token_idx:
             scale = (scale + self.sharing.entering(self.learnable_token_idx).to(dtype)).clamp_min(0)
         return scale
@@ -413,6 +415,13 @@ class TTTLayer(nn.Module):
     def _inner(self, dtype: torch.dtype) -> Inner:
         gamma_H1F, beta_H1F = (self.sharing.heads(x) for x in self._norm(dtype))
         return Inner(gamma_H1F, beta_H1F, self._scale(dtype), self.config.causal, self.config.ln_eps, self.precision)
+
+
+@lru_cache(maxsize=16)
+def _step_sizes(size: int, dtype: torch.dtype) -> Tensor:
+    """`1/i` for i = 1 … C, on the CPU, made once: never write to it."""
+    with torch.inference_mode(False), torch.no_grad():
+        return 1 / torch.arange(1, size + 1, dtype=dtype)
 
 
 def _recorded() -> bool:

@@ -343,13 +343,13 @@ def forms() -> list[Form]:
             _form(f"{mlp}: keys", mlp_keys, {**shape, **held, **reads}, 4),
             _form(f"{mlp}: errors", mlp_errors, {**shape, **held, **once}, warps),
             _form(f"{mlp}: answers", mlp_answers, {"F": width, "TILES": 4 * width // TILE, **held, **once}, 4),
-            _form(linear, linear_token, {"F": width, **held, **once, **reads}, warps),
+            _form(linear, linear_token, {"F": width, **held, **once, **reads}, warps, spilled_bytes=width // 128 * 8),
         ]
     return [*found, _form("decode, linear: counts", linear_counts, {"K": 16, "C": 16, "ROWS": True}, 1)]
 
 
-def _form(name: str, kernel: Any, constants: dict[str, Any], num_warps: int) -> Form:
+def _form(name: str, kernel: Any, constants: dict[str, Any], num_warps: int, spilled_bytes: int = 0) -> Form:
     types = {"heads": "i32", "places": "*i32", "count_b": "*i64", "rows_b": "*i8", "based_b": "*i8"}
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
     aligned = frozenset(name for name, kind in signature.items() if kind == "*fp32")
-    return Form(name, kernel, signature, constants, num_warps=num_warps, aligned=aligned)
+    return Form(name, kernel, signature, constants, num_warps=num_warps, spilled_bytes=spilled_bytes, aligned=aligned)
