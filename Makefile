@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # plugins/example is not installed: tests/test_example.py builds it and installs it into a folder of its own.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test rounding kernels interpret bench lint types format clean constraints rules example
+.PHONY: help setup demo test rounding kernels interpret wheels bench lint types format clean constraints rules example
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,20 @@ kernels: $(STAMP) ## compile every form of the kernels for GPUs, without one, an
 
 interpret: $(STAMP) ## run the whole product of cases through the kernels in Triton's interpreter: hours
 	$(BIN)/python benchmarks/kernels.py --interpret
+
+# What `ttt` and Moshi's plugin need beside torch, Triton and numpy. One of a kind: they are unpacked beside each other.
+WHEELS := pydantic pydantic-core annotated-types typing-extensions typing-inspection pluggy typer click rich \
+  markdown-it-py mdurl pygments shellingham safetensors pyyaml matplotlib contourpy cycler fonttools kiwisolver packaging \
+  pillow pyparsing python-dateutil six moshi sentencepiece sphn einops huggingface-hub pytest iniconfig
+WHEELS_PYTHON ?= 3.12
+
+wheels: $(STAMP) ## gather the wheels that benchmarks/first_gpu.sh needs where there are only torch and triton
+	rm -rf dist/wheels
+	for each in . plugins/moshi plugins/videodit plugins/transformers; do $(UV) build --quiet --wheel --out-dir dist/wheels $$each; done
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest dist/wheels \
+	  --python-version $(WHEELS_PYTHON) --implementation cp --platform manylinux2014_x86_64 \
+	  $(foreach n,17 24 27 28 31 34,--platform manylinux_2_$(n)_x86_64) --constraint constraints.txt $(WHEELS)
+	du -sh dist/wheels
 
 bench: $(STAMP) ## time and weigh the scan beside what is published, on this CPU: about an hour
 	$(BIN)/python benchmarks/scan.py
