@@ -165,7 +165,7 @@ class LinearRun:
         self.summed = [g.contiguous() for g in problem.gradients] or self.weights
         size = self.dims.size
         self.constants = {
-            "C": size, "ROWS": rows_of(size), "F": width, "EPS": problem.eps, "CAUSAL": problem.causal,
+            "C": size, "ROWS": rows_of(size), "F": width, "EPS": problem.eps, "CAUSAL": problem.causal and size > 1,
             "CLOSES": self.closes, "OPENED": bool(problem.gradients), "PRECISION": problem.precision,
         }  # fmt: skip
 
@@ -216,9 +216,10 @@ def rows_of(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def launch_of(width: int, size: int, precision: Precision, *, back: bool = False) -> dict[str, Any]:
-    """How many warps run a program, and how far ahead it reads tokens."""
-    return {"num_warps": 8, "num_stages": 1}
+def launch_of(width: int, size: int, precision: Precision, *, back: bool = False) -> dict[str, int]:
+    """How many warps run a program: four where everything fits into their registers. Loads are not run ahead."""
+    small = width <= 64 and size <= 16 and precision != "ieee" and not back
+    return {"num_warps": 4 if small else 8, "num_stages": 1}
 
 
 def addressable(x: Tensor) -> Tensor:

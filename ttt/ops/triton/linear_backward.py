@@ -19,10 +19,13 @@ A mini-batch that was open before adds `dG = dG' + Qᵀ (−s dy)`, `dQ −= s d
 stays open has `c = 1`, `dG'` in place of `dW'`, and its `dW` starts at zero.
 
 W and dW together would not fit into registers at F 128. So both stay in memory, where a program's own are near. Each
-mini-batch goes through them twice, in blocks of rows, then of columns: it reads both twice and writes dW once. Beside a
-block a program holds some tiles `[C,F]`. `dy`, `dZ` and E lie where dQ, dK and dt will be written, so that their columns
-can be had without the rest, and so that no result of a product is turned round on the chip, which compilers have got
-wrong: a product with a transpose reads both factors from memory.
+mini-batch goes through them in blocks of rows, then of columns, then of columns of dW alone: it reads W twice, dW three
+times, and writes dW once. Beside a block a program holds some tiles `[C,F]`. `dy`, `dZ` and E lie where dQ, dK and dt
+will be written, so that their columns can be had without the rest, and so that no result of a product is turned round
+on the chip, which compilers have got wrong: a product with a transpose reads both factors from memory.
+
+Products of one loop share the warps' places in a tile. So those of `[C,F]`, of `[C,C]` and of `[F,BLOCK]` have loops of
+their own: in one loop, every warp would hold the whole of `[C,F]`.
 
 What all mini-batches share is summed by each program alone, and over rows by PyTorch, so that no sum depends on the
 order in which programs run.
@@ -53,7 +56,7 @@ from ttt.ops.triton.linear import (
 )
 from ttt.ops.triton.mlp_parts import coefficients, is_constant, normalised, product, projected
 
-BLOCK = 32
+BLOCK = 16
 """Rows or columns of the weights that are on the chip at a time."""
 
 
@@ -64,27 +67,20 @@ def _store_tokens(at, x_CF, heads, C: tl.constexpr, ROWS: tl.constexpr, F: tl.co
     tl.store(at + (i * heads * F + f), x_CF, mask=i < C)
 
 
+# fmt: off
 @triton.jit
-def _mixed_back(
-    d_y,
-    error,
-    spacing,
-    like,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    F: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _products_of_tokens(
+    a, b, a_t, b_t, start_CC,
+    C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """`dB = dy Eᵀ` (14) and its transpose, of tiles in memory."""
-    d_mixed_CC = tl.zeros((ROWS, ROWS), like.dtype)
-    d_mixed_by_key_CC = tl.zeros((ROWS, ROWS), like.dtype)
+    # fmt: on
+    """`start + a bᵀ` and `start + b aᵀ` of the tokens of a mini-batch in memory."""
+    mixed_CC, turned_CC = start_CC, start_CC
     for at in range(0, F, BLOCK):
-        d_y_CB = tokens_at(d_y + at, spacing, C, ROWS, BLOCK)
-        error_CB = tokens_at(error + at, spacing, C, ROWS, BLOCK)
-        d_mixed_CC += product(d_y_CB, tl.trans(error_CB), PRECISION)
-        d_mixed_by_key_CC += product(error_CB, tl.trans(d_y_CB), PRECISION)
-    return d_mixed_CC, d_mixed_by_key_CC
+        a_CB, b_CB = tokens_at(a + at, a_t, C, ROWS, BLOCK), tokens_at(b + at, b_t, C, ROWS, BLOCK)
+        mixed_CC += product(a_CB, tl.trans(b_CB), PRECISION)
+        turned_CC += product(b_CB, tl.trans(a_CB), PRECISION)
+    return mixed_CC, turned_CC
 
 
 @triton.jit
@@ -120,24 +116,20 @@ def _products(
     PRECISION: tl.constexpr,
 ):
     # fmt: on
-    """`Z`, `Q W + b`, `ρ`, `Q Kᵀ + 1`, `K Qᵀ + 1` and `Q G + g`, a block of rows of the weights at a time."""
+    """`Z`, `Q W + b`, `ρ` and `Q G + g`, a block of rows of the weights at a time."""
     output_CF = tl.zeros((ROWS, F), bias_1F.dtype) + bias_1F
     answer_CF = tl.zeros((ROWS, F), bias_1F.dtype) + bias_1F
     by_next_CF = tl.zeros((ROWS, F), bias_1F.dtype) + d_next_1F
     step_CF = tl.zeros((ROWS, F), bias_1F.dtype) + summed_1F
-    seen_CC = tl.zeros((ROWS, ROWS), bias_1F.dtype) + 1
-    seen_by_key_CC = tl.zeros((ROWS, ROWS), bias_1F.dtype) + 1
     for at in range(0, F, BLOCK):
         q_CB, k_CB = tokens_at(q + at, q_t, C, ROWS, BLOCK), tokens_at(k + at, k_t, C, ROWS, BLOCK)
         weight_BF = tl.load(weight + at * F + rows_of_weights(BLOCK, F))
         output_CF += product(k_CB, weight_BF, PRECISION)
         answer_CF += product(q_CB, weight_BF, PRECISION)
         by_next_CF += product(k_CB, tl.load(d_next + at * F + rows_of_weights(BLOCK, F)), PRECISION)
-        seen_CC += product(q_CB, tl.trans(k_CB), PRECISION)
-        seen_by_key_CC += product(k_CB, tl.trans(q_CB), PRECISION)
         if OPENED:
             step_CF += product(q_CB, tl.load(summed + at * F + rows_of_weights(BLOCK, F)), PRECISION)
-    return output_CF, answer_CF, by_next_CF, seen_CC, seen_by_key_CC, step_CF
+    return output_CF, answer_CF, by_next_CF, step_CF
 
 
 # fmt: off
@@ -158,14 +150,20 @@ def _weights_back(
         d_output_CB = tokens_at(d_output + at, spacing, C, ROWS, BLOCK)
         pushed_CB = push_C1 * tokens_at(error + at, spacing, C, ROWS, BLOCK)
         block = at + tl.arange(0, F)[:, None] * F + tl.arange(0, BLOCK)[None, :]
-        weight_FB, d_next_FB = tl.load(weight + block), tl.load(d_next + block)
-        d_q_CF += product(d_y_CB, tl.trans(weight_FB), PRECISION)
-        d_k_CF += product(d_output_CB, tl.trans(weight_FB), PRECISION)
-        d_k_CF += product(pushed_CB, tl.trans(d_next_FB), PRECISION)
+        weight_BF = tl.trans(tl.load(weight + block))
+        d_q_CF += product(d_y_CB, weight_BF, PRECISION)
+        d_k_CF += product(d_output_CB, weight_BF, PRECISION)
+        d_k_CF += product(pushed_CB, tl.trans(tl.load(d_next + block)), PRECISION)
         if OPENED:
-            d_step_CB = -scale_C1 * d_y_CB
-            d_q_CF += product(d_step_CB, tl.trans(tl.load(summed + block)), PRECISION)
-            tl.store(d_summed + block, d_next_FB + product(tl.trans(q_CF), d_step_CB, PRECISION))
+            d_q_CF += product(-scale_C1 * d_y_CB, tl.trans(tl.load(summed + block)), PRECISION)
+    tl.debug_barrier()  # all have read what is now written over
+    for at in range(0, F, BLOCK):
+        d_y_CB = tokens_at(d_y + at, spacing, C, ROWS, BLOCK)
+        d_output_CB = tokens_at(d_output + at, spacing, C, ROWS, BLOCK)
+        block = at + tl.arange(0, F)[:, None] * F + tl.arange(0, BLOCK)[None, :]
+        d_next_FB = tl.load(d_next + block)
+        if OPENED:
+            tl.store(d_summed + block, d_next_FB + product(tl.trans(q_CF), -scale_C1 * d_y_CB, PRECISION))
         if not CLOSES:
             d_next_FB = tl.zeros_like(d_next_FB)
         d_next_FB += product(tl.trans(k_CF), d_output_CB, PRECISION) + product(tl.trans(q_CF), d_y_CB, PRECISION)
@@ -225,10 +223,12 @@ def linear_backward_kernel(
         if CLOSES:
             push = -tl.load(last + n * last_n)
 
-        output_CF, answer_CF, by_next_CF, seen_CC, seen_by_key_CC, step_CF = _products(
+        output_CF, answer_CF, by_next_CF, step_CF = _products(
             q_n, k_n, q_t, k_t, weight_n, tl.load(bias_n + f)[None, :], d_next, d_next_F[None, :], summed,
             summed_F[None, :], C, ROWS, F, BLOCK, OPENED, PRECISION,
         )
+        ones_CC = tl.full((ROWS, ROWS), 1, rate_C.dtype)
+        seen_CC, seen_by_key_CC = _products_of_tokens(q_n, k_n, q_t, k_t, ones_CC, C, ROWS, F, BLOCK, PRECISION)
         unit_CF, inverse_C1, slope_CF, error_CF = errors_of(output_CF, offset_CF, gamma_1F, F, EPS)
         kappa_CC, kappa_by_key_CC = coefficients(rate_C, scale_C, CAUSAL, ROWS)
         answer_CF += product(seen_CC * kappa_CC, error_CF, PRECISION)
@@ -243,8 +243,8 @@ def linear_backward_kernel(
         tl.debug_barrier()
 
         # The queries, (14) and (15), and the update, (18) and (24).
-        d_mixed_CC, d_mixed_by_key_CC = _mixed_back(
-            d_y_n, error_n, heads * F, scale_C, C, ROWS, F, BLOCK, PRECISION
+        d_mixed_CC, d_mixed_by_key_CC = _products_of_tokens(
+            d_y_n, error_n, heads * F, heads * F, tl.zeros_like(ones_CC), C, ROWS, F, BLOCK, PRECISION
         )
         d_kappa_CC = d_mixed_CC * seen_CC
         if CAUSAL:
@@ -356,7 +356,7 @@ class LinearBackward(LinearRun):
                 *(x[:, :, start:stop] for x in (self.d_answers, *self.d_tokens)), *self.d_next, *self.d_weights,
                 *self.d_summed, self.d_gamma, self.d_beta, self.d_scale, self.d_pushes[start:],
                 *self.strides(), *strides_of(self.d_answers), dims.heads, stop - start, dims.steps * dims.size,
-                BLOCK=min(BLOCK, dims.widths[0]), LEAST=self.least, **self.constants,
+                BLOCK=BLOCK, LEAST=self.least, **self.constants,
                 **launch_of(dims.widths[0], dims.size, self.problem.precision, back=True),
             )  # fmt: skip
 
