@@ -119,7 +119,7 @@ CASES = {
     "open in every row elsewhere": Case(length=8, batch=3, counts=(0, 1, 3), group_size=1),
     "one token of an open mini-batch": Case(length=1, batch=2, counts=(1, 3)),
     "not causal": Case(length=10, heads=2, causal=False),
-    "not causal, masked": Case(length=7, batch=2, causal=False, lengths=(7, 2)),
+    "not causal, masked, three tiles": Case(length=7, batch=2, hidden=48, causal=False, lengths=(7, 2)),
     "C 1, F 64": Case(length=3, size=1, width=64, hidden=32),
     "C 16, F 128": Case(length=17, size=16, width=128, hidden=32),
     "C 64, F 64": Case(length=65, size=64, width=64, hidden=32),
