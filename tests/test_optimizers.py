@@ -16,7 +16,7 @@ from toy import ToyBackbone, ToyOptions
 from ttt import inject
 from ttt.check import check_config
 from ttt.check.layouts import possible_layouts
-from ttt.check.rules.optimizers import TTT610, TTT609
+from ttt.check.rules.optimizers import TTT609, TTT610
 from ttt.config import TrainConfig, TTTConfig
 from ttt.errors import ConfigError, EnvironmentProblem
 from ttt.files import read_json, read_tensors, write_json, write_tensors

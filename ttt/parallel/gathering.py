@@ -24,11 +24,37 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.to_local()
 
 
+def is_split(tensor: Tensor) -> bool:
+    """Whether processes may have parts of it."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor that is split, split as `other` is; all of the processes take part, if it is not so already."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor) or not isinstance(other, DTensor) or tensor.placements == other.placements:
+        return tensor
+    return tensor.redistribute(placements=other.placements)
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that may be split."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of_one_like(part: Tensor, other: Tensor) -> Tensor:
+    """The tensor of which every process has such a part as its own part of `other`, split as that; nothing is sent."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(other, DTensor):
+        return part
+    mesh, placements = other.device_mesh, other.placements
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=other.shape, stride=other.stride())
 
 
 def split_like(value: Tensor, other: Tensor) -> Tensor:

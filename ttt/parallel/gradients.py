@@ -66,11 +66,6 @@ def is_zero(gradient: Tensor) -> bool:
     return not bool(count)
 
 
-def are_mixed(gradients: Iterable[Tensor]) -> bool:
-    """Whether some are split among other processes than others, so that PyTorch cannot take their norm together."""
-    return len({_names(_split_over(gradient)) for gradient in gradients}) > 1
-
-
 def _names(groups: Iterable[dist.ProcessGroup]) -> tuple[str, ...]:
     return tuple(str(group.group_name) for group in groups)
 

@@ -60,11 +60,12 @@ class Averages:
 def applied(parameters: Mapping[str, nn.Parameter], averages: Mapping[str, Tensor]) -> Iterator[None]:
     """A context in which the parameters have the values of their averages."""
     with torch.no_grad():
-        own = {name: parameters[name].detach().clone() for name in averages}
+        parts = {name: own_part(parameters[name].detach()) for name in averages}
+        own = {name: part.clone() for name, part in parts.items()}
         try:
             for name, average in averages.items():
-                parameters[name].copy_(average)
+                parts[name].copy_(own_part(average))
             yield
         finally:
             for name, value in own.items():
-                parameters[name].copy_(value)
+                parts[name].copy_(value)

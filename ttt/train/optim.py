@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ttt.config.schema import TrainConfig
 from ttt.errors import EnvironmentProblem, NonFiniteError
-from ttt.parallel.gathering import split_like, whole
-from ttt.parallel.gradients import are_mixed, clip_
+from ttt.parallel.gathering import is_split, split_like
+from ttt.parallel.gradients import clip_
 from ttt.train.averages import KIND, Averages
 from ttt.train.learnable import Learnable, learning_rate_factor
 from ttt.train.parts_of_a_step import OPTIMIZER, part_of_step
@@ -67,9 +67,9 @@ class Optimizer:
     def clip(self) -> Tensor:
         """Scale all gradients down to a total norm of at most `max_norm`; returns the norm before, on their device."""
         gradients = [target.grad for target in self._targets.values() if target.grad is not None]
-        if are_mixed(gradients):
+        if any(map(is_split, gradients)):
             return clip_(gradients, self._config.max_norm)
-        return whole(nn.utils.clip_grad_norm_(self._targets.values(), self._config.max_norm))
+        return nn.utils.clip_grad_norm_(self._targets.values(), self._config.max_norm)
 
     @part_of_step(OPTIMIZER)
     def step(self, step: int) -> dict[str, float]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ttt.config.schema import TrainConfig
 from ttt.costs import BLOCK_8BIT, SMALL_8BIT
-from ttt.parallel.gathering import split_like
+from ttt.parallel.gathering import is_split, own_part, part_of_one_like, placed_like, split_like
 from ttt.train.learnable import MULTIPLIERS, Learnable, Role
 
 
@@ -102,7 +102,29 @@ class Update(abc.ABC):
 
 
 class _AdamW(Update):
-    """`torch.optim.AdamW`. Its moments are split among processes as the parameters are."""
+    """`torch.optim.AdamW`. Its moments are split among processes as the parameters are.
+
+    It updates each number by itself, so of a split parameter it is given this process's part as a tensor of its own.
+    PyTorch would do the same, but plan how to split each of AdamW's operations anew for each shape.
+    """
+
+    def __init__(self, entries: Sequence[Learnable], targets: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
+        self._parts = {entry.name: _own_parameter(targets[entry.name]) for entry in entries}
+        super().__init__(entries, targets, config)
+
+    def _updated(self, name: str) -> Iterable[nn.Parameter]:
+        return (self._parts[name],)
+
+    def step(self) -> None:
+        """Update the parameters that have a gradient."""
+        split = {name: part for name, part in self._parts.items() if part is not self.targets[name]}
+        for name, part in split.items():
+            target = self.targets[name]
+            part.data = own_part(target.detach())  # where it is now
+            part.grad = None if target.grad is None else own_part(placed_like(target.grad, target))
+        super().step()
+        for part in split.values():
+            part.grad = None
 
     def _make(self, groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
@@ -113,15 +135,23 @@ class _AdamW(Update):
         return {"step": Room((), torch.float32), "exp_avg": moment, "exp_avg_sq": moment}
 
     def state(self, name: str) -> dict[str, Tensor]:
-        return dict(self._made.state.get(self.targets[name], {}))
+        held = self._made.state.get(self._parts[name], {})
+        target = self.targets[name]
+        return {kind: value if kind == "step" else part_of_one_like(value, target) for kind, value in held.items()}
 
     def load(self, name: str, state: Mapping[str, Tensor]) -> None:
         target = self.targets[name]
-        self._made.state[target] = {
+        self._made.state[self._parts[name]] = {
             # the step count stays on the CPU, where AdamW itself keeps it
-            key: value.clone() if key == "step" else split_like(value.to(target.device, copy=True), target)
+            key: value.clone() if key == "step" else own_part(split_like(value.to(target.device, copy=True), target))
             for key, value in state.items()
         }
+
+
+def _own_parameter(target: nn.Parameter) -> nn.Parameter:
+    """This process's part of a split parameter, in the same memory; a whole one itself."""
+    part = own_part(target.detach())
+    return nn.Parameter(part) if is_split(target) else target
 
 
 class _AdamW8bit(Update):
