@@ -203,7 +203,7 @@ def scan_contenders(shape: Shape, groups: Groups, device: torch.device, *, compi
             yield _differentiable(COMPILED, functools.partial(published, True), inputs, (group_size, auto))
         for name in OURS:
             yield _differentiable(name, _with(name, ours), inputs, (group_size, auto))
-    products = Products(shape.widths, shape.minibatches, shape.batch * shape.heads, q)
+    products = Products(shape.widths, shape.minibatches, shape.batch * shape.heads, q, dual=shape.causal)
     for group_size, auto in groups:
         recomputed = not shape.cost(group_size).keeps_everything
         both = functools.partial(products.forward_and_backward, recomputed=recomputed)

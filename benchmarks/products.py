@@ -1,6 +1,6 @@
 """The matrix products of a scan alone: the bound that `benchmarks/scan.py` measures scans against.
 
-Each mini-batch runs the products that the dual form needs, of their shapes, batched over streams and heads, into
+Each mini-batch runs the products that the scan needs, of their shapes, batched over streams and heads, into
 memory that is there; backward runs the two products of each that give its operands' gradients. With groups, what
 backward recomputes runs forward once more. No bias, no norm, no GELU, no autograd: nothing with these products is
 faster, short of a kernel that never writes what is between them to memory.
@@ -35,18 +35,21 @@ class Product(NamedTuple):
         return Product(self.rows, self.columns, self.inner), Product(self.inner, self.rows, self.columns)
 
 
-def products_of_minibatch(widths: Sequence[int], size: int) -> list[Product]:
+def products_of_minibatch(widths: Sequence[int], size: int, *, dual: bool) -> list[Product]:
     """What one mini-batch of C tokens needs for an inner model of the widths `F, …, F`.
 
-    For each layer: keys and queries through its weights, the gradient through those of all but the first, what the
-    queries see of the keys and what that makes of the gradient, and the weights' gradient.
+    For each layer: keys and queries through its weights, the gradient through those of all but the first, and the
+    weights' gradient. In dual form also what the queries see of the keys and what that makes of the gradient; without
+    it the queries go through the weights after the mini-batch.
     """
     needed = []
     for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
         needed += [Product(size, fan_in, fan_out)] * 2
         if layer:
             needed.append(Product(size, fan_out, fan_in))
-        needed += [Product(size, fan_in, size), Product(size, size, fan_out), Product(fan_in, size, fan_out)]
+        needed.append(Product(fan_in, size, fan_out))
+        if dual:
+            needed += [Product(size, fan_in, size), Product(size, size, fan_out)]
     return needed
 
 
@@ -57,10 +60,13 @@ class Products:
         widths: of the inner model, `F, …, F`.
         minibatches: how many there are of each size C: `{16: 11, 12: 1}`.
         pairs: P.
+        dual: whether the queries answer in dual form.
         like: gives device and type.
     """
 
-    def __init__(self, widths: Sequence[int], minibatches: Mapping[int, int], pairs: int, like: Tensor) -> None:
+    def __init__(
+        self, widths: Sequence[int], minibatches: Mapping[int, int], pairs: int, like: Tensor, *, dual: bool
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         rooms: dict[tuple[int, int, str], Tensor] = {}
 
@@ -78,7 +84,7 @@ class Products:
         self._forward: list[tuple[int, list[tuple[Tensor, Tensor, Tensor]]]] = []
         self._backward: list[tuple[int, list[tuple[Tensor, Tensor, Tensor]]]] = []
         for size, count in minibatches.items():
-            products = products_of_minibatch(widths, size)
+            products = products_of_minibatch(widths, size, dual=dual)
             self.flops += count * pairs * sum(product.flops for product in products)
             self._forward.append((count, [operands(product) for product in products]))
             gradients = [gradient for product in products for gradient in product.gradients()]

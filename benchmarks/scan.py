@@ -186,7 +186,7 @@ def cost_of_products(shape: Shape) -> int:
     return sum(
         count * pairs * product.flops
         for size, count in shape.minibatches.items()
-        for product in products_of_minibatch(shape.widths, size)
+        for product in products_of_minibatch(shape.widths, size, dual=shape.causal)
     )
 
 

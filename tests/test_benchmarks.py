@@ -126,12 +126,12 @@ def test_contenders_run_the_implementation_that_they_name(monkeypatch: pytest.Mo
 def test_the_products_are_those_of_the_dual_form() -> None:
     # The cost section of the design: 6F² + 4CF and 56F² + 20CF a token and head; the bias's products are merged.
     width, size = 8, 4
-    linear = sum(product.flops for product in products_of_minibatch((width, width), size)) / size
-    mlp = sum(product.flops for product in products_of_minibatch((width, 4 * width, width), size)) / size
+    linear = sum(product.flops for product in products_of_minibatch((width, width), size, dual=True)) / size
+    mlp = sum(product.flops for product in products_of_minibatch((width, 4 * width, width), size, dual=True)) / size
     assert linear == 6 * width**2 + 4 * size * width
     assert mlp == 56 * width**2 + 20 * size * width
     shape = SMALL[2]
-    products = Products(shape.widths, shape.minibatches, shape.batch * shape.heads, torch.empty(0))
+    products = Products(shape.widths, shape.minibatches, shape.batch * shape.heads, torch.empty(0), dual=shape.causal)
     assert shape.minibatches == {4: 18, 3: 1}
     assert products.flops == scan.cost_of_products(shape)
     with FlopCounterMode(display=False) as counter:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ttt.config.schema import TTTConfig, inner_widths
-from ttt.ops.constants import BLOCK, SMALL
+from ttt.ops.constants import ALIGNED, BLOCK, SMALL
 
 WIDE = 4
 """Bytes of a float32 number: fast weights, TTT parameters and the optimizer's moments are float32."""
@@ -47,6 +47,8 @@ class ScanCost:
     """R: what one mini-batch needs only while its group runs: a copy of its tokens, laid out for the matrix products,
     and room for the results. A group on a GPU needs it for all its mini-batches at once, on a CPU for as many as fit.
     """
+    following_bytes: int
+    """The fast weights after the last mini-batch of a group, which non-causal queries read; 0 if causal."""
     outside_bytes: int
     """What is kept outside the scan for mini-batches that a window finds or leaves open, with the carries they need."""
 
@@ -83,7 +85,7 @@ class ScanCost:
         """Bytes held between forward and backward: carries, and all activations if everything is kept."""
         everything = 0
         if self.keeps_everything and self.steps:  # and the layer's own weights, copied for every stream
-            everything = self.steps * self.activation_bytes + self.carry_bytes
+            everything = self.steps * self.activation_bytes + self.carry_bytes + self.following_bytes
         return self.carries_kept_bytes + everything + self.outside_bytes
 
     @property
@@ -93,7 +95,8 @@ class ScanCost:
         """
         if self.keeps_everything:
             return min(self.steps, BLOCK) * self.running_bytes
-        return self.group_size * (self.activation_bytes + self.running_bytes + self.carry_bytes)
+        of_group = self.group_size * (self.activation_bytes + self.running_bytes + self.carry_bytes)
+        return of_group + self.following_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -164,7 +167,7 @@ def scan_cost(
 
     def beside(count: int) -> int:
         if pairs * count * max(widths) >= SMALL:
-            return pairs * _fused_numbers(widths, count) + state
+            return pairs * _fused_numbers(widths, count, dual=True) + state
         return _generic_numbers(widths, count, batch_size, heads, learned=config.learnable_token_idx)
 
     wanted = config.scan_checkpoint_group_size
@@ -172,8 +175,9 @@ def scan_cost(
         steps=steps,
         group_size=0 if wanted == "auto" else wanted,
         carry_bytes=WIDE * state,
-        activation_bytes=WIDE * pairs * _fused_numbers(widths, size),
-        running_bytes=WIDE * pairs * _running_numbers(widths, size),
+        activation_bytes=WIDE * pairs * _fused_numbers(widths, size, dual=config.causal),
+        running_bytes=WIDE * pairs * _running_numbers(widths, size, dual=config.causal),
+        following_bytes=0 if config.causal else WIDE * (state + pairs * _zeros_below(widths)),
         outside_bytes=WIDE * sum(beside(count) + (state if steps else 0) for count in open_tokens if count),
     )
     return cost.with_group_size(cost.best_group_size()) if wanted == "auto" else cost
@@ -184,28 +188,39 @@ def _state_numbers(widths: tuple[int, ...]) -> int:
     return sum((fan_in + 1) * fan_out for fan_in, fan_out in itertools.pairwise(widths))
 
 
-def _fused_numbers(widths: tuple[int, ...], count: int) -> int:
+def _joined(width: int) -> int:
+    """A width with its column of ones and the zeros that align it."""
+    return -(-(width + 1) // ALIGNED) * ALIGNED
+
+
+def _zeros_below(widths: tuple[int, ...]) -> int:
+    """How many zeros stand below the biases of one head where the fused scan lays its weights out."""
+    return sum((_joined(fan_in) - fan_in - 1) * fan_out for fan_in, fan_out in itertools.pairwise(widths))
+
+
+def _fused_numbers(widths: tuple[int, ...], count: int, *, dual: bool) -> int:
     """How many numbers the fused scan keeps for one head of a mini-batch of `count` tokens.
 
-    For each token and hidden layer, of its width: 2 outputs to the next layer (keys and queries), 3 derivatives of
-    GELU, 1 error. For each token, of width F: 2 outputs (keys and queries) and 1 error; and 4 moments. For each
-    matrix: `C²`.
+    For each token and hidden layer, of its width: 2 outputs to the next layer (keys and queries), with ones and zeros,
+    3 derivatives of GELU, 1 error. For each token, of width F: 2 outputs (keys and queries) and 1 error; and 4 moments.
+    For each matrix: zeros below its bias, and `C²` if the queries answer in dual form.
     """
-    hidden = widths[1:-1]
-    return count * (6 * sum(hidden) + 2 * len(hidden) + 3 * widths[-1] + 4 + (len(widths) - 1) * count)
+    of_hidden = sum(2 * _joined(width) + 4 * width for width in widths[1:-1])
+    among = (len(widths) - 1) * count if dual else 0
+    return count * (of_hidden + 3 * widths[-1] + 4 + among) + _zeros_below(widths)
 
 
-def _running_numbers(widths: tuple[int, ...], count: int) -> int:
+def _running_numbers(widths: tuple[int, ...], count: int, *, dual: bool) -> int:
     """How many numbers the fused scan holds for one head of a mini-batch only while it runs.
 
-    Laid out for each token, of width F: key, query, the key once more, target and its anchor; the rates; and a
-    coefficient for each other token. Scratch for each token: 2 outputs of the first layer; for each hidden layer 3
-    that GELU and its derivatives share, and 1 more if it is not the first; 3 gradients of each output after the first;
-    and 13 of width F for the way back through the norm.
+    Laid out for each token, of width F: key, query, the key once more, target and its anchor; the rates; and, in dual
+    form, a coefficient for each other token. Scratch for each token: 2 outputs of the first layer, or the output and
+    the gradient of the answer; for each hidden layer 3 that GELU and its derivatives share, and 1 more if it is not the
+    first; 3 gradients of each output after the first; and of width F what the way back through the norm takes.
     """
-    laid_out = 5 * widths[0] + 5 + count
+    laid_out = 3 * _joined(widths[0]) + 2 * widths[0] + 2 + (count if dual else 0)
     forward = 2 * widths[1] + 3 * sum(widths[1:-1]) + sum(widths[2:-1])
-    backward = 3 * sum(widths[2:]) + 13 * widths[0] + 3
+    backward = 3 * sum(widths[2:]) + (12 if dual else 11) * widths[0] + _joined(widths[0]) + 2
     return count * (laid_out + forward + backward)
 
 
@@ -343,8 +358,9 @@ def layer_flops(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, bat
 
     For each token, each head and each `in × out` matrix of the inner model: `6 in·out` for the products of key, query
     and gradient with the matrix, `2 in·out` more for every matrix after the first, to pass the gradient back, and
-    `2 C (in + out)` for the products with the other tokens of the mini-batch. Linear: `6F² + 4CF`; the MLP of two
-    layers: `56F² + 20CF`. Biases are part of the same products.
+    `2 C (in + out)` for the products with the other tokens of the mini-batch, if the update is causal or leaves a
+    mini-batch open; in others the queries go through the weights after it. Linear: `6F² + 4CF`; the MLP of two layers:
+    `56F² + 20CF`. Biases are part of the same products.
 
     Args:
         config: the `ttt` section.
@@ -363,6 +379,6 @@ def layer_flops(config: TTTConfig, *, dim: int, num_heads: int, tokens: int, bat
     rest = tokens % size
     return LayerFlops(
         projections=batch_size * tokens * (8 * dim * dim + 2 * dim * heads),
-        scan=learning(tokens - rest, size),
+        scan=learning(tokens - rest, size if config.causal else 0),
         beside=learning(rest, rest),
     )

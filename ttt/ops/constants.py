@@ -8,6 +8,8 @@ SMALL = 1 << 17
 """On a CPU, a call costs more than its arithmetic if the widest tensor of a mini-batch has fewer numbers than this."""
 BLOCK = 16
 """How many mini-batches the fused scan lays out at a time if the group size does not say."""
+ALIGNED = 4
+"""Rows of the fused scan have a multiple of so many numbers: 16 bytes of float32, as matrix products read them."""
 
 Precision = Literal["ieee", "tf32", "bf16"]
 """In what the operands of the inner model's products are multiplied: whole float32 numbers, or rounded ones."""

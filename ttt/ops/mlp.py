@@ -6,6 +6,7 @@ that close.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -136,13 +137,17 @@ def _dual_step(
     if causal:
         attention_BHCC = attention_BHCC.tril()
     step = product(attention_BHCC, taught, precision)
-    gradient_w = product(given.mT, taught, precision)
-    gradient_b = taught.sum(dim=-2, keepdim=True)
+    gradient_w, gradient_b = _gradient(given, taught, precision)
     if gradients is not None:
         step = step + product(x, gradients[0], precision) + gradients[1]
         gradient_w = gradient_w + gradients[0]
         gradient_b = gradient_b + gradients[1]
     return step, (gradient_w, gradient_b)
+
+
+def _gradient(given: Tensor, taught: Tensor, precision: Precision) -> Weights:
+    """The summed gradients of one layer's weights and biases, of its inputs and `η ⊙ E`."""
+    return product(given.mT, taught, precision), taught.sum(dim=-2, keepdim=True)
 
 
 def move(weights: Weights, gradients: Weights, scale: Tensor, where: Tensor | None = None) -> Weights:
@@ -180,7 +185,8 @@ def mlp_scan(
         beta_H1F: shift of the inner layer norm.
         scale_C: `s`, step size by position.
         closed_NB: which rows' mini-batches close; the others do not change the weights. None means all.
-        causal: whether a token learns only from the tokens up to itself.
+        causal: whether a token learns only from the tokens up to itself; if not, steps are of one size, the last of
+            `scale_C`, and a mini-batch that does not close teaches its own queries nothing.
         eps: of the layer norm.
         group_size: mini-batches that backward recomputes at a time; 0, or at least N, keeps everything.
         precision: in what the operands of products are multiplied.
@@ -191,6 +197,11 @@ def mlp_scan(
 
     def step(carry: Weights, x: dict[str, Any], gamma: Tensor, beta: Tensor, scale_C: Tensor) -> tuple[Weights, Tensor]:
         q, k, target, rate = x["tokens"]
+        if not causal:  # every token answers with the weights after the mini-batch
+            inputs, errors = key_pass(carry, k, target, gamma, beta, eps=eps, precision=precision)
+            pairs = (_gradient(given, rate * error, precision) for given, error in zip(inputs, errors, strict=True))
+            moved = move(carry, tuple(itertools.chain(*pairs)), scale_C[-1], x.get("closed"))
+            return moved, q + layer_norm(mlp_model(moved, q, precision), gamma, beta, eps=eps)
         z, gradients = mlp_minibatch(
             carry, None, q, k, target, rate, gamma, beta, scale_C[:, None], causal=causal, eps=eps, precision=precision
         )

@@ -5,15 +5,17 @@ runs each group once more and then goes through it in reverse. `docs/backward.md
 parentheses are its equations. `ttt.ops.mlp` computes the same through autograd, and the tests compare the two.
 
 Two things keep the loop over mini-batches short. First, a bias is the last row of its weights, `W̃ = (W; b)`, and each
-layer's input has a last column of ones, `X̃ = (X, 1)`, so that biases need no products of their own. Second, the loop
-holds only what depends on the carry: the keys' forward pass, the gradient of their update, and the queries' first
-product, which is computed together with the keys'. The rest of the queries, and all that depends on tokens alone, runs
-for a chunk of mini-batches at a time.
+layer's input has a column of ones, `X̃ = (X, 1)`, so that biases need no products of their own; zeros behind both bring
+rows to a multiple of 16 bytes. Second, the loop holds only what depends on the carry: the keys' forward pass, the
+gradient of their update, and the queries' first product, which is computed together with the keys'. The rest of the
+queries, and all that depends on tokens alone, runs for a chunk of mini-batches at a time. If the update is not causal,
+all tokens of a mini-batch answer with the same weights, those after it, and the queries simply go through these.
 
 Each module imports only those above it:
 
 - `products`: matrix products in the precision of a problem
 - `layout`: the operation's inputs, tokens laid out for the products, and the tensors that backward reads
+- `rooms`: scratch memory, and the views of all memory
 - `forward`: the forward pass of one chunk of mini-batches
 - `backward`: the backward pass of one chunk
 - `registration`: makes two passes one operation of PyTorch
@@ -23,8 +25,8 @@ Shape letters, besides those of `ttt.ops`:
 
 - `P`: heads of all rows, `B·H`; every product is one batched product over them
 - `M`: mini-batches of a chunk or a block; `R = M·P`: the same as one batch of matrices
-- `S = 2C`: rows of the keys, and below them rows of the queries
-- `I`, `O`: input and output width of a layer of the inner model; `J = I + 1`: with the ones, or the bias, at the end
+- `S`: rows of the keys, and in dual form below them rows of the queries: `2C`, or else `C`
+- `I`, `O`: input and output width of a layer of the inner model; `J`: with the ones, or the bias, and zeros at the end
 
 Layers of the inner model count from 0 here, so that layer l has the weights `W̃_l [P,J,O]`.
 
@@ -46,6 +48,7 @@ Names here and symbols in `docs/backward.md`; `d_name` is the gradient of the ou
 | `push`, `pushed_keys`, `pushed_errors` | `c η`, `c η K̃`, `c η E_l` | (8), (18) |
 | `attention` | `A_l = x̃_l X̃_lᵀ` | (9) |
 | `coefficient` | `κ = −s ηᵀ ⊙ mask` | (9) |
+| `answering` | the weights that queries go through: `W̃_l`, or `W̃'_l` in (9') | (9'), (16') |
 | `answered`, `answer` | `y_l`: the layers' outputs for the queries; `answer` is the last layer | (10) |
 | `seen_by_next`, `reached` | `ρ_l = X̃_l dW̃'_l`, `V_0 = E_0 dW̃'_0ᵀ` | (18), (24) |
 | `turned_error`, `turned_unit` | `−ι E / F`, `−ι x̂ / F` | (20) |

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ttt.ops.constants import Precision
+from ttt.ops.constants import ALIGNED, Precision
 from ttt.ops.fused.products import Products
 
 _CHUNK_NUMBERS = 1 << 20
@@ -26,8 +26,6 @@ _MOST_MATRICES = 65_535
 """The most matrices of one batched product: a grid of a GPU is no larger in its third dimension."""
 _BLOCK_NUMBERS = 1 << 22
 """The most numbers that the keys of a block have which is laid out in a pass that keeps nothing."""
-_ALIGNED = 4
-"""Rows have a multiple of so many numbers: 16 bytes of float32, as the products of GPUs and CPUs read them."""
 
 
 class Dims(NamedTuple):
@@ -63,8 +61,8 @@ class Dims(NamedTuple):
         return 2 * self.size if self.dual else self.size
 
     def joined(self, width: int) -> int:
-        """`J`: a width, the column of ones or the row of the bias, and zeros up to a multiple of `_ALIGNED`."""
-        return -(-(width + 1) // _ALIGNED) * _ALIGNED
+        """`J`: a width, the column of ones or the row of the bias, and zeros up to a multiple of `ALIGNED`."""
+        return -(-(width + 1) // ALIGNED) * ALIGNED
 
     def block(self, most: int) -> int:
         """How many mini-batches a pass that keeps nothing lays out at a time."""

@@ -61,7 +61,7 @@ def _run_forward(problem: Problem, *, keep: bool) -> Answered:
             block.part(0, end - start).lay_out(problem, common, start)
             for a, b in _parts(start, end, chunk):
                 views = views_of(a - start, b - start, a if everything else 0)
-                normed = forward_chunk(common, views, places.after(b), keep=everything)
+                normed = forward_chunk(common, views, places.after(b, views), keep=everything)
                 torch.add(queries[a:b], normed.unflatten(1, (dims.batch, dims.heads)), out=shown[a:b])
     return answers, parted(dims, places.last), saved
 
@@ -77,23 +77,25 @@ class _Places:
 
     def __init__(self, common: Common, kept: Kept, *, everything: bool) -> None:
         dims = common.dims
-        self._kept_MPJO = kept.weights_MPJO if everything else None
-        self._opening = [w[0] for w in kept.weights_MPJO]
+        self._kept_MPJO = kept.weights_MPJO
+        self._in_place = common.closes and not everything
         self._follow = everything and not dims.dual
         self._steps = dims.steps
-        if not common.closes or (everything and dims.dual):
-            self.last = [torch.empty_like(w) for w in self._opening]
-        else:
-            self.last = [w[-1] for w in kept.weights_MPJO] if everything else self._opening
+        apart = not common.closes or (everything and dims.dual)
+        place = 0 if self._in_place else -1
+        self.last = [torch.empty_like(w[0]) if apart else w[place] for w in kept.weights_MPJO]
         """The weights after the last mini-batch, or the sums of one that stays open."""
 
-    def after(self, stop: int) -> list[Tensor] | None:
-        """Where the chunk that ends at a mini-batch writes; None if the weights after it are among those kept."""
+    def after(self, stop: int, views: ForwardViews) -> list[Tensor] | None:
+        """Where the chunk that ends at a mini-batch writes; None if the weights after it are among those kept.
+
+        In place these are the very tensors that the chunk's updates begin with, so that nothing copies them first.
+        """
         if self._follow:
             return None
-        if stop == self._steps:
-            return self.last
-        return self._opening if self._kept_MPJO is None else [w[stop] for w in self._kept_MPJO]
+        if self._in_place:
+            return [w[0] for w in views.weights_PJO]
+        return self.last if stop == self._steps else [w[stop] for w in self._kept_MPJO]
 
 
 def _views(make: Callable[[Block, Kept], Views], block: Block, kept: Kept, *, again: bool) -> Callable[..., Views]:
@@ -144,7 +146,7 @@ class _Backward:
         problem, common, sums = self.problem, self.common, self.sums
         dims, pushes_NP11 = common.dims, common.constants.pushes_NP11
         shape = dims.batch, dims.heads
-        d_q, d_k, d_target, d_rate = d_tokens = [room_for_tokens(x) for x in problem[:4]]
+        d_tokens = [room_for_tokens(x) for x in problem[:4]]
         shown = [x.permute(2, 0, 1, 3, 4) for x in d_tokens]
         d_pushes = torch.empty_like(pushes_NP11)
         d_answers = d_answers.movedim(2, 0)
@@ -160,8 +162,9 @@ class _Backward:
                 for whole, part in zip(shown, found[:4], strict=True):
                     whole[a:b] = part.unflatten(1, shape)
                 d_pushes[a:b] = found.pushes_MP11
-        d_weights, d_gradients = parted(dims, sums.weights_PJO), parted(dims, sums.gradients_PJO)
-        return d_q, d_k, d_target, d_rate, *self._summed(d_pushes), d_weights, d_gradients
+        d_q, d_k, d_target, d_rate = d_tokens
+        of_state = parted(dims, sums.weights_PJO), parted(dims, sums.gradients_PJO)
+        return (d_q, d_k, d_target, d_rate, *self._summed(d_pushes), *of_state)
 
     def _recompute(self, start: int, stop: int) -> None:
         """Run a group forward again from the weights that opened it."""

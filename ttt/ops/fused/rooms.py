@@ -5,8 +5,8 @@ next group, which is laid out in the same memory, uses them again. If every mini
 has its own views.
 
 A name ends in the shape of one tensor. `_PCO` and the like are lists by mini-batch, inside a list by layer if each
-layer has one; `_MPCO` is the whole chunk, and `_RCO` the same as one batch of R = M·P matrices. `later` lists begin at the
-second layer.
+layer has one; `_MPCO` is the whole chunk, and `_RCO` the same as one batch of R = M·P matrices. `later` lists begin at
+the second layer.
 
 Shape letters and symbols: see `ttt.ops.fused`.
 """
@@ -127,11 +127,8 @@ class BackwardScratch:
 
         self.d_outputs_MPSO = [forward.first_MPSO, *(room(dims.rows, fan_out) for fan_out in dims.widths[2:])]
         """`dZ_l`; in dual form `(dZ_l; dy_l)`, as the layers' inputs are kept."""
-        self.d_answered_MPCO = [
-            x[:, :, size:] if dims.dual else room(size, fan_out)
-            for x, fan_out in zip(self.d_outputs_MPSO, dims.widths[1:], strict=True)
-        ]
-        """`dy_l`"""
+        self.d_answered_MPCO = [] if dims.dual else [room(size, fan_out) for fan_out in dims.widths[1:]]
+        """`dy_l`, if it is not part of `d_outputs`"""
         self.d_errors_MPCO = [*forward.squared_MPCO, room(size, width)]
         self.d_inputs_MPCI = [room(size, width), *forward.gates_MPCO]
         """`dX_l`"""
@@ -169,12 +166,11 @@ class BackwardViews:
 
     def _view_chunk(self, dims: Dims, scratch: BackwardScratch) -> None:
         kept, size, of_chunk = self.kept, dims.size, self._of_chunk
-        self.d_outputs_MPSO, self.d_answered_MPCO, self.d_errors_MPCO, self.d_inputs_MPCI = (
-            of_chunk(rooms)
-            for rooms in (
-                scratch.d_outputs_MPSO, scratch.d_answered_MPCO, scratch.d_errors_MPCO, scratch.d_inputs_MPCI
-            )
-        )  # fmt: skip
+        self.d_outputs_MPSO, self.d_errors_MPCO, self.d_inputs_MPCI = (
+            of_chunk(rooms) for rooms in (scratch.d_outputs_MPSO, scratch.d_errors_MPCO, scratch.d_inputs_MPCI)
+        )
+        apart = of_chunk(scratch.d_answered_MPCO)
+        self.d_answered_MPCO = [x[:, :, size:] for x in self.d_outputs_MPSO] if dims.dual else apart
         self.seen_by_next_MPCO, self.pushed_errors_MPCO = (
             of_chunk(rooms) for rooms in (scratch.seen_by_next_MPCO, scratch.pushed_errors_MPCO)
         )
