@@ -9,10 +9,8 @@ from collections.abc import Iterable, Sequence
 import torch
 
 INSTALLED = importlib.util.find_spec("triton") is not None
-WIDTHS = (16, 32, 64, 128)
-"""The head widths F of the linear inner model's kernels."""
-LARGEST = 64
-"""The largest mini-batch C of the linear inner model's kernels."""
+LARGEST = {16: 64, 32: 64, 64: 64, 128: 32}
+"""By F, the largest mini-batch C of the linear inner model's kernels: more does not fit on every GPU."""
 
 
 def interpreted() -> bool:
@@ -50,8 +48,10 @@ def _misfit(widths: Sequence[int], size: int | None) -> str | None:
     depth = len(widths) - 1
     if depth > 2:
         return f"has kernels for inner models of one or two layers, not {depth}"
-    if depth == 1 and widths[0] not in WIDTHS:
-        return f"has kernels of the linear inner model for heads of {', '.join(map(str, WIDTHS))}, not {widths[0]}"
-    if depth == 1 and size is not None and size > LARGEST:
-        return f"has kernels of the linear inner model for mini-batches of at most {LARGEST} tokens, not {size}"
+    if depth == 1 and widths[0] not in LARGEST:
+        return f"has kernels of the linear inner model for heads of {', '.join(map(str, LARGEST))}, not {widths[0]}"
+    if depth == 1 and size is not None and size > LARGEST[widths[0]]:
+        return (
+            f"has kernels of the linear inner model for mini-batches of at most {LARGEST[widths[0]]} tokens, not {size}"
+        )
     return None

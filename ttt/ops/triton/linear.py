@@ -20,10 +20,6 @@ A lower precision rounds both operands of every product above, `W` among them; n
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import Any, get_args
-
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +28,6 @@ from torch import Tensor
 from ttt.ops.constants import Precision
 from ttt.ops.fused.layout import Problem, room_between_passes, room_for_tokens
 from ttt.ops.fused.registration import Answered
-from ttt.ops.triton.forms import Form
 from ttt.ops.triton.mlp_parts import coefficients, normalised, product, projected
 
 
@@ -234,41 +229,3 @@ def addressable(x: Tensor) -> Tensor:
 def strides_of(x: Tensor) -> tuple[int, int, int]:
     """The strides of rows, heads and tokens of `x [B,H,N,C,F]`."""
     return x.stride(0), x.stride(1), x.stride(3) if x.shape[3] > 1 else x.stride(2)
-
-
-# --- the forms that are shipped ---
-
-_POINTERS = (
-    "q", "k", "target", "rate", "gamma", "beta", "scale", "last", "weight", "bias", "summed", "summed_bias",
-    "answers", "following", "following_bias", "carries",
-)  # fmt: skip
-STRIDES = (*(f"{x}_{axis}" for x in ("q", "k", "target", "rate") for axis in "bht"), "last_n", "last_b")
-"""The names of what `LinearRun.strides` returns."""
-
-
-def configurations() -> Iterator[tuple[str, dict[str, Any], frozenset[str]]]:
-    """Name, constants that both kernels have, and the strides that are multiples of 16, of every shipped form."""
-    spaced = frozenset(f"{x}_{axis}" for x in ("q", "k", "target") for axis in "bht")
-    for width, size, causal, precision in itertools.product(
-        (64, 128), (1, 16, 64), (True, False), get_args(Precision)
-    ):
-        constants = {
-            "C": size, "ROWS": rows_of(size), "F": width, "EPS": 1e-6, "CAUSAL": causal, "CLOSES": True,
-            "OPENED": False, "PRECISION": precision,
-        }  # fmt: skip
-        yield f"F {width}, C {size}, {'causal' if causal else 'non-causal'}, {precision}", constants, spaced
-
-
-def forms() -> list[Form]:
-    """Every configuration of the forward kernel that is shipped."""
-    signature = dict.fromkeys(_POINTERS, "*fp32")
-    signature |= dict.fromkeys((*STRIDES, "heads", "steps", "openings", "group"), "i32")
-    found = []
-    for name, constants, aligned in configurations():
-        constants = {**constants, "ANSWERS": True, "KEEPS": True}
-        launch = launch_of(constants["F"], constants["C"], constants["PRECISION"])
-        aligned = aligned | set(_POINTERS) - {"scale", "last", "rate"}
-        found.append(
-            Form(f"linear forward, {name}", linear_forward_kernel, signature, constants, aligned=aligned, **launch)
-        )
-    return found

@@ -42,12 +42,9 @@ from torch import Tensor
 
 from ttt.ops.fused.layout import Problem, parted, room_for_tokens
 from ttt.ops.fused.registration import Gradients
-from ttt.ops.triton.forms import Form
 from ttt.ops.triton.linear import (
-    STRIDES,
     LinearRun,
     addressable,
-    configurations,
     errors_of,
     launch_of,
     rows_of_weights,
@@ -376,28 +373,3 @@ class LinearBackward(LinearRun):
         d_q, d_k, d_target, d_rate = self.d_tokens
         d_summed = self.d_summed if problem.gradients else []
         return d_q, d_k, d_target, d_rate, d_gamma, d_beta, d_scale, d_last, self.d_weights, d_summed
-
-
-# --- the forms that are shipped ---
-
-_POINTERS = (
-    "q", "k", "target", "rate", "gamma", "beta", "scale", "last", "weight", "bias", "carries", "summed", "summed_bias",
-    "d_answers", "d_q", "d_k", "d_target", "d_rate", "d_next", "d_next_bias", "d_weight", "d_bias", "d_summed",
-    "d_summed_bias", "d_gamma", "d_beta", "d_scale", "d_pushes",
-)  # fmt: skip
-
-
-def forms() -> list[Form]:
-    """Every configuration of the backward kernel that is shipped."""
-    signature = dict.fromkeys(_POINTERS, "*fp32")
-    signature |= dict.fromkeys((*STRIDES, *(f"d_answers_{axis}" for axis in "bht"), "heads", "steps", "length"), "i32")
-    found = []
-    for name, constants, aligned in configurations():
-        constants = {**constants, "LEAST": 4 * torch.finfo(torch.float32).eps, "BLOCK": BLOCK}
-        launch = launch_of(constants["F"], constants["C"], constants["PRECISION"], back=True)
-        aligned = aligned | set(_POINTERS) - {"scale", "last", "rate", "d_rate", "d_scale", "d_pushes"}
-        form = Form(
-            f"linear backward, {name}", linear_backward_kernel, signature, constants, aligned=aligned, **launch
-        )
-        found.append(form)
-    return found
