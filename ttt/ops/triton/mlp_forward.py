@@ -37,9 +37,6 @@ from ttt.ops.triton.forms import Form
 from ttt.ops.triton.mlp_run import SHIPPED, Place, Sizes, Steps, form
 from ttt.ops.triton.mlp_step import mlp_step
 
-_SPILLED: dict[tuple[int, int, str], int] = {}
-"""Bytes that a thread may spill, by `F`, `C` and precision."""
-
 
 def mlp_forward(problem: Problem, *, keep: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Answer all mini-batches of an inner model of two layers.
@@ -81,8 +78,7 @@ def forms() -> list[Form]:
         sizes = Sizes.of_shape(width, 4 * width, size)
         name = f"F {width}, C {size}, {'causal' if causal else 'non-causal'}, {precision}"
         constants = {**middle, "CAUSAL": causal, "PRECISION": precision}
-        spilled = _SPILLED.get((width, size, precision), 0)
-        found.append(form(f"MLP step, {name}", mlp_step, sizes, constants, spilled))
+        found.append(form(f"MLP step, {name}", mlp_step, sizes, constants))
     opened = {**constants, "BEGIN": False, "CLOSES": False, "OPENED": True, "CAUSAL": True}
     found.append(form("MLP step, F 128, C 16, open, tf32", mlp_step, Sizes.of_shape(128, 512, 16), opened, 0))
     return found
