@@ -117,10 +117,14 @@ def test_a_layer_takes_the_kernels_in_few_launches(kind: str, launches: int, mon
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_widths_without_kernels_are_refused_in_a_sentence() -> None:
+def test_what_the_kernels_cannot_do_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     for case in (Case(8, 2, 3, 1), Case(16, 3, 3, 1)):
         with pytest.raises(ValueError, match="TTT_OPS=triton decodes with inner models of one or two layers"):
             case.read(case.state.streaming(3), wait=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    case = Case(16, 2, 3, 1)
+    with pytest.raises(ValueError, match="TTT_OPS=triton needs a GPU, not the device cpu"):
+        case.read(case.state.streaming(3), wait=False)
 
 
 def test_what_has_no_factors_needs_no_kernels() -> None:

@@ -28,7 +28,7 @@ from ttt.ops.minibatch import Inner, Stream, Weights
 from ttt.ops.mlp import gelu
 from ttt.ops.precision import multiplying
 from ttt.ops.rows import Tokens
-from ttt.ops.select import forced_implementation
+from ttt.ops.select import forced_implementation, implementation
 
 MOST_SLOTS = 16
 """Of mini-batches of more tokens, so many are kept as factors at a time; see `slots_for`."""
@@ -111,8 +111,14 @@ def learn_one_(
 
     Returns:
         `z [B,H,1,F]`; rows that read no token hold no meaningful numbers.
+
+    Raises:
+        ValueError: `TTT_OPS` is `triton`, and the kernels cannot run here or have no form for these widths.
     """
     if factors is not None and forced_implementation() == "triton":
+        implementation(
+            device_type=tokens.q.device.type, dtypes={x.dtype for x in (*tokens, *stream.weights)}
+        )  # or raises
         from ttt.ops.triton.decode import triton_learn_one_  # imports Triton
 
         return triton_learn_one_(tokens, stream, inner, rows_B, factors)
