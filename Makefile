@@ -55,8 +55,8 @@ interpret: $(STAMP) ## run the whole product of cases through the kernels in Tri
 
 # What `ttt` and Moshi's plugin need beside torch, Triton and numpy. One of a kind: they are unpacked beside each other.
 WHEELS := pydantic pydantic-core annotated-types typing-extensions typing-inspection pluggy typer click rich \
-  markdown-it-py mdurl pygments shellingham safetensors pyyaml matplotlib contourpy cycler fonttools kiwisolver packaging \
-  pillow pyparsing python-dateutil six moshi sentencepiece sphn einops huggingface-hub pytest iniconfig
+  markdown-it-py mdurl pygments shellingham safetensors pyyaml packaging \
+  moshi sentencepiece sphn einops huggingface-hub
 WHEELS_PYTHON ?= 3.12
 
 wheels: $(STAMP) ## gather the wheels that benchmarks/first_gpu.sh needs where there are only torch and triton

