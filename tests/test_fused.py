@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ttt.config import TTTConfig
@@ -407,6 +408,44 @@ def test_nothing_is_held_without_grad() -> None:
     with storages_kept() as kept, torch.no_grad():
         layer(tokens_of(2, 19, 16))
     assert not kept
+
+
+class CopiesOfTheBase(TorchDispatchMode):
+    """Counts products whose result is another tensor in the memory of their base: they copy it onto itself first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = self.copies = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "baddbmm" in func._schema.name:
+            self.products += 1
+            out = (kwargs or {}).get("out")
+            self.copies += out is not None and out.data_ptr() == args[0].data_ptr()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_pass_that_keeps_nothing_updates_in_place(causal: bool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of one mini-batch every layer, in longer ones the first, of which no query reads the weights again."""
+    drawn = Problem.draw(length=24, size=4, hidden=(10,), causal=causal)
+    monkeypatch.setattr(layout.Dims, "chunk", lambda dims, device, longest, *, keep: most)
+    tokens = [x.detach().unflatten(2, (-1, 4)) for x in drawn.tokens]
+    shared = [x.detach() for x in (drawn.gamma, drawn.beta)]
+    scale = torch.full((1, 4), 0.25, dtype=torch.float64)
+    weights = [w.detach() for w in drawn.weights]
+    problem = layout.Problem(*tokens, *shared, scale, scale[:, -1:], weights, [], causal, 1e-6, 0)
+    room, rooms = layout.Kept.room, []
+    monkeypatch.setattr(layout.Kept, "room", lambda *a, **k: rooms.append(room(*a, **k)) or rooms[-1])
+    with CopiesOfTheBase() as watch:
+        operator._run_forward(problem, keep=False)
+    assert watch.products
+    assert watch.copies == 0
+    (kept,) = rooms
+    assert kept.bends_MPCO == kept.query_slopes_MPCO == kept.attention_MPCC == []
+    places = [len(w) for w in kept.weights_MPJO]
+    assert places == ([1, 1] if most == 1 else [1, 3] if causal else [4, 4])
 
 
 # --- one token at a time, in place ---
