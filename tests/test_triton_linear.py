@@ -125,7 +125,7 @@ CASES = {
     "3C + 2 tokens, groups of 2": Case(length=14),
     "3C + 2 tokens, everything kept": Case(length=14, group_size=0),
     "groups of 1": Case(length=9, group_size=1),
-    "groups beyond the sequence": Case(length=9, group_size=16),
+    "groups of 3, the last of one": Case(length=17, group_size=3),
     "C + 1 tokens, the first of three": Case(length=6, size=5, batch=2, group_size=0, lengths=(6, 3)),
     "C tokens, three heads": Case(length=4, heads=3),
     "C - 1 tokens": Case(length=3),
