@@ -116,9 +116,8 @@ def learn_one_(
         ValueError: `TTT_OPS` is `triton`, and the kernels cannot run here or have no form for these widths.
     """
     if factors is not None and forced_implementation() == "triton":
-        implementation(
-            device_type=tokens.q.device.type, dtypes={x.dtype for x in (*tokens, *stream.weights)}
-        )  # or raises
+        # It raises an error if the kernels cannot run here.
+        implementation(device_type=tokens.q.device.type, dtypes={x.dtype for x in (*tokens, *stream.weights)})
         from ttt.ops.triton.decode import triton_learn_one_  # imports Triton
 
         return triton_learn_one_(tokens, stream, inner, rows_B, factors)
