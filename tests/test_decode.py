@@ -121,6 +121,8 @@ def test_tokens_one_by_one_are_the_definition(name: str, wait: bool) -> None:
     places = {name: x.data_ptr() for name, x in state.memory().items()}
     torch.testing.assert_close(case.read(state, wait=wait), expected, **TOLERANCE)
     assert {name: x.data_ptr() for name, x in state.memory().items()} == places
+    if state.factors is not None and case.counts is None and case.size <= state.factors.slots:
+        assert not state.factors.based_B.any()
     last = end.opened().tensors()
     for name, x in state.opened().tensors().items():
         torch.testing.assert_close(x, last[name], **TOLERANCE)

@@ -342,8 +342,9 @@ def _end_where_(
             u.masked_fill_(ended, 0)
         factors.based_B.logical_or_(ended_B).logical_and_(~closed_B)
     taken = torch.where(closed, inner.scale_C[-1], 0)
-    for w, g in zip(weights, sums, strict=True):
-        w.addcmul_(g, taken, value=-1)
+    for index, (w, g) in enumerate(zip(weights, sums, strict=True)):
+        # A bias's sum may hold a NaN that has just been read, which zero would not stop.
+        w.addcmul_(torch.where(closed, g, 0) if index % 2 else g, taken, value=-1)
         g.masked_fill_(closed, 0)
     count_B.masked_fill_(closed_B, 0)
 
