@@ -297,9 +297,11 @@ def triton_learn_one_(tokens: Tokens, stream: Stream, inner: Inner, rows_B: Tens
         (x1,), (u1,), reads = factors.inputs, factors.taught, {"ROWS": rows_B is not None}
         linear_token[(pairs,)](
             q, k, target, rate, *learned, *weights, *stream.gradients, x1, u1, *flags, answers, heads,
-            F=width, **slots, **once, **reads, num_warps=_warps(width),
+            F=width, **slots, **once, **reads, num_warps=_warps(width), num_stages=2,
         )  # fmt: skip
-        linear_counts[(q.shape[0],)](*flags, K=factors.slots, C=inner.mini_batch_size, **reads, num_warps=1)
+        linear_counts[(q.shape[0],)](
+            *flags, K=factors.slots, C=inner.mini_batch_size, **reads, num_warps=1, num_stages=2
+        )
         return answers
     tiles = hidden // TILE
 
@@ -313,16 +315,17 @@ def triton_learn_one_(tokens: Tokens, stream: Stream, inner: Inner, rows_B: Tens
     (x1, x2), (u1, u2) = factors.inputs, factors.taught
     shape = {"F": width, "HIDDEN": hidden, "TILE": TILE}
     mlp_keys[(pairs, tiles)](
-        q, k, w1, b1, w2, x1, *flags, own, asked, seen, parts, places, heads, **shape, **slots, ROWS=rows_B is not None
-    )
+        q, k, w1, b1, w2, x1, *flags, own, asked, seen, parts, places, heads, **shape, **slots,
+        ROWS=rows_B is not None, num_stages=2,
+    )  # fmt: skip
     mlp_errors[(pairs, tiles)](
         q, k, target, rate, *learned, w1, b1, w2, b2, g1, c1, g2, c2, x1, u1, x2, u2,
         own, asked, seen, parts, answered, hidden_seen, places, heads,
-        **shape, **slots, **once, num_warps=_warps(width),
+        **shape, **slots, **once, num_warps=_warps(width), num_stages=2,
     )  # fmt: skip
     mlp_answers[(pairs,)](
         q, *learned, b2, c2, u2, answered, hidden_seen, answers, places, stream.count_B, flags[2], heads,
-        F=width, TILES=tiles, **slots, **once,
+        F=width, TILES=tiles, **slots, **once, num_stages=2,
     )  # fmt: skip
     return answers
 

@@ -123,7 +123,8 @@ class _Walk:
                 *self.d_tokens, self.d_gamma, self.d_beta, self.d_scale, self.d_push,
                 n, dims.steps, dims.heads, dims.pairs, self.slots, begun.bias, finished.bias, **steps.strides,
                 **steps.shapes, EPS=steps.eps, LEAST=steps.least, PRECISION=steps.precision, CAUSAL=steps.causal,
-                FINISH=finish, BEGIN=begin, CLOSES=steps.closes, OPENED=steps.opened, num_warps=sizes.warps,
+                FINISH=finish, BEGIN=begin, CLOSES=steps.closes, OPENED=steps.opened,
+                num_warps=sizes.warps, num_stages=2,
             )  # fmt: skip
             if finish:
                 self.next = self.d_weights

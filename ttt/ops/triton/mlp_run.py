@@ -223,5 +223,5 @@ class Steps:
                 n, dims.steps, dims.heads, dims.pairs, slots, source.bias, target.bias, **self.strides,
                 **self.shapes, EPS=self.eps, PRECISION=self.precision, CAUSAL=self.causal, FINISH=finish,
                 BEGIN=n < stop, UPDATE=finish and n <= last_update, CLOSES=self.closes, OPENED=self.opened,
-                KEEP=kept is not None, num_warps=sizes.warps,
+                KEEP=kept is not None, num_warps=sizes.warps, num_stages=2,
             )  # fmt: skip
