@@ -161,7 +161,7 @@ def scan(device: str, tiny: bool, keep: Keep) -> None:
 
     sizes = ((32, 2, 4, 10),) if tiny else ((1024, 8, 16, 2048), (4096, 32, 16, 2048))
     clock, found = Clock(torch.device(device), 3 if tiny else 10, budget=5.0), []
-    for kind in ("linear", "mlp"):
+    for kind in ("linear",) if tiny else ("linear", "mlp"):
         for dim, heads, size, tokens in sizes:
             shape = Shape(f"{kind}, D {dim}", kind, dim, heads, size, tokens)  # type: ignore[arg-type]
             result = measure(shape, clock, sizes=[16], compiled=False)

@@ -34,16 +34,6 @@ class Launch:
     """Bytes that programs load and store, by the parameter into whose tensor they point. What several programs load is
     counted for each: a GPU's caches may save some of that."""
 
-    @property
-    def form(self) -> tuple[Any, ...]:
-        """What a form and a launch of it have in common."""
-        return form_of(self.kernel, self.constants, self.num_warps, self.num_stages)
-
-
-def form_of(kernel: Any, constants: dict[str, Any], num_warps: int, num_stages: int) -> tuple[Any, ...]:
-    """What a form and a launch of it have in common."""
-    return kernel.fn.__qualname__, tuple(sorted(constants.items())), num_warps, num_stages
-
 
 @contextlib.contextmanager
 def launches(*, run: bool = True) -> Iterator[list[Launch]]:

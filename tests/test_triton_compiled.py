@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import pkgutil
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -20,9 +24,12 @@ if importlib.util.find_spec("triton") is None:
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import planted_kernels.planted as planted
+from kernels_compared import Case, Problem, runs
 from kernels_compiled import ARCHITECTURES, Compiled, compiled, transposes_a_dot
+from kernels_launched import launches
 
 from ttt.ops.triton.forms import PACKAGE, Form, fingerprint, parts, shipped
+from ttt.ops.triton.mlp_run import SHIPPED
 
 ROOT = Path(__file__).parent.parent
 TABLE = json.loads((ROOT / "benchmarks" / "results" / "kernels-compiled.json").read_text())
@@ -121,6 +128,28 @@ def test_the_table_has_exactly_todays_forms_and_none_of_them_has_a_fault() -> No
     }
     assert not _faults(kept)
     assert f"triton=={TABLE['triton']}" in (ROOT / "constraints.txt").read_text(), "run `make kernels`"
+
+
+def _sized(kernel: Any, constants: Mapping[str, Any], num_warps: int, num_stages: int) -> tuple[object, ...]:
+    """What says how much a launch takes: sizes, precision, warps and stages; flags leave parts of a kernel out."""
+    sizes = {name: value for name, value in constants.items() if type(value) in (int, str)}
+    return kernel.fn.__qualname__, *sorted(sizes.items()), num_warps, num_stages
+
+
+def test_what_is_launched_at_the_shipped_sizes_has_a_form() -> None:
+    shipped_sizes = {_sized(f.kernel, f.constants, f.num_warps, f.num_stages) for f in shipped().values()}
+    every = itertools.product(("linear",), (64, 128), (1, 16, 64), (True, False), ("ieee", "tf32", "bf16"))
+    for kind, width, size, causal, precision in (*every, *(("mlp", *shape) for shape in SHIPPED)):
+        case = Case(kind, width, size, 2 * size, 1, causal, precision=precision)
+        if not runs(case):
+            continue
+        answer, inputs = Problem(case).prepared("triton", "cpu", torch.float32, precision)
+        with launches(run=False) as found:
+            z, _ = answer()
+            torch.autograd.grad(z.sum(), inputs, allow_unused=True)
+        assert len(found) >= 2
+        for one in found:
+            assert _sized(one.kernel, one.constants, one.num_warps, one.num_stages) in shipped_sizes, case.name
 
 
 def _smallest_form_of_each_kernel() -> list[Form]:
