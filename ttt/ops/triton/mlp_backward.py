@@ -41,7 +41,7 @@ from ttt.ops.triton.forms import Form
 from ttt.ops.triton.mlp_run import SHIPPED, Kept, Place, Sizes, Steps, dense, form
 from ttt.ops.triton.mlp_walk import mlp_walk
 
-_SPILLED = {(128, 1): 256, (128, 16): 256, (64, 64): 3072}
+_SPILLED = {(128, 1): 768, (128, 16): 768, (64, 64): 4096}
 """Bytes that a thread of the walk may spill, by `F` and `C`; other sizes spill none.
 
 It has four tiles of weights and their gradients in turn, and beside them up to ten numbers of every token and column:
