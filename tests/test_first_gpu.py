@@ -35,15 +35,25 @@ def _stage(arguments: Sequence[str], log: str) -> int:
     return 0
 
 
-def _forked(arguments: Sequence[str], log: Path) -> forking.Forked:
+class _Forked:
     """A stage in a process that need not import anything."""
-    return forking.start(_stage, arguments, str(log))
+
+    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+        self._process = forking.start(_stage, arguments, str(log))
+
+    def wait(self, timeout: float) -> int:
+        code = self._process.wait(timeout)
+        self.kill()
+        return code
+
+    def kill(self) -> None:
+        self._process.__exit__()  # its streams are closed too
 
 
 def test_every_stage_runs_and_writes_its_figures(tmp_path: Path) -> None:
     told: list[str] = []
     limits = dict.fromkeys(STAGES, 300.0)
-    found = run(tmp_path, TINY, stages=limits, seconds=3000, start=_forked, tell=told.append)
+    found = run(tmp_path, TINY, stages=limits, seconds=3000, start=_Forked, tell=told.append)
     assert {name: one["ended"] for name, one in found.items()} == dict.fromkeys(STAGES, "done"), told
     assert json.loads((tmp_path / "first_gpu.json").read_text()) == found
     text = (tmp_path / "first_gpu.md").read_text()
