@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ttt import TTTConfig, TTTLayer, TTTState
 from ttt.files import read_tensors
-from ttt.ops.decode import learn_one_, slots_for
+from ttt.ops.decode import learn_one_
+from ttt.ops.factors import slots_for
 from ttt.ops.minibatch import Inner, Stream
 from ttt.ops.reference import reference
 from ttt.ops.rows import Tokens

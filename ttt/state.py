@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ttt.errors import EnvironmentProblem
 from ttt.files import read_tensors, write_tensors
-from ttt.ops.decode import Factors, no_factors, summed_gradients
+from ttt.ops.factors import Factors, no_factors, summed_gradients
 from ttt.ops.minibatch import Stream, Weights
 
 

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttt.ops.decode import Factors, slots_for
+from ttt.ops.factors import Factors, slots_for
 from ttt.ops.minibatch import Inner, Stream
 from ttt.ops.rows import Tokens
 from ttt.ops.triton.forms import Form
