@@ -88,22 +88,38 @@ def compiled(
 
 
 def _in_a_process(work: Sequence[tuple[str, str, int]], tell: Callable[[Compiled], None]) -> list[Compiled]:
+    """Compile one after the other; where the compiler ends the process, as its assertions do, go on in another."""
+    found: list[Compiled] = []
+    while len(found) < len(work):
+        code = _until_it_ends(work[len(found) :], lambda one: (found.append(one), tell(one)))
+        if code:
+            found.append(_died(*work[len(found)], code))
+            tell(found[-1])
+    return found
+
+
+def _until_it_ends(work: Sequence[tuple[str, str, int]], take: Callable[[Compiled], object]) -> int:
     lines = "\n".join(json.dumps({"package": p, "form": f, "arch": a}) for p, f, a in work)
-    found = []
     with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryFile("w+") as asked:
         asked.write(lines)
         asked.seek(0)
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, __file__]
-        with subprocess.Popen(command, stdin=asked, stdout=subprocess.PIPE, env=environment, text=True) as process:
+        with subprocess.Popen(
+            [sys.executable, __file__], stdin=asked, stdout=subprocess.PIPE, env=environment, text=True
+        ) as process:
             assert process.stdout is not None
             for line in process.stdout:
-                found.append(Compiled(**json.loads(line)))
-                tell(found[-1])
-    if process.returncode:
-        raise RuntimeError(f"the compiling process ended with {process.returncode}; it says why above")
-    return found
+                take(Compiled(**json.loads(line)))
+    return process.returncode
+
+
+def _died(package: str, name: str, arch: int, code: int) -> Compiled:
+    from ttt.ops.triton.forms import fingerprint, shipped
+
+    form = shipped(package)[name]
+    error = f"the compiler ended its process with {code}"
+    return Compiled(name, arch, fingerprint(form), form.num_warps, form.num_stages, error=error)
 
 
 # --- in the process that compiles ---

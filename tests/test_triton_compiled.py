@@ -43,7 +43,7 @@ def _faults(found: list[Compiled]) -> list[str]:
 
 
 def test_the_gate_catches_each_fault_and_nothing_else() -> None:
-    names = ("sound", "spilling", "hoarding", "turning", "broken")
+    names = ("sound", "spilling", "hoarding", "turning", "deadly", "broken")
     found = {one.form: one for one in compiled([("planted_kernels", name, 90) for name in names])}
     said = {name: " and ".join(found[name].faults()) for name in names}
     assert said["sound"] == ""
@@ -52,6 +52,7 @@ def test_the_gate_catches_each_fault_and_nothing_else() -> None:
     assert re.fullmatch(r"takes 262144 bytes of shared memory of 232448", said["hoarding"])
     assert re.fullmatch(r"transposes a dot's result, .*", said["turning"])
     assert re.fullmatch(r"does not compile: CompilationError.*incompatible dimensions.*", said["broken"])
+    assert said["deadly"] == "does not compile: the compiler ended its process with -6"
     sound = found["sound"]
     assert 16 <= sound.registers <= 255
     assert sound.shared_bytes == 2 * 4 * 32 * 32  # a tile of each operand

@@ -1,5 +1,7 @@
 """Each kernel has one fault; `sound` has none."""
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -57,6 +59,18 @@ def broken(a, out, SIZE: tl.constexpr):
     tl.store(out + tl.arange(0, SIZE), tl.load(a + tl.arange(0, 2 * SIZE)))
 
 
+class _Deadly:
+    """What ends the process that reads it, as a failed assertion in the compiler does."""
+
+    def __repr__(self) -> str:
+        return "deadly"
+
+    def __str__(self) -> str:
+        if not triton.knobs.runtime.interpret:
+            os.abort()
+        return "deadly"
+
+
 def forms() -> list[Form]:
     """One of each."""
     two = {"a": "*fp32", "out": "*fp32"}
@@ -66,5 +80,6 @@ def forms() -> list[Form]:
         Form("spilling", spilling, two, {"SIZE": 128}, num_warps=1),
         Form("hoarding", hoarding, two, {"SIZE": 256}, num_warps=32, spilled_bytes=1 << 10),
         Form("turning", turning, two, {"STEPS": 3, "SIZE": 32}),
+        Form("deadly", broken, two, {"SIZE": _Deadly()}),
         Form("broken", broken, two, {"SIZE": 32}),
     ]
