@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from ttt.ops.constants import Precision
 from ttt.ops.decode import learn_one_
 from ttt.ops.minibatch import Inner, Stream, learn
 from ttt.ops.norm import normalize, normalize_target, rms_norm
-from ttt.ops.rotary import apply_rotary, rotary_angles, rotary_table
+from ttt.ops.rotary import apply_rotary, rotary_angles
 from ttt.ops.rows import Tokens
 from ttt.ops.tracing import InnerTrace, MinibatchTrace, effective_weights, trace, trace_minibatches
 from ttt.state import Reading, TTTState, weight_names
@@ -384,19 +383,15 @@ class TTTLayer(nn.Module):
 
     def _minibatch_rotary(self, length: int, state: TTTState, mask: Tensor | None, dtype: torch.dtype) -> Rotary:
         """The angles by position in the mini-batch, where only tokens that count take a position."""
-        size, width, theta, count = self.config.mini_batch_size, self.head_width, self.config.rope_theta, state.count
-        alone = self.sharing.tokens(length) == 1 and mask is None
-        if alone and count is not None and count.device.type == "cpu" and not _recorded():
-            cos, sin = rotary_table(size, width, theta=theta, dtype=dtype)
-            return cos[count][:, None, None], sin[count][:, None, None]
         positions = self.sharing.own_tokens(
             torch.arange(self.sharing.tokens(length), device=state.weights[0].device)
             if mask is None
             else (self.sharing.all_tokens(mask).cumsum(1) - 1).clamp_min(0)[:, None]
         )
-        if count is not None:
-            positions = count[:, None, None] + positions
-        return rotary_angles(positions % size, width, theta=theta, dtype=dtype)
+        if state.count is not None:
+            positions = state.count[:, None, None] + positions
+        positions = positions % self.config.mini_batch_size
+        return rotary_angles(positions, self.head_width, theta=self.config.rope_theta, dtype=dtype)
 
     def _norm(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return held(self.ttt_norm_weight).to(dtype).unsqueeze(1), held(self.ttt_norm_bias).to(dtype).unsqueeze(1)
@@ -406,8 +401,7 @@ class TTTLayer(nn.Module):
         size, device = self.config.mini_batch_size, self.ttt_norm_weight.device
         if not self.config.causal:
             return torch.full((size,), 1 / size, dtype=dtype, device=device)
-        known = device.type == "cpu" and not _recorded()
-        scale = _step_sizes(size, dtype) if known else 1 / torch.arange(1, size + 1, dtype=dtype, device=device)
+        scale = 1 / torch.arange(1, size + 1, dtype=dtype, device=device)
         if self.config.learnable_token_idx:
             scale = (scale + self.sharing.entering(self.learnable_token_idx).to(dtype)).clamp_min(0)
         return scale
@@ -415,18 +409,6 @@ class TTTLayer(nn.Module):
     def _inner(self, dtype: torch.dtype) -> Inner:
         gamma_H1F, beta_H1F = (self.sharing.heads(x) for x in self._norm(dtype))
         return Inner(gamma_H1F, beta_H1F, self._scale(dtype), self.config.causal, self.config.ln_eps, self.precision)
-
-
-@lru_cache(maxsize=16)
-def _step_sizes(size: int, dtype: torch.dtype) -> Tensor:
-    """`1/i` for i = 1 … C, on the CPU, made once: never write to it."""
-    with torch.inference_mode(False), torch.no_grad():
-        return 1 / torch.arange(1, size + 1, dtype=dtype)
-
-
-def _recorded() -> bool:
-    """Whether what runs is recorded, for backward or by a compiler, and should hold no tensor from elsewhere."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def _nonfinite(x: Tensor) -> Tensor:

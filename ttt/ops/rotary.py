@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -16,13 +14,6 @@ def rotary_angles(positions: Tensor, width: int, *, theta: float, dtype: torch.d
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=dtype) / width
     angles = positions.to(dtype)[..., None] * theta**-exponents
     return angles.cos(), angles.sin()
-
-
-@lru_cache(maxsize=16)
-def rotary_table(size: int, width: int, *, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`rotary_angles` of positions 0 … size − 1 on the CPU, `[size, F/2]` each, made once: never write to them."""
-    with torch.inference_mode(False), torch.no_grad():
-        return rotary_angles(torch.arange(size), width, theta=theta, dtype=dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
