@@ -41,7 +41,7 @@ def compile_all(only: str, architectures: Sequence[int], out: Path | None) -> in
     rows: dict[tuple[str, int], Compiled] = {}
     for one in (Compiled(**row) for row in (before["forms"] if before["triton"] == triton.__version__ else ())):
         if wanted.get((one.form, one.arch)) == one.fingerprint:
-            rows[one.form, one.arch] = replace(one, stated_bytes=forms[one.form].spilled_bytes)
+            rows[one.form, one.arch] = replace(one, stated_bytes=forms[one.form].may_spill(one.arch))
 
     def keep(one: Compiled | None = None) -> None:
         if one is not None:

@@ -135,7 +135,7 @@ def compile_form(form: Any, arch: int) -> Compiled:
     from ttt.ops.triton.forms import fingerprint
 
     named = {"form": form.name, "arch": arch, "fingerprint": fingerprint(form)}
-    named |= {"num_warps": form.num_warps, "num_stages": form.num_stages, "stated_bytes": form.spilled_bytes}
+    named |= {"num_warps": form.num_warps, "num_stages": form.num_stages, "stated_bytes": form.may_spill(arch)}
     names = form.kernel.arg_names
     source = ASTSource(
         fn=form.kernel,

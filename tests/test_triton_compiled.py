@@ -124,9 +124,8 @@ def test_the_table_has_exactly_todays_forms_and_none_of_them_has_a_fault() -> No
     kept = [Compiled(**row) for row in TABLE["forms"]]
     today = {(name, arch): fingerprint(form) for name, form in shipped().items() for arch in ARCHITECTURES}
     assert {(one.form, one.arch): one.fingerprint for one in kept} == today, "run `make kernels`"
-    assert {name: form.spilled_bytes for name, form in shipped().items()} == {
-        one.form: one.stated_bytes for one in kept
-    }
+    forms = shipped()
+    assert all(one.stated_bytes == forms[one.form].may_spill(one.arch) for one in kept), "run `make kernels`"
     assert not _faults(kept)
     assert f"triton=={TABLE['triton']}" in (ROOT / "constraints.txt").read_text(), "run `make kernels`"
 

@@ -10,7 +10,9 @@ import torch
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 LARGEST = {16: 64, 32: 64, 64: 64, 128: 32}
-"""By F, the largest mini-batch C of the linear inner model's kernels: more does not fit on every GPU."""
+"""By F, the largest mini-batch C that the linear inner model's kernels are written for."""
+LARGEST_COMPILED = {1: 32, 2: 64}
+"""By layers of the inner model, the largest C on GPUs, so far as every one compiles it; an MLP's at F 64."""
 
 
 def interpreted() -> bool:
@@ -40,18 +42,19 @@ def obstacle(
     if len(found) != 1 or not found <= allowed:
         names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
         return f"needs tokens and fast weights in float32, not {names}"
-    return None if widths is None else _misfit(widths, size)
+    return None if widths is None else _misfit(widths, size, on_gpu=device_type != "cpu")
 
 
-def _misfit(widths: Sequence[int], size: int | None) -> str | None:
+def _misfit(widths: Sequence[int], size: int | None, *, on_gpu: bool) -> str | None:
     """Why there is no kernel for these shapes."""
     depth = len(widths) - 1
     if depth > 2:
         return f"has kernels for inner models of one or two layers, not {depth}"
     if depth == 1 and widths[0] not in LARGEST:
         return f"has kernels of the linear inner model for heads of {', '.join(map(str, LARGEST))}, not {widths[0]}"
-    if depth == 1 and size is not None and size > LARGEST[widths[0]]:
-        return (
-            f"has kernels of the linear inner model for mini-batches of at most {LARGEST[widths[0]]} tokens, not {size}"
-        )
+    largest = LARGEST[widths[0]] if depth == 1 else 64
+    if on_gpu:
+        largest = min(largest, LARGEST_COMPILED[depth] if widths[0] <= 64 else 32)
+    if size is not None and size > largest:
+        return f"has kernels for mini-batches of at most {largest} tokens with heads of {widths[0]}, not {size}"
     return None

@@ -33,10 +33,14 @@ class Form:
     """The value of each `tl.constexpr` parameter."""
     num_warps: int = 4
     num_stages: int = 2
-    spilled_bytes: int = 0
-    """The most bytes a thread may spill to memory."""
+    spilled_bytes: int | Mapping[int, int] = 0
+    """The most bytes a thread may spill to memory: everywhere, or by architecture, such as `{80: 768}`; else none."""
     aligned: frozenset[str] = field(default_factory=frozenset)
     """Parameters that are always multiples of 16 (pointers, strides)."""
+
+    def may_spill(self, arch: int) -> int:
+        """The most bytes a thread may spill on an architecture: 80, 90 or 100."""
+        return self.spilled_bytes if isinstance(self.spilled_bytes, int) else self.spilled_bytes.get(arch, 0)
 
 
 def modules(package: str = PACKAGE) -> list[Any]:

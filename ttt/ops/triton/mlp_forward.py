@@ -78,8 +78,7 @@ def forms() -> list[Form]:
         sizes = Sizes.of_shape(width, 4 * width, size)
         name = f"F {width}, C {size}, {'causal' if causal else 'non-causal'}, {precision}"
         constants = {**middle, "CAUSAL": causal, "PRECISION": precision}
-        spilled = 256 if (width, size) == (128, 64) else 0  # its `[C,F]` alone take 32 registers each
-        found.append(form(f"MLP step, {name}", mlp_step, sizes, constants, spilled))
-    opened = {**constants, "BEGIN": False, "CLOSES": False, "OPENED": True, "CAUSAL": True}
+        found.append(form(f"MLP step, {name}", mlp_step, sizes, constants))
+    opened = {**middle, "BEGIN": False, "CLOSES": False, "OPENED": True, "CAUSAL": True, "PRECISION": "tf32"}
     found.append(form("MLP step, F 128, C 16, open, tf32", mlp_step, Sizes.of_shape(128, 512, 16), opened, 0))
     return found

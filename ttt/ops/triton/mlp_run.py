@@ -130,12 +130,13 @@ COUNTS = frozenset(
 SHIPPED: tuple[tuple[int, int, bool, Precision], ...] = (
     (128, 16, True, "ieee"), (128, 16, True, "tf32"), (128, 16, True, "bf16"), (128, 1, True, "tf32"),
     (64, 16, True, "tf32"), (64, 64, False, "ieee"), (64, 64, False, "tf32"), (64, 64, False, "bf16"),
-    (128, 64, False, "tf32"),
 )  # fmt: skip
 """`F`, `C`, whether it is causal, and the precision of the forms: every value of each, not all products of them."""
 
 
-def form(name: str, kernel: Any, sizes: Sizes, constants: dict[str, Any], spilled_bytes: int = 0) -> Form:
+def form(
+    name: str, kernel: Any, sizes: Sizes, constants: dict[str, Any], spilled_bytes: int | dict[int, int] = 0
+) -> Form:
     """A form of one of the kernels, which takes some of the constants."""
     every = {
         "F": sizes.width, "HIDDEN": sizes.hidden, "TILE": sizes.tile, "C": sizes.size,
