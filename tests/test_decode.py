@@ -18,6 +18,7 @@ from ttt.ops.factors import slots_for
 from ttt.ops.minibatch import Inner, Stream
 from ttt.ops.reference import reference
 from ttt.ops.rows import Tokens
+from ttt.train.compiling import CompiledRead
 
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 HEADS = 2
@@ -312,3 +313,56 @@ def test_products_are_exact_whatever_pytorch_is_set_to(monkeypatch: pytest.Monke
     finally:
         torch.set_float32_matmul_precision(before)
     torch.testing.assert_close(found.double(), wide, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_is_derived_of_a_streaming_state_stands_still() -> None:
+    """Its sums are new tensors, so the rest must be too: a step would change a half of them."""
+    layer, x = layer_of(), draw(2, 9, 16, seed=53)
+    state = layer.streaming_state(2, dtype=torch.float64)
+    for t in range(6):
+        layer.step_(x[:, t : t + 1], state)
+    end = layer(x[:, 6:8], state)[1]  # two tokens of four: it still has the weights that opened the mini-batch
+    derived = [state.detach(), state.to("cpu"), state.opened(), end]
+    before = [{name: tensor.clone() for name, tensor in one.tensors().items()} for one in derived]
+    for t in range(6, 9):
+        layer.step_(x[:, t : t + 1], state)
+    for one, then in zip(derived, before, strict=True):
+        assert all(torch.equal(tensor, then[name]) for name, tensor in one.tensors().items())
+
+
+@torch.no_grad()
+def test_a_step_writes_to_no_copy_of_its_state() -> None:
+    """Heads before rows: as one dimension they are a copy, and what is written to it would be lost."""
+    layer, x = layer_of(), draw(2, 7, 16, seed=54)
+    _, state = layer(x[:, :6])
+    own = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    turned = {name: t.transpose(0, 1).contiguous().transpose(0, 1) for name, t in own.items() if name.endswith("_grad")}
+    with pytest.raises(ValueError, match="take one from streaming_state"):
+        layer.step_(x[:, 6:], TTTState.from_tensors({**own, **turned}))
+    layer.step_(x[:, 6:], TTTState.from_tensors(own))
+
+
+@pytest.mark.parametrize(("size", "kept"), [(20, True), (20, False), (8, True), (8, False)])
+@pytest.mark.parametrize("wait", [True, False])
+@torch.no_grad()
+def test_a_nan_stays_out_of_the_weights_until_its_minibatch_closes(size: int, kept: bool, wait: bool) -> None:
+    case = Case(8, 2, size, size, rows=1)
+    state = case.state.streaming(size)
+    factors = state.factors if kept else None
+    for t in range(size):
+        token = case.tokens.map(lambda x, t=t: x[:, :, t : t + 1])
+        bad = token._replace(k=token.k * torch.nan) if t == 3 else token
+        learn_one_(bad, Stream(state.weights, state.gradients, state.count), case.inner, None, factors, wait=wait)
+        assert all(bool(w.isfinite().all()) for w in state.weights) is (t < size - 1)
+
+
+@torch.no_grad()
+def test_a_compiled_layer_reads_on_from_a_streaming_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ttt.train.compiling.BACKEND", "eager")
+    layer, x = layer_of(), draw(2, 9, 16, seed=55)
+    expected = layer(x)[0]
+    state = layer.streaming_state(2, dtype=torch.float64)
+    layer.step_(x[:, :1], state)
+    layer.compiled = CompiledRead()
+    torch.testing.assert_close(layer(x[:, 1:], state)[0], expected[:, 1:], **TOLERANCE)

@@ -168,6 +168,7 @@ class TTTLayer(nn.Module):
         given, state = state, self._checked(x, state, rotary, mask)
         for observe in self.observers:
             observe(self, Reading(x, given, rotary, None, mask))
+        state = state.summed()
         read = self.compiled or TTTLayer._read
         group_size = self._group_size(self.sharing.tokens(x.shape[1]))
         with no_autocast(x):  # outside the compiled part: a compiled backward runs in the types of its forward
@@ -207,10 +208,12 @@ class TTTLayer(nn.Module):
             raise ValueError("the state has no open mini-batch to write to; take one from streaming_state")
         if state.skipped is None and self.config.skip_nonfinite_tokens:
             raise ValueError("the state has no count of skipped tokens to write to; take one from streaming_state")
-        for name, weight in zip(self.weight_names, state.weights, strict=True):
-            own = held(getattr(self, name)).untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
-            if not own or not weight.is_contiguous():
-                raise ValueError("the state shares its memory; take one from streaming_state, which step_ may write to")
+        own = all(
+            held(getattr(self, name)).untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
+            for name, weight in zip(self.weight_names, state.weights, strict=True)
+        )
+        if not own or not all(x.is_contiguous() for x in state.memory().values()):
+            raise ValueError("the state shares its memory; take one from streaming_state, which step_ may write to")
         for observe in self.observers:
             observe(self, Reading(x, state, rotary, rows, None if rows is None else rows[:, None]))
         with torch.no_grad(), no_autocast(x):

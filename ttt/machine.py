@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -68,6 +69,18 @@ class Obstacle(NamedTuple):
     """What is wrong."""
     fix: str
     """What to do about it."""
+
+
+def missing_for_muon() -> Obstacle | None:
+    """What Muon lacks: `torch.optim.Muon` came with PyTorch 2.9; None if it is there."""
+    found = importlib.metadata.version("torch")
+    major, minor = (int(part) for part in found.split(".")[:2])
+    if (major, minor) >= (2, 9):
+        return None
+    return Obstacle(
+        f"optimizer: muon is that of PyTorch 2.9 or newer, and PyTorch is {found} here",
+        "upgrade torch, or write optimizer: adamw",
+    )
 
 
 def missing_for_8bit(device: str) -> Obstacle | None:

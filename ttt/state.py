@@ -58,10 +58,18 @@ class TTTState:
         """How many streams there are, B."""
         return self.weights[0].shape[0]
 
+    def summed(self) -> TTTState:
+        """The same state without factors: a copy of a streaming state's, which no step changes; else this one."""
+        if self.factors is None:
+            return self
+        return self.from_tensors({name: tensor.clone() for name, tensor in self.tensors().items()})
+
     def opened(self) -> TTTState:
         """The same state with gradients and count written out: zero for a stream at a boundary."""
+        if self.factors is not None:
+            return self.summed()
         if self.gradients is not None and self.count is not None:
-            return TTTState(self.weights, self._summed(), self.count, self.skipped)
+            return self
         return TTTState(self.weights, tuple(torch.zeros_like(w) for w in self.weights), self.no_tokens(), self.skipped)
 
     def no_tokens(self) -> Tensor:
@@ -73,12 +81,12 @@ class TTTState:
         return self if self.skipped is not None else replace(self, skipped=self.no_tokens())
 
     def detach(self) -> TTTState:
-        """The same state, detached from the autograd graph."""
-        return self.from_tensors({name: tensor.detach() for name, tensor in self.tensors().items()})
+        """The same state, detached from the autograd graph; a copy of a streaming state's."""
+        return self.from_tensors({name: tensor.detach() for name, tensor in self.summed().tensors().items()})
 
     def to(self, device: torch.device | str) -> TTTState:
-        """The same state on another device."""
-        return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
+        """The same state on another device; a copy of a streaming state's also on its own."""
+        return self.from_tensors({name: tensor.to(device) for name, tensor in self.summed().tensors().items()})
 
     def where(self, rows: Tensor, other: TTTState) -> TTTState:
         """This state for the streams for which `rows [B]` is true, `other` for the rest."""

@@ -151,8 +151,8 @@ def _each(x_B: Tensor, heads: int) -> Tensor:
 
 
 def _flat(tensors: Weights, rows: slice | None = None) -> list[Tensor]:
-    """Views of rows with their heads as one dimension, `[R,…]`; None means all rows."""
-    return [(x if rows is None else x[rows]).flatten(0, 1) for x in tensors]
+    """Views of rows with their heads as one dimension, `[R,…]`; None means all rows; contiguous tensors only."""
+    return [(x if rows is None else x[rows]).view(-1, *x.shape[2:]) for x in tensors]
 
 
 def _keys(
@@ -289,9 +289,9 @@ def _end_where_(
             u.masked_fill_(ended, 0)
         factors.based_B.logical_or_(ended_B).logical_and_(~closed_B)
     taken = torch.where(closed, inner.scale_C[-1], 0)
-    for index, (w, g) in enumerate(zip(weights, sums, strict=True)):
-        # A bias's sum may hold a NaN that has just been read, which zero would not stop.
-        w.addcmul_(torch.where(closed, g, 0) if index % 2 else g, taken, value=-1)
+    for w, g in zip(weights, sums, strict=True):
+        # Sums may hold a NaN that has just been read, which a factor of zero would not stop.
+        w.addcmul_(torch.where(closed, g, 0), taken, value=-1)
         g.masked_fill_(closed, 0)
     count_B.masked_fill_(closed_B, 0)
 

@@ -21,6 +21,7 @@ from ttt.machine import (
     exact_implementation,
     local_rank_launched,
     missing_for_8bit,
+    missing_for_muon,
     missing_precision,
     processes_launched,
 )
@@ -56,11 +57,12 @@ def require_optimizer(train: TrainConfig) -> None:
     """Refuse to begin a run whose `train.optimizer` cannot run on its device.
 
     Raises:
-        EnvironmentProblem: 8-bit AdamW lacks its package, or a GPU.
+        EnvironmentProblem: 8-bit AdamW lacks its package, or a GPU; PyTorch is too old for Muon.
     """
-    if train.optimizer != "adamw_8bit":
+    if train.optimizer == "adamw":
         return
-    missing = missing_for_8bit(choose_device(train.device).type)
+    muon = train.optimizer == "muon"
+    missing = missing_for_muon() if muon else missing_for_8bit(choose_device(train.device).type)
     if missing is not None:
         raise EnvironmentProblem(f"train.{missing.problem}; {missing.fix}")
 

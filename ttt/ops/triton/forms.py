@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PACKAGE = "ttt.ops.triton"
+INTERPRETED = "_INTERPRETED"
+"""The global constant that tells a kernel whether it is interpreted; what is compiled is not."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,9 @@ def fingerprint(form: Form) -> str:
         constants = sorted(
             f"{key} = {getattr(value, 'value', value)!r}"
             for key, value in _globals_of(function)
-            if isinstance(getattr(value, "value", value), (bool, int, float, str))
+            if isinstance(getattr(value, "value", value), (bool, int, float, str)) and key != INTERPRETED
         )
+        constants += [f"{INTERPRETED} = False" for key, _ in _globals_of(function) if key == INTERPRETED]
         content += [name, ast.dump(_tree(function)), *constants]
     return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
 

@@ -41,12 +41,19 @@ from ttt.ops.triton.forms import Form
 from ttt.ops.triton.mlp_run import SHIPPED, Kept, Place, Sizes, Steps, dense, form
 from ttt.ops.triton.mlp_walk import mlp_walk
 
-_SPILLED = {(128, 1): 768, (128, 16): 768, (64, 64): 4096}
-"""Bytes that a thread of the walk may spill, by `F` and `C`; other sizes spill none.
+_SPILLED: dict[tuple[int, int, str], int | dict[int, int]] = {
+    (128, 1, "tf32"): 768, (128, 16, "ieee"): 1_536, (128, 16, "tf32"): 768, (128, 16, "bf16"): 768,
+    (64, 16, "tf32"): {100: 32}, (64, 64, "ieee"): {80: 63_872, 90: 8_192, 100: 8_192},
+    (64, 64, "tf32"): {80: 5_888, 90: 2_560, 100: 640}, (64, 64, "bf16"): {80: 4_608, 90: 3_072, 100: 640},
+}  # fmt: skip
+"""Bytes that a thread of the walk may spill, by F, C and precision; others spill none.
 
 It has four tiles of weights and their gradients in turn, and beside them up to ten numbers of every token and column:
 more than 255 registers at F 128, and far more with 64 tokens. What spills stays in the cache of the multiprocessor.
+`ieee` has no matrix unit, and gathers the inner width of its factors beside them: with 64 tokens it is slow.
 """
+_SPILLED_OPEN = {80: 1_088, 90: 192, 100: 96}
+"""The same of an open mini-batch at F 128, C 16."""
 
 
 def mlp_backward(
@@ -153,7 +160,9 @@ def forms() -> list[Form]:
         sizes = Sizes.of_shape(width, 4 * width, size)
         name = f"F {width}, C {size}, {'causal' if causal else 'non-causal'}, {precision}"
         constants = {**middle, "CAUSAL": causal, "PRECISION": precision}
-        found.append(form(f"MLP walk, {name}", mlp_walk, sizes, constants, _SPILLED.get((width, size), 0)))
+        found.append(form(f"MLP walk, {name}", mlp_walk, sizes, constants, _SPILLED.get((width, size, precision), 0)))
     opened = {**middle, "BEGIN": False, "CLOSES": False, "OPENED": True, "CAUSAL": True, "PRECISION": "tf32"}
-    found.append(form("MLP walk, F 128, C 16, open, tf32", mlp_walk, Sizes.of_shape(128, 512, 16), opened, 0))
+    found.append(
+        form("MLP walk, F 128, C 16, open, tf32", mlp_walk, Sizes.of_shape(128, 512, 16), opened, _SPILLED_OPEN)
+    )
     return found

@@ -70,6 +70,10 @@ def mlp_forward(problem: Problem, *, keep: bool) -> tuple[Tensor, list[Tensor], 
     return answers, list(following[:4]), saved
 
 
+_SPILLED = {(128, 16, "bf16"): {80: 32}, (64, 64, "tf32"): {100: 8}, (64, 64, "bf16"): {80: 16}}
+"""Bytes that a thread of the step may spill, by F, C, precision and architecture; others spill none."""
+
+
 def forms() -> list[Form]:
     """Steps in the middle of a group, as backward runs them again, which do the most, and an open mini-batch's."""
     found = []
@@ -78,7 +82,7 @@ def forms() -> list[Form]:
         sizes = Sizes.of_shape(width, 4 * width, size)
         name = f"F {width}, C {size}, {'causal' if causal else 'non-causal'}, {precision}"
         constants = {**middle, "CAUSAL": causal, "PRECISION": precision}
-        found.append(form(f"MLP step, {name}", mlp_step, sizes, constants))
+        found.append(form(f"MLP step, {name}", mlp_step, sizes, constants, _SPILLED.get((width, size, precision), 0)))
     opened = {**middle, "BEGIN": False, "CLOSES": False, "OPENED": True, "CAUSAL": True, "PRECISION": "tf32"}
-    found.append(form("MLP step, F 128, C 16, open, tf32", mlp_step, Sizes.of_shape(128, 512, 16), opened, 0))
+    found.append(form("MLP step, F 128, C 16, open, tf32", mlp_step, Sizes.of_shape(128, 512, 16), opened, {80: 224}))
     return found
