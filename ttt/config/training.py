@@ -123,7 +123,7 @@ class TrainConfig(Section):
     """Mixed precision: products of the backbone's float32 matrices in bfloat16. TTT keeps to its tokens' type."""
     ttt_precision: Literal["ieee", "tf32", "bf16"] = "ieee"
     """In what the operands of the inner model's products are multiplied: float32 as they are, or rounded to TF32
-    (NVIDIA GPUs) or bfloat16. Fast weights and sums stay float32, and a token streamed by itself is multiplied as is."""
+    (NVIDIA GPUs) or bfloat16. Fast weights and sums stay float32; tokens streamed one by one are not rounded."""
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     """How several processes share the run, if it is started as several."""
     compile: bool = False
