@@ -7,6 +7,7 @@ them as a table. Importing this imports no Triton; `shipped` and `fingerprint` d
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import inspect
@@ -103,6 +104,7 @@ def fingerprint(form: Form) -> str:
     return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
 
 
+@functools.cache
 def _tree(function: Any) -> ast.FunctionDef:
     tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     assert isinstance(tree, ast.FunctionDef)

@@ -52,7 +52,7 @@ It has four tiles of weights and their gradients in turn, and beside them up to 
 more than 255 registers at F 128, and far more with 64 tokens. What spills stays in the cache of the multiprocessor.
 `ieee` has no matrix unit, and gathers the inner width of its factors beside them: with 64 tokens it is slow.
 """
-_SPILLED_OPEN = {80: 1_536}
+_SPILLED_OPEN = {80: 1_536, 100: 16}
 """The same of an open mini-batch at F 128, C 16."""
 
 
