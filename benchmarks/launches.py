@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ttt.ops import fused
-from ttt.ops.minibatch import Inner, Stream, learn_one_
+from ttt.ops.decode import learn_one_
+from ttt.ops.minibatch import Inner, Stream
 from ttt.ops.rows import Tokens
 
 SHAPES = (

@@ -234,8 +234,8 @@ def test_a_step_that_leaves_no_numbers_is_never_saved(tmp_path, monkeypatch, kin
     def broken(self, number):
         rates = step(self, number)
         if number == 5:
-            target = next(iter(self._targets.values()))
-            broken = target if kind == "parameter" else self._adamw.state[target]["exp_avg_sq"]
+            name, target = next(iter(self._targets.items()))
+            broken = target if kind == "parameter" else self._update_of[name]._made.state[target]["exp_avg_sq"]
             with torch.no_grad():
                 broken.flatten()[0] = float("inf")
         return rates

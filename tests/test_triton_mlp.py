@@ -283,7 +283,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"width": 24}, "heads of 16, 32, 64, 128, not 24"),
         ({"hidden": 40}, "a multiple of 16, not 40"),
-        ({"length": 65, "size": 65}, "at most 64 tokens, not 65"),
+        ({"length": 65, "size": 65}, "at most 64 tokens with heads of 16, not 65"),
     ],
 )
 def test_what_has_no_form_is_refused(changed: dict[str, int], said: str) -> None:

@@ -177,14 +177,12 @@ def _choice(checked: CheckedConfig | None) -> tuple[ScanChoice, Problem | None]:
         forced = select.forced_implementation()
         # Fast weights are float32, whatever the backbone's dtype.
         chosen = select.implementation(device_type=device, dtypes=(torch.float32,), mini_batches=mini_batches or 1)
-    except ValueError as error:
-        if forced is None:
-            known = ", ".join(get_args(select.Implementation))
-            what = f"{select.VARIABLE}={os.environ.get(select.VARIABLE)} names no implementation of the scan"
-            problem = Problem(Severity.ERROR, what, f"write one of {known}, or unset it")
-        else:
-            what, _, fix = str(error).partition("; ")
-            problem = Problem(Severity.ERROR, what, fix)
+    except select.CannotRunError as error:
+        problem = Problem(Severity.ERROR, error.problem, error.fix)
+    except ValueError:
+        known = ", ".join(get_args(select.Implementation))
+        what = f"{select.VARIABLE}={os.environ.get(select.VARIABLE)} names no implementation of the scan"
+        problem = Problem(Severity.ERROR, what, f"write one of {known}, or unset it")
     choice = ScanChoice(
         chosen,
         forced is not None,

@@ -34,6 +34,14 @@ def forced_implementation() -> Implementation | None:
     )
 
 
+class CannotRunError(ValueError):
+    """The implementation that `TTT_OPS` names cannot run here."""
+
+    def __init__(self, problem: str, fix: str) -> None:
+        super().__init__(f"{problem}; {fix}")
+        self.problem, self.fix = problem, fix
+
+
 def implementation(
     *,
     device_type: str,
@@ -65,20 +73,22 @@ def implementation(
         size: tokens of a mini-batch, C; None if it is not known.
 
     Raises:
-        ValueError: `TTT_OPS` names no implementation, or one that cannot run here.
+        ValueError: `TTT_OPS` names no implementation.
+        CannotRunError: it names one that cannot run here.
     """
     dtypes = set(dtypes)
     found = {str(dtype).removeprefix("torch."): dtype for dtype in dtypes}
     runs_fused = len(found) == 1 and all(dtype in FUSED_DTYPES for dtype in found.values())
     forced = forced_implementation()
     if forced == "fused" and not runs_fused:
-        raise ValueError(
-            f"{VARIABLE}=fused needs tokens and fast weights of one type, float32 or float64, not "
-            f"{' and '.join(sorted(found))}; write generic, or unset it"
+        names = " and ".join(sorted(found))
+        raise CannotRunError(
+            f"{VARIABLE}=fused needs tokens and fast weights of one type, float32 or float64, not {names}",
+            "write generic, or unset it",
         )
     why = obstacle(device_type=device_type, dtypes=dtypes, widths=widths, size=size) if forced == "triton" else None
     if why is not None:
-        raise ValueError(f"{VARIABLE}=triton {why}; write another implementation, or unset it")
+        raise CannotRunError(f"{VARIABLE}=triton {why}", "write another implementation, or unset it")
     if forced is not None:
         return forced
     small = mini_batches is None and device_type == "cpu" and numbers < SMALL

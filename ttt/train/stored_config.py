@@ -132,12 +132,13 @@ class StoredConfig:
             os.replace(temporary, self.path)
 
     def is_as_written(self) -> bool | None:
-        """Whether its checksum matches; None if it has none, or the file does not exist."""
+        """Whether its checksum matches; None if it has none, or there is no file. A run writes UTF-8."""
         try:
-            text = self.path.read_bytes().decode("utf-8", "replace")
+            return _is_as_written(self.path.read_bytes().decode("utf-8"))
+        except UnicodeDecodeError:
+            return False
         except OSError:
             return None
-        return _is_as_written(text)
 
     def change_since(self, checkpoint: Checkpoint, config: RunConfig) -> str | None:
         """Say what has changed in the stored config since the run wrote it, by hand or by a damaged disk.
