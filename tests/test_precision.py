@@ -245,3 +245,8 @@ def test_a_run_sets_it_for_its_layers_or_says_why_not(monkeypatch: pytest.Monkey
     monkeypatch.setenv("TTT_OPS", "reference")
     with pytest.raises(EnvironmentProblem, match="TTT_OPS=reference computes from the definition"):
         layers(ttt_precision="bf16")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for name, said in {"triton": "triton needs .*; write another", "fussed": "fussed is not an implementation"}.items():
+        monkeypatch.setenv("TTT_OPS", name)
+        with pytest.raises(EnvironmentProblem, match=f"TTT_OPS={said}"):
+            layers()

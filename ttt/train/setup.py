@@ -13,7 +13,7 @@ from torch import nn
 from ttt import inject
 from ttt.adapter import TTTAdapter
 from ttt.config.evaluation import EvalConfig
-from ttt.config.schema import RunConfig, TrainConfig
+from ttt.config.schema import RunConfig, TrainConfig, inner_widths
 from ttt.errors import ConfigError, EnvironmentProblem
 from ttt.inject import Injection
 from ttt.layer import TTTLayer
@@ -25,6 +25,7 @@ from ttt.machine import (
     missing_precision,
     processes_launched,
 )
+from ttt.ops import select
 from ttt.ops.constants import Precision
 from ttt.plugins import Backbone, WindowDataset, run_config_model
 from ttt.plugins.asking import asked, is_out_of_memory
@@ -160,7 +161,21 @@ def _set_precision(injection: Injection, precision: Precision, device: torch.dev
     if layers and obstacle is not None:
         raise EnvironmentProblem(f"train.ttt_precision: {precision}, but {obstacle.problem}; {obstacle.fix}")
     for layer in layers:
+        _require_implementation(layer, device)
         layer.precision = precision
+
+
+def _require_implementation(layer: TTTLayer, device: torch.device) -> None:
+    """Refuse a forced implementation of the scan (`TTT_OPS`) that cannot run the layer on the run's device.
+
+    Raises:
+        EnvironmentProblem: it cannot, or there is none of its name.
+    """
+    widths, size = inner_widths(layer.head_width, layer.config), layer.config.mini_batch_size
+    try:
+        select.implementation(device_type=device.type, dtypes=(torch.float32,), widths=widths, size=size)
+    except ValueError as error:
+        raise EnvironmentProblem(str(error)) from None
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:
