@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.checkpoint import checkpoint
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -319,7 +319,7 @@ def test_it_keeps_the_openings_of_groups_alone() -> None:
 def test_pytorch_takes_the_operation() -> None:
     arguments = _arguments(closes=False, opened=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.ttt.triton_minibatches.default, tuple(arguments), test_utils=checks)
+    library.opcheck(torch.ops.ttt.triton_minibatches.default, tuple(arguments), test_utils=checks)
 
 
 def test_a_second_derivative_is_refused_in_words() -> None:
