@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ttt.config import TTTConfig
 from ttt.config.schema import inner_widths
 from ttt.costs import best_group_size, scan_cost
-from ttt.layer_inputs import check_head_width, check_state, check_tokens
+from ttt.layer_inputs import check_head_width, check_state, check_step, check_tokens
 from ttt.layer_sharing import WHOLE, Projection, Sharing, held
 from ttt.ops.autocast import no_autocast
 from ttt.ops.constants import Precision
@@ -198,22 +198,9 @@ class TTTLayer(nn.Module):
         """
         self.sharing.require_step()
         state = self._checked(x, state, rotary)
-        if x.shape[1] != 1:
-            raise ValueError(f"step_ reads one token of each stream, not {x.shape[1]}; forward reads more")
-        if not self.config.causal and self.config.mini_batch_size > 1:
-            raise ValueError("a layer that is not causal learns from whole mini-batches; it has no step_")
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state.weights, *self.parameters())):
             raise RuntimeError("step_ writes to its state, and a gradient would be lost; call it under torch.no_grad()")
-        if state.gradients is None and self.config.mini_batch_size > 1:
-            raise ValueError("the state has no open mini-batch to write to; take one from streaming_state")
-        if state.skipped is None and self.config.skip_nonfinite_tokens:
-            raise ValueError("the state has no count of skipped tokens to write to; take one from streaming_state")
-        own = all(
-            held(getattr(self, name)).untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
-            for name, weight in zip(self.weight_names, state.weights, strict=True)
-        )
-        if not own or not all(x.is_contiguous() for x in state.memory().values()):
-            raise ValueError("the state shares its memory; take one from streaming_state, which step_ may write to")
+        check_step(state, x, self.config, [held(getattr(self, name)) for name in self.weight_names])
         for observe in self.observers:
             observe(self, Reading(x, state, rotary, rows, None if rows is None else rows[:, None]))
         with torch.no_grad(), no_autocast(x):

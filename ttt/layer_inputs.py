@@ -75,6 +75,34 @@ def check_state(state: TTTState, x: Tensor, own: Sequence[tuple[int, ...]], *, m
         )
 
 
+def check_step(state: TTTState, x: Tensor, config: TTTConfig, parameters: Sequence[Tensor]) -> None:
+    """Refuse more than a token of each stream, and a state that cannot be written to in place.
+
+    Args:
+        state: before the tokens; `check_state` has passed it.
+        x: tokens `[B,T,D]`.
+        config: the layer's.
+        parameters: those from which its fast weights start, in the order of `state.weights`.
+
+    Raises:
+        ValueError: saying what does not fit.
+    """
+    if x.shape[1] != 1:
+        raise ValueError(f"step_ reads one token of each stream, not {x.shape[1]}; forward reads more")
+    if not config.causal and config.mini_batch_size > 1:
+        raise ValueError("a layer that is not causal learns from whole mini-batches; it has no step_")
+    if state.gradients is None and config.mini_batch_size > 1:
+        raise ValueError("the state has no open mini-batch to write to; take one from streaming_state")
+    if state.skipped is None and config.skip_nonfinite_tokens:
+        raise ValueError("the state has no count of skipped tokens to write to; take one from streaming_state")
+    own = all(
+        parameter.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
+        for parameter, weight in zip(parameters, state.weights, strict=True)
+    )
+    if not own or not all(tensor.is_contiguous() for tensor in state.memory().values()):
+        raise ValueError("the state shares its memory; take one from streaming_state, which step_ may write to")
+
+
 def _require_mask(mask: Tensor | None, x: Tensor) -> None:
     """Refuse what would be broadcast, or counted as numbers, or moved between devices."""
     if mask is None:
