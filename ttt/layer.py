@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ttt.config import TTTConfig
 from ttt.config.schema import inner_widths
 from ttt.costs import best_group_size, scan_cost
-from ttt.layer_inputs import check_head_width, check_state, check_step, check_tokens
+from ttt.layer_inputs import check_head_width, check_state, check_step, check_tokens, nonfinite
 from ttt.layer_sharing import WHOLE, Projection, Sharing, held
 from ttt.ops.autocast import no_autocast
 from ttt.ops.constants import Precision
@@ -206,7 +206,7 @@ class TTTLayer(nn.Module):
         with torch.no_grad(), no_autocast(x):
             tokens = self._tokens(x, state, rotary)
             if state.skipped is not None and self.config.skip_nonfinite_tokens:
-                kept_out = _nonfinite(x).flatten()
+                kept_out = nonfinite(x).flatten()
                 state.skipped.add_(kept_out if rows is None else kept_out & rows)
             stream, inner = Stream(state.weights, state.gradients, state.count), self._inner(tokens.q.dtype)
             z_BHTF = learn_one_(tokens, stream, inner, rows, state.factors, wait=x.device.type == "cpu")
@@ -245,7 +245,7 @@ class TTTLayer(nn.Module):
             found = InnerTrace(*(self.sharing.own_tokens(self.sharing.mean_over_heads(losses)) for losses in found))
             if not self.config.skip_nonfinite_tokens:
                 return found
-            skipped = _nonfinite(x).squeeze(-1)
+            skipped = nonfinite(x).squeeze(-1)
             return InnerTrace(*(losses.masked_fill(skipped, torch.nan) for losses in found))
 
     def trace_minibatches(
@@ -308,7 +308,7 @@ class TTTLayer(nn.Module):
         # Backward needs zeros in both cases: NaN times zero would be NaN.
         if mask is not None:
             x = torch.where(mask[..., None], x, 0)
-        kept_out = _nonfinite(x) if self.config.skip_nonfinite_tokens else None
+        kept_out = nonfinite(x) if self.config.skip_nonfinite_tokens else None
         if kept_out is not None:
             x = torch.where(kept_out, 0, x)
         x = self.sharing.entering(x)
@@ -358,7 +358,7 @@ class TTTLayer(nn.Module):
         if not self.config.skip_nonfinite_tokens:
             return state.skipped
         before = state.no_tokens() if state.skipped is None else state.skipped
-        skipped = _nonfinite(x).squeeze(-1)
+        skipped = nonfinite(x).squeeze(-1)
         return before + self.sharing.sum_over_tokens((skipped if mask is None else skipped & mask).sum(1))
 
     def _answer(self, z_BHTF: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -368,7 +368,7 @@ class TTTLayer(nn.Module):
         z = self.sharing.layer_norm(z, held(norm.weight).to(z), held(norm.bias).to(z), eps=norm.eps)
         y = self._project("o_proj", z.to(x.dtype))
         if self.config.skip_nonfinite_tokens:
-            y = torch.where(_nonfinite(x), 0, y)
+            y = torch.where(nonfinite(x), 0, y)
         return y if mask is None else torch.where(mask[..., None], y, 0)
 
     def _minibatch_rotary(self, length: int, state: TTTState, mask: Tensor | None, dtype: torch.dtype) -> Rotary:
@@ -399,8 +399,3 @@ class TTTLayer(nn.Module):
     def _inner(self, dtype: torch.dtype) -> Inner:
         gamma_H1F, beta_H1F = (self.sharing.heads(x) for x in self._norm(dtype))
         return Inner(gamma_H1F, beta_H1F, self._scale(dtype), self.config.causal, self.config.ln_eps, self.precision)
-
-
-def _nonfinite(x: Tensor) -> Tensor:
-    """Which tokens of `[B,T,D]` hold a NaN or an infinity, `[B,T,1]`."""
-    return ~x.isfinite().all(dim=-1, keepdim=True)

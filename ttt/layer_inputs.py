@@ -103,6 +103,11 @@ def check_step(state: TTTState, x: Tensor, config: TTTConfig, parameters: Sequen
         raise ValueError("the state shares its memory; take one from streaming_state, which step_ may write to")
 
 
+def nonfinite(x: Tensor) -> Tensor:
+    """Which tokens of `[B,T,D]` hold a NaN or an infinity, `[B,T,1]`."""
+    return ~x.isfinite().all(dim=-1, keepdim=True)
+
+
 def _require_mask(mask: Tensor | None, x: Tensor) -> None:
     """Refuse what would be broadcast, or counted as numbers, or moved between devices."""
     if mask is None:
