@@ -17,6 +17,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
 import quick_interpreter
+from kernel_results import Found, learned, weighed
 
 from ttt.config import TTTConfig
 from ttt.layer import TTTLayer
@@ -28,7 +29,6 @@ from ttt.ops.select import implementation
 pytestmark = pytest.mark.skipif(
     os.environ["TRITON_INTERPRET"] != "1", reason="compares in the interpreter; benchmarks compare on a GPU"
 )
-Found = tuple[list[Tensor], list[Tensor]]
 
 
 @pytest.fixture(autouse=True)
@@ -92,27 +92,13 @@ class Case:
         q, k, target, rate, gamma, beta, offset, *state = self.leaves
         scale = 1 / torch.arange(1, self.size + 1).to(offset)
         scale = scale + offset if self.causal else torch.full_like(scale, 1 / self.size)
-        stream = Stream(
-            tuple(state[:2]), tuple(state[2:]) or None, torch.tensor(self.counts) if self.counts else None
+        # As a layer has them: heads inside tokens.
+        tokens = Tokens(*(x.transpose(1, 2) for x in (q, k, target, rate)))
+        inner = Inner(gamma, beta, scale, self.causal, 1e-6, self.precision)
+        return learned(
+            name, tokens, state, inner, self.leaves,
+            group_size=self.group_size, counts=self.counts, lengths=self.lengths,
         )  # fmt: skip
-        mask = torch.arange(self.length) < torch.tensor(self.lengths)[:, None] if self.lengths else None
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TTT_OPS", name)
-            z, end = learn(
-                # As a layer has them: heads inside tokens.
-                Tokens(*(x.transpose(1, 2) for x in (q, k, target, rate))), stream,
-                Inner(gamma, beta, scale, self.causal, 1e-6, self.precision),
-                group_size=self.group_size, mask_BT=mask,
-            )  # fmt: skip
-            outputs = [z, *end.weights, *(end.gradients or ())]
-            total = sum((weighed(x) for x in outputs), torch.zeros((), dtype=z.dtype))
-            found = torch.autograd.grad(total, self.leaves, allow_unused=True)
-        return outputs, [torch.zeros_like(x) if g is None else g for x, g in zip(self.leaves, found, strict=True)]
-
-
-def weighed(x: Tensor) -> Tensor:
-    """A sum that weighs every number differently."""
-    return (x * torch.linspace(0.3, 1.7, x.numel(), dtype=x.dtype).view_as(x)).sum()
 
 
 def distances(found: Found, expected: Found) -> list[float]:

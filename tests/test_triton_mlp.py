@@ -16,10 +16,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
 import quick_interpreter
+from kernel_results import Found, learned
 from triton.runtime import interpreter
 
 from ttt.ops.fused.layout import Problem
-from ttt.ops.minibatch import Inner, Stream, learn
+from ttt.ops.minibatch import Inner
 from ttt.ops.rows import Tokens
 from ttt.ops.triton.mlp_backward import mlp_backward
 from ttt.ops.triton.mlp_forward import mlp_forward
@@ -27,7 +28,6 @@ from ttt.ops.triton.mlp_forward import mlp_forward
 pytestmark = pytest.mark.skipif(
     os.environ["TRITON_INTERPRET"] != "1", reason="compares in the interpreter; benchmarks compare on a GPU"
 )
-Found = tuple[list[Tensor], list[Tensor]]
 
 
 @pytest.fixture(autouse=True)
@@ -82,25 +82,11 @@ class Case:
         q, k, target, rate, gamma, beta, offset, *state = self.leaves
         scale = 1 / torch.arange(1, self.size + 1).to(offset)
         scale = (scale + offset).clamp_min(0) if self.causal else torch.full_like(scale, 1 / self.size)
-        stream = Stream(
-            tuple(state[:4]), tuple(state[4:]) or None, torch.tensor(self.counts) if self.counts else None
+        tokens, inner = Tokens(q, k, target, rate), Inner(gamma, beta, scale, self.causal, 1e-6)
+        return learned(
+            name, tokens, state, inner, self.leaves,
+            group_size=self.group_size, counts=self.counts, lengths=self.lengths,
         )  # fmt: skip
-        mask = torch.arange(self.length) < torch.tensor(self.lengths)[:, None] if self.lengths else None
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TTT_OPS", name)
-            z, end = learn(
-                Tokens(q, k, target, rate), stream, Inner(gamma, beta, scale, self.causal, 1e-6),
-                group_size=self.group_size, mask_BT=mask,
-            )  # fmt: skip
-            outputs = [z, *end.weights, *(end.gradients or ())]
-            total = sum((weighed(x) for x in outputs), torch.zeros((), dtype=z.dtype))
-            found = torch.autograd.grad(total, self.leaves, allow_unused=True)
-        return outputs, [torch.zeros_like(x) if g is None else g for x, g in zip(self.leaves, found, strict=True)]
-
-
-def weighed(x: Tensor) -> Tensor:
-    """A sum that weighs every number differently."""
-    return (x * torch.linspace(0.3, 1.7, x.numel(), dtype=x.dtype).view_as(x)).sum()
 
 
 def assert_near(found: Found, expected: Found, bound: float) -> None:
