@@ -18,6 +18,7 @@ from torch import Tensor, library
 from ttt.ops.autocast import no_autocast
 from ttt.ops.fused.layout import Problem, room_for_tokens
 from ttt.ops.precision import multiplying
+from ttt.ops.replay import replayed
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor target, Tensor rate, Tensor gamma, Tensor beta, Tensor scale, Tensor? last, "
@@ -60,17 +61,23 @@ def register(
     library.define(f"ttt::{name}", _SCHEMA)
     library.define(f"ttt::{name}_backward", _BACKWARD_SCHEMA)
 
-    def run(*inputs: Any) -> Answered:
+    def compute(*inputs: Any) -> Answered:
         problem, keep = Problem(*inputs[:-1]), inputs[-1]
         q, precision = problem.q_BHNCF, problem.precision
         with no_autocast(q), multiplying(q, precision):  # `learn` may be called with other settings
             return forward(problem, keep=keep)
 
-    def run_backward(d_answers: Tensor, d_following: list[Tensor], *inputs: Any) -> Gradients:
+    def compute_backward(d_answers: Tensor, d_following: list[Tensor], *inputs: Any) -> Gradients:
         problem, kept = _parted_inputs(inputs)
         q, precision = problem.q_BHNCF, problem.precision
         with no_autocast(q), multiplying(q, precision):  # and so may backward
             return backward(problem, kept, d_answers, d_following)
+
+    def run(*inputs: Any) -> Answered:
+        return replayed(f"ttt::{name}", compute, *inputs)
+
+    def run_backward(*inputs: Any) -> Gradients:
+        return replayed(f"ttt::{name}_backward", compute_backward, *inputs)
 
     def shapes(*inputs: Any) -> Answered:
         problem, keep = Problem(*inputs[:-1]), inputs[-1]
