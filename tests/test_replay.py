@@ -7,23 +7,28 @@ graph does. The recorder of CUDA itself is tried by `benchmarks/first_gpu.sh`.
 from __future__ import annotations
 
 import functools
+import io
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from recorded_operations import RecordedOperations
+from rich.console import Console
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from toy import ToyBackbone
+from toy import ToyBackbone, ToyData, ToyOptions
 
-from ttt.config import TTTConfig
+from ttt.config import RunConfig, TrainConfig, TTTConfig
 from ttt.laws import LAWS, Bench
 from ttt.layer import TTTLayer
 from ttt.ops import replay
 from ttt.ops.replay import CALLS_BEFORE, Replays, replayed, replaying
 from ttt.state import TTTState
+from ttt.train import graphs, pictures, train
+from ttt.train.metrics import read_metrics
 
 Setting = dict[str, Any]
 SETTINGS: dict[str, Setting] = {
@@ -461,3 +466,59 @@ def test_a_kind_without_its_settings_is_found(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(replay, "_flat", flat)
     with pytest.raises(AssertionError):
         test_kinds_differ_in_shapes_strides_types_settings_and_functions()
+
+
+# --- a run ---
+
+
+def _run(
+    folder: Path, cuda_graphs: str, monkeypatch: pytest.MonkeyPatch, recorder: RecordedOperations, **ttt: Any
+) -> tuple[list[Setting], str]:
+    """What a run writes as metrics, but for its speed, and what it prints."""
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", lambda: recorder)
+    monkeypatch.setattr(pictures, "draw_run", lambda run: [])
+    config = RunConfig(
+        backbone=ToyOptions(name="toy", num_layers=2, dim=16, num_heads=2),
+        ttt=TTTConfig.model_validate({"layer_type": "mlp", "mini_batch_size": 4, **ttt}),
+        data=ToyData(window=11, shuffle=False),
+        train=TrainConfig.model_validate(
+            {
+                **{"max_steps": 5, "num_microbatches": 2, "batch_size": 2, "lr": 3e-3, "trainable": "all"},
+                **{"gradient_checkpointing": True, "device": "cpu", "cuda_graphs": cuda_graphs},
+            }
+        ),
+        run_dir=str(folder),
+    )
+    text = io.StringIO()
+    train(config, ToyBackbone(), console=Console(file=text, width=200))
+    clocks = {"tokens_per_second", "peak_memory_bytes"}
+    lines = [{k: v for k, v in line.items() if k not in clocks} for line in read_metrics(folder / "metrics.jsonl")]
+    return lines, text.getvalue()
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_run_with_recordings_is_the_run_without(
+    persistent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, unused = RecordedOperations(), RecordedOperations()
+    states = {"persistent_states": persistent}
+    with_graphs, told = _run(tmp_path / "auto", "auto", monkeypatch, recorder, **states)
+    without, _ = _run(tmp_path / "off", "off", monkeypatch, unused, **states)
+    assert with_graphs == without
+    assert "WARNING" not in told
+    assert len(recorder.operations) >= 4
+    assert unused.operations == []
+    assert replay._active is None
+
+
+def test_a_run_that_cannot_be_recorded_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = RecordedOperations(RuntimeError("CUDA error: operation not permitted when stream is capturing"))
+    lines, told = _run(tmp_path / "auto", "auto", monkeypatch, failing)
+    assert len(lines) == 5
+    assert told.count("cannot be recorded as a CUDA graph (RuntimeError: CUDA error: operation not permitted") == 1
+
+
+def test_on_a_cpu_nothing_is_recorded() -> None:
+    with graphs.cuda_graphs(TrainConfig(), torch.device("cpu"), print) as found:
+        assert found is None
+        assert replay._active is None

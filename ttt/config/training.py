@@ -128,6 +128,9 @@ class TrainConfig(Section):
     """How several processes share the run, if it is started as several."""
     compile: bool = False
     """Run the TTT layers through `torch.compile`, which takes minutes at the start of a run and needs a compiler."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """On a GPU, launch the inner learning of TTT layers as CUDA graphs where its shapes repeat; the numbers stay the
+    same. off launches each kernel by itself."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA if there is one."""
     cpu_threads: Annotated[int, Field(ge=1, le=4096)] | None = None

@@ -21,6 +21,7 @@ from ttt.printable import say
 from ttt.train import loop, rundir
 from ttt.train.claim import METRICS
 from ttt.train.compiling import compile_errors
+from ttt.train.graphs import cuda_graphs
 from ttt.train.loggers import require_packages
 from ttt.train.metrics import read_metrics
 from ttt.train.parts import build_parts
@@ -115,6 +116,7 @@ def _train(
             memory_errors(ways_to_less_memory(config)),
             compile_errors(config.train.compile),
             threads(config.train.cpu_threads),
+            cuda_graphs(config.train, device, lambda text: say(console, text)),
         ):
             try:
                 parts = build_parts(

@@ -45,6 +45,7 @@ MAY_DIFFER = frozenset(
         "train.parallel.tensor",
         "train.device",
         "train.cpu_threads",
+        "train.cuda_graphs",
         "train.gradient_checkpointing",
         "train.log_freq",
         "train.evidence_freq",
