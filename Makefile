@@ -50,13 +50,13 @@ rounding: $(STAMP) ## run what asks for equal bits under another instruction set
 kernels: $(STAMP) ## compile every form of the kernels for GPUs, without one, and write the table anew
 	$(BIN)/python benchmarks/kernels.py --compile
 
-interpret: $(STAMP) ## run the whole product of cases through the kernels in Triton's interpreter: hours
+interpret: $(STAMP) ## run the kernels in Triton's interpreter, through cases with every pair of values
 	$(BIN)/python benchmarks/kernels.py --interpret
 
 # What `ttt` and Moshi's plugin need beside torch, Triton and numpy. One of a kind: they are unpacked beside each other.
-WHEELS := pydantic pydantic-core annotated-types typing-extensions typing-inspection pluggy typer click rich \
-  markdown-it-py mdurl pygments shellingham safetensors pyyaml packaging \
-  moshi sentencepiece sphn einops huggingface-hub
+WHEELS := pydantic pydantic-core annotated-types typing-extensions typing-inspection pluggy typer click annotated-doc \
+  rich markdown-it-py mdurl pygments shellingham safetensors pyyaml packaging \
+  moshi sentencepiece sphn einops huggingface-hub tqdm httpx2 httpcore2 h11 anyio idna truststore
 WHEELS_PYTHON ?= 3.12
 
 wheels: $(STAMP) ## gather the wheels that benchmarks/first_gpu.sh needs where there are only torch and triton

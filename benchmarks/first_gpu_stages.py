@@ -182,7 +182,9 @@ def moshi_7b(device: str, tiny: bool, keep: Keep) -> None:
         command += ["--score-batch-sizes", "1", "--clip-frames", "8"]
     else:
         command += ["--repeats", "3", "--warmup", "1", "--score-batch-sizes", "1", "8", "--pieces", "64"]
-    subprocess.run(command, cwd=ROOT, check=True)
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code:
+        sys.exit(f"moshi_7b.py ended with {code}; moshi_7b.log says why")
     found = json.loads(out.read_text(encoding="utf-8"))
     out.unlink()
     plain = {row["gradient_checkpointing"]: row["tokens_per_second"] for row in found["rows"][::2]}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 import first_gpu
@@ -16,6 +18,8 @@ import forking
 import pytest
 from first_gpu import STAGES, Separate, run
 from first_gpu_table import table
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -148,6 +152,33 @@ def test_the_shell_script_says_what_it_wants() -> None:
     script = Path(first_gpu.__file__).with_suffix(".sh")
     done = subprocess.run(["sh", str(script), "--help"], capture_output=True, text=True, check=True)
     assert "--wheels" in done.stdout
+
+
+def _closure(names: set[str], without: set[str]) -> set[str]:
+    """The distributions of these names and all that they need here, by what is installed."""
+    found, left = set(), [canonicalize_name(name) for name in names]
+    while left:
+        name = left.pop()
+        if name in found or name in without:
+            continue
+        found.add(name)
+        for text in metadata.requires(name) or ():
+            needed = Requirement(text)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                left.append(canonicalize_name(needed.name))
+    return found
+
+
+def test_the_wheels_that_are_brought_along_need_no_others() -> None:
+    """But for torch, Triton and numpy with what these bring, and what no stage imports."""
+    made = (Path(first_gpu.ROOT) / "Makefile").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"^WHEELS := (.*)", made, re.MULTILINE)
+    unused = {"matplotlib", "bitsandbytes", "sounddevice", "aiohttp", "hf-xet"}
+    there = _closure({"torch", "triton", "numpy"}, set())
+    needed = _closure({"ttt-adapters", "ttt-moshi"}, there | unused) - {"ttt-adapters", "ttt-moshi"}
+    brought = set(line.split())
+    assert needed <= brought
+    assert brought - needed <= {"typing-extensions"}  # which torch brings too, but may be too old
 
 
 def test_a_table_of_nothing_is_a_table() -> None:
