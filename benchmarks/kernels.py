@@ -2,8 +2,10 @@
 
     python benchmarks/kernels.py --compile                     # every form for every architecture; needs no GPU
     python benchmarks/kernels.py --compile --only "linear" --arch 90     # some of them; nothing is kept
-    python benchmarks/kernels.py --interpret                   # the whole product of cases, in Triton's interpreter
-    python benchmarks/kernels.py --device cuda                 # the same cases on a GPU, then times
+    python benchmarks/kernels.py --interpret                   # in Triton's interpreter: every pair of values, minutes
+    python benchmarks/kernels.py --interpret --strength 3      # every three values
+    python benchmarks/kernels.py --interpret --all             # the whole product of cases: hours
+    python benchmarks/kernels.py --device cuda                 # the whole product on a GPU, then times
 
 `--compile` writes `benchmarks/results/kernels-compiled.json` and `.md` and exits with 1 if a form must not be shipped.
 The others write to `--out`, case by case, and exit with 1 if one is further from the definition than its bound.
@@ -100,6 +102,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="with neither of the two above")
     parser.add_argument("--only", default="", help="a part of names of forms or cases")
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--all", action="store_true", help="with --interpret: the whole product of cases")
+    parser.add_argument("--strength", type=int, default=2, choices=(2, 3), help="with --interpret: pairs, or threes")
     parser.add_argument("--quick", action="store_true", help="a case of each kind")
     parser.add_argument("--implementation", default="triton", help="what is compared with the definition")
     parser.add_argument("--out", type=Path, default=None)

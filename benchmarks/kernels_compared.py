@@ -10,13 +10,18 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from typing import Any
 
+import quick_interpreter
 import torch
+from pairwise import Row, covering
 from torch import Tensor
 
 from ttt.check.doctor import forced
@@ -48,6 +53,9 @@ class Case:
     opened: bool = False
     """Whether each row finds its mini-batch open, and elsewhere than the other rows."""
     precision: str = "ieee"
+    group_size: int = 2
+    single: bool = False
+    """In float32 in the interpreter too, where it would be float64."""
 
     @property
     def name(self) -> str:
@@ -55,18 +63,79 @@ class Case:
         kind = "causal" if self.causal else "non-causal"
         opened = ", opened" if self.opened else ""
         shape = f"F {self.width}, C {self.size}, T {self.tokens}, B·H {self.pairs}"
-        return f"{self.kind}, {shape}, {kind}{opened}, {self.precision}"
+        rest = f", groups of {self.group_size}" * (self.group_size != 2) + ", float32" * self.single
+        return f"{self.kind}, {shape}, {kind}{opened}, {self.precision}{rest}"
 
 
-def runs(case: Case) -> bool:
+def runs(case: Case, device: str = "cuda") -> bool:
     """Whether there are kernels for these sizes; others are refused in a sentence."""
     widths = (case.width, case.width) if case.kind == "linear" else (case.width, 4 * case.width, case.width)
-    return obstacle(device_type="meta", dtypes=(torch.float32,), widths=widths, size=case.size) is None
+    device = "meta" if device == "cuda" else device  # for which there need be no GPU
+    return obstacle(device_type=device, dtypes=(torch.float32,), widths=widths, size=case.size) is None
 
 
-def cases() -> Iterator[Case]:
+def cases(device: str = "cuda") -> Iterator[Case]:
     """The whole product, but for what no kernel takes."""
-    yield from filter(runs, _product_of_cases())
+    yield from (case for case in _product_of_cases() if runs(case, device))
+
+
+LENGTHS: dict[str, Callable[[int], int]] = {
+    "1": lambda size: 1,
+    "C - 1": lambda size: size - 1,
+    "C": lambda size: size,
+    "C + 1": lambda size: size + 1,
+    "3C + 2": lambda size: 3 * size + 2,
+}
+"""T, by C."""
+FACTORS: dict[str, Sequence[Any]] = {
+    "kind": ("linear", "mlp"),
+    "width": (64, 128),
+    "size": (1, 16, 64),
+    "pairs": tuple(PAIRS),
+    "tokens": tuple(LENGTHS),
+    "update": ("causal", "causal, opened", "non-causal"),
+    "group_size": (0, 1, 2, 16),
+    "numbers": ("float64", "float32", "bf16"),
+}
+"""What is varied in the interpreter."""
+
+
+def case_of(row: Row) -> Case:
+    """The case that has these values of `FACTORS`."""
+    return Case(
+        row["kind"],
+        row["width"],
+        row["size"],
+        LENGTHS[row["tokens"]](row["size"]),
+        row["pairs"],
+        causal=row["update"] != "non-causal",
+        opened=row["update"] == "causal, opened",
+        precision="bf16" if row["numbers"] == "bf16" else "ieee",
+        group_size=row["group_size"],
+        single=row["numbers"] == "float32",
+    )
+
+
+def can_be(row: Row) -> bool:
+    """Whether there is such a case; with C 1 no mini-batch is open, none has C − 1 tokens, and T 1 is T C."""
+    if row["size"] == 1 and (row["update"] == "causal, opened" or row["tokens"] in ("1", "C - 1")):
+        return False
+    return runs(case_of(row), "cpu")
+
+
+def cost_of(row: Row) -> float:
+    """About what a case takes in the interpreter: programs, mini-batches, and a little for the size of tensors."""
+    case = case_of(row)
+    tiles = 1 if case.kind == "linear" else case.width // 8
+    return case.pairs * tiles * (1 + -(-case.tokens // case.size)) * (1 + case.size * case.width / 8192)
+
+
+def chosen_cases(strength: int) -> list[Case]:
+    """Cases in which every combination of values of two (or `strength`) of `FACTORS` occurs.
+
+    By the root of what they take: cheap ones as far as that allows, and some that are more than the least of each.
+    """
+    return list(map(case_of, covering(FACTORS, can_be, lambda row: cost_of(row) ** 0.5, strength)))
 
 
 def _product_of_cases() -> Iterator[Case]:
@@ -164,7 +233,7 @@ class Problem:
         def answer() -> tuple[Tensor, Stream]:
             stream = Stream(tuple(rest[:half]), before, count)
             with forced(implementation):
-                return learn(Tokens(q, k, target, rate), stream, inner, group_size=2)
+                return learn(Tokens(q, k, target, rate), stream, inner, group_size=case.group_size)
 
         return answer, inputs
 
@@ -242,7 +311,7 @@ def milliseconds(function: Callable[[], Any], repeats: int, device: str = "cuda"
 
 def row_of(case: Case, implementation: str, device: str, *, against: str = "reference") -> dict[str, Any]:
     """A case compared, and timed beside the fused scan if there is a GPU; what fails is told, not raised."""
-    dtype = torch.float64 if device == "cpu" else torch.float32
+    dtype = torch.float64 if device == "cpu" and not case.single else torch.float32
     row: dict[str, Any] = {"case": case.name, **asdict(case), "agrees": False}
     try:
         with _nan_in_new_memory():
@@ -275,14 +344,36 @@ def _nan_in_new_memory() -> Iterator[None]:
 def compare_and_time(arguments: argparse.Namespace, device: str) -> int:
     """Compare every case, then time it if there is a GPU; how many are too far."""
     rows: list[dict[str, Any]] = []
-    for case in quick_cases() if arguments.quick else cases():
-        if arguments.only not in case.name or (device == "cpu" and case.precision == "tf32"):
-            continue  # the interpreter does not round to TF32
-        rows.append(row := row_of(case, arguments.implementation, device))
+    for row in _rows(list(_chosen(arguments, device)), arguments.implementation, device):
+        rows.append(row)
         said = row.get("error") or f"{row['difference']:.1e} ({row['of']})"
-        print(f"{'ok   ' if row['agrees'] else 'WRONG'} {case.name}: {said}", flush=True)
+        print(f"{'ok   ' if row['agrees'] else 'WRONG'} {row['case']}: {said}", flush=True)
         if arguments.out is not None:
             arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     wrong = sum(not row["agrees"] for row in rows)
     print(f"{len(rows)} cases, {wrong} too far")
     return wrong
+
+
+def _chosen(arguments: argparse.Namespace, device: str) -> Iterator[Case]:
+    """What is compared: on a GPU the whole product, in the interpreter a part of it that has every pair of values."""
+    chosen: Iterable[Case] = cases(device) if arguments.all or device != "cpu" else chosen_cases(arguments.strength)
+    for case in quick_cases() if arguments.quick else chosen:
+        # The interpreter does not round to TF32.
+        if arguments.only in case.name and not (device == "cpu" and case.precision == "tf32"):
+            yield case
+
+
+def _rows(chosen: Sequence[Case], implementation: str, device: str) -> Iterator[dict[str, Any]]:
+    """Their rows, in order; the interpreter's by as many processes as there are cores."""
+    if device != "cpu":
+        yield from (row_of(case, implementation, device) for case in chosen)
+        return
+    # Spawned: a fork beside PyTorch's threads would wait for ever.
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _begin_interpreting) as processes:
+        yield from processes.map(row_of, chosen, itertools.repeat(implementation), itertools.repeat(device))
+
+
+def _begin_interpreting() -> None:
+    torch.set_num_threads(1)
+    quick_interpreter.install()
