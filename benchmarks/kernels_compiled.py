@@ -187,7 +187,7 @@ def transposes_a_dot(ttir: str) -> bool:
     memory or is reduced to fewer dimensions. Loops carry values to where they begin, so the search runs until it finds
     nothing new.
     """
-    lines = [line for line in ttir.splitlines() if not line.lstrip().startswith("//")]
+    lines = _with_own_names([line for line in ttir.splitlines() if not line.lstrip().startswith("//")])
     made: set[str] = set()
     while True:
         before = len(made)
@@ -197,6 +197,21 @@ def transposes_a_dot(ttir: str) -> bool:
         if len(made) == before:
             break
     return any("tt.trans" in line and made & set(_NAMES.findall(line.split("=", 1)[-1])) for line in lines)
+
+
+def _with_own_names(lines: Sequence[str]) -> list[str]:
+    """The same with a name of its own for each value: the text gives those of one loop again to another's."""
+    times: dict[str, int] = {}
+    found = []
+    for line in lines:
+        results, equals, _ = line.partition(" = ")
+        defined = set(re.findall(r"%\w+", results)) if equals else set()
+        if "scf.for" in line or "scf.while" in line:
+            defined |= set(re.findall(r"(%\w+) = ", line[line.index("scf.") :]))
+        for name in defined:
+            times[name] = times.get(name, 0) + 1
+        found.append(re.sub(r"%\w+", lambda name: f"{name.group()}_{times.get(name.group(), 0)}", line))
+    return found
 
 
 _NAMES = re.compile(r"%[\w]+(?:#\d+)?")

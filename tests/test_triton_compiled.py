@@ -85,6 +85,26 @@ def test_a_dots_result_is_followed_to_where_it_is_transposed(carried: str, resul
     assert transposes_a_dot(TRANSPOSES.replace("CARRIED", carried).replace("RESULT", result)) is wrong
 
 
+SIBLINGS = """
+  scf.for %i = %lo to %hi step %one  : i32 {
+    %x_1 = tt.load %at : tensor<32x32x!tt.ptr<f32>>
+    %x_2 = tt.trans TURNED {order = array<i32: 1, 0>} : tensor<32x32xf32> -> tensor<32x32xf32>
+    %x_3 = tt.dot %x_1, %x_2, %zero : tensor<32x32xf32>
+  }
+  scf.for %i = %lo to %hi step %one  : i32 {
+    %x_1 = tt.dot %a, %b, %zero : tensor<32x32xf32>
+    %x_2 = tt.load %at : tensor<32x32x!tt.ptr<f32>>
+    %x_3 = tt.trans THERE {order = array<i32: 1, 0>} : tensor<32x32xf32> -> tensor<32x32xf32>
+  }
+"""
+
+
+@pytest.mark.parametrize(("there", "wrong"), [("%x_1", True), ("%x_2", False)])
+def test_loops_that_share_names_are_told_apart(there: str, wrong: bool) -> None:
+    """What is a dot's result in one of them is another's load."""
+    assert transposes_a_dot(SIBLINGS.replace("TURNED", "%x_1").replace("THERE", there)) is wrong
+
+
 def test_a_fingerprint_sees_what_the_compiler_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     sound = shipped("planted_kernels")["sound"]
     first = fingerprint(sound)

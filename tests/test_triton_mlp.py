@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 import quick_interpreter
 from kernel_results import Found, learned
+from kernels_launched import Launch, launches
 from triton.runtime import interpreter
 
 from ttt.ops.fused.layout import Problem
@@ -96,19 +97,23 @@ def assert_near(found: Found, expected: Found, bound: float) -> None:
 
 
 CASES = {
-    "3C + 2 tokens, groups of 2": Case(length=14, batch=2, lengths=(14, 6)),
+    "3C + 2 tokens, groups of 2": Case(length=14, hidden=16, batch=2, lengths=(14, 6)),
     "C + 1 tokens, two heads, no groups": Case(length=6, size=5, heads=2, group_size=0),
     "groups of 1, one hidden tile": Case(length=12, hidden=16, group_size=1),
     "C tokens, groups beyond them, three hidden tiles": Case(length=4, hidden=48, group_size=16),
     "C - 1 tokens": Case(length=3),
     "one token": Case(length=1),
-    "open in every row elsewhere": Case(length=8, batch=3, counts=(0, 1, 3), group_size=1),
+    "open in every row elsewhere": Case(length=8, hidden=16, batch=3, counts=(0, 1, 3), group_size=1),
     "one token of an open mini-batch": Case(length=1, batch=2, counts=(1, 3)),
     "not causal": Case(length=10, heads=2, causal=False),
     "not causal, masked, three tiles": Case(length=7, batch=2, hidden=48, causal=False, lengths=(7, 2)),
     "C 1, F 64": Case(length=3, size=1, width=64, hidden=32),
     "C 16, F 128": Case(length=17, size=16, width=128, hidden=32),
-    "C 64, F 64": Case(length=65, size=64, width=64, hidden=32),
+    "C 17, a block and a token": Case(length=18, size=17, hidden=16),
+    "C 33, not causal, three blocks": Case(length=34, size=33, hidden=16, causal=False),
+    "C 63, four blocks": Case(length=63, size=63, hidden=16),
+    "C 40, found open in the second block": Case(length=37, size=40, hidden=16, counts=(22,)),
+    "C 64, F 64": Case(length=64, size=64, width=64, hidden=32, causal=False),
 }
 
 
@@ -120,7 +125,7 @@ def test_outputs_and_gradients_are_the_definitions(case: Case) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_layers_hidden_width(causal: bool) -> None:
     """Four times the head's."""
-    case = Case(length=5 if causal else 3, size=3, width=64, hidden=256, causal=causal)
+    case = Case(length=4 if causal else 2, size=2, width=32, hidden=128, causal=causal)
     assert_near(case.learn("triton"), case.learn("reference"), 1e-12)
 
 
@@ -178,7 +183,7 @@ def gradients(problem: Problem) -> list[Tensor]:
 
 def test_every_row_and_mini_batch_may_have_its_own_steps() -> None:
     """Gradients of `s` and `s_C` themselves, and answers that do not depend on whether anything is kept."""
-    problem = draw(3, batch=2, heads=1, hidden=48, group_size=2)
+    problem = draw(3, batch=2, heads=1, group_size=2)
     leaves = [x.clone().requires_grad_() for x in (*problem[:8], *problem.weights)]  # type: ignore[arg-type]
     z, following, _ = torch.ops.ttt.minibatches(*leaves[:8], leaves[8:], [], *problem[10:], True)
     expected = torch.autograd.grad([z, *following], leaves, [z.cos(), *(w.cos() for w in following)])
@@ -192,7 +197,7 @@ def test_every_row_and_mini_batch_may_have_its_own_steps() -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_programs_of_a_launch_may_run_in_any_order(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """None reads what another writes: in reverse order they give the same numbers, bit for bit."""
-    problem = draw(3, batch=1, heads=1, hidden=48, causal=causal, group_size=2)
+    problem = draw(2, batch=1, heads=1, hidden=32, causal=causal, group_size=1)
     expected = gradients(problem)
     builder = interpreter.interpreter_builder
     forwards = builder.set_grid_idx
@@ -201,6 +206,52 @@ def test_programs_of_a_launch_may_run_in_any_order(causal: bool, monkeypatch: py
         lambda *index: forwards(*(count - 1 - i for count, i in zip(builder.grid_dim, index, strict=True))),
     )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(gradients(problem), expected, strict=True))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_no_group_size_changes_a_bit(causal: bool) -> None:
+    problem = draw(4, batch=1, heads=1, causal=causal)
+    expected = gradients(problem)
+    for group_size in (1, 3):
+        found = gradients(problem._replace(group_size=group_size))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), group_size
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize(("causal", "size"), [(True, 18), (False, 18), (True, 1)])
+def test_a_mini_batch_that_stays_open(causal: bool, size: int, opened: bool) -> None:
+    """In two blocks, or of one token; gradients of the sums that it found, and of every position's step size."""
+    problem = draw(1, batch=1, heads=2, size=size, causal=causal, last_NB=None)
+    before = [0.1 * w.flip(-1) for w in problem.weights] if opened else []
+    scale = problem.scale_BC if causal else torch.full_like(problem.scale_BC, 0.3)
+    problem = problem._replace(gradients=before, scale_BC=scale)
+    leaves = [x.clone().requires_grad_() for x in (*problem[:7], *problem.weights, *before)]  # type: ignore[arg-type]
+    z, sums, _ = torch.ops.ttt.minibatches(*leaves[:7], None, leaves[7:11], leaves[11:], *problem[10:], True)
+    expected = torch.autograd.grad([z, *sums], leaves, [z.cos(), *(w.cos() for w in sums)])
+    found = gradients(problem)
+    del found[7]  # of the step size that closes
+    assert_near((found, []), (list(expected), []), 1e-12)
+
+
+def numbers(launched: list[Launch], *parameters: str) -> int:
+    """How many numbers of weights, and of gradients in their shapes, launches load and store, in float64."""
+    names = [f"{parameter}{tensor}" for parameter in parameters for tensor in ("w0", "b0", "w1", "b1")]
+    return sum(one.moved[name] for one in launched for name in names) // 8
+
+
+@pytest.mark.parametrize(("causal", "ends"), [(True, 1.5), (False, 3)])
+def test_traffic_of_weights(causal: bool, ends: float) -> None:
+    """Backward moves five sizes of the weights a mini-batch, and a little at the ends of a sequence; forward two."""
+    count = 4
+    problem = draw(count, batch=1, heads=1, hidden=32, causal=causal, group_size=2)
+    size = sum(w.numel() for w in problem.weights)
+    with launches() as forward:
+        z, following, saved = mlp_forward(problem, keep=True)
+    assert size * 2 * count < numbers(forward, "from_", "to_") <= size * (2 * count + 1)
+    with launches() as backward:
+        mlp_backward(problem, saved, z, following)
+    moved = numbers(backward, "from_", "to_", "next_", "")
+    assert size * 4.9 * count < moved <= size * (5 * count + ends)
 
 
 def test_many_pairs() -> None:
@@ -251,7 +302,7 @@ def _rounded_by_hand(problem: Problem) -> list[Tensor]:
 
 
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """N + 1 forward; in backward as many for each group, and again."""
+    """N + 1 forward; in backward as many for each group, and N + 1 for the walk through all of them."""
     launched: list[int] = []
     run = interpreter.GridExecutor.__call__
     monkeypatch.setattr(
@@ -261,7 +312,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     z, following, saved = mlp_forward(problem, keep=True)
     assert len(launched) == 3 + 1
     mlp_backward(problem, saved, z, following)
-    assert len(launched) == 3 + 1 + 2 * (1 + 1) + 2 * (2 + 1)
+    assert len(launched) == (3 + 1) + (1 + 1) + (2 + 1) + (3 + 1)
 
 
 @pytest.mark.parametrize(

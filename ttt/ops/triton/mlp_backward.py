@@ -1,36 +1,49 @@
 """TTT-MLP backward in Triton: each group forward again, then back with the tiles of the weights' gradients in hand.
 
 Groups run from the last to the first. The forward steps write the weights that open the group's mini-batches, `Z_0`,
-`y_0`, `D_0`, `Z_1` and `y_1`. Then launch n of the walk finishes mini-batch n + 1 and begins n. The programs are those
-of forward, and again there is one sum of `C·F` numbers over tiles between beginning and finishing, `dE_1`. With the
-numbers of `docs/backward.md`, `ρ_l = X̃_l dW̃'_l`, and tiles as in `mlp_forward`:
+`y_0`, `D_0`, `Z_1`, `E_1` and `dy_1`. Then launch n of the walk finishes mini-batch n + 1 and begins n, across the
+borders of groups too. The programs are those of forward, and again there is one sum of `C·F` numbers over tiles between
+beginning and finishing, `dE_1`. With the numbers of `docs/backward.md`, `ρ_l = X̃_l dW̃'_l`, and tiles as in
+`mlp_forward`, launch n of a mini-batch of one block does
 
-    begin n          dB_1 = dy_1 E_1ᵀ,  dx = dy_1 W_1ᵀ + (dB_1 ⊙ κ) X,  dy_0 = dx ⊙ φ'(y_0)           (13) to (17)
+    begin n, causal  dB_1 = dy_1 E_1ᵀ,  dx = dy_1 W_1ᵀ + (dB_1 ⊙ κ) X,  dy_0 = dx ⊙ φ'(y_0)           (13) to (17)
                      dB_0's part = dy_0 E_0ᵀ;  parts of dη and ds from dκ = dB_0 ⊙ A_0 + dB_1 ⊙ A_1     (14)
-                     dE_0 = (κ ⊙ A_0)ᵀ dy_0 + c η ⊙ ρ_0                                               (15), (18)
-                     dE_1's part = (κ ⊙ A_1)ᵀ dy_1 + c η ⊙ ρ_1 + (dE_0 ⊙ φ'(Z_0)) W_1                 (15), (18), (19)
-    who comes last   dE_1, the sum of its parts
-    finish n         dr, dZ_1 from dE_1;  dt, dγ, dβ by the first tile                                (20), (25)
-                     dX = (κ ⊙ dB_1)ᵀ x + c η ⊙ E_1 dW_1'ᵀ + dZ_1 W_1ᵀ                                (16), (18), (21)
+      not causal     dx = dy_1 W_1'ᵀ,  dy_0 = dx ⊙ φ'(y_0),  dQ's part = dy_0 W_0'ᵀ                   (16'), (17)
+                     dW_1' += xᵀ dy_1,  dW_0' += Qᵀ dy_0                                              (12')
+      both           dE_0 = [(κ ⊙ A_0)ᵀ dy_0] + c η ⊙ ρ_0                                             (15), (18)
+                     dE_1's part = [(κ ⊙ A_1)ᵀ dy_1] + c η ⊙ ρ_1 + (dE_0 ⊙ φ'(Z_0)) W_1               (15), (18), (19)
+    who comes last   dE_1, the sum of its parts; dr and dZ_1 from it; dt, dγ, dβ                      (20), (25)
+    finish n         dX = [(κ ⊙ dB_1)ᵀ x] + c η ⊙ E_1 dW_1'ᵀ + dZ_1 W_1ᵀ                              (16), (18), (21)
                      dZ_0 = dE_0 ⊙ D_0 ⊙ φ''(Z_0) + dX ⊙ φ'(Z_0)                                      (19), (21)
-                     parts of dK = c η ⊙ E_0 dW_0'ᵀ + dZ_0 W_0ᵀ and of dQ = dy_0 W_0ᵀ                 (18), (23)
-                     dW_0 = dW_0' + Kᵀ dZ_0 + Qᵀ dy_0                                                 (22), in place
-                     dW_1 = dW_1' + Xᵀ dZ_1 + xᵀ dy_1 + (dE_0 ⊙ φ'(Z_0))ᵀ E_1
-    who comes last   dQ, dK, dη, dc and ds: the sums of the parts, and (dB_0 ⊙ κ) K, (dB_0 ⊙ κ)ᵀ Q     (16), (24)
+                     parts of dK = c η ⊙ E_0 dW_0'ᵀ + dZ_0 W_0ᵀ and of dQ = [dy_0 W_0ᵀ]               (18), (23)
+                     dW_0 = dW_0' + Kᵀ dZ_0 + [Qᵀ dy_0]                                               (22), in place
+                     dW_1 = dW_1' + Xᵀ dZ_1 + [xᵀ dy_1] + (dE_0 ⊙ φ'(Z_0))ᵀ E_1
+    who comes last   dQ, dK, dη, dc and ds: the sums of the parts, and [(dB_0 ⊙ κ) K, (dB_0 ⊙ κ)ᵀ Q]  (16), (24)
 
-Attention is computed twice, as `A` and as `Aᵀ`, so that no product's result is transposed. A non-causal mini-batch
-takes the same way, with a mask of ones: it answers with `W − s G`, which is what (10) says. `dγ`, `dβ` and `ds` of a
-pair are added to by one program of each launch, so that every sum has one order.
+where brackets hold what causal mini-batches alone have. Attention is computed twice, as `A` and as `Aᵀ`, so that no
+product's result is transposed. One token alone answers with the weights after it, as all of a mini-batch do that is not
+causal. While such a one is open, they answer with `W − s G'`: (12') goes to `dG'` as `−x̃ᵀ (s ⊙ dy)`, and `W` has it
+as in (22). `dγ`, `dβ` and `ds` of a pair are added to by one program of each launch, so that every sum has one order,
+whatever the groups are.
 
-A group of g mini-batches is `2 (g + 1)` launches. Traffic of one mini-batch: forward `2 S`, the walk `3.5 S` (`dW` read
-and written, `W_0` read once and `W_1` twice); and the parts, `5·(HIDDEN/h)·C·F` numbers written and read once more.
-Group size 0 keeps the weights that open every mini-batch, so that this pass writes none. Room for each pair and each
-mini-batch of a group: `S + 3 C·HIDDEN + 2 C·F` numbers.
+**Blocks.** Tokens are walked 16 at a time. With `G_b` the sums of gradients up to block b, a causal block's tokens
+answer with `−s ⊙ (x̃ G_{b−1})` and, among themselves, with attention. Back, queries go from the first block to the
+last, with `G` in registers: `dx −= s ⊙ (dy G_{b−1}ᵀ)`, `ds −= ⟨dy, x̃ G_{b−1}⟩`. Keys go from the last to the first:
+block b sees `dG_b = c dW̃' − Σ_{i>b} x̃_iᵀ (s_i ⊙ dy_i)` where one block alone sees `c dW̃'`. What an open mini-batch had
+before is the `G` of its first block, and its gradient the `dG` that is left behind it.
+
+**Traffic.** `W_1` of n + 1 is not read: n, whose `W_1` is at hand, has taught it `c X̃ᵀ (η ⊙ E_1)`. So this is read and
+written of one mini-batch, in sizes S of the weights. Forward again 2: `W` read, and the next written. In the walk 3: `dW`
+read and written, `W_0` of n + 1 and `W_1` of n read. The ends of a sequence add 1.5 (3 if it is not causal); a test
+counts it. Beside it the parts, `5·(HIDDEN/h)·C·F` numbers written and read once more. Group size 0 keeps the weights
+that open every mini-batch, so that this pass writes none.
+
+A group of g mini-batches is `2 g + 1` launches, and the last finishes the first mini-batch: `N` more than forward's and
+one. Room for each pair and each mini-batch of a group, and one more: `S + 3 C·HIDDEN + 3 C·F` numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +51,7 @@ from torch import Tensor
 
 from ttt.ops.fused.layout import Problem, room_between_passes, room_for_tokens
 from ttt.ops.triton.forms import Form
-from ttt.ops.triton.mlp_run import SHIPPED, Kept, Place, Sizes, Steps, dense, form
+from ttt.ops.triton.mlp_run import BLOCK, SHIPPED, STAGES, Kept, Place, Sizes, Steps, dense, form
 from ttt.ops.triton.mlp_walk import mlp_walk
 
 _SPILLED: dict[tuple[int, int, str], int | dict[int, int]] = {
@@ -70,33 +83,24 @@ def mlp_backward(
     Returns:
         Gradients of all tensors of the problem, in its order; those of tokens in the memory order of `room_for_tokens`.
     """
-    steps = Steps(problem)
-    n, group_size = steps.dims.steps, problem.group_size or steps.dims.steps
-    walk = _Walk(problem, steps, d_answers, d_following, min(group_size, n))
-    like = problem.q_BHNCF
-    kept = Kept.room(steps.dims, min(group_size, n), like)
-    again = room_between_passes(steps.dims._replace(steps=min(group_size, n)), 1, like) if problem.group_size else saved
+    walk = _Walk(problem, saved, d_answers, d_following)
+    n, group_size = walk.steps.dims.steps, walk.group_size
     for start in range((n - 1) // group_size * group_size, -1, -group_size):
-        stop = min(start + group_size, n)
-        first = steps.given if not start else Place.joined(saved, start // group_size - 1)
-
-        def opening(n: int, start: int = start, stop: int = stop, first: Place = first) -> Place:
-            return first if n in (start, stop) else Place.joined(again, n - start - 1)
-
-        last_update = stop - 1 if problem.group_size else start
-        steps.run(start, stop, opening, last_update=last_update, kept=kept)
-        walk.back(start, stop, opening, kept)
+        walk.back(start, min(start + group_size, n))
+    walk.launch(-1)
     return walk.gradients()
 
 
 class _Walk:
     """The walk from the last mini-batch to the first, and the gradients that it has found so far."""
 
-    def __init__(
-        self, problem: Problem, steps: Steps, d_answers: Tensor, d_following: list[Tensor], slots: int
-    ) -> None:
-        self.problem, self.steps, self.slots = problem, steps, slots
-        dims, sizes, like = steps.dims, steps.sizes, problem.q_BHNCF
+    def __init__(self, problem: Problem, saved: list[Tensor], d_answers: Tensor, d_following: list[Tensor]) -> None:
+        self.problem, self.steps, self.saved = problem, Steps(problem), saved
+        dims, sizes, like = self.steps.dims, self.steps.sizes, problem.q_BHNCF
+        self.group_size = min(problem.group_size or dims.steps, dims.steps)
+        # A group's first mini-batch is finished when the group before it has been run.
+        self.kept = Kept.room(dims, min(self.group_size + 1, dims.steps), like)
+        self.again = room_between_passes(dims._replace(steps=self.group_size), 1, like) if problem.group_size else saved
         self.d_answers = dense(d_answers)
         self.next = Place.of(d_following)
         self.d_weights, self.d_before = (
@@ -113,28 +117,48 @@ class _Walk:
 
         shape = 2, dims.pairs, sizes.size
         self.left = [like.new_empty((*shape, columns)) for columns in (sizes.hidden, sizes.hidden, sizes.width)]
-        """`dE_0`, `dy_0` and `dE_1`, as beginning a mini-batch leaves them for finishing it."""
-        self.parts = [*(parts(sizes.width) for _ in range(3)), parts(sizes.size, 2), parts(4, 2)]
+        """`dE_0`, `dy_0` and `dZ_1`, as beginning a mini-batch leaves them for finishing it."""
+        self.parts = [
+            parts(sizes.width), parts(sizes.width, 2), parts(sizes.width),
+            parts(BLOCK if self.steps.causal else 0, 2), parts(4, 2),
+        ]  # fmt: skip
         self.tickets = torch.zeros(dims.pairs, dtype=torch.int32, device=like.device)
 
-    def back(self, start: int, stop: int, opening: Callable[[int], Place], kept: Kept) -> None:
-        """Go back through the mini-batches of a group, of which `kept` holds what the kernels read."""
+    def opening(self, n: int) -> Place:
+        """The weights that opened a mini-batch of the group at hand, or of a group's first."""
+        if not n:
+            return self.steps.given
+        if n % (self.problem.group_size or 1) == 0:
+            return Place.joined(self.saved, n // (self.problem.group_size or 1) - 1)
+        return Place.joined(self.again, n % self.group_size - 1)
+
+    def back(self, start: int, stop: int) -> None:
+        """Run the mini-batches of a group again, and go back through them as far as all that begins there."""
+        last_update = stop - 1 if self.problem.group_size else start
+        self.steps.run(
+            start, stop, lambda n: self.opening(min(n, stop - 1)),
+            last_update=last_update, kept=self.kept, d_answers=self.d_answers,
+        )  # fmt: skip
+        for n in range(stop - 1, start - 1, -1):
+            self.launch(n)
+
+    def launch(self, n: int) -> None:
+        """Finish mini-batch n + 1, and begin n."""
         steps, sizes, dims = self.steps, self.steps.sizes, self.steps.dims
-        for n in range(stop - 1, start - 2, -1):
-            begin, finish = n >= start, n + 1 < stop
-            begun, finished = (opening(min(max(m, start), stop - 1)) for m in (n, n + 1))
-            mlp_walk[(dims.pairs, sizes.tiles)](
-                steps.q, steps.k, steps.target, steps.rate, steps.gamma, steps.beta, steps.scale, steps.last,
-                self.d_answers, begun.w1, finished.w0, finished.w1, *self.next[:4], *self.d_weights[:4],
-                *steps.before[:4], *self.d_before[:4], *kept, *self.left, *self.parts, self.tickets,
-                *self.d_tokens, self.d_gamma, self.d_beta, self.d_scale, self.d_push,
-                n, dims.steps, dims.heads, dims.pairs, self.slots, begun.bias, finished.bias, **steps.strides,
-                **steps.shapes, EPS=steps.eps, LEAST=steps.least, PRECISION=steps.precision, CAUSAL=steps.causal,
-                FINISH=finish, BEGIN=begin, CLOSES=steps.closes, OPENED=steps.opened,
-                num_warps=sizes.warps, num_stages=2,
-            )  # fmt: skip
-            if finish:
-                self.next = self.d_weights
+        begin, finish = n >= 0, n + 1 < dims.steps
+        first, second = self.opening(n + finish), self.opening(n + (not begin))
+        mlp_walk[(dims.pairs, sizes.tiles)](
+            steps.q, steps.k, steps.target, steps.rate, steps.gamma, steps.beta, steps.scale, steps.last,
+            self.d_answers, first.w0, second.w1, *self.next[:4], *self.d_weights[:4],
+            *steps.before[:4], *self.d_before[:4], *self.kept, *self.left, *self.parts, self.tickets,
+            *self.d_tokens, self.d_gamma, self.d_beta, self.d_scale, self.d_push,
+            n, dims.steps, dims.heads, dims.pairs, len(self.kept.hidden), dims.size, first.bias, second.bias,
+            **steps.strides, **steps.shapes, EPS=steps.eps, LEAST=steps.least, PRECISION=steps.precision,
+            CAUSAL=steps.causal, FINISH=finish, BEGIN=begin, CLOSES=steps.closes, OPENED=steps.opened,
+            num_warps=sizes.warps, num_stages=STAGES,
+        )  # fmt: skip
+        if finish or not steps.causal:
+            self.next = self.d_weights
 
     def gradients(self) -> tuple[Any, ...]:
         """All gradients, once every group has been walked."""
@@ -157,12 +181,16 @@ def forms() -> list[Form]:
     found = []
     middle = {"FINISH": True, "BEGIN": True, "CLOSES": True, "OPENED": False}
     for width, size, causal, precision in SHIPPED:
-        sizes = Sizes.of_shape(width, 4 * width, size)
+        sizes = Sizes.of_shape(width, 4 * width, size, causal=causal)
         name = f"F {width}, C {size}, {'causal' if causal else 'non-causal'}, {precision}"
         constants = {**middle, "CAUSAL": causal, "PRECISION": precision}
-        found.append(form(f"MLP walk, {name}", mlp_walk, sizes, constants, _SPILLED.get((width, size, precision), 0)))
+        spilled = _SPILLED.get((width, size, causal, precision), 0)
+        found.append(form(f"MLP walk, {name}", mlp_walk, sizes, constants, spilled))
+    sizes = Sizes.of_shape(128, 512, 16, causal=True)
     opened = {**middle, "BEGIN": False, "CLOSES": False, "OPENED": True, "CAUSAL": True, "PRECISION": "tf32"}
-    found.append(
-        form("MLP walk, F 128, C 16, open, tf32", mlp_walk, Sizes.of_shape(128, 512, 16), opened, _SPILLED_OPEN)
-    )
-    return found
+    found.append(form("MLP walk, F 128, C 16, open, tf32", mlp_walk, sizes, opened, _SPILLED_OPEN))
+    sizes = Sizes.of_shape(64, 256, 64, causal=False)
+    last = {**middle, "FINISH": False, "CAUSAL": False, "PRECISION": "tf32"}
+    found.append(form("MLP walk, F 64, C 64, non-causal, begun only, tf32", mlp_walk, sizes, last))
+    opened = {**last, "CLOSES": False, "OPENED": True}
+    return [*found, form("MLP walk, F 64, C 64, non-causal, open, begun only, tf32", mlp_walk, sizes, opened)]

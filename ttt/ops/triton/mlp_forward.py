@@ -5,26 +5,30 @@ A program has one pair p (a head of a row) and one tile h of the hidden width: `
 All that belongs to the hidden layer is the tile's own, so the only sums over tiles are `Z_1` and the answers `y_1`, of
 `C·F` numbers each. With the numbers of `docs/backward.md`, launch n does
 
-    finish n − 1     E_1 = ι Π(r) from Z_1                                  (5), (6), in every tile again
-                     E_0 = (E_1 W_1ᵀ) ⊙ φ'(Z_0)                            (7)
+    finish n − 1     E_0 = (E_1 W_1ᵀ) ⊙ φ'(Z_0)                            (7)
       causal         y_0 = Q W_0 + b_0 + (κ ⊙ (Q Kᵀ + 1)) E_0              (9), (10)
                      y_1's part = φ(y_0) W_1 + (κ ⊙ φ(y_0) Xᵀ) E_1
       not causal     the same with W − s G, by which every token answers, and no attention: y_0 = Q (W_0 − s G_0) + …
                      W' = W + c G,  G_0 = (η K)ᵀ E_0,  G_1 = Xᵀ (η E_1)    (8), in place
     begin n          Z_0 = K W_0 + b_0,  Z_1's part = φ(Z_0) W_1           (1)
-    who comes last   Z_1 of n and y_1 of n − 1: the sums of all tiles' parts, in the tiles' order; z = Q + LN(y_1)  (11)
+    who comes last   of n: Z_1, the sum of the parts, in the tiles' order; E_1 = ι Π(r)    (5), (6)
+                     of n − 1: y_1, a sum too; z = Q + LN(y_1)             (11)
 
 `b_1`, and the ones of `A_1 = x̃ X̃ᵀ`, belong to the first tile's part. N mini-batches are N + 1 launches. A mini-batch
-that stays open adds `−s (x G)` of the sums `G` before it to the queries, and returns `G + …` in place of `W'`.
+that stays open adds `−s (x G)` of the sums `G` before it to the queries, and returns `G + …` in place of `W'`. For
+backward the one that comes last goes on from y_1 to `dy_1` (13), and nothing is answered.
+
+Tokens are walked 16 at a time, so that 64 take hardly more registers than 16. A causal block sees the blocks before it
+as an open mini-batch sees what came before: by the sum of their gradients, which the tile has anyway.
 
 Nothing of a launch is read by another program of it, except parts by the one that comes last, which a ticket tells: it
 waits for nobody, and no number depends on which it is. Weights are written over those that they replace, or where a
 group opens, into what is kept; the next launch reads them there.
 
-Room: a program holds its tiles of `W`, of `G`, and some `[C,F]`, in registers: F 128 with 8 warps, `h = 32`, 16 numbers
-a thread for each tile. Traffic of one mini-batch, with `S = 2 F·HIDDEN` numbers of weights: `2 S`; and the parts,
-`2·(HIDDEN/h)·C·F` written and read once more, which a cache holds if pairs are few. Beyond the results it allocates
-`2 (HIDDEN/h + 1)·C·F + 2 C·HIDDEN` numbers for each pair.
+Room: a program holds its tiles of `W`, of `G`, and some `[16,F]`, in registers: F 128 with 8 warps, `h = 32`, 16
+numbers a thread for each tile; causal mini-batches of several blocks have `h = 16`. Traffic of one mini-batch, with
+`S = 2 F·HIDDEN` numbers of weights: `2 S`; and the parts, `2·(HIDDEN/h)·C·F` written and read once more, which a cache
+holds if pairs are few. Beyond the results it allocates `2 (HIDDEN/h + 1)·C·F + 2 C·HIDDEN` numbers for each pair.
 """
 
 from __future__ import annotations
@@ -79,10 +83,11 @@ def forms() -> list[Form]:
     found = []
     middle = {"FINISH": True, "BEGIN": True, "UPDATE": True, "CLOSES": True, "OPENED": False, "KEEP": True}
     for width, size, causal, precision in SHIPPED:
-        sizes = Sizes.of_shape(width, 4 * width, size)
+        sizes = Sizes.of_shape(width, 4 * width, size, causal=causal)
         name = f"F {width}, C {size}, {'causal' if causal else 'non-causal'}, {precision}"
         constants = {**middle, "CAUSAL": causal, "PRECISION": precision}
-        found.append(form(f"MLP step, {name}", mlp_step, sizes, constants, _SPILLED.get((width, size, precision), 0)))
+        spilled = _SPILLED.get((width, size, causal, precision), 0)
+        found.append(form(f"MLP step, {name}", mlp_step, sizes, constants, spilled))
     opened = {**middle, "BEGIN": False, "CLOSES": False, "OPENED": True, "CAUSAL": True, "PRECISION": "tf32"}
-    found.append(form("MLP step, F 128, C 16, open, tf32", mlp_step, Sizes.of_shape(128, 512, 16), opened, {80: 224}))
-    return found
+    sizes = Sizes.of_shape(128, 512, 16, causal=True)
+    return [*found, form("MLP step, F 128, C 16, open, tf32", mlp_step, sizes, opened, {80: 224})]

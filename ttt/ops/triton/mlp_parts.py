@@ -1,8 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """What the MLP's kernels share: products, GELU, the inner loss's errors, and where tokens and weights lie.
 
-Every function runs inside a kernel. Symbols and numbers in parentheses: `docs/backward.md`. Tiles have a power of
-two of rows, at least 16 (`ROWS`), of which the first `C` hold tokens; the others are zeros where they are read.
+Every function runs inside a kernel. Symbols and numbers in parentheses: `docs/backward.md`. A mini-batch's tokens, C or
+`size`, are walked in blocks of `BLOCK` rows; rows past the last token are zeros where they are read, and not written.
+
+`at` is which mini-batch, pair and hidden tile, and what tokens' places depend on: `(n, p, tile, steps, heads)`.
 """
 
 from __future__ import annotations
@@ -87,32 +89,63 @@ def is_constant(z, LEAST: tl.constexpr):
 
 
 @triton.jit
-def token_rows(n, p, rows, steps, heads, C: tl.constexpr):
-    """The rows of a mini-batch's tokens in a tensor whose memory is `[B,N,C,H,…]`, int64."""
-    return (((p // heads).to(tl.int64) * steps + n) * C + rows) * heads + p % heads
+def blocks(size, BLOCK: tl.constexpr, MANY: tl.constexpr):
+    """How many blocks a mini-batch of `size` tokens has; one, unless it may have `MANY`."""
+    if MANY:
+        return (size + BLOCK - 1) // BLOCK
+    return 1
 
 
 @triton.jit
-def load_tokens(x, n, p, steps, heads, C: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """A mini-batch's tokens `[ROWS,WIDTH]`."""
-    rows = tl.arange(0, ROWS)[:, None]
-    at = token_rows(n, p, rows, steps, heads, C) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    return tl.load(x + at, mask=rows < C, other=0)
+def token_rows(at, rows, size):
+    """The rows of a mini-batch's tokens in a tensor whose memory is `[B,N,C,H,…]`, int64; `at` is said above."""
+    n, p, steps, heads = at[0], at[1], at[3], at[4]
+    return (((p // heads).to(tl.int64) * steps + n) * size + rows) * heads + p % heads
 
 
 @triton.jit
-def store_tokens(x, value, n, p, steps, heads, C: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def load_tokens(x, at, first, size, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """The tokens of a mini-batch's block that begins at row `first`, `[BLOCK,WIDTH]`."""
+    rows = first + tl.arange(0, BLOCK)[:, None]
+    return tl.load(x + token_rows(at, rows, size) * WIDTH + tl.arange(0, WIDTH)[None, :], mask=rows < size, other=0)
+
+
+@triton.jit
+def store_tokens(x, value, at, first, size, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """The inverse of `load_tokens`."""
-    rows = tl.arange(0, ROWS)[:, None]
-    at = token_rows(n, p, rows, steps, heads, C) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    tl.store(x + at, value, mask=rows < C)
+    rows = first + tl.arange(0, BLOCK)[:, None]
+    tl.store(x + token_rows(at, rows, size) * WIDTH + tl.arange(0, WIDTH)[None, :], value, mask=rows < size)
 
 
 @triton.jit
-def load_column(x, n, p, steps, heads, C: tl.constexpr, ROWS: tl.constexpr):
-    """A number of each token, `[ROWS]`."""
-    rows = tl.arange(0, ROWS)
-    return tl.load(x + token_rows(n, p, rows, steps, heads, C), mask=rows < C, other=0)
+def load_column(x, at, first, size, BLOCK: tl.constexpr):
+    """A number of each token of a block, `[BLOCK]`."""
+    rows = first + tl.arange(0, BLOCK)
+    return tl.load(x + token_rows(at, rows, size), mask=rows < size, other=0)
+
+
+@triton.jit
+def load_scale(scale, at, first, scale_b, size, BLOCK: tl.constexpr):
+    """The step sizes `s` of a block's positions, `[BLOCK]`."""
+    p, heads = at[1], at[4]
+    rows = first + tl.arange(0, BLOCK)
+    return tl.load(scale + (p // heads) * scale_b + rows, mask=rows < size, other=0)
+
+
+@triton.jit
+def norm_place(at, norm_b, norm_h, F: tl.constexpr):
+    """Where a pair's row of `γ` or `β` lies, `[1,F]`."""
+    p, heads = at[1], at[4]
+    return (p // heads) * norm_b + (p % heads) * norm_h + tl.arange(0, F)[None, :]
+
+
+@triton.jit
+def push_of(last, at, last_n, last_b, CLOSES: tl.constexpr):
+    """`c`, the factor of an update."""
+    if CLOSES:
+        n, p, heads = at[0], at[1], at[4]
+        return -tl.load(last + n * last_n + (p // heads) * last_b)
+    return tl.full([], 1, last.dtype.element_ty)
 
 
 @triton.jit
@@ -126,9 +159,44 @@ def coefficients(eta, scale, CAUSAL: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def place(index, p, pairs, rows, columns, C: tl.constexpr, WIDTH: tl.constexpr):
+def load_block(x, index, at, pairs, first, size, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """A block's rows `[BLOCK,WIDTH]` of a tensor `[…,P,C,WIDTH]`; its leading axes together have the place `index`."""
+    rows = first + tl.arange(0, BLOCK)[:, None]
+    place = block_place(index, at, pairs, rows, tl.arange(0, WIDTH)[None, :], size, WIDTH)
+    return tl.load(x + place, mask=rows < size, other=0)
+
+
+@triton.jit
+def store_block(x, value, index, at, pairs, first, size, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """The inverse of `load_block`."""
+    rows = first + tl.arange(0, BLOCK)[:, None]
+    place = block_place(index, at, pairs, rows, tl.arange(0, WIDTH)[None, :], size, WIDTH)
+    tl.store(x + place, value, mask=rows < size)
+
+
+@triton.jit
+def load_hidden(x, index, at, pairs, first, HIDDEN: tl.constexpr, TILE: tl.constexpr, size, BLOCK: tl.constexpr):
+    """A block's rows of this tile, `[BLOCK,TILE]`, of a tensor `[…,P,C,HIDDEN]`."""
+    tile = at[2]
+    rows, columns = first + tl.arange(0, BLOCK)[:, None], tile * TILE + tl.arange(0, TILE)[None, :]
+    return tl.load(x + block_place(index, at, pairs, rows, columns, size, HIDDEN), mask=rows < size, other=0)
+
+
+@triton.jit
+def store_hidden(
+    x, value, index, at, pairs, first, HIDDEN: tl.constexpr, TILE: tl.constexpr, size, BLOCK: tl.constexpr
+):
+    """The inverse of `load_hidden`."""
+    tile = at[2]
+    rows, columns = first + tl.arange(0, BLOCK)[:, None], tile * TILE + tl.arange(0, TILE)[None, :]
+    tl.store(x + block_place(index, at, pairs, rows, columns, size, HIDDEN), value, mask=rows < size)
+
+
+@triton.jit
+def block_place(index, at, pairs, rows, columns, size, WIDTH: tl.constexpr):
     """Where `[rows,columns]` of a tensor `[…,P,C,WIDTH]` lies, whose leading axes together have the place `index`."""
-    return ((index.to(tl.int64) * pairs + p) * C + rows) * WIDTH + columns
+    p = at[1]
+    return ((index * pairs + p).to(tl.int64) * size + rows) * WIDTH + columns
 
 
 @triton.jit
@@ -164,12 +232,11 @@ def is_tile(tile, index: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def summed_tiles(parts, p, pairs, TILES: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The sum over hidden tiles, in their order, of parts `[tiles,P,C,WIDTH]`."""
-    rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
-    total = tl.zeros([ROWS, WIDTH], parts.dtype.element_ty)
-    for tile in range(TILES):
-        total += tl.load(parts + (tile * pairs + p).to(tl.int64) * C * WIDTH + rows * WIDTH + columns, rows < C, 0)
+def summed_tiles(parts, index, at, pairs, first, TILES: tl.constexpr, size, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """The sum over hidden tiles, in their order, of a block's parts; those of tile 0 lie at the place `index`."""
+    total = tl.zeros([BLOCK, WIDTH], parts.dtype.element_ty)
+    for tile in tl.range(TILES, loop_unroll_factor=4):
+        total += load_block(parts, index + tile, at, pairs, first, size, BLOCK, WIDTH)
     return total
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ttt.ops.constants import Precision
@@ -16,10 +15,14 @@ from ttt.ops.triton.mlp_parts import least_spread
 from ttt.ops.triton.mlp_step import mlp_step
 
 TILES = (32, 16)
-"""Widths of a hidden tile: the first if it divides the hidden width and the mini-batch is short; registers are few."""
+"""Widths of a hidden tile: the first if it divides the hidden width and registers suffice."""
+BLOCK = 16
+"""Tokens that a program walks together; a product takes no fewer."""
+STAGES = 1
+"""What a loop over blocks reads is not fetched ahead: a block reads what the one before has written."""
 WIDTHS = (16, 32, 64, 128)
 """Widths of a head, F."""
-MOST_ROWS = 64
+MOST_TOKENS = 64
 """The most tokens of a mini-batch."""
 
 
@@ -34,23 +37,25 @@ class Sizes(NamedTuple):
     """`C`"""
 
     @property
-    def rows(self) -> int:
-        """Rows of a tile: `C`, up to the next power of two that a product takes."""
-        return max(16, triton.next_power_of_2(self.size))
-
-    @property
     def tiles(self) -> int:
         """Hidden tiles."""
         return self.hidden // self.tile
 
-    @classmethod
-    def of_shape(cls, width: int, hidden: int, size: int) -> Sizes:
-        """The sizes of a shape that has a form."""
-        wide, narrow = TILES
-        return cls(width, hidden, wide if size <= 32 and hidden % wide == 0 else narrow, size)
+    @property
+    def many(self) -> bool:
+        """Whether a mini-batch has more than one block."""
+        return self.size > BLOCK
 
     @classmethod
-    def of(cls, dims: Dims) -> Sizes:
+    def of_shape(cls, width: int, hidden: int, size: int, *, causal: bool) -> Sizes:
+        """The sizes of a shape that has a form."""
+        wide, narrow = TILES
+        # A causal mini-batch of several blocks carries sums of gradients beside the weights.
+        fits = hidden % wide == 0 and not (causal and size > BLOCK)
+        return cls(width, hidden, wide if fits else narrow, size)
+
+    @classmethod
+    def of(cls, dims: Dims, *, causal: bool) -> Sizes:
         """The sizes of a problem.
 
         Raises:
@@ -63,9 +68,9 @@ class Sizes(NamedTuple):
             raise ValueError(f"the Triton kernels run heads of {', '.join(map(str, WIDTHS))}, not {width}")
         if hidden % TILES[-1]:
             raise ValueError(f"the Triton kernels need a hidden width that is a multiple of {TILES[-1]}, not {hidden}")
-        if dims.size > MOST_ROWS:
-            raise ValueError(f"the Triton kernels run mini-batches of at most {MOST_ROWS} tokens, not {dims.size}")
-        return cls.of_shape(width, hidden, dims.size)
+        if dims.size > MOST_TOKENS:
+            raise ValueError(f"the Triton kernels run mini-batches of at most {MOST_TOKENS} tokens, not {dims.size}")
+        return cls.of_shape(width, hidden, dims.size, causal=causal)
 
     @property
     def warps(self) -> int:
@@ -101,14 +106,18 @@ class Kept(NamedTuple):
 
     hidden: Tensor
     """`Z_0 [slots,P,C,HIDDEN]`"""
+    errors: Tensor
+    """`E_1 [slots,P,C,F]`"""
     output: Tensor
-    """`Z_1 [slots,P,C,F]`"""
+    """`Z_1`"""
     asked: Tensor
     """`y_0`"""
     pulled: Tensor
     """`D_0`"""
-    answered: Tensor
-    """`y_1`"""
+    d_answered: Tensor
+    """`dy_1`"""
+    shares: Tensor
+    """What `dγ` has of the answers, `[slots,P,F]`."""
 
     @classmethod
     def room(cls, dims: Dims, slots: int, like: Tensor, *, all_of_it: bool = True) -> Kept:
@@ -118,20 +127,30 @@ class Kept(NamedTuple):
         def room(columns: int) -> Tensor:
             return like.new_empty((slots, dims.pairs, dims.size, columns))
 
-        z0, z1 = room(hidden), room(width)
-        return cls(z0, z1, room(hidden), room(hidden), room(width)) if all_of_it else cls(z0, z1, z0, z0, z1)
+        z0, e1 = room(hidden), room(width)
+        if not all_of_it:
+            return cls(z0, e1, e1, z0, z0, e1, e1)
+        shares = like.new_empty((slots, dims.pairs, width))
+        return cls(z0, e1, room(width), room(hidden), room(hidden), room(width), shares)
 
 
 COUNTS = frozenset(
-    {"n", "steps", "heads", "pairs", "slots", "from_bias", "to_bias", "begun_bias", "bias"}
+    {"n", "steps", "heads", "pairs", "slots", "size", "from_bias", "to_bias", "w0_bias", "w1_bias"}
     | {"scale_b", "last_n", "last_b", "norm_b", "norm_h"}
 )
 """The kernels' arguments that are integers; the others are pointers."""
-SHIPPED: tuple[tuple[int, int, bool, Precision], ...] = (
-    (128, 16, True, "ieee"), (128, 16, True, "tf32"), (128, 16, True, "bf16"), (128, 1, True, "tf32"),
-    (64, 16, True, "tf32"), (64, 64, False, "ieee"), (64, 64, False, "tf32"), (64, 64, False, "bf16"),
-)  # fmt: skip
-"""`F`, `C`, whether it is causal, and the precision of the forms: every value of each, not all products of them."""
+PRECISIONS: tuple[Precision, ...] = ("ieee", "tf32", "bf16")
+SHIPPED: tuple[tuple[int, int, bool, Precision], ...] = tuple(
+    (width, size, causal, precision)
+    for width in (128, 64)
+    for size, causal in ((BLOCK, True), (BLOCK, False), (MOST_TOKENS, True), (MOST_TOKENS, False))
+    for precision in PRECISIONS
+)
+"""`F`, `C`, whether it is causal, and the precision of the forms.
+
+A form depends on C by the number of its blocks alone, one or many: so these are the forms of every C from 1 to 64, and
+that of one token, which answers with the weights after it in either case, is the non-causal one of 16.
+"""
 
 
 def form(
@@ -139,13 +158,20 @@ def form(
 ) -> Form:
     """A form of one of the kernels, which takes some of the constants."""
     every = {
-        "F": sizes.width, "HIDDEN": sizes.hidden, "TILE": sizes.tile, "C": sizes.size,
-        "ROWS": sizes.rows, "EPS": 1e-6, "LEAST": least_spread("fp32"), **constants,
+        "F": sizes.width, "HIDDEN": sizes.hidden, "TILE": sizes.tile, "BLOCK": BLOCK,
+        "MANY": sizes.many, "EPS": 1e-6, "LEAST": least_spread("fp32"), **constants,
     }  # fmt: skip
     taken = {key: value for key, value in every.items() if key in kernel.arg_names}
     signature = {key: "i32" if key in COUNTS else "*fp32" for key in kernel.arg_names if key not in taken}
     return Form(
-        name, kernel, signature, taken, sizes.warps, spilled_bytes=spilled_bytes, aligned=frozenset(signature) - COUNTS
+        name,
+        kernel,
+        signature,
+        taken,
+        sizes.warps,
+        STAGES,
+        spilled_bytes=spilled_bytes,
+        aligned=frozenset(signature) - COUNTS,
     )
 
 
@@ -159,12 +185,14 @@ class Steps:
 
     def __init__(self, problem: Problem) -> None:
         self.dims = dims = problem.dims
-        self.sizes = Sizes.of(dims)
         self.q, self.k, self.target, self.rate = (dense(x) for x in problem[:4])
         shape = dims.batch, dims.heads, 1, dims.widths[0]
         self.gamma, self.beta = (x.expand(shape).contiguous() for x in (problem.gamma_H1F, problem.beta_H1F))
         self.scale = problem.scale_BC.contiguous()
-        self.closes, self.opened, self.causal = problem.last_NB is not None, bool(problem.gradients), problem.causal
+        self.closes, self.opened = problem.last_NB is not None, bool(problem.gradients)
+        self.causal = problem.causal and dims.size > 1
+        """Whether tokens answer with different weights; one token alone answers with those after it."""
+        self.sizes = Sizes.of(dims, causal=self.causal)
         last = self.scale if problem.last_NB is None else problem.last_NB
         self.last = last.expand(dims.steps, dims.batch).contiguous() if self.closes else last
         self.given = Place.of(problem.weights)
@@ -185,7 +213,7 @@ class Steps:
         """The constants of a kernel that are sizes."""
         sizes = self.sizes
         return {
-            "F": sizes.width, "HIDDEN": sizes.hidden, "TILE": sizes.tile, "C": sizes.size, "ROWS": sizes.rows
+            "F": sizes.width, "HIDDEN": sizes.hidden, "TILE": sizes.tile, "BLOCK": BLOCK, "MANY": sizes.many
         }  # fmt: skip
 
     @property
@@ -195,7 +223,7 @@ class Steps:
 
     def run(
         self, start: int, stop: int, opening: Callable[[int], Place], *, last_update: int,
-        kept: Kept | None = None, answers: Tensor | None = None,
+        kept: Kept | None = None, d_answers: Tensor | None = None, answers: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Run the mini-batches from `start` to `stop`, whose places follow each other from `opening(start)` on.
 
@@ -205,8 +233,8 @@ class Steps:
             opening: where the weights that open a mini-batch lie; of `stop`: the weights after the last.
             last_update: the last mini-batch whose opening weights are written; those after it are there already, or
                 nobody reads them.
-            kept: receives what backward reads; its slots are as many as the mini-batches of a group, and groups begin
-                at their multiples.
+            kept: receives what backward reads, each mini-batch in the slot of its number modulo the slots.
+            d_answers: the gradient of the answers, as `dense` makes it; goes with `kept`.
             answers: receives the answers, in the memory order of `room_for_tokens`; None with `kept`.
         """
         dims, sizes, q = self.dims, self.sizes, self.q
@@ -214,15 +242,15 @@ class Steps:
         tickets = torch.zeros(dims.pairs, dtype=torch.int32, device=q.device)
         slots = 2 if kept is None else len(kept.hidden)
         room = Kept.room(dims, slots, q, all_of_it=False) if kept is None else kept
-        shown = q if answers is None else answers
+        shown, d_shown = q if answers is None else answers, q if d_answers is None else d_answers
         for n in range(start, stop + 1):
             finish = n > start
             source, target = opening(n - 1 if finish else n), opening(n)
             mlp_step[(dims.pairs, sizes.tiles)](
-                q, self.k, self.target, self.rate, self.gamma, self.beta, self.scale, self.last,
+                q, self.k, self.target, self.rate, self.gamma, self.beta, self.scale, self.last, d_shown,
                 *source[:4], *target[:4], *self.before[:4], *room, key_parts, answer_parts, tickets, shown,
-                n, dims.steps, dims.heads, dims.pairs, slots, source.bias, target.bias, **self.strides,
-                **self.shapes, EPS=self.eps, PRECISION=self.precision, CAUSAL=self.causal, FINISH=finish,
-                BEGIN=n < stop, UPDATE=finish and n <= last_update, CLOSES=self.closes, OPENED=self.opened,
-                KEEP=kept is not None, num_warps=sizes.warps, num_stages=2,
+                n, dims.steps, dims.heads, dims.pairs, slots, dims.size, source.bias, target.bias, **self.strides,
+                **self.shapes, EPS=self.eps, LEAST=self.least, PRECISION=self.precision, CAUSAL=self.causal,
+                FINISH=finish, BEGIN=n < stop, UPDATE=finish and n <= last_update, CLOSES=self.closes,
+                OPENED=self.opened, KEEP=kept is not None, num_warps=sizes.warps, num_stages=STAGES,
             )  # fmt: skip

@@ -10,69 +10,90 @@ import triton
 import triton.language as tl
 
 from ttt.ops.triton.mlp_parts import (
+    blocks,
     coefficients,
     comes_last,
     first_bias,
     first_tile,
     gelu_parts,
     gelu_slope,
+    is_constant,
     is_tile,
+    load_block,
     load_column,
+    load_hidden,
+    load_scale,
     load_tokens,
+    norm_place,
     normalised,
-    place,
     product,
     projected,
+    push_of,
     second_bias,
     second_tile,
+    store_block,
+    store_hidden,
     store_tokens,
     summed_tiles,
 )
 
-_NEVER_SPECIALISED = ["n", "steps", "slots", "from_bias", "to_bias", "scale_b", "last_n", "last_b", "norm_b", "norm_h"]
+_NEVER_SPECIALISED = [
+    "n",
+    "steps",
+    "slots",
+    "size",
+    "from_bias",
+    "to_bias",
+    "scale_b",
+    "last_n",
+    "last_b",
+    "norm_b",
+    "norm_h",
+]
 
 
 @triton.jit(do_not_specialize=_NEVER_SPECIALISED)
 def mlp_step(
-    q, k, target, rate, gamma, beta, scale, last,
+    q, k, target, rate, gamma, beta, scale, last, d_answers,
     from_w0, from_b0, from_w1, from_b1, to_w0, to_b0, to_w1, to_b1, before_w0, before_b0, before_w1, before_b1,
-    hidden, output, asked, pulled, answered, key_parts, answer_parts, tickets, answers,
-    n, steps, heads, pairs, slots, from_bias, to_bias, scale_b, last_n, last_b, norm_b, norm_h,
-    F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
-    EPS: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, FINISH: tl.constexpr, BEGIN: tl.constexpr,
-    UPDATE: tl.constexpr, CLOSES: tl.constexpr, OPENED: tl.constexpr, KEEP: tl.constexpr,
+    hidden, errors, output, asked, pulled, d_answered, shares, key_parts, answer_parts, tickets, answers,
+    n, steps, heads, pairs, slots, size, from_bias, to_bias, scale_b, last_n, last_b, norm_b, norm_h,
+    F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr,
+    EPS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, FINISH: tl.constexpr,
+    BEGIN: tl.constexpr, UPDATE: tl.constexpr, CLOSES: tl.constexpr, OPENED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Finish mini-batch n − 1 and begin n, for one tile of one pair.
 
-    `q`, `k`, `target` and `answers` are tokens in the memory order `[B,N,C,H,F]`, `rate` `[B,N,C,H]`.
+    `q`, `k`, `target`, `d_answers` and `answers` are tokens in the memory order `[B,N,C,H,F]`, `rate` `[B,N,C,H]`.
 
     `from_*` are the weights that opened n − 1 (n, if there is nothing to finish), `to_*` receive those that open n, or
     the sums of a mini-batch that stays open, and may be the same; without `UPDATE` they hold these weights already.
     `from_bias` or `to_bias` is 1 if biases are the last rows of their weights, so that pairs lie that much further
     apart. `before_*` are, with `OPENED`, the sums so far of the only mini-batch.
 
-    `hidden` holds `Z_0 [slots,P,C,HIDDEN]` and `output` `Z_1 [slots,P,C,F]`, in the slot n modulo `slots`; with `KEEP`
-    so do `asked` `y_0`, `pulled` `D_0` and `answered` `y_1`, and nothing is answered. `key_parts` and `answer_parts`
-    are the tiles' parts of `Z_1` and `y_1`, `[tiles,P,C,F]`, which the program that comes last sums. `tickets [P]`
-    begin at 0.
+    `hidden` holds `Z_0 [slots,P,C,HIDDEN]` and `errors` `E_1 [slots,P,C,F]`, in the slot n modulo `slots`. With `KEEP`
+    `output` `Z_1`, `asked` `y_0` and `pulled` `D_0` are kept beside them, nothing is answered, and `d_answers` goes
+    back through the answers' norm (13): `d_answered` receives `dy_1` and `shares [slots,P,F]` what `dγ` has of it.
+    `key_parts` and `answer_parts` are the tiles' parts of `Z_1` and `y_1`, `[tiles,P,C,F]`, which the program that
+    comes last sums. `tickets [P]` begin at 0.
     """
     p, tile = tl.program_id(0), tl.program_id(1)
-    rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, F)[None, :]
+    before, now = (n - 1, p, tile, steps, heads), (n, p, tile, steps, heads)
     w0_at, b0_at = first_tile(p, tile, from_bias, F, HIDDEN, TILE), first_bias(p, tile, from_bias, F, HIDDEN, TILE)
     w1_at, b1_at = second_tile(p, tile, from_bias, F, HIDDEN, TILE), second_bias(p, from_bias, F, HIDDEN)
     w0, b0 = tl.load(from_w0 + w0_at), tl.load(from_b0 + b0_at)
     w1, b1 = tl.load(from_w1 + w1_at), tl.load(from_b1 + b1_at, mask=is_tile(tile, 0, F), other=0)
     if FINISH:
         g0, c0, g1, c1 = _finish(
-            w0, b0, w1, b1, q, k, target, rate, gamma, beta, scale, before_w0, before_b0, before_w1, before_b1,
-            hidden, asked, pulled, output, answer_parts, n - 1, p, tile, steps, heads, pairs, slots,
-            scale_b, norm_b, norm_h, F, HIDDEN, TILE, C, ROWS, EPS, PRECISION, CAUSAL, UPDATE, OPENED, KEEP,
+            w0, b0, w1, b1, q, k, rate, scale, before_w0, before_b0, before_w1, before_b1, hidden, errors, asked,
+            pulled, answer_parts, before, pairs, slots, scale_b,
+            F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, CAUSAL, UPDATE, OPENED, KEEP,
         )  # fmt: skip
         w0_at, b0_at = first_tile(p, tile, to_bias, F, HIDDEN, TILE), first_bias(p, tile, to_bias, F, HIDDEN, TILE)
         w1_at, b1_at = second_tile(p, tile, to_bias, F, HIDDEN, TILE), second_bias(p, to_bias, F, HIDDEN)
         if UPDATE:  # (8)
             if CLOSES:
-                push = -tl.load(last + (n - 1) * last_n + (p // heads) * last_b)
+                push = push_of(last, before, last_n, last_b, CLOSES)
                 w0, b0, w1, b1 = w0 + push * g0, b0 + push * c0, w1 + push * g1, b1 + push * c1
             else:
                 w0, b0, w1, b1 = g0, c0, g1, c1
@@ -84,120 +105,147 @@ def mlp_step(
             w0, b0 = tl.load(to_w0 + w0_at), tl.load(to_b0 + b0_at)
             w1, b1 = tl.load(to_w1 + w1_at), tl.load(to_b1 + b1_at, mask=is_tile(tile, 0, F), other=0)
     if BEGIN:
-        _begin(
-            w0, b0, w1, b1, k, hidden, key_parts, n, p, tile, steps, heads, pairs, slots,
-            F, HIDDEN, TILE, C, ROWS, PRECISION,
-        )  # fmt: skip
+        _begin(w0, b0, w1, b1, k, hidden, key_parts, now, pairs, slots, F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION)
     if comes_last(tickets, p, HIDDEN // TILE):
         if FINISH:
             _answer(
-                q, gamma, beta, answer_parts, answered, answers, n - 1, p, steps, heads, pairs, slots, norm_b, norm_h,
-                F, HIDDEN // TILE, C, ROWS, EPS, KEEP,
+                q, gamma, beta, d_answers, answer_parts, d_answered, shares, answers, before, pairs, slots,
+                norm_b, norm_h, F, HIDDEN // TILE, size, BLOCK, MANY, EPS, LEAST, KEEP,
             )  # fmt: skip
         if BEGIN:
-            z = summed_tiles(key_parts, p, pairs, HIDDEN // TILE, C, ROWS, F)
-            tl.store(output + place(n % slots, p, pairs, rows, columns, C, F), z, mask=rows < C)
+            _errors(
+                target, gamma, beta, key_parts, output, errors, now, pairs, slots, norm_b, norm_h,
+                F, HIDDEN // TILE, size, BLOCK, MANY, EPS, KEEP,
+            )  # fmt: skip
 
 
 @triton.jit
 def _begin(
-    w0, b0, w1, b1, k, hidden, key_parts, n, p, tile, steps, heads, pairs, slots,
-    F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    w0, b0, w1, b1, k, hidden, key_parts, at, pairs, slots,
+    F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, size, BLOCK: tl.constexpr, MANY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The keys' way through a tile (1): `Z_0`, and its part of `Z_1`. The first tile's part has the bias."""
-    rows, across, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, TILE)[None, :], tl.arange(0, F)[None, :]
-    keys = load_tokens(k, n, p, steps, heads, C, ROWS, F)
-    z = product(keys, w0, PRECISION) + b0[None, :]
-    tl.store(hidden + place(n % slots, p, pairs, rows, tile * TILE + across, C, HIDDEN), z, mask=rows < C)
-    value, _ = gelu_parts(z)
-    part = product(value, w1, PRECISION) + b1[None, :]
-    at = place(tile, p, pairs, rows, columns, C, F)
-    tl.store(key_parts + at, part, mask=rows < C)
+    n, tile = at[0], at[2]
+    for block in range(blocks(size, BLOCK, MANY)):
+        first = block * BLOCK
+        z = product(load_tokens(k, at, first, size, BLOCK, F), w0, PRECISION) + b0[None, :]
+        store_hidden(hidden, z, n % slots, at, pairs, first, HIDDEN, TILE, size, BLOCK)
+        value, _ = gelu_parts(z)
+        part = product(value, w1, PRECISION) + b1[None, :]
+        store_block(key_parts, part, tile, at, pairs, first, size, BLOCK, F)
 
 
 @triton.jit
 def _finish(
-    w0, b0, w1, b1, q, k, target, rate, gamma, beta, scale, before_w0, before_b0, before_w1, before_b1,
-    hidden, asked, pulled, output, answer_parts, n, p, tile, steps, heads, pairs, slots,
-    scale_b, norm_b, norm_h,
-    F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
-    EPS: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, UPDATE: tl.constexpr, OPENED: tl.constexpr,
-    KEEP: tl.constexpr,
+    w0, b0, w1, b1, q, k, rate, scale, before_w0, before_b0, before_w1, before_b1, hidden, errors, asked, pulled,
+    answer_parts, at, pairs, slots, scale_b,
+    F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, size, BLOCK: tl.constexpr, MANY: tl.constexpr,
+    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, UPDATE: tl.constexpr, OPENED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """The errors of mini-batch n (5) to (7), and a tile's part of its answers (9), (10).
+    """The errors of a mini-batch's tile (7), its sums (8), and its part of the answers (9), (10), block by block.
 
     Returns:
-        Its sums `Σ_j η_j ∇ℓ_j`, those before it included, of `W_0`, `b_0`, `W_1` and `b_1`; zeros if neither the
-        update nor the answers need them.
+        Its sums `Σ_j η_j ∇ℓ_j`, those before it included, of `W_0`, `b_0`, `W_1` and `b_1`; without meaning if neither
+        the update nor the answers need them.
     """
-    rows, across, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, TILE)[None, :], tl.arange(0, F)[None, :]
-    # The inner loss, in every tile again.
-    z = tl.load(output + place(n % slots, p, pairs, rows, columns, C, F), mask=rows < C, other=0)
-    norm_at = (p // heads) * norm_b + (p % heads) * norm_h + columns
-    width = tl.load(gamma + norm_at)
-    unit, inverse = normalised(z, F, EPS)
-    r = width * (width * unit + tl.load(beta + norm_at) - load_tokens(target, n, p, steps, heads, C, ROWS, F))
-    error1 = tl.where(rows < C, inverse * projected(r, unit, F), 0)
-    # The hidden layer's tile.
-    tile_at = place(n % slots, p, pairs, rows, tile * TILE + across, C, HIDDEN)
-    hidden_z = tl.load(hidden + tile_at, mask=rows < C, other=0)
-    value, gate = gelu_parts(hidden_z)
-    d = product(error1, tl.trans(w1), PRECISION)
-    if KEEP:
-        tl.store(pulled + tile_at, d, mask=rows < C)
-    error0 = d * gelu_slope(hidden_z, value, gate)
-    eta = load_column(rate, n, p, steps, heads, C, ROWS)
-    s = tl.load(scale + (p // heads) * scale_b + tl.arange(0, ROWS), mask=tl.arange(0, ROWS) < C, other=0)
-    keys = load_tokens(k, n, p, steps, heads, C, ROWS, F)
+    n, p, tile, heads = at[0], at[1], at[2], at[4]
     g0, c0, g1, c1 = tl.zeros_like(w0), tl.zeros_like(b0), tl.zeros_like(w1), tl.zeros_like(b1)
     if OPENED:
         g0 += tl.load(before_w0 + first_tile(p, tile, 0, F, HIDDEN, TILE))
         c0 += tl.load(before_b0 + first_bias(p, tile, 0, F, HIDDEN, TILE))
         g1 += tl.load(before_w1 + second_tile(p, tile, 0, F, HIDDEN, TILE))
         c1 += tl.load(before_b1 + second_bias(p, 0, F, HIDDEN), mask=is_tile(tile, 0, F), other=0)
-    queries = load_tokens(q, n, p, steps, heads, C, ROWS, F)
-    if CAUSAL:  # dual form
-        kappa, _ = coefficients(eta, s, CAUSAL, ROWS)
-        y = product(queries, w0, PRECISION) + b0[None, :]
-        y += product((product(queries, tl.trans(keys), PRECISION) + 1) * kappa, error0, PRECISION)
-        if OPENED:
-            y -= s[:, None] * (product(queries, g0, PRECISION) + c0[None, :])
-        asking, _ = gelu_parts(y)
-        part = product(asking, w1, PRECISION) + b1[None, :]
-        seen = product(asking, tl.trans(value), PRECISION) + (tile == 0).to(w1.dtype)
-        part += product(seen * kappa, error1, PRECISION)
-        if OPENED:
-            part -= s[:, None] * (product(asking, g1, PRECISION) + c1[None, :])
-    if UPDATE or not CAUSAL:
-        g0 += product(tl.trans(keys * eta[:, None]), error0, PRECISION)
-        c0 += tl.sum(error0 * eta[:, None], 0)
-        g1 += product(tl.trans(value), error1 * eta[:, None], PRECISION)
-        c1 += tl.where(tile == 0, tl.sum(error1 * eta[:, None], 0), 0)
+    for block in range(blocks(size, BLOCK, MANY)):
+        first = block * BLOCK
+        error1 = load_block(errors, n % slots, at, pairs, first, size, BLOCK, F)
+        z = load_hidden(hidden, n % slots, at, pairs, first, HIDDEN, TILE, size, BLOCK)
+        value, gate = gelu_parts(z)
+        d = product(error1, tl.trans(w1), PRECISION)
+        if KEEP:
+            store_hidden(pulled, d, n % slots, at, pairs, first, HIDDEN, TILE, size, BLOCK)
+        error0 = d * gelu_slope(z, value, gate)
+        eta = load_column(rate, at, first, size, BLOCK)
+        keys = load_tokens(k, at, first, size, BLOCK, F)
+        if CAUSAL:  # the block's own tokens in dual form, those before it as a sum of gradients
+            queries = load_tokens(q, at, first, size, BLOCK, F)
+            s = load_scale(scale, at, first, scale_b, size, BLOCK)
+            kappa, _ = coefficients(eta, s, CAUSAL, BLOCK)
+            y = product(queries, w0, PRECISION) + b0[None, :]
+            y += product((product(queries, tl.trans(keys), PRECISION) + 1) * kappa, error0, PRECISION)
+            if OPENED or MANY:
+                y -= s[:, None] * (product(queries, g0, PRECISION) + c0[None, :])
+            if KEEP:
+                store_hidden(asked, y, n % slots, at, pairs, first, HIDDEN, TILE, size, BLOCK)
+            asking, _ = gelu_parts(y)
+            part = product(asking, w1, PRECISION) + b1[None, :]
+            seen = product(asking, tl.trans(value), PRECISION) + (tile == 0).to(w1.dtype)
+            part += product(seen * kappa, error1, PRECISION)
+            if OPENED or MANY:
+                part -= s[:, None] * (product(asking, g1, PRECISION) + c1[None, :])
+            store_block(answer_parts, part, tile, at, pairs, first, size, BLOCK, F)
+        if UPDATE or not CAUSAL or MANY:
+            g0 += product(tl.trans(keys * eta[:, None]), error0, PRECISION)
+            c0 += tl.sum(error0 * eta[:, None], 0)
+            g1 += product(tl.trans(value), error1 * eta[:, None], PRECISION)
+            c1 += tl.where(tile == 0, tl.sum(error1 * eta[:, None], 0), 0)
     if not CAUSAL:  # all answer with the same weights, those of the first position's step
         step = tl.load(scale + (p // heads) * scale_b)
-        y = product(queries, w0 - step * g0, PRECISION) + (b0 - step * c0)[None, :]
-        asking, _ = gelu_parts(y)
-        part = product(asking, w1 - step * g1, PRECISION) + (b1 - step * c1)[None, :]
-    if KEEP:
-        tl.store(asked + tile_at, y, mask=rows < C)
-    at = place(tile, p, pairs, rows, columns, C, F)
-    tl.store(answer_parts + at, part, mask=rows < C)
+        after0, bias0, after1, bias1 = w0 - step * g0, b0 - step * c0, w1 - step * g1, b1 - step * c1
+        for block in range(blocks(size, BLOCK, MANY)):
+            first = block * BLOCK
+            y = product(load_tokens(q, at, first, size, BLOCK, F), after0, PRECISION) + bias0[None, :]
+            if KEEP:
+                store_hidden(asked, y, n % slots, at, pairs, first, HIDDEN, TILE, size, BLOCK)
+            asking, _ = gelu_parts(y)
+            part = product(asking, after1, PRECISION) + bias1[None, :]
+            store_block(answer_parts, part, tile, at, pairs, first, size, BLOCK, F)
     return g0, c0, g1, c1
 
 
 @triton.jit
-def _answer(
-    q, gamma, beta, answer_parts, answered, answers, n, p, steps, heads, pairs, slots, norm_b, norm_h,
-    F: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr, KEEP: tl.constexpr,
+def _errors(
+    target, gamma, beta, key_parts, output, errors, at, pairs, slots, norm_b, norm_h,
+    F: tl.constexpr, TILES: tl.constexpr, size, BLOCK: tl.constexpr, MANY: tl.constexpr, EPS: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Sum the tiles' parts of mini-batch n's answers, and write `z` (11); or, with `KEEP`, only `y_1`."""
-    rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, F)[None, :]
-    y = summed_tiles(answer_parts, p, pairs, TILES, C, ROWS, F)
+    """Sum the tiles' parts of `Z_1`, and write `E_1` (5), (6); with `KEEP`, `Z_1` too."""
+    n = at[0]
+    norm_at = norm_place(at, norm_b, norm_h, F)
+    width, shift = tl.load(gamma + norm_at), tl.load(beta + norm_at)
+    for block in range(blocks(size, BLOCK, MANY)):
+        first = block * BLOCK
+        z = summed_tiles(key_parts, 0, at, pairs, first, TILES, size, BLOCK, F)
+        if KEEP:
+            store_block(output, z, n % slots, at, pairs, first, size, BLOCK, F)
+        unit, inverse = normalised(z, F, EPS)
+        r = width * (width * unit + shift - load_tokens(target, at, first, size, BLOCK, F))
+        store_block(errors, inverse * projected(r, unit, F), n % slots, at, pairs, first, size, BLOCK, F)
+
+
+@triton.jit
+def _answer(
+    q, gamma, beta, d_answers, answer_parts, d_answered, shares, answers, at, pairs, slots, norm_b, norm_h,
+    F: tl.constexpr, TILES: tl.constexpr, size, BLOCK: tl.constexpr, MANY: tl.constexpr, EPS: tl.constexpr,
+    LEAST: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Sum the tiles' parts of the answers, and write `z` (11); or, with `KEEP`, `dy_1` and a share of `dγ` (13)."""
+    n, p = at[0], at[1]
+    norm_at = norm_place(at, norm_b, norm_h, F)
+    width, shift = tl.load(gamma + norm_at), tl.load(beta + norm_at)
+    share = tl.zeros([F], width.dtype)
+    for block in range(blocks(size, BLOCK, MANY)):
+        first = block * BLOCK
+        y = summed_tiles(answer_parts, 0, at, pairs, first, TILES, size, BLOCK, F)
+        unit, inverse = normalised(y, F, EPS)
+        if KEEP:
+            d_z = load_tokens(d_answers, at, first, size, BLOCK, F)
+            followed = tl.where(is_constant(y, LEAST), 0, inverse)  # a constant `y_1` gets no gradient
+            d_y1 = followed * projected(width * d_z, unit, F)
+            store_block(d_answered, d_y1, n % slots, at, pairs, first, size, BLOCK, F)
+            share += tl.sum(d_z * unit, 0)
+        else:
+            z = load_tokens(q, at, first, size, BLOCK, F) + unit * width + shift
+            store_tokens(answers, z, at, first, size, BLOCK, F)
     if KEEP:
-        tl.store(answered + place(n % slots, p, pairs, rows, columns, C, F), y, mask=rows < C)
-    else:
-        norm_at = (p // heads) * norm_b + (p % heads) * norm_h + columns
-        unit, _ = normalised(y, F, EPS)
-        z = load_tokens(q, n, p, steps, heads, C, ROWS, F) + unit * tl.load(gamma + norm_at) + tl.load(beta + norm_at)
-        store_tokens(answers, z, n, p, steps, heads, C, ROWS, F)
+        tl.store(shares + ((n % slots).to(tl.int64) * pairs + p) * F + tl.arange(0, F), share)

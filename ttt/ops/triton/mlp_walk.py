@@ -2,7 +2,8 @@
 """The MLP's backward step as a kernel: finish the way back of one mini-batch, begin that of the one before.
 
 Symbols and numbers in parentheses: `docs/backward.md`, with the layers counted from 0. `mlp_backward` says how steps
-follow each other. No product's result is transposed: what is needed so is computed so, or read from memory.
+follow each other. No product's result is transposed: what is needed so is computed so (names with `t`), or read from
+memory.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import triton
 import triton.language as tl
 
 from ttt.ops.triton.mlp_parts import (
+    block_place,
+    blocks,
     coefficients,
     comes_last,
     first_bias,
@@ -18,333 +21,315 @@ from ttt.ops.triton.mlp_parts import (
     gelu_bend,
     gelu_parts,
     gelu_slope,
-    is_constant,
     is_tile,
+    load_block,
     load_column,
+    load_hidden,
+    load_scale,
     load_tokens,
-    normalised,
-    place,
     product,
-    projected,
+    push_of,
     second_bias,
     second_tile,
-    store_tokens,
-    summed_tiles,
-    token_rows,
+    store_block,
+    store_hidden,
 )
+from ttt.ops.triton.mlp_queries import answered_first, answered_second, first_sums, queries_back, second_sums
+from ttt.ops.triton.mlp_sums import output_back, tokens_back
 
-_NEVER_SPECIALISED = ["n", "steps", "slots", "begun_bias", "bias", "scale_b", "last_n", "last_b", "norm_b", "norm_h"]
+_NEVER_SPECIALISED = [
+    "n",
+    "steps",
+    "slots",
+    "size",
+    "w0_bias",
+    "w1_bias",
+    "scale_b",
+    "last_n",
+    "last_b",
+    "norm_b",
+    "norm_h",
+]
 
 
 @triton.jit(do_not_specialize=_NEVER_SPECIALISED)
 def mlp_walk(
     q, k, target, rate, gamma, beta, scale, last, d_answers,
-    begun_w1, w0, w1, next_w0, next_b0, next_w1, next_b1, to_w0, to_b0, to_w1, to_b1,
+    w0, w1, next_w0, next_b0, next_w1, next_b1, to_w0, to_b0, to_w1, to_b1,
     before_w0, before_b0, before_w1, before_b1, d_before_w0, d_before_b0, d_before_w1, d_before_b1,
-    hidden, output, asked, pulled, answered, d_error, d_asked, d_output,
+    hidden, errors, output, asked, pulled, d_answered, shares, d_error, d_asked, d_output,
     error_parts, query_parts, key_parts, seen_parts, row_parts, tickets,
     d_q, d_k, d_target, d_rate, d_gamma, d_beta, d_scale, d_push,
-    n, steps, heads, pairs, slots, begun_bias, bias, scale_b, last_n, last_b, norm_b, norm_h,
-    F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    n, steps, heads, pairs, slots, size, w0_bias, w1_bias, scale_b, last_n, last_b, norm_b, norm_h,
+    F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr,
     EPS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, FINISH: tl.constexpr,
     BEGIN: tl.constexpr, CLOSES: tl.constexpr, OPENED: tl.constexpr,
 ):  # fmt: skip
     """Finish mini-batch n + 1 and begin n, for one tile of one pair; the program that comes last sums what they leave.
 
-    Tokens, `hidden` to `answered` and `before_*` are those of `mlp_step`; `begun_w1` is the `W_1` that opened n, `w0`
-    and `w1` opened n + 1; `begun_bias` and `bias` are 1 if a bias is the last row of each pair's. `next_*` hold `dW'`
-    of n + 1 (of n, if there is nothing to finish) and may be `to_*`, which receive its `dW`, the `dW'` of n.
+    Tokens, `hidden` to `shares` and `before_*` are those of `mlp_step`. `w0` opened n + 1 (n, if there is nothing to
+    finish), `w1` opened n (n + 1, if there is nothing to begin); `w0_bias` and `w1_bias` are 1 if a bias is the last
+    row of each pair's. `next_*` hold `dW'` of n + 1 (of n, if there is nothing to finish) and may be `to_*`, which
+    receive its `dW`, the `dW'` of n. If the update is not causal, the `dW'` that is left for finishing has the answers'
+    share (12') already; that of an open mini-batch is `dG'`, with theirs.
 
     What beginning leaves for finishing lies in two slots, by the mini-batch modulo 2: `d_error` `dE_0` and `d_asked`
-    `dy_0` `[2,P,C,HIDDEN]`, `d_output` `dE_1` `[2,P,C,F]`, the tiles' parts of `dB_0` `[2,tiles,P,C,C]`, and of `dη`
-    through `κ`, of `ds` and of `d(cη)` `[2,tiles,P,C,4]`. The tiles' parts of `dE_1`, `dQ` and `dK`, `[tiles,P,C,F]`,
-    are summed in the launch that makes them. `tickets [P]` begin at 0.
+    `dy_0` `[2,P,C,HIDDEN]`, `d_output` `dZ_1` `[2,P,C,F]`, the tiles' parts of `dQ` `[2,tiles,P,C,F]`, of `dB_0` within
+    blocks `[2,tiles,P,C,BLOCK]`, and of `dη` through `κ`, of `ds`, of `d(cη)` and of `dη` through sums of gradients
+    `[2,tiles,P,C,4]`. The tiles' parts of `dE_1` and `dK`, `[tiles,P,C,F]`, are summed in the launch that makes them.
+    `tickets [P]` begin at 0.
     """
     p, tile = tl.program_id(0), tl.program_id(1)
+    now, later = (n, p, tile, steps, heads), (n + 1, p, tile, steps, heads)
     w0_at, b0_at = first_tile(p, tile, 0, F, HIDDEN, TILE), first_bias(p, tile, 0, F, HIDDEN, TILE)
     w1_at, b1_at = second_tile(p, tile, 0, F, HIDDEN, TILE), second_bias(p, 0, F, HIDDEN)
     only = is_tile(tile, 0, F)
-    next0, nextb0, next1, nextb1 = next_w0 + w0_at, next_b0 + b0_at, next_w1 + w1_at, next_b1 + b1_at
+    # Several threads read each of these, and one will write it: all read before the first barrier.
+    d_b0, d_b1 = tl.load(next_b0 + b0_at), tl.load(next_b1 + b1_at, mask=only, other=0)
+    second = tl.load(w1 + second_tile(p, tile, w1_bias, F, HIDDEN, TILE))
+    first_at = w0 + first_tile(p, tile, w0_bias, F, HIDDEN, TILE)
     if FINISH:
-        d_w0, d_b0, d_w1, d_b1 = _finish(
-            next0, nextb0, next1, nextb1, w0 + first_tile(p, tile, bias, F, HIDDEN, TILE),
-            w1 + second_tile(p, tile, bias, F, HIDDEN, TILE),
-            q, k, target, rate, gamma, beta, scale, last, d_answers, before_w0,
-            d_before_w0, d_before_b0, d_before_w1, d_before_b1, hidden, asked, pulled, output, answered,
-            d_error, d_asked, d_output, query_parts, key_parts, d_target, d_gamma, d_beta,
-            n + 1, p, tile, steps, heads, pairs, slots, scale_b, last_n, last_b, norm_b, norm_h,
-            F, HIDDEN, TILE, C, ROWS, EPS, LEAST, PRECISION, CAUSAL, CLOSES, OPENED,
+        push = push_of(last, later, last_n, last_b, CLOSES)
+        second_t = tl.trans(second)
+        if BEGIN:  # W_1 of n + 1: what n has taught is added again, as forward did, instead of reading it too
+            taught, _ = second_sums(
+                rate, hidden, errors, before_w1, before_b1, now, pairs, slots,
+                F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, False,
+            )  # fmt: skip
+            second_t += push_of(last, now, last_n, last_b, CLOSES) * taught
+        d_w1, d_b1 = _finish_second(
+            next_w1 + w1_at, d_b1, second_t, push, rate, scale, d_before_w1, d_before_b1, hidden, errors, asked,
+            pulled, d_answered, d_error, d_output, later, pairs, slots, scale_b,
+            F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, CAUSAL, CLOSES, OPENED,
         )  # fmt: skip
+        if BEGIN and not CAUSAL:
+            d_w1, d_b1 = answered_second(
+                second_t, second_t, d_b1, d_w1, d_b1, scale, asked, d_answered, d_asked, row_parts, now, pairs, slots,
+                scale_b, F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, CLOSES,
+            )  # fmt: skip
+        tl.debug_barrier()  # what the second layer's half leaves for the first's, other threads read
+        first = tl.load(first_at)
+        d_w0, d_b0 = _finish_first(
+            next_w0 + w0_at, d_b0, first, push, q, k, rate, scale, d_before_w0, d_before_b0, hidden, pulled,
+            d_error, d_asked, query_parts, key_parts, later, pairs, slots, scale_b,
+            F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, CAUSAL, CLOSES, OPENED,
+        )  # fmt: skip
+        if BEGIN and not CAUSAL:
+            d_w0, d_b0 = answered_first(
+                tl.trans(first), d_w0, d_b0, d_w0, d_b0, q, scale, d_asked, query_parts, row_parts, now, pairs,
+                scale_b, F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, CLOSES,
+            )  # fmt: skip
+    else:
+        d_w0, d_w1 = tl.load(next_w0 + w0_at), tl.load(next_w1 + w1_at)
+        if not CAUSAL:
+            second_t, first_t = tl.trans(second), tl.trans(tl.load(first_at))
+            taught1, taught_b1 = second_sums(
+                rate, hidden, errors, before_w1, before_b1, now, pairs, slots,
+                F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, OPENED,
+            )  # fmt: skip
+            taught0, taught_b0 = first_sums(
+                k, rate, hidden, pulled, before_w0, before_b0, now, pairs, slots,
+                F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, OPENED,
+            )  # fmt: skip
+            if CLOSES:
+                push = push_of(last, now, last_n, last_b, CLOSES)
+                second_t += push * taught1
+                first_t += push * taught0
+            d_w1, d_b1 = answered_second(
+                second_t, taught1, taught_b1, d_w1, d_b1, scale, asked, d_answered, d_asked, row_parts, now, pairs,
+                slots, scale_b, F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, CLOSES,
+            )  # fmt: skip
+            tl.debug_barrier()
+            d_w0, d_b0 = answered_first(
+                first_t, taught0, taught_b0, d_w0, d_b0, q, scale, d_asked, query_parts, row_parts, now, pairs,
+                scale_b, F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, CLOSES,
+            )  # fmt: skip
+    if FINISH or not CAUSAL:
         tl.store(to_w0 + w0_at, d_w0)
         tl.store(to_b0 + b0_at, d_b0)
         tl.store(to_w1 + w1_at, d_w1)
         tl.store(to_b1 + b1_at, d_b1, mask=only)
-    elif BEGIN:
-        d_w0, d_b0, d_w1, d_b1 = tl.load(next0), tl.load(nextb0), tl.load(next1), tl.load(nextb1, only, 0)
     if BEGIN:
-        _begin(
-            d_w0, d_b0, d_w1, d_b1, begun_w1 + second_tile(p, tile, begun_bias, F, HIDDEN, TILE),
-            q, k, target, rate, gamma, beta, scale, last, d_answers, before_w0, before_b0, before_w1, before_b1,
-            hidden, asked, pulled, output, answered, d_error, d_asked, error_parts, seen_parts, row_parts,
-            n, p, tile, steps, heads, pairs, slots, scale_b, last_n, last_b, norm_b, norm_h,
-            F, HIDDEN, TILE, C, ROWS, EPS, LEAST, PRECISION, CAUSAL, CLOSES, OPENED,
+        if CAUSAL:
+            queries_back(
+                second, q, k, rate, scale, before_w0, before_b0, before_w1, before_b1, hidden, errors, asked, pulled,
+                d_answered, d_asked, query_parts, seen_parts, row_parts, now, pairs, slots, scale_b,
+                F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, OPENED,
+            )  # fmt: skip
+        tl.debug_barrier()  # what the queries leave for the keys; and what finishing has read is written over
+        _keys_back(
+            second, d_w0, d_b0, d_w1, d_b1, q, k, rate, scale, last, hidden, errors, asked, pulled, d_answered,
+            d_error, d_asked, error_parts, row_parts, now, pairs, slots, scale_b, last_n, last_b,
+            F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, CAUSAL, CLOSES,
         )  # fmt: skip
     if comes_last(tickets, p, HIDDEN // TILE):
         if FINISH:
-            _tokens_back(
+            tokens_back(
                 q, k, rate, scale, last, d_answers, query_parts, key_parts, seen_parts, row_parts, d_q, d_k, d_rate,
-                d_scale, d_push, n + 1, p, steps, heads, pairs, scale_b, last_n, last_b,
-                F, HIDDEN // TILE, C, ROWS, PRECISION, CAUSAL, CLOSES,
+                d_scale, d_push, later, pairs, scale_b, last_n, last_b,
+                F, HIDDEN // TILE, size, BLOCK, MANY, PRECISION, CAUSAL, CLOSES,
             )  # fmt: skip
         if BEGIN:
-            rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, F)[None, :]
-            d_e1 = summed_tiles(error_parts, p, pairs, HIDDEN // TILE, C, ROWS, F)
-            tl.store(d_output + place(n % 2, p, pairs, rows, columns, C, F), d_e1, mask=rows < C)
+            output_back(
+                target, gamma, beta, d_answers, output, errors, shares, error_parts, d_output, d_target, d_gamma,
+                d_beta, now, pairs, slots, norm_b, norm_h, F, HIDDEN // TILE, size, BLOCK, MANY, EPS, LEAST,
+            )  # fmt: skip
 
 
 @triton.jit
-def _errors(
-    target, output, width, shift, n, p, steps, heads, pairs, slots,
-    F: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr,
+def _keys_back(
+    second, d_w0, d_b0, d_w1, d_b1, q, k, rate, scale, last, hidden, errors, asked, pulled, d_answered,
+    d_error, d_asked, error_parts, row_parts, at, pairs, slots, scale_b, last_n, last_b,
+    F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, size, BLOCK: tl.constexpr, MANY: tl.constexpr,
+    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, CLOSES: tl.constexpr,
 ):  # fmt: skip
-    """`Z_1`, its `x̂` and `ι`, `γ x̂ + β − t`, and `E_1` (5), (6) of a mini-batch."""
-    rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, F)[None, :]
-    z = tl.load(output + place(n % slots, p, pairs, rows, columns, C, F), mask=rows < C, other=0)
-    unit, inverse = normalised(z, F, EPS)
-    gap = width * unit + shift - load_tokens(target, n, p, steps, heads, C, ROWS, F)
-    return z, unit, inverse, gap, tl.where(rows < C, inverse * projected(width * gap, unit, F), 0)
+    """`dE_0` and a tile's part of `dE_1`, from the last block to the first: (15), the update (18), the errors (19)."""
+    n, tile = at[0], at[2]
+    push = push_of(last, at, last_n, last_b, CLOSES)
+    # What the queries of later blocks ask of the sums of gradients.
+    h0, hb0, h1, hb1 = tl.zeros_like(d_w0), tl.zeros_like(d_b0), tl.zeros_like(d_w1), tl.zeros_like(d_b1)
+    for block in range(blocks(size, BLOCK, MANY)):
+        first = (blocks(size, BLOCK, MANY) - 1 - block) * BLOCK
+        keys = load_tokens(k, at, first, size, BLOCK, F)
+        error1 = load_block(errors, n % slots, at, pairs, first, size, BLOCK, F)
+        z = load_hidden(hidden, n % slots, at, pairs, first, HIDDEN, TILE, size, BLOCK)
+        value, gate = gelu_parts(z)
+        slope = gelu_slope(z, value, gate)
+        error0 = load_hidden(pulled, n % slots, at, pairs, first, HIDDEN, TILE, size, BLOCK) * slope
+        seen0 = product(keys, d_w0, PRECISION) + d_b0[None, :]
+        seen1 = product(value, d_w1, PRECISION) + d_b1[None, :]
+        eta = load_column(rate, at, first, size, BLOCK)
+        row = first + tl.arange(0, BLOCK)
+        row_at = row_parts + block_place((n % 2) * (HIDDEN // TILE) + tile, at, pairs, row, 0, size, 4)
+        tl.store(row_at + 2, tl.sum(seen0 * error0, 1) + tl.sum(seen1 * error1, 1), mask=row < size)
+        taught = (push * eta)[:, None]
+        d_e0, part = taught * seen0, taught * seen1
+        if CAUSAL:
+            s = load_scale(scale, at, first, scale_b, size, BLOCK)
+            if MANY:
+                past0 = product(keys, h0, PRECISION) + hb0[None, :]
+                past1 = product(value, h1, PRECISION) + hb1[None, :]
+                tl.store(row_at + 3, -tl.sum(past0 * error0, 1) - tl.sum(past1 * error1, 1), mask=row < size)
+                d_e0 -= eta[:, None] * past0
+                part -= eta[:, None] * past1
+            _, turned = coefficients(eta, s, CAUSAL, BLOCK)
+            asking, _ = gelu_parts(load_hidden(asked, n % slots, at, pairs, first, HIDDEN, TILE, size, BLOCK))
+            d_y1 = load_block(d_answered, n % slots, at, pairs, first, size, BLOCK, F)
+            around = product(value, tl.trans(asking), PRECISION) + (tile == 0).to(eta.dtype)
+            part += product(around * turned, d_y1, PRECISION)
+            queries = load_tokens(q, at, first, size, BLOCK, F)
+            d_y0 = load_hidden(d_asked, n % 2, at, pairs, first, HIDDEN, TILE, size, BLOCK)
+            around = product(keys, tl.trans(queries), PRECISION) + 1
+            d_e0 += product(around * turned, d_y0, PRECISION)
+            if MANY:
+                step0, step1 = s[:, None] * d_y0, s[:, None] * d_y1
+                h0 += product(tl.trans(queries), step0, PRECISION)
+                hb0 += tl.sum(step0, 0)
+                h1 += product(tl.trans(asking), step1, PRECISION)
+                hb1 += tl.where(tile == 0, tl.sum(step1, 0), 0)
+        part += product(d_e0 * slope, second, PRECISION)
+        store_hidden(d_error, d_e0, n % 2, at, pairs, first, HIDDEN, TILE, size, BLOCK)
+        store_block(error_parts, part, tile, at, pairs, first, size, BLOCK, F)
 
 
 @triton.jit
-def _answers_back(
-    d_answers, answered, width, n, p, steps, heads, pairs, slots,
-    F: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr, LEAST: tl.constexpr,
+def _finish_second(
+    next_w1, next_b1, second_t, push, rate, scale, d_before_w1, d_before_b1, hidden, errors, asked, pulled,
+    d_answered, d_error, d_output, at, pairs, slots, scale_b,
+    F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, size, BLOCK: tl.constexpr, MANY: tl.constexpr,
+    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, CLOSES: tl.constexpr, OPENED: tl.constexpr,
 ):  # fmt: skip
-    """`dz`, `ŷ` and `dy_1` of a mini-batch (13); a constant `y_1` gets no gradient."""
-    rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, F)[None, :]
-    y = tl.load(answered + place(n % slots, p, pairs, rows, columns, C, F), mask=rows < C, other=0)
-    unit, inverse = normalised(y, F, EPS)
-    followed = tl.where(is_constant(y, LEAST), 0, inverse)
-    d_z = load_tokens(d_answers, n, p, steps, heads, C, ROWS, F)
-    return d_z, unit, tl.where(rows < C, followed * projected(width * d_z, unit, F), 0)
+    """From `dZ_1` through the second layer: the keys (16), (18), (21), and `dW_1` (22), which it returns with `db_1`.
 
-
-@triton.jit
-def _push(last, n, p, heads, last_n, last_b, CLOSES: tl.constexpr):
-    """`c`, the factor of an update."""
-    if CLOSES:
-        return -tl.load(last + n * last_n + (p // heads) * last_b)
-    return tl.full([], 1, last.dtype.element_ty)
-
-
-@triton.jit
-def _begin(
-    next0, nextb0, next1, nextb1, w1_at, q, k, target, rate, gamma, beta, scale, last, d_answers,
-    before_w0, before_b0, before_w1, before_b1, hidden, asked, pulled, output, answered, d_error, d_asked,
-    error_parts, seen_parts, row_parts, n, p, tile, steps, heads, pairs, slots,
-    scale_b, last_n, last_b, norm_b, norm_h,
-    F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
-    EPS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, CLOSES: tl.constexpr,
-    OPENED: tl.constexpr,
-):  # fmt: skip
-    """A tile's part of the way back up to `dE_1`: the queries (14) to (17), the update (18), the errors (19).
-
-    What takes much room in registers is used first, or loaded late.
+    Leaves `dZ_0` in the slot of `d_error` that nobody else uses now.
     """
-    rows, across, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, TILE)[None, :], tl.arange(0, F)[None, :]
-    others = tl.arange(0, ROWS)[None, :]
-    tile_at = place(n % slots, p, pairs, rows, tile * TILE + across, C, HIDDEN)
-    z = tl.load(hidden + tile_at, mask=rows < C, other=0)
-    value, gate = gelu_parts(z)
-    slope = gelu_slope(z, value, gate)
-    keys = load_tokens(k, n, p, steps, heads, C, ROWS, F)
-    seen_by_next0 = product(keys, next0, PRECISION) + nextb0[None, :]
-    seen_by_next1 = product(value, next1, PRECISION) + nextb1[None, :]
-    norm_at = (p // heads) * norm_b + (p % heads) * norm_h + columns
-    width, shift = tl.load(gamma + norm_at), tl.load(beta + norm_at)
-    _, _, _, _, error1 = _errors(target, output, width, shift, n, p, steps, heads, pairs, slots, F, C, ROWS, EPS)
-    error0 = tl.load(pulled + tile_at, mask=rows < C, other=0) * slope
-    d_taught = tl.sum(seen_by_next0 * error0, 1) + tl.sum(seen_by_next1 * error1, 1)
-    eta = load_column(rate, n, p, steps, heads, C, ROWS)
-    taught = (_push(last, n, p, heads, last_n, last_b, CLOSES) * eta)[:, None]
-    d_e0, part = taught * seen_by_next0, taught * seen_by_next1
-    # The queries, from the last layer to the first.
-    _, _, d_y1 = _answers_back(d_answers, answered, width, n, p, steps, heads, pairs, slots, F, C, ROWS, EPS, LEAST)
-    s = tl.load(scale + (p // heads) * scale_b + tl.arange(0, ROWS), mask=tl.arange(0, ROWS) < C, other=0)
-    kappa, turned = coefficients(eta, s, CAUSAL, ROWS)
-    y = tl.load(asked + tile_at, mask=rows < C, other=0)
-    asking, asking_gate = gelu_parts(y)
-    first = (tile == 0).to(kappa.dtype)
-    part += product((product(value, tl.trans(asking), PRECISION) + first) * turned, d_y1, PRECISION)
-    d_seen1 = product(d_y1, tl.trans(error1), PRECISION)
-    d_kappa = d_seen1 * (product(asking, tl.trans(value), PRECISION) + first)
-    w1 = tl.load(w1_at)
-    d_x = product(d_y1, tl.trans(w1), PRECISION) + product(d_seen1 * kappa, value, PRECISION)
-    d_s = tl.zeros_like(eta)
-    if OPENED:
-        g1 = tl.load(before_w1 + second_tile(p, tile, 0, F, HIDDEN, TILE))
-        c1 = tl.load(before_b1 + second_bias(p, 0, F, HIDDEN), mask=is_tile(tile, 0, F), other=0)
-        d_x -= product(d_y1 * s[:, None], tl.trans(g1), PRECISION)
-        d_s -= tl.sum(d_y1 * (product(asking, g1, PRECISION) + c1[None, :]), 1)
-    d_y0 = d_x * gelu_slope(y, asking, asking_gate)
-    d_seen0 = product(d_y0, tl.trans(error0), PRECISION)
-    queries = load_tokens(q, n, p, steps, heads, C, ROWS, F)
-    d_kappa += d_seen0 * (product(queries, tl.trans(keys), PRECISION) + 1)
-    if OPENED:
-        g0 = tl.load(before_w0 + first_tile(p, tile, 0, F, HIDDEN, TILE))
-        c0 = tl.load(before_b0 + first_bias(p, tile, 0, F, HIDDEN, TILE))
-        d_s -= tl.sum(d_y0 * (product(queries, g0, PRECISION) + c0[None, :]), 1)
-    if CAUSAL:
-        d_kappa = tl.where(others <= rows, d_kappa, 0)
-    d_s -= tl.sum(d_kappa * eta[None, :], 1)
-    d_eta = -tl.sum(d_kappa * s[:, None], 0)
-    # The errors, from the first layer to the last.
-    around = (product(keys, tl.trans(queries), PRECISION) + 1) * turned
-    d_e0 += product(around, d_y0, PRECISION)
-    part += product(d_e0 * slope, w1, PRECISION)
-    # What finishing and `_tokens_back` read.
-    own_at = place(n % 2, p, pairs, rows, tile * TILE + across, C, HIDDEN)
-    tl.store(d_error + own_at, d_e0, mask=rows < C)
-    tl.store(d_asked + own_at, d_y0, mask=rows < C)
-    tl.store(error_parts + place(tile, p, pairs, rows, columns, C, F), part, mask=rows < C)
-    index = (n % 2) * (HIDDEN // TILE) + tile
-    tl.store(seen_parts + place(index, p, pairs, rows, others, C, C), d_seen0, mask=(rows < C) & (others < C))
-    row = tl.arange(0, ROWS)
-    row_at = place(index, p, pairs, row, 0, C, 4)
-    tl.store(row_parts + row_at, d_eta, mask=row < C)
-    tl.store(row_parts + row_at + 1, d_s, mask=row < C)
-    tl.store(row_parts + row_at + 2, d_taught, mask=row < C)
-
-
-@triton.jit
-def _finish(
-    next_w0, next_b0, next_w1, next_b1, w0_at, w1_at, q, k, target, rate, gamma, beta, scale, last, d_answers,
-    before_w0, d_before_w0, d_before_b0, d_before_w1, d_before_b1,
-    hidden, asked, pulled, output, answered, d_error, d_asked, d_output, query_parts, key_parts,
-    d_target, d_gamma, d_beta, n, p, tile, steps, heads, pairs, slots, scale_b, last_n, last_b, norm_b, norm_h,
-    F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
-    EPS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, CLOSES: tl.constexpr,
-    OPENED: tl.constexpr,
-):  # fmt: skip
-    """A tile's way back from `dE_1`: the inner loss (20), the keys (21), and the tile's `dW` (22), which it returns."""
-    only = is_tile(tile, 0, F)
-    # Several threads read each of these, and one will write it: all read before the first barrier.
-    next0_bias, next1_bias = tl.load(next_b0), tl.load(next_b1, mask=only, other=0)
-    rows, across, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, TILE)[None, :], tl.arange(0, F)[None, :]
-    norm_at = (p // heads) * norm_b + (p % heads) * norm_h + columns
-    width, shift = tl.load(gamma + norm_at), tl.load(beta + norm_at)
-    z1, unit, inverse, gap, error1 = _errors(
-        target, output, width, shift, n, p, steps, heads, pairs, slots, F, C, ROWS, EPS
-    )
-    d_z, answer_unit, d_y1 = _answers_back(
-        d_answers, answered, width, n, p, steps, heads, pairs, slots, F, C, ROWS, EPS, LEAST
-    )
-    # (20), in every tile again.
-    d_e1 = tl.load(d_output + place(n % 2, p, pairs, rows, columns, C, F), mask=rows < C, other=0)
-    constant = is_constant(z1, LEAST)
-    silent = constant & (tl.max(tl.abs(error1), 1) == 0)[:, None]
-    d_r = tl.where(silent, 0, inverse) * projected(d_e1, unit, F)
-    followed = tl.where(constant, 0, inverse)
-    d_z1 = followed * (
-        projected(width * width * d_r, unit, F)
-        - d_r * (tl.sum(width * gap * unit, 1) / F)[:, None]
-        - error1 * (tl.sum(d_e1 * unit, 1) / F)[:, None]
-        - unit * (tl.sum(d_e1 * error1, 1) / F)[:, None]
-    )
-    total = p * F + tl.arange(0, F)
-    share = tl.sum(d_z * answer_unit + d_r * (width * unit + gap), 0)
-    tl.store(d_gamma + total, tl.load(d_gamma + total, mask=only, other=0) + share, mask=only)
-    share = tl.sum(d_z + width * d_r, 0)
-    tl.store(d_beta + total, tl.load(d_beta + total, mask=only, other=0) + share, mask=only)
-    target_at = token_rows(n, p, rows, steps, heads, C) * F + columns
-    tl.store(d_target + target_at, -width * d_r, mask=(rows < C) & (tile == 0))
-    # The hidden layer's tile.
-    tile_at = place(n % slots, p, pairs, rows, tile * TILE + across, C, HIDDEN)
-    z = tl.load(hidden + tile_at, mask=rows < C, other=0)
-    value, gate = gelu_parts(z)
-    slope = gelu_slope(z, value, gate)
-    d = tl.load(pulled + tile_at, mask=rows < C, other=0)
-    asking, _ = gelu_parts(tl.load(asked + tile_at, mask=rows < C, other=0))
-    own_at = place(n % 2, p, pairs, rows, tile * TILE + across, C, HIDDEN)
-    d_e0 = tl.load(d_error + own_at, mask=rows < C, other=0)
-    d_y0 = tl.load(d_asked + own_at, mask=rows < C, other=0)
-    eta = load_column(rate, n, p, steps, heads, C, ROWS)
-    s = tl.load(scale + (p // heads) * scale_b + tl.arange(0, ROWS), mask=tl.arange(0, ROWS) < C, other=0)
-    _, turned = coefficients(eta, s, CAUSAL, ROWS)
-    taught = (_push(last, n, p, heads, last_n, last_b, CLOSES) * eta)[:, None]
-    if OPENED:
-        at, step = second_tile(p, tile, 0, F, HIDDEN, TILE), d_y1 * -s[:, None]
-        tl.store(d_before_w1 + at, tl.load(next_w1) + product(tl.trans(asking), step, PRECISION))
-        at = second_bias(p, 0, F, HIDDEN)
-        tl.store(d_before_b1 + at, next1_bias + tl.sum(step, 0), mask=only)
-    # The second layer: its keys, then its weights.
+    n, p, tile = at[0], at[1], at[2]
     next1 = tl.load(next_w1)
-    d_x = product(product(error1, tl.trans(d_y1), PRECISION) * turned, asking, PRECISION)
-    d_x += taught * product(error1, tl.trans(next1), PRECISION)
-    d_x += product(d_z1, tl.trans(tl.load(w1_at)), PRECISION)
-    d_z0 = d_e0 * d * gelu_bend(z, slope, gate) + d_x * slope
-    d_w1 = product(tl.trans(value), d_z1, PRECISION) + product(tl.trans(asking), d_y1, PRECISION)
-    d_w1 += product(tl.trans(d_e0 * slope), error1, PRECISION)
-    d_b1 = tl.where(tile == 0, tl.sum(d_z1 + d_y1, 0), 0)
+    d_w1, d_b1 = tl.zeros_like(next1), tl.zeros_like(next_b1)
     if CLOSES:  # else W passes nothing on: G' does
         d_w1 += next1
-        d_b1 += next1_bias
-    # The first layer.
-    parts_at = place(tile, p, pairs, rows, columns, C, F)
-    w0 = tl.load(w0_at)
-    d_query = product(d_y0, tl.trans(w0), PRECISION)
-    queries = load_tokens(q, n, p, steps, heads, C, ROWS, F)
+        d_b1 += next_b1
+    taught_t, taught_b = push * tl.trans(next1), push * next_b1  # dG_1ᵀ, as this block's update sees it
+    for block in range(blocks(size, BLOCK, MANY)):
+        first = (blocks(size, BLOCK, MANY) - 1 - block) * BLOCK
+        error1 = load_block(errors, n % slots, at, pairs, first, size, BLOCK, F)
+        d_z1 = load_block(d_output, n % 2, at, pairs, first, size, BLOCK, F)
+        eta = load_column(rate, at, first, size, BLOCK)
+        d_x = eta[:, None] * product(error1, taught_t, PRECISION) + product(d_z1, second_t, PRECISION)
+        z = load_hidden(hidden, n % slots, at, pairs, first, HIDDEN, TILE, size, BLOCK)
+        value, gate = gelu_parts(z)
+        slope = gelu_slope(z, value, gate)
+        d_e0 = load_hidden(d_error, n % 2, at, pairs, first, HIDDEN, TILE, size, BLOCK)
+        d_w1 += product(tl.trans(value), d_z1, PRECISION)
+        d_w1 += product(tl.trans(d_e0 * slope), error1, PRECISION)
+        d_b1 += tl.where(tile == 0, tl.sum(d_z1, 0), 0)
+        if CAUSAL or not CLOSES:  # else the answers belong to the weights after it
+            d_y1 = load_block(d_answered, n % slots, at, pairs, first, size, BLOCK, F)
+            asking, _ = gelu_parts(load_hidden(asked, n % slots, at, pairs, first, HIDDEN, TILE, size, BLOCK))
+            d_w1 += product(tl.trans(asking), d_y1, PRECISION)
+            d_b1 += tl.where(tile == 0, tl.sum(d_y1, 0), 0)
+            if CAUSAL:
+                s = load_scale(scale, at, first, scale_b, size, BLOCK)
+                _, turned = coefficients(eta, s, CAUSAL, BLOCK)
+                d_x += product(product(error1, tl.trans(d_y1), PRECISION) * turned, asking, PRECISION)
+                if OPENED or MANY:
+                    step = s[:, None] * d_y1
+                    taught_t -= product(tl.trans(step), asking, PRECISION)
+                    taught_b -= tl.where(tile == 0, tl.sum(step, 0), 0)
+        d = load_hidden(pulled, n % slots, at, pairs, first, HIDDEN, TILE, size, BLOCK)
+        d_z0 = d_e0 * d * gelu_bend(z, slope, gate) + d_x * slope
+        store_hidden(d_error, d_z0, (n + 1) % 2, at, pairs, first, HIDDEN, TILE, size, BLOCK)
     if OPENED:
-        at, step = first_tile(p, tile, 0, F, HIDDEN, TILE), d_y0 * -s[:, None]
-        d_query += product(step, tl.trans(tl.load(before_w0 + at)), PRECISION)
-        tl.store(d_before_w0 + at, tl.load(next_w0) + product(tl.trans(queries), step, PRECISION))
-        at = first_bias(p, tile, 0, F, HIDDEN, TILE)
-        tl.store(d_before_b0 + at, next0_bias + tl.sum(step, 0))
-    tl.store(query_parts + parts_at, d_query, mask=rows < C)
-    next0 = tl.load(next_w0)
-    d_key = product(d_z0, tl.trans(w0), PRECISION) + taught * product(d * slope, tl.trans(next0), PRECISION)
-    tl.store(key_parts + parts_at, d_key, mask=rows < C)
-    keys = load_tokens(k, n, p, steps, heads, C, ROWS, F)
-    d_w0 = product(tl.trans(keys), d_z0, PRECISION) + product(tl.trans(queries), d_y0, PRECISION)
-    d_b0 = tl.sum(d_z0 + d_y0, 0)
-    if CLOSES:
-        d_w0 += next0
-        d_b0 += next0_bias
-    return d_w0, d_b0, d_w1, d_b1
+        tl.store(d_before_w1 + tl.trans(second_tile(p, tile, 0, F, HIDDEN, TILE)), taught_t)
+        tl.store(d_before_b1 + second_bias(p, 0, F, HIDDEN), taught_b, mask=is_tile(tile, 0, F))
+    return d_w1, d_b1
 
 
 @triton.jit
-def _tokens_back(
-    q, k, rate, scale, last, d_answers, query_parts, key_parts, seen_parts, row_parts, d_q, d_k, d_rate,
-    d_scale, d_push, n, p, steps, heads, pairs, scale_b, last_n, last_b,
-    F: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
-    CAUSAL: tl.constexpr, CLOSES: tl.constexpr,
+def _finish_first(
+    next_w0, next_b0, first_weights, push, q, k, rate, scale, d_before_w0, d_before_b0, hidden, pulled,
+    d_error, d_asked, query_parts, key_parts, at, pairs, slots, scale_b,
+    F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, size, BLOCK: tl.constexpr, MANY: tl.constexpr,
+    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, CLOSES: tl.constexpr, OPENED: tl.constexpr,
 ):  # fmt: skip
-    """Sum the tiles' parts of mini-batch n: `dQ`, `dK`, `dη` and `dc` (23), (24); adds to `ds`."""
-    row = tl.arange(0, ROWS)
-    s = tl.load(scale + (p // heads) * scale_b + row, mask=row < C, other=0)
-    eta = load_column(rate, n, p, steps, heads, C, ROWS)
-    d_eta, d_s, d_taught = tl.zeros_like(eta), tl.zeros_like(eta), tl.zeros_like(eta)
-    d_seen = tl.zeros([ROWS, ROWS], eta.dtype)
-    for tile in range(TILES):
-        row_at = place((n % 2) * TILES + tile, p, pairs, row, 0, C, 4)
-        d_eta += tl.load(row_parts + row_at, mask=row < C, other=0)
-        d_s += tl.load(row_parts + row_at + 1, mask=row < C, other=0)
-        d_taught += tl.load(row_parts + row_at + 2, mask=row < C, other=0)
-        seen_at = place((n % 2) * TILES + tile, p, pairs, row[:, None], row[None, :], C, C)
-        d_seen += tl.load(seen_parts + seen_at, mask=(row[:, None] < C) & (row[None, :] < C), other=0)
-    d_eta += _push(last, n, p, heads, last_n, last_b, CLOSES) * d_taught
-    tl.store(d_rate + token_rows(n, p, row, steps, heads, C), d_eta, mask=row < C)
-    tl.store(d_push + n * pairs + p, tl.sum(eta * d_taught, 0))
-    scale_at = p * C + row
-    tl.store(d_scale + scale_at, tl.load(d_scale + scale_at, mask=row < C, other=0) + d_s, mask=row < C)
-    kappa, _ = coefficients(eta, s, CAUSAL, ROWS)
-    d_attention = d_seen * kappa
-    queries = load_tokens(q, n, p, steps, heads, C, ROWS, F)
-    keys = load_tokens(k, n, p, steps, heads, C, ROWS, F)
-    d_query = load_tokens(d_answers, n, p, steps, heads, C, ROWS, F) + product(d_attention, keys, PRECISION)
-    d_query += summed_tiles(query_parts, p, pairs, TILES, C, ROWS, F)
-    store_tokens(d_q, d_query, n, p, steps, heads, C, ROWS, F)
-    d_key = product(tl.trans(d_attention), queries, PRECISION)
-    d_key += summed_tiles(key_parts, p, pairs, TILES, C, ROWS, F)
-    store_tokens(d_k, d_key, n, p, steps, heads, C, ROWS, F)
+    """From `dZ_0` through the first layer: parts of `dK` and `dQ` (18), (23), and `dW_0` (22), returned with `db_0`."""
+    n, p, tile = at[0], at[1], at[2]
+    next0 = tl.load(next_w0)
+    d_w0, d_b0 = tl.zeros_like(next0), tl.zeros_like(next_b0)
+    if CLOSES:
+        d_w0 += next0
+        d_b0 += next_b0
+    taught_t, taught_b = push * tl.trans(next0), push * next_b0  # dG_0ᵀ, as this block's update sees it
+    for block in range(blocks(size, BLOCK, MANY)):
+        first = (blocks(size, BLOCK, MANY) - 1 - block) * BLOCK
+        d_z0 = load_hidden(d_error, (n + 1) % 2, at, pairs, first, HIDDEN, TILE, size, BLOCK)
+        z = load_hidden(hidden, n % slots, at, pairs, first, HIDDEN, TILE, size, BLOCK)
+        value, gate = gelu_parts(z)
+        error0 = load_hidden(pulled, n % slots, at, pairs, first, HIDDEN, TILE, size, BLOCK) * gelu_slope(
+            z, value, gate
+        )
+        eta = load_column(rate, at, first, size, BLOCK)
+        d_key = eta[:, None] * product(error0, taught_t, PRECISION)
+        d_key += product(d_z0, tl.trans(first_weights), PRECISION)
+        store_block(key_parts, d_key, tile, at, pairs, first, size, BLOCK, F)
+        keys = load_tokens(k, at, first, size, BLOCK, F)
+        d_w0 += product(tl.trans(keys), d_z0, PRECISION)
+        d_b0 += tl.sum(d_z0, 0)
+        if CAUSAL or not CLOSES:
+            queries = load_tokens(q, at, first, size, BLOCK, F)
+            d_y0 = load_hidden(d_asked, n % 2, at, pairs, first, HIDDEN, TILE, size, BLOCK)
+            d_w0 += product(tl.trans(queries), d_y0, PRECISION)
+            d_b0 += tl.sum(d_y0, 0)
+            if CAUSAL:
+                place = (n % 2) * (HIDDEN // TILE) + tile
+                d_query = product(d_y0, tl.trans(first_weights), PRECISION)
+                if OPENED or MANY:
+                    d_query += load_block(query_parts, place, at, pairs, first, size, BLOCK, F)
+                    step = load_scale(scale, at, first, scale_b, size, BLOCK)[:, None] * d_y0
+                    taught_t -= product(tl.trans(step), queries, PRECISION)
+                    taught_b -= tl.sum(step, 0)
+                store_block(query_parts, d_query, place, at, pairs, first, size, BLOCK, F)
+    if OPENED:
+        tl.store(d_before_w0 + tl.trans(first_tile(p, tile, 0, F, HIDDEN, TILE)), taught_t)
+        tl.store(d_before_b0 + first_bias(p, tile, 0, F, HIDDEN, TILE), taught_b)
+    return d_w0, d_b0
