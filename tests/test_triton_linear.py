@@ -379,7 +379,7 @@ def test_it_runs_where_it_is_asked_to_and_can(monkeypatch: pytest.MonkeyPatch) -
         ({"widths": (64, 64), "size": 65}, "at most 64 tokens with heads of 64, not 65"),
         ({"widths": (64, 64), "size": 64, "device": "cuda"}, "at most 32 tokens with heads of 64, not 64"),
         ({"widths": (128, 128), "size": 64}, "at most 32 tokens with heads of 128, not 64"),
-        ({"widths": (128, 512, 128), "size": 64, "device": "cuda"}, "at most 32 tokens with heads of 128, not 64"),
+        ({"widths": (128, 512, 128), "size": 65, "device": "cuda"}, "at most 64 tokens with heads of 128, not 65"),
         ({"widths": (64, 8, 8, 64)}, "inner models of one or two layers, not 3"),
         ({"widths": (64, 64), "dtype": torch.bfloat16}, "in float32, not bfloat16"),
         ({"widths": (64, 64), "dtype": torch.float64, "device": "cuda"}, "in float32, not float64"),

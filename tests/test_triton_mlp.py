@@ -181,12 +181,14 @@ def gradients(problem: Problem) -> list[Tensor]:
     return [*found, *d_weights, *d_gradients]
 
 
-def test_every_row_and_mini_batch_may_have_its_own_steps() -> None:
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])  # the same numbers here, by other code
+def test_every_row_and_mini_batch_may_have_its_own_steps(precision: str) -> None:
     """Gradients of `s` and `s_C` themselves, and answers that do not depend on whether anything is kept."""
     problem = draw(3, batch=2, heads=1, group_size=2)
     leaves = [x.clone().requires_grad_() for x in (*problem[:8], *problem.weights)]  # type: ignore[arg-type]
     z, following, _ = torch.ops.ttt.minibatches(*leaves[:8], leaves[8:], [], *problem[10:], True)
     expected = torch.autograd.grad([z, *following], leaves, [z.cos(), *(w.cos() for w in following)])
+    problem = problem._replace(precision=precision)
     assert_near((gradients(problem), []), (list(expected), []), 1e-12)
     answers, ends, kept = mlp_forward(problem, keep=False)
     assert_near(([answers, *ends], []), ([z, *following], []), 1e-12)

@@ -11,8 +11,8 @@ import torch
 INSTALLED = importlib.util.find_spec("triton") is not None
 LARGEST = {16: 64, 32: 64, 64: 64, 128: 32}
 """By F, the largest mini-batch C that the linear inner model's kernels are written for."""
-LARGEST_COMPILED = {1: 32, 2: 64}
-"""By layers of the inner model, the largest C on GPUs, so far as every one compiles it; an MLP's at F 64."""
+LARGEST_COMPILED = 32
+"""The same on GPUs, so far as every one compiles it."""
 
 
 def interpreted() -> bool:
@@ -53,8 +53,8 @@ def _misfit(widths: Sequence[int], size: int | None, *, on_gpu: bool) -> str | N
     if depth == 1 and widths[0] not in LARGEST:
         return f"has kernels of the linear inner model for heads of {', '.join(map(str, LARGEST))}, not {widths[0]}"
     largest = LARGEST[widths[0]] if depth == 1 else 64
-    if on_gpu:
-        largest = min(largest, LARGEST_COMPILED[depth] if widths[0] <= 64 else 32)
+    if on_gpu and depth == 1:
+        largest = min(largest, LARGEST_COMPILED)
     if size is not None and size > largest:
         return f"has kernels for mini-batches of at most {largest} tokens with heads of {widths[0]}, not {size}"
     return None

@@ -21,8 +21,8 @@ beginning and finishing, `dE_1`. With the numbers of `docs/backward.md`, `ρ_l =
     who comes last   dQ, dK, dη, dc and ds: the sums of the parts, and [(dB_0 ⊙ κ) K, (dB_0 ⊙ κ)ᵀ Q]  (16), (24)
 
 where brackets hold what causal mini-batches alone have. Attention is computed twice, as `A` and as `Aᵀ`, so that no
-product's result is transposed. One token alone answers with the weights after it, as all of a mini-batch do that is not
-causal. While such a one is open, they answer with `W − s G'`: (12') goes to `dG'` as `−x̃ᵀ (s ⊙ dy)`, and `W` has it
+product's result is transposed. One token alone answers with the weights after it, as do all of a mini-batch that is
+not causal. While such a one is open, they answer with `W − s G'`: (12') goes to `dG'` as `−x̃ᵀ (s ⊙ dy)`, and `W` has it
 as in (22). `dγ`, `dβ` and `ds` of a pair are added to by one program of each launch, so that every sum has one order,
 whatever the groups are.
 
@@ -33,7 +33,7 @@ block b sees `dG_b = c dW̃' − Σ_{i>b} x̃_iᵀ (s_i ⊙ dy_i)` where one blo
 before is the `G` of its first block, and its gradient the `dG` that is left behind it.
 
 **Traffic.** `W_1` of n + 1 is not read: n, whose `W_1` is at hand, has taught it `c X̃ᵀ (η ⊙ E_1)`. So this is read and
-written of one mini-batch, in sizes S of the weights. Forward again 2: `W` read, and the next written. In the walk 3: `dW`
+written of one mini-batch, in sizes S of the weights. Forward again 2: `W` read, the next written. In the walk 3: `dW`
 read and written, `W_0` of n + 1 and `W_1` of n read. The ends of a sequence add 1.5 (3 if it is not causal); a test
 counts it. Beside it the parts, `5·(HIDDEN/h)·C·F` numbers written and read once more. Group size 0 keeps the weights
 that open every mini-batch, so that this pass writes none.
@@ -54,19 +54,17 @@ from ttt.ops.triton.forms import Form
 from ttt.ops.triton.mlp_run import BLOCK, SHIPPED, STAGES, Kept, Place, Sizes, Steps, dense, form
 from ttt.ops.triton.mlp_walk import mlp_walk
 
-_SPILLED: dict[tuple[int, int, str], int | dict[int, int]] = {
-    (128, 1, "tf32"): 768, (128, 16, "ieee"): 1_536, (128, 16, "tf32"): 768, (128, 16, "bf16"): 768,
-    (64, 16, "tf32"): {100: 32}, (64, 64, "ieee"): {80: 63_872, 90: 8_192, 100: 8_192},
-    (64, 64, "tf32"): {80: 5_888, 90: 2_560, 100: 640}, (64, 64, "bf16"): {80: 4_608, 90: 3_072, 100: 640},
-}  # fmt: skip
-"""Bytes that a thread of the walk may spill, by F, C and precision; others spill none.
+_SPILLED: dict[tuple[int, int, bool, str], dict[int, int]] = {}
+"""Bytes that a thread of the walk may spill, by F, C, whether it is causal, and precision; others spill none.
 
-It has four tiles of weights and their gradients in turn, and beside them up to ten numbers of every token and column:
-more than 255 registers at F 128, and far more with 64 tokens. What spills stays in the cache of the multiprocessor.
-`ieee` has no matrix unit, and gathers the inner width of its factors beside them: with 64 tokens it is slow.
+It has up to five tiles of weights and their gradients at once, and of the factors of its products, whose inner width is
+F, each warp has a part in registers. What spills stays in the cache of the multiprocessor. A causal mini-batch of 64
+tokens at F 128 carries sums of gradients beside the weights.
 """
-_SPILLED_OPEN = {80: 1_536, 100: 16}
+_SPILLED_OPEN: dict[int, int] = {80: 108, 90: 20}
 """The same of an open mini-batch at F 128, C 16."""
+_SPILLED_BEGUN: dict[int, int] = {80: 116, 100: 4}
+"""The same of one that is not causal and open, at F 64, C 64."""
 
 
 def mlp_backward(
@@ -152,7 +150,7 @@ class _Walk:
             self.d_answers, first.w0, second.w1, *self.next[:4], *self.d_weights[:4],
             *steps.before[:4], *self.d_before[:4], *self.kept, *self.left, *self.parts, self.tickets,
             *self.d_tokens, self.d_gamma, self.d_beta, self.d_scale, self.d_push,
-            n, dims.steps, dims.heads, dims.pairs, len(self.kept.hidden), dims.size, first.bias, second.bias,
+            n, dims.steps, dims.heads, dims.pairs, len(self.kept.hidden), first.bias, second.bias,
             **steps.strides, **steps.shapes, EPS=steps.eps, LEAST=steps.least, PRECISION=steps.precision,
             CAUSAL=steps.causal, FINISH=finish, BEGIN=begin, CLOSES=steps.closes, OPENED=steps.opened,
             num_warps=sizes.warps, num_stages=STAGES,
@@ -193,4 +191,7 @@ def forms() -> list[Form]:
     last = {**middle, "FINISH": False, "CAUSAL": False, "PRECISION": "tf32"}
     found.append(form("MLP walk, F 64, C 64, non-causal, begun only, tf32", mlp_walk, sizes, last))
     opened = {**last, "CLOSES": False, "OPENED": True}
-    return [*found, form("MLP walk, F 64, C 64, non-causal, open, begun only, tf32", mlp_walk, sizes, opened)]
+    return [
+        *found,
+        form("MLP walk, F 64, C 64, non-causal, open, begun only, tf32", mlp_walk, sizes, opened, _SPILLED_BEGUN),
+    ]

@@ -90,10 +90,8 @@ def is_constant(z, LEAST: tl.constexpr):
 
 @triton.jit
 def blocks(size, BLOCK: tl.constexpr, MANY: tl.constexpr):
-    """How many blocks a mini-batch of `size` tokens has; one, unless it may have `MANY`."""
-    if MANY:
-        return (size + BLOCK - 1) // BLOCK
-    return 1
+    """How many blocks a mini-batch of `size` tokens has: one, unless it has `MANY`."""
+    return (size + BLOCK - 1) // BLOCK if MANY else 1
 
 
 @triton.jit

@@ -41,11 +41,6 @@ class Sizes(NamedTuple):
         """Hidden tiles."""
         return self.hidden // self.tile
 
-    @property
-    def many(self) -> bool:
-        """Whether a mini-batch has more than one block."""
-        return self.size > BLOCK
-
     @classmethod
     def of_shape(cls, width: int, hidden: int, size: int, *, causal: bool) -> Sizes:
         """The sizes of a shape that has a form."""
@@ -135,7 +130,7 @@ class Kept(NamedTuple):
 
 
 COUNTS = frozenset(
-    {"n", "steps", "heads", "pairs", "slots", "size", "from_bias", "to_bias", "w0_bias", "w1_bias"}
+    {"n", "steps", "heads", "pairs", "slots", "from_bias", "to_bias", "w0_bias", "w1_bias"}
     | {"scale_b", "last_n", "last_b", "norm_b", "norm_h"}
 )
 """The kernels' arguments that are integers; the others are pointers."""
@@ -143,14 +138,10 @@ PRECISIONS: tuple[Precision, ...] = ("ieee", "tf32", "bf16")
 SHIPPED: tuple[tuple[int, int, bool, Precision], ...] = tuple(
     (width, size, causal, precision)
     for width in (128, 64)
-    for size, causal in ((BLOCK, True), (BLOCK, False), (MOST_TOKENS, True), (MOST_TOKENS, False))
+    for size, causal in ((1, False), (16, True), (16, False), (64, True), (64, False))
     for precision in PRECISIONS
 )
-"""`F`, `C`, whether it is causal, and the precision of the forms.
-
-A form depends on C by the number of its blocks alone, one or many: so these are the forms of every C from 1 to 64, and
-that of one token, which answers with the weights after it in either case, is the non-causal one of 16.
-"""
+"""`F`, `C`, whether it is causal, and the precision of the forms; one token alone has one form for both."""
 
 
 def form(
@@ -158,8 +149,8 @@ def form(
 ) -> Form:
     """A form of one of the kernels, which takes some of the constants."""
     every = {
-        "F": sizes.width, "HIDDEN": sizes.hidden, "TILE": sizes.tile, "BLOCK": BLOCK,
-        "MANY": sizes.many, "EPS": 1e-6, "LEAST": least_spread("fp32"), **constants,
+        "F": sizes.width, "HIDDEN": sizes.hidden, "TILE": sizes.tile, "C": sizes.size,
+        "BLOCK": BLOCK, "EPS": 1e-6, "LEAST": least_spread("fp32"), **constants,
     }  # fmt: skip
     taken = {key: value for key, value in every.items() if key in kernel.arg_names}
     signature = {key: "i32" if key in COUNTS else "*fp32" for key in kernel.arg_names if key not in taken}
@@ -213,7 +204,7 @@ class Steps:
         """The constants of a kernel that are sizes."""
         sizes = self.sizes
         return {
-            "F": sizes.width, "HIDDEN": sizes.hidden, "TILE": sizes.tile, "BLOCK": BLOCK, "MANY": sizes.many
+            "F": sizes.width, "HIDDEN": sizes.hidden, "TILE": sizes.tile, "C": sizes.size, "BLOCK": BLOCK
         }  # fmt: skip
 
     @property
@@ -249,7 +240,7 @@ class Steps:
             mlp_step[(dims.pairs, sizes.tiles)](
                 q, self.k, self.target, self.rate, self.gamma, self.beta, self.scale, self.last, d_shown,
                 *source[:4], *target[:4], *self.before[:4], *room, key_parts, answer_parts, tickets, shown,
-                n, dims.steps, dims.heads, dims.pairs, slots, dims.size, source.bias, target.bias, **self.strides,
+                n, dims.steps, dims.heads, dims.pairs, slots, source.bias, target.bias, **self.strides,
                 **self.shapes, EPS=self.eps, LEAST=self.least, PRECISION=self.precision, CAUSAL=self.causal,
                 FINISH=finish, BEGIN=n < stop, UPDATE=finish and n <= last_update, CLOSES=self.closes,
                 OPENED=self.opened, KEEP=kept is not None, num_warps=sizes.warps, num_stages=STAGES,

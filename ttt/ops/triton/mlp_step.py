@@ -57,8 +57,8 @@ def mlp_step(
     q, k, target, rate, gamma, beta, scale, last, d_answers,
     from_w0, from_b0, from_w1, from_b1, to_w0, to_b0, to_w1, to_b1, before_w0, before_b0, before_w1, before_b1,
     hidden, errors, output, asked, pulled, d_answered, shares, key_parts, answer_parts, tickets, answers,
-    n, steps, heads, pairs, slots, size, from_bias, to_bias, scale_b, last_n, last_b, norm_b, norm_h,
-    F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr,
+    n, steps, heads, pairs, slots, from_bias, to_bias, scale_b, last_n, last_b, norm_b, norm_h,
+    F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
     EPS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, FINISH: tl.constexpr,
     BEGIN: tl.constexpr, UPDATE: tl.constexpr, CLOSES: tl.constexpr, OPENED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -78,6 +78,7 @@ def mlp_step(
     comes last sums. `tickets [P]` begin at 0.
     """
     p, tile = tl.program_id(0), tl.program_id(1)
+    MANY: tl.constexpr = C > BLOCK
     before, now = (n - 1, p, tile, steps, heads), (n, p, tile, steps, heads)
     w0_at, b0_at = first_tile(p, tile, from_bias, F, HIDDEN, TILE), first_bias(p, tile, from_bias, F, HIDDEN, TILE)
     w1_at, b1_at = second_tile(p, tile, from_bias, F, HIDDEN, TILE), second_bias(p, from_bias, F, HIDDEN)
@@ -87,7 +88,7 @@ def mlp_step(
         g0, c0, g1, c1 = _finish(
             w0, b0, w1, b1, q, k, rate, scale, before_w0, before_b0, before_w1, before_b1, hidden, errors, asked,
             pulled, answer_parts, before, pairs, slots, scale_b,
-            F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, CAUSAL, UPDATE, OPENED, KEEP,
+            F, HIDDEN, TILE, C, BLOCK, MANY, PRECISION, CAUSAL, UPDATE, OPENED, KEEP,
         )  # fmt: skip
         w0_at, b0_at = first_tile(p, tile, to_bias, F, HIDDEN, TILE), first_bias(p, tile, to_bias, F, HIDDEN, TILE)
         w1_at, b1_at = second_tile(p, tile, to_bias, F, HIDDEN, TILE), second_bias(p, to_bias, F, HIDDEN)
@@ -105,17 +106,17 @@ def mlp_step(
             w0, b0 = tl.load(to_w0 + w0_at), tl.load(to_b0 + b0_at)
             w1, b1 = tl.load(to_w1 + w1_at), tl.load(to_b1 + b1_at, mask=is_tile(tile, 0, F), other=0)
     if BEGIN:
-        _begin(w0, b0, w1, b1, k, hidden, key_parts, now, pairs, slots, F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION)
+        _begin(w0, b0, w1, b1, k, hidden, key_parts, now, pairs, slots, F, HIDDEN, TILE, C, BLOCK, MANY, PRECISION)
     if comes_last(tickets, p, HIDDEN // TILE):
         if FINISH:
             _answer(
                 q, gamma, beta, d_answers, answer_parts, d_answered, shares, answers, before, pairs, slots,
-                norm_b, norm_h, F, HIDDEN // TILE, size, BLOCK, MANY, EPS, LEAST, KEEP,
+                norm_b, norm_h, F, HIDDEN // TILE, C, BLOCK, MANY, EPS, LEAST, KEEP,
             )  # fmt: skip
         if BEGIN:
             _errors(
                 target, gamma, beta, key_parts, output, errors, now, pairs, slots, norm_b, norm_h,
-                F, HIDDEN // TILE, size, BLOCK, MANY, EPS, KEEP,
+                F, HIDDEN // TILE, C, BLOCK, MANY, EPS, KEEP,
             )  # fmt: skip
 
 

@@ -60,8 +60,8 @@ def mlp_walk(
     hidden, errors, output, asked, pulled, d_answered, shares, d_error, d_asked, d_output,
     error_parts, query_parts, key_parts, seen_parts, row_parts, tickets,
     d_q, d_k, d_target, d_rate, d_gamma, d_beta, d_scale, d_push,
-    n, steps, heads, pairs, slots, size, w0_bias, w1_bias, scale_b, last_n, last_b, norm_b, norm_h,
-    F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr,
+    n, steps, heads, pairs, slots, w0_bias, w1_bias, scale_b, last_n, last_b, norm_b, norm_h,
+    F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
     EPS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, FINISH: tl.constexpr,
     BEGIN: tl.constexpr, CLOSES: tl.constexpr, OPENED: tl.constexpr,
 ):  # fmt: skip
@@ -80,6 +80,8 @@ def mlp_walk(
     `tickets [P]` begin at 0.
     """
     p, tile = tl.program_id(0), tl.program_id(1)
+    MANY: tl.constexpr = C > BLOCK
+    FACTORS: tl.constexpr = BEGIN and CAUSAL and C <= BLOCK and PRECISION != "ieee"  # takes fewer registers
     now, later = (n, p, tile, steps, heads), (n + 1, p, tile, steps, heads)
     w0_at, b0_at = first_tile(p, tile, 0, F, HIDDEN, TILE), first_bias(p, tile, 0, F, HIDDEN, TILE)
     w1_at, b1_at = second_tile(p, tile, 0, F, HIDDEN, TILE), second_bias(p, 0, F, HIDDEN)
@@ -91,33 +93,34 @@ def mlp_walk(
     if FINISH:
         push = push_of(last, later, last_n, last_b, CLOSES)
         second_t = tl.trans(second)
-        if BEGIN:  # W_1 of n + 1: what n has taught is added again, as forward did, instead of reading it too
+        # W_1 of n + 1, which is not read: what n has taught is added again, here or to what is multiplied by it.
+        if BEGIN and not FACTORS:
             taught, _ = second_sums(
                 rate, hidden, errors, before_w1, before_b1, now, pairs, slots,
-                F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, False,
+                F, HIDDEN, TILE, C, BLOCK, MANY, PRECISION, False,
             )  # fmt: skip
             second_t += push_of(last, now, last_n, last_b, CLOSES) * taught
         d_w1, d_b1 = _finish_second(
             next_w1 + w1_at, d_b1, second_t, push, rate, scale, d_before_w1, d_before_b1, hidden, errors, asked,
-            pulled, d_answered, d_error, d_output, later, pairs, slots, scale_b,
-            F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, CAUSAL, CLOSES, OPENED,
+            pulled, d_answered, d_error, d_output, later, now, last, pairs, slots, scale_b, last_n, last_b,
+            F, HIDDEN, TILE, C, BLOCK, MANY, PRECISION, CAUSAL, CLOSES, OPENED, FACTORS,
         )  # fmt: skip
         if BEGIN and not CAUSAL:
             d_w1, d_b1 = answered_second(
                 second_t, second_t, d_b1, d_w1, d_b1, scale, asked, d_answered, d_asked, row_parts, now, pairs, slots,
-                scale_b, F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, CLOSES,
+                scale_b, F, HIDDEN, TILE, C, BLOCK, MANY, PRECISION, CLOSES,
             )  # fmt: skip
         tl.debug_barrier()  # what the second layer's half leaves for the first's, other threads read
         first = tl.load(first_at)
         d_w0, d_b0 = _finish_first(
             next_w0 + w0_at, d_b0, first, push, q, k, rate, scale, d_before_w0, d_before_b0, hidden, pulled,
             d_error, d_asked, query_parts, key_parts, later, pairs, slots, scale_b,
-            F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, CAUSAL, CLOSES, OPENED,
+            F, HIDDEN, TILE, C, BLOCK, MANY, PRECISION, CAUSAL, CLOSES, OPENED,
         )  # fmt: skip
         if BEGIN and not CAUSAL:
             d_w0, d_b0 = answered_first(
                 tl.trans(first), d_w0, d_b0, d_w0, d_b0, q, scale, d_asked, query_parts, row_parts, now, pairs,
-                scale_b, F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, CLOSES,
+                scale_b, F, HIDDEN, TILE, C, BLOCK, MANY, PRECISION, CLOSES,
             )  # fmt: skip
     else:
         d_w0, d_w1 = tl.load(next_w0 + w0_at), tl.load(next_w1 + w1_at)
@@ -125,11 +128,11 @@ def mlp_walk(
             second_t, first_t = tl.trans(second), tl.trans(tl.load(first_at))
             taught1, taught_b1 = second_sums(
                 rate, hidden, errors, before_w1, before_b1, now, pairs, slots,
-                F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, OPENED,
+                F, HIDDEN, TILE, C, BLOCK, MANY, PRECISION, OPENED,
             )  # fmt: skip
             taught0, taught_b0 = first_sums(
                 k, rate, hidden, pulled, before_w0, before_b0, now, pairs, slots,
-                F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, OPENED,
+                F, HIDDEN, TILE, C, BLOCK, MANY, PRECISION, OPENED,
             )  # fmt: skip
             if CLOSES:
                 push = push_of(last, now, last_n, last_b, CLOSES)
@@ -137,12 +140,12 @@ def mlp_walk(
                 first_t += push * taught0
             d_w1, d_b1 = answered_second(
                 second_t, taught1, taught_b1, d_w1, d_b1, scale, asked, d_answered, d_asked, row_parts, now, pairs,
-                slots, scale_b, F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, CLOSES,
+                slots, scale_b, F, HIDDEN, TILE, C, BLOCK, MANY, PRECISION, CLOSES,
             )  # fmt: skip
             tl.debug_barrier()
             d_w0, d_b0 = answered_first(
                 first_t, taught0, taught_b0, d_w0, d_b0, q, scale, d_asked, query_parts, row_parts, now, pairs,
-                scale_b, F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, CLOSES,
+                scale_b, F, HIDDEN, TILE, C, BLOCK, MANY, PRECISION, CLOSES,
             )  # fmt: skip
     if FINISH or not CAUSAL:
         tl.store(to_w0 + w0_at, d_w0)
@@ -154,25 +157,25 @@ def mlp_walk(
             queries_back(
                 second, q, k, rate, scale, before_w0, before_b0, before_w1, before_b1, hidden, errors, asked, pulled,
                 d_answered, d_asked, query_parts, seen_parts, row_parts, now, pairs, slots, scale_b,
-                F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, OPENED,
+                F, HIDDEN, TILE, C, BLOCK, MANY, PRECISION, OPENED,
             )  # fmt: skip
         tl.debug_barrier()  # what the queries leave for the keys; and what finishing has read is written over
         _keys_back(
             second, d_w0, d_b0, d_w1, d_b1, q, k, rate, scale, last, hidden, errors, asked, pulled, d_answered,
             d_error, d_asked, error_parts, row_parts, now, pairs, slots, scale_b, last_n, last_b,
-            F, HIDDEN, TILE, size, BLOCK, MANY, PRECISION, CAUSAL, CLOSES,
+            F, HIDDEN, TILE, C, BLOCK, MANY, PRECISION, CAUSAL, CLOSES,
         )  # fmt: skip
     if comes_last(tickets, p, HIDDEN // TILE):
         if FINISH:
             tokens_back(
                 q, k, rate, scale, last, d_answers, query_parts, key_parts, seen_parts, row_parts, d_q, d_k, d_rate,
                 d_scale, d_push, later, pairs, scale_b, last_n, last_b,
-                F, HIDDEN // TILE, size, BLOCK, MANY, PRECISION, CAUSAL, CLOSES,
+                F, HIDDEN // TILE, C, BLOCK, MANY, PRECISION, CAUSAL, CLOSES,
             )  # fmt: skip
         if BEGIN:
             output_back(
                 target, gamma, beta, d_answers, output, errors, shares, error_parts, d_output, d_target, d_gamma,
-                d_beta, now, pairs, slots, norm_b, norm_h, F, HIDDEN // TILE, size, BLOCK, MANY, EPS, LEAST,
+                d_beta, now, pairs, slots, norm_b, norm_h, F, HIDDEN // TILE, C, BLOCK, MANY, EPS, LEAST,
             )  # fmt: skip
 
 
@@ -235,9 +238,9 @@ def _keys_back(
 @triton.jit
 def _finish_second(
     next_w1, next_b1, second_t, push, rate, scale, d_before_w1, d_before_b1, hidden, errors, asked, pulled,
-    d_answered, d_error, d_output, at, pairs, slots, scale_b,
+    d_answered, d_error, d_output, at, earlier, last, pairs, slots, scale_b, last_n, last_b,
     F: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, size, BLOCK: tl.constexpr, MANY: tl.constexpr,
-    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, CLOSES: tl.constexpr, OPENED: tl.constexpr,
+    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, CLOSES: tl.constexpr, OPENED: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """From `dZ_1` through the second layer: the keys (16), (18), (21), and `dW_1` (22), which it returns with `db_1`.
 
@@ -256,6 +259,12 @@ def _finish_second(
         d_z1 = load_block(d_output, n % 2, at, pairs, first, size, BLOCK, F)
         eta = load_column(rate, at, first, size, BLOCK)
         d_x = eta[:, None] * product(error1, taught_t, PRECISION) + product(d_z1, second_t, PRECISION)
+        if FACTORS:  # `second_t` opened the mini-batch before: what it has taught, as factors
+            slot = earlier[0] % slots
+            taught, _ = gelu_parts(load_hidden(hidden, slot, earlier, pairs, first, HIDDEN, TILE, size, BLOCK))
+            pushed = push_of(last, earlier, last_n, last_b, CLOSES) * load_column(rate, earlier, first, size, BLOCK)
+            teaching = pushed[:, None] * load_block(errors, slot, earlier, pairs, first, size, BLOCK, F)
+            d_x += product(product(d_z1, tl.trans(teaching), PRECISION), taught, PRECISION)
         z = load_hidden(hidden, n % slots, at, pairs, first, HIDDEN, TILE, size, BLOCK)
         value, gate = gelu_parts(z)
         slope = gelu_slope(z, value, gate)
