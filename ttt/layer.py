@@ -14,6 +14,7 @@ from ttt.config.schema import inner_widths
 from ttt.costs import best_group_size, scan_cost
 from ttt.layer_inputs import check_head_width, check_state, check_step, check_tokens, nonfinite
 from ttt.layer_sharing import WHOLE, Projection, Sharing, held
+from ttt.layer_step import answer_of, inner_of, token_of
 from ttt.ops.autocast import no_autocast
 from ttt.ops.constants import Precision
 from ttt.ops.decode import learn_one_
@@ -204,13 +205,14 @@ class TTTLayer(nn.Module):
         for observe in self.observers:
             observe(self, Reading(x, state, rotary, rows, None if rows is None else rows[:, None]))
         with torch.no_grad(), no_autocast(x):
-            tokens = self._tokens(x, state, rotary)
-            if state.skipped is not None and self.config.skip_nonfinite_tokens:
-                kept_out = nonfinite(x).flatten()
-                state.skipped.add_(kept_out if rows is None else kept_out & rows)
-            stream, inner = Stream(state.weights, state.gradients, state.count), self._inner(tokens.q.dtype)
+            kept_out = nonfinite(x) if self.config.skip_nonfinite_tokens else None
+            tokens = token_of(self, x, kept_out, state.count, rotary)
+            if state.skipped is not None and kept_out is not None:
+                skipped = kept_out.flatten()
+                state.skipped.add_(skipped if rows is None else skipped & rows)
+            stream, inner = Stream(state.weights, state.gradients, state.count), inner_of(self, tokens.q.dtype)
             z_BHTF = learn_one_(tokens, stream, inner, rows, state.factors, wait=x.device.type == "cpu")
-            return self._answer(z_BHTF, x)
+            return answer_of(self, z_BHTF, x, kept_out)
 
     def trace(
         self,
@@ -266,7 +268,7 @@ class TTTLayer(nn.Module):
 
     def effective_weights(self, state: TTTState) -> tuple[Tensor, ...]:
         """The weights that answered the last token of each stream: with the step of an open mini-batch taken."""
-        return effective_weights(state.stream, self._scale(state.weights[0].dtype))
+        return effective_weights(state.stream, self.scale(state.weights[0].dtype))
 
     def extra_repr(self) -> str:
         """Shapes for `print(model)`."""
@@ -294,11 +296,12 @@ class TTTLayer(nn.Module):
         if state is None:
             return self.initial_state(x.shape[0], dtype=dtype)
         # Shapes that broadcast, or an inner model of another depth, would run and answer something else.
-        own = [tuple(self.sharing.heads(getattr(self, name)).shape) for name in self.weight_names]
+        own = [self.sharing.heads(getattr(self, name)).shape for name in self.weight_names]
         check_state(state, x, own, mini_batch_size=self.config.mini_batch_size)
         return state
 
-    def _project(self, name: str, x: Tensor) -> Tensor:
+    def project(self, name: str, x: Tensor) -> Tensor:
+        """Tokens through one of the four projections, in their own type."""
         projected: Tensor = getattr(self, name)(x)
         return projected
 
@@ -318,7 +321,7 @@ class TTTLayer(nn.Module):
             x = wide.to(x.dtype)
 
         def heads(name: str) -> Tensor:
-            return self._project(name, x).to(dtype).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+            return self.project(name, x).to(dtype).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
         q_BHTF, k_BHTF, v_BHTF = heads("q_proj"), heads("k_proj"), heads("v_proj")
         if self.config.normalize_qk:
@@ -332,7 +335,7 @@ class TTTLayer(nn.Module):
             q_BHTF, k_BHTF = apply_rotary(q_BHTF, cos, sin), apply_rotary(k_BHTF, cos, sin)
         target_BHTF = v_BHTF - k_BHTF
         if self.config.normalize_target:
-            gamma, beta = self._norm(dtype)
+            gamma, beta = self.norm(dtype)
             target_BHTF = normalize_target(target_BHTF, gamma, beta, eps=self.config.target_eps)
         rate_BTH = F.linear(
             wide,
@@ -366,7 +369,7 @@ class TTTLayer(nn.Module):
         z = self.sharing.to_tokens(z_BHTF).transpose(1, 2).flatten(2)
         norm = self.post_norm
         z = self.sharing.layer_norm(z, held(norm.weight).to(z), held(norm.bias).to(z), eps=norm.eps)
-        y = self._project("o_proj", z.to(x.dtype))
+        y = self.project("o_proj", z.to(x.dtype))
         if self.config.skip_nonfinite_tokens:
             y = torch.where(nonfinite(x), 0, y)
         return y if mask is None else torch.where(mask[..., None], y, 0)
@@ -383,10 +386,11 @@ class TTTLayer(nn.Module):
         positions = positions % self.config.mini_batch_size
         return rotary_angles(positions, self.head_width, theta=self.config.rope_theta, dtype=dtype)
 
-    def _norm(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def norm(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """γ and β of the inner norm, `[H,1,F]`."""
         return held(self.ttt_norm_weight).to(dtype).unsqueeze(1), held(self.ttt_norm_bias).to(dtype).unsqueeze(1)
 
-    def _scale(self, dtype: torch.dtype) -> Tensor:
+    def scale(self, dtype: torch.dtype) -> Tensor:
         """The step size by position, `[C]`."""
         size, device = self.config.mini_batch_size, self.ttt_norm_weight.device
         if not self.config.causal:
@@ -397,5 +401,5 @@ class TTTLayer(nn.Module):
         return scale
 
     def _inner(self, dtype: torch.dtype) -> Inner:
-        gamma_H1F, beta_H1F = (self.sharing.heads(x) for x in self._norm(dtype))
-        return Inner(gamma_H1F, beta_H1F, self._scale(dtype), self.config.causal, self.config.ln_eps, self.precision)
+        gamma_H1F, beta_H1F = (self.sharing.heads(x) for x in self.norm(dtype))
+        return Inner(gamma_H1F, beta_H1F, self.scale(dtype), self.config.causal, self.config.ln_eps, self.precision)

@@ -47,7 +47,7 @@ def check_tokens(
     _require_mask(mask, x)
 
 
-def check_state(state: TTTState, x: Tensor, own: Sequence[tuple[int, ...]], *, mini_batch_size: int) -> None:
+def check_state(state: TTTState, x: Tensor, own: Sequence[torch.Size], *, mini_batch_size: int) -> None:
     """Refuse a state that is not of these tokens' streams, or of a layer with other fast weights or mini-batches.
 
     Args:
@@ -60,13 +60,15 @@ def check_state(state: TTTState, x: Tensor, own: Sequence[tuple[int, ...]], *, m
         ValueError: saying what does not fit.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
+    weights = state.weights
     if state.batch_size != x.shape[0]:
         raise ValueError(f"the state is of {state.batch_size} streams, the tokens of {x.shape[0]}")
-    if state.weights[0].dtype != dtype:
-        raise ValueError(f"the state is {state.weights[0].dtype}; tokens of {x.dtype} need {dtype}")
-    given = [tuple(w.shape[1:]) for w in state.weights]
+    if weights[0].dtype != dtype:
+        raise ValueError(f"the state is {weights[0].dtype}; tokens of {x.dtype} need {dtype}")
+    given = [w.shape[1:] for w in weights]
     if given != own:
-        raise ValueError(f"the state is of another layer: its fast weights are {given}, here they are {own}")
+        shapes, expected = [tuple(shape) for shape in given], [tuple(shape) for shape in own]
+        raise ValueError(f"the state is of another layer: its fast weights are {shapes}, here they are {expected}")
     counts = [0] if state.count is None or state.count.device.type != "cpu" else state.count.tolist()
     if max(counts) >= mini_batch_size:
         raise ValueError(
@@ -99,7 +101,7 @@ def check_step(state: TTTState, x: Tensor, config: TTTConfig, parameters: Sequen
         parameter.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
         for parameter, weight in zip(parameters, state.weights, strict=True)
     )
-    if not own or not all(tensor.is_contiguous() for tensor in state.memory().values()):
+    if not own or not all(tensor.is_contiguous() for tensor in state.written()):
         raise ValueError("the state shares its memory; take one from streaming_state, which step_ may write to")
 
 

@@ -124,6 +124,13 @@ class TTTState:
             found["based"] = self.factors.based_B
         return found
 
+    def written(self) -> list[Tensor]:
+        """The tensors of `memory`, in no particular order."""
+        found = [*self.weights, *(self.gradients or ())]
+        if self.factors is not None:
+            found += [*self.factors.inputs, *self.factors.taught, self.factors.based_B]
+        return found + [x for x in (self.count, self.skipped) if x is not None]
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TTTState:
         """The inverse of `tensors`.

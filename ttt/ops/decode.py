@@ -18,11 +18,11 @@ Shape letters: `K` slots for tokens, `R` rows × heads, `I` and `O` a layer's in
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ttt.ops.factors import Factors
 from ttt.ops.minibatch import Inner, Stream, Weights
@@ -31,8 +31,10 @@ from ttt.ops.precision import multiplying
 from ttt.ops.rows import Tokens
 from ttt.ops.select import forced_implementation, implementation
 
+_gelu_backward = torch.ops.aten.gelu_backward.default
+_layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
-@torch.no_grad()
+
 def learn_one_(
     tokens: Tokens,
     stream: Stream,
@@ -62,6 +64,9 @@ def learn_one_(
     Raises:
         ValueError: `TTT_OPS` is `triton`, and the kernels cannot run here or have no form for these widths.
     """
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return learn_one_(tokens, stream, inner, rows_B, factors, wait=wait)
     if factors is not None and forced_implementation() == "triton":
         # It raises an error if the kernels cannot run here.
         implementation(device_type=tokens.q.device.type, dtypes={x.dtype for x in (*tokens, *stream.weights)})
@@ -85,8 +90,9 @@ def _learn_in_minibatch_(
     count_B, heads = stream.count_B, tokens.q.shape[1]
     at = (_known_places if wait else _unknown_places)(count_B, inner, rows_B, factors, heads)
     weights, sums = _flat(stream.weights), _flat(stream.gradients)
-    first_R2O = torch.baddbmm(weights[1], torch.cat((tokens.k, tokens.q), 2).flatten(0, 1), weights[0])
-    inputs, taught = _keys(weights, first_R2O[:, :1], tokens, inner, rows_B)
+    both_R2F = torch.cat((tokens.k, tokens.q), 2).flatten(0, 1)
+    first_R2O = torch.bmm(both_R2F, weights[0]).add_(weights[1])  # of two rows much faster on the CPU than `baddbmm`
+    inputs, taught = _keys(weights, both_R2F[:, :1], first_R2O[:, :1], tokens, inner, rows_B)
     for layer, (x, u) in enumerate(zip(inputs, taught, strict=True)):
         sums[2 * layer + 1].add_(u)
         if factors is None:
@@ -95,7 +101,7 @@ def _learn_in_minibatch_(
         inputs = [_written(held, x, at) for held, x in zip(factors.inputs, inputs, strict=True)]
         taught = [_written(held, u, at) for held, u in zip(factors.taught, taught, strict=True)]
     held = None if factors is None else (inputs, taught)
-    z_R1F = _answered(first_R2O[:, 1:], tokens.q.flatten(0, 1), weights, sums, held, at)
+    z_R1F = _answered(both_R2F[:, 1:], first_R2O[:, 1:], weights, sums, held, at)
     count_B.add_(1 if rows_B is None else rows_B)
     if at.ends is None:
         _end_where_(weights, sums, count_B, factors, inner, rows_B)
@@ -156,25 +162,26 @@ def _flat(tensors: Weights, rows: slice | None = None) -> list[Tensor]:
 
 
 def _keys(
-    weights: list[Tensor], first_R1O: Tensor, tokens: Tokens, inner: Inner, rows_B: Tensor | None
+    weights: list[Tensor], k_R1F: Tensor, first_R1O: Tensor, tokens: Tokens, inner: Inner, rows_B: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the tokens teach: of each layer its input `x [R,1,in]` and `u = η E [R,1,out]`; zeros in rows that pause.
 
     Args:
         weights: `W [R,in,out]`, `b [R,1,out]`, ….
-        first_R1O: what the first layer makes of the keys.
-        tokens: keys, targets and rates.
+        k_R1F: keys.
+        first_R1O: what the first layer makes of them.
+        tokens: targets and rates.
         inner: norms.
         rows_B: rows that read.
     """
-    inputs, outputs = [tokens.k.flatten(0, 1)], [first_R1O]
+    inputs, outputs = [k_R1F], [first_R1O]
     for layer in range(1, len(weights) // 2):
         inputs.append(gelu(outputs[-1]))
         outputs.append(torch.baddbmm(weights[2 * layer + 1], inputs[-1], weights[2 * layer]))
     taught = [tokens.rate.flatten(0, 1) * _error(outputs[-1], tokens.target, inner)]
     for layer in range(len(weights) // 2 - 1, 0, -1):
-        back = torch.bmm(taught[0], weights[2 * layer].mT)
-        taught.insert(0, torch.ops.aten.gelu_backward(back, outputs[layer - 1], approximate="tanh"))
+        back = torch.bmm(weights[2 * layer], taught[0].mT).mT  # rows of W in the order of memory
+        taught.insert(0, _gelu_backward(back, outputs[layer - 1], approximate="tanh"))
     if rows_B is not None:  # both factors: a row that pauses may hold NaN or infinity
         read = _each(rows_B, tokens.k.shape[1])
         inputs, taught = ([torch.where(read, x, 0) for x in group] for group in (inputs, taught))
@@ -188,20 +195,19 @@ def _error(z_R1F: Tensor, target_BH1F: Tensor, inner: Inner) -> Tensor:
     gamma, beta = inner.gamma_H1F, inner.beta_H1F
     wrong = torch.addcmul(beta - target_BH1F, normed.view_as(target_BH1F), gamma) * gamma
     mask = [True, False, False]
-    return torch.ops.aten.native_layer_norm_backward(
-        wrong.view_as(z_R1F), z_R1F, width, mean, inverse_deviation, None, None, mask
-    )[0]
+    backward = _layer_norm_backward(wrong.view_as(z_R1F), z_R1F, width, mean, inverse_deviation, None, None, mask)
+    return backward[0]
 
 
 def _normed_answer(z_R1F: Tensor, tokens: Tokens, inner: Inner) -> Tensor:
     """`q + LN(z)`, `[B,H,1,F]`."""
-    normed = F.layer_norm(z_R1F, z_R1F.shape[-1:], eps=inner.eps).view_as(tokens.q)
+    normed = torch.native_layer_norm(z_R1F, z_R1F.shape[-1:], None, None, inner.eps)[0].view_as(tokens.q)
     return torch.addcmul(tokens.q + inner.beta_H1F, normed, inner.gamma_H1F)
 
 
 def _answered(
-    first_R1O: Tensor,
     x_R1F: Tensor,
+    first_R1O: Tensor,
     weights: list[Tensor],
     sums: list[Tensor],
     factors: tuple[list[Tensor], list[Tensor]] | None,
@@ -213,6 +219,11 @@ def _answered(
         if layer:
             x = gelu(z)
             z = torch.baddbmm(weights[2 * layer + 1], x, weights[2 * layer])
+        if factors is not None and not at.based and not isinstance(at.scale, Tensor):
+            # The bias's gradient is `Σ_j u_j`, so it is that of an input that is always 1.
+            with_one = torch.baddbmm(_one(x.dtype, x.device), x, factors[0][layer].mT)
+            z = torch.baddbmm(z, with_one, factors[1][layer], alpha=-at.scale)
+            continue
         step = sums[2 * layer + 1]
         if at.based:
             step = torch.baddbmm(step, x, sums[2 * layer])
@@ -225,14 +236,21 @@ def _answered(
     return z
 
 
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`1`, as `[1,1,1]`; not to be written to."""
+    return torch.ones(1, 1, 1, dtype=dtype, device=device)
+
+
 def _written(held: Tensor, new_R1O: Tensor, at: _Places) -> Tensor:
     """Write a token's row into its slot; the slots `[R,K',…]` that may hold tokens."""
-    slots = held.flatten(0, 1)
+    slots = held.view(-1, *held.shape[2:])
     if isinstance(at.slot, int):
-        slots[:, at.slot : at.slot + 1].copy_(new_R1O)
+        slots.narrow(1, at.slot, 1).copy_(new_R1O)
     else:  # of a row that pauses, zeros go into a slot without a token
         slots.scatter_(1, at.slot.expand_as(new_R1O), new_R1O)
-    return slots[:, : at.filled]
+    return slots.narrow(1, 0, at.filled)
 
 
 def _end_(stream: Stream, factors: Factors | None, rows: slice | None, inner: Inner | None) -> None:
@@ -299,8 +317,8 @@ def _end_where_(
 def _learn_last_(tokens: Tokens, weights: Weights, inner: Inner, rows_B: Tensor | None) -> Tensor:
     """`learn_one_` if every token closes its mini-batch: the query's answer is that of the moved weights."""
     moved, scale = _flat(weights), inner.scale_C[-1]
-    first_R1O = torch.baddbmm(moved[1], tokens.k.flatten(0, 1), moved[0])
-    inputs, taught = _keys(moved, first_R1O, tokens, inner, rows_B)
+    k_R1F = tokens.k.flatten(0, 1)
+    inputs, taught = _keys(moved, k_R1F, torch.baddbmm(moved[1], k_R1F, moved[0]), tokens, inner, rows_B)
     for layer, (x, u) in enumerate(zip(inputs, taught, strict=True)):
         step = u * scale
         moved[2 * layer].addcmul_(x.mT, step, value=-1)

@@ -25,6 +25,8 @@ def normalize(x: Tensor) -> Tensor:
     computed in float32, because ε would round to 0 in them.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if not wide.requires_grad:  # the same values in few operations, as a token of a stream needs them
+        return F.normalize(wide, dim=-1, eps=NORMALIZE_EPS).to(x.dtype)
     short = torch.linalg.vector_norm(wide.detach(), dim=-1, keepdim=True) < NORMALIZE_EPS
     # Replace short vectors before the formula, so that its second derivative is finite too.
     unit = F.normalize(torch.where(short, 1, wide), dim=-1, eps=NORMALIZE_EPS)
