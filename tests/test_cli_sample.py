@@ -20,6 +20,7 @@ from ttt.adapter_file import backbone_identity, load_adapter, save_adapter
 from ttt.config import TTTConfig
 from ttt.errors import EnvironmentProblem, NonFiniteError
 from ttt.inject import apply
+from ttt.layer import TTTLayer
 from ttt.plugins import SampleRequest
 from ttt.train import pictures
 from ttt.train.passes import seed_pass
@@ -102,6 +103,22 @@ def test_a_run_is_sampled_with_what_it_learned(run: Path, capsys: pytest.Capture
                 read = [torch.cat([tokens, token], 1) for tokens in read]
             drawn.append(" ".join(map(str, read[0][0, -6:].tolist())))
     assert Path("a.txt").read_text().splitlines() == drawn
+
+
+def test_a_sampler_gets_a_model_for_inference(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its projections are held in the type of the tokens, whichever way it is asked."""
+    made, seen = MakingToy.sample, []
+
+    def sample(self: MakingToy, model: Any, *arguments: Any, **options: Any) -> Any:
+        seen.extend({m.q_proj.weight.dtype for m in model.modules() if isinstance(m, TTTLayer)})
+        return made(self, model, *arguments, **options)
+
+    monkeypatch.setattr(MakingToy, "sample", sample)
+    narrow = ("--set", "train.param_dtype=bfloat16")
+    assert sampled("c.yaml", *ASKED, "--out", "a.txt", *narrow) == 0
+    (folder / "p.jsonl").write_text('["a cat", "a dog"]\n["a bird", "a fish"]\n')
+    assert sampled("c.yaml", "--prompts", "p.jsonl", "--seconds", "4", "--out", "many", *narrow) == 0
+    assert seen == [torch.bfloat16] * 3
 
 
 def test_a_sampler_is_told_which_program_the_weights_are_from(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy import ToyBackbone
 
 from ttt import inject
 from ttt.adapter import TTTAdapter, carried
+from ttt.adapter_file import load_adapter, save_adapter
 from ttt.config import TTTConfig
-from ttt.errors import InjectionError
+from ttt.errors import InjectionError, UsageError
 from ttt.evidence import Observation
 
 BACKBONE = ToyBackbone()
@@ -252,3 +254,70 @@ def test_one_adapter_for_two_layers_is_refused():
     sites = [dataclasses.replace(site, adapter=lambda *_, **__: shared) for site in BACKBONE.sites(plain)]
     with pytest.raises(InjectionError, match="share one adapter"):
         inject.apply(plain, sites, CONFIG)
+
+
+# --- a model for inference alone ---
+
+
+class _Casts(TorchDispatchMode):
+    """Counts casts of a matrix of D² numbers."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.numbers, self.count = dim * dim, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default and args[0].numel() == self.numbers
+        return func(*args, **(kwargs or {}))
+
+
+def narrow(config: TTTConfig = CONFIG):
+    plain = BACKBONE.build(BACKBONE.tiny(), device="cpu", dtype=torch.bfloat16)
+    return plain, inject.apply(plain, BACKBONE.sites(plain), config)
+
+
+@torch.no_grad()
+def test_for_inference_no_token_casts_a_projection_and_every_bit_is_the_same() -> None:
+    plain, injection = narrow(TTTConfig(mini_batch_size=4, initial_gating_alpha=0.5, qkvo_bias=True))
+    layer = next(iter(injection.adapters.values())).layer
+    for parameter in layer.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.1)
+    tokens = torch.randint(16, (2, 9), generator=torch.Generator().manual_seed(1))
+    x = torch.randn(4, 9, layer.dim, generator=torch.Generator().manual_seed(2)).bfloat16()
+
+    def read():
+        state = layer.streaming_state(4)
+        with _Casts(layer.dim) as casts:
+            steps = [layer.step_(x[:, t : t + 1], state) for t in range(9)]
+        return [plain(tokens), layer(x)[0], *steps, *state.memory().values()], casts.count
+
+    before, cast = read()
+    injection.for_inference()
+    after, cast_for_inference = read()
+    assert (cast, cast_for_inference) == (4 * 9, 0)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    with pytest.raises(ValueError, match=r"its projections in torch\.bfloat16, and reads no tokens of torch\.float32"):
+        layer(x.float())
+
+
+def test_rounded_adapters_are_neither_saved_nor_loaded(tmp_path):
+    plain, injection = narrow()
+    options = {"name": "toy"}
+    save_adapter(tmp_path / "before", injection, backbone=options)
+    injection.for_inference()
+    held = {name: value.clone() for name, value in injection.state_dict().items()}
+    with pytest.raises(UsageError, match="this model is for inference alone: its adapters' projections are rounded"):
+        save_adapter(tmp_path / "after", injection, backbone=options)
+    assert not (tmp_path / "after").exists()
+    with pytest.raises(UsageError, match="for inference alone"):
+        load_adapter(tmp_path / "before", plain, injection=injection, backbone=options)
+    assert all(torch.equal(value, held[name]) for name, value in injection.state_dict().items())
+
+
+def test_a_float32_model_is_as_it_was_for_inference(tmp_path):
+    plain = model()
+    injection = inject.apply(plain, BACKBONE.sites(plain), CONFIG)
+    before = list(plain.parameters())
+    injection.for_inference()
+    assert all(a is b for a, b in zip(plain.parameters(), before, strict=True))
+    save_adapter(tmp_path, injection, backbone={"name": "toy"})

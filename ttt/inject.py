@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import keyword
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from ttt.adapter import TTTAdapter
 from ttt.config import TTTConfig
 from ttt.config.lora import LoraSettings
 from ttt.config.schema import select_layers
-from ttt.errors import InjectionError
+from ttt.errors import InjectionError, UsageError
 from ttt.layer import TTTLayer
 from ttt.layer_inputs import check_head_width
 from ttt.lora import Lora, LoraPlan, keep_where_absent
@@ -52,11 +52,40 @@ class Injection:
         """LoRA beside the adapters, or alone; None if there is none."""
         self._originals = tuple(originals)
         self._ejected = False
+        self._rounded = False
 
     @property
     def adapters(self) -> dict[str, nn.Module]:
         """The adapters by site name, in order of layers; empty once ejected."""
         return {} if self._ejected else {site.name: getattr(site.module, site.attribute) for site in self.sites}
+
+    def for_inference(self) -> None:
+        """Hold the TTT layers' projections in the types of their sites' parameters, once, for a model that only reads.
+
+        In a bfloat16 backbone this spares each token the casts of four matrices for each layer, and half their memory.
+        Answers are the same bit for bit; see `TTTLayer.hold_projections`. The float32 values are given up, so that the
+        adapters can be neither saved nor loaded afterwards.
+        """
+        for name, adapter in self.adapters.items():
+            site = next(site for site in self.sites if site.name == name)
+            # Tokens are of the type of the module's own parameters. Where that is not narrower, nothing is cast.
+            own = next((p.dtype for p in _beside_adapter(site) if p.is_floating_point()), None)
+            for module in adapter.modules():
+                if isinstance(module, TTTLayer) and own in (torch.bfloat16, torch.float16):
+                    module.hold_projections(own)
+                    self._rounded = True
+
+    def require_masters(self) -> None:
+        """Refuse to save adapters, or to load values into them, if theirs have been rounded.
+
+        Raises:
+            UsageError: `for_inference` has rounded them.
+        """
+        if self._rounded:
+            raise UsageError(
+                "this model is for inference alone: its adapters' projections are rounded to the backbone's type; save "
+                "and load adapters of a model for which `for_inference` was not called"
+            )
 
     def state_dict(self) -> dict[str, Tensor]:
         """The adapters' parameters, LoRA's included, under their names in the model; none of the backbone's."""
@@ -82,7 +111,9 @@ class Injection:
 
         Raises:
             InjectionError: a name is missing, unknown, or has another shape; nothing is copied then.
+            UsageError: `for_inference` has rounded the adapters.
         """
+        self.require_masters()
         own = self.state_dict()
         problems = [f"{name} is missing" for name in own if name not in tensors]
         problems += [f"{name} is unknown" for name in tensors if name not in own]
@@ -283,6 +314,12 @@ def bare_adapter(
 ) -> nn.Module:
     """Make a site's adapter without injecting it; on the device `meta` it has names and shapes but takes no memory."""
     return (site.adapter or TTTAdapter)(site.dim, site.num_heads, config, device=device, dtype=dtype)
+
+
+def _beside_adapter(site: Site) -> Iterator[Tensor]:
+    """The parameters of a site's module beside its adapter's."""
+    beside = f"{site.attribute}."
+    return (value for name, value in site.module.named_parameters() if not name.startswith(beside))
 
 
 def _make_adapter(model: nn.Module, site: Site, config: TTTConfig, seed: int) -> nn.Module:

@@ -26,6 +26,7 @@ from ttt.ops.tracing import InnerTrace, MinibatchTrace, effective_weights, trace
 from ttt.state import Reading, TTTState, weight_names
 
 INITIAL_STD = 0.02
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 Rotary = tuple[Tensor, Tensor]
 
 
@@ -90,7 +91,7 @@ class TTTLayer(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        for name in PROJECTIONS:
             linear = nn.utils.skip_init(
                 Projection, dim, dim, bias=config.qkvo_bias, device=device or "cpu", dtype=dtype
             )
@@ -125,6 +126,16 @@ class TTTLayer(nn.Module):
                 value.copy_(torch.empty(value.shape).normal_(0, INITIAL_STD, generator=generator))
             else:
                 value.zero_()
+
+    def hold_projections(self, dtype: torch.dtype) -> None:
+        """Hold the projections in the type of the tokens, for inference alone and for good.
+
+        Otherwise every call casts four weights of D² numbers, for a single token too. Answers are the same bit for bit,
+        and no cast can be out of date: what was held before is given up. So the layer reads tokens of this type alone
+        from now on, and is not to be trained or saved. `ttt.inject.Injection.for_inference` does this for a model.
+        """
+        for name in PROJECTIONS:
+            getattr(self, name).hold(dtype)
 
     def initial_state(self, batch_size: int, *, dtype: torch.dtype = torch.float32) -> TTTState:
         """The state of B streams that have read nothing: the layer's own W and b, differentiable, not copied."""

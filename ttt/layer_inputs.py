@@ -84,7 +84,8 @@ def check_step(state: TTTState, x: Tensor, config: TTTConfig, parameters: Sequen
         state: before the tokens; `check_state` has passed it.
         x: tokens `[B,T,D]`.
         config: the layer's.
-        parameters: those from which its fast weights start, in the order of `state.weights`.
+        parameters: what this process holds of those from which its fast weights start, in the order of
+            `state.weights`.
 
     Raises:
         ValueError: saying what does not fit.

@@ -58,7 +58,7 @@ def token_of(
     if angle is not None:
         pairs = torch.view_as_complex(both_BH2F.view(*both_BH2F.shape[:-1], -1, 2))
         both_BH2F = torch.view_as_real(pairs * angle).view(both_BH2F.shape)
-    k_BH1F, q_BH1F = both_BH2F[:, :, :1], both_BH2F[:, :, 1:]
+    k_BH1F, q_BH1F = both_BH2F.split(1, 2)
     target_BH1F = v_BHF.unsqueeze(2) - k_BH1F
     if config.normalize_target:
         gamma, beta = layer.norm(dtype)
@@ -98,7 +98,11 @@ def _angle(layer: TTTLayer, count: Tensor | None, rotary: Rotary | None, dtype: 
         return torch.complex(*rotary_angles(count, layer.head_width, theta=config.rope_theta, dtype=dtype))[
             :, None, None
         ]
-    return _table(config.mini_batch_size, layer.head_width, config.rope_theta, dtype)[count][:, None, None]
+    table_CF = _table(config.mini_batch_size, layer.head_width, config.rope_theta, dtype)
+    counts = count.tolist()
+    if min(counts) == max(counts):
+        return table_CF.select(0, counts[0])
+    return table_CF[count].view(-1, 1, 1, table_CF.shape[1])
 
 
 @functools.lru_cache(maxsize=16)

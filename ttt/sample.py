@@ -55,7 +55,8 @@ def sample(
     console = console or Console()
     sampler = capability(backbone, Sampling)
     config, [request], info = _looked_at(config, backbone, [request], adapter=adapter, verify=verify)
-    with learned_model(config, backbone, info, as_start=adapter is None, ways=_ways(config)) as (model, _):
+    with learned_model(config, backbone, info, as_start=adapter is None, ways=_ways(config)) as (model, injection):
+        injection.for_inference()
         make = sampler.prepare_samples(model, [request], config, console=console)
         seed_pass(request.seed, "sample", 0)
         return list(make(request))
@@ -108,7 +109,8 @@ def sample_many(
             say(console, f"{folder.path}: {len(requests) - len(missing)} of {len(requests)} samples are there already")
         if not missing:
             return []
-        with learned_model(config, backbone, info, as_start=as_start, ways=_ways(config)) as (model, _):
+        with learned_model(config, backbone, info, as_start=as_start, ways=_ways(config)) as (model, injection):
+            injection.for_inference()
             return _made(model, config, sampler, requests, missing, folder, console)
 
 
@@ -150,7 +152,8 @@ def answer(
             replaced_file(file)
     config, info = fitting(config, backbone, adapter=adapter, verify=verify)
     written: list[Path] = []
-    with learned_model(config, backbone, info, as_start=adapter is None, ways=_ways(config)) as (model, _):
+    with learned_model(config, backbone, info, as_start=adapter is None, ways=_ways(config)) as (model, injection):
+        injection.for_inference()
         make = answering.prepare_answers(model, config, console=console)
         for request in requests:
             files = _answered(model, make, request)

@@ -45,7 +45,9 @@ def save_adapter(
 
     Raises:
         EnvironmentProblem: the disk is full or cannot be written.
+        UsageError: the adapters were rounded by `Injection.for_inference`.
     """
+    injection.require_masters()
     folder = Path(folder)
     trained = set(backbone_tensors or ())
     weights = weights or BackboneWeights.of(injection, without=trained)

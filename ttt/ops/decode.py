@@ -92,7 +92,8 @@ def _learn_in_minibatch_(
     weights, sums = _flat(stream.weights), _flat(stream.gradients)
     both_R2F = torch.cat((tokens.k, tokens.q), 2).flatten(0, 1)
     first_R2O = torch.bmm(both_R2F, weights[0]).add_(weights[1])  # of two rows much faster on the CPU than `baddbmm`
-    inputs, taught = _keys(weights, both_R2F[:, :1], first_R2O[:, :1], tokens, inner, rows_B)
+    (k_R1F, q_R1F), (of_k_R1O, of_q_R1O) = both_R2F.split(1, 1), first_R2O.split(1, 1)
+    inputs, taught = _keys(weights, k_R1F, of_k_R1O, tokens, inner, rows_B)
     for layer, (x, u) in enumerate(zip(inputs, taught, strict=True)):
         sums[2 * layer + 1].add_(u)
         if factors is None:
@@ -101,7 +102,7 @@ def _learn_in_minibatch_(
         inputs = [_written(held, x, at) for held, x in zip(factors.inputs, inputs, strict=True)]
         taught = [_written(held, u, at) for held, u in zip(factors.taught, taught, strict=True)]
     held = None if factors is None else (inputs, taught)
-    z_R1F = _answered(both_R2F[:, 1:], first_R2O[:, 1:], weights, sums, held, at)
+    z_R1F = _answered(q_R1F, of_q_R1O, weights, sums, held, at)
     count_B.add_(1 if rows_B is None else rows_B)
     if at.ends is None:
         _end_where_(weights, sums, count_B, factors, inner, rows_B)

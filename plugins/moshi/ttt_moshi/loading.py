@@ -20,7 +20,7 @@ class LoadedRun(NamedTuple):
     """What speaking takes."""
 
     model: LMModel
-    """Kyutai's model with its TTT layers, in eval mode."""
+    """Kyutai's model with its TTT layers, in eval mode, for inference alone (`Injection.for_inference`)."""
     codec: Any
     """Kyutai's `MimiModel`; the `DemoCodec` for a run of the demo."""
     tokenizer: SentencePieceProcessor
@@ -46,6 +46,7 @@ def load_run(run: str | Path, *, device: str | None = None) -> LoadedRun:
         raise UsageError(f"{run}: is a run of {backbone.name}, not of moshi")
     model, injection = build(config, backbone, choose_device(device or config.train.device))
     load_adapter(run, model, injection=injection, backbone=backbone_identity(backbone, config.backbone))
+    injection.for_inference()
     options: Any = config.backbone
     assert isinstance(model, LMModel)
     return LoadedRun(model.eval(), load_codec(options, model.device)[0], load_tokenizer(options))
