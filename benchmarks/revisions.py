@@ -1,33 +1,39 @@
-"""The fused scan of another revision beside that of the working tree, in one process.
+"""The fused scan of another revision beside that of the working tree, or its groups beside each other, in one process.
 
     python benchmarks/revisions.py 265967d
     python benchmarks/revisions.py main --shapes Video-like --groups 0 16
+    python benchmarks/revisions.py                # group 0 of the working tree beside group 16
 
-Both take turns, round after round, on one thread, whose own processor time is taken: what else the machine does is not
-in it. What is printed are the medians of the ratios within a round, old over new, so that more than 1 is faster. Memory
+Both take turns, round after round, on one thread, whose own processor time is taken. Other work on the machine is not
+in it, but takes memory bandwidth, caches and clock from it; so rounds are short and many: sequences are cut to
+`--steps` mini-batches. What is printed are medians of the ratios within a round, old over new, so that more than 1 is
+faster, with their standard error; and the ratio of the shortest times, `least`, which other work disturbs least. Memory
 is counted by the allocator, of one pass each.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import itertools
+import math
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from allocations import allocations  # before torch: it quietens the profiler
 
 import torch  # isort: skip
 from contenders import Shape
-from scan import SHAPES, Clock, ratio
+from scan import SHAPES, Clock
 from torch import Tensor
 
 from ttt.ops import fused
@@ -49,7 +55,7 @@ def fused_of(revision: str, folder: Path) -> ModuleType:
     package.mkdir()
     for path in listed.stdout.split():
         text = subprocess.run(["git", "show", f"{revision}:{path}"], check=True, capture_output=True, text=True).stdout
-        text = text.replace("ttt.ops.fused", name).replace('"ttt::', f'"{name}::').replace("ops.ttt.", f"ops.{name}.")
+        text = text.replace("ttt.ops.fused", name).replace('"ttt::', f'"{name}::').replace("ops.ttt", f"ops.{name}")
         (package / Path(path).name).write_text(text, encoding="utf-8")
     sys.path.insert(0, str(folder))
     return importlib.import_module(name)
@@ -63,6 +69,35 @@ class ThreadClock(Clock):
         start = time.thread_time()
         function()
         return time.thread_time() - start
+
+
+class Faster(NamedTuple):
+    """How many times as fast something is."""
+
+    median: float
+    """Of the ratios within a round."""
+    error: float
+    """The median's standard error, from the ratios' quartiles."""
+    least: float
+    """The ratio of the shortest times."""
+
+    @classmethod
+    def of(cls, before: Sequence[float], after: Sequence[float]) -> Faster:
+        """From seconds of the same rounds."""
+        ratios = [a / b for a, b in zip(before, after, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        # For normal errors, quartiles are 1.349 standard deviations apart, and a median's error is 1.253 of a mean's.
+        error = 1.253 * (high - low) / 1.349 / math.sqrt(len(ratios))
+        return cls(statistics.median(ratios), error, min(before) / min(after))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ± {self.error:.3f}, least {self.least:.3f}"
+
+
+def cut(shape: Shape, steps: int) -> Shape:
+    """The same of at most so many mini-batches, all of them full."""
+    size = shape.mini_batch_size
+    return dataclasses.replace(shape, tokens=min(shape.tokens // size, steps) * size)
 
 
 class Scan:
@@ -112,7 +147,7 @@ class Scan:
 
 
 def compare(old: ModuleType, shape: Shape, group_size: int, clock: Clock) -> str:
-    """One line of the table."""
+    """One line of the table of two revisions."""
     scans = [Scan(package, shape, group_size, clock.device) for package in (old, fused)]
     for one in scans:
         one.both()
@@ -122,28 +157,49 @@ def compare(old: ModuleType, shape: Shape, group_size: int, clock: Clock) -> str
         passes = [getattr(one, which) for one in scans]
         before, after = clock.rounds(passes)
         peaks = [allocations(one, clock.device).peak / 2**20 for one in passes]
-        cells += [f"{ratio(before, after):.2f}", f"{peaks[0]:,.1f} to {peaks[1]:,.1f}"]
+        cells += [str(Faster.of(before, after)), f"{peaks[0]:,.1f} to {peaks[1]:,.1f}"]
     return " | ".join([*cells, f"{agree:.0e}"])
+
+
+def compare_groups(shape: Shape, clock: Clock) -> str:
+    """One line of the table of groups: everything kept beside groups of 16, and what each holds of its closed form."""
+    recomputed, keeping = (Scan(fused, shape, group_size, clock.device) for group_size in (16, 0))
+    for one in (recomputed, keeping):
+        one.both()
+    before, after = clock.rounds([recomputed.both, keeping.both])
+    cells = [shape.name, str(Faster.of(before, after))]
+    for one, group_size in ((keeping, 0), (recomputed, 16)):
+        answers = one.answers().nbytes  # the result itself, which no closed form counts
+        held = allocations(one.answers, clock.device).held - answers
+        cells.append(f"{held / 2**20:,.2f} of {shape.cost(group_size).kept_bytes / 2**20:,.2f}")
+    return " | ".join(cells)
 
 
 def main() -> int:
     """Compare and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("revision")
+    parser.add_argument("revision", nargs="?", help="the other one; without it, groups are compared")
     parser.add_argument("--shapes", nargs="+", metavar="NAME")
-    parser.add_argument("--groups", nargs="+", type=int, default=[0, 16], metavar="N")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--groups", nargs="+", type=int, default=[0, 16], metavar="N", help="of two revisions")
+    parser.add_argument("--repeats", type=int, default=400, help="rounds at most")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds for each cell")
+    parser.add_argument("--steps", type=int, default=48, metavar="N", help="mini-batches at most")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     clock = ThreadClock(torch.device("cpu"), arguments.repeats, budget=arguments.budget)
+    wanted = [one for one in (*SHAPES, *MORE) if one.name in (arguments.shapes or (one.name,))]
+    shapes = [cut(shape, arguments.steps) for shape in wanted]
+    if arguments.revision is None:
+        print("| scan | group 0 over group 16, times as fast | MB held by group 0 | by group 16 |\n|" + " --- |" * 4)
+        for shape in shapes:
+            print(f"| {compare_groups(shape, clock)} |", flush=True)
+        return 0
     print("| scan | forward, times as fast | MB | with backward | MB | largest difference |\n|" + " --- |" * 6)
     with tempfile.TemporaryDirectory() as folder:
         old = fused_of(arguments.revision, Path(folder))
-        for shape in (*SHAPES, *MORE):
-            if shape.name in (arguments.shapes or (shape.name,)):
-                for group_size in arguments.groups:
-                    print(f"| {compare(old, shape, group_size, clock)} |", flush=True)
+        for shape in shapes:
+            for group_size in arguments.groups:
+                print(f"| {compare(old, shape, group_size, clock)} |", flush=True)
     return 0
 
 

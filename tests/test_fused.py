@@ -27,7 +27,8 @@ from ttt.config import TTTConfig
 from ttt.costs import scan_cost
 from ttt.layer import TTTLayer
 from ttt.ops import fused
-from ttt.ops.fused import layout, operator
+from ttt.ops.constants import ALIGNED, aligned_for
+from ttt.ops.fused import layout, operator, pages
 from ttt.ops.minibatch import Inner, Stream, learn
 from ttt.ops.rows import Tokens
 from ttt.ops.select import implementation
@@ -187,22 +188,37 @@ DRAWS = settings(
     block=st.sampled_from([2, 3, 16]),
     chunk=st.sampled_from([1, 2, 16]),
     in_place=st.booleans(),
+    aligned=st.sampled_from([1, ALIGNED]),
 )
 def test_it_is_the_reference_and_the_generic_scan(
-    shape: dict[str, Any], group_size: int, block: int, chunk: int, in_place: bool, monkeypatch: pytest.MonkeyPatch
+    shape: dict[str, Any],
+    group_size: int,
+    block: int,
+    chunk: int,
+    in_place: bool,
+    aligned: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every output and every gradient, open mini-batches in any row included.
 
-    In chunks of all sizes, as large as the group on a GPU, and with every new tensor full of what must not be read.
+    In chunks of all sizes, as large as the group on a GPU, with rows as a CPU or a GPU has them, and with every new
+    tensor full of what must not be read.
     """
     problem = Problem.draw(**shape)
     with monkeypatch.context() as patch:
         patch.setattr(operator, "BLOCK", block)
+        patch.setattr(layout, "aligned_for", lambda kind: aligned)
         patch.setattr(layout.Dims, "chunk", lambda dims, device, most, *, keep: chunked(chunk, most, keep, in_place))
         with deterministic():
             found = problem.learn(monkeypatch, "fused", group_size)
     assert_same(found, problem.learn(monkeypatch, "reference", 0), **EXACT)
     assert_same(found, problem.learn(monkeypatch, "generic", 0), **EXACT)
+
+
+def test_rows_are_aligned_where_a_gpu_reads_them() -> None:
+    dims = layout.Dims(1, 1, 1, 1, (64, 64), aligned=aligned_for("cuda"))
+    assert [dims.joined(width) for width in (62, 63, 64)] == [64, 64, 68]
+    assert dims._replace(aligned=aligned_for("cpu")).joined(64) == 65
 
 
 @pytest.mark.parametrize("size", [1, 4, 16])
@@ -379,6 +395,39 @@ def test_what_is_held_between_forward_and_backward(kind: str, group_size: int) -
     )
     cost = scan_cost(config, dim=heads * width, num_heads=heads, tokens=steps * size, batch_size=2)
     assert carries == pytest.approx(cost.carries_kept_bytes, rel=0.01)
+
+
+def flags_of(address: int) -> list[str]:
+    """What the kernel notes of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= address < int(match[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError("no mapping has this address")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no large pages here")
+@pytest.mark.parametrize("group_size", [0, 16])
+def test_what_is_kept_is_asked_for_in_large_pages(group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor of more than one: what waits for backward, and what a group keeps while backward recomputes it."""
+    kept: list[Tensor] = []
+
+    def noticed(dims: layout.Dims, steps: int, like: Tensor, *, keep: bool = True) -> layout.Kept:
+        made = right(dims, steps, like, keep=keep)
+        kept.extend(made.weights_MPJO if keep else [])
+        return made
+
+    right = layout.Kept.room
+    monkeypatch.setattr(layout.Kept, "room", noticed)
+    problem = Problem.draw(length=32, size=1, hidden=(256,), width=64, heads=4, dtype=torch.float32)
+    problem.learn(monkeypatch, "fused", group_size)
+    assert len(kept) == 2
+    for x in kept:
+        assert x.nbytes > 2 * pages.LARGE
+        assert "hg" in flags_of(x.data_ptr() + x.nbytes // 2)
+    assert "hg" not in flags_of(id(kept))
 
 
 @pytest.mark.parametrize("group_size", [0, 2])

@@ -189,12 +189,12 @@ def _state_numbers(widths: tuple[int, ...]) -> int:
 
 
 def _joined(width: int) -> int:
-    """A width with its column of ones and the zeros that align it."""
+    """A width with its column of ones and the zeros that align it on a GPU; on a CPU there are none."""
     return -(-(width + 1) // ALIGNED) * ALIGNED
 
 
 def _zeros_below(widths: tuple[int, ...]) -> int:
-    """How many zeros stand below the biases of one head where the fused scan lays its weights out."""
+    """How many zeros stand below the biases of one head where the fused scan lays its weights out, on a GPU."""
     return sum((_joined(fan_in) - fan_in - 1) * fan_out for fan_in, fan_out in itertools.pairwise(widths))
 
 

@@ -9,7 +9,12 @@ SMALL = 1 << 17
 BLOCK = 16
 """How many mini-batches the fused scan lays out at a time if the group size does not say."""
 ALIGNED = 4
-"""Rows of the fused scan have a multiple of so many numbers: 16 bytes of float32, as matrix products read them."""
+"""Rows of the fused scan have a multiple of so many numbers: 16 bytes of float32, as a GPU's products read them."""
 
 Precision = Literal["ieee", "tf32", "bf16"]
 """In what the operands of the inner model's products are multiplied: whole float32 numbers, or rounded ones."""
+
+
+def aligned_for(device_type: str) -> int:
+    """The same for a kind of device: a CPU's products gain nothing by it, and would only multiply the zeros."""
+    return 1 if device_type == "cpu" else ALIGNED

@@ -5,15 +5,16 @@ runs each group once more and then goes through it in reverse. `docs/backward.md
 parentheses are its equations. `ttt.ops.mlp` computes the same through autograd, and the tests compare the two.
 
 Two things keep the loop over mini-batches short. First, a bias is the last row of its weights, `W̃ = (W; b)`, and each
-layer's input has a column of ones, `X̃ = (X, 1)`, so that biases need no products of their own; zeros behind both bring
-rows to a multiple of 16 bytes. Second, the loop holds only what depends on the carry: the keys' forward pass, the
-gradient of their update, and the queries' first product, which is computed together with the keys'. The rest of the
-queries, and all that depends on tokens alone, runs for a chunk of mini-batches at a time. If the update is not causal,
-all tokens of a mini-batch answer with the same weights, those after it, and the queries simply go through these.
+layer's input has a column of ones, `X̃ = (X, 1)`, so that biases need no products of their own; on a GPU, zeros behind
+both bring rows to a multiple of 16 bytes. Second, the loop holds only what depends on the carry: the keys' forward
+pass, the gradient of their update, and the queries' first product, which is computed together with the keys'. The rest
+of the queries, and all that depends on tokens alone, runs for a chunk of mini-batches at a time. If the update is not
+causal, all tokens of a mini-batch answer with the same weights, those after it, and the queries go through these.
 
 Each module imports only those above it:
 
 - `products`: matrix products in the precision of a problem
+- `pages`: large pages for what is kept, on Linux
 - `layout`: the operation's inputs, tokens laid out for the products, and the tensors that backward reads
 - `rooms`: scratch memory, and the views of all memory
 - `forward`: the forward pass of one chunk of mini-batches

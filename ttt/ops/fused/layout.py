@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ttt.ops.constants import ALIGNED, Precision
+from ttt.ops.constants import Precision, aligned_for
 from ttt.ops.fused.products import Products
 
 _CHUNK_NUMBERS = 1 << 20
@@ -44,6 +44,8 @@ class Dims(NamedTuple):
     dual: bool = True
     """Whether each position answers with weights of its own, in dual form. If the update is not causal, all of a
     mini-batch answer with the weights after it."""
+    aligned: int = 1
+    """Rows of inputs and weights have a multiple of so many numbers."""
 
     @property
     def pairs(self) -> int:
@@ -61,8 +63,8 @@ class Dims(NamedTuple):
         return 2 * self.size if self.dual else self.size
 
     def joined(self, width: int) -> int:
-        """`J`: a width, the column of ones or the row of the bias, and zeros up to a multiple of `ALIGNED`."""
-        return -(-(width + 1) // ALIGNED) * ALIGNED
+        """`J`: a width, the column of ones or the row of the bias, and zeros up to a multiple of `aligned`."""
+        return -(-(width + 1) // self.aligned) * self.aligned
 
     def block(self, most: int) -> int:
         """How many mini-batches a pass that keeps nothing lays out at a time."""
@@ -115,7 +117,8 @@ class Problem(NamedTuple):
         """The sizes."""
         batch, heads, steps, size, width = self.q_BHNCF.shape
         widths = width, *(w.shape[-1] for w in self.weights[::2])
-        return Dims(steps, batch, heads, size, widths, self.causal or self.last_NB is None)
+        dual = self.causal or self.last_NB is None
+        return Dims(steps, batch, heads, size, widths, dual, aligned_for(self.q_BHNCF.device.type))
 
 
 class Constants(NamedTuple):

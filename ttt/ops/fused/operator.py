@@ -26,6 +26,7 @@ from ttt.ops.fused.layout import (
     room_between_passes,
     room_for_tokens,
 )
+from ttt.ops.fused.pages import in_large_pages
 from ttt.ops.fused.registration import Answered, Gradients, register, wants_gradient
 from ttt.ops.fused.rooms import BackwardScratch, BackwardViews, ForwardViews, Scratch
 
@@ -49,6 +50,7 @@ def _run_forward(problem: Problem, *, keep: bool) -> Answered:
     scratch = Scratch(dims, chunk, q)
     block = Block.room(dims, block_size, q)
     kept = Kept.of(saved, dims) if everything else Kept.room(dims, chunk, q, keep=False)
+    in_large_pages(saved)
     opening = [w[0] for w in kept.weights_MPJO]
     join(problem.weights, opening)
     views_of = _views(lambda block, kept: ForwardViews(dims, block, kept, scratch), block, kept, again=not everything)
@@ -131,6 +133,8 @@ class _Backward:
         self.block = Block.room(dims, self.block_size, q)
         again = problem.group_size > 0
         self.kept = Kept.room(dims, self.block_size, q) if again else Kept.of(saved, dims)
+        if again:
+            in_large_pages(self.kept.flat())
         # The views hold tensors, not this object: a reference cycle would keep the memory until garbage collection.
         scratch = Scratch(dims, self.chunk, q)
         scratch_back = BackwardScratch(dims, self.chunk, scratch)

@@ -35,12 +35,16 @@ class Products:
         return torch.baddbmm(base, a, b, out=out)
 
     def add_outer(self, base: Tensor, columns: Tensor, rows: Tensor, out: Tensor) -> None:
-        """`base + columns rows`, `[P,a,C]` and `[P,C,b]`, into `out`, which may be `base`."""
+        """`base + columns rows`, `[P,a,C]` and `[P,C,b]`, into `out`, which may be `base`.
+
+        It is bound by memory for few tokens. A product passes once over a base in place, but copies it first into
+        another result; an elementwise sum passes once for each token, and copies nothing.
+        """
         count = rows.shape[-2]
-        if count > 2:
+        if count > 2 or (count == 2 and out is base):
             self.add(base, columns, rows, out)
             return
-        columns, rows = self.operands(columns, rows)  # bound by memory: one pass over the weights for each token
+        columns, rows = self.operands(columns, rows)
         torch.addcmul(base, columns[..., :1], rows[:, :1], out=out)
         if count == 2:
             out.addcmul_(columns[..., 1:], rows[:, 1:])
