@@ -75,6 +75,16 @@ def test_a_machine_that_runs_the_tests_is_healthy() -> None:
         assert 0 < (trial.error or 0) < doctor._TOLERANCE
 
 
+def test_graphs_that_fail_are_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "why_not_recorded", lambda device: "not permitted")
+    told = _problem(examine().problems, "CUDA graphs")
+    assert told == Problem(
+        Severity.WARNING, "CUDA graphs of the scan fail on cpu: not permitted", "write train.cuda_graphs: off"
+    )
+    off = examine(_config(), overrides=["train.cuda_graphs=off"])
+    assert not [problem for problem in off.problems if "CUDA graphs" in problem.message]
+
+
 def test_a_config_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     scan = examine(_config()).scan
     assert scan.device == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from recorded_operations import RecordedOperations
 from rich.console import Console
 from safetensors.torch import load_file
 from small_llama import logits, opened, small_llama, some_tokens
@@ -24,6 +25,7 @@ import ttt
 from ttt.config import EvalConfig, RunConfig, TrainConfig, TTTConfig
 from ttt.errors import EnvironmentProblem, UsageError
 from ttt.layer import TTTLayer
+from ttt.ops import replay
 from ttt.train import compiling, pictures, train
 from ttt.train.compiling import MOST_VERSIONS, CompiledRead
 from ttt.train.metrics import read_metrics
@@ -116,6 +118,28 @@ def test_a_compiled_run_is_the_run(tmp_path: Path, case: str, readers: list[Comp
     assert_same_run(*(run(config(tmp_path / str(flag), compiled=flag, **RUNS[case])) for flag in (False, True)))
     (read,) = readers
     assert 1 < read.versions <= MOST_VERSIONS
+
+
+def test_compiled_code_is_recorded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It calls the scan as one operation, whose passes are recorded as elsewhere."""
+    monkeypatch.setenv("TTT_OPS", "fused")
+    monkeypatch.setattr(replay, "CALLS_BEFORE", 0)
+    layer = TTTLayer(8, 2, TTTConfig(mini_batch_size=4))
+    layer.compiled = CompiledRead()
+
+    def read(number: int) -> list[Tensor]:
+        x = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(number), requires_grad=True)
+        y, state = layer(x)
+        return [y.detach(), *torch.autograd.grad(y.square().sum() + state.weights[0].sum(), [x, layer.W1])]
+
+    plain = [read(number) for number in range(3)]
+    replays = replay.Replays(RecordedOperations(), print)
+    with replay.replaying(replays):
+        recorded = [read(number) for number in range(3)]
+    assert (replays.recorded, replays.replayed) == (2, 4)
+    assert all(
+        torch.equal(a, b) for one, other in zip(plain, recorded, strict=True) for a, b in zip(one, other, strict=True)
+    )
 
 
 def assert_same_run(plain: TrainResult, compiled: TrainResult) -> None:

@@ -30,6 +30,7 @@ from ttt.ops import select
 from ttt.ops.triton.available import obstacle
 from ttt.plugins.listing import InstalledPlugin, installed_plugins, without_backbones
 from ttt.plugins.registry import unreadable_metadata
+from ttt.train.graphs import why_not_recorded
 
 if TYPE_CHECKING:
     from ttt.check.load import CheckedConfig
@@ -125,6 +126,7 @@ def examine(path: str | Path | None = None, *, backbone: str | None = None, over
     problems = [
         *([unknown] if unknown else []),
         *_problems_of_trials(trials),
+        *_problems_of_graphs(checked),
         *_problems_of_packages(found),
         *_problems_of_cuda(checked),
         *_problems_of_python(),
@@ -257,6 +259,21 @@ def _problems_of_trials(trials: Sequence[Trial]) -> Iterator[Problem]:
                 "install another version of PyTorch for this device, or set "
                 f"{select.VARIABLE} to an implementation that works",
             )
+
+
+def _problems_of_graphs(checked: CheckedConfig | None) -> Iterator[Problem]:
+    """What is wrong with CUDA graphs, where a run would have them."""
+    if checked is not None and checked.config is not None and checked.config.train.cuda_graphs == "off":
+        return
+    for device in devices():
+        try:
+            with forced("fused"):
+                cause = why_not_recorded(torch.device(device.name))
+        except Exception as error:  # as for the implementations
+            cause = " ".join(f"{type(error).__name__}: {error}".split())
+        if cause is not None:
+            what = f"CUDA graphs of the scan fail on {device.name}: {cause}"
+            yield Problem(Severity.WARNING, what, "write train.cuda_graphs: off")
 
 
 # --- what is wrong ---

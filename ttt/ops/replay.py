@@ -197,9 +197,10 @@ class _Recording:
     """
 
     def __init__(self, inputs: Sequence[Tensor], replay: Replay, results: Sequence[Tensor], form: _Form) -> None:
-        self._inputs = [_without_repeats(x) for x in inputs]
+        self._inputs = [_memory(x) for x in inputs]
         self._replay = replay
         self._results = results
+        self._memory_of_results = [_memory(x) for x in results]
         self._form = form
         # Results may be views of what the function made room for; that is kept then.
         rooms = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in results}
@@ -217,7 +218,7 @@ class _Recording:
         """Record a call with these arguments."""
         inputs = memory.like(tensors)
         for mine, theirs in zip(inputs, tensors, strict=True):
-            _without_repeats(mine).copy_(_without_repeats(theirs))
+            _memory(mine).copy_(_memory(theirs))
         forms: list[_Form] = []
 
         def flat() -> list[Tensor]:
@@ -230,10 +231,10 @@ class _Recording:
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
         """What the function returns for these arguments, in new memory with the same strides."""
-        torch._foreach_copy_(self._inputs, [_without_repeats(x) for x in tensors])
+        torch._foreach_copy_(self._inputs, [_memory(x) for x in tensors])
         self._replay()
         found = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in self._results]
-        torch._foreach_copy_([_without_repeats(x) for x in found], [_without_repeats(x) for x in self._results])
+        torch._foreach_copy_([_memory(x) for x in found], self._memory_of_results)
         return tuple(_formed(found, self._form))
 
 
@@ -307,12 +308,12 @@ def _extent(x: Tensor) -> int:
     return (last + 1) * x.element_size()
 
 
-def _without_repeats(x: Tensor) -> Tensor:
-    """A view with each number once, where `expand` repeats them: what is repeated cannot be written to."""
-    for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            x = x.narrow(dim, 0, 1)
-    return x
+def _memory(x: Tensor) -> Tensor:
+    """All numbers in its memory from its first to its last, in one row: such rows are copied in one launch for all.
+
+    Gaps between rows of a slice are copied along. Numbers that `expand` repeats are there once.
+    """
+    return torch.as_strided(x, (_extent(x) // x.element_size(),), (1,))
 
 
 # --- the recordings of this process ---
