@@ -1,7 +1,8 @@
 """The stage of `first_gpu.py` that captures CUDA graphs: of a layer's forward, backward and `step_`, and of `LMGen`'s.
 
 A graph is replayed on other numbers than those it was captured with, and must give what the same calls give without it.
-Where there is no GPU, the calls run as they are, and the table says that nothing was captured.
+"As in a run" is what `train.cuda_graphs` does to a layer: its scans are graphs, and the rest is called. Where there is
+no GPU, the calls run as they are, and the table says that nothing was captured.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from ttt import inject
 from ttt.check.doctor import forced
-from ttt.config import TTTConfig
+from ttt.config import TrainConfig, TTTConfig
 from ttt.layer import TTTLayer
+from ttt.ops.replay import CALLS_BEFORE, replaying
 from ttt.plugins import get_backbone
+from ttt.train.graphs import cuda_graphs
 
 Keep = Callable[[dict[str, Any]], None]
 
@@ -30,6 +33,8 @@ def graphs(device: str, tiny: bool, keep: Keep) -> None:
     for implementation in ("fused", "triton"):
         for name, trial in (("forward", _forward), ("forward and backward", _training)):
             trials[f"{implementation}: {name}"] = functools.partial(trial, implementation, device, tiny)
+        if device == "cuda" or implementation == "fused":
+            trials[f"{implementation}: as in a run"] = functools.partial(_as_in_a_run, implementation, device, tiny)
     trials["step_"] = functools.partial(_step, device, tiny)
     trials["LMGen"] = functools.partial(_generation, device)
     for name, run in trials.items():
@@ -115,6 +120,57 @@ def _training(implementation: str, device: str, tiny: bool) -> dict[str, Any]:
 
     with forced(implementation):
         return _compared(function, x, device)
+
+
+def _as_in_a_run(implementation: str, device: str, tiny: bool) -> dict[str, Any]:
+    """`train.cuda_graphs`: forward and backward of a layer whose scans are recorded when they have repeated."""
+    layer, x = _layer(device, tiny)
+    inputs = [x.requires_grad_(), *layer.parameters()]
+    told: list[str] = []
+
+    def forward() -> Tensor:
+        return layer(x)[0]
+
+    def function() -> list[Tensor]:
+        y = forward()
+        return [y.detach(), *torch.autograd.grad(y, inputs, torch.ones_like(y))]
+
+    with forced(implementation), cuda_graphs(TrainConfig(), torch.device(device), told.append) as replays:
+        for _ in range(0 if replays is None else CALLS_BEFORE + 1):
+            function()
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        found = [result.clone() for result in function()]
+        row = {
+            "replayed_ms": milliseconds(function, 20, device),
+            "replayed_launches": (launched(forward, device), launched(function, device)),
+        }
+        if told:
+            raise RuntimeError(told[0])
+        if replays is not None:
+            row |= {"recordings": replays.recorded, "recorded_bytes": replays.nbytes}
+        with replaying(None):
+            row |= {
+                "difference": max(map(_distance, found, function())),
+                "called_ms": milliseconds(function, 20, device),
+                "called_launches": (launched(forward, device), launched(function, device)),
+            }
+    return row
+
+
+_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+
+
+def launched(function: Callable[[], Any], device: str) -> int | None:
+    """How often one call tells the GPU to do something, a whole graph counting once; None where there is no GPU."""
+    if device != "cuda":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        torch.cuda.synchronize()
+    on_the_host = (e for e in profile.events() or () if e.device_type == torch.autograd.DeviceType.CPU)
+    return sum(event.name.startswith(_LAUNCHES) for event in on_the_host)
 
 
 def _step(device: str, tiny: bool) -> dict[str, Any]:

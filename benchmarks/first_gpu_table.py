@@ -47,12 +47,20 @@ def _waits(results: Mapping[str, Any]) -> str:
 def _graphs(results: Mapping[str, Any]) -> str:
     rows = [
         [
-            *(row["what"], row.get("error") or ("yes" if row["captured"] else "no GPU")),
+            *(row["what"], row.get("error") or ("yes" if row["captured"] else "no: it needs CUDA")),
             *(_number(row.get(name)) for name in ("difference", "called_ms", "replayed_ms")),
+            *(_launched(row.get(name)) for name in ("called_launches", "replayed_launches")),
         ]
         for row in results["rows"]
     ]
-    return _rows(("what", "captured", "difference", "ms called", "ms replayed"), rows)
+    head = ("what", "captured", "difference", "ms called", "ms replayed", "launches called", "launches replayed")
+    return _rows(head, rows)
+
+
+def _launched(counts: Sequence[int | None] | None) -> str:
+    """Of forward and of backward, from those of forward and of both."""
+    forward, both = counts or (None, None)
+    return "–" if forward is None or both is None else f"{forward} / {both - forward}"
 
 
 def _ceilings(results: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from ttt.amounts import parse_bytes, show_bytes, show_flops
 from ttt.check import check_config, load_config
 from ttt.check.estimate import estimate
 from ttt.config import RunConfig, TTTConfig
-from ttt.costs import layer_activation_bytes, layer_flops, layer_parameters, scan_cost
+from ttt.costs import layer_activation_bytes, layer_flops, layer_parameters, recorded_bytes, scan_cost
 from ttt.errors import UsageError
 from ttt.layer import TTTLayer
 from ttt.ops.fused import layout, operator
@@ -409,6 +409,24 @@ def test_the_models_parameters_and_checkpoints(trainable: str, dtype: str) -> No
     assert averaged.checkpoint_bytes == pytest.approx(in_files, rel=0.001)
 
 
+def test_cuda_graphs_count_where_a_run_may_have_them() -> None:
+    facts = MOSHI.facts(_config())
+    auto, cuda, cpu, off = (
+        estimate(_config(train=train), facts)
+        for train in ({}, {"device": "cuda"}, {"device": "cpu"}, {"cuda_graphs": "off"})
+    )
+    assert auto == cuda
+    assert cpu == off
+    assert "CUDA graphs" not in off.parts
+    assert 0 < auto.parts["CUDA graphs"] == auto.high - off.high
+    assert auto.low == off.low
+    assert auto.scan is not None
+    tokens = 4 * (facts.tokens_per_window or 0) * facts.dim
+    assert auto.parts["CUDA graphs"] == recorded_bytes(auto.scan, tokens * _config().train.batch_size)
+    large = _config(train={"batch_size": 4096})  # such scans are not recorded
+    assert "CUDA graphs" not in estimate(large, facts).parts
+
+
 def test_what_is_not_known_is_not_made_up() -> None:
     config = _config()
     facts = BackboneFacts(dim=128, num_heads=4, num_layers=4)
@@ -478,7 +496,7 @@ def test_a_long_window_whose_logits_exist_at_once_does_not(long_windows: None, m
 
 def _estimated_and_measured(settings: dict[str, Any]) -> tuple[int, int, int]:
     """Bytes of a training step of the demo: estimated at least, measured, and estimated at most."""
-    text = MOSHI.presets()["demo"]
+    text, settings = MOSHI.presets()["demo"], {"train.device": "cpu", **settings}
     config = load_config(None, text=text, overrides=[f"{key}={value}" for key, value in settings.items()]).config
     facts = MOSHI.facts(config)
     needs = estimate(config, facts)

@@ -73,6 +73,7 @@ def test_every_stage_runs_and_writes_its_figures(tmp_path: Path) -> None:
     assert not any(row["captured"] for row in graphs.values())  # nothing claims what only a GPU can do
     assert all(row["difference"] == 0 for row in graphs.values())
     assert graphs["LMGen"]["frames"] > 4
+    assert "| fused: as in a run | no: it needs CUDA |" in text
     assert len(results["ceilings"]["products"]) == 18
     assert all(row["teraflops"] > 0 for row in results["ceilings"]["products"])
     layers = results["layer"]["rows"]

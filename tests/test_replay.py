@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from toy import ToyBackbone, ToyData, ToyOptions
 
 from ttt.config import RunConfig, TrainConfig, TTTConfig
+from ttt.costs import recorded_bytes, scan_cost
 from ttt.laws import LAWS, Bench
 from ttt.layer import TTTLayer
 from ttt.ops import replay
@@ -328,6 +329,20 @@ def test_arguments_share_memory() -> None:
                 replayed("doubled", doubled, torch.ones(size))
     assert replays.recorded == 3
     assert replays.nbytes < 4 * (4096 + 4096 + 4000 + 3000) + 2000
+
+
+@pytest.mark.parametrize("group", [0, 2])
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_the_memory_of_a_layers_recordings_is_as_estimated(kind: str, group: int) -> None:
+    config = TTTConfig.model_validate({"layer_type": kind, "mini_batch_size": 16, "scan_checkpoint_group_size": group})
+    layer, replays = TTTLayer(64, 2, config), _replays()
+    with replaying(replays):
+        for _ in range(2):
+            layer(torch.randn(2, 64, 64))[0].sum().backward()
+    scan = scan_cost(config, dim=64, num_heads=2, tokens=64, batch_size=2)
+    estimated = recorded_bytes(scan, 4 * 2 * 64 * 64) - scan.passing_bytes
+    assert replays.recorded == 2
+    assert replays.nbytes == pytest.approx(estimated, rel=0.25)
 
 
 # --- where nothing is recorded ---

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ttt.config.schema import TTTConfig, inner_widths
-from ttt.ops.constants import ALIGNED, BLOCK, SMALL
+from ttt.ops.constants import ALIGNED, BLOCK, MOST_BYTES_OF_ONE, MOST_BYTES_RECORDED, SMALL
 
 WIDE = 4
 """Bytes of a float32 number: fast weights, TTT parameters and the optimizer's moments are float32."""
@@ -112,6 +112,16 @@ class ScanCost:
         return best_group_size(
             self.steps, carry=self.carry_bytes, activation=self.activation_bytes, running=self.running_bytes
         )
+
+
+def recorded_bytes(scan: ScanCost, tokens: int) -> int:
+    """About what recordings of a scan's two passes take (`ttt.ops.replay`); `tokens` are the bytes of all queries."""
+    state, kept = scan.carry_bytes, scan.kept_bytes
+    of_passes = (3 * tokens + state, tokens + state + kept), (4 * tokens + 2 * state + kept, 3 * tokens + state)
+    recorded = [
+        sum(arguments_results) for arguments_results in of_passes if sum(arguments_results) <= MOST_BYTES_OF_ONE
+    ]
+    return min(sum(recorded), MOST_BYTES_RECORDED) + (scan.passing_bytes if recorded else 0)
 
 
 def best_group_size(steps: int, *, carry: int, activation: int, running: int) -> int:

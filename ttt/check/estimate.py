@@ -20,6 +20,7 @@ from ttt.costs import (
     lora_parameters,
     matched_rank,
     moment_bytes,
+    recorded_bytes,
     scan_cost,
 )
 from ttt.parallel.layout import Layout
@@ -171,12 +172,15 @@ def estimate(config: RunConfig, facts: BackboneFacts, lora: Shapes | None = None
     # Temporaries: gradients of the scan's inputs and of one layer, the projections in the tokens' dtype, gradients in
     # half precision before they are summed in float32, and AdamW's for all parameters at once.
     passing = kept.passing + 4 * facts.dim * facts.dim * size // layout.tensor
-    passing += held.gradients + numbers.learns * size // layout.shard + held.next_gathered
+    graphs = 0  # on a GPU, which `auto` may be
+    if scan and tokens and train.cuda_graphs == "auto" and train.device != "cpu":
+        graphs = recorded_bytes(scan, WIDE * rows * tokens * facts.dim // layout.tensor)
+    passing += graphs + held.gradients + numbers.learns * size // layout.shard + held.next_gathered
     always = held.parameters + held.optimizer + held.averages + held.gathered + held.summed + state
     return Estimate(
         scan=scan,
         scans=scans,
-        parts=_parts(held, kept, model or 0, state, layout),
+        parts=_parts(held, kept, model or 0, state, layout) | ({"CUDA graphs": graphs} if graphs else {}),
         low=always + max(held.gradients, kept.lasting + (model or 0) // 2),
         high=always + held.gradients + kept.carries + kept.activations + (model or 0) * 3 // 2 + passing,
         complete=None not in (facts.parameters, _trained_in_backbone(config, facts), model)

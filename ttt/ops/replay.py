@@ -25,6 +25,8 @@ from typing import Any, Final, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ttt.ops.constants import MOST_BYTES_OF_ONE, MOST_BYTES_RECORDED
+
 Result = TypeVar("Result")
 
 CALLS_BEFORE: Final = 2
@@ -33,12 +35,6 @@ MOST_RECORDINGS: Final = 32
 """The most kinds of calls that one run records. None is dropped for another: that would go on for ever."""
 MOST_KINDS: Final = 256
 """The most kinds that are counted; calls of further kinds run as they are."""
-MOST_BYTES_OF_ONE: Final = 256 << 20
-"""The most bytes that the arguments and results of a recorded call have. A larger one is not bound by its launches:
-a mini-batch of TTT-MLP moves its fast weights about six times, which takes as long as its 27 launches for 60 MB of
-them, and the arguments hold all tokens beside."""
-MOST_BYTES: Final = 1 << 30
-"""The most bytes of memory that all recordings of a run have for arguments and results."""
 _ALIGNED = 512
 """Bytes; PyTorch's allocator gives memory that begins at a multiple of it."""
 
@@ -72,8 +68,8 @@ class Replays:
     Args:
         recorder: how they are recorded.
         tell: is told in one sentence if something cannot be recorded; the run goes on without recordings then.
-        most_bytes_of_one: see `MOST_BYTES_OF_ONE`.
-        most_bytes: see `MOST_BYTES`.
+        most_bytes_of_one: see `ttt.ops.constants.MOST_BYTES_OF_ONE`.
+        most_bytes: see `ttt.ops.constants.MOST_BYTES_RECORDED`.
     """
 
     def __init__(
@@ -82,7 +78,7 @@ class Replays:
         tell: Callable[[str], object],
         *,
         most_bytes_of_one: int = MOST_BYTES_OF_ONE,
-        most_bytes: int = MOST_BYTES,
+        most_bytes: int = MOST_BYTES_RECORDED,
     ) -> None:
         self._recorder = recorder
         self._tell = tell
