@@ -545,16 +545,23 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("case", RESUMED)
-@pytest.mark.parametrize("stopped_after", [2, 8])
-def test_a_killed_run_resumes_bit_for_bit(tmp_path, case, stopped_after):
-    """A run that was killed between two checkpoints: lines beyond the last one are written, and written anew."""
-    options = {key: dict(value) for key, value in RESUMED[case].items()}
+@pytest.fixture(scope="module", params=RESUMED)
+def whole_run(request, tmp_path_factory):
+    """A run of nine steps that nobody kills: its folder, its result and its options."""
+    options = {key: dict(value) for key, value in RESUMED[request.param].items()}
     options["train"] |= {"max_steps": 9, "ckpt_freq": 2, "ckpt_keep": None, "evidence_freq": 4}
-    whole, _ = run(config(tmp_path / "whole", **options, evaluate={"eval_freq": 4}))
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "draw_run", lambda run: [])
+        return folder, run(config(folder, **options, evaluate={"eval_freq": 4}))[0], options
 
+
+@pytest.mark.parametrize("stopped_after", [2, 8])
+def test_a_killed_run_resumes_bit_for_bit(whole_run, tmp_path, stopped_after):
+    """A run that was killed between two checkpoints: lines beyond the last one are written, and written anew."""
+    folder, whole, options = whole_run
     killed = tmp_path / "killed"
-    shutil.copytree(tmp_path / "whole", killed)
+    shutil.copytree(folder, killed)
     (killed / "summary.json").unlink()
     for checkpoint in (killed / "checkpoints").iterdir():
         if int(checkpoint.name.removeprefix("step_")) > stopped_after:
@@ -564,7 +571,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, case, stopped_after):
 
     resumed, text = run(config(killed, **options, evaluate={"eval_freq": 4}), resume=True)
     assert f"resumed after step {stopped_after} of 9" in text
-    assert lines(killed) == lines(tmp_path / "whole")
+    assert lines(killed) == lines(folder)
     assert resumed.evaluation == whole.evaluation
     assert_same_tensors(whole.checkpoint, resumed.checkpoint)
 
