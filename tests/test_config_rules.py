@@ -207,7 +207,15 @@ CASES = [
         "train: {lr: 2e-6, max_steps: 2000, min_lr_ratio: 4e-6, warmup_steps: 100, weight_lr_multiplier: 50.0}",
         "write weight_lr_multiplier: 1.5 or more, or lr: 1e-4",
     ),
-    Case("TTT707", WARNING, "train.lr", "train: {lr: 1e-6, max_steps: 1000}", "train: {lr: 1e-4}", "gain nothing"),
+    Case("TTT707", WARNING, "train.lr", "train: {lr: 1e-6, max_steps: 1000}", "train: {lr: 1e-4}", "start at random"),
+    Case(
+        "TTT707",
+        WARNING,
+        "train.lr",
+        "train: {lr: 1e-6, max_steps: 1000, lr_schedule: constant, optimizer: muon}",
+        "train: {lr: 1e-4, optimizer: muon}",
+        "moves their matrices by about 0.0002 in 1000 steps",
+    ),
     Case(
         "TTT707",
         WARNING,

@@ -23,10 +23,14 @@ _CLOSED = 0.01
 _MOVED = 3e-3
 """How far AdamW must be able to move a new TTT layer's weights in a run. They start at a spread of 0.02 and more.
 
+Muon's updates are scaled to be as large as AdamW's usually are (`ttt.train.updates`), so the same sum of rates serves.
+
 In Moshi's demo the gain of TTT is about 2,500 % × this sum of rates while it is small: at 2e-6 0.2 % after 60 steps
 and 0.6 % after 200; at 1e-4, 3e-3 after 60 steps, 5.4 % (`ttt train --backbone moshi --set train.lr=2e-6 --set
 train.alpha_lr_multiplier=1`; percentage points of loss against the untrained layers).
 """
+_MUON_UPDATE = 0.2
+"""Root mean square of Muon's update of a matrix, in its rate: what `match_rms_adamw` makes it (arXiv 2502.16982)."""
 _LOW_RATE = 3e-5
 """A peak rate that LoRA and whole models are tuned with. At a higher one a run is short, not its rate low."""
 
@@ -59,7 +63,10 @@ def something_learns(context: Context) -> Iterator[Finding]:
 
 
 def _reach(context: Context) -> float:
-    """How far AdamW can move a parameter of multiplier 1 in the whole run: the sum of `lr` over all steps."""
+    """How far AdamW can move a parameter of multiplier 1 in the whole run: the sum of `lr` over all steps.
+
+    Gates are AdamW's with `optimizer: muon` too, which takes matrices alone.
+    """
     train = context.config.train
     rising = min(train.warmup_steps, train.max_steps)
     falling = train.max_steps - rising
@@ -110,12 +117,13 @@ def new_layers_can_learn(context: Context) -> Iterator[Finding]:
     if rate >= _LOW_RATE or reach >= _MOVED:
         return
     factor = f"weight_lr_multiplier: {train.weight_lr_multiplier * _MOVED / reach:.2g}" if reach else ""
+    matrices = train.optimizer == "muon"
+    moves = f"matrices by about {_MUON_UPDATE * reach:.1g}" if matrices else f"weights by {reach:.1g} at most"
     yield TTT707.at(
         context.first_written("train.lr", "train.weight_lr_multiplier"),
         message=(
-            f"new TTT layers learn at lr × weight_lr_multiplier = {rate:g}, which moves their weights by {reach:.1g} "
-            f"at most in {train.max_steps} steps: a rate for what is trained already, such as LoRA's. In Moshi's demo, "
-            f"60 steps at 2e-6 gain nothing, at 1e-4 5 %"
+            f"new TTT layers learn at lr × weight_lr_multiplier = {rate:g}, which moves their {moves} in "
+            f"{train.max_steps} steps: a rate for what is trained already, such as LoRA's, and they start at random"
         ),
         fix=f"write {factor or 'weight_lr_multiplier: 1.0'} or more, or lr: 1e-4",
         value=rate,
