@@ -209,8 +209,7 @@ class Problem:
         results = {"answers": z, **ends}
         loss = torch.zeros((), dtype=dtype, device=device)
         for value in results.values():
-            weight = torch.linspace(0.5, 1.5, value.numel(), dtype=dtype, device=device).view_as(value)
-            loss = loss + (value * weight).sum()
+            loss = loss + (value * _weight(value)).sum()
         gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
         for name, gradient, given in zip(self.names, gradients, inputs, strict=True):
             results[f"gradient of {name}"] = torch.zeros_like(given) if gradient is None else gradient
@@ -238,10 +237,18 @@ class Problem:
         return answer, inputs
 
 
+def _weight(value: Tensor) -> Tensor:
+    """How much the loss makes of each number of a result."""
+    return torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype, device=value.device).view_as(value)
+
+
 def differences(
     case: Case, implementation: str, device: str, dtype: torch.dtype, *, against: str = "reference"
 ) -> dict[str, float]:
     """How far an implementation's tensors are from the definition's, relative to the largest number of each.
+
+    Where operands are rounded, gradients of rates and step sizes are measured by the terms that they sum: of few tokens
+    they are few numbers, in each of which thousands of terms of both signs nearly cancel while their roundings do not.
 
     Args:
         case: the problem.
@@ -257,12 +264,26 @@ def differences(
     expected = problem.run(against, "cpu" if against == "reference" else device, torch.float64, exactly=True)
     found = problem.run(implementation, device, dtype)
     assert expected.keys() == found.keys(), (sorted(expected), sorted(found))
-    return {name: _distance(found[name], value) for name, value in expected.items()}
+    largest = {name: float(value.abs().max()) for name, value in expected.items()}
+    if case.causal and case.precision != "ieee":
+        for name, terms in _terms(problem, expected).items():
+            largest[name] = max(largest[name], terms)
+    return {name: float((found[name] - value).abs().max()) / (largest[name] or 1.0) for name, value in expected.items()}
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
-    largest = float(expected.abs().max())
-    return float((found - expected).abs().max()) / (largest or 1.0)
+def _terms(problem: Problem, results: dict[str, Tensor]) -> dict[str, float]:
+    """What the loss of the final weights adds to gradients of rates and of `s_C`, if no two of its terms cancelled.
+
+    Weights change by `s_C · Σ rate · …` over the tokens. So that loss adds `Σ weight · change / s_C` to the one, and to
+    the largest of the others no less than the terms of all over the sum of all rates.
+    """
+    given = {name: x.detach().cpu().double() for name, x in zip(problem.names, problem.inputs, strict=True)}
+    changes = [results[f"final {name}"] - x for name, x in given.items() if name.startswith("weights")]
+    total = sum(float((change.abs() * _weight(change)).sum()) for change in changes)
+    return {
+        "gradient of scale": total / float(given["scale"][-1]),
+        "gradient of rate": total / float(given["rate"].sum()),
+    }
 
 
 def bound_of(case: Case, dtype: torch.dtype) -> float:
@@ -359,9 +380,8 @@ def _chosen(arguments: argparse.Namespace, device: str) -> Iterator[Case]:
     """What is compared: on a GPU the whole product, in the interpreter a part of it that has every pair of values."""
     chosen: Iterable[Case] = cases(device) if arguments.all or device != "cpu" else chosen_cases(arguments.strength)
     for case in quick_cases() if arguments.quick else chosen:
-        # The interpreter does not round to TF32.
         if arguments.only in case.name and not (device == "cpu" and case.precision == "tf32"):
-            yield case
+            yield case  # the interpreter does not round to TF32
 
 
 def _rows(chosen: Sequence[Case], implementation: str, device: str) -> Iterator[dict[str, Any]]:
