@@ -30,6 +30,8 @@ class Launch:
     num_warps: int
     num_stages: int
     programs: int
+    shapes: dict[str, tuple[int, ...]]
+    """Of the tensors, by parameter."""
     moved: Counter[str] = field(default_factory=Counter)
     """Bytes that programs load and store, by the parameter into whose tensor they point. What several programs load is
     counted for each: a GPU's caches may save some of that."""
@@ -53,7 +55,8 @@ def launches(*, run: bool = True) -> Iterator[list[Launch]]:
             programs *= each
         chosen = {key: settings.get(key, value) for key, value in _DEFAULTS.items()}
         constants = {name: named[name] for name in _constants_of(kernel)}
-        found.append(Launch(kernel, constants, **chosen, programs=programs))
+        shapes = {name: tuple(value.shape) for name, value in named.items() if isinstance(value, Tensor)}
+        found.append(Launch(kernel, constants, **chosen, programs=programs, shapes=shapes))
         if run:
             with _moved(named, found[-1].moved):
                 right(kernel, *args, grid=grid, warmup=warmup, **settings)
