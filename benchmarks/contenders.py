@@ -22,9 +22,11 @@ from ttt.layer import Rotary, TTTLayer
 from ttt.ops.minibatch import Inner, Stream, learn
 from ttt.ops.rotary import rotary_angles
 from ttt.ops.rows import Tokens
+from ttt.ops.triton.available import obstacle
 
 PUBLISHED, COMPILED, PRODUCTS, ATTENTION = "published", "published, compiled", "products alone", "attention"
 OURS = ("generic", "fused")
+TRITON = "triton"
 FLA = "fla chunk_ttt_linear"
 NOTES = {
     COMPILED: "each mini-batch's step through torch.compile, as TTT-Video runs it",
@@ -145,8 +147,26 @@ Groups = Sequence[tuple[int, bool]]
 """Group sizes, and whether each is the automatic one."""
 
 
-def layer_contenders(shape: Shape, groups: Groups, device: torch.device, *, compiled: bool) -> Iterator[Contender]:
-    """Whole layers: projections, scan, norm, output."""
+def ours_on(shape: Shape, device: torch.device) -> tuple[str, ...]:
+    """Our implementations that are timed on a device: the Triton kernels on a GPU, where they have the shape."""
+    if device.type == "cpu":  # at most interpreted, which says nothing about time
+        return OURS
+    why = obstacle(device_type=device.type, dtypes={torch.float32}, widths=shape.widths, size=shape.mini_batch_size)
+    return OURS if why else (*OURS, TRITON)
+
+
+def layer_contenders(
+    shape: Shape, groups: Groups, device: torch.device, *, compiled: bool, names: Sequence[str] | None = None
+) -> Iterator[Contender]:
+    """Whole layers: projections, scan, norm, output.
+
+    Args:
+        shape: the problem.
+        groups: group sizes.
+        device: where.
+        compiled: whether the published steps run through `torch.compile`, too.
+        names: our implementations; by default those that are timed on the device.
+    """
     if compiled:  # else what was compiled for other shapes counts towards the limit, and steps run as they are
         torch.compiler.reset()
     x, rotary = shape.inputs(device), shape.rotary(device)
@@ -157,7 +177,7 @@ def layer_contenders(shape: Shape, groups: Groups, device: torch.device, *, comp
         yield _differentiable(PUBLISHED, published, inputs, group)
         if compiled:
             yield _differentiable(COMPILED, functools.partial(published, compiled=True), inputs, group)
-        for name in OURS:
+        for name in names or ours_on(shape, device):
 
             def ours(layer: TTTLayer = layer) -> Tensor:
                 return layer(x, rotary=rotary)[0]
@@ -175,8 +195,10 @@ def layer_contenders(shape: Shape, groups: Groups, device: torch.device, *, comp
     yield _differentiable(ATTENTION, attention, [x, *(w for p in projections for w in p.parameters())])
 
 
-def scan_contenders(shape: Shape, groups: Groups, device: torch.device, *, compiled: bool) -> Iterator[Contender]:
-    """The scan alone: from queries, keys, values and rates to answers."""
+def scan_contenders(
+    shape: Shape, groups: Groups, device: torch.device, *, compiled: bool, names: Sequence[str] | None = None
+) -> Iterator[Contender]:
+    """The scan alone: from queries, keys, values and rates to answers; arguments as in `layer_contenders`."""
     if compiled:
         torch.compiler.reset()
     layer = shape.layer(0, device)
@@ -201,7 +223,7 @@ def scan_contenders(shape: Shape, groups: Groups, device: torch.device, *, compi
         yield _differentiable(PUBLISHED, published, inputs, (group_size, auto))
         if compiled:
             yield _differentiable(COMPILED, functools.partial(published, True), inputs, (group_size, auto))
-        for name in OURS:
+        for name in names or ours_on(shape, device):
             yield _differentiable(name, _with(name, ours), inputs, (group_size, auto))
     products = Products(shape.widths, shape.minibatches, shape.batch * shape.heads, q, dual=shape.causal)
     for group_size, auto in groups:

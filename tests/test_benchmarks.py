@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import cuda_oracle
+import launches
 import pytest
+import revisions
 import scan
 import torch
 from allocations import allocations
-from contenders import ATTENTION, OURS, PRODUCTS, PUBLISHED, Shape, layer_contenders, scan_contenders
+from contenders import (
+    ATTENTION,
+    OURS,
+    PRODUCTS,
+    PUBLISHED,
+    TRITON,
+    Shape,
+    layer_contenders,
+    ours_on,
+    scan_contenders,
+)
 from products import Products, products_of_minibatch
 from published import PublishedDecoder, published_layer, read_all
 from pydantic import ValidationError
 from scan_pictures import draw
 from scan_results import Results, read, tables
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttt.config import TTTConfig
 from ttt.costs import scan_cost
 from ttt.layer import TTTLayer
+from ttt.ops import fused
 from ttt.ops.rotary import rotary_angles
 
 CPU = torch.device("cpu")
@@ -109,6 +127,37 @@ def test_contenders_compute_the_same(part: object, shape: Shape) -> None:
         for ours, theirs in zip(gradients, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3 * theirs.abs().max().item())
     assert {one.name for one in contenders} - {PUBLISHED, *OURS} <= {ATTENTION, PRODUCTS}
+
+
+@pytest.mark.parametrize("part", [layer_contenders, scan_contenders])
+@pytest.mark.parametrize("layer_type", ["linear", "mlp"])
+def test_the_kernels_are_a_contender(part: object, layer_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter, beside the fused scan; each runs under its name."""
+    pytest.importorskip("triton")
+    from ttt.ops import minibatch
+
+    ran = []
+    right = minibatch.triton_scan
+    monkeypatch.setattr(minibatch, "triton_scan", lambda *a, **k: ran.append(TRITON) or right(*a, **k))
+    shape = Shape("tiny", layer_type, 16, 1, 4, tokens=6)  # type: ignore[arg-type]
+    names = ("fused", TRITON)
+    contenders = part(shape, [(1, False)], CPU, compiled=False, names=names)  # type: ignore[operator]
+    found = {}
+    for one in contenders:
+        ran.clear()
+        if one.name in names:
+            found[one.name] = [one.forward(), *one.both()]
+            assert bool(ran) == (one.name == TRITON)
+    for ours, theirs in zip(*(found[name] for name in names), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_kernels_are_timed_where_a_gpu_has_them() -> None:
+    pytest.importorskip("triton")
+    shape = Shape("F 64", "linear", 128, 2, 16, tokens=32)
+    assert ours_on(shape, torch.device("cuda")) == (*OURS, TRITON)
+    assert ours_on(Shape("F 24", "linear", 48, 2, 16, tokens=32), torch.device("cuda")) == OURS
+    assert ours_on(shape, CPU) == OURS
 
 
 def test_contenders_run_the_implementation_that_they_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,6 +349,98 @@ def test_the_oracle_of_a_device_sees_what_differs(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(TTTLayer, "to", off)
     assert cuda_oracle.difference(*setting, device="cpu")[0] > cuda_oracle.BOUND
+
+
+# --- revisions, groups, launches ---
+
+
+def test_another_revision_runs_its_own_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both passes: the working tree's may not answer for it."""
+    source = RESULTS.parent.parent / "ttt" / "ops" / "fused"
+
+    def shown(command: list[str], **how: object) -> subprocess.CompletedProcess[str]:
+        """What git would show of a revision with these files; a test need not run in a repository."""
+        if command[1] == "ls-tree":
+            text = "\n".join(f"ttt/ops/fused/{path.name}" for path in sorted(source.glob("*.py")))
+        else:
+            text = (source / Path(command[2]).name).read_text(encoding="utf-8")
+        return subprocess.CompletedProcess(command, 0, text, "")
+
+    monkeypatch.setattr(revisions.subprocess, "run", shown)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    other = revisions.fused_of("of a test", tmp_path)
+    ran: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            ran.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        found = revisions.Scan(other, SMALL[2], 16, CPU).both()
+    for a, b in zip(found, revisions.Scan(fused, SMALL[2], 16, CPU).both(), strict=True):
+        assert torch.equal(a, b)
+    ours = [name.split("::") for name in ran if "minibatches" in name]
+    assert ours == [[other.__name__, "minibatches"], [other.__name__, "minibatches_backward"]]
+
+
+def test_group_0_holds_its_closed_form() -> None:
+    """On a CPU it has no zeros behind rows, so a little less."""
+    clock = revisions.ThreadClock(CPU, 3, budget=0)
+    line = revisions.compare_groups(Shape("MLP", "mlp", 128, 2, 4, tokens=80), clock)
+    for cell in line.split(" | ")[2:]:
+        held, closed = (float(number) for number in cell.split(" of "))
+        assert 0.95 * closed - 0.01 <= held <= closed
+
+
+def test_how_many_times_as_fast() -> None:
+    faster = revisions.Faster.of([2.0, 4.0, 6.0, 9.0, 8.0], [1.0, 2.0, 3.0, 3.0, 4.0])
+    assert (faster.median, faster.error, faster.least) == (2.0, 0.0, 2.0)
+    wide = revisions.Faster.of([1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0])
+    assert wide.median == 2.5
+    assert wide.error == pytest.approx(1.253 * 1.5 / 1.349 / 2)
+
+
+def test_launches_and_memory_are_counted() -> None:
+    with launches.Count({(8, 4)}) as counter:
+        x = torch.empty(3, 8, 4, device="meta")
+        y = x.add(1)  # one launch, reads and writes a matrix of weights
+        del x
+        torch.baddbmm(y, torch.empty(3, 8, 2, device="meta"), torch.empty(3, 2, 4, device="meta"))  # copies y first
+    assert counter.launches == 3
+    matrix = 3 * 8 * 4 * 4
+    assert counter.state_bytes == 2 * matrix + 4 * matrix
+    assert counter.bytes == counter.state_bytes + 3 * (8 * 2 + 2 * 4) * 4
+    assert counter.peak_bytes == 2 * matrix + 3 * (8 * 2 + 2 * 4) * 4
+
+
+@pytest.mark.parametrize("layer_type", ["linear", "mlp"])
+def test_launches_of_kernels_are_counted(layer_type: str) -> None:
+    """Heads and rows multiply bytes and leave launches and sizes of state as they are."""
+    pytest.importorskip("triton")
+    from launches_triton import count_triton
+
+    one = Shape("one", layer_type, 32, 2, 4, tokens=8)  # type: ignore[arg-type]
+    found, more = (count_triton(dataclasses.replace(one, batch=batch)) for batch in (1, 3))
+    for name, each in found.items():
+        assert more[name] == each._replace(bytes=3 * each.bytes)
+    if layer_type == "mlp":
+        assert 1.5 < found["forward"].launches < 3  # three steps for two mini-batches, and what the host prepares
+        assert 2 <= found["forward"].states < 2.5
+        assert found["backward"].launches > 3
+
+
+def test_the_kept_table_of_launches_is_of_what_there_is() -> None:
+    kept = json.loads(launches.RESULTS.read_text(encoding="utf-8"))
+    table = launches.RESULTS.with_suffix(".md").read_text(encoding="utf-8")
+    assert {row["by"] for row in kept} == {"fused", "triton"}
+    assert {row["shape"] for row in kept} == {shape.name for shape in (*launches.SHAPES, launches.LINEAR)}
+    for row in kept:
+        assert str(launches.Row(**{**row, "counted": launches.Pass(**row["counted"])})) in table
+    shape = launches.LINEAR  # the smallest
+    for name, counted in launches.count(fused, shape).items():
+        (row,) = (each for each in kept if (each["shape"], each["by"], each["name"]) == (shape.name, "fused", name))
+        assert row["counted"] == counted._asdict()
 
 
 # --- all of them ---
