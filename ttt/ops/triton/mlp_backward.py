@@ -54,8 +54,35 @@ from ttt.ops.triton.forms import Form
 from ttt.ops.triton.mlp_run import BLOCK, SHIPPED, STAGES, Kept, Place, Sizes, Steps, dense, form
 from ttt.ops.triton.mlp_walk import mlp_walk
 
-_SPILLED: dict[tuple[int, int, bool, str], dict[int, int]] = {}
-"""Bytes that a thread of the walk may spill, by F, C, whether it is causal, and precision; others spill none.
+_SPILLED: dict[tuple[int, int, bool, str], dict[int, int]] = {
+    (128, 1, False, "ieee"): {80: 492, 90: 444, 100: 548},
+    (128, 1, False, "tf32"): {80: 36, 90: 48, 100: 84},
+    (128, 1, False, "bf16"): {80: 116, 90: 100, 100: 104},
+    (128, 16, True, "ieee"): {80: 1100, 90: 1084, 100: 1348},
+    (128, 16, True, "tf32"): {80: 416, 90: 224, 100: 160},
+    (128, 16, True, "bf16"): {80: 220, 90: 144, 100: 124},
+    (128, 16, False, "ieee"): {80: 732, 90: 772, 100: 876},
+    (128, 16, False, "tf32"): {80: 4, 90: 4, 100: 64},
+    (128, 16, False, "bf16"): {80: 100, 90: 56, 100: 120},
+    (128, 64, True, "ieee"): {80: 860, 90: 540, 100: 828},
+    (128, 64, True, "tf32"): {80: 1468, 90: 364, 100: 736},
+    (128, 64, True, "bf16"): {80: 2368, 90: 772, 100: 1272},
+    (128, 64, False, "ieee"): {100: 52},
+    (128, 64, False, "tf32"): {80: 68},
+    (128, 64, False, "bf16"): {80: 128},
+    (64, 1, False, "tf32"): {80: 4, 100: 28},
+    (64, 1, False, "bf16"): {80: 36, 100: 8},
+    (64, 16, True, "ieee"): {100: 20},
+    (64, 16, True, "tf32"): {80: 4, 100: 40},
+    (64, 16, True, "bf16"): {80: 20, 90: 4, 100: 116},
+    (64, 16, False, "bf16"): {80: 56, 90: 52},
+    (64, 64, True, "ieee"): {80: 12, 90: 32, 100: 76},
+    (64, 64, True, "tf32"): {80: 312, 90: 8, 100: 60},
+    (64, 64, True, "bf16"): {80: 512, 90: 152, 100: 280},
+    (64, 64, False, "ieee"): {90: 8},
+}
+"""Bytes that a thread of the walk may spill, by F, C, whether it is causal, precision and architecture; others
+spill none.
 
 It has up to five tiles of weights and their gradients at once, and of the factors of its products, whose inner width is
 F, each warp has a part in registers. What spills stays in the cache of the multiprocessor. A causal mini-batch of 64
