@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 import quick_interpreter
 from kernel_results import Found, learned, weighed
+from triton.runtime import interpreter
 
 from ttt.config import TTTConfig
 from ttt.layer import TTTLayer
@@ -127,10 +128,15 @@ CASES = {
     "open, masked": Case(length=6, batch=2, counts=(2, 3), lengths=(6, 0)),
     "not causal": Case(length=14, batch=2, causal=False),
     "not causal, masked": Case(length=7, batch=2, causal=False, lengths=(7, 2)),
-    "C 1, F 64": Case(length=5, size=1, width=64),
+    "C 1, F 32": Case(length=5, size=1, width=32, batch=2, lengths=(5, 3)),
+    "C 1, not causal, groups of 1": Case(length=3, size=1, causal=False, group_size=1),
     "C 16, F 128": Case(length=17, size=16, width=128),
+    "C 17, the last block of one token": Case(length=36, size=17, group_size=1),
+    "C 17, not causal": Case(length=34, size=17, causal=False, group_size=1),
+    "C 33, not causal, the last of two blocks": Case(length=50, size=33, causal=False),
+    "C 63, open in every row elsewhere": Case(length=60, size=63, batch=2, counts=(0, 40)),
     "C 64, F 64": Case(length=65, size=64, width=64),
-    "C 64, F 32, not causal": Case(length=70, size=64, width=32, causal=False),
+    "C 64, F 32, not causal": Case(length=66, size=64, width=32, causal=False),
 }
 
 
@@ -138,6 +144,21 @@ CASES = {
 def test_outputs_and_gradients_are_the_definitions(case: Case) -> None:
     found = case.learn("triton")
     assert furthest(found, case.learn("reference")) <= 1e-12
+
+
+def test_programs_in_reverse_order_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None reads what another writes, rooms between blocks of tokens among them: bit for bit."""
+    cases = Case(length=17, size=17, batch=2), Case(length=2, size=1, batch=2)
+    expected = [case.learn("triton") for case in cases]
+    builder = interpreter.interpreter_builder
+    forwards = builder.set_grid_idx
+    monkeypatch.setattr(
+        builder, "set_grid_idx",
+        lambda *index: forwards(*(count - 1 - i for count, i in zip(builder.grid_dim, index, strict=True))),
+    )  # fmt: skip
+    for case, before in zip(cases, expected, strict=True):
+        found = case.learn("triton")
+        assert all(torch.equal(a, b) for a, b in zip(itertools.chain(*found), itertools.chain(*before), strict=True))
 
 
 def test_thirty_two_programs() -> None:
@@ -206,8 +227,8 @@ def _forward_by_hand(case: Case, rounded: Callable[[Tensor], Tensor]) -> list[Te
         unit, inverse = normed(product(K, w) + b)
         r = gamma * (gamma * unit + beta - t)
         error = inverse * (r - r.mean(-1, keepdim=True) - unit * (r * unit).mean(-1, keepdim=True))
-        mixed = (product(Q, K.mT) + 1) * (-s[:, None] * eta.mT).tril()
-        answers.append(Q + gamma * normed(product(Q, w) + b + product(mixed, error))[0] + beta)
+        taught = product(((product(Q, K.mT) + 1) * eta.mT).tril(), error)
+        answers.append(Q + gamma * normed(product(Q, w) + b - s[:, None] * taught)[0] + beta)
         pushed = -s[-1] * eta * error
         w, b = w + product(K.mT, pushed), b + pushed.sum(0)
     return [torch.cat(answers), w, b]
@@ -374,11 +395,11 @@ def test_it_runs_where_it_is_asked_to_and_can(monkeypatch: pytest.MonkeyPatch) -
         return implementation(device_type=device, dtypes={dtype}, mini_batches=2, widths=widths, size=size)
 
     assert chosen(64, 64) == chosen(128, 512, 128) == chosen(64, 64, device="cuda") == "triton"
+    assert chosen(64, 64, size=64, device="cuda") == chosen(128, 128, size=64, device="cuda") == "triton"
     for arguments, why in (
         ({"widths": (24, 24)}, "heads of 16, 32, 64, 128, not 24"),
         ({"widths": (64, 64), "size": 65}, "at most 64 tokens with heads of 64, not 65"),
-        ({"widths": (64, 64), "size": 64, "device": "cuda"}, "at most 32 tokens with heads of 64, not 64"),
-        ({"widths": (128, 128), "size": 64}, "at most 32 tokens with heads of 128, not 64"),
+        ({"widths": (128, 128), "size": 65, "device": "cuda"}, "at most 64 tokens with heads of 128, not 65"),
         ({"widths": (128, 512, 128), "size": 65, "device": "cuda"}, "at most 64 tokens with heads of 128, not 65"),
         ({"widths": (64, 8, 8, 64)}, "inner models of one or two layers, not 3"),
         ({"widths": (64, 64), "dtype": torch.bfloat16}, "in float32, not bfloat16"),

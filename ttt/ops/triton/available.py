@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 import torch
 
 INSTALLED = importlib.util.find_spec("triton") is not None
-LARGEST = {16: 64, 32: 64, 64: 64, 128: 32}
-"""By F, the largest mini-batch C that the linear inner model's kernels are written for."""
-LARGEST_COMPILED = 32
-"""The same on GPUs, so far as every one compiles it."""
+WIDTHS = (16, 32, 64, 128)
+"""The F of the linear inner model's kernels."""
+LARGEST = 64
+"""The largest mini-batch C of all kernels."""
 
 
 def interpreted() -> bool:
@@ -42,19 +42,16 @@ def obstacle(
     if len(found) != 1 or not found <= allowed:
         names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
         return f"needs tokens and fast weights in float32, not {names}"
-    return None if widths is None else _misfit(widths, size, on_gpu=device_type != "cpu")
+    return None if widths is None else _misfit(widths, size)
 
 
-def _misfit(widths: Sequence[int], size: int | None, *, on_gpu: bool) -> str | None:
+def _misfit(widths: Sequence[int], size: int | None) -> str | None:
     """Why there is no kernel for these shapes."""
     depth = len(widths) - 1
     if depth > 2:
         return f"has kernels for inner models of one or two layers, not {depth}"
-    if depth == 1 and widths[0] not in LARGEST:
-        return f"has kernels of the linear inner model for heads of {', '.join(map(str, LARGEST))}, not {widths[0]}"
-    largest = LARGEST[widths[0]] if depth == 1 else 64
-    if on_gpu and depth == 1:
-        largest = min(largest, LARGEST_COMPILED)
-    if size is not None and size > largest:
-        return f"has kernels for mini-batches of at most {largest} tokens with heads of {widths[0]}, not {size}"
+    if depth == 1 and widths[0] not in WIDTHS:
+        return f"has kernels of the linear inner model for heads of {', '.join(map(str, WIDTHS))}, not {widths[0]}"
+    if size is not None and size > LARGEST:
+        return f"has kernels for mini-batches of at most {LARGEST} tokens with heads of {widths[0]}, not {size}"
     return None

@@ -1,19 +1,25 @@
 """TTT-Linear in Triton, the forward pass: one program for each row and head, the fast weights in registers.
 
 A program runs all mini-batches of its row and head, one after the other, with `W [F,F]` and `b [F]` of the linear inner
-model in registers. It reads each token once and writes each answer once; the state leaves the chip where a group opens,
-if a backward will follow, and at the end. For one mini-batch, with the numbers of `docs/backward.md`:
+model in registers. It writes each answer once; the state is read once, leaves the chip where a group opens, if a
+backward will follow, and at the end. For one mini-batch, with the numbers of `docs/backward.md`:
 
     (1)   Z = K W + b
     (5)   r = γ (γ x̂ + β − t)                       x̂ and ι of Z
     (6)   E = ι Π(r)
-    (9)   B = (Q Kᵀ + 1) κ,   κ = −(s ηᵀ) ⊙ M
-    (10)  y = Q W + b + B E                         − s (Q G + g), if the mini-batch was open before
-    (11)  z = Q + γ ŷ + β
+    (9)   U = ((Q Kᵀ + 1) ⊙ M ηᵀ) E                 + Q G + g, if the mini-batch was open before
+    (10)  y = Q W + b − s U
     (8)   W' = W + Kᵀ (c η E),   b' = b + Σ c η E   or G' = G + Kᵀ (η E), …, if it stays open
+    (9')  y = Q W' + b'                             in place of (9) and (10), if the update is not causal and closes
+    (11)  z = Q + γ ŷ + β
 
-Tiles have at least 16 rows, which `tl.dot` needs; the rows after the C tokens are zeros at zero rate. On the chip are
-`W` in registers (F 128: 64 numbers a thread at 8 warps) and, as an operand, once more in shared memory, and the tokens.
+U is what the mini-batch has taught up to a query; the fused scan has `−s` inside of (9). All errors are those at W. So
+they come first, block by block of tokens, each with its causal answers, which need the errors of the blocks before;
+then W moves. Errors of more than one block wait in memory, which the program that writes them reads behind a barrier.
+
+On the chip are W, in blocks of rows, so that a thread has few numbers of a product's factors at a time (F 128, 8 warps:
+W is 64 numbers a thread), and four tiles `[ROWS,F]` at most (F 128, ROWS 16: 8 numbers each). Keys and queries are read
+in blocks of columns, twice; of a mini-batch they are 64 KiB at F 128 and C 64, and near.
 
 A lower precision rounds both operands of every product above, `W` among them; not the state, sums and biases.
 """
@@ -25,42 +31,74 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttt.ops.constants import Precision
 from ttt.ops.fused.layout import Problem, room_between_passes, room_for_tokens
 from ttt.ops.fused.registration import Answered
-from ttt.ops.triton.mlp_parts import coefficients, normalised, product, projected
+from ttt.ops.triton.linear_parts import (
+    both_times_weights,
+    errors_of,
+    no_weights,
+    numbers_at,
+    store_tokens,
+    store_weights,
+    taught,
+    times_weights,
+    tokens_at,
+    weights_at,
+)
+from ttt.ops.triton.linear_token import token_forward_kernel
+from ttt.ops.triton.mlp_parts import normalised, product
+
+BLOCK = 16
+"""Rows of the weights that are in a product at a time."""
+LAUNCH = {"num_warps": 8, "num_stages": 1}
+"""How a program runs; loads are not run ahead."""
 
 
 @triton.jit
-def tokens_at(at, spacing, C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr):
-    """The tokens of a mini-batch `[ROWS,F]` that begins at the pointer `at`, `spacing` numbers from token to token."""
-    i, f = tl.arange(0, ROWS)[:, None], tl.arange(0, F)[None, :]
-    return tl.load(at + (i * spacing + f), mask=i < C, other=0)
+def _errors(
+    output_RF, target, target_t, left, gamma_1F, beta_1F, ROWS: tl.constexpr, F: tl.constexpr, EPS: tl.constexpr
+):
+    """`E` of a block of keys, (5) and (6)."""
+    offset_RF = beta_1F - tokens_at(target, target_t, left, ROWS, F)
+    _, _, _, error_RF = errors_of(output_RF, offset_RF, gamma_1F, F, EPS)
+    return error_RF
 
 
 @triton.jit
-def rows_of_weights(ROWS: tl.constexpr, F: tl.constexpr):
-    """Where the numbers of consecutive rows of `W [F,F]` lie."""
-    return tl.arange(0, ROWS)[:, None] * F + tl.arange(0, F)[None, :]
+def _answer(
+    q, answers, q_t, heads, left, answer_RF, gamma_1F, beta_1F, ROWS: tl.constexpr, F: tl.constexpr, EPS: tl.constexpr
+):
+    """Write the answers of a block of queries (11); `answer` is `y`."""
+    unit_RF, _ = normalised(answer_RF, F, EPS)
+    answer_RF = tokens_at(q, q_t, left, ROWS, F) + (gamma_1F * unit_RF + beta_1F)
+    store_tokens(answers, answer_RF, heads * F, left, ROWS, F)
 
 
+# fmt: off
 @triton.jit
-def errors_of(output_CF, offset_CF, gamma_1F, F: tl.constexpr, EPS: tl.constexpr):
-    """`x̂`, `ι`, `r` and `E` of a mini-batch's keys, (5) and (6); `output` is `Z`, `offset` is `β − t`."""
-    unit_CF, inverse_C1 = normalised(output_CF, F, EPS)
-    slope_CF = gamma_1F * (gamma_1F * unit_CF + offset_CF)
-    return unit_CF, inverse_C1, slope_CF, inverse_C1 * projected(slope_CF, unit_CF, F)
+def _moved(
+    weight, k, k_t, left, pushed_RF, ROWS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # fmt: on
+    """`W + Kᵀ (c η E)` (8) of a block of tokens."""
+    moved = ()
+    for r in tl.static_range(F // BLOCK):
+        k_RB = tokens_at(k + r * BLOCK, k_t, left, ROWS, BLOCK)
+        moved += (weight[r] + product(tl.trans(k_RB), pushed_RF, PRECISION),)  # type: ignore[assignment]
+    return moved
 
 
 # fmt: off
 @triton.jit(do_not_specialize=["steps", "openings", "group", "last_n", "last_b"])
 def linear_forward_kernel(
     q, k, target, rate, gamma, beta, scale, last, weight, bias, summed, summed_bias,
-    answers, following, following_bias, carries,
+    answers, following, following_bias, carries, errors,
     q_b, q_h, q_t, k_b, k_h, k_t, target_b, target_h, target_t, rate_b, rate_h, rate_t, last_n, last_b,
     heads, steps, openings, group,
-    C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, EPS: tl.constexpr, CAUSAL: tl.constexpr,
-    CLOSES: tl.constexpr, OPENED: tl.constexpr, ANSWERS: tl.constexpr, KEEPS: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
+    CAUSAL: tl.constexpr, CLOSES: tl.constexpr, OPENED: tl.constexpr, ANSWERS: tl.constexpr, KEEPS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     # fmt: on
     """Run all mini-batches of one row and head.
@@ -68,56 +106,81 @@ def linear_forward_kernel(
     Token t of row b and head h begins `b x_b + h x_h + t x_t` numbers after `x`; answers lie in memory as `[B,T,H,F]`.
     `CLOSES`: mini-batches close; else the one mini-batch stays open, and `following` are its sums. `OPENED`: `summed`
     is what it had summed before. `ANSWERS`: queries are answered; else only the weights move. `KEEPS`: `carries
-    [G,P,F+1,F]` receives the `(W; b)` that open the mini-batches `group`, `2 group`, … before `openings`.
+    [G,P,F+1,F]` receives the `(W; b)` that open the mini-batches `group`, `2 group`, … before `openings`. `errors
+    [P,C,F]` is room for one mini-batch; nothing, if a block has all its tokens.
     """
     pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     row, head = pair // heads, pair % heads
-    i, f = tl.arange(0, ROWS), tl.arange(0, F)
+    f = tl.arange(0, F)
     gamma_1F = tl.load(gamma + pair * F + f)[None, :]
     beta_1F = tl.load(beta + pair * F + f)[None, :]
-    scale_C = tl.load(scale + row * C + i, mask=i < C, other=0)
-    weight_FF = tl.load(weight + pair * F * F + rows_of_weights(F, F))
-    bias_F = tl.load(bias + pair * F + f)
+    blocks, bias_F = weights_at(weight + pair * F * F, F, BLOCK), tl.load(bias + pair * F + f)
     q, k, target = q + row * q_b + head * q_h, k + row * k_b + head * k_h, target + row * target_b + head * target_h
-    rate, last = rate + row * rate_b + head * rate_h, last + row * last_b
+    rate, last, scale = rate + row * rate_b + head * rate_h, last + row * last_b, scale + row * C
     answers += (row * steps * C * heads + head) * F
+    errors += pair * C * F
+    summed, summed_F = summed + pair * F * F, tl.load(summed_bias + pair * F + f)
+    # When queries answer: with the errors of their block and those before; with those of all; or with what W becomes.
+    AT_ONCE: tl.constexpr = ANSWERS and (CAUSAL or (not CLOSES and C <= ROWS))
+    LATER: tl.constexpr = ANSWERS and not CAUSAL and not CLOSES and C > ROWS
+    AFTER: tl.constexpr = ANSWERS and not CAUSAL and CLOSES
+    error_RF = tl.zeros((ROWS, F), bias_F.dtype)
     for n in range(steps):
-        k_CF = tokens_at(k, k_t, C, ROWS, F)
-        offset_CF = beta_1F - tokens_at(target, target_t, C, ROWS, F)
-        rate_C = tl.load(rate + i * rate_t, mask=i < C, other=0)
-        output_CF = bias_F[None, :] + product(k_CF, weight_FF, PRECISION)  # (1)
-        _, _, _, error_CF = errors_of(output_CF, offset_CF, gamma_1F, F, EPS)
-        if ANSWERS:
-            q_CF = tokens_at(q, q_t, C, ROWS, F)
-            seen_CC = product(q_CF, tl.trans(k_CF), PRECISION) + 1
-            kappa_CC, _ = coefficients(rate_C, scale_C, CAUSAL, ROWS)  # (9)
-            answer_CF = bias_F[None, :] + product(q_CF, weight_FF, PRECISION)
-            answer_CF += product(seen_CC * kappa_CC, error_CF, PRECISION)  # (10)
-            if OPENED:
-                step_CF = product(q_CF, tl.load(summed + pair * F * F + rows_of_weights(F, F)), PRECISION)
-                answer_CF -= scale_C[:, None] * (step_CF + tl.load(summed_bias + pair * F + f)[None, :])
-            unit_CF, _ = normalised(answer_CF, F, EPS)
-            answer_at = answers + (i[:, None] * heads * F + f[None, :])
-            tl.store(answer_at, q_CF + (gamma_1F * unit_CF + beta_1F), mask=(i < C)[:, None])  # (11)
-        if CLOSES:
-            rate_C *= -tl.load(last + n * last_n)
-        elif OPENED:
-            weight_FF = tl.load(summed + pair * F * F + rows_of_weights(F, F))
-            bias_F = tl.load(summed_bias + pair * F + f)
-        else:
-            weight_FF = tl.zeros_like(weight_FF)
-            bias_F = tl.zeros_like(bias_F)
-        pushed_CF = error_CF * rate_C[:, None]
-        weight_FF += product(tl.trans(k_CF), pushed_CF, PRECISION)  # (8)
-        bias_F += tl.sum(pushed_CF, 0)
+        for first in range(0, C, ROWS):
+            k_f, q_f, left = k + first * k_t, q + first * q_t, C - first
+            if AT_ONCE:
+                output_RF, answer_RF = both_times_weights(
+                    k_f, k_t, q_f, q_t, left, blocks, bias_F, ROWS, F, BLOCK, PRECISION
+                )
+            else:
+                output_RF = times_weights(k_f, k_t, left, blocks, bias_F, ROWS, F, BLOCK, PRECISION)
+            error_RF = _errors(output_RF, target + first * target_t, target_t, left, gamma_1F, beta_1F, ROWS, F, EPS)
+            if C > ROWS:
+                store_tokens(errors + first * F, error_RF, F, left, ROWS, F)
+                tl.debug_barrier()  # others of the program read them
+            if AT_ONCE:
+                taught_RF = taught(
+                    q, k, rate, errors, error_RF, summed, summed_F, q_t, k_t, rate_t, first,
+                    C, ROWS, F, BLOCK, CAUSAL, OPENED, PRECISION,
+                )
+                answer_RF -= numbers_at(scale + first, 1, left, ROWS)[:, None] * taught_RF
+                _answer(q_f, answers + first * heads * F, q_t, heads, left, answer_RF, gamma_1F, beta_1F, ROWS, F, EPS)
+        if LATER:
+            for first in range(0, C, ROWS):
+                q_f, left = q + first * q_t, C - first
+                answer_RF = times_weights(q_f, q_t, left, blocks, bias_F, ROWS, F, BLOCK, PRECISION)
+                taught_RF = taught(
+                    q, k, rate, errors, error_RF, summed, summed_F, q_t, k_t, rate_t, first,
+                    C, ROWS, F, BLOCK, CAUSAL, OPENED, PRECISION,
+                )
+                answer_RF -= numbers_at(scale + first, 1, left, ROWS)[:, None] * taught_RF
+                _answer(q_f, answers + first * heads * F, q_t, heads, left, answer_RF, gamma_1F, beta_1F, ROWS, F, EPS)
+        if not CLOSES and OPENED:
+            blocks, bias_F = weights_at(summed, F, BLOCK), summed_F
+        elif not CLOSES:
+            blocks, bias_F = no_weights(bias_F.dtype, F, BLOCK), tl.zeros_like(bias_F)
+        push = -tl.load(last + n * last_n) if CLOSES else 1
+        for first in range(0, C, ROWS):
+            if C > ROWS:
+                error_RF = tokens_at(errors + first * F, F, C - first, ROWS, F)
+            pushed_RF = error_RF * (push * numbers_at(rate + first * rate_t, rate_t, C - first, ROWS))[:, None]
+            blocks = _moved(blocks, k + first * k_t, k_t, C - first, pushed_RF, ROWS, F, BLOCK, PRECISION)
+            bias_F += tl.sum(pushed_RF, 0)
+        if AFTER:
+            for first in range(0, C, ROWS):
+                q_f, left = q + first * q_t, C - first
+                answer_RF = times_weights(q_f, q_t, left, blocks, bias_F, ROWS, F, BLOCK, PRECISION)
+                _answer(q_f, answers + first * heads * F, q_t, heads, left, answer_RF, gamma_1F, beta_1F, ROWS, F, EPS)
         if KEEPS and (n + 1 < openings) & ((n + 1) % group == 0):
             carry = carries + (((n + 1) // group - 1) * pairs + pair) * (F + 1) * F
-            tl.store(carry + rows_of_weights(F, F), weight_FF)
+            store_weights(carry, blocks, F, BLOCK)
             tl.store(carry + F * F + f, bias_F)
         q, k, target, rate = q + C * q_t, k + C * k_t, target + C * target_t, rate + C * rate_t
         answers += C * heads * F
+        if C > ROWS:
+            tl.debug_barrier()  # all have read the errors that the next mini-batch writes over
     if ANSWERS:
-        tl.store(following + pair * F * F + rows_of_weights(F, F), weight_FF)
+        store_weights(following + pair * F * F, blocks, F, BLOCK)
         tl.store(following_bias + pair * F + f, bias_F)
 
 
@@ -154,14 +217,24 @@ class LinearRun:
         )
         self.scale = problem.scale_BC.expand(batch, -1).contiguous()
         self.closes = problem.last_NB is not None
+        self.causal = problem.causal and self.dims.size > 1
+        self.single = self.closes and self.dims.size == 1
+        """Whether mini-batches have one token, for which there are kernels of their own."""
+        self.after = self.closes and not self.causal and not self.single
+        """Whether backward reads the weights after each mini-batch."""
         # A pointer is needed where none is read, too.
         self.last = self.scale if problem.last_NB is None else problem.last_NB.expand(self.dims.steps, batch)
         self.weights = [w.contiguous() for w in problem.weights]
         self.summed = [g.contiguous() for g in problem.gradients] or self.weights
         size = self.dims.size
-        self.constants = {
-            "C": size, "ROWS": rows_of(size), "F": width, "EPS": problem.eps, "CAUSAL": problem.causal and size > 1,
-            "CLOSES": self.closes, "OPENED": bool(problem.gradients), "PRECISION": problem.precision,
+        blocks = -(-size // rows_of(width, size))
+        self.errors = self.weights[0].new_empty((self.dims.pairs, size, width)) if blocks > 1 else self.weights[0]
+        self.constants: dict[str, object] = {"F": width, "EPS": problem.eps}
+        if self.single:
+            return
+        self.constants |= {
+            "C": size, "ROWS": rows_of(width, size), "BLOCK": BLOCK, "CAUSAL": self.causal, "CLOSES": self.closes,
+            "OPENED": bool(problem.gradients), "PRECISION": problem.precision,
         }  # fmt: skip
 
     def strides(self) -> tuple[int, ...]:
@@ -171,7 +244,8 @@ class LinearRun:
     def of_steps(self, start: int, stop: int) -> list[Tensor]:
         """What mini-batches from `start` to `stop` read besides weights, in the kernels' order."""
         last = self.last[start:stop] if self.closes else self.last
-        return [*(x[:, :, start:stop] for x in self.tokens), self.gamma, self.beta, self.scale, last]
+        scale = [] if self.single else [self.scale]
+        return [*(x[:, :, start:stop] for x in self.tokens), self.gamma, self.beta, *scale, last]
 
     def forward(
         self,
@@ -196,25 +270,22 @@ class LinearRun:
             group: see `carries`.
         """
         steps, answered = stop - start, answers is not None
+        written = self.tokens[0] if answers is None else answers, *following, *(carries or self.weights[:1])
+        counts = *self.strides(), self.dims.heads, steps, steps if answered else steps + 1, group
+        flags = {"ANSWERS": answered, "KEEPS": bool(carries), **self.constants, **LAUNCH}
+        tokens = self.of_steps(start, stop)
         with torch.cuda.device_of(self.tokens[0]):
-            linear_forward_kernel[(self.dims.pairs,)](
-                *self.of_steps(start, stop), *opening, *self.summed,
-                self.tokens[0] if answers is None else answers, *following, *(carries or self.weights[:1]),
-                *self.strides(), self.dims.heads, steps, steps if answered else steps + 1, group,
-                ANSWERS=answered, KEEPS=bool(carries), **self.constants,
-                **launch_of(self.dims.widths[0], self.dims.size, self.problem.precision),
-            )  # fmt: skip
+            if self.single:
+                token_forward_kernel[(self.dims.pairs,)](*tokens, *opening, *written, *counts, **flags)
+            else:
+                linear_forward_kernel[(self.dims.pairs,)](
+                    *tokens, *opening, *self.summed, *written, self.errors, *counts, **flags
+                )
 
 
-def rows_of(size: int) -> int:
-    """The rows of a tile for mini-batches of C tokens."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def launch_of(width: int, size: int, precision: Precision, *, back: bool = False) -> dict[str, int]:
-    """How many warps run a program: four where everything fits into their registers. Loads are not run ahead."""
-    small = width <= 64 and size <= 16 and precision != "ieee" and not back
-    return {"num_warps": 4 if small else 8, "num_stages": 1}
+def rows_of(width: int, size: int) -> int:
+    """The tokens of a block, for mini-batches of C: 32 where they fit into registers beside the weights."""
+    return 32 if width == 64 and size > 16 else 16
 
 
 def addressable(x: Tensor) -> Tensor:

@@ -2,30 +2,33 @@
 
 Groups run from the last to the first. The forward kernel, without its answers, writes the weights that open the
 group's mini-batches; then one launch goes through them in reverse. It computes again what belongs to one mini-batch: Z,
-E, A, y. With the numbers and symbols of `docs/backward.md`:
+E, U, y. With the numbers and symbols of `docs/backward.md`, and `u = −s dy`, which is dU of the forward kernel's (9):
 
     (13)  dy = ι Π(γ dz)                             dβ += Σ dz,   dγ += Σ dz ŷ
-    (14)  dB = dy Eᵀ,   dκ = dB A ⊙ M                ds −= dκ η,   dη −= dκᵀ s
-    (15)  dA = dB κ,    dE = Bᵀ dy
-    (16)  dK = dAᵀ Q                                 dQ = dz + dA K
-    (18)  dE += c η ρ,  ρ = K dW' + db'              dK += c η E dW'ᵀ
-    (24)  d(cη) = ⟨ρ, E⟩                             dη += c d(cη),   dc = Σ η d(cη)
+    (15)  V = ((K Qᵀ + 1) ⊙ Mᵀ) u + c ρ              dE = η V,     ρ = K dW' + db'
+    (14)  ds −= ⟨dy, U⟩                              dη = ⟨E, V⟩,  dc = Σ η ⟨E, ρ⟩
+    (16)  dQ = dz + ((u Eᵀ) ⊙ M ηᵀ) K                dK = ((E uᵀ) ⊙ η Mᵀ) Q
     (20)  dr = ι Π(dE)                  dZ = ι (Π(γ² dr) − mean(r x̂) dr − E mean(dE x̂) − x̂ mean(dE E))
     (22)  dW = dW' + Kᵀ dZ + Qᵀ dy,   db = db' + Σ (dZ + dy)
-    (23)  dK += dZ Wᵀ,  dQ += dy Wᵀ
+    (23)  dQ += dy Wᵀ,  dK += dZ Wᵀ + c η E dW'ᵀ
     (25)  dt = −γ dr,   dβ += Σ γ dr                 dγ += Σ dr (2 γ x̂ + β − t)
 
-A mini-batch that was open before adds `dG = dG' + Qᵀ (−s dy)`, `dQ −= s dy Gᵀ` and `ds −= ⟨dy, Q G + g⟩`; one that
-stays open has `c = 1`, `dG'` in place of `dW'`, and its `dW` starts at zero.
+(14) is the fused scan's with the sums taken the other way round: `Σ_j dκ_ij η_j` is `⟨dy_i, U_i⟩`. A mini-batch that
+was open before adds `dG = dG' + Qᵀ u` and `dQ += u Gᵀ`; one that stays open has `c = 1`, `dG'` in place of `dW'`, and
+its `dW` starts at zero. If the update is not causal and closes, queries belong to W', which the forward kernel writes
+too:
 
-W and dW together would not fit into registers at F 128. So both stay in memory, where a program's own are near. Each
-mini-batch goes through them in blocks of rows, then of columns, then of columns of dW alone: it reads W twice, dW three
-times, and writes dW once. Beside a block a program holds some tiles `[C,F]`. `dy`, `dZ` and E lie where dQ, dK and dt
-will be written, so that their columns can be had without the rest, and so that no result of a product is turned round
-on the chip, which compilers have got wrong: a product with a transpose reads both factors from memory.
+    (12') dW' += Qᵀ dy,   db' += Σ dy                before everything else; no u, no U
+    (16') dQ = dz + dy W'ᵀ                           and dy is left out of (22)
 
-Products of one loop share the warps' places in a tile. So those of `[C,F]`, of `[C,C]` and of `[F,BLOCK]` have loops of
-their own: in one loop, every warp would hold the whole of `[C,F]`.
+W and dW together would not fit into registers at F 128. So both stay in memory, where a program's own are near, and go
+by in blocks of `BLOCK` rows or columns. A block of `ROWS` tokens goes by W twice, for Z and y and for (23), and by dW'
+twice, for ρ and for (23); a mini-batch then reads and writes dW once, and once more for (12'). On the chip are, beside
+a block, about eight tiles `[ROWS,F]` (F 128, ROWS 16, 8 warps: 8 numbers a thread each).
+
+E, dy and Z, then dZ, of one mini-batch wait in memory, `[3,C,F]`, so that their columns, and other blocks of tokens,
+can be had without the rest, and so that no result of a product is turned round on the chip, which compilers have got
+wrong: a product with a transpose reads both factors from memory.
 
 What all mini-batches share is summed by each program alone, and over rows by PyTorch, so that no sum depends on the
 order in which programs run.
@@ -42,130 +45,28 @@ from torch import Tensor
 
 from ttt.ops.fused.layout import Problem, parted, room_for_tokens
 from ttt.ops.fused.registration import Gradients
-from ttt.ops.triton.linear import (
-    LinearRun,
-    addressable,
+from ttt.ops.triton.linear import LAUNCH, LinearRun, addressable, strides_of
+from ttt.ops.triton.linear_parts import (
     errors_of,
-    launch_of,
+    numbers_at,
     rows_of_weights,
-    strides_of,
+    store_numbers,
+    store_tokens,
+    taught,
+    times_weights_at,
     tokens_at,
 )
-from ttt.ops.triton.mlp_parts import coefficients, is_constant, normalised, product, projected
-
-BLOCK = 16
-"""Rows or columns of the weights that are on the chip at a time."""
-
-
-@triton.jit
-def _store_tokens(at, x_CF, heads, C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr):
-    """Write the tokens of a mini-batch that begins at the pointer `at` of memory `[B,T,H,F]`."""
-    i, f = tl.arange(0, ROWS)[:, None], tl.arange(0, F)[None, :]
-    tl.store(at + (i * heads * F + f), x_CF, mask=i < C)
-
-
-# fmt: off
-@triton.jit
-def _products_of_tokens(
-    a, b, a_t, b_t, start_CC,
-    C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):
-    # fmt: on
-    """`start + a bᵀ` and `start + b aᵀ` of the tokens of a mini-batch in memory."""
-    mixed_CC, turned_CC = start_CC, start_CC
-    for at in range(0, F, BLOCK):
-        a_CB, b_CB = tokens_at(a + at, a_t, C, ROWS, BLOCK), tokens_at(b + at, b_t, C, ROWS, BLOCK)
-        mixed_CC += product(a_CB, tl.trans(b_CB), PRECISION)
-        turned_CC += product(b_CB, tl.trans(a_CB), PRECISION)
-    return mixed_CC, turned_CC
-
-
-@triton.jit
-def _norm_back(d_answer_CF, answer_CF, gamma_1F, F: tl.constexpr, EPS: tl.constexpr, LEAST: tl.constexpr):
-    """`dy` of (13), and `ŷ`."""
-    unit_CF, inverse_C1 = normalised(answer_CF, F, EPS)
-    d_answered_CF = inverse_C1 * projected(gamma_1F * d_answer_CF, unit_CF, F)
-    # A constant vector gets no gradient (`ttt.ops.norm`).
-    return tl.where(is_constant(answer_CF, LEAST), 0, d_answered_CF), unit_CF
-
-
-@triton.jit
-def _errors_back(
-    d_error_CF, output_CF, unit_CF, inverse_C1, slope_CF, error_CF, gamma_1F, F: tl.constexpr, LEAST: tl.constexpr
-):
-    """`dr` and `dZ` of (20)."""
-    constant_C1 = is_constant(output_CF, LEAST)
-    silent_C1 = (tl.max(tl.abs(error_CF), 1) == 0)[:, None]
-    d_slope_CF = tl.where(constant_C1 & silent_C1, 0, inverse_C1) * projected(d_error_CF, unit_CF, F)
-    along_unit_C1 = (tl.sum(d_error_CF * unit_CF, 1) / F)[:, None]
-    along_error_C1 = (tl.sum(d_error_CF * error_CF, 1) / F)[:, None]
-    to_slope_C1 = (tl.sum(slope_CF * unit_CF, 1) / F)[:, None]
-    d_output_CF = projected(gamma_1F * gamma_1F * d_slope_CF, unit_CF, F) - to_slope_C1 * d_slope_CF
-    d_output_CF -= error_CF * along_unit_C1 + unit_CF * along_error_C1
-    return d_slope_CF, tl.where(constant_C1, 0, inverse_C1) * d_output_CF
-
-
-# fmt: off
-@triton.jit
-def _products(
-    q, k, q_t, k_t, weight, bias_1F, d_next, d_next_1F, summed, summed_1F,
-    C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, OPENED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    # fmt: on
-    """`Z`, `Q W + b`, `ρ` and `Q G + g`, a block of rows of the weights at a time."""
-    output_CF = tl.zeros((ROWS, F), bias_1F.dtype) + bias_1F
-    answer_CF = tl.zeros((ROWS, F), bias_1F.dtype) + bias_1F
-    by_next_CF = tl.zeros((ROWS, F), bias_1F.dtype) + d_next_1F
-    step_CF = tl.zeros((ROWS, F), bias_1F.dtype) + summed_1F
-    for at in range(0, F, BLOCK):
-        q_CB, k_CB = tokens_at(q + at, q_t, C, ROWS, BLOCK), tokens_at(k + at, k_t, C, ROWS, BLOCK)
-        weight_BF = tl.load(weight + at * F + rows_of_weights(BLOCK, F))
-        output_CF += product(k_CB, weight_BF, PRECISION)
-        answer_CF += product(q_CB, weight_BF, PRECISION)
-        by_next_CF += product(k_CB, tl.load(d_next + at * F + rows_of_weights(BLOCK, F)), PRECISION)
-        if OPENED:
-            step_CF += product(q_CB, tl.load(summed + at * F + rows_of_weights(BLOCK, F)), PRECISION)
-    return output_CF, answer_CF, by_next_CF, step_CF
-
-
-# fmt: off
-@triton.jit
-def _weights_back(
-    q_CF, k_CF, d_y, d_output, error, spacing, push_C1, scale_C1, weight, d_next, summed, d_weight, d_summed,
-    C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, CLOSES: tl.constexpr,
-    OPENED: tl.constexpr, PRECISION: tl.constexpr,
-):
-    # fmt: on
-    """`dW` and `dG` (22), a block of columns at a time, and what the weights give `dQ` and `dK`, (18) and (23).
-
-    `dy`, `dZ` and `E` are read from memory, where their columns can be had without the rest.
-    """
-    d_q_CF, d_k_CF = tl.zeros_like(q_CF), tl.zeros_like(k_CF)
-    for at in range(0, F, BLOCK):
-        d_y_CB = tokens_at(d_y + at, spacing, C, ROWS, BLOCK)
-        d_output_CB = tokens_at(d_output + at, spacing, C, ROWS, BLOCK)
-        pushed_CB = push_C1 * tokens_at(error + at, spacing, C, ROWS, BLOCK)
-        block = at + tl.arange(0, F)[:, None] * F + tl.arange(0, BLOCK)[None, :]
-        weight_BF = tl.trans(tl.load(weight + block))
-        d_q_CF += product(d_y_CB, weight_BF, PRECISION)
-        d_k_CF += product(d_output_CB, weight_BF, PRECISION)
-        d_k_CF += product(pushed_CB, tl.trans(tl.load(d_next + block)), PRECISION)
-        if OPENED:
-            d_q_CF += product(-scale_C1 * d_y_CB, tl.trans(tl.load(summed + block)), PRECISION)
-    tl.debug_barrier()  # all have read what is now written over
-    for at in range(0, F, BLOCK):
-        d_y_CB = tokens_at(d_y + at, spacing, C, ROWS, BLOCK)
-        d_output_CB = tokens_at(d_output + at, spacing, C, ROWS, BLOCK)
-        block = at + tl.arange(0, F)[:, None] * F + tl.arange(0, BLOCK)[None, :]
-        d_next_FB = tl.load(d_next + block)
-        if OPENED:
-            tl.store(d_summed + block, d_next_FB + product(tl.trans(q_CF), -scale_C1 * d_y_CB, PRECISION))
-        if not CLOSES:
-            d_next_FB = tl.zeros_like(d_next_FB)
-        d_next_FB += product(tl.trans(k_CF), d_output_CB, PRECISION) + product(tl.trans(q_CF), d_y_CB, PRECISION)
-        tl.store(d_weight + block, d_next_FB)
-    return d_q_CF, d_k_CF
+from ttt.ops.triton.linear_parts_back import (
+    add_outer,
+    add_outer_scaled,
+    errors_back,
+    norm_back,
+    products,
+    pulled,
+    through_tokens,
+    through_weights,
+)
+from ttt.ops.triton.linear_token import token_backward_kernel
 
 
 # fmt: off
@@ -173,7 +74,7 @@ def _weights_back(
 def linear_backward_kernel(
     q, k, target, rate, gamma, beta, scale, last, weight, bias, carries, summed, summed_bias,
     d_answers, d_q, d_k, d_target, d_rate, d_next, d_next_bias, d_weight, d_bias, d_summed, d_summed_bias,
-    d_gamma, d_beta, d_scale, d_pushes,
+    d_gamma, d_beta, d_scale, d_pushes, room,
     q_b, q_h, q_t, k_b, k_h, k_t, target_b, target_h, target_t, rate_b, rate_h, rate_t, last_n, last_b,
     d_answers_b, d_answers_h, d_answers_t, heads, steps, length,
     C: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
@@ -183,115 +84,167 @@ def linear_backward_kernel(
     """Run the mini-batches of one row and head from the last to the first.
 
     Arguments are named as in `linear_forward_kernel`; `weight` and `bias` open the first mini-batch, `carries` the
-    others. `d_next` is the gradient of what a mini-batch leaves behind, `d_weight` receives that of the weights that
-    open it: the same memory, if mini-batches close. Tokens' gradients lie in memory as `[B,length,H,F]`. What the
-    mini-batches share, `d_gamma [P,F]`, `d_beta` and `d_scale [P,C]`, is added to.
+    others, and if queries answer with the weights after their mini-batch, one more. `d_next` is the gradient of what a
+    mini-batch leaves behind, `d_weight` receives that of the weights that open it: the same memory, if mini-batches
+    close. Tokens' gradients lie in memory as `[B,length,H,F]`. What the mini-batches share, `d_gamma [P,F]`, `d_beta`
+    and `d_scale [P,C]`, is added to. `room [P,3,C,F]` is for E, dy and Z or dZ of one mini-batch.
     """
     pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     row, head = pair // heads, pair % heads
-    i, f = tl.arange(0, ROWS), tl.arange(0, F)
-    live = i < C
+    f = tl.arange(0, F)
     gamma_1F = tl.load(gamma + pair * F + f)[None, :]
     beta_1F = tl.load(beta + pair * F + f)[None, :]
-    scale_C = tl.load(scale + row * C + i, mask=live, other=0)
     d_next_F = tl.load(d_next_bias + pair * F + f)
     summed_F = tl.load(summed_bias + pair * F + f)
     d_gamma_F = tl.load(d_gamma + pair * F + f)
     d_beta_F = tl.load(d_beta + pair * F + f)
-    d_scale_C = tl.load(d_scale + pair * C + i, mask=live, other=0)
     token = tl.cast(steps, tl.int64) * C  # the first of the mini-batch after this one
     q, k, target = q + row * q_b + head * q_h, k + row * k_b + head * k_h, target + row * target_b + head * target_h
-    rate, last = rate + row * rate_b + head * rate_h, last + row * last_b
+    rate, last, scale = rate + row * rate_b + head * rate_h, last + row * last_b, scale + row * C
     d_answers += row * d_answers_b + head * d_answers_h
     d_next, summed = d_next + pair * F * F, summed + pair * F * F
+    d_weight, d_summed, d_scale = d_weight + pair * F * F, d_summed + pair * F * F, d_scale + pair * C
+    errors = room + pair * 3 * C * F
+    d_y, d_output = errors + C * F, errors + 2 * C * F
+    DUAL: tl.constexpr = CAUSAL or not CLOSES
     for back in range(steps):
         n = steps - 1 - back
         token -= C
-        place = (row * length + token) * heads + head
-        q_n, k_n, d_answers_n = q + token * q_t, k + token * k_t, d_answers + token * d_answers_t
-        offset_CF = beta_1F - tokens_at(target + token * target_t, target_t, C, ROWS, F)
-        rate_C = tl.load(rate + token * rate_t + i * rate_t, mask=live, other=0)
-        d_answer_CF = tokens_at(d_answers_n, d_answers_t, C, ROWS, F)
+        q_n, k_n, target_n, rate_n = q + token * q_t, k + token * k_t, target + token * target_t, rate + token * rate_t
         weight_n, bias_n = weight + pair * F * F, bias + pair * F
         if n > 0:
             weight_n = carries + ((n - 1) * pairs + pair) * (F + 1) * F
             bias_n = weight_n + F * F
-        push = tl.full((), 1, rate_C.dtype)
-        if CLOSES:
-            push = -tl.load(last + n * last_n)
+        bias_F = tl.load(bias_n + f)
+        push = -tl.load(last + n * last_n) if CLOSES else 1
+        answering, answering_F = weight_n, bias_F
+        if not DUAL:
+            answering = carries + (n * pairs + pair) * (F + 1) * F
+            answering_F = tl.load(answering + F * F + f)
+        if DUAL and not CAUSAL and C > ROWS:  # a query needs the errors of all blocks
+            for first in range(0, C, ROWS):
+                left = C - first
+                output_RF = tl.zeros((ROWS, F), bias_F.dtype) + bias_F[None, :]
+                output_RF = times_weights_at(
+                    k_n + first * k_t, k_t, left, weight_n, output_RF, ROWS, F, BLOCK, PRECISION
+                )
+                offset_RF = beta_1F - tokens_at(target_n + first * target_t, target_t, left, ROWS, F)
+                _, _, _, error_RF = errors_of(output_RF, offset_RF, gamma_1F, F, EPS)
+                store_tokens(errors + first * F, error_RF, F, left, ROWS, F)
+            tl.debug_barrier()
 
-        output_CF, answer_CF, by_next_CF, step_CF = _products(
-            q_n, k_n, q_t, k_t, weight_n, tl.load(bias_n + f)[None, :], d_next, d_next_F[None, :], summed,
-            summed_F[None, :], C, ROWS, F, BLOCK, OPENED, PRECISION,
-        )
-        ones_CC = tl.full((ROWS, ROWS), 1, rate_C.dtype)
-        seen_CC, seen_by_key_CC = _products_of_tokens(q_n, k_n, q_t, k_t, ones_CC, C, ROWS, F, BLOCK, PRECISION)
-        unit_CF, inverse_C1, slope_CF, error_CF = errors_of(output_CF, offset_CF, gamma_1F, F, EPS)
-        kappa_CC, kappa_by_key_CC = coefficients(rate_C, scale_C, CAUSAL, ROWS)
-        answer_CF += product(seen_CC * kappa_CC, error_CF, PRECISION)
-        if OPENED:
-            answer_CF -= scale_C[:, None] * step_CF
-        d_y_CF, answer_unit_CF = _norm_back(d_answer_CF, answer_CF, gamma_1F, F, EPS, LEAST)
-        d_beta_F += tl.sum(d_answer_CF, 0)
-        d_gamma_F += tl.sum(d_answer_CF * answer_unit_CF, 0)
-        d_y_n, d_output_n, error_n = d_q + place * F, d_k + place * F, d_target + place * F
-        _store_tokens(error_n, error_CF, heads, C, ROWS, F)
-        _store_tokens(d_y_n, d_y_CF, heads, C, ROWS, F)
+        # The keys' errors, and the queries back to `dy`.
+        d_bias_F = d_next_F if CLOSES else tl.zeros_like(d_next_F)
+        d_summed_F = d_next_F
+        for first in range(0, C, ROWS):
+            left = C - first
+            output_RF, answer_RF = products(
+                k_n + first * k_t, q_n + first * q_t, k_t, q_t, left, weight_n, bias_F, answering, answering_F,
+                ROWS, F, BLOCK, PRECISION,
+            )
+            store_tokens(d_output + first * F, output_RF, F, left, ROWS, F)
+            offset_RF = beta_1F - tokens_at(target_n + first * target_t, target_t, left, ROWS, F)
+            _, _, _, error_RF = errors_of(output_RF, offset_RF, gamma_1F, F, EPS)
+            if CAUSAL or CLOSES or C <= ROWS:
+                store_tokens(errors + first * F, error_RF, F, left, ROWS, F)
+            scale_R = numbers_at(scale + first, 1, left, ROWS)
+            taught_RF = tl.zeros_like(answer_RF)
+            if DUAL:
+                if C > ROWS:
+                    tl.debug_barrier()  # others of the program read the errors
+                taught_RF = taught(
+                    q_n, k_n, rate_n, errors, error_RF, summed, summed_F, q_t, k_t, rate_t, first,
+                    C, ROWS, F, BLOCK, CAUSAL, OPENED, PRECISION,
+                )
+                answer_RF -= scale_R[:, None] * taught_RF
+            d_answer_RF = tokens_at(d_answers + (token + first) * d_answers_t, d_answers_t, left, ROWS, F)
+            d_y_RF, answer_unit_RF = norm_back(d_answer_RF, answer_RF, gamma_1F, F, EPS, LEAST)
+            store_tokens(d_y + first * F, d_y_RF, F, left, ROWS, F)
+            d_beta_F += tl.sum(d_answer_RF, 0)
+            d_gamma_F += tl.sum(d_answer_RF * answer_unit_RF, 0)
+            d_bias_F += tl.sum(d_y_RF, 0)
+            d_summed_F -= tl.sum(scale_R[:, None] * d_y_RF, 0)
+            if DUAL:
+                d_scale_R = numbers_at(d_scale + first, 1, left, ROWS) - tl.sum(d_y_RF * taught_RF, 1)
+                store_numbers(d_scale + first, d_scale_R, 1, left, ROWS)
         tl.debug_barrier()
-
-        # The queries, (14) and (15), and the update, (18) and (24).
-        d_mixed_CC, d_mixed_by_key_CC = _products_of_tokens(
-            d_y_n, error_n, heads * F, heads * F, tl.zeros_like(ones_CC), C, ROWS, F, BLOCK, PRECISION
-        )
-        d_kappa_CC = d_mixed_CC * seen_CC
-        if CAUSAL:
-            d_kappa_CC = tl.where(i[None, :] <= i[:, None], d_kappa_CC, 0)
-        d_scale_C -= tl.sum(d_kappa_CC * rate_C[None, :], 1)
         if OPENED:
-            d_scale_C -= tl.sum(d_y_CF * step_CF, 1)
-            tl.store(d_summed_bias + pair * F + f, d_next_F - tl.sum(scale_C[:, None] * d_y_CF, 0))
-        d_error_CF = product(seen_by_key_CC * kappa_by_key_CC, d_y_CF, PRECISION)
-        d_error_CF += (push * rate_C)[:, None] * by_next_CF
-        d_push_C = tl.sum(by_next_CF * error_CF, 1)
-        d_rate_C = push * d_push_C - tl.sum(d_kappa_CC * scale_C[:, None], 0)
-        tl.store(d_rate + place + i * heads, d_rate_C, mask=live)
-        if CLOSES:
-            tl.store(d_pushes + n * pairs + pair, tl.sum(rate_C * d_push_C, 0))
+            tl.store(d_summed_bias + pair * F + f, d_summed_F)
+        if not DUAL:  # (12')
+            d_next_F = d_bias_F
+            for at in range(0, F, BLOCK):
+                block = at * F + rows_of_weights(BLOCK, F)
+                d_next_BF = tl.load(d_next + block)
+                d_next_BF = add_outer(d_next_BF, q_n + at, q_t, d_y, C, ROWS, F, BLOCK, PRECISION)
+                tl.store(d_next + block, d_next_BF)
+            tl.debug_barrier()
 
-        # Through the inner loss's gradient (20), to target and norm (25), queries, keys and weights.
-        d_slope_CF, d_output_CF = _errors_back(
-            d_error_CF, output_CF, unit_CF, inverse_C1, slope_CF, error_CF, gamma_1F, F, LEAST
-        )
-        d_beta_F += tl.sum(gamma_1F * d_slope_CF, 0)
-        d_gamma_F += tl.sum(d_slope_CF * (2 * gamma_1F * unit_CF + offset_CF), 0)
-        _store_tokens(d_output_n, d_output_CF, heads, C, ROWS, F)
-        tl.debug_barrier()
-        q_CF, k_CF = tokens_at(q_n, q_t, C, ROWS, F), tokens_at(k_n, k_t, C, ROWS, F)
-        d_q_CF, d_k_CF = _weights_back(
-            q_CF, k_CF, d_y_n, d_output_n, error_n, heads * F, (push * rate_C)[:, None], scale_C[:, None], weight_n,
-            d_next, summed, d_weight + pair * F * F, d_summed + pair * F * F, C, ROWS, F, BLOCK, CLOSES, OPENED,
-            PRECISION,
-        )
-        d_q_CF += d_answer_CF + product(d_mixed_CC * kappa_CC, k_CF, PRECISION)
-        d_k_CF += product(d_mixed_by_key_CC * kappa_by_key_CC, q_CF, PRECISION)
+        # Through the update (15), and the inner loss's gradient (20), to targets, rates, keys and queries.
+        d_push_R = tl.zeros((ROWS,), bias_F.dtype)
+        for first in range(0, C, ROWS):
+            left, place = C - first, (row * length + token + first) * heads + head
+            rate_R = numbers_at(rate_n + first * rate_t, rate_t, left, ROWS)
+            by_next_RF = tl.zeros((ROWS, F), bias_F.dtype) + d_next_F[None, :]
+            by_next_RF = times_weights_at(k_n + first * k_t, k_t, left, d_next, by_next_RF, ROWS, F, BLOCK, PRECISION)
+            offset_RF = beta_1F - tokens_at(target_n + first * target_t, target_t, left, ROWS, F)
+            output_RF = tokens_at(d_output + first * F, F, left, ROWS, F)
+            unit_RF, inverse_R1, slope_RF, error_RF = errors_of(output_RF, offset_RF, gamma_1F, F, EPS)
+            d_push_R += rate_R * tl.sum(error_RF * by_next_RF, 1)
+            reached_RF = push * by_next_RF
+            if DUAL:
+                reached_RF += pulled(k_n, q_n, d_y, scale, k_t, q_t, first, C, ROWS, F, BLOCK, CAUSAL, PRECISION)
+            store_numbers(d_rate + place, tl.sum(error_RF * reached_RF, 1), heads, left, ROWS)
+            d_slope_RF, d_output_RF = errors_back(
+                rate_R[:, None] * reached_RF, output_RF, unit_RF, inverse_R1, slope_RF, error_RF, gamma_1F, F, LEAST
+            )
+            d_beta_F += tl.sum(gamma_1F * d_slope_RF, 0)
+            d_gamma_F += tl.sum(d_slope_RF * (2 * gamma_1F * unit_RF + offset_RF), 0)
+            d_bias_F += tl.sum(d_output_RF, 0)
+            store_tokens(d_target + place * F, -gamma_1F * d_slope_RF, heads * F, left, ROWS, F)
+            store_tokens(d_output + first * F, d_output_RF, F, left, ROWS, F)
+            tl.debug_barrier()  # its columns are read by all
+            d_q_RF, d_k_RF = through_weights(
+                errors + first * F, d_y + first * F, d_output + first * F, (push * rate_R)[:, None],
+                numbers_at(scale + first, 1, left, ROWS)[:, None], left, weight_n, answering, d_next, summed,
+                ROWS, F, BLOCK, OPENED, PRECISION,
+            )
+            if DUAL:
+                d_q_RF, d_k_RF = through_tokens(
+                    d_q_RF, d_k_RF, q_n, k_n, rate_n, scale, errors, d_y, q_t, k_t, rate_t, first,
+                    C, ROWS, F, BLOCK, CAUSAL, PRECISION,
+                )
+            d_q_RF += tokens_at(d_answers + (token + first) * d_answers_t, d_answers_t, left, ROWS, F)
+            store_tokens(d_q + place * F, d_q_RF, heads * F, left, ROWS, F)
+            store_tokens(d_k + place * F, d_k_RF, heads * F, left, ROWS, F)
+        if CLOSES:
+            tl.store(d_pushes + n * pairs + pair, tl.sum(d_push_R, 0))
+
+        # The weights (22).
         tl.debug_barrier()  # all have read what is now written over
-        _store_tokens(d_target + place * F, -gamma_1F * d_slope_CF, heads, C, ROWS, F)
-        _store_tokens(d_q + place * F, d_q_CF, heads, C, ROWS, F)
-        _store_tokens(d_k + place * F, d_k_CF, heads, C, ROWS, F)
-        if not CLOSES:
-            d_next_F = tl.zeros_like(d_next_F)
-        d_next_F += tl.sum(d_output_CF + d_y_CF, 0)
-        tl.debug_barrier()  # the next mini-batch reads what others have written
+        for at in range(0, F, BLOCK):
+            block = at * F + rows_of_weights(BLOCK, F)
+            d_next_BF = tl.load(d_next + block)
+            if OPENED:
+                d_summed_BF = add_outer_scaled(d_next_BF, q_n + at, q_t, d_y, scale, C, ROWS, F, BLOCK, PRECISION)
+                tl.store(d_summed + block, d_summed_BF)
+            if not CLOSES:
+                d_next_BF = tl.zeros_like(d_next_BF)
+            d_next_BF = add_outer(d_next_BF, k_n + at, k_t, d_output, C, ROWS, F, BLOCK, PRECISION)
+            if DUAL:
+                d_next_BF = add_outer(d_next_BF, q_n + at, q_t, d_y, C, ROWS, F, BLOCK, PRECISION)
+            tl.store(d_weight + block, d_next_BF)
+        d_next_F = d_bias_F
+        tl.debug_barrier()  # the next mini-batch reads what others have written, and writes over it
     tl.store(d_bias + pair * F + f, d_next_F)
     tl.store(d_gamma + pair * F + f, d_gamma_F)
     tl.store(d_beta + pair * F + f, d_beta_F)
-    tl.store(d_scale + pair * C + i, d_scale_C, mask=live)
 
 
 def linear_backward(
     problem: Problem, saved: list[Tensor], d_answers: Tensor, d_following: list[Tensor]
 ) -> Gradients:
-    """All gradients of `linear_forward`: two launches for each group, one for groups of one mini-batch.
+    """All gradients of `linear_forward`: two launches for each group; one in all for groups of one mini-batch, or three
+    if queries answer with the weights after theirs.
 
     Args:
         problem: the operation's arguments.
@@ -303,17 +256,23 @@ def linear_backward(
         The gradients of the problem's tensors, in its order.
     """
     run = LinearBackward(problem, d_answers, d_following)
-    steps, group = run.dims.steps, problem.group_size
-    if group < 2:
-        run.group(0, steps, run.weights, saved[0])
-        return run.gradients()
-    room = saved[0].new_empty((group - 1, *saved[0].shape[1:]))
-    for start in range((steps - 1) // group * group, -1, -group):
-        stop = min(start + group, steps)
+    steps, group, own = run.dims.steps, problem.group_size or 1, 1 if run.after else 0
+
+    def again(start: int, stop: int, room: Tensor) -> None:
         opening = parted(run.dims, [saved[0][start // group - 1]]) if start else run.weights
-        if stop - start > 1:
-            run.forward(start, stop - 1, opening, None, run.weights, [room], 1)
+        if stop - start > 1 - own:
+            run.forward(start, stop - 1 + own, opening, None, run.weights, [room], 1)
         run.group(start, stop, opening, room)
+
+    room = saved[0].new_empty((max(1, group - 1 + own), *saved[0].shape[1:]))
+    if group == 1:  # all openings are there, but not what the last mini-batch leaves
+        if own:
+            again(steps - 1, steps, room)
+        if steps > own:
+            run.group(0, steps - own, run.weights, saved[0])
+        return run.gradients()
+    for start in range((steps - 1) // group * group, -1, -group):
+        again(start, min(start + group, steps), room)
     return run.gradients()
 
 
@@ -335,6 +294,7 @@ class LinearBackward(LinearRun):
             q.new_zeros((pairs, size)) for size in (width, width, self.dims.size)
         )
         self.d_pushes = q.new_empty((self.dims.steps, pairs))
+        self.room = q.new_empty((pairs, 3, self.dims.size, width))
         self.least = 4 * torch.finfo(q.dtype).eps
 
     def group(self, start: int, stop: int, opening: list[Tensor], carries: Tensor) -> None:
@@ -344,17 +304,23 @@ class LinearBackward(LinearRun):
             start: the first.
             stop: the one after the last.
             opening: the weights that open the first.
-            carries: `W̃ [≥ stop − start − 1,P,F+1,F]` that open the others.
+            carries: `W̃ [≥ stop − start − 1,P,F+1,F]` that open the others; if queries answer with the weights after
+                their mini-batch, those after the last too.
         """
-        dims = self.dims
+        dims, d_tokens = self.dims, [x[:, :, start:stop] for x in (self.d_answers, *self.d_tokens)]
+        counts = *self.strides(), *strides_of(self.d_answers), dims.heads, stop - start, dims.steps * dims.size
+        settings = {"LEAST": self.least, **self.constants, **LAUNCH}
         with torch.cuda.device_of(self.d_pushes):
+            if self.single:
+                token_backward_kernel[(dims.pairs,)](
+                    *self.of_steps(start, stop), *opening, carries, *d_tokens, *self.d_weights, self.d_gamma,
+                    self.d_beta, self.d_pushes[start:], *counts, **settings,
+                )  # fmt: skip
+                return
             linear_backward_kernel[(dims.pairs,)](
                 *self.of_steps(start, stop), *opening, carries, *self.summed,
-                *(x[:, :, start:stop] for x in (self.d_answers, *self.d_tokens)), *self.d_next, *self.d_weights,
-                *self.d_summed, self.d_gamma, self.d_beta, self.d_scale, self.d_pushes[start:],
-                *self.strides(), *strides_of(self.d_answers), dims.heads, stop - start, dims.steps * dims.size,
-                BLOCK=BLOCK, LEAST=self.least, **self.constants,
-                **launch_of(dims.widths[0], dims.size, self.problem.precision, back=True),
+                *d_tokens, *self.d_next, *self.d_weights, *self.d_summed, self.d_gamma, self.d_beta, self.d_scale,
+                self.d_pushes[start:], self.room, *counts, **settings,
             )  # fmt: skip
 
     def gradients(self) -> Gradients:

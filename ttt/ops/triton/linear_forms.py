@@ -9,8 +9,9 @@ import torch
 
 from ttt.ops.constants import Precision
 from ttt.ops.triton.forms import Form
-from ttt.ops.triton.linear import launch_of, linear_forward_kernel, rows_of
-from ttt.ops.triton.linear_backward import BLOCK, linear_backward_kernel
+from ttt.ops.triton.linear import BLOCK, LAUNCH, linear_forward_kernel, rows_of
+from ttt.ops.triton.linear_backward import linear_backward_kernel
+from ttt.ops.triton.linear_token import token_backward_kernel, token_forward_kernel
 
 _COUNTS = frozenset(
     (*(f"{x}_{axis}" for x in ("rate", "d_answers") for axis in "bht"), "last_n", "last_b", "heads", "steps", "length",
@@ -19,45 +20,48 @@ _COUNTS = frozenset(
 _SPACED = frozenset(f"{x}_{axis}" for x in ("q", "k", "target") for axis in "bht")
 """Strides, which are multiples of 16 as F is."""
 _UNALIGNED = frozenset(("rate", "scale", "last", "d_rate", "d_scale", "d_pushes"))
-_SPILLED: dict[tuple[str, int, str], int | dict[int, int]] = {
-    ("forward", 64, "ieee"): 128, ("forward", 128, "ieee"): 15_872,
-    ("forward", 64, "tf32"): {80: 768}, ("forward", 64, "bf16"): {80: 512},
-    ("forward", 128, "tf32"): {80: 28_928, 90: 64, 100: 128}, ("forward", 128, "bf16"): {80: 19_968, 90: 128, 100: 192},
-    ("backward", 128, "ieee"): 512, ("backward", 128, "tf32"): 512, ("backward", 128, "bf16"): 512,
-    ("backward", 64, "tf32"): 128, ("backward", 64, "bf16"): 128,
+_SPILLED: dict[tuple[str, int, int, bool], int | dict[int, int]] = {
+    ("forward", 64, 1, False): 16, ("backward", 128, 1, False): 16, ("backward", 64, 16, True): 64,
+    ("backward", 64, 16, False): 64, ("forward", 64, 64, True): 128, ("forward", 64, 64, False): 96,
+    ("backward", 64, 64, True): {80: 344, 90: 256, 100: 432}, ("backward", 64, 64, False): 96,
+    ("forward", 128, 16, True): 96, ("forward", 128, 16, False): 64,
+    ("backward", 128, 16, True): {80: 96, 90: 64, 100: 208}, ("backward", 128, 16, False): 64,
+    ("forward", 128, 64, True): {80: 128, 90: 128, 100: 224}, ("forward", 128, 64, False): 128,
+    ("backward", 128, 64, True): {80: 192, 90: 64, 100: 224}, ("backward", 128, 64, False): 96,
 }  # fmt: skip
-"""Bytes that a thread may spill, by F and precision.
+"""Bytes that a thread may spill, by F, C and whether the update is causal.
 
-Forward in `ieee` has no matrix unit, so that a thread gathers the whole inner width of both factors, for which W in
-registers leaves no room. Nor does it in the layouts of an A100's matrix unit: there F 128 is slow. In backward ten
-tiles `[ROWS,F]` live at a time.
+In backward more tiles `[ROWS,F]` live at a time than a thread has registers for, beside a product's factors.
 """
-_SIZES = ((64, 1, False), (64, 16, True), (64, 16, False), (128, 1, False), (128, 16, True), (128, 16, False))
-"""F, C and whether the update is causal; for one token it is the same either way."""
+_SIZES = tuple(itertools.product((64, 128), (16, 64), (True, False)))
+"""F, C and whether the update is causal."""
 
 
 def forms() -> list[Form]:
-    """Every configuration of both kernels that is shipped."""
+    """Every configuration of the kernels that is shipped."""
     found = []
+    least = {"LEAST": 4 * torch.finfo(torch.float32).eps}
+    for width in (64, 128):
+        constants: dict[str, Any] = {"F": width, "EPS": 1e-6}
+        answers = {**constants, "ANSWERS": True, "KEEPS": True}
+        found.append(_form("forward", f"F {width}, C 1", token_forward_kernel, answers))
+        found.append(_form("backward", f"F {width}, C 1", token_backward_kernel, {**constants, **least}))
     for (width, size, causal), precision in itertools.product(_SIZES, get_args(Precision)):
         name = f"F {width}, C {size}, {'causal' if causal else 'non-causal'}, {precision}"
         constants = {
-            "C": size, "ROWS": rows_of(size), "F": width, "EPS": 1e-6, "CAUSAL": causal, "CLOSES": True,
-            "OPENED": False, "PRECISION": precision,
+            "C": size, "ROWS": rows_of(width, size), "F": width, "BLOCK": BLOCK, "EPS": 1e-6, "CAUSAL": causal,
+            "CLOSES": True, "OPENED": False, "PRECISION": precision,
         }  # fmt: skip
-        forward = {**constants, "ANSWERS": True, "KEEPS": True}
-        backward = {**constants, "LEAST": 4 * torch.finfo(torch.float32).eps, "BLOCK": BLOCK}
-        found.append(_form("forward", name, linear_forward_kernel, forward))
-        found.append(_form("backward", name, linear_backward_kernel, backward))
+        found.append(_form("forward", name, linear_forward_kernel, {**constants, "ANSWERS": True, "KEEPS": True}))
+        found.append(_form("backward", name, linear_backward_kernel, {**constants, **least}))
     return found
 
 
 def _form(way: str, name: str, kernel: Any, constants: dict[str, Any]) -> Form:
     given = [argument for argument in kernel.arg_names if argument not in constants]
     signature = {argument: "i32" if argument in _COUNTS | _SPACED else "*fp32" for argument in given}
-    width, precision = constants["F"], constants["PRECISION"]
+    spilled = _SPILLED.get((way, constants["F"], constants.get("C", 1), constants.get("CAUSAL", False)), 0)
     return Form(
-        f"linear {way}, {name}", kernel, signature, constants, **launch_of(width, constants["C"], precision,
-        back=way == "backward"), spilled_bytes=_SPILLED.get((way, width, precision), 0),
+        f"linear {way}, {name}", kernel, signature, constants, **LAUNCH, spilled_bytes=spilled,
         aligned=frozenset(given) - _COUNTS - _UNALIGNED,
     )  # fmt: skip
