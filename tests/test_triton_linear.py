@@ -23,9 +23,12 @@ from triton.runtime import interpreter
 from ttt.config import TTTConfig
 from ttt.layer import TTTLayer
 from ttt.ops.constants import Precision
+from ttt.ops.fused.layout import Problem
 from ttt.ops.minibatch import Inner, Stream, learn
 from ttt.ops.rows import Tokens
 from ttt.ops.select import implementation
+from ttt.ops.triton.linear import linear_forward
+from ttt.ops.triton.linear_backward import LinearBackward
 
 pytestmark = pytest.mark.skipif(
     os.environ["TRITON_INTERPRET"] != "1", reason="compares in the interpreter; benchmarks compare on a GPU"
@@ -159,6 +162,21 @@ def test_programs_in_reverse_order_give_the_same(monkeypatch: pytest.MonkeyPatch
     for case, before in zip(cases, expected, strict=True):
         found = case.learn("triton")
         assert all(torch.equal(a, b) for a, b in zip(itertools.chain(*found), itertools.chain(*before), strict=True))
+
+
+def test_rooms_between_blocks_are_wholly_used() -> None:
+    """Each program has its own: were two to share one, some of it would still be NaN."""
+    case = Case(length=17, size=17, batch=2, heads=2)
+    q, k, target, rate, gamma, beta, offset, *weights = (x.detach() for x in case.leaves)
+    q, k, target, rate = (x.transpose(1, 2).unsqueeze(2) for x in (q, k, target, rate))
+    scale = 1 / torch.arange(1, 18) + offset
+    problem = Problem(q, k, target, rate, gamma, beta, scale[None], scale[-1:, None], weights, [], True, 1e-6, 1)
+    answers, following, _ = linear_forward(problem, keep=False)
+    run = LinearBackward(problem, torch.ones_like(answers), [torch.ones_like(w) for w in following])
+    run.forward(0, 1, run.weights, None, run.weights, [], 1)
+    run.group(0, 1, run.weights, run.weights[0])
+    assert run.errors.isfinite().all()
+    assert run.room.isfinite().all()
 
 
 def test_thirty_two_programs() -> None:

@@ -283,9 +283,9 @@ class LinearRun:
                 )
 
 
-def rows_of(width: int, size: int) -> int:
-    """The tokens of a block, for mini-batches of C: 32 where they fit into registers beside the weights."""
-    return 32 if width == 64 and size > 16 else 16
+def rows_of(width: int, size: int, *, back: bool = False) -> int:
+    """The tokens of a block, for mini-batches of C: 32 where they fit into registers, which in backward is nowhere."""
+    return 32 if width == 64 and size > 16 and not back else 16
 
 
 def addressable(x: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ from torch import Tensor
 
 from ttt.ops.fused.layout import Problem, parted, room_for_tokens
 from ttt.ops.fused.registration import Gradients
-from ttt.ops.triton.linear import LAUNCH, LinearRun, addressable, strides_of
+from ttt.ops.triton.linear import LAUNCH, LinearRun, addressable, rows_of, strides_of
 from ttt.ops.triton.linear_parts import (
     errors_of,
     numbers_at,
@@ -294,8 +294,9 @@ class LinearBackward(LinearRun):
             q.new_zeros((pairs, size)) for size in (width, width, self.dims.size)
         )
         self.d_pushes = q.new_empty((self.dims.steps, pairs))
+        rows = {} if self.single else {"ROWS": rows_of(width, self.dims.size, back=True)}
+        self.settings = {**self.constants, **rows, "LEAST": 4 * torch.finfo(q.dtype).eps, **LAUNCH}
         self.room = q.new_empty((pairs, 3, self.dims.size, width))
-        self.least = 4 * torch.finfo(q.dtype).eps
 
     def group(self, start: int, stop: int, opening: list[Tensor], carries: Tensor) -> None:
         """Run the mini-batches from `stop` back to `start`.
@@ -309,18 +310,17 @@ class LinearBackward(LinearRun):
         """
         dims, d_tokens = self.dims, [x[:, :, start:stop] for x in (self.d_answers, *self.d_tokens)]
         counts = *self.strides(), *strides_of(self.d_answers), dims.heads, stop - start, dims.steps * dims.size
-        settings = {"LEAST": self.least, **self.constants, **LAUNCH}
         with torch.cuda.device_of(self.d_pushes):
             if self.single:
                 token_backward_kernel[(dims.pairs,)](
                     *self.of_steps(start, stop), *opening, carries, *d_tokens, *self.d_weights, self.d_gamma,
-                    self.d_beta, self.d_pushes[start:], *counts, **settings,
+                    self.d_beta, self.d_pushes[start:], *counts, **self.settings,
                 )  # fmt: skip
                 return
             linear_backward_kernel[(dims.pairs,)](
                 *self.of_steps(start, stop), *opening, carries, *self.summed,
                 *d_tokens, *self.d_next, *self.d_weights, *self.d_summed, self.d_gamma, self.d_beta, self.d_scale,
-                self.d_pushes[start:], self.room, *counts, **settings,
+                self.d_pushes[start:], self.room, *counts, **self.settings,
             )  # fmt: skip
 
     def gradients(self) -> Gradients:
