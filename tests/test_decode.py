@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttt import TTTConfig, TTTLayer, TTTState
 from ttt.files import read_tensors
+from ttt.layer_sharing import Projection
 from ttt.ops.decode import learn_one_
 from ttt.ops.factors import slots_for
 from ttt.ops.minibatch import Inner, Stream
@@ -366,3 +367,50 @@ def test_a_compiled_layer_reads_on_from_a_streaming_state(monkeypatch: pytest.Mo
     layer.step_(x[:, :1], state)
     layer.compiled = CompiledRead()
     torch.testing.assert_close(layer(x[:, 1:], state)[0], expected[:, 1:], **TOLERANCE)
+
+
+OPTIONS = {
+    "as published": {},
+    "no turns, no offsets, biases": {"rope": "none", "learnable_token_idx": False, "qkvo_bias": True},
+    "as videos": {"preset": "video", "causal": True},
+    "all norms": {"input_norm": "rms", "normalize_qk": True, "normalize_target": True, "rope": "backbone"},
+    "one token": {"mini_batch_size": 1, "normalize_qk": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "by_head"), [(options, False) for options in OPTIONS.values()] + [(OPTIONS["all norms"], True)]
+)
+@torch.no_grad()
+def test_one_token_is_read_as_a_sequence_is(options: dict[str, Any], by_head: bool) -> None:
+    """Whatever the layer makes of its tokens: in rows at one place, and at places of their own."""
+    layer, x = layer_of(32, **options), draw(3, 11, 32, seed=56)
+    angles = draw(*((3, 2, 11, 8) if by_head else (11, 8)), seed=57)
+    rotary = (angles.cos(), angles.sin()) if layer.config.rope == "backbone" else None
+
+    def at(t: int) -> tuple[Tensor, Tensor] | None:
+        return None if rotary is None else (rotary[0][..., t : t + 1, :], rotary[1][..., t : t + 1, :])
+
+    expected, end = layer(x, rotary=rotary)
+    state = layer.streaming_state(3, dtype=torch.float64)
+    y = torch.cat([layer.step_(x[:, t : t + 1], state, rotary=at(t)) for t in range(11)], 1)
+    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
+    same(state, end, 1e-11)
+    for t in range(6):  # the second row stands still, and is elsewhere in its mini-batch then
+        rows = torch.tensor([True, t % 2 == 0, True])
+        before = state.streaming(layer.config.mini_batch_size)
+        y = layer.step_(x[:, t : t + 1], state, rows=rows, rotary=at(t))
+        expected, end = layer(x[:, t : t + 1], before, rotary=at(t), mask=rows[:, None])
+        torch.testing.assert_close(torch.where(rows[:, None, None], y, 0), expected, rtol=1e-11, atol=1e-11)
+        same(state, end, 1e-11)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5])
+def test_a_projection_of_few_rows_is_the_linear_layer(rows: int, bias: bool) -> None:
+    """Whichever product takes them: four rows go another way round."""
+    projection = Projection(24, 40, bias=bias)
+    x = draw(rows, 24, seed=58).float()
+    y = projection(x)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, nn.functional.linear(x, projection.weight, projection.bias), rtol=1e-5, atol=1e-6)

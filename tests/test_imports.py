@@ -91,6 +91,7 @@ ROOMS = (
         "ttt.state",
         "ttt.layer_inputs",
         "ttt.layer_sharing",
+        "ttt.layer_step",
         "ttt.layer",
         "ttt.lora",
         "ttt.adapter",

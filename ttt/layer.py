@@ -14,7 +14,7 @@ from ttt.config.schema import inner_widths
 from ttt.costs import best_group_size, scan_cost
 from ttt.layer_inputs import check_head_width, check_state, check_step, check_tokens, nonfinite
 from ttt.layer_sharing import WHOLE, Projection, Sharing, held
-from ttt.layer_step import answer_of, inner_of, token_of
+from ttt.layer_step import Rotary, answer_of, inner_of, token_of
 from ttt.ops.autocast import no_autocast
 from ttt.ops.constants import Precision
 from ttt.ops.decode import learn_one_
@@ -27,7 +27,6 @@ from ttt.state import Reading, TTTState, weight_names
 
 INITIAL_STD = 0.02
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-Rotary = tuple[Tensor, Tensor]
 
 
 class TTTLayer(nn.Module):

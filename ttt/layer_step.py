@@ -11,25 +11,66 @@ No gradient flows here. Every function is called under `torch.no_grad()`, with a
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ttt.layer_sharing import held
+from ttt.config import TTTConfig
+from ttt.layer_sharing import Sharing, held
+from ttt.ops.constants import Precision
 from ttt.ops.minibatch import Inner
 from ttt.ops.norm import normalize, normalize_target, rms_norm
 from ttt.ops.rotary import rotary_angles
 from ttt.ops.rows import Tokens
 
-if TYPE_CHECKING:
-    from ttt.layer import Rotary, TTTLayer
+Rotary = tuple[Tensor, Tensor]
 
 
-def token_of(
-    layer: TTTLayer, x: Tensor, kept_out: Tensor | None, count: Tensor | None, rotary: Rotary | None
-) -> Tokens:
+class Layer(Protocol):
+    """What of a `TTTLayer` reads one token."""
+
+    config: TTTConfig
+    head_width: int
+    sharing: Sharing
+    precision: Precision
+    post_norm: nn.LayerNorm
+
+    @property
+    def ttt_norm_weight(self) -> Tensor:
+        """Of the inner model's norm, `[H,F]`."""
+        ...
+
+    @property
+    def learnable_ttt_lr_weight(self) -> Tensor:
+        """`[H,1,D]`."""
+        ...
+
+    @property
+    def learnable_ttt_lr_bias(self) -> Tensor:
+        """`[H,1]`."""
+        ...
+
+    @property
+    def learnable_token_idx(self) -> Tensor:
+        """Of step sizes, `[C]`; there if the config says so."""
+        ...
+
+    def project(self, name: str, x: Tensor) -> Tensor:
+        """One of the four projections of `[…,D]`."""
+        ...
+
+    def norm(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`γ` and `β` of the inner model's norm, `[H,1,F]`."""
+        ...
+
+    def scale(self, dtype: torch.dtype) -> Tensor:
+        """The step size by position, `[C]`."""
+        ...
+
+
+def token_of(layer: Layer, x: Tensor, kept_out: Tensor | None, count: Tensor | None, rotary: Rotary | None) -> Tokens:
     """Query, key, target and rate of one token of each stream.
 
     Args:
@@ -71,7 +112,7 @@ def token_of(
     return layer.sharing.to_heads(Tokens(q_BH1F, k_BH1F, target_BH1F, rate_BH11))
 
 
-def inner_of(layer: TTTLayer, dtype: torch.dtype) -> Inner:
+def inner_of(layer: Layer, dtype: torch.dtype) -> Inner:
     """What the inner learning needs beside the token and the state."""
     config = layer.config
     gamma_H1F, beta_H1F = (layer.sharing.heads(x) for x in layer.norm(dtype))
@@ -84,7 +125,7 @@ def inner_of(layer: TTTLayer, dtype: torch.dtype) -> Inner:
     return Inner(gamma_H1F, beta_H1F, scale_C, config.causal, config.ln_eps, layer.precision)
 
 
-def _angle(layer: TTTLayer, count: Tensor | None, rotary: Rotary | None, dtype: torch.dtype) -> Tensor | None:
+def _angle(layer: Layer, count: Tensor | None, rotary: Rotary | None, dtype: torch.dtype) -> Tensor | None:
     """`cos + i sin` of the angles by which pairs turn, broadcastable to `[B,H,2,F/2]`; None if they do not."""
     config = layer.config
     if config.rope == "none":
@@ -120,7 +161,7 @@ def _steps(size: int, dtype: torch.dtype) -> Tensor:
     return 1 / torch.arange(1, size + 1, dtype=dtype, device="cpu")
 
 
-def answer_of(layer: TTTLayer, z_BH1F: Tensor, x: Tensor, kept_out: Tensor | None) -> Tensor:
+def answer_of(layer: Layer, z_BH1F: Tensor, x: Tensor, kept_out: Tensor | None) -> Tensor:
     """`W_o · LN(z)` in the type of `x [B,1,D]`; zeros for tokens that are skipped."""
     z_BD = layer.sharing.to_tokens(z_BH1F).reshape(x.shape[0], -1)
     norm = layer.post_norm
