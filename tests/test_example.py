@@ -13,10 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import forking
 import pytest
 from fake_distributions import importable
-from undrawn import undraw
 
 from ttt.errors import EnvironmentProblem
 from ttt.laws import CHECKS, LAWS
@@ -28,9 +26,24 @@ KINDS = {"my-model": [], "my_lm": ["--hf"]}
 CAPABILITIES = {"my-model": ["stream"], "my_lm": ["stream", "score", "lora"]}
 SHIPPED = {"my-model": {"demo.txt", "presets/demo.yaml"}, "my_lm": {"presets/demo.yaml"}}
 """What is in each package beside code."""
-SHORT = ["--set", "train.max_steps=3", "--set", "eval.max_batches=2"]
-TESTED = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-k", "TestMyModel or not (mlp or law2)"]
-"""`test_transformers_laws.py` proves the laws on the base class of the second kind, with an MLP and the slowest too."""
+TRAINED_AND_TESTED = f"""
+import sys, pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from ttt_cli.main import main
+FigureCanvasAgg.print_png = lambda canvas, file: file.write(b"a picture")  # to draw it takes longer than the run
+for name in {list(KINDS)!r}:
+    short = ["--set", "train.max_steps=3", "--set", "eval.max_batches=2"]
+    code = main(["train", "--backbone", name, *short, "--set", f"run_dir={{name}}/run"])
+    if code:
+        sys.exit(code)
+tests = [f"{{name}}/tests" for name in {list(KINDS)!r}]
+chosen = ["-k", "TestMyModel or not (mlp or law2)"]
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--import-mode=importlib", *chosen, *tests]))
+"""
+"""In one process, because importing torch and transformers is a good part of what it takes.
+
+`test_transformers_laws.py` proves the laws on the base class of the second kind, with an MLP too, and the slowest one.
+"""
 
 
 def package(name: str) -> str:
@@ -145,21 +158,8 @@ def test_it_is_listed_and_its_demo_is_a_config_without_findings(
             assert main(["new-backbone", name]) == 2  # it is taken now
 
 
-def _trained_and_tested(site: str) -> int:
-    undraw(pytest.MonkeyPatch())  # to draw takes longer than the runs
-    with importable(Path(site)):
-        for name in KINDS:
-            if code := main(["train", "--backbone", name, *SHORT, "--set", f"run_dir={name}/run"]):
-                return code
-        return pytest.main([*TESTED, *(f"{name}/tests" for name in KINDS)])
-
-
-def test_they_train_and_keep_the_laws(site: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process of their own, in which they are installed, and torch and transformers are imported by now."""
-    monkeypatch.chdir(folder)
-    with forking.start(_trained_and_tested, str(site)) as process:
-        printed, told = process.communicate(600)
-        assert process.returncode == 0, printed + told
+def test_they_train_and_keep_the_laws(site: Path, folder: Path) -> None:
+    printed = ran([sys.executable, "-c", TRAINED_AND_TESTED], site, folder)
     assert printed.count("step 3/3") == len(KINDS)
     for name in KINDS:
         assert (folder / name / "run" / "checkpoints" / "step_000003" / "adapter_model.safetensors").is_file()
