@@ -247,8 +247,10 @@ def differences(
 ) -> dict[str, float]:
     """How far an implementation's tensors are from the definition's, relative to the largest number of each.
 
-    Where operands are rounded, gradients of rates and step sizes are measured by the terms that they sum: of few tokens
-    they are few numbers, in each of which thousands of terms of both signs nearly cancel while their roundings do not.
+    Unless numbers are float64 and their products too, gradients of rates and step sizes are measured by the terms that
+    they sum: of few tokens they are few numbers, in each of which thousands of terms of both signs nearly cancel while
+    their roundings do not. (TTT-Linear, F 128, C 1, five tokens: terms of 104 sum to 0.06, and the definition itself
+    is 6e-6 of that away in float32.)
 
     Args:
         case: the problem.
@@ -265,7 +267,7 @@ def differences(
     found = problem.run(implementation, device, dtype)
     assert expected.keys() == found.keys(), (sorted(expected), sorted(found))
     largest = {name: float(value.abs().max()) for name, value in expected.items()}
-    if case.causal and case.precision != "ieee":
+    if case.causal and (case.precision != "ieee" or dtype != torch.float64):
         for name, terms in _terms(problem, expected).items():
             largest[name] = max(largest[name], terms)
     return {name: float((found[name] - value).abs().max()) / (largest[name] or 1.0) for name, value in expected.items()}
