@@ -8,6 +8,7 @@ different rows: the loss of each is already its part of the mean over all of the
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -130,17 +131,26 @@ def _none_of_before(module: nn.Module) -> Iterator[None]:
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers"
+)
+"""DDP's argument that copies the first process's buffers before each pass. torch 2.11 has it under another name."""
+
+
 def _replicated(module: nn.Module, world: World) -> DistributedDataParallel:
     """DDP, whose gradients are sums.
 
     Which parameters get a gradient hangs on the step and, with carried states, on the rows of a process: W and b get
     one where a file starts. So DDP looks for those that were not used.
     """
+    options: dict[str, Any] = {_SYNC_BUFFERS: False}
     wrapped = DistributedDataParallel(
         module,
         process_group=world.data_group,
-        forward_sync_buffers=False,
         find_unused_parameters=True,
+        **options,
     )
     wrapped.register_comm_hook(world.data_group, _summed)
     return wrapped
