@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from ttt import plugins
-from ttt.check.codes import REINSTALL, TTT102, TTT104, TTT106, TTT605, TTT801, TTT802, TTT803
+from ttt.check.codes import REINSTALL, TTT106, TTT605, TTT802, TTT803
+from ttt.check.named import named_backbone
 from ttt.check.placing import in_order, placed
 from ttt.check.possible import impossible_size
 from ttt.check.reading import found_again, read_source
@@ -20,15 +21,14 @@ from ttt.check.rules import reliable, run_rules
 from ttt.check.rules.of_plugins import as_rule, found_by, house_rules
 from ttt.check.rules.rule import Context
 from ttt.check.validation import Validated, validate
-from ttt.config.findings import Code, Finding, Place, Severity, blames_environment, has_errors, summary
+from ttt.config.findings import Code, Finding, Severity, blames_environment, has_errors, summary
 from ttt.config.places import KeyPath
 from ttt.config.schema import RunConfig, with_its_target_eps
 from ttt.config.source import Source, parse_source
-from ttt.config.spelling import nearest
 from ttt.errors import ConfigEnvironmentError, ConfigError, EnvironmentProblem, PluginError, TTTError
 from ttt.plugins import Backbone, BackboneFacts, NeededFile
 from ttt.plugins.asking import WAY_OUT, asked, in_one_line
-from ttt.plugins.registry import Plugin, unreadable_metadata
+from ttt.plugins.registry import Plugin
 from ttt.plugins.rules import Rule
 from ttt.plugins.run_config import run_config_model, with_defaults
 from ttt.printable import printable
@@ -184,7 +184,7 @@ class _Check:
         for section in _SECTIONS:
             if section in data and data[section] is None:  # its keys are all commented out
                 data[section] = {}
-        backbone = self._find_backbone(data, asked)
+        backbone = named_backbone(data, asked, self.source, self.findings)
         result = self._validate(data, backbone)
         if self.tasks and result.config is not None and result.config.eval.tasks:
             from ttt.check.tasks import resolve_tasks  # only configs with tasks need it
@@ -204,65 +204,6 @@ class _Check:
 
     def _add(self, code: Code, path: str, message: str, fix: str, **more: Any) -> None:
         self.findings.append(code.at(path, message, fix, **more))
-
-    # --- the backbone ---
-
-    def _find_backbone(self, data: dict[str, Any], asked: Backbone | str | None) -> Backbone | None:
-        """The plugin that the config or the caller names. If only the caller names it, the name is added to `data`."""
-        asked_name = asked.name if isinstance(asked, Backbone) else asked
-        section = data.get("backbone", {})
-        if not isinstance(section, Mapping):
-            fix = f"write `backbone: {{name: {section}}}`" if isinstance(section, str) else "write its keys below it"
-            self._add(TTT102, "backbone", "`backbone` must be a section of `key: value`", fix)
-            data["backbone"] = {}
-            return None
-        name = section.get("name", asked_name)
-        if name is None:
-            self._add(
-                TTT104,
-                "backbone" if "backbone" in data else "",
-                "the config names no backbone" if asked_name is None else "`backbone.name` is null",
-                f"write `backbone: {{name: …}}`; installed: {_installed()}",
-            )
-            return None
-        if not isinstance(name, str):
-            self._add(TTT102, "backbone.name", "`backbone.name` must be text", f"write one of {_installed()}")
-            return None
-        if asked_name is not None and name != asked_name:
-            self._add(
-                TTT106,
-                "backbone.name",
-                f"the config is for {name}, but {asked_name} was asked for",
-                "leave one of the two out",
-                value=name,
-            )
-        data["backbone"] = {**section, "name": name}
-        return asked if isinstance(asked, Backbone) and asked.name == name else self._look_up(name)
-
-    def _look_up(self, name: str) -> Backbone | None:
-        """The installed plugin of that name. If there is none, or it is broken, add a finding and return None."""
-        plugin = plugins.find(name)
-        if plugin is None:
-            close = nearest(name, plugins.names())
-            self._add(
-                TTT801,
-                "backbone.name",
-                "; ".join((f"no backbone {name!r} is installed", *unreadable_metadata())),
-                f"write `{close}`" if close else f"install its plugin, or write one of those installed: {_installed()}",
-                value=name,
-                place=None if self.source.written(("backbone", "name")) else Place(f"--backbone {name}"),
-                replacement=close,
-            )
-            return None
-        if plugin.backbone is None:
-            self._add(
-                TTT802,
-                "backbone.name",
-                f"the backbone {name!r} of {plugin.distribution} {plugin.version} is broken: {plugin.error}",
-                REINSTALL,
-                value=name,
-            )
-        return plugin.backbone
 
     # --- the schema ---
 
@@ -388,11 +329,6 @@ def _decides_facts(path: KeyPath, config: RunConfig) -> bool:
     sections: dict[str | int, BaseModel] = {"backbone": config.backbone, "data": config.data}
     section = sections.get(path[0])
     return section is not None and (len(path) == 1 or path[1] in type(section).model_fields)
-
-
-def _installed() -> str:
-    names = [plugin.name for plugin in plugins.discover() if plugin.backbone is not None]
-    return ", ".join(f"`{name}`" for name in names) or "none; install one, as `pip install ttt-moshi`"
 
 
 def _other_options(backbone: Backbone) -> dict[str, list[type[BaseModel]]]:
