@@ -100,7 +100,7 @@ def fingerprint(form: Form) -> str:
             if isinstance(getattr(value, "value", value), (bool, int, float, str)) and key != INTERPRETED
         )
         constants += [f"{INTERPRETED} = False" for key, _ in _globals_of(function) if key == INTERPRETED]
-        content += [name, ast.dump(_tree(function)), *constants]
+        content += [name, _code(function), *constants]
     return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
 
 
@@ -114,12 +114,30 @@ def _tree(function: Any) -> ast.FunctionDef:
     return tree
 
 
+@functools.cache
+def _code(function: Any) -> str:
+    return ast.dump(_tree(function))
+
+
+@functools.cache
+def _names(function: Any) -> tuple[tuple[str, str | None], ...]:
+    """The names in a function's code, and `(module, attribute)` where there is a dot; the same one again and again."""
+    found: list[tuple[str, str | None]] = []
+    for node in ast.walk(_tree(function)):
+        if isinstance(node, ast.Name):
+            found.append((node.id, None))
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found.append((node.value.id, node.attr))
+    return tuple(found)
+
+
 def _globals_of(function: Any) -> Iterator[tuple[str, Any]]:
     """What a function's code names outside itself: globals, and attributes of modules among them."""
-    for node in ast.walk(_tree(function)):
-        if isinstance(node, ast.Name) and node.id in function.__globals__:
-            yield node.id, function.__globals__[node.id]
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            module = function.__globals__.get(node.value.id)
-            if inspect.ismodule(module) and hasattr(module, node.attr):
-                yield f"{node.value.id}.{node.attr}", getattr(module, node.attr)
+    for name, attribute in _names(function):
+        if name not in function.__globals__:
+            continue
+        value = function.__globals__[name]
+        if attribute is None:
+            yield name, value
+        elif inspect.ismodule(value) and hasattr(value, attribute):
+            yield f"{name}.{attribute}", getattr(value, attribute)
