@@ -7,6 +7,7 @@ them. On CUDA the caching allocator keeps the count. Bytes are those asked for b
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Callable
@@ -38,13 +39,19 @@ def allocations(function: Callable[[], Any], device: torch.device) -> Allocation
 
     Only what it makes is collected meanwhile: cycles from before would be freed at a time of the collector's choosing.
     """
-    frozen = gc.get_freeze_count() > 0  # by whoever calls, who means it to stay so
+    frozen = _frozen_by_others()
     gc.freeze()
     try:
         return _on_cuda(function, device) if device.type == "cuda" else _on_cpu(function)
     finally:
         if not frozen:
             gc.unfreeze()
+
+
+@functools.cache
+def _frozen_by_others() -> bool:
+    """Whether objects were frozen by who means them to stay so: asked once, since all of them are counted."""
+    return gc.get_freeze_count() > 0
 
 
 def _on_cpu(function: Callable[[], Any]) -> Allocations:

@@ -15,6 +15,7 @@ from typing import Any
 import cuda_oracle
 import launches
 import pytest
+import quick_interpreter
 import revisions
 import scan
 import torch
@@ -134,6 +135,7 @@ def test_contenders_compute_the_same(part: object, shape: Shape) -> None:
 def test_the_kernels_are_a_contender(part: object, layer_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In Triton's interpreter, beside the fused scan; each runs under its name."""
     pytest.importorskip("triton")
+    quick_interpreter.install()
     from ttt.ops import minibatch
 
     ran = []
@@ -418,6 +420,7 @@ def test_launches_and_memory_are_counted() -> None:
 def test_launches_of_kernels_are_counted(layer_type: str) -> None:
     """Heads and rows multiply bytes and leave launches and sizes of state as they are."""
     pytest.importorskip("triton")
+    quick_interpreter.install()
     from launches_triton import count_triton
 
     one = Shape("one", layer_type, 32, 2, 4, tokens=8)  # type: ignore[arg-type]
