@@ -6,14 +6,15 @@ Its configs are in `test_videodit_import.py`, its checkpoints' tensors in `test_
 from __future__ import annotations
 
 import ast
+import importlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 import torch
 
@@ -278,21 +279,26 @@ def test_other_repositories_are_left_to_their_config() -> None:
 # --- other people's libraries ---
 
 
+def _import_model_anew(noisy: str) -> None:
+    """Import the model as for the first time, beside a bitsandbytes that speaks, and print what came along."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("diffusers", "bitsandbytes", "ttt_videodit"):
+            del sys.modules[name]
+    sys.modules["peft"] = None  # type: ignore[assignment]  # where it is, diffusers imports it, and it bitsandbytes
+    sys.path.insert(0, noisy)
+    importlib.invalidate_caches()
+    importlib.import_module("ttt_videodit.model")
+    print(sorted({"bitsandbytes", "diffusers"} & set(sys.modules)))
+    importlib.import_module("bitsandbytes")
+
+
 def test_bitsandbytes_is_not_imported_along(here: Path) -> None:
     """Where moshi is installed it is there, and on some processors it speaks before our first word."""
     (here / "noisy" / "bitsandbytes").mkdir(parents=True)
     (here / "noisy" / "bitsandbytes" / "__init__.py").write_text("print('noise')\n")
-    program = """
-import sys
-sys.modules["peft"] = None  # where it is installed, diffusers imports it, and it imports bitsandbytes
-import ttt_videodit.model
-print(sorted({"bitsandbytes", "diffusers"} & set(sys.modules)))
-import bitsandbytes
-"""
-    path = os.pathsep.join([str(here / "noisy"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert result.stdout.splitlines() == ["['diffusers']", "noise"], result.stderr
+    with forking.start(_import_model_anew, str(here / "noisy")) as process:
+        printed, told = process.communicate(120)
+    assert printed.splitlines() == ["['diffusers']", "noise"], told
 
 
 def test_whatever_imports_diffusers_imports_it_alone_first() -> None:
