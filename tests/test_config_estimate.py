@@ -570,8 +570,14 @@ def _counted(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("inner", INNER_MODELS)
-@pytest.mark.parametrize(("tokens", "size", "batch"), [(64, 16, 1), (64, 16, 3), (48, 8, 2), (70, 16, 2), (13, 16, 2)])
+@pytest.mark.parametrize(
+    ("inner", "tokens", "size", "batch"),
+    [
+        *((inner, 70, 16, 2) for inner in INNER_MODELS),
+        *((inner, 13, 16, 2) for inner in INNER_MODELS),
+        *(("linear", 64, 16, 1), ("mlp", 64, 16, 3), ("uneven", 48, 8, 2), ("non-causal", 48, 8, 2)),
+    ],
+)
 def test_operations_are_those_that_pytorch_counts(
     inner: str, tokens: int, size: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

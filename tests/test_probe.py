@@ -66,8 +66,6 @@ def test_the_shipped_configs_hold_every_law(preset):
         ["ttt.num_heads=8"],
         ["ttt.initial_gating_alpha=0.0"],
         ["train.param_dtype=bfloat16"],
-        ["ttt.mini_batch_size=64"],
-        ["ttt.mini_batch_size=120", "ttt.scan_checkpoint_group_size=0"],
     ],
     ids=" ".join,
 )
