@@ -19,20 +19,64 @@ Shape letters: `K` slots for tokens, `R` rows × heads, `I` and `O` a layer's in
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ttt.ops.factors import Factors
-from ttt.ops.minibatch import Inner, Stream, Weights
+from ttt.ops.factors import Factors, Memory
+from ttt.ops.minibatch import Inner, Stream
 from ttt.ops.mlp import gelu
-from ttt.ops.precision import multiplying
+from ttt.ops.precision import global_precision, multiplying
 from ttt.ops.rows import Tokens
 from ttt.ops.select import forced_implementation, implementation
 
 _gelu_backward = torch.ops.aten.gelu_backward.default
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+
+
+class Token(NamedTuple):
+    """One token of each stream, its heads as rows."""
+
+    both_R2F: Tensor
+    """Key, then query."""
+    target_R1F: Tensor
+    rate_R11: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tokens) -> Token:
+        """Of `[B,H,1,F]` and rates `[B,H,1,1]`."""
+        both_R2F = torch.cat((tokens.k, tokens.q), 2).flatten(0, 1)
+        return cls(both_R2F, tokens.target.flatten(0, 1), tokens.rate.flatten(0, 1))
+
+    def tokens(self, batch: int) -> Tokens:
+        """The inverse of `of`; B streams."""
+        width = self.both_R2F.shape[-1]
+        k_BH1F, q_BH1F = self.both_R2F.view(batch, -1, 2, width).split(1, 2)
+        return Tokens(q_BH1F, k_BH1F, self.target_R1F.view_as(k_BH1F), self.rate_R11.view(batch, -1, 1, 1))
+
+
+class InnerRows(NamedTuple):
+    """`Inner` as a token takes it: γ and β by stream and head, and what follows from them."""
+
+    inner: Inner
+    gamma_R1F: Tensor
+    beta_R1F: Tensor
+    square_R1F: Tensor
+    """`γ²`."""
+    product_R1F: Tensor
+    """`γ β`."""
+    steps: list[float]
+    """`scale_C` on the host; empty if it is on another device."""
+
+    @classmethod
+    def of(cls, inner: Inner, batch: int) -> InnerRows:
+        """For B streams."""
+        gamma, beta = inner.gamma_H1F, inner.beta_H1F
+        derived = (gamma, beta, gamma * gamma, gamma * beta)
+        by_row = derived if batch == 1 else tuple(x.repeat(batch, 1, 1) for x in derived)
+        return cls(inner, *by_row, inner.scale_C.tolist() if inner.scale_C.is_cpu else [])
 
 
 def learn_one_(
@@ -64,51 +108,76 @@ def learn_one_(
     Raises:
         ValueError: `TTT_OPS` is `triton`, and the kernels cannot run here or have no form for these widths.
     """
-    if torch.is_grad_enabled():
-        with torch.no_grad():
-            return learn_one_(tokens, stream, inner, rows_B, factors, wait=wait)
-    if factors is not None and forced_implementation() == "triton":
+    with torch.no_grad():
+        counts = stream.count_B.tolist() if wait and stream.count_B is not None else None
+        rows = InnerRows.of(inner, tokens.q.shape[0])
+        z_R1F = learn_token_(Token.of(tokens), Memory(stream, factors), rows, rows_B, counts, wait=wait)
+        return z_R1F.view(tokens.q.shape)
+
+
+def learn_token_(
+    token: Token, memory: Memory, inner: InnerRows, rows_B: Tensor | None, counts: Sequence[int] | None, *, wait: bool
+) -> Tensor:
+    """`learn_one_` by whoever keeps what it derives of the streams and the layer. Called without gradients.
+
+    Args:
+        token: of each stream.
+        memory: the streams', which it writes to.
+        inner: norms, step sizes, kind of update.
+        rows_B: as in `learn_one_`.
+        counts: how many tokens the streams have read of their open mini-batches; None if that is not known here, or
+            if mini-batches have one token.
+        wait: as in `learn_one_`.
+
+    Returns:
+        `z [R,1,F]`.
+
+    Raises:
+        ValueError: as in `learn_one_`.
+    """
+    if memory.factors is not None and forced_implementation() == "triton":
         # It raises an error if the kernels cannot run here.
-        implementation(device_type=tokens.q.device.type, dtypes={x.dtype for x in (*tokens, *stream.weights)})
+        types = {x.dtype for x in (*token, *memory.weights)}
+        implementation(device_type=token.both_R2F.device.type, dtypes=types)
         from ttt.ops.triton.decode import triton_learn_one_  # imports Triton
 
-        return triton_learn_one_(tokens, stream, inner, rows_B, factors)
+        tokens = token.tokens(memory.batch)
+        return triton_learn_one_(tokens, memory.stream, inner.inner, rows_B, memory.factors).flatten(0, 1)
     if wait and rows_B is not None and all(rows_B.tolist()):
         rows_B = None
-    with multiplying(tokens.q, "ieee"):
-        if stream.gradients is None or stream.count_B is None:
-            return _learn_last_(tokens, stream.weights, inner, rows_B)
-        return _learn_in_minibatch_(tokens, stream, inner, rows_B, factors, wait=wait)
+    learn = _learn_in_minibatch_ if memory.sums else _learn_last_
+    if global_precision(token.both_R2F) == "ieee":
+        return learn(token, memory, inner, rows_B, counts)
+    with multiplying(token.both_R2F, "ieee"):
+        return learn(token, memory, inner, rows_B, counts)
 
 
 def _learn_in_minibatch_(
-    tokens: Tokens, stream: Stream, inner: Inner, rows_B: Tensor | None, factors: Factors | None, *, wait: bool
+    token: Token, memory: Memory, inner: InnerRows, rows_B: Tensor | None, counts: Sequence[int] | None
 ) -> Tensor:
-    """`learn_one_` if mini-batches have several tokens."""
-    assert stream.gradients is not None
-    assert stream.count_B is not None
-    count_B, heads = stream.count_B, tokens.q.shape[1]
-    at = (_known_places if wait else _unknown_places)(count_B, inner, rows_B, factors, heads)
-    weights, sums = _flat(stream.weights), _flat(stream.gradients)
-    both_R2F = torch.cat((tokens.k, tokens.q), 2).flatten(0, 1)
-    first_R2O = torch.bmm(both_R2F, weights[0]).add_(weights[1])  # of two rows much faster on the CPU than `baddbmm`
-    (k_R1F, q_R1F), (of_k_R1O, of_q_R1O) = both_R2F.split(1, 1), first_R2O.split(1, 1)
-    inputs, taught = _keys(weights, k_R1F, of_k_R1O, tokens, inner, rows_B)
+    """`learn_token_` if mini-batches have several tokens."""
+    count_B = memory.stream.count_B
+    assert count_B is not None
+    if counts is None:
+        at = _unknown_places(memory, count_B, inner, rows_B)
+    else:
+        at = _known_places(memory, count_B, counts, inner, rows_B)
+    weights, sums = memory.weights, memory.sums
+    first_R2O = torch.baddbmm(weights[1], token.both_R2F, weights[0])
+    (k_R1F, q_R1F), (of_k_R1O, of_q_R1O) = token.both_R2F.chunk(2, 1), first_R2O.chunk(2, 1)
+    inputs, taught = _keys(memory, k_R1F, of_k_R1O, token, inner, rows_B)
     for layer, (x, u) in enumerate(zip(inputs, taught, strict=True)):
         sums[2 * layer + 1].add_(u)
-        if factors is None:
+        if memory.factors is None:
             sums[2 * layer].baddbmm_(x.mT, u)
-    if factors is not None:
-        inputs = [_written(held, x, at) for held, x in zip(factors.inputs, inputs, strict=True)]
-        taught = [_written(held, u, at) for held, u in zip(factors.taught, taught, strict=True)]
-    held = None if factors is None else (inputs, taught)
-    z_R1F = _answered(q_R1F, of_q_R1O, weights, sums, held, at)
-    count_B.add_(1 if rows_B is None else rows_B)
+    held = _written(memory, inputs, taught, at)
+    z_R1F = _answered(q_R1F, of_q_R1O, memory, held, at)
+    count_B.add_(_one(torch.int64, count_B.device, 1) if rows_B is None else rows_B)
     if at.ends is None:
-        _end_where_(weights, sums, count_B, factors, inner, rows_B)
+        _end_where_(memory, count_B, inner, rows_B)
     for rows, closes in at.ends or ():
-        _end_(stream, factors, rows, inner if closes else None)
-    return _normed_answer(z_R1F, tokens, inner)
+        _end_(memory, rows, inner if closes else None)
+    return _normed_answer(z_R1F, q_R1F, inner)
 
 
 class _Places(NamedTuple):
@@ -127,9 +196,10 @@ class _Places(NamedTuple):
     is not known."""
 
 
-def _known_places(count_B: Tensor, inner: Inner, rows_B: Tensor | None, factors: Factors | None, heads: int) -> _Places:
-    counts, size = count_B.tolist(), inner.mini_batch_size
-    slots = 1 if factors is None else factors.slots
+def _known_places(
+    memory: Memory, count_B: Tensor, counts: Sequence[int], inner: InnerRows, rows_B: Tensor | None
+) -> _Places:
+    size, slots, factors = inner.inner.mini_batch_size, memory.slots, memory.factors
     based = factors is None or any(factors.based_B.tolist())
     read = None if rows_B is None else rows_B.tolist()
     together = read is None and min(counts) == max(counts)
@@ -140,16 +210,15 @@ def _known_places(count_B: Tensor, inner: Inner, rows_B: Tensor | None, factors:
     ]
     if together:
         slot = counts[0] % slots
-        return _Places(slot, slot + 1, inner.scale_C.tolist()[counts[0]], based, ends)
+        return _Places(slot, slot + 1, inner.steps[counts[0]], based, ends)
     filled = 1 + max(count % slots for count in counts)
-    return _Places(_each(count_B % slots, heads), filled, _each(inner.scale_C[count_B], heads), based, ends)
+    scale_B = inner.inner.scale_C[count_B]
+    return _Places(_each(count_B % slots, memory.heads), filled, _each(scale_B, memory.heads), based, ends)
 
 
-def _unknown_places(
-    count_B: Tensor, inner: Inner, rows_B: Tensor | None, factors: Factors | None, heads: int
-) -> _Places:
-    slots = 1 if factors is None else factors.slots
-    return _Places(_each(count_B % slots, heads), slots, _each(inner.scale_C[count_B], heads), True, None)
+def _unknown_places(memory: Memory, count_B: Tensor, inner: InnerRows, rows_B: Tensor | None) -> _Places:
+    slot_B, scale_B = count_B % memory.slots, inner.inner.scale_C[count_B]
+    return _Places(_each(slot_B, memory.heads), memory.slots, _each(scale_B, memory.heads), True, None)
 
 
 def _each(x_B: Tensor, heads: int) -> Tensor:
@@ -157,79 +226,72 @@ def _each(x_B: Tensor, heads: int) -> Tensor:
     return x_B[:, None].expand(-1, heads).reshape(-1, 1, 1)
 
 
-def _flat(tensors: Weights, rows: slice | None = None) -> list[Tensor]:
-    """Views of rows with their heads as one dimension, `[R,…]`; None means all rows; contiguous tensors only."""
-    return [(x if rows is None else x[rows]).view(-1, *x.shape[2:]) for x in tensors]
-
-
 def _keys(
-    weights: list[Tensor], k_R1F: Tensor, first_R1O: Tensor, tokens: Tokens, inner: Inner, rows_B: Tensor | None
+    memory: Memory, k_R1F: Tensor, first_R1O: Tensor, token: Token, inner: InnerRows, rows_B: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the tokens teach: of each layer its input `x [R,1,in]` and `u = η E [R,1,out]`; zeros in rows that pause.
 
     Args:
-        weights: `W [R,in,out]`, `b [R,1,out]`, ….
+        memory: of the streams.
         k_R1F: keys.
         first_R1O: what the first layer makes of them.
-        tokens: targets and rates.
+        token: targets and rates.
         inner: norms.
         rows_B: rows that read.
     """
-    inputs, outputs = [k_R1F], [first_R1O]
+    weights, inputs, outputs = memory.weights, [k_R1F], [first_R1O]
     for layer in range(1, len(weights) // 2):
         inputs.append(gelu(outputs[-1]))
         outputs.append(torch.baddbmm(weights[2 * layer + 1], inputs[-1], weights[2 * layer]))
-    taught = [tokens.rate.flatten(0, 1) * _error(outputs[-1], tokens.target, inner)]
+    taught = [token.rate_R11 * _error(outputs[-1], token.target_R1F, inner)]
     for layer in range(len(weights) // 2 - 1, 0, -1):
         back = torch.bmm(weights[2 * layer], taught[0].mT).mT  # rows of W in the order of memory
         taught.insert(0, _gelu_backward(back, outputs[layer - 1], approximate="tanh"))
     if rows_B is not None:  # both factors: a row that pauses may hold NaN or infinity
-        read = _each(rows_B, tokens.k.shape[1])
+        read = _each(rows_B, memory.heads)
         inputs, taught = ([torch.where(read, x, 0) for x in group] for group in (inputs, taught))
     return inputs, taught
 
 
-def _error(z_R1F: Tensor, target_BH1F: Tensor, inner: Inner) -> Tensor:
-    """`ttt.ops.norm.inner_loss_gradient` in few operations: the norm's own backward, of `∂ℓ/∂x̂`."""
+def _error(z_R1F: Tensor, target_R1F: Tensor, inner: InnerRows) -> Tensor:
+    """`ttt.ops.norm.inner_loss_gradient` in few operations: the norm's own backward, of `∂ℓ/∂x̂ = γ² x̂ + γ β − γ t`."""
     width = [z_R1F.shape[-1]]
-    normed, mean, inverse_deviation = torch.native_layer_norm(z_R1F, width, None, None, inner.eps)
-    gamma, beta = inner.gamma_H1F, inner.beta_H1F
-    wrong = torch.addcmul(beta - target_BH1F, normed.view_as(target_BH1F), gamma) * gamma
+    normed, mean, inverse_deviation = torch.native_layer_norm(z_R1F, width, None, None, inner.inner.eps)
+    wrong = torch.addcmul(inner.product_R1F, inner.gamma_R1F, target_R1F, value=-1)
+    wrong = torch.addcmul(wrong, inner.square_R1F, normed)
     mask = [True, False, False]
-    backward = _layer_norm_backward(wrong.view_as(z_R1F), z_R1F, width, mean, inverse_deviation, None, None, mask)
+    backward = _layer_norm_backward(wrong, z_R1F, width, mean, inverse_deviation, None, None, mask)
     return backward[0]
 
 
-def _normed_answer(z_R1F: Tensor, tokens: Tokens, inner: Inner) -> Tensor:
-    """`q + LN(z)`, `[B,H,1,F]`."""
-    normed = torch.native_layer_norm(z_R1F, z_R1F.shape[-1:], None, None, inner.eps)[0].view_as(tokens.q)
-    return torch.addcmul(tokens.q + inner.beta_H1F, normed, inner.gamma_H1F)
+def _normed_answer(z_R1F: Tensor, q_R1F: Tensor, inner: InnerRows) -> Tensor:
+    """`q + LN(z)`, `[R,1,F]`."""
+    normed = torch.native_layer_norm(z_R1F, z_R1F.shape[-1:], None, None, inner.inner.eps)[0]
+    return torch.addcmul(q_R1F + inner.beta_R1F, normed, inner.gamma_R1F)
 
 
 def _answered(
-    x_R1F: Tensor,
-    first_R1O: Tensor,
-    weights: list[Tensor],
-    sums: list[Tensor],
-    factors: tuple[list[Tensor], list[Tensor]] | None,
-    at: _Places,
+    x_R1F: Tensor, first_R1O: Tensor, memory: Memory, factors: list[tuple[Tensor, Tensor]] | None, at: _Places
 ) -> Tensor:
-    """The inner model of queries at the weights that answer them, `[R,1,F]`; `first_R1O` is its first layer's at W."""
-    x, z = x_R1F, first_R1O
+    """The inner model of queries at the weights that answer them, `[R,1,F]`; `first_R1O` is its first layer's at W.
+
+    Factors are `Xᵀ` and `U` of each layer.
+    """
+    x, z, weights, sums = x_R1F, first_R1O, memory.weights, memory.sums
     for layer in range(len(weights) // 2):
         if layer:
             x = gelu(z)
             z = torch.baddbmm(weights[2 * layer + 1], x, weights[2 * layer])
         if factors is not None and not at.based and not isinstance(at.scale, Tensor):
             # The bias's gradient is `Σ_j u_j`, so it is that of an input that is always 1.
-            with_one = torch.baddbmm(_one(x.dtype, x.device), x, factors[0][layer].mT)
-            z = torch.baddbmm(z, with_one, factors[1][layer], alpha=-at.scale)
+            with_one = torch.baddbmm(_one(x.dtype, x.device, 3), x, factors[layer][0])
+            z = torch.baddbmm(z, with_one, factors[layer][1], alpha=-at.scale)
             continue
         step = sums[2 * layer + 1]
         if at.based:
             step = torch.baddbmm(step, x, sums[2 * layer])
         if factors is not None:
-            step = torch.baddbmm(step, torch.bmm(x, factors[0][layer].mT), factors[1][layer])
+            step = torch.baddbmm(step, torch.bmm(x, factors[layer][0]), factors[layer][1])
         if isinstance(at.scale, Tensor):
             z = torch.addcmul(z, step, at.scale, value=-1)
         else:
@@ -239,40 +301,49 @@ def _answered(
 
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`1`, as `[1,1,1]`; not to be written to."""
-    return torch.ones(1, 1, 1, dtype=dtype, device=device)
+def _one(dtype: torch.dtype, device: torch.device, dimensions: int) -> Tensor:
+    """`1`, as `[1]` or `[1,1,…]`; not to be written to."""
+    return torch.ones([1] * dimensions, dtype=dtype, device=device)
 
 
-def _written(held: Tensor, new_R1O: Tensor, at: _Places) -> Tensor:
-    """Write a token's row into its slot; the slots `[R,K',…]` that may hold tokens."""
-    slots = held.view(-1, *held.shape[2:])
+def _written(
+    memory: Memory, inputs: list[Tensor], taught: list[Tensor], at: _Places
+) -> list[tuple[Tensor, Tensor]] | None:
+    """Write a token's rows into its slot; `Xᵀ [R,in,K']` and `U [R,K',out]` of the slots that may hold tokens."""
+    if memory.factors is None:
+        return None
     if isinstance(at.slot, int):
-        slots.narrow(1, at.slot, 1).copy_(new_R1O)
-    else:  # of a row that pauses, zeros go into a slot without a token
-        slots.scatter_(1, at.slot.expand_as(new_R1O), new_R1O)
-    return slots.narrow(1, 0, at.filled)
+        slot = memory.slot(at.slot)
+        for room, new in zip((*slot.inputs, *slot.taught), (*inputs, *taught), strict=True):
+            room.copy_(new)
+        return slot.filled
+    for slots, new in zip((*memory.inputs, *memory.taught), (*inputs, *taught), strict=True):
+        slots.scatter_(1, at.slot.expand_as(new), new)  # of a row that pauses, zeros go into a slot without a token
+    return memory.slot(at.filled - 1).filled
 
 
-def _end_(stream: Stream, factors: Factors | None, rows: slice | None, inner: Inner | None) -> None:
+def _end_(memory: Memory, rows: slice | None, inner: InnerRows | None) -> None:
     """Empty the factors of rows that are known: into the weights if their mini-batch closes, else into the base.
 
     Args:
-        stream: see `learn_one_`.
-        factors: see `learn_one_`.
+        memory: of the streams.
         rows: which of the B; None means all.
         inner: step sizes; None if the mini-batch does not close.
     """
-    assert stream.gradients is not None
-    assert stream.count_B is not None
-    weights, sums = _flat(stream.weights, rows), _flat(stream.gradients, rows)
-    these = slice(None) if rows is None else rows
-    scale = 0.0 if inner is None else inner.scale_C.tolist()[-1]
+    these, factors, count_B = slice(None) if rows is None else rows, memory.factors, memory.stream.count_B
+    assert count_B is not None
+
+    def part(tensors: list[Tensor]) -> list[Tensor]:
+        if rows is None:
+            return tensors
+        return [x[rows.start * memory.heads : rows.stop * memory.heads] for x in tensors]
+
+    weights, sums = part(memory.weights), part(memory.sums)
+    scale = 0.0 if inner is None else inner.steps[-1]
     based = True
     if factors is not None:
         based = any(factors.based_B[these].tolist())
-        for layer, pair in enumerate(zip(factors.inputs, factors.taught, strict=True)):
-            x, u = (part[these].flatten(0, 1) for part in pair)
+        for layer, (x, u) in enumerate(zip(part(memory.inputs), part(memory.taught), strict=True)):
             if inner is None:
                 sums[2 * layer].baddbmm_(x.mT, u)
             else:
@@ -280,51 +351,45 @@ def _end_(stream: Stream, factors: Factors | None, rows: slice | None, inner: In
             u.zero_()
         factors.based_B[these] = inner is None
     if inner is not None:
-        stream.count_B[these] = 0
+        count_B[these] = 0
         for index, (w, g) in enumerate(zip(weights, sums, strict=True)):
             if based or index % 2:  # biases are summed always
                 w.sub_(g, alpha=scale)
                 g.zero_()
 
 
-def _end_where_(
-    weights: list[Tensor],
-    sums: list[Tensor],
-    count_B: Tensor,
-    factors: Factors | None,
-    inner: Inner,
-    rows_B: Tensor | None,
-) -> None:
+def _end_where_(memory: Memory, count_B: Tensor, inner: InnerRows, rows_B: Tensor | None) -> None:
     """`_end_` in the rows for which it is time, without knowing which: factors go into the base first."""
-    closed_B = count_B == inner.mini_batch_size
-    heads = weights[0].shape[0] // len(count_B)
-    closed = _each(closed_B, heads)
-    if factors is not None:
-        full_B = count_B % factors.slots == 0
+    closed_B = count_B == inner.inner.mini_batch_size
+    closed = _each(closed_B, memory.heads)
+    if memory.factors is not None:
+        full_B = count_B % memory.slots == 0
         ended_B = closed_B | (full_B if rows_B is None else full_B & rows_B)
-        ended = _each(ended_B, heads)
-        for g, x, u in zip(sums[::2], _flat(factors.inputs), _flat(factors.taught), strict=True):
+        ended = _each(ended_B, memory.heads)
+        for g, x, u in zip(memory.sums[::2], memory.inputs, memory.taught, strict=True):
             g.baddbmm_(torch.where(ended, x, 0).mT, torch.where(ended, u, 0))
             u.masked_fill_(ended, 0)
-        factors.based_B.logical_or_(ended_B).logical_and_(~closed_B)
-    taken = torch.where(closed, inner.scale_C[-1], 0)
-    for w, g in zip(weights, sums, strict=True):
+        memory.factors.based_B.logical_or_(ended_B).logical_and_(~closed_B)
+    taken = torch.where(closed, inner.inner.scale_C[-1], 0)
+    for w, g in zip(memory.weights, memory.sums, strict=True):
         # Sums may hold a NaN that has just been read, which a factor of zero would not stop.
         w.addcmul_(torch.where(closed, g, 0), taken, value=-1)
         g.masked_fill_(closed, 0)
     count_B.masked_fill_(closed_B, 0)
 
 
-def _learn_last_(tokens: Tokens, weights: Weights, inner: Inner, rows_B: Tensor | None) -> Tensor:
-    """`learn_one_` if every token closes its mini-batch: the query's answer is that of the moved weights."""
-    moved, scale = _flat(weights), inner.scale_C[-1]
-    k_R1F = tokens.k.flatten(0, 1)
-    inputs, taught = _keys(moved, k_R1F, torch.baddbmm(moved[1], k_R1F, moved[0]), tokens, inner, rows_B)
+def _learn_last_(
+    token: Token, memory: Memory, inner: InnerRows, rows_B: Tensor | None, counts: Sequence[int] | None
+) -> Tensor:
+    """`learn_token_` if every token closes its mini-batch: the query's answer is that of the moved weights."""
+    moved, scale = memory.weights, inner.inner.scale_C[-1]
+    k_R1F, q_R1F = token.both_R2F.chunk(2, 1)
+    inputs, taught = _keys(memory, k_R1F, torch.baddbmm(moved[1], k_R1F, moved[0]), token, inner, rows_B)
     for layer, (x, u) in enumerate(zip(inputs, taught, strict=True)):
         step = u * scale
         moved[2 * layer].addcmul_(x.mT, step, value=-1)
         moved[2 * layer + 1].sub_(step)
-    z = tokens.q.flatten(0, 1)
+    z = q_R1F
     for layer in range(len(moved) // 2):
         z = torch.baddbmm(moved[2 * layer + 1], gelu(z) if layer else z, moved[2 * layer])
-    return _normed_answer(z, tokens, inner)
+    return _normed_answer(z, q_R1F, inner)
