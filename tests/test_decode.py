@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import pickle
+import weakref
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 
 from ttt import TTTConfig, TTTLayer, TTTState
 from ttt.files import read_tensors
+from ttt.layer_held import Parts
 from ttt.layer_sharing import Projection
 from ttt.ops.decode import learn_one_
 from ttt.ops.factors import slots_for
@@ -375,16 +380,20 @@ OPTIONS = {
     "as videos": {"preset": "video", "causal": True},
     "all norms": {"input_norm": "rms", "normalize_qk": True, "normalize_target": True, "rope": "backbone"},
     "one token": {"mini_batch_size": 1, "normalize_qk": True},
+    "linear, what is not finite skipped": {"layer_type": "linear", "skip_nonfinite_tokens": True},
 }
 
 
+@pytest.mark.parametrize("is_held", [False, True], ids=["", "held"])
 @pytest.mark.parametrize(
     ("options", "by_head"), [(options, False) for options in OPTIONS.values()] + [(OPTIONS["all norms"], True)]
 )
 @torch.no_grad()
-def test_one_token_is_read_as_a_sequence_is(options: dict[str, Any], by_head: bool) -> None:
+def test_one_token_is_read_as_a_sequence_is(options: dict[str, Any], by_head: bool, is_held: bool) -> None:
     """Whatever the layer makes of its tokens: in rows at one place, and at places of their own."""
     layer, x = layer_of(32, **options), draw(3, 11, 32, seed=56)
+    if is_held:
+        layer.hold_for_inference(torch.float64)
     angles = draw(*((3, 2, 11, 8) if by_head else (11, 8)), seed=57)
     rotary = (angles.cos(), angles.sin()) if layer.config.rope == "backbone" else None
 
@@ -414,3 +423,214 @@ def test_a_projection_of_few_rows_is_the_linear_layer(rows: int, bias: bool) -> 
     y = projection(x)
     assert y.is_contiguous()
     torch.testing.assert_close(y, nn.functional.linear(x, projection.weight, projection.bias), rtol=1e-5, atol=1e-6)
+
+
+# --- held for inference ---
+
+
+def steps(layer: TTTLayer, x: Tensor) -> Tensor:
+    """The answers to tokens of fresh streams, one by one."""
+    state = layer.streaming_state(x.shape[0], dtype=x.dtype)
+    return torch.cat([layer.step_(token, state) for token in x.split(1, 1)], 1)
+
+
+def holding(**options: Any) -> TTTLayer:
+    """A layer held for inference that has read a token."""
+    layer = layer_of(qkvo_bias=True, **options)
+    layer.hold_for_inference(torch.float64)
+    steps(layer, draw(2, 1, 16, seed=60))
+    assert parts(layer) is not None
+    return layer
+
+
+def parts(layer: TTTLayer, batch: int = 2) -> Parts | None:
+    assert layer.held is not None
+    return layer.held.parts(layer, torch.float64, batch)
+
+
+def bytes_of(layer: TTTLayer) -> int:
+    """What the weights of queries, keys and values take in memory."""
+    weights = (layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight)
+    return sum({s.data_ptr(): s.nbytes() for s in (weight.untyped_storage() for weight in weights)}.values())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", [1, 3, 4, 5])
+@torch.no_grad()
+def test_a_held_layer_answers_any_number_of_streams(batch: int, bias: bool) -> None:
+    layer, x = layer_of(qkvo_bias=bias).float(), draw(batch, 9, 16, seed=61).float()
+    expected = layer(x)[0]
+    layer.hold_for_inference(torch.float32)
+    assert torch.equal(layer(x)[0], expected)
+    for _ in range(2):
+        torch.testing.assert_close(steps(layer, x), expected, rtol=1e-5, atol=1e-5)
+        x, expected = x[:1], expected[:1]
+
+
+@torch.no_grad()
+def test_a_held_layer_has_one_copy_of_its_projections() -> None:
+    layer = holding()
+    whole, first = 3 * 16 * 16 * 8, parts(layer)
+    assert bytes_of(layer) == whole
+    assert parts(layer) is first
+    copy = deepcopy(layer)
+    steps(copy, draw(2, 1, 16, seed=60))
+    assert bytes_of(copy) == whole
+    assert copy.q_proj.weight.data_ptr() != layer.q_proj.weight.data_ptr()
+
+
+NAMES = [name for name, _ in layer_of(qkvo_bias=True).named_parameters()]
+OTHERS = {
+    **{f"{name} written to": lambda layer, name=name: layer.get_parameter(name).add_(0.3) for name in NAMES},
+    "a weight replaced": lambda layer: setattr(layer.v_proj, "weight", nn.Parameter(layer.v_proj.weight + 0.3)),
+    "a norm moved": lambda layer: setattr(layer.ttt_norm_weight, "data", layer.ttt_norm_weight + 0.3),
+    "values loaded": lambda layer: layer.load_state_dict({k: x + 0.1 for k, x in layer.state_dict().items()}),
+    "another type and back": lambda layer: layer.float().double(),
+    "a hook": lambda layer: layer.k_proj.register_forward_hook(lambda _module, _x, y: 2 * y),
+    "a projection replaced": lambda layer: setattr(layer, "q_proj", nn.Linear(16, 16, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@torch.no_grad()
+def test_what_a_layer_holds_is_never_out_of_date(other: str) -> None:
+    layer, x = holding(), draw(2, 9, 16, seed=62)
+    before = steps(layer, x)
+    copy = deepcopy(layer)
+    OTHERS[other](layer)
+    y = steps(layer, x)
+    assert not torch.equal(y, before)
+    torch.testing.assert_close(y, layer(x)[0], rtol=1e-11, atol=1e-11)
+    assert torch.equal(steps(copy, x), before)
+
+
+@torch.no_grad()
+def test_a_held_layer_of_another_type_is_read_as_one_that_is_not_held() -> None:
+    layer, x = holding(), draw(2, 9, 16, seed=63)
+    expected = layer(x)[0].float()
+    layer.float()
+    torch.testing.assert_close(steps(layer, x.float()), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(steps(layer, x), layer(x)[0], rtol=1e-11, atol=1e-11)
+
+
+# --- states that have been checked ---
+
+
+def read_once(**options: Any) -> tuple[TTTLayer, TTTState, Tensor]:
+    """A layer, a state that it has read a token into, and a token."""
+    layer, x = layer_of(**options), draw(2, 2, 16, seed=64)
+    state = layer.streaming_state(2, dtype=torch.float64)
+    layer.step_(x[:, :1], state)
+    return layer, state, x[:, 1:]
+
+
+@torch.no_grad()
+def test_a_state_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = layer_of(), draw(2, 9, 16, seed=65)
+    checked: list[TTTState] = []
+    monkeypatch.setattr("ttt.layer.check_step", lambda state, *_: checked.append(state))
+    states = [layer.streaming_state(2, dtype=torch.float64) for _ in range(2)]
+    answers = [[layer.step_(token, state) for state in states] for token in x.split(1, 1)]
+    assert checked == states
+    expected = layer(x)[0]
+    for found in zip(*answers, strict=True):
+        torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-11, atol=1e-11)
+
+
+def narrower(state: TTTState) -> None:
+    state.weights[0].resize_(2, 2, 16, 16)
+
+
+def turned(state: TTTState) -> None:
+    state.weights[0].transpose_(0, 1)
+
+
+def with_a_dimension(state: TTTState) -> None:
+    state.weights[0].unsqueeze_(0)
+
+
+@pytest.mark.parametrize("change", [narrower, turned, with_a_dimension])
+@torch.no_grad()
+def test_a_state_that_was_reshaped_is_refused(change: Callable[[TTTState], None]) -> None:
+    layer, state, x = read_once()
+    change(state)
+    with pytest.raises(ValueError, match="the state"):
+        layer.step_(x, state)
+
+
+@torch.no_grad()
+def test_a_state_that_came_to_share_memory_is_refused() -> None:
+    layer, state, x = read_once()
+    layer.W2.data = state.weights[2][0]
+    with pytest.raises(ValueError, match="the state shares its memory"):
+        layer.step_(x, state)
+    layer, state, x = read_once()
+    state.weights[1].data = layer.b1.expand(2, *layer.b1.shape)
+    with pytest.raises(ValueError, match="the state shares its memory"):
+        layer.step_(x, state)
+
+
+@pytest.mark.parametrize("name", ["weights", "gradients", "factors", "count"])
+@torch.no_grad()
+def test_what_is_put_into_a_state_is_read(name: str) -> None:
+    """By another way than a state allows; the tensors that it had stay as they were."""
+    layer, state, x = read_once()
+    other = layer.streaming_state(2, dtype=torch.float64)
+    for _ in range(3):
+        layer.step_(2 * x, other)
+    before = [tensor.clone() for tensor in state.written()]
+    had, expected = state.written(), deepcopy(replace(state, **{name: getattr(other, name)}))
+    object.__setattr__(state, name, getattr(other, name))
+    torch.testing.assert_close(layer.step_(x, state), layer.step_(x, expected), **TOLERANCE)
+    now = {id(tensor) for tensor in state.written()}
+    assert all(torch.equal(a, b) for a, b in zip(had, before, strict=True) if id(a) not in now)
+
+
+@torch.no_grad()
+def test_a_tensor_of_a_state_that_was_moved_is_read() -> None:
+    layer, state, x = read_once()
+    expected = state.streaming(4)
+    expected.weights[0].mul_(2)
+    state.weights[0].data = 2 * state.weights[0]
+    torch.testing.assert_close(layer.step_(x, state), layer.step_(x, expected), **TOLERANCE)
+
+
+@torch.no_grad()
+def test_what_does_not_fit_a_checked_state_is_refused() -> None:
+    layer, state, x = read_once()
+    with pytest.raises(ValueError, match="the state is of 2 streams, the tokens of 1"):
+        layer.step_(x[:1], state)
+    with pytest.raises(ValueError, match=r"need torch\.float32"):
+        layer.step_(x.float(), state)
+    with pytest.raises(ValueError, match="not 2; forward reads more"):
+        layer.step_(torch.cat((x, x), 1), state)
+    with pytest.raises(ValueError, match="rotary angles were given"):
+        layer.step_(x, state, rotary=(x, x))
+    assert state.count is not None
+    state.count.fill_(4)
+    with pytest.raises(ValueError, match="has read 4 tokens of its open mini-batch"):
+        layer.step_(x, state)
+    with pytest.raises(ValueError, match="the state is of another layer"):
+        layer_of(layer_type="linear").step_(x, state)
+
+
+@torch.no_grad()
+def test_a_layer_keeps_no_state_and_copies_without_any() -> None:
+    layer, state, x = read_once()
+    kept = weakref.ref(state.weights[0])
+    copy, other = pickle.loads(pickle.dumps(layer)), state.streaming(4)
+    torch.testing.assert_close(copy.step_(x, other), layer.step_(x, state), **TOLERANCE)
+    del state
+    assert kept() is None
+
+
+def test_answers_are_tensors_like_others_in_every_mode() -> None:
+    layer, x = layer_of(), draw(2, 9, 16, seed=66)
+    expected = layer(x)[0]
+    state = layer.streaming_state(2, dtype=torch.float64)
+    answers = []
+    for t, token in enumerate(x.split(1, 1)):
+        with torch.inference_mode() if t % 2 else torch.no_grad():
+            answers.append(layer.step_(token, state).clone())
+        assert answers[-1].is_inference() == bool(t % 2)
+    torch.testing.assert_close(torch.cat([y.clone() for y in answers], 1), expected, rtol=1e-11, atol=1e-11)

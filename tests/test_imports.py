@@ -91,6 +91,8 @@ ROOMS = (
         "ttt.state",
         "ttt.layer_inputs",
         "ttt.layer_sharing",
+        "ttt.layer_held",
+        "ttt.layer_tokens",
         "ttt.layer_step",
         "ttt.layer",
         "ttt.lora",

@@ -60,20 +60,24 @@ class Injection:
         return {} if self._ejected else {site.name: getattr(site.module, site.attribute) for site in self.sites}
 
     def for_inference(self) -> None:
-        """Hold the TTT layers' projections in the types of their sites' parameters, once, for a model that only reads.
+        """Hold the TTT layers for inference, in the types of their sites' parameters, for a model that only reads.
 
-        In a bfloat16 backbone this spares each token the casts of four matrices for each layer, and half their memory.
-        Answers are the same bit for bit; see `TTTLayer.hold_projections`. The float32 values are given up, so that the
-        adapters can be neither saved nor loaded afterwards.
+        A token then finds what depends on parameters alone as it needs it; see `TTTLayer.hold_for_inference`. Whole
+        sequences are answered as before, bit for bit, single tokens to rounding. In a bfloat16 backbone this also
+        spares each token the casts of four matrices for each layer, and half their memory; the float32 values are given
+        up, so that the adapters can be neither saved nor loaded afterwards.
         """
         for name, adapter in self.adapters.items():
             site = next(site for site in self.sites if site.name == name)
-            # Tokens are of the type of the module's own parameters. Where that is not narrower, nothing is cast.
+            # Tokens are of the type of the module's own parameters.
             own = next((p.dtype for p in _beside_adapter(site) if p.is_floating_point()), None)
-            for module in adapter.modules():
-                if isinstance(module, TTTLayer) and own in (torch.bfloat16, torch.float16):
-                    module.hold_projections(own)
-                    self._rounded = True
+            for layer in adapter.modules():
+                if not isinstance(layer, TTTLayer):
+                    continue
+                narrow = own in (torch.bfloat16, torch.float16)
+                if own is not None and (narrow or layer.ttt_norm_weight.dtype == own):
+                    layer.hold_for_inference(own)
+                    self._rounded |= narrow
 
     def require_masters(self) -> None:
         """Refuse to save adapters, or to load values into them, if theirs have been rounded.

@@ -7,20 +7,19 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ttt.config import TTTConfig
 from ttt.config.schema import inner_widths
 from ttt.costs import best_group_size, scan_cost
-from ttt.layer_inputs import check_head_width, check_state, check_step, check_tokens, nonfinite
+from ttt.layer_held import Held
+from ttt.layer_inputs import check_counts, check_head_width, check_state, check_step, check_tokens, nonfinite
 from ttt.layer_sharing import WHOLE, Projection, Sharing, held
-from ttt.layer_step import Rotary, answer_of, inner_of, token_of
+from ttt.layer_step import KnownStates, step
+from ttt.layer_tokens import Rotary, tokens_of
 from ttt.ops.autocast import no_autocast
 from ttt.ops.constants import Precision
-from ttt.ops.decode import learn_one_
+from ttt.ops.factors import Memory
 from ttt.ops.minibatch import Inner, Stream, learn
-from ttt.ops.norm import normalize, normalize_target, rms_norm
-from ttt.ops.rotary import apply_rotary, rotary_angles
 from ttt.ops.rows import Tokens
 from ttt.ops.tracing import InnerTrace, MinibatchTrace, effective_weights, trace, trace_minibatches
 from ttt.state import Reading, TTTState, weight_names
@@ -79,6 +78,9 @@ class TTTLayer(nn.Module):
         """Called by `forward` and `step_` with what they are about to read, before a state is written to."""
         self.sharing: Sharing = WHOLE
         """How tokens and heads are shared out among processes: not at all, unless by `ttt.parallel`."""
+        self.held: Held | None = None
+        """What is derived from parameters once, if the layer is held for inference."""
+        self._known_states = KnownStates()
         heads = config.num_heads or num_heads
         check_head_width(dim, heads, config)
         self.config = config
@@ -126,15 +128,23 @@ class TTTLayer(nn.Module):
             else:
                 value.zero_()
 
-    def hold_projections(self, dtype: torch.dtype) -> None:
-        """Hold the projections in the type of the tokens, for inference alone and for good.
+    def hold_for_inference(self, dtype: torch.dtype) -> None:
+        """Hold what depends on parameters alone as a token needs it, for inference alone and for good.
 
-        Otherwise every call casts four weights of D² numbers, for a single token too. Answers are the same bit for bit,
-        and no cast can be out of date: what was held before is given up. So the layer reads tokens of this type alone
-        from now on, and is not to be trained or saved. `ttt.inject.Injection.for_inference` does this for a model.
+        Otherwise every call casts four weights of D² numbers to the type of the tokens, and every token makes norms,
+        rates and step sizes ready anew. The projections are held in that type; if it rounds them, what was held before
+        is given up: so the layer reads tokens of this type alone from now on, and is not to be trained or saved. For
+        single tokens the projections of queries, keys and values are one product, of which their weights become parts.
+        `forward` reads as it did, bit for bit, and `step_` as `forward` to rounding.
+        `ttt.inject.Injection.for_inference` does this for a model; see `ttt.layer_held.Held` for what follows a change.
+
+        Args:
+            dtype: of the tokens.
         """
         for name in PROJECTIONS:
             getattr(self, name).hold(dtype)
+        self.held = Held(dtype)
+        self.held.parts(self, dtype, 1)
 
     def initial_state(self, batch_size: int, *, dtype: torch.dtype = torch.float32) -> TTTState:
         """The state of B streams that have read nothing: the layer's own W and b, differentiable, not copied."""
@@ -208,21 +218,13 @@ class TTTLayer(nn.Module):
                 memory with the layer's parameters, or its streams share memory.
         """
         self.sharing.require_step()
-        state = self._checked(x, state, rotary)
+        memory = self._memory(x, state, rotary)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state.weights, *self.parameters())):
             raise RuntimeError("step_ writes to its state, and a gradient would be lost; call it under torch.no_grad()")
-        check_step(state, x, self.config, [held(getattr(self, name)) for name in self.weight_names])
         for observe in self.observers:
             observe(self, Reading(x, state, rotary, rows, None if rows is None else rows[:, None]))
         with torch.no_grad(), no_autocast(x):
-            kept_out = nonfinite(x) if self.config.skip_nonfinite_tokens else None
-            tokens = token_of(self, x, kept_out, state.count, rotary)
-            if state.skipped is not None and kept_out is not None:
-                skipped = kept_out.flatten()
-                state.skipped.add_(skipped if rows is None else skipped & rows)
-            stream, inner = Stream(state.weights, state.gradients, state.count), inner_of(self, tokens.q.dtype)
-            z_BHTF = learn_one_(tokens, stream, inner, rows, state.factors, wait=x.device.type == "cpu")
-            return answer_of(self, z_BHTF, x, kept_out)
+            return step(self, x, state, memory, rows, rotary)
 
     def trace(
         self,
@@ -310,6 +312,16 @@ class TTTLayer(nn.Module):
         check_state(state, x, own, mini_batch_size=self.config.mini_batch_size)
         return state
 
+    def _memory(self, x: Tensor, state: TTTState, rotary: Rotary | None) -> Memory:
+        """A state's memory, after `step_`'s arguments are checked; what was checked and cannot have changed is not."""
+        own = [held(getattr(self, name)) for name in self.weight_names]
+        known = self._known_states.memory(state, x, own) if self.sharing is WHOLE else None
+        if known is not None and (rotary is not None) == (self.config.rope == "backbone"):
+            check_counts(state, self.config.mini_batch_size)
+            return known
+        check_step(self._checked(x, state, rotary), x, self.config, own)
+        return self._known_states.add(state, x, own)
+
     def project(self, name: str, x: Tensor) -> Tensor:
         """Tokens through one of the four projections, in their own type."""
         projected: Tensor = getattr(self, name)(x)
@@ -317,45 +329,7 @@ class TTTLayer(nn.Module):
 
     def _tokens(self, x: Tensor, state: TTTState, rotary: Rotary | None, mask: Tensor | None = None) -> Tokens:
         """Queries, keys, targets and rates of the tokens; of those that do not count they have no meaning."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        # Backward needs zeros in both cases: NaN times zero would be NaN.
-        if mask is not None:
-            x = torch.where(mask[..., None], x, 0)
-        kept_out = nonfinite(x) if self.config.skip_nonfinite_tokens else None
-        if kept_out is not None:
-            x = torch.where(kept_out, 0, x)
-        x = self.sharing.entering(x)
-        wide = x.to(dtype)
-        if self.config.input_norm == "rms":
-            wide = rms_norm(wide, eps=self.config.ln_eps)
-            x = wide.to(x.dtype)
-
-        def heads(name: str) -> Tensor:
-            return self.project(name, x).to(dtype).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
-
-        q_BHTF, k_BHTF, v_BHTF = heads("q_proj"), heads("k_proj"), heads("v_proj")
-        if self.config.normalize_qk:
-            q_BHTF, k_BHTF = normalize(q_BHTF), normalize(k_BHTF)
-        if self.config.rope == "mini_batch":
-            rotary = self._minibatch_rotary(x.shape[1], state, mask, dtype)
-        if rotary is not None:
-            cos, sin = (self.sharing.angles(angle).to(dtype) for angle in rotary)
-            if mask is not None:
-                cos, sin = (torch.where(mask[:, None, :, None], angle, 0) for angle in (cos, sin))
-            q_BHTF, k_BHTF = apply_rotary(q_BHTF, cos, sin), apply_rotary(k_BHTF, cos, sin)
-        target_BHTF = v_BHTF - k_BHTF
-        if self.config.normalize_target:
-            gamma, beta = self.norm(dtype)
-            target_BHTF = normalize_target(target_BHTF, gamma, beta, eps=self.config.target_eps)
-        rate_BTH = F.linear(
-            wide,
-            held(self.learnable_ttt_lr_weight).to(dtype).squeeze(1),
-            held(self.learnable_ttt_lr_bias).to(dtype).squeeze(1),
-        )
-        rate_BHT1 = rate_BTH.sigmoid().transpose(1, 2).unsqueeze(-1) * (self.config.base_lr / self.head_width)
-        if kept_out is not None:
-            rate_BHT1 = torch.where(kept_out.unsqueeze(1), 0, rate_BHT1)
-        return self.sharing.to_heads(Tokens(q_BHTF, k_BHTF, target_BHTF, rate_BHT1))
+        return tokens_of(self, x, state, rotary, mask)
 
     def _group_size(self, length: int) -> int:
         """`scan_checkpoint_group_size`; if it is `auto`, the group that needs least memory for T tokens."""
@@ -383,18 +357,6 @@ class TTTLayer(nn.Module):
         if self.config.skip_nonfinite_tokens:
             y = torch.where(nonfinite(x), 0, y)
         return y if mask is None else torch.where(mask[..., None], y, 0)
-
-    def _minibatch_rotary(self, length: int, state: TTTState, mask: Tensor | None, dtype: torch.dtype) -> Rotary:
-        """The angles by position in the mini-batch, where only tokens that count take a position."""
-        positions = self.sharing.own_tokens(
-            torch.arange(self.sharing.tokens(length), device=state.weights[0].device)
-            if mask is None
-            else (self.sharing.all_tokens(mask).cumsum(1) - 1).clamp_min(0)[:, None]
-        )
-        if state.count is not None:
-            positions = state.count[:, None, None] + positions
-        positions = positions % self.config.mini_batch_size
-        return rotary_angles(positions, self.head_width, theta=self.config.rope_theta, dtype=dtype)
 
     def norm(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """γ and β of the inner norm, `[H,1,F]`."""

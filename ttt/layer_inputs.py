@@ -69,7 +69,16 @@ def check_state(state: TTTState, x: Tensor, own: Sequence[torch.Size], *, mini_b
     if given != own:
         shapes, expected = [tuple(shape) for shape in given], [tuple(shape) for shape in own]
         raise ValueError(f"the state is of another layer: its fast weights are {shapes}, here they are {expected}")
-    counts = [0] if state.count is None or state.count.device.type != "cpu" else state.count.tolist()
+    check_counts(state, mini_batch_size)
+
+
+def check_counts(state: TTTState, mini_batch_size: int) -> None:
+    """Refuse a state whose open mini-batches have as many tokens as a whole one has, or more.
+
+    Raises:
+        ValueError: saying how many. It is not looked for where the count is not on the CPU.
+    """
+    counts = [0] if state.count is None or not state.count.is_cpu else state.count.tolist()
     if max(counts) >= mini_batch_size:
         raise ValueError(
             f"the state is of another layer: a stream has read {max(counts)} tokens of its open "

@@ -22,23 +22,32 @@ _FOUR = 4
 """Rows of `x` for which a CPU's BLAS multiplies `W xᵀ` in two thirds of the time of `x Wᵀ`: tokens of four streams."""
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x Wᵀ + b`, `[…,in]` to `[…,out]`, all of one type."""
+    if x.dim() == 2 and x.shape[0] == _FOUR and x.is_cpu and x.dtype == torch.float32:
+        y = (weight @ x.t()).t().contiguous()
+        return y if bias is None else y + bias
+    return F.linear(x, weight, bias)
+
+
 class Projection(nn.Linear):
     """A linear layer that computes in the type of its input, with what this process holds of its weight.
 
     Where the types differ, each call casts the weight. In training it has to: the weight changes with every step, and a
     copy would have to be made once a forward pass all the same, and kept or made again in a recomputation. A model that
-    only reads holds the weight in the type of its tokens instead; see `TTTLayer.hold_projections`.
+    only reads holds the weight in the type of its tokens instead; see `TTTLayer.hold_for_inference`.
     """
 
     only: torch.dtype | None = None
-    """The type of the tokens that it reads, if the weight is held in that; None if it reads any."""
+    """The type of the tokens that it reads, if the weight was rounded to that; None if it reads any."""
 
     @torch.no_grad()
     def hold(self, dtype: torch.dtype) -> None:
-        """Hold weight and bias in a type, for good; they are not trained any more."""
+        """Hold weight and bias in a type, for good; if that rounds them, they are not trained any more."""
         for name, parameter in list(self.named_parameters()):
-            self.register_parameter(name, nn.Parameter(parameter.to(dtype), requires_grad=False))
-        self.only = dtype
+            if parameter.dtype != dtype:
+                self.register_parameter(name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+                self.only = dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[…,in]` to `[…,out]`.
@@ -51,11 +60,7 @@ class Projection(nn.Linear):
                 f"for inference this layer holds its projections in {self.only}, and reads no tokens of {x.dtype}"
             )
         bias = None if self.bias is None else held(self.bias).to(x.dtype)
-        weight = held(self.weight).to(x.dtype)
-        if x.dim() == 2 and x.shape[0] == _FOUR and x.device.type == "cpu" and x.dtype == torch.float32:
-            y = (weight @ x.t()).t().contiguous()
-            return y if bias is None else y + bias
-        return F.linear(x, weight, bias)
+        return product(x, held(self.weight).to(x.dtype), bias)
 
 
 class Sharing:

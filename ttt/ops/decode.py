@@ -74,9 +74,10 @@ class InnerRows(NamedTuple):
     def of(cls, inner: Inner, batch: int) -> InnerRows:
         """For B streams."""
         gamma, beta = inner.gamma_H1F, inner.beta_H1F
-        derived = (gamma, beta, gamma * gamma, gamma * beta)
-        by_row = derived if batch == 1 else tuple(x.repeat(batch, 1, 1) for x in derived)
-        return cls(inner, *by_row, inner.scale_C.tolist() if inner.scale_C.is_cpu else [])
+        square, product = gamma * gamma, gamma * beta
+        if batch > 1:
+            gamma, beta, square, product = (x.repeat(batch, 1, 1) for x in (gamma, beta, square, product))
+        return cls(inner, gamma, beta, square, product, inner.scale_C.tolist() if inner.scale_C.is_cpu else [])
 
 
 def learn_one_(
