@@ -4,9 +4,13 @@
     python benchmarks/decode.py 3a18ee0 --tokens 640 --widths 1024 --layers 12
 
 The revision's package `ttt` is imported under another name, so that its layers run with their own checks, projections
-and inner learning. Both have the same weights, in memory of their own, and read the same tokens in turn; their answers
+and inner learning. All have the same weights, in memory of their own, and read the same tokens in turn; their answers
 are compared. Printed are medians of a layer's time for a token on one core, whose own processor time is taken, and of
 the ratios. Less than 1 is faster.
+
+Layers are read as `ttt sample` reads them: held for inference, in float32 (`TTTLayer.hold_for_inference`; layers of a
+revision without it as they are). `not held` are the working tree's as they are in training, which derive anew what
+depends on parameters.
 
 A token goes through several layers, as in a model: when a layer reads its next token, the others' parameters have gone
 through the caches, so that its own are read from memory, while the code is in the caches. At width 1024 six layers have
@@ -32,7 +36,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,15 +71,26 @@ class Reader:
         heads: H.
         batch: streams, B.
         count: how many layers.
+        hold: whether they are held for inference.
     """
 
     def __init__(
-        self, package: ModuleType, settings: dict[str, object], dim: int, heads: int, batch: int, count: int
+        self,
+        package: ModuleType,
+        settings: dict[str, object],
+        dim: int,
+        heads: int,
+        batch: int,
+        count: int,
+        *,
+        hold: bool = True,
     ) -> None:
         self.layers, self.states = [], []
         for number in range(count):
             layer = package.TTTLayer(dim, heads, package.TTTConfig(**settings))
             layer.reset_parameters(torch.Generator().manual_seed(number))
+            if hold and hasattr(layer, "hold_for_inference"):
+                layer.hold_for_inference(torch.float32)
             self.layers.append(layer)
             self.states.append(_state(layer, batch))
         self.times: list[float] = []
@@ -101,22 +116,37 @@ def _state(layer: Any, batch: int) -> Any:
     return type(opened).from_tensors(own)
 
 
+class Times(NamedTuple):
+    """Medians: of seconds for a token before, now and as not held, the floor, and of both ratios to before."""
+
+    before: float
+    now: float
+    not_held: float
+    floor: float
+    ratio: float
+    ratio_not_held: float
+
+
 @torch.no_grad()
-def measure(readers: Sequence[Reader], x: Tensor) -> tuple[float, float, float, float]:
-    """Seconds of a token before and now and their ratio, medians, and the floor in seconds."""
+def measure(readers: Sequence[Reader], x: Tensor) -> Times:
+    """Read all tokens by each in turn: the revision's layers, those held for inference, those that are not."""
     elsewhere = torch.ones(8 * 2**20)
     reading = []
     for t, token in enumerate(x.split(1, dim=1)):
-        order = (0, 1) if t % 2 else (1, 0)
+        order = [(t + place) % len(readers) for place in range(len(readers))]
         answers = {which: readers[which].read(token) for which in order}
-        torch.testing.assert_close(answers[1], answers[0], rtol=1e-3, atol=1e-3)
+        for which in order:
+            torch.testing.assert_close(answers[which], answers[0], rtol=1e-3, atol=1e-3)
         start = time.thread_time()
         elsewhere.sum()
         reading.append(time.thread_time() - start)
-    before, now = (reader.times[x.shape[1] // 10 :] for reader in readers)
-    ratios = [b / a for a, b in zip(before, now, strict=True)]
+    before, now, not_held = (reader.times[x.shape[1] // 10 :] for reader in readers)
+    ratio, ratio_not_held = (
+        statistics.median(b / a for a, b in zip(before, times, strict=True)) for times in (now, not_held)
+    )
     floor = 4 * readers[1].numbers() * statistics.median(reading) / elsewhere.nbytes
-    return statistics.median(before), statistics.median(now), statistics.median(ratios), floor
+    medians = statistics.median(before), statistics.median(now), statistics.median(not_held)
+    return Times(*medians, floor, ratio, ratio_not_held)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -130,16 +160,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         before = package_of(options.revision, Path(folder))
-        print("| D | H | B | inner model | before, ms | now, ms | floor, ms | now / before |")
-        print("| ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |")
+        print("| D | H | B | inner model | before, ms | now, ms | not held, ms | floor, ms | now / before | not held |")
+        print("| ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
         for dim, kind, batch in itertools.product(options.widths, ("mlp", "linear"), (1, 4)):
             for heads in HEADS[dim]:
                 settings: dict[str, object] = {"layer_type": kind, "mini_batch_size": 16}
-                readers = [Reader(package, settings, dim, heads, batch, options.layers) for package in (before, ttt)]
+                readers = [
+                    Reader(package, settings, dim, heads, batch, options.layers, hold=hold)
+                    for package, hold in ((before, True), (ttt, True), (ttt, False))
+                ]
                 x = torch.randn(batch, options.tokens, dim, generator=torch.Generator().manual_seed(1))
-                a, b, ratio, floor = measure(readers, x)
-                times = " | ".join(f"{1e3 * value:.2f}" for value in (a, b, floor))
-                print(f"| {dim} | {heads} | {batch} | {kind} | {times} | {ratio:.2f} |", flush=True)
+                found = measure(readers, x)
+                times = " | ".join(f"{1e3 * value:.2f}" for value in found[:4])
+                ratios = f"{found.ratio:.2f} | {found.ratio_not_held:.2f}"
+                print(f"| {dim} | {heads} | {batch} | {kind} | {times} | {ratios} |", flush=True)
 
 
 if __name__ == "__main__":

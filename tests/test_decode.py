@@ -513,6 +513,18 @@ def test_a_held_layer_of_another_type_is_read_as_one_that_is_not_held() -> None:
     torch.testing.assert_close(steps(layer, x), layer(x)[0], rtol=1e-11, atol=1e-11)
 
 
+@torch.no_grad()
+def test_parameters_made_in_inference_mode_are_held_too() -> None:
+    """A tensor of that mode does not tell that it was written to, so nothing is kept of it."""
+    with torch.inference_mode():
+        layer = layer_of()
+        layer.hold_for_inference(torch.float64)
+        x = draw(2, 9, 16, seed=67)
+        for _ in range(2):
+            torch.testing.assert_close(steps(layer, x), layer(x)[0], rtol=1e-11, atol=1e-11)
+            layer.ttt_norm_bias.add_(0.3)
+
+
 # --- states that have been checked ---
 
 

@@ -218,11 +218,14 @@ def _identities(layer: Layer) -> list[int] | None:
     parameters += layer.post_norm._parameters.values()
     parameters += [own.get(name) for name in _OWN]
     found: list[int] = []
-    for parameter in parameters:
-        if parameter is None:
-            continue
-        if type(parameter) is not nn.Parameter or parameter.is_inference():
-            return None
-        found.append(parameter.data_ptr())
-        found.append(parameter._version)
+    try:
+        for parameter in parameters:
+            if parameter is None:
+                continue
+            if type(parameter) is not nn.Parameter:
+                return None
+            found.append(parameter.data_ptr())
+            found.append(parameter._version)
+    except RuntimeError:  # made in inference mode, a tensor does not count what is written to it
+        return None
     return found

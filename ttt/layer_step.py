@@ -161,8 +161,8 @@ def token_of(layer: Layer, parts: Parts, x: Tensor, kept_out: Tensor | None, tur
         both_B2HF = normalize(both_B2HF)
     angle = _angle(layer, turn, dtype)
     if angle is not None:
-        pairs = torch.view_as_complex(both_B2HF.unflatten(-1, (-1, 2)))
-        both_B2HF = torch.view_as_real(pairs * angle).flatten(-2)
+        pairs = torch.view_as_complex(both_B2HF.view(x_BD.shape[0], 2, -1, width // 2, 2))
+        both_B2HF = torch.view_as_real(pairs * angle).view(both_B2HF.shape)
     both_R2F = both_B2HF.transpose(1, 2).flatten(0, 1)
     target_R1F = v_BHF.reshape(-1, 1, width) - both_R2F.narrow(1, 0, 1)
     if config.normalize_target:
