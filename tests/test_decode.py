@@ -484,6 +484,9 @@ OTHERS = {
     **{f"{name} written to": lambda layer, name=name: layer.get_parameter(name).add_(0.3) for name in NAMES},
     "a weight replaced": lambda layer: setattr(layer.v_proj, "weight", nn.Parameter(layer.v_proj.weight + 0.3)),
     "a norm moved": lambda layer: setattr(layer.ttt_norm_weight, "data", layer.ttt_norm_weight + 0.3),
+    "the last norm's weight replaced": lambda layer: setattr(
+        layer.post_norm, "weight", nn.Parameter(layer.post_norm.weight + 0.3)
+    ),
     "values loaded": lambda layer: layer.load_state_dict({k: x + 0.1 for k, x in layer.state_dict().items()}),
     "another type and back": lambda layer: layer.float().double(),
     "a hook": lambda layer: layer.k_proj.register_forward_hook(lambda _module, _x, y: 2 * y),
@@ -510,6 +513,15 @@ def test_a_held_layer_of_another_type_is_read_as_one_that_is_not_held() -> None:
     expected = layer(x)[0].float()
     layer.float()
     torch.testing.assert_close(steps(layer, x.float()), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(steps(layer, x), layer(x)[0], rtol=1e-11, atol=1e-11)
+
+
+@torch.no_grad()
+def test_a_layer_with_a_projection_of_another_program_is_held_without_it() -> None:
+    layer, x = layer_of(), draw(2, 9, 16, seed=68)
+    layer.v_proj = nn.Linear(16, 16, dtype=torch.float64)
+    layer.hold_for_inference(torch.float64)
+    assert parts(layer) is None
     torch.testing.assert_close(steps(layer, x), layer(x)[0], rtol=1e-11, atol=1e-11)
 
 

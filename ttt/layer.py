@@ -142,7 +142,9 @@ class TTTLayer(nn.Module):
             dtype: of the tokens.
         """
         for name in PROJECTIONS:
-            getattr(self, name).hold(dtype)
+            projection = getattr(self, name)
+            if isinstance(projection, Projection):  # another program's stays as it is
+                projection.hold(dtype)
         self.held = Held(dtype)
         self.held.parts(self, dtype, 1)
 

@@ -159,9 +159,11 @@ class Held:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._made_of: list[int] = []
+        """The layer's `_identities` when they were made."""
         self._batch = 0
         self._parts: Parts | None = None
         self._read: list[Tensor] = []
+        """The weights of `_READ` as one, then its three parts."""
 
     def __reduce__(self) -> tuple[type[Held], tuple[torch.dtype]]:
         """Copies and pickles begin with nothing: their layers have parameters of their own."""
@@ -170,11 +172,17 @@ class Held:
     def parts(self, layer: Layer, dtype: torch.dtype, batch: int) -> Parts | None:
         """Those for tokens of a type and B streams; None if the layer has to be read as one that is not held."""
         made_of = _identities(layer)
-        if made_of is None or dtype != self.dtype:
+        if made_of is None:
+            self._forget()
+            return None
+        if dtype != self.dtype:
             return None
         if made_of != self._made_of or batch != self._batch:
             self._make(layer, batch)
         return self._parts
+
+    def _forget(self) -> None:
+        self._made_of, self._batch, self._parts, self._read = [], 0, None, []
 
     @torch.inference_mode(False)
     @torch.no_grad()
