@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 ARCHITECTURES = (80, 90, 100)
 """A100, H100 and H200, B200."""
@@ -191,9 +191,9 @@ def transposes_a_dot(ttir: str) -> bool:
     made: set[str] = set()
     while True:
         before = len(made)
-        loops: list[tuple[list[str], list[str]]] = []
+        regions: list[_Region] = []
         for line in lines:
-            _follow(line, made, loops)
+            _follow(line, made, regions)
         if len(made) == before:
             break
     return any("tt.trans" in line and made & set(_NAMES.findall(line.split("=", 1)[-1])) for line in lines)
@@ -208,6 +208,8 @@ def _with_own_names(lines: Sequence[str]) -> list[str]:
         defined = set(re.findall(r"%\w+", results)) if equals else set()
         if "scf.for" in line or "scf.while" in line:
             defined |= set(re.findall(r"(%\w+) = ", line[line.index("scf.") :]))
+        if line.lstrip().startswith("^"):
+            defined |= set(re.findall(r"(%\w+):", line))
         for name in defined:
             times[name] = times.get(name, 0) + 1
         found.append(re.sub(r"%\w+", lambda name: f"{name.group()}_{times.get(name.group(), 0)}", line))
@@ -219,25 +221,44 @@ _ENDS = ("tt.reduce", "tt.load", "tt.store", "tt.descriptor")
 """Operations behind which a value is no longer what a dot left in registers."""
 
 
-def _follow(line: str, made: set[str], loops: list[tuple[list[str], list[str]]]) -> None:
-    """Add to `made` what this line makes of a dot's result; `loops` are the open ones, their results and carries."""
+class _Region(NamedTuple):
+    """What is between two braces: a loop's or a branch's code, a function's, or that of a `tt.reduce`."""
+
+    results: list[str]
+    """Of the loop or branch."""
+    carries: list[str]
+    """What a loop's code reads of the turn before."""
+
+
+def _follow(line: str, made: set[str], regions: list[_Region]) -> None:
+    """Add to `made` what this line makes of a dot's result; `regions` are those that it is in."""
     results, _, rest = line.partition(" = ") if " = " in line else ("", "", line)
+    code, opens = rest.strip(), rest.rstrip().endswith("{")
     if "scf.for" in rest or "scf.while" in rest or "scf.if" in rest:
         name, _, count = results.strip().partition(":")
         out = [f"{name}#{i}" for i in range(int(count))] if count else [name] if name else []
-        carried = re.search(r"iter_args\((.*?)\) ->", rest)
+        carried = re.search(r"(?:iter_args|scf\.while )\((.*?)\) (?:->|:)", rest)
         pairs = re.findall(r"(%\w+) = (%[\w#]+)", carried.group(1)) if carried else []
         made.update(inner for inner, given in pairs if given in made)
-        loops.append((out, [inner for inner, _ in pairs]))
-    elif "scf.yield" in rest and loops:
-        out, carries = loops[-1]
+        regions.append(_Region(out, [inner for inner, _ in pairs]))
+    elif code.startswith("}"):
+        if not opens:  # else the same loop or branch goes on, as with `} else {`
+            regions.pop()
+    elif code.startswith("^") and regions:  # what a `scf.while` goes on with is what it ends with
+        names = re.findall(r"(%\w+):", code)
+        made.update(name for name, value in zip(names, regions[-1].results, strict=False) if value in made)
+    elif "scf.condition" in rest:
+        _, *given = _NAMES.findall(rest)
+        made.update(name for name, value in zip(regions[-1].results, given, strict=True) if value in made)
+    elif "scf.yield" in rest:
         given = _NAMES.findall(rest)
-        for names in (out, carries):
+        for names in regions[-1]:
             made.update(name for name, value in zip(names, given, strict=False) if value in made)
-    elif rest.strip().startswith("}") and "else" not in rest and loops:
-        loops.pop()
-    elif results and ("tt.dot" in rest or (made & set(_NAMES.findall(rest)) and not any(e in rest for e in _ENDS))):
-        made.update(_NAMES.findall(results))
+    else:
+        if opens:
+            regions.append(_Region([], []))
+        if results and ("tt.dot" in rest or (made & set(_NAMES.findall(rest)) and not any(e in rest for e in _ENDS))):
+            made.update(_NAMES.findall(results))
 
 
 def main() -> None:

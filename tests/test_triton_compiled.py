@@ -105,6 +105,58 @@ def test_loops_that_share_names_are_told_apart(there: str, wrong: bool) -> None:
     assert transposes_a_dot(SIBLINGS.replace("TURNED", "%x_1").replace("THERE", there)) is wrong
 
 
+SUMS = """
+  %loop:2 = scf.for %i = %lo to %hi step %one iter_args(%carried = %zero, %other = %x) -> (T, T)  : i32 {
+    %sums = "tt.reduce"(%carried) <{axis = 1 : i32}> ({
+    ^bb0(%one_of_them: f32, %another: f32):
+      %both = arith.addf %one_of_them, %another : f32
+      tt.reduce.return %both : f32
+    }) : (tensor<32x32xf32>) -> tensor<32xf32>
+    %wide = tt.broadcast %sums : tensor<32x1xf32> -> tensor<32x32xf32>
+    scf.for %j = %lo to %hi step %one  : i32 {
+      tt.store %at, %wide : tensor<32x32x!tt.ptr<f32>>
+    }
+    %product = tt.dot %x, %y, %carried : tensor<32x32xf32>
+    scf.yield %product, %wide : tensor<32x32xf32>, tensor<32x32xf32>
+  }
+  %turned = tt.trans RESULT {order = array<i32: 1, 0>} : tensor<32x32xf32> -> tensor<32x32xf32>
+"""
+WHILE = """
+  %loop:2 = scf.while (%carried = %zero, %other = %x) : (T, T) -> (T, T) {
+    %goes_on = arith.cmpi sgt, %n, %none : i32
+    scf.condition(%goes_on) %carried, %other : tensor<32x32xf32>, tensor<32x32xf32>
+  } do {
+  ^bb0(%inside: tensor<32x32xf32>, %beside: tensor<32x32xf32>):
+    %kept = scf.if %even -> (tensor<32x32xf32>) {
+      %product = tt.dot %x, %y, %zero : tensor<32x32xf32>
+      scf.yield %product : tensor<32x32xf32>
+    } else {
+      scf.yield %inside : tensor<32x32xf32>
+    }
+    scf.yield %kept, %beside : tensor<32x32xf32>, tensor<32x32xf32>
+  }
+  %turned = tt.trans RESULT {order = array<i32: 1, 0>} : tensor<32x32xf32> -> tensor<32x32xf32>
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "result", "wrong"),
+    [
+        (SUMS, "%loop#0", True),
+        (SUMS, "%loop#1", False),
+        (SUMS, "%carried", True),
+        (SUMS, "%other", False),
+        (WHILE, "%loop#0", True),
+        (WHILE, "%loop#1", False),
+        (WHILE, "%inside", True),
+        (WHILE, "%beside", False),
+        (WHILE, "%kept", True),
+    ],
+)
+def test_braces_of_sums_and_branches_end_no_loop(code: str, result: str, wrong: bool) -> None:
+    assert transposes_a_dot(code.replace("RESULT", result)) is wrong
+
+
 def test_a_fingerprint_sees_what_the_compiler_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     sound = shipped("planted_kernels")["sound"]
     first = fingerprint(sound)
