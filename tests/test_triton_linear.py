@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 import quick_interpreter
 from kernel_results import Found, learned, weighed
+from kernel_watched import products, watched
 from triton.runtime import interpreter
 
 from ttt.config import TTTConfig
@@ -179,6 +180,29 @@ def test_rooms_between_blocks_are_wholly_used() -> None:
     assert run.room.isfinite().all()
 
 
+WATCHED = {
+    "two mini-batches and an open one, two heads": Case(length=9, heads=2, batch=2, counts=(0, 2), group_size=1),
+    "two blocks": Case(length=17, size=17),
+    "two blocks, not causal, one mini-batch open": Case(length=18, size=17, causal=False),
+    "C 1": Case(length=5, size=1, batch=2),
+}
+
+
+@pytest.mark.parametrize("case", WATCHED.values(), ids=WATCHED.keys())
+def test_programs_stay_inside_their_tensors_and_their_threads_wait_for_each_other(case: Case) -> None:
+    with watched():
+        case.learn("triton")
+
+
+def test_the_gradients_that_are_given_stay_as_they_are() -> None:
+    """Backward moves the gradient of the weights in place, in memory of its own."""
+    arguments = _arguments()
+    z, following, _ = torch.ops.ttt.triton_minibatches(*arguments)
+    given = [torch.ones_like(z), *map(torch.ones_like, following)]
+    torch.autograd.grad([z, *following], arguments[0], given)
+    assert all((x == 1).all() for x in given)
+
+
 def test_thirty_two_programs() -> None:
     case = Case(length=4, size=3, batch=4, heads=8)
     with torch.no_grad():
@@ -270,6 +294,22 @@ def test_bfloat16_rounds_the_operands_of_products_alone() -> None:
     assert apart[[0, 1, 2, 3, 4, 6, 7, 8]].min() >= 1e-4  # β's is a sum of gradients, nearly without a product
 
 
+PRODUCTS = {
+    "causal, found open": Case(length=4, batch=2, counts=(1, 0)),
+    "two blocks, not causal, one mini-batch open": Case(length=18, size=17, causal=False),
+}
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
+@pytest.mark.parametrize("case", PRODUCTS.values(), ids=PRODUCTS.keys())
+def test_every_product_has_the_precision_that_is_asked_for(case: Case, precision: Precision) -> None:
+    with products() as found:
+        replace(case, precision=precision).learn("triton")
+    assert len(found) >= 20
+    for asked, rounded in found:
+        assert rounded if precision == "bf16" else asked == precision.upper()
+
+
 def test_tf32_is_left_to_the_device() -> None:
     """The interpreter multiplies whole numbers; float64 is never rounded for it."""
     case = Case(length=6, dtype=torch.float32)
@@ -282,25 +322,28 @@ def test_tf32_is_left_to_the_device() -> None:
 # --- the operation ---
 
 
-def _arguments(*, closes: bool = True, opened: bool = False, keep: bool = True) -> list[Any]:
-    """Arguments of `ttt::triton_minibatches`: step sizes of each row, and mini-batches some of which do not close."""
+def _arguments(*, closes: bool = True, opened: bool = False, size: int = 3) -> list[Any]:
+    """Arguments of `ttt::triton_minibatches`: step sizes of each row, and mini-batches some of which do not close.
+
+    Keys, rates and weights do not lie densely in memory.
+    """
     generator = torch.Generator().manual_seed(5)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).requires_grad_()
 
-    batch, heads, size, width, steps = 2, 2, 3, 16, 3 if closes else 1
+    batch, heads, width, steps = 2, 2, 16, (3 if size < 16 else 2) if closes else 1
     shape = (batch, heads, steps, size, width)
     tokens = [normal(*shape), normal(*shape[:-1], 2 * width)[..., ::2], normal(*shape).detach().requires_grad_()]
-    rate = torch.rand(*shape[:-1], 1, generator=generator, dtype=torch.float64).mul_(0.1).requires_grad_()
+    rate = torch.rand(*shape[:-1], 3, generator=generator, dtype=torch.float64).mul_(0.1).requires_grad_()[..., 1:2]
     scale = torch.rand(batch, size, generator=generator, dtype=torch.float64).add_(0.1).requires_grad_()
     last = torch.rand(steps, batch, generator=generator, dtype=torch.float64).add_(0.1)
     last[-1, 1] = 0
-    weights = [normal(batch, heads, width, width, scale=0.25), normal(batch, heads, 1, width, scale=0.2)]
-    sums = [normal(batch, heads, width, width, scale=0.1), normal(batch, heads, 1, width, scale=0.1)]
+    weights = [normal(batch, heads, width, width, scale=0.25).mT, normal(batch, heads, 1, width, scale=0.2)]
+    sums = [normal(batch, heads, width, width, scale=0.1).mT, normal(batch, heads, 1, width, scale=0.1)]
     return [
         *tokens, rate, normal(1, 1, width), normal(heads, 1, width), scale, last.requires_grad_() if closes else None,
-        weights, sums if opened else [], True, 1e-6, 2, "ieee", keep,
+        weights, sums if opened else [], size > 1, 1e-6, 2, "ieee", True,
     ]  # fmt: skip
 
 
@@ -312,11 +355,16 @@ def _gradients(operation: Any, arguments: list[Any], weigh: Callable[[Tensor], T
     return outputs, list(torch.autograd.grad(total, leaves))
 
 
-@pytest.mark.parametrize(("closes", "opened"), [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize(
+    ("closes", "opened", "size"),
+    [(True, False, 3), (False, False, 3), (False, True, 3), (True, False, 18), (False, True, 18), (True, False, 1)],
+)
 @pytest.mark.parametrize("weigh", [weighed, torch.sum], ids=["varied", "expanded"])
-def test_the_operation_is_the_fused_one(closes: bool, opened: bool, weigh: Callable[[Tensor], Tensor]) -> None:
+def test_the_operation_is_the_fused_one(
+    closes: bool, opened: bool, size: int, weigh: Callable[[Tensor], Tensor]
+) -> None:
     """With tokens, and gradients of answers, whose memory is neither dense nor even."""
-    arguments = _arguments(closes=closes, opened=opened)
+    arguments = _arguments(closes=closes, opened=opened, size=size)
     found = _gradients(torch.ops.ttt.triton_minibatches, arguments, weigh)
     assert furthest(found, _gradients(torch.ops.ttt.minibatches, arguments, weigh)) <= 1e-12
 
