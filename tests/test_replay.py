@@ -6,10 +6,11 @@ graph does. The recorder of CUDA itself is tried by `benchmarks/first_gpu.sh`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from toy import ToyBackbone, ToyData, ToyOptions
 
 from ttt.config import RunConfig, TrainConfig, TTTConfig
 from ttt.costs import recorded_bytes, scan_cost
+from ttt.errors import EnvironmentProblem
 from ttt.laws import LAWS, Bench
 from ttt.layer import TTTLayer
 from ttt.ops import replay
-from ttt.ops.replay import CALLS_BEFORE, Replays, replayed, replaying
+from ttt.ops.replay import CALLS_BEFORE, Replays, UnusableDeviceError, replayed, replaying
 from ttt.state import TTTState
 from ttt.train import graphs, pictures, train
 from ttt.train.metrics import read_metrics
@@ -362,6 +364,42 @@ def test_what_cannot_be_recorded_is_told_once_and_the_run_goes_on() -> None:
         "capturing); the run goes on without CUDA graphs"
     ]
     assert (replays.recorded, replays.replayed, replays.nbytes) == (0, 0, 0)
+
+
+def test_arguments_are_copied_in_turn() -> None:
+    """What writes to memory that recordings share waits for their uses: the recording of another kind does too."""
+    depth, seen = [0], []
+
+    class Turns(RecordedOperations):
+        @contextlib.contextmanager
+        def in_turn(self, device: torch.device) -> Iterator[None]:
+            depth[0] += 1
+            yield
+            depth[0] -= 1
+
+    right = replay._Inputs.like
+
+    def like(memory: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
+        seen.append(depth[0])
+        return right(memory, tensors)
+
+    layer = _layer(**SETTINGS["mlp"])
+    with pytest.MonkeyPatch.context() as patch, replaying(Replays(Turns(), print)):
+        patch.setattr(replay._Inputs, "like", like)
+        for number in range(2):
+            _training(layer, [number])
+    assert len(seen) == 4  # both passes, of full mini-batches and of an open one
+    assert min(seen) == 1
+
+
+def test_a_device_that_a_recording_leaves_unusable_ends_the_run_with_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = UnusableDeviceError("a CUDA graph could not be recorded (RuntimeError: x), and the device is lost")
+    with pytest.raises(EnvironmentProblem) as raised:
+        _run(tmp_path / "auto", "auto", monkeypatch, RecordedOperations(lost))
+    assert str(raised.value) == f"train.cuda_graphs: {lost}; write train.cuda_graphs: off"
+    assert replay._active is None
 
 
 @pytest.mark.usefixtures("waiting")

@@ -55,11 +55,19 @@ class Recorder(Protocol):
 
         Returns:
             What launches the same again, on the same memory, and the function's results: tensors in that memory.
+
+        Raises:
+            UnusableDeviceError: it cannot be recorded, and now the device cannot be used either.
+            Exception: it cannot be recorded, and all is as it was.
         """
         ...
 
 
 Replay = Callable[[], object]
+
+
+class UnusableDeviceError(RuntimeError):
+    """A recording failed, and left a device on which nothing can be launched any more."""
 
 
 class Replays:
@@ -155,8 +163,12 @@ class Replays:
         self._recording = True
         try:
             # A tensor that is made in inference mode could not be written to outside of it.
-            with torch.inference_mode(False), torch.no_grad():
+            # In turn, since its arguments are copied into memory that recordings share.
+            with self._recorder.in_turn(tensors[0].device), torch.inference_mode(False), torch.no_grad():
                 made = _Recording.of(self._recorder, function, tensors, form, self._inputs)
+        except UnusableDeviceError:
+            self._failed = True
+            raise
         except Exception as error:  # whatever a driver or a kernel raises: what runs without a recording goes on so
             self._fail(name, error)
             return None

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ttt.config.schema import TrainConfig, TTTConfig
+from ttt.errors import EnvironmentProblem, PluginError
 from ttt.layer import TTTLayer
 from ttt.ops.cuda_graphs import CudaGraphs
-from ttt.ops.replay import CALLS_BEFORE, Recorder, Replays, replaying
+from ttt.ops.replay import CALLS_BEFORE, Recorder, Replays, UnusableDeviceError, replaying
 
 RECORDERS: dict[str, Callable[[], Recorder]] = {"cuda": CudaGraphs}
 """What records, by type of device; the tests add one for the CPU."""
@@ -32,14 +33,25 @@ def cuda_graphs(train: TrainConfig, device: torch.device, tell: Callable[[str], 
         train: the `train` section.
         device: of the run.
         tell: is told if a scan cannot be recorded; the run goes on without graphs then.
+
+    Raises:
+        EnvironmentProblem: a scan could not be recorded, and the device cannot be used since.
     """
     recorder = RECORDERS.get(device.type)
     if recorder is None or train.cuda_graphs == "off":
         yield None
         return
     replays = Replays(recorder(), tell)
-    with replaying(replays):
-        yield replays
+    try:
+        with replaying(replays):
+            yield replays
+    except Exception as raised:
+        # scans run inside the plugin's `loss`, so their errors arrive as errors of the plugin
+        error = raised.__cause__ if isinstance(raised, PluginError) else raised
+        if not isinstance(error, UnusableDeviceError):
+            raise
+        fix = "write train.cuda_graphs: off"
+        raise EnvironmentProblem(str(error), key="train.cuda_graphs", fix=fix) from error
 
 
 def why_not_recorded(device: torch.device) -> str | None:
