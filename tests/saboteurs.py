@@ -144,6 +144,13 @@ class GroupsOfSixteen(TTTAdapter):
         super().__init__(dim, num_heads, config.model_copy(update={"scan_checkpoint_group_size": 16}), **keywords)
 
 
+class OwnTargetEps(TTTAdapter):
+    """Sure of an epsilon of its own."""
+
+    def __init__(self, dim, num_heads, config, **keywords):
+        super().__init__(dim, num_heads, config.model_copy(update={"target_eps": 1e-8}), **keywords)
+
+
 class AlwaysCausal(TwoWayAdapter):
     """Sure that TTT is causal."""
 
@@ -620,6 +627,7 @@ SABOTEURS: dict[str, tuple[WholeToy, int | str, str]] = {
         "in training mode the layer does not start from the state",
     ),
     "group size not read": (toy(adapter=GroupsOfSixteen), 8, "scan_checkpoint_group_size: 1 changes nothing"),
+    "an epsilon not read": (toy(adapter=OwnTargetEps), 8, "ttt.target_eps: 0.5 changes nothing"),
     "causal not read": (toy(TwoWayToy, adapter=AlwaysCausal), 8, "ttt.causal: True changes nothing"),
     "only in evaluation": (toy(adapted=OnlyInEvaluation), 10, "never reached in training mode"),
     "reads detached": (toy(adapter=ReadsDetached), 10, "the tokens that layers.0.ttt reads are detached"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from ttt.inject import Injection
 from ttt.laws.bench import Bench, LawBrokenError, distance, running
 from ttt.laws.parts import layers_of, random_tokens, rotary_of, shapes_of
 from ttt.layer import TTTLayer
+from ttt.plugins import Batch
 from ttt.state import TTTState
 
 FIELD_CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
@@ -60,7 +61,8 @@ def no_dead_field(bench: Bench) -> Mapping[str, float]:
     untested = set(TTTConfig.model_fields) - set(FIELD_CHANGES) - set(others)
     if untested:
         raise LawBrokenError(8, f"nothing shows that ttt.{sorted(untested)[0]} acts")
-    measured = {field: _change(bench, field) for field in FIELD_CHANGES if _may_change(bench, field)}
+    known: dict[str, _Answers] = {}
+    measured = {field: _change(bench, field, known) for field in FIELD_CHANGES if _may_change(bench, field)}
     for field, check in others.items():
         found = check(bench)
         if found is not None:
@@ -76,16 +78,31 @@ def _may_change(bench: Bench, field: str) -> bool:
     return bench.config().causal or field not in ("rope", "rope_theta", "learnable_token_idx")
 
 
-def _change(bench: Bench, field: str) -> float:
-    """How much another value of a field changes the outputs; infinite if it changes the parameters' shapes."""
+class _Answers(NamedTuple):
+    """What a model with some settings gives for a batch."""
+
+    shapes: dict[str, torch.Size]
+    """Of its TTT's parameters, by name."""
+    batch: Batch
+    outputs: Tensor
+
+
+def _change(bench: Bench, field: str, known: dict[str, _Answers]) -> float:
+    """How much another value of a field changes the outputs; infinite if it changes the parameters' shapes.
+
+    Several fields start from the same settings: `known` has what such a model gave, by its settings.
+    """
     beside, value = FIELD_CHANGES[field]
     if field == "preset":
         beside = {**beside, "causal": bench.config().causal}
-    one, other = bench.injected(**beside), bench.injected(**{**beside, field: value})
-    if shapes_of(one) != shapes_of(other):
+    if str(beside) not in known:
+        injection = bench.injected(**beside)
+        batch = bench.batch(injection.model)
+        known[str(beside)] = _Answers(shapes_of(injection), batch, bench.outputs(injection.model, batch))
+    one, other = known[str(beside)], bench.injected(**{**beside, field: value})
+    if one.shapes != shapes_of(other):
         return float("inf")
-    batch = bench.batch(one.model)
-    away = distance(bench.outputs(other.model, batch), bench.outputs(one.model, batch))
+    away = distance(bench.outputs(other.model, one.batch), one.outputs)
     if away == 0:
         raise LawBrokenError(8, f"ttt.{field}: {value} changes nothing")
     return away
