@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import re
 from typing import Any, ClassVar
@@ -75,11 +76,13 @@ def test_every_setting_can_be_probed(overrides):
     assert "every law holds" in printed
 
 
-def test_a_mini_batch_longer_than_what_a_backbone_remembers_can_be_probed():
-    overrides = "ttt.mini_batch_size=101", "ttt.layer_type=linear", "ttt.layers=[1]"
+def test_a_mini_batch_longer_than_what_a_backbone_remembers_can_be_probed(monkeypatch):
+    for name in ("proofs", "setting"):
+        monkeypatch.setattr(importlib.import_module(f"ttt.check.probe.{name}"), "STREAMED", 20)
+    overrides = "ttt.mini_batch_size=21", "ttt.layer_type=linear", "ttt.layers=[1]"
     findings, printed = probed(get_backbone("moshi"), *overrides)
     assert findings == []
-    assert "the whole model streams in mini-batches of 100, each layer in those of 101" in printed
+    assert "the whole model streams in mini-batches of 20, each layer in those of 21" in printed
 
 
 @pytest.mark.parametrize(
