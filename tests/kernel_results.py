@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -53,3 +54,14 @@ def learned(
 def weighed(x: Tensor) -> Tensor:
     """A sum that weighs every number differently."""
     return (x * torch.linspace(0.3, 1.7, x.numel(), dtype=x.dtype).view_as(x)).sum()
+
+
+def distances(found: Found, expected: Found) -> list[float]:
+    """How far each result is from the expected one, relative to its length."""
+    pairs = zip(itertools.chain(*found), itertools.chain(*expected), strict=True)
+    return [((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs]
+
+
+def furthest(found: Found, expected: Found) -> float:
+    """The largest of the distances; NaN if one is, which Python's `max` would pass over."""
+    return torch.tensor(distances(found, expected)).max().item()

@@ -80,8 +80,16 @@ def test_a_mini_batch_longer_than_what_a_backbone_remembers_can_be_probed(monkey
     for name in ("proofs", "setting"):
         monkeypatch.setattr(importlib.import_module(f"ttt.check.probe.{name}"), "STREAMED", 20)
     overrides = "ttt.mini_batch_size=21", "ttt.layer_type=linear", "ttt.layers=[1]"
+    cut, streamed = checks.chunk_invariance, []
+
+    def spied(of: Bench, *, mini_batch_sizes: tuple[int, ...], model: bool, **more: Any) -> Mapping[str, float]:
+        streamed.append((model, mini_batch_sizes, of.tokens >= 2 * mini_batch_sizes[0]))
+        return cut(of, mini_batch_sizes=mini_batch_sizes, model=model, **more)
+
+    monkeypatch.setattr(checks, "chunk_invariance", spied)
     findings, printed = probed(get_backbone("moshi"), *overrides)
     assert findings == []
+    assert streamed == [(False, (21,), True), (True, (20,), True)]
     assert "the whole model streams in mini-batches of 20, each layer in those of 21" in printed
 
 
