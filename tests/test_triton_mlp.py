@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 import quick_interpreter
 from kernel_results import Found, learned
+from kernel_watched import products, watched
 from kernels_launched import Launch, launches
 from triton.runtime import interpreter
 
@@ -109,6 +110,7 @@ CASES = {
     "not causal, masked, three tiles": Case(length=7, batch=2, hidden=48, causal=False, lengths=(7, 2)),
     "C 1, F 64": Case(length=3, size=1, width=64, hidden=32),
     "C 16, F 128": Case(length=17, size=16, width=128, hidden=32),
+    "C 17, F 128": Case(length=17, size=17, width=128, hidden=16),
     "C 17, a block and a token": Case(length=18, size=17, hidden=16),
     "C 33, not causal, three blocks": Case(length=34, size=33, hidden=16, causal=False),
     "C 63, four blocks": Case(length=63, size=63, hidden=16),
@@ -210,6 +212,20 @@ def test_programs_of_a_launch_may_run_in_any_order(causal: bool, monkeypatch: py
     assert all(torch.equal(a, b) for a, b in zip(gradients(problem), expected, strict=True))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(length=18, size=17, hidden=32, group_size=1),
+        Case(length=5, hidden=16, batch=2, counts=(1, 0)),
+        Case(length=18, size=17, hidden=32, causal=False),
+    ],
+    ids=["two blocks", "found open", "not causal"],
+)
+def test_programs_stay_inside_their_tensors_and_their_threads_wait_for_each_other(case: Case) -> None:
+    with watched():
+        case.learn("triton")
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_no_group_size_changes_a_bit(causal: bool) -> None:
     problem = draw(4, batch=1, heads=1, causal=causal)
@@ -261,6 +277,16 @@ def test_many_pairs() -> None:
     z, following, _ = torch.ops.ttt.minibatches(*problem, False)
     answers, ends, _ = mlp_forward(problem, keep=False)
     assert_near(([answers, *ends], []), ([z, *following], []), 1e-12)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize(("causal", "size"), [(True, 2), (True, 17), (False, 2)])
+def test_every_product_has_the_precision_that_is_asked_for(causal: bool, size: int, precision: str) -> None:
+    with products() as found:
+        gradients(draw(2, batch=1, heads=1, size=size, causal=causal, precision=precision))
+    assert len(found) >= 30
+    for asked, rounded in found:
+        assert rounded if precision == "bf16" else asked == precision.upper()
 
 
 def test_bfloat16_rounds_the_operands_of_every_product() -> None:

@@ -18,6 +18,8 @@ _GELU_SLOPE = tl.constexpr(2 * math.sqrt(2 / math.pi))
 """`a` of (2)"""
 _GELU_CUBIC = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
 """`b` of (2)"""
+PART = tl.constexpr(32)
+"""Of a head's width, in a product on the ordinary cores."""
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _EPS = {"fp32": 2.0**-23, "fp64": 2.0**-52}
 
@@ -39,6 +41,21 @@ def product(a, b, PRECISION: tl.constexpr):
         return tl.dot(rounded(a), rounded(b), input_precision="ieee")
     else:
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+
+
+@triton.jit
+def wide_product(a, b, PRECISION: tl.constexpr, CAUSAL: tl.constexpr):
+    """`product` over the width of a head; in parts of `PART`, if it is wide and runs on the ordinary cores.
+
+    There a thread holds all numbers of its rows of `a` and columns of `b`. Of the parts, which the warps share, it
+    holds a few; beside what a causal mini-batch needs it has no registers for more. Where it has, parts take more.
+    `a` comes from memory, since its parts are turned to the front.
+    """
+    if CAUSAL and PRECISION == "ieee" and a.shape[1] > 2 * PART:
+        PARTS: tl.constexpr = a.shape[1] // PART
+        of_a = tl.permute(tl.reshape(a, (a.shape[0], PARTS, PART)), (1, 0, 2))
+        return tl.sum(product(of_a, tl.reshape(b, (PARTS, PART, b.shape[1])), PRECISION), 0)
+    return product(a, b, PRECISION)
 
 
 @triton.jit

@@ -30,6 +30,7 @@ from ttt.ops.triton.mlp_parts import (
     second_tile,
     store_block,
     store_hidden,
+    wide_product,
 )
 
 
@@ -186,12 +187,12 @@ def queries_back(
         value, gate = gelu_parts(z)
         y = load_hidden(asked, n % slots, at, pairs, first, HIDDEN, TILE, size, BLOCK)
         asking, asking_gate = gelu_parts(y)
-        d_seen = product(d_y1, tl.trans(error1), PRECISION)
+        d_seen = wide_product(d_y1, tl.trans(error1), PRECISION, True)
         d_kappa = d_seen * (product(asking, tl.trans(value), PRECISION) + (tile == 0).to(eta.dtype))
-        d_x = product(d_y1, second_t, PRECISION) + product(d_seen * kappa, value, PRECISION)
+        d_x = wide_product(d_y1, second_t, PRECISION, True) + product(d_seen * kappa, value, PRECISION)
         d_s = tl.zeros_like(eta)
         if OPENED or MANY:
-            through = product(d_y1, g1_t, PRECISION)
+            through = wide_product(d_y1, g1_t, PRECISION, True)
             d_x -= s[:, None] * through
             d_s -= tl.sum(through * asking, 1) + tl.sum(d_y1 * c1[None, :], 1)
         d_y0 = d_x * gelu_slope(y, asking, asking_gate)
@@ -204,7 +205,7 @@ def queries_back(
         seen_at = block_place(place, at, pairs, row[:, None], others[None, :], size, BLOCK)
         tl.store(seen_parts + seen_at, d_seen, mask=row[:, None] < size)
         queries, keys = load_tokens(q, at, first, size, BLOCK, F), load_tokens(k, at, first, size, BLOCK, F)
-        d_kappa += d_seen * (product(queries, tl.trans(keys), PRECISION) + 1)
+        d_kappa += d_seen * (wide_product(queries, tl.trans(keys), PRECISION, True) + 1)
         d_kappa = tl.where(first + others[None, :] <= row[:, None], d_kappa, 0)
         if OPENED or MANY:
             through0 = product(d_y0, g0_t, PRECISION)

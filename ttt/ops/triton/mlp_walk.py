@@ -33,6 +33,7 @@ from ttt.ops.triton.mlp_parts import (
     second_tile,
     store_block,
     store_hidden,
+    wide_product,
 )
 from ttt.ops.triton.mlp_queries import answered_first, answered_second, first_sums, queries_back, second_sums
 from ttt.ops.triton.mlp_sums import output_back, tokens_back
@@ -199,7 +200,7 @@ def _keys_back(
         value, gate = gelu_parts(z)
         slope = gelu_slope(z, value, gate)
         error0 = load_hidden(pulled, n % slots, at, pairs, first, HIDDEN, TILE, size, BLOCK) * slope
-        seen0 = product(keys, d_w0, PRECISION) + d_b0[None, :]
+        seen0 = wide_product(keys, d_w0, PRECISION, CAUSAL) + d_b0[None, :]
         seen1 = product(value, d_w1, PRECISION) + d_b1[None, :]
         eta = load_column(rate, at, first, size, BLOCK)
         row = first + tl.arange(0, BLOCK)
@@ -210,7 +211,7 @@ def _keys_back(
         if CAUSAL:
             s = load_scale(scale, at, first, scale_b, size, BLOCK)
             if MANY:
-                past0 = product(keys, h0, PRECISION) + hb0[None, :]
+                past0 = wide_product(keys, h0, PRECISION, CAUSAL) + hb0[None, :]
                 past1 = product(value, h1, PRECISION) + hb1[None, :]
                 tl.store(row_at + 3, -tl.sum(past0 * error0, 1) - tl.sum(past1 * error1, 1), mask=row < size)
                 d_e0 -= eta[:, None] * past0
@@ -222,7 +223,7 @@ def _keys_back(
             part += product(around * turned, d_y1, PRECISION)
             queries = load_tokens(q, at, first, size, BLOCK, F)
             d_y0 = load_hidden(d_asked, n % 2, at, pairs, first, HIDDEN, TILE, size, BLOCK)
-            around = product(keys, tl.trans(queries), PRECISION) + 1
+            around = wide_product(keys, tl.trans(queries), PRECISION, CAUSAL) + 1
             d_e0 += product(around * turned, d_y0, PRECISION)
             if MANY:
                 step0, step1 = s[:, None] * d_y0, s[:, None] * d_y1
@@ -258,7 +259,8 @@ def _finish_second(
         error1 = load_block(errors, n % slots, at, pairs, first, size, BLOCK, F)
         d_z1 = load_block(d_output, n % 2, at, pairs, first, size, BLOCK, F)
         eta = load_column(rate, at, first, size, BLOCK)
-        d_x = eta[:, None] * product(error1, taught_t, PRECISION) + product(d_z1, second_t, PRECISION)
+        d_x = eta[:, None] * wide_product(error1, taught_t, PRECISION, CAUSAL)
+        d_x += wide_product(d_z1, second_t, PRECISION, CAUSAL)
         if FACTORS:  # `second_t` opened the mini-batch before: what it has taught, as factors
             slot = earlier[0] % slots
             taught, _ = gelu_parts(load_hidden(hidden, slot, earlier, pairs, first, HIDDEN, TILE, size, BLOCK))
@@ -280,7 +282,7 @@ def _finish_second(
             if CAUSAL:
                 s = load_scale(scale, at, first, scale_b, size, BLOCK)
                 _, turned = coefficients(eta, s, CAUSAL, BLOCK)
-                d_x += product(product(error1, tl.trans(d_y1), PRECISION) * turned, asking, PRECISION)
+                d_x += product(wide_product(error1, tl.trans(d_y1), PRECISION, CAUSAL) * turned, asking, PRECISION)
                 if OPENED or MANY:
                     step = s[:, None] * d_y1
                     taught_t -= product(tl.trans(step), asking, PRECISION)
