@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ttt import TTTConfig, TTTLayer, TTTState
 from ttt.files import read_tensors
-from ttt.layer_held import Parts
+from ttt.layer_held import Held, Parts
 from ttt.layer_sharing import Projection
 from ttt.ops.decode import learn_one_
 from ttt.ops.factors import slots_for
@@ -449,8 +449,11 @@ def parts(layer: TTTLayer, batch: int = 2) -> Parts | None:
 
 
 def bytes_of(layer: TTTLayer) -> int:
-    """What the weights of queries, keys and values take in memory."""
-    weights = (layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight)
+    """What the weights of queries, keys and values take in memory, each and as one."""
+    held = parts(layer)
+    assert held is not None
+    assert held.read is not None
+    weights = (layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight, held.read.weight)
     return sum({s.data_ptr(): s.nbytes() for s in (weight.untyped_storage() for weight in weights)}.values())
 
 
@@ -474,6 +477,7 @@ def test_a_held_layer_has_one_copy_of_its_projections() -> None:
     assert bytes_of(layer) == whole
     assert parts(layer) is first
     copy = deepcopy(layer)
+    assert vars(copy.held) == vars(Held(torch.float64)), "a copy of what is held would be of no use"
     steps(copy, draw(2, 1, 16, seed=60))
     assert bytes_of(copy) == whole
     assert copy.q_proj.weight.data_ptr() != layer.q_proj.weight.data_ptr()
