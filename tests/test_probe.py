@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import io
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pytest
@@ -22,6 +23,7 @@ from ttt.check.probe import cuts, place_layers, probe, small_setting
 from ttt.check.probe_codes import LAWS
 from ttt.config.explanation import read_explanations
 from ttt.config.findings import Family
+from ttt.laws import Bench, checks
 from ttt.layer import Rotary, TTTLayer
 from ttt.ops.rows import Tokens
 from ttt.plugins import get_backbone
