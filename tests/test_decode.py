@@ -515,6 +515,7 @@ def test_what_a_layer_holds_is_never_out_of_date(other: str) -> None:
 def test_a_held_layer_of_another_type_is_read_as_one_that_is_not_held() -> None:
     layer, x = holding(), draw(2, 9, 16, seed=63)
     expected = layer(x)[0].float()
+    torch.testing.assert_close(steps(layer, x.float()), expected, rtol=1e-4, atol=1e-4)
     layer.float()
     torch.testing.assert_close(steps(layer, x.float()), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(steps(layer, x), layer(x)[0], rtol=1e-11, atol=1e-11)

@@ -317,7 +317,7 @@ class TTTLayer(nn.Module):
     def _memory(self, x: Tensor, state: TTTState, rotary: Rotary | None) -> Memory:
         """A state's memory, after `step_`'s arguments are checked; what was checked and cannot have changed is not."""
         own = [held(getattr(self, name)) for name in self.weight_names]
-        known = self._known_states.memory(state, x, own) if self.sharing is WHOLE else None
+        known = self._known_states.memory(state, x, own) if self.sharing.alone else None
         if known is not None and (rotary is not None) == (self.config.rope == "backbone"):
             check_counts(state, self.config.mini_batch_size)
             return known

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.config import TTTConfig
-from ttt.layer_sharing import WHOLE, Projection, Sharing, held
+from ttt.layer_sharing import Projection, Sharing, held
 from ttt.ops.constants import Precision
 from ttt.ops.decode import InnerRows
 from ttt.ops.minibatch import Inner
@@ -214,7 +214,7 @@ def _identities(layer: Layer) -> list[int] | None:
 
     By a module's own tables, because `layer.name` takes a microsecond.
     """
-    if layer.sharing is not WHOLE:
+    if not layer.sharing.alone:
         return None
     modules, own = layer._modules, layer._parameters
     parameters: list[Tensor | None] = []

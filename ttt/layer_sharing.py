@@ -70,6 +70,11 @@ class Sharing:
     group then calls the layer, with the same arguments but for its own tokens, and in the same order.
     """
 
+    @property
+    def alone(self) -> bool:
+        """Whether nothing is shared out."""
+        return type(self) is Sharing  # not `is WHOLE`: a deep copy of a layer has a copy of that
+
     def reading(self, x: Tensor) -> None:
         """Look at what is about to be read, `[B,T',D]`, before anything else."""
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ttt.layer_held import Layer, Parts, parts_of
 from ttt.layer_inputs import nonfinite
-from ttt.layer_sharing import WHOLE, product
+from ttt.layer_sharing import product
 from ttt.layer_tokens import Rotary
 from ttt.ops.decode import Token, learn_token_
 from ttt.ops.factors import Memory
@@ -108,7 +108,7 @@ def step(
     counts = count.tolist() if on_cpu and count is not None else None
     parts = None if layer.held is None else layer.held.parts(layer, x.dtype, memory.batch)
     # Of tensors that autograd can never see, each operation takes less time.
-    alone = torch.inference_mode() if layer.sharing is WHOLE else contextlib.nullcontext()
+    alone = torch.inference_mode() if layer.sharing.alone else contextlib.nullcontext()
     with alone:
         kept_out = nonfinite(x) if layer.config.skip_nonfinite_tokens else None
         if state.skipped is not None and kept_out is not None:
