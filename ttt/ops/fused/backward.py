@@ -226,10 +226,9 @@ def _errors_back(common: Common, views: BackwardViews, terms: _ErrorTerms, n: in
     scaled = d_slope_PCF * common.constants.gamma_squared_P1F
     d_z_PCF = through_norm(scaled, output_PCF, mean, terms.followed_PC1[n])
     d_z_PCF.addcmul_(d_slope_PCF, terms.to_slope_PC1[n])
-    torch.sum(views.pair_PC2F[n].mul_(d_error.unsqueeze(-2)), -1, out=views.along_PC2[n])
+    torch.sum(views.pair_PC2F[n].mul_(views.last_d_error_PC1F[n]), -1, out=views.along_PC2[n])
     d_z_PCF.addcmul_(views.turned_error_PCF[n], views.along_unit_PC1[n])
-    d_z_PCF.addcmul_(views.turned_unit_PCF[n], views.along_error_PC1[n])
-    views.d_keys_PCO[-1][n].copy_(d_z_PCF)
+    torch.addcmul(d_z_PCF, views.turned_unit_PCF[n], views.along_error_PC1[n], out=views.d_keys_PCO[-1][n])
     return d_hidden_PCO
 
 

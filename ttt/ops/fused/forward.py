@@ -17,6 +17,8 @@ from ttt.ops.fused.rooms import ForwardViews
 # GELU in its tanh form is x σ(2u) with 2u = x (SLOPE + CUBIC x²): one sigmoid, which is cheaper than one tanh.
 _SLOPE = 2 * math.sqrt(2 / math.pi)
 _CUBIC = _SLOPE * 0.044715
+# Sums begin with `a` and with `−2a`, as tensors: so each is one pass over the numbers with its product.
+_START, _BEND = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (_SLOPE, -2 * _SLOPE))
 
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
@@ -34,21 +36,19 @@ def _gelu(z: Tensor, value: Tensor, squared: Tensor, gate: Tensor) -> None:
 
 def _gelu_slope(value: Tensor, squared: Tensor, gate: Tensor, slope: Tensor) -> None:
     """`φ'(z) = σ + φ (1 − σ) p` into `slope`, with `p = (2u)'` left in place of `z²` (3)."""
-    squared.mul_(3 * _CUBIC).add_(_SLOPE)
+    torch.add(_START, squared, alpha=3 * _CUBIC, out=squared)
     torch.addcmul(value, value, gate, value=-1, out=slope)
-    slope.mul_(squared).add_(gate)
+    torch.addcmul(gate, slope, squared, out=slope)
 
 
 def _gelu_bend(gate: Tensor, slope: Tensor, p: Tensor, bend: Tensor) -> None:
     """`φ''(z) = σ (1 − σ) (4p − 2a) + (φ' − σ) p (1 − 2σ)` into `bend`, `a = p(0)` (4)."""
-    torch.mul(p, 4, out=bend)
-    bend.sub_(2 * _SLOPE)
+    torch.add(_BEND, p, alpha=4, out=bend)
     spread = torch.addcmul(gate, gate, gate, value=-1)
     bend.mul_(spread)
     torch.sub(slope, gate, out=spread)
-    spread.mul_(p)
-    bend.add_(spread)
-    bend.addcmul_(spread, gate, value=-2)
+    spread.addcmul_(spread, gate, value=-2)
+    torch.addcmul(bend, spread, p, out=bend)
 
 
 def through_norm(d: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
@@ -73,12 +73,17 @@ def forward_chunk(common: Common, views: ForwardViews, following_PJO: list[Tenso
         `LN(y) [M,P,C,F]`.
     """
     dual, last = common.dims.dual, views.steps - 1
+    means_PC1, inverses_PC1 = [], []
     for n in range(views.steps):
         _keys_forward(common, views, n)
-        _errors(common, views, n, keep=keep)
+        mean, inverse = _errors(common, views, n)
+        means_PC1.append(mean)
+        inverses_PC1.append(inverse)
         if n < last or not dual:
             _update(common, views, n, [w[n + 1] for w in views.weights_PJO])
     if keep:
+        torch.stack(means_PC1, out=views.kept.mean_MPC1)
+        torch.stack(inverses_PC1, out=views.kept.inverse_MPC1)
         _bends(views)
     normed_MPCF = _queries(common, views, keep=keep)
     # Only after the queries: these weights may overwrite the chunk's first.
@@ -110,20 +115,21 @@ def _keys_forward(common: Common, views: ForwardViews, n: int) -> None:
         views.output_PCF[n].copy_(views.outputs_PCO[0][n])
 
 
-def _errors(common: Common, views: ForwardViews, n: int, *, keep: bool) -> None:
-    """The errors `E` of a mini-batch's inner loss at every layer, from the last to the first, (5) to (7)."""
+def _errors(common: Common, views: ForwardViews, n: int) -> tuple[Tensor, Tensor]:
+    """The errors `E` of a mini-batch's inner loss at every layer, from the last to the first, (5) to (7).
+
+    Returns `μ` and `ι` of the last `Z`.
+    """
     constants, errors_PCO, z_PCF = common.constants, views.errors_PCO, views.output_PCF[n]
     unit, mean, inverse = torch.native_layer_norm(z_PCF, (z_PCF.shape[-1],), None, None, common.eps)
     # r = γ² x̂ + γ (β − t); E is r taken back through the norm.
     r_PCF = torch.addcmul(views.anchors_PCF[n], constants.gamma_squared_P1F, unit)
     errors_PCO[-1][n].copy_(through_norm(r_PCF, z_PCF, mean, inverse))
-    if keep:
-        views.means_PC1[n].copy_(mean)
-        views.inverses_PC1[n].copy_(inverse)
     for layer in range(common.dims.depth - 2, -1, -1):
         pulled = views.pulled_PCO[layer][n]
         common.products.of(errors_PCO[layer + 1][n], views.later_weights_POI[layer][n], pulled)  # (7)
         torch.mul(pulled, views.slopes_PCO[layer][n], out=errors_PCO[layer][n])
+    return mean, inverse
 
 
 def _update(common: Common, views: ForwardViews, n: int, targets_PJO: Sequence[Tensor]) -> None:

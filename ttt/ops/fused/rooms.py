@@ -74,7 +74,6 @@ class ForwardViews:
         )
         self.slopes_PCO, self.errors_PCO = each(kept.slopes_MPCO, steps), each(kept.errors_MPCO, steps)
         self.output_PCF = each([kept.output_MPCF], steps)[0]
-        self.means_PC1, self.inverses_PC1 = by_step([kept.mean_MPC1, kept.inverse_MPC1])
 
     def _view_chunk(self, dims: Dims, block: Block, kept: Kept, scratch: Scratch) -> None:
         """Make the views for the whole chunk: what GELU left behind, and what the queries need."""
@@ -205,6 +204,7 @@ class BackwardViews:
             by_step(x) for x in (kept.errors_MPCO, kept.slopes_MPCO, kept.bends_MPCO)
         )
         self.d_errors_PCO, self.d_outputs_PSO = by_step(self.d_errors_MPCO), by_step(self.d_outputs_MPSO)
+        self.last_d_error_PC1F = self.d_errors_MPCO[-1].unsqueeze(-2).unbind(0)
         self.d_answered_PCO, self.later_d_inputs_PCI = by_step(self.d_answered_MPCO), by_step(self.d_inputs_MPCI[1:])
         self.d_keys_PCO = by_step([x[:, :, :size] for x in self.d_outputs_MPSO])
         self.seen_by_next_PCO, self.pushed_errors_PCO = (
