@@ -213,6 +213,17 @@ def test_constant_vectors_get_no_gradient(opened: bool, teaches: bool) -> None:
     assert all(gradient.abs().max() < 1e5 for gradient in expected[1])  # the formula's own: 1e6 a token
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_vectors_that_are_constant_up_to_rounding_get_no_gradient(size: int) -> None:
+    """A key of zeros, and a bias of two neighbouring numbers, one to `ttt.ops.norm`, if not to the definition."""
+    case = Case(length=3, size=size)
+    with torch.no_grad():
+        case.leaves[1][:, 0] = 0
+        case.leaves[8].fill_(0.3)
+        case.leaves[8][..., ::2] += 2.0**-54
+    assert furthest(case.learn("triton"), case.learn("generic")) <= 1e-9
+
+
 # --- precision ---
 
 
