@@ -165,7 +165,7 @@ def test_rooms_between_blocks_are_wholly_used() -> None:
 
 
 WATCHED = {
-    "a group of two and one of one": Case(length=12),
+    "a group of two and one of one": Case(length=12, width=32),
     "two mini-batches and an open one, two heads": Case(length=9, heads=2, batch=2, counts=(0, 2), group_size=1),
     "two blocks": Case(length=34, size=17),
     "two blocks, not causal, one mini-batch open": Case(length=18, size=17, causal=False),
