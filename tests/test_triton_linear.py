@@ -225,6 +225,15 @@ def test_vectors_that_are_constant_up_to_rounding_get_no_gradient(size: int) -> 
     assert furthest(case.learn("triton"), case.learn("generic")) <= 1e-9
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_errors_of_zeros_alone_stop_no_gradient(size: int) -> None:
+    """With γ zero no token has an error, while outputs vary: γ gets a gradient through what they would teach."""
+    case = Case(length=5, size=size)
+    with torch.no_grad():
+        case.leaves[4].zero_()
+    assert furthest(case.learn("triton"), case.learn("reference")) <= 1e-12
+
+
 # --- precision ---
 
 
