@@ -129,14 +129,7 @@ def build_parts(
         model, injection, config.train, is_attention=backbone.is_attention, blocks=backbone.blocks(model)
     )
     # before parameters are split, and before the optimiser, which copies those in half precision
-    if start is not None:
-        _load(start.path, model, injection, backbone, config, as_start=True)
-    if resumed is None:
-        load_lora_start(injection, backbone, config)
-    else:
-        _load(resumed.path, model, injection, backbone, config, as_start=False)
-    before = start if resumed is None else read_info(resumed.path)
-    inherited = frozenset(() if before is None else trained_backbone(before))
+    inherited = _load_weights(model, injection, backbone, config, start, resumed)
     trained = inherited | {entry.name for entry in learnable if entry.role == "backbone"}
     weights = BackboneWeights.of(injection, without=trained) if splits_parameters(world) else None
     if world.mesh is not None and world.tensor > 1:
@@ -166,6 +159,25 @@ def build_parts(
         tasks=tasks,
         world=world,
     )
+
+
+def _load_weights(
+    model: nn.Module,
+    injection: Injection,
+    backbone: Backbone,
+    config: RunConfig,
+    start: AdapterInfo | None,
+    resumed: Checkpoint | None,
+) -> frozenset[str]:
+    """Load what a run starts from or goes on from; the names of backbone parameters that learned before."""
+    if start is not None:
+        _load(start.path, model, injection, backbone, config, as_start=True)
+    if resumed is None:
+        load_lora_start(injection, backbone, config)
+    else:
+        _load(resumed.path, model, injection, backbone, config, as_start=False)
+    before = start if resumed is None else read_info(resumed.path)
+    return frozenset(() if before is None else trained_backbone(before))
 
 
 def _engine(config: RunConfig, backbone: Backbone, model: nn.Module, injection: Injection, world: World) -> Engine:
