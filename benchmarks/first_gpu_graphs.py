@@ -166,7 +166,7 @@ def launched(function: Callable[[], Any], device: str) -> int | None:
     if device != "cuda":
         return None
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         function()
         torch.cuda.synchronize()
     on_the_host = (e for e in profile.events() or () if e.device_type == torch.autograd.DeviceType.CPU)

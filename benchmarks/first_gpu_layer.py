@@ -127,7 +127,7 @@ def launches(function: Callable[[], Any], device: str) -> int:
     """Kernels that one call starts on the GPU, copies and fills among them; on a CPU, operations of PyTorch's."""
     activity = torch.profiler.ProfilerActivity
     kinds = [activity.CPU, activity.CUDA] if device == "cuda" else [activity.CPU]
-    with torch.profiler.profile(activities=kinds) as profile:
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
         function()
         if device == "cuda":
             torch.cuda.synchronize()
