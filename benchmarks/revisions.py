@@ -39,6 +39,8 @@ from torch import Tensor
 from ttt.ops import fused
 
 _PACKAGE = "ttt/ops/fused"
+_NORM = "ttt/ops/norm.py"
+"""What it takes from outside the package that is arithmetic too."""
 MORE = (
     Shape("Moshi, streams", "mlp", 1024, 8, 16, tokens=188, batch=4),
     Shape("Video-like, shorter", "mlp", 512, 8, 64, tokens=2048, causal=False),
@@ -46,16 +48,17 @@ MORE = (
 
 
 def fused_of(revision: str, folder: Path) -> ModuleType:
-    """The package `ttt.ops.fused` of a revision under a name and an operation of its own."""
+    """The package `ttt.ops.fused` of a revision, with its `ttt.ops.norm`, under a name and an operation of its own."""
     name = f"fused_of_{re.sub(r'[^0-9A-Za-z]', '_', revision)}"
     listed = subprocess.run(
         ["git", "ls-tree", "--name-only", revision, f"{_PACKAGE}/"], check=True, capture_output=True, text=True
     )
     package = folder / name
     package.mkdir()
-    for path in listed.stdout.split():
+    for path in (*listed.stdout.split(), _NORM):
         text = subprocess.run(["git", "show", f"{revision}:{path}"], check=True, capture_output=True, text=True).stdout
-        text = text.replace("ttt.ops.fused", name).replace('"ttt::', f'"{name}::').replace("ops.ttt", f"ops.{name}")
+        text = text.replace("ttt.ops.fused", name).replace("ttt.ops.norm", f"{name}.norm")
+        text = text.replace('"ttt::', f'"{name}::').replace("ops.ttt", f"ops.{name}")
         (package / Path(path).name).write_text(text, encoding="utf-8")
     sys.path.insert(0, str(folder))
     return importlib.import_module(name)

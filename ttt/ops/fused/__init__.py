@@ -37,7 +37,7 @@ Names here and symbols in `docs/backward.md`; `d_name` is the gradient of the ou
 | --- | --- | --- |
 | `stacked`, `inputs` | `(X̃_l; x̃_l)`: the inputs of layer l for keys and queries; `stacked` is layer 0 | (1), (10) |
 | `output`, `outputs` | `Z_l`: the layers' outputs for the keys; `output` is the last layer | (1) |
-| `values`, `gates`, `squared` | `φ(Z)`, `σ(2u)` and `Z²`, later `p` | (2), (3) |
+| `values`, `gates`, `squared` | `φ(Z)`, `σ(2u)` and `Z²`, later `p / 3b` | (2), (3) |
 | `slopes`, `query_slopes` | `φ'(Z_l)`, `φ'(y_l)` | (3) |
 | `bends` | `D_l ⊙ φ''(Z_l)` | (4), (19) |
 | `unit`, `mean`, `inverse` | `x̂`, `μ`, `ι = 1/σ` of the last `Z` or `y` | (5), (13) |

@@ -17,8 +17,9 @@ from ttt.ops.fused.rooms import ForwardViews
 # GELU in its tanh form is x σ(2u) with 2u = x (SLOPE + CUBIC x²): one sigmoid, which is cheaper than one tanh.
 _SLOPE = 2 * math.sqrt(2 / math.pi)
 _CUBIC = _SLOPE * 0.044715
-# Sums begin with `a` and with `−2a`, as tensors: so each is one pass over the numbers with its product.
-_START, _BEND = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (_SLOPE, -2 * _SLOPE))
+# p = a + 3 b z² = TRIPLE (z² + SHIFT): as a sum with a number it takes one pass, and the factor goes into the next.
+_TRIPLE = 3 * _CUBIC
+_SHIFT = _SLOPE / _TRIPLE
 
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
@@ -35,20 +36,21 @@ def _gelu(z: Tensor, value: Tensor, squared: Tensor, gate: Tensor) -> None:
 
 
 def _gelu_slope(value: Tensor, squared: Tensor, gate: Tensor, slope: Tensor) -> None:
-    """`φ'(z) = σ + φ (1 − σ) p` into `slope`, with `p = (2u)'` left in place of `z²` (3)."""
-    torch.add(_START, squared, alpha=3 * _CUBIC, out=squared)
+    """`φ'(z) = σ + φ (1 − σ) p` into `slope`, with `p / 3b`, `p = (2u)'`, left in place of `z²` (3)."""
+    squared.add_(_SHIFT)
     torch.addcmul(value, value, gate, value=-1, out=slope)
-    torch.addcmul(gate, slope, squared, out=slope)
+    torch.addcmul(gate, slope, squared, value=_TRIPLE, out=slope)
 
 
 def _gelu_bend(gate: Tensor, slope: Tensor, p: Tensor, bend: Tensor) -> None:
-    """`φ''(z) = σ (1 − σ) (4p − 2a) + (φ' − σ) p (1 − 2σ)` into `bend`, `a = p(0)` (4)."""
-    torch.add(_BEND, p, alpha=4, out=bend)
+    """`φ''(z) = σ (1 − σ) (4p − 2a) + (φ' − σ) p (1 − 2σ)` into `bend`, `a = p(0)`, given `p / 3b` (4)."""
+    torch.mul(p, 4 * _TRIPLE, out=bend)
+    bend.sub_(2 * _SLOPE)
     spread = torch.addcmul(gate, gate, gate, value=-1)
     bend.mul_(spread)
     torch.sub(slope, gate, out=spread)
     spread.addcmul_(spread, gate, value=-2)
-    torch.addcmul(bend, spread, p, out=bend)
+    bend.addcmul_(spread, p, value=_TRIPLE)
 
 
 def through_norm(d: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
