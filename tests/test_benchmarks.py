@@ -358,14 +358,15 @@ def test_the_oracle_of_a_device_sees_what_differs(monkeypatch: pytest.MonkeyPatc
 
 def test_another_revision_runs_its_own_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both passes: the working tree's may not answer for it."""
-    source = RESULTS.parent.parent / "ttt" / "ops" / "fused"
+    root = RESULTS.parent.parent
+    source = root / "ttt" / "ops" / "fused"
 
     def shown(command: list[str], **how: object) -> subprocess.CompletedProcess[str]:
         """What git would show of a revision with these files; a test need not run in a repository."""
         if command[1] == "ls-tree":
             text = "\n".join(f"ttt/ops/fused/{path.name}" for path in sorted(source.glob("*.py")))
         else:
-            text = (source / Path(command[2]).name).read_text(encoding="utf-8")
+            text = (root / command[2].partition(":")[2]).read_text(encoding="utf-8")
         return subprocess.CompletedProcess(command, 0, text, "")
 
     monkeypatch.setattr(revisions.subprocess, "run", shown)

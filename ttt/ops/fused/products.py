@@ -25,13 +25,13 @@ class Products:
     def of(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         """`a b`, into `out` if it is given."""
         if self._rounds:
-            a, b = rounded(a), rounded(b)
+            a, b = self.operands(a, b)
         return torch.bmm(a, b, out=out)  # None: into new memory
 
     def add(self, base: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         """`base + a b`, into `out`, or else into `base` itself."""
         if self._rounds:
-            a, b = rounded(a), rounded(b)
+            a, b = self.operands(a, b)
         if out is None or out is base:
             return base.baddbmm_(a, b)
         return torch.baddbmm(base, a, b, out=out)
