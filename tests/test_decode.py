@@ -511,6 +511,33 @@ def test_what_a_layer_holds_is_never_out_of_date(other: str) -> None:
     assert torch.equal(steps(copy, x), before)
 
 
+NAMES_HELD = [name for name in NAMES if not name.startswith(("W", "b"))]
+
+
+@pytest.mark.parametrize("name", NAMES_HELD)
+@torch.no_grad()
+def test_a_parameter_that_is_moved_twice_may_lie_where_it_lay(name: str) -> None:
+    """New memory may be what another tensor has just left: then neither address nor count of writes tells."""
+    layer, x = holding(), draw(2, 9, 16, seed=69)
+    for _ in range(20):
+        first = steps(layer, x)
+        for _ in range(2):
+            layer.get_parameter(name).data = layer.get_parameter(name) + 0.05
+        assert not torch.equal(steps(layer, x), first)
+    torch.testing.assert_close(steps(layer, x), layer(x)[0], rtol=1e-11, atol=1e-11)
+
+
+@torch.no_grad()
+def test_a_held_layer_of_another_type_keeps_nothing() -> None:
+    layer = holding()
+    layer.float()
+    assert parts(layer) is None
+    assert layer.held is not None
+    own = {x.untyped_storage().data_ptr() for x in layer.parameters()}
+    kept = [x for value in vars(layer.held).values() if isinstance(value, list) for x in value if isinstance(x, Tensor)]
+    assert {x.untyped_storage().data_ptr() for x in kept} <= own
+
+
 @torch.no_grad()
 def test_a_held_layer_of_another_type_is_read_as_one_that_is_not_held() -> None:
     layer, x = holding(), draw(2, 9, 16, seed=63)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ttt.config import TTTConfig
 from ttt.config.schema import inner_widths
 from ttt.costs import best_group_size, scan_cost
-from ttt.layer_held import Held
+from ttt.layer_held import PROJECTIONS, Held
 from ttt.layer_inputs import check_counts, check_head_width, check_state, check_step, check_tokens, nonfinite
 from ttt.layer_sharing import WHOLE, Projection, Sharing, held
 from ttt.layer_step import KnownStates, step
@@ -25,7 +25,6 @@ from ttt.ops.tracing import InnerTrace, MinibatchTrace, effective_weights, trace
 from ttt.state import Reading, TTTState, weight_names
 
 INITIAL_STD = 0.02
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class TTTLayer(nn.Module):

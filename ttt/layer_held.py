@@ -14,9 +14,9 @@ from ttt.ops.constants import Precision
 from ttt.ops.decode import InnerRows
 from ttt.ops.minibatch import Inner
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _READ = ("k_proj", "q_proj", "v_proj")
 """The projections of what a layer reads, in the order in which a held layer multiplies them as one."""
-_PROJECTIONS = (*_READ, "o_proj")
 _OWN = (
     "ttt_norm_weight",
     "ttt_norm_bias",
@@ -158,10 +158,15 @@ class Held:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._made_of: list[int] = []
-        """The layer's `_identities` when they were made."""
-        self._batch = 0
+        self._forget()
+
+    def _forget(self) -> None:
         self._parts: Parts | None = None
+        self._batch = 0
+        self._made_of: list[int] = []
+        """The `_identities` of the layer's parameters when they were made."""
+        self._memory: list[Tensor] = []
+        """Of those parameters: as long as it is held, no other tensor can lie where one of them lay."""
         self._read: list[Tensor] = []
         """The weights of `_READ` as one, then its three parts."""
 
@@ -171,7 +176,8 @@ class Held:
 
     def parts(self, layer: Layer, dtype: torch.dtype, batch: int) -> Parts | None:
         """Those for tokens of a type and B streams; None if the layer has to be read as one that is not held."""
-        made_of = _identities(layer)
+        parameters = _parameters(layer)
+        made_of = None if parameters is None else _identities(parameters)
         if made_of is None:
             self._forget()
             return None
@@ -181,23 +187,22 @@ class Held:
             self._make(layer, batch)
         return self._parts
 
-    def _forget(self) -> None:
-        self._made_of, self._batch, self._parts, self._read = [], 0, None, []
-
     @torch.inference_mode(False)
     @torch.no_grad()
     def _make(self, layer: Layer, batch: int) -> None:
-        projections = [layer.get_submodule(name) for name in (*_READ, "o_proj")]
-        weights: list[Tensor] = [cast(Projection, projection).weight for projection in projections]
-        biases: list[Tensor] = [cast(Projection, projection).bias for projection in projections]
-        self._parts, self._batch = None, batch
-        if all(weight.dtype == self.dtype and weight.device == weights[0].device for weight in weights):
+        projections = [cast(Projection, layer.get_submodule(name)) for name in (*_READ, "o_proj")]
+        weights: list[Tensor] = [projection.weight for projection in projections]
+        biases: list[Tensor] = [projection.bias for projection in projections]
+        if any(weight.dtype != self.dtype or weight.device != weights[0].device for weight in weights):
+            self._forget()
+        else:
             wide = torch.promote_types(self.dtype, torch.float32)
-            own, bias = parts_of(layer, wide, batch), None if biases[0] is None else torch.cat(biases[:3])
-            self._parts = own._replace(
-                read=Linear(self._joined(weights[:3]), bias), answer=Linear(weights[3].detach(), biases[3])
-            )
-        self._made_of = _identities(layer) or []
+            read = Linear(self._joined(weights[:3]), None if biases[0] is None else torch.cat(biases[:3]))
+            own = parts_of(layer, wide, batch)
+            self._parts = own._replace(read=read, answer=Linear(weights[3].detach(), biases[3]))
+        self._batch = batch
+        parameters = _parameters(layer) or []
+        self._made_of, self._memory = _identities(parameters) or [], [x.detach() for x in parameters]
 
     def _joined(self, weights: list[Tensor]) -> Tensor:
         """Weights `[D,D]` as one, of which they become parts, so that there is no second copy of them."""
@@ -209,31 +214,29 @@ class Held:
         return self._read[0]
 
 
-def _identities(layer: Layer) -> list[int] | None:
-    """Where each parameter that `Parts` are made of lies, and how often it was written to; None if one cannot tell.
+def _parameters(layer: Layer) -> list[Tensor] | None:
+    """What `Parts` are made of; None if the layer has more than parameters of its own, or not all of them.
 
     By a module's own tables, because `layer.name` takes a microsecond.
     """
     if not layer.sharing.alone:
         return None
     modules, own = layer._modules, layer._parameters
-    parameters: list[Tensor | None] = []
-    for name in _PROJECTIONS:
+    found: list[Tensor | None] = []
+    for name in PROJECTIONS:
         projection = modules[name]
         if type(projection) is not Projection or projection._forward_hooks or projection._forward_pre_hooks:
             return None
-        parameters += projection._parameters.values()
-    parameters += layer.post_norm._parameters.values()
-    parameters += [own.get(name) for name in _OWN]
-    found: list[int] = []
+        found += projection._parameters.values()
+    found += layer.post_norm._parameters.values()
+    found += [own.get(name) for name in _OWN]
+    parameters = [parameter for parameter in found if parameter is not None]
+    return parameters if all(type(parameter) is nn.Parameter for parameter in parameters) else None
+
+
+def _identities(parameters: list[Tensor]) -> list[int] | None:
+    """Where each lies in memory, and how often it was written to; None if one cannot tell."""
     try:
-        for parameter in parameters:
-            if parameter is None:
-                continue
-            if type(parameter) is not nn.Parameter:
-                return None
-            found.append(parameter.data_ptr())
-            found.append(parameter._version)
+        return [number for x in parameters for number in (x.data_ptr(), x._version)]
     except RuntimeError:  # made in inference mode, a tensor does not count what is written to it
         return None
-    return found
