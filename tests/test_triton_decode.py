@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
@@ -115,6 +117,27 @@ def test_a_layer_takes_the_kernels_in_few_launches(kind: str, launches: int, mon
     monkeypatch.setenv("TTT_OPS", "")
     expected = torch.cat([layer.step_(token, other) for token in x.split(1, 1)], 1)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_beside_the_kernels_nothing_is_computed(layers: int) -> None:
+    """What only the CPU's own form takes of norms and step sizes would be launches for nothing."""
+    ran: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not func.is_view:
+                ran.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    case = Case(16, layers, 3, 1, rows=2)
+    state = case.state.streaming(case.size)
+    stream = Stream(state.weights, state.gradients, state.count)
+    with Names():
+        learn_one_(case.tokens, stream, case.inner, None, state.factors, wait=False)
+    assert "aten::clone" in ran
+    interpreters = {"aten::set_", "aten::copy_"}
+    assert set(ran) - interpreters <= {"aten::cat", "aten::clone", "aten::empty", "aten::empty_like", "aten::new_empty"}
 
 
 def test_what_the_kernels_cannot_do_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

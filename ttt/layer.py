@@ -18,7 +18,7 @@ from ttt.layer_step import KnownStates, step
 from ttt.layer_tokens import Rotary, tokens_of
 from ttt.ops.autocast import no_autocast
 from ttt.ops.constants import Precision
-from ttt.ops.factors import Memory
+from ttt.ops.decode_rows import Memory
 from ttt.ops.minibatch import Inner, Stream, learn
 from ttt.ops.rows import Tokens
 from ttt.ops.tracing import InnerTrace, MinibatchTrace, effective_weights, trace, trace_minibatches

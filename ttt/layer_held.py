@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ttt.config import TTTConfig
 from ttt.layer_sharing import Projection, Sharing, held
 from ttt.ops.constants import Precision
-from ttt.ops.decode import InnerRows
+from ttt.ops.decode_rows import InnerRows
 from ttt.ops.minibatch import Inner
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -110,7 +110,7 @@ def parts_of(layer: Layer, dtype: torch.dtype, batch: int) -> Parts:
     weight, bias = held(layer.learnable_ttt_lr_weight).to(dtype), held(layer.learnable_ttt_lr_bias).to(dtype)
     norm = layer.post_norm
     return Parts(
-        InnerRows.of(inner, batch),
+        InnerRows(inner, batch),
         *gamma_beta,
         Linear(weight.squeeze(1), bias.squeeze(1)),
         _number(config.base_lr / layer.head_width, dtype, weight.device),

@@ -26,8 +26,8 @@ from ttt.layer_held import Layer, Parts, parts_of
 from ttt.layer_inputs import nonfinite
 from ttt.layer_sharing import product
 from ttt.layer_tokens import Rotary
-from ttt.ops.decode import Token, learn_token_
-from ttt.ops.factors import Memory
+from ttt.ops.decode import learn_token_
+from ttt.ops.decode_rows import Memory, Token
 from ttt.ops.minibatch import Stream
 from ttt.ops.norm import normalize, normalize_target, rms_norm
 from ttt.ops.rotary import rotary_angles

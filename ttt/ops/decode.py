@@ -25,7 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ttt.ops.factors import Factors, Memory
+from ttt.ops.decode_rows import InnerRows, Memory, Token
+from ttt.ops.factors import Factors
 from ttt.ops.minibatch import Inner, Stream
 from ttt.ops.mlp import gelu
 from ttt.ops.precision import global_precision, multiplying
@@ -34,50 +35,6 @@ from ttt.ops.select import forced_implementation, implementation
 
 _gelu_backward = torch.ops.aten.gelu_backward.default
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
-
-
-class Token(NamedTuple):
-    """One token of each stream, its heads as rows."""
-
-    both_R2F: Tensor
-    """Key, then query."""
-    target_R1F: Tensor
-    rate_R11: Tensor
-
-    @classmethod
-    def of(cls, tokens: Tokens) -> Token:
-        """Of `[B,H,1,F]` and rates `[B,H,1,1]`."""
-        both_R2F = torch.cat((tokens.k, tokens.q), 2).flatten(0, 1)
-        return cls(both_R2F, tokens.target.flatten(0, 1), tokens.rate.flatten(0, 1))
-
-    def tokens(self, batch: int) -> Tokens:
-        """The inverse of `of`; B streams."""
-        width = self.both_R2F.shape[-1]
-        k_BH1F, q_BH1F = self.both_R2F.view(batch, -1, 2, width).split(1, 2)
-        return Tokens(q_BH1F, k_BH1F, self.target_R1F.view_as(k_BH1F), self.rate_R11.view(batch, -1, 1, 1))
-
-
-class InnerRows(NamedTuple):
-    """`Inner` as a token takes it: γ and β by stream and head, and what follows from them."""
-
-    inner: Inner
-    gamma_R1F: Tensor
-    beta_R1F: Tensor
-    square_R1F: Tensor
-    """`γ²`."""
-    product_R1F: Tensor
-    """`γ β`."""
-    steps: list[float]
-    """`scale_C` on the host; empty if it is on another device."""
-
-    @classmethod
-    def of(cls, inner: Inner, batch: int) -> InnerRows:
-        """For B streams."""
-        gamma, beta = inner.gamma_H1F, inner.beta_H1F
-        square, product = gamma * gamma, gamma * beta
-        if batch > 1:
-            gamma, beta, square, product = (x.repeat(batch, 1, 1) for x in (gamma, beta, square, product))
-        return cls(inner, gamma, beta, square, product, inner.scale_C.tolist() if inner.scale_C.is_cpu else [])
 
 
 def learn_one_(
@@ -111,7 +68,7 @@ def learn_one_(
     """
     with torch.no_grad():
         counts = stream.count_B.tolist() if wait and stream.count_B is not None else None
-        rows = InnerRows.of(inner, tokens.q.shape[0])
+        rows = InnerRows(inner, tokens.q.shape[0])
         z_R1F = learn_token_(Token.of(tokens), Memory(stream, factors), rows, rows_B, counts, wait=wait)
         return z_R1F.view(tokens.q.shape)
 
@@ -258,8 +215,8 @@ def _error(z_R1F: Tensor, target_R1F: Tensor, inner: InnerRows) -> Tensor:
     """`ttt.ops.norm.inner_loss_gradient` in few operations: the norm's own backward, of `∂ℓ/∂x̂ = γ² x̂ + γ β − γ t`."""
     width = [z_R1F.shape[-1]]
     normed, mean, inverse_deviation = torch.native_layer_norm(z_R1F, width, None, None, inner.inner.eps)
-    wrong = torch.addcmul(inner.product_R1F, inner.gamma_R1F, target_R1F, value=-1)
-    wrong = torch.addcmul(wrong, inner.square_R1F, normed)
+    wrong = torch.addcmul(inner.product, inner.gamma, target_R1F, value=-1)
+    wrong = torch.addcmul(wrong, inner.square, normed)
     mask = [True, False, False]
     backward = _layer_norm_backward(wrong, z_R1F, width, mean, inverse_deviation, None, None, mask)
     return backward[0]
@@ -268,7 +225,7 @@ def _error(z_R1F: Tensor, target_R1F: Tensor, inner: InnerRows) -> Tensor:
 def _normed_answer(z_R1F: Tensor, q_R1F: Tensor, inner: InnerRows) -> Tensor:
     """`q + LN(z)`, `[R,1,F]`."""
     normed = torch.native_layer_norm(z_R1F, z_R1F.shape[-1:], None, None, inner.inner.eps)[0]
-    return torch.addcmul(q_R1F + inner.beta_R1F, normed, inner.gamma_R1F)
+    return torch.addcmul(q_R1F + inner.beta, normed, inner.gamma)
 
 
 def _answered(

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ttt.ops.minibatch import Stream, Weights
 from ttt.ops.precision import multiplying
+
+Weights = tuple[Tensor, ...]
 
 MOST_SLOTS = 16
 """Of mini-batches of more tokens, so many are kept as factors at a time; see `slots_for`."""
@@ -64,63 +65,3 @@ def summed_gradients(gradients: Weights, factors: Factors) -> Weights:
         for layer, (x, u) in enumerate(zip(factors.inputs, factors.taught, strict=True)):
             summed[2 * layer] = summed[2 * layer] + x.mT @ u
     return tuple(summed)
-
-
-class Slot(NamedTuple):
-    """One place of the open mini-batches in their factors, layer by layer, for rows that all stand there."""
-
-    inputs: list[Tensor]
-    """Where the token's `x` goes, `[R,1,in]`."""
-    taught: list[Tensor]
-    """Where its `u` goes, `[R,1,out]`."""
-    filled: list[tuple[Tensor, Tensor]]
-    """`Xᵀ [R,in,k]` and `U [R,k,out]` of the k tokens up to it."""
-
-
-class Memory:
-    """The tensors of B streams as `ttt.ops.decode` reads and writes them: rows × heads as one dimension R.
-
-    All are views. Each takes some microseconds to make, and a token needs some thirty of them, so whoever reads token
-    after token of the same streams keeps this. It is theirs for as long as each of their tensors keeps its memory.
-
-    Args:
-        stream: every tensor contiguous, with memory of its own.
-        factors: of the open mini-batches; None if `stream.gradients` holds all.
-    """
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def __init__(self, stream: Stream, factors: Factors | None) -> None:
-        self.stream, self.factors = stream, factors
-        self.batch, self.heads = stream.weights[0].shape[:2]
-        self.weights = _flat(stream.weights)
-        """`W [R,in,out]` and `b [R,1,out]` in turn."""
-        self.sums = _flat(stream.gradients or ())
-        """Their gradients; none if mini-batches have one token."""
-        self.inputs = [] if factors is None else _flat(factors.inputs)
-        """`[R,K,in]` of each layer."""
-        self.taught = [] if factors is None else _flat(factors.taught)
-        """`[R,K,out]` of each layer."""
-        self.slots = 1 if factors is None else factors.slots
-        self._slot: dict[int, Slot] = {}
-
-    def slot(self, place: int) -> Slot:
-        """A slot by its number."""
-        found = self._slot.get(place)
-        if found is None:
-            found = self._slot[place] = self._views(place)
-        return found
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _views(self, place: int) -> Slot:
-        def at(slots: list[Tensor]) -> list[Tensor]:
-            return [x.narrow(1, place, 1) for x in slots]
-
-        pairs = zip(self.inputs, self.taught, strict=True)
-        filled = [(x.narrow(1, 0, place + 1).mT, u.narrow(1, 0, place + 1)) for x, u in pairs]
-        return Slot(at(self.inputs), at(self.taught), filled)
-
-
-def _flat(tensors: Weights) -> list[Tensor]:
-    return [x.view(-1, *x.shape[2:]) for x in tensors]
