@@ -452,6 +452,28 @@ def test_a_compiler_that_is_named_is_the_one_that_must_be_there(
     assert "there is no a-compiler-that-nobody-has" in finding.message
 
 
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [("2.9.1", True), ("2.10.0+cpu", True), ("2.11.0", False), ("2.13.0", False), ("3.0", False)],
+)
+def test_compiling_needs_a_pytorch_that_takes_a_layer_whole(
+    version: str, old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ttt.machine.importlib.metadata.version", lambda package: version)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "a spec")
+    for variable in ("CC", "CXX"):
+        monkeypatch.setenv(variable, str(_program(tmp_path / variable)))
+    for device in ("cpu", "cuda", "auto"):
+        found = _findings(f"train: {{compile: true, device: {device}}}")
+        if not old:
+            assert found == ()
+            continue
+        (finding,) = found
+        assert (finding.code, finding.path, finding.severity) == ("TTT604", "train.compile", ERROR)
+        assert finding.message.count(f"torch.compile of PyTorch {version} cannot take a TTT layer whole") == 1
+        assert finding.fix == "upgrade torch to 2.11 or newer, or write compile: false"
+
+
 def test_a_run_for_this_machines_cpu_is_held_against_its_memory() -> None:
     memory = device_memory("cpu")
     assert memory is not None

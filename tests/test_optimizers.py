@@ -319,17 +319,6 @@ def test_a_check_says_what_8_bit_adamw_lacks(monkeypatch, installed, device):
     assert TTT610.number not in findings(f"optimizer: muon, device: {device}")
 
 
-@pytest.mark.parametrize(("version", "old"), [("2.8.0", True), ("2.9.1+cpu", False), ("2.13.0", False), ("3.0", False)])
-def test_muon_needs_a_pytorch_that_has_it(monkeypatch, version, old):
-    monkeypatch.setattr("ttt.machine.importlib.metadata.version", lambda package: version)
-    found = findings("optimizer: muon, device: cpu")
-    assert (TTT610.number in found) is old
-    if old:
-        assert f"PyTorch is {version} here" in found[TTT610.number].message
-        with pytest.raises(EnvironmentProblem, match="upgrade torch"):
-            setup.require_optimizer(TrainConfig(optimizer="muon", device="cpu"))
-
-
 # --- several processes ---
 
 

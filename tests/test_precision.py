@@ -26,8 +26,6 @@ from ttt.train.setup import build
 
 ATEN = torch.ops.aten
 _BMM = {ATEN.bmm.default: (0, 1), ATEN.bmm.out: (0, 1), ATEN.baddbmm_.default: (1, 2), ATEN.baddbmm.out: (1, 2)}
-PARTED = hasattr(torch.backends, "fp32_precision")
-"""Whether each backend has a setting of its own, as since PyTorch 2.9."""
 _ADDCMUL = {ATEN.addcmul_.default, ATEN.addcmul.out}
 
 
@@ -93,9 +91,8 @@ def globally(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision("highest")
-        if PARTED:
-            torch.backends.mkldnn.matmul.fp32_precision = "none"
-            torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        torch.backends.cuda.matmul.fp32_precision = "none"
 
 
 KINDS = [
@@ -131,7 +128,6 @@ def test_it_would_be_seen_if_a_global_setting_reached_one(monkeypatch: pytest.Mo
     assert watch.settings == {"bf16"}
 
 
-@pytest.mark.skipif(not PARTED, reason="PyTorch before 2.9 has one setting for all backends")
 def test_a_setting_of_all_backends_is_followed_again_afterwards() -> None:
     before = torch.backends.fp32_precision
     try:

@@ -71,18 +71,6 @@ class Obstacle(NamedTuple):
     """What to do about it."""
 
 
-def missing_for_muon() -> Obstacle | None:
-    """What Muon lacks: `torch.optim.Muon` came with PyTorch 2.9; None if it is there."""
-    found = importlib.metadata.version("torch")
-    major, minor = (int(part) for part in found.split(".")[:2])
-    if (major, minor) >= (2, 9):
-        return None
-    return Obstacle(
-        f"optimizer: muon is that of PyTorch 2.9 or newer, and PyTorch is {found} here",
-        "upgrade torch, or write optimizer: adamw",
-    )
-
-
 def missing_for_8bit(device: str) -> Obstacle | None:
     """What AdamW with moments of 8 bits lacks on `cpu` or `cuda`; None if nothing is known to be, as for `auto`.
 
@@ -112,12 +100,23 @@ def wrong_implementation() -> Obstacle | None:
     )
 
 
+_COMPILES = 2, 11
+"""The oldest PyTorch whose compiler takes a TTT layer whole; tried were 2.9, 2.10, 2.11 and 2.13."""
+
+
 def missing_compiler(device: str) -> Obstacle | None:
     """What is missing to compile for `cpu` or `cuda`; None if nothing is, or for another device.
 
     Source: PyTorch's `torch/_inductor/config.py`, `cpp.cxx`; Triton's `triton/runtime/build.py`, which compiles the C
     code that launches its kernels.
     """
+    found = importlib.metadata.version("torch")
+    if tuple(int(part) for part in found.split(".")[:2]) < _COMPILES:
+        oldest = ".".join(map(str, _COMPILES))
+        return Obstacle(
+            f"torch.compile of PyTorch {found} cannot take a TTT layer whole",
+            f"upgrade torch to {oldest} or newer, or write compile: false",
+        )
     if device == "cpu":
         program = os.environ.get("CXX") or _CXX.get(sys.platform, "g++")
         if shutil.which(program) is not None:

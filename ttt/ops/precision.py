@@ -25,10 +25,10 @@ from torch import Tensor
 
 from ttt.ops.constants import Precision
 
-_OF_BACKEND = hasattr(torch.backends.cuda.matmul, "fp32_precision")
-"""Whether each backend has its own setting; PyTorch before 2.9 has one for all."""
-_BACKENDS: dict[str, Any] = {"cpu": getattr(torch.backends.mkldnn, "matmul", None), "cuda": torch.backends.cuda.matmul}
-_OF_LEGACY = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
+_BACKENDS: dict[str, Any] = {
+    "cpu": torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    "cuda": torch.backends.cuda.matmul,
+}
 
 
 @contextlib.contextmanager
@@ -43,8 +43,7 @@ def multiplying(x: Tensor, precision: Precision) -> Iterator[None]:
     try:
         yield
     finally:
-        if _OF_BACKEND:
-            _set(x, "none")  # it follows `torch.backends.fp32_precision` again, if that was what held
+        _set(x, "none")  # it follows `torch.backends.fp32_precision` again, if that was what held
         if global_precision(x) != before:
             _set(x, before)
 
@@ -53,17 +52,12 @@ def global_precision(x: Tensor) -> str:
     """What PyTorch is set to for float32 products on the device of `x`: `ieee`, `tf32` or `bf16`."""
     if x.dtype != torch.float32 or x.device.type not in _BACKENDS:
         return "ieee"
-    if not _OF_BACKEND:
-        return _OF_LEGACY[torch.get_float32_matmul_precision()]
     found: str = _BACKENDS[x.device.type].fp32_precision
     return "ieee" if found == "none" else found
 
 
 def _set(x: Tensor, precision: str) -> None:
-    if _OF_BACKEND:
-        _BACKENDS[x.device.type].fp32_precision = precision
-    else:
-        torch.set_float32_matmul_precision({name: legacy for legacy, name in _OF_LEGACY.items()}[precision])
+    _BACKENDS[x.device.type].fp32_precision = precision
 
 
 def rounded(x: Tensor) -> Tensor:

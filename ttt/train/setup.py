@@ -21,7 +21,6 @@ from ttt.machine import (
     exact_implementation,
     local_rank_launched,
     missing_for_8bit,
-    missing_for_muon,
     missing_precision,
     processes_launched,
 )
@@ -58,12 +57,11 @@ def require_optimizer(train: TrainConfig) -> None:
     """Refuse to begin a run whose `train.optimizer` cannot run on its device.
 
     Raises:
-        EnvironmentProblem: 8-bit AdamW lacks its package, or a GPU; PyTorch is too old for Muon.
+        EnvironmentProblem: 8-bit AdamW lacks its package, or a GPU.
     """
-    if train.optimizer == "adamw":
+    if train.optimizer != "adamw_8bit":
         return
-    muon = train.optimizer == "muon"
-    missing = missing_for_muon() if muon else missing_for_8bit(choose_device(train.device).type)
+    missing = missing_for_8bit(choose_device(train.device).type)
     if missing is not None:
         raise EnvironmentProblem(f"train.{missing.problem}; {missing.fix}")
 

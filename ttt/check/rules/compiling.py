@@ -31,7 +31,7 @@ def scan_can_be_compiled(context: Context) -> Iterator[Finding]:
 
 @rule(TTT604, reads=("train.compile", "train.device", "ttt.layers"))
 def compiler_is_there(context: Context) -> Iterator[Finding]:
-    """There is a compiler for the run's device; if that is `auto`, for the CPU or for CUDA."""
+    """PyTorch is new enough, and there is a compiler for the device; for the CPU or for CUDA if that is `auto`."""
     train = context.config.train
     if not train.compile or not context.has_layers or wrong_implementation() is not None:
         return
@@ -40,7 +40,7 @@ def compiler_is_there(context: Context) -> Iterator[Finding]:
     if len(missing) == len(found):
         yield TTT604.at(
             "train.compile",
-            message="; ".join(obstacle.problem for obstacle in missing),
+            message="; ".join(dict.fromkeys(obstacle.problem for obstacle in missing)),
             fix=missing[0].fix,
             value=train.device,
         )

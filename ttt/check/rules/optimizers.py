@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ttt.check.estimate import written_layout
 from ttt.check.rules.rule import Context, rule
 from ttt.config.findings import Blame, Code, Family, Finding, Severity
-from ttt.machine import missing_for_8bit, missing_for_muon, processes_launched
+from ttt.machine import missing_for_8bit, processes_launched
 from ttt.parallel.layout import NOT_SPLIT, Layout, layout_of, needs_whole_matrices
 
 TTT610 = Code(
@@ -32,11 +32,9 @@ TTT609 = Code(
 
 @rule(TTT610, reads=("train.optimizer", "train.device"))
 def optimizer_runs_here(context: Context) -> Iterator[Finding]:
-    """The optimiser's package is installed and new enough, and the run is not on a CPU if it needs a GPU."""
+    """The optimiser's package is installed, and the run is not on a CPU if it needs a GPU."""
     train = context.config.train
-    missing = missing_for_muon() if train.optimizer == "muon" else None
-    if train.optimizer == "adamw_8bit":
-        missing = missing_for_8bit(train.device)
+    missing = missing_for_8bit(train.device) if train.optimizer == "adamw_8bit" else None
     if missing is not None:
         yield TTT610.at("train.optimizer", message=missing.problem, fix=missing.fix, value=train.optimizer)
 
