@@ -173,9 +173,9 @@ def first_cases() -> Iterator[Case]:
 
 
 class Problem:
-    """A case's tensors, values that vary, in float64."""
+    """A case's tensors in float64, values that vary; of a narrower dtype, those that it holds."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, dtype: torch.dtype = torch.float64) -> None:
         self.case = case
         self.generator = torch.Generator().manual_seed(0)
         batch, heads = PAIRS[case.pairs]
@@ -193,7 +193,7 @@ class Problem:
         scale = torch.full((case.size,), 1 / case.size, dtype=torch.float64) if scale is None else 1.1 * scale
         before = [0.1 * self._normal(*w.shape) for w in weights] if case.opened else []
         self.count = torch.arange(1, batch + 1) % case.size if case.opened else None
-        self.inputs = [q, k, target, rate, gamma, beta, scale, *weights, *before]
+        self.inputs = [x.to(dtype).double() for x in (q, k, target, rate, gamma, beta, scale, *weights, *before)]
         self.names = ["q", "k", "target", "rate", "gamma", "beta", *(["scale"] if case.causal else [])]
         self.names += [f"{what} {i}" for what, of in (("weights", weights), ("sums", before)) for i in range(len(of))]
 
@@ -247,10 +247,9 @@ def differences(
 ) -> dict[str, float]:
     """How far an implementation's tensors are from the definition's, relative to the largest number of each.
 
-    Unless numbers are float64 and their products too, gradients of rates and step sizes are measured by the terms that
-    they sum: of few tokens they are few numbers, in each of which thousands of terms of both signs nearly cancel while
-    their roundings do not. (TTT-Linear, F 128, C 1, five tokens: terms of 104 sum to 0.06, and the definition itself
-    is 6e-6 of that away in float32.)
+    Both get the same numbers, those that `dtype` holds. Where operands are rounded, gradients of rates and step sizes
+    are measured by the terms that they sum: of few tokens they are few numbers, in each of which thousands of terms of
+    both signs nearly cancel while their roundings do not.
 
     Args:
         case: the problem.
@@ -262,12 +261,12 @@ def differences(
     Raises:
         AssertionError: the two do not give the same tensors.
     """
-    problem = Problem(case)
+    problem = Problem(case, dtype)
     expected = problem.run(against, "cpu" if against == "reference" else device, torch.float64, exactly=True)
     found = problem.run(implementation, device, dtype)
     assert expected.keys() == found.keys(), (sorted(expected), sorted(found))
     largest = {name: float(value.abs().max()) for name, value in expected.items()}
-    if case.causal and (case.precision != "ieee" or dtype != torch.float64):
+    if case.causal and case.precision != "ieee":
         for name, terms in _terms(problem, expected).items():
             largest[name] = max(largest[name], terms)
     return {name: float((found[name] - value).abs().max()) / (largest[name] or 1.0) for name, value in expected.items()}

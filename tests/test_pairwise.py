@@ -7,7 +7,19 @@ import random
 from typing import Any
 
 import pytest
-from kernels_compared import FACTORS, LENGTHS, can_be, case_of, chosen_cases, cost_of, runs
+import torch
+from kernels_compared import (
+    FACTORS,
+    LENGTHS,
+    Case,
+    Problem,
+    can_be,
+    case_of,
+    chosen_cases,
+    cost_of,
+    differences,
+    runs,
+)
 from pairwise import allowed_rows, covering
 
 
@@ -57,3 +69,23 @@ def test_the_kernels_cases_have_every_pair_that_can_be() -> None:
         assert {row[name] for row in chosen} == set(values)
     assert {row["tokens"] for row in chosen if row["kind"] == "mlp"} == set(LENGTHS)
     assert all(runs(case_of(row), "cpu") for row in chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_definition_gets_the_numbers_that_the_kernels_get(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise what their inputs lost would count as theirs, and more than that where terms cancel."""
+    given: list[list[torch.Tensor]] = []
+
+    def run(self: Problem, *arguments: Any, **options: Any) -> dict[str, torch.Tensor]:
+        given.append(self.inputs)
+        return {}
+
+    monkeypatch.setattr(Problem, "run", run)
+    assert differences(Case("mlp", 64, 16, 17, 3, causal=True, opened=True), "fused", "cpu", dtype) == {}
+    assert len(given) == 2
+    for inputs in given:
+        assert {x.dtype for x in inputs} == {torch.float64}
+        assert all(torch.equal(x, x.to(dtype).double()) for x in inputs)
+        assert any(not torch.equal(x, x.float().double()) for x in inputs) is (dtype == torch.float64)
