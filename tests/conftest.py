@@ -115,3 +115,17 @@ def empty_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.path.name in UNDRAWN:
             undraw(patch)
         yield
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton is chosen, its interpreter runs the kernels, and what is allocated holds NaN until it is written."""
+    if os.environ["TRITON_INTERPRET"] != "1":
+        pytest.skip("compares in the interpreter; benchmarks compare on a GPU")
+    import quick_interpreter
+
+    quick_interpreter.install()
+    monkeypatch.setenv("TTT_OPS", "triton")
+    torch.set_deterministic_debug_mode("error")  # without the compiler, which the other call imports
+    yield
+    torch.set_deterministic_debug_mode("default")

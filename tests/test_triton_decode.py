@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-import quick_interpreter
 from test_decode import Case
 
 from ttt import TTTConfig, TTTLayer, TTTState
@@ -21,19 +19,7 @@ from ttt.ops.decode import learn_one_
 from ttt.ops.minibatch import Stream
 from ttt.ops.triton import decode
 
-pytestmark = pytest.mark.skipif(
-    os.environ["TRITON_INTERPRET"] != "1", reason="compares in the interpreter; benchmarks compare on a GPU"
-)
-
-
-@pytest.fixture(autouse=True)
-def in_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton is chosen, and what is allocated holds NaN until it is written."""
-    quick_interpreter.install()
-    monkeypatch.setenv("TTT_OPS", "triton")
-    torch.set_deterministic_debug_mode("error")
-    yield
-    torch.set_deterministic_debug_mode("default")
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 CASES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -14,7 +14,6 @@ from torch import Tensor
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-import quick_interpreter
 from kernel_results import Found, distances, furthest, learned
 from kernel_watched import products, watched
 from triton.runtime import interpreter
@@ -26,19 +25,7 @@ from ttt.ops.rows import Tokens
 from ttt.ops.triton.linear import linear_forward
 from ttt.ops.triton.linear_backward import LinearBackward
 
-pytestmark = pytest.mark.skipif(
-    os.environ["TRITON_INTERPRET"] != "1", reason="compares in the interpreter; benchmarks compare on a GPU"
-)
-
-
-@pytest.fixture(autouse=True)
-def new_memory_holds_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What is allocated holds NaN until it is written."""
-    monkeypatch.setenv("TTT_OPS", "triton")
-    quick_interpreter.install()
-    torch.set_deterministic_debug_mode("error")
-    yield
-    torch.set_deterministic_debug_mode("default")
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,26 +14,13 @@ from torch.utils.checkpoint import checkpoint
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-import quick_interpreter
 from kernel_results import furthest, weighed
 
 from ttt.config import TTTConfig
 from ttt.layer import TTTLayer
 from ttt.ops.select import implementation
 
-pytestmark = pytest.mark.skipif(
-    os.environ["TRITON_INTERPRET"] != "1", reason="compares in the interpreter; benchmarks compare on a GPU"
-)
-
-
-@pytest.fixture(autouse=True)
-def new_memory_holds_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What is allocated holds NaN until it is written."""
-    monkeypatch.setenv("TTT_OPS", "triton")
-    quick_interpreter.install()
-    torch.set_deterministic_debug_mode("error")
-    yield
-    torch.set_deterministic_debug_mode("default")
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 # --- the operation ---

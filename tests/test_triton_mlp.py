@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-import quick_interpreter
 from kernel_results import Found, learned
 from kernel_watched import products, watched
 from kernels_launched import Launch, launches
@@ -27,18 +25,7 @@ from ttt.ops.rows import Tokens
 from ttt.ops.triton.mlp_backward import mlp_backward
 from ttt.ops.triton.mlp_forward import mlp_forward
 
-pytestmark = pytest.mark.skipif(
-    os.environ["TRITON_INTERPRET"] != "1", reason="compares in the interpreter; benchmarks compare on a GPU"
-)
-
-
-@pytest.fixture(autouse=True)
-def new_memory_holds_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What is allocated holds NaN until it is written."""
-    quick_interpreter.install()
-    torch.set_deterministic_debug_mode("error")  # without the compiler, which the other call imports
-    yield
-    torch.set_deterministic_debug_mode("default")
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 @dataclass

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-import quick_interpreter
 from kernel_results import weighed
 
 from ttt.config import TTTConfig
@@ -25,9 +24,7 @@ from ttt.train import compiling
 from ttt.train.compiling import CompiledRead
 
 pytestmark = [
-    pytest.mark.skipif(
-        os.environ["TRITON_INTERPRET"] != "1", reason="compares in the interpreter; benchmarks compare on a GPU"
-    ),
+    pytest.mark.usefixtures("interpreted"),
     # PyTorch looks at gradients while it traces, and hides the warning itself where warnings are no errors.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
@@ -37,12 +34,6 @@ LENGTHS = (8, 11)
 """Two mini-batches; and two with one that stays open."""
 Run = Callable[[Tensor], Tensor]
 Found = list[Tensor]
-
-
-@pytest.fixture(autouse=True)
-def in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick_interpreter.install()
-    monkeypatch.setenv("TTT_OPS", "triton")
 
 
 # What PyTorch's users, FSDP's and kyutai wrap around a layer.
