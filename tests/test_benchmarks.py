@@ -357,7 +357,7 @@ def test_the_oracle_of_a_device_sees_what_differs(monkeypatch: pytest.MonkeyPatc
 
 
 def test_another_revision_runs_its_own_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both passes: the working tree's may not answer for it."""
+    """Both passes, and its norms: the working tree's may not answer for it."""
     root = RESULTS.parent.parent
     source = root / "ttt" / "ops" / "fused"
 
@@ -385,6 +385,7 @@ def test_another_revision_runs_its_own_operation(tmp_path: Path, monkeypatch: py
         assert torch.equal(a, b)
     ours = [name.split("::") for name in ran if "minibatches" in name]
     assert ours == [[other.__name__, "minibatches"], [other.__name__, "minibatches_backward"]]
+    assert other.backward.is_constant.__module__ == f"{other.__name__}.norm"
 
 
 def test_group_0_holds_its_closed_form() -> None:

@@ -29,12 +29,12 @@ backbone: {name: toy, num_layers: 2, dim: 16, num_heads: 2}
 ttt: {mini_batch_size: 4, persistent_states: true}
 data: {window: 12, shuffle: files, windows_of_files: [3, 2, 4, 3, 5]}
 train:
-  {max_steps: 3, batch_size: 4, num_microbatches: 2, trainable: all, lr: 3.0e-3, lr_schedule: constant,
+  {max_steps: 4, batch_size: 4, num_microbatches: 2, trainable: all, lr: 3.0e-3, lr_schedule: constant,
    gradient_checkpointing: true, evidence_freq: 2, ema_decay: 0.8}
 """
 SMALL = {
     "toy": [],
-    "toy muon": ["train.optimizer=muon", "train.lr=1e-3"],
+    "toy muon": ["train.optimizer=muon", "train.lr=1e-3", "train.max_steps=3"],
     "moshi": ["backbone.dim=16", "backbone.num_heads=2", "backbone.num_layers=2", "data.duration_sec=1",
               "train.gradient_checkpointing=true", "train.num_microbatches=2", "train.batch_size=2"],
     "videodit": ["backbone.dim=32", "backbone.num_heads=2", "backbone.num_layers=2", "backbone.remat_attention=true",
@@ -47,11 +47,12 @@ ONE, TWO, FOUR = 1, 2, 4
 SAVED = 2
 """The steps after which a run on four processes goes on with fewer."""
 RUNS = {
-    "replicate 2": ("toy", TWO, []),
+    "replicate 4": ("toy", FOUR, []),
     "shard 2 of 4": ("toy", FOUR, ["train.parallel.shard=2"]),
     "moshi": ("moshi", TWO, ["train.parallel.shard=2"]),
     "videodit": ("videodit", TWO, ["train.parallel.shard=2"]),
     "transformers": ("transformers", TWO, []),
+    "tensor 2": ("toy", TWO, ["train.parallel.tensor=2"]),
     "replicate 2, tensor 2": ("toy", FOUR, ["train.parallel.tensor=2"]),
     **{f"{name} tensor": (name, TWO, ["train.parallel.tensor=2"]) for name in ("moshi", "videodit")},
 }

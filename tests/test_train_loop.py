@@ -545,7 +545,7 @@ RESUMED = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=RESUMED)
 def whole_run(request, tmp_path_factory):
     """A run of nine steps that nobody kills: its folder, its result and its options."""
     options = {key: dict(value) for key, value in RESUMED[request.param].items()}
@@ -556,11 +556,7 @@ def whole_run(request, tmp_path_factory):
         return folder, run(config(folder, **options, evaluate={"eval_freq": 4}))[0], options
 
 
-@pytest.mark.parametrize(
-    ("whole_run", "stopped_after"),
-    [*((name, 2) for name in RESUMED), ("accumulated", 8), ("states carried, files shuffled", 8)],
-    indirect=["whole_run"],
-)
+@pytest.mark.parametrize("stopped_after", [2, 8])
 def test_a_killed_run_resumes_bit_for_bit(whole_run, tmp_path, stopped_after):
     """A run that was killed between two checkpoints: lines beyond the last one are written, and written anew."""
     folder, whole, options = whole_run
