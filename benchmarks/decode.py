@@ -5,8 +5,8 @@
 
 The revision's package `ttt` is imported under another name, so that its layers run with their own checks, projections
 and inner learning. All have the same weights, in memory of their own, and read the same tokens in turn; their answers
-are compared. Printed are medians of a layer's time for a token on one core, whose own processor time is taken, and of
-the ratios. Less than 1 is faster.
+are compared. Printed are medians of a layer's time for a token, and of the ratios. Less than 1 is faster. On one core
+its own processor time is taken; with `--threads 2` and more the clock's, which what else runs on the machine disturbs.
 
 Layers are read as `ttt sample` reads them: held for inference, in float32 (`TTTLayer.hold_for_inference`; layers of a
 revision without it as they are). `not held` are the working tree's as they are in training, which derive anew what
@@ -16,8 +16,8 @@ A token goes through several layers, as in a model: when a layer reads its next 
 through the caches, so that its own are read from memory, while the code is in the caches. At width 1024 six layers have
 100 MB of projections. At width 64 everything fits into the caches.
 
-The floor is how long this core takes to read from memory what a token cannot do without: the layer's parameters and the
-streams' fast weights, once each. How fast it reads is measured by a sum of other memory, between the tokens.
+The floor is how long these cores take to read from memory what a token cannot do without: the layer's parameters and
+the streams' fast weights, once each. How fast it reads is measured by a sum of other memory, between the tokens.
 """
 
 from __future__ import annotations
@@ -101,10 +101,15 @@ class Reader:
 
     def read(self, x: Tensor) -> Tensor:
         """Each layer's answers to a token of each stream, `[B,L,D]`; keeps how long it took for a layer."""
-        start = time.thread_time()
+        start = now()
         answers = [layer.step_(x, state) for layer, state in zip(self.layers, self.states, strict=True)]
-        self.times.append((time.thread_time() - start) / len(answers))
+        self.times.append((now() - start) / len(answers))
         return torch.cat(answers, 1)
+
+
+def now() -> float:
+    """Seconds: of this thread's processor time if it computes alone, else of the clock."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def _state(layer: Any, batch: int) -> Any:
@@ -137,15 +142,15 @@ def measure(readers: Sequence[Reader], x: Tensor) -> Times:
         answers = {which: readers[which].read(token) for which in order}
         for which in order:
             torch.testing.assert_close(answers[which], answers[0], rtol=1e-3, atol=1e-3)
-        start = time.thread_time()
+        start = now()
         elsewhere.sum()
-        reading.append(time.thread_time() - start)
-    before, now, not_held = (reader.times[x.shape[1] // 10 :] for reader in readers)
+        reading.append(now() - start)
+    before, held, not_held = (reader.times[x.shape[1] // 10 :] for reader in readers)
     ratio, ratio_not_held = (
-        statistics.median(b / a for a, b in zip(before, times, strict=True)) for times in (now, not_held)
+        statistics.median(b / a for a, b in zip(before, times, strict=True)) for times in (held, not_held)
     )
     floor = 4 * readers[1].numbers() * statistics.median(reading) / elsewhere.nbytes
-    medians = statistics.median(before), statistics.median(now), statistics.median(not_held)
+    medians = map(statistics.median, (before, held, not_held))
     return Times(*medians, floor, ratio, ratio_not_held)
 
 
@@ -156,8 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--layers", type=int, default=6, help="which a token goes through; 1 keeps more in the caches")
     parser.add_argument("--widths", type=int, nargs="+", default=list(HEADS), choices=list(HEADS))
+    parser.add_argument("--threads", type=int, default=1, help="cores that compute")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         before = package_of(options.revision, Path(folder))
         print("| D | H | B | inner model | before, ms | now, ms | not held, ms | floor, ms | now / before | not held |")

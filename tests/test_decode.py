@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ttt import TTTConfig, TTTLayer, TTTState
 from ttt.files import read_tensors
@@ -414,15 +415,51 @@ def test_one_token_is_read_as_a_sequence_is(options: dict[str, Any], by_head: bo
         same(state, end, 1e-11)
 
 
+class Operations(TorchDispatchMode):
+    """The names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 3, 4, 5])
-def test_a_projection_of_few_rows_is_the_linear_layer(rows: int, bias: bool) -> None:
-    """Whichever product takes them: four rows go another way round."""
-    projection = Projection(24, 40, bias=bias)
-    x = draw(rows, 24, seed=58).float()
-    y = projection(x)
+@pytest.mark.parametrize(
+    ("rows", "widths", "threads", "pieces"),
+    [
+        (1, (512, 640), 2, True),
+        (1, (512, 640), 1, False),
+        (2, (512, 640), 1, True),
+        (32, (512, 640), 1, True),
+        (33, (512, 640), 1, False),
+        (5, (512, 500), 1, False),
+        (5, (512, 384), 1, False),
+        (5, (2048, 128), 1, True),
+    ],
+)
+def test_a_projection_of_few_rows_is_the_linear_layer(
+    rows: int, widths: tuple[int, int], threads: int, pieces: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever product takes them; each output and every gradient."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    projection = Projection(*widths, bias=bias)
+    x = draw(rows, widths[0], seed=58).float().requires_grad_()
+    with Operations() as ran:
+        y = projection(x)
+    assert ("aten::bmm" in ran.names) is (pieces and torch.backends.mkl.is_available())
+    assert y.shape == (rows, widths[1])
     assert y.is_contiguous()
-    torch.testing.assert_close(y, nn.functional.linear(x, projection.weight, projection.bias), rtol=1e-5, atol=1e-6)
+    leaves = [x, *projection.parameters()]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = nn.functional.linear(*exact)
+    weight = draw(*y.shape, seed=59)
+    found = [y, *torch.autograd.grad(y, leaves, weight.float())]
+    for result, true in zip(found, [expected, *torch.autograd.grad(expected, exact, weight)], strict=True):
+        assert (result - true).abs().max() <= 2e-6 * true.abs().max()
 
 
 # --- held for inference ---
