@@ -1,14 +1,20 @@
-"""The fused scan of another revision beside that of the working tree, or its groups beside each other, in one process.
+"""The fused scan of another revision beside that of the working tree, or its groups beside each other.
 
     python benchmarks/revisions.py 265967d
+    python benchmarks/revisions.py 265967d --processes 12 --budget 2
     python benchmarks/revisions.py main --shapes Video-like --groups 0 16
     python benchmarks/revisions.py                # group 0 of the working tree beside group 16
 
 Both take turns, round after round, on one thread, whose own processor time is taken. Other work on the machine is not
 in it, but takes memory bandwidth, caches and clock from it; so rounds are short and many: sequences are cut to
-`--steps` mini-batches. What is printed are medians of the ratios within a round, old over new, so that more than 1 is
-faster, with their standard error; and the ratio of the shortest times, `least`, which other work disturbs least. Memory
-is counted by the allocator, of one pass each.
+`--steps` mini-batches. What is compared are medians of the ratios within a round, old over new, so that more than 1 is
+faster; and the ratio of the shortest times, `least`, which other work disturbs least. Memory is counted by the
+allocator, of one pass each.
+
+Where a process's memory happens to lie makes some percent of difference, however many rounds it runs: the same code
+beside itself has been 0.95 in one process and 1.03 in the next. So all of it is done in several processes, and which of
+the two makes its tensors first alternates. Printed is the median over processes, with its standard error from how they
+differ.
 """
 
 from __future__ import annotations
@@ -25,6 +31,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -78,23 +86,37 @@ class Faster(NamedTuple):
     """How many times as fast something is."""
 
     median: float
-    """Of the ratios within a round."""
+    """Of the ratios within a round; of several processes, of their medians."""
     error: float
     """The median's standard error, from the ratios' quartiles."""
     least: float
-    """The ratio of the shortest times."""
+    """The ratio of the shortest times; of several processes, the median of theirs."""
 
     @classmethod
     def of(cls, before: Sequence[float], after: Sequence[float]) -> Faster:
         """From seconds of the same rounds."""
         ratios = [a / b for a, b in zip(before, after, strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        # For normal errors, quartiles are 1.349 standard deviations apart, and a median's error is 1.253 of a mean's.
-        error = 1.253 * (high - low) / 1.349 / math.sqrt(len(ratios))
-        return cls(statistics.median(ratios), error, min(before) / min(after))
+        return cls(statistics.median(ratios), _error_of_median(ratios), min(before) / min(after))
+
+    @classmethod
+    def of_processes(cls, found: Sequence[Faster]) -> Faster:
+        """From what each process has found, two or more."""
+        medians = [one.median for one in found]
+        least = statistics.median(one.least for one in found)
+        return cls(statistics.median(medians), _error_of_median(medians), least)
 
     def __str__(self) -> str:
         return f"{self.median:.3f} ± {self.error:.3f}, least {self.least:.3f}"
+
+
+def _error_of_median(values: Sequence[float]) -> float:
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    # For normal errors, quartiles are 1.349 standard deviations apart, and a median's error is 1.253 of a mean's.
+    return 1.253 * (high - low) / 1.349 / math.sqrt(len(values))
+
+
+Cells = list[str | Faster]
+"""Of a line of a table."""
 
 
 def cut(shape: Shape, steps: int) -> Shape:
@@ -149,60 +171,90 @@ class Scan:
         return torch.autograd.grad(z, [*self.tokens, *self.weights], torch.ones_like(z))
 
 
-def compare(old: ModuleType, shape: Shape, group_size: int, clock: Clock) -> str:
-    """One line of the table of two revisions."""
-    scans = [Scan(package, shape, group_size, clock.device) for package in (old, fused)]
-    for one in scans:
+def compare(old: ModuleType, shape: Shape, group_size: int, clock: Clock, *, turned: bool = False) -> Cells:
+    """One line of the table of two revisions.
+
+    Args:
+        old: the other revision's package.
+        shape: the problem.
+        group_size: mini-batches that backward recomputes at a time.
+        clock: which times.
+        turned: whether the working tree's tensors are made first.
+    """
+    packages = (fused, old) if turned else (old, fused)
+    made = [Scan(package, shape, group_size, clock.device) for package in packages]
+    scans = made[::-1] if turned else made
+    for one in made:
         one.both()
     agree = max(((a - b).norm() / b.norm()).item() for a, b in zip(*(one.both() for one in scans), strict=True))
-    cells = [f"{shape.name}, group {group_size}"]
+    cells: Cells = [f"{shape.name}, group {group_size}"]
     for which in ("forward", "both"):
         passes = [getattr(one, which) for one in scans]
         before, after = clock.rounds(passes)
         peaks = [allocations(one, clock.device).peak / 2**20 for one in passes]
-        cells += [str(Faster.of(before, after)), f"{peaks[0]:,.1f} to {peaks[1]:,.1f}"]
-    return " | ".join([*cells, f"{agree:.0e}"])
+        cells += [Faster.of(before, after), f"{peaks[0]:,.1f} to {peaks[1]:,.1f}"]
+    return [*cells, f"{agree:.0e}"]
 
 
-def compare_groups(shape: Shape, clock: Clock) -> str:
+def compare_groups(shape: Shape, clock: Clock, *, turned: bool = False) -> Cells:
     """One line of the table of groups: everything kept beside groups of 16, and what each holds of its closed form."""
-    recomputed, keeping = (Scan(fused, shape, group_size, clock.device) for group_size in (16, 0))
-    for one in (recomputed, keeping):
+    made = {size: Scan(fused, shape, size, clock.device) for size in ((0, 16) if turned else (16, 0))}
+    for one in made.values():
         one.both()
-    before, after = clock.rounds([recomputed.both, keeping.both])
-    cells = [shape.name, str(Faster.of(before, after))]
-    for one, group_size in ((keeping, 0), (recomputed, 16)):
-        answers = one.answers().nbytes  # the result itself, which no closed form counts
-        held = allocations(one.answers, clock.device).held - answers
-        cells.append(f"{held / 2**20:,.2f} of {shape.cost(group_size).kept_bytes / 2**20:,.2f}")
-    return " | ".join(cells)
+    before, after = clock.rounds([made[16].both, made[0].both])
+    cells: Cells = [shape.name, Faster.of(before, after)]
+    for size in (0, 16):
+        answers = made[size].answers().nbytes  # the result itself, which no closed form counts
+        held = allocations(made[size].answers, clock.device).held - answers
+        cells.append(f"{held / 2**20:,.2f} of {shape.cost(size).kept_bytes / 2**20:,.2f}")
+    return cells
+
+
+def lines(arguments: argparse.Namespace, turned: bool) -> list[Cells]:
+    """The table, as one process finds it."""
+    torch.set_num_threads(1)
+    clock = ThreadClock(torch.device("cpu"), arguments.repeats, budget=arguments.budget)
+    wanted = [one for one in (*SHAPES, *MORE) if one.name in arguments.shapes]
+    shapes = [cut(shape, arguments.steps) for shape in wanted]
+    if arguments.revision is None:
+        return [compare_groups(shape, clock, turned=turned) for shape in shapes]
+    with tempfile.TemporaryDirectory() as folder:
+        old = fused_of(arguments.revision, Path(folder))
+        pairs = itertools.product(shapes, arguments.groups)
+        return [compare(old, shape, group_size, clock, turned=turned) for shape, group_size in pairs]
+
+
+def pooled(cells: Sequence[str | Faster]) -> str:
+    """The same cell of several processes' tables."""
+    found = [cell for cell in cells if isinstance(cell, Faster)]
+    return str(Faster.of_processes(found)) if found else str(cells[0])
 
 
 def main() -> int:
     """Compare and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("revision", nargs="?", help="the other one; without it, groups are compared")
-    parser.add_argument("--shapes", nargs="+", metavar="NAME")
+    names = [shape.name for shape in (*SHAPES, *MORE)]
+    parser.add_argument("--shapes", nargs="+", metavar="NAME", choices=names, default=names, help=", ".join(names))
     parser.add_argument("--groups", nargs="+", type=int, default=[0, 16], metavar="N", help="of two revisions")
-    parser.add_argument("--repeats", type=int, default=400, help="rounds at most")
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds for each cell")
+    parser.add_argument("--repeats", type=int, default=400, help="rounds at most, in each process")
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds for each cell, in each process")
     parser.add_argument("--steps", type=int, default=48, metavar="N", help="mini-batches at most")
+    parser.add_argument("--processes", type=int, default=8, metavar="N", help="one after the other, 2 or more")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    clock = ThreadClock(torch.device("cpu"), arguments.repeats, budget=arguments.budget)
-    wanted = [one for one in (*SHAPES, *MORE) if one.name in (arguments.shapes or (one.name,))]
-    shapes = [cut(shape, arguments.steps) for shape in wanted]
+    if arguments.processes < 2:
+        parser.error("--processes is 2 or more: one cannot tell how far off it is")
+    tables = []
+    for turn in range(arguments.processes):
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            tables.append(process.submit(lines, arguments, turn % 2 == 1).result())
+        print(f"process {turn + 1} of {arguments.processes}", file=sys.stderr, flush=True)
     if arguments.revision is None:
         print("| scan | group 0 over group 16, times as fast | MB held by group 0 | by group 16 |\n|" + " --- |" * 4)
-        for shape in shapes:
-            print(f"| {compare_groups(shape, clock)} |", flush=True)
-        return 0
-    print("| scan | forward, times as fast | MB | with backward | MB | largest difference |\n|" + " --- |" * 6)
-    with tempfile.TemporaryDirectory() as folder:
-        old = fused_of(arguments.revision, Path(folder))
-        for shape in shapes:
-            for group_size in arguments.groups:
-                print(f"| {compare(old, shape, group_size, clock)} |", flush=True)
+    else:
+        print("| scan | forward, times as fast | MB | with backward | MB | largest difference |\n|" + " --- |" * 6)
+    for same in zip(*tables, strict=True):
+        print(f"| {' | '.join(map(pooled, zip(*same, strict=True)))} |")
     return 0
 
 

@@ -391,8 +391,7 @@ def test_another_revision_runs_its_own_operation(tmp_path: Path, monkeypatch: py
 def test_group_0_holds_its_closed_form() -> None:
     """On a CPU it has no zeros behind rows, so a little less."""
     clock = revisions.ThreadClock(CPU, 3, budget=0)
-    line = revisions.compare_groups(Shape("MLP", "mlp", 128, 2, 4, tokens=80), clock)
-    for cell in line.split(" | ")[2:]:
+    for cell in revisions.compare_groups(Shape("MLP", "mlp", 128, 2, 4, tokens=80), clock)[2:]:
         held, closed = (float(number) for number in cell.split(" of "))
         assert 0.95 * closed - 0.01 <= held <= closed
 
@@ -403,6 +402,11 @@ def test_how_many_times_as_fast() -> None:
     wide = revisions.Faster.of([1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0])
     assert wide.median == 2.5
     assert wide.error == pytest.approx(1.253 * 1.5 / 1.349 / 2)
+    # Processes that differ more than their own rounds tell say how far off they are.
+    found = [revisions.Faster(median, 0.001, 2 * median) for median in (1.0, 3.0, 2.0, 4.0)]
+    assert revisions.Faster.of_processes(found) == (2.5, wide.error, 5.0)
+    assert revisions.pooled(found) == "2.500 ± 0.697, least 5.000"
+    assert revisions.pooled(["0.5 to 0.4", "0.5 to 0.4"]) == "0.5 to 0.4"
 
 
 def test_launches_and_memory_are_counted() -> None:
