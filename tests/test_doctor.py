@@ -409,7 +409,7 @@ def _has_second_derivatives(implementation: str) -> str:
 def _compiles_with(implementation: str, group_size: int) -> bool:
     torch._dynamo.reset()
     layer = _layer(layer_type="linear", scan_checkpoint_group_size=group_size)
-    x = _tokens(6)
+    x = _tokens(9)
     with forced(implementation):
         try:
             y, _ = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)(x)

@@ -59,9 +59,12 @@ def said() -> Iterator[list[str]]:
     lines: list[str] = []
     handler, logger = logging.Handler(), logging.getLogger("transformers")
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # other tests' programs tell it to be silent
     logger.addHandler(handler)
     yield lines
     logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 def test_twenty_steps_saved_and_resumed(tmp_path: Path, said: list[str]) -> None:

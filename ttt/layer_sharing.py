@@ -39,7 +39,8 @@ def _goes_in_pieces(x: Tensor, weight: Tensor) -> bool:
     rows, out = x.shape[0], weight.shape[0]
     if weight.numel() < _LARGE or out % _PIECE or x.dtype != torch.float32 or not weight.is_contiguous():
         return False
-    return 1 + (torch.get_num_threads() == 1) <= rows <= _MOST_ROWS and torch.backends.mkl.is_available()
+    least = 2 if torch.get_num_threads() == 1 else 1  # one core gains nothing with one row
+    return least <= rows <= _MOST_ROWS and torch.backends.mkl.is_available()
 
 
 class Projection(nn.Linear):
