@@ -5,11 +5,11 @@
     python benchmarks/revisions.py main --shapes Video-like --groups 0 16
     python benchmarks/revisions.py                # group 0 of the working tree beside group 16
 
-Both take turns, round after round, on one thread, whose own processor time is taken. Other work on the machine is not
-in it, but takes memory bandwidth, caches and clock from it; so rounds are short and many: sequences are cut to
-`--steps` mini-batches. What is compared are medians of the ratios within a round, old over new, so that more than 1 is
-faster; and the ratio of the shortest times, `least`, which other work disturbs least. Memory is counted by the
-allocator, of one pass each.
+Both take turns, round after round, on one thread, whose own processor time is taken (with `--threads 2` and more, the
+clock's). Other work on the machine is not in it, but takes memory bandwidth, caches and clock from it; so rounds are
+short and many: sequences are cut to `--steps` mini-batches. What is compared are medians of the ratios within a round,
+old over new, so that more than 1 is faster; and the ratio of the shortest times, `least`, which other work disturbs
+least. Memory is counted by the allocator, of one pass each.
 
 Where a process's memory happens to lie makes some percent of difference, however many rounds it runs: the same code
 beside itself has been 0.95 in one process and 1.03 in the next. So all of it is done in several processes, and which of
@@ -212,8 +212,9 @@ def compare_groups(shape: Shape, clock: Clock, *, turned: bool = False) -> Cells
 
 def lines(arguments: argparse.Namespace, turned: bool) -> list[Cells]:
     """The table, as one process finds it."""
-    torch.set_num_threads(1)
-    clock = ThreadClock(torch.device("cpu"), arguments.repeats, budget=arguments.budget)
+    torch.set_num_threads(arguments.threads)
+    kind = ThreadClock if arguments.threads == 1 else Clock
+    clock = kind(torch.device("cpu"), arguments.repeats, budget=arguments.budget)
     wanted = [one for one in (*SHAPES, *MORE) if one.name in arguments.shapes]
     shapes = [cut(shape, arguments.steps) for shape in wanted]
     if arguments.revision is None:
@@ -240,6 +241,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=400, help="rounds at most, in each process")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds for each cell, in each process")
     parser.add_argument("--steps", type=int, default=48, metavar="N", help="mini-batches at most")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="cores that compute")
     parser.add_argument("--processes", type=int, default=8, metavar="N", help="one after the other, 2 or more")
     arguments = parser.parse_args()
     if arguments.processes < 2:
