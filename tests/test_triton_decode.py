@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from test_decode import Case
+from test_decode import Case, Operations
 
 from ttt import TTTConfig, TTTLayer, TTTState
 from ttt.ops.decode import learn_one_
@@ -108,22 +106,20 @@ def test_a_layer_takes_the_kernels_in_few_launches(kind: str, launches: int, mon
 @pytest.mark.parametrize("layers", [1, 2])
 def test_beside_the_kernels_nothing_is_computed(layers: int) -> None:
     """What only the CPU's own form takes of norms and step sizes would be launches for nothing."""
-    ran: list[str] = []
-
-    class Names(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if not func.is_view:
-                ran.append(func._schema.name)
-            return func(*args, **(kwargs or {}))
-
     case = Case(16, layers, 3, 1, rows=2)
     state = case.state.streaming(case.size)
     stream = Stream(state.weights, state.gradients, state.count)
-    with Names():
+    with Operations() as ran:
         learn_one_(case.tokens, stream, case.inner, None, state.factors, wait=False)
-    assert "aten::clone" in ran
+    assert "aten::clone" in ran.names
     interpreters = {"aten::set_", "aten::copy_"}
-    assert set(ran) - interpreters <= {"aten::cat", "aten::clone", "aten::empty", "aten::empty_like", "aten::new_empty"}
+    assert set(ran.names) - interpreters <= {
+        "aten::cat",
+        "aten::clone",
+        "aten::empty",
+        "aten::empty_like",
+        "aten::new_empty",
+    }
 
 
 def test_what_the_kernels_cannot_do_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

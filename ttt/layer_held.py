@@ -22,9 +22,8 @@ _OWN = (
     "ttt_norm_bias",
     "learnable_ttt_lr_weight",
     "learnable_ttt_lr_bias",
-    "learnable_token_idx",
 )
-"""The parameters beside those of its modules that `Parts` are made of."""
+"""The parameters beside those of its modules that `Parts` are made of; and `learnable_token_idx`, if it has one."""
 
 
 class Layer(Protocol):
@@ -182,6 +181,8 @@ class Held:
             self._forget()
             return None
         if dtype != self.dtype:
+            if made_of != self._made_of:
+                self._forget()  # rather than hold what may never be read again
             return None
         if made_of != self._made_of or batch != self._batch:
             self._make(layer, batch)
@@ -190,6 +191,7 @@ class Held:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _make(self, layer: Layer, batch: int) -> None:
+        self._parts = None
         projections = [cast(Projection, layer.get_submodule(name)) for name in (*_READ, "o_proj")]
         weights: list[Tensor] = [projection.weight for projection in projections]
         biases: list[Tensor] = [projection.bias for projection in projections]
@@ -215,7 +217,7 @@ class Held:
 
 
 def _parameters(layer: Layer) -> list[Tensor] | None:
-    """What `Parts` are made of; None if the layer has more than parameters of its own, or not all of them.
+    """What `Parts` are made of; None if any of it is not a plain parameter in its place, but is computed, say.
 
     By a module's own tables, because `layer.name` takes a microsecond.
     """
@@ -228,10 +230,13 @@ def _parameters(layer: Layer) -> list[Tensor] | None:
         if type(projection) is not Projection or projection._forward_hooks or projection._forward_pre_hooks:
             return None
         found += projection._parameters.values()
-    found += layer.post_norm._parameters.values()
-    found += [own.get(name) for name in _OWN]
-    parameters = [parameter for parameter in found if parameter is not None]
-    return parameters if all(type(parameter) is nn.Parameter for parameter in parameters) else None
+    found = [x for x in found if x is not None]  # projections need no bias
+    norm = layer.post_norm._parameters
+    found += [norm.get("weight"), norm.get("bias"), *map(own.get, _OWN)]
+    if layer.config.learnable_token_idx:
+        found.append(own.get("learnable_token_idx"))
+    plain: list[Tensor] = [x for x in found if type(x) is nn.Parameter]
+    return plain if len(plain) == len(found) else None
 
 
 def _identities(parameters: list[Tensor]) -> list[int] | None:

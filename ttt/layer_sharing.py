@@ -18,10 +18,17 @@ def held(parameter: Tensor) -> Tensor:
     return parameter if to_local is None else to_local()
 
 
-_PIECE, _LARGE, _MOST_ROWS = 128, 1 << 18, 32
-"""MKL multiplies up to 32 rows by a weight of so many numbers in pieces of 128 outputs in 0.25 to 0.95 of the time: it
-splits the pieces among cores, which it does not do for one row, and takes a slow path for a few. Measured on an AMD
-processor, 1 and 2 threads, widths 512 to 4,096. Smaller weights are in the caches, where it gains nothing."""
+_PIECE = 128
+"""Outputs that are multiplied at a time where `product` goes in pieces.
+
+MKL does not share a product of one row among cores, and takes a slow path for a few rows; of many products at once it
+does the first and not the second. In pieces they take 0.25 to 0.95 of the time, measured on an AMD processor with 1 and
+2 threads, at widths 512 to 4,096.
+"""
+_LARGE = 1 << 18
+"""Numbers in the least weight that goes in pieces; smaller ones are in the caches, where that gains nothing."""
+_MOST_ROWS = 32
+"""As many as were measured."""
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -39,8 +46,12 @@ def _goes_in_pieces(x: Tensor, weight: Tensor) -> bool:
     rows, out = x.shape[0], weight.shape[0]
     if weight.numel() < _LARGE or out % _PIECE or x.dtype != torch.float32 or not weight.is_contiguous():
         return False
-    least = 2 if torch.get_num_threads() == 1 else 1  # one core gains nothing with one row
-    return least <= rows <= _MOST_ROWS and torch.backends.mkl.is_available()
+    threads = torch.get_num_threads()
+    if rows == 1:
+        gains = threads > 1
+    else:
+        gains = rows <= _MOST_ROWS and out // _PIECE >= threads  # MKL shares a product of several rows itself
+    return gains and torch.backends.mkl.is_available()
 
 
 class Projection(nn.Linear):

@@ -105,7 +105,7 @@ _COMPILES = 2, 11
 
 
 def missing_compiler(device: str) -> Obstacle | None:
-    """What is missing to compile for `cpu` or `cuda`; None if nothing is, or for another device.
+    """What is missing to compile for a device, be it a newer PyTorch; None if nothing is known to be.
 
     Source: PyTorch's `torch/_inductor/config.py`, `cpp.cxx`; Triton's `triton/runtime/build.py`, which compiles the C
     code that launches its kernels.

@@ -90,8 +90,8 @@ def compile_layers(injection: Injection, device: torch.device) -> None:
         device: where the layers are.
 
     Raises:
-        EnvironmentProblem: there is no compiler for the device, or `TTT_OPS` names an implementation that cannot be
-            compiled.
+        EnvironmentProblem: there is no compiler for the device, PyTorch is too old, or `TTT_OPS` names an
+            implementation that cannot be compiled.
     """
     obstacle = wrong_implementation() or missing_compiler(device.type)
     if obstacle is not None:

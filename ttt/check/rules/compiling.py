@@ -13,7 +13,7 @@ from ttt.ops.constants import VARIABLE
 
 _code = partial(Code, family=Family.ENVIRONMENT, blames=Blame.MACHINE, of_training=True, home=__name__)
 TTT603 = _code("TTT603", "an implementation of the scan that cannot be compiled", Severity.ERROR)
-TTT604 = _code("TTT604", "compiling without a compiler", Severity.ERROR)
+TTT604 = _code("TTT604", "compiling without a compiler that can", Severity.ERROR)
 
 
 @rule(TTT603, reads=("train.compile", "ttt.layers"))
