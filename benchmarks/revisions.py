@@ -88,7 +88,7 @@ class Faster(NamedTuple):
     median: float
     """Of the ratios within a round; of several processes, of their medians."""
     error: float
-    """The median's standard error, from the ratios' quartiles."""
+    """The median's standard error: from the ratios' quartiles, or from how much processes differ."""
     least: float
     """The ratio of the shortest times; of several processes, the median of theirs."""
 
@@ -96,26 +96,23 @@ class Faster(NamedTuple):
     def of(cls, before: Sequence[float], after: Sequence[float]) -> Faster:
         """From seconds of the same rounds."""
         ratios = [a / b for a, b in zip(before, after, strict=True)]
-        return cls(statistics.median(ratios), _error_of_median(ratios), min(before) / min(after))
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        # For normal errors, quartiles are 1.349 standard deviations apart, and a median's error is 1.253 of a mean's.
+        error = 1.253 * (high - low) / 1.349 / math.sqrt(len(ratios))
+        return cls(statistics.median(ratios), error, min(before) / min(after))
 
     @classmethod
     def of_processes(cls, found: Sequence[Faster]) -> Faster:
         """From what each process has found, two or more."""
         medians = [one.median for one in found]
-        least = statistics.median(one.least for one in found)
-        return cls(statistics.median(medians), _error_of_median(medians), least)
+        error = 1.253 * statistics.stdev(medians) / math.sqrt(len(medians))  # of few, quartiles tell too little
+        return cls(statistics.median(medians), error, statistics.median(one.least for one in found))
 
     def __str__(self) -> str:
         return f"{self.median:.3f} ± {self.error:.3f}, least {self.least:.3f}"
 
 
-def _error_of_median(values: Sequence[float]) -> float:
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    # For normal errors, quartiles are 1.349 standard deviations apart, and a median's error is 1.253 of a mean's.
-    return 1.253 * (high - low) / 1.349 / math.sqrt(len(values))
-
-
-Cells = list[str | Faster]
+Cells = list[str | float | Faster]
 """Of a line of a table."""
 
 
@@ -193,7 +190,7 @@ def compare(old: ModuleType, shape: Shape, group_size: int, clock: Clock, *, tur
         before, after = clock.rounds(passes)
         peaks = [allocations(one, clock.device).peak / 2**20 for one in passes]
         cells += [Faster.of(before, after), f"{peaks[0]:,.1f} to {peaks[1]:,.1f}"]
-    return [*cells, f"{agree:.0e}"]
+    return [*cells, agree]
 
 
 def compare_groups(shape: Shape, clock: Clock, *, turned: bool = False) -> Cells:
@@ -225,10 +222,13 @@ def lines(arguments: argparse.Namespace, turned: bool) -> list[Cells]:
         return [compare(old, shape, group_size, clock, turned=turned) for shape, group_size in pairs]
 
 
-def pooled(cells: Sequence[str | Faster]) -> str:
-    """The same cell of several processes' tables."""
+def pooled(cells: Sequence[str | float | Faster]) -> str:
+    """The same cell of several processes' tables: the largest difference, and names and memory as each says."""
     found = [cell for cell in cells if isinstance(cell, Faster)]
-    return str(Faster.of_processes(found)) if found else str(cells[0])
+    if found:
+        return str(Faster.of_processes(found))
+    differences = [cell for cell in cells if isinstance(cell, float)]
+    return f"{max(differences):.0e}" if differences else " or ".join(dict.fromkeys(map(str, cells)))
 
 
 def main() -> int:
