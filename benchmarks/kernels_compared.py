@@ -1,7 +1,8 @@
 """Kernels beside the definition: answers, final states and every gradient, over the product of cases; and their times.
 
 The definition is `ttt/ops/reference.py`, token by token, in float64 on the CPU. In Triton's interpreter the kernels run
-in float64 too, unless a precision rounds their operands; on a GPU in float32.
+in float64 too, unless a precision rounds their operands; on a GPU in float32, where they have to be as near as the
+definition is in float32 itself.
 """
 
 from __future__ import annotations
@@ -292,6 +293,16 @@ def bound_of(case: Case, dtype: torch.dtype) -> float:
     return BOUNDS["float64" if dtype == torch.float64 and case.precision != "bf16" else case.precision]
 
 
+def as_near_as_the_definition(case: Case, dtype: torch.dtype, bounds: dict[str, float]) -> dict[str, float]:
+    """Bounds that let a tensor be ten times as far off as the definition's own, computed in this dtype.
+
+    Of a few tokens, gradients of rates and step sizes are sums whose terms cancel, so the definition in float32 is up
+    to 2e-4 from itself in float64. Where it is near, the bound stays.
+    """
+    own = differences(case, "reference", "cpu", dtype)
+    return {name: max(bound, 10 * own[name]) for name, bound in bounds.items()}
+
+
 # --- times ---
 
 
@@ -338,8 +349,11 @@ def row_of(case: Case, implementation: str, device: str, *, against: str = "refe
     try:
         with _nan_in_new_memory():
             far = differences(case, implementation, device, dtype, against=against)
-        worst = max(far, key=lambda name: far[name] if far[name] == far[name] else float("inf"))
-        row |= {"difference": far[worst], "of": worst, "bound": bound_of(case, dtype)}
+        bounds = dict.fromkeys(far, bound_of(case, dtype))
+        if device != "cpu" and not all(far[name] <= bounds[name] for name in far):
+            bounds = as_near_as_the_definition(case, dtype, bounds)
+        worst = max(far, key=lambda name: far[name] / bounds[name] if far[name] == far[name] else float("inf"))
+        row |= {"difference": far[worst], "of": worst, "bound": bounds[worst]}
         row["agrees"] = far[worst] <= row["bound"]
         if device != "cpu" and row["agrees"]:
             row["milliseconds"] = {name: times(case, name) for name in ("fused", implementation)}
