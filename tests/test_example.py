@@ -37,7 +37,7 @@ for name in {list(KINDS)!r}:
     if code:
         sys.exit(code)
 tests = [f"{{name}}/tests" for name in {list(KINDS)!r}]
-chosen = ["-k", "(TestMyModel and not (mlp and law2)) or not (mlp or law2)"]
+chosen = ["-k", "TestMyModel or not (mlp or law2)"]
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--import-mode=importlib", *chosen, *tests]))
 """
 """In one process, because importing torch and transformers is a good part of what it takes.
@@ -163,5 +163,5 @@ def test_they_train_and_keep_the_laws(site: Path, folder: Path) -> None:
     assert printed.count("step 3/3") == len(KINDS)
     for name in KINDS:
         assert (folder / name / "run" / "checkpoints" / "step_000003" / "adapter_model.safetensors").is_file()
-    passed = len(LAWS) * len(INNER_MODELS) - 1 + len(LAWS) - 1 + len(CHECKS) * len(KINDS)
+    passed = len(LAWS) * len(INNER_MODELS) + len(LAWS) - 1 + len(CHECKS) * len(KINDS)
     assert f"{passed} passed" in printed.splitlines()[-1]
