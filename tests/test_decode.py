@@ -506,13 +506,14 @@ def bytes_of(layer: TTTLayer) -> int:
 def test_a_held_layer_answers_any_number_of_streams(
     batch: int, bias: bool, pieces: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also with its projections in pieces, each as wide as one of them is otherwise."""
+    """Also with its projections in pieces; and so does one that is not held."""
     layer, x = layer_of(qkvo_bias=bias).float(), draw(batch, 9, 16, seed=61).float()
     expected = layer(x)[0]
     if pieces:
         monkeypatch.setattr(layer_sharing, "_LARGE", 1)
         monkeypatch.setattr(layer_sharing, "_PIECE", 8)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    torch.testing.assert_close(steps(layer, x), expected, rtol=1e-5, atol=1e-5)
     layer.hold_for_inference(torch.float32)
     assert torch.equal(layer(x)[0], expected)
     for _ in range(2):

@@ -148,8 +148,8 @@ class Held:
 
     They are made again whenever one of the parameters lies elsewhere in memory or was written to since, as after `.to`,
     in a deep copy or when values are loaded, so that none is read that is out of date. (What writes through a tensor's
-    `.data` cannot be told.) A layer whose projections are not its own modules alone, or that shares its heads with
-    other processes, keeps nothing, and is read as one that is not held.
+    `.data` cannot be told.) A layer whose projections are not its own modules alone, with a parameter that is computed
+    from others, or that shares its heads with other processes keeps nothing, and is read as one that is not held.
 
     Args:
         dtype: of the tokens.
@@ -177,7 +177,7 @@ class Held:
         """Those for tokens of a type and B streams; None if the layer has to be read as one that is not held."""
         parameters = _parameters(layer)
         made_of = None if parameters is None else _identities(parameters)
-        if made_of is None:
+        if parameters is None or made_of is None:
             self._forget()
             return None
         if dtype != self.dtype:
@@ -185,12 +185,12 @@ class Held:
                 self._forget()  # rather than hold what may never be read again
             return None
         if made_of != self._made_of or batch != self._batch:
-            self._make(layer, batch)
+            self._make(layer, parameters, batch)
         return self._parts
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _make(self, layer: Layer, batch: int) -> None:
+    def _make(self, layer: Layer, parameters: list[Tensor], batch: int) -> None:
         self._parts = None
         projections = [cast(Projection, layer.get_submodule(name)) for name in (*_READ, "o_proj")]
         weights: list[Tensor] = [projection.weight for projection in projections]
@@ -203,7 +203,6 @@ class Held:
             own = parts_of(layer, wide, batch)
             self._parts = own._replace(read=read, answer=Linear(weights[3].detach(), biases[3]))
         self._batch = batch
-        parameters = _parameters(layer) or []
         self._made_of, self._memory = _identities(parameters) or [], [x.detach() for x in parameters]
 
     def _joined(self, weights: list[Tensor]) -> Tensor:
